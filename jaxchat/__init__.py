@@ -1,0 +1,1 @@
+"""jaxchat: train a small ChatGPT from nothing, in JAX."""
