@@ -62,3 +62,40 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model is computed, never what: none of this is part of a checkpoint, and all choices agree to rounding.
+
+    dtype: of the activations and matrix products ("float32" or "bfloat16"); weights, norms, softmax and loss stay float32.
+    unroll: write the layers one after the other instead of looping over them (`lax.scan`): compiles slower, and runs
+        about a tenth faster on a CPU with few layers.
+    remat: what the backward pass computes again instead of keeping: "none" (keep all), "dots" (keep the results of
+        matrix products only), "full" (keep only each layer's input).
+    attention: "xla", or "cudnn" (GPU, bfloat16).
+    loss_chunk_tokens: logits exist for at most this many tokens per device at a time.
+    data_shards: over how many devices the rows of a batch are spread.
+    """
+
+    dtype: str = "float32"
+    unroll: bool = False
+    remat: str = "none"
+    attention: str = "xla"
+    loss_chunk_tokens: int = 512
+    data_shards: int = 1
+
+    @classmethod
+    def for_backend(cls, dtype: str = "auto", **changes):
+        """The defaults for the devices at hand; `changes` override single fields."""
+        import jax  # here, so that reading a config never starts a backend
+
+        backend = jax.default_backend()
+        if dtype == "auto":
+            dtype = "float32" if backend == "cpu" else "bfloat16"
+        if backend == "cpu":
+            chosen = {"unroll": True}
+        else:
+            cudnn = backend == "gpu" and dtype == "bfloat16"
+            chosen = {"remat": "dots", "attention": "cudnn" if cudnn else "xla", "loss_chunk_tokens": 4096}
+        return cls(**(chosen | {"dtype": dtype} | changes))

@@ -1,0 +1,45 @@
+"""How many parameters and floating-point operations a model has, and what devices can do."""
+
+import math
+
+import jax
+
+from jaxchat.config import ModelConfig
+from jaxchat.model.params import declare
+
+# Dense bfloat16 peak of one device in FLOP/s, by a part of jax.Device.device_kind; from the vendors' data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+}
+
+
+def num_params(config: ModelConfig) -> int:
+    return sum(math.prod(w.shape) for w in jax.tree.leaves(declare(config)))
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """Training FLOPs of one token, forward and backward: 6 per weight of a matrix product (the embedding is a
+    look-up), and 12·L·D·T for attention scores and values (PaLM, appendix B; the causal half is not deducted)."""
+    matrices = num_params(config) - config.vocab_size * config.n_embd
+    return 6 * matrices + 12 * config.n_layer * config.n_embd * config.sequence_len
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak bfloat16 FLOP/s of a device, or None where it isn't known (a CPU, say)."""
+    kind = device.device_kind.lower()
+    names = sorted((name for name in PEAK_FLOPS if name.lower() in kind), key=len)
+    return PEAK_FLOPS[names[-1]] if names else None

@@ -1,0 +1,122 @@
+"""The forward pass: a pure function of the weights and the tokens.
+
+Names carry their shapes: B batch, T time, S cache slots, D model width, N query heads, K key/value heads,
+H head dimension, F MLP width, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxchat.config import Compute, ModelConfig
+from jaxchat.model.attention import cached_attention, causal_attention
+from jaxchat.model.cache import KVCache
+from jaxchat.model.params import Blocks, Params
+
+NORM_EPS = 1.1920929e-07  # float32's machine epsilon, torch's default for rms_norm
+ROTARY_BASE = 10_000.0
+SOFTCAP = 15.0
+
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def rms_norm(x):
+    """x over its root mean square along the last axis, computed in float32, without a learned scale."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + NORM_EPS)).astype(x.dtype)
+
+
+def rotary_tables(positions_BT, head_dim: int):
+    """(cos, sin) [B, T, 1, H/2] of the rotary angles position · base^(−2i/H) (Su et al. 2021), float32."""
+    frequencies = ROTARY_BASE ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH, tables):
+    """Rotary embedding, halves layout: feature i is turned together with feature i + H/2, by minus its angle."""
+    cos, sin = tables
+    x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def block(x_BTD, w: Blocks, tables, attend):
+    """One transformer layer. `attend(q, k, v) -> (y_BTNH, extra)` sees rotated, normed queries and keys.
+
+    -> (x_BTD, extra). w is a single layer's slice of the stack, in the activations' dtype.
+    """
+    h_BTD = rms_norm(x_BTD)
+    q_BTNH = rms_norm(rotate(jnp.einsum("btd,dnh->btnh", h_BTD, w.wq), tables))
+    k_BTKH = rms_norm(rotate(jnp.einsum("btd,dkh->btkh", h_BTD, w.wk), tables))
+    v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, w.wv)
+    y_BTNH, extra = attend(q_BTNH, k_BTKH, v_BTKH)
+    x_BTD = x_BTD + jnp.einsum("btnh,nhd->btd", y_BTNH, w.wo)
+    h_BTF = jax.nn.relu(jnp.einsum("btd,df->btf", rms_norm(x_BTD), w.w_up))
+    return x_BTD + jnp.einsum("btf,fd->btd", h_BTF * h_BTF, w.w_down), extra
+
+
+def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, cache: KVCache | None = None):
+    """What the head reads: normed activations x_BTD in the compute dtype; with a cache, (x_BTD, cache).
+
+    tokens_BT is int32. With a cache, token t of row b stands at position cache.lengths_B[b] + t: its key and value
+    are written there (dropped beyond the last slot), it attends to everything at or before it, and the returned
+    lengths are T longer. A caller that padded its rows sets lengths_B back to the true ones.
+    """
+    dtype = jnp.dtype(compute.dtype)
+    batch, time = tokens_BT.shape
+    start_B = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths_B
+    positions_BT = start_B[:, None] + jnp.arange(time)[None, :]
+    # Without a cache all rows stand at the same positions: one row of tables serves them all.
+    tables = rotary_tables(positions_BT if cache is not None else positions_BT[:1], config.head_dim)
+    x_BTD = rms_norm(params.wte[tokens_BT].astype(dtype))
+    unroll = config.n_layer if compute.unroll else 1
+
+    if cache is None:
+
+        def layer(x_BTD, w):
+            w = jax.tree.map(lambda a: a.astype(dtype), w)
+            return block(x_BTD, w, tables, lambda q, k, v: (causal_attention(q, k, v, compute.attention), None))
+
+        if compute.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll)
+        x_BTD, _ = lax.scan(layer, x_BTD, params.blocks, unroll=unroll)
+        return rms_norm(x_BTD)
+
+    # The whole cache is carried and written in place: as a scanned output it would be copied every step.
+    rows = jnp.arange(batch)[:, None]
+
+    def cached_layer(carry, layer_and_w):
+        x_BTD, k_LBSKH, v_LBSKH = carry
+        index, w = layer_and_w
+        w = jax.tree.map(lambda a: a.astype(dtype), w)
+
+        def attend(q, k, v):
+            k_all = k_LBSKH.at[index, rows, positions_BT].set(k.astype(k_LBSKH.dtype), mode="drop")
+            v_all = v_LBSKH.at[index, rows, positions_BT].set(v.astype(v_LBSKH.dtype), mode="drop")
+            y = cached_attention(q, k_all[index].astype(dtype), v_all[index].astype(dtype), positions_BT)
+            return y, (k_all, v_all)
+
+        x_BTD, (k_LBSKH, v_LBSKH) = block(x_BTD, w, tables, attend)
+        return (x_BTD, k_LBSKH, v_LBSKH), None
+
+    carry = (x_BTD, cache.k_LBSKH, cache.v_LBSKH)
+    (x_BTD, k, v), _ = lax.scan(cached_layer, carry, (jnp.arange(config.n_layer), params.blocks), unroll=unroll)
+    return rms_norm(x_BTD), KVCache(k, v, cache.lengths_B + time)
+
+
+def logits(params: Params, x_BTD):
+    """15·tanh(head(x)/15) in float32: [..., V] from features [..., D]."""
+    head = params.lm_head.astype(x_BTD.dtype)
+    return SOFTCAP * jnp.tanh(jnp.einsum("...d,dv->...v", x_BTD, head, preferred_element_type=jnp.float32) / SOFTCAP)
+
+
+def forward(params: Params, tokens_BT, config: ModelConfig, compute: Compute, cache: KVCache | None = None):
+    """logits_BTV float32 for every position; with a cache, (logits_BTV, cache). See `features`."""
+    if cache is None:
+        return logits(params, features(params, tokens_BT, config, compute))
+    x_BTD, cache = features(params, tokens_BT, config, compute, cache)
+    return logits(params, x_BTD), cache
