@@ -1,0 +1,91 @@
+"""Muon for the blocks' matrices, AdamW for embedding and head, as one optax transformation."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxchat.config import ModelConfig
+from jaxchat.model.params import Params, declare
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Jordan et al. 2024, "Muon"
+NEWTON_SCHULZ_STEPS = 5
+MOMENTUM_START, MOMENTUM_END, MOMENTUM_STEPS = 0.85, 0.95, 300
+
+
+def orthogonalize(g_Lmn, dtype=jnp.float32):
+    """Bring every matrix of a stack near its orthogonal polar factor: singular values to about 1. -> float32.
+
+    Five Newton–Schulz steps on the matrix divided by its Frobenius norm, in `dtype`, over the short side.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = g_Lmn.shape[-2] > g_Lmn.shape[-1]
+    x = jnp.swapaxes(g_Lmn, -1, -2) if tall else g_Lmn
+    # The tiny term only guards an all-zero matrix, whose update is zero.
+    x = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)).astype(dtype)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (jnp.swapaxes(x, -1, -2) if tall else x).astype(jnp.float32)
+
+
+class MuonState(NamedTuple):
+    count: jax.Array  # finished updates
+    momentum: optax.Params
+
+
+def scale_by_muon(fans, dtype=jnp.float32) -> optax.GradientTransformation:
+    """Nesterov momentum, then orthogonalisation, then the factor √max(1, fan_out/fan_in).
+
+    fans: a tree like the weights with a declared `Weight` at every leaf: weights [L, *in, *out] are taken as stacks
+    [L, fan_in, fan_out].
+    """
+
+    def init(params):
+        return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads, state, params=None):
+        del params
+        ramp = jnp.minimum(state.count / MOMENTUM_STEPS, 1.0)
+        m = MOMENTUM_START + ramp * (MOMENTUM_END - MOMENTUM_START)
+        momentum = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, state.momentum, grads)
+
+        def direction(weight, buf, g):
+            u_Lmn = ((1 - m) * g + m * buf).reshape(g.shape[0], weight.fan_in, weight.fan_out)
+            scale = math.sqrt(max(1.0, weight.fan_out / weight.fan_in))
+            return scale * orthogonalize(u_Lmn, dtype).reshape(g.shape)
+
+        return jax.tree.map(direction, fans, momentum, grads), MuonState(state.count + 1, momentum)
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(
+    config: ModelConfig,
+    *,
+    matrix_lr: float = 0.02,
+    embedding_lr: float = 0.2,
+    unembedding_lr: float = 0.004,
+    weight_decay: float = 0.0,
+    grad_clip: float = 0.0,
+    muon_dtype=jnp.float32,
+) -> optax.GradientTransformation:
+    """The optimizer over `Params`. Its updates are for a schedule multiplier of 1: the step scales them.
+
+    AdamW's rates are × (n_embd/768)^−½. grad_clip bounds the global norm of all gradients; 0 is off.
+    """
+    width_scale = (config.n_embd / 768) ** -0.5
+
+    def adamw(lr):
+        return optax.adamw(lr * width_scale, b1=0.8, b2=0.95, eps=1e-10, weight_decay=weight_decay)
+
+    declared = declare(config)
+    hole = optax.MaskedNode()  # what optax.partition shows a group in the place of the other groups' weights
+    fans = Params(hole, declared.blocks, hole)
+    muon = optax.chain(scale_by_muon(fans, muon_dtype), optax.scale(-matrix_lr))
+    labels = Params("embedding", jax.tree.map(lambda _: "matrix", declared.blocks), "head")
+    groups = {"matrix": muon, "embedding": adamw(embedding_lr), "head": adamw(unembedding_lr)}
+    clip = optax.clip_by_global_norm(grad_clip) if grad_clip > 0 else optax.identity()
+    return optax.chain(clip, optax.partition(groups, labels))

@@ -1,0 +1,60 @@
+"""What a training run carries from step to step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxchat import sharding
+from jaxchat.config import ModelConfig
+from jaxchat.model import params as model_params
+from jaxchat.model.params import Params
+
+
+@struct.dataclass
+class TrainState:
+    step: jax.Array  # int32: finished steps
+    empty_steps: jax.Array  # int32: those of them with nothing supervised, which changed no weight
+    params: Params
+    opt_state: Any  # optax's
+
+
+def fresh(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, params, optimizer.init(params))
+
+
+def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The NamedSharding of every array of a TrainState, from the specs declared beside the weights."""
+    specs = model_params.specs(config)
+    opt_specs = sharding.optimizer_specs(optimizer, model_params.shapes(config), specs)
+    return sharding.named(mesh, TrainState(P(), P(), specs, opt_specs))
+
+
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
+    shapes = jax.eval_shape(lambda: fresh(model_params.init(jax.random.key(0), config), optimizer))
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        shapes,
+        state_shardings(config, optimizer, mesh),
+    )
+
+
+def init_state(seed: int, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A TrainState with fresh weights, created where it belongs on the mesh; the same on any mesh."""
+    shardings = state_shardings(config, optimizer, mesh)
+    make = jax.jit(lambda key: fresh(model_params.init(key, config), optimizer), out_shardings=shardings)
+    return make(jax.random.key(seed))
+
+
+def state_from_params(
+    params: Params, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """A TrainState that starts from given weights with a fresh optimizer. `params` is consumed."""
+    shardings = state_shardings(config, optimizer, mesh)
+    return jax.jit(lambda p: fresh(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)
