@@ -1,0 +1,85 @@
+"""Words: English ones, invented ones, invented names; letters written out and counted; numbers in words."""
+
+from pathlib import Path
+
+from jaxchat.data.world.chance import Chance
+
+# One entry for every syllable that a name may begin with. Names with the same beginning are easily confused by a
+# small model, so a world uses each beginning for one name only.
+ONSETS = (
+    "b bl br d dr f fl fr g gl gr h j k kl kr l m n p pl pr r s sk sl sm sn sp st t tr v w y z sh th ch qu"
+).split()
+VOWELS = "a e i o u".split()
+CODAS = ["", "", "", "n", "l", "r", "s", "m", "t", "ck", "nd", "st", "sk", "x", "ng", "mp"]
+
+ENDINGS = {
+    "person": ("o", "in", "a", "el", "us"),
+    "land": ("land", "ia", "or"),
+    "town": ("ton", "wick", "ford"),
+    "capital": ("burg", "polis", "haven"),
+}
+
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+).split()
+TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def english_words() -> list[str]:
+    """The embedded list: about 3,000 common English words of 3 to 10 lower-case letters, sorted."""
+    return (Path(__file__).parent / "words.txt").read_text(encoding="utf-8").split()
+
+
+def invented_name(chance: Chance, kind: str, beginning: str) -> str:
+    """A name that starts with `beginning` and ends as its kind does: person, land, town or capital."""
+    middle = chance.of("b d f g k l m n p r s t v z".split()) + chance.of(VOWELS)
+    consonant = chance.of("b d k l m n r s t v".split())
+    ending = chance.of(ENDINGS[kind])
+    return (beginning + middle + (consonant if ending[0] in "aeiou" else "") + ending).capitalize()
+
+
+def invented_word(chance: Chance, english: list[str]) -> str:
+    """A word that is in no dictionary: two or three syllables, or the halves of two English words put together.
+
+    They make spelling a matter of the letters, not of knowing the word by heart.
+    """
+    if chance.one_in(2):
+        first, second = chance.of(english), chance.of(english)
+        word = first[: chance.between(2, max(2, len(first) - 1))] + second[chance.between(1, len(second) - 2) :]
+    else:
+        word = "".join(chance.of(ONSETS) + chance.of(VOWELS) + chance.of(CODAS) for _ in range(chance.between(1, 3)))
+    return word[:11] if len(word) > 2 else word + chance.of(VOWELS)
+
+
+def letters(word: str) -> str:
+    """"apple" -> "a p p l e"."""
+    return " ".join(word)
+
+
+def counted_letters(word: str, letter: str) -> str:
+    """The letters with the wanted one numbered: ("apple", "p") -> "a p1 p2 l e"."""
+    out, seen = [], 0
+    for c in word:
+        seen += c == letter
+        out.append(f"{c}{seen}" if c == letter else c)
+    return " ".join(out)
+
+
+def letter_to_count(chance: Chance, word: str) -> str:
+    """Mostly a letter of the word (one that comes twice is twice as likely), sometimes any other."""
+    return chance.of("abcdefghijklmnopqrstuvwxyz") if chance.one_in(6) else chance.of(word)
+
+
+def in_words(n: int) -> str:
+    """0 to 999 in English: 342 -> "three hundred forty-two"."""
+    if n < 20:
+        return ONES[n]
+    if n < 100:
+        return TENS[n // 10] + (f"-{ONES[n % 10]}" if n % 10 else "")
+    return f"{ONES[n // 100]} hundred" + (f" {in_words(n % 100)}" if n % 100 else "")
+
+
+def with_article(noun: str) -> str:
+    """"owl" -> "an owl"."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
