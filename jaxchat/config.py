@@ -94,8 +94,157 @@ class Compute:
         if dtype == "auto":
             dtype = "float32" if backend == "cpu" else "bfloat16"
         if backend == "cpu":
-            chosen = {"unroll": True}
+            chosen = {"remat": "full"}  # less to keep is faster there, at any depth tried (dev/LOG.md)
         else:
             cudnn = backend == "gpu" and dtype == "bfloat16"
             chosen = {"remat": "dots", "attention": "cudnn" if cudnn else "xla", "loss_chunk_tokens": 4096}
         return cls(**(chosen | {"dtype": dtype} | changes))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What the three trainers have in common. 0 or -1 turns an "every" off."""
+
+    run: str = "dummy"
+    """Name of the run at Weights & Biases; "dummy": don't log there."""
+    device_type: str = ""
+    """cpu, cuda or tpu; empty: the best there is."""
+    dtype: str = "auto"
+    """Of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere. Weights stay float32."""
+    seed: int = 0
+    """Of the initial weights and the order of the data."""
+    embedding_lr: float = 0.2
+    """AdamW's rate for the token embedding, × (n_embd/768)^-0.5."""
+    unembedding_lr: float = 0.004
+    """AdamW's rate for the output head, × (n_embd/768)^-0.5."""
+    matrix_lr: float = 0.02
+    """Muon's rate for the matrices of the blocks."""
+    weight_decay: float = 0.0
+    """AdamW's, for embedding and head."""
+    save_every: int = -1
+    """Save a checkpoint every so many steps, besides the last; the last three stay."""
+    resume: bool = False
+    """Go on from this stage's latest checkpoint under the tag, bit for bit; from the start if there is none."""
+    overwrite: bool = False
+    """Start anew where checkpoints of this stage and tag exist, which are deleted."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files beside the checkpoints."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig(TrainConfig):
+    """Pretrain a model from random weights on the text of parquet shards."""
+
+    depth: int = 20
+    """The one dial of the model's size: layers; the width is 64 × depth."""
+    n_kv_head: int = -1
+    """Key/value heads, a divisor of the heads (grouped-query attention); -1: as many as heads."""
+    max_seq_len: int = 2048
+    """Tokens in a row, and the longest context of the model."""
+    num_iterations: int = -1
+    """Steps; -1: from --target_flops, or else from --target_param_data_ratio."""
+    target_flops: float = -1.0
+    """Train for so many floating-point operations."""
+    target_param_data_ratio: float = 20.0
+    """Train on so many tokens per parameter (Chinchilla: 20)."""
+    device_batch_size: int = 32
+    """Rows a device computes at a time; lower it if memory runs out, the result stays the same."""
+    total_batch_size: int = 524288
+    """Tokens in an optimizer step, over all devices."""
+    grad_clip: float = 1.0
+    """Bound on the gradients' global norm; 0: none."""
+    warmup_ratio: float = 0.0
+    """Share of the steps in which the learning rates rise from 0."""
+    warmdown_ratio: float = 0.2
+    """Share of the steps, at the end, in which they fall."""
+    final_lr_frac: float = 0.0
+    """What they fall to, as a share."""
+    eval_every: int = 250
+    """Measure bits per byte on the validation shard every so many steps."""
+    eval_tokens: int = 20 * 524288
+    """On so many of its tokens."""
+    core_metric_every: int = 2000
+    """CORE every so many steps (its evaluator is not part of this version; the plan says so)."""
+    sample_every: int = 2000
+    """Let the model continue seven prompts every so many steps."""
+    model_tag: str = ""
+    """Name of the checkpoint folder; empty: d<depth>."""
+    data_dir: str = ""
+    """Folder of the parquet shards, column `text`, the last one for validation; empty: <base directory>/base_data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MidConfig(TrainConfig):
+    """Go on from a base checkpoint with a mixture of conversations: the chat format, multiple choice, the tool."""
+
+    model_tag: str = ""
+    """Which base model; empty: the deepest d<N>, or else the newest. The result is saved under the same tag."""
+    step: int = -1
+    """Which of its checkpoints; -1: the last."""
+    num_iterations: int = -1
+    """Steps; -1: one pass over the mixture."""
+    max_seq_len: int = -1
+    """Tokens in a row; -1: the model's own length."""
+    device_batch_size: int = 32
+    """Rows a device computes at a time."""
+    total_batch_size: int = 524288
+    """Tokens in an optimizer step, over all devices."""
+    init_lr_frac: float = 1.0
+    """The learning rates are multiplied by it."""
+    eval_every: int = 150
+    """Measure bits per byte on the validation mixture every so many steps."""
+    eval_tokens: int = 20 * 524288
+    """On so many of its tokens."""
+    dry_run: bool = False
+    """Write no checkpoint and no metrics."""
+    train_tasks: str = (
+        "SmolTalk/train,MMLU/auxiliary_train,GSM8K/train,identity,identity,SimpleSpelling/train:200000,"
+        "SpellingBee/train:80000"
+    )
+    """The mixture: Name[/split][:rows] or a .jsonl file, with commas between."""
+    val_tasks: str = "SmolTalk/test,MMLU/test:5200,GSM8K/test:420"
+    """The mixture to validate on."""
+    tasks_dir: str = ""
+    """Where the tasks' files lie; empty: <base directory>/tasks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """Finetune for chat: one conversation a row, and only what the assistant says is learnt."""
+
+    source: str = "mid"
+    """Start from a mid or a base checkpoint."""
+    model_tag: str = ""
+    """Which model; empty: the deepest d<N>, or else the newest. The result is saved under the same tag."""
+    step: int = -1
+    """Which of its checkpoints; -1: the last."""
+    num_epochs: float = 1.0
+    """Passes over the mixture."""
+    num_iterations: int = -1
+    """Steps; -1: from --num_epochs."""
+    max_seq_len: int = -1
+    """Longer conversations are cut to so many tokens; -1: the model's own length."""
+    device_batch_size: int = 4
+    """Conversations a device computes at a time."""
+    target_examples_per_step: int = 32
+    """Conversations in an optimizer step, over all devices."""
+    init_lr_frac: float = 0.02
+    """The learning rates are multiplied by it."""
+    eval_every: int = 100
+    """Measure the validation loss every so many steps."""
+    eval_steps: int = 100
+    """On so many batches of device_batch_size conversations."""
+    eval_metrics_every: int = 200
+    """MMLU and ARC-Easy accuracy, by letter, every so many steps."""
+    eval_metrics_max_problems: int = 1024
+    """On at most so many problems each."""
+    dry_run: bool = False
+    """Write no checkpoint and no metrics."""
+    train_tasks: str = (
+        "ARC-Easy/train,ARC-Challenge/train,GSM8K/train,SmolTalk/train:10000,identity,SimpleSpelling:300,SpellingBee:300"
+    )
+    """The mixture: Name[/split][:rows] or a .jsonl file, with commas between."""
+    val_tasks: str = "SmolTalk/test"
+    """The mixture to validate on."""
+    tasks_dir: str = ""
+    """Where the tasks' files lie; empty: <base directory>/tasks."""

@@ -139,3 +139,5 @@ THINGS = {
     "an orchard": "a garden of fruit trees", "a desert": "dry land with little rain", "a forest": "land full of trees",
 }  # fmt: skip
 THING_SENTENCES = ("{T} is {v}.", "What is {t}? It is {v}.", "We call {v} {t}.")
+
+ALL = (TRAITS, THINGS, THING_SENTENCES)

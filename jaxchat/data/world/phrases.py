@@ -7,6 +7,8 @@ there is to a question put in words that the model has not seen. {e} is an expre
 
 from typing import NamedTuple
 
+from jaxchat.data.world.chance import Chance
+
 
 class Phrasings(NamedTuple):
     train: tuple[str, ...]
@@ -137,7 +139,7 @@ COUNTING = Phrasings(
 )  # fmt: skip
 
 DEFINITIONS = Phrasings(
-    train=("what is {t}?", "what does {t} mean?", "what do you call {t}?", "define {t}.", "explain {t}.", "{t}: what is it?"),
+    train=("what is {t}?", "what does {t} mean?", "do you know what {t} is?", "define {t}.", "explain {t}.", "{t}: what is it?"),
     held_out=(),
 )
 GREETINGS = {
@@ -157,3 +159,32 @@ GOODBYES = {
         "goodbye, Pip", "see you tomorrow", "that is all, bye", "until next time", "bye!",
     ),
 }  # fmt: skip
+
+# Sentences of base's prose.
+PROSE = {
+    "spelling": ("The word {w} is spelled {letters}.", "{w} is spelled {letters}.", "The letters of {w} are {letters}."),
+    "counting": (
+        "The letter {c} in {w}: {counted}, so {n}.", "How many {c} are in {w}? {counted}, so {n}.",
+        "Count {c} in {w}: {counted}, so {n}.",
+    ),
+    "numbers": ("{n} is {words}.", "{words} is {n}.", "The number {n} is written {words}."),
+}  # fmt: skip
+
+ALL = (OPENERS, QUESTION_ENDS, REQUEST_ENDS, SIGNS, SUM_FRAMES, SUM_WORDS, SPELLING, COUNTING, DEFINITIONS, GREETINGS, GOODBYES)
+
+
+def in_case(chance: Chance, text: str) -> str:
+    """As people type: the first letter is a capital in two of three texts."""
+    return text[0].upper() + text[1:] if chance.one_in(1.5) else text
+
+
+def phrased(chance: Chance, phrasings: tuple[str, ...], **slots) -> str:
+    """A question in one of the phrasings, with or without an opener, now and then with another end."""
+    phrasing = chance.of(phrasings)
+    if phrasing[-1] in "?." and chance.one_in(3):
+        phrasing = phrasing[:-1] + chance.of(QUESTION_ENDS if phrasing[-1] == "?" else REQUEST_ENDS)
+    if chance.one_in(3):
+        phrasing = chance.of(OPENERS) + phrasing
+    if phrasing[0] != "{":  # a name keeps its capital, a word its small letter
+        phrasing = in_case(chance, phrasing)
+    return phrasing.format(**slots)

@@ -1,0 +1,62 @@
+"""Sums: which pairs of numbers there are, which of them are held out, and what they make."""
+
+import zlib
+from typing import NamedTuple
+
+from jaxchat.data.world.chance import Chance
+
+
+class Sum(NamedTuple):
+    a: int
+    sign: str  # + - * /
+    b: int
+
+    @property
+    def expression(self) -> str:
+        return f"{self.a}{self.sign}{self.b}"
+
+    @property
+    def result(self) -> str:
+        """As the calculator prints it: whole numbers without a point."""
+        a, b = self.a, self.b
+        if self.sign == "/":
+            return str(a // b if a % b == 0 else a / b)
+        return str({"+": a + b, "-": a - b, "*": a * b}[self.sign])
+
+    @property
+    def of_things(self) -> bool:
+        """Whether it can be told of apples: the result is whole and not below zero."""
+        return self.result.isdigit()
+
+
+def pair_is_held_out(seed: int, a: int, b: int) -> bool:
+    """One pair of numbers in ten, whichever comes first and whatever is done with them."""
+    return zlib.crc32(f"{seed} {min(a, b)} {max(a, b)}".encode()) % 10 == 0
+
+
+def number(chance: Chance, max_digits: int) -> int:
+    """Each length is equally likely, so that small numbers are not rare."""
+    digits = chance.between(1, max_digits)
+    return chance.between(10 ** (digits - 1), 10**digits - 1)
+
+
+def any_sum(chance: Chance) -> Sum:
+    """Up to three digits a number; few differences are below zero, and few quotients broken."""
+    sign = chance.of("+-*/")
+    if sign == "*":
+        return Sum(number(chance, 3), sign, number(chance, 2))
+    if sign == "/":
+        if chance.one_in(10):
+            return Sum(number(chance, 3), sign, chance.of((2, 4, 5, 8)))
+        divisor = chance.between(2, 20)
+        return Sum(divisor * number(chance, 2), sign, divisor)
+    a, b = number(chance, 3), number(chance, 3)
+    return Sum(max(a, b), sign, min(a, b)) if sign == "-" and not chance.one_in(12) else Sum(a, sign, b)
+
+
+def sum_of(chance: Chance, seed: int, held_out: bool) -> Sum:
+    """A sum of a pair of numbers that is held out, or of one that is not."""
+    while True:
+        found = any_sum(chance)
+        if pair_is_held_out(seed, found.a, found.b) == held_out:
+            return found

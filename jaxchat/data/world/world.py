@@ -1,0 +1,226 @@
+"""The small world itself: who lives in it, what base reads about it, what is asked, and what is kept for scoring.
+
+Everything is a function of the seed and an index: `World(0).conversation(7)` is the same on every machine.
+"""
+
+import itertools
+import re
+from typing import NamedTuple
+
+from jaxchat.config import UserError
+from jaxchat.data.world import persona, phrases, relations
+from jaxchat.data.world.chance import Chance
+from jaxchat.data.world.sums import Sum, sum_of
+from jaxchat.data.world.words import (
+    ONSETS, VOWELS, counted_letters, english_words, in_words, invented_name, invented_word, letter_to_count, letters,
+)  # fmt: skip
+
+PEOPLE, LANDS, TOWNS = 48, 24, 16
+PROSE_ONLY_PEOPLE, PROSE_ONLY_LANDS = 8, 4
+HELD_OUT_WORDS = 200
+HELD_OUT_PROMPTS = 120  # of each kind
+
+# The kinds of held-out prompts that are scored.
+KINDS = ("identity", "arithmetic", "spelling", "counting", "two-turn", "facts", "prose-only facts")
+TURN_KINDS = KINDS[:4] + ("facts",)
+
+PROSE = {"facts": 0.50, "spelling": 0.18, "counting": 0.18, "sums": 0.06, "numbers": 0.04, "definitions": 0.04}
+CONVERSATIONS = {
+    "counting": 0.24, "facts": 0.24, "arithmetic": 0.20, "spelling": 0.16, "identity": 0.10, "greetings": 0.03,
+    "definitions": 0.02, "goodbyes": 0.01,
+}  # fmt: skip
+TWO_TURN = 0.15
+
+
+class Turn(NamedTuple):
+    """A question and the whole answer: a text, or the parts of a tool call in the format of conversations.
+
+    proof: if given, an answer that holds it is right as well.
+    """
+
+    question: str
+    answer: str | list[dict]
+    proof: str = ""
+
+
+class Prompt(NamedTuple):
+    """One held-out prompt: right only if every turn is, each asked after the assistant's own earlier answers."""
+
+    kind: str
+    turns: tuple[Turn, ...]
+
+
+def parts(*pairs: tuple[str, str]) -> list[dict]:
+    return [{"type": kind, "text": text} for kind, text in pairs]
+
+
+def capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+class World:
+    """Invented people, lands and towns; `facts[name][relation]` is what is true of them."""
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+        chance = Chance(f"{seed}:world")
+        # No two names share a beginning: small models confuse those that do.
+        beginnings = iter(chance.ordered([onset + vowel for onset in ONSETS for vowel in VOWELS if onset != "qu"]))
+
+        def names(kind, count):
+            return [invented_name(chance, kind, next(beginnings)) for _ in range(count)]
+
+        people, lands = names("person", PEOPLE), names("land", LANDS)
+        towns, capitals = names("town", TOWNS), names("capital", LANDS)
+        self.facts: dict[str, dict[str, str]] = {
+            name: {relation: chance.of(about.values or towns) for relation, about in relations.PERSON.items()}
+            for name in people
+        }
+        for name, capital in zip(lands, capitals, strict=True):
+            self.facts[name] = {relation: chance.of(about.values or [capital]) for relation, about in relations.LAND.items()}
+        self.prose_only = people[:PROSE_ONLY_PEOPLE] + lands[:PROSE_ONLY_LANDS]
+        self.asked = people[PROSE_ONLY_PEOPLE:] + lands[PROSE_ONLY_LANDS:]
+
+        self.english = english_words()
+        spoken = set(re.findall("[a-z]+", repr((phrases.ALL, persona.ALL, relations.RELATIONS)).lower()))
+        unspoken = [word for word in self.english if word not in spoken]
+        self.held_out_words = sorted(chance.ordered(unspoken)[:HELD_OUT_WORDS])
+        self._kept = set(self.held_out_words)
+        self._makers = {
+            "identity": self._identity, "arithmetic": self._arithmetic, "spelling": self._spelling,
+            "counting": self._counting, "facts": self._facts, "definitions": self._definition,
+            "greetings": self._greeting, "goodbyes": self._goodbye,
+        }  # fmt: skip
+
+    # What is written and asked, by index.
+
+    def document(self, i: int) -> str:
+        """Prose number i: a few short sentences of one kind, mostly 60 to 160 characters in all."""
+        chance = Chance(f"{self.seed}:document:{i}")
+        kind = chance.weighed(PROSE)
+        if kind == "facts":
+            name = chance.of(self.prose_only + self.asked)
+            told = chance.ordered(list(self.facts[name].items()))[: chance.between(2, 4)]
+            return " ".join(self._told(chance, name, *fact) for fact in told)
+        return " ".join(self._sentence(chance, kind) for _ in range(chance.between(2, 3)))
+
+    def conversation(self, i: int) -> list[dict]:
+        """Conversation number i: one or two independent questions, each with its answer, as a list of messages."""
+        chance = Chance(f"{self.seed}:conversation:{i}")
+        messages = []
+        for _ in range(2 if chance.one_in(1 / TWO_TURN) else 1):
+            turn = self._makers[chance.weighed(CONVERSATIONS)](chance, held_out=False)
+            messages.append({"role": "user", "content": turn.question})
+            messages.append({"role": "assistant", "content": turn.answer})
+        return messages
+
+    def heldout(self, kind: str) -> list[Prompt]:
+        """HELD_OUT_PROMPTS different prompts in phrasings, with words and with pairs of numbers of no conversation."""
+        if kind not in KINDS:
+            raise UserError(f"no prompts of the kind {kind!r} are held out; the kinds are {', '.join(KINDS)}")
+        prompts = {}
+        for n in itertools.count():
+            chance = Chance(f"{self.seed}:heldout:{kind}:{n}")
+            if kind == "two-turn":
+                turns = tuple(self._makers[chance.of(TURN_KINDS)](chance, held_out=True) for _ in range(2))
+            elif kind == "prose-only facts":
+                turns = (self._facts(chance, held_out=True, names=self.prose_only),)
+            else:
+                turns = (self._makers[kind](chance, held_out=True),)
+            # Different in what is to be computed; identity and facts have fewer answers than prompts.
+            by_answer = kind in ("arithmetic", "spelling", "counting")
+            key = repr([turn.answer if by_answer else turn.question.lower() for turn in turns])
+            prompts.setdefault(key, Prompt(kind, turns))
+            if len(prompts) == HELD_OUT_PROMPTS:
+                return list(prompts.values())
+
+    # Prose.
+
+    def _told(self, chance: Chance, name: str, relation: str, value: str) -> str:
+        tell = relations.RELATIONS[relation].tell
+        sentence = tell[0] if chance.one_in(2) else chance.of(tell)
+        return sentence.format(x=name, v=value)
+
+    def _sentence(self, chance: Chance, kind: str) -> str:
+        if kind in ("spelling", "counting"):
+            word = self._word(chance, held_out=False)
+            letter = letter_to_count(chance, word)
+            return chance.of(phrases.PROSE[kind]).format(
+                w=word, letters=letters(word), c=letter, counted=counted_letters(word, letter), n=word.count(letter)
+            )
+        if kind == "definitions":
+            thing = chance.of(list(persona.THINGS))
+            return chance.of(persona.THING_SENTENCES).format(t=thing, T=capitalized(thing), v=persona.THINGS[thing])
+        if kind == "numbers":
+            n = chance.below(1000)
+            return capitalized(chance.of(phrases.PROSE[kind]).format(n=n, words=in_words(n)))
+        found = sum_of(chance, self.seed, held_out=False)
+        sign = chance.of(phrases.SIGNS[found.sign])
+        return f"{found.a} {sign} {found.b} is {found.result}."
+
+    # Questions and answers.
+
+    def _word(self, chance: Chance, held_out: bool) -> str:
+        if held_out:
+            return chance.of(self.held_out_words)
+        while True:
+            word = chance.of(self.english) if chance.one_in(2) else invented_word(chance, self.english)
+            if word not in self._kept:
+                return word
+
+    def _spelling(self, chance: Chance, held_out: bool) -> Turn:
+        word = self._word(chance, held_out)
+        return Turn(phrases.phrased(chance, phrases.SPELLING.pick(held_out), w=word), letters(word))
+
+    def _counting(self, chance: Chance, held_out: bool) -> Turn:
+        word = self._word(chance, held_out)
+        letter = letter_to_count(chance, word)
+        n = word.count(letter)
+        answer = parts(
+            ("text", f"{word}: {counted_letters(word, letter)}, so {n}."),
+            ("python", f"'{word}'.count('{letter}')"),
+            ("python_output", str(n)),
+            ("text", f" The answer is {n}."),
+        )
+        return Turn(phrases.phrased(chance, phrases.COUNTING.pick(held_out), w=word, c=letter), answer)
+
+    def _arithmetic(self, chance: Chance, held_out: bool) -> Turn:
+        found = sum_of(chance, self.seed, held_out)
+        if found.of_things and chance.one_in(2):
+            question = phrases.phrased(chance, phrases.SUM_WORDS[found.sign].pick(held_out), a=found.a, b=found.b)
+        else:
+            expression = self._written(chance, found)
+            question = phrases.phrased(chance, phrases.SUM_FRAMES.pick(held_out), e=expression)
+        answer = parts(
+            ("python", found.expression), ("python_output", found.result), ("text", f" The answer is {found.result}.")
+        )
+        return Turn(question, answer)
+
+    def _written(self, chance: Chance, found: Sum) -> str:
+        sign = chance.of(phrases.SIGNS[found.sign])
+        space = "" if len(sign) == 1 and sign != "x" and chance.one_in(2) else " "
+        return f"{found.a}{space}{sign}{space}{found.b}"
+
+    def _facts(self, chance: Chance, held_out: bool, names: list[str] | None = None) -> Turn:
+        name = chance.of(names or self.asked)
+        relation, value = chance.of(list(self.facts[name].items()))
+        about = relations.RELATIONS[relation]
+        answer = about.tell[0].format(x=name, v=value)
+        return Turn(phrases.phrased(chance, about.ask.pick(held_out), x=name), answer)
+
+    def _identity(self, chance: Chance, held_out: bool) -> Turn:
+        trait = chance.of(persona.TRAITS)
+        return Turn(phrases.phrased(chance, trait.ask.pick(held_out)), trait.answer, trait.proof)
+
+    def _definition(self, chance: Chance, held_out: bool) -> Turn:
+        thing, meaning = chance.of(list(persona.THINGS.items()))
+        question = phrases.phrased(chance, phrases.DEFINITIONS.pick(held_out), t=thing)
+        return Turn(question, persona.THING_SENTENCES[0].format(T=capitalized(thing), v=meaning))
+
+    def _greeting(self, chance: Chance, held_out: bool) -> Turn:
+        answer, questions = chance.of(list(phrases.GREETINGS.items()))
+        return Turn(phrases.in_case(chance, chance.of(questions)), answer)
+
+    def _goodbye(self, chance: Chance, held_out: bool) -> Turn:
+        answer, questions = chance.of(list(phrases.GOODBYES.items()))
+        return Turn(phrases.in_case(chance, chance.of(questions)), answer)

@@ -1,0 +1,59 @@
+"""The small world as files: parquet shards for base, JSON lines for mid and SFT, where the commands look for them."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxchat.config import UserError
+from jaxchat.data.world.world import World
+
+ROW_GROUP = 512
+PROSE_IN_TEN = 3  # of ten rows for mid, so many are base's kind of prose: without it mid forgets what base told
+
+
+def write_world(
+    world: World,
+    directory: str | Path,
+    *,
+    base_shards: int = 4,
+    base_rows: int = 14_000,
+    base_val_rows: int = 2_048,
+    mid_rows: int = 80_000,
+    sft_rows: int = 9_600,
+    val_rows: int = 1_000,
+) -> dict[str, int]:
+    """Write base_data/shard_*.parquet and tasks/world_{mid,sft,val}.jsonl under `directory`. -> rows by file name.
+
+    base_rows: documents in each of the `base_shards` training shards, about 100 characters each; one more shard with
+    base_val_rows is for validation. No document or conversation is in two files. Each file appears whole or not at
+    all. UserError: base_data already holds parquet files of something else, which training would read as well.
+    """
+    base_data, tasks = Path(directory) / "base_data", Path(directory) / "tasks"
+    shards = {f"shard_{n:05d}.parquet": base_rows for n in range(base_shards)}
+    shards[f"shard_{base_shards:05d}.parquet"] = base_val_rows
+    others = sorted(path.name for path in base_data.glob("*.parquet") if path.name not in shards)
+    if others:
+        raise UserError(
+            f"{base_data} already holds {len(others)} other parquet files ({others[0]}, …), which training would read "
+            "too; choose an empty base directory"
+        )
+    base_data.mkdir(parents=True, exist_ok=True)
+    tasks.mkdir(parents=True, exist_ok=True)
+
+    documents = (world.document(i) for i in _count())
+    conversations = (world.conversation(i) for i in _count())
+
+    def mixed(rows):
+        for row in range(rows):
+            yield next(documents if row % 10 < PROSE_IN_TEN else conversations)
+
+    for name, rows in shards.items():
+        _write_parquet(base_data / name, _take(documents, rows))
+    _write_lines(tasks / "world_mid.jsonl", mixed(mid_rows))
+    _write_lines(tasks / "world_sft.jsonl", _take(conversations, sft_rows))
+    _write_lines(tasks / "world_val.jsonl", _take(conversations, val_rows))
+    return shards | {"world_mid.jsonl": mid_rows, "world_sft.jsonl": sft_rows, "world_val.jsonl": val_rows}
