@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import count, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -44,16 +45,30 @@ def write_world(
     base_data.mkdir(parents=True, exist_ok=True)
     tasks.mkdir(parents=True, exist_ok=True)
 
-    documents = (world.document(i) for i in _count())
-    conversations = (world.conversation(i) for i in _count())
+    documents = (world.document(i) for i in count())
+    conversations = (world.conversation(i) for i in count())
 
     def mixed(rows):
         for row in range(rows):
             yield next(documents if row % 10 < PROSE_IN_TEN else conversations)
 
     for name, rows in shards.items():
-        _write_parquet(base_data / name, _take(documents, rows))
+        _write_parquet(base_data / name, islice(documents, rows))
     _write_lines(tasks / "world_mid.jsonl", mixed(mid_rows))
-    _write_lines(tasks / "world_sft.jsonl", _take(conversations, sft_rows))
-    _write_lines(tasks / "world_val.jsonl", _take(conversations, val_rows))
+    _write_lines(tasks / "world_sft.jsonl", islice(conversations, sft_rows))
+    _write_lines(tasks / "world_val.jsonl", islice(conversations, val_rows))
     return shards | {"world_mid.jsonl": mid_rows, "world_sft.jsonl": sft_rows, "world_val.jsonl": val_rows}
+
+
+def _write_parquet(path: Path, texts: Iterable[str]) -> None:
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.table({"text": list(texts)}), partial, row_group_size=ROW_GROUP, compression="zstd")
+    os.replace(partial, path)
+
+
+def _write_lines(path: Path, rows: Iterable) -> None:
+    """One JSON value a line: a conversation's array of messages, or a document's string."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(partial, path)

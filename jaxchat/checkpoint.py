@@ -1,0 +1,172 @@
+"""Checkpoints: weights, optimizer, data position and JSON metadata under <base directory>/<stage>/<tag>/<step>/.
+
+Orbax writes them in the background; a step's folder appears under its name only when it is whole.
+"""
+
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from jaxchat import sharding
+from jaxchat.config import ModelConfig, UserError, base_dir
+from jaxchat.model import params as model_params
+from jaxchat.model.params import Params
+from jaxchat.tokenizer import Tokenizer
+
+FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints"}
+COMMANDS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft"}
+KEEP = 3  # checkpoints of one run that stay
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the whole checkpoints in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir())
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.absolute()
+        self._manager = None
+
+    def _open(self):
+        if self._manager is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=True)
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        return self._manager
+
+    def steps(self) -> list[int]:
+        return steps_in(self.folder)
+
+    def delete_all(self):
+        """Delete the run's folder, metrics and all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def save(self, step: int, *, params: Params, optimizer: Any, batches: grain.DatasetIterator | None, meta: dict):
+        """Start saving; training may go on at once. optimizer and batches None: weights and metadata only."""
+        items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
+        if optimizer is not None:
+            items["optimizer"] = ocp.args.StandardSave(optimizer)
+        if batches is not None:
+            items["data"] = grain.checkpoint.CheckpointSave(batches)
+        self._open().save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore(self, step: int, *, params: Params, optimizer: Any, batches: grain.DatasetIterator):
+        """-> (params, optimizer), laid out as the given ShapeDtypeStructs say; `batches` is set in place."""
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(params),
+            optimizer=ocp.args.StandardRestore(optimizer),
+            data=grain.checkpoint.CheckpointRestore(batches),
+        )
+        restored = self._open().restore(step, args=items)
+        return restored["params"], restored["optimizer"]
+
+    def meta(self, step: int) -> dict:
+        return read_meta(self.folder, step)
+
+    def close(self):
+        """Wait until what is being saved is whole."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+            self._manager.close()
+            self._manager = None
+
+
+def read_meta(folder: Path, step: int) -> dict:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(folder.absolute() / str(step) / "meta")
+
+
+def find(source: str, model_tag: str = "", step: int = -1) -> tuple[Path, int]:
+    """(folder, step) of a stage's checkpoint: of the given tag, else the deepest d<N>, else the newest; the last step."""
+    if source not in FOLDERS:
+        raise UserError(f"unknown source {source!r}; it is one of {', '.join(FOLDERS)}")
+    root = base_dir() / FOLDERS[source]
+    train = f"train one with: python -m launch.{COMMANDS[source]}"
+    if not model_tag:
+        tags = [p for p in root.iterdir() if steps_in(p)] if root.is_dir() else []
+        if not tags:
+            raise UserError(f"no {source} checkpoint in {root}; {train}")
+        depth_of = {p: int(m[1]) for p in tags if (m := re.fullmatch(r"d(\d+)", p.name))}
+        newest = max(tags, key=lambda p: p.stat().st_mtime)
+        model_tag = (max(depth_of, key=depth_of.get) if depth_of else newest).name
+    folder = root / model_tag
+    steps = steps_in(folder)
+    if not steps:
+        there = sorted(p.name for p in root.iterdir() if steps_in(p)) if root.is_dir() else []
+        have = f"there are: {', '.join(there)}" if there else train
+        raise UserError(f"no {source} checkpoint named {model_tag} in {root}; {have}")
+    if step >= 0 and step not in steps:
+        raise UserError(f"no step {step} in {folder}; there are: {', '.join(map(str, steps))}")
+    return folder, step if step >= 0 else steps[-1]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    params: Params
+    config: ModelConfig
+    tokenizer: Tokenizer
+    meta: dict
+    path: Path
+    tag: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose metadata is read and whose weights are not."""
+
+    folder: Path
+    step: int
+    meta: dict
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+    def load(self, mesh: Mesh) -> Params:
+        """The float32 weights on a mesh."""
+        specs = sharding.named(mesh, model_params.specs(self.config))
+        target = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), model_params.shapes(self.config), specs
+        )
+        path = self.folder.absolute() / str(self.step) / "params"
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                return reader.restore(path, target)
+        except (ValueError, OSError) as problem:
+            line = str(problem).splitlines()[0]
+            raise UserError(f"{path} does not hold the weights that its metadata tells: {line}") from problem
+
+
+def open_model(source: str, model_tag: str = "", step: int = -1) -> Found:
+    """Find a checkpoint and check that it and the tokenizer belong together."""
+    folder, step = find(source, model_tag, step)
+    meta = read_meta(folder, step)
+    tokenizer = Tokenizer.load()
+    if meta["tokenizer_hash"] != tokenizer.hash:
+        raise UserError(
+            f"{folder / str(step)} was trained with tokenizer {meta['tokenizer_hash'][:12]}, but the one in "
+            f"{base_dir() / 'tokenizer'} is {tokenizer.hash[:12]}; restore the former, or train the model anew"
+        )
+    return Found(folder, step, meta, ModelConfig(**meta["model"]), tokenizer)
+
+
+def load_model(source: str, model_tag: str = "", step: int = -1, mesh: Mesh | None = None) -> LoadedModel:
+    """A model for evaluation or chat, on one device unless a mesh is given."""
+    found = open_model(source, model_tag or "", -1 if step is None else step)
+    params = found.load(mesh or sharding.make_mesh(jax.local_devices()[:1]))
+    path = found.folder / str(found.step)
+    return LoadedModel(params, found.config, found.tokenizer, found.meta, path, found.folder.name)
+
+
+def describe_model(config: ModelConfig) -> dict:
+    return asdict(config)
