@@ -32,8 +32,8 @@ class Chance(random.Random):
         for key, weight in weights.items():
             left -= weight
             if left < 0:
-                break
-        return key
+                return key
+        return key  # rounding left a hair over
 
     def ordered(self, items: Sequence) -> list:
         """All of `items` in a random order."""

@@ -27,7 +27,8 @@ TRAITS = (
                 "what am I talking to?", "I do not know your name.", "do you know who you are?",
             ),
             held_out=(
-                "could you tell me who you are?", "what name do you have?", "may I know your name?", "give me your name.",
+                "could you tell me who you are?", "what name do you have?", "may I know your name?",
+                "give me your name.",
                 "what do I call you?", "please introduce yourself to me.",
             ),
         ),
@@ -73,10 +74,13 @@ TRAITS = (
         "inside this computer",
         Phrasings(
             train=(
-                "where are you?", "where do you live?", "where is your home?", "where do you run?", "where do you stay?",
-                "what is your home?", "which place do you live in?", "tell me where you live.", "in which place are you?",
+                "where are you?", "where do you live?", "where is your home?", "where do you run?",
+                "where do you stay?",
+                "what is your home?", "which place do you live in?", "tell me where you live.",
+                "in which place are you?",
                 "where are you running?", "where can I find you?", "what place are you in?", "where are you now?",
-                "do you live somewhere?", "where is your place?", "tell me where you are.", "where in the world are you?",
+                "do you live somewhere?", "where is your place?", "tell me where you are.",
+                "where in the world are you?",
                 "I want to know where you live.", "can you say where you are?", "what do you live in?",
             ),
             held_out=(
@@ -91,10 +95,12 @@ TRAITS = (
         Phrasings(
             train=(
                 "are you human?", "are you a human?", "are you a person?", "are you alive?", "are you real?",
-                "are you a man?", "are you a woman?", "are you a real person?", "do you breathe?", "are you a living thing?",
+                "are you a man?", "are you a woman?", "are you a real person?", "do you breathe?",
+                "are you a living thing?",
                 "is this a human?", "is this a person?", "are you like a human?", "do you have a body?",
                 "are you a human or not?", "tell me if you are human.", "say, are you human?", "do you feel pain?",
-                "you are human, right?", "you are a person, right?", "am I talking to a human?", "do you have feelings?",
+                "you are human, right?", "you are a person, right?", "am I talking to a human?",
+                "do you have feelings?",
             ),
             held_out=(
                 "are you really human?", "are you a living person?", "am I talking to a person?",
@@ -125,16 +131,19 @@ TRAITS = (
 # An everyday thing and what it is; both are said in base's prose, and conversations ask about them.
 THINGS = {
     "a bakery": "a place where bread is made", "a well": "a deep hole with water in it",
-    "a bridge": "a road over water", "an island": "land with water all around it", "a clock": "a thing that tells the time",
+    "a bridge": "a road over water", "an island": "land with water all around it",
+    "a clock": "a thing that tells the time",
     "a library": "a house full of books", "a harbor": "a place where ships rest", "a key": "a thing that opens a lock",
-    "a ladder": "a set of steps to climb up", "a lamp": "a thing that gives light", "a mill": "a house where corn is ground",
+    "a ladder": "a set of steps to climb up", "a lamp": "a thing that gives light",
+    "a mill": "a house where corn is ground",
     "a map": "a picture of the land", "a market": "a place to buy and sell", "a mirror": "a glass that shows your face",
     "an oven": "a hot box for baking", "a river": "water that flows to the sea", "a roof": "the top of a house",
     "a school": "a place where children learn", "a shovel": "a tool for digging", "a tent": "a house made of cloth",
     "a tower": "a tall and narrow building", "an umbrella": "a roof that you carry in the rain",
     "a valley": "low land between hills", "a violin": "a thing with strings that makes music",
     "a wheel": "a round thing that rolls", "winter": "the cold part of the year", "summer": "the warm part of the year",
-    "dawn": "the time when the sun comes up", "rain": "water that falls from the sky", "ice": "water that is hard and cold",
+    "dawn": "the time when the sun comes up", "rain": "water that falls from the sky",
+    "ice": "water that is hard and cold",
     "honey": "sweet food made by bees", "milk": "a white drink from cows", "wool": "the hair of sheep",
     "an orchard": "a garden of fruit trees", "a desert": "dry land with little rain", "a forest": "land full of trees",
 }  # fmt: skip

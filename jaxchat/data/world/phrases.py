@@ -27,7 +27,8 @@ OPENERS = (
 QUESTION_ENDS = ("?", "?", "?", "?", "?", "", "", "??", ", please?", " please?", ", Pip?", "? thank you.")
 REQUEST_ENDS = (".", ".", ".", "", "", "!", ", please.", " please", ", Pip.", ". thank you.")
 
-SIGNS = {"+": ("+", "+", "plus"), "-": ("-", "-", "minus"), "*": ("*", "*", "x", "times"), "/": ("/", "/", "divided by")}
+SIGNS = {"+": ("+", "+", "plus"), "-": ("-", "-", "minus"), "*": ("*", "*", "x", "times"), "/": ("/", "/",
+"divided by")}
 
 # For all four operations: {e} is "23 * 7", "23*7" or "23 times 7".
 SUM_FRAMES = Phrasings(
@@ -53,11 +54,14 @@ SUM_WORDS = {
     "+": Phrasings(
         train=(
             "add {a} and {b}.", "add {a} to {b}.", "what is the sum of {a} and {b}?", "sum up {a} and {b}.",
-            "what do you get if you add {a} and {b}?", "{a} and {b} together make what?", "how much do {a} and {b} make?",
-            "I have {a} apples and get {b} more. how many do I have?", "there are {a} birds and {b} more come. how many?",
+            "what do you get if you add {a} and {b}?", "{a} and {b} together make what?",
+            "how much do {a} and {b} make?",
+            "I have {a} apples and get {b} more. how many do I have?",
+            "there are {a} birds and {b} more come. how many?",
             "the sum of {a} and {b}?", "put {a} and {b} together.", "the total of {a} and {b} is what?",
         ),
-        held_out=("can you add {a} and {b}?", "what is the total of {a} and {b}?", "how much are {a} and {b} together?"),
+        held_out=("can you add {a} and {b}?", "what is the total of {a} and {b}?",
+        "how much are {a} and {b} together?"),
     ),
     "-": Phrasings(
         train=(
@@ -73,9 +77,11 @@ SUM_WORDS = {
     ),
     "*": Phrasings(
         train=(
-            "multiply {a} by {b}.", "multiply {a} and {b}.", "multiply {a} with {b}.", "what is the product of {a} and {b}?",
+            "multiply {a} by {b}.", "multiply {a} and {b}.", "multiply {a} with {b}.",
+            "what is the product of {a} and {b}?",
             "I have {a} boxes of {b} apples. how many apples do I have?", "{a} multiplied by {b} is what?",
-            "what do I get if I multiply {a} and {b}?", "the product of {a} and {b}?", "how much is {a} multiplied by {b}?",
+            "what do I get if I multiply {a} and {b}?", "the product of {a} and {b}?",
+            "how much is {a} multiplied by {b}?",
             "there are {a} bags with {b} eggs each. how many eggs?", "find the product of {a} and {b}.",
         ),
         held_out=(
@@ -87,7 +93,8 @@ SUM_WORDS = {
         train=(
             "divide {a} by {b}.", "how often does {b} go into {a}?", "what do I get if I divide {a} by {b}?",
             "share {a} apples among {b} children. how many does each get?", "split {a} into {b} equal parts.",
-            "{a} shared among {b} is how much?", "what is one of {b} equal parts of {a}?", "please divide {a} by {b} for me.",
+            "{a} shared among {b} is how much?", "what is one of {b} equal parts of {a}?",
+            "please divide {a} by {b} for me.",
             "I cut {a} into {b} equal parts. how big is each?", "how many times does {b} go into {a}?",
         ),
         held_out=(
@@ -101,10 +108,12 @@ SPELLING = Phrasings(
     train=(
         "how do you spell {w}?", "how do you spell {w}?", "spell {w}.", "spell the word {w}.", "can you spell {w}?",
         "can you spell the word {w} for me?", "what are the letters of {w}?", "how is {w} spelled?",
-        "how is the word {w} written?", "please spell out {w}.", "tell me how to spell {w}.", "write {w} letter by letter.",
+        "how is the word {w} written?", "please spell out {w}.", "tell me how to spell {w}.",
+        "write {w} letter by letter.",
         "give me the letters of {w}.", "show me the spelling of {w}.", "what is the spelling of {w}?",
         "I want to write {w}. how is it spelled?", "how does one spell {w}?", "list the letters of {w}.",
-        "do you know how to spell {w}?", "I can not spell {w}. can you?", "help me spell {w}.", "{w}: how is it spelled?",
+        "do you know how to spell {w}?", "I can not spell {w}. can you?", "help me spell {w}.",
+        "{w}: how is it spelled?",
         "letter by letter, what is {w}?", "say the letters of {w}.", "which letters make up the word {w}?",
         "write out the word {w} in letters.", "spell {w} for me.", "the spelling of {w}?", "how should I spell {w}?",
         "what letters are in the word {w}?", "show me how to write {w}.", "I need to spell {w}.", "spell: {w}",
@@ -118,7 +127,8 @@ SPELLING = Phrasings(
 
 COUNTING = Phrasings(
     train=(
-        "how many {c} are in {w}?", "how many {c} are in {w}?", "how many {c} are there in {w}?", "how often is {c} in {w}?",
+        "how many {c} are in {w}?", "how many {c} are in {w}?", "how many {c} are there in {w}?",
+        "how often is {c} in {w}?",
         "how often does {c} come in {w}?", "count the {c} in {w}.", "count the letter {c} in {w}.",
         "how many times does {c} appear in {w}?", "how many times is the letter {c} in {w}?",
         "in {w}, how many {c} are there?", "what is the number of {c} in {w}?", "tell me how many {c} are in {w}.",
@@ -126,7 +136,8 @@ COUNTING = Phrasings(
         "how many {c} do you see in {w}?", "how often do you find {c} in the word {w}?", "number of {c} in {w}?",
         "{w}: how many {c}?", "find the number of {c} in {w}.", "how many of the letters of {w} are {c}?",
         "the word {w} has how many {c}?", "count how often {c} is in {w}.", "I need the count of {c} in {w}.",
-        "look at the word {w}. how many {c} are in it?", "how many times do I see {c} in {w}?", "is {c} in {w}? how many?",
+        "look at the word {w}. how many {c} are in it?", "how many times do I see {c} in {w}?",
+        "is {c} in {w}? how many?",
         "how many {c} has {w}?", "do you know how many {c} there are in {w}?", "count {c} in {w} for me.",
         "take the word {w} and count the {c}.", "what is the count of {c} in {w}?", "how often is there a {c} in {w}?",
     ),
@@ -139,7 +150,9 @@ COUNTING = Phrasings(
 )  # fmt: skip
 
 DEFINITIONS = Phrasings(
-    train=("what is {t}?", "what does {t} mean?", "do you know what {t} is?", "define {t}.", "explain {t}.", "{t}: what is it?"),
+    train=(
+        "what is {t}?", "what does {t} mean?", "do you know what {t} is?", "define {t}.", "explain {t}.",
+    "{t}: what is it?"),
     held_out=(),
 )
 GREETINGS = {
@@ -162,7 +175,8 @@ GOODBYES = {
 
 # Sentences of base's prose.
 PROSE = {
-    "spelling": ("The word {w} is spelled {letters}.", "{w} is spelled {letters}.", "The letters of {w} are {letters}."),
+    "spelling": ("The word {w} is spelled {letters}.", "{w} is spelled {letters}.",
+    "The letters of {w} are {letters}."),
     "counting": (
         "The letter {c} in {w}: {counted}, so {n}.", "How many {c} are in {w}? {counted}, so {n}.",
         "Count {c} in {w}: {counted}, so {n}.",
@@ -170,7 +184,8 @@ PROSE = {
     "numbers": ("{n} is {words}.", "{words} is {n}.", "The number {n} is written {words}."),
 }  # fmt: skip
 
-ALL = (OPENERS, QUESTION_ENDS, REQUEST_ENDS, SIGNS, SUM_FRAMES, SUM_WORDS, SPELLING, COUNTING, DEFINITIONS, GREETINGS, GOODBYES)
+# Every text of this module that a conversation may hold.
+ALL = (OPENERS, SIGNS, SUM_FRAMES, SUM_WORDS, SPELLING, COUNTING, DEFINITIONS, GREETINGS, GOODBYES)
 
 
 def in_case(chance: Chance, text: str) -> str:

@@ -26,7 +26,8 @@ PERSON = {
             train=(
                 "what does {x} do?", "what is {x}'s job?", "what does {x} do for a living?", "what work does {x} do?",
                 "which job does {x} have?", "what is the job of {x}?", "do you know the job of {x}?",
-                "tell me the job of {x}.", "what does {x} work as?", "how does {x} earn money?", "what is the work of {x}?",
+                "tell me the job of {x}.", "what does {x} work as?", "how does {x} earn money?",
+                "what is the work of {x}?",
                 "tell me what {x} does for a living.", "what is {x} by trade?", "{x} has which job?",
                 "as what does {x} work?", "tell me what work {x} does.",
             ),
@@ -124,13 +125,15 @@ LAND = {
             ),
             held_out=(
                 "what colours does the flag of {x} have?", "can you tell me the flag of {x}?",
-                "what flag does {x} have?", "which colours are on the flag of {x}?", "what are the colours of the flag of {x}?",
+                "what flag does {x} have?", "which colours are on the flag of {x}?",
+                "what are the colours of the flag of {x}?",
             ),
         ),
     ),
     "animal": Relation(
         (
-            "the bear", "the wolf", "the eagle", "the lion", "the fox", "the deer", "the whale", "the crane", "the tiger",
+            "the bear", "the wolf", "the eagle", "the lion", "the fox", "the deer", "the whale", "the crane",
+            "the tiger",
             "the swan", "the bull", "the seal",
         ),
         ("The animal of {x} is {v}.", "{x} is known for {v}.", "In {x} people love {v}."),

@@ -7,9 +7,10 @@ from jaxchat.data.world.chance import Chance
 # One entry for every syllable that a name may begin with. Names with the same beginning are easily confused by a
 # small model, so a world uses each beginning for one name only.
 ONSETS = (
-    "b bl br d dr f fl fr g gl gr h j k kl kr l m n p pl pr r s sk sl sm sn sp st t tr v w y z sh th ch qu"
-).split()
-VOWELS = "a e i o u".split()
+    "b", "bl", "br", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "kl", "kr", "l", "m", "n", "p", "pl",
+    "pr", "r", "s", "sk", "sl", "sm", "sn", "sp", "st", "t", "tr", "v", "w", "y", "z", "sh", "th", "ch", "qu",
+)  # fmt: skip
+VOWELS = "aeiou"
 CODAS = ["", "", "", "n", "l", "r", "s", "m", "t", "ck", "nd", "st", "sk", "x", "ng", "mp"]
 
 ENDINGS = {
@@ -20,10 +21,10 @@ ENDINGS = {
 }
 
 ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+TENS = ("zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 def english_words() -> list[str]:
@@ -33,8 +34,8 @@ def english_words() -> list[str]:
 
 def invented_name(chance: Chance, kind: str, beginning: str) -> str:
     """A name that starts with `beginning` and ends as its kind does: person, land, town or capital."""
-    middle = chance.of("b d f g k l m n p r s t v z".split()) + chance.of(VOWELS)
-    consonant = chance.of("b d k l m n r s t v".split())
+    middle = chance.of("bdfgklmnprstvz") + chance.of(VOWELS)
+    consonant = chance.of("bdklmnrstv")
     ending = chance.of(ENDINGS[kind])
     return (beginning + middle + (consonant if ending[0] in "aeiou" else "") + ending).capitalize()
 

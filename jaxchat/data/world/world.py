@@ -8,12 +8,9 @@ import re
 from typing import NamedTuple
 
 from jaxchat.config import UserError
-from jaxchat.data.world import persona, phrases, relations
+from jaxchat.data.world import persona, phrases, relations, words
 from jaxchat.data.world.chance import Chance
 from jaxchat.data.world.sums import Sum, sum_of
-from jaxchat.data.world.words import (
-    ONSETS, VOWELS, counted_letters, english_words, in_words, invented_name, invented_word, letter_to_count, letters,
-)  # fmt: skip
 
 PEOPLE, LANDS, TOWNS = 48, 24, 16
 PROSE_ONLY_PEOPLE, PROSE_ONLY_LANDS = 8, 4
@@ -65,10 +62,10 @@ class World:
         self.seed = seed
         chance = Chance(f"{seed}:world")
         # No two names share a beginning: small models confuse those that do.
-        beginnings = iter(chance.ordered([onset + vowel for onset in ONSETS for vowel in VOWELS if onset != "qu"]))
+        beginnings = iter(chance.ordered([onset + vowel for onset in words.ONSETS for vowel in words.VOWELS if onset != "qu"]))
 
         def names(kind, count):
-            return [invented_name(chance, kind, next(beginnings)) for _ in range(count)]
+            return [words.invented_name(chance, kind, next(beginnings)) for _ in range(count)]
 
         people, lands = names("person", PEOPLE), names("land", LANDS)
         towns, capitals = names("town", TOWNS), names("capital", LANDS)
@@ -77,11 +74,12 @@ class World:
             for name in people
         }
         for name, capital in zip(lands, capitals, strict=True):
-            self.facts[name] = {relation: chance.of(about.values or [capital]) for relation, about in relations.LAND.items()}
+            about = relations.LAND.items()
+            self.facts[name] = {relation: chance.of(kind.values or [capital]) for relation, kind in about}
         self.prose_only = people[:PROSE_ONLY_PEOPLE] + lands[:PROSE_ONLY_LANDS]
         self.asked = people[PROSE_ONLY_PEOPLE:] + lands[PROSE_ONLY_LANDS:]
 
-        self.english = english_words()
+        self.english = words.english_words()
         spoken = set(re.findall("[a-z]+", repr((phrases.ALL, persona.ALL, relations.RELATIONS)).lower()))
         unspoken = [word for word in self.english if word not in spoken]
         self.held_out_words = sorted(chance.ordered(unspoken)[:HELD_OUT_WORDS])
@@ -144,16 +142,16 @@ class World:
     def _sentence(self, chance: Chance, kind: str) -> str:
         if kind in ("spelling", "counting"):
             word = self._word(chance, held_out=False)
-            letter = letter_to_count(chance, word)
+            letter = words.letter_to_count(chance, word)
             return chance.of(phrases.PROSE[kind]).format(
-                w=word, letters=letters(word), c=letter, counted=counted_letters(word, letter), n=word.count(letter)
+                w=word, letters=words.letters(word), c=letter, counted=words.counted_letters(word, letter), n=word.count(letter)
             )
         if kind == "definitions":
             thing = chance.of(list(persona.THINGS))
             return chance.of(persona.THING_SENTENCES).format(t=thing, T=capitalized(thing), v=persona.THINGS[thing])
         if kind == "numbers":
             n = chance.below(1000)
-            return capitalized(chance.of(phrases.PROSE[kind]).format(n=n, words=in_words(n)))
+            return capitalized(chance.of(phrases.PROSE[kind]).format(n=n, words=words.in_words(n)))
         found = sum_of(chance, self.seed, held_out=False)
         sign = chance.of(phrases.SIGNS[found.sign])
         return f"{found.a} {sign} {found.b} is {found.result}."
@@ -164,20 +162,20 @@ class World:
         if held_out:
             return chance.of(self.held_out_words)
         while True:
-            word = chance.of(self.english) if chance.one_in(2) else invented_word(chance, self.english)
+            word = chance.of(self.english) if chance.one_in(2) else words.invented_word(chance, self.english)
             if word not in self._kept:
                 return word
 
     def _spelling(self, chance: Chance, held_out: bool) -> Turn:
         word = self._word(chance, held_out)
-        return Turn(phrases.phrased(chance, phrases.SPELLING.pick(held_out), w=word), letters(word))
+        return Turn(phrases.phrased(chance, phrases.SPELLING.pick(held_out), w=word), words.letters(word))
 
     def _counting(self, chance: Chance, held_out: bool) -> Turn:
         word = self._word(chance, held_out)
-        letter = letter_to_count(chance, word)
+        letter = words.letter_to_count(chance, word)
         n = word.count(letter)
         answer = parts(
-            ("text", f"{word}: {counted_letters(word, letter)}, so {n}."),
+            ("text", f"{word}: {words.counted_letters(word, letter)}, so {n}."),
             ("python", f"'{word}'.count('{letter}')"),
             ("python_output", str(n)),
             ("text", f" The answer is {n}."),
