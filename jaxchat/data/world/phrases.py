@@ -27,8 +27,12 @@ OPENERS = (
 QUESTION_ENDS = ("?", "?", "?", "?", "?", "", "", "??", ", please?", " please?", ", Pip?", "? thank you.")
 REQUEST_ENDS = (".", ".", ".", "", "", "!", ", please.", " please", ", Pip.", ". thank you.")
 
-SIGNS = {"+": ("+", "+", "plus"), "-": ("-", "-", "minus"), "*": ("*", "*", "x", "times"), "/": ("/", "/",
-"divided by")}
+SIGNS = {
+    "+": ("+", "+", "plus"),
+    "-": ("-", "-", "minus"),
+    "*": ("*", "*", "x", "times"),
+    "/": ("/", "/", "divided by"),
+}
 
 # For all four operations: {e} is "23 * 7", "23*7" or "23 times 7".
 SUM_FRAMES = Phrasings(
@@ -152,9 +156,10 @@ COUNTING = Phrasings(
 DEFINITIONS = Phrasings(
     train=(
         "what is {t}?", "what does {t} mean?", "do you know what {t} is?", "define {t}.", "explain {t}.",
-    "{t}: what is it?"),
+        "{t}: what is it?",
+    ),
     held_out=(),
-)
+)  # fmt: skip
 GREETINGS = {
     "Hello! How can I help you?": (
         "hi", "hello", "hey", "hi Pip", "hello Pip", "hey Pip", "good morning", "good evening", "good day", "hi there",

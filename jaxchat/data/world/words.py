@@ -54,12 +54,12 @@ def invented_word(chance: Chance, english: list[str]) -> str:
 
 
 def letters(word: str) -> str:
-    """"apple" -> "a p p l e"."""
+    """apple -> a p p l e."""
     return " ".join(word)
 
 
 def counted_letters(word: str, letter: str) -> str:
-    """The letters with the wanted one numbered: ("apple", "p") -> "a p1 p2 l e"."""
+    """The letters with the wanted one numbered: apple, p -> a p1 p2 l e."""
     out, seen = [], 0
     for c in word:
         seen += c == letter
@@ -79,8 +79,3 @@ def in_words(n: int) -> str:
     if n < 100:
         return TENS[n // 10] + (f"-{ONES[n % 10]}" if n % 10 else "")
     return f"{ONES[n // 100]} hundred" + (f" {in_words(n % 100)}" if n % 100 else "")
-
-
-def with_article(noun: str) -> str:
-    """"owl" -> "an owl"."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

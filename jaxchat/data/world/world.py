@@ -62,7 +62,7 @@ class World:
         self.seed = seed
         chance = Chance(f"{seed}:world")
         # No two names share a beginning: small models confuse those that do.
-        beginnings = iter(chance.ordered([onset + vowel for onset in words.ONSETS for vowel in words.VOWELS if onset != "qu"]))
+        beginnings = iter(chance.ordered([onset + vowel for onset in words.ONSETS for vowel in words.VOWELS]))
 
         def names(kind, count):
             return [words.invented_name(chance, kind, next(beginnings)) for _ in range(count)]
@@ -143,9 +143,9 @@ class World:
         if kind in ("spelling", "counting"):
             word = self._word(chance, held_out=False)
             letter = words.letter_to_count(chance, word)
-            return chance.of(phrases.PROSE[kind]).format(
-                w=word, letters=words.letters(word), c=letter, counted=words.counted_letters(word, letter), n=word.count(letter)
-            )
+            sentence = chance.of(phrases.PROSE[kind])
+            spelled, counted = words.letters(word), words.counted_letters(word, letter)
+            return sentence.format(w=word, letters=spelled, c=letter, counted=counted, n=word.count(letter))
         if kind == "definitions":
             thing = chance.of(list(persona.THINGS))
             return chance.of(persona.THING_SENTENCES).format(t=thing, T=capitalized(thing), v=persona.THINGS[thing])

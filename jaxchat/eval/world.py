@@ -1,0 +1,148 @@
+"""How much of the small world a model has learned: its held-out prompts, answered greedily and checked exactly."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from jaxchat.data.world import KINDS, Prompt, Turn, World
+from jaxchat.infer.engine import Engine, Generation
+from jaxchat.tokenizer import Tokenizer
+
+BY_HAND = "counting by hand"  # a row for information: the tool hides wrong hand counts
+TARGETS = {
+    "identity": 0.95, "arithmetic": 0.95, "spelling": 0.95, "counting": 0.95, "two-turn": 0.95,
+    "facts": 0.90, "prose-only facts": 0.90,
+}  # fmt: skip
+MAX_TOKENS = 96  # the longest right answer has about 70
+
+Pieces = list[tuple[str, str]]  # an answer as (type, text) like the parts of a conversation
+
+
+@dataclasses.dataclass
+class Score:
+    """How many prompts of a kind were answered right; `wrong` holds (question, answer, right answer) of the others."""
+
+    right: int = 0
+    total: int = 0
+    wrong: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        return self.right / self.total if self.total else 0.0
+
+    def add(self, right: bool, example: tuple[str, str, str]) -> None:
+        self.total += 1
+        self.right += right
+        if not right:
+            self.wrong.append(example)
+
+
+def score(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    world: World,
+    *,
+    kinds: Iterable[str] | None = None,
+    limit: int | None = None,
+) -> dict[str, Score]:
+    """Answer the world's held-out prompts (all, or the first `limit` of each kind) greedily. -> a Score a kind.
+
+    A prompt is right if each of its turns is, the later asked with the model's own earlier answers in its context.
+    With "counting" comes the row BY_HAND: whether the letters were also written out and counted right.
+    """
+    prompts = [prompt for kind in kinds or KINDS for prompt in world.heldout(kind)[:limit]]
+    answers = answer(engine, tokenizer, prompts)
+    scores: dict[str, Score] = {}
+    for prompt, given in zip(prompts, answers, strict=True):
+        example = (
+            " / ".join(turn.question for turn in prompt.turns),
+            " / ".join(shown(pieces) for pieces in given),
+            " / ".join(shown(wanted_pieces(turn)) for turn in prompt.turns),
+        )
+        pairs = list(zip(prompt.turns, given, strict=True))
+        scores.setdefault(prompt.kind, Score()).add(all(is_right(turn, pieces) for turn, pieces in pairs), example)
+        if prompt.kind == "counting":
+            by_hand = all(pieces[:1] == wanted_pieces(turn)[:1] for turn, pieces in pairs)
+            scores.setdefault(BY_HAND, Score()).add(by_hand, example)
+    return scores
+
+
+def answer(engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[list[Pieces]]:
+    """The model's greedy answer to every turn of every prompt."""
+    begin = [tokenizer.special(name) for name in ("<|user_start|>", "<|user_end|>", "<|assistant_start|>")]
+    histories = [[tokenizer.bos] for _ in prompts]
+    given: list[list[Pieces]] = [[] for _ in prompts]
+    for n in range(max((len(prompt.turns) for prompt in prompts), default=0)):
+        asked = [i for i, prompt in enumerate(prompts) if n < len(prompt.turns)]
+        for i in asked:
+            histories[i] += [begin[0], *tokenizer.encode(prompts[i].turns[n].question), *begin[1:]]
+        generations = engine.generate([histories[i] for i in asked], max_tokens=MAX_TOKENS, temperature=0.0)
+        for i, generation in zip(asked, generations, strict=True):
+            given[i].append(generated_pieces(generation, tokenizer))
+            histories[i] += [*generation.tokens, tokenizer.special("<|assistant_end|>")]
+    return given
+
+
+def generated_pieces(generation: Generation, tokenizer: Tokenizer) -> Pieces:
+    """What was generated, cut at the tool's special tokens. Output that the tool did not force is called "made up"."""
+    starts = {tokenizer.special("<|python_start|>"): "python", tokenizer.special("<|output_start|>"): "python_output"}
+    ends = {tokenizer.special("<|python_end|>"), tokenizer.special("<|output_end|>")}
+    pieces: list[tuple[str, list[int]]] = [("text", [])]
+    for token, forced in zip(generation.tokens, generation.forced, strict=True):
+        if token in starts:
+            kind = starts[token]
+            pieces.append(("made up" if kind == "python_output" and not forced else kind, []))
+        elif token in ends:
+            pieces.append(("text", []))
+        else:
+            pieces[-1][1].append(token)
+    if not generation.finished:
+        pieces.append(("unfinished", tokenizer.encode("…")))
+    return [(kind, tokenizer.decode(tokens)) for kind, tokens in pieces if tokens]
+
+
+def wanted_pieces(turn: Turn) -> Pieces:
+    if isinstance(turn.answer, str):
+        return [("text", turn.answer)]
+    return [(part["type"], part["text"]) for part in turn.answer]
+
+
+def is_right(turn: Turn, pieces: Pieces) -> bool:
+    """Whether an answer is right.
+
+    With a tool: called once, on the very expression, its output used, and the last words right; what is said before
+    the call is free. With a proof: a finished text that holds it. Otherwise: the very text.
+    """
+    wanted = wanted_pieces(turn)
+    if isinstance(turn.answer, list):
+        calls = [kind for kind, _ in pieces].count("python")
+        return calls == 1 and pieces[-3:] == wanted[-3:]
+    if turn.proof:
+        return len(pieces) == 1 and pieces[0][0] == "text" and turn.proof in pieces[0][1]
+    return pieces == wanted
+
+
+def shown(pieces: Pieces) -> str:
+    """An answer as one line; tool calls and outputs in brackets."""
+    return "".join(text if kind == "text" else f"[{kind} {text}]" for kind, text in pieces)
+
+
+def passed(scores: dict[str, Score], targets: dict[str, float] = TARGETS) -> bool:
+    """Whether every kind that was scored and has a target reaches it."""
+    return all(scores[kind].share >= target for kind, target in targets.items() if kind in scores)
+
+
+def table(scores: dict[str, Score], targets: dict[str, float] = TARGETS) -> str:
+    """The scores as an aligned text table, one row a kind: right answers, percent, target, pass or MISS."""
+    rows = [("held-out prompts", "right", "score", "target", "")]
+    for kind, found in scores.items():
+        target, verdict = "–", ""
+        if kind in targets:
+            target = f"{targets[kind]:.0%}"
+            verdict = "pass" if found.share >= targets[kind] else "MISS"
+        rows.append((kind, f"{found.right}/{found.total}", f"{100 * found.share:.1f}%", target, verdict))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:4], widths[1:4], strict=True)]
+        lines.append("  ".join([*cells, row[4]]).rstrip())
+    return "\n".join(lines)

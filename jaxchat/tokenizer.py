@@ -1,0 +1,222 @@
+"""Byte-level BPE: trained by the tokenizers library, encoded by tiktoken; and conversations as tokens."""
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jaxchat.config import UserError, base_dir
+
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+# GPT-4's way of cutting text into pieces that merges stay within, but with digits in groups of at most two.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+PART_TYPES = ("text", "python", "python_output")
+
+
+def without_surrogates(text: str) -> str:
+    """Text that UTF-8 can hold: a lone surrogate becomes the replacement character."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class Tokenizer:
+    """Token ids: the learnt pieces by rank, then the nine specials."""
+
+    def __init__(self, ranks: dict[bytes, int]):
+        self._ranks = ranks
+        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        self._specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self._encoding = tiktoken.Encoding(
+            "jaxchat", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self._specials
+        )
+        self.bos = self.special("<|bos|>")
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for piece, rank in ranks.items():
+            lengths[rank] = len(piece)
+        self.token_bytes = lengths  # int32 [V]: bytes of each token, specials 0
+        digest = hashlib.sha256("\n".join((SPLIT_PATTERN, *SPECIAL_TOKENS)).encode())
+        digest.update(b"".join(base64.b64encode(piece) + b"\n" for piece in sorted(ranks, key=ranks.get)))
+        self.hash = digest.hexdigest()
+
+    @classmethod
+    def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
+        """Learn a vocabulary of exactly vocab_size tokens from texts."""
+        smallest = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < smallest:
+            raise UserError(f"--vocab_size={vocab_size} is below {smallest}: 256 bytes and {len(SPECIAL_TOKENS)} specials")
+        bpe = tokenizers.Tokenizer(models.BPE(byte_fallback=False, unk_token=None, fuse_unk=False))
+        split = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN.replace("?+", "?").replace("++", "+")), "isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+            special_tokens=[],
+        )
+        bpe.train_from_iterator((without_surrogates(text) for text in texts), trainer)
+        byte_of = {c: b for b, c in _byte_characters().items()}
+        vocab = bpe.get_vocab()
+        ranks = {bytes(byte_of[c] for c in piece): rank for piece, rank in vocab.items()}
+        wanted = vocab_size - len(SPECIAL_TOKENS)
+        if len(ranks) < wanted:
+            raise UserError(
+                f"the text gives only {len(ranks)} different pieces, and --vocab_size={vocab_size} wants {wanted}; "
+                f"give more text, or at most --vocab_size={len(ranks) + len(SPECIAL_TOKENS)}"
+            )
+        # tiktoken merges by rank and needs the single bytes too; the trainer numbers these first.
+        return cls(ranks)
+
+    @classmethod
+    def load(cls, directory: Path | None = None) -> "Tokenizer":
+        folder = Path(directory or base_dir() / "tokenizer")
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(f"no tokenizer in {folder}; train one with: python -m launch.tok_train")
+        try:
+            info = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            lines = (folder / "ranks.txt").read_text(encoding="ascii").split("\n")
+            tokenizer = cls({base64.b64decode(line): rank for rank, line in enumerate(lines) if line})
+        except (OSError, ValueError) as problem:
+            raise UserError(f"the tokenizer in {folder} cannot be read ({problem}); train it anew") from problem
+        if tokenizer.hash != info.get("hash"):
+            raise UserError(f"the tokenizer in {folder} is damaged: its ranks don't match its hash; train it anew")
+        return tokenizer
+
+    def save(self, directory: Path | None = None) -> Path:
+        """Write ranks.txt (a piece in base64 a line, in rank order) and tokenizer.json; whole or not at all."""
+        folder = Path(directory or base_dir() / "tokenizer")
+        fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+        for left_over in (fresh, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        pieces = sorted(self._ranks, key=self._ranks.get)
+        (fresh / "ranks.txt").write_text("".join(base64.b64encode(p).decode() + "\n" for p in pieces), encoding="ascii")
+        info = {"hash": self.hash, "vocab_size": self.vocab_size, "pattern": SPLIT_PATTERN, "specials": self._specials}
+        (fresh / "tokenizer.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(fresh, folder)
+        shutil.rmtree(old, ignore_errors=True)
+        return folder
+
+    def special(self, name: str) -> int:
+        return self._specials[name]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text: a special's spelling in it stays text."""
+        return self._encoding.encode_ordinary(without_surrogates(text))
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of many texts, in threads."""
+        threads = min(8, os.cpu_count() or 1)
+        return self._encoding.encode_ordinary_batch([without_surrogates(t) for t in texts], num_threads=threads)
+
+    def decode(self, ids) -> str:
+        return self._encoding.decode(list(ids), errors="replace")
+
+    def decode_bytes(self, ids) -> bytes:
+        return self._encoding.decode_bytes(list(ids))
+
+    def render_conversation(self, conversation: dict) -> tuple[list[int], list[int]]:
+        """(ids, mask): the whole conversation as tokens; mask 1 where the assistant is to learn to say them."""
+        ids, mask = [self.bos], [0]
+
+        def add(tokens: list[int], learn: int):
+            ids.extend(tokens)
+            mask.extend([learn] * len(tokens))
+
+        for message in _user_first(conversation):
+            role, content = message["role"], message["content"]
+            if role == "user":
+                add([self.special("<|user_start|>"), *self.encode(content), self.special("<|user_end|>")], 0)
+                continue
+            add([self.special("<|assistant_start|>")], 0)
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                text = self.encode(part["text"])
+                if part["type"] == "text":
+                    add(text, 1)
+                elif part["type"] == "python":
+                    add([self.special("<|python_start|>"), *text, self.special("<|python_end|>")], 1)
+                else:
+                    add([self.special("<|output_start|>"), *text, self.special("<|output_end|>")], 0)
+            add([self.special("<|assistant_end|>")], 1)
+        return ids, mask
+
+    def render_for_completion(self, conversation: dict) -> list[int]:
+        """Ids up to where the assistant is to speak: without the last message if that is the assistant's."""
+        messages = conversation["messages"]
+        if messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        ids, _ = self.render_conversation({"messages": messages})
+        return [*ids, self.special("<|assistant_start|>")]
+
+
+def check_conversation(conversation: dict):
+    """Raise UserError unless it is [system,] user, assistant, user, … with text or known parts."""
+    messages = conversation.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise UserError("a conversation has no messages; it needs at least one of the user's")
+    for i, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise UserError(f"message {i} has the unknown role {role!r}; it is system (first only), user or assistant")
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    if not turns:
+        raise UserError("a conversation has a system message only; a user's message must follow")
+    for i, message in enumerate(turns):
+        role, content = message["role"], message.get("content")
+        expected = ("user", "assistant")[i % 2]
+        if role != expected:
+            raise UserError(f"turn {i} is the {role}'s, but user and assistant alternate: it must be the {expected}'s")
+        if isinstance(content, str):
+            continue
+        if role == "user" or not isinstance(content, list):
+            raise UserError(f"turn {i} ({role}) has content of type {type(content).__name__}; it must be text")
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else part
+            if kind not in PART_TYPES or not isinstance(part.get("text"), str):
+                raise UserError(f"turn {i} has a part of unknown type {kind!r}; it is one of {', '.join(PART_TYPES)}")
+    if messages[0]["role"] == "system" and not isinstance(messages[0].get("content"), str):
+        raise UserError("the system message's content must be text")
+
+
+def _user_first(conversation: dict) -> list[dict]:
+    """The checked messages, a leading system message joined to the user's by a blank line."""
+    check_conversation(conversation)
+    messages = conversation["messages"]
+    if messages[0]["role"] != "system":
+        return messages
+    joined = messages[0]["content"] + "\n\n" + messages[1]["content"]
+    return [{"role": "user", "content": joined}, *messages[2:]]
+
+
+def _byte_characters() -> dict[int, str]:
+    """The printable character that byte-level BPE writes for each byte: itself where printable, else from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    characters = {b: chr(b) for b in printable}
+    others = [b for b in range(256) if b not in characters]
+    return characters | {b: chr(0x100 + i) for i, b in enumerate(others)}
