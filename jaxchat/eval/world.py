@@ -140,9 +140,7 @@ def table(scores: dict[str, Score], targets: dict[str, float] = TARGETS) -> str:
             target = f"{targets[kind]:.0%}"
             verdict = "pass" if found.share >= targets[kind] else "MISS"
         rows.append((kind, f"{found.right}/{found.total}", f"{100 * found.share:.1f}%", target, verdict))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:4], widths[1:4], strict=True)]
-        lines.append("  ".join([*cells, row[4]]).rstrip())
-    return "\n".join(lines)
+    kind, right, share, target, _ = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join(
+        f"{row[0]:<{kind}}  {row[1]:>{right}}  {row[2]:>{share}}  {row[3]:>{target}}  {row[4]}".rstrip() for row in rows
+    )

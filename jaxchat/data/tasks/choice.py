@@ -1,0 +1,35 @@
+"""Multiple choice: MMLU and ARC, answered with the letter alone."""
+
+from pathlib import Path
+
+from jaxchat.config import UserError
+from jaxchat.data.tasks.table import Table
+
+LETTERS = "ABCDEFGHIJ"
+
+
+def choice_conversation(question: str, choices: list[str], answer: int) -> dict:
+    """{"messages", "letters"}: the question with lettered choices, and the right letter as the answer."""
+    letters = list(LETTERS[: len(choices)])
+    # The letter stands after its choice, right where the answer's letter will stand after its marker.
+    lines = [f"{choice} = {letter}" for choice, letter in zip(choices, letters, strict=True)]
+    prompt = "\n".join([f"Choose the right answer: {question}", *lines, "Reply with one letter."])
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": letters[answer]}]
+    return {"messages": messages, "letters": letters}
+
+
+def mmlu(folder: Path, split: str) -> Table:
+    def convert(row: dict) -> dict:
+        return choice_conversation(row["question"], row["choices"], row["answer"])
+
+    return Table(folder / "mmlu" / "all", f"{split}.parquet", ["question", "choices", "answer"], convert)
+
+
+def arc(folder: Path, split: str, name: str) -> Table:
+    def convert(row: dict) -> dict:
+        labels, texts = row["choices"]["label"], row["choices"]["text"]
+        if row["answerKey"] not in labels:  # some rows count their choices 1 to 4
+            raise UserError(f"{name}/{split}: the answer {row['answerKey']!r} is none of {labels}")
+        return choice_conversation(row["question"], texts, labels.index(row["answerKey"]))
+
+    return Table(folder / "arc" / name, f"{split}.parquet", ["question", "choices", "answerKey"], convert)

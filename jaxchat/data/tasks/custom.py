@@ -1,0 +1,48 @@
+"""Conversations from a file of one's own: a JSON array of messages a line, or a JSON string for a plain document."""
+
+import json
+from pathlib import Path
+
+from jaxchat.config import UserError
+from jaxchat.tokenizer import check_conversation
+
+
+class JsonLines:
+    """Rows of a .jsonl file, all checked when it is opened."""
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise UserError(f"no file {path}; each of its lines is to be a JSON array of messages")
+        self._lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        for number, line in enumerate(self._lines, 1):
+            try:
+                row = self._row(line)
+                if "text" not in row:
+                    check_conversation(row)
+            except (ValueError, UserError) as problem:
+                raise UserError(f"{path}, line {number}: {problem}") from problem
+
+    @staticmethod
+    def _row(line: str) -> dict:
+        value = json.loads(line)
+        if isinstance(value, str):
+            return {"text": value}
+        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+            raise ValueError("neither a JSON array of messages nor a JSON string")
+        return {"messages": value}
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._row(self._lines[index])
+
+
+def custom_json(path: Path) -> JsonLines:
+    return JsonLines(path)
+
+
+def identity(folder: Path, split: str) -> JsonLines:
+    """Who the assistant is; the file has no splits."""
+    del split
+    return JsonLines(folder / "identity" / "identity_conversations.jsonl")

@@ -1,0 +1,29 @@
+"""GSM8K: school arithmetic in words; the sums in its answers become calls of the python tool."""
+
+import re
+from pathlib import Path
+
+from jaxchat.data.tasks.table import Table
+
+SUM = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
+
+
+def answer_parts(answer: str) -> list[dict]:
+    """The answer as parts: `<<12/60=0.2>>` is a python part `12/60` and its output `0.2`."""
+    parts = []
+    pieces = SUM.split(answer)  # text, expression, result, text, …
+    for i in range(0, len(pieces), 3):
+        if pieces[i]:
+            parts.append({"type": "text", "text": pieces[i]})
+        if i + 2 < len(pieces):
+            parts.append({"type": "python", "text": pieces[i + 1]})
+            parts.append({"type": "python_output", "text": pieces[i + 2]})
+    return parts
+
+
+def gsm8k(folder: Path, split: str) -> Table:
+    def convert(row: dict) -> dict:
+        question = {"role": "user", "content": row["question"]}
+        return {"messages": [question, {"role": "assistant", "content": answer_parts(row["answer"])}]}
+
+    return Table(folder / "gsm8k" / "main", f"{split}.parquet", ["question", "answer"], convert)

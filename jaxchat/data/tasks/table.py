@@ -1,0 +1,29 @@
+"""Rows of the hub's parquet files."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from jaxchat.config import UserError
+from jaxchat.data.sources import open_parquet
+
+
+class Table:
+    """Rows of one or several parquet files, each turned into a conversation when it is asked for."""
+
+    def __init__(self, folder: Path, pattern: str, columns: list[str], convert):
+        paths = sorted(folder.glob(pattern))
+        if not paths:
+            raise UserError(f"no {pattern} in {folder}; put the data set's files there, or name --tasks_dir")
+        try:
+            tables = [open_parquet(path, columns).read(columns=columns) for path in paths]
+        except pa.ArrowException as problem:
+            raise UserError(f"{folder}/{pattern} cannot be read ({str(problem).splitlines()[0]})") from problem
+        self._table = pa.concat_tables(tables).combine_chunks()
+        self._convert = convert
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> dict:
+        return self._convert({name: self._table[name][index].as_py() for name in self._table.column_names})
