@@ -1,0 +1,176 @@
+"""The one training loop. What differs between stages is in the Stage that it is given."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import ModelConfig
+from jaxchat.model.flops import flops_per_token, peak_flops
+from jaxchat.model.params import Params
+from jaxchat.sharding import place_rows
+from jaxchat.train.metrics import MetricsLog
+from jaxchat.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Something measured while training: after every `every` steps, before the first and after the last. ≤ 0: never."""
+
+    name: str
+    every: int
+    run: Callable[[Params], dict[str, float]]
+
+
+@dataclasses.dataclass
+class Stage:
+    """A stage of training as data."""
+
+    title: str
+    plan: list[tuple[str, str]]
+    model: ModelConfig
+    mesh: Mesh
+    start: Callable[[], TrainState]  # the state to begin with; sets `batches` too where a run is resumed
+    step_fn: Callable
+    batches: grain.DatasetIterator
+    num_steps: int | None  # None: until the batches end
+    lr_multiplier: Callable[[float, float], float]  # of progress and one step's share of it
+    meta: dict  # what a checkpoint tells of itself
+    checkpoints: Checkpoints | None  # None: nothing is written
+    save_every: int
+    keep_state: bool  # checkpoints hold optimizer and data position, to be resumed from
+    resume_step: int
+    run: str
+    tensorboard: bool
+
+
+def due(every: int, step: int, finished: bool) -> bool:
+    return every > 0 and (finished or step % every == 0)
+
+
+def place_batch(batch: dict, mesh: Mesh) -> dict:
+    """The arrays of a batch on the mesh, its rows spread over the devices."""
+    return {name: place_rows(batch[name], mesh, axis=1) for name in ("inputs", "targets", "weights")}
+
+
+def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
+    """Run a stage to its end. -> the last value of every evaluation."""
+    folder = stage.checkpoints.folder if stage.checkpoints else None
+    state = stage.start()
+    log = MetricsLog(
+        folder, stage.meta, resume_step=stage.resume_step, run=stage.run, tensorboard=stage.tensorboard
+    )
+    reporter = Reporter(stage, log)
+    step, results, saved = stage.resume_step, {}, stage.resume_step
+    finished = step == stage.num_steps
+    try:
+        while True:
+            for evaluation in evaluations:
+                if due(evaluation.every, step, finished) and (step > stage.resume_step or step == 0):
+                    reporter.flush()
+                    values = evaluation.run(state.params)
+                    results |= values
+                    log.write(step, values)
+                    shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+                    print(f"step {step:>6}  {evaluation.name}: {shown}" if shown else "", flush=True)
+                    reporter.restart_clock()
+            if stage.checkpoints and step > saved and due(stage.save_every, step, finished) | finished:
+                reporter.flush()
+                save(stage, state, step, results)
+                saved = step
+                reporter.restart_clock()
+            if finished:
+                break
+            batch = next(stage.batches, None)
+            if batch is None:  # resumed where the data had ended
+                finished = True
+                continue
+            progress = step / stage.num_steps if stage.num_steps else batch["progress"]
+            multiplier = stage.lr_multiplier(progress, 1 / stage.num_steps if stage.num_steps else 0.0)
+            state, metrics = stage.step_fn(state, place_batch(batch, stage.mesh), np.float32(multiplier))
+            step += 1
+            reporter.step(step, progress, multiplier, batch, metrics)
+            finished = batch["last"] or step == stage.num_steps
+    finally:
+        stage.batches.close()
+        log.close()
+        if stage.checkpoints:
+            stage.checkpoints.close()
+    return results
+
+
+def save(stage: Stage, state: TrainState, step: int, results: dict[str, float]):
+    rest = {"step": state.step, "empty_steps": state.empty_steps, "opt_state": state.opt_state}
+    stage.checkpoints.save(
+        step,
+        params=state.params,
+        optimizer=rest if stage.keep_state else None,
+        batches=stage.batches if stage.keep_state else None,
+        meta=stage.meta | {"step": step, "metrics": results},
+    )
+
+
+class Reporter:
+    """Step lines and metrics, one step late: the numbers of a step are fetched when the next one is under way."""
+
+    def __init__(self, stage: Stage, log: MetricsLog):
+        self._stage, self._log = stage, log
+        self._pending = None
+        self._shown = float("-inf")
+        self._spent = 0.0  # seconds in steps
+        self._first_progress = None
+        peak = peak_flops(stage.mesh.devices.flat[0])
+        self._peak = peak * stage.mesh.size if peak else None
+        self.restart_clock()
+
+    def restart_clock(self):
+        self._clock = time.perf_counter()
+
+    def step(self, step: int, progress: float, multiplier: float, batch: dict, metrics: dict):
+        previous, self._pending = self._pending, (step, progress, multiplier, batch, metrics)
+        if self._first_progress is None:
+            self._first_progress = progress
+        if previous:
+            self._report(*previous)
+
+    def flush(self):
+        if self._pending:
+            self._report(*self._pending, last=True)
+            self._pending = None
+
+    def _report(self, step, progress, multiplier, batch, metrics, last=False):
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self._spent += seconds
+        tokens_per_s = batch["inputs"].size / seconds
+        values |= {"lr_multiplier": multiplier, "step_seconds": seconds, "tokens_per_s": tokens_per_s, "progress": progress}
+        if self._peak:
+            values["mfu"] = tokens_per_s * flops_per_token(self._stage.model) / self._peak
+        values |= batch["counts"]
+        self._log.write(step, values)
+        if not last and now - self._shown < 1.0:
+            return
+        self._shown = now
+        of = f"/{self._stage.num_steps}" if self._stage.num_steps else f" ({progress:.0%})"
+        line = f"step {step:>6}{of}  loss {values['loss']:.4f}  lr × {multiplier:.3f}  {1000 * seconds:.0f} ms"
+        line += f"  {tokens_per_s:,.0f} tokens/s"
+        if self._peak:
+            line += f"  MFU {values['mfu']:.1%}"
+        if values["empty_steps"]:
+            line += f"  empty steps {values['empty_steps']:.0f}"
+        if done := progress - self._first_progress:
+            line += f"  ETA {duration(self._spent / done * (1 - progress))}"
+        print(line, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """1h02m, 3m20s or 12s."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
