@@ -1,0 +1,40 @@
+"""Pretrain a base model: python -m launch.base_train --depth=12"""
+
+from jaxchat import sharding
+from jaxchat.config import BaseConfig
+from jaxchat.data import pipelines
+from jaxchat.data.sources import ParquetText, find_shards
+from jaxchat.eval.bpb import bits_per_byte
+from jaxchat.train import stages
+from jaxchat.train.loop import Evaluation, train
+from launch import cli
+
+
+def run(config: BaseConfig):
+    stage, setting = stages.base(config)
+    cli.print_plan(stage.title, stage.plan)
+    model, compute, tokenizer, mesh = setting.model, setting.compute, setting.tokenizer, setting.mesh
+    val_texts = ParquetText(find_shards(config.data_dir, "val"))
+    batches = []
+
+    def val_bpb(params):
+        if not batches:
+            tokenize = pipelines.text_tokens(val_texts, lambda i: i, tokenizer)
+            rows = config.device_batch_size * sharding.data_shards(mesh)
+            batches.extend(
+                pipelines.packed_validation(
+                    tokenize, len(val_texts), rows=rows, time=model.sequence_len, max_tokens=config.eval_tokens
+                )
+            )
+        return {"val_bpb": bits_per_byte(params, batches, tokenizer.token_bytes, model, compute, mesh)}
+
+    train(stage, [Evaluation("validation", config.eval_every, val_bpb)])
+    cli.next_step(f"python -m launch.mid_train --model_tag={stage.checkpoints.folder.name}")
+
+
+def main(args: list[str] | None = None):
+    cli.main(BaseConfig, run, args)
+
+
+if __name__ == "__main__":
+    main()

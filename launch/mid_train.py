@@ -1,0 +1,41 @@
+"""Midtrain a base model on conversations: python -m launch.mid_train --model_tag=d12"""
+
+from jaxchat import sharding
+from jaxchat.config import MidConfig
+from jaxchat.data import pipelines
+from jaxchat.eval.bpb import bits_per_byte
+from jaxchat.train import stages
+from jaxchat.train.loop import Evaluation, train
+from launch import cli
+
+
+def run(config: MidConfig):
+    stage, setting = stages.mid(config)
+    cli.print_plan(stage.title, stage.plan)
+    model, compute, tokenizer, mesh = setting.model, setting.compute, setting.tokenizer, setting.mesh
+    batches = []
+
+    def val_bpb(params):
+        if not batches:
+            tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=True)
+            order = pipelines.Shuffled(tasks, [len(tasks)], config.seed).index
+            tokenize = pipelines.conversation_tokens(tasks, order, tokenizer)
+            rows = config.device_batch_size * sharding.data_shards(mesh)
+            batches.extend(
+                pipelines.packed_validation(
+                    tokenize, len(tasks), rows=rows, time=stages.row_length(config, model), max_tokens=config.eval_tokens
+                )
+            )
+        return {"val_bpb": bits_per_byte(params, batches, tokenizer.token_bytes, model, compute, mesh)}
+
+    train(stage, [Evaluation("validation", config.eval_every, val_bpb)])
+    tag = stage.checkpoints.folder.name if stage.checkpoints else config.model_tag
+    cli.next_step(f"python -m launch.chat_sft --model_tag={tag}")
+
+
+def main(args: list[str] | None = None):
+    cli.main(MidConfig, run, args)
+
+
+if __name__ == "__main__":
+    main()

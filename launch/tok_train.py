@@ -1,0 +1,61 @@
+"""Train the tokenizer on the training shards: python -m launch.tok_train --vocab_size=65536"""
+
+import dataclasses
+import time
+
+from jaxchat.config import base_dir
+from jaxchat.data.sources import ParquetText, find_shards
+from jaxchat.tokenizer import Tokenizer
+from launch import cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Learn a byte-level BPE vocabulary from the text of parquet shards; the last shard is left out."""
+
+    data_dir: str = ""
+    """Folder of the parquet shards; empty: <base directory>/base_data."""
+    vocab_size: int = 65536
+    """Tokens, the nine specials included."""
+    max_chars: int = 2_000_000_000
+    """Read at most so many characters."""
+    doc_cap: int = 10_000
+    """And of one document at most so many."""
+
+
+def run(config: Config):
+    texts = ParquetText(find_shards(config.data_dir, "train"))
+    folder = base_dir() / "tokenizer"
+    replaces = " (replaces the one there: checkpoints trained with it will be refused)" if folder.exists() else ""
+    cli.print_plan(
+        "Training the tokenizer",
+        [
+            ("vocabulary", f"{config.vocab_size:,}"),
+            ("text", f"{len(texts):,} documents, at most {config.max_chars:,} characters"),
+            ("saves", f"{folder}{replaces}"),
+        ],
+    )
+    read = 0
+
+    def documents():
+        nonlocal read
+        for i in range(len(texts)):
+            if read >= config.max_chars:
+                return
+            text = texts[i][: min(config.doc_cap, config.max_chars - read)]
+            read += len(text)
+            yield text
+
+    start = time.perf_counter()
+    tokenizer = Tokenizer.train(documents(), config.vocab_size)
+    tokenizer.save()
+    print(f"{read:,} characters read in {time.perf_counter() - start:.1f} s; tokenizer {tokenizer.hash[:12]}")
+    cli.next_step("python -m launch.base_train --depth=12")
+
+
+def main(args: list[str] | None = None):
+    cli.main(Config, run, args)
+
+
+if __name__ == "__main__":
+    main()
