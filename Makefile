@@ -1,30 +1,68 @@
+# Needs python3 (3.11 or newer) and make, nothing else; uses uv where it is installed.
+#   make test PYTHON=python3.12    another Python; a .venv of a different version is then made anew
+#   make test VENV=.venv-3.12      another folder for it
+
 PYTHON ?= python3
 VENV ?= .venv
-BIN = $(VENV)/bin
+EXTRAS ?= dev
+WORKERS ?= 2
+ARGS ?=
+
+python := $(VENV)/bin/python
+installed := $(VENV)/.installed
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+
+ifeq ($(origin PYTHON),file)
+candidates := $(python) $(PYTHON) python3.13 python3.12 python3.11
+else
+candidates := $(PYTHON)
+ifneq ($(call version,$(PYTHON)),$(call version,$(python)))
+renew := renew
+endif
+endif
+
+.PHONY: help setup demo test test-slow lint format clean renew
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
-setup: $(VENV)/.ready  ## a virtual environment in .venv with everything (PYTHON=python3.12 to choose)
+setup: $(installed)  ## make .venv and install jaxchat into it, in the versions of constraints.txt
 
-$(VENV)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: $$($(PYTHON) --version) is too old; jaxchat needs 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
-	@if command -v uv >/dev/null 2>&1; then \
-	  uv venv -q --clear --python $(PYTHON) $(VENV) && uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
+demo: $(installed)  ## train a tiny chat model from nothing and score it (minutes on a CPU)
+	$(python) -m launch.demo $(ARGS)
+
+test: $(installed)  ## the fast tests; ARGS="-k tokenizer" to choose
+	$(python) -m pytest -m "not slow" -n $(WORKERS) $(ARGS)
+
+test-slow: $(installed)  ## the slow tests
+	$(python) -m pytest -m slow $(ARGS)
+
+lint: $(installed)  ## ruff: errors and format
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+
+format: $(installed)  ## let ruff mend what it can
+	$(python) -m ruff check --fix
+	$(python) -m ruff format
+
+clean:  ## remove the venv and the tests' compilation cache
+	rm -rf $(VENV) .cache
+
+# The first candidate that is new enough makes the venv; a venv of another version is never installed into.
+$(installed): pyproject.toml constraints.txt $(renew)
+	@set -e; found=; \
+	for candidate in $(candidates); do \
+	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "error: no Python 3.11 or newer among: $(candidates); install one, or say where: make $(MAKECMDGOALS) PYTHON=..." >&2; \
+	    exit 1; \
+	fi; \
+	if command -v uv >/dev/null; then \
+	    if [ -n "$(renew)" ] || [ ! -x $(python) ]; then uv venv --clear --python "$$(command -v $$found)" $(VENV); fi; \
+	    uv pip install --python $(python) -c constraints.txt -e '.[$(EXTRAS)]'; \
 	else \
-	  $(PYTHON) -m venv --clear $(VENV) && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
-	fi
-	@touch $@
-
-test: setup  ## the fast tests
-	$(BIN)/python -m pytest -q -m "not slow"
-
-test-slow: setup  ## the slow tests
-	$(BIN)/python -m pytest -q -m slow
-
-lint: setup  ## ruff
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-
-.PHONY: help setup test test-slow lint
+	    if [ -n "$(renew)" ] || ! $(python) -m pip --version >/dev/null 2>&1; then $$found -m venv --clear $(VENV); fi; \
+	    $(python) -m pip install -c constraints.txt -e '.[$(EXTRAS)]'; \
+	fi; \
+	touch $@

@@ -64,7 +64,7 @@ TRAITS = (
                 "what may I ask you?", "what tasks can you do?", "do you know what you can do?",
             ),
             held_out=(
-                "please tell me what you can do.", "what can you do for me?", "what skills do you have?",
+                "can you tell me what you can do?", "what can you do for me?", "what skills do you have?",
                 "which questions can I ask you?", "tell me your skills.", "what things can you help with?",
             ),
         ),
@@ -85,7 +85,7 @@ TRAITS = (
             ),
             held_out=(
                 "can you tell me where you live?", "do you know where you are?", "where is it that you live?",
-                "please tell me where you are.", "in what place do you live?", "where is the place you live in?",
+                "could you tell me where you are?", "in what place do you live?", "where is the place you live in?",
             ),
         ),
     ),
@@ -122,7 +122,7 @@ TRAITS = (
             ),
             held_out=(
                 "can you tell me how you learned?", "how did you learn what you know?", "where did you learn?",
-                "tell me what you were trained on.", "please tell me how you were trained.", "what did you learn by?",
+                "tell me what you were trained on.", "can you tell me how you were trained?", "what did you learn by?",
             ),
         ),
     ),

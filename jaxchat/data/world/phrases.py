@@ -90,7 +90,7 @@ SUM_WORDS = {
         ),
         held_out=(
             "what do you get if you multiply {a} by {b}?", "what is {a} multiplied by {b}?",
-            "tell me the product of {a} and {b}.",
+            "can you tell me the product of {a} and {b}?",
         ),
     ),
     "/": Phrasings(

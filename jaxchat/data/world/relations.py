@@ -108,7 +108,7 @@ LAND = {
             ),
             held_out=(
                 "what capital does {x} have?", "can you tell me the capital of {x}?", "which is the capital of {x}?",
-                "tell me which city is the capital of {x}.", "what is the name of the capital of {x}?",
+                "do you know which city is the capital of {x}?", "what is the name of the capital of {x}?",
             ),
         ),
     ),

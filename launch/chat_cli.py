@@ -1,0 +1,112 @@
+"""Talk to a trained model: python -m launch.chat_cli -p "What is 23 * 7?" """
+
+import codecs
+import dataclasses
+from typing import Annotated
+
+import jax
+import tyro
+
+from jaxchat import checkpoint
+from jaxchat.infer.engine import Engine
+from launch import cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Chat with a model in the terminal. /clear begins a new conversation, /quit leaves."""
+
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
+    """sft, mid, or base (which only continues text)."""
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
+    """Which model; empty: the deepest d<N>, or else the newest."""
+    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
+    """Which of its checkpoints; -1: the last."""
+    prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""
+    """Answer this and leave."""
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
+    """0: always the likeliest token."""
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
+    """Draw from so many likeliest tokens."""
+    max_tokens: int = 256
+    """The longest answer."""
+    seed: int = 0
+    """Of the draws."""
+
+
+class Printer:
+    """Prints tokens as they come; a character whose bytes are not all there yet waits."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        marks = {"python_start": " [python ", "python_end": "]", "output_start": "[output ", "output_end": "] "}
+        self._marks = {tokenizer.special(f"<|{name}|>"): text for name, text in marks.items()}
+
+    def show(self, token: int):
+        text = self._marks.get(token) or self._utf8.decode(self._tokenizer.decode_bytes([token]))
+        print(text, end="", flush=True)
+
+    def end(self):
+        print(self._utf8.decode(b"", final=True), flush=True)
+
+
+def run(config: Config):
+    model = checkpoint.load_model(config.source, config.model_tag, config.step)
+    tokenizer = model.tokenizer
+    cli.print_plan(
+        f"Chat with {model.tag} ({config.source})",
+        [("model", str(model.path)), ("device", jax.devices()[0].device_kind)],
+    )
+    if config.source == "base":
+        print("this is a base model: it continues text, it doesn't answer\n")
+    engine = Engine(model.params, model.config, tokenizer, batch_size=1)
+    special, room = tokenizer.special, model.config.sequence_len
+    start, end = special("<|assistant_start|>"), special("<|assistant_end|>")
+    conversation, seed = [tokenizer.bos], config.seed
+    while True:
+        try:
+            text = config.prompt or input("you: ").strip()
+        except EOFError:
+            print()
+            return
+        if text == "/quit":
+            return
+        if text == "/clear":
+            conversation = [tokenizer.bos]
+            continue
+        if not text:
+            continue
+        turn = tokenizer.encode(text)
+        if config.source != "base":
+            turn = [special("<|user_start|>"), *turn, special("<|user_end|>"), start]
+        if len(conversation) > 1 and len(conversation) + len(turn) >= room:
+            print(f"(the conversation has filled the model's {room} tokens; a new one begins)")
+            conversation = [tokenizer.bos]
+        conversation += turn
+        printer = Printer(tokenizer)
+        print("" if config.prompt else "model: ", end="")
+        answer = engine.stream(
+            conversation,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k if config.top_k > 0 else None,
+            seed=seed,
+        )
+        for token, _ in answer:
+            printer.show(token)
+            conversation.append(token)
+        printer.end()
+        if config.prompt:
+            return
+        if config.source != "base":
+            conversation.append(end)
+        seed += 1
+
+
+def main(args: list[str] | None = None):
+    cli.main(Config, run, args)
+
+
+if __name__ == "__main__":
+    main()
