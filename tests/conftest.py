@@ -1,39 +1,29 @@
-"""Every test runs on 8 emulated CPU devices, with silent rank promotion an error."""
+"""Set up before jax starts: 8 CPU devices, strict broadcasting, a compilation cache. Then the shared fixtures.
+
+All of it is environment, so pytest-xdist's workers and the commands that tests start have it too.
+JAXCHAT_TEST_PLATFORM=cuda runs the tests on a GPU; those that need 8 devices are then skipped.
+"""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-
-import jax
-import pytest
-
-ROOT = Path(__file__).parent.parent
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax-tests"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+ROOT = Path(__file__).resolve().parent.parent
+DEVICES_FLAG = "--xla_force_host_platform_device_count"
 
 
-@pytest.fixture(scope="session")
-def devices():
-    """The 8 devices; a test that needs them fails without them."""
-    assert jax.device_count() == 8, f"8 devices expected, {jax.device_count()} found"
-    return jax.devices()
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS for so many CPU devices; whatever else was set stays."""
+    others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(DEVICES_FLAG)]
+    return " ".join([*others, f"{DEVICES_FLAG}={devices}"])
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty base directory of the test's own."""
-    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path))
-    return tmp_path
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAXCHAT_TEST_PLATFORM", "cpu")
+os.environ["XLA_FLAGS"] = xla_flags(8)
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax-tests"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-
-@pytest.fixture(scope="session")
-def shared_data():
-    """Real text and tasks; where CI has promised them they must be there."""
-    folder = ROOT.parent / "shared" / "data"
-    if not folder.is_dir() and not os.environ.get("JAXCHAT_REQUIRE_SHARED_DATA"):
-        pytest.skip(f"no {folder}")
-    assert folder.is_dir(), f"no {folder}"
-    return folder
+import pytest  # noqa

@@ -1,0 +1,99 @@
+"""The whole pipeline on a small generated world, on a CPU, in minutes: python -m launch.demo"""
+
+import dataclasses
+import time
+
+from jaxchat import checkpoint
+from jaxchat.config import UserError, base_dir
+from jaxchat.data.world import World, write_world
+from jaxchat.eval.world import passed, score, table
+from jaxchat.infer.engine import Engine
+from launch import base_train, chat_sft, cli, mid_train, tok_train
+
+TAG = "demo"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Generate a small world, train a tokenizer and a model on it by the real commands, and ask what it has learnt.
+
+    Ends with a table of held-out prompts; exit code 1 if one of the scores misses its target.
+    """
+
+    seed: int = 0
+    """Of the world, the weights and the order of the data."""
+    base_steps: int = 1240
+    """Steps of pretraining, of 2,048 tokens each."""
+    mid_steps: int = 1760
+    """Steps of midtraining, of 2,048 tokens each."""
+    sft_steps: int = 300
+    """Steps of chat finetuning, of 32 conversations each."""
+
+
+def refuse_to_mix():
+    """The demo's tokenizer must not take the place of one that other models were trained with."""
+    for folder in checkpoint.FOLDERS.values():
+        for path in (base_dir() / folder).glob("*"):
+            if path.name != TAG and checkpoint.steps_in(path):
+                raise UserError(
+                    f"{path} was trained with the tokenizer in {base_dir() / 'tokenizer'}, which the demo would replace; "
+                    "set JAXCHAT_BASE_DIR to an empty folder"
+                )
+
+
+def run(config: Config) -> int:
+    refuse_to_mix()
+    start = time.perf_counter()
+    cli.print_plan(
+        "Demo: tokenizer, base, mid, SFT and chat on a generated world",
+        [
+            ("model", "depth 3: 3 layers × 192, vocabulary 512"),
+            ("batch", "8 rows × 256 = 2,048 tokens a step"),
+            ("steps", f"base {config.base_steps:,}, mid {config.mid_steps:,}, SFT {config.sft_steps:,}"),
+            ("saves", f"{base_dir()}, as model_tag {TAG}"),
+        ],
+    )
+    world = World(config.seed)
+    folder = base_dir() / "demo"
+    rows = write_world(world, folder)
+    print("written: " + ", ".join(f"{name} {count:,}" for name, count in rows.items()), flush=True)
+    data, tasks = f"--data_dir={folder / 'base_data'}", folder / "tasks"
+    batch = ["--device_batch_size=8", "--total_batch_size=2048", "--eval_every=1000", "--eval_tokens=65536"]
+    common = [f"--model_tag={TAG}", f"--seed={config.seed}", "--overwrite"]
+    one_device = ["--device_type=cpu"]
+
+    tok_train.main([data, "--vocab_size=512", "--max_chars=2000000"])
+    base_train.main(
+        ["--depth=3", "--max_seq_len=256", f"--num_iterations={config.base_steps}", data]
+        + ["--sample_every=-1", *batch, *common, *one_device]
+    )
+    mid_train.main(
+        [f"--num_iterations={config.mid_steps}", f"--train_tasks={tasks / 'world_mid.jsonl'}"]
+        + [f"--val_tasks={tasks / 'world_val.jsonl'}", *batch, *common, *one_device]
+    )
+    chat_sft.main(
+        [f"--num_iterations={config.sft_steps}", f"--train_tasks={tasks / 'world_sft.jsonl'}"]
+        + [f"--val_tasks={tasks / 'world_val.jsonl'}", "--device_batch_size=32", "--max_seq_len=128"]
+        + ["--init_lr_frac=0.2", "--eval_steps=10", "--eval_metrics_every=-1", *common, *one_device]
+    )
+
+    print("\nAsking what no training conversation asked…", flush=True)
+    model = checkpoint.load_model("sft", TAG)
+    engine = Engine(model.params, model.config, model.tokenizer, batch_size=128)
+    scores = score(engine, model.tokenizer, world)
+    for kind, found in scores.items():
+        if found.wrong:
+            question, given, right = found.wrong[0]
+            print(f"  a wrong answer ({kind}): {question} → {given} (right: {right})")
+    minutes, seconds = divmod(int(time.perf_counter() - start), 60)
+    print(f"\n{table(scores)}\n\nin all {minutes} min {seconds:02} s", flush=True)
+    cli.next_step('python -m launch.chat_cli -p "What is 23 * 7?"')
+    return 0 if passed(scores) else 1
+
+
+def main(args: list[str] | None = None):
+    cli.main(Config, run, args)
+
+
+if __name__ == "__main__":
+    main()
