@@ -170,7 +170,7 @@ def _fail(message: str, code: int) -> typing.NoReturn:
 def _reader_is_gone() -> bool:
     """Whether stdout is the broken pipe (and not, say, one to a worker). If so, silence what is still buffered."""
     try:
-        sys.stdout.flush()
+        print(flush=True)  # a flush alone has nothing left to write
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True

@@ -1,13 +1,16 @@
-"""Set up before jax starts: 8 CPU devices, strict broadcasting, a compilation cache. Then the shared fixtures.
+"""Set up before jax starts: 8 CPU devices, strict broadcasting, a compilation cache. Then the fixtures that all share.
 
-All of it is environment, so pytest-xdist's workers and the commands that tests start have it too.
-JAXCHAT_TEST_PLATFORM=cuda runs the tests on a GPU; those that need 8 devices are then skipped.
+It is all environment variables, so the workers of pytest-xdist and the commands that tests start have them too.
+JAXCHAT_TEST_PLATFORM=cuda runs the tests on a GPU; those that need 8 devices skip there.
 """
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import hypothesis
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES_FLAG = "--xla_force_host_platform_device_count"
@@ -25,5 +28,55 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax-tests"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # a bound also makes jax lock it, which two workers need
 
-import pytest  # noqa
+hypothesis.settings.register_profile("jaxchat", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("jaxchat")
+
+
+@pytest.fixture(scope="session")
+def devices():
+    """The first 8 devices. On a CPU there must be 8: a test of sharding that skips there tests nothing."""
+    import jax
+
+    found = jax.devices()
+    if len(found) < 8:
+        (pytest.fail if found[0].platform == "cpu" else pytest.skip)(f"needs 8 devices, found {len(found)}: {found}")
+    return found[:8]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real data beside the checkout. Skips without it, unless JAXCHAT_REQUIRE_SHARED_DATA says it must be there."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        required = os.environ.get("JAXCHAT_REQUIRE_SHARED_DATA", "0") not in ("", "0")
+        (pytest.fail if required else pytest.skip)(f"needs real data in {folder}")
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """An empty base directory, for this test alone."""
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def run_command(home):
+    """Run a command as a user would, from the checkout, with `home` as base directory.
+
+    run_command("launch.base_train", "--depth=2", devices=1, check=True, timeout=300, input=None) returns the
+    CompletedProcess, stdout and stderr as text. check: fail, showing both, unless it exits 0.
+    """
+
+    def run(module: str, *args, devices: int = 1, check: bool = True, timeout: float = 300, input: str | None = None):
+        command = [sys.executable, "-m", module, *map(str, args)]
+        env = os.environ | {"XLA_FLAGS": xla_flags(devices)}
+        feed = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, **feed)
+        if check and done.returncode:
+            pytest.fail(f"{' '.join(command)} exited {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+        return done
+
+    return run

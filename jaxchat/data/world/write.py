@@ -21,7 +21,7 @@ def write_world(
     directory: str | Path,
     *,
     base_shards: int = 4,
-    base_rows: int = 14_000,
+    base_rows: int = 16_000,
     base_val_rows: int = 2_048,
     mid_rows: int = 80_000,
     sft_rows: int = 9_600,

@@ -1,0 +1,139 @@
+"""The shape of the code: who may import whom, one loop for all stages, no torch outside conversion, short files."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = sorted(
+    path.relative_to(ROOT).as_posix() for folder in ("jaxchat", "launch") for path in ROOT.glob(f"{folder}/**/*.py")
+)
+
+# A part imports from rows above its own, and from itself. Parts of one row don't import one another, but for ALSO.
+ROWS = [
+    {"config"},
+    {"tokenizer", "sharding", "model", "data"},
+    {"checkpoint"},
+    {"train", "infer"},
+    {"eval"},
+    {"launch"},
+]
+ALSO = {("data", "tokenizer")}
+RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
+
+CONVERSION_ONLY = {"torch", "transformers", "safetensors"}
+STAGES = {"base", "mid", "sft"}
+
+
+def part_of(module: str) -> str | None:
+    """ "model" of "jaxchat.model.gpt", "launch" of "launch.cli"; None of anything that is not ours."""
+    first, *rest = module.split(".")
+    if first == "launch":
+        return "launch"
+    return rest[0] if first == "jaxchat" and rest else None
+
+
+def modules_imported(path: str, source: str) -> set[str]:
+    """Full names of all that the file at `path` (from the repository's root) imports, anywhere in it."""
+    package = path.removesuffix(".py").split("/")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def wrong_imports(path: str, source: str) -> list[str]:
+    modules = modules_imported(path, source)
+    here = part_of(path.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    wrong = []
+    if "convert" not in path:
+        wrong += [f"{path} imports {module}" for module in modules if module.split(".")[0] in CONVERSION_ONLY]
+    if here is None:  # jaxchat/__init__.py
+        return wrong + [f"{path} imports {module}" for module in modules if part_of(module)]
+    for module in modules:
+        there = part_of(module)
+        if there and there != here and (here, there) not in ALSO and not RANK[there] < RANK[here]:
+            wrong.append(f"{path} imports {module}")
+    return wrong
+
+
+def asks_for_stage(path: str, source: str) -> list[str]:
+    """Where the code compares something with the name of a stage, by ==, in, or match."""
+    if path.startswith("launch/") or path == "jaxchat/train/stages.py":
+        return []
+    return [
+        f"{path}:{node.lineno} asks which stage it is in: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Compare | ast.MatchValue)
+        and any(isinstance(part, ast.Constant) and part.value in STAGES for part in ast.walk(node))
+    ]
+
+
+@pytest.mark.parametrize("path", CODE)
+def test_file(path):
+    source = (ROOT / path).read_text()
+    assert part_of(path.removesuffix(".py").replace("/", ".")) in {*RANK, "__init__"}, "give the new part a row in ROWS"
+    assert wrong_imports(path, source) == []
+    assert asks_for_stage(path, source) == []
+
+
+def test_no_file_is_long():
+    lengths = {path: len((ROOT / path).read_text().splitlines()) for path in CODE}
+    lengths |= {path.name: len(path.read_text().splitlines()) for path in (ROOT / "tests").glob("**/*.py")}
+    assert {path: lines for path, lines in lengths.items() if lines > 400} == {}
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("jaxchat/config.py", "import jaxchat.model.gpt"),
+        ("jaxchat/model/gpt.py", "from jaxchat.data import packing"),
+        ("jaxchat/model/gpt.py", "def f():\n    from ..tokenizer import Tokenizer"),
+        ("jaxchat/model/gpt.py", "from .. import sharding"),
+        ("jaxchat/tokenizer.py", "from jaxchat import data"),
+        ("jaxchat/train/loop.py", "import jaxchat.eval.bpb"),
+        ("jaxchat/infer/engine.py", "from jaxchat.train.state import State"),
+        ("jaxchat/eval/core.py", "from launch import cli"),
+        ("jaxchat/__init__.py", "from jaxchat.config import UserError"),
+        ("jaxchat/model/gpt.py", "import torch.nn"),
+        ("launch/demo.py", "from safetensors.numpy import save_file"),
+    ],
+)
+def test_a_wrong_import_is_found(path, source):
+    assert len(wrong_imports(path, source)) == 1
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("jaxchat/data/pipelines.py", "from jaxchat.tokenizer import Tokenizer"),
+        ("jaxchat/data/tasks/gsm8k.py", "from ..sources import find_shards"),
+        ("jaxchat/train/loop.py", "from jaxchat import checkpoint, config\nfrom . import step"),
+        ("launch/base_train.py", "import jaxchat.train.loop\nfrom launch import cli"),
+        ("launch/convert.py", "import torch"),
+        ("jaxchat/convert.py", "import safetensors"),
+    ],
+)
+def test_a_right_import_passes(path, source):
+    RANK.setdefault("convert", len(ROWS))
+    assert wrong_imports(path, source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if stage.name == 'mid': pass",
+        "save = 'base' != name",
+        "if name in ('base', 'mid'): pass",
+        "match name:\n    case 'sft': pass",
+    ],
+)
+def test_a_question_about_the_stage_is_found(source):
+    assert len(asks_for_stage("jaxchat/train/loop.py", source)) == 1
+    assert asks_for_stage("jaxchat/train/stages.py", source) == []
