@@ -5,7 +5,7 @@ Orbax writes them in the background; a step's folder appears under its name only
 
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def read_meta(folder: Path, step: int) -> dict:
 
 
 def find(source: str, model_tag: str = "", step: int = -1) -> tuple[Path, int]:
-    """(folder, step) of a stage's checkpoint: of the given tag, else the deepest d<N>, else the newest; the last step."""
+    """(folder, step) of a stage's checkpoint: of the tag, else the deepest d<N>, else the newest; the last step."""
     if source not in FOLDERS:
         raise UserError(f"unknown source {source!r}; it is one of {', '.join(FOLDERS)}")
     root = base_dir() / FOLDERS[source]
@@ -132,6 +132,10 @@ class Found:
     config: ModelConfig
     tokenizer: Tokenizer
 
+    @property
+    def name(self) -> str:
+        return f"{self.meta['stage']} {self.folder.name} {self.step}"
+
     def load(self, mesh: Mesh) -> Params:
         """The float32 weights on a mesh."""
         specs = sharding.named(mesh, model_params.specs(self.config))
@@ -166,7 +170,3 @@ def load_model(source: str, model_tag: str = "", step: int = -1, mesh: Mesh | No
     params = found.load(mesh or sharding.make_mesh(jax.local_devices()[:1]))
     path = found.folder / str(found.step)
     return LoadedModel(params, found.config, found.tokenizer, found.meta, path, found.folder.name)
-
-
-def describe_model(config: ModelConfig) -> dict:
-    return asdict(config)

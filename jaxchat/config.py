@@ -68,7 +68,8 @@ class ModelConfig:
 class Compute:
     """How a model is computed, never what: none of this is part of a checkpoint, and all choices agree to rounding.
 
-    dtype: of the activations and matrix products ("float32" or "bfloat16"); weights, norms, softmax and loss stay float32.
+    dtype: of the activations and matrix products ("float32" or "bfloat16"); weights, norms, softmax and loss stay
+        float32.
     unroll: write the layers one after the other instead of looping over them (`lax.scan`): compiles slower, and runs
         about a tenth faster on a CPU with few layers.
     remat: what the backward pass computes again instead of keeping: "none" (keep all), "dots" (keep the results of
@@ -241,7 +242,8 @@ class SFTConfig(TrainConfig):
     dry_run: bool = False
     """Write no checkpoint and no metrics."""
     train_tasks: str = (
-        "ARC-Easy/train,ARC-Challenge/train,GSM8K/train,SmolTalk/train:10000,identity,SimpleSpelling:300,SpellingBee:300"
+        "ARC-Easy/train,ARC-Challenge/train,GSM8K/train,SmolTalk/train:10000,identity,"
+        "SimpleSpelling:300,SpellingBee:300"
     )
     """The mixture: Name[/split][:rows] or a .jsonl file, with commas between."""
     val_tasks: str = "SmolTalk/test"

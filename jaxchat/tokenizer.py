@@ -66,7 +66,9 @@ class Tokenizer:
         """Learn a vocabulary of exactly vocab_size tokens from texts."""
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise UserError(f"--vocab_size={vocab_size} is below {smallest}: 256 bytes and {len(SPECIAL_TOKENS)} specials")
+            raise UserError(
+                f"--vocab_size={vocab_size} is below {smallest}: 256 bytes and {len(SPECIAL_TOKENS)} specials"
+            )
         bpe = tokenizers.Tokenizer(models.BPE(byte_fallback=False, unk_token=None, fuse_unk=False))
         split = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN.replace("?+", "?").replace("++", "+")), "isolated")
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

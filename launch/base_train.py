@@ -5,6 +5,8 @@ from jaxchat.config import BaseConfig
 from jaxchat.data import pipelines
 from jaxchat.data.sources import ParquetText, find_shards
 from jaxchat.eval.bpb import bits_per_byte
+from jaxchat.eval.samples import show_samples
+from jaxchat.infer.engine import Engine
 from jaxchat.train import stages
 from jaxchat.train.loop import Evaluation, train
 from launch import cli
@@ -28,8 +30,18 @@ def run(config: BaseConfig):
             )
         return {"val_bpb": bits_per_byte(params, batches, tokenizer.token_bytes, model, compute, mesh)}
 
-    train(stage, [Evaluation("validation", config.eval_every, val_bpb)])
-    cli.next_step(f"python -m launch.mid_train --model_tag={stage.checkpoints.folder.name}")
+    def samples(params):
+        print("continuations:")
+        return show_samples(Engine(params, model, tokenizer, compute))
+
+    train(
+        stage,
+        [
+            Evaluation("validation", config.eval_every, val_bpb, at_start=True),
+            Evaluation("samples", config.sample_every, samples),
+        ],
+    )
+    cli.next_step(f"python -m launch.mid_train --model_tag={stage.tag}")
 
 
 def main(args: list[str] | None = None):

@@ -1,12 +1,25 @@
 """Finetune for chat: python -m launch.chat_sft --model_tag=d12"""
 
 from jaxchat import sharding
-from jaxchat.config import SFTConfig
+from jaxchat.config import SFTConfig, UserError
 from jaxchat.data import pipelines
+from jaxchat.data.tasks import load_task
 from jaxchat.eval.bpb import total_loss
+from jaxchat.eval.chat import letter_accuracy
+from jaxchat.infer.engine import Engine
 from jaxchat.train import stages
 from jaxchat.train.loop import Evaluation, train
 from launch import cli
+
+
+def choice_tasks(config: SFTConfig) -> list:
+    """The (name, task) of multiple choice; opened before the training, so that a missing file is told then."""
+    if config.eval_metrics_every <= 0:
+        return []
+    try:
+        return [(name, load_task(f"{name}/test", config.tasks_dir)) for name in ("MMLU", "ARC-Easy")]
+    except UserError as problem:
+        raise UserError(f"{problem}; or do without this evaluation: --eval_metrics_every=-1") from problem
 
 
 def run(config: SFTConfig):
@@ -28,8 +41,22 @@ def run(config: SFTConfig):
         nll, weight = total_loss(params, batches, model, compute, mesh)
         return {"val_loss": nll / max(weight, 1.0)}
 
-    train(stage, [Evaluation("validation", config.eval_every, val_loss)])
-    cli.next_step(f"python -m launch.chat_cli --model_tag={stage.meta['parent'].split()[1]}")
+    choices = choice_tasks(config)
+
+    def accuracies(params):
+        engine = Engine(params, model, tokenizer, compute)
+        return {
+            f"{name}_acc": letter_accuracy(engine, task, config.eval_metrics_max_problems) for name, task in choices
+        }
+
+    train(
+        stage,
+        [
+            Evaluation("validation", config.eval_every, val_loss, at_start=True),
+            Evaluation("multiple choice", config.eval_metrics_every, accuracies),
+        ],
+    )
+    cli.next_step(f"python -m launch.chat_cli --model_tag={stage.tag}")
 
 
 def main(args: list[str] | None = None):

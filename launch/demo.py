@@ -36,8 +36,8 @@ def refuse_to_mix():
         for path in (base_dir() / folder).glob("*"):
             if path.name != TAG and checkpoint.steps_in(path):
                 raise UserError(
-                    f"{path} was trained with the tokenizer in {base_dir() / 'tokenizer'}, which the demo would replace; "
-                    "set JAXCHAT_BASE_DIR to an empty folder"
+                    f"{path} was trained with the tokenizer in {base_dir() / 'tokenizer'}, which the demo would "
+                    "replace; set JAXCHAT_BASE_DIR to an empty folder"
                 )
 
 

@@ -23,14 +23,17 @@ def run(config: MidConfig):
             rows = config.device_batch_size * sharding.data_shards(mesh)
             batches.extend(
                 pipelines.packed_validation(
-                    tokenize, len(tasks), rows=rows, time=stages.row_length(config, model), max_tokens=config.eval_tokens
+                    tokenize,
+                    len(tasks),
+                    rows=rows,
+                    time=stages.row_length(config, model),
+                    max_tokens=config.eval_tokens,
                 )
             )
         return {"val_bpb": bits_per_byte(params, batches, tokenizer.token_bytes, model, compute, mesh)}
 
-    train(stage, [Evaluation("validation", config.eval_every, val_bpb)])
-    tag = stage.checkpoints.folder.name if stage.checkpoints else config.model_tag
-    cli.next_step(f"python -m launch.chat_sft --model_tag={tag}")
+    train(stage, [Evaluation("validation", config.eval_every, val_bpb, at_start=True)])
+    cli.next_step(f"python -m launch.chat_sft --model_tag={stage.tag}")
 
 
 def main(args: list[str] | None = None):

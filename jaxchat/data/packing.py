@@ -34,7 +34,9 @@ class PackedRows(grain.IterDataset):
     padded with weight 0 until all have. Without, it never ends.
     """
 
-    def __init__(self, tokenize: Tokenize, *, rows: int, micro_batches: int, time: int, num_documents: int | None = None):
+    def __init__(
+        self, tokenize: Tokenize, *, rows: int, micro_batches: int, time: int, num_documents: int | None = None
+    ):
         super().__init__()
         self.tokenize, self.rows, self.micro_batches, self.time = tokenize, rows, micro_batches, time
         self.num_documents = num_documents
@@ -113,8 +115,8 @@ class _PackedRowsIterator(grain.DatasetIterator):
 
 
 def length_buckets(max_len: int) -> list[int]:
-    """The row lengths that batches of conversations are padded to: powers of two from 64, and max_len."""
-    return [n for n in (64 << i for i in range(30)) if n < max_len] + [max_len]
+    """The row lengths that batches of conversations are padded to: 64, 96, 128, 192, 256, 384, … and max_len."""
+    return [n for i in range(30) for n in (64 << i, 96 << i) if n < max_len] + [max_len]
 
 
 class PaddedRows(grain.IterDataset):

@@ -87,8 +87,8 @@ def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
 def packed_validation(tokenize: Tokenize, num_documents: int, *, rows: int, time: int, max_tokens: int) -> list[dict]:
     """One stream of documents in their own order, cut into windows, `rows` of them a batch, to max_tokens targets.
 
-    What is supervised does not depend on `rows`: the last batch is filled with weight 0. Each batch is {inputs, targets,
-    weights} [rows, time].
+    What is supervised does not depend on `rows`: the last batch is filled with weight 0. Each batch is {inputs,
+    targets, weights} [rows, time].
     """
 
     def stream() -> Iterator[np.ndarray]:

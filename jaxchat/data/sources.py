@@ -29,7 +29,9 @@ def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowInvalid) as problem:
-        raise UserError(f"{path} cannot be read as parquet ({str(problem).splitlines()[0]}); fetch it anew") from problem
+        raise UserError(
+            f"{path} cannot be read as parquet ({str(problem).splitlines()[0]}); fetch it anew"
+        ) from problem
     for column in columns:
         if column not in file.schema_arrow.names:
             raise UserError(f"{path} has no column `{column}`; it has: {', '.join(file.schema_arrow.names)}")

@@ -1,8 +1,8 @@
 """Generation with a key/value cache: many prompts at once, decoded on the device, with the calculator tool.
 
 The device decodes in stretches. The host steps in only where a row has called the tool: it calculates, and the result
-is forced into that row's stream. Prompt lengths, cache lengths and batch sizes go to powers of two, so that few shapes are
-ever compiled.
+is forced into that row's stream. Prompt lengths, cache lengths and batch sizes go to powers of two, so that few shapes
+are ever compiled.
 """
 
 import dataclasses

@@ -20,11 +20,18 @@ from jaxchat.train.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Something measured while training: after every `every` steps, before the first and after the last. ≤ 0: never."""
+    """Something measured while training: every `every` steps (≤ 0: never), at the end, and, if at_start, before all."""
 
     name: str
     every: int
     run: Callable[[Params], dict[str, float]]
+    at_start: bool = False
+
+    def due(self, step: int, first: int, finished: bool) -> bool:
+        """Whether to measure after `step` steps, of which `first` were done when this run was resumed."""
+        if self.every <= 0 or (step == first and step > 0):
+            return False
+        return finished or (step % self.every == 0 if step else self.at_start)
 
 
 @dataclasses.dataclass
@@ -32,6 +39,7 @@ class Stage:
     """A stage of training as data."""
 
     title: str
+    tag: str
     plan: list[tuple[str, str]]
     model: ModelConfig
     mesh: Mesh
@@ -49,10 +57,6 @@ class Stage:
     tensorboard: bool
 
 
-def due(every: int, step: int, finished: bool) -> bool:
-    return every > 0 and (finished or step % every == 0)
-
-
 def place_batch(batch: dict, mesh: Mesh) -> dict:
     """The arrays of a batch on the mesh, its rows spread over the devices."""
     return {name: place_rows(batch[name], mesh, axis=1) for name in ("inputs", "targets", "weights")}
@@ -62,24 +66,24 @@ def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
     """Run a stage to its end. -> the last value of every evaluation."""
     folder = stage.checkpoints.folder if stage.checkpoints else None
     state = stage.start()
-    log = MetricsLog(
-        folder, stage.meta, resume_step=stage.resume_step, run=stage.run, tensorboard=stage.tensorboard
-    )
+    log = MetricsLog(folder, stage.meta, resume_step=stage.resume_step, run=stage.run, tensorboard=stage.tensorboard)
     reporter = Reporter(stage, log)
     step, results, saved = stage.resume_step, {}, stage.resume_step
     finished = step == stage.num_steps
     try:
         while True:
             for evaluation in evaluations:
-                if due(evaluation.every, step, finished) and (step > stage.resume_step or step == 0):
+                if evaluation.due(step, stage.resume_step, finished):
                     reporter.flush()
                     values = evaluation.run(state.params)
-                    results |= values
-                    log.write(step, values)
-                    shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-                    print(f"step {step:>6}  {evaluation.name}: {shown}" if shown else "", flush=True)
+                    if values:
+                        results |= values
+                        log.write(step, values)
+                        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+                        print(f"step {step:>6}  {evaluation.name}: {shown}", flush=True)
                     reporter.restart_clock()
-            if stage.checkpoints and step > saved and due(stage.save_every, step, finished) | finished:
+            wanted = finished or (stage.save_every > 0 and step % stage.save_every == 0)
+            if stage.checkpoints and step > saved and wanted:
                 reporter.flush()
                 save(stage, state, step, results)
                 saved = step
@@ -149,7 +153,8 @@ class Reporter:
         seconds, self._clock = now - self._clock, now
         self._spent += seconds
         tokens_per_s = batch["inputs"].size / seconds
-        values |= {"lr_multiplier": multiplier, "step_seconds": seconds, "tokens_per_s": tokens_per_s, "progress": progress}
+        values |= {"lr_multiplier": multiplier, "progress": progress}
+        values |= {"step_seconds": seconds, "tokens_per_s": tokens_per_s}
         if self._peak:
             values["mfu"] = tokens_per_s * flops_per_token(self._stage.model) / self._peak
         values |= batch["counts"]

@@ -57,7 +57,7 @@ def train_step(
     metrics = {
         "loss": nll * mean,
         "weight": weight,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "empty_steps": new_state.empty_steps,
     }
     return new_state, metrics

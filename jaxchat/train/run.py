@@ -1,0 +1,183 @@
+"""What the stages share: the devices, a run's folder, what a plan tells, and putting a Stage together."""
+
+import dataclasses
+from collections.abc import Callable
+
+import grain
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxchat import checkpoint, sharding
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import Compute, ModelConfig, TrainConfig, UserError, base_dir
+from jaxchat.model.flops import flops_per_token, num_params
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.train.loop import Stage
+from jaxchat.train.optimizer import make_optimizer
+from jaxchat.train.state import TrainState, abstract_state
+from jaxchat.train.step import make_train_step
+
+# These change what is shown, measured or kept, or how many rows are computed at a time, but not what is learnt: a
+# resumed run may differ in them.
+FREE_ON_RESUME = (
+    *("run", "device_type", "save_every", "resume", "overwrite", "tensorboard", "dry_run", "model_tag", "step"),
+    *("eval_every", "eval_tokens", "eval_steps", "eval_metrics_every", "eval_metrics_max_problems", "sample_every"),
+    *("core_metric_every", "val_tasks", "data_dir", "tasks_dir", "device_batch_size"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a run computes with; its evaluators use it too."""
+
+    model: ModelConfig
+    compute: Compute
+    tokenizer: Tokenizer
+    mesh: Mesh
+
+
+def start_devices(config: TrainConfig) -> Mesh:
+    """Choose the kind of device and put all there are on a mesh."""
+    if config.device_type:
+        if config.device_type not in ("cpu", "cuda", "tpu"):
+            raise UserError(f"--device_type={config.device_type}; it is cpu, cuda or tpu")
+        jax.config.update("jax_platforms", config.device_type)
+    if config.dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype={config.dtype}; it is auto, float32 or bfloat16")
+    if config.device_batch_size < 1:
+        raise UserError(f"--device_batch_size={config.device_batch_size}; it must be at least 1")
+    try:
+        return sharding.make_mesh()
+    except RuntimeError as problem:
+        raise UserError(f"no {config.device_type} device can be used: {str(problem).splitlines()[0]}") from problem
+
+
+def compute_for(config: TrainConfig, mesh: Mesh) -> Compute:
+    return Compute.for_backend(config.dtype, data_shards=sharding.data_shards(mesh))
+
+
+def optimizer_for(
+    config: TrainConfig, setting: Setting, *, grad_clip: float = 0.0, init_lr_frac: float = 1.0
+) -> optax.GradientTransformation:
+    return make_optimizer(
+        setting.model,
+        matrix_lr=config.matrix_lr * init_lr_frac,
+        embedding_lr=config.embedding_lr * init_lr_frac,
+        unembedding_lr=config.unembedding_lr * init_lr_frac,
+        weight_decay=config.weight_decay,
+        grad_clip=grad_clip,
+        muon_dtype=jnp.dtype(setting.compute.dtype),
+    )
+
+
+def run_folder(config: TrainConfig, source: str, tag: str, meta: dict) -> tuple[Checkpoints, int]:
+    """(the run's checkpoints, the step to go on from: 0 for a new run); refuses what would be lost or would not fit."""
+    checkpoints = Checkpoints(base_dir() / checkpoint.FOLDERS[source] / tag)
+    steps = checkpoints.steps()
+    if not steps:
+        return checkpoints, 0
+    if not config.resume:
+        if not config.overwrite:
+            raise UserError(
+                f"{checkpoints.folder} has checkpoints up to step {steps[-1]}; "
+                "go on with --resume, choose another --model_tag, or delete them with --overwrite"
+            )
+        return checkpoints, 0
+    saved = checkpoints.meta(steps[-1])
+    for what in ("model", "settings", "data", "tokenizer_hash", "parent"):
+        if saved.get(what) != meta.get(what):
+            change = difference(saved.get(what), meta.get(what))
+            raise UserError(f"--resume: {checkpoints.folder} was trained with another {what}: {change}")
+    return checkpoints, steps[-1]
+
+
+def difference(then, now) -> str:
+    """The entries that differ, as "name=then (now …)"."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return f"{then} (now {now})"
+    return ", ".join(f"{k}={then.get(k)} (now {now.get(k)})" for k in {**then, **now} if then.get(k) != now.get(k))
+
+
+def batch_row(rows: int, time: int, micro: int, per_device: int, mesh: Mesh) -> tuple[str, str]:
+    devices = sharding.data_shards(mesh)
+    product = f"{per_device} rows × {devices} devices × {micro} accumulated = {rows} rows"
+    return "batch", f"{product} × {time} = {rows * time:,} tokens a step"
+
+
+def starter(
+    setting: Setting,
+    optimizer: optax.GradientTransformation,
+    batches: grain.DatasetIterator,
+    checkpoints: Checkpoints | None,
+    resume_step: int,
+    fresh: Callable[[], TrainState],
+) -> Callable[[], TrainState]:
+    """Make the state to begin with: the resumed one, with the batches set to where it was, or a fresh one."""
+
+    def start() -> TrainState:
+        if resume_step:
+            target = abstract_state(setting.model, optimizer, setting.mesh)
+            rest = {"step": target.step, "empty_steps": target.empty_steps, "opt_state": target.opt_state}
+            params, rest = checkpoints.restore(resume_step, params=target.params, optimizer=rest, batches=batches)
+            return TrainState(params=params, **rest)
+        state = fresh()
+        if checkpoints:
+            checkpoints.delete_all()  # with --overwrite; nothing is there otherwise
+        return state
+
+    return start
+
+
+def make_stage(
+    config: TrainConfig,
+    setting: Setting,
+    *,
+    source: str,
+    tag: str,
+    meta: dict,
+    plan: Callable[[int], list[tuple[str, str]]],
+    optimizer: optax.GradientTransformation,
+    batches: grain.DatasetIterator,
+    fresh: Callable[[], TrainState],
+    dry_run: bool = False,
+    **special,
+) -> Stage:
+    """A Stage from what is its own: where it starts (fresh), its batches, its schedule.
+
+    source: the name of its checkpoints' folder in checkpoint.FOLDERS; plan: of the step to go on from, what this stage
+    tells beside model and devices; special: the fields of Stage that are only its own.
+    """
+    meta = meta | {
+        "model": dataclasses.asdict(setting.model),
+        "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME},
+        "tokenizer_hash": setting.tokenizer.hash,
+        "device_batch_size": config.device_batch_size,
+    }
+    checkpoints, resume_step = (None, 0) if dry_run else run_folder(config, source, tag, meta)
+    model = setting.model
+    heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
+    every = f", every {config.save_every:,} steps" if config.save_every > 0 else ""
+    return Stage(
+        plan=[
+            ("model", f"{model.n_layer} layers × {model.n_embd}, {heads}, vocabulary {model.vocab_size:,}"),
+            ("parameters", f"{num_params(model):,}; {flops_per_token(model):,} FLOPs a token"),
+            ("devices", f"{sharding.describe(setting.mesh)}, compute in {setting.compute.dtype}"),
+            *plan(resume_step),
+            ("saves", f"{checkpoints.folder}/<step>{every}" if checkpoints else "nothing (dry run)"),
+        ],
+        tag=tag,
+        model=model,
+        mesh=setting.mesh,
+        start=starter(setting, optimizer, batches, checkpoints, resume_step, fresh),
+        step_fn=make_train_step(model, setting.compute, optimizer, setting.mesh),
+        batches=batches,
+        meta=meta,
+        checkpoints=checkpoints,
+        save_every=config.save_every,
+        resume_step=resume_step,
+        run=config.run,
+        tensorboard=config.tensorboard,
+        **special,
+    )

@@ -1,0 +1,84 @@
+"""How well the tokenizer compresses, beside others: python -m launch.tok_eval"""
+
+import dataclasses
+
+import tiktoken
+
+from jaxchat.config import UserError, base_dir
+from jaxchat.data.sources import ParquetText, find_shards
+from jaxchat.tokenizer import Tokenizer
+from launch import cli
+
+TEXTS = {
+    "code": "def area(width: float, height: float) -> float:\n    return width * height\n\n\nprint(area(2.5, 40))\n"
+    * 4,
+    "sums": "12 + 345 = 357; 99 * 7 = 693; 2026-11-24; 3.14159; 1,000,000 / 8 = 125,000\n" * 4,
+    "accents": "Où sont les élèves? Größe, Übung, año, niño, señor; Łódź, Kraków; Ελλάδα; Москва; 東京\n" * 4,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compare how many bytes a token holds on average: more is better, as a row then holds more text."""
+
+    data_dir: str = ""
+    """Folder of the parquet shards; empty: <base directory>/base_data."""
+    max_chars: int = 2_000_000
+    """Of the training and of the validation text, at most so many characters each."""
+    references: str = "gpt2,cl100k_base"
+    """Encodings of tiktoken to compare with, commas between; tiktoken downloads them once. Empty: none."""
+
+
+def first_chars(data_dir: str, split: str, max_chars: int) -> str:
+    texts, parts, have = ParquetText(find_shards(data_dir, split)), [], 0
+    for i in range(len(texts)):
+        if have >= max_chars:
+            break
+        parts.append(texts[i][: max_chars - have])
+        have += len(parts[-1])
+    return "\n".join(parts)
+
+
+def references(names: str) -> dict[str, tiktoken.Encoding]:
+    found = {}
+    for name in filter(None, (name.strip() for name in names.split(","))):
+        if name not in tiktoken.list_encoding_names():
+            raise UserError(f"--references={name}; tiktoken has {', '.join(tiktoken.list_encoding_names())}")
+        try:
+            found[name] = tiktoken.get_encoding(name)
+        except Exception as problem:  # whatever its download may run into; the comparison goes on without it
+            print(f"{name} is left out: tiktoken cannot get it ({type(problem).__name__})")
+    return found
+
+
+def run(config: Config):
+    tokenizer = Tokenizer.load()
+    cli.print_plan(
+        "Tokenizer's compression",
+        [
+            ("tokenizer", f"{base_dir() / 'tokenizer'}, vocabulary {tokenizer.vocab_size:,}"),
+            ("texts", f"{config.max_chars:,} characters of training and of validation text each, and short samples"),
+            ("references", config.references or "none"),
+        ],
+    )
+    others = references(config.references)
+    texts = {split: first_chars(config.data_dir, split, config.max_chars) for split in ("train", "val")} | TEXTS
+    print(f"\n{'':<10}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}" + "".join(f"{name:>22}" for name in others))
+    for name, text in texts.items():
+        size, tokens = len(text.encode("utf-8", "replace")), len(tokenizer.encode(text))
+        line = f"{name:<10}{size:>12,}{tokens:>12,}{size / max(1, tokens):>13.3f}"
+        for encoding in others.values():
+            theirs = len(encoding.encode_ordinary(text))
+            line += f"{size / max(1, theirs):>12.3f} ({tokens / max(1, theirs) - 1:+.0%})"
+        print(line)
+    if others:
+        print("(in brackets: how many more tokens ours needs; a larger vocabulary needs fewer)")
+    cli.next_step("python -m launch.base_train --depth=12")
+
+
+def main(args: list[str] | None = None):
+    cli.main(Config, run, args)
+
+
+if __name__ == "__main__":
+    main()

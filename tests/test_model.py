@@ -1,0 +1,171 @@
+"""The model against a plain float64 one, its own other forms, and known sizes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxchat.config import Compute, ModelConfig, UserError
+from jaxchat.model import params as model_params
+from jaxchat.model.cache import KVCache
+from jaxchat.model.flops import flops_per_token, num_params, peak_flops
+from jaxchat.model.gpt import forward
+
+CONFIG = ModelConfig(sequence_len=16, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+# Float32 rounds to 6e-8; sums of some hundred terms over two layers and logits of up to 15 were seen to differ by
+# 4e-6 from float64. A wrong mask, sign or scale differs by more than 0.01.
+TOLERANCE = 5e-5
+
+
+def random_params(config, seed=0, scale=0.3):
+    """Weights with none zero, so that every part of the model matters."""
+    leaves, tree = jax.tree.flatten(model_params.shapes(config))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    weights = [scale * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, weights)
+
+
+def tokens(config, batch=3, time=12, seed=1):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, time), dtype=np.int32)
+
+
+def plain_forward(params, tokens_BT, config):
+    """spec.md's model in float64, one position and one head at a time."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    H, group = config.n_embd // config.n_head, config.n_head // config.n_kv_head
+
+    def norm(x):
+        return x / np.sqrt(np.mean(x * x) + 1.1920929e-07)
+
+    def rotary(x, t):
+        y = np.empty(H)
+        for i in range(H // 2):
+            angle = t * 10_000.0 ** (-2 * i / H)
+            y[i] = x[i] * np.cos(angle) + x[i + H // 2] * np.sin(angle)
+            y[i + H // 2] = -x[i] * np.sin(angle) + x[i + H // 2] * np.cos(angle)
+        return y
+
+    result = []
+    for row in tokens_BT:
+        xs = [norm(p.wte[token]) for token in row]
+        for layer in range(config.n_layer):
+            w = jax.tree.map(lambda a, layer=layer: a[layer], p.blocks)
+            h = [norm(x) for x in xs]
+            q = [[norm(rotary(h[t] @ w.wq[:, n], t)) for n in range(config.n_head)] for t in range(len(xs))]
+            k = [[norm(rotary(h[t] @ w.wk[:, n], t)) for n in range(config.n_kv_head)] for t in range(len(xs))]
+            v = [[h[t] @ w.wv[:, n] for n in range(config.n_kv_head)] for t in range(len(xs))]
+            for t in range(len(xs)):
+                y = np.zeros(config.n_embd)
+                for n in range(config.n_head):
+                    scores = np.array([q[t][n] @ k[s][n // group] / np.sqrt(H) for s in range(t + 1)])
+                    weights = np.exp(scores - scores.max())
+                    weights /= weights.sum()
+                    y += sum(weights[s] * v[s][n // group] for s in range(t + 1)) @ w.wo[n]
+                x = xs[t] + y
+                xs[t] = x + np.maximum(norm(x) @ w.w_up, 0) ** 2 @ w.w_down
+        result.append([15 * np.tanh(norm(x) @ p.lm_head / 15) for x in xs])
+    return np.array(result)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_forward_is_the_specs(kv_heads):
+    config = dataclasses.replace(CONFIG, n_kv_head=kv_heads)
+    params = random_params(config)
+    got = forward(params, tokens(config), config, Compute())
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, plain_forward(params, tokens(config), config), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("form", [{"unroll": True}, {"remat": "full"}, {"remat": "dots"}, {"loss_chunk_tokens": 7}])
+def test_every_form_gives_the_same_loss_and_gradient(form):
+    from jaxchat.train.loss import loss_sums
+
+    params = random_params(CONFIG)
+    batch = {"inputs_BT": tokens(CONFIG), "targets_BT": tokens(CONFIG, seed=2)}
+    batch["weights_BT"] = np.random.default_rng(3).random((3, 12), np.float32)
+
+    def loss(params, compute):
+        nll, weight = loss_sums(params, batch, CONFIG, compute)
+        return nll / weight
+
+    want, want_grad = jax.value_and_grad(loss)(params, Compute())
+    got, got_grad = jax.value_and_grad(loss)(params, dataclasses.replace(Compute(), **form))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max())), got_grad, want_grad)
+
+
+def test_cache_gives_what_the_whole_sequence_gives():
+    """Prompts of different lengths first, then token by token, each row at a position of its own."""
+    params, compute = random_params(CONFIG), Compute()
+    tokens_BT = tokens(CONFIG, time=16)
+    whole = np.asarray(forward(params, tokens_BT, CONFIG, compute))
+    lengths = np.array([3, 7, 5], np.int32)
+    logits, cache = forward(params, tokens_BT[:, :7], CONFIG, compute, KVCache.empty(CONFIG, 3, 16, jnp.float32))
+    for b, length in enumerate(lengths):
+        np.testing.assert_allclose(logits[b, :length], whole[b, :length], atol=TOLERANCE)
+    cache = cache.replace(lengths_B=jnp.asarray(lengths))
+    for step in range(6):
+        here = lengths + step
+        logits, cache = forward(params, tokens_BT[np.arange(3), here][:, None], CONFIG, compute, cache)
+        np.testing.assert_allclose(logits[:, 0], whole[np.arange(3), here], atol=TOLERANCE)
+
+
+def test_no_position_sees_a_later_one():
+    params, tokens_BT = random_params(CONFIG), tokens(CONFIG)
+    changed = tokens_BT.copy()
+    changed[:, 6:] = (changed[:, 6:] + 1) % CONFIG.vocab_size
+    before = forward(params, tokens_BT, CONFIG, Compute())
+    after = forward(params, changed, CONFIG, Compute())
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert np.abs(before[:, 6:] - after[:, 6:]).max() > 0.01
+
+
+def test_bfloat16_stays_near():
+    params, tokens_BT = random_params(CONFIG), tokens(CONFIG)
+    got = forward(params, tokens_BT, CONFIG, Compute(dtype="bfloat16"))
+    want = forward(params, tokens_BT, CONFIG, Compute())
+    assert got.dtype == jnp.float32
+    # bfloat16 keeps 8 bits: 0.4 % a rounding, and some twenty roundings on the way to logits of up to 15.
+    assert 0 < np.abs(got - want).max() < 20 * 0.004 * 15
+
+
+def test_sizes_of_known_depths():
+    d20 = ModelConfig.from_depth(20, sequence_len=2048, vocab_size=65536)
+    assert (d20.n_embd, d20.n_head, d20.n_kv_head, d20.head_dim) == (1280, 10, 10, 128)
+    assert num_params(d20) == 560_988_160  # "561M" in spec.md
+    matrices = 20 * 12 * 1280**2 + 65536 * 1280
+    assert flops_per_token(d20) == 6 * matrices + 12 * 20 * 1280 * 2048
+    assert ModelConfig.from_depth(3, sequence_len=8, vocab_size=8).n_head == 2  # ceil(192 / 128)
+
+
+def test_init_follows_the_spec():
+    config = ModelConfig.from_depth(4, sequence_len=8, vocab_size=300)
+    params = model_params.init(jax.random.key(0), config)
+    for zero in (params.lm_head, params.blocks.wo, params.blocks.w_down):
+        assert not np.any(zero)
+    D = config.n_embd
+    for weights, std in [
+        (params.wte, 1.0),
+        (params.blocks.wq, D**-0.5),
+        (params.blocks.wv, D**-0.5),
+        (params.blocks.w_up, D**-0.5),
+    ]:
+        assert np.std(weights) == pytest.approx(std, rel=4 / np.sqrt(2 * weights.size))  # 4 standard errors
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("change", [{"n_kv_head": 3}, {"n_head": 5}, {"vocab_size": 0}])
+def test_impossible_shapes_are_refused(change):
+    with pytest.raises(UserError):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_peak_flops_by_name():
+    class Device:
+        device_kind = "NVIDIA H200"
+
+    assert peak_flops(Device()) == 989e12
+    Device.device_kind = "cpu"
+    assert peak_flops(Device()) is None

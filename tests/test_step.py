@@ -1,0 +1,135 @@
+"""The training step: its loss weighs tokens alike however they are split, over micro-batches or devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxchat import sharding
+from jaxchat.config import Compute, ModelConfig
+from jaxchat.model.gpt import forward
+from jaxchat.train.loop import place_batch
+from jaxchat.train.optimizer import make_optimizer
+from jaxchat.train.state import abstract_state, init_state
+from jaxchat.train.step import make_train_step
+
+CONFIG = ModelConfig(sequence_len=16, vocab_size=40, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+# SGD instead of Muon where weights are compared: Newton–Schulz brings the directions that hold only rounding up to
+# the size of all others, and would compare noise. It moves weights by 0.1 × gradient, so gradients are compared.
+SGD = optax.sgd(0.1)
+
+
+def batch_of(weights_BT, seed=0):
+    random = np.random.default_rng(seed)
+    shape = (8, 16)
+    return {
+        "inputs": random.integers(0, 40, shape, dtype=np.int32),
+        "targets": random.integers(0, 40, shape, dtype=np.int32),
+        "weights": np.broadcast_to(np.asarray(weights_BT, np.float32), shape),
+    }
+
+
+def uneven_weights():
+    """Most rows with few supervised tokens, some with none: micro-batches of very different weight."""
+    random = np.random.default_rng(7)
+    return (random.random((8, 16)) < np.array([0.05, 0.0, 0.9, 0.1, 0.0, 0.0, 1.0, 0.3])[:, None]).astype(np.float32)
+
+
+def run(batch, *, micro=1, devices=None, optimizer=SGD, steps=2):
+    """-> (weights, metrics of the last step) after `steps` steps on the same batch, cut into micro-batches."""
+    mesh = sharding.make_mesh(devices or jax.devices()[:1])
+    compute = Compute(data_shards=sharding.data_shards(mesh))
+    step = make_train_step(CONFIG, compute, optimizer, mesh)
+    state = init_state(0, CONFIG, optimizer, mesh)
+    cut = {name: a.reshape(micro, 8 // micro, 16) for name, a in batch.items()}
+    for _ in range(steps):
+        state, metrics = step(state, place_batch(cut, mesh), np.float32(1.0))
+    return jax.device_get(state), jax.device_get(metrics)
+
+
+def same(a, b, rtol=2e-6):
+    """Equal to float32 rounding: within 2e-6 of the largest of each weight (3e-7 was seen)."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=rtol * max(1e-3, np.abs(y).max())), a, b)
+
+
+def test_accumulation_weighs_tokens_not_micro_batches():
+    batch = batch_of(uneven_weights())
+    whole, metrics = run(batch)
+    assert metrics["weight"] == uneven_weights().sum()
+    for micro in (2, 8):
+        split, split_metrics = run(batch, micro=micro)
+        same(split.params, whole.params)
+        np.testing.assert_allclose(split_metrics["loss"], metrics["loss"], rtol=1e-6)
+
+
+def test_loss_is_the_mean_over_what_is_supervised():
+    """Against log-probabilities of the whole logits in float64; initial loss is ln V since the head is zero."""
+    batch = batch_of(uneven_weights())
+    first = run(batch, steps=1)[1]
+    np.testing.assert_allclose(first["loss"], np.log(40), rtol=1e-6)
+    state, _ = run(batch, steps=3)
+    logits = np.asarray(forward(state.params, batch["inputs"], CONFIG, Compute()), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
+    want = (nll * batch["weights"]).sum() / batch["weights"].sum()
+    np.testing.assert_allclose(run(batch, steps=4)[1]["loss"], want, rtol=1e-5)
+
+
+def test_what_is_not_supervised_is_not_learnt():
+    batch = batch_of(uneven_weights())
+    other = batch | {"targets": np.where(batch["weights"] > 0, batch["targets"], (batch["targets"] + 1) % 40)}
+    jax.tree.map(np.testing.assert_array_equal, run(batch)[0], run(other)[0])
+    supervised_too = run(batch | {"weights": np.ones((8, 16), np.float32)})[0]
+    assert np.abs(supervised_too.params.wte - run(batch)[0].params.wte).max() > 1e-4
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_a_step_with_nothing_supervised_changes_nothing(micro):
+    optimizer = make_optimizer(CONFIG, grad_clip=1.0)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    before = jax.device_get(init_state(0, CONFIG, optimizer, mesh))
+    after, metrics = run(batch_of(0.0), micro=micro, optimizer=optimizer, steps=1)
+    assert metrics["loss"] == 0.0 and metrics["empty_steps"] == 1 and after.step == 1
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+
+
+def test_eight_devices_compute_what_one_does(devices):
+    batch = batch_of(uneven_weights())
+    one, metrics = run(batch)
+    eight, metrics8 = run(batch, devices=devices)
+    same(eight.params, one.params)
+    np.testing.assert_allclose(metrics8["loss"], metrics["loss"], rtol=1e-6)
+
+
+def test_learning_rate_multiplier_scales_the_step():
+    optimizer = make_optimizer(CONFIG)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    step = make_train_step(CONFIG, Compute(), optimizer, mesh)
+    start = jax.device_get(init_state(0, CONFIG, optimizer, mesh).params)
+    moved = {}
+    cut = {name: a[None] for name, a in batch_of(1.0).items()}
+    for multiplier in (0.0, 0.5, 1.0):
+        state, _ = step(init_state(0, CONFIG, optimizer, mesh), place_batch(cut, mesh), np.float32(multiplier))
+        moved[multiplier] = jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, start)
+    assert not any(np.any(a) for a in jax.tree.leaves(moved[0.0]))
+    # Weights of about 1 hold steps of 0.01 to 6e-8.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b / 2, atol=2e-7), moved[0.5], moved[1.0])
+    assert step._cache_size() == 1  # a new multiplier is no new compilation
+
+
+def test_state_lies_as_its_specs_say(devices):
+    """On a mesh with fsdp and tensor axes every weight is cut over them, and Muon's momentum with its weight."""
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(2, 2, 2), sharding.AXES)
+    optimizer = make_optimizer(CONFIG, grad_clip=1.0)
+    state = init_state(0, CONFIG, optimizer, mesh)
+    target = abstract_state(CONFIG, optimizer, mesh)
+    jax.tree.map(lambda a, t: a.sharding == t.sharding or pytest.fail(f"{a.sharding} {t.sharding}"), state, target)
+    for leaf in jax.tree.leaves(state.params):
+        assert leaf.addressable_shards[0].data.size * 4 == leaf.size
+    large = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.size > 100]
+    assert len(large) == 6 + 2 * 2  # Muon's momenta; AdamW's two moments of embedding and head
+    assert all(leaf.addressable_shards[0].data.size * 4 == leaf.size for leaf in large)
+    one = init_state(0, CONFIG, optimizer, sharding.make_mesh(devices[:1]))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(one.params))
