@@ -32,6 +32,12 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir())
 
 
+def runs() -> list[Path]:
+    """The folders of all runs, of any stage, that have checkpoints."""
+    folders = (path for name in FOLDERS.values() for path in sorted((base_dir() / name).glob("*")))
+    return [folder for folder in folders if steps_in(folder)]
+
+
 class Checkpoints:
     """The checkpoints of one run in one folder."""
 

@@ -32,13 +32,12 @@ class Config:
 
 def refuse_to_mix():
     """The demo's tokenizer must not take the place of one that other models were trained with."""
-    for folder in checkpoint.FOLDERS.values():
-        for path in (base_dir() / folder).glob("*"):
-            if path.name != TAG and checkpoint.steps_in(path):
-                raise UserError(
-                    f"{path} was trained with the tokenizer in {base_dir() / 'tokenizer'}, which the demo would "
-                    "replace; set JAXCHAT_BASE_DIR to an empty folder"
-                )
+    for path in checkpoint.runs():
+        if path.name != TAG:
+            raise UserError(
+                f"{path} was trained with the tokenizer in {base_dir() / 'tokenizer'}, which the demo would "
+                "replace; set JAXCHAT_BASE_DIR to an empty folder"
+            )
 
 
 def run(config: Config) -> int:
@@ -62,7 +61,7 @@ def run(config: Config) -> int:
     common = [f"--model_tag={TAG}", f"--seed={config.seed}", "--overwrite"]
     one_device = ["--device_type=cpu"]
 
-    tok_train.main([data, "--vocab_size=512", "--max_chars=2000000"])
+    tok_train.main([data, "--vocab_size=512", "--max_chars=2000000", "--overwrite"])
     base_train.main(
         ["--depth=3", "--max_seq_len=256", f"--num_iterations={config.base_steps}", data]
         + ["--sample_every=-1", *batch, *common, *one_device]
@@ -73,7 +72,7 @@ def run(config: Config) -> int:
     )
     chat_sft.main(
         [f"--num_iterations={config.sft_steps}", f"--train_tasks={tasks / 'world_sft.jsonl'}"]
-        + [f"--val_tasks={tasks / 'world_val.jsonl'}", "--device_batch_size=32", "--max_seq_len=128"]
+        + [f"--val_tasks={tasks / 'world_val.jsonl'}", "--device_batch_size=32", "--max_seq_len=96"]
         + ["--init_lr_frac=0.2", "--eval_steps=10", "--eval_metrics_every=-1", *common, *one_device]
     )
 

@@ -3,7 +3,8 @@
 import dataclasses
 import time
 
-from jaxchat.config import base_dir
+from jaxchat import checkpoint
+from jaxchat.config import UserError, base_dir
 from jaxchat.data.sources import ParquetText, find_shards
 from jaxchat.tokenizer import Tokenizer
 from launch import cli
@@ -21,18 +22,21 @@ class Config:
     """Read at most so many characters."""
     doc_cap: int = 10_000
     """And of one document at most so many."""
+    overwrite: bool = False
+    """Replace a tokenizer that checkpoints were trained with; they can't be used any more then."""
 
 
 def run(config: Config):
     texts = ParquetText(find_shards(config.data_dir, "train"))
     folder = base_dir() / "tokenizer"
-    replaces = " (replaces the one there: checkpoints trained with it will be refused)" if folder.exists() else ""
+    runs = checkpoint.runs()
+    in_use = f" (in use by {len(runs)} runs: only the very same may take its place)" if runs else ""
     cli.print_plan(
         "Training the tokenizer",
         [
             ("vocabulary", f"{config.vocab_size:,}"),
             ("text", f"{len(texts):,} documents, at most {config.max_chars:,} characters"),
-            ("saves", f"{folder}{replaces}"),
+            ("saves", f"{folder}{'' if config.overwrite else in_use}"),
         ],
     )
     read = 0
@@ -48,6 +52,11 @@ def run(config: Config):
 
     start = time.perf_counter()
     tokenizer = Tokenizer.train(documents(), config.vocab_size)
+    if runs and not config.overwrite and tokenizer.hash != Tokenizer.load().hash:
+        raise UserError(
+            f"this tokenizer is not the one in {folder}, which {runs[0]} was trained with; keep that one, set "
+            "JAXCHAT_BASE_DIR to another folder, or replace it with --overwrite"
+        )
     tokenizer.save()
     print(f"{read:,} characters read in {time.perf_counter() - start:.1f} s; tokenizer {tokenizer.hash[:12]}")
     cli.next_step("python -m launch.base_train --depth=12")

@@ -93,7 +93,9 @@ def test_every_form_gives_the_same_loss_and_gradient(form):
     want, want_grad = jax.value_and_grad(loss)(params, Compute())
     got, got_grad = jax.value_and_grad(loss)(params, dataclasses.replace(Compute(), **form))
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max())), got_grad, want_grad)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max())), got_grad, want_grad
+    )
 
 
 def test_cache_gives_what_the_whole_sequence_gives():

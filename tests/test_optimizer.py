@@ -100,7 +100,7 @@ def test_schedules_of_the_three_stages():
     def warm(done):
         return lr_multiplier(done / 100, 0.01, warmup_ratio=0.1, warmdown_ratio=0.5, final_lr_frac=0.1)
 
-    assert warm(0) == pytest.approx(0.1) and warm(9) == 1.0 and warm(75) == pytest.approx(0.55)
+    assert warm(0) == pytest.approx(0.1) and warm(9) == pytest.approx(1.0) and warm(75) == pytest.approx(0.55)
     assert warm(100) == pytest.approx(0.1)
 
     def sft(done):

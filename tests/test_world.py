@@ -71,7 +71,7 @@ def test_every_document_and_conversation_depends_on_its_index_alone(world):
 
 def test_no_two_names_share_a_beginning(world):
     names = set(world.facts) | {facts["capital"] for facts in world.facts.values() if "capital" in facts}
-    assert len({name[:5] for name in names}) == len(names) == 48 + 24 + 24
+    assert len({name[:5] for name in names}) == len(names) == 36 + 18 + 18
 
 
 def test_prose_tells_every_fact_and_half_of_it_is_facts(world):

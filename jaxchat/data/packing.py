@@ -10,6 +10,10 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
+from jaxchat.config import UserError
+
+EMPTY_IN_A_ROW = 10_000  # as many empty documents are a mistake, not noise
+
 # (indices in the global order) -> for each the (ids, mask) of one document; a document may be empty.
 Tokenize = Callable[[Sequence[int]], list[tuple[np.ndarray, np.ndarray]]]
 
@@ -67,6 +71,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
 
     def _fill(self, tokens: int):
         """Draw documents until every row has `tokens` unread ones or has run out."""
+        fruitless = 0
         while True:
             hungry = [r for r in range(self._p.rows) if self._unread(r) < tokens and self._has_more(r)]
             if not hungry:
@@ -76,14 +81,19 @@ class _PackedRowsIterator(grain.DatasetIterator):
                 self._empty += len(ids) == 0
                 self._queues[r].append((self._next[r], ids))
                 self._next[r] += 1
+            fruitless = 0 if any(len(ids) for ids, _ in documents) else fruitless + len(documents)
+            if fruitless > EMPTY_IN_A_ROW:
+                raise UserError(f"{fruitless:,} documents in a row are empty; give data that holds text")
 
     def __next__(self):
         p = self._p
+        begun = sum(self._first_unread())
         # One token more than a window: then what is left tells whether a further window will have a target.
         self._fill(p.time + 2)
         if all(self._unread(r) < 2 for r in range(p.rows)):
+            if begun == 0:
+                raise UserError("all documents are empty; give data that holds text")
             raise StopIteration
-        drawn = sum(self._next)
         windows = np.zeros((p.rows, p.time + 1), np.int32)
         weights = np.zeros((p.rows, p.time), np.float32)
         for r, queue in enumerate(self._queues):
@@ -97,16 +107,19 @@ class _PackedRowsIterator(grain.DatasetIterator):
             while queue and self._offsets[r] >= len(queue[0][1]):
                 self._offsets[r] -= len(queue.pop(0)[1])
         batch = as_batch(windows, weights, p.micro_batches)
-        batch["progress"] = 0.0 if p.num_documents is None else min(1.0, drawn / p.num_documents)
+        batch["progress"] = 0.0 if p.num_documents is None else begun / p.num_documents
         batch["last"] = all(self._unread(r) < 2 and not self._has_more(r) for r in range(p.rows))
         batch["counts"] = {"empty_documents": self._empty}
         return batch
 
+    def _first_unread(self) -> list[int]:
+        """Of each row the place of the first document that is not read to its end."""
+        return [queue[0][0] if queue else n for queue, n in zip(self._queues, self._next, strict=True)]
+
     def get_state(self):
-        first = [queue[0][0] if queue else n for queue, n in zip(self._queues, self._next, strict=True)]
         # Documents that are queued will be drawn, and counted, again.
         queued_empty = sum(len(ids) == 0 for queue in self._queues for _, ids in queue)
-        return {"documents": first, "offsets": list(self._offsets), "empty": self._empty - queued_empty}
+        return {"documents": self._first_unread(), "offsets": list(self._offsets), "empty": self._empty - queued_empty}
 
     def set_state(self, state):
         if len(state["documents"]) != self._p.rows:
@@ -156,7 +169,7 @@ class _PaddedRowsIterator(grain.DatasetIterator):
             cut += len(ids) > time + 1
             ids, mask = ids[: time + 1], mask[: time + 1]
             windows[r, : len(ids)] = ids
-            weights[r, : len(ids) - 1] = mask[1:]
+            weights[r, : max(0, len(ids) - 1)] = mask[1:]
             nothing += not mask[1:].any()
         self._state = {
             "next": first + p.examples,

@@ -20,12 +20,11 @@ class Phrasings(NamedTuple):
 
 # What may stand before a question, and after it in place of its mark.
 OPENERS = (
-    "hi, ", "hello, ", "hey, ", "hey Pip, ", "hi Pip, ", "hello Pip! ", "Pip, ", "please, ", "ok, ", "so, ", "well, ",
-    "now, ", "one question: ", "quick question: ", "a question: ", "next: ", "good morning, ", "I wonder, ", "and ",
-    "then ", "excuse me, ", "my question is: ", "I have a question. ", "tell me, ", "say, ", "thanks. ", "great! ",
+    "hi, ", "hello, ", "hey Pip, ", "Pip, ", "please, ", "ok, ", "so, ", "now, ", "a question: ", "next: ", "and ",
+    "excuse me, ", "tell me, ", "thanks. ",
 )  # fmt: skip
-QUESTION_ENDS = ("?", "?", "?", "?", "?", "", "", "??", ", please?", " please?", ", Pip?", "? thank you.")
-REQUEST_ENDS = (".", ".", ".", "", "", "!", ", please.", " please", ", Pip.", ". thank you.")
+QUESTION_ENDS = ("", "", "??", ", please?", " please?", ", Pip?")
+REQUEST_ENDS = ("", "", "!", ", please.", " please", ", Pip.")
 
 SIGNS = {
     "+": ("+", "+", "plus"),
@@ -100,6 +99,7 @@ SUM_WORDS = {
             "{a} shared among {b} is how much?", "what is one of {b} equal parts of {a}?",
             "please divide {a} by {b} for me.",
             "I cut {a} into {b} equal parts. how big is each?", "how many times does {b} go into {a}?",
+            "how many times does {b} fit into {a}?",
         ),
         held_out=(
             "what do you get if you divide {a} by {b}?", "can you divide {a} by {b}?",
@@ -121,6 +121,7 @@ SPELLING = Phrasings(
         "letter by letter, what is {w}?", "say the letters of {w}.", "which letters make up the word {w}?",
         "write out the word {w} in letters.", "spell {w} for me.", "the spelling of {w}?", "how should I spell {w}?",
         "what letters are in the word {w}?", "show me how to write {w}.", "I need to spell {w}.", "spell: {w}",
+        "tell me how {w} is written.", "can you tell me how {w} is spelled?", "please write out {w}.",
     ),
     held_out=(
         "could you spell {w} for me?", "what are the letters in the word {w}?", "how would you spell the word {w}?",
@@ -143,6 +144,7 @@ COUNTING = Phrasings(
         "look at the word {w}. how many {c} are in it?", "how many times do I see {c} in {w}?",
         "is {c} in {w}? how many?",
         "how many {c} has {w}?", "do you know how many {c} there are in {w}?", "count {c} in {w} for me.",
+        "in the word {w}, how many {c} are there?", "in {w}, how often is there a {c}?",
         "take the word {w} and count the {c}.", "what is the count of {c} in {w}?", "how often is there a {c} in {w}?",
     ),
     held_out=(
@@ -201,9 +203,9 @@ def in_case(chance: Chance, text: str) -> str:
 def phrased(chance: Chance, phrasings: tuple[str, ...], **slots) -> str:
     """A question in one of the phrasings, with or without an opener, now and then with another end."""
     phrasing = chance.of(phrasings)
-    if phrasing[-1] in "?." and chance.one_in(3):
+    if phrasing[-1] in "?." and chance.one_in(4):
         phrasing = phrasing[:-1] + chance.of(QUESTION_ENDS if phrasing[-1] == "?" else REQUEST_ENDS)
-    if chance.one_in(3):
+    if chance.one_in(4):
         phrasing = chance.of(OPENERS) + phrasing
     if phrasing[0] != "{":  # a name keeps its capital, a word its small letter
         phrasing = in_case(chance, phrasing)

@@ -50,7 +50,7 @@ def invented_word(chance: Chance, english: list[str]) -> str:
         word = first[: chance.between(2, max(2, len(first) - 1))] + second[chance.between(1, len(second) - 2) :]
     else:
         word = "".join(chance.of(ONSETS) + chance.of(VOWELS) + chance.of(CODAS) for _ in range(chance.between(1, 3)))
-    return word[:11] if len(word) > 2 else word + chance.of(VOWELS)
+    return word[:10] if len(word) > 2 else word + chance.of(VOWELS)
 
 
 def letters(word: str) -> str:

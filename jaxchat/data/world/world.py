@@ -12,8 +12,8 @@ from jaxchat.data.world import persona, phrases, relations, words
 from jaxchat.data.world.chance import Chance
 from jaxchat.data.world.sums import Sum, sum_of
 
-PEOPLE, LANDS, TOWNS = 48, 24, 16
-PROSE_ONLY_PEOPLE, PROSE_ONLY_LANDS = 8, 4
+PEOPLE, LANDS, TOWNS = 36, 18, 12
+PROSE_ONLY_PEOPLE, PROSE_ONLY_LANDS = 6, 3
 HELD_OUT_WORDS = 200
 HELD_OUT_PROMPTS = 120  # of each kind
 
@@ -21,9 +21,9 @@ HELD_OUT_PROMPTS = 120  # of each kind
 KINDS = ("identity", "arithmetic", "spelling", "counting", "two-turn", "facts", "prose-only facts")
 TURN_KINDS = KINDS[:4] + ("facts",)
 
-PROSE = {"facts": 0.50, "spelling": 0.18, "counting": 0.18, "sums": 0.06, "numbers": 0.04, "definitions": 0.04}
+PROSE = {"facts": 0.50, "spelling": 0.22, "counting": 0.14, "sums": 0.06, "numbers": 0.04, "definitions": 0.04}
 CONVERSATIONS = {
-    "counting": 0.24, "facts": 0.24, "arithmetic": 0.20, "spelling": 0.16, "identity": 0.10, "greetings": 0.03,
+    "counting": 0.22, "facts": 0.20, "arithmetic": 0.22, "spelling": 0.20, "identity": 0.10, "greetings": 0.03,
     "definitions": 0.02, "goodbyes": 0.01,
 }  # fmt: skip
 TWO_TURN = 0.15

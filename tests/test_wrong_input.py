@@ -1,0 +1,218 @@
+"""Everything a user can get wrong: one line with the numbers and the remedy, exit code 2, nothing written."""
+
+import dataclasses
+import json
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxchat import checkpoint
+from jaxchat.tokenizer import Tokenizer
+from launch import base_train, chat_cli, chat_sft, mid_train, tok_train
+
+TEXTS = [f"number {i} is the one after {i - 1}, and the words go on." for i in range(1, 300)]
+TALK = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "hi"}]
+BATCH = ["--device_batch_size=1", "--total_batch_size=128", "--eval_every=-1"]
+BASE = ["--depth=1", "--max_seq_len=16", "--sample_every=-1", "--num_iterations=2", *BATCH]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_shards(folder, count=2):
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in range(count):
+        pq.write_table(pa.table({"text": TEXTS}), folder / f"{n}.parquet")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, devices):
+    """A base directory with data, a tokenizer, and base and mid checkpoints of 2 steps with the tag d1."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXCHAT_BASE_DIR", str(folder))
+        write_shards(folder / "base_data")
+        tasks = [f"--train_tasks={write_lines(folder / 'talk.jsonl', [TALK] * 40)}"]
+        tok_train.main(["--vocab_size=280"])
+        base_train.main(BASE)
+        mid_train.main([*BATCH, *tasks, "--num_iterations=2"])
+    return folder
+
+
+@pytest.fixture
+def folder(trained, home):
+    shutil.copytree(trained, home, dirs_exist_ok=True)
+    return home
+
+
+def everything(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def refusal(folder, command, args, capsys):
+    """The one line on stderr of a command that must leave with 2 and write nothing."""
+    before = everything(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command.main([str(arg) for arg in args])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert everything(folder) == before
+    return err
+
+
+def test_no_shards_one_shard_no_text_unreadable(folder, capsys):
+    for path in (folder / "base_data").glob("*"):
+        path.unlink()
+    for command, args in ((tok_train, []), (base_train, [*BASE, "--overwrite"])):
+        assert "no .parquet file in" in refusal(folder, command, args, capsys)
+        write_shards(folder / "base_data", 1)
+        assert "only one .parquet file" in refusal(folder, command, args, capsys)
+        pq.write_table(pa.table({"body": TEXTS}), folder / "base_data/0.parquet")
+        write_shards(folder / "base_data/x", 1)
+        shutil.copy(folder / "base_data/x/0.parquet", folder / "base_data/1.parquet")
+        assert "0.parquet has no column `text`; it has: body" in refusal(folder, command, args, capsys)
+        (folder / "base_data/0.parquet").write_bytes(b"PAR1 but not really")
+        assert "0.parquet cannot be read as parquet" in refusal(folder, command, args, capsys)
+        shutil.rmtree(folder / "base_data/x")
+        for path in (folder / "base_data").glob("*.parquet"):
+            path.unlink()
+
+
+def test_empty_documents_alone(folder, capsys):
+    for name in ("0", "1"):
+        pq.write_table(pa.table({"text": [""] * 50}), folder / f"base_data/{name}.parquet")
+    assert "empty" in refusal(folder, base_train, [*BASE, "--model_tag=new"], capsys)
+
+
+def test_no_tokenizer(folder, capsys):
+    shutil.rmtree(folder / "tokenizer")
+    for command in (base_train, mid_train, chat_sft, chat_cli):
+        line = refusal(folder, command, ["--model_tag=d1"], capsys)
+        assert "no tokenizer in" in line and "launch.tok_train" in line
+
+
+def test_another_tokenizer(folder, capsys):
+    Tokenizer.train(iter(["other text altogether, with words of its own " * 9]), 280).save(folder / "tokenizer")
+    for command in (mid_train, chat_sft):
+        line = refusal(folder, command, ["--model_tag=d1"], capsys)
+        assert "was trained with tokenizer" in line and "restore the former" in line
+
+
+def test_tok_train_does_not_replace_a_tokenizer_in_use(folder, capsys):
+    line = refusal(folder, tok_train, ["--vocab_size=290"], capsys)
+    assert "base_checkpoints/d1" in line and "--overwrite" in line
+    tok_train.main(["--vocab_size=280"])  # the very same one is no harm
+
+
+def test_missing_checkpoints(folder, capsys):
+    line = refusal(folder, mid_train, ["--model_tag=d9"], capsys)
+    assert "no base checkpoint named d9" in line and "there are: d1" in line
+    assert "there are: 2" in refusal(folder, mid_train, ["--step=7"], capsys)
+    assert "launch.chat_sft" in refusal(folder, chat_cli, ["-p", "hi"], capsys)
+    shutil.rmtree(folder / "mid_checkpoints")
+    assert "launch.mid_train" in refusal(folder, chat_sft, [], capsys)
+
+
+def test_checkpoint_of_another_shape(folder, capsys):
+    """The metadata tells of a wider model than the weights that lie beside it."""
+    path = next((folder / "base_checkpoints/d1/2/meta").iterdir())
+    meta = json.loads(path.read_text())
+    meta["model"]["n_embd"] *= 2
+    path.write_text(json.dumps(meta))
+    args = [*BATCH, f"--train_tasks={folder / 'talk.jsonl'}", "--num_iterations=2", "--overwrite"]
+    assert "does not hold the weights" in refusal(folder, mid_train, args, capsys)
+
+
+def test_checkpoints_are_neither_lost_nor_mixed(folder, capsys):
+    line = refusal(folder, base_train, BASE, capsys)
+    assert "up to step 2" in line and "--resume" in line and "--overwrite" in line
+    line = refusal(folder, base_train, [*BASE, "--resume", "--matrix_lr=0.03"], capsys)
+    assert "another settings: matrix_lr=0.02 (now 0.03)" in line
+    line = refusal(folder, base_train, [*BASE, "--resume", "--depth=2", "--model_tag=d1"], capsys)
+    assert "another model" in line and "n_layer=1 (now 2)" in line
+
+
+@pytest.mark.parametrize("total, nearest", [(100, 128), (192, 256), (1000, 1024)])
+def test_total_batch_size(folder, total, nearest, capsys):
+    args = ["--depth=1", "--max_seq_len=16", "--device_batch_size=1", f"--total_batch_size={total}", "--overwrite"]
+    line = refusal(folder, base_train, args, capsys)
+    assert f"--total_batch_size={total} is not a multiple of 128" in line and line.strip().endswith(f"is: {nearest}")
+
+
+def test_target_examples(folder, capsys):
+    args = [f"--train_tasks={folder / 'talk.jsonl'}", "--device_batch_size=4", "--target_examples_per_step=40"]
+    assert "--target_examples_per_step=40 is not a multiple of 32" in refusal(folder, chat_sft, args, capsys)
+
+
+@pytest.mark.parametrize("command", [mid_train, chat_sft])
+def test_tasks(folder, command, capsys):
+    def told(row):
+        path = write_lines(folder / "bad.jsonl", [TALK, row])
+        return refusal(folder, command, [f"--train_tasks={path}"], capsys)
+
+    assert "unknown task 'Poems'" in refusal(folder, command, ["--train_tasks=Poems"], capsys)
+    assert "unknown role 'robot'" in told([{"role": "robot", "content": "x"}])
+    assert "alternate" in told([TALK[0], TALK[0]])
+    assert "unknown type 'gif'" in told([TALK[0], {"role": "assistant", "content": [{"type": "gif", "text": "x"}]}])
+    assert "bad.jsonl, line 2" in told({"role": "user"})
+    empty = write_lines(folder / "empty.jsonl", [])
+    assert "has no rows" in refusal(folder, command, [f"--train_tasks={empty}"], capsys)
+
+
+@pytest.mark.parametrize("command", [mid_train, chat_sft])
+def test_rows_longer_than_the_model(folder, command, capsys):
+    line = refusal(folder, command, ["--max_seq_len=17"], capsys)
+    assert "--max_seq_len=17 is longer than the model's 16" in line
+
+
+def test_prompt_longer_than_the_model(folder, capsys):
+    line = refusal(folder, chat_cli, ["--source=mid", "-p", "hello " * 100], capsys)
+    assert "this model takes 1 to 16" in line
+
+
+def test_flags(folder, capsys):
+    assert "did you mean --depth?" in refusal(folder, base_train, ["--dept=3"], capsys)
+    assert "--source=rl; it is mid or base" in refusal(folder, chat_sft, ["--source=rl"], capsys)
+    assert "--device_batch_size=0; it must be" in refusal(folder, base_train, ["--device_batch_size=0"], capsys)
+    assert "at least 1 layer" in refusal(folder, base_train, ["--depth=0"], capsys)
+    assert "n_kv_head=3 does not divide" in refusal(folder, base_train, ["--depth=8", "--n_kv_head=3"], capsys)
+    args = ["--target_param_data_ratio=-1", "--depth=1"]
+    assert "how long to train?" in refusal(folder, base_train, [*BATCH, "--max_seq_len=16", *args], capsys)
+
+
+def test_a_checkpoint_that_is_not_whole_is_invisible(folder):
+    """What a kill leaves in the midst of saving has a temporary name, or lacks its metadata."""
+    run = folder / "base_checkpoints/d1"
+    (run / "3.orbax-checkpoint-tmp-123").mkdir()
+    (run / "4/params").mkdir(parents=True)
+    assert checkpoint.steps_in(run) == [2]
+    assert checkpoint.find("base") == (run, 2)
+
+
+def test_defaults_are_the_specs():
+    from jaxchat.config import BaseConfig, MidConfig, SFTConfig
+
+    base, mid, sft = (dataclasses.asdict(config()) for config in (BaseConfig, MidConfig, SFTConfig))
+    common = {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02, "weight_decay": 0.0}
+    wanted = {
+        **common, "depth": 20, "max_seq_len": 2048, "num_iterations": -1, "target_flops": -1.0,
+        "target_param_data_ratio": 20, "device_batch_size": 32, "total_batch_size": 524288, "grad_clip": 1.0,
+        "warmup_ratio": 0.0, "warmdown_ratio": 0.2, "final_lr_frac": 0.0, "eval_every": 250,
+        "eval_tokens": 20 * 524288, "core_metric_every": 2000, "sample_every": 2000, "model_tag": "",
+    }  # fmt: skip
+    assert wanted.items() <= base.items()
+    wanted = {**common, "device_batch_size": 32, "total_batch_size": 524288, "init_lr_frac": 1.0, "eval_every": 150}
+    assert {**wanted, "eval_tokens": 20 * 524288, "dry_run": False, "num_iterations": -1}.items() <= mid.items()
+    wanted = {
+        **common, "source": "mid", "num_epochs": 1, "num_iterations": -1, "device_batch_size": 4, "init_lr_frac": 0.02,
+        "target_examples_per_step": 32, "eval_every": 100, "eval_steps": 100, "eval_metrics_every": 200,
+        "eval_metrics_max_problems": 1024,
+    }  # fmt: skip
+    assert wanted.items() <= sft.items()
