@@ -22,11 +22,11 @@ class Config:
 
     seed: int = 0
     """Of the world, the weights and the order of the data."""
-    base_steps: int = 1240
-    """Steps of pretraining, of 2,048 tokens each."""
-    mid_steps: int = 1760
-    """Steps of midtraining, of 2,048 tokens each."""
-    sft_steps: int = 300
+    base_steps: int = 260
+    """Steps of pretraining, of 4,096 tokens each."""
+    mid_steps: int = 700
+    """Steps of midtraining, of 4,096 tokens each."""
+    sft_steps: int = 200
     """Steps of chat finetuning, of 32 conversations each."""
 
 
@@ -47,7 +47,7 @@ def run(config: Config) -> int:
         "Demo: tokenizer, base, mid, SFT and chat on a generated world",
         [
             ("model", "depth 3: 3 layers × 192, vocabulary 512"),
-            ("batch", "8 rows × 256 = 2,048 tokens a step"),
+            ("batch", "16 rows × 256 = 4,096 tokens a step, two rows at a time"),
             ("steps", f"base {config.base_steps:,}, mid {config.mid_steps:,}, SFT {config.sft_steps:,}"),
             ("saves", f"{base_dir()}, as model_tag {TAG}"),
         ],
@@ -57,14 +57,14 @@ def run(config: Config) -> int:
     rows = write_world(world, folder)
     print("written: " + ", ".join(f"{name} {count:,}" for name, count in rows.items()), flush=True)
     data, tasks = f"--data_dir={folder / 'base_data'}", folder / "tasks"
-    batch = ["--device_batch_size=8", "--total_batch_size=2048", "--eval_every=1000", "--eval_tokens=65536"]
+    batch = ["--device_batch_size=2", "--total_batch_size=4096", "--eval_every=1000", "--eval_tokens=65536"]
     common = [f"--model_tag={TAG}", f"--seed={config.seed}", "--overwrite"]
     one_device = ["--device_type=cpu"]
 
     tok_train.main([data, "--vocab_size=512", "--max_chars=2000000", "--overwrite"])
     base_train.main(
         ["--depth=3", "--max_seq_len=256", f"--num_iterations={config.base_steps}", data]
-        + ["--sample_every=-1", *batch, *common, *one_device]
+        + ["--warmdown_ratio=0.5", "--sample_every=-1", *batch, *common, *one_device]
     )
     mid_train.main(
         [f"--num_iterations={config.mid_steps}", f"--train_tasks={tasks / 'world_mid.jsonl'}"]
@@ -72,8 +72,8 @@ def run(config: Config) -> int:
     )
     chat_sft.main(
         [f"--num_iterations={config.sft_steps}", f"--train_tasks={tasks / 'world_sft.jsonl'}"]
-        + [f"--val_tasks={tasks / 'world_val.jsonl'}", "--device_batch_size=32", "--max_seq_len=96"]
-        + ["--init_lr_frac=0.2", "--eval_steps=10", "--eval_metrics_every=-1", *common, *one_device]
+        + [f"--val_tasks={tasks / 'world_val.jsonl'}", "--device_batch_size=4", "--max_seq_len=96"]
+        + ["--init_lr_frac=0.4", "--eval_steps=10", "--eval_metrics_every=-1", *common, *one_device]
     )
 
     print("\nAsking what no training conversation asked…", flush=True)

@@ -1,0 +1,145 @@
+"""The plans of the spec's example command lines, and data on which other projects get stuck."""
+
+import collections
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxchat import checkpoint, sharding
+from jaxchat.config import BaseConfig, Compute, MidConfig, ModelConfig
+from jaxchat.data import pipelines
+from jaxchat.data.tasks import load_task
+from jaxchat.data.world import World, write_world
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.train import stages
+from jaxchat.train.loop import place_batch
+from jaxchat.train.optimizer import make_optimizer
+from jaxchat.train.state import init_state
+from jaxchat.train.step import make_train_step
+from launch.cli import parse
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda devices=None: make_mesh(devices or jax.devices()[:1]))
+
+
+@pytest.fixture
+def large_vocabulary(home):
+    """A base directory with a tokenizer of the default size, 65,536, and some text."""
+    pieces = [bytes([b]) for b in range(256)] + [bytes([a, b]) for a in range(256) for b in range(255)]
+    tokenizer = Tokenizer({piece: rank for rank, piece in enumerate(pieces[: 65536 - 9])})
+    tokenizer.save()
+    write_world(World(0), home, base_shards=1, base_rows=5, base_val_rows=5, mid_rows=9, sft_rows=1, val_rows=1)
+    return tokenizer
+
+
+def test_plan_of_the_first_example(large_vocabulary, one_device):
+    """python -m launch.base_train --depth=12 --target_param_data_ratio=20 --total_batch_size=262144 --sample_every=0"""
+    args = ["--depth=12", "--target_param_data_ratio=20", "--total_batch_size=262144", "--sample_every=0"]
+    plan = dict(stages.base(parse(BaseConfig, args))[0].plan)
+    # 12 layers of 12·768² and two embeddings of 65,536 × 768.
+    parameters = 12 * 12 * 768**2 + 2 * 65536 * 768
+    assert parameters == 185_597_952
+    flops = 6 * (parameters - 65536 * 768) + 12 * 12 * 768 * 2048
+    steps = 20 * parameters // 262144
+    assert steps == 14_160
+    assert plan["model"] == "12 layers × 768, 6 heads (6 key/value) × 128, vocabulary 65,536"
+    assert plan["parameters"] == f"185,597,952; {flops:,} FLOPs a token"
+    assert plan["batch"] == "32 rows × 1 devices × 4 accumulated = 128 rows × 2048 = 262,144 tokens a step"
+    assert plan["steps"] == (
+        f"14,160; {14_160 * 262_144:,} tokens; tokens : parameters = 20.00; {14_160 * 262_144 * flops:.3e} FLOPs"
+    )
+    assert plan["saves"].endswith("base_checkpoints/d12/<step>")
+
+
+def test_plan_of_the_second_example(large_vocabulary, one_device, home, monkeypatch):
+    """python -m launch.mid_train --model_tag d12 --device_batch_size=16 --eval_every=100 --init_lr_frac=0.3"""
+    model = ModelConfig.from_depth(12, sequence_len=2048, vocab_size=65536)
+    meta = {"stage": "base", "device_batch_size": 32}
+    found = checkpoint.Found(home / "base_checkpoints/d12", 14160, meta, model, large_vocabulary)
+    monkeypatch.setattr(checkpoint, "open_model", lambda source, tag, step: found if tag == "d12" else None)
+    args = ["--model_tag", "d12", "--device_batch_size=16", "--eval_every=100", "--init_lr_frac=0.3"]
+    tasks = f"--train_tasks={home / 'tasks/world_mid.jsonl'}"
+    config = parse(MidConfig, [*args, tasks])
+    assert config.eval_every == 100
+    plan = dict(stages.mid(config)[0].plan)
+    assert plan["parameters"].startswith("185,597,952;")
+    assert plan["starts from"] == str(home / "base_checkpoints/d12/14160")
+    assert plan["batch"] == "16 rows × 1 devices × 16 accumulated = 256 rows × 2048 = 524,288 tokens a step"
+    assert plan["learning rates"] == "× 0.3" and plan["steps"] == "one pass over the mixture"
+    assert "warning" not in plan
+    plan = dict(stages.mid(dataclasses.replace(config, device_batch_size=64))[0].plan)
+    assert plan["warning"] == "device_batch_size 64 exceeds base's 32: memory may run out"
+
+
+@pytest.mark.parametrize(
+    "flags, steps",
+    [
+        ({"num_iterations": 7, "target_flops": 1e18}, 7),
+        ({"target_flops": 1e18, "target_param_data_ratio": 20}, None),
+        ({"target_param_data_ratio": 20}, 14160),
+        ({"target_param_data_ratio": 1}, 708),
+    ],
+)
+def test_the_first_horizon_given_counts(flags, steps):
+    model = ModelConfig.from_depth(12, sequence_len=2048, vocab_size=65536)
+    flops = 6 * (185_597_952 - 65536 * 768) + 12 * 12 * 768 * 2048
+    config = BaseConfig(total_batch_size=262144, **{"target_param_data_ratio": -1.0, **flags})
+    assert stages.base_steps(config, model) == (steps or round(1e18 / (flops * 262144)))
+
+
+@pytest.fixture(scope="module")
+def real(shared_data):
+    """A tokenizer of some real text, and the real conversations."""
+    talk = load_task("SmolTalk/test", shared_data)
+    texts = [m["content"] for i in range(200) for m in talk[i]["messages"]]
+    return Tokenizer.train(iter(texts), 600), talk
+
+
+def sft_batches(real, num_examples=800):
+    tokenizer, talk = real
+    return pipelines.sft_batches(
+        talk, tokenizer, examples=4, micro_batches=2, time=64, seed=0, num_examples=num_examples
+    )
+
+
+def test_short_context_sft_on_real_conversations(real):
+    """200 steps at 64 tokens, where most conversations are longer and some have nothing to learn left: never NaN."""
+    tokenizer, _ = real
+    model = ModelConfig.from_depth(1, sequence_len=64, vocab_size=tokenizer.vocab_size)
+    optimizer, mesh = make_optimizer(model), sharding.make_mesh(jax.devices()[:1])
+    step, state = make_train_step(model, Compute(), optimizer, mesh), init_state(0, model, optimizer, mesh)
+    losses, empty = [], 0
+    batches = sft_batches(real)
+    for batch in batches:
+        state, metrics = step(state, place_batch(batch, mesh), np.float32(0.02))
+        losses.append(float(metrics["loss"]))
+        empty += not batch["weights"].any()
+    batches.close()
+    assert len(losses) == 200 and np.all(np.isfinite(losses))
+    assert int(state.empty_steps) == empty
+    assert batch["counts"]["cut"] > 600 and batch["counts"]["nothing_supervised"] > 50
+    assert np.mean(losses[-20:]) < np.mean(losses[:20])
+    assert step._cache_size() == 1
+
+
+def test_no_conversation_is_dropped_or_seen_twice(real):
+    """The rows of one epoch are the cut and padded conversations, each as often as it is in the data."""
+    tokenizer, talk = real
+    wanted, got = collections.Counter(), collections.Counter()
+    for i in range(len(talk)):
+        ids, mask = (np.array(part[:65]) for part in tokenizer.render_conversation(talk[i]))
+        window, weights = np.zeros(65, np.int32), np.zeros(64, np.float32)
+        window[: len(ids)], weights[: len(ids) - 1] = ids, mask[1:]
+        wanted[window[:-1].tobytes(), window[1:].tobytes(), weights.tobytes()] += 1
+    batches = sft_batches(real, num_examples=len(talk) - len(talk) % 4)
+    for batch in batches:
+        for row in zip(*(batch[name].reshape(-1, 64) for name in ("inputs", "targets", "weights")), strict=True):
+            got[tuple(array.tobytes() for array in row)] += 1
+    batches.close()
+    assert got.total() == len(talk) - len(talk) % 4 and (wanted - got).total() == len(talk) % 4
+    assert not got - wanted
