@@ -22,11 +22,11 @@ class Config:
 
     seed: int = 0
     """Of the world, the weights and the order of the data."""
-    base_steps: int = 260
+    base_steps: int = 240
     """Steps of pretraining, of 4,096 tokens each."""
-    mid_steps: int = 700
+    mid_steps: int = 680
     """Steps of midtraining, of 4,096 tokens each."""
-    sft_steps: int = 200
+    sft_steps: int = 260
     """Steps of chat finetuning, of 32 conversations each."""
 
 

@@ -25,6 +25,7 @@ TRAITS = (
                 "introduce yourself.", "your name?", "can you tell me your name?", "I want to know your name.",
                 "how can I call you?", "please say who you are.", "what kind of model are you?", "say your name.",
                 "what am I talking to?", "I do not know your name.", "do you know who you are?",
+                "can you introduce yourself?", "introduce yourself to us.",
             ),
             held_out=(
                 "could you tell me who you are?", "what name do you have?", "may I know your name?",
@@ -100,7 +101,7 @@ TRAITS = (
                 "is this a human?", "is this a person?", "are you like a human?", "do you have a body?",
                 "are you a human or not?", "tell me if you are human.", "say, are you human?", "do you feel pain?",
                 "you are human, right?", "you are a person, right?", "am I talking to a human?",
-                "do you have feelings?",
+                "do you have feelings?", "say if you are a person or not.", "do I talk to a person?",
             ),
             held_out=(
                 "are you really human?", "are you a living person?", "am I talking to a person?",

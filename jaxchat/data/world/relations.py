@@ -21,7 +21,7 @@ PERSON = {
             "a hunter", "a baker", "a teacher", "a sailor", "a doctor", "a farmer", "a singer", "a painter", "a judge",
             "a tailor", "a miner", "a cook", "a smith", "a guard", "an actor", "a pilot",
         ),
-        ("{x} is {v}.", "{x} works as {v}.", "The work of {x} is that of {v}."),
+        ("The work of {x} is that of {v}.", "{x} is {v}.", "{x} works as {v}."),
         Phrasings(
             train=(
                 "what does {x} do?", "what is {x}'s job?", "what does {x} do for a living?", "what work does {x} do?",
@@ -42,7 +42,7 @@ PERSON = {
             "a duck", "a cat", "a dog", "an owl", "a horse", "a goat", "a rabbit", "a parrot", "a mouse", "a pig",
             "a turtle", "a sheep", "a snake", "a donkey",
         ),
-        ("{x} has {v}.", "{x} keeps {v}.", "The pet of {x} is {v}."),
+        ("The pet of {x} is {v}.", "{x} has {v}.", "{x} keeps {v}."),
         Phrasings(
             train=(
                 "what pet does {x} have?", "which pet does {x} have?", "what is {x}'s pet?", "what is the pet of {x}?",
@@ -59,7 +59,7 @@ PERSON = {
     ),
     "colour": Relation(
         COLOURS,
-        ("{x} likes the colour {v}.", "{x} loves the colour {v}.", "The colour that {x} likes is {v}."),
+        ("The colour that {x} likes is {v}.", "{x} likes the colour {v}.", "{x} loves the colour {v}."),
         Phrasings(
             train=(
                 "which colour does {x} like?", "what colour does {x} like best?", "what is {x}'s favourite colour?",
@@ -77,7 +77,7 @@ PERSON = {
     ),
     "town": Relation(
         (),
-        ("{x} lives in {v}.", "{x} comes from {v}.", "The home of {x} is in {v}."),
+        ("The home of {x} is in {v}.", "{x} lives in {v}.", "{x} comes from {v}."),
         Phrasings(
             train=(
                 "where does {x} live?", "which town is {x} from?", "what is the home of {x}?", "where is {x} from?",

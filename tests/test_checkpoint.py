@@ -1,0 +1,79 @@
+"""Checkpoints: what is saved comes back on any mesh, the last few stay, and the right one is found."""
+
+import os
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from jaxchat import checkpoint, sharding
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import ModelConfig, UserError
+from jaxchat.data.packing import PackedRows
+from jaxchat.train.optimizer import make_optimizer
+from jaxchat.train.state import abstract_state, init_state
+
+MODEL = ModelConfig(sequence_len=8, vocab_size=16, n_layer=1, n_head=2, n_kv_head=2, n_embd=16)
+
+
+def batches() -> grain.DatasetIterator:
+    documents = [np.arange(n, dtype=np.int32) for n in (3, 9, 4, 7)]
+    return iter(PackedRows(lambda i: [(documents[k % 4], np.ones(3)) for k in i], rows=2, micro_batches=1, time=4))
+
+
+def test_everything_comes_back_on_another_mesh(tmp_path, devices):
+    optimizer = make_optimizer(MODEL)
+    state = init_state(0, MODEL, optimizer, sharding.make_mesh(devices))
+    data, checkpoints = batches(), Checkpoints(tmp_path)
+    for _ in range(3):
+        next(data)
+    checkpoints.save(3, params=state.params, optimizer={"opt": state.opt_state}, batches=data, meta={"a": [1, "x"]})
+    checkpoints.close()
+    assert checkpoint.read_meta(tmp_path, 3) == {"a": [1, "x"]}
+
+    mesh = jax.sharding.Mesh(np.array(devices[:4]).reshape(1, 2, 2), sharding.AXES)
+    target, fresh = abstract_state(MODEL, optimizer, mesh), batches()
+    again = Checkpoints(tmp_path)
+    params, rest = again.restore(3, params=target.params, optimizer={"opt": target.opt_state}, batches=fresh)
+    again.close()
+    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, rest["opt"], state.opt_state)
+    assert all(
+        a.sharding == t.sharding for a, t in zip(jax.tree.leaves(params), jax.tree.leaves(target.params), strict=True)
+    )
+    np.testing.assert_array_equal(next(fresh)["inputs"], next(data)["inputs"])
+
+
+def test_the_last_three_stay(tmp_path):
+    optimizer = make_optimizer(MODEL)
+    params = init_state(0, MODEL, optimizer, sharding.make_mesh(jax.devices()[:1])).params
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 5, 9, 10, 20):
+        checkpoints.save(step, params=params, optimizer=None, batches=None, meta={"step": step})
+    checkpoints.close()
+    assert checkpoint.steps_in(tmp_path) == [9, 10, 20]
+    assert {p.name for p in (tmp_path / "20").iterdir() if p.is_dir()} == {"params", "meta"}
+
+
+def make_run(home, stage, tag, *steps, age=0.0):
+    folder = home / checkpoint.FOLDERS[stage] / tag
+    for step in steps:
+        (folder / str(step) / "meta").mkdir(parents=True)
+    os.utime(folder, (1e9 - age, 1e9 - age))
+    return folder
+
+
+def test_the_deepest_model_is_found_or_else_the_newest(home):
+    with pytest.raises(UserError, match="no base checkpoint in .*launch.base_train"):
+        checkpoint.find("base")
+    old, new = make_run(home, "base", "mine", 3, age=5), make_run(home, "base", "yours", 4, 12)
+    assert checkpoint.find("base") == (new, 12)
+    assert checkpoint.find("base", "mine") == (old, 3)
+    make_run(home, "base", "d4", 100)
+    deep = make_run(home, "base", "d12", 7, 20, age=100)
+    make_run(home, "base", "d20")  # no checkpoint in it yet
+    assert checkpoint.find("base") == (deep, 20) and checkpoint.find("base", step=7) == (deep, 7)
+    assert {path.name for path in checkpoint.runs()} == {"mine", "yours", "d4", "d12"}
+    with pytest.raises(UserError, match="no step 8 in .*there are: 7, 20"):
+        checkpoint.find("base", "d12", 8)
