@@ -9,25 +9,26 @@ from jaxchat.eval.samples import show_samples
 from jaxchat.infer.engine import Engine
 from jaxchat.train import stages
 from jaxchat.train.loop import Evaluation, train
+from jaxchat.train.run import Setting
 from launch import cli
+
+
+def val_batches(config: BaseConfig, setting: Setting) -> list[dict]:
+    texts = ParquetText(find_shards(config.data_dir, "val"))
+    tokenize = pipelines.text_tokens(texts, lambda i: i, setting.tokenizer)
+    rows = config.device_batch_size * sharding.data_shards(setting.mesh)
+    return pipelines.packed_validation(
+        tokenize, len(texts), rows=rows, time=config.max_seq_len, max_tokens=config.eval_tokens
+    )
 
 
 def run(config: BaseConfig):
     stage, setting = stages.base(config)
     cli.print_plan(stage.title, stage.plan)
     model, compute, tokenizer, mesh = setting.model, setting.compute, setting.tokenizer, setting.mesh
-    val_texts = ParquetText(find_shards(config.data_dir, "val"))
-    batches = []
+    batches = val_batches(config, setting) if config.eval_every > 0 else []
 
     def val_bpb(params):
-        if not batches:
-            tokenize = pipelines.text_tokens(val_texts, lambda i: i, tokenizer)
-            rows = config.device_batch_size * sharding.data_shards(mesh)
-            batches.extend(
-                pipelines.packed_validation(
-                    tokenize, len(val_texts), rows=rows, time=model.sequence_len, max_tokens=config.eval_tokens
-                )
-            )
         return {"val_bpb": bits_per_byte(params, batches, tokenizer.token_bytes, model, compute, mesh)}
 
     def samples(params):

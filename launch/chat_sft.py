@@ -9,6 +9,7 @@ from jaxchat.eval.chat import letter_accuracy
 from jaxchat.infer.engine import Engine
 from jaxchat.train import stages
 from jaxchat.train.loop import Evaluation, train
+from jaxchat.train.run import Setting
 from launch import cli
 
 
@@ -22,26 +23,25 @@ def choice_tasks(config: SFTConfig) -> list:
         raise UserError(f"{problem}; or do without this evaluation: --eval_metrics_every=-1") from problem
 
 
+def val_batches(config: SFTConfig, setting: Setting) -> list[dict]:
+    tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=False)
+    order = pipelines.Shuffled(tasks, [len(tasks)], config.seed).index
+    tokenize = pipelines.conversation_tokens(tasks, order, setting.tokenizer)
+    rows, time = config.device_batch_size * sharding.data_shards(setting.mesh), stages.row_length(config, setting.model)
+    examples = min(len(tasks), config.eval_steps * config.device_batch_size)
+    return pipelines.padded_validation(tokenize, examples, rows=rows, time=time)
+
+
 def run(config: SFTConfig):
     stage, setting = stages.sft(config)
     cli.print_plan(stage.title, stage.plan)
     model, compute, tokenizer, mesh = setting.model, setting.compute, setting.tokenizer, setting.mesh
-    batches = []
+    batches = val_batches(config, setting) if config.eval_every > 0 else []
+    choices = choice_tasks(config)
 
     def val_loss(params):
-        if not batches:
-            tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=False)
-            order = pipelines.Shuffled(tasks, [len(tasks)], config.seed).index
-            tokenize = pipelines.conversation_tokens(tasks, order, tokenizer)
-            shards, time = sharding.data_shards(mesh), stages.row_length(config, model)
-            examples = min(len(tasks), config.eval_steps * config.device_batch_size)
-            batches.extend(
-                pipelines.padded_validation(tokenize, examples, rows=config.device_batch_size * shards, time=time)
-            )
         nll, weight = total_loss(params, batches, model, compute, mesh)
         return {"val_loss": nll / max(weight, 1.0)}
-
-    choices = choice_tasks(config)
 
     def accuracies(params):
         engine = Engine(params, model, tokenizer, compute)

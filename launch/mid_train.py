@@ -6,30 +6,25 @@ from jaxchat.data import pipelines
 from jaxchat.eval.bpb import bits_per_byte
 from jaxchat.train import stages
 from jaxchat.train.loop import Evaluation, train
+from jaxchat.train.run import Setting
 from launch import cli
+
+
+def val_batches(config: MidConfig, setting: Setting) -> list[dict]:
+    tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=True)
+    order = pipelines.Shuffled(tasks, [len(tasks)], config.seed).index
+    tokenize = pipelines.conversation_tokens(tasks, order, setting.tokenizer)
+    rows, time = config.device_batch_size * sharding.data_shards(setting.mesh), stages.row_length(config, setting.model)
+    return pipelines.packed_validation(tokenize, len(tasks), rows=rows, time=time, max_tokens=config.eval_tokens)
 
 
 def run(config: MidConfig):
     stage, setting = stages.mid(config)
     cli.print_plan(stage.title, stage.plan)
     model, compute, tokenizer, mesh = setting.model, setting.compute, setting.tokenizer, setting.mesh
-    batches = []
+    batches = val_batches(config, setting) if config.eval_every > 0 else []
 
     def val_bpb(params):
-        if not batches:
-            tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=True)
-            order = pipelines.Shuffled(tasks, [len(tasks)], config.seed).index
-            tokenize = pipelines.conversation_tokens(tasks, order, tokenizer)
-            rows = config.device_batch_size * sharding.data_shards(mesh)
-            batches.extend(
-                pipelines.packed_validation(
-                    tokenize,
-                    len(tasks),
-                    rows=rows,
-                    time=stages.row_length(config, model),
-                    max_tokens=config.eval_tokens,
-                )
-            )
         return {"val_bpb": bits_per_byte(params, batches, tokenizer.token_bytes, model, compute, mesh)}
 
     train(stage, [Evaluation("validation", config.eval_every, val_bpb, at_start=True)])

@@ -58,6 +58,7 @@ def test_the_last_three_stay(tmp_path):
 
 def make_run(home, stage, tag, *steps, age=0.0):
     folder = home / checkpoint.FOLDERS[stage] / tag
+    folder.mkdir(parents=True)
     for step in steps:
         (folder / str(step) / "meta").mkdir(parents=True)
     os.utime(folder, (1e9 - age, 1e9 - age))

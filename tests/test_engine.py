@@ -9,11 +9,12 @@ from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.infer import engine as engine_module
 from jaxchat.infer.engine import Engine, bucket
 from jaxchat.infer.sampling import sample
+from jaxchat.model import gpt
 from jaxchat.model import params as model_params
-from jaxchat.model.gpt import forward
 from jaxchat.tokenizer import Tokenizer
 
 LENGTH = 96
+forward = jax.jit(gpt.forward, static_argnums=(2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +83,10 @@ def test_limits(engine, prompts):
     for got in engine.generate(prompts, max_tokens=7, temperature=0.0):
         assert len(got.tokens) == 7 or got.finished
     assert [g.tokens for g in engine.generate(prompts, max_tokens=0)] == [[]] * 5
-    full = engine.generate([prompts[0] * 60], max_tokens=50) if len(prompts[0]) * 60 <= LENGTH else None
     long = (prompts[0] * LENGTH)[: LENGTH - 3]
-    assert len(engine.generate([long], max_tokens=50, temperature=0.0)[0].tokens) <= 3 and full is None or full
+    assert len(engine.generate([long], max_tokens=50, temperature=0.0)[0].tokens) <= 3
+    full = (prompts[0] * LENGTH)[:LENGTH]
+    assert engine.generate([full], max_tokens=50)[0].tokens == []
     with pytest.raises(UserError, match=f"1 to {LENGTH}"):
         engine.generate([(prompts[0] * LENGTH)[: LENGTH + 1]], max_tokens=1)
 
@@ -92,7 +94,9 @@ def test_limits(engine, prompts):
 def test_choose_takes_the_likeliest_candidate(engine, prompts):
     candidates = [[1, 2, 3], [40, 50], [7], [8, 9, 10, 11], [100, 90]]
     for prompt, allowed, got in zip(prompts, candidates, engine.choose(prompts, candidates), strict=True):
-        logits = forward(engine.params, np.array([prompt]), engine.config, engine.compute)[0, -1]
+        padded = np.zeros((1, LENGTH), np.int32)
+        padded[0, : len(prompt)] = prompt
+        logits = forward(engine.params, padded, engine.config, engine.compute)[0, len(prompt) - 1]
         assert allowed[got] == max(allowed, key=lambda c: logits[c])
 
 
@@ -106,7 +110,7 @@ class Scripted:
         table = jnp.asarray(table)
 
         def features(params, tokens_BT, config, compute, cache=None):
-            position_BT = cache.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1])
+            position_BT = cache.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
             script_BT = jnp.take_along_axis(table[: tokens_BT.shape[0]], jnp.clip(position_BT, 0, LENGTH), axis=1)
             return jax.nn.one_hot(script_BT, vocab), cache.replace(lengths_B=cache.lengths_B + tokens_BT.shape[1])
 

@@ -18,7 +18,7 @@ from jaxchat.tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(iter(["the cat and the hat sat on the mat. "] * 40), 290)
+    return Tokenizer.train(iter(["the cat and the hat sat on the mat. "] * 40), 280)
 
 
 def weights_of(config, seed=0):

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from jaxchat.config import Compute, ModelConfig, UserError
+from jaxchat.model import gpt
 from jaxchat.model import params as model_params
 from jaxchat.model.cache import KVCache
 from jaxchat.model.flops import flops_per_token, num_params, peak_flops
-from jaxchat.model.gpt import forward
 
 CONFIG = ModelConfig(sequence_len=16, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+forward = jax.jit(gpt.forward, static_argnums=(2, 3))
 # Float32 rounds to 6e-8; sums of some hundred terms over two layers and logits of up to 15 were seen to differ by
 # 4e-6 from float64. A wrong mask, sign or scale differs by more than 0.01.
 TOLERANCE = 5e-5
@@ -90,8 +91,9 @@ def test_every_form_gives_the_same_loss_and_gradient(form):
         nll, weight = loss_sums(params, batch, CONFIG, compute)
         return nll / weight
 
-    want, want_grad = jax.value_and_grad(loss)(params, Compute())
-    got, got_grad = jax.value_and_grad(loss)(params, dataclasses.replace(Compute(), **form))
+    loss_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    want, want_grad = loss_and_grad(params, Compute())
+    got, got_grad = loss_and_grad(params, dataclasses.replace(Compute(), **form))
     np.testing.assert_allclose(got, want, rtol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max())), got_grad, want_grad

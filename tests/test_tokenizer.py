@@ -1,6 +1,5 @@
 """The tokenizer: BPE by hand, exact round trips, specials, and the mask of every piece of a conversation."""
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,17 +49,13 @@ def test_encoding_is_bpe_by_rank(tokenizer):
     [
         ("12345", ["12", "34", "5"]),  # digits in groups of at most two
         ("don't we'LL", ["don", "'t", " we", "'LL"]),
-        ("a b  c\n\nd", ["a", " b", " ", " c", "\n", "\n", "d"]),
+        ("a b  c\n\nd", ["a", " b", " ", " c", "\n\n", "d"]),
         ("x=(y)!", ["x", "=(", "y", ")!"]),
     ],
 )
 def test_no_token_crosses_a_split(text, pieces):
-    every = Tokenizer.train(iter([" ".join(pieces) * 50, text * 500]), 300)
-    ends, at = set(np.cumsum([len(p) for p in pieces]).tolist()), 0
-    for i in every.encode(text):
-        at += len(every.decode_bytes([i]))
-        inside = [e for e in ends if at - len(every.decode_bytes([i])) < e < at]
-        assert not inside, (text, every.decode_bytes([i]))
+    frequent = Tokenizer.train(iter([TEXT, *[text] * 500]), 320)  # so frequent that all it may merge is merged
+    assert [frequent.decode([i]) for i in frequent.encode(text)] == pieces
 
 
 def test_spelled_out_specials_stay_text(tokenizer):
@@ -147,7 +142,7 @@ def test_saving_and_loading(tokenizer, tmp_path):
 
 
 def test_missing_and_damaged_tokenizers_are_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="no tokenizer in .* tok_train"):
+    with pytest.raises(UserError, match="no tokenizer in .*launch.tok_train"):
         Tokenizer.load(tmp_path)
     folder = tokenizer.save(tmp_path / "tok")
     lines = (folder / "ranks.txt").read_text().splitlines()

@@ -93,8 +93,8 @@ def test_empty_documents_alone(folder, capsys):
 
 def test_no_tokenizer(folder, capsys):
     shutil.rmtree(folder / "tokenizer")
-    for command in (base_train, mid_train, chat_sft, chat_cli):
-        line = refusal(folder, command, ["--model_tag=d1"], capsys)
+    for command, args in ((base_train, []), (mid_train, []), (chat_sft, []), (chat_cli, ["--source=mid"])):
+        line = refusal(folder, command, [*args, "--model_tag=d1"], capsys)
         assert "no tokenizer in" in line and "launch.tok_train" in line
 
 

@@ -15,7 +15,8 @@ MAX_CHARS = 200
 MAX_DEPTH = 20
 LARGEST = 10**15  # beyond it a float no longer tells whole numbers apart
 
-TOKEN = re.compile(r"\s*(\d[\d,]*(?:\.\d*)?|\.\d+|//|[-+*/%()])", re.ASCII)
+NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"  # commas between thousands only
+TOKEN = re.compile(rf"\s*({NUMBER}|//|[-+*/%()])", re.ASCII)
 COUNT = re.compile(r"""\s*(?:'([^'\\\r\n]*)'|"([^"\\\r\n]*)")\.count\((?:'([^'\\\r\n]*)'|"([^"\\\r\n]*)")\)\s*""")
 
 

@@ -123,6 +123,9 @@ def starter(
             params, rest = checkpoints.restore(resume_step, params=target.params, optimizer=rest, batches=batches)
             return TrainState(params=params, **rest)
         state = fresh()
+        began = batches.get_state()
+        next(batches, None)  # data that cannot be read is told now, before anything is deleted or written
+        batches.set_state(began)
         if checkpoints:
             checkpoints.delete_all()  # with --overwrite; nothing is there otherwise
         return state
