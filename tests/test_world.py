@@ -77,7 +77,7 @@ def test_no_two_names_share_a_beginning(world):
 def test_prose_tells_every_fact_and_most_of_it_is_facts(world):
     documents = [world.document(i) for i in range(20_000)]
     told = [text for text in documents if text.split()[0] in world.facts or any(name in text for name in world.facts)]
-    assert 0.53 < sum(map(len, told)) / sum(map(len, documents)) < 0.68
+    assert 0.45 < sum(map(len, told)) / sum(map(len, documents)) < 0.60
     everything = "\n".join(told)
     for name, facts in world.facts.items():
         for relation, value in facts.items():

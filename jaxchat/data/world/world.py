@@ -21,9 +21,9 @@ HELD_OUT_PROMPTS = 120  # of each kind
 KINDS = ("identity", "arithmetic", "spelling", "counting", "two-turn", "facts", "prose-only facts")
 TURN_KINDS = KINDS[:4] + ("facts",)
 
-PROSE = {"facts": 0.58, "spelling": 0.18, "counting": 0.12, "sums": 0.05, "numbers": 0.03, "definitions": 0.04}
+PROSE = {"facts": 0.50, "spelling": 0.24, "counting": 0.15, "sums": 0.04, "numbers": 0.03, "definitions": 0.04}
 CONVERSATIONS = {
-    "counting": 0.22, "facts": 0.20, "arithmetic": 0.22, "spelling": 0.20, "identity": 0.10, "greetings": 0.03,
+    "counting": 0.26, "facts": 0.14, "arithmetic": 0.20, "spelling": 0.24, "identity": 0.10, "greetings": 0.03,
     "definitions": 0.02, "goodbyes": 0.01,
 }  # fmt: skip
 TWO_TURN = 0.15
