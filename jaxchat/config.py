@@ -74,7 +74,7 @@ class Compute:
         faster on a CPU with few layers.
     remat: what the backward pass computes again instead of keeping: "none" (keep all), "dots" (keep the results of
         matrix products only), "full" (keep only each layer's input).
-    attention: "xla", or "cudnn" (GPU, bfloat16).
+    attention: "xla", "blocks" (CPU), or "cudnn" (GPU, bfloat16).
     loss_chunk_tokens: logits exist for at most this many tokens per device at a time.
     data_shards: over how many devices the rows of a batch are spread.
     """
@@ -95,7 +95,7 @@ class Compute:
         if dtype == "auto":
             dtype = "float32" if backend == "cpu" else "bfloat16"
         if backend == "cpu":
-            chosen = {"unroll": True}  # a quarter faster there, given few rows at a time (dev/LOG.md)
+            chosen = {"unroll": True, "attention": "blocks"}  # what is fastest there (dev/LOG.md)
         else:
             cudnn = backend == "gpu" and dtype == "bfloat16"
             chosen = {"remat": "dots", "attention": "cudnn" if cudnn else "xla", "loss_chunk_tokens": 4096}

@@ -22,11 +22,11 @@ class Config:
 
     seed: int = 0
     """Of the world, the weights and the order of the data."""
-    base_steps: int = 240
+    base_steps: int = 120
     """Steps of pretraining, of 4,096 tokens each."""
-    mid_steps: int = 760
+    mid_steps: int = 480
     """Steps of midtraining, of 4,096 tokens each."""
-    sft_steps: int = 260
+    sft_steps: int = 180
     """Steps of chat finetuning, of 32 conversations each."""
 
 
@@ -57,7 +57,7 @@ def run(config: Config) -> int:
     rows = write_world(world, folder)
     print("written: " + ", ".join(f"{name} {count:,}" for name, count in rows.items()), flush=True)
     data, tasks = f"--data_dir={folder / 'base_data'}", folder / "tasks"
-    batch = ["--device_batch_size=2", "--total_batch_size=4096", "--eval_every=1000", "--eval_tokens=65536"]
+    batch = ["--device_batch_size=2", "--total_batch_size=4096", "--eval_every=1000", "--eval_tokens=32768"]
     common = [f"--model_tag={TAG}", f"--seed={config.seed}", "--overwrite"]
     one_device = ["--device_type=cpu"]
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from jaxchat.data.world import KINDS, Prompt, Turn, World
+from jaxchat.data.world.persona import TRAITS
 from jaxchat.infer.engine import Engine, Generation
 from jaxchat.tokenizer import Tokenizer
 
@@ -97,7 +98,7 @@ def generated_pieces(generation: Generation, tokenizer: Tokenizer) -> Pieces:
             pieces[-1][1].append(token)
     if not generation.finished:
         pieces.append(("unfinished", tokenizer.encode("…")))
-    return [(kind, tokenizer.decode(tokens)) for kind, tokens in pieces if tokens]
+    return [(kind, tokenizer.decode(tokens)) for kind, tokens in pieces if tokens or kind != "text"]
 
 
 def wanted_pieces(turn: Turn) -> Pieces:
@@ -109,15 +110,16 @@ def wanted_pieces(turn: Turn) -> Pieces:
 def is_right(turn: Turn, pieces: Pieces) -> bool:
     """Whether an answer is right.
 
-    With a tool: called once, on the very expression, its output used, and the last words right; what is said before
-    the call is free. With a proof: a finished text that holds it. Otherwise: the very text.
+    With a tool: called once, on the very expression, its output used, and the last words right; where letters are
+    counted by hand before the call, that text is free. With a proof: a finished text that holds it and no other
+    trait's. Otherwise: the very text.
     """
     wanted = wanted_pieces(turn)
     if isinstance(turn.answer, list):
-        calls = [kind for kind, _ in pieces].count("python")
-        return calls == 1 and pieces[-3:] == wanted[-3:]
+        return [kind for kind, _ in pieces] == [kind for kind, _ in wanted] and pieces[-3:] == wanted[-3:]
     if turn.proof:
-        return len(pieces) == 1 and pieces[0][0] == "text" and turn.proof in pieces[0][1]
+        said = pieces[0][1] if [kind for kind, _ in pieces] == ["text"] else ""
+        return [trait.proof for trait in TRAITS if trait.proof in said] == [turn.proof]
     return pieces == wanted
 
 

@@ -26,6 +26,7 @@ TRAITS = (
                 "how can I call you?", "please say who you are.", "what kind of model are you?", "say your name.",
                 "what am I talking to?", "I do not know your name.", "do you know who you are?",
                 "can you introduce yourself?", "introduce yourself to us.",
+                "what can I call you?", "what do people call you?", "could you say who you are?",
             ),
             held_out=(
                 "could you tell me who you are?", "what name do you have?", "may I know your name?",
@@ -44,7 +45,8 @@ TRAITS = (
                 "what were you made with?", "with what were you built?", "do you know who made you?",
                 "how were you built?", "what created you?", "can you say who built you?", "where do you come from?",
                 "who wrote you?", "I want to know who made you.", "which program made you?", "made by whom?",
-                "tell me how you were made.", "what software built you?",
+                "tell me how you were made.", "what software built you?", "say who your maker is.", "name your maker.",
+                "tell me the name of your maker.",
             ),
             held_out=(
                 "can you tell me who made you?", "do you know who created you?", "who was it that built you?",
@@ -102,6 +104,7 @@ TRAITS = (
                 "are you a human or not?", "tell me if you are human.", "say, are you human?", "do you feel pain?",
                 "you are human, right?", "you are a person, right?", "am I talking to a human?",
                 "do you have feelings?", "say if you are a person or not.", "do I talk to a person?",
+                "am I speaking to a person?", "am I speaking with a machine?",
             ),
             held_out=(
                 "are you really human?", "are you a living person?", "am I talking to a person?",
@@ -119,6 +122,7 @@ TRAITS = (
                 "how did you learn to talk?", "tell me how you learned.", "where did you learn to talk?",
                 "what have you read?", "from what did you learn?", "what is your training?", "did you go to school?",
                 "how did you get so clever?", "tell me how you were trained.", "what did you study?",
+                "how do you know so much?", "how did you learn what you say?",
                 "how did you learn all this?", "which books did you read?", "who trained you?", "what taught you?",
             ),
             held_out=(

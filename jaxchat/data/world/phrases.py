@@ -122,6 +122,9 @@ SPELLING = Phrasings(
         "write out the word {w} in letters.", "spell {w} for me.", "the spelling of {w}?", "how should I spell {w}?",
         "what letters are in the word {w}?", "show me how to write {w}.", "I need to spell {w}.", "spell: {w}",
         "tell me how {w} is written.", "can you tell me how {w} is spelled?", "please write out {w}.",
+        "show me how {w} is written.", "show me how to spell the word {w}.", "tell me the spelling of {w}.",
+        "tell me which letters {w} has.", "show me the letters of {w}.", "what letters does the word {w} have?",
+        "how do people spell {w}?", "give me the spelling of the word {w}.", "show me what {w} looks like in letters.",
     ),
     held_out=(
         "could you spell {w} for me?", "what are the letters in the word {w}?", "how would you spell the word {w}?",
@@ -146,6 +149,10 @@ COUNTING = Phrasings(
         "how many {c} has {w}?", "do you know how many {c} there are in {w}?", "count {c} in {w} for me.",
         "in the word {w}, how many {c} are there?", "in {w}, how often is there a {c}?",
         "take the word {w} and count the {c}.", "what is the count of {c} in {w}?", "how often is there a {c} in {w}?",
+        "in the word {w}, how often do you see {c}?", "in the word {w}, how often does {c} come?",
+        "in {w}, how often can I find {c}?", "the word {w}: how often is {c} in it?", "in {w}, how often is {c} there?",
+        "tell me the count of {c} in {w}.", "in the word {w}, count the {c}.", "how many times can you see {c} in {w}?",
+        "please count the letter {c} in the word {w}.", "for the word {w}, how often is there a {c}?",
     ),
     held_out=(
         "how many times does the letter {c} come in {w}?", "please count how many {c} are in the word {w}.",

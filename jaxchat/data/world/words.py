@@ -43,9 +43,12 @@ def invented_name(chance: Chance, kind: str, beginning: str) -> str:
 def invented_word(chance: Chance, english: list[str]) -> str:
     """A word that is in no dictionary: two or three syllables, or the halves of two English words put together.
 
-    They make spelling a matter of the letters, not of knowing the word by heart.
+    They make spelling a matter of the letters, not of knowing the word by heart. Now and then the ending is that of a
+    name: what names end with are tokens of their own, which other words hold too (afford, island).
     """
-    if chance.one_in(2):
+    if chance.one_in(8):
+        word = chance.of(english)[: chance.between(1, 4)] + chance.of(ENDINGS[chance.of(list(ENDINGS))])
+    elif chance.one_in(2):
         first, second = chance.of(english), chance.of(english)
         word = first[: chance.between(2, max(2, len(first) - 1))] + second[chance.between(1, len(second) - 2) :]
     else:

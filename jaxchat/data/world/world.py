@@ -84,6 +84,7 @@ class World:
         unspoken = [word for word in self.english if word not in spoken]
         self.held_out_words = sorted(chance.ordered(unspoken)[:HELD_OUT_WORDS])
         self._kept = set(self.held_out_words)
+        self.trained_words = [word for word in self.english if word not in self._kept]
         self._makers = {
             "identity": self._identity, "arithmetic": self._arithmetic, "spelling": self._spelling,
             "counting": self._counting, "facts": self._facts, "definitions": self._definition,
@@ -162,7 +163,8 @@ class World:
         if held_out:
             return chance.of(self.held_out_words)
         while True:
-            word = chance.of(self.english) if chance.one_in(2) else words.invented_word(chance, self.english)
+            pool = self.trained_words
+            word = chance.of(pool) if chance.one_in(2) else words.invented_word(chance, pool)
             if word not in self._kept:
                 return word
 

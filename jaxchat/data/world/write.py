@@ -21,9 +21,9 @@ def write_world(
     directory: str | Path,
     *,
     base_shards: int = 4,
-    base_rows: int = 16_000,
-    base_val_rows: int = 2_048,
-    mid_rows: int = 80_000,
+    base_rows: int = 8_000,
+    base_val_rows: int = 1_024,
+    mid_rows: int = 60_000,
     sft_rows: int = 9_600,
     val_rows: int = 1_000,
 ) -> dict[str, int]:
