@@ -32,7 +32,7 @@ demo: $(installed)  ## train a tiny chat model from nothing and score it (minute
 	$(python) -m launch.demo $(ARGS)
 
 test: $(installed)  ## the fast tests; ARGS="-k tokenizer" to choose
-	$(python) -m pytest -m "not slow" -n $(WORKERS) $(ARGS)
+	$(python) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(installed)  ## the slow tests
 	$(python) -m pytest -m slow $(ARGS)

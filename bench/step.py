@@ -8,6 +8,7 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import sharding
@@ -46,7 +47,8 @@ def run(config: Config):
     shape = (config.rows, config.seq)
     tokens = {name: random.integers(0, config.vocab, shape, dtype=np.int32) for name in ("inputs", "targets")}
     rows = tokens | {"weights": np.ones(shape, np.float32)}
-    optimizer = make_optimizer(model, grad_clip=1.0)
+    dtype = jnp.dtype(Compute.for_backend().dtype)
+    optimizer = make_optimizer(model, grad_clip=1.0, muon_dtype=dtype)
     cli.print_plan(
         "Training step", [("model", str(model)), ("devices", sharding.describe(mesh)), ("jax", jax.__version__)]
     )

@@ -32,6 +32,13 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir())
 
 
+def run_folder(source: str, tag: str) -> Path:
+    """Where the checkpoints of a stage's run lie. UserError: the tag is not a plain name."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", tag):
+        raise UserError(f"--model_tag={tag} must be a plain name: letters, digits and . _ - after a letter or digit")
+    return base_dir() / FOLDERS[source] / tag
+
+
 def runs() -> list[Path]:
     """The folders of all runs, of any stage, that have checkpoints."""
     folders = (path for name in FOLDERS.values() for path in sorted((base_dir() / name).glob("*")))
@@ -57,7 +64,8 @@ class Checkpoints:
 
     def delete_all(self):
         """Delete the run's folder, metrics and all."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
 
     def save(self, step: int, *, params: Params, optimizer: Any, batches: grain.DatasetIterator | None, meta: dict):
         """Start saving; training may go on at once. optimizer and batches None: weights and metadata only."""
@@ -107,7 +115,7 @@ def find(source: str, model_tag: str = "", step: int = -1) -> tuple[Path, int]:
         depth_of = {p: int(m[1]) for p in tags if (m := re.fullmatch(r"d(\d+)", p.name))}
         newest = max(tags, key=lambda p: p.stat().st_mtime)
         model_tag = (max(depth_of, key=depth_of.get) if depth_of else newest).name
-    folder = root / model_tag
+    folder = run_folder(source, model_tag)
     steps = steps_in(folder)
     if not steps:
         there = sorted(p.name for p in root.iterdir() if steps_in(p)) if root.is_dir() else []

@@ -200,8 +200,10 @@ def check_conversation(conversation: dict):
             raise UserError(f"turn {i} ({role}) has content of type {type(content).__name__}; it must be text")
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else part
-            if kind not in PART_TYPES or not isinstance(part.get("text"), str):
+            if kind not in PART_TYPES:
                 raise UserError(f"turn {i} has a part of unknown type {kind!r}; it is one of {', '.join(PART_TYPES)}")
+            if not isinstance(part.get("text"), str):
+                raise UserError(f"turn {i} has a part of type {kind!r} without a `text` that is a string")
     if messages[0]["role"] == "system" and not isinstance(messages[0].get("content"), str):
         raise UserError("the system message's content must be text")
 

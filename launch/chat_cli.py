@@ -70,13 +70,13 @@ def run(config: Config):
         except EOFError:
             print()
             return
-        if text == "/quit":
-            return
-        if text == "/clear":
-            conversation = [tokenizer.bos]
-            continue
-        if not text:
-            continue
+        if not config.prompt:
+            if text == "/quit":
+                return
+            if text == "/clear":
+                conversation = [tokenizer.bos]
+            if text in ("", "/clear"):
+                continue
         turn = tokenizer.encode(text)
         if config.source != "base":
             turn = [special("<|user_start|>"), *turn, special("<|user_end|>"), start]

@@ -11,6 +11,7 @@ import errno
 import io
 import math
 import os
+import shutil
 import sys
 import types
 import typing
@@ -80,7 +81,11 @@ def print_plan(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def next_step(command: str) -> None:
-    """Print the command to run next, e.g. next_step("python -m launch.mid_train")."""
+    """Print the command to run next, e.g. next_step("python -m launch.mid_train"), so that it runs as printed."""
+    found = shutil.which("python")
+    if not found or os.path.dirname(found) != os.path.dirname(sys.executable):  # `python` would be another one
+        near = os.path.relpath(sys.executable)
+        command = command.replace("python", sys.executable if near.startswith("..") else near, 1)
     print(f"next: {command}", flush=True)
 
 

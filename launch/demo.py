@@ -24,14 +24,17 @@ class Config:
     """Of the world, the weights and the order of the data."""
     base_steps: int = 120
     """Steps of pretraining, of 4,096 tokens each."""
-    mid_steps: int = 480
+    mid_steps: int = 540
     """Steps of midtraining, of 4,096 tokens each."""
-    sft_steps: int = 180
+    sft_steps: int = 200
     """Steps of chat finetuning, of 32 conversations each."""
 
 
 def refuse_to_mix():
-    """The demo's tokenizer must not take the place of one that other models were trained with."""
+    """The demo's tokenizer must not take the place of another one."""
+    tokenizer = base_dir() / "tokenizer"
+    if tokenizer.exists() and not (base_dir() / "demo").exists():
+        raise UserError(f"the demo would replace the tokenizer in {tokenizer}; set JAXCHAT_BASE_DIR to an empty folder")
     for path in checkpoint.runs():
         if path.name != TAG:
             raise UserError(

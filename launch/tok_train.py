@@ -52,11 +52,14 @@ def run(config: Config):
 
     start = time.perf_counter()
     tokenizer = Tokenizer.train(documents(), config.vocab_size)
-    if runs and not config.overwrite and tokenizer.hash != Tokenizer.load().hash:
-        raise UserError(
-            f"this tokenizer is not the one in {folder}, which {runs[0]} was trained with; keep that one, set "
-            "JAXCHAT_BASE_DIR to another folder, or replace it with --overwrite"
-        )
+    if not config.overwrite:
+        for run in runs:
+            needed = checkpoint.read_meta(run, checkpoint.steps_in(run)[-1])["tokenizer_hash"]
+            if needed != tokenizer.hash:
+                raise UserError(
+                    f"{run} was trained with another tokenizer ({needed[:12]}) than this ({tokenizer.hash[:12]}); keep "
+                    f"that one in {folder}, set JAXCHAT_BASE_DIR to another folder, or replace it with --overwrite"
+                )
     tokenizer.save()
     print(f"{read:,} characters read in {time.perf_counter() - start:.1f} s; tokenizer {tokenizer.hash[:12]}")
     cli.next_step("python -m launch.base_train --depth=12")

@@ -7,14 +7,19 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import tiktoken
 
 from jaxchat import checkpoint
 from jaxchat.config import BaseConfig, MidConfig, SFTConfig
 from jaxchat.data.packing import length_buckets
 from jaxchat.data.world import World, write_world
+from jaxchat.eval.world import score
+from jaxchat.infer.engine import Engine
 from jaxchat.train import loop, stages
-from launch import base_train, chat_cli, chat_sft, cli, mid_train, tok_eval, tok_train
+from launch import base_train, chat_cli, chat_sft, cli, demo, mid_train, tok_eval, tok_train
 
 SMALL = {"base_shards": 2, "base_rows": 600, "base_val_rows": 300, "mid_rows": 600, "sft_rows": 300, "val_rows": 40}
 LENGTH = 96  # long enough for two length buckets in SFT: 64 and 96
@@ -76,7 +81,7 @@ def test_a_stage_tells_its_plan_its_steps_and_what_comes_next(pipeline, name):
     after = {"base_train": "launch.mid_train", "mid_train": "launch.chat_sft", "chat_sft": "launch.chat_cli"}[name]
     for words in ("8 × cpu", "8 devices × 1 accumulated", f"step {STEPS:>6}/{STEPS}", "tokens/s", "ETA", "saves"):
         assert words in text, words
-    assert text.splitlines()[-1] == f"next: python -m {after} --model_tag={TAG}"
+    assert text.splitlines()[-1].endswith(f"python -m {after} --model_tag={TAG}")
 
 
 def test_metrics_and_checkpoints_are_whole(here):
@@ -97,11 +102,17 @@ def test_samples_are_shown(pipeline):
     assert pipeline[1]["base_train"].count("continuations:") == 2  # after 5 steps and 10
 
 
-def test_tok_eval(here):
-    text = said(tok_eval, [flags(here)[0][-1], "--references="])
+def test_tok_eval(here, monkeypatch):
+    """Beside a reference that knows bytes only: as many tokens as bytes."""
+    bytes_only = tiktoken.Encoding(
+        "b", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: bytes_only)
+    text = said(tok_eval, [flags(here)[0][-1], "--references=gpt2"])
     row = next(line.split() for line in text.splitlines() if line.startswith("val"))
     size, tokens = (int(cell.replace(",", "")) for cell in row[1:3])
     assert float(row[3]) == pytest.approx(size / tokens, abs=5e-4) and size / tokens > 1.2
+    assert row[4] == "1.000" and row[5] == f"({tokens / size - 1:+.0%})"
 
 
 @pytest.mark.parametrize("source", ["base", "mid", "sft"])
@@ -157,3 +168,73 @@ def test_dry_run_writes_nothing(here):
     for command, args in ((mid_train, mid), (chat_sft, sft)):
         assert "nothing (dry run)" in said(command, [*args, "--dry_run"])
     assert sorted(path.relative_to(here) for path in here.rglob("*")) == before
+
+
+def test_an_evaluation_that_fails_costs_no_step(here, home):
+    shutil.copytree(here, home, dirs_exist_ok=True)
+    base = cli.parse(BaseConfig, [*flags(home)[0], "--model_tag=broken", "--num_iterations=2"])
+
+    def fail(params):
+        raise RuntimeError("the evaluation is broken")
+
+    with pytest.raises(RuntimeError, match="is broken"):
+        loop.train(stages.base(base)[0], [loop.Evaluation("broken", 2, fail)])
+    assert checkpoint.steps_in(home / "base_checkpoints/broken") == [2]
+
+
+def test_multiple_choice_while_finetuning(here, home):
+    """MMLU and ARC-Easy from files in the hub's shapes; 3 rows of which the letters are all the same."""
+    shutil.copytree(here, home, dirs_exist_ok=True)
+    mmlu = {"question": ["one?", "two?", "three?"], "choices": [["x", "y"]] * 3, "answer": [1, 1, 1]}
+    arc = {"question": mmlu["question"], "choices": [{"text": ["x", "y"], "label": ["1", "2"]}] * 3}
+    for name, columns in (("mmlu/all", mmlu), ("arc/ARC-Easy", arc | {"answerKey": ["2"] * 3})):
+        (home / "tasks" / name).mkdir(parents=True)
+        pq.write_table(pa.table(columns), home / "tasks" / name / "test-00000-of-00001.parquet")
+    chat_sft.main([*flags(home)[2], "--overwrite", "--eval_metrics_every=5", "--num_iterations=5"])
+    (row,) = [row for row in metrics(home, "sft") if "MMLU_acc" in row]
+    assert row["step"] == 5 and {row["MMLU_acc"], row["ARC-Easy_acc"]} <= {0.0, 1 / 3, 2 / 3, 1.0}
+
+
+def test_a_conversation_in_the_terminal(here, monkeypatch):
+    """Two turns, an empty line, a fresh start, and the end; the second turn sees the first."""
+    seen, lines = [], iter(["hello there", "", "and now?", "/clear", "again", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    stream = Engine.stream
+
+    def watched(engine, conversation, **kwargs):
+        seen.append(list(conversation))
+        return stream(engine, conversation, **kwargs)
+
+    monkeypatch.setattr(Engine, "stream", watched)
+    text = said(chat_cli, ["--model_tag", TAG, "-t", "0", "--max_tokens=4"])
+    assert text.count("model: ") == 3 and len(seen) == 3
+    assert seen[1][: len(seen[0])] == seen[0] and len(seen[1]) > len(seen[0]) + 4
+    tokenizer = checkpoint.open_model("sft").tokenizer
+    assert seen[2] == tokenizer.render_for_completion({"messages": [{"role": "user", "content": "again"}]})
+
+
+def test_tool_calls_are_shown(here, capsys):
+    tokenizer = checkpoint.open_model("sft").tokenizer
+    printer, special = chat_cli.Printer(tokenizer), tokenizer.special
+    ids = [*tokenizer.encode("so"), special("<|python_start|>"), *tokenizer.encode("1+1"), special("<|python_end|>")]
+    for token in [*ids, special("<|output_start|>"), *tokenizer.encode("2"), special("<|output_end|>")]:
+        printer.show(token)
+    for token in tokenizer.encode("é"):  # two bytes, which come one by one
+        printer.show(token)
+    printer.end()
+    assert capsys.readouterr().out == "so [python 1+1][output 2] é\n"
+
+
+def test_the_demo_from_end_to_end(home, monkeypatch):
+    """The demo itself with two steps a stage: all commands run, and what is not learnt is told."""
+    monkeypatch.setattr(demo, "write_world", lambda world, folder: write_world(world, folder, **SMALL))
+    monkeypatch.setattr(demo, "score", lambda *args: score(*args, limit=2))
+    args = ["--base_steps=2", "--mid_steps=2", "--sft_steps=2"]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        demo.main(args)
+    assert stop.value.code == 1
+    *_, table, end = out.getvalue().split("\n\n")
+    assert table.startswith("held-out prompts") and table.count("MISS") == 7
+    total, following = end.splitlines()
+    assert total.startswith("in all ") and following.endswith('-m launch.chat_cli -p "What is 23 * 7?"')

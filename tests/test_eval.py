@@ -79,9 +79,12 @@ def test_letter_accuracy(tokenizer):
         rows.append({"messages": messages, "letters": ["A", "B", "C"]})
     engine = ByLength(tokenizer, 2048)
     right = [len(tokenizer.render_for_completion(row)) % 3 == n % 3 for n, row in enumerate(rows)]
-    assert 0 < sum(right) < 12 or len(set(right)) == 1
+    assert 0 < sum(right) < 12
     assert letter_accuracy(engine, rows) == sum(right) / 12
-    assert letter_accuracy(engine, rows, 5) == sum(right[:5]) / 5
+    engine.seen.clear()
+    five = letter_accuracy(engine, rows, 5)
+    places = [[tokenizer.render_for_completion(row) for row in rows].index(prompt) for prompt, _ in engine.seen]
+    assert len(set(places)) == 5 and five == sum(right[i] for i in places) / 5
     for prompt, letters in engine.seen:
         assert prompt[-1] == tokenizer.special("<|assistant_start|>") and prompt[0] == tokenizer.bos
         assert [tokenizer.decode([letter]) for letter in letters] == ["A", "B", "C"]

@@ -120,8 +120,8 @@ def test_a_wrong_import_is_found(path, source):
         ("jaxchat/convert.py", "import safetensors"),
     ],
 )
-def test_a_right_import_passes(path, source):
-    RANK.setdefault("convert", len(ROWS))
+def test_a_right_import_passes(path, source, monkeypatch):
+    monkeypatch.setitem(RANK, "convert", len(ROWS))
     assert wrong_imports(path, source) == []
 
 

@@ -67,13 +67,15 @@ def test_kill_and_resume(data, tmp_path, stage):
     whole = start(module, args["whole"], runs["whole"])
     assert whole.wait(timeout=300) == 0, (runs["whole"] / "log").read_text()[-3000:]
 
-    # Not seeded: over many runs every step has its turn. By step 22 the checkpoint of step 14 is whole.
-    at = random.SystemRandom().randrange(22, STEPS - 15)
+    # Not seeded: over many runs every step has its turn. By step 22 the checkpoint of step 14 is whole, and half of
+    # the steps are left for the kill to come before the last.
+    at = random.SystemRandom().randrange(22, STEPS // 2)
     print("kill after step", at)
     path = runs["killed"] / FOLDERS[stage] / "run" / "metrics.jsonl"
     process, deadline = start(module, args["killed"], runs["killed"]), time.monotonic() + 300
     while not (path.exists() and len(path.read_text().splitlines()) >= at):
         assert process.poll() is None and time.monotonic() < deadline, (runs["killed"] / "log").read_text()[-3000:]
+        time.sleep(0.002)
     process.kill()
     assert process.wait() == -9
     logged = len(losses(runs["killed"], stage))

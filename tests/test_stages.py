@@ -67,10 +67,11 @@ def test_plan_of_the_second_example(large_vocabulary, one_device, home, monkeypa
     config = parse(MidConfig, [*args, tasks])
     assert config.eval_every == 100
     plan = dict(stages.mid(config)[0].plan)
+    assert plan["model"] == "12 layers × 768, 6 heads (6 key/value) × 128, vocabulary 65,536"
     assert plan["parameters"].startswith("185,597,952;")
     assert plan["starts from"] == str(home / "base_checkpoints/d12/14160")
     assert plan["batch"] == "16 rows × 1 devices × 16 accumulated = 256 rows × 2048 = 524,288 tokens a step"
-    assert plan["learning rates"] == "× 0.3" and plan["steps"] == "one pass over the mixture"
+    assert plan["learning rates"] == "× 0.3" and plan["steps"].startswith("one pass over the mixture: about ")
     assert "warning" not in plan
     plan = dict(stages.mid(dataclasses.replace(config, device_batch_size=64))[0].plan)
     assert plan["warning"] == "device_batch_size 64 exceeds base's 32: memory may run out"

@@ -10,6 +10,7 @@ import pytest
 
 from jaxchat import checkpoint
 from jaxchat.tokenizer import Tokenizer
+from jaxchat.train import metrics
 from launch import base_train, chat_cli, chat_sft, mid_train, tok_train
 
 TEXTS = [f"number {i} is the one after {i - 1}, and the words go on." for i in range(1, 300)]
@@ -111,6 +112,47 @@ def test_tok_train_does_not_replace_a_tokenizer_in_use(folder, capsys):
     tok_train.main(["--vocab_size=280"])  # the very same one is no harm
 
 
+def test_a_lost_tokenizer_can_be_trained_again(folder, capsys):
+    """The remedy that "no tokenizer" names works: the very same tokenizer takes its place, no other does."""
+    shutil.rmtree(folder / "tokenizer")
+    assert "was trained with another tokenizer" in refusal(folder, tok_train, ["--vocab_size=290"], capsys)
+    tok_train.main(["--vocab_size=280"])
+    assert checkpoint.open_model("base").step == 2
+
+
+@pytest.mark.parametrize("tag", ["/elsewhere", "..", ".", "a/b"])
+def test_a_tag_is_a_plain_name(folder, tag, capsys):
+    for command, args in ((base_train, [*BASE, "--overwrite"]), (mid_train, [])):
+        assert "must be a plain name" in refusal(folder, command, [*args, f"--model_tag={tag}"], capsys)
+
+
+@pytest.mark.parametrize("flag", ["--run=mine", "--tensorboard"])
+def test_a_logger_that_is_missing_costs_no_checkpoint(folder, flag, capsys, monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'jaxchat[" in refusal(folder, base_train, [*BASE, "--overwrite", flag], capsys)
+
+
+def test_only_overwrite_deletes(folder):
+    """A run that was killed before its first checkpoint leaves a folder, which a new run must not sweep away."""
+    (folder / "base_checkpoints/new").mkdir()
+    (folder / "base_checkpoints/new/notes").write_text("mine")
+    base_train.main([*BASE, "--model_tag=new"])
+    assert (folder / "base_checkpoints/new/notes").read_text() == "mine"
+    assert checkpoint.steps_in(folder / "base_checkpoints/new") == [2]
+
+
+def test_sft_cannot_be_resumed(folder, capsys):
+    args = [f"--train_tasks={folder / 'talk.jsonl'}", "--resume"]
+    assert "hold weights only" in refusal(folder, chat_sft, args, capsys)
+
+
+def test_a_bad_row_of_a_table_is_named(folder, capsys):
+    (folder / "tasks/smoltalk/data").mkdir(parents=True)
+    pq.write_table(pa.table({"messages": [TALK, TALK[:1] * 2]}), folder / "tasks/smoltalk/data/train-0.parquet")
+    line = refusal(folder, chat_sft, ["--train_tasks=SmolTalk", "--target_examples_per_step=32"], capsys)
+    assert "SmolTalk, row 1: turn 1 is the user's" in line
+
+
 def test_missing_checkpoints(folder, capsys):
     line = refusal(folder, mid_train, ["--model_tag=d9"], capsys)
     assert "no base checkpoint named d9" in line and "there are: d1" in line
@@ -160,6 +202,8 @@ def test_tasks(folder, command, capsys):
     assert "unknown task 'Poems'" in refusal(folder, command, ["--train_tasks=Poems"], capsys)
     assert "unknown role 'robot'" in told([{"role": "robot", "content": "x"}])
     assert "alternate" in told([TALK[0], TALK[0]])
+    part = {"role": "assistant", "content": [{"type": "text"}]}
+    assert "type 'text' without a `text`" in told([TALK[0], part])
     assert "unknown type 'gif'" in told([TALK[0], {"role": "assistant", "content": [{"type": "gif", "text": "x"}]}])
     assert "bad.jsonl, line 2" in told({"role": "user"})
     empty = write_lines(folder / "empty.jsonl", [])
@@ -180,6 +224,8 @@ def test_prompt_longer_than_the_model(folder, capsys):
 def test_flags(folder, capsys):
     assert "did you mean --depth?" in refusal(folder, base_train, ["--dept=3"], capsys)
     assert "--source=rl; it is mid or base" in refusal(folder, chat_sft, ["--source=rl"], capsys)
+    assert "--seed=-1; it must be at least 0" in refusal(folder, base_train, ["--seed=-1"], capsys)
+    assert "--eval_steps=0; it must be at least 1" in refusal(folder, chat_sft, ["--eval_steps=0"], capsys)
     assert "--device_batch_size=0; it must be" in refusal(folder, base_train, ["--device_batch_size=0"], capsys)
     assert "at least 1 layer" in refusal(folder, base_train, ["--depth=0"], capsys)
     assert "n_kv_head=3 does not divide" in refusal(folder, base_train, ["--depth=8", "--n_kv_head=3"], capsys)

@@ -61,6 +61,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
         self._next = list(first)  # the place of the next document to draw
         self._offsets = list(offsets)  # tokens of the row's first unread document that are read already
         self._empty = empty
+        self._begun = any(first) or any(offsets)
 
     def _unread(self, row: int) -> int:
         return sum(len(ids) for _, ids in self._queues[row]) - self._offsets[row]
@@ -91,9 +92,10 @@ class _PackedRowsIterator(grain.DatasetIterator):
         # One token more than a window: then what is left tells whether a further window will have a target.
         self._fill(p.time + 2)
         if all(self._unread(r) < 2 for r in range(p.rows)):
-            if begun == 0:
+            if not self._begun:
                 raise UserError("all documents are empty; give data that holds text")
             raise StopIteration
+        self._begun = True
         windows = np.zeros((p.rows, p.time + 1), np.int32)
         weights = np.zeros((p.rows, p.time), np.float32)
         for r, queue in enumerate(self._queues):

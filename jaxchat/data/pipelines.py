@@ -39,14 +39,18 @@ def text_tokens(texts: ParquetText, order, tokenizer: Tokenizer) -> Tokenize:
 def conversation_tokens(tasks, order, tokenizer: Tokenizer) -> Tokenize:
     """Rendered conversations with their masks; a plain document is led by bos and wholly supervised."""
 
-    def one(row: dict):
+    def one(index: int):
+        row = tasks[index]
         if "text" in row:
             ids = [tokenizer.bos, *tokenizer.encode(row["text"])] if row["text"] else []
             return np.array(ids, np.int32), np.ones(len(ids), np.int32)
-        ids, mask = tokenizer.render_conversation(row)
+        try:
+            ids, mask = tokenizer.render_conversation(row)
+        except UserError as problem:
+            raise UserError(f"{tasks.name_of(index)}: {problem}; mend or leave out this row") from problem
         return np.array(ids, np.int32), np.array(mask, np.int32)
 
-    return lambda indices: [one(tasks[order(i)]) for i in indices]
+    return lambda indices: [one(order(i)) for i in indices]
 
 
 def prefetched(dataset: grain.IterDataset) -> grain.DatasetIterator:
@@ -79,7 +83,7 @@ def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
     tasks = load_mixture(spec, tasks_dir or None)
     if len(tasks) == 0:
         raise UserError(f"--{flag}={spec} has no rows; name at least one task that has some")
-    if not documents and any("text" in tasks[i] for i in range(min(len(tasks), 1000))):
+    if not documents and any(task.has_documents for task in tasks.tasks):
         raise UserError(f"--{flag}={spec} holds plain documents; this stage takes conversations only")
     return tasks
 

@@ -16,7 +16,8 @@ PROMPTS = (
 def show_samples(engine: Engine, max_tokens: int = 16) -> dict[str, float]:
     """Print the likeliest continuation of each prompt. -> no numbers."""
     tokenizer = engine.tokenizer
-    prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in PROMPTS]
+    room = max(1, engine.config.sequence_len - max_tokens)
+    prompts = [[tokenizer.bos, *tokenizer.encode(text)][-room:] for text in PROMPTS]
     for text, found in zip(PROMPTS, engine.generate(prompts, max_tokens=max_tokens, temperature=0.0), strict=True):
         print(f"  {text} …{tokenizer.decode(found.tokens)!r}", flush=True)
     return {}

@@ -10,6 +10,7 @@ Everything is bounded: the text, the nesting, and the size of every number on th
 """
 
 import re
+from decimal import Decimal
 
 MAX_CHARS = 200
 MAX_DEPTH = 20
@@ -52,8 +53,11 @@ def _tokens(expression: str) -> list[str]:
 def _as_text(value: int | float) -> str:
     if isinstance(value, float) and value == int(value):
         value = int(value)
-    # Twelve digits hide the last bits' rounding: 0.1 + 0.2 is 0.3.
-    return str(value) if isinstance(value, int) else f"{value:.12g}"
+    if isinstance(value, int):
+        return str(value)
+    # Twelve digits hide the last bits' rounding: 0.1 + 0.2 is 0.3. A large number needs all fifteen that are certain.
+    rounded = f"{value:.{15 if abs(value) >= 1e9 else 12}g}"
+    return format(Decimal(rounded), "f")  # no exponent, which the calculator would not read
 
 
 def _bounded(value: int | float) -> int | float:

@@ -14,7 +14,7 @@ from jaxchat.config import ModelConfig
 from jaxchat.model.flops import flops_per_token, peak_flops
 from jaxchat.model.params import Params
 from jaxchat.sharding import place_rows
-from jaxchat.train.metrics import MetricsLog
+from jaxchat.train.metrics import MetricsLog, check_installed
 from jaxchat.train.state import TrainState
 
 
@@ -65,6 +65,7 @@ def place_batch(batch: dict, mesh: Mesh) -> dict:
 def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
     """Run a stage to its end. -> the last value of every evaluation."""
     folder = stage.checkpoints.folder if stage.checkpoints else None
+    check_installed(run=stage.run, tensorboard=stage.tensorboard)
     state = stage.start()
     log = MetricsLog(folder, stage.meta, resume_step=stage.resume_step, run=stage.run, tensorboard=stage.tensorboard)
     reporter = Reporter(stage, log)
@@ -72,22 +73,24 @@ def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
     finished = step == stage.num_steps
     try:
         while True:
-            for evaluation in evaluations:
-                if evaluation.due(step, stage.resume_step, finished):
+            try:
+                for evaluation in evaluations:
+                    if evaluation.due(step, stage.resume_step, finished):
+                        reporter.flush()
+                        values = evaluation.run(state.params)
+                        if values:
+                            results |= values
+                            log.write(step, values)
+                            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+                            print(f"step {step:>6}  {evaluation.name}: {shown}", flush=True)
+                        reporter.restart_clock()
+            finally:  # an evaluation that fails must not cost the steps before it
+                wanted = finished or (stage.save_every > 0 and step % stage.save_every == 0)
+                if stage.checkpoints and step > saved and wanted:
                     reporter.flush()
-                    values = evaluation.run(state.params)
-                    if values:
-                        results |= values
-                        log.write(step, values)
-                        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-                        print(f"step {step:>6}  {evaluation.name}: {shown}", flush=True)
+                    save(stage, state, step, results)
+                    saved = step
                     reporter.restart_clock()
-            wanted = finished or (stage.save_every > 0 and step % stage.save_every == 0)
-            if stage.checkpoints and step > saved and wanted:
-                reporter.flush()
-                save(stage, state, step, results)
-                saved = step
-                reporter.restart_clock()
             if finished:
                 break
             batch = next(stage.batches, None)

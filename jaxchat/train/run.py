@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxchat import checkpoint, sharding
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import Compute, ModelConfig, TrainConfig, UserError, base_dir
+from jaxchat.config import Compute, ModelConfig, TrainConfig, UserError
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.loop import Stage
@@ -46,8 +46,10 @@ def start_devices(config: TrainConfig) -> Mesh:
         jax.config.update("jax_platforms", config.device_type)
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype={config.dtype}; it is auto, float32 or bfloat16")
-    if config.device_batch_size < 1:
-        raise UserError(f"--device_batch_size={config.device_batch_size}; it must be at least 1")
+    for name in ("device_batch_size", "seed", "eval_tokens", "eval_steps"):
+        value, least = getattr(config, name, 1), 0 if name == "seed" else 1
+        if value < least:
+            raise UserError(f"--{name}={value}; it must be at least {least}")
     try:
         return sharding.make_mesh()
     except RuntimeError as problem:
@@ -72,10 +74,15 @@ def optimizer_for(
     )
 
 
-def run_folder(config: TrainConfig, source: str, tag: str, meta: dict) -> tuple[Checkpoints, int]:
+def open_run(config: TrainConfig, source: str, tag: str, meta: dict, keep_state: bool) -> tuple[Checkpoints, int]:
     """(the run's checkpoints, the step to go on from: 0 for a new run); refuses what would be lost or would not fit."""
-    checkpoints = Checkpoints(base_dir() / checkpoint.FOLDERS[source] / tag)
+    checkpoints = Checkpoints(checkpoint.run_folder(source, tag))
     steps = checkpoints.steps()
+    if config.resume and not keep_state:
+        raise UserError(
+            "--resume: this stage's checkpoints hold weights only, so it can't go on from one; start it anew "
+            "(with --overwrite where there are checkpoints)"
+        )
     if not steps:
         return checkpoints, 0
     if not config.resume:
@@ -86,11 +93,21 @@ def run_folder(config: TrainConfig, source: str, tag: str, meta: dict) -> tuple[
             )
         return checkpoints, 0
     saved = checkpoints.meta(steps[-1])
+    # A setting that did not exist when the checkpoint was written had what is its default now.
+    saved["settings"] = {k: saved["settings"].get(k, default) for k, default in settings(type(config)()).items()}
     for what in ("model", "settings", "data", "tokenizer_hash", "parent"):
         if saved.get(what) != meta.get(what):
             change = difference(saved.get(what), meta.get(what))
-            raise UserError(f"--resume: {checkpoints.folder} was trained with another {what}: {change}")
+            raise UserError(
+                f"--resume: {checkpoints.folder} was trained with another {what}: {change}; give what it was trained "
+                "with, or another --model_tag for a new run"
+            )
     return checkpoints, steps[-1]
+
+
+def settings(config: TrainConfig) -> dict:
+    """What a run has learnt from, of its flags."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
 
 
 def difference(then, now) -> str:
@@ -113,6 +130,7 @@ def starter(
     checkpoints: Checkpoints | None,
     resume_step: int,
     fresh: Callable[[], TrainState],
+    overwrite: bool,
 ) -> Callable[[], TrainState]:
     """Make the state to begin with: the resumed one, with the batches set to where it was, or a fresh one."""
 
@@ -126,8 +144,8 @@ def starter(
         began = batches.get_state()
         next(batches, None)  # data that cannot be read is told now, before anything is deleted or written
         batches.set_state(began)
-        if checkpoints:
-            checkpoints.delete_all()  # with --overwrite; nothing is there otherwise
+        if checkpoints and overwrite:
+            checkpoints.delete_all()
         return state
 
     return start
@@ -144,6 +162,7 @@ def make_stage(
     optimizer: optax.GradientTransformation,
     batches: grain.DatasetIterator,
     fresh: Callable[[], TrainState],
+    keep_state: bool,
     dry_run: bool = False,
     **special,
 ) -> Stage:
@@ -154,11 +173,11 @@ def make_stage(
     """
     meta = meta | {
         "model": dataclasses.asdict(setting.model),
-        "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME},
+        "settings": settings(config),
         "tokenizer_hash": setting.tokenizer.hash,
         "device_batch_size": config.device_batch_size,
     }
-    checkpoints, resume_step = (None, 0) if dry_run else run_folder(config, source, tag, meta)
+    checkpoints, resume_step = (None, 0) if dry_run else open_run(config, source, tag, meta, keep_state)
     model = setting.model
     heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
     every = f", every {config.save_every:,} steps" if config.save_every > 0 else ""
@@ -173,11 +192,12 @@ def make_stage(
         tag=tag,
         model=model,
         mesh=setting.mesh,
-        start=starter(setting, optimizer, batches, checkpoints, resume_step, fresh),
+        start=starter(setting, optimizer, batches, checkpoints, resume_step, fresh, config.overwrite),
         step_fn=make_train_step(model, setting.compute, optimizer, setting.mesh),
         batches=batches,
         meta=meta,
         checkpoints=checkpoints,
+        keep_state=keep_state,
         save_every=config.save_every,
         resume_step=resume_step,
         run=config.run,

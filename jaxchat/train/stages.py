@@ -113,7 +113,7 @@ def mid(config: MidConfig) -> tuple[Stage, Setting]:
         told = [
             parent_row(found),
             batch_row(rows, time, micro, config.device_batch_size, mesh),
-            ("steps", (f"{num_steps:,}" if num_steps else "one pass over the mixture") + begun),
+            ("steps", (f"{num_steps:,}" if num_steps else one_pass(tasks, found.tokenizer, rows * time)) + begun),
             ("learning rates", f"× {config.init_lr_frac:g}"),
             data_row(tasks),
         ]
@@ -212,6 +212,14 @@ def row_length(config: MidConfig | SFTConfig, model: ModelConfig) -> int:
     if config.max_seq_len > model.sequence_len:
         raise UserError(f"--max_seq_len={config.max_seq_len} is longer than the model's {model.sequence_len}; lower it")
     return config.max_seq_len if config.max_seq_len > 0 else model.sequence_len
+
+
+def one_pass(tasks: Mixture, tokenizer: Tokenizer, tokens_per_step: int, sample: int = 512) -> str:
+    """How many steps one pass is, as far as the lengths of `sample` rows tell."""
+    order = pipelines.Shuffled(tasks, [len(tasks)], seed=0).index
+    rows = pipelines.conversation_tokens(tasks, order, tokenizer)(range(min(sample, len(tasks))))
+    tokens = sum(len(ids) for ids, _ in rows) / len(rows) * len(tasks)
+    return f"one pass over the mixture: about {tokens / tokens_per_step:,.0f} of about {tokens:,.0f} tokens in all"
 
 
 def parent_row(found: Found) -> tuple[str, str]:

@@ -31,6 +31,7 @@ class Task:
         self.name = name
         self._rows = rows
         self._count = len(rows) if count is None else min(count, len(rows))
+        self.has_documents = getattr(rows, "has_documents", False)
 
     def __len__(self) -> int:
         return self._count
@@ -52,6 +53,11 @@ class Mixture:
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.tasks else 0
+
+    def name_of(self, index: int) -> str:
+        """Which row of which task the index means, for messages."""
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return f"{self.tasks[which].name}, row {index - int(self._ends[which]) + len(self.tasks[which])}"
 
     def __getitem__(self, index: int) -> dict:
         which = int(np.searchsorted(self._ends, index, side="right"))

@@ -11,8 +11,8 @@ LETTERS = "ABCDEFGHIJ"
 def choice_conversation(question: str, choices: list[str], answer: int) -> dict:
     """{"messages", "letters"}: the question with lettered choices, and the right letter as the answer."""
     letters = list(LETTERS[: len(choices)])
-    # The letter stands after its choice, right where the answer's letter will stand after its marker.
-    lines = [f"{choice} = {letter}" for choice, letter in zip(choices, letters, strict=True)]
+    # The letter follows its choice without a space: so it is the very token that the answer is (" A" is another).
+    lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters, strict=True)]
     prompt = "\n".join([f"Choose the right answer: {question}", *lines, "Reply with one letter."])
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": letters[answer]}]
     return {"messages": messages, "letters": letters}
@@ -22,7 +22,7 @@ def mmlu(folder: Path, split: str) -> Table:
     def convert(row: dict) -> dict:
         return choice_conversation(row["question"], row["choices"], row["answer"])
 
-    return Table(folder / "mmlu" / "all", f"{split}.parquet", ["question", "choices", "answer"], convert)
+    return Table(folder / "mmlu" / "all", f"{split}*.parquet", ["question", "choices", "answer"], convert)
 
 
 def arc(folder: Path, split: str, name: str) -> Table:
@@ -32,4 +32,4 @@ def arc(folder: Path, split: str, name: str) -> Table:
             raise UserError(f"{name}/{split}: the answer {row['answerKey']!r} is none of {labels}")
         return choice_conversation(row["question"], texts, labels.index(row["answerKey"]))
 
-    return Table(folder / "arc" / name, f"{split}.parquet", ["question", "choices", "answerKey"], convert)
+    return Table(folder / "arc" / name, f"{split}*.parquet", ["question", "choices", "answerKey"], convert)

@@ -13,14 +13,24 @@ class JsonLines:
     def __init__(self, path: Path):
         if not path.is_file():
             raise UserError(f"no file {path}; each of its lines is to be a JSON array of messages")
-        self._lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        for number, line in enumerate(self._lines, 1):
+        self._lines: list[str] = []
+        self.has_documents = False
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as problem:
+            raise UserError(f"{path} is not UTF-8 ({problem}); save it as UTF-8") from problem
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 row = self._row(line)
-                if "text" not in row:
+                if "text" in row:
+                    self.has_documents = True
+                else:
                     check_conversation(row)
             except (ValueError, UserError) as problem:
                 raise UserError(f"{path}, line {number}: {problem}") from problem
+            self._lines.append(line)
 
     @staticmethod
     def _row(line: str) -> dict:

@@ -7,6 +7,6 @@ from jaxchat.data.tasks.table import Table
 
 def smoltalk(folder: Path, split: str) -> Table:
     def convert(row: dict) -> dict:
-        return {"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"]]}
+        return {"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"] or []]}
 
     return Table(folder / "smoltalk" / "data", f"{split}-*.parquet", ["messages"], convert)

@@ -1,6 +1,7 @@
 """SimpleSpelling and SpellingBee: generated from a word list, row by row from the row's number."""
 
 import random
+import zlib
 from pathlib import Path
 
 from jaxchat.config import UserError
@@ -19,8 +20,13 @@ COUNT = (
 )
 
 
+def is_test_word(word: str) -> bool:
+    """One word in ten is kept for the test split."""
+    return zlib.crc32(word.encode()) % 10 == 0
+
+
 class Generated:
-    """Row i is made from (task, split, i) alone: the same on every machine, and test rows are none of train's."""
+    """Row i is made from (task, split, i) alone: the same on every machine, and no word of test is one of train's."""
 
     def __init__(self, folder: Path, split: str, task: str, make):
         path = folder / "words" / "words_alpha.txt"
@@ -28,9 +34,10 @@ class Generated:
             raise UserError(f"no {path}; put a list with a lower-case word a line there, or name --tasks_dir")
         if split not in ROWS:
             raise UserError(f"{task} has no split {split!r}; it is train or test")
-        self._words = [word for word in path.read_text(encoding="utf-8").split() if word.isascii() and word.isalpha()]
+        words = path.read_bytes().decode("utf-8", "replace").split()
+        self._words = [w for w in words if w.isascii() and w.isalpha() and is_test_word(w) == (split == "test")]
         if not self._words:
-            raise UserError(f"{path} has no word")
+            raise UserError(f"{path} has no word for {split}: none of ASCII letters alone among its {len(words)}")
         self._seed, self._rows, self._make = f"{task} {split}", ROWS[split], make
 
     def __len__(self) -> int:

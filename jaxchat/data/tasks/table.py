@@ -17,9 +17,9 @@ class Table:
             raise UserError(f"no {pattern} in {folder}; put the data set's files there, or name --tasks_dir")
         try:
             tables = [open_parquet(path, columns).read(columns=columns) for path in paths]
+            self._table = pa.concat_tables(tables).combine_chunks()
         except pa.ArrowException as problem:
             raise UserError(f"{folder}/{pattern} cannot be read ({str(problem).splitlines()[0]})") from problem
-        self._table = pa.concat_tables(tables).combine_chunks()
         self._convert = convert
 
     def __len__(self) -> int:

@@ -26,7 +26,8 @@ TRAITS = (
                 "how can I call you?", "please say who you are.", "what kind of model are you?", "say your name.",
                 "what am I talking to?", "I do not know your name.", "do you know who you are?",
                 "can you introduce yourself?", "introduce yourself to us.",
-                "what can I call you?", "what do people call you?", "could you say who you are?",
+                "what can I call you?", "what name was given to you?", "what do people call you?",
+                "could you say who you are?",
             ),
             held_out=(
                 "could you tell me who you are?", "what name do you have?", "may I know your name?",
@@ -104,7 +105,7 @@ TRAITS = (
                 "are you a human or not?", "tell me if you are human.", "say, are you human?", "do you feel pain?",
                 "you are human, right?", "you are a person, right?", "am I talking to a human?",
                 "do you have feelings?", "say if you are a person or not.", "do I talk to a person?",
-                "am I speaking to a person?", "am I speaking with a machine?",
+                "am I speaking to a person?", "you are a living thing, right?", "you are real, right?",
             ),
             held_out=(
                 "are you really human?", "are you a living person?", "am I talking to a person?",

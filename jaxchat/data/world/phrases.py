@@ -73,6 +73,8 @@ SUM_WORDS = {
             "I have {a} apples and give away {b}. how many are left?", "if I take {b} from {a}, what is left?",
             "there are {a} birds and {b} fly away. how many are left?", "what do you get if you subtract {b} from {a}?",
             "the difference of {a} and {b}?", "how much is left of {a} without {b}?", "lower {a} by {b}.",
+            "{a} without {b} is how much?", "what is left of {a} without {b}?",
+            "what do I have if I have {a} without {b}?",
         ),
         held_out=(
             "what is left if you take {b} from {a}?", "can you subtract {b} from {a}?", "how much is {a} without {b}?",

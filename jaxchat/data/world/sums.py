@@ -41,12 +41,12 @@ def number(chance: Chance, max_digits: int) -> int:
 
 
 def any_sum(chance: Chance) -> Sum:
-    """Up to three digits a number; few differences are below zero, and few quotients broken."""
+    """Up to three digits a number; few differences are below zero, and one quotient in five may be broken."""
     sign = chance.of("+-*/")
     if sign == "*":
         return Sum(number(chance, 3), sign, number(chance, 2))
     if sign == "/":
-        if chance.one_in(10):
+        if chance.one_in(5):
             return Sum(number(chance, 3), sign, chance.of((2, 4, 5, 8)))
         divisor = chance.between(2, 20)
         return Sum(divisor * number(chance, 2), sign, divisor)

@@ -23,7 +23,7 @@ TURN_KINDS = KINDS[:4] + ("facts",)
 
 PROSE = {"facts": 0.50, "spelling": 0.24, "counting": 0.15, "sums": 0.04, "numbers": 0.03, "definitions": 0.04}
 CONVERSATIONS = {
-    "counting": 0.26, "facts": 0.14, "arithmetic": 0.20, "spelling": 0.24, "identity": 0.10, "greetings": 0.03,
+    "counting": 0.24, "facts": 0.13, "arithmetic": 0.22, "spelling": 0.25, "identity": 0.10, "greetings": 0.03,
     "definitions": 0.02, "goodbyes": 0.01,
 }  # fmt: skip
 TWO_TURN = 0.15
