@@ -22,11 +22,11 @@ class Config:
 
     seed: int = 0
     """Of the world, the weights and the order of the data."""
-    base_steps: int = 120
+    base_steps: int = 110
     """Steps of pretraining, of 4,096 tokens each."""
-    mid_steps: int = 540
+    mid_steps: int = 590
     """Steps of midtraining, of 4,096 tokens each."""
-    sft_steps: int = 200
+    sft_steps: int = 220
     """Steps of chat finetuning, of 32 conversations each."""
 
 
@@ -63,15 +63,16 @@ def run(config: Config) -> int:
     batch = ["--device_batch_size=2", "--total_batch_size=4096", "--eval_every=1000", "--eval_tokens=32768"]
     common = [f"--model_tag={TAG}", f"--seed={config.seed}", "--overwrite"]
     one_device = ["--device_type=cpu"]
+    rate = ["--matrix_lr=0.04"]  # twice the default: learns faster in so few steps (dev/LOG.md)
 
     tok_train.main([data, "--vocab_size=512", "--max_chars=2000000", "--overwrite"])
     base_train.main(
         ["--depth=3", "--max_seq_len=256", f"--num_iterations={config.base_steps}", data]
-        + ["--warmdown_ratio=0.5", "--sample_every=-1", *batch, *common, *one_device]
+        + ["--warmdown_ratio=0.5", "--sample_every=-1", *batch, *common, *one_device, *rate]
     )
     mid_train.main(
         [f"--num_iterations={config.mid_steps}", f"--train_tasks={tasks / 'world_mid.jsonl'}"]
-        + [f"--val_tasks={tasks / 'world_val.jsonl'}", *batch, *common, *one_device]
+        + [f"--val_tasks={tasks / 'world_val.jsonl'}", *batch, *common, *one_device, *rate]
     )
     chat_sft.main(
         [f"--num_iterations={config.sft_steps}", f"--train_tasks={tasks / 'world_sft.jsonl'}"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -175,10 +176,18 @@ cli.main(Config, run)
         assert (process.wait(timeout=60), process.stderr.read()) == (141, b"")
 
 
-def test_plan_is_aligned_and_next_step_named(capsys):
+def test_plan_is_aligned(capsys):
     cli.print_plan("Plan", [("depth", "4"), ("tokens", "1,000")])
+    assert capsys.readouterr().out == "Plan\n  depth   4\n  tokens  1,000\n"
+
+
+@pytest.mark.parametrize("found, want", [(sys.executable, "python"), ("/elsewhere/python", None), (None, None)])
+def test_next_step_runs_as_printed(found, want, capsys, monkeypatch):
+    """`python` where that is this Python, else the path of this one."""
+    monkeypatch.setattr(cli.shutil, "which", lambda name: found)
     cli.next_step("python -m launch.eat")
-    assert capsys.readouterr().out == "Plan\n  depth   4\n  tokens  1,000\nnext: python -m launch.eat\n"
+    path, rest = capsys.readouterr().out.removeprefix("next: ").split(" ", 1)
+    assert rest == "-m launch.eat\n" and (path == want or want is None and os.path.samefile(path, sys.executable))
 
 
 def test_imports_neither_jax_nor_torch_and_starts_fast():

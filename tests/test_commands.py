@@ -225,6 +225,7 @@ def test_tool_calls_are_shown(here, capsys):
     assert capsys.readouterr().out == "so [python 1+1][output 2] é\n"
 
 
+@pytest.mark.slow
 def test_the_demo_from_end_to_end(home, monkeypatch):
     """The demo itself with two steps a stage: all commands run, and what is not learnt is told."""
     monkeypatch.setattr(demo, "write_world", lambda world, folder: write_world(world, folder, **SMALL))

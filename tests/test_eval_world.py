@@ -99,7 +99,9 @@ CALL, OUTPUT, LAST = ("python", "'apple'.count('p')"), ("python_output", "2"), (
     "pieces, right",
     [
         ([("text", "apple: a p l e, so 1."), CALL, OUTPUT, LAST], True),  # counted by hand wrongly: another row tells
-        ([CALL, OUTPUT, LAST], True),
+        ([CALL, OUTPUT, LAST], False),  # not counted by hand at all
+        ([("text", "It is 2."), ("text", "apple"), CALL, OUTPUT, LAST], False),
+        ([("text", "apple"), ("python", ""), CALL, OUTPUT, LAST], False),
         ([("python", "'apple'.count('l')"), ("python_output", "1"), ("text", " The answer is 1.")], False),
         ([CALL, ("made up", "2"), LAST], False),
         ([CALL, LAST], False),
@@ -118,6 +120,7 @@ def test_other_answers():
     assert not scorer.is_right(fact, [("text", "Mogeta is a smith. So")])
     assert scorer.is_right(name, [("text", "I am Pip.")])
     assert not scorer.is_right(name, [("text", "I am Pip."), ("unfinished", "…")])
+    assert not scorer.is_right(name, [("text", "I am Pip. I was made with jaxchat.")])  # one answer to every question
 
 
 def test_forced_tokens_alone_count_as_output(tokenizer):

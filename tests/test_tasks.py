@@ -29,7 +29,9 @@ def folder(tmp_path):
     )
     parquet("gsm8k/main/train.parquet", [{"question": "Half of 4?", "answer": "It is 4/2=<<4/2=2>>2.\n#### 2"}])
     (tmp_path / "words").mkdir()
-    (tmp_path / "words/words_alpha.txt").write_text("apple\nbanana\ncherry\n")
+    (tmp_path / "words/words_alpha.txt").write_text(
+        "\n".join(f"{a}{b}{c}" for a in "bdf" for b in "aeiou" for c in "lmnrst")
+    )
     (tmp_path / "identity").mkdir()
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     (tmp_path / "identity/identity_conversations.jsonl").write_text((json.dumps(talk) + "\n") * 3)

@@ -149,7 +149,7 @@ def test_sft_cannot_be_resumed(folder, capsys):
 def test_a_bad_row_of_a_table_is_named(folder, capsys):
     (folder / "tasks/smoltalk/data").mkdir(parents=True)
     pq.write_table(pa.table({"messages": [TALK, TALK[:1] * 2]}), folder / "tasks/smoltalk/data/train-0.parquet")
-    line = refusal(folder, chat_sft, ["--train_tasks=SmolTalk", "--target_examples_per_step=32"], capsys)
+    line = refusal(folder, chat_sft, ["--train_tasks=SmolTalk", "--eval_every=-1", "--eval_metrics_every=-1"], capsys)
     assert "SmolTalk, row 1: turn 1 is the user's" in line
 
 

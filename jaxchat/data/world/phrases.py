@@ -44,6 +44,8 @@ SUM_FRAMES = Phrasings(
         "give me the result of {e}.", "what is the result of {e}?", "what do you get for {e}?", "find {e}.",
         "solve {e}.", "what do I get for {e}?", "{e} equals what?", "what is the answer to {e}?", "how big is {e}?",
         "use your tool: {e}.", "the answer to {e} is what?", "I want the value of {e}.", "help me compute {e}.",
+        "which number is {e}?", "{e} is what number?", "what number do I get for {e}?", "what number does {e} make?",
+        "say which number {e} gives.", "tell me the value of {e}.", "how large is {e}?",
     ),
     held_out=(
         "what is the value of {e}?", "could you calculate {e} for me?", "I want to know how much {e} is.",
@@ -99,7 +101,7 @@ SUM_WORDS = {
             "divide {a} by {b}.", "how often does {b} go into {a}?", "what do I get if I divide {a} by {b}?",
             "share {a} apples among {b} children. how many does each get?", "split {a} into {b} equal parts.",
             "{a} shared among {b} is how much?", "what is one of {b} equal parts of {a}?",
-            "please divide {a} by {b} for me.",
+            "please divide {a} by {b} for me.", "divide the number {a} by the number {b}.",
             "I cut {a} into {b} equal parts. how big is each?", "how many times does {b} go into {a}?",
             "how many times does {b} fit into {a}?",
         ),

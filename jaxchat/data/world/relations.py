@@ -29,7 +29,7 @@ PERSON = {
                 "tell me the job of {x}.", "what does {x} work as?", "how does {x} earn money?",
                 "what is the work of {x}?",
                 "tell me what {x} does for a living.", "what is {x} by trade?", "{x} has which job?",
-                "as what does {x} work?", "tell me what work {x} does.",
+                "as what does {x} work?", "tell me what work {x} does.", "tell me as what {x} works.",
             ),
             held_out=(
                 "what job does {x} have?", "what kind of work does {x} do?", "can you tell me the job of {x}?",
@@ -49,7 +49,7 @@ PERSON = {
                 "which animal lives with {x}?", "does {x} have a pet?", "tell me the pet of {x}.",
                 "what animal does {x} have?", "which animal does {x} keep?", "do you know the pet of {x}?",
                 "what kind of animal does {x} have?", "{x} has which pet?", "what animal belongs to {x}?",
-                "tell me which pet {x} has.", "tell me what animal {x} keeps.",
+                "tell me which pet {x} has.", "tell me what animal {x} keeps.", "can you say which pet {x} has?",
             ),
             held_out=(
                 "what kind of pet does {x} have?", "can you tell me the pet of {x}?", "what pet does {x} keep?",
@@ -67,6 +67,7 @@ PERSON = {
                 "do you know which colour {x} likes?", "what colour is best for {x}?", "{x} likes which colour?",
                 "tell me the favourite colour of {x}.", "which colour is the favourite of {x}?",
                 "which colour does {x} like most?", "what is the colour of {x}?", "tell me which colour {x} loves.",
+                "can you say which colour {x} likes?",
             ),
             held_out=(
                 "what colour does {x} like?", "can you tell me the favourite colour of {x}?",
@@ -84,6 +85,7 @@ PERSON = {
                 "in which town does {x} live?", "what town does {x} live in?", "tell me where {x} lives.",
                 "do you know where {x} lives?", "where is the home of {x}?", "what is {x}'s town?", "{x} lives where?",
                 "where does {x} come from?", "what is the town of {x}?", "tell me the town of {x}.",
+                "can you say where {x} lives?",
                 "which town is the home of {x}?",
             ),
             held_out=(
