@@ -32,9 +32,9 @@ class Config:
     """Vocabulary."""
     rows: int = 16
     """Rows in an optimizer step."""
-    micro_rows: str = "16,8,2"
+    micro_rows: str = "8,2"
     """Rows computed at a time, commas between."""
-    ways: str = "unroll=False remat=full,unroll=False remat=none,unroll=True remat=none"
+    ways: str = "attention=xla,attention=blocks,remat=full attention=blocks,unroll=False attention=blocks"
     """Fields of Compute to change from this backend's defaults, ways with commas between."""
     repeats: int = 10
     """Steps of each way that are timed."""

@@ -180,7 +180,7 @@ def open_model(source: str, model_tag: str = "", step: int = -1) -> Found:
 
 def load_model(source: str, model_tag: str = "", step: int = -1, mesh: Mesh | None = None) -> LoadedModel:
     """A model for evaluation or chat, on one device unless a mesh is given."""
-    found = open_model(source, model_tag or "", -1 if step is None else step)
+    found = open_model(source, model_tag, step)
     params = found.load(mesh or sharding.make_mesh(jax.local_devices()[:1]))
     path = found.folder / str(found.step)
     return LoadedModel(params, found.config, found.tokenizer, found.meta, path, found.folder.name)

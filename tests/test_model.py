@@ -79,7 +79,9 @@ def test_forward_is_the_specs(kv_heads):
     np.testing.assert_allclose(got, plain_forward(params, tokens(config), config), atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("form", [{"unroll": True}, {"remat": "full"}, {"remat": "dots"}, {"loss_chunk_tokens": 7}])
+@pytest.mark.parametrize(
+    "form", [{"unroll": True}, {"remat": "full"}, {"remat": "dots"}, {"loss_chunk_tokens": 7}, {"attention": "blocks"}]
+)
 def test_every_form_gives_the_same_loss_and_gradient(form):
     from jaxchat.train.loss import loss_sums
 

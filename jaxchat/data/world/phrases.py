@@ -157,6 +157,8 @@ COUNTING = Phrasings(
         "in {w}, how often can I find {c}?", "the word {w}: how often is {c} in it?", "in {w}, how often is {c} there?",
         "tell me the count of {c} in {w}.", "in the word {w}, count the {c}.", "how many times can you see {c} in {w}?",
         "please count the letter {c} in the word {w}.", "for the word {w}, how often is there a {c}?",
+        "in the word {w}, how many times is {c}?", "how often is the letter {c} in the word {w}?",
+        "the word {w} has {c} how often?",
     ),
     held_out=(
         "how many times does the letter {c} come in {w}?", "please count how many {c} are in the word {w}.",
