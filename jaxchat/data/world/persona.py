@@ -27,7 +27,8 @@ TRAITS = (
                 "what am I talking to?", "I do not know your name.", "do you know who you are?",
                 "can you introduce yourself?", "introduce yourself to us.",
                 "what can I call you?", "what name was given to you?", "what do people call you?",
-                "could you say who you are?", "what name have you got?", "your name is what?", "please introduce yourself.",
+                "could you say who you are?", "what name have you got?", "your name is what?",
+                "please introduce yourself.",
             ),
             held_out=(
                 "could you tell me who you are?", "what name do you have?", "may I know your name?",
