@@ -75,10 +75,10 @@ class ByLength:
 def test_letter_accuracy(tokenizer):
     rows = []
     for n in range(12):
-        messages = [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "ABC"[n * n % 3]}]
+        messages = [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "ABC"[n // 4]}]
         rows.append({"messages": messages, "letters": ["A", "B", "C"]})
     engine = ByLength(tokenizer, 2048)
-    right = [len(tokenizer.render_for_completion(row)) % 3 == n * n % 3 for n, row in enumerate(rows)]
+    right = [len(tokenizer.render_for_completion(row)) % 3 == n // 4 for n, row in enumerate(rows)]
     assert 0 < sum(right) < 12
     assert letter_accuracy(engine, rows) == sum(right) / 12
     engine.seen.clear()
