@@ -158,7 +158,8 @@ COUNTING = Phrasings(
         "tell me the count of {c} in {w}.", "in the word {w}, count the {c}.", "how many times can you see {c} in {w}?",
         "please count the letter {c} in the word {w}.", "for the word {w}, how often is there a {c}?",
         "in the word {w}, how many times is {c}?", "how often is the letter {c} in the word {w}?",
-        "the word {w} has {c} how often?",
+        "the word {w} has {c} how often?", "how many times does {c} come up in {w}?",
+        "how often does the letter {c} appear in {w}?",
     ),
     held_out=(
         "how many times does the letter {c} come in {w}?", "please count how many {c} are in the word {w}.",

@@ -23,7 +23,7 @@ TURN_KINDS = KINDS[:4] + ("facts",)
 
 PROSE = {"facts": 0.48, "spelling": 0.26, "counting": 0.16, "sums": 0.04, "numbers": 0.02, "definitions": 0.04}
 CONVERSATIONS = {
-    "counting": 0.25, "facts": 0.11, "arithmetic": 0.21, "spelling": 0.26, "identity": 0.11, "greetings": 0.03,
+    "counting": 0.29, "facts": 0.10, "arithmetic": 0.19, "spelling": 0.26, "identity": 0.10, "greetings": 0.03,
     "definitions": 0.02, "goodbyes": 0.01,
 }  # fmt: skip
 TWO_TURN = 0.15
@@ -177,7 +177,7 @@ class World:
         letter = words.letter_to_count(chance, word)
         n = word.count(letter)
         answer = parts(
-            ("text", f"{word}: {words.counted_letters(word, letter)}, so {n}."),
+            ("text", f"'{word}': {words.counted_letters(word, letter)}, so {n}."),
             ("python", f"'{word}'.count('{letter}')"),
             ("python_output", str(n)),
             ("text", f" The answer is {n}."),
