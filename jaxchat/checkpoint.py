@@ -3,6 +3,9 @@
 Orbax writes them in the background; a step's folder appears under its name only when it is whole.
 """
 
+import contextlib
+import errno
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -74,7 +77,8 @@ class Checkpoints:
             items["optimizer"] = ocp.args.StandardSave(optimizer)
         if batches is not None:
             items["data"] = grain.checkpoint.CheckpointSave(batches)
-        self._open().save(step, args=ocp.args.Composite(**items), force=True)
+        with self._full_disk_told():
+            self._open().save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, step: int, *, params: Params, optimizer: Any, batches: grain.DatasetIterator):
         """-> (params, optimizer), laid out as the given ShapeDtypeStructs say; `batches` is set in place."""
@@ -92,9 +96,21 @@ class Checkpoints:
     def close(self):
         """Wait until what is being saved is whole."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
-            self._manager.close()
-            self._manager = None
+            with self._full_disk_told():
+                self._manager.wait_until_finished()
+                self._manager.close()
+                self._manager = None
+
+    @contextlib.contextmanager
+    def _full_disk_told(self):
+        """Turn what Orbax says of a full disk (errors of several kinds, a page long) into the OSError that it was."""
+        try:
+            yield
+        except Exception as problem:
+            if "No space left on device" not in str(problem):
+                raise
+            self._manager = None  # what it still holds cannot be written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder)) from None
 
 
 def read_meta(folder: Path, step: int) -> dict:

@@ -8,6 +8,7 @@ import jax
 import tyro
 
 from jaxchat import checkpoint
+from jaxchat.config import UserError
 from jaxchat.infer.engine import Engine
 from launch import cli
 
@@ -34,24 +35,34 @@ class Config:
     """Of the draws."""
 
 
+COMMANDS = "/clear begins a new conversation, /quit leaves"
+
+
 class Printer:
     """Prints tokens as they come; a character whose bytes are not all there yet waits."""
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        marks = {"python_start": " [python ", "python_end": "]", "output_start": "[output ", "output_end": "] "}
+        marks = {"python_start": " [python ", "python_end": "]", "output_start": "[output ", "output_end": "]"}
         self._marks = {tokenizer.special(f"<|{name}|>"): text for name, text in marks.items()}
 
-    def show(self, token: int):
-        text = self._marks.get(token) or self._utf8.decode(self._tokenizer.decode_bytes([token]))
+    def show(self, token: int, forced: bool = False):
+        """forced: the tool said it. An output that the model made up itself has a question mark."""
+        text = self._marks.get(token)
+        if text == "[output " and not forced:
+            text = "[output? "
+        text = text or self._utf8.decode(self._tokenizer.decode_bytes([token]))
         print(text, end="", flush=True)
 
-    def end(self):
-        print(self._utf8.decode(b"", final=True), flush=True)
+    def end(self, cut: bool = False):
+        print(self._utf8.decode(b"", final=True) + (" … (cut)" if cut else ""), flush=True)
 
 
 def run(config: Config):
+    for name, value, least in (("temperature", config.temperature, 0.0), ("max_tokens", config.max_tokens, 1)):
+        if value < least:
+            raise UserError(f"--{name}={value}; it must be at least {least}")
     model = checkpoint.load_model(config.source, config.model_tag, config.step)
     tokenizer = model.tokenizer
     cli.print_plan(
@@ -60,6 +71,8 @@ def run(config: Config):
     )
     if config.source == "base":
         print("this is a base model: it continues text, it doesn't answer\n")
+    if not config.prompt:
+        print(COMMANDS)
     engine = Engine(model.params, model.config, tokenizer, batch_size=1)
     special, room = tokenizer.special, model.config.sequence_len
     start, end = special("<|assistant_start|>"), special("<|assistant_end|>")
@@ -75,11 +88,16 @@ def run(config: Config):
                 return
             if text == "/clear":
                 conversation = [tokenizer.bos]
-            if text in ("", "/clear"):
+            elif text.startswith("/"):
+                print(COMMANDS)
+            if not text or text.startswith("/"):
                 continue
         turn = tokenizer.encode(text)
         if config.source != "base":
             turn = [special("<|user_start|>"), *turn, special("<|user_end|>"), start]
+        if not config.prompt and 1 + len(turn) >= room:
+            print(f"(that is {1 + len(turn):,} tokens; the model takes less than {room:,})")
+            continue
         if len(conversation) > 1 and len(conversation) + len(turn) >= room:
             print(f"(the conversation has filled the model's {room} tokens; a new one begins)")
             conversation = [tokenizer.bos]
@@ -93,10 +111,12 @@ def run(config: Config):
             top_k=config.top_k if config.top_k > 0 else None,
             seed=seed,
         )
-        for token, _ in answer:
-            printer.show(token)
+        told = 0
+        for token, forced in answer:
+            printer.show(token, forced)
             conversation.append(token)
-        printer.end()
+            told += 1
+        printer.end(cut=told >= config.max_tokens or len(conversation) >= room)
         if config.prompt:
             return
         if config.source != "base":

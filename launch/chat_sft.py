@@ -56,7 +56,8 @@ def run(config: SFTConfig):
             Evaluation("multiple choice", config.eval_metrics_every, accuracies),
         ],
     )
-    cli.next_step(f"python -m launch.chat_cli --model_tag={stage.tag}")
+    if stage.checkpoints:
+        cli.next_step(f"python -m launch.chat_cli --model_tag={stage.tag}")
 
 
 def main(args: list[str] | None = None):

@@ -28,7 +28,8 @@ def run(config: MidConfig):
         return {"val_bpb": bits_per_byte(params, batches, tokenizer.token_bytes, model, compute, mesh)}
 
     train(stage, [Evaluation("validation", config.eval_every, val_bpb, at_start=True)])
-    cli.next_step(f"python -m launch.chat_sft --model_tag={stage.tag}")
+    if stage.checkpoints:
+        cli.next_step(f"python -m launch.chat_sft --model_tag={stage.tag}")
 
 
 def main(args: list[str] | None = None):

@@ -39,6 +39,10 @@ def run(config: Config):
             ("saves", f"{folder}{'' if config.overwrite else in_use}"),
         ],
     )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"{folder.parent} cannot be made ({problem.strerror}); set JAXCHAT_BASE_DIR") from problem
     read = 0
 
     def documents():

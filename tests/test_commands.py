@@ -128,6 +128,7 @@ def test_stages_are_found_by_tag_and_step(here):
     assert checkpoint.open_model("sft").meta["parent"] == f"mid {TAG} {STEPS}"
 
 
+@pytest.mark.slow
 def test_one_device_computes_what_eight_do(here, home, run_command):
     """All three stages again on one device, each from the very checkpoint that the eight started from.
 
@@ -197,7 +198,7 @@ def test_multiple_choice_while_finetuning(here, home):
 
 def test_a_conversation_in_the_terminal(here, monkeypatch):
     """Two turns, an empty line, a fresh start, and the end; the second turn sees the first."""
-    seen, lines = [], iter(["hello there", "", "and now?", "/clear", "again", "/quit"])
+    seen, lines = [], iter(["hello there", "", "/help", "x" * 999, "and now?", "/clear", "again", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     stream = Engine.stream
 
@@ -208,6 +209,7 @@ def test_a_conversation_in_the_terminal(here, monkeypatch):
     monkeypatch.setattr(Engine, "stream", watched)
     text = said(chat_cli, ["--model_tag", TAG, "-t", "0", "--max_tokens=4"])
     assert text.count("model: ") == 3 and len(seen) == 3
+    assert text.count("/clear begins") == 2 and "(that is " in text and f"less than {LENGTH})" in text
     assert seen[1][: len(seen[0])] == seen[0] and len(seen[1]) > len(seen[0]) + 4
     tokenizer = checkpoint.open_model("sft").tokenizer
     assert seen[2] == tokenizer.render_for_completion({"messages": [{"role": "user", "content": "again"}]})
@@ -217,12 +219,17 @@ def test_tool_calls_are_shown(here, capsys):
     tokenizer = checkpoint.open_model("sft").tokenizer
     printer, special = chat_cli.Printer(tokenizer), tokenizer.special
     ids = [*tokenizer.encode("so"), special("<|python_start|>"), *tokenizer.encode("1+1"), special("<|python_end|>")]
-    for token in [*ids, special("<|output_start|>"), *tokenizer.encode("2"), special("<|output_end|>")]:
+    output = [special("<|output_start|>"), *tokenizer.encode("2"), special("<|output_end|>")]
+    for token in ids:
+        printer.show(token)
+    for token in output:
+        printer.show(token, forced=True)
+    for token in output:  # said by the model, not by the tool
         printer.show(token)
     for token in tokenizer.encode("é"):  # two bytes, which come one by one
         printer.show(token)
     printer.end()
-    assert capsys.readouterr().out == "so [python 1+1][output 2] é\n"
+    assert capsys.readouterr().out == "so [python 1+1][output 2][output? 2]é\n"
 
 
 @pytest.mark.slow

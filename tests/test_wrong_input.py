@@ -176,9 +176,9 @@ def test_checkpoints_are_neither_lost_nor_mixed(folder, capsys):
     line = refusal(folder, base_train, BASE, capsys)
     assert "up to step 2" in line and "--resume" in line and "--overwrite" in line
     line = refusal(folder, base_train, [*BASE, "--resume", "--matrix_lr=0.03"], capsys)
-    assert "another settings: matrix_lr=0.02 (now 0.03)" in line
+    assert "different settings: matrix_lr=0.02 (now 0.03)" in line
     line = refusal(folder, base_train, [*BASE, "--resume", "--depth=2", "--model_tag=d1"], capsys)
-    assert "another model" in line and "n_layer=1 (now 2)" in line
+    assert "different model" in line and "n_layer=1 (now 2)" in line
 
 
 @pytest.mark.parametrize("total, nearest", [(100, 128), (192, 256), (1000, 1024)])
@@ -224,6 +224,9 @@ def test_prompt_longer_than_the_model(folder, capsys):
 def test_flags(folder, capsys):
     assert "did you mean --depth?" in refusal(folder, base_train, ["--dept=3"], capsys)
     assert "--source=rl; it is mid or base" in refusal(folder, chat_sft, ["--source=rl"], capsys)
+    assert "--warmup_ratio=2.0; it must be from 0 to 1" in refusal(folder, base_train, ["--warmup_ratio=2"], capsys)
+    assert "--temperature=-1.0" in refusal(folder, chat_cli, ["-t", "-1"], capsys)
+    assert "--max_tokens=0" in refusal(folder, chat_cli, ["--max_tokens=0"], capsys)
     assert "--seed=-1; it must be at least 0" in refusal(folder, base_train, ["--seed=-1"], capsys)
     assert "--eval_steps=0; it must be at least 1" in refusal(folder, chat_sft, ["--eval_steps=0"], capsys)
     assert "--device_batch_size=0; it must be" in refusal(folder, base_train, ["--device_batch_size=0"], capsys)

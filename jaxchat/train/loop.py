@@ -129,8 +129,9 @@ class Reporter:
         self._stage, self._log = stage, log
         self._pending = None
         self._shown = float("-inf")
-        self._spent = 0.0  # seconds in steps
-        self._first_progress = None
+        self._reported = 0
+        self._spent = 0.0  # seconds in steps after the first, which compiles
+        self._first_progress = 0.0  # before the second
         peak = peak_flops(stage.mesh.devices.flat[0])
         self._peak = peak * stage.mesh.size if peak else None
         self.restart_clock()
@@ -140,8 +141,6 @@ class Reporter:
 
     def step(self, step: int, progress: float, multiplier: float, batch: dict, metrics: dict):
         previous, self._pending = self._pending, (step, progress, multiplier, batch, metrics)
-        if self._first_progress is None:
-            self._first_progress = progress
         if previous:
             self._report(*previous)
 
@@ -154,7 +153,10 @@ class Reporter:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        self._spent += seconds
+        eta = self._eta(progress)
+        if self._reported:
+            self._spent += seconds
+        self._reported += 1
         tokens_per_s = batch["inputs"].size / seconds
         values |= {"lr_multiplier": multiplier, "progress": progress}
         values |= {"step_seconds": seconds, "tokens_per_s": tokens_per_s}
@@ -172,9 +174,16 @@ class Reporter:
             line += f"  MFU {values['mfu']:.1%}"
         if values["empty_steps"]:
             line += f"  empty steps {values['empty_steps']:.0f}"
-        if done := progress - self._first_progress:
-            line += f"  ETA {duration(self._spent / done * (1 - progress))}"
+        if eta is not None:
+            line += f"  ETA {duration(eta)}"
         print(line, flush=True)
+
+    def _eta(self, progress: float) -> float | None:
+        """Seconds left after the step that began at `progress`, at the pace of the steps between the first and it."""
+        if self._reported == 1:
+            self._first_progress = progress
+        steps, done = self._reported - 1, progress - self._first_progress
+        return self._spent / done * max(0.0, 1 - progress - done / steps) if steps > 0 and done > 0 else None
 
 
 def duration(seconds: float) -> str:

@@ -50,10 +50,17 @@ def start_devices(config: TrainConfig) -> Mesh:
         value, least = getattr(config, name, 1), 0 if name == "seed" else 1
         if value < least:
             raise UserError(f"--{name}={value}; it must be at least {least}")
+    for name in ("warmup_ratio", "warmdown_ratio"):
+        if not 0 <= getattr(config, name, 0.0) <= 1:
+            raise UserError(f"--{name}={getattr(config, name)}; it must be from 0 to 1")
     try:
         return sharding.make_mesh()
-    except RuntimeError as problem:
-        raise UserError(f"no {config.device_type} device can be used: {str(problem).splitlines()[0]}") from problem
+    except (RuntimeError, AssertionError) as problem:  # which of them depends on what is installed
+        kind = config.device_type or "such"
+        raise UserError(
+            f"no {kind} device can be used here; install jaxchat's extra for it (cuda12, cuda13, tpu), or give "
+            "--device_type=cpu"
+        ) from problem
 
 
 def compute_for(config: TrainConfig, mesh: Mesh) -> Compute:
@@ -99,7 +106,7 @@ def open_run(config: TrainConfig, source: str, tag: str, meta: dict, keep_state:
         if saved.get(what) != meta.get(what):
             change = difference(saved.get(what), meta.get(what))
             raise UserError(
-                f"--resume: {checkpoints.folder} was trained with another {what}: {change}; give what it was trained "
+                f"--resume: {checkpoints.folder} was trained with different {what}: {change}; give what it was trained "
                 "with, or another --model_tag for a new run"
             )
     return checkpoints, steps[-1]
