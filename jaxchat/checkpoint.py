@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import grain
 import jax
 import orbax.checkpoint as ocp
@@ -58,6 +59,7 @@ class Checkpoints:
     def _open(self):
         if self._manager is None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs, with its stack, what it then raises
             options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
