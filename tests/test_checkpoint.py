@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back on any mesh, the last few stay, and the right one is found."""
 
+import errno
 import os
 
 import grain
@@ -78,3 +79,24 @@ def test_the_deepest_model_is_found_or_else_the_newest(home):
     assert {path.name for path in checkpoint.runs()} == {"mine", "yours", "d4", "d12"}
     with pytest.raises(UserError, match="no step 8 in .*there are: 7, 20"):
         checkpoint.find("base", "d12", 8)
+
+
+def test_a_full_disk_is_told_as_one(tmp_path):
+    """Orbax says it in a ValueError; other errors stay what they are."""
+
+    class Full:
+        def __init__(self, says):
+            self.says = says
+
+        def wait_until_finished(self):
+            raise ValueError(self.says)
+
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints._manager = Full("RESOURCE_EXHAUSTED: Error writing …: No space left on device [os_error_code='28']")
+    with pytest.raises(OSError) as told:
+        checkpoints.close()
+    assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path)
+    checkpoints.close()  # nothing is left that would raise once more
+    checkpoints._manager = Full("shapes differ")
+    with pytest.raises(ValueError, match="shapes differ"):
+        checkpoints.close()
