@@ -59,7 +59,7 @@ class Checkpoints:
     def _open(self):
         if self._manager is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs, with its stack, what it then raises
+            _quiet_orbax()
             options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
@@ -113,6 +113,10 @@ class Checkpoints:
                 raise
             self._manager = None  # what it still holds cannot be written
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder)) from None
+
+
+def _quiet_orbax():
+    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs, with its stack, what it then raises
 
 
 def read_meta(folder: Path, step: int) -> dict:
@@ -175,12 +179,31 @@ class Found:
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), model_params.shapes(self.config), specs
         )
         path = self.folder.absolute() / str(self.step) / "params"
+        _quiet_orbax()
         try:
             with ocp.StandardCheckpointer() as reader:
+                stored = reader.metadata(path).item_metadata.tree
+                # Compared before anything is read: Orbax, refusing one array, leaves the others' reads behind.
+                if wrong := _other_shapes(target, stored):
+                    raise ValueError(wrong)
                 return reader.restore(path, target)
         except (ValueError, OSError) as problem:
             line = str(problem).splitlines()[0]
             raise UserError(f"{path} does not hold the weights that its metadata tells: {line}") from problem
+
+
+def _other_shapes(target: Params, stored: dict) -> str:
+    """'blocks.wq is [1, 64, 1, 64] and not [1, 128, 1, 128]; ...': where stored arrays differ from the target."""
+    want, have = (
+        {jax.tree_util.keystr(path, simple=True, separator="."): array for path, array in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (target, stored))
+    )
+    told = [f"{name} is missing" for name in want.keys() - have.keys()]
+    told += [f"{name} is unknown" for name in have.keys() - want.keys()]
+    for name in sorted(want.keys() & have.keys()):
+        if tuple(have[name].shape) != want[name].shape:
+            told.append(f"{name} is {list(have[name].shape)} and not {list(want[name].shape)}")
+    return "; ".join(told)
 
 
 def open_model(source: str, model_tag: str = "", step: int = -1) -> Found:

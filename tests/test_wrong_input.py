@@ -169,7 +169,8 @@ def test_checkpoint_of_another_shape(folder, capsys):
     meta["model"]["n_embd"] *= 2
     path.write_text(json.dumps(meta))
     args = [*BATCH, f"--train_tasks={folder / 'talk.jsonl'}", "--num_iterations=2", "--overwrite"]
-    assert "does not hold the weights" in refusal(folder, mid_train, args, capsys)
+    line = refusal(folder, mid_train, args, capsys)
+    assert "does not hold the weights" in line and "wte is [280, 64] and not [280, 128]" in line
 
 
 def test_checkpoints_are_neither_lost_nor_mixed(folder, capsys):
