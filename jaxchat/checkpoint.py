@@ -59,7 +59,7 @@ class Checkpoints:
     def _open(self):
         if self._manager is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _quiet_orbax()
+            quiet_orbax()
             options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
@@ -72,6 +72,10 @@ class Checkpoints:
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
+    def keep_tokenizer(self, tokenizer: Tokenizer):
+        """Write the run's tokenizer beside its checkpoints, so that they stay usable whatever else is trained."""
+        tokenizer.save(self.folder / "tokenizer")
+
     def save(self, step: int, *, params: Params, optimizer: Any, batches: grain.DatasetIterator | None, meta: dict):
         """Start saving; training may go on at once. optimizer and batches None: weights and metadata only."""
         items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
@@ -79,7 +83,7 @@ class Checkpoints:
             items["optimizer"] = ocp.args.StandardSave(optimizer)
         if batches is not None:
             items["data"] = grain.checkpoint.CheckpointSave(batches)
-        with self._full_disk_told():
+        with self._drop_if_full(), full_disk_told(self.folder):
             self._open().save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, step: int, *, params: Params, optimizer: Any, batches: grain.DatasetIterator):
@@ -98,24 +102,33 @@ class Checkpoints:
     def close(self):
         """Wait until what is being saved is whole."""
         if self._manager is not None:
-            with self._full_disk_told():
+            with self._drop_if_full(), full_disk_told(self.folder):
                 self._manager.wait_until_finished()
                 self._manager.close()
                 self._manager = None
 
     @contextlib.contextmanager
-    def _full_disk_told(self):
-        """Turn what Orbax says of a full disk (errors of several kinds, a page long) into the OSError that it was."""
+    def _drop_if_full(self):
         try:
             yield
-        except Exception as problem:
-            if "No space left on device" not in str(problem):
-                raise
-            self._manager = None  # what it still holds cannot be written
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder)) from None
+        except OSError as problem:
+            if problem.errno == errno.ENOSPC:
+                self._manager = None  # what it still holds cannot be written
+            raise
 
 
-def _quiet_orbax():
+@contextlib.contextmanager
+def full_disk_told(folder: Path):
+    """Turn what Orbax says of a full disk (errors of several kinds, a page long) into the OSError that it was."""
+    try:
+        yield
+    except Exception as problem:
+        if "No space left on device" not in str(problem):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
+
+
+def quiet_orbax():
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs, with its stack, what it then raises
 
 
@@ -166,7 +179,7 @@ class Found:
     step: int
     meta: dict
     config: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None only where open_model was told that it may be missing
 
     @property
     def name(self) -> str:
@@ -179,7 +192,7 @@ class Found:
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), model_params.shapes(self.config), specs
         )
         path = self.folder.absolute() / str(self.step) / "params"
-        _quiet_orbax()
+        quiet_orbax()
         try:
             with ocp.StandardCheckpointer() as reader:
                 stored = reader.metadata(path).item_metadata.tree
@@ -206,17 +219,31 @@ def _other_shapes(target: Params, stored: dict) -> str:
     return "; ".join(told)
 
 
-def open_model(source: str, model_tag: str = "", step: int = -1) -> Found:
-    """Find a checkpoint and check that it and the tokenizer belong together."""
+def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokenizer: bool = True) -> Found:
+    """Find a checkpoint and the tokenizer that belongs to it: beside it, or else the base directory's."""
     folder, step = find(source, model_tag, step)
     meta = read_meta(folder, step)
-    tokenizer = Tokenizer.load()
-    if meta["tokenizer_hash"] != tokenizer.hash:
+    wanted = meta["tokenizer_hash"]  # None: it was imported without a tokenizer; one put beside it later is taken
+    own = folder / "tokenizer"
+    if own.is_dir():
+        tokenizer = Tokenizer.load(own)
+    elif wanted is not None:
+        tokenizer = Tokenizer.load()
+    elif needs_tokenizer:
+        raise UserError(f"{folder / str(step)} was imported without a tokenizer; copy its tokenizer folder to {own}")
+    else:
+        tokenizer = None
+    if tokenizer and wanted not in (None, tokenizer.hash):
         raise UserError(
-            f"{folder / str(step)} was trained with tokenizer {meta['tokenizer_hash'][:12]}, but the one in "
-            f"{base_dir() / 'tokenizer'} is {tokenizer.hash[:12]}; restore the former, or train the model anew"
+            f"{folder / str(step)} was trained with tokenizer {wanted[:12]}, but the one in "
+            f"{own if own.is_dir() else base_dir() / 'tokenizer'} is {tokenizer.hash[:12]}; restore the former, or "
+            "train the model anew"
         )
-    return Found(folder, step, meta, ModelConfig(**meta["model"]), tokenizer)
+    config = ModelConfig(**meta["model"])
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        sizes = f"{tokenizer.vocab_size:,} tokens, the model only {config.vocab_size:,}"
+        raise UserError(f"the tokenizer of {folder / str(step)} has {sizes}; it belongs to another model")
+    return Found(folder, step, meta, config, tokenizer)
 
 
 def load_model(source: str, model_tag: str = "", step: int = -1, mesh: Mesh | None = None) -> LoadedModel:

@@ -46,7 +46,7 @@ class Tokenizer:
     """Token ids: the learnt pieces by rank, then the nine specials."""
 
     def __init__(self, ranks: dict[bytes, int]):
-        self._ranks = ranks
+        self.ranks = ranks  # bytes -> id, of the learnt pieces
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self._specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self._encoding = tiktoken.Encoding(
@@ -81,7 +81,7 @@ class Tokenizer:
             special_tokens=[],
         )
         bpe.train_from_iterator((without_surrogates(text) for text in texts), trainer)
-        byte_of = {c: b for b, c in _byte_characters().items()}
+        byte_of = {c: b for b, c in byte_characters().items()}
         vocab = bpe.get_vocab()
         ranks = {bytes(byte_of[c] for c in piece): rank for piece, rank in vocab.items()}
         wanted = vocab_size - len(SPECIAL_TOKENS)
@@ -115,7 +115,7 @@ class Tokenizer:
         for left_over in (fresh, old):
             shutil.rmtree(left_over, ignore_errors=True)
         fresh.mkdir(parents=True)
-        pieces = sorted(self._ranks, key=self._ranks.get)
+        pieces = sorted(self.ranks, key=self.ranks.get)
         (fresh / "ranks.txt").write_text("".join(base64.b64encode(p).decode() + "\n" for p in pieces), encoding="ascii")
         info = {"hash": self.hash, "vocab_size": self.vocab_size, "pattern": SPLIT_PATTERN, "specials": self._specials}
         (fresh / "tokenizer.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
@@ -138,10 +138,11 @@ class Tokenizer:
         return self._encoding.encode_ordinary_batch([without_surrogates(t) for t in texts], num_threads=threads)
 
     def decode(self, ids) -> str:
-        return self._encoding.decode(list(ids), errors="replace")
+        return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids) -> bytes:
-        return self._encoding.decode_bytes(list(ids))
+        """Ids beyond the vocabulary, which a model padded to a round number has, are no bytes."""
+        return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def render_conversation(self, conversation: dict) -> tuple[list[int], list[int]]:
         """(ids, mask): the whole conversation as tokens; mask 1 where the assistant is to learn to say them."""
@@ -218,7 +219,7 @@ def _user_first(conversation: dict) -> list[dict]:
     return [{"role": "user", "content": joined}, *messages[2:]]
 
 
-def _byte_characters() -> dict[int, str]:
+def byte_characters() -> dict[int, str]:
     """The printable character that byte-level BPE writes for each byte: itself where printable, else from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     characters = {b: chr(b) for b in printable}

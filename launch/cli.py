@@ -96,10 +96,14 @@ def _plain_flags(config_class, args: list[str]) -> list[str]:
     """
     hints = typing.get_type_hints(config_class, include_extras=True)
     kinds = {field.name: hints[field.name] for field in dataclasses.fields(config_class) if field.init}
-    spellings = {}
+    spellings, shown = {}, {}  # shown: a flag named otherwise than its field, as --from must be
     for name, kind in kinds.items():
         extras = getattr(kind, "__metadata__", ())
-        for flag in (f"--{name}", *(alias for extra in extras for alias in getattr(extra, "aliases", None) or ())):
+        shown[name] = next((extra.name for extra in extras if getattr(extra, "name", None)), name)
+        for flag in (
+            f"--{shown[name]}",
+            *(alias for extra in extras for alias in getattr(extra, "aliases", None) or ()),
+        ):
             spellings[flag] = name
 
     def find(word: str) -> str | None:
@@ -117,18 +121,18 @@ def _plain_flags(config_class, args: list[str]) -> list[str]:
                 equals, value = "=", rest.pop(0)
             if equals and value.lower() not in BOOLEANS:
                 raise UserError(f"{word}: expected 1 or 0, true or false")
-            plain.append(f"--{name}" if not equals or BOOLEANS[value.lower()] else f"--no_{name}")
+            plain.append(f"--{shown[name]}" if not equals or BOOLEANS[value.lower()] else f"--no_{shown[name]}")
         elif name:
             if not equals:
                 if not rest or find(rest[0].partition("=")[0]):
                     raise UserError(f"{flag} needs a value: {flag}={_kind_name(kinds[name])}")
                 value = rest.pop(0)
             _check_number(flag, kinds[name], value)
-            plain.append(f"--{name}={value}")
+            plain.append(f"--{shown[name]}={value}")
         elif negated and kinds[negated] is bool and not equals:
-            plain.append(f"--no_{negated}")
+            plain.append(f"--no_{shown[negated]}")
         elif flag.startswith("-"):
-            near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), kinds, n=1)
+            near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), shown.values(), n=1)
             hint = f"; did you mean --{near[0]}?" if near else ""
             raise UserError(f"unknown flag {flag}{hint} (--help lists all)")
         else:

@@ -29,7 +29,7 @@ class Config:
 def run(config: Config):
     texts = ParquetText(find_shards(config.data_dir, "train"))
     folder = base_dir() / "tokenizer"
-    runs = checkpoint.runs()
+    runs = [run for run in checkpoint.runs() if not (run / "tokenizer").is_dir()]  # the others keep their own
     in_use = f" (in use by {len(runs)} runs: only the very same may take its place)" if runs else ""
     cli.print_plan(
         "Training the tokenizer",
@@ -59,7 +59,7 @@ def run(config: Config):
     if not config.overwrite:
         for run in runs:
             needed = checkpoint.read_meta(run, checkpoint.steps_in(run)[-1])["tokenizer_hash"]
-            if needed != tokenizer.hash:
+            if needed not in (None, tokenizer.hash):
                 raise UserError(
                     f"{run} was trained with another tokenizer ({needed[:12]}) than this ({tokenizer.hash[:12]}); keep "
                     f"that one in {folder}, set JAXCHAT_BASE_DIR to another folder, or replace it with --overwrite"

@@ -32,12 +32,12 @@ def test_encoding_is_bpe_by_rank(tokenizer):
     def by_hand(piece: bytes):
         parts = [bytes([b]) for b in piece]
         while len(parts) > 1:
-            ranked = [(tokenizer._ranks.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]  # noqa: B905
+            ranked = [(tokenizer.ranks.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]  # noqa: B905
             rank, i = min(ranked)
             if rank == 1 << 30:
                 break
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        return [tokenizer._ranks[part] for part in parts]
+        return [tokenizer.ranks[part] for part in parts]
 
     pieces = [b"The", b" ducks", b" swim", b" in", b" ponds"]
     assert tokenizer.encode("The ducks swim in ponds") == [i for piece in pieces for i in by_hand(piece)]

@@ -50,6 +50,14 @@ def folder(trained, home):
     return home
 
 
+@pytest.fixture
+def older(folder):
+    """As a version before checkpoints kept their tokenizer left it: there is the base directory's only."""
+    for own in folder.glob("*_checkpoints/*/tokenizer"):
+        shutil.rmtree(own)
+    return folder
+
+
 def everything(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
@@ -92,32 +100,45 @@ def test_empty_documents_alone(folder, capsys):
     assert "empty" in refusal(folder, base_train, [*BASE, "--model_tag=new"], capsys)
 
 
-def test_no_tokenizer(folder, capsys):
-    shutil.rmtree(folder / "tokenizer")
+def test_no_tokenizer(older, capsys):
+    shutil.rmtree(older / "tokenizer")
     for command, args in ((base_train, []), (mid_train, []), (chat_sft, []), (chat_cli, ["--source=mid"])):
-        line = refusal(folder, command, [*args, "--model_tag=d1"], capsys)
+        line = refusal(older, command, [*args, "--model_tag=d1"], capsys)
         assert "no tokenizer in" in line and "launch.tok_train" in line
 
 
-def test_another_tokenizer(folder, capsys):
-    Tokenizer.train(iter(["other text altogether, with words of its own " * 9]), 280).save(folder / "tokenizer")
+def test_another_tokenizer(older, capsys):
+    Tokenizer.train(iter(["other text altogether, with words of its own " * 9]), 280).save(older / "tokenizer")
     for command in (mid_train, chat_sft):
-        line = refusal(folder, command, ["--model_tag=d1"], capsys)
+        line = refusal(older, command, ["--model_tag=d1"], capsys)
         assert "was trained with tokenizer" in line and "restore the former" in line
 
 
-def test_tok_train_does_not_replace_a_tokenizer_in_use(folder, capsys):
-    line = refusal(folder, tok_train, ["--vocab_size=290"], capsys)
+def test_tok_train_does_not_replace_a_tokenizer_in_use(older, capsys):
+    line = refusal(older, tok_train, ["--vocab_size=290"], capsys)
     assert "base_checkpoints/d1" in line and "--overwrite" in line
     tok_train.main(["--vocab_size=280"])  # the very same one is no harm
 
 
-def test_a_lost_tokenizer_can_be_trained_again(folder, capsys):
+def test_a_lost_tokenizer_can_be_trained_again(older, capsys):
     """The remedy that "no tokenizer" names works: the very same tokenizer takes its place, no other does."""
-    shutil.rmtree(folder / "tokenizer")
-    assert "was trained with another tokenizer" in refusal(folder, tok_train, ["--vocab_size=290"], capsys)
+    shutil.rmtree(older / "tokenizer")
+    assert "was trained with another tokenizer" in refusal(older, tok_train, ["--vocab_size=290"], capsys)
     tok_train.main(["--vocab_size=280"])
     assert checkpoint.open_model("base").step == 2
+
+
+def test_checkpoints_keep_their_tokenizer(folder, capsys):
+    """Whatever tokenizer is trained later, what there is stays usable: mid, SFT, chat, and base's --resume."""
+    tok_train.main(["--vocab_size=290"])
+    assert checkpoint.open_model("base").tokenizer.vocab_size == 280
+    base_train.main([*BASE, "--resume"])
+    mid_train.main([*BATCH, f"--train_tasks={folder / 'talk.jsonl'}", "--num_iterations=1", "--overwrite"])
+    assert checkpoint.open_model("mid").tokenizer.vocab_size == 280
+    # A new base run takes the new one, and is another model.
+    assert "tokenizer_hash" not in refusal(folder, base_train, BASE, capsys)
+    base_train.main([*BASE, "--overwrite"])
+    assert checkpoint.open_model("base").tokenizer.vocab_size == 290
 
 
 @pytest.mark.parametrize("tag", ["/elsewhere", "..", ".", "a/b"])

@@ -100,6 +100,10 @@ def open_run(config: TrainConfig, source: str, tag: str, meta: dict, keep_state:
             )
         return checkpoints, 0
     saved = checkpoints.meta(steps[-1])
+    if "imported" in saved:
+        raise UserError(
+            f"--resume: {checkpoints.folder} was imported, without an optimizer; it can be midtrained or tuned"
+        )
     # A setting that did not exist when the checkpoint was written had what is its default now.
     saved["settings"] = {k: saved["settings"].get(k, default) for k, default in settings(type(config)()).items()}
     for what in ("model", "settings", "data", "tokenizer_hash", "parent"):
@@ -151,8 +155,10 @@ def starter(
         began = batches.get_state()
         next(batches, None)  # data that cannot be read is told now, before anything is deleted or written
         batches.set_state(began)
-        if checkpoints and overwrite:
-            checkpoints.delete_all()
+        if checkpoints:
+            if overwrite:
+                checkpoints.delete_all()
+            checkpoints.keep_tokenizer(setting.tokenizer)
         return state
 
     return start

@@ -20,7 +20,9 @@ from jaxchat.train.state import init_state, state_from_params
 
 def base(config: BaseConfig) -> tuple[Stage, Setting]:
     mesh = start_devices(config)
-    tokenizer = Tokenizer.load()
+    tag = config.model_tag or f"d{config.depth}"
+    own = checkpoint.run_folder("base", tag) / "tokenizer"
+    tokenizer = Tokenizer.load(own if config.resume and own.is_dir() else None)
     texts = ParquetText(find_shards(config.data_dir, "train"))
     find_shards(config.data_dir, "val")
     time = config.max_seq_len
@@ -34,7 +36,6 @@ def base(config: BaseConfig) -> tuple[Stage, Setting]:
     rows, micro = rows_for(config, time, mesh)
     num_steps = base_steps(config, model)
     tokens = num_steps * config.total_batch_size
-    tag = config.model_tag or f"d{config.depth}"
     optimizer = optimizer_for(config, setting, grad_clip=config.grad_clip)
     batches = pipelines.base_batches(texts, tokenizer, rows=rows, micro_batches=micro, time=time, seed=config.seed)
 

@@ -1,0 +1,217 @@
+"""Hugging Face's format: a folder that transformers' AutoModelForCausalLM opens as NanoChatForCausalLM, and back."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import huggingface_hub
+import safetensors
+import torch
+
+from jaxchat.checkpoint import Found
+from jaxchat.config import ModelConfig, UserError
+from jaxchat.convert import tokens
+from jaxchat.convert.weights import Foreign, check_space, load_matrices
+from jaxchat.model.flops import num_params
+from jaxchat.model.gpt import NORM_EPS, ROTARY_BASE, SOFTCAP
+
+NAMES = {
+    "wte": "model.embed_tokens.weight",
+    "blocks.wq": "model.layers.{}.self_attn.q_proj.weight",
+    "blocks.wk": "model.layers.{}.self_attn.k_proj.weight",
+    "blocks.wv": "model.layers.{}.self_attn.v_proj.weight",
+    "blocks.wo": "model.layers.{}.self_attn.o_proj.weight",
+    "blocks.w_up": "model.layers.{}.mlp.fc1.weight",
+    "blocks.w_down": "model.layers.{}.mlp.fc2.weight",
+    "lm_head": "lm_head.weight",
+}
+SHARD_SIZE = "5GB"
+# What in a config.json must be as jaxchat has it, and transformers' default where the file is silent.
+FIXED = {
+    "model_type": ("nanochat", None),
+    "hidden_act": ("relu2", "relu2"),
+    "final_logit_softcapping": (SOFTCAP, SOFTCAP),
+    "attention_bias": (False, False),
+    "tie_word_embeddings": (False, False),
+}
+
+
+def architecture(config: ModelConfig, tokenizer, dtype: str, chat: bool) -> dict:
+    """config.json."""
+    return {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "max_position_embeddings": config.sequence_len,
+        "hidden_act": "relu2",
+        "rms_norm_eps": NORM_EPS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
+        "final_logit_softcapping": SOFTCAP,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        **end_tokens(tokenizer, chat),
+        "pad_token_id": None,  # else its embedding would be kept from learning
+        "dtype": dtype,
+    }
+
+
+def end_tokens(tokenizer, chat: bool) -> dict:
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    end = [tokenizer.special("<|assistant_end|>"), tokenizer.bos] if chat else tokenizer.bos
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": end}
+
+
+def export(found: Found, out: Path, progress: Callable[[str], None], *, chat: bool) -> Path:
+    """Write the folder `out`, whole or not at all. chat: the model has learnt conversations.
+
+    UserError: it is there already, or has no room.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; give --out another folder, or remove it")
+    check_space(out, int(4.1 * num_params(found.config)) + 10**7)
+    fresh = out.with_name(out.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        matrices = load_matrices(found, NAMES, progress)
+        kinds = {str(matrix.dtype).removeprefix("torch.") for matrix in matrices.values()}
+        dtype = kinds.pop() if len(kinds) == 1 else "float32"
+        huggingface_hub.save_torch_state_dict(matrices, fresh, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
+        del matrices
+        files = {
+            "config.json": architecture(found.config, found.tokenizer, dtype, chat),
+            "generation_config.json": end_tokens(found.tokenizer, chat)
+            | ({"pad_token_id": found.tokenizer.bos} if found.tokenizer else {}),
+        }
+        for name, content in files.items():
+            (fresh / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if found.tokenizer:
+            tokens.save_hugging_face(found.tokenizer, fresh, found.config.sequence_len, chat)
+        (fresh / "README.md").write_text(model_card(found, chat), encoding="utf-8")
+        for file in fresh.glob("*.safetensors"):  # the library leaves them unreadable for others
+            shutil.copymode(fresh / "README.md", file)
+        if out.exists():
+            out.rmdir()
+        os.replace(fresh, out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return out
+
+
+def model_card(found: Found, chat: bool) -> str:
+    """README.md: what the model is and what its run measured."""
+    config, meta = found.config, found.meta
+    rows = [
+        ("stage", f"{meta['stage']}, step {found.step:,}"),
+        ("parameters", f"{num_params(config):,}"),
+        ("layers × width", f"{config.n_layer} × {config.n_embd}"),
+        ("heads (key/value)", f"{config.n_head} ({config.n_kv_head}) × {config.head_dim}"),
+        ("context", f"{config.sequence_len:,} tokens"),
+        ("vocabulary", f"{config.vocab_size:,}"),
+    ]
+    if "parent" in meta:
+        rows.append(("trained from", meta["parent"]))
+    if "imported" in meta:
+        rows.append(("imported from", meta["imported"]["from"]))
+    rows += [(name, f"{value:.4f}") for name, value in sorted(meta.get("metrics", {}).items())]
+    settings = {k: v for k, v in sorted(meta.get("settings", {}).items()) if v not in ("", -1)}
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxchat]", "---", ""]
+    lines += [f"# {found.folder.name} ({meta['stage']})", "", "Trained with jaxchat and exported for transformers.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
+    if settings:
+        lines += ["Settings of the run:", "", *(f"- `{name}` = {value}" for name, value in settings.items()), ""]
+    if chat and found.tokenizer:
+        lines += [
+            "It chats through `tokenizer.apply_chat_template`. What it writes between `<|python_start|>` and",
+            "`<|python_end|>` is meant for a calculator, whose answer goes between `<|output_start|>` and",
+            "`<|output_end|>`.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def load(path: Path) -> Foreign:
+    """A folder of config.json, *.safetensors and, maybe, tokenizer.json. UserError: it is none, or another model."""
+    told = _json(path / "config.json")
+    warnings = []
+    config = _model_config(path, told, warnings)
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _json(index).get("weight_map", {})
+        if any("/" in str(file) or not isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{index} points out of its folder")
+        files = sorted({path / file for file in weight_map.values()})
+    else:
+        files = [path / "model.safetensors"]
+    shapes, file_of = {}, {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"there is no {file}; jaxchat reads safetensors only")
+        try:
+            with safetensors.safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                    part = tensors.get_slice(name)
+                    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(part.get_dtype())
+                    shapes[name], file_of[name] = (tuple(part.get_shape()), dtype), file
+        except safetensors.SafetensorError as problem:
+            raise UserError(f"{file} cannot be read: {problem}") from problem
+
+    def read(names: list[str]) -> Iterator[torch.Tensor]:
+        for name in names:  # opened anew each time, so that what was read does not stay mapped
+            with safetensors.safe_open(file_of[name], "pt") as tensors:
+                yield tensors.get_tensor(name)
+
+    tokenizer = None
+    if (path / "tokenizer.json").is_file():
+        tokenizer = tokens.from_hugging_face(path / "tokenizer.json")
+    return Foreign(path, config, NAMES, shapes, read, tokenizer, meta={"config": told}, warnings=warnings)
+
+
+def _model_config(path: Path, told: dict, warnings: list[str]) -> ModelConfig:
+    for name, (wanted, default) in FIXED.items():
+        if told.get(name, default) != wanted:
+            raise UserError(f"{path / 'config.json'}: {name} is {told.get(name)!r}; jaxchat opens {wanted!r} only")
+    rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
+    base = rope.get("rope_theta", told.get("rope_theta", ROTARY_BASE))
+    if (rope.get("rope_type", "default"), base) != ("default", ROTARY_BASE):
+        raise UserError(f"{path / 'config.json'}: rotary embedding {rope}; jaxchat opens base {ROTARY_BASE:g} only")
+    try:
+        heads = told["num_attention_heads"]
+        config = ModelConfig(
+            sequence_len=told.get("max_position_embeddings", 2048),
+            vocab_size=told["vocab_size"],
+            n_layer=told["num_hidden_layers"],
+            n_head=heads,
+            n_kv_head=told.get("num_key_value_heads") or heads,
+            n_embd=told["hidden_size"],
+        )
+    except (KeyError, TypeError) as problem:
+        raise UserError(f"{path / 'config.json'} does not tell the model's shape: {problem}") from problem
+    for name, wanted in (("intermediate_size", 4 * config.n_embd), ("head_dim", config.head_dim)):
+        if told.get(name, wanted) not in (wanted, None):
+            raise UserError(f"{path / 'config.json'}: {name} is {told[name]}; jaxchat opens {wanted} only")
+    eps = told.get("rms_norm_eps", 1e-6)
+    if abs(eps - NORM_EPS) > 1e-12:
+        warnings.append(f"its rms_norm_eps is {eps:g}; jaxchat computes with {NORM_EPS:g}, which moves logits a little")
+    return config
+
+
+def _json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        raise UserError(f"there is no {path}; --path must be a folder that transformers wrote") from problem
+    except ValueError as problem:
+        raise UserError(f"{path} is not JSON: {problem}") from problem
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content

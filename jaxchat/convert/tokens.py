@@ -1,0 +1,185 @@
+"""The tokenizer in others' formats: Hugging Face's tokenizer.json with a chat template, nanochat's tokenizer.pkl."""
+
+import json
+import pickle
+from pathlib import Path
+
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from jaxchat.config import UserError
+from jaxchat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, byte_characters
+
+# A chat template makes one string of a conversation, in which a special's spelling becomes the special. In what people
+# say it must stay text: the template puts this character, which no text has, after the "<" of "<|", and the
+# normalizer, which sees only what is no special, takes it out again.
+MARK = "\ufdd0"
+
+CHAT_TEMPLATE = """\
+{%- macro say(text) -%}{{- text | replace('<|', '<MARK|') -}}{%- endmacro -%}
+{%- macro user(content) -%}
+  {%- if content is string -%}{{- say(content) -}}
+  {%- else -%}{%- for part in content -%}{{- say(part['text']) -}}{%- endfor -%}{%- endif -%}
+{%- endmacro -%}
+{{- '<|bos|>' -}}
+{%- set turns = messages -%}
+{%- set system = namespace(text=none) -%}
+{%- if messages[0]['role'] == 'system' -%}
+  {%- set system.text = messages[0]['content'] -%}
+  {%- set turns = messages[1:] -%}
+{%- endif -%}
+{%- for message in turns -%}
+  {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+    {{- raise_exception('user and assistant must alternate, after at most one system message') -}}
+  {%- endif -%}
+  {%- if message['role'] == 'user' -%}
+    {{- '<|user_start|>' -}}
+    {%- if loop.first and system.text is not none -%}{{- user(system.text) + '\\n\\n' -}}{%- endif -%}
+    {{- user(message['content']) + '<|user_end|>' -}}
+  {%- else -%}
+    {{- '<|assistant_start|>' -}}
+    {%- if message['content'] is string -%}{{- say(message['content']) -}}
+    {%- else -%}
+      {%- for part in message['content'] -%}
+        {%- if part['type'] == 'text' -%}{{- say(part['text']) -}}
+        {%- elif part['type'] == 'python' -%}{{- '<|python_start|>' + say(part['text']) + '<|python_end|>' -}}
+        {%- elif part['type'] == 'python_output' -%}{{- '<|output_start|>' + say(part['text']) + '<|output_end|>' -}}
+        {%- else -%}{{- raise_exception('unknown part: ' + part['type']) -}}{%- endif -%}
+      {%- endfor -%}
+    {%- endif -%}
+    {{- '<|assistant_end|>' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
+""".replace("MARK", MARK)
+
+PROBES = (
+    "Hello, world! It's 12345 o'clock; we'll see.\r\n\r\n  two  spaces\t<|bos|>",
+    "naïve Ünïcödé 漢字かな 🙂🙃 \u00a0\u2003x\u0000\x7f  don't WE'RE \n\n\n9,99€",
+)  # what tokenizers that cut text differently would not agree on
+
+
+def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pairs whose merging makes each piece, in rank order: all, as tiktoken joins whatever makes one."""
+    return [
+        (piece[:i], piece[i:])
+        for piece in sorted(ranks, key=ranks.get)
+        for i in range(1, len(piece))
+        if piece[:i] in ranks and piece[i:] in ranks
+    ]
+
+
+def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer for the tokenizers library. By default it reads a special's spelling as the special."""
+    characters = byte_characters()
+
+    def text(piece: bytes) -> str:
+        return "".join(characters[b] for b in piece)
+
+    vocab = {text(piece): rank for piece, rank in tokenizer.ranks.items()}
+    pairs = [(text(a), text(b)) for a, b in merges(tokenizer.ranks)]
+    # ignore_merges: a whole word that is a piece is one token, even if no merges lead there; tiktoken does so too.
+    result = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=True))
+    result.normalizer = normalizers.Replace(f"<{MARK}|", "<|")
+    split = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated")
+    result.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    result.decoder = decoders.ByteLevel()
+    result.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
+    return result
+
+
+def save_hugging_face(tokenizer: Tokenizer, folder: Path, sequence_len: int, chat: bool):
+    """tokenizer.json and tokenizer_config.json, with a chat template if the model chats."""
+    to_hugging_face(tokenizer).save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|bos|>",
+        "eos_token": "<|assistant_end|>" if chat else "<|bos|>",
+        "pad_token": "<|assistant_end|>" if chat else "<|bos|>",
+        "additional_special_tokens": list(SPECIAL_TOKENS),
+        "model_max_length": sequence_len,
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+    }
+    if chat:
+        config["chat_template"] = CHAT_TEMPLATE
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def from_hugging_face(path: Path) -> Tokenizer:
+    """Of a tokenizer.json. UserError: it is damaged, or cuts text otherwise than jaxchat's."""
+    try:
+        theirs = tokenizers.Tokenizer.from_file(str(path))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        specials = {token["content"]: token["id"] for token in content["added_tokens"]}
+        byte_of = {character: byte for byte, character in byte_characters().items()}
+        vocab = {text: rank for text, rank in content["model"]["vocab"].items() if text not in specials}
+        ranks = {bytes(byte_of[c] for c in text): rank for text, rank in vocab.items()}
+    except Exception as problem:  # the tokenizers library raises plain Exceptions
+        raise UserError(f"{path} is no byte-level BPE tokenizer that can be read ({problem})") from problem
+    tokenizer = _tokenizer(path, ranks, specials)
+    theirs.encode_special_tokens = True  # a special's spelling is text
+    for probe in PROBES:
+        if theirs.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
+            raise UserError(f"{path} cuts text into other pieces than jaxchat's tokenizer; convert without it")
+    return tokenizer
+
+
+def _tokenizer(path: Path, ranks: dict[bytes, int], specials: dict[str, int]) -> Tokenizer:
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(f"{path}: the ids of its {len(ranks):,} pieces are not 0 to {len(ranks) - 1:,}")
+    if missing := [bytes([b]) for b in range(256) if bytes([b]) not in ranks]:
+        raise UserError(f"{path} has no token of the byte {missing[0]!r}; jaxchat needs all 256")
+    wanted = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+    if specials != wanted:
+        odd = sorted(dict(specials.items() ^ wanted.items()))[0]
+        where = f"is {specials[odd]}" if odd in specials else "is missing"
+        raise UserError(f"{path}: the special {odd} {where}; jaxchat wants its nine, from id {len(ranks):,} on")
+    return Tokenizer(ranks)
+
+
+class _Recorded:
+    """Stands for a tiktoken Encoding while its pickle is read: keeps the state, builds nothing."""
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class _OnlyEncodings(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) in (("tiktoken.core", "Encoding"), ("tiktoken", "Encoding")):
+            return _Recorded
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_pickle(path: Path) -> Tokenizer:
+    """Of nanochat's tokenizer.pkl, without running anything in it. UserError: it holds anything else."""
+    try:
+        with path.open("rb") as file:
+            state = getattr(_OnlyEncodings(file).load(), "state", None)
+    except OSError:
+        raise
+    except Exception as problem:  # a damaged pickle raises almost anything
+        raise UserError(f"{path} is refused: {problem}; a tokenizer.pkl may hold a tiktoken Encoding only") from problem
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is refused: it holds no tiktoken Encoding of its own")
+    ranks, specials = state.get("mergeable_ranks"), state.get("special_tokens")
+    well_formed = isinstance(ranks, dict) and isinstance(specials, dict)
+    if not well_formed or not all(isinstance(k, bytes) and isinstance(v, int) for k, v in ranks.items()):
+        raise UserError(f"{path} is refused: its ranks are not bytes and numbers")
+    if state.get("pat_str") != SPLIT_PATTERN:
+        raise UserError(f"{path} splits text by another pattern than jaxchat's: {str(state.get('pat_str'))[:60]!r}")
+    return _tokenizer(path, ranks, specials)
+
+
+def write_pickle(tokenizer: Tokenizer, path: Path):
+    """nanochat's tokenizer.pkl: a tiktoken Encoding."""
+    specials = {name: tokenizer.special(name) for name in SPECIAL_TOKENS}
+    encoding = tiktoken.Encoding(
+        "rustbpe", pat_str=SPLIT_PATTERN, mergeable_ranks=tokenizer.ranks, special_tokens=specials
+    )
+    with path.open("wb") as file:
+        pickle.dump(encoding, file)
