@@ -122,8 +122,10 @@ def from_hugging_face(path: Path) -> Tokenizer:
         raise UserError(f"{path} is no byte-level BPE tokenizer that can be read ({problem})") from problem
     tokenizer = _tokenizer(path, ranks, specials)
     theirs.encode_special_tokens = True  # a special's spelling is text
+    ours = to_hugging_face(tokenizer)
     for probe in PROBES:
-        if theirs.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
+        cuts = [t.pre_tokenizer.pre_tokenize_str(probe) if t.pre_tokenizer else None for t in (theirs, ours)]
+        if cuts[0] != cuts[1] or theirs.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
             raise UserError(f"{path} cuts text into other pieces than jaxchat's tokenizer; convert without it")
     return tokenizer
 
