@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 import safetensors.torch  # noqa: E402 (after the skips)
 
-from jaxchat import checkpoint  # noqa: E402
+from jaxchat import checkpoint, sharding  # noqa: E402
 from jaxchat.config import Compute, ModelConfig  # noqa: E402
 from jaxchat.convert import hugging_face, nanochat, tokens  # noqa: E402
 from jaxchat.model import params as model_params  # noqa: E402
@@ -68,6 +68,11 @@ def assert_same_tensors(a: dict, b: dict):
         assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
 
 
+def assert_same_weights(found, params):
+    loaded = found.load(sharding.make_mesh(jax.local_devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, loaded), params)
+
+
 @pytest.mark.parametrize("source", ["base", "mid", "sft"])
 def test_transformers_opens_what_is_exported(source, home, capsys):
     params = write_checkpoint(source, "d2")
@@ -94,10 +99,130 @@ def test_round_trip_through_hugging_face(home):
     convert.main(["--source=base", "--to=hf", f"--out={home / 'one'}"])
     convert.main(["--from=hf", f"--path={home / 'one'}", "--as=base", "--model_tag=again"])
     found = checkpoint.open_model("base", "again")
-    mesh = checkpoint.sharding.make_mesh(jax.local_devices()[:1])
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, found.load(mesh)), params)
+    assert_same_weights(found, params)
     convert.main(["--source=base", "--model_tag=again", "--to=hf", f"--out={home / 'two'}"])
     assert_same_tensors(hf_tensors(home / "one"), hf_tensors(home / "two"))
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (home / "one" / name).read_bytes() == (home / "two" / name).read_bytes()
+
+
+def their_checkpoint(folder, *, prefix="", config=CONFIG, dtypes=None, extra=None, told=None):
+    """A file of nanochat's: random tensors, the embedding in bfloat16 as a CUDA run leaves it."""
+    kv, d = config.n_kv_head * config.head_dim, config.n_embd
+    shapes = {"transformer.wte.weight": (config.vocab_size, d), "lm_head.weight": (config.vocab_size, d)}
+    for i in range(config.n_layer):
+        for name, shape in (
+            *(("attn.c_q", (d, d)), ("attn.c_k", (kv, d)), ("attn.c_v", (kv, d)), ("attn.c_proj", (d, d))),
+            *(("mlp.c_fc", (4 * d, d)), ("mlp.c_proj", (d, 4 * d))),
+        ):
+            shapes[f"transformer.h.{i}.{name}.weight"] = shape
+    torch.manual_seed(0)
+    dtypes = {"transformer.wte.weight": torch.bfloat16} if dtypes is None else dtypes
+    tensors = {name: torch.randn(shape).to(dtypes.get(name, torch.float32)) for name, shape in shapes.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({prefix + k: v for k, v in tensors.items()} | (extra or {}), folder / "model_000021.pt")
+    meta = {"step": 21, "val_bpb": 0.9, "model_config": config.__dict__ | (told or {}), "user_config": {"depth": 2}}
+    (folder / "meta_000021.json").write_text(json.dumps(meta | {"device_batch_size": 8}))
+    return tensors
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_round_trip_through_nanochat(prefix, home, capsys):
+    """In, and out again: every tensor bit for bit, the bfloat16 embedding as bfloat16; tokenizer and metadata too."""
+    theirs = home / "theirs"
+    tensors = their_checkpoint(theirs / "base_checkpoints/d2", prefix=prefix)
+    tokenizer = Tokenizer.train(iter([TEXT]), 280)
+    (theirs / "tokenizer").mkdir()
+    tokens.write_pickle(tokenizer, theirs / "tokenizer/tokenizer.pkl")
+    convert.main(["--from=nanochat", f"--path={theirs}", "--as=base", "--model_tag=d2"])
+    assert "launch.mid_train --model_tag=d2" in capsys.readouterr().out
+    found = checkpoint.open_model("base", "d2")
+    assert found.step == 21 and found.tokenizer.hash == tokenizer.hash and found.meta["metrics"] == {"val_bpb": 0.9}
+    convert.main(["--source=base", "--to=nanochat", f"--out={home / 'ours'}"])
+    folder = home / "ours/base_checkpoints/d2"
+    assert_same_tensors(torch.load(folder / "model_000021.pt", weights_only=True), tensors)
+    meta = json.loads((folder / "meta_000021.json").read_text())
+    assert meta["model_config"] == CONFIG.__dict__ and meta["step"] == 21 and meta["val_bpb"] == 0.9
+    assert meta["user_config"] == {"depth": 2} and meta["device_batch_size"] == 8
+    assert tokens.read_pickle(home / "ours/tokenizer/tokenizer.pkl").hash == tokenizer.hash
+    token_bytes = torch.load(home / "ours/tokenizer/token_bytes.pt", weights_only=True)
+    assert token_bytes.dtype == torch.int32 and torch.equal(token_bytes, torch.from_numpy(tokenizer.token_bytes))
+
+
+def test_an_imported_model_trains_and_chats(home, capsys):
+    write_checkpoint("base", "d2")
+    convert.main(["--source=base", "--to=nanochat", f"--out={home / 'out'}"])
+    convert.main(["--from=nanochat", f"--path={home / 'out'}", "--as=base", "--model_tag=theirs"])
+    talk = home / "talk.jsonl"
+    row = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]
+    talk.write_text((json.dumps(row) + "\n") * 40)
+    mid_train.main(
+        ["--model_tag=theirs", f"--train_tasks={talk}", "--num_iterations=1", "--device_batch_size=1",
+         "--total_batch_size=512", "--eval_every=-1"]
+    )  # fmt: skip
+    chat_cli.main(["--source=mid", "--model_tag=theirs", "-p", "who?", "--max_tokens=4"])
+    assert "Chat with theirs (mid)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["hf", "nanochat"])
+def test_without_a_tokenizer(kind, home, capsys):
+    """Odd shapes, and weights alone: any vocabulary, heads, length; with a warning, and told what to do."""
+    odd = ModelConfig(sequence_len=37, vocab_size=301, n_layer=1, n_head=3, n_kv_head=3, n_embd=42)
+    params = write_checkpoint("mid", "odd", odd, tokenizer=False)
+    convert.main(["--source=mid", f"--to={kind}", f"--out={home / 'out'}"])
+    convert.main([f"--from={kind}", f"--path={home / 'out'}", "--as=mid", "--model_tag=back"])
+    said = capsys.readouterr().out
+    assert said.count("there is no tokenizer: the weights alone are converted") == 2
+    assert "copy its tokenizer folder" in said
+    found = checkpoint.open_model("mid", "back", needs_tokenizer=False)
+    assert found.config == odd and found.tokenizer is None
+    assert_same_weights(found, params)
+    with pytest.raises(SystemExit):
+        chat_cli.main(["--source=mid", "--model_tag=back", "-p", "hi"])
+    assert "was imported without a tokenizer; copy its tokenizer folder to" in capsys.readouterr().err
+    # The vocabulary may be larger than the tokenizer's: its last ids are never text.
+    Tokenizer.train(iter([TEXT]), 280).save(home / "mid_checkpoints/back/tokenizer")
+    chat_cli.main(["--source=mid", "--model_tag=back", "-p", "hi", "--max_tokens=8", "--temperature=9"])
+
+
+def test_several_shards(home, monkeypatch):
+    params = write_checkpoint("base", "d2")
+    monkeypatch.setattr(hugging_face, "SHARD_SIZE", "30KB")
+    convert.main(["--source=base", "--to=hf", f"--out={home / 'out'}"])
+    assert len(list((home / "out").glob("model-*.safetensors"))) > 3
+    model = transformers.AutoModelForCausalLM.from_pretrained(home / "out")
+    np.testing.assert_array_equal(model.lm_head.weight.detach(), params.lm_head.T)
+    convert.main(["--from=hf", f"--path={home / 'out'}", "--as=base", "--model_tag=again"])
+    assert_same_weights(checkpoint.open_model("base", "again"), params)
+
+
+class Runs:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_malicious_pt_runs_nothing(legacy, home, capsys):
+    their_checkpoint(home / "evil")
+    path = home / "evil/model_000021.pt"
+    tensors = torch.load(path)
+    torch.save(tensors | {"x": Runs(f"touch {home / 'it-ran'}")}, path, _use_new_zipfile_serialization=not legacy)
+    line = refusal(capsys, "--from=nanochat", f"--path={home / 'evil'}", "--as=base", "--model_tag=x")
+    assert "refused, nothing in it was run" in line and ("system" in line or legacy)
+    assert not (home / "it-ran").exists() and not (home / "base_checkpoints/x").exists()
+    torch.load(path, weights_only=False)
+    assert (home / "it-ran").exists()  # it is a weapon indeed
+
+
+def test_what_nanochat_wrote_later_is_refused(home, capsys):
+    def told(**changes):
+        shutil.rmtree(home / "x", ignore_errors=True)
+        their_checkpoint(home / "x", **changes)
+        return refusal(capsys, "--from=nanochat", f"--path={home / 'x'}", "--as=base", "--model_tag=x")
+
     for name, mark in (
         *(("resid_lambdas", "resid_lambdas"), ("x0_lambdas", "x0_lambdas"), ("value_embeds.1.weight", "value_embed")),
         *(
