@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import jax
 import numpy as np
@@ -140,6 +141,7 @@ def test_round_trip_through_nanochat(prefix, home, capsys):
     assert found.step == 21 and found.tokenizer.hash == tokenizer.hash and found.meta["metrics"] == {"val_bpb": 0.9}
     convert.main(["--source=base", "--to=nanochat", f"--out={home / 'ours'}"])
     folder = home / "ours/base_checkpoints/d2"
+    assert zipfile.ZipFile(folder / "model_000021.pt").testzip() is None  # its checksums are right
     assert_same_tensors(torch.load(folder / "model_000021.pt", weights_only=True), tensors)
     meta = json.loads((folder / "meta_000021.json").read_text())
     assert meta["model_config"] == CONFIG.__dict__ and meta["step"] == 21 and meta["val_bpb"] == 0.9
@@ -292,6 +294,7 @@ def test_without_the_extra(home):
     """Told what to install; and nothing else of jaxchat imports torch, whether it is there or not."""
     hide = """
 import sys
+import zipfile
 class Hidden:
     def find_spec(name, path=None, target=None):
         if name.partition(".")[0] in ("torch", "transformers", "safetensors"):

@@ -6,14 +6,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import huggingface_hub
 import safetensors
 import torch
 
 from jaxchat.checkpoint import Found
 from jaxchat.config import ModelConfig, UserError
-from jaxchat.convert import tokens
-from jaxchat.convert.weights import Foreign, check_space, load_matrices
+from jaxchat.convert import files, tokens
+from jaxchat.convert.weights import Foreign, check_space
 from jaxchat.model.flops import num_params
 from jaxchat.model.gpt import NORM_EPS, ROTARY_BASE, SOFTCAP
 
@@ -82,23 +81,20 @@ def export(found: Found, out: Path, progress: Callable[[str], None], *, chat: bo
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
-        matrices = load_matrices(found, NAMES, progress)
-        kinds = {str(matrix.dtype).removeprefix("torch.") for matrix in matrices.values()}
-        dtype = kinds.pop() if len(kinds) == 1 else "float32"
-        huggingface_hub.save_torch_state_dict(matrices, fresh, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
-        del matrices
-        files = {
+        tensors = files.kinds(found, NAMES)
+        files.fill(files.lay_out_safetensors(fresh, tensors, SHARD_SIZE), found, NAMES, progress)
+        dtypes = {str(dtype).removeprefix("torch.") for _, dtype in tensors.values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+        contents = {
             "config.json": architecture(found.config, found.tokenizer, dtype, chat),
             "generation_config.json": end_tokens(found.tokenizer, chat)
             | ({"pad_token_id": found.tokenizer.bos} if found.tokenizer else {}),
         }
-        for name, content in files.items():
+        for name, content in contents.items():
             (fresh / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if found.tokenizer:
             tokens.save_hugging_face(found.tokenizer, fresh, found.config.sequence_len, chat)
         (fresh / "README.md").write_text(model_card(found, chat), encoding="utf-8")
-        for file in fresh.glob("*.safetensors"):  # the library leaves them unreadable for others
-            shutil.copymode(fresh / "README.md", file)
         if out.exists():
             out.rmdir()
         os.replace(fresh, out)
@@ -149,11 +145,11 @@ def load(path: Path) -> Foreign:
         weight_map = _json(index).get("weight_map", {})
         if any("/" in str(file) or not isinstance(file, str) for file in weight_map.values()):
             raise UserError(f"{index} points out of its folder")
-        files = sorted({path / file for file in weight_map.values()})
+        shards = sorted({path / file for file in weight_map.values()})
     else:
-        files = [path / "model.safetensors"]
+        shards = [path / "model.safetensors"]
     shapes, file_of = {}, {}
-    for file in files:
+    for file in shards:
         if not file.is_file():
             raise UserError(f"there is no {file}; jaxchat reads safetensors only")
         try:

@@ -11,8 +11,8 @@ import torch
 
 from jaxchat.checkpoint import FOLDERS, Found
 from jaxchat.config import ModelConfig, UserError
-from jaxchat.convert import tokens
-from jaxchat.convert.weights import Foreign, check_space, load_matrices
+from jaxchat.convert import files, tokens
+from jaxchat.convert.weights import Foreign, check_space
 from jaxchat.model.flops import num_params
 
 NAMES = {
@@ -41,7 +41,11 @@ def export(found: Found, out: Path, progress: Callable[[str], None]) -> Path:
         raise UserError(f"{there} is another tokenizer than this model's; give --out another folder")
     check_space(out, int(4.1 * num_params(found.config)) + 10**7)
     folder.mkdir(parents=True, exist_ok=True)
-    matrices = load_matrices(found, NAMES, progress)
+
+    def write_model(path: Path):
+        files.fill(files.lay_out_pt(path, files.kinds(found, NAMES)), found, NAMES, progress)
+        files.mend_checksums(path)
+
     config = {name: getattr(found.config, name) for name in ModelConfig.__dataclass_fields__}
     settings, metrics = found.meta.get("settings", {}), found.meta.get("metrics", {})
     told = found.meta.get("imported", {}).get("meta", {}) | {
@@ -60,7 +64,7 @@ def export(found: Found, out: Path, progress: Callable[[str], None]) -> Path:
         torch.save(torch.from_numpy(found.tokenizer.token_bytes), fresh / "token_bytes.pt")
         os.replace(fresh, tokenizer_folder)
     _whole(meta, lambda path: path.write_text(json.dumps(told, indent=2), encoding="utf-8"))
-    _whole(model, lambda path: torch.save(matrices, path))
+    _whole(model, write_model)
     return model
 
 

@@ -55,10 +55,10 @@ def matrix_shape(name: str, weight: Weight) -> tuple[int, int]:
     return (weight.fan_in, weight.fan_out) if name == "wte" else (weight.fan_out, weight.fan_in)
 
 
-def to_matrices(name: str, weight: Weight, stack: np.ndarray) -> list[np.ndarray]:
+def to_matrices(name: str, weight: Weight, stack: np.ndarray) -> Iterator[np.ndarray]:
     """jaxchat's array -> PyTorch's matrices, each a contiguous copy."""
-    layers = stack.reshape(-1, weight.fan_in, weight.fan_out)
-    return [np.array(w if name == "wte" else w.T, order="C") for w in layers]
+    for matrix in stack.reshape(-1, weight.fan_in, weight.fan_out):
+        yield np.array(matrix if name == "wte" else matrix.T, order="C")
 
 
 def to_stack(name: str, weight: Weight, matrices: Iterator[np.ndarray]) -> np.ndarray:
@@ -86,26 +86,6 @@ def check(foreign: Foreign):
             raise UserError(f"{foreign.path}: {name} is {list(shape)}, its configuration wants {list(wanted[name])}")
         if dtype not in DTYPES.values():
             raise UserError(f"{foreign.path}: {name} is {dtype}; jaxchat takes {', '.join(DTYPES)}")
-
-
-def load_matrices(found: Found, names: dict[str, str], progress: Callable[[str], None]) -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint as PyTorch's matrices by their names, in the order of the model.
-
-    They are float32, but where an imported checkpoint had a narrower type, that again: no bit of it is lost. One stack
-    is read and let go at a time, the largest first, so that memory never holds the model twice.
-    """
-    weights = named(found.config)
-    dtypes = found.meta.get("imported", {}).get("dtypes", {})
-    matrices = {}
-    for name in sorted(weights, key=lambda name: -np.prod(weights[name].shape)):
-        stack = read_stack(found, name, weights[name])
-        for i, matrix in enumerate(to_matrices(name, weights[name], stack)):
-            theirs = names[name].format(i)
-            matrices[theirs] = torch.from_numpy(matrix).to(DTYPES[dtypes.get(f"{name}.{i}", "float32")])
-            del matrix
-        del stack
-        progress(name)
-    return {theirs: matrices[theirs] for name in weights for theirs in their_names(name, names, found.config)}
 
 
 def read_stack(found: Found, name: str, weight: Weight) -> np.ndarray:
