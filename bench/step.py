@@ -1,10 +1,14 @@
-"""Time of one training step, for each way of computing it side by side: python bench/step.py --depth=3 --seq=256
+"""Time of one training step, warm: python -m bench.step --depth=4 --seq=512 --batch=8 --vocab=8192
 
-Takes turns among the ways, so that a noisy machine hurts all alike; prints medians and the ratio to the first.
+With several --ways to compute it, takes turns among them, so that a noisy machine hurts all alike, and prints medians
+and the ratio to the first. bench/compare.py puts it beside another program, bench/profile.py tells where the time goes.
 """
 
 import dataclasses
+import json
+import resource
 import statistics
+import sys
 import time
 
 import jax
@@ -12,68 +16,133 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import sharding
-from jaxchat.config import Compute, ModelConfig
+from jaxchat.config import Compute, ModelConfig, UserError
+from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.train.loop import place_batch
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import init_state
 from jaxchat.train.step import make_train_step
 from launch import cli
 
+GRAD_CLIP = {"base": 1.0, "mid": 0.0, "sft": 0.0}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Time training steps on random tokens."""
 
-    depth: int = 3
+    depth: int = 4
     """Of the model."""
-    seq: int = 256
+    seq: int = 512
     """Tokens in a row."""
-    vocab: int = 512
-    """Vocabulary."""
-    rows: int = 16
+    batch: int = 8
     """Rows in an optimizer step."""
-    micro_rows: str = "8,2"
-    """Rows computed at a time, commas between."""
-    ways: str = "attention=xla,attention=blocks,remat=full attention=blocks,unroll=False attention=blocks"
-    """Fields of Compute to change from this backend's defaults, ways with commas between."""
-    repeats: int = 10
+    vocab: int = 8192
+    """Vocabulary."""
+    stage: str = "base"
+    """base (gradients clipped), mid, or sft (a third of the tokens supervised)."""
+    micro_rows: str = ""
+    """Rows computed at a time, several with commas between; empty: all at once."""
+    ways: str = ""
+    """Fields of Compute to change from this backend's defaults, ways with commas between: attention=xla,remat=full"""
+    steps: int = 10
     """Steps of each way that are timed."""
+    warmup: int = 3
+    """Steps before them that are not."""
+    json: bool = False
+    """Print the first way's figures as one JSON object in the last line."""
+
+
+def batch_of(config: Config, micro_rows: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """{inputs, targets, weights} [A, B, T] of random tokens."""
+    if config.batch % micro_rows:
+        raise UserError(f"--micro_rows={micro_rows} does not divide --batch={config.batch}")
+    shape = (config.batch // micro_rows, micro_rows, config.seq)
+    tokens = {name: random.integers(0, config.vocab, shape, dtype=np.int32) for name in ("inputs", "targets")}
+    supervised = random.random(shape) < (1 / 3 if config.stage == "sft" else 1)
+    return tokens | {"weights": supervised.astype(np.float32)}
+
+
+def prepare(config: Config, changes: dict, micro_rows: int):
+    """(step function, state, placed batch, model, compute) of one way, not yet compiled."""
+    mesh = sharding.make_mesh()
+    model = ModelConfig.from_depth(config.depth, sequence_len=config.seq, vocab_size=config.vocab)
+    compute = Compute.for_backend(data_shards=sharding.data_shards(mesh), **changes)
+    optimizer = make_optimizer(model, grad_clip=GRAD_CLIP[config.stage], muon_dtype=jnp.dtype(compute.dtype))
+    batch = place_batch(batch_of(config, micro_rows, np.random.default_rng(0)), mesh)
+    return (
+        make_train_step(model, compute, optimizer, mesh),
+        init_state(0, model, optimizer, mesh),
+        batch,
+        model,
+        compute,
+    )
+
+
+def parse_ways(text: str) -> dict[str, dict]:
+    """ "unroll=False remat=full,attention=xla" -> {way: {field: value}}; empty: the defaults alone."""
+    ways = {}
+    for way in text.split(","):
+        changes = dict(part.split("=", 1) for part in way.split())
+        read = {"True": True, "False": False}
+        ways[way.strip() or "defaults"] = {
+            name: int(value) if value.isdigit() else read.get(value, value) for name, value in changes.items()
+        }
+    return ways
+
+
+def peak_bytes() -> int:
+    """Of the first device's memory where it keeps count (GPU, TPU); else of the whole process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def run(config: Config):
-    mesh = sharding.make_mesh()
-    model = ModelConfig.from_depth(config.depth, sequence_len=config.seq, vocab_size=config.vocab)
-    random = np.random.default_rng(0)
-    shape = (config.rows, config.seq)
-    tokens = {name: random.integers(0, config.vocab, shape, dtype=np.int32) for name in ("inputs", "targets")}
-    rows = tokens | {"weights": np.ones(shape, np.float32)}
-    dtype = jnp.dtype(Compute.for_backend().dtype)
-    optimizer = make_optimizer(model, grad_clip=1.0, muon_dtype=dtype)
-    cli.print_plan(
-        "Training step", [("model", str(model)), ("devices", sharding.describe(mesh)), ("jax", jax.__version__)]
-    )
+    if config.stage not in GRAD_CLIP:
+        raise UserError(f"--stage={config.stage}; it is one of {', '.join(GRAD_CLIP)}")
+    micros = [int(n) for n in (config.micro_rows or str(config.batch)).split(",")]
     runs = {}
-    for way in config.ways.split(","):
-        changes = dict(part.split("=") for part in way.split())
-        changes = {name: {"True": True, "False": False}.get(value, value) for name, value in changes.items()}
-        compute = Compute.for_backend(data_shards=sharding.data_shards(mesh), **changes)
-        for micro in map(int, config.micro_rows.split(",")):
-            batch = {k: a.reshape(config.rows // micro, micro, config.seq) for k, a in rows.items()}
-            step, state = make_train_step(model, compute, optimizer, mesh), init_state(0, model, optimizer, mesh)
-            runs[f"{way.strip()}, {micro} rows at a time"] = [step, state, place_batch(batch, mesh), []]
-    for turn in range(config.repeats + 2):  # two to warm up
-        for run in runs.values():
-            step, state, batch, times = run
+    for way, changes in parse_ways(config.ways).items():
+        for micro in micros:
+            runs[f"{way}, {micro} rows at a time"] = prepare(config, changes, micro)
+    states = {name: run[1] for name, run in runs.items()}  # donated to each step, and replaced by what it returns
+    times, losses = {name: [] for name in runs}, {}
+    model = next(iter(runs.values()))[3]
+    cli.print_plan(
+        "Training step",
+        [("model", str(model)), ("devices", sharding.describe(sharding.make_mesh())), ("jax", jax.__version__)],
+    )
+    for turn in range(config.warmup + config.steps):
+        for name, (step, _, batch, *_) in runs.items():
             start = time.perf_counter()
-            run[1], metrics = step(state, batch, np.float32(1.0))
-            jax.block_until_ready((run[1], metrics))
-            if turn >= 2:
-                times.append(time.perf_counter() - start)
-    medians = {name: statistics.median(times) for name, (*_, times) in runs.items()}
-    first, tokens_per_step = next(iter(medians.values())), config.rows * config.seq
+            states[name], metrics = step(states[name], batch, np.float32(1.0))
+            jax.block_until_ready((states[name], metrics))
+            if turn >= config.warmup:
+                times[name].append(time.perf_counter() - start)
+            losses[name] = float(metrics["loss"])
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    first, tokens = next(iter(medians.values())), config.batch * config.seq
     for name, median in medians.items():
-        rate = f"{1000 * median:8.1f} ms {tokens_per_step / median:12,.0f} tokens/s"
+        rate = f"{1000 * median:8.1f} ms {tokens / median:12,.0f} tokens/s"
         print(f"{name:<45} {rate}  {first / median:.2f} × the first")
+    if config.json:
+        fields = {
+            "framework": f"jax {jax.__version__}",
+            "device": jax.devices()[0].device_kind,
+            "depth": config.depth,
+            "seq": config.seq,
+            "batch": config.batch,
+            "vocab": config.vocab,
+            "compiled": True,
+            "step_s": round(first, 5),
+            "tokens_per_s": round(tokens / first, 1),
+            "flops_per_s": flops_per_token(model) * tokens / first,
+            "parameters": num_params(model),
+            "peak_bytes": peak_bytes(),
+            "loss": round(next(iter(losses.values())), 4),
+        }
+        print(json.dumps(fields))
 
 
 if __name__ == "__main__":

@@ -46,14 +46,14 @@ def prefill(params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute,
     cache = KVCache.empty(config, tokens_BT.shape[0], cache_len, jnp.dtype(compute.dtype))
     x_BTD, cache = features(params, tokens_BT, config, compute, cache)
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return logits(params, last_BD), cache.replace(lengths_B=lengths_B)
+    return logits(params.lm_head, last_BD), cache.replace(lengths_B=lengths_B)
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))
 def last_logits(params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
     """logits_BV after each row's last token, without a cache."""
     x_BTD = features(params, tokens_BT, config, compute)
-    return logits(params, jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0])
+    return logits(params.lm_head, jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0])
 
 
 @partial(
@@ -89,7 +89,7 @@ def decode(
         forced_BN = forced_BN.at[:, i].set(emits_B & is_forced_B)
         x_BTD, fed = features(params, token_B[:, None], config, compute, cache)
         cache = fed.replace(lengths_B=jnp.where(emits_B, fed.lengths_B, cache.lengths_B))
-        logits_BV = jnp.where(emits_B[:, None], logits(params, x_BTD[:, 0]), logits_BV)
+        logits_BV = jnp.where(emits_B[:, None], logits(params.lm_head, x_BTD[:, 0]), logits_BV)
         called = jnp.any(emits_B & ~is_forced_B & (token_B == python_end))
         done_B = done_B | ends_B | (cache.lengths_B >= limits_B)
         used_B = used_B + (emits_B & is_forced_B)

@@ -49,14 +49,18 @@ def block(x_BTD, w: Blocks, tables, attend):
 
     -> (x_BTD, extra). w is a single layer's slice of the stack, in the activations' dtype.
     """
-    h_BTD = rms_norm(x_BTD)
-    q_BTNH = rms_norm(rotate(jnp.einsum("btd,dnh->btnh", h_BTD, w.wq), tables))
-    k_BTKH = rms_norm(rotate(jnp.einsum("btd,dkh->btkh", h_BTD, w.wk), tables))
-    v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, w.wv)
-    y_BTNH, extra = attend(q_BTNH, k_BTKH, v_BTKH)
-    x_BTD = x_BTD + jnp.einsum("btnh,nhd->btd", y_BTNH, w.wo)
-    h_BTF = jax.nn.relu(jnp.einsum("btd,df->btf", rms_norm(x_BTD), w.w_up))
-    return x_BTD + jnp.einsum("btf,fd->btd", h_BTF * h_BTF, w.w_down), extra
+    with jax.named_scope("projections"):  # the scopes are for profiles: bench/profile.py
+        h_BTD = rms_norm(x_BTD)
+        q_BTNH = rms_norm(rotate(jnp.einsum("btd,dnh->btnh", h_BTD, w.wq), tables))
+        k_BTKH = rms_norm(rotate(jnp.einsum("btd,dkh->btkh", h_BTD, w.wk), tables))
+        v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, w.wv)
+    with jax.named_scope("attention"):
+        y_BTNH, extra = attend(q_BTNH, k_BTKH, v_BTKH)
+    with jax.named_scope("projections"):
+        x_BTD = x_BTD + jnp.einsum("btnh,nhd->btd", y_BTNH, w.wo)
+    with jax.named_scope("mlp"):
+        h_BTF = jax.nn.relu(jnp.einsum("btd,df->btf", rms_norm(x_BTD), w.w_up))
+        return x_BTD + jnp.einsum("btf,fd->btd", h_BTF * h_BTF, w.w_down), extra
 
 
 def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, cache: KVCache | None = None):
@@ -108,15 +112,15 @@ def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, c
     return rms_norm(x_BTD), KVCache(k, v, cache.lengths_B + time)
 
 
-def logits(params: Params, x_BTD):
+def logits(lm_head_DV, x_BTD):
     """15·tanh(head(x)/15) in float32: [..., V] from features [..., D]."""
-    head = params.lm_head.astype(x_BTD.dtype)
+    head = lm_head_DV.astype(x_BTD.dtype)
     return SOFTCAP * jnp.tanh(jnp.einsum("...d,dv->...v", x_BTD, head, preferred_element_type=jnp.float32) / SOFTCAP)
 
 
 def forward(params: Params, tokens_BT, config: ModelConfig, compute: Compute, cache: KVCache | None = None):
     """logits_BTV float32 for every position; with a cache, (logits_BTV, cache). See `features`."""
     if cache is None:
-        return logits(params, features(params, tokens_BT, config, compute))
+        return logits(params.lm_head, features(params, tokens_BT, config, compute))
     x_BTD, cache = features(params, tokens_BT, config, compute, cache)
-    return logits(params, x_BTD), cache
+    return logits(params.lm_head, x_BTD), cache

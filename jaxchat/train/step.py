@@ -42,8 +42,9 @@ def train_step(
     supervised = weight > 0
     mean = 1.0 / jnp.where(supervised, weight, 1.0)
     grads = jax.tree.map(lambda g: g * mean, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: p + lr_multiplier * u, state.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p + lr_multiplier * u, state.params, updates)
 
     def keep_if_empty(new, old):
         return jax.tree.map(lambda n, o: jnp.where(supervised, n, o), new, old)
