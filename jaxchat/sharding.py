@@ -6,8 +6,20 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxchat.config import base_dir
+
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that the rows of a batch are spread over
+
+
+def keep_compiled():
+    """Keep what is compiled under the base directory, so that a second start need not compile again.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, and JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compiled"))
+        jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)  # what was used longest ago is dropped
 
 
 def make_mesh(devices=None) -> Mesh:

@@ -7,7 +7,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from jaxchat import checkpoint
+from jaxchat import checkpoint, sharding
 from jaxchat.config import UserError
 from jaxchat.infer.engine import Engine
 from launch import cli
@@ -63,6 +63,7 @@ def run(config: Config):
     for name, value, least in (("temperature", config.temperature, 0.0), ("max_tokens", config.max_tokens, 1)):
         if value < least:
             raise UserError(f"--{name}={value}; it must be at least {least}")
+    sharding.keep_compiled()
     model = checkpoint.load_model(config.source, config.model_tag, config.step)
     tokenizer = model.tokenizer
     cli.print_plan(

@@ -53,6 +53,7 @@ def start_devices(config: TrainConfig) -> Mesh:
     for name in ("warmup_ratio", "warmdown_ratio"):
         if not 0 <= getattr(config, name, 0.0) <= 1:
             raise UserError(f"--{name}={getattr(config, name)}; it must be from 0 to 1")
+    sharding.keep_compiled()
     try:
         return sharding.make_mesh()
     except (RuntimeError, AssertionError) as problem:  # which of them depends on what is installed
