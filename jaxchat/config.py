@@ -35,8 +35,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise UserError(f"model {field.name} is {getattr(self, field.name)}; it must be at least 1")
+            value = getattr(self, field.name)
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise UserError(f"model {field.name} is {value!r}; it must be a whole number from 1 to {2**31 - 1:,}")
         if self.n_embd % self.n_head:
             raise UserError(f"model width n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.head_dim % 2:

@@ -47,6 +47,12 @@ class Config:
 def run(config: Config):
     if bool(config.to) == bool(config.from_format):
         raise UserError("give either --to=hf|nanochat --out=FOLDER, or --from=hf|nanochat --path=FOLDER --as=STAGE")
+    others = (("path", config.path), ("as", config.as_stage)) if config.to else (("out", config.out),)
+    for flag, value in others:
+        if value:
+            raise UserError(f"--{flag}={value} does not go with --{'to' if config.to else 'from'}")
+    if config.from_format == "hf" and config.step >= 0:
+        raise UserError(f"--step={config.step} does not go with --from=hf: such a folder holds one model")
     for flag, value in (("to", config.to), ("from", config.from_format)):
         if value and value not in FORMATS:
             raise UserError(f"--{flag}={value}; it is one of {', '.join(FORMATS)}")
@@ -93,7 +99,12 @@ def export(config: Config, write):
     found = checkpoint.open_model(config.source, config.model_tag, config.step, needs_tokenizer=False)
     rows = [("from", str(found.folder / str(found.step))), *shape_rows(found.config, found.tokenizer)]
     cli.print_plan(f"Convert {found.name} to {config.to}", [*rows, ("writes", config.out)])
-    written = write(found, Path(config.out).expanduser(), progress(8))
+    try:
+        written = write(found, Path(config.out).expanduser(), progress(8))
+    except OSError as problem:
+        raise UserError(
+            f"{problem.filename or config.out}: {problem.strerror}; mend that, or give another --out"
+        ) from problem
     print(f"wrote {written}")
     if config.to == "hf":
         print(f"next: in Python, transformers.AutoModelForCausalLM.from_pretrained({str(written)!r})")
@@ -107,8 +118,8 @@ def take_in(config: Config, hugging_face, nanochat, weights):
     if config.as_stage not in checkpoint.FOLDERS:
         raise UserError(f"--as={config.as_stage}; it is one of {', '.join(checkpoint.FOLDERS)}")
     target = checkpoint.run_folder(config.as_stage, config.model_tag)
-    if checkpoint.steps_in(target):
-        raise UserError(f"{target} has checkpoints already; choose another --model_tag")
+    if target.exists():
+        raise UserError(f"{target} is there already; choose another --model_tag, or remove it")
     path = Path(config.path).expanduser()
     if not path.is_dir():
         raise UserError(f"there is no folder {path}")

@@ -22,6 +22,7 @@ SPELLINGS = [
     *SPECIAL_TOKENS, *(f"a{name}b" for name in SPECIAL_TOKENS), *(f" {name}\n" for name in SPECIAL_TOKENS),
     "<|bos", "|>", "<|", "<<|bos|>>", "<|<|bos|>|>", "<|user_start|><|user_end|>", "<|endoftext|>", "a <| b |> c",
 ]  # fmt: skip
+MARKS = (tokens.MARK, tokens.BREAK)  # what text should not have
 PARTS = [
     {"type": "text", "text": "Let me see: "},
     {"type": "python", "text": "12/60"},
@@ -74,7 +75,7 @@ def test_ids_of_odd_text(tokenizer, rust):
     noise = random.Random(0)
     texts = [noise.randbytes(noise.randint(1, 300)).decode("utf-8", "replace") for _ in range(3000)]
     texts += [noise.randbytes(200).decode("latin-1") for _ in range(500)]
-    every = [chr(c) for c in range(1, 0x110000) if not 0xD800 <= c <= 0xDFFF and chr(c) != tokens.MARK]
+    every = [chr(c) for c in range(1, 0x110000) if not 0xD800 <= c <= 0xDFFF and chr(c) not in MARKS]
     texts += ["".join(every[i : i + 64]) for i in range(0, len(every), 64)]
     some = [*every[:0x3000], *noise.sample(every, 4000)]
     for around in ("a{}b", "'{} ll", "1{}2\n{}", "  {}\t{}{}", "'{}"):
@@ -111,17 +112,22 @@ def conversations(shared_data) -> list[dict]:
         messages = [{"role": "user", "content": f"Say {spelling}!"}, {"role": "assistant", "content": PARTS}]
         messages += [{"role": "user", "content": spelling}, {"role": "assistant", "content": f" {spelling} \n"}]
         found.append({"messages": [{"role": "system", "content": f"Be {spelling}"}, *messages] if i % 2 else messages})
+    for texts in (("a", "s"), ("o", "r "), ("a<", "|assistant_end|>"), ("<|", "bos|>"), ("", "x", ""), ("12", "34")):
+        parts = [{"type": "text", "text": text} for text in texts]
+        found.append({"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": parts}]})
     return found
 
 
 def test_the_chat_template(tokenizer, exported, shared_data):
     transformers = pytest.importorskip("transformers")
+    import jinja2
+
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(exported)
     rows = conversations(shared_data)
     kinds = {
         part["type"] for row in rows for m in row["messages"] if isinstance(m["content"], list) for part in m["content"]
     }
-    assert len(rows) == 2000 and kinds == {"text", "python", "python_output"}
+    assert len(rows) > 2000 and kinds == {"text", "python", "python_output"}
     assert sum(row["messages"][0]["role"] == "system" for row in rows) > 100
     for row in rows:
         ids = theirs.apply_chat_template(row["messages"], return_dict=False)
@@ -132,8 +138,18 @@ def test_the_chat_template(tokenizer, exported, shared_data):
     assert theirs("a<|bos|>").input_ids[-1] == tokenizer.bos
     for text in SPELLINGS:
         assert theirs(text, split_special_tokens=True).input_ids == tokenizer.encode(text)
-    with pytest.raises(Exception, match="must alternate"):
-        theirs.apply_chat_template([{"role": "assistant", "content": "me first"}])
+    for messages, told in (
+        ([{"role": "assistant", "content": "me first"}], "must alternate"),
+        ([{"role": "system", "content": "alone"}], "must follow"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a<"}]}], "must be text"),
+        ([{"role": "user", "content": None}], "must be text"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image", "text": ""}]}],
+            "unknown",
+        ),
+    ):
+        with pytest.raises(jinja2.TemplateError, match=told):
+            theirs.apply_chat_template(messages)
 
 
 def test_round_trips(tokenizer, exported, tmp_path):
@@ -179,12 +195,24 @@ def test_a_malicious_pickle_runs_nothing(way, protocol, tmp_path):
     assert proof.exists()  # it is a weapon indeed
 
 
+def encoding_of(ranks, specials) -> bytes:
+    """The pickle of an Encoding with this state, which tiktoken itself would refuse to make."""
+    encoding = tiktoken.Encoding.__new__(tiktoken.Encoding)
+    encoding.name, encoding._pat_str, encoding._special_tokens = "x", tokens.SPLIT_PATTERN, specials
+    encoding._mergeable_ranks = ranks
+    return pickle.dumps(encoding)
+
+
 @pytest.mark.parametrize(
     "content, told",
     [
         (b"not a pickle", "is refused"),
         (pickle.dumps({"mergeable_ranks": {}}), "no tiktoken Encoding"),
         (pickle.dumps(tiktoken.Encoding), "no tiktoken Encoding"),
+        (encoding_of({b"a": 0}, {"<|bos|>": [1]}), "not names and numbers"),
+        (encoding_of({b"a": 0}, {5: 1}), "not names and numbers"),
+        (encoding_of({"a": 0}, {}), "not names and numbers"),
+        (encoding_of({b"a": 0}, {}), "no token of the byte"),
         (b"\x80\x04\x8c\rtiktoken.core\x8c\x08Encoding\x93)\x81\x8c\x04gpt2b.", "no tiktoken Encoding of its own"),
     ],
 )
@@ -197,6 +225,7 @@ def test_other_pickles_are_refused(content, told, tmp_path):
 
 def test_other_tokenizers_are_refused(tokenizer, exported, tmp_path):
     def refused(change, told):
+        """Changed so, it is refused for that."""
         content = json.loads((exported / "tokenizer.json").read_text())
         change(content)
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -204,10 +233,23 @@ def test_other_tokenizers_are_refused(tokenizer, exported, tmp_path):
             tokens.from_hugging_face(tmp_path / "tokenizer.json")
 
     refused(lambda c: c["added_tokens"].pop(), "output_end.* is missing; jaxchat wants its nine")
-    digits = {"Regex": r"\p{N}{1,3}"}
-    refused(lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(pattern=digits), "cuts text into other pieces")
+    split = {"Regex": r"\p{N}{1,3}"}
+    refused(lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(pattern=split), "otherwise .*pre_tokenizer")
     refused(lambda c: c.pop("model"), "no byte-level BPE tokenizer")
-    refused(lambda c: c["model"].update(merges=[]), "cuts text into other pieces")
+    refused(lambda c: c["model"].update(merges=[]), r"otherwise .*\(merges\)")
+    refused(lambda c: c["model"]["merges"].remove(c["model"]["merges"][0]), r"\(merges\)")
+    refused(lambda c: c["model"]["merges"].insert(0, c["model"]["merges"].pop()), r"\(merges\)")
+    refused(lambda c: c["model"].update(dropout=0.1), r"\(dropout\)")
+    refused(lambda c: c.update(normalizer={"type": "NFC"}), r"\(normalizer\)")
+    refused(lambda c: c["added_tokens"][3].update(lstrip=True), r"\(added_tokens\)")
+
+    # As others write the same tokenizer: without our marks, each pair of a merge in one string.
+    content = json.loads((exported / "tokenizer.json").read_text())
+    content["normalizer"] = None
+    del content["pre_tokenizer"]["pretokenizers"][0]
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert tokens.from_hugging_face(tmp_path / "tokenizer.json").hash == tokenizer.hash
 
     encoding = tiktoken.Encoding(
         "x", pat_str=r"\w+|\W+", mergeable_ranks=tokenizer.ranks, special_tokens={"<|bos|>": len(tokenizer.ranks)}

@@ -84,6 +84,8 @@ def mend_checksums(path: Path):
         entries, directory = archive.infolist(), archive.start_dir
     with path.open("r+b") as file:
         for entry in entries:
+            if not entry.flag_bits & 8:
+                raise RuntimeError(f"{path}: torch no longer writes {entry.filename} with a data descriptor")
             file.seek(entry.header_offset + 26)
             end = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4))) + entry.file_size
             file.seek(end - entry.file_size)

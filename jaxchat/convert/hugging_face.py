@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from jaxchat.checkpoint import Found
 from jaxchat.config import ModelConfig, UserError
 from jaxchat.convert import files, tokens
-from jaxchat.convert.weights import Foreign, check_space
+from jaxchat.convert.weights import Foreign, check_space, shareable
 from jaxchat.model.flops import num_params
 from jaxchat.model.gpt import NORM_EPS, ROTARY_BASE, SOFTCAP
 
@@ -69,6 +70,10 @@ def end_tokens(tokenizer, chat: bool) -> dict:
     return {"bos_token_id": tokenizer.bos, "eos_token_id": end}
 
 
+def padding(tokenizer, chat: bool) -> dict:
+    return {"pad_token_id": tokenizer.special(tokens.end_token(chat))} if tokenizer else {}
+
+
 def export(found: Found, out: Path, progress: Callable[[str], None], *, chat: bool) -> Path:
     """Write the folder `out`, whole or not at all. chat: the model has learnt conversations.
 
@@ -77,9 +82,11 @@ def export(found: Found, out: Path, progress: Callable[[str], None], *, chat: bo
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; give --out another folder, or remove it")
     check_space(out, int(4.1 * num_params(found.config)) + 10**7)
-    fresh = out.with_name(out.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=out.parent))
+    fresh = unfinished / out.name
+    fresh.mkdir()
     try:
         tensors = files.kinds(found, NAMES)
         files.fill(files.lay_out_safetensors(fresh, tensors, SHARD_SIZE), found, NAMES, progress)
@@ -87,8 +94,7 @@ def export(found: Found, out: Path, progress: Callable[[str], None], *, chat: bo
         dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
         contents = {
             "config.json": architecture(found.config, found.tokenizer, dtype, chat),
-            "generation_config.json": end_tokens(found.tokenizer, chat)
-            | ({"pad_token_id": found.tokenizer.bos} if found.tokenizer else {}),
+            "generation_config.json": end_tokens(found.tokenizer, chat) | padding(found.tokenizer, chat),
         }
         for name, content in contents.items():
             (fresh / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -99,7 +105,7 @@ def export(found: Found, out: Path, progress: Callable[[str], None], *, chat: bo
             out.rmdir()
         os.replace(fresh, out)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
 
@@ -119,9 +125,10 @@ def model_card(found: Found, chat: bool) -> str:
     if "imported" in meta:
         rows.append(("imported from", meta["imported"]["from"]))
     rows += [(name, f"{value:.4f}") for name, value in sorted(meta.get("metrics", {}).items())]
-    settings = {k: v for k, v in sorted(meta.get("settings", {}).items()) if v not in ("", -1)}
+    settings = {k: v for k, v in sorted(shareable(meta.get("settings", {})).items()) if v not in ("", -1)}
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxchat]", "---", ""]
-    lines += [f"# {found.folder.name} ({meta['stage']})", "", "Trained with jaxchat and exported for transformers.", ""]
+    origin = "Exported by" if "imported" in meta else "Trained and exported with"
+    lines += [f"# {found.folder.name} ({meta['stage']})", "", f"{origin} jaxchat for transformers.", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
     if settings:
         lines += ["Settings of the run:", "", *(f"- `{name}` = {value}" for name, value in settings.items()), ""]
@@ -141,10 +148,11 @@ def load(path: Path) -> Foreign:
     warnings = []
     config = _model_config(path, told, warnings)
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _json(index).get("weight_map", {})
-        if any("/" in str(file) or not isinstance(file, str) for file in weight_map.values()):
-            raise UserError(f"{index} points out of its folder")
+    if index.is_file() and not (path / "model.safetensors").exists():  # transformers too takes the single file first
+        weight_map = _json(index).get("weight_map")
+        named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+        if not named or any(Path(file).name != file for file in weight_map.values()):
+            raise UserError(f"{index} does not name files of its folder")
         shards = sorted({path / file for file in weight_map.values()})
     else:
         shards = [path / "model.safetensors"]
@@ -167,7 +175,7 @@ def load(path: Path) -> Foreign:
                 yield tensors.get_tensor(name)
 
     tokenizer = None
-    if (path / "tokenizer.json").is_file():
+    if (path / "tokenizer.json").exists():
         tokenizer = tokens.from_hugging_face(path / "tokenizer.json")
     return Foreign(path, config, NAMES, shapes, read, tokenizer, meta={"config": told}, warnings=warnings)
 
@@ -177,6 +185,8 @@ def _model_config(path: Path, told: dict, warnings: list[str]) -> ModelConfig:
         if told.get(name, default) != wanted:
             raise UserError(f"{path / 'config.json'}: {name} is {told.get(name)!r}; jaxchat opens {wanted!r} only")
     rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path / 'config.json'}: rotary embedding {rope!r} is not an object")
     base = rope.get("rope_theta", told.get("rope_theta", ROTARY_BASE))
     if (rope.get("rope_type", "default"), base) != ("default", ROTARY_BASE):
         raise UserError(f"{path / 'config.json'}: rotary embedding {rope}; jaxchat opens base {ROTARY_BASE:g} only")
@@ -196,6 +206,8 @@ def _model_config(path: Path, told: dict, warnings: list[str]) -> ModelConfig:
         if told.get(name, wanted) not in (wanted, None):
             raise UserError(f"{path / 'config.json'}: {name} is {told[name]}; jaxchat opens {wanted} only")
     eps = told.get("rms_norm_eps", 1e-6)
+    if not isinstance(eps, int | float) or not 0 <= eps <= 1e-4:
+        raise UserError(f"{path / 'config.json'}: rms_norm_eps is {eps!r}; jaxchat computes with {NORM_EPS:g}")
     if abs(eps - NORM_EPS) > 1e-12:
         warnings.append(f"its rms_norm_eps is {eps:g}; jaxchat computes with {NORM_EPS:g}, which moves logits a little")
     return config
@@ -206,8 +218,8 @@ def _json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
         raise UserError(f"there is no {path}; --path must be a folder that transformers wrote") from problem
-    except ValueError as problem:
-        raise UserError(f"{path} is not JSON: {problem}") from problem
+    except (ValueError, OSError, RecursionError) as problem:
+        raise UserError(f"{path} cannot be read as JSON: {problem}") from problem
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object")
     return content

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from jaxchat.checkpoint import FOLDERS, Found
 from jaxchat.config import ModelConfig, UserError
 from jaxchat.convert import files, tokens
-from jaxchat.convert.weights import Foreign, check_space
+from jaxchat.convert.weights import Foreign, check_space, shareable
 from jaxchat.model.flops import num_params
 
 NAMES = {
@@ -47,29 +47,25 @@ def export(found: Found, out: Path, progress: Callable[[str], None]) -> Path:
         files.mend_checksums(path)
 
     config = {name: getattr(found.config, name) for name in ModelConfig.__dataclass_fields__}
-    settings, metrics = found.meta.get("settings", {}), found.meta.get("metrics", {})
-    told = found.meta.get("imported", {}).get("meta", {}) | {
-        "step": found.step,
-        **metrics,
-        "model_config": config,
-        "device_batch_size": found.meta.get("device_batch_size", 1),
-        "max_seq_len": found.config.sequence_len,
-    }
-    told.setdefault("user_config", settings)
-    if found.tokenizer and not there.exists():
-        fresh = tokenizer_folder.with_name("tokenizer.new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        tokens.write_pickle(found.tokenizer, fresh / "tokenizer.pkl")
-        torch.save(torch.from_numpy(found.tokenizer.token_bytes), fresh / "token_bytes.pt")
-        os.replace(fresh, tokenizer_folder)
+    imported = found.meta.get("imported", {})
+    told = imported["meta"] if imported.get("from") == "nanochat" else {}
+    told = told | {"step": found.step, **found.meta.get("metrics", {}), "model_config": config}
+    told = {"user_config": shareable(found.meta.get("settings", {}))} | told
+    if "device_batch_size" in found.meta:
+        told["device_batch_size"] = found.meta["device_batch_size"]
+    told["max_seq_len"] = found.config.sequence_len
+    if found.tokenizer:
+        tokenizer_folder.mkdir(exist_ok=True)
+        lengths = torch.from_numpy(found.tokenizer.token_bytes)
+        _whole(tokenizer_folder / "token_bytes.pt", lambda path: torch.save(lengths, path))
+        _whole(there, lambda path: tokens.write_pickle(found.tokenizer, path))
     _whole(meta, lambda path: path.write_text(json.dumps(told, indent=2), encoding="utf-8"))
     _whole(model, write_model)
     return model
 
 
 def _whole(path: Path, write: Callable[[Path], object]):
-    fresh = path.with_name(path.name + ".new")
+    fresh = path.with_name(f".unfinished-{path.name}")
     try:
         write(fresh)
         os.replace(fresh, path)
@@ -91,16 +87,20 @@ def load(path: Path, stage: str, tag: str, step: int) -> Foreign:
     try:
         meta = json.loads(meta_file.read_text(encoding="utf-8"))
         told = meta["model_config"]
+        if not isinstance(told, dict):
+            raise TypeError(f"model_config is {told!r}")
     except FileNotFoundError as problem:
         raise UserError(f"there is no {meta_file}; without it the model's shape is unknown") from problem
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as problem:
         raise UserError(f"{meta_file} does not tell the model's shape: {problem!r}") from problem
+    check_archive(file)
     tensors = read_tensors(file)
     refuse_newer(file, [*tensors, *told])
-    try:
-        config = ModelConfig(**told)
-    except TypeError as problem:
-        raise UserError(f"{meta_file} tells of a model that jaxchat does not know: {problem}") from problem
+    fields = set(ModelConfig.__dataclass_fields__)
+    if told.keys() != fields:
+        odd = ", ".join(sorted(told.keys() ^ fields))
+        raise UserError(f"{meta_file} tells of a model that jaxchat does not know: model_config differs in {odd}")
+    config = ModelConfig(**told)
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     del tensors
 
@@ -109,7 +109,7 @@ def load(path: Path, stage: str, tag: str, step: int) -> Foreign:
         for name in names:
             yield found[name]
 
-    pickled = next((p for p in tokenizer_places(path, folder) if p.is_file()), None)
+    pickled = next((p for p in tokenizer_places(path, folder) if p.exists()), None)
     tokenizer = tokens.read_pickle(pickled) if pickled else None
     return Foreign(file, config, NAMES, shapes, read, tokenizer, step=step, meta=meta)
 
@@ -150,7 +150,25 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(f"{file} is refused: {name!r} is a {type(value).__name__}, not a tensor")
-    return {name.removeprefix(COMPILED): tensor for name, tensor in content.items()}
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise UserError(f"{file} is refused: {name} is not a plain tensor ({value.layout}, {value.device})")
+    tensors = {name.removeprefix(COMPILED): tensor.detach() for name, tensor in content.items()}
+    if len(tensors) < len(content):
+        raise UserError(f"{file} is refused: it has tensors both with and without {COMPILED!r} before their names")
+    return tensors
+
+
+def check_archive(file: Path):
+    """UserError: not a zip archive, as torch.save has written them since 2020, or one whose checksums don't fit."""
+    if not zipfile.is_zipfile(file):
+        raise UserError(f"{file} is refused: it is damaged, or in torch's format before 2020; load and save it anew")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError) as problem:
+        damaged = str(problem)
+    if damaged:
+        raise UserError(f"{file} is damaged: {damaged}")
 
 
 def refuse_newer(file: Path, names: list[str]):

@@ -12,37 +12,35 @@ from jaxchat.config import UserError
 from jaxchat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, byte_characters
 
 # A chat template makes one string of a conversation, in which a special's spelling becomes the special. In what people
-# say it must stay text: the template puts this character, which no text has, after the "<" of "<|", and the
-# normalizer, which sees only what is no special, takes it out again.
-MARK = "\ufdd0"
+# say it must stay text: the template puts MARK after the "<" of "<|", and the normalizer, which sees only what is no
+# special, takes it out again. BREAK ends a part of text, so that no piece reaches into the next; the pre-tokenizer cuts
+# and drops it. Both are noncharacters, which Unicode keeps for a program's own use: text that has them loses them.
+MARK, BREAK = "\ufdd0", "\ufdd1"
 
 CHAT_TEMPLATE = """\
-{%- macro say(text) -%}{{- text | replace('<|', '<MARK|') -}}{%- endmacro -%}
-{%- macro user(content) -%}
-  {%- if content is string -%}{{- say(content) -}}
-  {%- else -%}{%- for part in content -%}{{- say(part['text']) -}}{%- endfor -%}{%- endif -%}
+{%- macro say(text) -%}
+  {%- if text is not string -%}{{- raise_exception('what is said must be text') -}}{%- endif -%}
+  {{- text | replace('<|', '<MARK|') -}}
 {%- endmacro -%}
 {{- '<|bos|>' -}}
-{%- set turns = messages -%}
-{%- set system = namespace(text=none) -%}
-{%- if messages[0]['role'] == 'system' -%}
-  {%- set system.text = messages[0]['content'] -%}
-  {%- set turns = messages[1:] -%}
-{%- endif -%}
+{%- set turns = messages[1:] if messages[0]['role'] == 'system' else messages -%}
+{%- if not turns -%}{{- raise_exception("a user's message must follow the system message") -}}{%- endif -%}
 {%- for message in turns -%}
   {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
     {{- raise_exception('user and assistant must alternate, after at most one system message') -}}
   {%- endif -%}
   {%- if message['role'] == 'user' -%}
     {{- '<|user_start|>' -}}
-    {%- if loop.first and system.text is not none -%}{{- user(system.text) + '\\n\\n' -}}{%- endif -%}
-    {{- user(message['content']) + '<|user_end|>' -}}
+    {%- if loop.first and messages[0]['role'] == 'system' -%}
+      {{- say(messages[0]['content'] + '\\n\\n' + message['content']) -}}
+    {%- else -%}{{- say(message['content']) -}}{%- endif -%}
+    {{- '<|user_end|>' -}}
   {%- else -%}
     {{- '<|assistant_start|>' -}}
     {%- if message['content'] is string -%}{{- say(message['content']) -}}
     {%- else -%}
       {%- for part in message['content'] -%}
-        {%- if part['type'] == 'text' -%}{{- say(part['text']) -}}
+        {%- if part['type'] == 'text' -%}{{- say(part['text']) + 'BREAK' -}}
         {%- elif part['type'] == 'python' -%}{{- '<|python_start|>' + say(part['text']) + '<|python_end|>' -}}
         {%- elif part['type'] == 'python_output' -%}{{- '<|output_start|>' + say(part['text']) + '<|output_end|>' -}}
         {%- else -%}{{- raise_exception('unknown part: ' + part['type']) -}}{%- endif -%}
@@ -52,12 +50,7 @@ CHAT_TEMPLATE = """\
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
-""".replace("MARK", MARK)
-
-PROBES = (
-    "Hello, world! It's 12345 o'clock; we'll see.\r\n\r\n  two  spaces\t<|bos|>",
-    "naïve Ünïcödé 漢字かな 🙂🙃 \u00a0\u2003x\u0000\x7f  don't WE'RE \n\n\n9,99€",
-)  # what tokenizers that cut text differently would not agree on
+""".replace("MARK", MARK).replace("BREAK", BREAK)
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -83,12 +76,17 @@ def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     result = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=True))
     result.normalizer = normalizers.Replace(f"<{MARK}|", "<|")
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated")
-    result.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    result.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(BREAK, "removed"), split, to_bytes])
     result.decoder = decoders.ByteLevel()
     result.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
     return result
+
+
+def end_token(chat: bool) -> str:
+    """What ends an answer, or a document. Also the padding: padding that is another token, <|bos|> say, transformers
+    takes for padding wherever it stands in a prompt, and hides it from the model."""
+    return "<|assistant_end|>" if chat else "<|bos|>"
 
 
 def save_hugging_face(tokenizer: Tokenizer, folder: Path, sequence_len: int, chat: bool):
@@ -97,8 +95,8 @@ def save_hugging_face(tokenizer: Tokenizer, folder: Path, sequence_len: int, cha
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|bos|>",
-        "eos_token": "<|assistant_end|>" if chat else "<|bos|>",
-        "pad_token": "<|assistant_end|>" if chat else "<|bos|>",
+        "eos_token": end_token(chat),
+        "pad_token": end_token(chat),
         "additional_special_tokens": list(SPECIAL_TOKENS),
         "model_max_length": sequence_len,
         "clean_up_tokenization_spaces": False,
@@ -110,24 +108,46 @@ def save_hugging_face(tokenizer: Tokenizer, folder: Path, sequence_len: int, cha
 
 
 def from_hugging_face(path: Path) -> Tokenizer:
-    """Of a tokenizer.json. UserError: it is damaged, or cuts text otherwise than jaxchat's."""
+    """Of a tokenizer.json. UserError: it is damaged, or does anything else than jaxchat's tokenizer would."""
     try:
-        theirs = tokenizers.Tokenizer.from_file(str(path))
+        tokenizers.Tokenizer.from_file(str(path))
         content = json.loads(path.read_text(encoding="utf-8"))
+        model = content["model"]
         specials = {token["content"]: token["id"] for token in content["added_tokens"]}
         byte_of = {character: byte for byte, character in byte_characters().items()}
-        vocab = {text: rank for text, rank in content["model"]["vocab"].items() if text not in specials}
-        ranks = {bytes(byte_of[c] for c in text): rank for text, rank in vocab.items()}
+
+        def piece(text: str) -> bytes:
+            return bytes(byte_of[c] for c in text)
+
+        ranks = {piece(text): rank for text, rank in model["vocab"].items() if text not in specials}
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        made = [piece(a + b) for a, b in pairs]
     except Exception as problem:  # the tokenizers library raises plain Exceptions
-        raise UserError(f"{path} is no byte-level BPE tokenizer that can be read ({problem})") from problem
+        raise UserError(f"{path} is no byte-level BPE tokenizer that can be read ({problem!r})") from problem
     tokenizer = _tokenizer(path, ranks, specials)
-    theirs.encode_special_tokens = True  # a special's spelling is text
-    ours = to_hugging_face(tokenizer)
-    for probe in PROBES:
-        cuts = [t.pre_tokenizer.pre_tokenize_str(probe) if t.pre_tokenizer else None for t in (theirs, ours)]
-        if cuts[0] != cuts[1] or theirs.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
-            raise UserError(f"{path} cuts text into other pieces than jaxchat's tokenizer; convert without it")
+    ours = json.loads(to_hugging_face(tokenizer).to_str())
+    odd_flags = ("lstrip", "rstrip", "single_word")
+    wrong = {
+        "normalizer": content.get("normalizer") not in (None, ours["normalizer"]),
+        "pre_tokenizer": _steps(content) not in (_steps(ours), _steps(ours)[1:]),  # with our BREAK, or without
+        "dropout": model.get("dropout"),
+        "continuing_subword_prefix": model.get("continuing_subword_prefix"),
+        "end_of_word_suffix": model.get("end_of_word_suffix"),
+        "added_tokens": any(token.get(flag) for token in content["added_tokens"] for flag in odd_flags),
+        # Merges must make every piece, and in the order of their ids, which tiktoken goes by.
+        "merges": {p for p in ranks if len(p) > 1} != set(made)
+        or [ranks[p] for p in made] != sorted(map(ranks.get, made)),
+    }
+    if any(wrong.values()):
+        names = ", ".join(name for name, is_wrong in wrong.items() if is_wrong)
+        raise UserError(f"{path} tokenizes otherwise than jaxchat can ({names}); move it away to convert without it")
     return tokenizer
+
+
+def _steps(content: dict) -> list[dict]:
+    """How text is cut before merging; without what only the offsets depend on."""
+    steps = (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
+    return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
 
 
 def _tokenizer(path: Path, ranks: dict[bytes, int], specials: dict[str, int]) -> Tokenizer:
@@ -170,8 +190,9 @@ def read_pickle(path: Path) -> Tokenizer:
         raise UserError(f"{path} is refused: it holds no tiktoken Encoding of its own")
     ranks, specials = state.get("mergeable_ranks"), state.get("special_tokens")
     well_formed = isinstance(ranks, dict) and isinstance(specials, dict)
-    if not well_formed or not all(isinstance(k, bytes) and isinstance(v, int) for k, v in ranks.items()):
-        raise UserError(f"{path} is refused: its ranks are not bytes and numbers")
+    kinds = ((ranks, bytes), (specials, str))
+    if not well_formed or not all(type(k) is kind and type(v) is int for d, kind in kinds for k, v in d.items()):
+        raise UserError(f"{path} is refused: its ranks or specials are not names and numbers")
     if state.get("pat_str") != SPLIT_PATTERN:
         raise UserError(f"{path} splits text by another pattern than jaxchat's: {str(state.get('pat_str'))[:60]!r}")
     return _tokenizer(path, ranks, specials)

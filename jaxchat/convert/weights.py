@@ -127,7 +127,12 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
 
 
 def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Callable[[str], None]):
-    """Make <folder>/<step> of a foreign model, a checkpoint of a stage with weights only, and <folder>/tokenizer."""
+    """Make <folder>/<step> of a foreign model, a checkpoint of a stage with weights only, and <folder>/tokenizer.
+
+    UserError: the folder is there already, or its disk is too full.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} is there already; choose another --model_tag, or remove it")
     check_space(folder, int(4.1 * num_params(foreign.config)) + 10**7)
     meta = {
         "stage": stage,
@@ -140,9 +145,13 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Cal
     rows = foreign.meta.get("device_batch_size")
     if isinstance(rows, int):
         meta["device_batch_size"] = rows  # mid warns when it is given more
-    if foreign.tokenizer:
-        foreign.tokenizer.save(folder / "tokenizer")
-    save_checkpoint(folder, meta, foreign, progress)
+    try:
+        if foreign.tokenizer:
+            foreign.tokenizer.save(folder / "tokenizer")
+        save_checkpoint(folder, meta, foreign, progress)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # it is ours alone: nothing was there before
+        raise
 
 
 def save_checkpoint(folder: Path, meta: dict, foreign: Foreign, progress: Callable[[str], None]):
@@ -169,6 +178,11 @@ def save_checkpoint(folder: Path, meta: dict, foreign: Foreign, progress: Callab
     items = ocp.args.Composite(params=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta))
     with full_disk_told(folder), ocp.Checkpointer(handler) as writer:
         writer.save(folder.absolute() / str(meta["step"]), args=items)
+
+
+def shareable(settings: dict) -> dict:
+    """Without those that are paths of this machine."""
+    return {k: v for k, v in settings.items() if not (isinstance(v, str) and ("/" in v or "\\" in v))}
 
 
 def dtypes_of(foreign: Foreign) -> dict[str, str]:
