@@ -16,12 +16,12 @@ def chunk_length(batch: int, time: int, compute: Compute) -> int:
 
 
 def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute):
-    """(Σ weight·nll in nats, Σ weight), float32, over a batch {inputs_BT, targets_BT, weights_BT}.
+    """(Σ weight·nll in nats, Σ weight), float32, over a batch {inputs_BT, targets_BT, weights_BT[, segments_BT]}.
 
     The positions are cut into chunks along T (rows stay on their devices); each chunk's logits [B, t, V] are computed,
     reduced and forgotten, and computed again in the backward pass.
     """
-    x_BTD = features(params, batch["inputs_BT"], config, compute)
+    x_BTD = features(params, batch["inputs_BT"], config, compute, segments_BT=batch.get("segments_BT"))
     B, T, _ = x_BTD.shape
     t = chunk_length(B, T, compute)
 

@@ -13,6 +13,7 @@ class JsonLines:
     def __init__(self, path: Path):
         if not path.is_file():
             raise UserError(f"no file {path}; each of its lines is to be a JSON array of messages")
+        self.paths = [path]
         self._lines: list[str] = []
         self.has_documents = False
         try:

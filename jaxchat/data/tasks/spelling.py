@@ -38,6 +38,7 @@ class Generated:
         self._words = [w for w in words if w.isascii() and w.isalpha() and is_test_word(w) == (split == "test")]
         if not self._words:
             raise UserError(f"{path} has no word for {split}: none of ASCII letters alone among its {len(words)}")
+        self.paths = [path]
         self._seed, self._rows, self._make = f"{task} {split}", ROWS[split], make
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ class Table:
     """Rows of one or several parquet files, each turned into a conversation when it is asked for."""
 
     def __init__(self, folder: Path, pattern: str, columns: list[str], convert):
-        paths = sorted(folder.glob(pattern))
+        self.paths = paths = sorted(folder.glob(pattern))
         if not paths:
             raise UserError(f"no {pattern} in {folder}; put the data set's files there, or name --tasks_dir")
         try:
