@@ -96,6 +96,7 @@ def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
                     saved = step
                     reporter.restart_clock()
             if finished:
+                reporter.flush()
                 break
             asked = time.perf_counter()
             batch = next(stage.batches)
