@@ -94,7 +94,7 @@ def test_a_server_that_never_recovers_is_told_in_one_line(fetch, home, monkeypat
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert "shard_00001.parquet: what came has another hash than the hub states (5 tries)" in done.stderr
         assert_whole(home / "base_data", files[REPO], ["shard_00000.parquet", "shard_00002.parquet"])
-        done = fetch(server, "climbmix", check=False)
+        done = fetch(server, "climbmix", f"--to={home / 'other'}", check=False)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "HF_ENDPOINT" in done.stderr
 
 
@@ -149,7 +149,9 @@ def test_all_tasks_and_the_core_bundle(home, monkeypatch, capsys):
     faults = {"eval_bundle.zip": ["garbage", "drop"], "words_alpha.txt": ["503"]}
     with FakeHub(files, faults) as server:
         monkeypatch.setattr(hub, "PAUSE", 0.01)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"  # both are read when it is imported
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         for name in ("identity", "words", "core-bundle"):
             (link,) = download.SETS[name]
             here = hub.Link(f"{server.url}/plain/{link.url.rpartition('/')[2]}", link.path)

@@ -107,7 +107,7 @@ def listed(repo: Repo, folder: Path, shards: int) -> list[File]:
         raise UserError(f"--shards={shards}, but {repo.repo} has {len(found)}")
     return [
         File(
-            url=hf_hub_url(repo.repo, f.path, repo_type="dataset", revision=commit, endpoint=api.endpoint),
+            url=hf_hub_url(repo.repo, f.path, repo_type="dataset", revision=commit),
             path=folder / f.path,
             headers=build_hf_headers(),
             size=f.size,
