@@ -31,7 +31,7 @@ class Generated:
     def __init__(self, folder: Path, split: str, task: str, make):
         path = folder / "words" / "words_alpha.txt"
         if not path.is_file():
-            raise UserError(f"no {path}; put a list with a lower-case word a line there, or name --tasks_dir")
+            raise UserError(f"no {path}; fetch it: python -m launch.download words; or name --tasks_dir")
         if split not in ROWS:
             raise UserError(f"{task} has no split {split!r}; it is train or test")
         words = path.read_bytes().decode("utf-8", "replace").split()
