@@ -67,7 +67,8 @@ def assert_same(got, want, *, later=0):
         np.testing.assert_array_equal(array, want[f"{int(step) + later}.{what}"], strict=True, err_msg=name)
 
 
-SPLITS = {"base": [(2, 0), (4, 0), (1, 1), (1, 2), (2, 2), (4, 1)], "mid": [(2, 0), (4, 0), (1, 2), (2, 1)]}
+ALL = [(processes, workers) for processes in (1, 2, 4) for workers in (0, 1, 2)][1:]
+SPLITS = {"base": ALL, "mid": ALL}
 SPLITS |= {"bestfit": [(2, 1)], "sft": [(2, 0), (4, 0)], "sft_packed": [(2, 0), (4, 0)]}
 
 

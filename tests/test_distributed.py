@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, xla_flags
 
+from jaxchat.checkpoint import steps_in
 from jaxchat.data.world import World, write_world
 from launch import base_train, tok_train
 
@@ -30,7 +32,7 @@ def folder(tmp_path_factory, devices):
     return folder
 
 
-def run(folder, processes):
+def run(folder, processes, *flags):
     """Midtrain on 4 devices, spread over so many processes. -> what each of them saw."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -40,7 +42,7 @@ def run(folder, processes):
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     for index in range(processes):
         outs.append(folder / f"{processes}-{index}.json")
-        args = [*ROWS, f"--train_tasks={folder / 'world/tasks/world_mid.jsonl'}", "--dry_run"]
+        args = [*ROWS, f"--train_tasks={folder / 'world/tasks/world_mid.jsonl'}", *flags]
         command = [sys.executable, ROOT / "tests/distributed_process.py", index, processes, port, outs[-1], *args]
         running.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
     for process in running:
@@ -51,8 +53,8 @@ def run(folder, processes):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_agree(folder, processes):
-    (alone,) = run(folder, 1)
-    together = run(folder, processes)
+    (alone,) = run(folder, 1, "--dry_run")
+    together = run(folder, processes, "--dry_run")
     assert {seen["devices"] for seen in [alone, *together]} == {4}
     want = alone["steps"]
     assert len(want) > 20 and 0 < want[-1]["progress"] < 1 and want[-1]["lr_multiplier"] < 0.5
@@ -68,3 +70,19 @@ def test_processes_agree(folder, processes):
         assert {name: value for state in seen["states"] for name, value in state.items()} == merged
     streams = [set(state) for state in together[0]["states"]]
     assert not set.intersection(*streams) and len(set.union(*streams)) == len(merged)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_with_one(folder):
+    """The checkpoint that two processes saved holds all streams; and that which one saved serves two."""
+    run_folder = folder / "mid_checkpoints/run"
+    whole = run(folder, 2, "--save_every=7", "--overwrite")[0]["steps"]
+    for processes in (1, 2):
+        *_, before, last = steps_in(run_folder)
+        assert 0 < before < last == whole[-1]["step"]
+        shutil.rmtree(run_folder / str(last))
+        resumed = run(folder, processes, "--save_every=7", "--resume")[0]["steps"]
+        assert [row["step"] for row in resumed] == list(range(before + 1, last + 1))
+        for name in ("progress", "lr_multiplier", "weight"):
+            assert [row[name] for row in resumed] == [row[name] for row in whole[before:]], name
+        np.testing.assert_allclose([r["loss"] for r in resumed], [r["loss"] for r in whole[before:]], rtol=2e-3)
