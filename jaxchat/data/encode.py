@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 
@@ -14,7 +14,8 @@ from jaxchat.tokenizer import Tokenizer
 
 # (rows of the source) -> for each the (ids, mask) int32 of one document or conversation; a document may be empty.
 Reader = Callable[[Sequence[int]], list[tuple[np.ndarray, np.ndarray]]]
-CHUNK = 16  # rows that a thread takes at a time: enough work for what handing it over costs
+# A thread takes so much at a time: enough for what handing it over costs, little enough to share out a step evenly.
+CHUNK_CHARS, CHUNK_ROWS = 8192, 16
 
 
 @cache
@@ -24,14 +25,18 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "tokenize")
 
 
-def _in_threads(work: Callable[[list], list], items: Iterator) -> list:
-    """work(chunk of items), chunk after chunk, all results in one list; items are read while others are worked on."""
-    futures, chunk = [], []
+def _in_threads(work: Callable[[list], list], items: Iterable, size: Callable, full: int) -> list:
+    """work(chunk of items), chunk after chunk, all results in one list; items are read while others are worked on.
+
+    A chunk is full when the sizes of its items come to `full`.
+    """
+    futures, chunk, have = [], [], 0
     for item in items:
         chunk.append(item)
-        if len(chunk) == CHUNK:
+        have += size(item)
+        if have >= full:
             futures.append(_threads().submit(work, chunk))
-            chunk = []
+            chunk, have = [], 0
     done = work(chunk)
     return [result for future in futures for result in future.result()] + done
 
@@ -47,7 +52,7 @@ def _text_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[np.ndarra
 
 
 def _read_texts(texts: ParquetText, tokenizer: Tokenizer, rows: Sequence[int]):
-    return _in_threads(partial(_text_tokens, tokenizer), (texts[row] for row in rows))
+    return _in_threads(partial(_text_tokens, tokenizer), (texts[row] for row in rows), len, CHUNK_CHARS)
 
 
 def text_reader(texts: ParquetText, tokenizer: Tokenizer) -> Reader:
@@ -80,7 +85,7 @@ def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[n
 
 
 def _read_rows(tasks, tokenizer: Tokenizer, rows: Sequence[int]):
-    return _in_threads(partial(_row_tokens, tasks, tokenizer), rows)
+    return _in_threads(partial(_row_tokens, tasks, tokenizer), rows, lambda _: 1, CHUNK_ROWS)
 
 
 def conversation_reader(tasks, tokenizer: Tokenizer) -> Reader:

@@ -124,6 +124,8 @@ class _PackedRowsIterator(grain.DatasetIterator):
             if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which the commands here don't use
                 flags.FLAGS.mark_as_parsed()
             rows = rows.mp_prefetch(grain.MultiprocessingOptions(p.workers, per_worker_buffer_size=2))
+        else:  # the next step's documents are tokenized while this one's rows are put together
+            rows = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=1)
         self._parts = iter(rows)
 
     def _stop(self):
