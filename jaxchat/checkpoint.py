@@ -77,12 +77,16 @@ class Checkpoints:
         tokenizer.save(self.folder / "tokenizer")
 
     def save(self, step: int, *, params: Params, optimizer: Any, batches: grain.DatasetIterator | None, meta: dict):
-        """Start saving; training may go on at once. optimizer and batches None: weights and metadata only."""
+        """Start saving; training may go on at once. optimizer and batches None: weights and metadata only.
+
+        The state of the batches is JSON, a dict: that of all processes together.
+        """
         items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
         if optimizer is not None:
             items["optimizer"] = ocp.args.StandardSave(optimizer)
         if batches is not None:
-            items["data"] = grain.checkpoint.CheckpointSave(batches)
+            states = sharding.gather_json(batches.get_state())
+            items["data"] = ocp.args.JsonSave({name: value for state in states for name, value in state.items()})
         with self._drop_if_full(), full_disk_told(self.folder):
             self._open().save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -91,9 +95,10 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(params),
             optimizer=ocp.args.StandardRestore(optimizer),
-            data=grain.checkpoint.CheckpointRestore(batches),
+            data=ocp.args.JsonRestore(),
         )
         restored = self._open().restore(step, args=items)
+        batches.set_state(restored["data"])
         return restored["params"], restored["optimizer"]
 
     def meta(self, step: int) -> dict:

@@ -131,6 +131,8 @@ class TrainConfig:
     """Start anew where checkpoints of this stage and tag exist, which are deleted."""
     tensorboard: bool = False
     """Also write TensorBoard event files beside the checkpoints."""
+    data_workers: int = 0
+    """Processes of each host that tokenize; 0: threads of the trainer. The batches are the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +175,9 @@ class BaseConfig(TrainConfig):
     """Name of the checkpoint folder; empty: d<depth>."""
     data_dir: str = ""
     """Folder of the parquet shards, column `text`, the last one for validation; empty: <base directory>/base_data."""
+    packing: str = "stream"
+    """Rows cut from a stream of documents, or bos_bestfit: each row begins with a document, few documents are cut, what
+    is cut off is dropped, and documents don't see each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +217,7 @@ class MidConfig(TrainConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(TrainConfig):
-    """Finetune for chat: one conversation a row, and only what the assistant says is learnt."""
+    """Finetune for chat: only what the assistant says is learnt."""
 
     source: str = "mid"
     """Start from a mid or a base checkpoint."""
@@ -227,9 +232,12 @@ class SFTConfig(TrainConfig):
     max_seq_len: int = -1
     """Longer conversations are cut to so many tokens; -1: the model's own length."""
     device_batch_size: int = 4
-    """Conversations a device computes at a time."""
+    """Rows a device computes at a time: conversations, unless they are packed."""
     target_examples_per_step: int = 32
     """Conversations in an optimizer step, over all devices."""
+    packing: str = "padded"
+    """One conversation a row, or bestfit: several in a row of full length, which don't see each other. A step has the
+    same conversations either way."""
     init_lr_frac: float = 0.02
     """The learning rates are multiplied by it."""
     eval_every: int = 100

@@ -1,8 +1,12 @@
 """The device mesh, and how weights, optimizer state and batches lie on it."""
 
+import json
+from functools import partial
+
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,7 +28,8 @@ def keep_compiled():
 
 def make_mesh(devices=None) -> Mesh:
     """All devices (or the given ones) along `data`: every device holds all weights and computes its own rows."""
-    devices = jax.devices() if devices is None else devices
+    if devices is None:  # those of one process side by side: it feeds neighbouring rows
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices).reshape(len(devices), 1, 1), AXES)
 
 
@@ -64,3 +69,39 @@ def place_rows(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
     """A global array from this process's rows, spread over the mesh along `axis`."""
     spec = P(*[None] * axis, ROWS)
     return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+
+
+def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """(first, end): those of the `rows` rows of a micro-batch that lie on this process's devices; it feeds them."""
+    slices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((rows,)).values()
+    first, end = min(s.indices(rows)[0] for (s,) in slices), max(s.indices(rows)[1] for (s,) in slices)
+    if sum(e - f for f, e in {s.indices(rows)[:2] for (s,) in slices}) != end - first:
+        raise ValueError(f"the rows of process {jax.process_index()} are not neighbours on {mesh}")
+    return first, end
+
+
+def place_same(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
+    """A global array spread over the mesh along `axis`, where every process has the whole of it."""
+    sharding = NamedSharding(mesh, P(*[None] * axis, ROWS))
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+
+def agree(totals: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The sums of int32 arrays [A, B] over the rows of all processes. Nobody waits: the results are under way."""
+    return _sums({name: place_rows(array, mesh, axis=1) for name, array in totals.items()}, mesh)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _sums(totals: dict, mesh: Mesh):
+    sums = {name: array.sum() for name, array in totals.items()}
+    return jax.lax.with_sharding_constraint(sums, NamedSharding(mesh, P()))
+
+
+def gather_json(value: dict) -> list[dict]:
+    """The small value of each process, on every process. All must call it; the processes wait for one another."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
+    return [json.loads(bytes(text[:length])) for text, length in zip(texts, lengths, strict=True)]

@@ -30,7 +30,12 @@ SPECIAL_TOKENS = (
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-PART_TYPES = ("text", "python", "python_output")
+PART_MARKS = {
+    "text": ("", ""),
+    "python": ("<|python_start|>", "<|python_end|>"),
+    "python_output": ("<|output_start|>", "<|output_end|>"),
+}
+PART_TYPES = tuple(PART_MARKS)
 
 
 def without_surrogates(text: str) -> str:
@@ -132,10 +137,14 @@ class Tokenizer:
         """Ids of ordinary text: a special's spelling in it stays text."""
         return self._encoding.encode_ordinary(without_surrogates(text))
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of many texts, in threads."""
-        threads = min(8, os.cpu_count() or 1)
-        return self._encoding.encode_ordinary_batch([without_surrogates(t) for t in texts], num_threads=threads)
+    def encode_array(self, text: str, *, specials: bool = False) -> np.ndarray:
+        """`encode` as int32 [tokens], without a Python object a token. specials: their spellings do become them."""
+        allowed = self._specials.keys() if specials else frozenset()
+        try:
+            ids = self._encoding.encode_to_numpy(text, allowed_special=set(allowed), disallowed_special=())
+        except UnicodeEncodeError:
+            return self.encode_array(without_surrogates(text), specials=specials)
+        return ids.view(np.int32)
 
     def decode(self, ids) -> str:
         return self.decode_bytes(ids).decode("utf-8", "replace")
@@ -168,6 +177,43 @@ class Tokenizer:
                     add([self.special("<|output_start|>"), *text, self.special("<|output_end|>")], 0)
             add([self.special("<|assistant_end|>")], 1)
         return ids, mask
+
+    def conversation_text(self, conversation: dict) -> str | None:
+        """The conversation with its specials spelled out, for `split_marked`; None: its own text may spell some."""
+        parts, contents = ["<|bos|>"], []
+        for message in _user_first(conversation):
+            content = message["content"]
+            if message["role"] == "user":
+                parts += ["<|user_start|>", content, "<|user_end|>"]
+                contents.append(content)
+                continue
+            parts.append("<|assistant_start|>")
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                opening, closing = PART_MARKS[part["type"]]
+                parts += [opening, part["text"], closing]
+                contents.append(part["text"])
+                contents.append(part["text"])
+            parts.append("<|assistant_end|>")
+        return None if any("<|" in content for content in contents) else "".join(parts)
+
+    def split_marked(self, text: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, mask) int32 of each of the conversations that stand one after the other in `text`, all in one go.
+
+        They are what render_conversation gives of each (a test sees to it), at a small part of its time.
+        """
+        ids = self.encode_array(text, specials=True)
+        learn = np.zeros(len(ids) + 1, np.int32)  # change of the mask at each token
+        # 1 after <|assistant_start|> up to <|assistant_end|> itself, but 0 from <|output_start|> to <|output_end|>.
+        for name, after, change in (
+            ("<|assistant_start|>", 1, 1),
+            ("<|assistant_end|>", 1, -1),
+            ("<|output_start|>", 0, -1),
+            ("<|output_end|>", 1, 1),
+        ):
+            learn[np.flatnonzero(ids == self.special(name)) + after] += change
+        mask = np.cumsum(learn[:-1], dtype=np.int32)
+        starts = np.flatnonzero(ids == self.bos)[1:]
+        return list(zip(np.split(ids, starts), np.split(mask, starts), strict=True))
 
     def render_for_completion(self, conversation: dict) -> list[int]:
         """Ids up to where the assistant is to speak: without the last message if that is the assistant's."""

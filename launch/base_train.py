@@ -3,6 +3,7 @@
 from jaxchat import sharding
 from jaxchat.config import BaseConfig
 from jaxchat.data import pipelines
+from jaxchat.data.encode import text_reader
 from jaxchat.data.sources import ParquetText, find_shards
 from jaxchat.eval.bpb import bits_per_byte
 from jaxchat.eval.samples import show_samples
@@ -15,10 +16,10 @@ from launch import cli
 
 def val_batches(config: BaseConfig, setting: Setting) -> list[dict]:
     texts = ParquetText(find_shards(config.data_dir, "val"))
-    tokenize = pipelines.text_tokens(texts, lambda i: i, setting.tokenizer)
+    read = text_reader(texts, setting.tokenizer)
     rows = config.device_batch_size * sharding.data_shards(setting.mesh)
     return pipelines.packed_validation(
-        tokenize, len(texts), rows=rows, time=config.max_seq_len, max_tokens=config.eval_tokens
+        read, range(len(texts)), rows=rows, time=config.max_seq_len, max_tokens=config.eval_tokens
     )
 
 

@@ -3,6 +3,8 @@
 from jaxchat import sharding
 from jaxchat.config import SFTConfig, UserError
 from jaxchat.data import pipelines
+from jaxchat.data.encode import conversation_reader
+from jaxchat.data.order import Order
 from jaxchat.data.tasks import load_task
 from jaxchat.eval.bpb import total_loss
 from jaxchat.eval.chat import letter_accuracy
@@ -25,11 +27,11 @@ def choice_tasks(config: SFTConfig) -> list:
 
 def val_batches(config: SFTConfig, setting: Setting) -> list[dict]:
     tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=False)
-    order = pipelines.Shuffled(tasks, [len(tasks)], config.seed).index
-    tokenize = pipelines.conversation_tokens(tasks, order, setting.tokenizer)
+    order = Order([len(tasks)], config.seed)
+    read = conversation_reader(tasks, setting.tokenizer)
     rows, time = config.device_batch_size * sharding.data_shards(setting.mesh), stages.row_length(config, setting.model)
     examples = min(len(tasks), config.eval_steps * config.device_batch_size)
-    return pipelines.padded_validation(tokenize, examples, rows=rows, time=time)
+    return pipelines.padded_validation(read, order, examples, rows=rows, time=time)
 
 
 def run(config: SFTConfig):

@@ -3,6 +3,8 @@
 from jaxchat import sharding
 from jaxchat.config import MidConfig
 from jaxchat.data import pipelines
+from jaxchat.data.encode import conversation_reader
+from jaxchat.data.order import Order
 from jaxchat.eval.bpb import bits_per_byte
 from jaxchat.train import stages
 from jaxchat.train.loop import Evaluation, train
@@ -12,10 +14,12 @@ from launch import cli
 
 def val_batches(config: MidConfig, setting: Setting) -> list[dict]:
     tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=True)
-    order = pipelines.Shuffled(tasks, [len(tasks)], config.seed).index
-    tokenize = pipelines.conversation_tokens(tasks, order, setting.tokenizer)
+    order = Order([len(tasks)], config.seed)
+    read = conversation_reader(tasks, setting.tokenizer)
     rows, time = config.device_batch_size * sharding.data_shards(setting.mesh), stages.row_length(config, setting.model)
-    return pipelines.packed_validation(tokenize, len(tasks), rows=rows, time=time, max_tokens=config.eval_tokens)
+    return pipelines.packed_validation(
+        read, map(order.index, range(len(tasks))), rows=rows, time=time, max_tokens=config.eval_tokens
+    )
 
 
 def run(config: MidConfig):

@@ -61,3 +61,31 @@ def test_bfloat16_stays_near():
     got = block_causal_attention(q, k, v)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), plain_attention(q, k, v), atol=3 * 0.004 * 4)
+
+
+@pytest.mark.parametrize("implementation", ["blocks", "xla"])
+@pytest.mark.parametrize("time, kv_heads", [(7, 4), (QUERY_BLOCK + 9, 2), (2 * QUERY_BLOCK + 7, 1)])
+def test_segments_do_not_see_each_other(implementation, time, kv_heads):
+    """Each segment by itself, in float64. Borders lie within blocks and on them; the last segment is padding."""
+    q, k, v = inputs(time, kv_heads)
+    borders = [[0, 2, 3, time], [0, min(QUERY_BLOCK, 5), time - 1, time]]
+    segments_BT = np.zeros((2, time), np.int32)
+    want = np.zeros(q.shape)
+    for b, row in enumerate(borders):
+        for number, (start, end) in enumerate(zip(row, row[1:], strict=False), 1):
+            segments_BT[b, start:end] = number % (len(row) - 1)
+            part = (slice(b, b + 1), slice(start, end))
+            want[part] = plain_attention(q[part], k[part], v[part])
+    got = causal_attention(q, k, v, implementation, segments_BT)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.abs(np.asarray(causal_attention(q, k, v, implementation)) - want).max() > 0.01
+
+
+def test_gradients_with_segments_are_those_of_the_library():
+    arrays, segments_BT = inputs(QUERY_BLOCK + 9, 2), np.arange(2 * (QUERY_BLOCK + 9)).reshape(2, -1) // 50
+
+    def squares(implementation):
+        return jax.jit(jax.grad(lambda a: jnp.sum(causal_attention(*a, implementation, segments_BT) ** 2)))(arrays)
+
+    for got, want in zip(squares("blocks"), squares("xla"), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.abs(want).max()))

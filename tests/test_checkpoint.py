@@ -11,7 +11,8 @@ import pytest
 from jaxchat import checkpoint, sharding
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import ModelConfig, UserError
-from jaxchat.data.packing import PackedRows
+from jaxchat.data.order import Deal, Order
+from jaxchat.data.streams import PackedRows
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import abstract_state, init_state
 
@@ -20,7 +21,8 @@ MODEL = ModelConfig(sequence_len=8, vocab_size=16, n_layer=1, n_head=2, n_kv_hea
 
 def batches() -> grain.DatasetIterator:
     documents = [np.arange(n, dtype=np.int32) for n in (3, 9, 4, 7)]
-    return iter(PackedRows(lambda i: [(documents[k % 4], np.ones(3)) for k in i], rows=2, micro_batches=1, time=4))
+    deal = Deal(Order([4], 0), rows=2)
+    return iter(PackedRows(lambda rows: [(documents[i], None) for i in rows], deal, micro_batches=1, time=4))
 
 
 def test_everything_comes_back_on_another_mesh(tmp_path, devices):

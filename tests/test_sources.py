@@ -6,7 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.config import UserError
-from jaxchat.data.sources import ParquetText, find_shards
+from jaxchat.data import sources
+from jaxchat.data.order import Deal, Order
+from jaxchat.data.sources import ParquetText, file_fingerprint, find_shards
+from jaxchat.data.streams import PackedRows
 
 
 def write(path, texts, **options):
@@ -30,10 +33,57 @@ def test_null_reads_as_empty(tmp_path):
     assert ParquetText([write(tmp_path / "a.parquet", ["x", None, ""])])[1] == ""
 
 
-def test_fingerprint_tells_data_apart(tmp_path):
-    a = ParquetText([write(tmp_path / "a.parquet", ["x", "y"])]).fingerprint
-    assert ParquetText([tmp_path / "a.parquet"]).fingerprint == a
-    assert ParquetText([write(tmp_path / "a.parquet", ["x", "y", "z"])]).fingerprint != a
+def test_fingerprint_tells_which_shard_was_replaced(tmp_path, monkeypatch):
+    """Even by one of the same name, rows and size, with one letter changed."""
+    a, b = (
+        write(tmp_path / f"{n}.parquet", ["x", "y" * 9000], compression="none", write_statistics=False) for n in "ab"
+    )
+    before = ParquetText([a, b]).fingerprint
+    assert ParquetText([a, b]).fingerprint == before and before.keys() == {"a.parquet", "b.parquet"}
+    size = b.stat().st_size
+    write(b, ["x", "y" * 8999 + "z"], compression="none", write_statistics=False)
+    after = ParquetText([a, b]).fingerprint
+    assert b.stat().st_size == size
+    assert after["a.parquet"] == before["a.parquet"] and after["b.parquet"] != before["b.parquet"]
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", 100)  # now it is larger than what is read of it: its end is
+    sampled = file_fingerprint(b)
+    assert sampled != after["b.parquet"] and sampled == file_fingerprint(b)
+    b.write_bytes(b.read_bytes()[:-1] + b"x")
+    assert file_fingerprint(b) != sampled
+
+
+def test_row_groups_are_read_once_whatever_the_pace(tmp_path):
+    """256 rows of documents of very different lengths, 40 steps: each row group once, and once more at a border."""
+    random = np.random.default_rng(0)
+    for n in range(4):
+        texts = ["a " * int(length) for length in random.lognormal(3, 1.5, 5000).clip(1, 5000)]
+        write(tmp_path / f"{n}.parquet", texts, row_group_size=100)
+    texts = ParquetText(sorted(tmp_path.glob("*")))
+    deal = Deal(Order(texts.block_sizes, 0), 256)
+    read = lambda rows: [(np.ones(len(texts[i]) // 2, np.int32), None) for i in rows]  # noqa: E731
+    batches = iter(PackedRows(read, deal, micro_batches=1, time=64))
+    for _ in range(40):
+        state = next(batches) and batches.get_state()
+    rows_read = sum(place for place, _, _ in state.values())
+    assert rows_read > 10_000 and texts.groups_read <= rows_read / 100 + 3 * deal.streams
+
+
+def test_bytes_that_are_no_utf8_are_replaced(tmp_path):
+    """Such as a lone surrogate; CRLF and NUL stay."""
+    raw = pa.array([b"a\xed\xa0\x80b", b"c\r\nd\0e"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    found = ParquetText([tmp_path / "a.parquet"])
+    assert found[0] == "a\ufffd\ufffd\ufffdb" and found[1] == "c\r\nd\0e"
+
+
+def test_row_groups_without_rows(tmp_path):
+    schema = pa.schema([("text", pa.string())])
+    with pq.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
+        for texts in ([], ["x", "y"], [], ["z"], []):
+            writer.write_table(pa.table({"text": pa.array(texts, pa.string())}), row_group_size=10)
+    found = ParquetText([tmp_path / "a.parquet"])
+    assert [found[i] for i in range(len(found))] == ["x", "y", "z"] and found.block_sizes == [2, 1]
 
 
 def test_no_shard_and_one_shard(tmp_path):

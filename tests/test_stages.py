@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from jaxchat import checkpoint, sharding
-from jaxchat.config import BaseConfig, Compute, MidConfig, ModelConfig
+from jaxchat.config import BaseConfig, Compute, MidConfig, ModelConfig, UserError
 from jaxchat.data import pipelines
 from jaxchat.data.tasks import load_task
 from jaxchat.data.world import World, write_world
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import stages
 from jaxchat.train.loop import place_batch
+from jaxchat.train.loss import loss_sums
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import init_state
 from jaxchat.train.step import make_train_step
@@ -101,11 +102,10 @@ def real(shared_data):
     return Tokenizer.train(iter(texts), 600), talk
 
 
-def sft_batches(real, num_examples=800):
+def sft_batches(real, num_examples=800, **how):
     tokenizer, talk = real
-    return pipelines.sft_batches(
-        talk, tokenizer, examples=4, micro_batches=2, time=64, seed=0, num_examples=num_examples
-    )
+    how = {"examples": 4, "micro_rows": 2, "time": 64, "seed": 0} | how
+    return pipelines.sft_batches(talk, tokenizer, num_examples=num_examples, **how)
 
 
 def test_short_context_sft_on_real_conversations(real):
@@ -123,7 +123,7 @@ def test_short_context_sft_on_real_conversations(real):
     batches.close()
     assert len(losses) == 200 and np.all(np.isfinite(losses))
     assert int(state.empty_steps) == empty
-    assert batch["counts"]["cut"] > 600 and batch["counts"]["nothing_supervised"] > 50
+    assert batch["totals"]["cut"].sum() > 600 and batch["totals"]["nothing_supervised"].sum() > 50
     assert np.mean(losses[-20:]) < np.mean(losses[:20])
     assert step._cache_size() == 1
 
@@ -144,3 +144,35 @@ def test_no_conversation_is_dropped_or_seen_twice(real):
     batches.close()
     assert got.total() == len(talk) - len(talk) % 4 and (wanted - got).total() == len(talk) % 4
     assert not got - wanted
+
+
+@pytest.mark.parametrize("attention", ["xla", "blocks"])
+def test_packed_conversations_cost_what_they_cost_alone(real, attention):
+    """Loss and gradients of a step packed, with random weights everywhere, are those of one conversation a row."""
+    tokenizer, _ = real
+    model = ModelConfig.from_depth(1, sequence_len=256, vocab_size=tokenizer.vocab_size)
+    shapes = init_state(0, model, make_optimizer(model), sharding.make_mesh(jax.devices()[:1])).params
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: np.float32(0.1) * random.standard_normal(a.shape, np.float32), shapes)
+    sums = jax.jit(jax.value_and_grad(lambda p, b: loss_sums(p, b, model, Compute(attention=attention))[0]))
+
+    def step(packing):
+        batches = sft_batches(real, 16, examples=16, micro_rows=1, time=256, packing=packing)
+        (batch,) = batches
+        batches.close()
+        return {f"{k}_BT": a.reshape(-1, a.shape[-1]) for k, a in batch.items() if k != "totals"}
+
+    padded, packed = step("padded"), step("bestfit")
+    assert packed["inputs_BT"].size < padded["inputs_BT"].size
+    (nll, grads), (packed_nll, packed_grads) = sums(params, padded), sums(params, packed)
+    # Sums in another order, rotary angles at other positions: float32 rounding.
+    np.testing.assert_allclose(packed_nll, nll, rtol=1e-5)
+    for got, want in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-3 * float(np.abs(want).max()))
+    seen, _ = sums(params, {name: a for name, a in packed.items() if name != "segments_BT"})
+    assert abs(float(seen / nll) - 1) > 1e-4, "without segments they see one another"
+
+
+def test_packings_by_name(real):
+    with pytest.raises(UserError, match="--packing=stream; it is padded or bestfit"):
+        sft_batches(real, packing="stream")

@@ -1,191 +1,149 @@
-"""From documents to batches: rows packed without gaps (base, mid), or one conversation a row (SFT).
+"""Ways of packing a stream of documents into rows of T+1 tokens, of which T are inputs and T targets.
 
-A batch is {inputs, targets int32, weights float32}, each [A, B, T]: A micro-batches of B rows. Beside it stand
-`progress` (the share of a single pass that was taken before this batch) and `last` (no batch follows). Both iterators'
-states are a few integers, exact at any point, and fit in JSON.
+A stream asks for documents by their places in it (draw), is given them (give), and makes a step's rows (rows). Its
+state is a few integers, exact between steps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import grain
 import numpy as np
 
-from jaxchat.config import UserError
-
-EMPTY_IN_A_ROW = 10_000  # as many empty documents are a mistake, not noise
-
-# (indices in the global order) -> for each the (ids, mask) of one document; a document may be empty.
-Tokenize = Callable[[Sequence[int]], list[tuple[np.ndarray, np.ndarray]]]
+DRAW = 16  # documents that a stream draws at a time
+BUFFER = 64  # documents among which best-fit packing chooses
 
 
-def as_batch(windows: np.ndarray, weights: np.ndarray, micro_batches: int) -> dict:
-    """{inputs, targets, weights} [A, B, T] from token windows [A·B, T+1] and weights [A·B, T]."""
-    rows, time = weights.shape
-    shape = (micro_batches, rows // micro_batches, time)
-    return {
-        "inputs": windows[:, :-1].reshape(shape),
-        "targets": windows[:, 1:].reshape(shape),
-        "weights": weights.reshape(shape),
-    }
+class Concatenated:
+    """Documents one after the other, cut into windows of T+1 tokens that overlap by one; no token is left out.
 
-
-class PackedRows(grain.IterDataset):
-    """Every row of a step is a token stream of its own, cut into windows of T+1 tokens that overlap by one.
-
-    Of the `rows` rows of an optimizer step, row r takes the documents r, r + rows, r + 2·rows, … of the global order.
-    So a batch depends on `rows` and T only, not on how the rows are split into micro-batches, devices or processes, and
-    a row's position is two integers. With `num_documents` each document is taken once: rows that have run out are
-    padded with weight 0 until all have. Without, it never ends.
+    With `once` it ends after one epoch: the rows that are left over have weight 0.
     """
 
-    def __init__(
-        self, tokenize: Tokenize, *, rows: int, micro_batches: int, time: int, num_documents: int | None = None
-    ):
-        super().__init__()
-        self.tokenize, self.rows, self.micro_batches, self.time = tokenize, rows, micro_batches, time
-        self.num_documents = num_documents
+    def __init__(self, size: int, *, time: int, rows: int, once: bool, state: Sequence[int] | None):
+        self._size, self._time, self._rows, self._once = size, time, rows, once
+        # The first document with unread tokens, how many of them are read, and the empty documents before it.
+        self._first, self._offset, self._empty = state or (0, 0, 0)
+        self._queue: list[np.ndarray] = []
+        self._unread = -self._offset  # tokens
+        self._targets = self._taken = 0  # of the step made last
 
-    def __iter__(self):
-        return _PackedRowsIterator(self)
+    def state(self) -> list[int]:
+        return [self._first, self._offset, self._empty]
 
+    def draw(self) -> range:
+        """The places of the documents to be given next; none when there is enough for the next rows, or no more."""
+        place = self._first + len(self._queue)
+        # One token more than the windows: then what is left tells whether a further one will have a target.
+        if self._unread >= self._rows * self._time + 2:
+            return range(0)
+        return range(place, min(place + DRAW, self._size) if self._once else place + DRAW)
 
-class _PackedRowsIterator(grain.DatasetIterator):
-    def __init__(self, packing: PackedRows):
-        super().__init__()
-        self._p = packing
-        # Of each row: its unread tokens as a list of (document's place in the row, ids), and where to read on.
-        self._set([0] * packing.rows, [0] * packing.rows, 0)
+    def give(self, documents: list[np.ndarray]):
+        self._queue += documents
+        self._unread += sum(map(len, documents))
 
-    def _set(self, first: list[int], offsets: list[int], empty: int):
-        self._queues: list[list[tuple[int, np.ndarray]]] = [[] for _ in first]
-        self._next = list(first)  # the place of the next document to draw
-        self._offsets = list(offsets)  # tokens of the row's first unread document that are read already
-        self._empty = empty
-        self._begun = any(first) or any(offsets)
+    def rows(self) -> dict[str, np.ndarray]:
+        """{tokens [rows, T+1], weights [rows, T]}: the next windows."""
+        wanted, self._taken = self._rows * self._time, self._first
+        stream = np.zeros(wanted + 1, np.int32)
+        have, offset = 0, self._offset
+        for ids in self._queue:
+            part = ids[offset : offset + wanted + 1 - have]
+            stream[have : have + len(part)] = part
+            have, offset = have + len(part), 0
+            if have > wanted:
+                break
+        targets = max(0, have - 1)
+        self._targets = targets
+        self._offset += targets
+        self._unread -= targets
+        while self._queue and self._offset >= len(self._queue[0]):
+            ids = self._queue.pop(0)
+            self._offset -= len(ids)
+            self._first += 1
+            self._empty += len(ids) == 0
+        windows = np.lib.stride_tricks.sliding_window_view(stream, self._time + 1)[:: self._time]
+        weights = (np.arange(wanted) < targets).astype(np.float32).reshape(self._rows, self._time)
+        return {"tokens": windows, "weights": weights}
 
-    def _unread(self, row: int) -> int:
-        return sum(len(ids) for _, ids in self._queues[row]) - self._offsets[row]
-
-    def _has_more(self, row: int) -> bool:
-        n = self._p.num_documents
-        return n is None or row + self._next[row] * self._p.rows < n
-
-    def _fill(self, tokens: int):
-        """Draw documents until every row has `tokens` unread ones or has run out."""
-        fruitless = 0
-        while True:
-            hungry = [r for r in range(self._p.rows) if self._unread(r) < tokens and self._has_more(r)]
-            if not hungry:
-                return
-            documents = self._p.tokenize([r + self._next[r] * self._p.rows for r in hungry])
-            for r, (ids, _) in zip(hungry, documents, strict=True):
-                self._empty += len(ids) == 0
-                self._queues[r].append((self._next[r], ids))
-                self._next[r] += 1
-            fruitless = 0 if any(len(ids) for ids, _ in documents) else fruitless + len(documents)
-            if fruitless > EMPTY_IN_A_ROW:
-                raise UserError(f"{fruitless:,} documents in a row are empty; give data that holds text")
-
-    def __next__(self):
-        p = self._p
-        begun = sum(self._first_unread())
-        # One token more than a window: then what is left tells whether a further window will have a target.
-        self._fill(p.time + 2)
-        if all(self._unread(r) < 2 for r in range(p.rows)):
-            if not self._begun:
-                raise UserError("all documents are empty; give data that holds text")
-            raise StopIteration
-        self._begun = True
-        windows = np.zeros((p.rows, p.time + 1), np.int32)
-        weights = np.zeros((p.rows, p.time), np.float32)
-        for r, queue in enumerate(self._queues):
-            take = min(self._unread(r), p.time + 1)
-            if take < 2:
-                continue
-            stream = np.concatenate([ids for _, ids in queue])[self._offsets[r] :]
-            windows[r, :take] = stream[:take]
-            weights[r, : take - 1] = 1.0
-            self._offsets[r] += take - 1
-            while queue and self._offsets[r] >= len(queue[0][1]):
-                self._offsets[r] -= len(queue.pop(0)[1])
-        batch = as_batch(windows, weights, p.micro_batches)
-        batch["progress"] = 0.0 if p.num_documents is None else begun / p.num_documents
-        batch["last"] = all(self._unread(r) < 2 and not self._has_more(r) for r in range(p.rows))
-        batch["counts"] = {"empty_documents": self._empty}
-        return batch
-
-    def _first_unread(self) -> list[int]:
-        """Of each row the place of the first document that is not read to its end."""
-        return [queue[0][0] if queue else n for queue, n in zip(self._queues, self._next, strict=True)]
-
-    def get_state(self):
-        # Documents that are queued will be drawn, and counted, again.
-        queued_empty = sum(len(ids) == 0 for queue in self._queues for _, ids in queue)
-        return {"documents": self._first_unread(), "offsets": list(self._offsets), "empty": self._empty - queued_empty}
-
-    def set_state(self, state):
-        if len(state["documents"]) != self._p.rows:
-            raise ValueError(f"state of {len(state['documents'])} rows for a batch of {self._p.rows}")
-        self._set(state["documents"], state["offsets"], state["empty"])
+    def totals(self) -> dict[str, int]:
+        """targets: of the step made last; taken: documents read before it; left: whether more targets will come."""
+        told = {"targets": self._targets, "taken": self._taken, "left": int(self._unread >= 2)}
+        return told | {"empty_documents": self._empty}
 
 
-def length_buckets(max_len: int) -> list[int]:
-    """The row lengths that batches of conversations are padded to: 64, 96, 128, 192, 256, 384, … and max_len."""
-    return [n for i in range(30) for n in (64 << i, 96 << i) if n < max_len] + [max_len]
-
-
-class PaddedRows(grain.IterDataset):
-    """One conversation a row: `examples` rows a step, in the global order, padded to the step's longest (a bucket).
-
-    A conversation longer than T+1 tokens is cut and counted. Only what its mask says is supervised. After
-    `num_examples` rows it ends; what the last batch lacks is filled with rows of weight 0.
+class BestFit:
+    """Rows that begin with a document: of BUFFER documents the longest that still fits, again and again; when none
+    does, the shortest is cut to fill the row; the rest of it is dropped, and counted. Documents don't see each other.
     """
 
-    def __init__(self, tokenize: Tokenize, *, examples: int, micro_batches: int, time: int, num_examples: int):
-        super().__init__()
-        self.tokenize, self.examples, self.micro_batches, self.time = tokenize, examples, micro_batches, time
-        self.num_examples = num_examples
+    def __init__(self, size: int, *, time: int, rows: int, once: bool, state: Sequence[int] | None):
+        if once:
+            raise ValueError("best-fit packing is for endless data")
+        self._time, self._rows = time, rows
+        # The place of the next document, the empty ones before it, and the places of those in the buffer.
+        self._next, self._empty, *waiting = state or (0, 0)
+        self._waiting = waiting  # in the buffer, but still to be given again
+        self._buffer: list[tuple[int, np.ndarray]] = []
+        self._queue: list[np.ndarray] = []  # documents from place `_next` on
+        self._begin_step()
 
-    def __iter__(self):
-        return _PaddedRowsIterator(self)
+    def _begin_step(self):
+        self._row, self._filled, self._segment, self._cut_tokens = 0, 0, 0, 0
+        self._tokens = np.zeros((self._rows, self._time + 1), np.int32)
+        self._segments = np.zeros((self._rows, self._time + 1), np.int32)
+
+    def state(self) -> list[int]:
+        return [self._next, self._empty, *self._waiting, *(place for place, _ in self._buffer)]
+
+    def draw(self) -> Sequence[int]:
+        """The places of the documents to be given next; none when the step's rows are filled."""
+        if self._waiting:
+            return self._waiting
+        while self._row < self._rows:
+            while self._queue and len(self._buffer) < BUFFER:
+                ids = self._queue.pop(0)
+                if len(ids):
+                    self._buffer.append((self._next, ids))
+                self._next, self._empty = self._next + 1, self._empty + (len(ids) == 0)
+            if len(self._buffer) < BUFFER:
+                return range(self._next, self._next + max(DRAW, BUFFER - len(self._buffer)))
+            self._place_one()
+        return range(0)
+
+    def give(self, documents: list[np.ndarray]):
+        if self._waiting:
+            self._buffer, self._waiting = list(zip(self._waiting, documents, strict=True)), []
+        else:
+            self._queue += documents
+
+    def _place_one(self):
+        """Put one document of the full buffer into the row that is being filled."""
+        room = self._time + 1 - self._filled
+        lengths = np.array([len(ids) for _, ids in self._buffer])
+        fits = lengths <= room
+        chosen = int(np.where(fits, lengths, 0).argmax() if fits.any() else lengths.argmin())
+        _, ids = self._buffer.pop(chosen)
+        part = ids[:room]
+        self._cut_tokens += len(ids) - len(part)
+        place = (self._row, slice(self._filled, self._filled + len(part)))
+        self._segment += 1
+        self._tokens[place], self._segments[place] = part, self._segment
+        self._filled += len(part)
+        if self._filled > self._time:
+            self._row, self._filled, self._segment = self._row + 1, 0, 0
+
+    def rows(self) -> dict[str, np.ndarray]:
+        """{tokens [rows, T+1], weights [rows, T], segments [rows, T]}: the rows of a step."""
+        weights = np.ones((self._rows, self._time), np.float32)
+        made = {"tokens": self._tokens, "weights": weights, "segments": self._segments[:, :-1]}
+        self._told_cut = self._cut_tokens
+        self._begin_step()
+        return made
+
+    def totals(self) -> dict[str, int]:
+        """As those of Concatenated; cut_tokens are those that the step dropped."""
+        told = {"targets": self._rows * self._time, "taken": self._next, "left": 1}
+        return told | {"empty_documents": self._empty, "cut_tokens": self._told_cut}
 
 
-class _PaddedRowsIterator(grain.DatasetIterator):
-    def __init__(self, padding: PaddedRows):
-        super().__init__()
-        self._p = padding
-        self._state = {"next": 0, "cut": 0, "nothing_supervised": 0}
-
-    def __next__(self):
-        p, s = self._p, self._state
-        first = s["next"]
-        if first >= p.num_examples:
-            raise StopIteration
-        rows = p.tokenize(range(first, min(first + p.examples, p.num_examples)))
-        longest = min(p.time, max(len(ids) - 1 for ids, _ in rows))
-        time = next(n for n in length_buckets(p.time) if n >= longest)
-        windows = np.zeros((p.examples, time + 1), np.int32)
-        weights = np.zeros((p.examples, time), np.float32)
-        cut = nothing = 0
-        for r, (ids, mask) in enumerate(rows):
-            cut += len(ids) > time + 1
-            ids, mask = ids[: time + 1], mask[: time + 1]
-            windows[r, : len(ids)] = ids
-            weights[r, : max(0, len(ids) - 1)] = mask[1:]
-            nothing += not mask[1:].any()
-        self._state = {
-            "next": first + p.examples,
-            "cut": s["cut"] + cut,
-            "nothing_supervised": s["nothing_supervised"] + nothing,
-        }
-        batch = as_batch(windows, weights, p.micro_batches)
-        batch["progress"] = first / p.num_examples
-        batch["last"] = self._state["next"] >= p.num_examples
-        batch["counts"] = {"cut": self._state["cut"], "nothing_supervised": self._state["nothing_supervised"]}
-        return batch
-
-    def get_state(self):
-        return dict(self._state)
-
-    def set_state(self, state):
-        self._state = dict(state)
+PACKINGS = {"stream": Concatenated, "bos_bestfit": BestFit}

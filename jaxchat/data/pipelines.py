@@ -1,13 +1,18 @@
 """The three pipelines that training reads, and the fixed batches that validation reads."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import grain
 import numpy as np
 
 from jaxchat.config import UserError
-from jaxchat.data.packing import PackedRows, PaddedRows, Tokenize, as_batch
-from jaxchat.data.sources import ParquetText, Shuffled
+from jaxchat.data.conversations import ConversationRows
+from jaxchat.data.encode import Reader, conversation_reader, text_reader
+from jaxchat.data.order import Deal, Order
+from jaxchat.data.packing import PACKINGS
+from jaxchat.data.sources import ParquetText
+from jaxchat.data.streams import PackedRows
 from jaxchat.data.tasks import load_mixture
 from jaxchat.tokenizer import Tokenizer
 
@@ -25,57 +30,48 @@ def micro_batches(total: int, per_micro_batch: int, flag: str, unit: str) -> int
     return total // per_micro_batch
 
 
-def text_tokens(texts: ParquetText, order, tokenizer: Tokenizer) -> Tokenize:
-    """Documents as token ids led by bos, everything supervised; an empty text gives no token at all."""
-
-    def tokenize(indices: Sequence[int]):
-        encoded = tokenizer.encode_batch([texts[order(i)] for i in indices])
-        documents = [np.array([tokenizer.bos, *ids] if ids else [], np.int32) for ids in encoded]
-        return [(ids, np.ones(len(ids), np.int32)) for ids in documents]
-
-    return tokenize
-
-
-def conversation_tokens(tasks, order, tokenizer: Tokenizer) -> Tokenize:
-    """Rendered conversations with their masks; a plain document is led by bos and wholly supervised."""
-
-    def one(index: int):
-        row = tasks[index]
-        if "text" in row:
-            ids = [tokenizer.bos, *tokenizer.encode(row["text"])] if row["text"] else []
-            return np.array(ids, np.int32), np.ones(len(ids), np.int32)
-        try:
-            ids, mask = tokenizer.render_conversation(row)
-        except UserError as problem:
-            raise UserError(f"{tasks.name_of(index)}: {problem}; mend or leave out this row") from problem
-        return np.array(ids, np.int32), np.array(mask, np.int32)
-
-    return lambda indices: [one(order(i)) for i in indices]
-
-
 def prefetched(dataset: grain.IterDataset) -> grain.DatasetIterator:
     return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCH))
 
 
-def base_batches(texts: ParquetText, tokenizer: Tokenizer, *, rows, micro_batches, time, seed):
-    """Packed documents in an endless seeded order, newly shuffled each epoch."""
-    order = Shuffled(texts, texts.block_sizes, seed).index
-    tokenize = text_tokens(texts, order, tokenizer)
-    return prefetched(PackedRows(tokenize, rows=rows, micro_batches=micro_batches, time=time))
+def base_batches(
+    texts: ParquetText,
+    tokenizer: Tokenizer,
+    *,
+    rows,
+    micro_batches,
+    time,
+    seed,
+    packing="stream",
+    share=None,
+    workers=0,
+):
+    """Packed documents in an endless seeded order, newly shuffled each epoch. share, workers: see PackedRows."""
+    if packing not in PACKINGS:
+        raise UserError(f"--packing={packing}; it is {' or '.join(PACKINGS)}")
+    deal = Deal(Order(texts.block_sizes, seed), rows)
+    how = {"micro_batches": micro_batches, "time": time, "packing": packing, "share": share, "workers": workers}
+    return prefetched(PackedRows(text_reader(texts, tokenizer), deal, **how))
 
 
-def mid_batches(tasks, tokenizer: Tokenizer, *, rows, micro_batches, time, seed, endless: bool):
+def mid_batches(tasks, tokenizer: Tokenizer, *, rows, micro_batches, time, seed, endless: bool, share=None, workers=0):
     """Packed conversations, shuffled over all tasks: one pass, or endless."""
-    tokenize = conversation_tokens(tasks, Shuffled(tasks, [len(tasks)], seed).index, tokenizer)
-    once = None if endless else len(tasks)
-    return prefetched(PackedRows(tokenize, rows=rows, micro_batches=micro_batches, time=time, num_documents=once))
+    deal = Deal(Order([len(tasks)], seed), rows)
+    how = {"micro_batches": micro_batches, "time": time, "once": not endless, "share": share, "workers": workers}
+    return prefetched(PackedRows(conversation_reader(tasks, tokenizer), deal, **how))
 
 
-def sft_batches(tasks, tokenizer: Tokenizer, *, examples, micro_batches, time, seed, num_examples: int):
-    """One conversation a row, shuffled over all tasks, `num_examples` of them."""
-    tokenize = conversation_tokens(tasks, Shuffled(tasks, [len(tasks)], seed).index, tokenizer)
-    rows = PaddedRows(tokenize, examples=examples, micro_batches=micro_batches, time=time, num_examples=num_examples)
-    return prefetched(rows)
+def sft_batches(
+    tasks, tokenizer: Tokenizer, *, examples, micro_rows, time, seed, num_examples: int, packing="padded", share=None
+):
+    """Conversations shuffled over all tasks, `num_examples` of them; a row each, or packed. See ConversationRows."""
+    if packing not in ("padded", "bestfit"):
+        raise UserError(f"--packing={packing}; it is padded or bestfit")
+    how = {"examples": examples, "micro_rows": micro_rows, "time": time, "num_examples": num_examples}
+    order = Order([len(tasks)], seed)
+    return prefetched(
+        ConversationRows(conversation_reader(tasks, tokenizer), order, **how, packed=packing == "bestfit", share=share)
+    )
 
 
 def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
@@ -88,16 +84,17 @@ def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
     return tasks
 
 
-def packed_validation(tokenize: Tokenize, num_documents: int, *, rows: int, time: int, max_tokens: int) -> list[dict]:
-    """One stream of documents in their own order, cut into windows, `rows` of them a batch, to max_tokens targets.
+def packed_validation(read: Reader, documents: Iterable[int], *, rows: int, time: int, max_tokens: int) -> list[dict]:
+    """Documents (rows of the source, in order) as one stream, cut into windows, `rows` a batch, to max_tokens targets.
 
     What is supervised does not depend on `rows`: the last batch is filled with weight 0. Each batch is {inputs,
-    targets, weights} [rows, time].
+    targets, weights} [rows, time], of all processes.
     """
 
     def stream() -> Iterator[np.ndarray]:
-        for first in range(0, num_documents, 64):
-            yield from (ids for ids, _ in tokenize(range(first, min(first + 64, num_documents))))
+        some = iter(documents)
+        while numbers := list(islice(some, 64)):
+            yield from (ids for ids, _ in read(numbers))
 
     wanted, parts, have = max_tokens + 1, [], 0
     for ids in stream():
@@ -113,16 +110,13 @@ def packed_validation(tokenize: Tokenize, num_documents: int, *, rows: int, time
     num_rows += -num_rows % rows
     padded = np.zeros(num_rows * time + 1, np.int32)
     padded[: len(tokens)] = tokens
-    windows = np.stack([padded[i * time : (i + 1) * time + 1] for i in range(num_rows)])
-    weights = (np.arange(num_rows * time) < num_targets).astype(np.float32).reshape(num_rows, time)
-    return [_flat(as_batch(windows[i : i + rows], weights[i : i + rows], 1)) for i in range(0, num_rows, rows)]
+    inputs, targets = (padded[i : i + num_rows * time].reshape(-1, rows, time) for i in (0, 1))
+    weights = (np.arange(num_rows * time) < num_targets).astype(np.float32).reshape(-1, rows, time)
+    batches = zip(inputs, targets, weights, strict=True)
+    return [dict(zip(("inputs", "targets", "weights"), batch, strict=True)) for batch in batches]
 
 
-def padded_validation(tokenize: Tokenize, num_examples: int, *, rows: int, time: int) -> list[dict]:
-    """The first `num_examples` conversations, one a row, `rows` a batch, each batch padded to a bucket."""
-    batches = PaddedRows(tokenize, examples=rows, micro_batches=1, time=time, num_examples=num_examples)
-    return [_flat(batch) for batch in batches]
-
-
-def _flat(batch: dict) -> dict:
-    return {name: batch[name][0] for name in ("inputs", "targets", "weights")}
+def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: int, time: int) -> list[dict]:
+    """The order's first `num_examples` conversations, one a row, `rows` a batch, each batch padded to a bucket."""
+    batches = ConversationRows(read, order, examples=rows, micro_rows=rows, time=time, num_examples=num_examples)
+    return [{name: batch[name][0] for name in ("inputs", "targets", "weights")} for batch in batches]

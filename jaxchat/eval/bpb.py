@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
-from jaxchat.sharding import ROWS, place_rows
+from jaxchat.sharding import ROWS, place_same
 from jaxchat.train.loss import loss_sums
 
 
@@ -21,10 +21,10 @@ def _sums(params, batch, config: ModelConfig, compute: Compute, mesh: Mesh):
 
 
 def total_loss(params, batches: list[dict], config: ModelConfig, compute: Compute, mesh: Mesh) -> tuple[float, float]:
-    """(Σ weight·nll in nats, Σ weight) over batches of {inputs, targets, weights} [B, T]; summed up in float64."""
+    """(Σ weight·nll in nats, Σ weight) over batches {inputs, targets, weights} [B, T], which every process has."""
     sums = []
     for batch in batches:
-        placed = {f"{name}_BT": place_rows(array, mesh, axis=0) for name, array in batch.items()}
+        placed = {f"{name}_BT": place_same(array, mesh, axis=0) for name, array in batch.items()}
         sums.append(_sums(params, placed, config, compute, mesh))
     nll, weight = np.array(jax.device_get(sums), np.float64).sum(axis=0)
     return float(nll), float(weight)

@@ -4,6 +4,8 @@ Names carry their shapes: B batch, T time, S cache slots, D model width, N query
 H head dimension, F MLP width, V vocabulary.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -63,12 +65,16 @@ def block(x_BTD, w: Blocks, tables, attend):
         return x_BTD + jnp.einsum("btf,fd->btd", h_BTF * h_BTF, w.w_down), extra
 
 
-def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, cache: KVCache | None = None):
+def features(
+    params: Params, tokens_BT, config: ModelConfig, compute: Compute, cache: KVCache | None = None, segments_BT=None
+):
     """What the head reads: normed activations x_BTD in the compute dtype; with a cache, (x_BTD, cache).
 
     tokens_BT is int32. With a cache, token t of row b stands at position cache.lengths_B[b] + t: its key and value
     are written there (dropped beyond the last slot), it attends to everything at or before it, and the returned
     lengths are T longer. A caller that padded its rows sets lengths_B back to the true ones.
+
+    segments_BT, without a cache: tokens of one segment don't see another's. Positions run on: only differences count.
     """
     dtype = jnp.dtype(compute.dtype)
     batch, time = tokens_BT.shape
@@ -83,7 +89,8 @@ def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, c
 
         def layer(x_BTD, w):
             w = jax.tree.map(lambda a: a.astype(dtype), w)
-            return block(x_BTD, w, tables, lambda q, k, v: (causal_attention(q, k, v, compute.attention), None))
+            attend = partial(causal_attention, implementation=compute.attention, segments_BT=segments_BT)
+            return block(x_BTD, w, tables, lambda q, k, v: (attend(q, k, v), None))
 
         if compute.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll)

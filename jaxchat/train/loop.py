@@ -13,9 +13,11 @@ from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import ModelConfig
 from jaxchat.model.flops import flops_per_token, peak_flops
 from jaxchat.model.params import Params
-from jaxchat.sharding import place_rows
+from jaxchat.sharding import agree, place_rows
 from jaxchat.train.metrics import MetricsLog, check_installed
 from jaxchat.train.state import TrainState
+
+UNTOLD = ("taken", "left", "targets")  # totals that only the loop needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Stage:
     start: Callable[[], TrainState]  # the state to begin with; sets `batches` too where a run is resumed
     step_fn: Callable
     batches: grain.DatasetIterator
-    num_steps: int | None  # None: until the batches end
-    lr_multiplier: Callable[[float, float], float]  # of progress and one step's share of it
+    num_steps: int | None  # None: one pass over num_documents
+    num_documents: int
+    lr_multiplier: Callable  # of progress and one step's share of it
     meta: dict  # what a checkpoint tells of itself
     checkpoints: Checkpoints | None  # None: nothing is written
     save_every: int
@@ -59,7 +62,7 @@ class Stage:
 
 def place_batch(batch: dict, mesh: Mesh) -> dict:
     """The arrays of a batch on the mesh, its rows spread over the devices."""
-    return {name: place_rows(batch[name], mesh, axis=1) for name in ("inputs", "targets", "weights")}
+    return {name: place_rows(array, mesh, axis=1) for name, array in batch.items() if name != "totals"}
 
 
 def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
@@ -69,6 +72,7 @@ def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
     state = stage.start()
     log = MetricsLog(folder, stage.meta, resume_step=stage.resume_step, run=stage.run, tensorboard=stage.tensorboard)
     reporter = Reporter(stage, log)
+    lr_multiplier = jax.jit(stage.lr_multiplier)
     step, results, saved = stage.resume_step, {}, stage.resume_step
     finished = step == stage.num_steps
     try:
@@ -92,17 +96,30 @@ def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
                     saved = step
                     reporter.restart_clock()
             if finished:
+                reporter.flush()
                 break
-            batch = next(stage.batches, None)
-            if batch is None:  # resumed where the data had ended
-                finished = True
-                continue
-            progress = step / stage.num_steps if stage.num_steps else batch["progress"]
-            multiplier = stage.lr_multiplier(progress, 1 / stage.num_steps if stage.num_steps else 0.0)
-            state, metrics = stage.step_fn(state, place_batch(batch, stage.mesh), np.float32(multiplier))
+            asked = time.perf_counter()
+            batch = next(stage.batches)
+            waited = time.perf_counter() - asked
+            # Nothing of this waits for the devices: they still compute the step before, and the copies overlap with it.
+            totals = agree(batch["totals"], stage.mesh)
+            if stage.num_steps:
+                progress = step / stage.num_steps
+                multiplier = np.float32(stage.lr_multiplier(progress, 1 / stage.num_steps))
+            else:  # as far as all hosts together are; a number on the devices that no host waits for
+                if step == stage.resume_step and not int(totals["targets"]):  # resumed where the data had ended
+                    finished = True
+                    continue
+                progress = totals["taken"] / stage.num_documents
+                multiplier = lr_multiplier(progress, 0.0)
+            placed = place_batch(batch, stage.mesh)
+            state, metrics = stage.step_fn(state, placed, multiplier)
             step += 1
-            reporter.step(step, progress, multiplier, batch, metrics)
-            finished = batch["last"] or step == stage.num_steps
+            metrics = metrics | totals | {"progress": progress, "lr_multiplier": multiplier}
+            reporter.step(step, placed["inputs"].size, waited, metrics)
+            finished = step == stage.num_steps
+            if not stage.num_steps and not batch["totals"]["left"].any():  # this process's rows have run out: all?
+                finished = not int(totals["left"])
     finally:
         stage.batches.close()
         log.close()
@@ -139,8 +156,9 @@ class Reporter:
     def restart_clock(self):
         self._clock = time.perf_counter()
 
-    def step(self, step: int, progress: float, multiplier: float, batch: dict, metrics: dict):
-        previous, self._pending = self._pending, (step, progress, multiplier, batch, metrics)
+    def step(self, step: int, tokens: int, waited: float, metrics: dict):
+        """tokens: of all processes; waited: seconds until the data was there; metrics: arrays still under way."""
+        previous, self._pending = self._pending, (step, tokens, waited, metrics)
         if previous:
             self._report(*previous)
 
@@ -149,31 +167,32 @@ class Reporter:
             self._report(*self._pending, last=True)
             self._pending = None
 
-    def _report(self, step, progress, multiplier, batch, metrics, last=False):
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    def _report(self, step, tokens, waited, metrics, last=False):
+        values = {name: float(value) for name, value in jax.device_get(metrics).items() if name not in UNTOLD}
+        progress = values["progress"]
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         eta = self._eta(progress)
         if self._reported:
             self._spent += seconds
         self._reported += 1
-        tokens_per_s = batch["inputs"].size / seconds
-        values |= {"lr_multiplier": multiplier, "progress": progress}
-        values |= {"step_seconds": seconds, "tokens_per_s": tokens_per_s}
+        tokens_per_s = tokens / seconds
+        values |= {"step_seconds": seconds, "tokens_per_s": tokens_per_s, "data_wait_seconds": waited}
         if self._peak:
             values["mfu"] = tokens_per_s * flops_per_token(self._stage.model) / self._peak
-        values |= batch["counts"]
         self._log.write(step, values)
         if not last and now - self._shown < 1.0:
             return
         self._shown = now
         of = f"/{self._stage.num_steps}" if self._stage.num_steps else f" ({progress:.0%})"
-        line = f"step {step:>6}{of}  loss {values['loss']:.4f}  lr × {multiplier:.3f}  {1000 * seconds:.0f} ms"
-        line += f"  {tokens_per_s:,.0f} tokens/s"
+        line = f"step {step:>6}{of}  loss {values['loss']:.4f}  lr × {values['lr_multiplier']:.3f}"
+        line += f"  {1000 * seconds:.0f} ms  {tokens_per_s:,.0f} tokens/s"
         if self._peak:
             line += f"  MFU {values['mfu']:.1%}"
         if values["empty_steps"]:
             line += f"  empty steps {values['empty_steps']:.0f}"
+        if waited > 0.01 * seconds:
+            line += f"  waited {1000 * waited:.0f} ms for data"
         if eta is not None:
             line += f"  ETA {duration(eta)}"
         print(line, flush=True)

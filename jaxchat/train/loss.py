@@ -18,8 +18,8 @@ def chunk_length(batch: int, time: int, compute: Compute) -> int:
 
 
 def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute):
-    """(Σ weight·nll in nats, Σ weight), float32, over a batch {inputs_BT, targets_BT, weights_BT}."""
-    x_BTD = features(params, batch["inputs_BT"], config, compute)
+    """(Σ weight·nll in nats, Σ weight), float32, over a batch {inputs_BT, targets_BT, weights_BT[, segments_BT]}."""
+    x_BTD = features(params, batch["inputs_BT"], config, compute, segments_BT=batch.get("segments_BT"))
     t = chunk_length(*batch["inputs_BT"].shape, compute)
     with jax.named_scope("loss"):
         nll = weighted_nll(x_BTD, params.lm_head, batch["targets_BT"], batch["weights_BT"], t)

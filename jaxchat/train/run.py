@@ -24,7 +24,7 @@ from jaxchat.train.step import make_train_step
 FREE_ON_RESUME = (
     *("run", "device_type", "save_every", "resume", "overwrite", "tensorboard", "dry_run", "model_tag", "step"),
     *("eval_every", "eval_tokens", "eval_steps", "eval_metrics_every", "eval_metrics_max_problems", "sample_every"),
-    *("core_metric_every", "val_tasks", "data_dir", "tasks_dir", "device_batch_size"),
+    *("core_metric_every", "val_tasks", "data_dir", "tasks_dir", "device_batch_size", "data_workers"),
 )
 
 
@@ -46,8 +46,8 @@ def start_devices(config: TrainConfig) -> Mesh:
         jax.config.update("jax_platforms", config.device_type)
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype={config.dtype}; it is auto, float32 or bfloat16")
-    for name in ("device_batch_size", "seed", "eval_tokens", "eval_steps"):
-        value, least = getattr(config, name, 1), 0 if name == "seed" else 1
+    for name in ("device_batch_size", "seed", "eval_tokens", "eval_steps", "data_workers"):
+        value, least = getattr(config, name, 1), 0 if name in ("seed", "data_workers") else 1
         if value < least:
             raise UserError(f"--{name}={value}; it must be at least {least}")
     for name in ("warmup_ratio", "warmdown_ratio"):
@@ -154,7 +154,9 @@ def starter(
             return TrainState(params=params, **rest)
         state = fresh()
         began = batches.get_state()
-        next(batches, None)  # data that cannot be read is told now, before anything is deleted or written
+        first = next(batches)  # data that cannot be read is told now, before anything is deleted or written
+        if not int(sharding.agree(first["totals"], setting.mesh).get("targets", 1)):
+            raise UserError("all documents are empty; give data that holds text")
         batches.set_state(began)
         if checkpoints:
             if overwrite:

@@ -8,6 +8,8 @@ from jaxchat import checkpoint, sharding
 from jaxchat.checkpoint import Found
 from jaxchat.config import BaseConfig, MidConfig, ModelConfig, SFTConfig, UserError
 from jaxchat.data import pipelines
+from jaxchat.data.encode import conversation_reader
+from jaxchat.data.order import Order
 from jaxchat.data.sources import ParquetText, find_shards
 from jaxchat.data.tasks import Mixture
 from jaxchat.model.flops import flops_per_token, num_params
@@ -37,7 +39,9 @@ def base(config: BaseConfig) -> tuple[Stage, Setting]:
     num_steps = base_steps(config, model)
     tokens = num_steps * config.total_batch_size
     optimizer = optimizer_for(config, setting, grad_clip=config.grad_clip)
-    batches = pipelines.base_batches(texts, tokenizer, rows=rows, micro_batches=micro, time=time, seed=config.seed)
+    batches = pipelines.base_batches(
+        texts, tokenizer, time=time, seed=config.seed, packing=config.packing, **share_of(config, rows, micro, mesh)
+    )
 
     def plan(resume_step: int) -> list[tuple[str, str]]:
         begun = f", from {resume_step:,}" if resume_step else ""
@@ -61,6 +65,7 @@ def base(config: BaseConfig) -> tuple[Stage, Setting]:
         batches=batches,
         fresh=partial(init_state, config.seed, model, optimizer, mesh),
         num_steps=num_steps,
+        num_documents=len(texts),
         lr_multiplier=partial(
             lr_multiplier,
             warmup_ratio=config.warmup_ratio,
@@ -102,11 +107,10 @@ def mid(config: MidConfig) -> tuple[Stage, Setting]:
     batches = pipelines.mid_batches(
         tasks,
         found.tokenizer,
-        rows=rows,
-        micro_batches=micro,
         time=time,
         seed=config.seed,
         endless=num_steps is not None,
+        **share_of(config, rows, micro, mesh),
     )
 
     def plan(resume_step: int) -> list[tuple[str, str]]:
@@ -137,6 +141,7 @@ def mid(config: MidConfig) -> tuple[Stage, Setting]:
         fresh=lambda: state_from_params(found.load(mesh), found.config, optimizer, mesh),
         dry_run=config.dry_run,
         num_steps=num_steps,
+        num_documents=len(tasks),
         lr_multiplier=partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=0.0),
         keep_state=True,
     )
@@ -165,17 +170,19 @@ def sft(config: SFTConfig) -> tuple[Stage, Setting]:
         tasks,
         found.tokenizer,
         examples=examples,
-        micro_batches=micro,
+        micro_rows=examples // micro,
         time=time,
         seed=config.seed,
         num_examples=num_examples,
+        packing=config.packing,
+        share=sharding.share_of_rows(mesh, examples // micro),
     )
 
     def plan(resume_step: int) -> list[tuple[str, str]]:
         product = f"{config.device_batch_size} rows × {shards} devices × {micro} accumulated"
         return [
             parent_row(found),
-            ("batch", f"{product} = {examples} conversations a step, cut at {time} tokens"),
+            ("batch", f"{product} = {examples} conversations a step, cut at {time} tokens, {config.packing}"),
             ("steps", f"{num_steps:,}: {num_examples:,} conversations"),
             ("learning rates", f"× {config.init_lr_frac:g}"),
             data_row(tasks),
@@ -194,6 +201,7 @@ def sft(config: SFTConfig) -> tuple[Stage, Setting]:
         fresh=lambda: state_from_params(found.load(mesh), found.config, optimizer, mesh),
         dry_run=config.dry_run,
         num_steps=num_steps,
+        num_documents=len(tasks),
         lr_multiplier=partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=1.0, final_lr_frac=0.0),
         keep_state=False,
     )
@@ -209,6 +217,12 @@ def rows_for(config: BaseConfig | MidConfig, time: int, mesh: Mesh) -> tuple[int
     return config.total_batch_size // time, micro
 
 
+def share_of(config: BaseConfig | MidConfig, rows: int, micro: int, mesh: Mesh) -> dict:
+    """What of each step this process makes, and by how many workers."""
+    share = sharding.share_of_rows(mesh, rows // micro)
+    return {"rows": rows, "micro_batches": micro, "share": share, "workers": config.data_workers}
+
+
 def row_length(config: MidConfig | SFTConfig, model: ModelConfig) -> int:
     if config.max_seq_len > model.sequence_len:
         raise UserError(f"--max_seq_len={config.max_seq_len} is longer than the model's {model.sequence_len}; lower it")
@@ -217,8 +231,8 @@ def row_length(config: MidConfig | SFTConfig, model: ModelConfig) -> int:
 
 def one_pass(tasks: Mixture, tokenizer: Tokenizer, tokens_per_step: int, sample: int = 512) -> str:
     """How many steps one pass is, as far as the lengths of `sample` rows tell."""
-    order = pipelines.Shuffled(tasks, [len(tasks)], seed=0).index
-    rows = pipelines.conversation_tokens(tasks, order, tokenizer)(range(min(sample, len(tasks))))
+    order = Order([len(tasks)], seed=0)
+    rows = conversation_reader(tasks, tokenizer)([order.index(i) for i in range(min(sample, len(tasks)))])
     tokens = sum(len(ids) for ids, _ in rows) / len(rows) * len(tasks)
     return f"one pass over the mixture: about {tokens / tokens_per_step:,.0f} of about {tokens:,.0f} tokens in all"
 

@@ -26,7 +26,7 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """One optimizer step over all micro-batches: -> (state, metrics {loss, weight, grad_norm, empty_steps}).
 
-    batch: {inputs, targets int32, weights float32}, each [A, B, T] with A micro-batches. The loss is
+    batch: {inputs, targets int32, weights float32[, segments int32]}, each [A, B, T] with A micro-batches. The loss is
     Σ weight·nll ÷ Σ weight over the whole step, so a token weighs the same in whichever micro-batch or device it is.
     A step with Σ weight = 0 leaves weights and optimizer as they are and reports loss 0.
     """

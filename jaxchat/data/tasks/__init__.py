@@ -1,11 +1,11 @@
 """The tasks that conversations come from, by name: `Name[/split][:rows]`, or a .jsonl file."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from jaxchat.config import UserError, base_dir
+from jaxchat.data.sources import file_fingerprint
 from jaxchat.data.tasks.choice import arc, mmlu
 from jaxchat.data.tasks.custom import custom_json, identity
 from jaxchat.data.tasks.gsm8k import gsm8k
@@ -32,6 +32,7 @@ class Task:
         self._rows = rows
         self._count = len(rows) if count is None else min(count, len(rows))
         self.has_documents = getattr(rows, "has_documents", False)
+        self.fingerprint = "".join(file_fingerprint(path)[:8] for path in rows.paths)
 
     def __len__(self) -> int:
         return self._count
@@ -48,8 +49,10 @@ class Mixture:
     def __init__(self, tasks: list[Task]):
         self.tasks = tasks
         self._ends = np.cumsum([len(task) for task in tasks], dtype=np.int64)
-        described = "\n".join(f"{task.name} {len(task)}" for task in tasks)
-        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()[:16]
+        # What a checkpoint remembers of the data: each task's place, rows and files.
+        self.fingerprint = {
+            f"{i + 1}. {task.name}": f"{len(task)} rows of {task.fingerprint}" for i, task in enumerate(tasks)
+        }
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.tasks else 0

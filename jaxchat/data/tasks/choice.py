@@ -22,7 +22,7 @@ def mmlu(folder: Path, split: str) -> Table:
     def convert(row: dict) -> dict:
         return choice_conversation(row["question"], row["choices"], row["answer"])
 
-    return Table(folder / "mmlu" / "all", f"{split}*.parquet", ["question", "choices", "answer"], convert)
+    return Table("mmlu", folder / "mmlu" / "all", f"{split}*.parquet", ["question", "choices", "answer"], convert)
 
 
 def arc(folder: Path, split: str, name: str) -> Table:
@@ -32,4 +32,4 @@ def arc(folder: Path, split: str, name: str) -> Table:
             raise UserError(f"{name}/{split}: the answer {row['answerKey']!r} is none of {labels}")
         return choice_conversation(row["question"], texts, labels.index(row["answerKey"]))
 
-    return Table(folder / "arc" / name, f"{split}*.parquet", ["question", "choices", "answerKey"], convert)
+    return Table("arc", folder / "arc" / name, f"{split}*.parquet", ["question", "choices", "answerKey"], convert)

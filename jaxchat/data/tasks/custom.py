@@ -13,6 +13,7 @@ class JsonLines:
     def __init__(self, path: Path):
         if not path.is_file():
             raise UserError(f"no file {path}; each of its lines is to be a JSON array of messages")
+        self.paths = [path]
         self._lines: list[str] = []
         self.has_documents = False
         try:
@@ -55,4 +56,9 @@ def custom_json(path: Path) -> JsonLines:
 def identity(folder: Path, split: str) -> JsonLines:
     """Who the assistant is; the file has no splits."""
     del split
-    return JsonLines(folder / "identity" / "identity_conversations.jsonl")
+    path = folder / "identity" / "identity_conversations.jsonl"
+    if not path.is_file():
+        raise UserError(
+            f"no {path}; fetch it: python -m launch.download identity; or write one, a JSON array of messages a line"
+        )
+    return JsonLines(path)

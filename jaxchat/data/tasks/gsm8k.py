@@ -26,4 +26,4 @@ def gsm8k(folder: Path, split: str) -> Table:
         question = {"role": "user", "content": row["question"]}
         return {"messages": [question, {"role": "assistant", "content": answer_parts(row["answer"])}]}
 
-    return Table(folder / "gsm8k" / "main", f"{split}*.parquet", ["question", "answer"], convert)
+    return Table("gsm8k", folder / "gsm8k" / "main", f"{split}*.parquet", ["question", "answer"], convert)

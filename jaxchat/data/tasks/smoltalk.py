@@ -9,4 +9,4 @@ def smoltalk(folder: Path, split: str) -> Table:
     def convert(row: dict) -> dict:
         return {"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"] or []]}
 
-    return Table(folder / "smoltalk" / "data", f"{split}-*.parquet", ["messages"], convert)
+    return Table("smoltalk", folder / "smoltalk" / "data", f"{split}-*.parquet", ["messages"], convert)

@@ -31,13 +31,14 @@ class Generated:
     def __init__(self, folder: Path, split: str, task: str, make):
         path = folder / "words" / "words_alpha.txt"
         if not path.is_file():
-            raise UserError(f"no {path}; put a list with a lower-case word a line there, or name --tasks_dir")
+            raise UserError(f"no {path}; fetch it: python -m launch.download words; or name --tasks_dir")
         if split not in ROWS:
             raise UserError(f"{task} has no split {split!r}; it is train or test")
         words = path.read_bytes().decode("utf-8", "replace").split()
         self._words = [w for w in words if w.isascii() and w.isalpha() and is_test_word(w) == (split == "test")]
         if not self._words:
             raise UserError(f"{path} has no word for {split}: none of ASCII letters alone among its {len(words)}")
+        self.paths = [path]
         self._seed, self._rows, self._make = f"{task} {split}", ROWS[split], make
 
     def __len__(self) -> int:

@@ -9,12 +9,14 @@ from jaxchat.data.sources import open_parquet
 
 
 class Table:
-    """Rows of one or several parquet files, each turned into a conversation when it is asked for."""
+    """Rows of the parquet files of a data set, each made a conversation when asked for. name: as in launch.download."""
 
-    def __init__(self, folder: Path, pattern: str, columns: list[str], convert):
-        paths = sorted(folder.glob(pattern))
+    def __init__(self, name: str, folder: Path, pattern: str, columns: list[str], convert):
+        self.paths = paths = sorted(folder.glob(pattern))
         if not paths:
-            raise UserError(f"no {pattern} in {folder}; put the data set's files there, or name --tasks_dir")
+            raise UserError(
+                f"no {pattern} in {folder}; fetch them: python -m launch.download {name}; or name --tasks_dir"
+            )
         try:
             tables = [open_parquet(path, columns).read(columns=columns) for path in paths]
             self._table = pa.concat_tables(tables).combine_chunks()

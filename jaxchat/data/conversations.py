@@ -1,0 +1,100 @@
+"""Conversations as rows for SFT: one a row, padded, or several a row, packed. Batches are as in streams.py.
+
+Every process renders all conversations of a step, which are few, and keeps its own rows: so all agree on the shape.
+"""
+
+import grain
+import numpy as np
+
+from jaxchat.data.encode import Reader
+from jaxchat.data.order import Order
+from jaxchat.data.streams import as_batch
+
+
+def length_buckets(max_len: int) -> list[int]:
+    """The row lengths that batches of conversations are padded to: 64, 96, 128, 192, 256, 384, … and max_len."""
+    return [n for i in range(30) for n in (64 << i, 96 << i) if n < max_len] + [max_len]
+
+
+def best_fit(lengths: list[int], room: int) -> list[tuple[int, int]]:
+    """(row, first position) of texts of so many tokens, ≤ room, in rows of `room` tokens: the longest first, each where
+    the least room is left, or else in a new row.
+    """
+    filled: list[int] = []
+    places = [(0, 0)] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [row for row, have in enumerate(filled) if have + lengths[i] <= room]
+        if not fitting:
+            filled.append(0)
+            fitting = [len(filled) - 1]
+        row = max(fitting, key=lambda row: filled[row])
+        places[i] = (row, filled[row])
+        filled[row] += lengths[i]
+    return places
+
+
+class ConversationRows(grain.IterDataset):
+    """`examples` conversations a step, in the order's order; `num_examples` in all.
+
+    A conversation longer than T+1 tokens is cut and counted. Only what its mask says is supervised. Padded: a row each,
+    as long as the step's longest needs (a bucket); what the last step lacks is rows of weight 0. Packed: rows of T, as
+    few as best fit gives, rounded up to whole micro-batches; a step holds the same conversations either way.
+    micro_rows: the rows of a micro-batch, of all processes; share (first, end): those of this process.
+    """
+
+    def __init__(
+        self, read: Reader, order: Order, *, examples, micro_rows, time, num_examples, packed=False, share=None
+    ):
+        super().__init__()
+        self.read, self.order, self.examples, self.micro_rows, self.time = read, order, examples, micro_rows, time
+        self.num_examples, self.packed, self.share = num_examples, packed, share or (0, micro_rows)
+
+    def __iter__(self):
+        return _ConversationRowsIterator(self)
+
+
+class _ConversationRowsIterator(grain.DatasetIterator):
+    def __init__(self, rows: ConversationRows):
+        super().__init__()
+        self._p = rows
+        self._state = {"next": 0, "cut": 0, "nothing_supervised": 0}
+
+    def get_state(self):
+        return dict(self._state)
+
+    def set_state(self, state):
+        self._state |= state
+
+    def __next__(self):
+        p, s = self._p, self._state
+        first = s["next"]
+        if first >= p.num_examples:
+            raise StopIteration
+        end = min(first + p.examples, p.num_examples)
+        found = p.read([p.order.index(i) for i in range(first, end)])
+        pairs = [(ids[: p.time + 1], mask[: p.time + 1]) for ids, mask in found]
+        lengths = [len(ids) for ids, _ in pairs]
+        time = p.time if p.packed else next(n for n in length_buckets(p.time) if n >= max(lengths) - 1)
+        places = best_fit(lengths, time + 1) if p.packed else [(row, 0) for row in range(len(pairs))]
+        num_rows = max(row for row, _ in places) + 1 if p.packed else p.examples
+        num_rows += -num_rows % p.micro_rows
+        tokens, masks, segments = np.zeros((3, num_rows, time + 1), np.int32)
+        for number, ((ids, mask), (row, start)) in enumerate(zip(pairs, places, strict=True), 1):
+            where = (row, slice(start, start + len(ids)))
+            tokens[where], masks[where], segments[where] = ids, mask, number
+        # A target counts if its own mask says so; the bos of a conversation that follows another never does.
+        rows = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": masks[:, 1:].astype(np.float32)}
+        if p.packed:  # a conversation alone in its row sees nothing but itself
+            rows["segments"] = segments[:, :-1]
+        s = self._state = {
+            "next": end,
+            "cut": s["cut"] + sum(len(ids) > p.time + 1 for ids, _ in found),
+            "nothing_supervised": s["nothing_supervised"] + sum(not mask[1:].any() for _, mask in pairs),
+        }
+        totals = {name: np.zeros(num_rows, np.int32) for name in ("taken", "left", "cut", "nothing_supervised")}
+        told = {"taken": first, "left": end < p.num_examples} | s
+        for name in totals:
+            totals[name][0] = told[name]
+        micro_batches = num_rows // p.micro_rows
+        mine = slice(p.share[0] * micro_batches, p.share[1] * micro_batches)  # see as_batch
+        return as_batch({k: a[mine] for k, a in rows.items()}, {k: a[mine] for k, a in totals.items()}, micro_batches)

@@ -1,0 +1,93 @@
+"""From rows of a source to tokens, in batches and threads. A reader takes row numbers and gives their tokens."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+
+import numpy as np
+
+from jaxchat.config import UserError
+from jaxchat.data.sources import ParquetText
+from jaxchat.tokenizer import Tokenizer
+
+# (rows of the source) -> for each the (ids, mask) int32 of one document or conversation; a document may be empty.
+Reader = Callable[[Sequence[int]], list[tuple[np.ndarray, np.ndarray]]]
+# A thread takes so much at a time: enough for what handing it over costs, little enough to share out a step evenly.
+CHUNK_CHARS, CHUNK_ROWS = 8192, 16
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """For tokenizing, which lets other threads run meanwhile; a worker process has one, as there are several of it."""
+    count = 1 if multiprocessing.parent_process() else min(8, os.cpu_count() or 1)
+    return ThreadPoolExecutor(count, "tokenize")
+
+
+def _in_threads(work: Callable[[list], list], items: Iterable, size: Callable, full: int) -> list:
+    """work(chunk of items), chunk after chunk, all results in one list; items are read while others are worked on.
+
+    A chunk is full when the sizes of its items come to `full`.
+    """
+    futures, chunk, have = [], [], 0
+    for item in items:
+        chunk.append(item)
+        have += size(item)
+        if have >= full:
+            futures.append(_threads().submit(work, chunk))
+            chunk, have = [], 0
+    done = work(chunk)
+    return [result for future in futures for result in future.result()] + done
+
+
+def _text_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    documents = []
+    for text in texts:
+        ids = tokenizer.encode_array(text)
+        if len(ids):
+            ids = np.concatenate([[np.int32(tokenizer.bos)], ids])
+        documents.append((ids, np.ones(len(ids), np.int32)))
+    return documents
+
+
+def _read_texts(texts: ParquetText, tokenizer: Tokenizer, rows: Sequence[int]):
+    return _in_threads(partial(_text_tokens, tokenizer), (texts[row] for row in rows), len, CHUNK_CHARS)
+
+
+def text_reader(texts: ParquetText, tokenizer: Tokenizer) -> Reader:
+    """Documents led by bos, everything supervised; an empty text gives no token at all."""
+    return partial(_read_texts, texts, tokenizer)
+
+
+def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The conversations of a chunk are tokenized as one text, but for those that spell a special, and for documents."""
+    results: list = [None] * len(numbers)
+    places, marked = [], []
+    for place, number in enumerate(numbers):
+        row = tasks[number]
+        if "text" in row:
+            (results[place],) = _text_tokens(tokenizer, [row["text"]])
+            continue
+        try:
+            text = tokenizer.conversation_text(row)
+            if text is None:
+                results[place] = tuple(np.array(part, np.int32) for part in tokenizer.render_conversation(row))
+                continue
+        except UserError as problem:
+            raise UserError(f"{tasks.name_of(number)}: {problem}; mend or leave out this row") from problem
+        places.append(place)
+        marked.append(text)
+    if marked:
+        for place, result in zip(places, tokenizer.split_marked("".join(marked)), strict=True):
+            results[place] = result
+    return results
+
+
+def _read_rows(tasks, tokenizer: Tokenizer, rows: Sequence[int]):
+    return _in_threads(partial(_row_tokens, tasks, tokenizer), rows, lambda _: 1, CHUNK_ROWS)
+
+
+def conversation_reader(tasks, tokenizer: Tokenizer) -> Reader:
+    """Rendered conversations with their masks; a plain document is led by bos and wholly supervised."""
+    return partial(_read_rows, tasks, tokenizer)

@@ -1,0 +1,166 @@
+"""The batches of base and mid. The rows of an optimizer step come from a fixed number of streams (order.Deal), each of
+which makes some consecutive rows (packing.py). A process makes those streams that its rows come from, by itself or in
+worker processes: so neither the processes nor the workers change a batch.
+
+A batch is {inputs, targets int32, weights float32, and segments int32 where a row holds several texts that must not
+see each other}, each [A, B, T]: A micro-batches of the process's B rows. Beside them stand `totals`, {name: int32
+[A, B]}, whose sums over all rows of all processes are facts of the whole step (sharding.agree).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import grain
+import numpy as np
+from absl import flags
+
+from jaxchat.config import UserError
+from jaxchat.data.encode import Reader
+from jaxchat.data.order import Deal
+from jaxchat.data.packing import PACKINGS
+
+EMPTY_IN_A_ROW = 10_000  # as many empty documents are a mistake, not noise
+
+
+class StreamRows(grain.IterDataset):
+    """Step after step, for some streams, {stream: {"rows": of the stream, "totals", "state": after it}}. Ends never: a
+    stream that has run out goes on with rows of weight 0.
+
+    Worker processes share the streams among them (Grain calls set_slice), and each gives those of its own.
+    """
+
+    def __init__(self, read: Reader, deal: Deal, make, streams: Sequence[int], states: dict):
+        super().__init__()
+        self.read, self.deal, self.make, self.streams, self.states = read, deal, make, streams, states
+
+    def set_slice(self, part: slice, sequential_slice: bool = False):
+        self.streams = self.streams[part]
+
+    def __iter__(self):
+        return _StreamRowsIterator(self)
+
+
+class _StreamRowsIterator(grain.DatasetIterator):
+    def __init__(self, rows: StreamRows):
+        super().__init__()
+        self._p = rows
+        self._streams = {n: rows.make(rows.deal.size(n), state=rows.states.get(str(n))) for n in rows.streams}
+
+    def __next__(self):
+        self._fill()
+        return {n: {"rows": s.rows(), "totals": s.totals(), "state": s.state()} for n, s in self._streams.items()}
+
+    def _fill(self):
+        """Give every stream what it asks for, until none asks for more; of all streams together, for the threads."""
+        fruitless = 0
+        while True:
+            wanted = {n: list(stream.draw()) for n, stream in self._streams.items()}
+            sources = [self._p.deal.index(n, place) for n, places in wanted.items() for place in places]
+            if not sources:
+                return
+            documents = [ids for ids, _ in self._p.read(sources)]
+            fruitless = 0 if any(map(len, documents)) else fruitless + len(documents)
+            if fruitless > EMPTY_IN_A_ROW:
+                raise UserError(f"{fruitless:,} documents in a row are empty; give data that holds text")
+            for n, places in wanted.items():
+                if places:
+                    self._streams[n].give(documents[: len(places)])
+                    documents = documents[len(places) :]
+
+    def get_state(self):  # the states travel with the rows
+        return {}
+
+    def set_state(self, state):
+        raise NotImplementedError("make a new StreamRows from the states")
+
+
+class PackedRows(grain.IterDataset):
+    """The batches at the top of this file, of the process's `share` (first, end) of a micro-batch's rows. Ends never.
+
+    once: one pass over the documents, then rows of weight 0. workers: processes that tokenize; 0: threads of this one.
+    """
+
+    def __init__(
+        self, read: Reader, deal: Deal, *, micro_batches, time, packing="stream", once=False, share=None, workers=0
+    ):
+        super().__init__()
+        self.read, self.deal, self.micro_batches = read, deal, micro_batches
+        first, end = share or (0, deal.streams * deal.rows_each // micro_batches)
+        self.rows = (first * micro_batches, end * micro_batches)  # of the step: see as_batch
+        self.streams = deal.of_rows(*self.rows)
+        self.workers = min(workers, len(self.streams))
+        self.make = partial(PACKINGS[packing], time=time, rows=deal.rows_each, once=once)
+
+    def __iter__(self):
+        return _PackedRowsIterator(self)
+
+
+class _PackedRowsIterator(grain.DatasetIterator):
+    """Its state is {stream: the stream's}, {} at the start; what it is set to may hold those of other processes too."""
+
+    def __init__(self, packing: PackedRows):
+        super().__init__()
+        self._p = packing
+        self._parts = None
+        self._state: dict[str, list[int]] = {}
+
+    def get_state(self):
+        return dict(self._state)
+
+    def set_state(self, state):
+        if state and len(state) != self._p.deal.streams:
+            raise ValueError(f"state of {len(state)} streams for a step of {self._p.deal.streams}")
+        self._stop()
+        self._state = {str(n): state[str(n)] for n in self._p.streams if state}
+
+    def close(self):
+        super().close()
+        self._stop()
+
+    def _start(self):
+        p = self._p
+        rows = StreamRows(p.read, p.deal, p.make, p.streams, self._state)
+        if p.workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which the commands here don't use
+                flags.FLAGS.mark_as_parsed()
+            rows = rows.mp_prefetch(grain.MultiprocessingOptions(p.workers, per_worker_buffer_size=2))
+        else:  # the next step's documents are tokenized while this one's rows are put together
+            rows = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=1)
+        self._parts = iter(rows)
+
+    def _stop(self):
+        if self._parts is not None:
+            self._parts.close()
+        self._parts = None
+
+    def __next__(self):
+        p = self._p
+        if self._parts is None:
+            self._start()
+        streams = {}
+        for _ in range(max(1, p.workers)):  # each worker gives the rows of its streams
+            streams |= next(self._parts)
+        self._state = {str(n): streams[n]["state"] for n in p.streams}
+        made = [streams[n]["rows"] for n in p.streams]
+        rows = {name: np.concatenate([m[name] for m in made]) for name in made[0]}
+        tokens = rows.pop("tokens")
+        rows |= {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+        told = [streams[n]["totals"] for n in p.streams]
+        totals = {name: np.zeros(len(tokens), np.int32) for name in told[0]}
+        for name in totals:  # what is told of a stream stands beside the first of its rows
+            totals[name][:: p.deal.rows_each] = [t[name] for t in told]
+        first = p.streams[0] * p.deal.rows_each  # a stream at either end may be another process's in part
+        mine = slice(p.rows[0] - first, p.rows[1] - first)
+        return as_batch({k: a[mine] for k, a in rows.items()}, {k: a[mine] for k, a in totals.items()}, p.micro_batches)
+
+
+def as_batch(rows: dict[str, np.ndarray], totals: dict[str, np.ndarray], micro_batches: int) -> dict:
+    """A batch, each array [A, B, …], from arrays [A·B, …].
+
+    Row r becomes row r // A of micro-batch r % A: so neighbours in B, which a process holds, are neighbours in r too.
+    """
+
+    def split(a):
+        return np.ascontiguousarray(a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1))
+
+    return {name: split(a) for name, a in rows.items()} | {"totals": {name: split(a) for name, a in totals.items()}}

@@ -1,0 +1,117 @@
+"""Batches are the same, bit for bit, whatever the number of processes and workers; real processes, at 200 steps."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+
+from jaxchat.data.sources import ParquetText
+from jaxchat.tokenizer import Tokenizer
+
+STEPS, SAVE_AT = 200, 77
+MICRO_ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, shared_data):
+    """Real text in four shards of unequal sizes with small row groups, conversations, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "base_data").mkdir()
+    texts = ParquetText([shared_data / "pretrain" / "shard_00002.parquet"])
+    texts = [texts[i][: 200 + 97 * i % 3000] for i in range(600)]
+    for n, (first, end) in enumerate([(0, 13), (13, 300), (300, 310), (310, 600)]):
+        table = pa.table({"text": texts[first:end] + [""] * 3})
+        pq.write_table(table, folder / f"base_data/{n}.parquet", row_group_size=40)
+    rows = pq.read_table(shared_data / "smoltalk/data/test-00000.parquet")["messages"].to_pylist()[:350]
+    lines = [json.dumps(row) for row in rows] + [json.dumps(text[:500]) for text in texts[:100]]
+    (folder / "talk.jsonl").write_text("\n".join(lines))
+    Tokenizer.train(iter(texts), 700).save(folder / "tokenizer")
+    return folder
+
+
+def run(folder, pipeline, processes, workers, *, steps=STEPS, state=None):
+    """-> (the arrays of all processes put together by name, the state after SAVE_AT steps of all of them)."""
+    running, outs = [], []
+    for process in range(processes):
+        share = [process * MICRO_ROWS // processes, (process + 1) * MICRO_ROWS // processes]
+        out = folder / f"{pipeline}-{processes}-{workers}-{process}-{steps}.npz"
+        spec = {"pipeline": pipeline, "folder": str(folder), "share": share, "workers": workers, "steps": steps}
+        spec |= {"state": state, "save_at": SAVE_AT, "out": str(out)}
+        command = [sys.executable, str(ROOT / "tests/data_process.py"), json.dumps(spec)]
+        env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        running.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+        outs.append(out)
+    for process in running:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err[-3000:]
+    parts = [np.load(out) for out in outs]
+    arrays = {}
+    for name in parts[0].files:
+        arrays[name] = np.concatenate([part[name] for part in parts], axis=1)
+        if ".total_" in name:
+            arrays[name] = arrays[name].sum()
+    states = [json.loads(out.with_suffix(".json").read_text()) or {} for out in outs]
+    return arrays, {name: value for state in states for name, value in state.items()}
+
+
+def assert_same(got, want, *, later=0):
+    """The steps of `got` are those of `want`, `later` steps on."""
+    for name, array in got.items():
+        step, _, what = name.partition(".")
+        np.testing.assert_array_equal(array, want[f"{int(step) + later}.{what}"], strict=True, err_msg=name)
+
+
+ALL = [(processes, workers) for processes in (1, 2, 4) for workers in (0, 1, 2)][1:]
+SPLITS = {"base": ALL, "mid": ALL}
+SPLITS |= {"bestfit": [(2, 1)], "sft": [(2, 0), (4, 0)], "sft_packed": [(2, 0), (4, 0)]}
+
+
+def test_two_processes_with_a_worker_each(folder):
+    """A part of the next test, for the fast suite."""
+    want, state = run(folder, "base", 1, 0)
+    got, other = run(folder, "base", 2, 1)
+    assert got.keys() == want.keys() and other == state
+    assert_same(got, want)
+    resumed, _ = run(folder, "base", 4, 0, steps=30, state=state)
+    assert_same(resumed, want, later=SAVE_AT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", SPLITS)
+def test_the_same_on_any_number_of_processes_and_workers(folder, pipeline):
+    want, state = run(folder, pipeline, 1, 0)
+    assert len(json.dumps(state)) < 64 * 1024
+    for processes, workers in SPLITS[pipeline]:
+        got, other = run(folder, pipeline, processes, workers)
+        assert got.keys() == want.keys()
+        assert_same(got, want)
+        assert other == state
+    for processes, workers in ((1, 0), (4, 0), (2, 1)):
+        resumed, _ = run(folder, pipeline, processes, workers, steps=30, state=state)
+        assert_same(resumed, want, later=SAVE_AT)
+    if pipeline == "mid":
+        left = [want[f"{step}.total_left"] for step in range(STEPS)]
+        assert left[0] > 0 and left[-1] == 0, "the steps are to go over the end of the pass"
+        assert want[f"{STEPS - 1}.total_targets"] == 0
+        assert_one_pass(folder, want)
+
+
+def assert_one_pass(folder, arrays):
+    """The targets are the tokens of all rows of the file, each once, but for the first of each of the 12 streams."""
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    tokens = []
+    for row in map(json.loads, (folder / "talk.jsonl").read_text().split("\n")):
+        if isinstance(row, str):
+            tokens += [tokenizer.bos, *tokenizer.encode(row)]
+        else:
+            tokens += tokenizer.render_conversation({"messages": row})[0]
+    targets = [arrays[f"{step}.targets"][arrays[f"{step}.weights"] > 0] for step in range(STEPS)]
+    missing = np.bincount(tokens, minlength=tokenizer.vocab_size)
+    missing -= np.bincount(np.concatenate(targets), minlength=tokenizer.vocab_size)
+    assert missing[tokenizer.bos] == 12 and missing.sum() == 12

@@ -1,0 +1,88 @@
+"""One pass of midtraining by several processes of jax.distributed: they agree on its progress and on its last step."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, xla_flags
+
+from jaxchat.checkpoint import steps_in
+from jaxchat.data.world import World, write_world
+from launch import base_train, tok_train
+
+ROWS = ["--device_batch_size=1", "--total_batch_size=256", "--eval_every=-1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, devices):
+    folder = tmp_path_factory.mktemp("distributed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXCHAT_BASE_DIR", str(folder))
+        small = {"base_shards": 1, "base_rows": 300, "base_val_rows": 20, "sft_rows": 1, "val_rows": 1}
+        write_world(World(1), folder / "world", mid_rows=140, **small)
+        data = f"--data_dir={folder / 'world/base_data'}"
+        tok_train.main(["--vocab_size=280", data])
+        base = ["--depth=1", "--max_seq_len=32", "--sample_every=-1", "--num_iterations=2", "--model_tag=run", data]
+        base_train.main([*base, *ROWS])
+    return folder
+
+
+def run(folder, processes, *flags):
+    """Midtrain on 4 devices, spread over so many processes. -> what each of them saw."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    outs, running = [], []
+    env = os.environ | {"XLA_FLAGS": xla_flags(4 // processes), "JAXCHAT_BASE_DIR": str(folder)}
+    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    for index in range(processes):
+        outs.append(folder / f"{processes}-{index}.json")
+        args = [*ROWS, f"--train_tasks={folder / 'world/tasks/world_mid.jsonl'}", *flags]
+        command = [sys.executable, ROOT / "tests/distributed_process.py", index, processes, port, outs[-1], *args]
+        running.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err[-3000:]
+    return [json.loads(out.read_text()) for out in outs]
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_agree(folder, processes):
+    (alone,) = run(folder, 1, "--dry_run")
+    together = run(folder, processes, "--dry_run")
+    assert {seen["devices"] for seen in [alone, *together]} == {4}
+    want = alone["steps"]
+    assert len(want) > 20 and 0 < want[-1]["progress"] < 1 and want[-1]["lr_multiplier"] < 0.5
+    merged = {name: value for state in alone["states"] for name, value in state.items()}
+    for seen in together:
+        assert [row["step"] for row in seen["steps"]] == [row["step"] for row in want]
+        for name in ("progress", "lr_multiplier", "weight", "empty_documents"):
+            assert [row[name] for row in seen["steps"]] == [row[name] for row in want], name
+        # Sums over devices in another order: float32 rounding, a few times 1e-7, that steps of Muon let grow.
+        losses = [[row["loss"] for row in rows] for rows in (seen["steps"], want)]
+        np.testing.assert_allclose(*losses, rtol=2e-3)
+        assert losses[0] == [row["loss"] for row in together[0]["steps"]] and len(seen["states"]) == processes
+        assert {name: value for state in seen["states"] for name, value in state.items()} == merged
+    streams = [set(state) for state in together[0]["states"]]
+    assert not set.intersection(*streams) and len(set.union(*streams)) == len(merged)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_with_one(folder):
+    """The checkpoint that two processes saved holds all streams; and that which one saved serves two."""
+    run_folder = folder / "mid_checkpoints/run"
+    whole = run(folder, 2, "--save_every=7", "--overwrite")[0]["steps"]
+    for processes in (1, 2):
+        *_, before, last = steps_in(run_folder)
+        assert 0 < before < last == whole[-1]["step"]
+        shutil.rmtree(run_folder / str(last))
+        resumed = run(folder, processes, "--save_every=7", "--resume")[0]["steps"]
+        assert [row["step"] for row in resumed] == list(range(before + 1, last + 1))
+        for name in ("progress", "lr_multiplier", "weight"):
+            assert [row[name] for row in resumed] == [row[name] for row in whole[before:]], name
+        np.testing.assert_allclose([r["loss"] for r in resumed], [r["loss"] for r in whole[before:]], rtol=2e-3)
