@@ -14,7 +14,7 @@ import tiktoken
 
 from jaxchat import checkpoint
 from jaxchat.config import BaseConfig, MidConfig, SFTConfig
-from jaxchat.data.packing import length_buckets
+from jaxchat.data.conversations import length_buckets
 from jaxchat.data.world import World, write_world
 from jaxchat.eval.world import score
 from jaxchat.infer.engine import Engine
