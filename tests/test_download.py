@@ -86,6 +86,7 @@ def test_killed_and_run_again_it_goes_on_where_it_was(fetch, home, monkeypatch):
         assert_whole(home / "base_data", files[REPO], ["shard_00000.parquet", "shard_00001.parquet"])
 
 
+@pytest.mark.slow
 def test_a_server_that_never_recovers_is_told_in_one_line(fetch, home, monkeypatch):
     monkeypatch.setattr(hub, "PAUSE", 0.01)
     files = shards(3)

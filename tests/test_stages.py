@@ -150,14 +150,14 @@ def test_no_conversation_is_dropped_or_seen_twice(real):
 def test_packed_conversations_cost_what_they_cost_alone(real, attention):
     """Loss and gradients of a step packed, with random weights everywhere, are those of one conversation a row."""
     tokenizer, _ = real
-    model = ModelConfig.from_depth(1, sequence_len=256, vocab_size=tokenizer.vocab_size)
+    model = ModelConfig.from_depth(1, sequence_len=512, vocab_size=tokenizer.vocab_size)
     shapes = init_state(0, model, make_optimizer(model), sharding.make_mesh(jax.devices()[:1])).params
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda a: np.float32(0.1) * random.standard_normal(a.shape, np.float32), shapes)
     sums = jax.jit(jax.value_and_grad(lambda p, b: loss_sums(p, b, model, Compute(attention=attention))[0]))
 
     def step(packing):
-        batches = sft_batches(real, 16, examples=16, micro_rows=1, time=256, packing=packing)
+        batches = sft_batches(real, 16, examples=16, micro_rows=1, time=512, packing=packing)
         (batch,) = batches
         batches.close()
         return {f"{k}_BT": a.reshape(-1, a.shape[-1]) for k, a in batch.items() if k != "totals"}
