@@ -179,7 +179,11 @@ class Tokenizer:
         return ids, mask
 
     def conversation_text(self, conversation: dict) -> str | None:
-        """The conversation with its specials spelled out, for `split_marked`; None: its own text may spell some."""
+        """The conversation with its specials spelled out, for `split_marked`.
+
+        None where it would not come out the same: its own text may spell a special, or pieces could reach from one
+        part of text into the next.
+        """
         parts, contents = ["<|bos|>"], []
         for message in _user_first(conversation):
             content = message["content"]
@@ -188,10 +192,12 @@ class Tokenizer:
                 contents.append(content)
                 continue
             parts.append("<|assistant_start|>")
+            kinds = [] if isinstance(content, str) else [part["type"] for part in content]
+            if ("text", "text") in zip(kinds, kinds[1:], strict=False):
+                return None
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 opening, closing = PART_MARKS[part["type"]]
                 parts += [opening, part["text"], closing]
-                contents.append(part["text"])
                 contents.append(part["text"])
             parts.append("<|assistant_end|>")
         return None if any("<|" in content for content in contents) else "".join(parts)

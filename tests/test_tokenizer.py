@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxchat.config import UserError
-from jaxchat.tokenizer import SPECIAL_TOKENS, Tokenizer
+from jaxchat.tokenizer import PART_TYPES, SPECIAL_TOKENS, Tokenizer
 
 TEXT = (
     "The duck swims in the pond. The ducks don't swim in 12345 ponds; they swim where it's warm.\n"
@@ -128,6 +128,35 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
 def test_bad_conversations_are_refused(tokenizer, messages, words):
     with pytest.raises(UserError, match=words):
         tokenizer.render_conversation({"messages": messages})
+
+
+SAID = st.text(alphabet="ab<|> \n1\ud800\udc00é", max_size=8) | st.sampled_from([*SPECIAL_TOKENS, "|bos|>", "x<"])
+PARTS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(PART_TYPES), "text": SAID}), max_size=4)
+
+
+@given(st.lists(st.tuples(SAID, SAID | PARTS), min_size=1, max_size=3), st.none() | SAID)
+def test_conversations_in_one_go(tokenizer, turns, system):
+    """Several conversations tokenized as one text are what each is when rendered part by part."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for asked, answered in turns:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    rows = [{"messages": messages}, {"messages": messages[:-1]}, {"messages": messages}]
+    texts = [tokenizer.conversation_text(row) for row in rows]
+    marked = [row for row, text in zip(rows, texts, strict=True) if text is not None]
+    made = tokenizer.split_marked("".join(text for text in texts if text is not None)) if marked else []
+    for row, (ids, mask) in zip(marked, made, strict=True):
+        assert (ids.tolist(), mask.tolist()) == tokenizer.render_conversation(row)
+
+
+def test_which_conversations_go_in_one(tokenizer):
+    def text_of(*parts):
+        content = [{"type": kind, "text": text} for kind, text in parts]
+        row = {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": content}]}
+        return tokenizer.conversation_text(row)
+
+    assert text_of(("text", "a"), ("python", "1"), ("python_output", "1"), ("text", "b")) is not None
+    assert text_of(("text", "a<"), ("text", "|assistant_end|>")) is None  # would become the special
+    assert text_of(("text", "a<|b")) is None
 
 
 def test_saving_and_loading(tokenizer, tmp_path):
