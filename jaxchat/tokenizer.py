@@ -135,7 +135,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: a special's spelling in it stays text."""
-        return self._encoding.encode_ordinary(without_surrogates(text))
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text: str, *, specials: bool = False) -> np.ndarray:
         """`encode` as int32 [tokens], without a Python object a token. specials: their spellings do become them."""
@@ -144,6 +144,11 @@ class Tokenizer:
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(allowed), disallowed_special=())
         except UnicodeEncodeError:
             return self.encode_array(without_surrogates(text), specials=specials)
+        except ValueError:  # a million spaces in a row, say, are more than its regular expressions can take
+            if len(text) < 1000:
+                raise
+            half = len(text) // 2
+            return np.concatenate([self.encode_array(part, specials=specials) for part in (text[:half], text[half:])])
         return ids.view(np.int32)
 
     def decode(self, ids) -> str:

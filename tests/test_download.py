@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 
 import numpy as np
@@ -186,3 +187,17 @@ def test_wrong_flags(home, args, told, capsys):
         download.main(args)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and told in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["../../outside.parquet", "/tmp/outside.parquet", "data/../../outside.parquet"])
+def test_a_hub_that_names_files_outside_is_not_trusted(path, tmp_path, monkeypatch):
+    class Api:
+        def repo_info(self, *args, **kwargs):
+            return types.SimpleNamespace(sha="0" * 40)
+
+        def list_repo_tree(self, *args, **kwargs):
+            return [types.SimpleNamespace(path=path, size=1, lfs=None, blob_id="0")]
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    with pytest.raises(UserError, match="outside of its folder"):
+        hub.listed(hub.Repo("some/data", ("*.parquet",), "base_data"), tmp_path, 1)

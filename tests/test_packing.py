@@ -125,6 +125,10 @@ def test_best_fit_against_a_plain_one(lengths, rows, time, at):
     dataset = packed(docs, rows, time, packing="bos_bestfit")
     deal, batches = dataset.deal, iter(dataset)
     seen = [next(batches) for _ in range(6)]
+
+    def cost(doc):
+        return min(len(doc), time + 1)  # one that no row could hold takes a whole one
+
     for s in range(deal.streams):
         buffer, place, dropped, wanted = [], 0, 0, []
         for _ in range(6 * deal.rows_each):
@@ -134,8 +138,8 @@ def test_best_fit_against_a_plain_one(lengths, rows, time, at):
                     buffer.append(docs[deal.index(s, place)].tolist())
                     place += 1
                 room = time + 1 - len(row)
-                fitting = [doc for doc in buffer if len(doc) <= room]
-                doc = max(fitting, key=len) if fitting else min(buffer, key=len)
+                fitting = [doc for doc in buffer if cost(doc) <= room]
+                doc = max(fitting, key=cost) if fitting else min(buffer, key=cost)
                 buffer.pop(next(i for i, other in enumerate(buffer) if other is doc))
                 dropped += max(0, len(doc) - room)
                 segments += [segments[-1] + 1 if segments else 1] * len(doc[:room])
@@ -158,6 +162,16 @@ def test_best_fit_leaves_out_empty_documents_and_its_state_stays_small():
         batch = next(batches)
     assert total(batch, "empty_documents") > 16 and dataset.deal.streams == STREAMS
     assert len(json.dumps(batches.get_state())) < 16 * 1024
+
+
+def test_best_fit_lets_no_long_document_wait_for_ever():
+    """A tenth of the documents are longer than any row; what waits stays near what was drawn last."""
+    dataset = packed(documents(([5, 3, 9, 4, 12, 2, 7, 6, 3] * 10 + [60] * 10) * 30), 4, 16, packing="bos_bestfit")
+    batches = iter(dataset)
+    for _ in range(300):
+        next(batches)
+        for next_place, _, *waiting in batches.get_state().values():
+            assert next_place - min(waiting, default=next_place) < 3 * BUFFER
 
 
 @pytest.mark.parametrize("packing", ["stream", "bos_bestfit"])

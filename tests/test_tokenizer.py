@@ -159,6 +159,11 @@ def test_which_conversations_go_in_one(tokenizer):
     assert text_of(("text", "a<|b")) is None
 
 
+def test_more_whitespace_than_a_regular_expression_takes(tokenizer):
+    text = "a" + " \t" * 700_000 + "b"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_saving_and_loading(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tok")
     loaded = Tokenizer.load(tmp_path / "tok")

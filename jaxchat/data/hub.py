@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -80,7 +81,7 @@ def retried(what: str, attempt: Callable):
     for number in range(1, TRIES + 1):
         try:
             return attempt()
-        except (HTTPError, OSError) as problem:
+        except (HTTPError, OSError, ValueError) as problem:  # ValueError: no JSON came, but a page of somebody's
             status = problem.response.status_code if isinstance(problem, HfHubHTTPError) else None
             if isinstance(problem, OSError) and problem.errno in DISK:
                 raise
@@ -103,6 +104,11 @@ def listed(repo: Repo, folder: Path, shards: int) -> list[File]:
     found = [f for f in found if any(fnmatch.fnmatch(f.path, pattern) for pattern in repo.patterns)]
     if not found:
         raise UserError(f"{repo.repo} has no file like {', '.join(repo.patterns)}; it may have changed")
+    for f in found:
+        if Path(f.path).is_absolute() or ".." in Path(f.path).parts:
+            raise UserError(
+                f"{repo.repo} at this endpoint names a file {f.path!r}, outside of its folder; don't trust it"
+            )
     if repo.shards and shards > len(found):
         raise UserError(f"--shards={shards}, but {repo.repo} has {len(found)}")
     return [
@@ -130,24 +136,26 @@ def fetch(file: File, stop: threading.Event):
             except BlockingIOError:
                 raise UserError(f"{file.part} is being fetched by another process; let it finish") from None
             have = os.fstat(out.fileno()).st_size
-            if file.size is not None and have > file.size:
-                out.truncate(0)
+            if not file.digest or (file.size is not None and have > file.size):
+                out.truncate(0)  # what has no hash stated is not gone on with: it may be another file by now
                 have = 0
+            once = {} if file.digest else {"_nb_retries": 0}  # the library's own next try would go on too
             try:
-                http_get(file.url, out, resume_size=have, expected_size=file.size, headers=dict(file.headers))
+                http_get(file.url, out, resume_size=have, expected_size=file.size, headers=dict(file.headers), **once)
             except (OSError, HTTPError) as problem:
                 status = problem.response.status_code if isinstance(problem, HfHubHTTPError) else None
                 if status == 416:  # the server has no more than what is here, or something else by now
                     out.truncate(0)
                 raise
-        if file.digest and hash_of(file.part, file.digest.partition(":")[0]) != file.digest:
-            file.part.unlink()  # nothing of it can be trusted
-            raise OSError("what came has another hash than the hub states")
-        if file.path.suffix == ".zip":
-            unpack(file.part, file.path.with_suffix(""))
-            file.part.unlink()
-        else:
-            os.replace(file.part, file.path)
+            out.flush()  # and still locked: nobody else may touch the part until it has its name
+            if file.digest and hash_of(file.part, file.digest.partition(":")[0]) != file.digest:
+                file.part.unlink()  # nothing of it can be trusted
+                raise OSError("what came has another hash than the hub states")
+            if file.path.suffix == ".zip":
+                unpack(file.part, file.path.with_suffix(""))
+                file.part.unlink()
+            else:
+                os.replace(file.part, file.path)
 
     retried(file.path.name, attempt)
 
@@ -159,7 +167,7 @@ def unpack(archive: Path, folder: Path):
     try:
         with zipfile.ZipFile(archive) as opened:
             opened.extractall(fresh)  # checks each member's CRC
-    except (zipfile.BadZipFile, EOFError) as problem:
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError, NotImplementedError) as problem:
         archive.unlink()
         raise OSError(f"not a whole zip file ({problem})") from problem
     os.replace(fresh / folder.name if (fresh / folder.name).is_dir() else fresh, folder)

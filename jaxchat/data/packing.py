@@ -119,7 +119,8 @@ class BestFit:
     def _place_one(self):
         """Put one document of the full buffer into the row that is being filled."""
         room = self._time + 1 - self._filled
-        lengths = np.array([len(ids) for _, ids in self._buffer])
+        # One that no row could hold counts as a whole row: it is taken at a row's start, and does not wait for ever.
+        lengths = np.array([min(len(ids), self._time + 1) for _, ids in self._buffer])
         fits = lengths <= room
         chosen = int(np.where(fits, lengths, 0).argmax() if fits.any() else lengths.argmin())
         _, ids = self._buffer.pop(chosen)
