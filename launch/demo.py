@@ -24,7 +24,7 @@ class Config:
     """Of the world, the weights and the order of the data."""
     base_steps: int = 110
     """Steps of pretraining, of 4,096 tokens each."""
-    mid_steps: int = 590
+    mid_steps: int = 610
     """Steps of midtraining, of 4,096 tokens each."""
     sft_steps: int = 220
     """Steps of chat finetuning, of 32 conversations each."""

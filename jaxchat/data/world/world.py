@@ -21,9 +21,9 @@ HELD_OUT_PROMPTS = 120  # of each kind
 KINDS = ("identity", "arithmetic", "spelling", "counting", "two-turn", "facts", "prose-only facts")
 TURN_KINDS = KINDS[:4] + ("facts",)
 
-PROSE = {"facts": 0.48, "spelling": 0.26, "counting": 0.16, "sums": 0.04, "numbers": 0.02, "definitions": 0.04}
+PROSE = {"facts": 0.45, "spelling": 0.25, "counting": 0.20, "sums": 0.04, "numbers": 0.02, "definitions": 0.04}
 CONVERSATIONS = {
-    "counting": 0.29, "facts": 0.10, "arithmetic": 0.19, "spelling": 0.26, "identity": 0.10, "greetings": 0.03,
+    "counting": 0.35, "facts": 0.09, "arithmetic": 0.17, "spelling": 0.25, "identity": 0.08, "greetings": 0.03,
     "definitions": 0.02, "goodbyes": 0.01,
 }  # fmt: skip
 TWO_TURN = 0.15
