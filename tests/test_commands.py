@@ -155,12 +155,14 @@ def test_the_step_compiles_once_or_once_a_bucket(here, home):
     shutil.copytree(here, home, dirs_exist_ok=True)
     base, mid, sft = flags(home)
     parsed = [cli.parse(BaseConfig, base), cli.parse(MidConfig, mid), cli.parse(SFTConfig, sft)]
-    buckets = length_buckets(LENGTH)
-    assert buckets == [64, 96]
-    for make, config, shapes in zip((stages.base, stages.mid, stages.sft), parsed, (1, 1, 2), strict=True):
+    assert length_buckets(LENGTH) == [64, 96]
+    for make, config, most in zip((stages.base, stages.mid, stages.sft), parsed, (1, 1, 2), strict=True):
         stage, _ = make(dataclasses.replace(config, overwrite=True))
+        began = stage.batches.get_state()
+        shapes = {next(stage.batches)["inputs"].shape for _ in range(stage.num_steps)}
+        stage.batches.set_state(began)
         loop.train(stage, [])
-        assert stage.step_fn._cache_size() == shapes
+        assert stage.step_fn._cache_size() == len(shapes) <= most
 
 
 def test_dry_run_writes_nothing(here):
