@@ -1,13 +1,11 @@
 """The one loss: weighted sums of next-token losses, without ever holding a batch's logits."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxchat.config import Compute, ModelConfig
-from jaxchat.model.gpt import SOFTCAP, features, logits
+from jaxchat.model.gpt import features, logits
 from jaxchat.model.params import Params
 
 
@@ -18,75 +16,27 @@ def chunk_length(batch: int, time: int, compute: Compute) -> int:
 
 
 def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute):
-    """(Σ weight·nll in nats, Σ weight), float32, over a batch {inputs_BT, targets_BT, weights_BT}."""
-    x_BTD = features(params, batch["inputs_BT"], config, compute)
-    t = chunk_length(*batch["inputs_BT"].shape, compute)
-    with jax.named_scope("loss"):
-        nll = weighted_nll(x_BTD, params.lm_head, batch["targets_BT"], batch["weights_BT"], t)
-    return nll, jnp.sum(batch["weights_BT"])
+    """(Σ weight·nll in nats, Σ weight), float32, over a batch {inputs_BT, targets_BT, weights_BT}.
 
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, t: int):
-    """Σ weight·nll of the tokens that follow features x_BTD; logits exist for t positions of every row at a time.
-
-    The positions are cut into chunks along T, so rows stay on their devices. Where gradients are wanted, a chunk's are
-    computed at once, from the very logits of its loss: nothing is computed twice, and the backward pass only scales.
+    The positions are cut into chunks along T (rows stay on their devices); each chunk's logits [B, t, V] are computed,
+    reduced and forgotten, and computed again in the backward pass.
     """
+    x_BTD = features(params, batch["inputs_BT"], config, compute)
+    B, T, _ = x_BTD.shape
+    t = chunk_length(B, T, compute)
 
+    def chunks(a):  # [B, T, ...] -> [T/t, B, t, ...]
+        return jnp.moveaxis(a.reshape(B, T // t, t, *a.shape[2:]), 1, 0)
+
+    @jax.checkpoint
     def add_chunk(nll, chunk):
         x_BtD, targets_Bt, weights_Bt = chunk
-        _, _, _, nll_Bt = chunk_nll(x_BtD, lm_head_DV, targets_Bt)
-        return nll + jnp.sum(weights_Bt * nll_Bt), None
+        z_BtV = logits(params.lm_head, x_BtD)
+        target_logit_Bt = jnp.take_along_axis(z_BtV, targets_Bt[..., None], axis=-1)[..., 0]
+        return nll + jnp.sum(weights_Bt * (jax.nn.logsumexp(z_BtV, axis=-1) - target_logit_Bt)), None
 
-    return lax.scan(add_chunk, jnp.zeros(()), chunks(t, x_BTD, targets_BT, weights_BT))[0]
-
-
-def chunk_nll(x_BtD, lm_head_DV, targets_Bt):
-    """(z_BtV, exp(z)_BtV, its sum_Bt, nll_Bt): logits are within ±15, so exp needs no maximum taken off."""
-    z_BtV = logits(lm_head_DV, x_BtD)
-    exp_BtV = jnp.exp(z_BtV)
-    sum_Bt = jnp.sum(exp_BtV, axis=-1)
-    target_logit_Bt = jnp.take_along_axis(z_BtV, targets_Bt[..., None], axis=-1)[..., 0]
-    return z_BtV, exp_BtV, sum_Bt, jnp.log(sum_Bt) - target_logit_Bt
-
-
-def nll_and_gradients(x_BTD, lm_head_DV, targets_BT, weights_BT, t: int):
-    """The value of weighted_nll, and what its backward pass needs: its gradients, for a cotangent of 1."""
-    dtype = x_BTD.dtype
-    head_DV = lm_head_DV.astype(dtype)
-
-    def add_chunk(carry, chunk):
-        nll, d_head_DV = carry
-        x_BtD, targets_Bt, weights_Bt = chunk
-        z_BtV, exp_BtV, sum_Bt, nll_Bt = chunk_nll(x_BtD, lm_head_DV, targets_Bt)
-        # ∂nll/∂logit = softmax − 1 at the target, and the softcap's slope is 1 − (z/15)².
-        is_target_BtV = targets_Bt[..., None] == jnp.arange(z_BtV.shape[-1])[None, None]
-        d_BtV = (exp_BtV / sum_Bt[..., None] - is_target_BtV) * (1 - (z_BtV / SOFTCAP) ** 2) * weights_Bt[..., None]
-        d_BtV = d_BtV.astype(dtype)
-        d_x_BtD = jnp.einsum("btv,dv->btd", d_BtV, head_DV)
-        d_head_DV += jnp.einsum("btd,btv->dv", x_BtD, d_BtV, preferred_element_type=jnp.float32)
-        return (nll + jnp.sum(weights_Bt * nll_Bt), d_head_DV), (d_x_BtD, nll_Bt)
-
-    start = (jnp.zeros(()), jnp.zeros(lm_head_DV.shape))
-    (nll, d_head_DV), (d_x, nlls) = lax.scan(add_chunk, start, chunks(t, x_BTD, targets_BT, weights_BT))
-    return nll, (together(d_x), d_head_DV, together(nlls))
-
-
-def scale_gradients(t: int, gradients, cotangent):
-    del t
-    d_x_BTD, d_head_DV, nll_BT = gradients
-    return (cotangent * d_x_BTD).astype(d_x_BTD.dtype), cotangent * d_head_DV, None, cotangent * nll_BT
-
-
-weighted_nll.defvjp(nll_and_gradients, scale_gradients)
-
-
-def chunks(t: int, *arrays):
-    """Arrays [B, T, ...] as [T/t, B, t, ...]."""
-    return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, t, *a.shape[2:]), 1, 0) for a in arrays)
-
-
-def together(a):
-    """[T/t, B, t, ...] as [B, T, ...]."""
-    return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])
+    with jax.named_scope("loss"):
+        nll, _ = lax.scan(
+            add_chunk, jnp.zeros(()), (chunks(x_BTD), chunks(batch["targets_BT"]), chunks(batch["weights_BT"]))
+        )
+    return nll, jnp.sum(batch["weights_BT"])
