@@ -7,28 +7,25 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")  # of the extra `convert`; CI has it (see conftest)
-transformers = pytest.importorskip("transformers")
-
-
-from convert_helpers import (  # noqa: E402
+from convert_helpers import (
     CONFIG,
     TEXT,
     assert_same_tensors,
     assert_same_weights,
     hf_tensors,
     their_checkpoint,
+    torch,
+    transformers,
     write_checkpoint,
 )
 
-from jaxchat import checkpoint  # noqa: E402
-from jaxchat.config import Compute, ModelConfig  # noqa: E402
-from jaxchat.convert import hugging_face, nanochat, tokens  # noqa: E402
-from jaxchat.infer.engine import Engine  # noqa: E402
-from jaxchat.model.gpt import forward  # noqa: E402
-from jaxchat.tokenizer import Tokenizer  # noqa: E402
-from launch import chat_cli, convert, mid_train  # noqa: E402
+from jaxchat import checkpoint
+from jaxchat.config import Compute, ModelConfig
+from jaxchat.convert import hugging_face, nanochat, tokens
+from jaxchat.infer.engine import Engine
+from jaxchat.model.gpt import forward
+from jaxchat.tokenizer import Tokenizer
+from launch import chat_cli, convert, mid_train
 
 
 @pytest.mark.parametrize("source", ["base", "mid", "sft"])
