@@ -78,13 +78,8 @@ def prepare(config: Shape, changes: dict, micro_rows: int):
     compute = Compute.for_backend(data_shards=sharding.data_shards(mesh), **changes)
     optimizer = make_optimizer(model, grad_clip=GRAD_CLIP[config.stage], muon_dtype=jnp.dtype(compute.dtype))
     batch = place_batch(batch_of(config, micro_rows, np.random.default_rng(0)), mesh)
-    return (
-        make_train_step(model, compute, optimizer, mesh),
-        init_state(0, model, optimizer, mesh),
-        batch,
-        model,
-        compute,
-    )
+    step = make_train_step(model, compute, optimizer, mesh)
+    return step, init_state(0, model, optimizer, mesh), batch, model
 
 
 def parse_way(text: str) -> dict:
