@@ -13,8 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bench.step import Config as StepConfig
-from bench.step import parse_ways, prepare
+from bench.step import Shape, parse_way, prepare
 from launch import cli
 
 CONTAINERS = ("while", "call", "conditional")  # their time is that of the operations in them
@@ -22,9 +21,11 @@ PARTS = ("projections", "attention", "mlp", "loss", "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(StepConfig):
+class Config(Shape):
     """Profile training steps on random tokens."""
 
+    way: str = ""
+    """Fields of Compute to change from this backend's defaults: "attention=xla remat=full"."""
     top: int = 15
     """So many operations, the longest first."""
 
@@ -55,8 +56,7 @@ def device_events(folder: str):
 
 
 def run(config: Config):
-    (changes,) = parse_ways(config.ways).values()
-    step, state, batch, *_ = prepare(config, changes, int(config.micro_rows or config.batch))
+    step, state, batch, _ = prepare(config, parse_way(config.way), config.batch)
     compiled = step.lower(state, batch, np.float32(1.0)).compile()
     paths = operations(compiled.as_text())
     for _ in range(config.warmup):

@@ -28,8 +28,8 @@ GRAD_CLIP = {"base": 1.0, "mid": 0.0, "sft": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Time training steps on random tokens."""
+class Shape:
+    """What is computed, and how often."""
 
     depth: int = 4
     """Of the model."""
@@ -41,19 +41,25 @@ class Config:
     """Vocabulary."""
     stage: str = "base"
     """base (gradients clipped), mid, or sft (a third of the tokens supervised)."""
+    steps: int = 10
+    """Steps that are timed."""
+    warmup: int = 3
+    """Steps before them that are not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Shape):
+    """Time training steps on random tokens."""
+
     micro_rows: str = ""
     """Rows computed at a time, several with commas between; empty: all at once."""
     ways: str = ""
     """Fields of Compute to change from this backend's defaults, ways with commas between: attention=xla,remat=full"""
-    steps: int = 10
-    """Steps of each way that are timed."""
-    warmup: int = 3
-    """Steps before them that are not."""
     json: bool = False
     """Print the first way's figures as one JSON object in the last line."""
 
 
-def batch_of(config: Config, micro_rows: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+def batch_of(config: Shape, micro_rows: int, random: np.random.Generator) -> dict[str, np.ndarray]:
     """{inputs, targets, weights} [A, B, T] of random tokens."""
     if config.batch % micro_rows:
         raise UserError(f"--micro_rows={micro_rows} does not divide --batch={config.batch}")
@@ -63,32 +69,27 @@ def batch_of(config: Config, micro_rows: int, random: np.random.Generator) -> di
     return tokens | {"weights": supervised.astype(np.float32)}
 
 
-def prepare(config: Config, changes: dict, micro_rows: int):
-    """(step function, state, placed batch, model, compute) of one way, not yet compiled."""
+def prepare(config: Shape, changes: dict, micro_rows: int):
+    """(step function, state, placed batch, model) of one way, the step not yet compiled."""
+    if config.stage not in GRAD_CLIP:
+        raise UserError(f"--stage={config.stage}; it is one of {', '.join(GRAD_CLIP)}")
     mesh = sharding.make_mesh()
     model = ModelConfig.from_depth(config.depth, sequence_len=config.seq, vocab_size=config.vocab)
     compute = Compute.for_backend(data_shards=sharding.data_shards(mesh), **changes)
     optimizer = make_optimizer(model, grad_clip=GRAD_CLIP[config.stage], muon_dtype=jnp.dtype(compute.dtype))
     batch = place_batch(batch_of(config, micro_rows, np.random.default_rng(0)), mesh)
-    return (
-        make_train_step(model, compute, optimizer, mesh),
-        init_state(0, model, optimizer, mesh),
-        batch,
-        model,
-        compute,
-    )
+    step = make_train_step(model, compute, optimizer, mesh)
+    return step, init_state(0, model, optimizer, mesh), batch, model
 
 
-def parse_ways(text: str) -> dict[str, dict]:
-    """ "unroll=False remat=full,attention=xla" -> {way: {field: value}}; empty: the defaults alone."""
-    ways = {}
-    for way in text.split(","):
-        changes = dict(part.split("=", 1) for part in way.split())
-        read = {"True": True, "False": False}
-        ways[way.strip() or "defaults"] = {
-            name: int(value) if value.isdigit() else read.get(value, value) for name, value in changes.items()
-        }
-    return ways
+def parse_way(text: str) -> dict:
+    """ "unroll=False remat=full" -> {field of Compute: value}. UserError: no such field."""
+    fields, read, changes = Compute.__dataclass_fields__, {"True": True, "False": False}, {}
+    for name, _, value in (part.partition("=") for part in text.split()):
+        if name not in fields or not value:
+            raise UserError(f"{name}={value} is no way to compute; it is FIELD=VALUE of {', '.join(fields)}")
+        changes[name] = int(value) if value.isdigit() else read.get(value, value)
+    return changes
 
 
 def peak_bytes() -> int:
@@ -99,13 +100,11 @@ def peak_bytes() -> int:
 
 
 def run(config: Config):
-    if config.stage not in GRAD_CLIP:
-        raise UserError(f"--stage={config.stage}; it is one of {', '.join(GRAD_CLIP)}")
     micros = [int(n) for n in (config.micro_rows or str(config.batch)).split(",")]
     runs = {}
-    for way, changes in parse_ways(config.ways).items():
+    for way in config.ways.split(","):
         for micro in micros:
-            runs[f"{way}, {micro} rows at a time"] = prepare(config, changes, micro)
+            runs[f"{way.strip() or 'defaults'}, {micro} rows at a time"] = prepare(config, parse_way(way), micro)
     states = {name: run[1] for name, run in runs.items()}  # donated to each step, and replaced by what it returns
     times, losses = {name: [] for name in runs}, {}
     model = next(iter(runs.values()))[3]

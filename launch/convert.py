@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 
 from jaxchat import checkpoint
-from jaxchat.config import UserError
+from jaxchat.config import ModelConfig, UserError
 from jaxchat.model.flops import num_params
+from jaxchat.model.params import declare
 from launch import cli
 
 FORMATS = ("hf", "nanochat")
@@ -67,9 +69,9 @@ def run(config: Config):
         take_in(config, hugging_face, nanochat, weights)
 
 
-def progress(stacks: int):
+def progress(config: ModelConfig):
     """A function to call with the name of each stack of weights that is done; it prints how far it has come."""
-    start, done = time.perf_counter(), 0
+    start, done, stacks = time.perf_counter(), 0, len(jax.tree.leaves(declare(config)))
 
     def tell(name: str):
         nonlocal done
@@ -100,7 +102,7 @@ def export(config: Config, write):
     rows = [("from", str(found.folder / str(found.step))), *shape_rows(found.config, found.tokenizer)]
     cli.print_plan(f"Convert {found.name} to {config.to}", [*rows, ("writes", config.out)])
     try:
-        written = write(found, Path(config.out).expanduser(), progress(8))
+        written = write(found, Path(config.out).expanduser(), progress(found.config))
     except OSError as problem:
         raise UserError(
             f"{problem.filename or config.out}: {problem.strerror}; mend that, or give another --out"
@@ -134,7 +136,7 @@ def take_in(config: Config, hugging_face, nanochat, weights):
         f"Take in a model of {config.from_format}'s as {config.as_stage} {config.model_tag}",
         [*rows, ("writes", f"{target}/{foreign.step}")],
     )
-    weights.take_in(foreign, target, config.as_stage, config.from_format, progress(8))
+    weights.take_in(foreign, target, config.as_stage, config.from_format, progress(foreign.config))
     print(f"wrote {target}/{foreign.step}")
     if foreign.tokenizer is None:
         print(f"to train or chat with it, copy its tokenizer folder (ranks.txt, tokenizer.json) to {target}/tokenizer")

@@ -6,16 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")  # of the extra `convert`; CI has it (see conftest)
+from jaxchat import checkpoint, sharding
+from jaxchat.config import ModelConfig
+from jaxchat.model import params as model_params
+from jaxchat.tokenizer import Tokenizer
+from launch import convert
+
+# Of the extra `convert`: without it the tests that import this module skip; CI has it (see conftest).
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-
-import safetensors.torch  # noqa: E402 (after the skips)
-
-from jaxchat import checkpoint, sharding  # noqa: E402
-from jaxchat.config import ModelConfig  # noqa: E402
-from jaxchat.model import params as model_params  # noqa: E402
-from jaxchat.tokenizer import Tokenizer  # noqa: E402
-from launch import convert  # noqa: E402
+load_safetensors = pytest.importorskip("safetensors.torch").load_file
 
 CONFIG = ModelConfig(sequence_len=64, vocab_size=280, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
 TEXT = "It is 12 o'clock and all is well, said the watchman. " * 20
@@ -52,7 +52,7 @@ def refusal(capsys, *args) -> str:
 
 
 def hf_tensors(folder) -> dict[str, torch.Tensor]:
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in safetensors.torch.load_file(file).items()}
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_safetensors(file).items()}
 
 
 def assert_same_tensors(a: dict, b: dict):

@@ -7,28 +7,25 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")  # of the extra `convert`; CI has it (see conftest)
-transformers = pytest.importorskip("transformers")
-
-
-from convert_helpers import (  # noqa: E402
+from convert_helpers import (
     CONFIG,
     TEXT,
     assert_same_tensors,
     assert_same_weights,
     hf_tensors,
     their_checkpoint,
+    torch,
+    transformers,
     write_checkpoint,
 )
 
-from jaxchat import checkpoint  # noqa: E402
-from jaxchat.config import Compute, ModelConfig  # noqa: E402
-from jaxchat.convert import hugging_face, nanochat, tokens  # noqa: E402
-from jaxchat.infer.engine import Engine  # noqa: E402
-from jaxchat.model.gpt import forward  # noqa: E402
-from jaxchat.tokenizer import Tokenizer  # noqa: E402
-from launch import chat_cli, convert, mid_train  # noqa: E402
+from jaxchat import checkpoint
+from jaxchat.config import Compute, ModelConfig
+from jaxchat.convert import hugging_face, nanochat, tokens
+from jaxchat.infer.engine import Engine
+from jaxchat.model.gpt import forward
+from jaxchat.tokenizer import Tokenizer
+from launch import chat_cli, convert, mid_train
 
 
 @pytest.mark.parametrize("source", ["base", "mid", "sft"])
@@ -47,6 +44,17 @@ def test_transformers_opens_what_is_exported(source, home, capsys):
     assert tokenizer("It is 12").input_ids == ours.encode("It is 12") and len(tokenizer) == 280
     end = ours.special("<|assistant_end|>")
     assert model.generation_config.eos_token_id == ([end, ours.bos] if source != "base" else ours.bos)
+    # Padding that is no end would be masked wherever it stands in a prompt, as <|bos|> does at its beginning; here with
+    # the ends that the README gives.
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id == (end if source != "base" else ours.bos)
+    prompt = torch.tensor([[ours.bos, *ours.encode("It is 12")]])
+    ends = [ours.special("<|python_end|>"), end] if source != "base" else ours.bos
+    how = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    seen = [
+        model.generate(prompt, eos_token_id=ends, **how, **mask)
+        for mask in ({}, {"attention_mask": torch.ones_like(prompt)})
+    ]
+    assert torch.equal(seen[0].logits[0], seen[1].logits[0])
     assert bool(tokenizer.chat_template) == (source != "base")
     card = (home / "out/README.md").read_text()
     assert "val_bpb | 1.2500" in card and "step 7" in card and "`depth` = 2" in card

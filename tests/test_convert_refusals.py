@@ -8,19 +8,16 @@ import subprocess
 import sys
 
 import pytest
-
-torch = pytest.importorskip("torch")  # of the extra `convert`; CI has it (see conftest)
-transformers = pytest.importorskip("transformers")
-
-from convert_helpers import (  # noqa: E402
+from convert_helpers import (
     CONFIG,
     refusal,
     their_checkpoint,
+    torch,
     write_checkpoint,
 )
 
-from jaxchat.convert import weights  # noqa: E402
-from launch import convert  # noqa: E402
+from jaxchat.convert import weights
+from launch import convert
 
 
 class Runs:
@@ -122,7 +119,6 @@ def test_without_the_extra(home):
     """Told what to install; and nothing else of jaxchat imports torch, whether it is there or not."""
     hide = """
 import sys
-import zipfile
 class Hidden:
     def find_spec(name, path=None, target=None):
         if name.partition(".")[0] in ("torch", "transformers", "safetensors"):

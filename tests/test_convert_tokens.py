@@ -70,6 +70,7 @@ def test_ids_of_the_validation_shard(tokenizer, rust, shared_data):
     assert rust.decode(tokenizer.encode(texts[0])) == texts[0]
 
 
+@pytest.mark.slow
 def test_ids_of_odd_text(tokenizer, rust):
     """Random bytes read as UTF-8, every character of Unicode in several neighbourhoods, and the specials' spellings."""
     noise = random.Random(0)

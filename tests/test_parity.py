@@ -4,19 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convert_helpers import torch, transformers
+from scipy.stats import chi2
 
-torch = pytest.importorskip("torch")  # of the extra `convert`; CI has it (see conftest)
-transformers = pytest.importorskip("transformers")
-
-from scipy.stats import chi2  # noqa: E402 (after the skips)
-
-from jaxchat.config import Compute, ModelConfig  # noqa: E402
-from jaxchat.convert.hugging_face import NAMES, architecture  # noqa: E402
-from jaxchat.convert.weights import named, their_names, to_matrices  # noqa: E402
-from jaxchat.infer.engine import Engine  # noqa: E402
-from jaxchat.model import params as model_params  # noqa: E402
-from jaxchat.model.gpt import forward  # noqa: E402
-from jaxchat.train.loss import loss_sums  # noqa: E402
+from jaxchat.config import Compute, ModelConfig
+from jaxchat.convert.hugging_face import NAMES, architecture
+from jaxchat.convert.weights import named, their_names, to_matrices
+from jaxchat.infer.engine import Engine
+from jaxchat.model import params as model_params
+from jaxchat.model.gpt import forward
+from jaxchat.train.loss import loss_sums
 
 SHAPES = {
     "multi-head": ModelConfig(sequence_len=640, vocab_size=500, n_layer=3, n_head=4, n_kv_head=4, n_embd=128),

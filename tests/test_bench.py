@@ -1,0 +1,33 @@
+"""The benchmarks run and tell what they say they tell; what they measure is not judged here."""
+
+import json
+import sys
+
+import pytest
+
+TINY = ["--depth=1", "--seq=32", "--batch=2", "--vocab=300", "--steps=2"]
+
+
+@pytest.mark.slow
+def test_step_tells_what_the_rival_tells(run_command):
+    told = json.loads(run_command("bench.step", *TINY, "--json", "--stage=sft").stdout.splitlines()[-1])
+    fields = (
+        "framework device depth seq batch vocab compiled step_s tokens_per_s flops_per_s parameters peak_bytes loss"
+    )
+    assert list(told) == fields.split()
+    assert told["tokens_per_s"] == pytest.approx(64 / told["step_s"], rel=0.01) and 0 < told["loss"] < 10
+    both = run_command("bench.step", *TINY, "--ways=unroll=True,unroll=False attention=xla", "--micro_rows=1,2").stdout
+    assert both.count("× the first") == 4
+
+
+@pytest.mark.slow
+def test_compare_with_itself(run_command):
+    said = run_command("bench.compare", f"{sys.executable} -m bench.step --json", "--rounds=1", *TINY).stdout
+    assert "ours / rival, tokens/s: " in said and "ours / rival, memory: " in said
+
+
+@pytest.mark.slow
+def test_profile_finds_every_part(run_command):
+    said = run_command("bench.profile", *TINY).stdout
+    for part in ("attention, forward", "attention, backward", "mlp, forward", "loss, backward", "optimizer"):
+        assert part in said
