@@ -9,11 +9,12 @@ so that its peak memory is its own.
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from jaxchat.data.order import Order
 from jaxchat.data.sources import ParquetText, find_shards
 from jaxchat.tokenizer import Tokenizer
 from launch import cli
+
+PIPELINES = ("base", "mid", "sft")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Config:
     """Of each side."""
     workers: int = 0
     """Grain workers; 0: threads."""
+    pipelines: str = ",".join(PIPELINES)
+    """Which to time, commas between; several: each in a process of its own."""
     documents: int = 0
     """If given, no timing: read so many documents of base (over many epochs) and tell how memory grows."""
     json: bool = False
@@ -98,19 +103,20 @@ def measure(name: str, config: Config) -> dict:
     next(batches)
     rates, cpu = {"ours": [], "bare": []}, {"ours": [], "bare": []}
     place = 0
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    memory = 0.0
     for _ in range(config.turns):
         for _ in range(4):  # what was made ahead while the other side had its turn
             next(batches)
         start, used, tokens = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - start < config.seconds:
             batch = next(batches)
-            # Tokens with a target before them; of padded rows, as far as the last that is not padding.
+            # What tiktoken gives too: no specials; and no padding, which is token 0 without weight.
             real = (batch["targets"] != 0) | (batch["weights"] > 0)
-            tokens += int(real.sum())
+            tokens += int((real & (tokenizer.token_bytes[batch["targets"]] > 0)).sum())
         rates["ours"].append(tokens / (time.perf_counter() - start))
         cpu["ours"].append(tokens / (time.process_time() - used))
-        memory = max(memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        # A high-water mark: before the other side's first turn, whose lists are not to count.
+        memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         spent, used, tokens = 0.0, 0.0, 0
         batches.set_state(batches.get_state())  # stops reading ahead, which would take the cores from tiktoken
         while spent < config.seconds:
@@ -153,51 +159,46 @@ def measure_memory(config: Config) -> dict:
     return {"state_bytes": len(state), "restore_s": restored, "growth": max(half) / half[0] - 1, "mib": max(half)}
 
 
-def told_by(work, *args):
-    """What work(*args) returns, or the UserError it raises, sent through the pipe that is the last argument."""
-    *args, pipe = args
-    try:
-        pipe.send(work(*args))
-    except UserError as problem:
-        pipe.send(problem)
+def table_row(name: str, told: dict) -> tuple[str, dict]:
+    """A line of the table, and the figures that --json gives."""
+    ours, bare = (statistics.median(told[side]) for side in ("ours", "bare"))
+    ratios = sorted(a / b for a, b in zip(told["ours"], told["bare"], strict=True))
+    spread, cpu = f"{ratios[0]:.2f} to {ratios[-1]:.2f}", told["cpu"]["ours"] / told["cpu"]["bare"]
+    rate = f"{ours:>12,.0f} {bare:>12,.0f}  {ours / bare:5.2f}"
+    line = f"{name:6} {rate}  {spread:>15}  {cpu:11.2f}  {told['mib']:,.0f} MiB"
+    return line, {"tokens_per_s": round(ours), "ratio": round(ours / bare, 3)}
 
 
-def in_process(work, *args):
-    """work(*args) in a fresh process."""
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=told_by, args=(work, *args, there))
-    process.start()
-    there.close()
-    try:
-        told = here.recv()
-        if isinstance(told, UserError):
-            raise told
-        return told
-    finally:
-        process.join()
+def alone(name: str, config: Config) -> tuple[str, dict]:
+    """The same of a pipeline in a process of its own."""
+    given = dataclasses.asdict(config) | {"pipelines": name}
+    flags = [f"--{flag}={value}" for flag, value in given.items() if flag != "json"]
+    done = subprocess.run([sys.executable, "-m", "bench.data", *flags, "--json"], stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # it has told why
+        sys.exit(done.returncode)
+    *_, line, figures = done.stdout.splitlines()
+    return line, json.loads(figures)[name]
 
 
 def run(config: Config):
     if config.documents:
-        told = in_process(measure_memory, config)
+        told = measure_memory(config)
         print(f"from a tenth of them on, memory grew by at most {told['growth']:.1%} (peak {told['mib']:,.0f} MiB)")
         print(f"state {told['state_bytes']:,} bytes, first batch {told['restore_s']:.2f} s after it was restored")
         if config.json:
             print(json.dumps(told))
         return
+    names = config.pipelines.split(",")
+    if not set(names) <= set(PIPELINES):
+        raise UserError(f"--pipelines={config.pipelines}; they are {', '.join(PIPELINES)}")
     print(
         f"{os.cpu_count()} cores; {config.rows} rows × {config.seq}; {config.turns} turns of {config.seconds:g} s each"
     )
-    print(f"{'':6} {'ours':>12} {'tiktoken':>12}  ratio  {'ratios of turns':>15}  of CPU time  peak memory")
+    print(f"{'':6} {'ours':>12} {'tiktoken':>12}  ratio  {'ratios of turns':>15}  of CPU time  peak memory", flush=True)
     results = {}
-    for name in ("base", "mid", "sft"):
-        told = in_process(measure, name, config)
-        ours, bare = (statistics.median(told[side]) for side in ("ours", "bare"))
-        ratios = sorted(a / b for a, b in zip(told["ours"], told["bare"], strict=True))
-        results[name] = {"tokens_per_s": round(ours), "ratio": round(ours / bare, 3)}
-        spread, cpu = f"{ratios[0]:.2f} to {ratios[-1]:.2f}", told["cpu"]["ours"] / told["cpu"]["bare"]
-        rate = f"{ours:>12,.0f} {bare:>12,.0f}  {ours / bare:5.2f}"
-        print(f"{name:6} {rate}  {spread:>15}  {cpu:11.2f}  {told['mib']:,.0f} MiB", flush=True)
+    for name in names:
+        line, results[name] = table_row(name, measure(name, config)) if len(names) == 1 else alone(name, config)
+        print(line, flush=True)
     if config.json:
         print(json.dumps(results))
 

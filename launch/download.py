@@ -11,6 +11,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from jaxchat.config import UserError, base_dir
 from jaxchat.data.hub import File, Link, Repo, check_room, fetch_all, giga, is_there, listed, retried
+from jaxchat.data.sources import SOURCE
 from launch import cli
 
 SETS: dict[str, list[Repo | Link]] = {
@@ -90,13 +91,13 @@ def files_of(name: str, config: Config) -> list[File]:
             continue
         folder = place(part.folder, config.to)
         if part.shards:
-            source = folder / ".source"
-            if source.is_file() and (other := source.read_text().strip()) != part.repo:
+            source = folder / SOURCE
+            if source.is_file() and (other := source.read_text().split()[0]) != part.repo:
                 raise UserError(f"{folder} holds shards of {other}; fetch {name} to another folder with --to")
         files += retried(part.repo, lambda part=part, folder=folder: listed(part, folder, config.shards))
         if part.shards:
             folder.mkdir(parents=True, exist_ok=True)
-            source.write_text(part.repo + "\n")
+            source.write_text(f"{part.repo} {config.shards}\n")
     return files
 
 

@@ -14,7 +14,8 @@ class FakeHub:
     """files: {"owner/name": {path: content}}, and {"": {path: content}} for what is no data set, at /plain/path.
 
     faults: {path: [fault, …]}, one for each time that the file is asked for; then it is served well. They are
-    drop, stall, 503, short (a wrong length), long, garbage (other bytes), whole (ignores that a range was asked for).
+    drop, stall, 503, short (a wrong length), long, garbage (other bytes), whole (ignores that a
+    range was asked for), "whole, drop".
     asked: every (path, first byte) in order.
     """
 
@@ -99,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "503":
             self.answer(503)
             return
-        if fault == "whole":
+        if "whole" in fault:
             first = 0
         if first and first >= len(content):
             self.answer(416)
@@ -111,7 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         if first:
             self.send_header("Content-Range", f"bytes {first}-{first + stated - 1}/{first + stated}")
         self.end_headers()
-        sent = len(body) // 2 if fault in ("drop", "stall", "short") else len(body)
+        cut = fault in ("stall", "short") or "drop" in fault
+        sent = len(body) // 2 if cut else len(body)
         for at in range(0, sent, 1 << 20):
             if self.hub.closing.is_set():
                 return
@@ -120,5 +122,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if fault == "stall":
             self.hub.closing.wait(20)
-        if fault in ("drop", "stall"):
+        if fault == "stall" or "drop" in fault:
             self.close_connection = True

@@ -1,5 +1,7 @@
 """Parquet shards: random access, splits, and every way in which they can be wrong."""
 
+import os
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,11 +47,36 @@ def test_fingerprint_tells_which_shard_was_replaced(tmp_path, monkeypatch):
     after = ParquetText([a, b]).fingerprint
     assert b.stat().st_size == size
     assert after["a.parquet"] == before["a.parquet"] and after["b.parquet"] != before["b.parquet"]
+    monkeypatch.setattr(sources, "WHOLE", 1000)
     monkeypatch.setattr(sources, "SAMPLE_BYTES", 100)  # now it is larger than what is read of it: its end is
     sampled = file_fingerprint(b)
     assert sampled != after["b.parquet"] and sampled == file_fingerprint(b)
     b.write_bytes(b.read_bytes()[:-1] + b"x")
     assert file_fingerprint(b) != sampled
+
+
+def test_a_shard_replaced_while_it_is_read(tmp_path, monkeypatch):
+    """Told when its next row group is read; the same bytes written anew are no replacement."""
+    path = write(tmp_path / "a.parquet", list("abcd"), row_group_size=1)
+    texts = ParquetText([path])
+    assert texts[0] == "a"
+    os.utime(path, ns=(1, 1))
+    assert texts[1] == "b"
+    write(path, list("abcx"), row_group_size=1)
+    assert texts[1] == "b"  # from memory
+    with pytest.raises(UserError, match="a.parquet has changed since this run began"):
+        texts[2]
+
+
+def test_shards_of_an_unfinished_download(tmp_path):
+    for n in range(3):
+        write(tmp_path / f"{n}.parquet", ["x"])
+    (tmp_path / sources.SOURCE).write_text("some/data 4\n")
+    assert len(find_shards(tmp_path, "train")) == 2
+    with pytest.raises(UserError, match="holds 3 of the 4 shards .* --shards=3"):
+        find_shards(tmp_path, "train", whole=True)
+    (tmp_path / sources.SOURCE).write_text("some/data 3\n")
+    assert len(find_shards(tmp_path, "train", whole=True)) == 2
 
 
 def test_row_groups_are_read_once_whatever_the_pace(tmp_path):

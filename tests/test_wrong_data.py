@@ -10,7 +10,7 @@ import pytest
 
 from jaxchat.config import UserError
 from jaxchat.data import pipelines
-from jaxchat.data.encode import text_reader
+from jaxchat.data.encode import conversation_reader, text_reader
 from jaxchat.data.order import Deal, Order
 from jaxchat.data.sources import ParquetText
 from jaxchat.data.streams import PackedRows
@@ -118,6 +118,45 @@ def test_conversations_without_an_assistant_and_odd_ones(tmp_path, tokenizer):
     said = [tokenizer.decode(row[row != 0]) for row in batch["inputs"][0]]
     assert sum("a\ufffdb<|bos|>\r\n" in text for text in said) == 1
     assert (batch["inputs"] == tokenizer.bos).sum() == 4, "a spelling of <|bos|> is text"
+
+
+ROWS = {"question": ["What?"] * 2, "choices": [["a", "b", "c", "d"]] * 2, "answer": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "task, path, rows, told",
+    [
+        ("MMLU/test", "mmlu/all", ROWS | {"question": ["What?", None]}, "`question` is null"),
+        ("MMLU/test", "mmlu/all", ROWS | {"choices": [["a", "b"], ["a", None]]}, "a choice is no text"),
+        ("MMLU/test", "mmlu/all", ROWS | {"answer": [0, 4]}, "answer 4 of 4 choices"),
+        ("GSM8K/test", "gsm8k/main", {"question": ["1 + 1?"] * 2, "answer": ["2", None]}, "`answer` is null"),
+        ("GSM8K/test", "gsm8k/main", {"question": ["1 + 1?"] * 2, "answer": [2, 2]}, "the answer is no text"),
+        ("SmolTalk/test", "smoltalk/data", {"messages": [TALK, [*TALK, None]]}, "unknown role None"),
+        ("SmolTalk/test", "smoltalk/data", {"messages": [TALK, None]}, "`messages` is null"),
+    ],
+)
+def test_bad_cells_of_tasks_are_told_with_their_row(tmp_path, tokenizer, task, path, rows, told):
+    folder = tmp_path / path
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table(rows), folder / "test-00000-of-00001.parquet")
+    tasks = pipelines.load_tasks(task, str(tmp_path), "train_tasks", documents=False)
+    with pytest.raises(UserError, match=f"{task}, row [01]: .*{told}.*; mend or leave out this row"):
+        conversation_reader(tasks, tokenizer)([0, 1])
+
+
+def test_a_panic_while_tokenizing_ends_the_run(tmp_path, tokenizer, monkeypatch):
+    """What tiktoken's Rust raises is no Exception; Grain's thread would end, and the run wait for ever."""
+
+    class Panic(BaseException):
+        pass
+
+    def panic(text):
+        raise Panic("no more stack")
+
+    batches = base_batches([write(tmp_path / "a.parquet", TEXTS)], tokenizer)
+    monkeypatch.setattr(tokenizer, "encode_array", panic)
+    with pytest.raises(RuntimeError, match="no more stack"):
+        next(batches)
 
 
 def test_a_conversation_of_the_assistant_alone_is_refused(tmp_path):

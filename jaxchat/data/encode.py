@@ -30,14 +30,23 @@ def _in_threads(work: Callable[[list], list], items: Iterable, size: Callable, f
 
     A chunk is full when the sizes of its items come to `full`.
     """
+
+    def guarded(chunk: list) -> list:
+        try:
+            return work(chunk)
+        except Exception:
+            raise
+        except BaseException as problem:  # a panic in tiktoken's Rust would end Grain's thread without a word
+            raise RuntimeError(f"tokenizing failed: {problem!r}") from problem
+
     futures, chunk, have = [], [], 0
     for item in items:
         chunk.append(item)
         have += size(item)
         if have >= full:
-            futures.append(_threads().submit(work, chunk))
+            futures.append(_threads().submit(guarded, chunk))
             chunk, have = [], 0
-    done = work(chunk)
+    done = guarded(chunk)
     return [result for future in futures for result in future.result()] + done
 
 
@@ -65,11 +74,11 @@ def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[n
     results: list = [None] * len(numbers)
     places, marked = [], []
     for place, number in enumerate(numbers):
-        row = tasks[number]
-        if "text" in row:
-            (results[place],) = _text_tokens(tokenizer, [row["text"]])
-            continue
         try:
+            row = tasks[number]
+            if "text" in row:
+                (results[place],) = _text_tokens(tokenizer, [row["text"]])
+                continue
             text = tokenizer.conversation_text(row)
             if text is None:
                 results[place] = tuple(np.array(part, np.int32) for part in tokenizer.render_conversation(row))

@@ -15,16 +15,16 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from jaxchat.config import UserError
 
-constants.DOWNLOAD_CHUNK_SIZE = 1 << 20  # less than one is lost when a connection breaks; the library has 10 MB
-TRIES, PAUSE = 5, 1.0  # of each file; seconds before the second try, doubled before each further one
+CHUNK = 1 << 20  # bytes written at a time: less than one is lost when a connection breaks
+TRIES, PAUSE = 5, 1.0  # in a row without progress; seconds before the second, doubled before each further one
 # Failures of this machine's disk, which trying again does not mend.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EMFILE)
 
@@ -76,9 +76,13 @@ def is_whole(file: File, path: Path) -> bool:
     return not file.digest or hash_of(path, file.digest.partition(":")[0]) == file.digest
 
 
-def retried(what: str, attempt: Callable):
-    """attempt(), again after a pause where the server or the network failed. UserError: for good."""
-    for number in range(1, TRIES + 1):
+def retried(what: str, attempt: Callable, have: Callable[[], int] = lambda: 0):
+    """attempt(), again after a pause where the server or the network failed. UserError: for good.
+
+    have: the bytes that are here; a try after which they are more than ever before does not count.
+    """
+    tries, most = 0, have()
+    while True:
         try:
             return attempt()
         except (HTTPError, OSError, ValueError) as problem:  # ValueError: no JSON came, but a page of somebody's
@@ -88,11 +92,12 @@ def retried(what: str, attempt: Callable):
             told = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
             if status in (401, 403, 404):
                 raise UserError(f"{what}: {told}; is there such a thing at this endpoint? (HF_ENDPOINT)") from problem
-            if number == TRIES:
+            tries, most = (1 if have() > most else tries + 1), max(most, have())
+            if tries == TRIES:
                 raise UserError(
                     f"{what}: {told} ({TRIES} tries); run the same command again, it goes on where it was"
                 ) from problem
-            time.sleep(PAUSE * 2 ** (number - 1))
+            time.sleep(PAUSE * 2 ** (tries - 1))
 
 
 def listed(repo: Repo, folder: Path, shards: int) -> list[File]:
@@ -139,14 +144,8 @@ def fetch(file: File, stop: threading.Event):
             if not file.digest or (file.size is not None and have > file.size):
                 out.truncate(0)  # what has no hash stated is not gone on with: it may be another file by now
                 have = 0
-            once = {} if file.digest else {"_nb_retries": 0}  # the library's own next try would go on too
-            try:
-                http_get(file.url, out, resume_size=have, expected_size=file.size, headers=dict(file.headers), **once)
-            except (OSError, HTTPError) as problem:
-                status = problem.response.status_code if isinstance(problem, HfHubHTTPError) else None
-                if status == 416:  # the server has no more than what is here, or something else by now
-                    out.truncate(0)
-                raise
+            if have != file.size:
+                receive(file, out, have)
             out.flush()  # and still locked: nobody else may touch the part until it has its name
             if file.digest and hash_of(file.part, file.digest.partition(":")[0]) != file.digest:
                 file.part.unlink()  # nothing of it can be trusted
@@ -157,7 +156,26 @@ def fetch(file: File, stop: threading.Event):
             else:
                 os.replace(file.part, file.path)
 
-    retried(file.path.name, attempt)
+    retried(file.path.name, attempt, have=lambda: size_of(file.part))
+
+
+def receive(file: File, out: BinaryIO, have: int):
+    """Append to `out`, which holds `have` bytes of the file, what is lacking. OSError, HTTPError: not all of it came.
+
+    The library's own http_get is not used: it goes on by itself, for ever where a server ignores ranges and drops.
+    """
+    headers = file.headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    request = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": True}
+    with get_session().stream("GET", file.url, **request) as response:
+        if response.status_code == 416 or (have and response.status_code == 200):
+            out.truncate(0)  # no more there than is here, or something else by now; or the whole file comes
+        hf_raise_for_status(response)
+        for chunk in response.iter_bytes(CHUNK):
+            out.write(chunk)
+    out.flush()
+    got = os.fstat(out.fileno()).st_size
+    if file.size is not None and got != file.size:
+        raise OSError(f"{got:,} bytes came, the hub states {file.size:,}")
 
 
 def unpack(archive: Path, folder: Path):

@@ -66,7 +66,7 @@ class Concatenated:
         return {"tokens": windows, "weights": weights}
 
     def totals(self) -> dict[str, int]:
-        """targets: of the step made last; taken: documents read before it; left: whether more targets will come."""
+        """targets: of the step made last; taken: documents read before it; left: whether more will come."""
         told = {"targets": self._targets, "taken": self._taken, "left": int(self._unread >= 2)}
         return told | {"empty_documents": self._empty}
 

@@ -149,6 +149,8 @@ class _PackedRowsIterator(grain.DatasetIterator):
         totals = {name: np.zeros(len(tokens), np.int32) for name in told[0]}
         for name in totals:  # what is told of a stream stands beside the first of its rows
             totals[name][:: p.deal.rows_each] = [t[name] for t in told]
+        # But this beside each: then a process that has not the first row knows it too, and need not wait for the sum.
+        totals["left"] = np.repeat(totals["left"][:: p.deal.rows_each], p.deal.rows_each)
         first = p.streams[0] * p.deal.rows_each  # a stream at either end may be another process's in part
         mine = slice(p.rows[0] - first, p.rows[1] - first)
         return as_batch({k: a[mine] for k, a in rows.items()}, {k: a[mine] for k, a in totals.items()}, p.micro_batches)

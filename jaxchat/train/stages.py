@@ -25,8 +25,8 @@ def base(config: BaseConfig) -> tuple[Stage, Setting]:
     tag = config.model_tag or f"d{config.depth}"
     own = checkpoint.run_folder("base", tag) / "tokenizer"
     tokenizer = Tokenizer.load(own if config.resume and own.is_dir() else None)
-    texts = ParquetText(find_shards(config.data_dir, "train"))
-    find_shards(config.data_dir, "val")
+    texts = ParquetText(find_shards(config.data_dir, "train", whole=True))
+    validation = ParquetText(find_shards(config.data_dir, "val"))
     time = config.max_seq_len
     model = ModelConfig.from_depth(
         config.depth,
@@ -59,7 +59,7 @@ def base(config: BaseConfig) -> tuple[Stage, Setting]:
         source="base",
         tag=tag,
         title=f"Base pretraining of {tag}",
-        meta={"stage": "base", "data": texts.fingerprint},
+        meta={"stage": "base", "data": texts.fingerprint | validation.fingerprint},
         plan=plan,
         optimizer=optimizer,
         batches=batches,

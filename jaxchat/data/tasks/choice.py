@@ -9,7 +9,14 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def choice_conversation(question: str, choices: list[str], answer: int) -> dict:
-    """{"messages", "letters"}: the question with lettered choices, and the right letter as the answer."""
+    """{"messages", "letters"}: the question with lettered choices, and the right letter as the answer.
+
+    UserError: no text, or an answer that is none of the choices.
+    """
+    if not all(isinstance(text, str) for text in (question, *choices)):
+        raise UserError("the question or a choice is no text")
+    if not 0 <= answer < len(choices) <= len(LETTERS):
+        raise UserError(f"answer {answer} of {len(choices)} choices")
     letters = list(LETTERS[: len(choices)])
     # The letter follows its choice without a space: so it is the very token that the answer is (" A" is another).
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters, strict=True)]
@@ -27,7 +34,7 @@ def mmlu(folder: Path, split: str) -> Table:
 
 def arc(folder: Path, split: str, name: str) -> Table:
     def convert(row: dict) -> dict:
-        labels, texts = row["choices"]["label"], row["choices"]["text"]
+        labels, texts = row["choices"]["label"] or [], row["choices"]["text"] or []
         if row["answerKey"] not in labels:  # some rows count their choices 1 to 4
             raise UserError(f"{name}/{split}: the answer {row['answerKey']!r} is none of {labels}")
         return choice_conversation(row["question"], texts, labels.index(row["answerKey"]))

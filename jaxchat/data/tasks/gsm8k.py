@@ -3,13 +3,16 @@
 import re
 from pathlib import Path
 
+from jaxchat.config import UserError
 from jaxchat.data.tasks.table import Table
 
 SUM = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 
 
 def answer_parts(answer: str) -> list[dict]:
-    """The answer as parts: `<<12/60=0.2>>` is a python part `12/60` and its output `0.2`."""
+    """The answer as parts: `<<12/60=0.2>>` is a python part `12/60` and its output `0.2`. UserError: it is no text."""
+    if not isinstance(answer, str):
+        raise UserError("the answer is no text")
     parts = []
     pieces = SUM.split(answer)  # text, expression, result, text, …
     for i in range(0, len(pieces), 3):

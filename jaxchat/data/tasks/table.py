@@ -28,4 +28,8 @@ class Table:
         return self._table.num_rows
 
     def __getitem__(self, index: int) -> dict:
-        return self._convert({name: self._table[name][index].as_py() for name in self._table.column_names})
+        row = {name: self._table[name][index].as_py() for name in self._table.column_names}
+        for name, cell in row.items():
+            if cell is None:
+                raise UserError(f"`{name}` is null")
+        return self._convert(row)
