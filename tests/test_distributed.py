@@ -51,7 +51,8 @@ def run(folder, processes, *flags):
     return [json.loads(out.read_text()) for out in outs]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_processes_agree(folder, processes):
     (alone,) = run(folder, 1, "--dry_run")
     together = run(folder, processes, "--dry_run")
