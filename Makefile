@@ -35,7 +35,7 @@ test: $(installed)  ## the fast tests; ARGS="-k tokenizer" to choose
 	$(python) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(installed)  ## the slow tests
-	$(python) -m pytest -m slow $(ARGS)
+	$(python) -m pytest -m slow -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(installed)  ## ruff: errors and format
 	$(python) -m ruff check

@@ -146,7 +146,7 @@ def test_no_conversation_is_dropped_or_seen_twice(real):
     assert not got - wanted
 
 
-@pytest.mark.parametrize("attention", ["xla", "blocks"])
+@pytest.mark.parametrize("attention", [pytest.param("xla", marks=pytest.mark.slow), "blocks"])
 def test_packed_conversations_cost_what_they_cost_alone(real, attention):
     """Loss and gradients of a step packed, with random weights everywhere, are those of one conversation a row."""
     tokenizer, _ = real

@@ -1,5 +1,7 @@
 """The training step: its loss weighs tokens alike however they are split, over micro-batches or devices."""
 
+from functools import cache
+
 import jax
 import numpy as np
 import optax
@@ -35,11 +37,15 @@ def uneven_weights():
     return (random.random((8, 16)) < np.array([0.05, 0.0, 0.9, 0.1, 0.0, 0.0, 1.0, 0.3])[:, None]).astype(np.float32)
 
 
-def run(batch, *, micro=1, devices=None, optimizer=SGD, steps=2):
+@cache  # so that each shape is compiled once
+def mesh_and_step(num_devices, optimizer):
+    mesh = sharding.make_mesh(jax.devices()[:num_devices])
+    return mesh, make_train_step(CONFIG, Compute(data_shards=sharding.data_shards(mesh)), optimizer, mesh)
+
+
+def run(batch, *, micro=1, devices=1, optimizer=SGD, steps=2):
     """-> (weights, metrics of the last step) after `steps` steps on the same batch, cut into micro-batches."""
-    mesh = sharding.make_mesh(devices or jax.devices()[:1])
-    compute = Compute(data_shards=sharding.data_shards(mesh))
-    step = make_train_step(CONFIG, compute, optimizer, mesh)
+    mesh, step = mesh_and_step(devices, optimizer)
     state = init_state(0, CONFIG, optimizer, mesh)
     cut = {name: a.reshape(micro, 8 // micro, 16) for name, a in batch.items()}
     for _ in range(steps):
@@ -68,7 +74,8 @@ def test_loss_is_the_mean_over_what_is_supervised():
     first = run(batch, steps=1)[1]
     np.testing.assert_allclose(first["loss"], np.log(40), rtol=1e-6)
     state, _ = run(batch, steps=3)
-    logits = np.asarray(forward(state.params, batch["inputs"], CONFIG, Compute()), np.float64)
+    logits = jax.jit(forward, static_argnums=(2, 3))(state.params, batch["inputs"], CONFIG, Compute())
+    logits = np.asarray(logits, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     nll = -np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
     want = (nll * batch["weights"]).sum() / batch["weights"].sum()
@@ -83,7 +90,7 @@ def test_what_is_not_supervised_is_not_learnt():
     assert np.abs(supervised_too.params.lm_head - run(batch)[0].params.lm_head).max() > 1e-3
 
 
-@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize("micro", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_step_with_nothing_supervised_changes_nothing(micro):
     optimizer = make_optimizer(CONFIG, grad_clip=1.0)
     mesh = sharding.make_mesh(jax.devices()[:1])
@@ -97,7 +104,7 @@ def test_a_step_with_nothing_supervised_changes_nothing(micro):
 def test_eight_devices_compute_what_one_does(devices):
     batch = batch_of(uneven_weights())
     one, metrics = run(batch)
-    eight, metrics8 = run(batch, devices=devices)
+    eight, metrics8 = run(batch, devices=len(devices))
     same(eight.params, one.params)
     np.testing.assert_allclose(metrics8["loss"], metrics["loss"], rtol=1e-6)
 
