@@ -89,6 +89,8 @@ def test_metrics_and_checkpoints_are_whole(here):
         rows = metrics(here, stage)
         assert [step for step, _ in losses(here, stage)] == list(range(1, STEPS + 1))
         assert all(np.isfinite(loss) for _, loss in losses(here, stage))
+        for row in (row for row in rows if "loss" in row):
+            assert 0 <= row["data_wait_seconds"] and 0 < row["step_seconds"] and 0 < row["tokens_per_s"]
         found = {row["step"]: row[measured] for row in rows if measured in row}
         assert sorted(found) == [0, 5, STEPS]
         assert found[STEPS] < found[0]

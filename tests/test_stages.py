@@ -165,10 +165,10 @@ def test_packed_conversations_cost_what_they_cost_alone(real, attention):
     padded, packed = step("padded"), step("bestfit")
     assert packed["inputs_BT"].size < padded["inputs_BT"].size
     (nll, grads), (packed_nll, packed_grads) = sums(params, padded), sums(params, packed)
-    # Sums in another order, rotary angles at other positions: float32 rounding.
-    np.testing.assert_allclose(packed_nll, nll, rtol=1e-5)
+    # Sums in another order, rotary angles at other positions: float32 rounding; 1.2e-7 and 1.5e-6 were the largest seen.
+    np.testing.assert_allclose(packed_nll, nll, rtol=1e-6)
     for got, want in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-3 * float(np.abs(want).max()))
+        np.testing.assert_allclose(got, want, atol=5e-6 * float(np.abs(want).max()))
     seen, _ = sums(params, {name: a for name, a in packed.items() if name != "segments_BT"})
     assert abs(float(seen / nll) - 1) > 1e-4, "without segments they see one another"
 
