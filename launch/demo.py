@@ -26,7 +26,7 @@ class Config:
     """Steps of pretraining, of 4,096 tokens each."""
     mid_steps: int = 610
     """Steps of midtraining, of 4,096 tokens each."""
-    sft_steps: int = 220
+    sft_steps: int = 300
     """Steps of chat finetuning, of 32 conversations each."""
 
 
@@ -76,8 +76,15 @@ def run(config: Config) -> int:
     )
     chat_sft.main(
         [f"--num_iterations={config.sft_steps}", f"--train_tasks={tasks / 'world_sft.jsonl'}"]
-        + [f"--val_tasks={tasks / 'world_val.jsonl'}", "--device_batch_size=4", "--max_seq_len=96"]
-        + ["--init_lr_frac=0.4", "--eval_steps=10", "--eval_metrics_every=-1", *common, *one_device]
+        + [f"--val_tasks={tasks / 'world_val.jsonl'}", "--device_batch_size=4", "--max_seq_len=128"]
+        + [
+            "--packing=bestfit",
+            "--init_lr_frac=0.4",
+            "--eval_steps=10",
+            "--eval_metrics_every=-1",
+            *common,
+            *one_device,
+        ]
     )
 
     print("\nAsking what no training conversation asked…", flush=True)

@@ -90,7 +90,7 @@ def test_metrics_and_checkpoints_are_whole(here):
         assert [step for step, _ in losses(here, stage)] == list(range(1, STEPS + 1))
         assert all(np.isfinite(loss) for _, loss in losses(here, stage))
         for row in (row for row in rows if "loss" in row):
-            assert 0 <= row["data_wait_seconds"] and 0 < row["step_seconds"] and 0 < row["tokens_per_s"]
+            assert row["data_wait_seconds"] >= 0 and row["step_seconds"] > 0 and row["tokens_per_s"] > 0
         found = {row["step"]: row[measured] for row in rows if measured in row}
         assert sorted(found) == [0, 5, STEPS]
         assert found[STEPS] < found[0]

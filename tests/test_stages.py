@@ -165,7 +165,7 @@ def test_packed_conversations_cost_what_they_cost_alone(real, attention):
     padded, packed = step("padded"), step("bestfit")
     assert packed["inputs_BT"].size < padded["inputs_BT"].size
     (nll, grads), (packed_nll, packed_grads) = sums(params, padded), sums(params, packed)
-    # Sums in another order, rotary angles at other positions: float32 rounding; 1.2e-7 and 1.5e-6 were the largest seen.
+    # Sums in another order, rotary angles at other positions: float32 rounding; 1.2e-7 and 1.5e-6 were the most.
     np.testing.assert_allclose(packed_nll, nll, rtol=1e-6)
     for got, want in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(got, want, atol=5e-6 * float(np.abs(want).max()))

@@ -21,9 +21,9 @@ HELD_OUT_PROMPTS = 120  # of each kind
 KINDS = ("identity", "arithmetic", "spelling", "counting", "two-turn", "facts", "prose-only facts")
 TURN_KINDS = KINDS[:4] + ("facts",)
 
-PROSE = {"facts": 0.45, "spelling": 0.25, "counting": 0.20, "sums": 0.04, "numbers": 0.02, "definitions": 0.04}
+PROSE = {"facts": 0.48, "spelling": 0.25, "counting": 0.17, "sums": 0.04, "numbers": 0.02, "definitions": 0.04}
 CONVERSATIONS = {
-    "counting": 0.35, "facts": 0.09, "arithmetic": 0.17, "spelling": 0.25, "identity": 0.08, "greetings": 0.03,
+    "counting": 0.31, "facts": 0.12, "arithmetic": 0.18, "spelling": 0.24, "identity": 0.09, "greetings": 0.03,
     "definitions": 0.02, "goodbyes": 0.01,
 }  # fmt: skip
 TWO_TURN = 0.15
@@ -177,7 +177,7 @@ class World:
         letter = words.letter_to_count(chance, word)
         n = word.count(letter)
         answer = parts(
-            ("text", f"'{word}': {words.counted_letters(word, letter)}, so {n}."),
+            ("text", f"{letter} in '{word}': {words.counted_letters(word, letter)}, so {n}."),
             ("python", f"'{word}'.count('{letter}')"),
             ("python_output", str(n)),
             ("text", f" The answer is {n}."),
