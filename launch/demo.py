@@ -24,9 +24,9 @@ class Config:
     """Of the world, the weights and the order of the data."""
     base_steps: int = 110
     """Steps of pretraining, of 4,096 tokens each."""
-    mid_steps: int = 610
+    mid_steps: int = 640
     """Steps of midtraining, of 4,096 tokens each."""
-    sft_steps: int = 300
+    sft_steps: int = 400
     """Steps of chat finetuning, of 32 conversations each."""
 
 

@@ -67,7 +67,7 @@ PERSON = {
                 "do you know which colour {x} likes?", "what colour is best for {x}?", "{x} likes which colour?",
                 "tell me the favourite colour of {x}.", "which colour is the favourite of {x}?",
                 "which colour does {x} like most?", "what is the colour of {x}?", "tell me which colour {x} loves.",
-                "can you say which colour {x} likes?",
+                "can you say which colour {x} likes?", "tell me what colour {x} loves.", "what colour does {x} love?",
             ),
             held_out=(
                 "what colour does {x} like?", "can you tell me the favourite colour of {x}?",
