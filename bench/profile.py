@@ -33,9 +33,9 @@ class Config(Shape):
 def part_of(op_name: str) -> str:
     """ "attention, backward" of an operation's path through the traced functions and named scopes."""
     part = next((part for part in PARTS if re.search(rf"[/(]{part}[/)]", op_name)), "the rest")
-    return (
-        part if part in ("optimizer", "the rest") else f"{part}, {'backward' if 'transpose(' in op_name else 'forward'}"
-    )
+    if part in ("loss", "optimizer", "the rest"):  # the loss computes its gradients with its value
+        return part
+    return f"{part}, {'backward' if 'transpose(' in op_name else 'forward'}"
 
 
 def operations(hlo: str) -> dict[str, str]:
