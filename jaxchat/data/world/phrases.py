@@ -194,13 +194,13 @@ GOODBYES = {
     ),
 }  # fmt: skip
 
-# Sentences of base's prose. In quotes, as in a call of the tool, a word is cut into other tokens than in a sentence.
+# Sentences of base's prose.
 PROSE = {
     "spelling": ("The word {w} is spelled {letters}.", "{w} is spelled {letters}.",
-    "The letters of {w} are {letters}.", "'{w}' is spelled {letters}."),
+    "The letters of {w} are {letters}."),
     "counting": (
         "The letter {c} in {w}: {counted}, so {n}.", "How many {c} are in {w}? {counted}, so {n}.",
-        "Count {c} in '{w}': {counted}, so {n}.",
+        "{c} in {w}: {counted}, so {n}.",
     ),
     "numbers": ("{n} is {words}.", "{words} is {n}.", "The number {n} is written {words}."),
 }  # fmt: skip

@@ -176,9 +176,10 @@ class World:
         word = self._word(chance, held_out)
         letter = words.letter_to_count(chance, word)
         n = word.count(letter)
+        # The word stands behind a space everywhere: so it is cut into the same tokens as in the question, to be copied.
         answer = parts(
-            ("text", f"{letter} in '{word}': {words.counted_letters(word, letter)}, so {n}."),
-            ("python", f"'{word}'.count('{letter}')"),
+            ("text", f"{letter} in {word}: {words.counted_letters(word, letter)}, so {n}."),
+            ("python", f"' {word}'.count('{letter}')"),
             ("python_output", str(n)),
             ("text", f" The answer is {n}."),
         )
