@@ -15,7 +15,7 @@ from jaxchat.tokenizer import Tokenizer
 # (rows of the source) -> for each the (ids, mask) int32 of one document or conversation; a document may be empty.
 Reader = Callable[[Sequence[int]], list[tuple[np.ndarray, np.ndarray]]]
 # A thread takes so much at a time: enough for what handing it over costs, little enough to share out a step evenly.
-CHUNK_CHARS, CHUNK_ROWS = 8192, 16
+CHUNK_CHARS, CHUNK_ROWS = 32768, 16
 
 
 @cache
