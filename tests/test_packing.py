@@ -243,7 +243,7 @@ def test_every_conversation_is_in_a_row_or_counted_as_cut(lengths, pack, steps_o
     examples = steps_of * micro_rows
     order = Order([len(found)], seed=2)
     how = {"examples": examples, "micro_rows": micro_rows, "time": time, "num_examples": len(found), "packed": pack}
-    dataset = ConversationRows(lambda rows: [found[i] for i in rows], order, **how)
+    dataset = ConversationRows(lambda rows: (found[i] for i in rows), order, **how)
     batches = list(dataset)
     assert len(batches) == -(-len(found) // examples)
     for n, batch in enumerate(batches):
@@ -275,7 +275,7 @@ def test_a_step_with_nothing_supervised_is_counted():
     ids = np.arange(100, dtype=np.int32)
     late = np.where(np.arange(100) < 50, 0, 1)  # the answer comes after the cut
     rows = ConversationRows(
-        lambda rows: [(ids, late)] * len(rows), Order([2], 0), examples=2, micro_rows=2, time=32, num_examples=2
+        lambda rows: ((ids, late) for _ in rows), Order([2], 0), examples=2, micro_rows=2, time=32, num_examples=2
     )
     (batch,) = iter(rows)
     assert batch["inputs"].shape == (1, 2, 32) and not batch["weights"].any()

@@ -141,7 +141,7 @@ def test_bad_cells_of_tasks_are_told_with_their_row(tmp_path, tokenizer, task, p
     pq.write_table(pa.table(rows), folder / "test-00000-of-00001.parquet")
     tasks = pipelines.load_tasks(task, str(tmp_path), "train_tasks", documents=False)
     with pytest.raises(UserError, match=f"{task}, row [01]: .*{told}.*; mend or leave out this row"):
-        conversation_reader(tasks, tokenizer)([0, 1])
+        list(conversation_reader(tasks, tokenizer)([0, 1]))
 
 
 def test_a_panic_while_tokenizing_ends_the_run(tmp_path, tokenizer, monkeypatch):

@@ -3,6 +3,8 @@
 Every process renders all conversations of a step, which are few, and keeps its own rows: so all agree on the shape.
 """
 
+from itertools import islice
+
 import grain
 import numpy as np
 
@@ -58,12 +60,14 @@ class _ConversationRowsIterator(grain.DatasetIterator):
         super().__init__()
         self._p = rows
         self._state = {"next": 0, "cut": 0, "nothing_supervised": 0}
+        self._found = None  # what follows on the state, tokenized ahead
 
     def get_state(self):
         return dict(self._state)
 
     def set_state(self, state):
         self._state |= state
+        self._found = None
 
     def __next__(self):
         p, s = self._p, self._state
@@ -71,7 +75,9 @@ class _ConversationRowsIterator(grain.DatasetIterator):
         if first >= p.num_examples:
             raise StopIteration
         end = min(first + p.examples, p.num_examples)
-        found = p.read([p.order.index(i) for i in range(first, end)])
+        if self._found is None:
+            self._found = p.read(p.order.index(i) for i in range(first, p.num_examples))
+        found = list(islice(self._found, end - first))
         pairs = [(ids[: p.time + 1], mask[: p.time + 1]) for ids, mask in found]
         lengths = [len(ids) for ids, _ in pairs]
         time = p.time if p.packed else next(n for n in length_buckets(p.time) if n >= max(lengths) - 1)

@@ -1,8 +1,9 @@
-"""From rows of a source to tokens, in batches and threads. A reader takes row numbers and gives their tokens."""
+"""From rows of a source to tokens, in threads, ahead of who asks. A reader takes row numbers and gives their tokens."""
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 
@@ -12,24 +13,27 @@ from jaxchat.config import UserError
 from jaxchat.data.sources import ParquetText
 from jaxchat.tokenizer import Tokenizer
 
-# (rows of the source) -> for each the (ids, mask) int32 of one document or conversation; a document may be empty.
-Reader = Callable[[Sequence[int]], list[tuple[np.ndarray, np.ndarray]]]
+# (rows of the source) -> of each, in order, the (ids, mask) int32 of its document or conversation; a document may be
+# empty. Rows are taken ahead of what is asked for.
+Reader = Callable[[Iterable[int]], Iterator[tuple[np.ndarray, np.ndarray]]]
 # A thread takes so much at a time: enough for what handing it over costs, little enough to share out a step evenly.
 CHUNK_CHARS, CHUNK_ROWS = 32768, 16
+CHUNKS_AHEAD = 8  # of each thread
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
-    """For tokenizing, which lets other threads run meanwhile; a worker process has one, as there are several of it."""
+def _threads() -> tuple[ThreadPoolExecutor, int]:
+    """(threads, how many), which let others run while they tokenize; a worker process has one, being one of several."""
     count = 1 if multiprocessing.parent_process() else min(8, os.cpu_count() or 1)
-    return ThreadPoolExecutor(count, "tokenize")
+    return ThreadPoolExecutor(count, "tokenize"), count
 
 
-def _in_threads(work: Callable[[list], list], items: Iterable, size: Callable, full: int) -> list:
-    """work(chunk of items), chunk after chunk, all results in one list; items are read while others are worked on.
+def _in_threads(work: Callable[[list], list], items: Iterable, size: Callable, full: int) -> Iterator:
+    """The results of work(chunk of items), chunk after chunk, in order; later chunks are worked on meanwhile.
 
     A chunk is full when the sizes of its items come to `full`.
     """
+    threads, count = _threads()
 
     def guarded(chunk: list) -> list:
         try:
@@ -39,15 +43,18 @@ def _in_threads(work: Callable[[list], list], items: Iterable, size: Callable, f
         except BaseException as problem:  # a panic in tiktoken's Rust would end Grain's thread without a word
             raise RuntimeError(f"tokenizing failed: {problem!r}") from problem
 
-    futures, chunk, have = [], [], 0
+    futures, chunk, have = deque(), [], 0
     for item in items:
         chunk.append(item)
         have += size(item)
         if have >= full:
-            futures.append(_threads().submit(guarded, chunk))
+            futures.append(threads.submit(guarded, chunk))
             chunk, have = [], 0
-    done = guarded(chunk)
-    return [result for future in futures for result in future.result()] + done
+            if len(futures) > CHUNKS_AHEAD * count:
+                yield from futures.popleft().result()
+    futures.append(threads.submit(guarded, chunk))
+    while futures:
+        yield from futures.popleft().result()
 
 
 def _text_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -60,7 +67,7 @@ def _text_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[np.ndarra
     return documents
 
 
-def _read_texts(texts: ParquetText, tokenizer: Tokenizer, rows: Sequence[int]):
+def _read_texts(texts: ParquetText, tokenizer: Tokenizer, rows: Iterable[int]):
     return _in_threads(partial(_text_tokens, tokenizer), (texts[row] for row in rows), len, CHUNK_CHARS)
 
 
@@ -93,7 +100,7 @@ def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[n
     return results
 
 
-def _read_rows(tasks, tokenizer: Tokenizer, rows: Sequence[int]):
+def _read_rows(tasks, tokenizer: Tokenizer, rows: Iterable[int]):
     return _in_threads(partial(_row_tokens, tasks, tokenizer), rows, lambda _: 1, CHUNK_ROWS)
 
 

@@ -1,7 +1,6 @@
 """The three pipelines that training reads, and the fixed batches that validation reads."""
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 
 import grain
 import numpy as np
@@ -91,13 +90,8 @@ def packed_validation(read: Reader, documents: Iterable[int], *, rows: int, time
     targets, weights} [rows, time], of all processes.
     """
 
-    def stream() -> Iterator[np.ndarray]:
-        some = iter(documents)
-        while numbers := list(islice(some, 64)):
-            yield from (ids for ids, _ in read(numbers))
-
     wanted, parts, have = max_tokens + 1, [], 0
-    for ids in stream():
+    for ids, _ in read(documents):
         parts.append(ids)
         have += len(ids)
         if have >= wanted:

@@ -232,7 +232,7 @@ def row_length(config: MidConfig | SFTConfig, model: ModelConfig) -> int:
 def one_pass(tasks: Mixture, tokenizer: Tokenizer, tokens_per_step: int, sample: int = 512) -> str:
     """How many steps one pass is, as far as the lengths of `sample` rows tell."""
     order = Order([len(tasks)], seed=0)
-    rows = conversation_reader(tasks, tokenizer)([order.index(i) for i in range(min(sample, len(tasks)))])
+    rows = list(conversation_reader(tasks, tokenizer)(order.index(i) for i in range(min(sample, len(tasks)))))
     tokens = sum(len(ids) for ids, _ in rows) / len(rows) * len(tasks)
     return f"one pass over the mixture: about {tokens / tokens_per_step:,.0f} of about {tokens:,.0f} tokens in all"
 
