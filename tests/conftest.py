@@ -14,11 +14,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES_FLAG = "--xla_force_host_platform_device_count"
+# Compiling is most of what the tests do, and takes half as long without LLVM's optimizations, which the models here are
+# too small to feel. XLA_FLAGS=--xla_backend_optimization_level=3 tests with them, as users compile.
+LEVEL_FLAG = "--xla_backend_optimization_level"
 
 
 def xla_flags(devices: int) -> str:
     """XLA_FLAGS for so many CPU devices; whatever else was set stays."""
     others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(DEVICES_FLAG)]
+    if not any(flag.startswith(LEVEL_FLAG) for flag in others):
+        others.append(f"{LEVEL_FLAG}=0")
     return " ".join([*others, f"{DEVICES_FLAG}={devices}"])
 
 
