@@ -1,6 +1,7 @@
 """Checkpoints: weights, optimizer, data position and JSON metadata under <base directory>/<stage>/<tag>/<step>/.
 
-Orbax writes them in the background; a step's folder appears under its name only when it is whole.
+Orbax writes them in the background; a step's folder appears under its name only when it is whole, and is then sealed
+(jaxchat/seal.py), so that later damage is seen.
 """
 
 import contextlib
@@ -8,6 +9,8 @@ import errno
 import os
 import re
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from jaxchat import sharding
+from jaxchat import seal, sharding
 from jaxchat.config import ModelConfig, UserError, base_dir
 from jaxchat.model import params as model_params
 from jaxchat.model.params import Params
@@ -54,23 +57,36 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
-        self._manager = None
-
-    def _open(self):
-        if self._manager is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            quiet_orbax()
-            options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=True)
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
-        return self._manager
+        self._writer = None
+        self._saving = None  # the step under way
+        self._sealing = None  # its seal, a future
+        self._pool = ThreadPoolExecutor(1)
+        self._lock = None
 
     def steps(self) -> list[int]:
         return steps_in(self.folder)
 
+    def lock(self):
+        """Keep other runs out until `close`, and clear what a killed one left. UserError: another run is in."""
+        refused = ""
+        if jax.process_index() == 0 and self._lock is None:
+            try:
+                self._lock = seal.lock(self.folder)
+            except UserError as problem:
+                refused = str(problem)
+            else:
+                for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(path, ignore_errors=True)
+        if refused := sharding.gather_json({"refused": refused})[0]["refused"]:
+            raise UserError(refused)
+
     def delete_all(self):
-        """Delete the run's folder, metrics and all."""
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        """Delete the run's folder, metrics and all, but for the lock."""
+        if jax.process_index() == 0 and self.folder.exists():
+            for path in self.folder.iterdir():
+                if path.name != seal.LOCK:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        sharding.gather_json({})  # the others write nothing before it is empty
 
     def keep_tokenizer(self, tokenizer: Tokenizer):
         """Write the run's tokenizer beside its checkpoints, so that they stay usable whatever else is trained."""
@@ -79,47 +95,113 @@ class Checkpoints:
     def save(self, step: int, *, params: Params, optimizer: Any, batches: grain.DatasetIterator | None, meta: dict):
         """Start saving; training may go on at once. optimizer and batches None: weights and metadata only.
 
-        The state of the batches is JSON, a dict: that of all processes together.
+        The state of the batches is JSON, a dict: that of all processes together. Waits for the save before. Whatever
+        goes wrong with either leaves nothing half-written; OSError: the disk is full.
         """
+        self.wait()
         items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
         if optimizer is not None:
             items["optimizer"] = ocp.args.StandardSave(optimizer)
         if batches is not None:
             states = sharding.gather_json(batches.get_state())
             items["data"] = ocp.args.JsonSave({name: value for state in states for name, value in state.items()})
-        with self._drop_if_full(), full_disk_told(self.folder):
-            self._open().save(step, args=ocp.args.Composite(**items), force=True)
+        if self._writer is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            quiet_orbax()
+            self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._saving = step
+        with self._drop_if_failed(), full_disk_told(self.folder):
+            # force: a damaged checkpoint of this step, which was passed over, is replaced.
+            self._writer.save(self.folder / str(step), args=ocp.args.Composite(**items), force=True)
 
-    def restore(self, step: int, *, params: Params, optimizer: Any, batches: grain.DatasetIterator):
-        """-> (params, optimizer), laid out as the given ShapeDtypeStructs say; `batches` is set in place."""
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            optimizer=ocp.args.StandardRestore(optimizer),
-            data=ocp.args.JsonRestore(),
-        )
-        restored = self._open().restore(step, args=items)
+    def poll(self) -> bool:
+        """Whether nothing is under way, without waiting; raises what went wrong in the background."""
+        if self._saving is None:
+            return True
+        if jax.process_count() > 1:  # told when all wait for the save together
+            return False
+        with self._drop_if_failed(), full_disk_told(self.folder):
+            self._writer.check_for_errors()
+            if self._sealing is None and (self.folder / str(self._saving)).is_dir():
+                self._sealing = self._pool.submit(self._finish, self._saving)
+            if self._sealing and self._sealing.done():
+                self._sealing.result()
+                self._saving = self._sealing = None
+        return self._saving is None
+
+    def wait(self):
+        """Wait until what is being saved is whole and sealed; raises what went wrong."""
+        if self._saving is None:
+            return
+        with self._drop_if_failed(), full_disk_told(self.folder):
+            self._writer.wait_until_finished()
+            if jax.process_index() == 0:
+                (self._sealing or self._pool.submit(self._finish, self._saving)).result()
+            self._saving = self._sealing = None
+
+    def _finish(self, step: int):
+        """Seal the checkpoint of a step; then, and not before, older ones may go."""
+        seal.seal(self.folder / str(step))
+        for old in self.steps()[:-KEEP]:
+            shutil.rmtree(self.folder / str(old), ignore_errors=True)
+
+    def restore(self, step: int, *, params: Params, optimizer: Any, batches: grain.DatasetIterator | None):
+        """-> (params, optimizer), laid out as the given ShapeDtypeStructs say; `batches` is set in place.
+
+        optimizer None: weights only, and the batches stay as they are.
+        """
+        items = {"params": ocp.args.StandardRestore(params)}
+        if optimizer is not None:
+            items |= {"optimizer": ocp.args.StandardRestore(optimizer), "data": ocp.args.JsonRestore()}
+        quiet_orbax()
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            restored = reader.restore(self.folder / str(step), args=ocp.args.Composite(**items))
+        if optimizer is None:
+            return restored["params"], None
         batches.set_state(restored["data"])
         return restored["params"], restored["optimizer"]
+
+    def has_state(self, step: int) -> bool:
+        """Whether a checkpoint can be trained on: it holds optimizer and data position."""
+        return (self.folder / str(step) / "optimizer").is_dir()
 
     def meta(self, step: int) -> dict:
         return read_meta(self.folder, step)
 
     def close(self):
-        """Wait until what is being saved is whole."""
-        if self._manager is not None:
-            with self._drop_if_full(), full_disk_told(self.folder):
-                self._manager.wait_until_finished()
-                self._manager.close()
-                self._manager = None
+        """Wait until what is being saved is whole, and let go of the folder."""
+        try:
+            self.wait()
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     @contextlib.contextmanager
-    def _drop_if_full(self):
+    def _drop_if_failed(self):
+        """What a failed save has written goes, and the writer with it, which would tell of it once more."""
         try:
             yield
-        except OSError as problem:
-            if problem.errno == errno.ENOSPC:
-                self._manager = None  # what it still holds cannot be written
+        except Exception:
+            step, self._writer, self._saving, self._sealing = self._saving, None, None, None
+            if jax.process_index() == 0:
+                for path in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(path, ignore_errors=True)
+                if not (self.folder / str(step) / seal.NAME).exists():
+                    shutil.rmtree(self.folder / str(step), ignore_errors=True)
             raise
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """The steps of a run's checkpoints up to the last undamaged one; says which are passed over, and why."""
+    steps = steps_in(folder)
+    while steps and (wrong := seal.damage(folder / str(steps[-1]))):
+        print(f"checkpoint {folder / str(steps[-1])} is damaged and passed over: {wrong}", file=sys.stderr, flush=True)
+        steps.pop()
+    return steps
 
 
 @contextlib.contextmanager
@@ -163,6 +245,10 @@ def find(source: str, model_tag: str = "", step: int = -1) -> tuple[Path, int]:
         raise UserError(f"no {source} checkpoint named {model_tag} in {root}; {have}")
     if step >= 0 and step not in steps:
         raise UserError(f"no step {step} in {folder}; there are: {', '.join(map(str, steps))}")
+    if step >= 0 and (wrong := seal.damage(folder / str(step))):
+        raise UserError(f"{folder / str(step)} is damaged: {wrong}; take another step: {', '.join(map(str, steps))}")
+    if step < 0 and not (steps := whole_steps(folder)):
+        raise UserError(f"all checkpoints in {folder} are damaged; {train}")
     return folder, step if step >= 0 else steps[-1]
 
 

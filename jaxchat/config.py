@@ -17,6 +17,10 @@ class UserError(Exception):
     """
 
 
+class Preempted(Exception):
+    """A run was asked to stop, and saved. Commands print the message and leave with exit code 75: start it again."""
+
+
 def base_dir() -> Path:
     """The directory everything is kept under: $JAXCHAT_BASE_DIR, or ~/.cache/jaxchat."""
     return Path(os.environ.get("JAXCHAT_BASE_DIR") or "~/.cache/jaxchat").expanduser()
@@ -131,6 +135,8 @@ class TrainConfig:
     """Start anew where checkpoints of this stage and tag exist, which are deleted."""
     tensorboard: bool = False
     """Also write TensorBoard event files beside the checkpoints."""
+    on_nonfinite: str = "stop"
+    """When a loss or a gradient is not finite: stop, or skip that step, which then changes nothing."""
     data_workers: int = 0
     """Processes of each host that tokenize; 0: threads of the trainer. The batches are the same."""
 

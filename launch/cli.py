@@ -1,6 +1,7 @@
 """What every command shares: flags from a frozen dataclass, errors in one line, exit codes, a few ways to print.
 
-Exit codes: 0 done, 2 something the user gave cannot work, 130 interrupted, 141 whoever read our output went away.
+Exit codes: 0 done, 2 something the user gave cannot work, 75 asked to stop (SIGTERM, SIGUSR1) and saved: start again
+with --resume, 130 interrupted, 141 whoever read our output went away.
 Nothing here imports jax, so that --help and a mistyped flag answer at once.
 """
 
@@ -18,7 +19,7 @@ import typing
 
 import tyro
 
-from jaxchat.config import UserError
+from jaxchat.config import Preempted, UserError
 
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 
@@ -47,6 +48,8 @@ def main(config_class, run, args: list[str] | None = None) -> None:
         sys.stdout.flush()  # here, so that a reader who has gone away is noticed where it is handled
     except UserError as error:
         _fail(" ".join(str(error).split()), 2)
+    except Preempted as told:
+        _fail(str(told), os.EX_TEMPFAIL)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except OSError as error:

@@ -94,11 +94,13 @@ def test_a_full_disk_is_told_as_one(tmp_path):
             raise ValueError(self.says)
 
     checkpoints = Checkpoints(tmp_path)
-    checkpoints._manager = Full("RESOURCE_EXHAUSTED: Error writing …: No space left on device [os_error_code='28']")
+    checkpoints._saving = 3
+    checkpoints._writer = Full("RESOURCE_EXHAUSTED: Error writing …: No space left on device [os_error_code='28']")
     with pytest.raises(OSError) as told:
         checkpoints.close()
     assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path)
     checkpoints.close()  # nothing is left that would raise once more
-    checkpoints._manager = Full("shapes differ")
+    checkpoints._saving = 3
+    checkpoints._writer = Full("shapes differ")
     with pytest.raises(ValueError, match="shapes differ"):
         checkpoints.close()

@@ -10,14 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import ModelConfig
-from jaxchat.model.flops import flops_per_token, peak_flops
+from jaxchat.config import ModelConfig, Preempted
 from jaxchat.model.params import Params
 from jaxchat.sharding import agree, place_rows
 from jaxchat.train.metrics import MetricsLog, check_installed
+from jaxchat.train.reporter import Reporter
+from jaxchat.train.saving import Saver
+from jaxchat.train.signals import Stop
 from jaxchat.train.state import TrainState
-
-UNTOLD = ("taken", "left", "targets")  # totals that only the loop needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +54,11 @@ class Stage:
     meta: dict  # what a checkpoint tells of itself
     checkpoints: Checkpoints | None  # None: nothing is written
     save_every: int
-    keep_state: bool  # checkpoints hold optimizer and data position, to be resumed from
+    keep_state: bool  # the last checkpoint, too, holds optimizer and data position
     resume_step: int
     run: str
     tensorboard: bool
+    on_nonfinite: str = "stop"  # or skip
 
 
 def place_batch(batch: dict, mesh: Mesh) -> dict:
@@ -66,20 +67,31 @@ def place_batch(batch: dict, mesh: Mesh) -> dict:
 
 
 def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
-    """Run a stage to its end. -> the last value of every evaluation."""
+    """Run a stage to its end. -> the last value of every evaluation.
+
+    Preempted: a signal asked to stop, and what was learnt is saved. UserError: a step was not finite, or the end of the
+    run could not be saved.
+    """
+    with Stop() as stop:
+        return _train(stage, evaluations, stop)
+
+
+def _train(stage: Stage, evaluations: list[Evaluation], stop: Stop) -> dict[str, float]:
     folder = stage.checkpoints.folder if stage.checkpoints else None
     check_installed(run=stage.run, tensorboard=stage.tensorboard)
-    state = stage.start()
+    state = start(stage)
     log = MetricsLog(folder, stage.meta, resume_step=stage.resume_step, run=stage.run, tensorboard=stage.tensorboard)
     reporter = Reporter(stage, log)
     lr_multiplier = jax.jit(stage.lr_multiplier)
-    step, results, saved = stage.resume_step, {}, stage.resume_step
+    step, results = stage.resume_step, {}
+    saver = Saver(stage)
     finished = step == stage.num_steps
     try:
         while True:
+            stopping = not finished and stop.asked(step)
             try:
                 for evaluation in evaluations:
-                    if evaluation.due(step, stage.resume_step, finished):
+                    if not stopping and evaluation.due(step, stage.resume_step, finished):
                         reporter.flush()
                         values = evaluation.run(state.params)
                         if values:
@@ -89,15 +101,17 @@ def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
                             print(f"step {step:>6}  {evaluation.name}: {shown}", flush=True)
                         reporter.restart_clock()
             finally:  # an evaluation that fails must not cost the steps before it
-                wanted = finished or (stage.save_every > 0 and step % stage.save_every == 0)
-                if stage.checkpoints and step > saved and wanted:
+                if saver.due(step, finished or stopping):
                     reporter.flush()
-                    save(stage, state, step, results)
-                    saved = step
+                    saver.save(state, step, results, finished=finished)
                     reporter.restart_clock()
-            if finished:
+            if finished or stopping:
                 reporter.flush()
+                saver.finish(state, step, results, finished=finished)
+            if finished:
                 break
+            if stopping:
+                raise Preempted(f"stopped by {stop.signal} after step {step}; {saver.told(step)}")
             asked = time.perf_counter()
             batch = next(stage.batches)
             waited = time.perf_counter() - asked
@@ -128,85 +142,10 @@ def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
     return results
 
 
-def save(stage: Stage, state: TrainState, step: int, results: dict[str, float]):
-    rest = {"step": state.step, "empty_steps": state.empty_steps, "opt_state": state.opt_state}
-    stage.checkpoints.save(
-        step,
-        params=state.params,
-        optimizer=rest if stage.keep_state else None,
-        batches=stage.batches if stage.keep_state else None,
-        meta=stage.meta | {"step": step, "metrics": results},
-    )
-
-
-class Reporter:
-    """Step lines and metrics, one step late: the numbers of a step are fetched when the next one is under way."""
-
-    def __init__(self, stage: Stage, log: MetricsLog):
-        self._stage, self._log = stage, log
-        self._pending = None
-        self._shown = float("-inf")
-        self._reported = 0
-        self._spent = 0.0  # seconds in steps after the first, which compiles
-        self._first_progress = 0.0  # before the second
-        peak = peak_flops(stage.mesh.devices.flat[0])
-        self._peak = peak * stage.mesh.size if peak else None
-        self.restart_clock()
-
-    def restart_clock(self):
-        self._clock = time.perf_counter()
-
-    def step(self, step: int, tokens: int, waited: float, metrics: dict):
-        """tokens: of all processes; waited: seconds until the data was there; metrics: arrays still under way."""
-        previous, self._pending = self._pending, (step, tokens, waited, metrics)
-        if previous:
-            self._report(*previous)
-
-    def flush(self):
-        if self._pending:
-            self._report(*self._pending, last=True)
-            self._pending = None
-
-    def _report(self, step, tokens, waited, metrics, last=False):
-        values = {name: float(value) for name, value in jax.device_get(metrics).items() if name not in UNTOLD}
-        progress = values["progress"]
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        eta = self._eta(progress)
-        if self._reported:
-            self._spent += seconds
-        self._reported += 1
-        tokens_per_s = tokens / seconds
-        values |= {"step_seconds": seconds, "tokens_per_s": tokens_per_s, "data_wait_seconds": waited}
-        if self._peak:
-            values["mfu"] = tokens_per_s * flops_per_token(self._stage.model) / self._peak
-        self._log.write(step, values)
-        if not last and now - self._shown < 1.0:
-            return
-        self._shown = now
-        of = f"/{self._stage.num_steps}" if self._stage.num_steps else f" ({progress:.0%})"
-        line = f"step {step:>6}{of}  loss {values['loss']:.4f}  lr × {values['lr_multiplier']:.3f}"
-        line += f"  {1000 * seconds:.0f} ms  {tokens_per_s:,.0f} tokens/s"
-        if self._peak:
-            line += f"  MFU {values['mfu']:.1%}"
-        if values["empty_steps"]:
-            line += f"  empty steps {values['empty_steps']:.0f}"
-        if waited > 0.01 * seconds:
-            line += f"  waited {1000 * waited:.0f} ms for data"
-        if eta is not None:
-            line += f"  ETA {duration(eta)}"
-        print(line, flush=True)
-
-    def _eta(self, progress: float) -> float | None:
-        """Seconds left after the step that began at `progress`, at the pace of the steps between the first and it."""
-        if self._reported == 1:
-            self._first_progress = progress
-        steps, done = self._reported - 1, progress - self._first_progress
-        return self._spent / done * max(0.0, 1 - progress - done / steps) if steps > 0 and done > 0 else None
-
-
-def duration(seconds: float) -> str:
-    """1h02m, 3m20s or 12s."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+def start(stage: Stage) -> TrainState:
+    try:
+        return stage.start()
+    except BaseException:
+        if stage.checkpoints:  # let go of the run's folder
+            stage.checkpoints.close()
+        raise

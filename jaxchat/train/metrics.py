@@ -1,7 +1,10 @@
 """Where a run's numbers go: JSON lines beside the checkpoints; Weights & Biases and TensorBoard where asked."""
 
+import errno
 import importlib.util
 import json
+import math
+import os
 from pathlib import Path
 
 from jaxchat.config import UserError
@@ -15,11 +18,15 @@ def check_installed(*, run: str, tensorboard: bool):
             raise UserError(f"{flag} needs {module}: pip install 'jaxchat[{extra}]'")
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class MetricsLog:
     """`metrics.jsonl` of a run: one object a line, each with its `step`. folder None: nothing is written."""
 
     def __init__(self, folder: Path | None, config: dict, *, resume_step: int, run: str, tensorboard: bool):
         self._file = self._wandb = self._board = None
+        self._unwritten = b""  # what did not fit on a full disk
         if run != "dummy":
             import wandb
 
@@ -34,7 +41,7 @@ class MetricsLog:
             fresh = path.with_suffix(".new")
             fresh.write_text("".join(kept))
             fresh.replace(path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -42,15 +49,32 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]):
         if self._file:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._unwritten += json.dumps({"step": step, **known}).encode() + b"\n"
+            self._write()
         if self._wandb:
             self._wandb.log(values, step=step)
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
+    def _write(self):
+        """All that is not written yet, or nothing: a full disk costs no step, and no line is cut."""
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(self._unwritten) == len(self._unwritten):
+                self._unwritten = b""
+                return
+        except OSError as problem:
+            if problem.errno not in FULL:
+                raise
+        os.ftruncate(self._file.fileno(), end)
+
     def close(self):
+        if self._unwritten:
+            self._write()
+        if self._unwritten:
+            print("metrics.jsonl lacks its last lines: the disk is full", flush=True)
         for sink in (self._file, self._board):
             if sink:
                 sink.close()

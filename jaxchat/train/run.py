@@ -16,7 +16,7 @@ from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.loop import Stage
 from jaxchat.train.optimizer import make_optimizer
-from jaxchat.train.state import TrainState, abstract_state
+from jaxchat.train.state import TrainState, abstract_state, state_from_params
 from jaxchat.train.step import make_train_step
 
 # These change what is shown, measured or kept, or how many rows are computed at a time, but not what is learnt: a
@@ -25,6 +25,7 @@ FREE_ON_RESUME = (
     *("run", "device_type", "save_every", "resume", "overwrite", "tensorboard", "dry_run", "model_tag", "step"),
     *("eval_every", "eval_tokens", "eval_steps", "eval_metrics_every", "eval_metrics_max_problems", "sample_every"),
     *("core_metric_every", "val_tasks", "data_dir", "tasks_dir", "device_batch_size", "data_workers"),
+    "on_nonfinite",
 )
 
 
@@ -46,6 +47,8 @@ def start_devices(config: TrainConfig) -> Mesh:
         jax.config.update("jax_platforms", config.device_type)
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype={config.dtype}; it is auto, float32 or bfloat16")
+    if config.on_nonfinite not in ("stop", "skip"):
+        raise UserError(f"--on_nonfinite={config.on_nonfinite}; it is stop or skip")
     for name in ("device_batch_size", "seed", "eval_tokens", "eval_steps", "data_workers"):
         value, least = getattr(config, name, 1), 0 if name in ("seed", "data_workers") else 1
         if value < least:
@@ -82,15 +85,10 @@ def optimizer_for(
     )
 
 
-def open_run(config: TrainConfig, source: str, tag: str, meta: dict, keep_state: bool) -> tuple[Checkpoints, int]:
+def open_run(config: TrainConfig, source: str, tag: str, meta: dict) -> tuple[Checkpoints, int]:
     """(the run's checkpoints, the step to go on from: 0 for a new run); refuses what would be lost or would not fit."""
     checkpoints = Checkpoints(checkpoint.run_folder(source, tag))
     steps = checkpoints.steps()
-    if config.resume and not keep_state:
-        raise UserError(
-            "--resume: this stage's checkpoints hold weights only, so it can't go on from one; start it anew "
-            "(with --overwrite where there are checkpoints)"
-        )
     if not steps:
         return checkpoints, 0
     if not config.resume:
@@ -100,7 +98,14 @@ def open_run(config: TrainConfig, source: str, tag: str, meta: dict, keep_state:
                 "go on with --resume, choose another --model_tag, or delete them with --overwrite"
             )
         return checkpoints, 0
-    saved = checkpoints.meta(steps[-1])
+    last = checkpoint.whole_steps(checkpoints.folder)[-1:] if jax.process_index() == 0 else []
+    last = sharding.gather_json({"last": last})[0]["last"]
+    if not last:
+        raise UserError(
+            f"--resume: all checkpoints in {checkpoints.folder} are damaged; start anew with --overwrite, or choose "
+            "another --model_tag"
+        )
+    saved = checkpoints.meta(last[0])
     if "imported" in saved:
         raise UserError(
             f"--resume: {checkpoints.folder} was imported, without an optimizer; it can be midtrained or tuned"
@@ -114,7 +119,7 @@ def open_run(config: TrainConfig, source: str, tag: str, meta: dict, keep_state:
                 f"--resume: {checkpoints.folder} was trained with different {what}: {change}; give what it was trained "
                 "with, or another --model_tag for a new run"
             )
-    return checkpoints, steps[-1]
+    return checkpoints, last[0]
 
 
 def settings(config: TrainConfig) -> dict:
@@ -143,12 +148,26 @@ def starter(
     resume_step: int,
     fresh: Callable[[], TrainState],
     overwrite: bool,
+    num_steps: int | None,
 ) -> Callable[[], TrainState]:
     """Make the state to begin with: the resumed one, with the batches set to where it was, or a fresh one."""
+
+    def finished_state(target: TrainState) -> TrainState:
+        """Of a checkpoint that holds weights only: it must be the last of its run."""
+        if resume_step != num_steps:
+            raise UserError(
+                f"--resume: {checkpoints.folder / str(resume_step)} holds weights only, so training can't go on from "
+                "it; start anew with --overwrite"
+            )
+        params, _ = checkpoints.restore(resume_step, params=target.params, optimizer=None, batches=None)
+        return state_from_params(params, setting.model, optimizer, setting.mesh)
 
     def start() -> TrainState:
         if resume_step:
             target = abstract_state(setting.model, optimizer, setting.mesh)
+            checkpoints.lock()
+            if not checkpoints.has_state(resume_step):
+                return finished_state(target)
             rest = {"step": target.step, "empty_steps": target.empty_steps, "opt_state": target.opt_state}
             params, rest = checkpoints.restore(resume_step, params=target.params, optimizer=rest, batches=batches)
             return TrainState(params=params, **rest)
@@ -159,6 +178,7 @@ def starter(
             raise UserError("all documents are empty; give data that holds text")
         batches.set_state(began)
         if checkpoints:
+            checkpoints.lock()
             if overwrite:
                 checkpoints.delete_all()
             checkpoints.keep_tokenizer(setting.tokenizer)
@@ -193,7 +213,7 @@ def make_stage(
         "tokenizer_hash": setting.tokenizer.hash,
         "device_batch_size": config.device_batch_size,
     }
-    checkpoints, resume_step = (None, 0) if dry_run else open_run(config, source, tag, meta, keep_state)
+    checkpoints, resume_step = (None, 0) if dry_run else open_run(config, source, tag, meta)
     model = setting.model
     heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
     every = f", every {config.save_every:,} steps" if config.save_every > 0 else ""
@@ -208,7 +228,9 @@ def make_stage(
         tag=tag,
         model=model,
         mesh=setting.mesh,
-        start=starter(setting, optimizer, batches, checkpoints, resume_step, fresh, config.overwrite),
+        start=starter(
+            *(setting, optimizer, batches, checkpoints, resume_step, fresh, config.overwrite), special["num_steps"]
+        ),
         step_fn=make_train_step(model, setting.compute, optimizer, setting.mesh),
         batches=batches,
         meta=meta,
@@ -216,6 +238,7 @@ def make_stage(
         keep_state=keep_state,
         save_every=config.save_every,
         resume_step=resume_step,
+        on_nonfinite=config.on_nonfinite,
         run=config.run,
         tensorboard=config.tensorboard,
         **special,

@@ -179,11 +179,12 @@ def sft(config: SFTConfig) -> tuple[Stage, Setting]:
     )
 
     def plan(resume_step: int) -> list[tuple[str, str]]:
+        begun = f", from {resume_step:,}" if resume_step else ""
         product = f"{config.device_batch_size} rows × {shards} devices × {micro} accumulated"
         return [
             parent_row(found),
             ("batch", f"{product} = {examples} conversations a step, cut at {time} tokens, {config.packing}"),
-            ("steps", f"{num_steps:,}: {num_examples:,} conversations"),
+            ("steps", f"{num_steps:,}{begun}: {num_examples:,} conversations"),
             ("learning rates", f"× {config.init_lr_frac:g}"),
             data_row(tasks),
         ]

@@ -24,11 +24,12 @@ def train_step(
     compute: Compute,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict]:
-    """One optimizer step over all micro-batches: -> (state, metrics {loss, weight, grad_norm, empty_steps}).
+    """One optimizer step over all micro-batches: -> (state, metrics).
 
     batch: {inputs, targets int32, weights float32[, segments int32]}, each [A, B, T] with A micro-batches. The loss is
     Σ weight·nll ÷ Σ weight over the whole step, so a token weighs the same in whichever micro-batch or device it is.
-    A step with Σ weight = 0 leaves weights and optimizer as they are and reports loss 0.
+    A step with Σ weight = 0 leaves weights and optimizer as they are and reports loss 0; so does one whose loss or
+    gradient is not finite, with nonfinite = 1. The other metrics are loss, weight, grad_norm and empty_steps.
     """
 
     def add_micro_batch(sums, micro):
@@ -46,19 +47,24 @@ def train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p + lr_multiplier * u, state.params, updates)
 
-    def keep_if_empty(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(supervised, n, o), new, old)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(nll) & jnp.isfinite(grad_norm)
+    applied = supervised & finite
+
+    def keep_if_applied(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
 
     new_state = TrainState(
         step=state.step + 1,
         empty_steps=state.empty_steps + jnp.where(supervised, 0, 1),
-        params=keep_if_empty(params, state.params),
-        opt_state=keep_if_empty(opt_state, state.opt_state),
+        params=keep_if_applied(params, state.params),
+        opt_state=keep_if_applied(opt_state, state.opt_state),
     )
     metrics = {
         "loss": nll * mean,
         "weight": weight,
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
+        "nonfinite": jnp.where(finite, 0, 1),
         "empty_steps": new_state.empty_steps,
     }
     return new_state, metrics

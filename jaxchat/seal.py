@@ -1,0 +1,89 @@
+"""Seals: what a finished checkpoint folder holds, so that a partial or damaged one is known; and the run's lock.
+
+A seal is written last, as a whole: {file: [bytes, BLAKE2b]} of every file in the folder.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from jaxchat.config import UserError
+
+NAME = "seal.json"
+LOCK = ".lock"
+
+
+def seal(folder: Path):
+    """Write the seal of a folder that nobody writes to any more."""
+    fresh = folder / f"{NAME}.new"
+    with fresh.open("w") as out:
+        json.dump(_hashes(folder), out)
+        out.flush()
+        os.fsync(out.fileno())
+    fresh.replace(folder / NAME)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a sealed folder, '' if nothing.
+
+    A folder without a seal passes: it is of an older version, or its run was killed between the rename that makes a
+    checkpoint whole and the seal.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return ""
+    try:
+        told = json.loads(path.read_text())
+        for name, (size, _) in told.items():  # the cheap test first
+            have = (folder / name).stat().st_size
+            if have != size:
+                return f"{name} has {have:,} bytes and not {size:,}"
+        have = _hashes(folder, told)
+    except FileNotFoundError as problem:
+        return f"{Path(problem.filename).relative_to(folder)} is missing"
+    except (ValueError, AttributeError, TypeError, OSError) as problem:
+        return f"it cannot be read ({problem})"
+    changed = sorted(name for name in told if have[name] != told[name])
+    return f"{changed[0]} is not what was written" if changed else ""
+
+
+def _hashes(folder: Path, names=None) -> dict[str, list]:
+    def of(name: str) -> list:
+        with (folder / name).open("rb") as file:
+            return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "blake2b").hexdigest()]
+
+    if names is None:
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        names = (str(path.relative_to(folder)) for path in paths if not path.name.startswith(NAME))
+    names = sorted(names)
+    with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock
+        return dict(zip(names, pool.map(of, names), strict=True))
+
+
+def lock(folder: Path) -> int:
+    """Hold a run's folder until the descriptor that comes back is closed, or the process dies.
+
+    UserError: another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        if problem.errno in (errno.EAGAIN, errno.EACCES):
+            holder = os.read(held, 200).decode(errors="replace").strip() or "another process"
+            os.close(held)
+            raise UserError(
+                f"{folder} is being written by {holder}; wait for that run, end it, or choose another --model_tag"
+            ) from None
+        return held  # a file system without locks
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+        os.ftruncate(held, 0)
+        os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return held

@@ -1,0 +1,98 @@
+"""What a run tells of its steps: lines and metrics, one step late."""
+
+import time
+
+import jax
+
+from jaxchat.config import UserError
+from jaxchat.model.flops import flops_per_token, peak_flops
+from jaxchat.train.metrics import MetricsLog
+
+UNTOLD = ("taken", "left", "targets")  # totals that only the loop needs
+
+
+class Reporter:
+    """Step lines and metrics, one step late: the numbers of a step are fetched when the next one is under way."""
+
+    def __init__(self, stage, log: MetricsLog):
+        self._stage, self._log = stage, log
+        self._pending = None
+        self._shown = float("-inf")
+        self._reported = 0
+        self._skipped = 0
+        self._spent = 0.0  # seconds in steps after the first, which compiles
+        self._first_progress = 0.0  # before the second
+        peak = peak_flops(stage.mesh.devices.flat[0])
+        self._peak = peak * stage.mesh.size if peak else None
+        self.restart_clock()
+
+    def restart_clock(self):
+        self._clock = time.perf_counter()
+
+    def step(self, step: int, tokens: int, waited: float, metrics: dict):
+        """tokens: of all processes; waited: seconds until the data was there; metrics: arrays still under way."""
+        previous, self._pending = self._pending, (step, tokens, waited, metrics)
+        if previous:
+            self._report(*previous)
+
+    def flush(self):
+        if self._pending:
+            self._report(*self._pending, last=True)
+            self._pending = None
+
+    def _report(self, step, tokens, waited, metrics, last=False):
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        where = f"{values['taken']:,.0f} documents of the data read" if "taken" in values else "the data's next batch"
+        values = {name: value for name, value in values.items() if name not in UNTOLD}
+        if values["nonfinite"]:
+            told = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} ({where})"
+            if self._stage.on_nonfinite == "stop":
+                raise UserError(
+                    f"{told}; not finite, so it was not applied, and training stops. Lower the learning rates, or go "
+                    "on from the last checkpoint with --resume --on_nonfinite=skip"
+                )
+            self._skipped += 1
+            print(f"{told}; not finite: skipped", flush=True)
+        progress = values["progress"]
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        eta = self._eta(progress)
+        if self._reported:
+            self._spent += seconds
+        self._reported += 1
+        tokens_per_s = tokens / seconds
+        values |= {"step_seconds": seconds, "tokens_per_s": tokens_per_s, "data_wait_seconds": waited}
+        if self._peak:
+            values["mfu"] = tokens_per_s * flops_per_token(self._stage.model) / self._peak
+        self._log.write(step, values)
+        if not last and now - self._shown < 1.0:
+            return
+        self._shown = now
+        of = f"/{self._stage.num_steps}" if self._stage.num_steps else f" ({progress:.0%})"
+        line = f"step {step:>6}{of}  loss {values['loss']:.4f}  lr × {values['lr_multiplier']:.3f}"
+        line += f"  {1000 * seconds:.0f} ms  {tokens_per_s:,.0f} tokens/s"
+        if self._peak:
+            line += f"  MFU {values['mfu']:.1%}"
+        if values["empty_steps"]:
+            line += f"  empty steps {values['empty_steps']:.0f}"
+        if self._skipped:
+            line += f"  skipped {self._skipped}"
+        if waited > 0.01 * seconds:
+            line += f"  waited {1000 * waited:.0f} ms for data"
+        if eta is not None:
+            line += f"  ETA {duration(eta)}"
+        print(line, flush=True)
+
+    def _eta(self, progress: float) -> float | None:
+        """Seconds left after the step that began at `progress`, at the pace of the steps between the first and it."""
+        if self._reported == 1:
+            self._first_progress = progress
+        steps, done = self._reported - 1, progress - self._first_progress
+        return self._spent / done * max(0.0, 1 - progress - done / steps) if steps > 0 and done > 0 else None
+
+
+def duration(seconds: float) -> str:
+    """1h02m, 3m20s or 12s."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

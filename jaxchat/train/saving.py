@@ -1,0 +1,103 @@
+"""When a run saves, and what happens when that fails: it is told and tried again, and training goes on."""
+
+import time
+
+import jax
+
+from jaxchat.config import UserError
+from jaxchat.train.state import TrainState
+
+MOST_STEPS_BETWEEN = 64  # after failures, from one attempt to the next
+LAST_ATTEMPTS = 4  # at the end of a run, with 1, 2 and 4 seconds between
+
+
+class Saver:
+    """Decides at every step's end whether to save. Without checkpoints (a dry run) it never does."""
+
+    def __init__(self, stage):
+        self._stage, self._checkpoints = stage, stage.checkpoints
+        self._whole = self._begun = stage.resume_step  # steps whose save is whole, and was begun
+        self._failures, self._again = 0, None  # again: the step at which to try once more
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether to save now, after so many steps. Also notices how the save that is under way went."""
+        if not self._checkpoints:
+            return False
+        try:
+            if self._checkpoints.poll() and self._begun > self._whole:
+                self._went_well()
+        except Exception as problem:
+            self._failed(step, problem)
+        if step <= self._begun:
+            return False
+        every = self._stage.save_every
+        return last or (every > 0 and step % every == 0) or (self._again is not None and step >= self._again)
+
+    def save(self, state: TrainState, step: int, results: dict[str, float], *, finished: bool):
+        """Start a save. What goes wrong is printed, not raised."""
+        try:
+            self._start(state, step, results, finished)
+        except Exception as problem:
+            self._failed(step, problem)
+
+    def finish(self, state: TrainState, step: int, results: dict[str, float], *, finished: bool):
+        """Wait until the state after the run's last step is saved. UserError: it can't be, after several attempts."""
+        if not self._checkpoints:
+            return
+        for attempt in range(LAST_ATTEMPTS):
+            try:
+                if self._begun < step:
+                    self._start(state, step, results, finished)
+                self._checkpoints.wait()
+                return self._went_well()
+            except Exception as problem:
+                self._failed(step, problem, quiet=True)
+                if attempt == LAST_ATTEMPTS - 1:
+                    raise UserError(
+                        f"{self._checkpoints.folder / str(step)} could not be saved: {first_line(problem)}; make room "
+                        f"or repair it, then go on with --resume from {self._from()}"
+                    ) from problem
+                print(f"saving step {step} failed: {first_line(problem)}; trying again", flush=True)
+                time.sleep(2**attempt)
+
+    def told(self, step: int) -> str:
+        if not self._checkpoints:
+            return "nothing is saved (dry run)"
+        if not self._whole:
+            return "nothing was to be saved yet; start the same command again"
+        return f"saved in {self._checkpoints.folder / str(step)}; go on with the same command and --resume"
+
+    def _start(self, state: TrainState, step: int, results: dict[str, float], finished: bool):
+        keep = self._stage.keep_state or not finished
+        rest = {"step": state.step, "empty_steps": state.empty_steps, "opt_state": state.opt_state}
+        self._begun, self._again = step, None
+        self._checkpoints.save(
+            step,
+            params=state.params,
+            optimizer=rest if keep else None,
+            batches=self._stage.batches if keep else None,
+            meta=self._stage.meta | {"step": step, "metrics": results},
+        )
+
+    def _went_well(self):
+        self._whole = self._begun
+        self._failures = 0
+
+    def _failed(self, step: int, problem: Exception, quiet: bool = False):
+        self._begun = self._whole
+        self._again = step + min(2**self._failures, MOST_STEPS_BETWEEN)
+        self._failures += 1
+        if not quiet and jax.process_index() == 0:
+            print(
+                f"saving failed: {first_line(problem)}; training goes on, next attempt after step {self._again}",
+                flush=True,
+            )
+
+    def _from(self) -> str:
+        return f"step {self._whole}" if self._whole else "the start"
+
+
+def first_line(problem: Exception) -> str:
+    if isinstance(problem, OSError) and problem.strerror:
+        return f"{problem.filename}: {problem.strerror}" if problem.filename else problem.strerror
+    return (str(problem).splitlines() or [type(problem).__name__])[0][:300]

@@ -1,0 +1,251 @@
+"""Faults, one by one: a damaged checkpoint, a second run, a loss that is not finite, a disk that is full, a stop."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import warnings
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxchat import checkpoint, seal
+from jaxchat.config import UserError
+from jaxchat.data.world import World, write_world
+from jaxchat.train import loop, saving
+from launch import base_train, chat_sft, tok_train
+
+SMALL = {"base_shards": 2, "base_rows": 300, "base_val_rows": 30, "mid_rows": 1, "sft_rows": 60, "val_rows": 20}
+STEPS = 6
+DATA = "--data_dir=world/base_data"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, devices):
+    """A base directory with a base run of STEPS steps, saved at 2, 4 and 6, and an SFT run on top of it."""
+    folder = tmp_path_factory.mktemp("faults")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXCHAT_BASE_DIR", str(folder))
+        patch.chdir(folder)  # the data's path is the same in every copy
+        write_world(World(1), folder / "world", **SMALL)
+        tok_train.main(["--vocab_size=280", DATA])
+        base_train.main(base())
+        chat_sft.main(sft())
+    return folder
+
+
+@pytest.fixture
+def folder(trained, home, monkeypatch):
+    shutil.copytree(trained, home, dirs_exist_ok=True)
+    monkeypatch.chdir(home)
+    return home
+
+
+def base(*more):
+    batch = ["--depth=1", "--max_seq_len=16", "--device_batch_size=1", "--total_batch_size=128", "--model_tag=run"]
+    never = ["--eval_every=-1", "--sample_every=-1"]
+    return [*batch, *never, DATA, f"--num_iterations={STEPS}", "--save_every=2", *more]
+
+
+def sft(*more):
+    batch = ["--source=base", "--device_batch_size=1", "--target_examples_per_step=8", "--packing=bestfit"]
+    never = ["--eval_every=-1", "--eval_metrics_every=-1"]
+    data = "--train_tasks=world/tasks/world_sft.jsonl"
+    return [*batch, *never, data, f"--num_iterations={STEPS}", "--save_every=2", *more]
+
+
+def ends(command, args, code):
+    if code == 0:
+        return command.main(args)
+    with pytest.raises(SystemExit) as stop:
+        command.main(args)
+    assert stop.value.code == code
+
+
+def losses(run):
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def turn_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def largest(folder):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != seal.NAME)
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("spoil", [truncate, turn_a_bit, os.remove])
+def test_a_damaged_checkpoint_is_passed_over(folder, spoil, capsys):
+    run = folder / "base_checkpoints/run"
+    assert not any(seal.damage(run / step) for step in "246")
+    spoil(largest(run / "6"))
+    assert checkpoint.find("base", "run") == (run, 4)
+    err = capsys.readouterr().err
+    assert err.startswith(f"checkpoint {run / '6'} is damaged and passed over: ") and err.count("\n") == 1
+    with pytest.raises(UserError, match="is damaged: .*take another step: 2, 4, 6"):
+        checkpoint.find("base", "run", 6)
+    wanted = losses(run)
+    ends(base_train, base("--resume"), 0)
+    assert "from 4" in capsys.readouterr().out
+    assert losses(run) == wanted and not seal.damage(run / "6")
+    for step in "246":
+        spoil(largest(run / step))
+    with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
+        checkpoint.find("base", "run")
+    ends(base_train, base("--resume"), 2)
+
+
+def test_a_spoilt_seal_and_none(folder):
+    step = folder / "base_checkpoints/run/6"
+    for content in ("{", "[1]", '{"meta": 3}', ""):
+        (step / seal.NAME).write_text(content)
+        assert "cannot be read" in seal.damage(step), content
+    (step / seal.NAME).unlink()  # of an older version
+    assert seal.damage(step) == ""
+
+
+def test_two_runs_cannot_write_one_folder(folder, capsys):
+    run = folder / "base_checkpoints/run"
+    held = seal.lock(run)
+    before = sorted(run.rglob("*"))
+    for more in ("--resume", "--overwrite"):
+        ends(base_train, base(more), 2)
+        told = capsys.readouterr().err
+        assert f"{run} is being written by process {os.getpid()} on " in told and told.count("\n") == 1
+    assert sorted(run.rglob("*")) == before
+    os.close(held)
+    ends(base_train, base("--resume"), 0)
+
+
+@pytest.mark.parametrize("how", ["stop", "skip"])
+def test_a_loss_that_is_not_finite(folder, how, capsys):
+    """Learning rates of 10^38 ruin the weights at the first step; the loss is not finite from the second on."""
+    huge = ["--matrix_lr=1e38", "--embedding_lr=1e38", "--unembedding_lr=1e38"]
+    args = base(*huge, f"--on_nonfinite={how}", "--model_tag=huge", "--save_every=1")
+    with warnings.catch_warnings():  # of NumPy, where ours are errors
+        warnings.simplefilter("ignore", RuntimeWarning)
+        ends(base_train, args, 2 if how == "stop" else 0)
+    out, err = capsys.readouterr()
+    run = folder / "base_checkpoints/huge"
+    if how == "stop":
+        assert "error: step 2: loss nan" in err and "documents of the data read" in err and "--on_nonfinite=skip" in err
+        assert checkpoint.steps_in(run) == [1]
+        return
+    assert [f"step {step}: loss nan" in out for step in range(1, 7)] == [False] + 5 * [True]
+    assert out.count("not finite: skipped") == 5 and "skipped 5" in out
+    assert [row["nonfinite"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == [
+        0,
+        1,
+        1,
+        1,
+        1,
+        1,
+    ]
+
+
+class FullDisk:
+    """Orbax, for whose first saves the disk is full."""
+
+    def __init__(self, monkeypatch, times):
+        self.times, self.tried, self.save = times, 0, ocp.AsyncCheckpointer.save
+        monkeypatch.setattr(ocp.AsyncCheckpointer, "save", lambda *args, **how: self(*args, **how))
+        monkeypatch.setattr(saving.time, "sleep", lambda seconds: None)
+
+    def __call__(self, writer, path, *args, **how):
+        self.tried += 1
+        if self.tried > self.times:
+            return self.save(writer, path, *args, **how)
+        half = path.with_name(f"{path.name}.orbax-checkpoint-tmp")
+        half.mkdir()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(half))
+
+
+def test_a_failed_save_is_told_and_tried_again(folder, monkeypatch, capsys):
+    FullDisk(monkeypatch, times=2)
+    wanted = losses(folder / "base_checkpoints/run")
+    ends(base_train, base("--model_tag=full"), 0)
+    run, out = folder / "base_checkpoints/full", capsys.readouterr().out
+    assert "saving failed: " in out and "No space left on device; training goes on, next attempt after step 3" in out
+    assert out.count("saving failed: ") == 2 and "next attempt after step 5" in out
+    assert checkpoint.steps_in(run) == [4, 6]  # at 2 and 3 it failed
+    assert losses(run) == wanted and not list(run.glob("*tmp*"))
+
+
+def test_saves_that_all_fail(folder, monkeypatch, capsys):
+    """The run trains to its end, and then says that it is lost, and what is not."""
+    disk = FullDisk(monkeypatch, times=10**9)
+    shutil.rmtree(folder / "base_checkpoints/run/6")
+    shutil.rmtree(folder / "base_checkpoints/run/4")
+    ends(base_train, base("--resume"), 2)
+    out, err = capsys.readouterr()
+    assert "base_checkpoints/run/6 could not be saved: " in err and "go on with --resume from step 2" in err
+    assert "next attempt after step 5" in out and disk.tried > saving.LAST_ATTEMPTS
+    run = folder / "base_checkpoints/run"
+    assert checkpoint.steps_in(run) == [2] and not list(run.glob("*tmp*"))
+
+
+@pytest.mark.parametrize("command, flags, stage", [(base_train, base, "base"), (chat_sft, sft, "sft")])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_saves_and_can_be_resumed(folder, monkeypatch, capsys, command, flags, stage, number):
+    """Asked to stop amid step 3, a run saves after it, leaves with 75, and goes on as if nothing had been."""
+    run, count, place = folder / checkpoint.FOLDERS[stage] / "run", 0, loop.place_batch
+
+    def stopping(batch, mesh):
+        nonlocal count
+        count += 1
+        if count == 3:
+            os.kill(os.getpid(), number)
+        return place(batch, mesh)
+
+    wanted, handler = losses(run), signal.getsignal(number)
+    monkeypatch.setattr(loop, "place_batch", stopping)
+    ends(command, flags("--overwrite"), 75)
+    told = capsys.readouterr().err
+    assert f"stopped by {number.name} after step 3; saved in {run / '3'}" in told and "--resume" in told
+    assert signal.getsignal(number) == handler
+    assert checkpoint.steps_in(run) == [2, 3] and [row[0] for row in losses(run)] == [1, 2, 3]
+    ends(command, flags("--resume"), 0)
+    assert losses(run) == wanted and checkpoint.steps_in(run)[-1] == STEPS
+
+
+def test_a_finished_sft_run_holds_weights_only(folder, capsys):
+    run = folder / "chatsft_checkpoints/run"
+    assert (run / "4/optimizer").is_dir() and not (run / "6/optimizer").exists()
+    ends(chat_sft, sft("--resume"), 0)  # nothing is left to do
+    shutil.rmtree(run / "4")
+    ends(chat_sft, sft("--resume", f"--num_iterations={STEPS + 1}"), 2)
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_full_disk_cuts_no_line_of_metrics(tmp_path, monkeypatch):
+    """What did not fit is written when there is room."""
+    from jaxchat.train.metrics import MetricsLog
+
+    log = MetricsLog(tmp_path, {}, resume_step=0, run="dummy", tensorboard=False)
+    log.write(1, {"loss": 1.0})
+
+    class Full:
+        def __init__(self, file):
+            self.file, self.fileno, self.close = file, file.fileno, file.close
+
+        def write(self, content):
+            return self.file.write(content[: len(content) // 2])
+
+    file, log._file = log._file, Full(log._file)
+    log.write(2, {"loss": float(np.nan)})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
+    log._file = file
+    log.write(3, {"loss": 3.0})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, None), (3, 3.0)]
