@@ -1,0 +1,134 @@
+"""Run a program that nobody has read, such as one that a model wrote, without harm.
+
+Each program gets a Python of its own: a process with no environment, no arguments, an empty stdin and no open files of
+ours, in a new temporary folder. There, before the program begins (sandbox_child.py):
+
+    files       Landlock: reads Python's own files and the system's libraries; writes plain files in its folder only
+    the rest    seccomp: a short list of system calls; so no network, no other processes, no signals to anyone
+    limits      CPU and wall time, memory, size and number of files, number of open files; all that it prints is dropped
+
+Neither needs root, a container or namespaces, and threads are bound too. If we end, the kernel ends the program. Where
+the kernel lacks one of the two (`missing`), `run` refuses unless it is told to do with what there is.
+
+A program passes by running to its end. One that leaves early (sys.exit, os._exit, a crash) does not; but one that is
+written to cheat can, for it shares its process with its test: this guards the machine, not the score.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import platform
+import secrets
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from jaxchat.config import UserError
+from jaxchat.eval import sandbox_child
+
+FOLDER_SIZE, FOLDER_FILES = 64 * 2**20, 100
+STARTING = 30.0  # seconds for Python itself, on a machine that is busy
+GLANCE = 0.02  # seconds between looks at the folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Whether a program ran to its end, and if not, why: "AssertionError: …", "took longer than 5 s", …"""
+
+    passed: bool
+    reason: str
+
+
+def missing() -> list[str]:
+    """What the sandbox needs and this machine's kernel lacks; [] where it is whole. UserError: not on Linux."""
+    if platform.system() != "Linux":
+        raise UserError(
+            f"programs are run in a sandbox of Linux's (Landlock, seccomp), which {platform.system()} does not have; "
+            "run what needs it on Linux, or leave HumanEval out"
+        )
+    return sandbox_child.missing()
+
+
+def run(program: str, *, seconds: float = 5.0, unsafe: bool = False) -> Outcome:
+    """Run a Python program by itself for at most `seconds` of wall and of CPU time. May be called from several threads.
+
+    unsafe: where the kernel lacks a part, go on without that part. UserError otherwise, and on anything but Linux.
+    """
+    if (lacks := missing()) and not unsafe:
+        raise UserError(
+            f"this kernel lacks {' and '.join(lacks)}, so a program that a model wrote could do harm here; use a newer "
+            "kernel, or leave HumanEval out"
+        )
+    nonce = secrets.token_hex(16).encode()  # told to the child alone, and told back by it after the program's end
+    with tempfile.TemporaryDirectory(prefix="jaxchat-", ignore_cleanup_errors=True) as folder:
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", sandbox_child.__file__, str(math.ceil(seconds))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+            bufsize=0,
+        )
+        try:
+            with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
+                stdin.write(nonce + b"\n" + program.encode(errors="replace"))
+            answer, problem = _watch(child, Path(folder), seconds)
+        finally:
+            os.killpg(child.pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
+            child.wait()
+            child.stdout.close()
+    if not answer.startswith(b"+"):  # written before the program begins, so no program can withhold it
+        raise RuntimeError(f"the sandbox could not be set up: {answer.decode(errors='replace') or problem}")
+    if answer == b"+" + nonce:
+        return Outcome(True, "passed")
+    return Outcome(False, problem or answer[1:].decode(errors="replace") or "it ended before its test did")
+
+
+def _watch(child: subprocess.Popen, folder: Path, seconds: float) -> tuple[bytes, str]:
+    """(what the child answered, what went wrong besides) once it has answered, ended, or broken a limit."""
+    answer, end = b"", time.monotonic() + STARTING
+    with selectors.DefaultSelector() as selector:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        while time.monotonic() < end:
+            if selector.select(GLANCE):
+                piece = os.read(child.stdout.fileno(), 1000)
+                if not answer:  # it begins
+                    end = time.monotonic() + seconds
+                answer += piece
+                if not piece or len(answer) > 1000:
+                    return answer, _ending(child)
+            if _holds_too_much(folder):
+                return answer, f"its files were more than {FOLDER_FILES} or larger than {FOLDER_SIZE:,} bytes"
+    return answer, f"took longer than {seconds:g} s"
+
+
+def _ending(child: subprocess.Popen) -> str:
+    """By which signal the child died, if by one; not reaped, so that its number stays its own."""
+    for _ in range(20):  # its pipe closes a moment before it is dead; a program can close it and live on
+        died = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        if died:
+            break
+        time.sleep(0.01)
+    if died is None or died.si_code == os.CLD_EXITED:
+        return ""
+    if died.si_status == signal.SIGXCPU:
+        return "took more CPU time than it has"
+    return f"killed by {signal.Signals(died.si_status).name}"
+
+
+def _holds_too_much(folder: Path) -> bool:
+    size = 0
+    with os.scandir(folder) as entries:
+        for count, entry in enumerate(entries):
+            if count == FOLDER_FILES:
+                return True
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                size += entry.stat(follow_symlinks=False).st_blocks * 512
+    return size > FOLDER_SIZE

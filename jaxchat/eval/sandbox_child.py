@@ -1,0 +1,191 @@
+"""The process that `sandbox.run` starts: shuts itself in, then runs the program it reads from stdin.
+
+It is started as a script and imports nothing but the standard library. What it promises is told in sandbox.py.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import struct
+import sys
+import types
+
+MEMORY = 512 * 2**20  # bytes of addresses
+FILE_SIZE = 8 * 2**20  # bytes of one file
+OPEN_FILES = 32
+OLDEST_LANDLOCK = 3  # the first that also guards truncation (Linux 6.2)
+
+# Of linux/landlock.h, linux/prctl.h, linux/seccomp.h and linux/filter.h; the same on every machine.
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+READ_FILE, READ_DIR, WRITE_FILE, REMOVE_FILE, MAKE_REG, TRUNCATE = 1 << 2, 1 << 3, 1 << 1, 1 << 5, 1 << 8, 1 << 14
+SET_PDEATHSIG, SET_SECCOMP, SET_NO_NEW_PRIVS, FILTER_MODE = 1, 22, 38, 2
+LOAD, EQUAL, GREATER, ANY_BIT, RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
+ALLOW, KILL, ERRNO, ENOTTY, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050000, 25, 38
+CLONE_THREAD, F_SETLKW, F_DUPFD_CLOEXEC = 0x10000, 7, 1030
+
+# The system calls that a program may make, by machine: they read and write what Landlock lets it open, and handle its
+# own memory, threads, signal handlers and clocks. Not among them, so they fail: processes, sockets, signals to anyone,
+# owners, modes and times of files, links, folders, limits, mounts, namespaces, tracing. `guard_calls` looks closer at
+# the first row.
+MACHINES = {
+    "x86_64": {
+        "audit": 0xC000003E, "clone": 56, "fcntl": 72, "ioctl": 16, "capset": 126,
+        "allowed": {
+            "read": 0, "write": 1, "open": 2, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8,
+            "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14,
+            "rt_sigreturn": 15, "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "access": 21, "pipe": 22,
+            "select": 23, "sched_yield": 24, "mremap": 25, "madvise": 28, "dup": 32, "dup2": 33, "nanosleep": 35,
+            "getpid": 39, "exit": 60, "uname": 63, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getcwd": 79,
+            "chdir": 80, "rename": 82, "unlink": 87, "readlink": 89, "gettimeofday": 96, "getrusage": 98,
+            "sysinfo": 99, "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110,
+            "sigaltstack": 131, "gettid": 186, "time": 201, "futex": 202, "sched_getaffinity": 204, "getdents64": 217,
+            "restart_syscall": 219, "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230,
+            "exit_group": 231, "openat": 257, "newfstatat": 262, "unlinkat": 263, "renameat": 264, "readlinkat": 267,
+            "faccessat": 269, "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "dup3": 292, "pipe2": 293,
+            "renameat2": 316, "getrandom": 318, "membarrier": 324, "statx": 332, "rseq": 334, "close_range": 436,
+            "faccessat2": 439,
+        },
+    },
+    "aarch64": {
+        "audit": 0xC00000B7, "clone": 220, "fcntl": 25, "ioctl": 29, "capset": 91,
+        "allowed": {
+            "getcwd": 17, "dup": 23, "dup3": 24, "unlinkat": 35, "renameat": 38, "ftruncate": 46, "faccessat": 48,
+            "chdir": 49, "openat": 56, "close": 57, "pipe2": 59, "getdents64": 61, "lseek": 62, "read": 63,
+            "write": 64, "readv": 65, "writev": 66, "pread64": 67, "pwrite64": 68, "pselect6": 72, "ppoll": 73,
+            "readlinkat": 78, "newfstatat": 79, "fstat": 80, "fsync": 82, "fdatasync": 83, "exit": 93,
+            "exit_group": 94, "futex": 98, "set_robust_list": 99, "nanosleep": 101, "clock_gettime": 113,
+            "clock_getres": 114, "clock_nanosleep": 115, "sched_getaffinity": 123, "sched_yield": 124,
+            "restart_syscall": 128, "sigaltstack": 132, "rt_sigaction": 134, "rt_sigprocmask": 135,
+            "rt_sigreturn": 139, "times": 153, "uname": 160, "getrusage": 165, "gettimeofday": 169, "getpid": 172,
+            "getppid": 173, "getuid": 174, "geteuid": 175, "getgid": 176, "getegid": 177, "gettid": 178,
+            "sysinfo": 179, "brk": 214, "munmap": 215, "mremap": 216, "mmap": 222, "mprotect": 226, "madvise": 233,
+            "renameat2": 276, "getrandom": 278, "membarrier": 283, "statx": 291, "rseq": 293, "close_range": 436,
+            "faccessat2": 439,
+        },
+    },
+}  # fmt: skip
+
+
+def _libc():
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def missing() -> list[str]:
+    """What this kernel lacks of what the sandbox is made of; [] where it has all. Changes nothing."""
+    libc, lacks = _libc(), []
+    if libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1) < OLDEST_LANDLOCK:  # asks for its version
+        lacks.append(f"Landlock {OLDEST_LANDLOCK} (Linux 6.2, enabled)")
+    # Where there are filters, one at address 0 is a bad address; where there are none, an invalid argument.
+    no_filters = libc.prctl(SET_SECCOMP, FILTER_MODE, None, 0, 0) == -1 and ctypes.get_errno() != 14  # EFAULT
+    if no_filters or platform.machine() not in MACHINES:
+        lacks.append(f"seccomp filters (on {' or '.join(MACHINES)})")
+    return lacks
+
+
+def _call(result: int) -> int:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def limit(cpu_seconds: int):
+    for what, bound in (
+        (resource.RLIMIT_CPU, cpu_seconds),
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_FSIZE, FILE_SIZE),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(what)[1]
+        bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
+        over = 1 if what == resource.RLIMIT_CPU else 0  # so that SIGXCPU comes before SIGKILL, and tells why
+        resource.setrlimit(what, (bound, bound + over if hard == resource.RLIM_INFINITY else bound))
+
+
+def guard_files(folder: str):
+    """Landlock: files are read where Python and its libraries lie, and read, written and deleted in `folder`."""
+    libc = _libc()
+    version = _call(libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1))
+    # Every right there is up to version 3, each of which is refused unless granted below; since version 6 also TCP, and
+    # abstract sockets and signals of processes outside.
+    ruleset = struct.pack("QQQ", (1 << 15) - 1, 3, 3)[: 24 if version >= 6 else 8]
+    rules = _call(libc.syscall(CREATE_RULESET, ruleset, ctypes.c_size_t(len(ruleset)), 0))
+    read, write = READ_FILE | READ_DIR, WRITE_FILE | TRUNCATE
+    libraries = {*sys.path, f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"}
+    granted = {path: read for path in libraries if os.path.isdir(path)}
+    granted |= {"/etc/ld.so.cache": READ_FILE, "/dev/urandom": READ_FILE, "/dev/null": READ_FILE | write}
+    granted[folder] = read | write | MAKE_REG | REMOVE_FILE
+    for path, rights in granted.items():
+        if os.path.exists(path):
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            _call(libc.syscall(ADD_RULE, rules, 1, struct.pack("=Qi", rights, fd), 0))
+            os.close(fd)
+    _call(libc.syscall(RESTRICT_SELF, rules, 0))
+    os.close(rules)
+
+
+def guard_calls():
+    """seccomp: the system calls of the list, threads but no processes, nothing else."""
+    machine = MACHINES[platform.machine()]
+
+    def argument(n: int) -> int:  # where the lower half of a call's argument lies, on a little-endian machine
+        return 16 + 8 * n
+
+    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, machine["audit"]), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+    for number in machine["allowed"].values():
+        program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
+    program += [
+        (EQUAL, 0, 1, machine["ioctl"]), (RETURN, 0, 0, ERRNO | ENOTTY),  # so that isatty() says no
+        (EQUAL, 0, 4, machine["clone"]),
+        (LOAD, 0, 0, argument(0)), (ANY_BIT, 0, 1, CLONE_THREAD), (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, ERRNO | ENOSYS),
+        (EQUAL, 0, 4, machine["fcntl"]),  # without F_SETOWN and F_SETSIG, which let the kernel signal others
+        (LOAD, 0, 0, argument(1)), (EQUAL, 1, 0, F_DUPFD_CLOEXEC), (GREATER, 1, 0, F_SETLKW), (RETURN, 0, 0, ALLOW),
+        (RETURN, 0, 0, ERRNO | ENOSYS),  # what libraries take for an older kernel's answer, and fall back
+    ]  # fmt: skip
+    code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(code)
+    filters = struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer))
+    _call(_libc().prctl(SET_SECCOMP, FILTER_MODE, filters, 0, 0))
+
+
+def shut_in(folder: str, cpu_seconds: int):
+    lacks = missing()  # the caller has been told, and may have chosen to do without
+    libc = _libc()
+    _call(libc.prctl(SET_PDEATHSIG, 9, 0, 0, 0))
+    _call(libc.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    limit(cpu_seconds)
+    if not any("Landlock" in part for part in lacks):
+        guard_files(folder)
+    if not any("seccomp" in part for part in lacks):
+        if os.geteuid() == 0:  # root without root's powers
+            header, none = struct.pack("II", 0x20080522, 0), bytes(24)
+            _call(libc.syscall(MACHINES[platform.machine()]["capset"], header, none))
+        guard_calls()
+
+
+def main():
+    with open(0, "rb", closefd=False) as stdin:  # read to its end, so that it is empty for the program
+        nonce, _, program = stdin.read().partition(b"\n")
+    answer = os.dup(1)
+    silence = os.open(os.devnull, os.O_RDWR)
+    for fd in (1, 2):
+        os.dup2(silence, fd)
+    try:
+        shut_in(os.getcwd(), int(sys.argv[1]))
+    except Exception as problem:
+        os.write(answer, f"{type(problem).__name__}: {problem}".encode())
+        return
+    os.write(answer, b"+")
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        exec(compile(program, "program", "exec"), module.__dict__)
+    except BaseException as problem:  # SystemExit too: a program that leaves early has not run its test
+        told = filter(None, (type(problem).__name__, str(problem)))
+        nonce = ": ".join(told)[:200].encode(errors="replace")
+    os.write(answer, nonce)
+    os._exit(0)  # no matter what threads and exit handlers it left
+
+
+if __name__ == "__main__":
+    main()
