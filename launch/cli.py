@@ -169,7 +169,9 @@ def _check_number(flag: str, kind, value: str) -> None:
 
 
 def _prog(run) -> str:
-    """How the command is called: python -m launch.base_train."""
+    """How the command is called: python -m launch.base_train, or what `run.command` says."""
+    if command := getattr(run, "command", None):
+        return f"python -m {command}"
     spec = sys.modules[run.__module__].__spec__
     return f"python -m {spec.name}" if spec else sys.argv[0]
 

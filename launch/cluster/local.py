@@ -1,0 +1,110 @@
+"""Several processes on this machine that train together: to try, on one machine, what a run on several will do."""
+
+import dataclasses
+import shlex
+import signal
+import socket
+import subprocess
+import time
+
+from launch.cluster.common import RESTARTED, check_at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Run the command in several processes on this machine: to each, --coordinator, --num_processes and --process_id
+    are added. The first one prints; the others tell only errors.
+
+    SIGTERM and Ctrl-C are passed on. When one process fails, the others have --grace seconds to notice and to end, and
+    are killed then. A run that was told to end (exit code 75), lost a peer (76) or was killed (137) is started again,
+    up to --restarts times, unless it was this launcher that was told to end. The exit code is that of the process
+    that ended first, of those that failed. Processes have this environment, secrets included.
+    """
+
+    processes: int = 2
+    """How many."""
+    gpus_per_process: int = 0
+    """Give every process so many GPUs of its own; 0: all that are there, or none."""
+    restarts: int = 0
+    """How often at most to start again."""
+    grace: float = 120.0
+    """Seconds that the others have after one has failed; more than the trainers' --heartbeat_timeout."""
+    dry_run: bool = False
+    """Only print the commands."""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
+    """What each process runs."""
+    given = [f"--coordinator=localhost:{port}", f"--num_processes={config.processes}"]
+    lines = [[*command, *given, f"--process_id={index}"] for index in range(config.processes)]
+    if each := config.gpus_per_process:
+        for index, line in enumerate(lines):
+            visible = ",".join(str(gpu) for gpu in range(index * each, (index + 1) * each))
+            line[:0] = ["env", f"CUDA_VISIBLE_DEVICES={visible}"]
+    return lines
+
+
+class Told:
+    """Passes SIGTERM and SIGINT on to the processes; `at_all`: whether one came."""
+
+    def __init__(self):
+        self.at_all, self.processes = False, []
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number, frame):
+        self.at_all = True
+        for process in self.processes:
+            process.send_signal(number)  # does nothing where it has ended
+
+
+def run_once(config: Config, command: list[str], told: Told) -> int:
+    """-> the exit code of the process that failed first, as a shell tells it; 0 if all went well."""
+    lines = commands(config, command, free_port())
+    told.processes = [subprocess.Popen(line, start_new_session=True) for line in lines]
+    failed, deadline = 0, None
+    running = list(told.processes)
+    try:
+        while running:
+            for process in [p for p in running if p.poll() is not None]:
+                running.remove(process)
+                if process.returncode and not failed:
+                    failed = process.returncode if process.returncode > 0 else 128 - process.returncode
+                    deadline = time.monotonic() + config.grace
+                    if running:
+                        index = told.processes.index(process)
+                        print(f"process {index} ended with exit code {failed}; waiting for the others", flush=True)
+            if deadline and time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    return failed
+
+
+def run(config: Config, command: list[str]):
+    check_at_least(config, processes=1, gpus_per_process=0, restarts=0, grace=0)
+    if config.dry_run:
+        for line in commands(config, command, free_port()):
+            print(shlex.join(line))
+        return 0
+    with Told() as told:
+        for left in reversed(range(config.restarts + 1)):
+            code = run_once(config, command, told)
+            if code not in RESTARTED or told.at_all or not left:
+                return code
+            print(f"exit code {code}: starting again, at most {left} times more", flush=True)

@@ -1,0 +1,97 @@
+"""A batch job under Slurm: one process a node, which drives all its GPUs."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+from jaxchat.config import UserError
+from launch.cluster.common import RESTARTED, check_at_least, perform, secret_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Write <job_name>.sbatch here and submit it. One process a node drives all its GPUs; the nodes find one another.
+
+    The job runs in this folder, with this environment: so a secret that is set here is set there, and stands in no
+    file. Two minutes before the time limit, and when it is preempted, the run saves and ends; then the job is put into
+    the queue again, and goes on where it was if the command has --resume. Checkpoints have to lie on a disk that all
+    nodes share: JAXCHAT_BASE_DIR.
+    """
+
+    job_name: str = "jaxchat"
+    """Of the job, and of the files <job_name>.sbatch and <job_name>-<id>.log."""
+    nodes: int = 1
+    """Machines."""
+    gpus: int = 8
+    """Of each machine; 0: it has none."""
+    time: str = "24:00:00"
+    """Limit, as hours:minutes:seconds or days-hours."""
+    partition: str = ""
+    """Where to queue; empty: the site's default."""
+    account: str = ""
+    """Who pays; empty: your default."""
+    directives: str = ""
+    """More of sbatch's options, with spaces between: "--qos=high --mem=0 --cpus-per-task=64"."""
+    setup: str = ""
+    """Shell commands that come first: "module load cuda && source .venv/bin/activate"."""
+    secrets: str = ""
+    """Names of environment variables that have to be set here, with commas between: WANDB_API_KEY,HF_TOKEN."""
+    restarts: int = 20
+    """How often at most the job goes back into the queue."""
+    dry_run: bool = False
+    """Only print the file and the command."""
+
+
+def script(config: Config, command: list[str]) -> str:
+    """The sbatch file."""
+    options = {
+        "job-name": config.job_name,
+        "nodes": config.nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": config.gpus or "",
+        "time": config.time,
+        "partition": config.partition,
+        "account": config.account,
+        "output": f"{config.job_name}-%j.log",
+        "signal": "TERM@120",  # to the processes, not to this script
+        "export": "ALL" if config.secrets else "",
+    }
+    lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value != ""]
+    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
+    lines += [f"#SBATCH {word}" for word in shlex.split(config.directives)]
+    codes = "|".join(map(str, RESTARTED))
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *lines,
+            "",
+            f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
+            *([config.setup] if config.setup else []),
+            # A process that fails tells the others; Slurm need not kill them.
+            f"srun --kill-on-bad-exit=0 {shlex.join(command)}",
+            "code=$?",
+            "# Told to end, lost a peer, or killed: once more, unless it was cancelled.",
+            'state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)',
+            f"if [[ $code =~ ^({codes})$ && $state == RUNNING && ${{SLURM_RESTART_COUNT:-0}} -lt {config.restarts} ]]",
+            'then scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+            "exit $code",
+            "",
+        ]
+    )
+
+
+def run(config: Config, command: list[str]):
+    check_at_least(config, nodes=1, gpus=0, restarts=0)
+    for word in shlex.split(config.directives):
+        if not word.startswith("--"):
+            raise UserError(f"--directives: {word!r} is no option of the form --name or --name=value")
+    for flag in ("job_name", "time", "partition", "account"):
+        if any(c.isspace() or c in "/'\"" for c in getattr(config, flag)):
+            raise UserError(f"--{flag}={getattr(config, flag)!r} has a space, a quote or a slash in it")
+    secret_names(config.secrets, here=True)
+    file, text = f"{config.job_name}.sbatch", script(config, command)
+    print(f"# {file}\n{text}", flush=True)
+    if not config.dry_run:
+        Path(file).write_text(text)
+    perform(["sbatch", file], config.dry_run)

@@ -1,0 +1,192 @@
+"""A Cloud TPU by gcloud: create it, set it up, run on all its workers, follow the log, delete it."""
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from jaxchat.config import UserError
+from launch.cluster.common import RESTARTED, check_at_least, check_name, perform, secret_names
+
+STEPS = ("create", "setup", "run", "log", "delete")
+MOUNT = "$HOME/bucket"
+# The images' own Python is older than 3.11; uv brings one.
+INSTALL = (
+    "mkdir -p jaxchat && tar -xzf jaxchat.tar.gz -C jaxchat && cd jaxchat && python3 -m pip install --user --quiet uv"
+    " && python3 -m uv venv --quiet --allow-existing --python=3.12 .venv"
+    " && python3 -m uv pip install --quiet --constraint=constraints.txt --editable='.[tpu,wandb]'"
+)
+GCSFUSE = (
+    "if ! command -v gcsfuse; then"
+    " curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/gcsfuse.asc"
+    " >/dev/null && echo deb '[signed-by=/usr/share/keyrings/gcsfuse.asc]' https://packages.cloud.google.com/apt"
+    " gcsfuse-$(lsb_release -cs) main | sudo tee /etc/apt/sources.list.d/gcsfuse.list"
+    " && sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse; fi"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Create a Cloud TPU, install this checkout's last commit on it, run the command on all its workers, follow the
+    first one's log, and delete the TPU when the command has ended. --steps chooses among these.
+
+    What is trained goes to --bucket, which every worker sees as its base directory (JAXCHAT_BASE_DIR). Secrets are
+    copied from here in a file that only you can read, over ssh, and are set for the command. The command goes on when
+    the connection is lost: --steps=log,delete takes it up again. It is started again after a lost peer, but a TPU that
+    was preempted is gone: the same line makes a new one, and with --resume the command goes on where it was.
+    """
+
+    name: str = "jaxchat"
+    """Of the TPU."""
+    zone: str = ""
+    """Where: us-central2-b."""
+    project: str = ""
+    """Empty: gcloud's own setting."""
+    type: str = "v5litepod-16"
+    """Kind and size, as gcloud calls it: v4-32, v5litepod-16, v5p-8, v6e-8."""
+    version: str = "v2-alpha-tpuv5-lite"
+    """The image: tpu-ubuntu2204-base for v4, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e."""
+    spot: bool = False
+    """Cheaper, and may be taken away."""
+    queued: bool = False
+    """Ask by a queued resource, and wait until there is room."""
+    bucket: str = ""
+    """Name of the Cloud Storage bucket that takes data and checkpoints."""
+    secrets: str = ""
+    """Names of environment variables that have to be set here, with commas between: WANDB_API_KEY,HF_TOKEN."""
+    restarts: int = 20
+    """How often at most the command is started again."""
+    steps: str = ",".join(STEPS)
+    """Which of create,setup,run,log,delete to do."""
+    dry_run: bool = False
+    """Only print the commands."""
+
+
+def check(config: Config) -> list[str]:
+    """The steps to do. UserError: something given cannot work."""
+    check_name("name", config.name)
+    check_at_least(config, restarts=0)
+    steps = [step for step in config.steps.split(",") if step]
+    if unknown := [step for step in steps if step not in STEPS]:
+        raise UserError(f"--steps={config.steps}: {unknown[0]!r} is none of {', '.join(STEPS)}")
+    if not config.zone:
+        raise UserError("--zone is missing: where the TPU is to be, such as us-central2-b")
+    if {"run", "delete"} <= set(steps) and not config.bucket:
+        raise UserError(
+            "what is trained would be deleted with the TPU: give --bucket=NAME, or --steps=create,setup,run,log"
+        )
+    return [step for step in STEPS if step in steps]
+
+
+def gcloud(config: Config, kind: str, verb: str, *rest: str) -> list[str]:
+    where = [f"--zone={config.zone}", *([f"--project={config.project}"] if config.project else [])]
+    return ["gcloud", "compute", "tpus", kind, verb, *rest, *where]
+
+
+def create(config: Config) -> list[str]:
+    kind = [f"--accelerator-type={config.type}", *(["--spot"] if config.spot else [])]
+    if config.queued:
+        names = [f"--node-id={config.name}", f"--runtime-version={config.version}"]
+        return gcloud(config, "queued-resources", "create", config.name, *names, *kind)
+    return gcloud(config, "tpu-vm", "create", config.name, f"--version={config.version}", *kind)
+
+
+def state(config: Config) -> list[str]:
+    return gcloud(config, "queued-resources", "describe", config.name, "--format=value(state.state)")
+
+
+def delete(config: Config) -> list[str]:
+    kind, more = ("queued-resources", ["--force"]) if config.queued else ("tpu-vm", [])
+    return gcloud(config, kind, "delete", config.name, *more, "--quiet")
+
+
+def copy(config: Config, file: str, to: str) -> list[str]:
+    return gcloud(config, "tpu-vm", "scp", file, f"{config.name}:{to}", "--worker=all")
+
+
+def on(config: Config, workers: str, shell: str) -> list[str]:
+    return gcloud(config, "tpu-vm", "ssh", config.name, f"--worker={workers}", f"--command={shell}")
+
+
+def started(config: Config, command: list[str]) -> str:
+    """Shell text that starts the command in the background, and again as often as is due.
+
+    run.code tells, in the end, how it ended.
+    """
+    base = f"export JAXCHAT_BASE_DIR={MOUNT}; " if config.bucket else ""
+    codes = "|".join(map(str, RESTARTED))
+    loop = (
+        f"{base}set -a; [ -f ../jaxchat.env ] && . ../jaxchat.env; set +a; export PATH=$PWD/.venv/bin:$PATH; "
+        f"for turn in $(seq 0 {config.restarts}); do {shlex.join(command)}; code=$?; "
+        f"case $code in {codes}) echo started again after exit code $code;; *) break;; esac; done; "
+        "echo $code > run.code"
+    )
+    background = f"nohup bash -c {shlex.quote(loop)} > run.log 2>&1 < /dev/null &"
+    return f"cd jaxchat && rm -f run.code && ({background} echo $! > run.pid)"
+
+
+FOLLOW = "cd jaxchat && tail --lines=+1 --follow=name --pid=$(cat run.pid) run.log; exit $(cat run.code || echo 1)"
+
+
+@contextlib.contextmanager
+def secret_file(names: list[str], dry_run: bool):
+    """The path of a file NAME='value' that only its owner can read, and that is deleted afterwards."""
+    if dry_run:
+        yield f"<a file with {', '.join(names)}>"
+        return
+    with tempfile.NamedTemporaryFile("w", prefix="jaxchat-", suffix=".env") as file:  # mode 600, which scp keeps
+        file.writelines(f"{name}={shlex.quote(os.environ[name])}\n" for name in names)
+        file.flush()
+        yield file.name
+
+
+def setup(config: Config, secrets: list[str]):
+    with tempfile.TemporaryDirectory() as folder:
+        archive = str(Path("/tmp" if config.dry_run else folder) / "jaxchat.tar.gz")
+        perform(["git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"], config.dry_run)
+        perform(copy(config, archive, "jaxchat.tar.gz"), config.dry_run)
+    shell = INSTALL
+    if config.bucket:
+        mount = f"mkdir -p {MOUNT} && (mountpoint -q {MOUNT} || gcsfuse --implicit-dirs {config.bucket} {MOUNT})"
+        shell += f" && {GCSFUSE} && {mount}"
+    perform(on(config, "all", shell), config.dry_run)
+    if secrets:
+        with secret_file(secrets, config.dry_run) as file:
+            perform(copy(config, file, "jaxchat.env"), config.dry_run)
+
+
+def wait(config: Config):
+    """Until a queued resource is there."""
+    print(f"# every 30 s, until it says ACTIVE:\n{shlex.join(state(config))}", flush=True)
+    while not config.dry_run:
+        now = subprocess.run(state(config), capture_output=True, text=True).stdout.strip()
+        if now == "ACTIVE":
+            return
+        if now in ("FAILED", "SUSPENDED"):
+            raise UserError(f"the queued resource {config.name} is {now}; delete it with --queued --steps=delete")
+        time.sleep(30)
+
+
+def run(config: Config, command: list[str]):
+    steps = check(config)
+    secrets = secret_names(config.secrets, here=True)
+    code = 0
+    if "create" in steps:
+        perform(create(config), config.dry_run)
+        if config.queued:
+            wait(config)
+    if "setup" in steps:
+        setup(config, secrets)
+    if "run" in steps:
+        perform(on(config, "all", started(config, command)), config.dry_run)
+    if "log" in steps:
+        code = perform(on(config, "0", FOLLOW), config.dry_run, check=False)
+    if code == 255:  # ssh's own: the command may still run
+        raise UserError("the connection was lost; --steps=log,delete takes it up again, or --steps=delete ends it")
+    if "delete" in steps:
+        perform(delete(config), config.dry_run)
+    return code
