@@ -188,8 +188,8 @@ def test_tpu_vm_starts_again(here, codes, end):
     assert followed.stdout.count(f"{SECRET}|{here}/bucket\n") == min(len(codes), 5)
 
 
-# JobSet v1alpha2, batch/v1 and core/v1: {field: what it holds}; another field is refused. A list has elements of its one
-# entry; `str`, `int`, `bool`: a scalar; {str: str}: a map; a tuple: one of these words.
+# JobSet v1alpha2, batch/v1 and core/v1: {field: what it holds}; another field is refused. A list has entries of its one
+# kind; `str`, `int`, `bool`: a scalar; {str: str}: a map; a tuple: one of these words.
 NAMED = {"name": str, "annotations": {str: str}, "labels": {str: str}}
 ENV = [{"name": str, "value": str, "valueFrom": {"secretKeyRef": {"name": str, "key": str, "optional": bool}}}]
 POD = {
