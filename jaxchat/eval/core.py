@@ -1,0 +1,204 @@
+"""CORE (DCLM): 22 tasks in context, scored by which continuation is likeliest, centred so that chance is 0.
+
+The bundle is a folder, or the zip that launch.download fetches: core.yaml lists the tasks, eval_data/ holds their items
+a JSON object a line, eval_meta_data.csv the share that guessing gets right. Draws and prompts are those of published
+scores: items and examples by the seeds below, examples and question joined by a blank line.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from jaxchat.config import UserError, base_dir
+from jaxchat.eval.scoring import Score, Scorer, Span
+from jaxchat.tokenizer import Tokenizer
+
+DRAW_SEED = 1337  # of which items are asked
+EXAMPLES_SEED = 1234  # plus the item's place: of its few-shot examples
+FIELDS = {
+    "multiple_choice": ("query", "choices"),
+    "schema": ("context_options", "continuation"),
+    "language_modeling": ("context", "continuation"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreTask:
+    label: str
+    kind: str  # a key of FIELDS
+    shots: int  # examples before each question
+    delimiter: str  # between a question and its answer
+    chance: float  # the share that guessing gets right, by the bundle
+    items: list[dict]
+
+    def drawn(self, max_per_task: int) -> list[dict]:
+        """Its items shuffled, at most so many (all if that is 0 or less)."""
+        items = list(self.items)
+        random.Random(DRAW_SEED).shuffle(items)
+        items = items[:max_per_task] if max_per_task > 0 else items
+        if len(items) <= self.shots:
+            raise UserError(
+                f"CORE's {self.label} takes {self.shots} examples besides the question, and there are "
+                f"{len(items)} items in all; ask for at least {self.shots + 1} a task"
+            )
+        return items
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreResult:
+    """right: of every item of a task that was asked, whether it was answered right."""
+
+    right: dict[str, list[bool]]
+    chance: dict[str, float]
+
+    def accuracy(self, label: str) -> float:
+        return sum(self.right[label]) / len(self.right[label])
+
+    def centered(self, label: str) -> float:
+        """The accuracy on a scale on which guessing is 0 and knowing all is 1."""
+        return (self.accuracy(label) - self.chance[label]) / (1 - self.chance[label])
+
+    @property
+    def core(self) -> float:
+        return sum(map(self.centered, self.right)) / len(self.right)
+
+
+def load_bundle(place: str = "") -> list[CoreTask]:
+    """The tasks of a bundle: a folder or a zip; empty: the base directory's eval_bundle, or else eval_bundle.zip.
+
+    UserError: something is missing or not as it should be; the message names the file and the line.
+    """
+    path = Path(place).expanduser() if place else base_dir() / "eval_bundle"
+    if not place and not path.is_dir():
+        path = path.with_suffix(".zip")
+    root = zipfile.Path(path) / "eval_bundle" if zipfile.is_zipfile(path) else path
+    try:
+        listed = yaml.safe_load((root / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+        rows = csv.DictReader((root / "eval_meta_data.csv").read_text(encoding="utf-8").splitlines())
+        chance = {row["Eval Task"]: 0.01 * float(row["Random baseline"]) for row in rows}
+        found = [
+            {
+                "label": entry["label"],
+                "kind": entry["icl_task_type"],
+                "shots": int(entry["num_fewshot"][0]),
+                "delimiter": entry.get("continuation_delimiter", " "),
+                "chance": chance[entry["label"]],
+                "data": root / "eval_data" / entry["dataset_uri"],
+            }
+            for entry in listed
+        ]
+        texts = {entry["data"]: entry["data"].read_text(encoding="utf-8") for entry in found}
+    except (OSError, KeyError, ValueError, TypeError, IndexError, yaml.YAMLError, zipfile.BadZipFile) as problem:
+        raise UserError(
+            f"no CORE bundle can be read in {path} ({type(problem).__name__}: {problem}); fetch it: "
+            "python -m launch.download core-bundle; or name its folder with --eval_bundle"
+        ) from problem
+    return [
+        CoreTask(items=read_items(texts[data := entry.pop("data")], entry["kind"], data), **entry) for entry in found
+    ]
+
+
+def read_items(text: str, kind: str, path: os.PathLike) -> list[dict]:
+    if kind not in FIELDS:
+        raise UserError(f"{path}: unknown icl_task_type {kind!r}; it is one of {', '.join(FIELDS)}")
+    items = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            for field in FIELDS[kind]:
+                parts = item[field] if field in ("choices", "context_options") else [item[field]]
+                if not parts or not all(isinstance(part, str) for part in parts):
+                    raise ValueError(f"`{field}` is no text")
+            options = item.get("choices") or item.get("context_options")
+            if options and not 0 <= item["gold"] < len(options):
+                raise ValueError(f"gold {item['gold']} of {len(options)} options")
+        except (KeyError, ValueError, TypeError) as problem:
+            raise UserError(f"{path}, line {number}: {type(problem).__name__} {problem}") from problem
+        items.append(item)
+    return items
+
+
+def examples_of(task: CoreTask, items: list[dict], index: int) -> list[dict]:
+    """The solved examples before items[index]."""
+    others = [i for i in range(len(items)) if i != index]
+    return [items[i] for i in random.Random(EXAMPLES_SEED + index).sample(others, task.shots)]
+
+
+def solved(task: CoreTask, item: dict) -> str:
+    """An example with its right answer."""
+    if task.kind == "multiple_choice":
+        question, answer = item["query"], item["choices"][item["gold"]]
+    elif task.kind == "schema":
+        question, answer = item["context_options"][item["gold"]], item["continuation"]
+    else:
+        question, answer = item["context"].strip(), item["continuation"]
+    return question + task.delimiter + answer
+
+
+def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
+    """What the model reads: a prompt an option; of language modeling, the prompt without its answer and with it."""
+    item = items[index]
+    before = "".join(solved(task, example) + "\n\n" for example in examples_of(task, items, index))
+    if task.kind == "multiple_choice":
+        return [before + item["query"] + task.delimiter + choice for choice in item["choices"]]
+    if task.kind == "schema":
+        return [before + context + task.delimiter + item["continuation"] for context in item["context_options"]]
+    asked = before + item["context"].strip() + task.delimiter
+    return [asked.strip(), asked + item["continuation"]]
+
+
+def spans_of(task: CoreTask, prompts: list[str], tokenizer: Tokenizer) -> list[Span]:
+    """What is scored: of options, the tokens that tell them apart (multiple choice) or that they share at the end
+    (schema); of language modeling, the answer's."""
+    rows = [np.concatenate([[tokenizer.bos], tokenizer.encode_array(prompt)]).astype(np.int32) for prompt in prompts]
+    if task.kind == "schema":
+        shared = common_length([row[::-1] for row in rows])
+        return [Span(row, len(row) - shared, len(row)) for row in rows]
+    start = common_length(rows)
+    return [Span(row, start, len(row)) for row in (rows if task.kind == "multiple_choice" else rows[1:])]
+
+
+def common_length(rows: list[np.ndarray]) -> int:
+    """How many tokens all rows begin with."""
+    shortest = min(map(len, rows))
+    same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
+    return shortest if same.all() else int(np.argmin(same))
+
+
+def is_right(task: CoreTask, item: dict, scores: list[Score]) -> bool:
+    """Whether the right option has the lowest mean loss (of equal ones the first is taken), or, of language modeling,
+    whether each token of the answer is the likeliest."""
+    if task.kind == "language_modeling":
+        return len(scores[0].right) > 0 and bool(scores[0].right.all())
+    losses = [score.loss for score in scores]
+    return losses.index(min(losses)) == item["gold"]
+
+
+def evaluate(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    bundle: list[CoreTask],
+    max_per_task: int = -1,
+    told: Callable[[str, int, float, float], None] = lambda label, items, accuracy, centered: None,
+) -> CoreResult:
+    """All tasks, on at most so many items each. told: called with each task's result as it comes."""
+    result = CoreResult({}, {task.label: task.chance for task in bundle})
+    drawn = [task.drawn(max_per_task) for task in bundle]  # all, so that too few items are told before anything runs
+    for task, items in zip(bundle, drawn, strict=True):
+        asked = [spans_of(task, prompts_of(task, items, i), tokenizer) for i in range(len(items))]
+        scores = iter(scorer.spans([span for spans in asked for span in spans]))
+        result.right[task.label] = [
+            is_right(task, item, [next(scores) for _ in spans]) for item, spans in zip(items, asked, strict=True)
+        ]
+        told(task.label, len(items), result.accuracy(task.label), result.centered(task.label))
+    return result

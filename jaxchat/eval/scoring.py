@@ -1,0 +1,197 @@
+"""Scoring many token lists at once: the loss of the tokens asked for, and which candidate comes next likeliest.
+
+Rows of like length share a batch, on every device of every process. Batches have few shapes (a power of two of
+tokens a row, about as many tokens each), so at most as many compilations as there are lengths.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxchat import sharding
+from jaxchat.config import Compute, ModelConfig
+from jaxchat.model.gpt import features, logits
+from jaxchat.model.params import Params
+from jaxchat.train.loop import duration
+from jaxchat.train.loss import chunk_length, chunk_nll
+
+SHORTEST = 32  # tokens a row of the smallest batches
+CANDIDATES = 16  # of a row at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """tokens[start:end] are to be scored, each given all before it; 1 ≤ start."""
+
+    tokens: np.ndarray  # int32
+    start: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Of each token of a span: its loss in nats, and whether no other was likelier."""
+
+    nll: np.ndarray  # float32
+    right: np.ndarray  # bool
+
+    @property
+    def loss(self) -> float:
+        """The mean loss, in float64, where equal losses have equal means whatever their number; inf of no tokens."""
+        return float(self.nll.mean(dtype=np.float64)) if len(self.nll) else float("inf")
+
+
+def buckets(sequence_len: int) -> list[int]:
+    """The lengths that rows are padded to: powers of two, and the model's own."""
+    lengths = [SHORTEST << i for i in range(sequence_len.bit_length()) if SHORTEST << i < sequence_len]
+    return [*lengths, sequence_len]
+
+
+@partial(jax.jit, static_argnames=("config", "compute", "mesh"))
+def span_losses(params, tokens_BT, first, last, config: ModelConfig, compute: Compute, mesh: Mesh):
+    """(nll_BT, right_BT) of the token after each; 0 before the chunk of `first` and from that of `last` on.
+
+    Logits exist for a chunk of positions at a time, and only for chunks in which something is asked for.
+    """
+    batch, time = tokens_BT.shape
+    x_BTD = features(params, tokens_BT, config, compute)
+    targets_BT = jnp.roll(tokens_BT, -1, axis=1)
+    t = chunk_length(batch, time, compute)
+
+    def add_chunk(i, found):
+        x_BtD, targets_Bt = (lax.dynamic_slice_in_dim(a, i * t, t, axis=1) for a in (x_BTD, targets_BT))
+        z_BtV, _, _, nll_Bt = chunk_nll(x_BtD, params.lm_head, targets_Bt)
+        right_Bt = jnp.argmax(z_BtV, axis=-1) == targets_Bt
+        return tuple(
+            lax.dynamic_update_slice_in_dim(whole, part, i * t, axis=1)
+            for whole, part in zip(found, (nll_Bt, right_Bt), strict=True)
+        )
+
+    nothing = (jnp.zeros((batch, time)), jnp.zeros((batch, time), bool))
+    found = lax.fori_loop(first // t, -(-last // t), add_chunk, nothing)
+    return lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
+
+
+@partial(jax.jit, static_argnames=("config", "compute", "mesh"))
+def last_logits(params, tokens_BT, lengths_B, candidates_BC, config: ModelConfig, compute: Compute, mesh: Mesh):
+    """logits_BC of the candidates to come after each row's last token."""
+    x_BTD = features(params, tokens_BT, config, compute)
+    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    found_BC = jnp.take_along_axis(logits(params.lm_head, last_BD), candidates_BC, axis=1)
+    return lax.with_sharding_constraint(found_BC, NamedSharding(mesh, P()))
+
+
+class Scorer:
+    """Scores with one model, on a mesh on which every process gives the same rows and gets all the scores."""
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        compute: Compute,
+        mesh: Mesh,
+        *,
+        device_tokens: int | None = None,
+        quiet: bool = False,
+    ):
+        """device_tokens: that a device computes at a time, at least a row. quiet: print no progress."""
+        self.params, self.config, self.compute, self.mesh, self.quiet = params, config, compute, mesh, quiet
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self.device_tokens = device_tokens or (4096 if on_cpu else 65536)
+
+    def spans(self, spans: list[Span]) -> list[Score]:
+        """The score of each span; of a row longer than the model takes, its last tokens are kept."""
+        longest, scores = self.config.sequence_len, [None] * len(spans)
+        rows, bounds = [], []
+        for span in spans:
+            cut = max(0, len(span.tokens) - longest)
+            rows.append(span.tokens[cut:])
+            bounds.append((max(1, span.start - cut), max(1, span.end - cut)))
+
+        def losses(chosen, tokens_BT):
+            first, last = min(bounds[r][0] for r in chosen) - 1, max(bounds[r][1] for r in chosen) - 1
+            placed, ends = self._place(tokens_BT), (np.int32(first), np.int32(last))
+            return span_losses(self.params, placed, *ends, self.config, self.compute, self.mesh)
+
+        for chosen, (nll_BT, right_BT) in self._run(rows, losses):
+            for b, r in enumerate(chosen):
+                part = slice(bounds[r][0] - 1, bounds[r][1] - 1)
+                scores[r] = Score(nll_BT[b, part], right_BT[b, part])
+        return scores
+
+    def choose(self, prompts: list[list[int]], candidates: list[list[int]]) -> list[int]:
+        """For each prompt, which of its candidate tokens is likeliest to come next (its place in the list)."""
+        rows = [np.array(prompt[-self.config.sequence_len :], np.int32) for prompt in prompts]
+        answers = [0] * len(rows)
+
+        def logits_of(chosen, tokens_BT):
+            lengths_B, candidates_BC = (
+                np.ones(len(tokens_BT), np.int32),
+                np.zeros((len(tokens_BT), CANDIDATES), np.int32),
+            )
+            for b, r in enumerate(chosen):
+                lengths_B[b], candidates_BC[b, : len(candidates[r])] = len(rows[r]), candidates[r]
+            placed = (self._place(array) for array in (tokens_BT, lengths_B, candidates_BC))
+            return last_logits(self.params, *placed, self.config, self.compute, self.mesh)
+
+        for chosen, logits_BC in self._run(rows, logits_of):
+            for b, r in enumerate(chosen):
+                answers[r] = int(np.argmax(logits_BC[b, : len(candidates[r])]))
+        return answers
+
+    def _place(self, array: np.ndarray) -> jax.Array:
+        return sharding.place_same(array, self.mesh, axis=0)
+
+    def _run(self, rows: list[np.ndarray], call: Callable) -> Iterator[tuple[list[int], Any]]:
+        """(which rows, what `call` gave for them) batch after batch; while one is read, the next is under way."""
+        progress, pending = Progress(sum(map(len, rows)), "scored", quiet=self.quiet), None
+        for batch in chain(self._batches(rows), [None]):
+            running = batch and (batch[0], call(*batch))
+            if pending:
+                yield pending[0], jax.device_get(pending[1])
+                progress.add(sum(len(rows[r]) for r in pending[0]))
+            pending = running
+
+    def _batches(self, rows: list[np.ndarray]) -> Iterator[tuple[list[int], np.ndarray]]:
+        """(which rows, tokens_BT padded at the end) batch after batch, the longest rows first.
+
+        So each batch but the last is full: shorter rows take what places longer ones leave.
+        """
+        left = sorted(range(len(rows)), key=lambda r: -len(rows[r]))
+        shards = sharding.data_shards(self.mesh)
+        while left:
+            length = next(n for n in buckets(self.config.sequence_len) if n >= len(rows[left[0]]))
+            batch = shards * max(1, self.device_tokens // length)
+            chosen, left = left[:batch], left[batch:]
+            tokens_BT = np.zeros((batch, length), np.int32)
+            for b, r in enumerate(chosen):
+                tokens_BT[b, : len(rows[r])] = rows[r]
+            yield chosen, tokens_BT
+
+
+class Progress:
+    """A line of progress with the time left, at most every five seconds; the first process prints it."""
+
+    def __init__(self, total: int, done: str, *, quiet: bool = False):
+        self._total, self._word, self._quiet = total, done, quiet or jax.process_index() > 0
+        self._done, self._began = 0, time.perf_counter()
+        self._shown = self._began
+
+    def add(self, amount: int):
+        self._done += amount
+        now = time.perf_counter()
+        if self._quiet or now - self._shown < 5 or not self._done:
+            return
+        self._shown = now
+        eta = (now - self._began) / self._done * (self._total - self._done)
+        print(f"  {self._word} {self._done / self._total:.0%}  ETA {duration(eta)}", flush=True)
