@@ -174,7 +174,11 @@ class BaseConfig(TrainConfig):
     eval_tokens: int = 20 * 524288
     """On so many of its tokens."""
     core_metric_every: int = 2000
-    """CORE every so many steps (its evaluator is not part of this version; the plan says so)."""
+    """Measure CORE every so many steps, where there is a bundle (the plan tells)."""
+    core_metric_max_per_task: int = 500
+    """On at most so many items of each of its tasks; -1: all."""
+    eval_bundle: str = ""
+    """CORE's bundle, a folder or a zip; empty: <base directory>/eval_bundle, or else eval_bundle.zip."""
     sample_every: int = 2000
     """Let the model continue seven prompts every so many steps."""
     model_tag: str = ""

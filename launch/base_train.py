@@ -5,8 +5,11 @@ from jaxchat.config import BaseConfig
 from jaxchat.data import pipelines
 from jaxchat.data.encode import text_reader
 from jaxchat.data.sources import ParquetText, find_shards
+from jaxchat.eval import core
 from jaxchat.eval.bpb import bits_per_byte
+from jaxchat.eval.results import mean
 from jaxchat.eval.samples import show_samples
+from jaxchat.eval.scoring import Scorer
 from jaxchat.infer.engine import Engine
 from jaxchat.train import stages
 from jaxchat.train.loop import Evaluation, train
@@ -23,8 +26,25 @@ def val_batches(config: BaseConfig, setting: Setting) -> list[dict]:
     )
 
 
+def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
+    """(CORE's tasks, what the plan tells of them); none where there is no bundle and none was named."""
+    if config.core_metric_every <= 0:
+        return [], "not measured"
+    try:
+        bundle = core.load_bundle(config.eval_bundle)
+        for task in bundle:  # too few items are told before the training
+            task.drawn(config.core_metric_max_per_task)
+    except core.NoBundle as problem:
+        if config.eval_bundle:
+            raise
+        return [], f"not measured: {problem}"
+    return bundle, f"{len(bundle)} tasks every {config.core_metric_every:,} steps"
+
+
 def run(config: BaseConfig):
     stage, setting = stages.base(config)
+    bundle, told = core_bundle(config)
+    stage.plan.append(("CORE", told))
     cli.print_plan(stage.title, stage.plan)
     model, compute, tokenizer, mesh = setting.model, setting.compute, setting.tokenizer, setting.mesh
     batches = val_batches(config, setting) if config.eval_every > 0 else []
@@ -33,13 +53,18 @@ def run(config: BaseConfig):
         return {"val_bpb": bits_per_byte(params, batches, tokenizer.token_bytes, model, compute, mesh)}
 
     def samples(params):
-        print("continuations:")
-        return show_samples(Engine(params, model, tokenizer, compute))
+        show_samples(Engine(params, model, tokenizer, compute))
+        return {}
+
+    def core_metric(params):
+        scorer = Scorer(params, model, compute, mesh)
+        return {"core": mean(core.evaluate(scorer, tokenizer, bundle, config.core_metric_max_per_task))}
 
     train(
         stage,
         [
             Evaluation("validation", config.eval_every, val_bpb, at_start=True),
+            Evaluation("CORE", config.core_metric_every if bundle else -1, core_metric),
             Evaluation("samples", config.sample_every, samples),
         ],
     )

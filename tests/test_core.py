@@ -19,6 +19,7 @@ from plain_scorer import PlainModel
 from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.eval import core, scoring
+from jaxchat.eval.results import mean
 from jaxchat.eval.scoring import Scorer, Span, buckets
 from jaxchat.model import params as model_params
 from jaxchat.tokenizer import Tokenizer
@@ -128,7 +129,7 @@ def compare(folder, bundle, tokenizer, scorer, plain, number):
     finally:
         del scorer.spans
     scores = iter([score for scores in seen for score in scores])
-    close, right = 0, {}
+    close, right, answers = 0, {}, {task.task: task.right for task in result}
     for row in written(folder, number):
         losses, hits = [], []
         for tokens, start, end in scored(row, tokenizer):
@@ -144,10 +145,10 @@ def compare(folder, bundle, tokenizer, scorer, plain, number):
         best = int(np.argmin(losses))
         # Options whose losses are nearer than float32 tells apart may come out either way; equal ones may not.
         near = [o for o, loss in enumerate(losses) if 0 < loss - losses[best] < 2 * TOLERANCE]
-        mine = result.right[row["label"]][len(right.get(row["label"], []))]
+        mine = answers[row["label"]][len(right.get(row["label"], []))]
         close += bool(near) and mine != (best == row["gold"])
         right.setdefault(row["label"], []).append(mine if near else best == row["gold"])
-    assert right == result.right and next(scores, None) is None
+    assert right == answers and next(scores, None) is None
     assert close <= 1
     assert sum(score.right.sum() for scores in seen for score in scores) > 0
     return result
@@ -157,17 +158,17 @@ def test_scores_are_the_plain_scorers(folder, bundle, tokenizer, model, scorer):
     before = scoring.span_losses._cache_size()
     result = compare(folder, bundle, tokenizer, scorer, PlainModel(*model), 11)
     assert scoring.span_losses._cache_size() - before <= len(buckets(LENGTH)) == 3
-    for task in bundle:
-        share = sum(result.right[task.label]) / 11
-        assert result.accuracy(task.label) == share
-        assert result.centered(task.label) == pytest.approx((share - task.chance) / (1 - task.chance))
-    assert result.core == pytest.approx(np.mean([result.centered(task.label) for task in bundle]))
+    for task, got in zip(bundle, result, strict=True):
+        share = sum(got.right) / 11
+        assert (got.task, got.items, got.accuracy) == (task.label, 11, share)
+        assert got.centered == pytest.approx((share - task.chance) / (1 - task.chance))
+    assert mean(result) == pytest.approx(np.mean([got.centered for got in result]))
 
 
 @pytest.mark.slow
 def test_scores_of_200_items_are_the_plain_scorers(folder, bundle, tokenizer, model, scorer):
     result = compare(folder, bundle, tokenizer, scorer, PlainModel(*model), 200)
-    assert [len(right) for right in result.right.values()].count(200) == 20
+    assert [got.items for got in result].count(200) == 20
 
 
 def test_scores_do_not_depend_on_batch_or_mesh(model, devices):
@@ -228,11 +229,11 @@ def test_a_model_that_knows_scores_as_much_as_it_knows(bundle, tokenizer, device
     scorer = rigged(monkeypatch, rows, config, sharding.make_mesh(devices[:1]))
     result = core.evaluate(scorer, tokenizer, bundle, number)
     if share == 1:
-        assert result.core == 1.0
-    for task in bundle:
+        assert mean(result) == 1.0
+    for task, got in zip(bundle, result, strict=True):
         luck = [task.kind != "language_modeling" and item["gold"] == 0 for item in task.drawn(number)]
         want = [k or by_luck for k, by_luck in zip(known[task.label], luck, strict=True)]
-        assert (task.label, result.right[task.label]) == (task.label, want)
+        assert (got.task, got.right) == (task.label, want)
 
 
 def test_an_untrained_model_scores_about_0(bundle, tokenizer, devices):
@@ -247,17 +248,17 @@ def test_an_untrained_model_scores_about_0(bundle, tokenizer, devices):
         Scorer(params, config, Compute(), sharding.make_mesh(devices[:1]), quiet=True), tokenizer, bundle, 20
     )
     bias = variance = 0.0
-    for task in bundle:
+    for task, got in zip(bundle, result, strict=True):
         items = task.drawn(20)
         if task.kind == "language_modeling":
-            assert result.accuracy(task.label) == 0
+            assert got.accuracy == 0
             continue
         p = np.mean([1 / len(item.get("choices") or item["context_options"]) for item in items])
-        assert result.right[task.label] == [item["gold"] == 0 for item in items]
+        assert got.right == [item["gold"] == 0 for item in items]
         bias += (p - task.chance) / (1 - task.chance) / 22
         variance += p * (1 - p) / len(items) / (1 - task.chance) ** 2 / 22**2
     assert abs(bias) < 0.01 and math.sqrt(variance) < 0.035
-    assert abs(result.core - bias) < 3 * math.sqrt(variance)
+    assert abs(mean(result) - bias) < 3 * math.sqrt(variance)
 
 
 def test_choose_takes_the_likeliest_candidate(model, scorer):

@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from jaxchat.config import UserError, base_dir
+from jaxchat.eval.results import TaskResult
 from jaxchat.eval.scoring import Score, Scorer, Span
 from jaxchat.tokenizer import Tokenizer
 
@@ -28,6 +29,10 @@ FIELDS = {
     "schema": ("context_options", "continuation"),
     "language_modeling": ("context", "continuation"),
 }
+
+
+class NoBundle(UserError):
+    """There is no bundle, or not all of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +58,8 @@ class CoreTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class CoreResult:
-    """right: of every item of a task that was asked, whether it was answered right."""
-
-    right: dict[str, list[bool]]
-    chance: dict[str, float]
-
-    def accuracy(self, label: str) -> float:
-        return sum(self.right[label]) / len(self.right[label])
-
-    def centered(self, label: str) -> float:
-        """The accuracy on a scale on which guessing is 0 and knowing all is 1."""
-        return (self.accuracy(label) - self.chance[label]) / (1 - self.chance[label])
-
-    @property
-    def core(self) -> float:
-        return sum(map(self.centered, self.right)) / len(self.right)
+class CoreResult(TaskResult):
+    right: list[bool]  # of each item that was asked
 
 
 def load_bundle(place: str = "") -> list[CoreTask]:
@@ -97,7 +88,8 @@ def load_bundle(place: str = "") -> list[CoreTask]:
         ]
         texts = {entry["data"]: entry["data"].read_text(encoding="utf-8") for entry in found}
     except (OSError, KeyError, ValueError, TypeError, IndexError, yaml.YAMLError, zipfile.BadZipFile) as problem:
-        raise UserError(
+        missing = isinstance(problem, FileNotFoundError | NotADirectoryError)
+        raise (NoBundle if missing else UserError)(
             f"no CORE bundle can be read in {path} ({type(problem).__name__}: {problem}); fetch it: "
             "python -m launch.download core-bundle; or name its folder with --eval_bundle"
         ) from problem
@@ -189,16 +181,17 @@ def evaluate(
     tokenizer: Tokenizer,
     bundle: list[CoreTask],
     max_per_task: int = -1,
-    told: Callable[[str, int, float, float], None] = lambda label, items, accuracy, centered: None,
-) -> CoreResult:
+    told: Callable[[TaskResult], None] = lambda result: None,
+) -> list[CoreResult]:
     """All tasks, on at most so many items each. told: called with each task's result as it comes."""
-    result = CoreResult({}, {task.label: task.chance for task in bundle})
+    results = []
     drawn = [task.drawn(max_per_task) for task in bundle]  # all, so that too few items are told before anything runs
     for task, items in zip(bundle, drawn, strict=True):
         asked = [spans_of(task, prompts_of(task, items, i), tokenizer) for i in range(len(items))]
         scores = iter(scorer.spans([span for spans in asked for span in spans]))
-        result.right[task.label] = [
-            is_right(task, item, [next(scores) for _ in spans]) for item, spans in zip(items, asked, strict=True)
-        ]
-        told(task.label, len(items), result.accuracy(task.label), result.centered(task.label))
-    return result
+        right = [is_right(task, item, [next(scores) for _ in spans]) for item, spans in zip(items, asked, strict=True)]
+        accuracy = sum(right) / len(right)
+        centered = (accuracy - task.chance) / (1 - task.chance)
+        results.append(CoreResult(task.label, accuracy, centered, len(right), right))
+        told(results[-1])
+    return results

@@ -13,11 +13,19 @@ PROMPTS = (
 )
 
 
-def show_samples(engine: Engine, max_tokens: int = 16) -> dict[str, float]:
-    """Print the likeliest continuation of each prompt. -> no numbers."""
+def continuations(engine: Engine, max_tokens: int = 16) -> list[tuple[str, str]]:
+    """(prompt, its likeliest continuation) of each prompt."""
     tokenizer = engine.tokenizer
     room = max(1, engine.config.sequence_len - max_tokens)
     prompts = [[tokenizer.bos, *tokenizer.encode(text)][-room:] for text in PROMPTS]
-    for text, found in zip(PROMPTS, engine.generate(prompts, max_tokens=max_tokens, temperature=0.0), strict=True):
-        print(f"  {text} …{tokenizer.decode(found.tokens)!r}", flush=True)
-    return {}
+    found = engine.generate(prompts, max_tokens=max_tokens, temperature=0.0)
+    return [(text, tokenizer.decode(one.tokens)) for text, one in zip(PROMPTS, found, strict=True)]
+
+
+def show_samples(engine: Engine) -> list[tuple[str, str]]:
+    """Print the likeliest continuation of each prompt. -> them."""
+    print("continuations:")
+    samples = continuations(engine)
+    for text, found in samples:
+        print(f"  {text} …{found!r}", flush=True)
+    return samples

@@ -22,8 +22,8 @@ from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.model.gpt import features, logits
 from jaxchat.model.params import Params
-from jaxchat.train.loop import duration
 from jaxchat.train.loss import chunk_length, chunk_nll
+from jaxchat.train.reporter import duration
 
 SHORTEST = 32  # tokens a row of the smallest batches
 CANDIDATES = 16  # of a row at most

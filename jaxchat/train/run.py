@@ -25,7 +25,7 @@ FREE_ON_RESUME = (
     *("run", "device_type", "save_every", "resume", "overwrite", "tensorboard", "dry_run", "model_tag", "step"),
     *("eval_every", "eval_tokens", "eval_steps", "eval_metrics_every", "eval_metrics_max_problems", "sample_every"),
     *("core_metric_every", "val_tasks", "data_dir", "tasks_dir", "device_batch_size", "data_workers"),
-    "on_nonfinite",
+    *("on_nonfinite", "core_metric_max_per_task", "eval_bundle"),
 )
 
 

@@ -50,7 +50,6 @@ def base(config: BaseConfig) -> tuple[Stage, Setting]:
             batch_row(rows, time, micro, config.device_batch_size, mesh),
             ("steps", f"{num_steps:,}{begun}; {tokens:,} tokens; {ratio}; {tokens * flops_per_token(model):.3e} FLOPs"),
             ("data", f"{len(texts):,} documents in {len(texts.paths)} shards; the last shard is for validation"),
-            ("CORE", "no evaluator in this version"),
         ]
 
     stage = make_stage(

@@ -1,0 +1,58 @@
+"""What an evaluation found, as CSV and JSON beside the checkpoint."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+from pathlib import Path
+
+import jax
+
+from jaxchat.checkpoint import Found
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    task: str
+    accuracy: float
+    centered: float  # on a scale on which guessing is 0 and knowing all is 1
+    items: int
+
+    def show(self):
+        line = f"  {self.task:<34}{self.items:>7,} items  {self.accuracy:8.4f}  centred {self.centered:8.4f}"
+        print(line, flush=True)
+
+
+def mean(results: list[TaskResult]) -> float:
+    """CORE and ChatCORE: the mean of what the tasks score, centred."""
+    return sum(result.centered for result in results) / len(results)
+
+
+def save_results(
+    found: Found, source: str, command: str, results: list[TaskResult], values: dict[str, float], score: str, **more
+) -> Path:
+    """Write <run folder>/<command>_<step>.csv and .json, each whole or not at all. -> the path of the JSON.
+
+    source: base, mid or sft; values: all numbers by name; score: which of them is the tasks' mean, in the CSV's last
+    line where there is one; more: what else the JSON tells. Only the first process writes.
+    """
+    path = found.folder / f"{command}_{found.step}.json"
+    if jax.process_index() > 0:
+        return path
+    columns = [field.name for field in dataclasses.fields(TaskResult)]
+    rows = [[getattr(result, name) for name in columns] for result in results]
+    tasks = {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in rows}
+    about = {"source": source, "tag": found.folder.name, "step": found.step}
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerows([columns, *rows])
+    if score in values:
+        writer.writerow([score, "", values[score], ""])
+    whole = about | {"values": values, "tasks": tasks} | more
+    texts = {path.with_suffix(".csv"): table.getvalue(), path: json.dumps(whole, indent=1, ensure_ascii=False) + "\n"}
+    for file, text in texts.items():
+        unfinished = file.with_name(file.name + ".new")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, file)
+    return path
