@@ -8,7 +8,7 @@ from jaxchat.data.order import Order
 from jaxchat.data.tasks import load_task
 from jaxchat.eval.bpb import total_loss
 from jaxchat.eval.chat import letter_accuracy
-from jaxchat.infer.engine import Engine
+from jaxchat.eval.scoring import Scorer
 from jaxchat.train import stages
 from jaxchat.train.loop import Evaluation, train
 from jaxchat.train.run import Setting
@@ -46,10 +46,8 @@ def run(config: SFTConfig):
         return {"val_loss": nll / max(weight, 1.0)}
 
     def accuracies(params):
-        engine = Engine(params, model, tokenizer, compute)
-        return {
-            f"{name}_acc": letter_accuracy(engine, task, config.eval_metrics_max_problems) for name, task in choices
-        }
+        scorer, most = Scorer(params, model, compute, mesh), config.eval_metrics_max_problems
+        return {f"{name}_acc": letter_accuracy(scorer, tokenizer, task, most) for name, task in choices}
 
     train(
         stage,

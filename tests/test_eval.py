@@ -63,10 +63,10 @@ def test_bits_per_byte_on_one_device_and_eight(tokenizer, devices):
 
 
 class ByLength:
-    """An engine that picks the candidate numbered by the prompt's length."""
+    """A scorer that picks the candidate numbered by the prompt's length."""
 
-    def __init__(self, tokenizer, sequence_len):
-        self.tokenizer, self.config, self.seen = tokenizer, ModelConfig(sequence_len), []
+    def __init__(self):
+        self.seen = []
 
     def choose(self, prompts, candidates):
         self.seen += list(zip(prompts, candidates, strict=True))
@@ -78,18 +78,14 @@ def test_letter_accuracy(tokenizer):
     for n in range(12):
         messages = [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "ABC"[n // 4]}]
         rows.append({"messages": messages, "letters": ["A", "B", "C"]})
-    engine = ByLength(tokenizer, 2048)
+    scorer = ByLength()
     right = [len(tokenizer.render_for_completion(row)) % 3 == n // 4 for n, row in enumerate(rows)]
     assert 0 < sum(right) < 12
-    assert letter_accuracy(engine, rows) == sum(right) / 12
-    engine.seen.clear()
-    five = letter_accuracy(engine, rows, 5)
-    places = [[tokenizer.render_for_completion(row) for row in rows].index(prompt) for prompt, _ in engine.seen]
+    assert letter_accuracy(scorer, tokenizer, rows) == sum(right) / 12
+    scorer.seen.clear()
+    five = letter_accuracy(scorer, tokenizer, rows, 5)
+    places = [[tokenizer.render_for_completion(row) for row in rows].index(prompt) for prompt, _ in scorer.seen]
     assert len(set(places)) == 5 and five == sum(right[i] for i in places) / 5
-    for prompt, letters in engine.seen:
+    for prompt, letters in scorer.seen:
         assert prompt[-1] == tokenizer.special("<|assistant_start|>") and prompt[0] == tokenizer.bos
         assert [tokenizer.decode([letter]) for letter in letters] == ["A", "B", "C"]
-    short = ByLength(tokenizer, 6)
-    letter_accuracy(short, rows)
-    assert max(len(prompt) for prompt, _ in short.seen) == 6
-    assert all(prompt[-1] == tokenizer.special("<|assistant_start|>") for prompt, _ in short.seen)

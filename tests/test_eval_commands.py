@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from launch import base_eval, base_train, tok_train
+from launch import base_eval, base_train, chat_eval, tok_train
 
 TEXTS = [f"number {i} is the one after {i - 1}, and the words go on." for i in range(1, 300)]
 BATCH = ["--device_batch_size=1", "--total_batch_size=256", "--eval_every=-1"]
@@ -45,6 +45,27 @@ def write_bundle(folder):
     (folder / "eval_meta_data.csv").write_text(META)
 
 
+def write_tasks(folder):
+    """Five problems of each chat task, in the hub's shapes."""
+    options = ["red", "blue", "green", "grey"]
+    choices = {"text": options, "label": list("ABCD")}
+    arc = [{"question": f"colour {i}", "choices": choices, "answerKey": "ABCD"[i % 4]} for i in range(5)]
+    add = {"prompt": "def add(a, b):\n", "canonical_solution": "    return a + b\n", "entry_point": "add"}
+    for path, rows in {
+        "arc/ARC-Easy/test.parquet": arc,
+        "arc/ARC-Challenge/test.parquet": arc,
+        "mmlu/all/test.parquet": [{"question": f"q {i}", "choices": options, "answer": i % 4} for i in range(5)],
+        "gsm8k/main/test.parquet": [{"question": f"{i} + 1", "answer": f"#### {i + 1}"} for i in range(5)],
+        "humaneval/openai_humaneval/test-0.parquet": [
+            add | {"test": f"def check(f):\n    assert f({i}, 1) == {i + 1}\n"} for i in range(5)
+        ],
+    }.items():
+        (folder / path).parent.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows), folder / path)
+    (folder / "words").mkdir()
+    (folder / "words/words_alpha.txt").write_text("\n".join(f"word{'abcdefghij'[i % 10] * (i + 1)}" for i in range(60)))
+
+
 def said(command, args):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
@@ -62,6 +83,7 @@ def trained(tmp_path_factory, devices):
         for n in range(2):
             pq.write_table(pa.table({"text": TEXTS}), folder / "base_data" / f"{n}.parquet")
         write_bundle(folder / "eval_bundle")
+        write_tasks(folder / "tasks")
         tok_train.main(["--vocab_size=280"])
         text = said(base_train, [*BASE, "--core_metric_every=2", "--core_metric_max_per_task=4"])
     return folder, text
@@ -120,3 +142,29 @@ def test_training_goes_on_without_a_bundle(here, tmp_path, capsys):
         assert "not measured: no CORE bundle" in said(base_train, args)
     finally:
         (tmp_path / "away").rename(bundle)
+
+
+def test_chat_eval(here, capsys):
+    run = here / "base_checkpoints/d1"
+    text = said(chat_eval, ["-i", "base", "-x", "3", "-m", "8"])
+    found = json.loads((run / "chat_eval_2.json").read_text())
+    names = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
+    assert list(found["tasks"]) == names and [*found["values"]] == [*names, "ChatCORE"]
+    for name, task in found["tasks"].items():
+        chance = 0.25 if name in names[:3] else 0
+        assert task["items"] == 3 and task["centered"] == pytest.approx((task["accuracy"] - chance) / (1 - chance))
+        assert found["values"][name] == task["accuracy"] and f"{name:<34}" in text
+    assert found["values"]["ChatCORE"] == pytest.approx(np.mean([task["centered"] for task in found["tasks"].values()]))
+    assert (run / "chat_eval_2.csv").read_text().splitlines()[-1].startswith("ChatCORE,,")
+    text = said(chat_eval, ["-i", "base", "-a", "GSM8K|MMLU", "-m", "8", "-n", "4", "-t", "1", "--batch_size=4"])
+    found = json.loads((run / "chat_eval_2.json").read_text())
+    assert [*found["values"]] == ["GSM8K", "GSM8K pass@1", "GSM8K pass@2", "GSM8K pass@4", "MMLU"]
+    assert found["tasks"]["MMLU"]["items"] == 5 and "4 a problem, at temperature 1" in text
+    for args, message in (
+        (["-a", "GSM9K"], "unknown task 'GSM9K'; it is one of ARC-Easy"),
+        (["-n", "2"], "the same answer each time"),
+        (["-x", "0"], "at least 1, or -1"),
+        (["-t", "-1"], "--temperature=-1.0; it must be at least 0"),
+        (["-i", "mid"], "no mid checkpoint"),
+    ):
+        assert message in refused(capsys, chat_eval, ["-i", "base", *args])

@@ -49,13 +49,6 @@ def prefill(params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute,
     return logits(params.lm_head, last_BD), cache.replace(lengths_B=lengths_B)
 
 
-@partial(jax.jit, static_argnames=("config", "compute"))
-def last_logits(params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
-    """logits_BV after each row's last token, without a cache."""
-    x_BTD = features(params, tokens_BT, config, compute)
-    return logits(params.lm_head, jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0])
-
-
 @partial(
     jax.jit,
     static_argnames=("config", "compute", "greedy", "top_k", "stretch", "specials"),
@@ -143,18 +136,6 @@ class Engine:
             new = results[0]
             yield from zip(new.tokens[told:], new.forced[told:], strict=True)
             told = len(new.tokens)
-
-    def choose(self, prompts: list[list[int]], candidates: list[list[int]]) -> list[int]:
-        """For each prompt, which of its candidate tokens is likeliest to come next (its place in the list)."""
-        answers = [0] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda r: len(prompts[r]))
-        for first in range(0, len(prompts), self.batch_size):
-            chosen = order[first : first + self.batch_size]
-            tokens_BT, lengths_B = self._padded([prompts[r] for r in chosen])
-            logits_BV = np.asarray(last_logits(self.params, tokens_BT, lengths_B, self.config, self.compute))
-            for b, r in enumerate(chosen):
-                answers[r] = int(np.argmax(logits_BV[b, candidates[r]]))
-        return answers
 
     def _padded(self, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         longest, limit = max(map(len, prompts)), self.config.sequence_len

@@ -9,6 +9,7 @@ from jaxchat.data.sources import file_fingerprint
 from jaxchat.data.tasks.choice import arc, mmlu
 from jaxchat.data.tasks.custom import custom_json, identity
 from jaxchat.data.tasks.gsm8k import gsm8k
+from jaxchat.data.tasks.humaneval import humaneval
 from jaxchat.data.tasks.smoltalk import smoltalk
 from jaxchat.data.tasks.spelling import simple_spelling, spelling_bee
 
@@ -16,6 +17,7 @@ TASKS = {
     "SmolTalk": smoltalk,
     "MMLU": mmlu,
     "GSM8K": gsm8k,
+    "HumanEval": humaneval,
     "ARC-Easy": lambda folder, split: arc(folder, split, "ARC-Easy"),
     "ARC-Challenge": lambda folder, split: arc(folder, split, "ARC-Challenge"),
     "identity": identity,

@@ -1,0 +1,21 @@
+"""HumanEval: the beginning of a Python function; what the model adds is run against tests."""
+
+from pathlib import Path
+
+from jaxchat.config import UserError
+from jaxchat.data.tasks.table import Table
+
+COLUMNS = ["prompt", "canonical_solution", "test", "entry_point"]
+
+
+def humaneval(folder: Path, split: str) -> Table:
+    """Rows also have the columns `prompt`, `test` and `entry_point` of the data set."""
+
+    def convert(row: dict) -> dict:
+        if not all(isinstance(row[name], str) for name in COLUMNS):
+            raise UserError("a column of HumanEval is no text")
+        answer = {"role": "assistant", "content": row["prompt"] + row["canonical_solution"]}
+        return {"messages": [{"role": "user", "content": row["prompt"]}, answer]} | row
+
+    # The hub has the file in a folder of its own.
+    return Table("humaneval", folder / "humaneval", f"**/{split}*.parquet", COLUMNS, convert)

@@ -1,0 +1,140 @@
+"""Evaluate a chat model: python -m launch.chat_eval -i sft -a "GSM8K|MMLU" """
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+from jaxchat import checkpoint, sharding
+from jaxchat.config import Compute, TrainConfig, UserError
+from jaxchat.data.tasks import load_task
+from jaxchat.eval import chat, sandbox
+from jaxchat.eval.results import mean, save_results
+from jaxchat.eval.scoring import Scorer
+from jaxchat.infer.engine import Engine
+from jaxchat.train.run import start_devices
+from launch import cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measure a chat model on six tasks: ARC-Easy, ARC-Challenge and MMLU by the likeliest letter; GSM8K, HumanEval
+    and SpellingBee by answers that it writes, with the calculator. With all six comes ChatCORE.
+
+    HumanEval's answers run in a sandbox. The results go beside the checkpoint, as chat_eval_<step>.csv and .json.
+    """
+
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
+    """sft, mid or base."""
+    task_name: Annotated[str, tyro.conf.arg(aliases=["-a"])] = ""
+    """Tasks with | between, such as "GSM8K|MMLU"; empty: all six."""
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
+    """Which model; empty: the deepest d<N>, or else the newest."""
+    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
+    """Which of its checkpoints; -1: the last."""
+    max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = -1
+    """At most so many problems of each task, a fixed draw; -1: all."""
+    num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
+    """Written answers to each problem; it counts as right if one is. With several, pass@k is told too."""
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0
+    """Of written answers; 0: always the likeliest token."""
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
+    """Draw from so many likeliest tokens."""
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
+    """The longest written answer."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
+    """Answers written at a time; lower it if memory runs out, the result stays the same."""
+    seed: int = 0
+    """Of the draws."""
+    device_type: str = ""
+    """cpu, cuda or tpu; empty: the best there is."""
+    dtype: str = "auto"
+    """Of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
+    tasks_dir: str = ""
+    """Where the tasks' files lie; empty: <base directory>/tasks."""
+
+
+def names_in(config: Config) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in config.task_name.split("|") if name.strip())) or [*chat.TASKS]
+    for name in names:
+        if name not in chat.TASKS:
+            raise UserError(f"-a {config.task_name}: unknown task {name!r}; it is one of {', '.join(chat.TASKS)}")
+    if "HumanEval" in names and (lacks := sandbox.missing()):
+        raise UserError(
+            f"HumanEval runs what the model wrote, and this kernel lacks {' and '.join(lacks)}; leave it out"
+        )
+    return names
+
+
+def check(config: Config):
+    least = {"num_samples": 1, "temperature": 0, "max_new_tokens": 1, "batch_size": 1}
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise UserError(f"--{name}={getattr(config, name)}; it must be at least {value}")
+    if config.num_samples > 1 and config.temperature == 0:
+        raise UserError(
+            f"--num_samples={config.num_samples} at --temperature=0 would be the same answer each time; give a "
+            "temperature such as 0.8"
+        )
+    if config.max_problems == 0:
+        raise UserError("--max_problems=0; it must be at least 1, or -1 for all")
+
+
+def run(config: Config):
+    check(config)
+    names = names_in(config)
+    mesh = start_devices(TrainConfig(device_type=config.device_type, dtype=config.dtype))
+    compute = Compute.for_backend(config.dtype, data_shards=sharding.data_shards(mesh))
+    found = checkpoint.open_model(config.source, config.model_tag, config.step)
+    rows = {
+        name: chat.drawn(load_task(chat.TASKS[name].spec, config.tasks_dir or None), config.max_problems)
+        for name in names
+    }
+    how = f"at temperature {config.temperature:g}" if config.temperature else "greedily"
+    cli.print_plan(
+        f"Evaluation of {found.folder.name} ({config.source})",
+        [
+            ("model", str(found.folder / str(found.step))),
+            ("devices", f"{sharding.describe(mesh)}, compute in {compute.dtype}"),
+            ("tasks", ", ".join(f"{name} {len(rows[name]):,}" for name in names)),
+            ("written answers", f"{config.num_samples} a problem, {how}, at most {config.max_new_tokens} tokens"),
+        ],
+    )
+    params, tokenizer = found.load(mesh), found.tokenizer
+    scorer = Scorer(params, found.config, compute, mesh)
+    engine = Engine(params, found.config, tokenizer, compute, batch_size=config.batch_size)
+    results, values = [], {}
+    for name in names:
+        if test := chat.TASKS[name].check:
+            right = chat.write_answers(
+                engine,
+                rows[name],
+                test,
+                max_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k if config.top_k > 0 else None,
+                seed=config.seed,
+                num_samples=config.num_samples,
+            )
+        else:
+            right = [[one] for one in chat.choose_letters(scorer, tokenizer, rows[name])]
+        results.append(chat.result_of(name, right))
+        results[-1].show()
+        values[name] = results[-1].accuracy
+        for k in [2**i for i in range(len(right[0]).bit_length())] if len(right[0]) > 1 else []:
+            values[f"{name} pass@{k}"] = chat.pass_at(k, right)
+            print(f"    pass@{k} {values[f'{name} pass@{k}']:.4f}", flush=True)
+    if set(names) == set(chat.TASKS):
+        values["ChatCORE"] = mean(results)
+        print(f"ChatCORE {values['ChatCORE']:.4f}", flush=True)
+    path = save_results(found, config.source, "chat_eval", results, values, "ChatCORE")
+    print(f"saved {path} and .csv", flush=True)
+    cli.next_step(f"python -m launch.chat_cli -i {config.source} --model_tag={found.folder.name}")
+
+
+def main(args: list[str] | None = None):
+    cli.main(Config, run, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The six chat tasks: letters and answers against a plain float64 model, their checks, models that know all or none."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from plain_scorer import PlainModel
+
+from jaxchat import sharding
+from jaxchat.config import Compute, ModelConfig
+from jaxchat.data.tasks import load_task
+from jaxchat.eval import chat
+from jaxchat.eval.results import mean
+from jaxchat.eval.scoring import Scorer
+from jaxchat.infer.engine import Engine, Generation
+from jaxchat.model import params as model_params
+from jaxchat.tokenizer import Tokenizer
+
+LENGTH = 96
+CHOICES = ["ARC-Easy", "ARC-Challenge", "MMLU"]
+
+
+@pytest.fixture(scope="module")
+def rows(shared_data):
+    """200 problems of each task, 12 of HumanEval's."""
+    return {
+        name: chat.drawn(load_task(task.spec, shared_data), 12 if name == "HumanEval" else 200)
+        for name, task in chat.TASKS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizer(rows):
+    return Tokenizer.train((row["messages"][0]["content"] for row in rows["GSM8K"]), 400)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    config = ModelConfig(LENGTH, tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
+    leaves, tree = jax.tree.flatten(model_params.shapes(config))
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    weights = [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, weights), config
+
+
+@pytest.fixture(scope="module")
+def mesh(devices):
+    return sharding.make_mesh(devices[:1])
+
+
+def test_letters_are_the_plain_models(rows, tokenizer, model, mesh):
+    """Item by item; a problem whose best two letters are within float32's reach of one another may go either way."""
+    scorer, plain = Scorer(*model, Compute(), mesh, quiet=True), PlainModel(*model)
+    for name in CHOICES:
+        got = chat.choose_letters(scorer, tokenizer, rows[name])
+        assert len(got) == 200 and 0 < sum(got) < 200
+        for row, right in zip(rows[name], got, strict=True):
+            messages = row["messages"]
+            text = [tokenizer.special("<|user_start|>"), *tokenizer.encode(messages[0]["content"])]
+            ends = [tokenizer.special("<|user_end|>"), tokenizer.special("<|assistant_start|>")]
+            prompt = [tokenizer.bos, *text, *ends][-LENGTH:]
+            logits = plain.logits(prompt, len(prompt) - 1)[0][
+                [tokenizer.ranks[letter.encode()] for letter in row["letters"]]
+            ]
+            best = row["letters"][int(np.argmax(logits))]
+            near = np.sort(logits)[-1] - np.sort(logits)[-2] < 1e-4
+            assert near or right == (best == messages[1]["content"])
+
+
+def test_written_answers_are_the_plain_models(rows, tokenizer, model):
+    """Greedy, token by token, of the prompts' last tokens; and what is checked is the text of that."""
+    plain, number, max_tokens = PlainModel(*model), 12, 5
+    engine = Engine(*model, tokenizer, Compute(), batch_size=16)
+    for name in ("GSM8K", "SpellingBee", "HumanEval"):
+        asked, said = rows[name][:number], {}
+
+        def note(row, text, said=said):
+            said[str(row["messages"])] = text
+            return False
+
+        chat.write_answers(engine, asked, note, max_tokens=max_tokens, temperature=0.0)
+        for row in asked:
+            tokens = tokenizer.render_for_completion(row)[-(LENGTH - max_tokens) :]
+            start, ends = len(tokens), (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
+            while len(tokens) < start + max_tokens:
+                token = int(plain.logits(tokens, len(tokens) - 1)[0].argmax())
+                if token in ends:
+                    break
+                tokens.append(token)
+            assert said[str(row["messages"])] == tokenizer.decode(tokens[start:])
+
+
+class Knows:
+    """A scorer and an engine that know every answer of the given rows."""
+
+    def __init__(self, tokenizer, rows):
+        self.tokenizer, self.config, self.rows = tokenizer, ModelConfig(2048), rows
+
+    def choose(self, prompts, candidates):
+        return [row["letters"].index(row["messages"][1]["content"]) for row in self.rows]
+
+    def generate(self, prompts, **how):
+        texts = []
+        for row in self.rows:
+            content = row["messages"][1]["content"]
+            text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+            texts += [Generation(self.tokenizer.encode(text))] * how.get("num_samples", 1)
+        return texts
+
+
+def evaluated(rows, scorer, engine, tokenizer, **how):
+    found = []
+    for name, task in chat.TASKS.items():
+        if task.check:
+            right = chat.write_answers(engine(name), rows[name], task.check, **how)
+        else:
+            right = [[one] for one in chat.choose_letters(scorer(name), tokenizer, rows[name])]
+        found.append(chat.result_of(name, right))
+    return found
+
+
+def test_a_model_that_knows_all_scores_exactly_1(rows, tokenizer):
+    def knowing(name):
+        return Knows(tokenizer, rows[name])
+
+    results = evaluated(rows, knowing, knowing, tokenizer, max_tokens=9)
+    assert mean(results) == 1.0 and [result.accuracy for result in results] == [1.0] * 6
+    assert [result.items for result in results] == [200, 200, 200, 200, 12, 200]
+
+
+def test_an_untrained_model_scores_about_0(rows, tokenizer, mesh):
+    """It takes the first letter, right with probability 1/4: of 200 problems a share with the standard deviation
+    √(¼·¾/200), over ¾ when centred; of three tasks among ChatCORE's six √3/6 of that. It writes nothing right."""
+    config = ModelConfig(64, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
+    params = model_params.init(jax.random.key(0), config)
+    scorer, engine = Scorer(params, config, Compute(), mesh, quiet=True), Engine(params, config, tokenizer, Compute())
+    results = evaluated(rows, lambda _: scorer, lambda _: engine, tokenizer, max_tokens=4, temperature=0.0)
+    assert [result.accuracy for result in results[3:]] == [0.0] * 3
+    assert results[0].right == [[row["messages"][1]["content"] == "A"] for row in rows["ARC-Easy"]]
+    assert abs(mean(results)) < 3 * math.sqrt(3) / 6 * math.sqrt(0.25 * 0.75 / 200) / 0.75
+
+
+def test_checks_of_numbers(rows):
+    row = rows["GSM8K"][0]
+    answer = chat.final_number("".join(part["text"] for part in row["messages"][1]["content"]))
+    for text, right in [
+        (f"so\n#### {answer}", True), (f"#### {answer}.", True), (f"#### {answer}0", False), (answer, False),
+        (f"#### {answer} #### 7", True), ("####", False), ("", False), (f"####{answer}", False),
+    ]:  # fmt: skip
+        assert chat.states_the_number(row, text) is right
+    assert chat.final_number("#### -1,234.50 and") == "-1234.50"
+
+
+def test_programs_of_answers(rows):
+    """The whole function, in a fence or not, with or without imports, or only its body; and a wrong one."""
+    row = rows["HumanEval"][0]
+    whole = row["messages"][1]["content"]
+    body = row["canonical_solution"]
+    function = whole[whole.index("def ") :]
+    for text in (whole, body, function, f"Here:\n```python\n{function}```\nDone.", f"```\n{whole}"):
+        assert chat.passes_its_tests(row, text)
+    wrong = f"```python\ndef {row['entry_point']}(*_): return object()\n```"
+    for text in ("", "    pass", wrong, "```python\n```", "no code"):
+        assert not chat.passes_its_tests(row, text)
+
+
+def test_pass_at_k():
+    """Against counting all draws."""
+    right = [[True, False, False, False], [False] * 4, [True, True, True, False], [True] * 4]
+    assert chat.pass_at(1, right) == pytest.approx((0.25 + 0 + 0.75 + 1) / 4)
+    assert chat.pass_at(2, right) == pytest.approx((3 / 6 + 0 + 1 + 1) / 4)
+    assert chat.pass_at(4, right) == 0.75 == chat.result_of("GSM8K", right).accuracy
