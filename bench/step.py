@@ -75,8 +75,8 @@ def prepare(config: Shape, changes: dict, micro_rows: int):
         raise UserError(f"--stage={config.stage}; it is one of {', '.join(GRAD_CLIP)}")
     mesh = sharding.make_mesh()
     model = ModelConfig.from_depth(config.depth, sequence_len=config.seq, vocab_size=config.vocab)
-    compute = Compute.for_backend(data_shards=sharding.data_shards(mesh), **changes)
-    optimizer = make_optimizer(model, grad_clip=GRAD_CLIP[config.stage], muon_dtype=jnp.dtype(compute.dtype))
+    compute = Compute.for_backend(mesh=mesh, **changes)
+    optimizer = make_optimizer(model, grad_clip=GRAD_CLIP[config.stage], muon_dtype=jnp.dtype(compute.dtype), mesh=mesh)
     batch = place_batch(batch_of(config, micro_rows, np.random.default_rng(0)), mesh)
     step = make_train_step(model, compute, optimizer, mesh)
     return step, init_state(0, model, optimizer, mesh), batch, model

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -79,9 +80,9 @@ class Compute:
         faster on a CPU with few layers.
     remat: what the backward pass computes again instead of keeping: "none" (keep all), "dots" (keep the results of
         matrix products only), "full" (keep only each layer's input).
-    attention: "xla", "blocks" (CPU), or "cudnn" (GPU, bfloat16).
+    attention: "xla", "blocks" (CPU), "cudnn" (GPU, bfloat16) or "splash" (TPU).
     loss_chunk_tokens: logits exist for at most this many tokens per device at a time.
-    data_shards: over how many devices the rows of a batch are spread.
+    mesh: the jax.sharding.Mesh that weights and batches lie on; None: one device.
     """
 
     dtype: str = "float32"
@@ -89,21 +90,21 @@ class Compute:
     remat: str = "none"
     attention: str = "xla"
     loss_chunk_tokens: int = 512
-    data_shards: int = 1
+    mesh: Any = None
 
     @classmethod
-    def for_backend(cls, dtype: str = "auto", **changes):
-        """The defaults for the devices at hand; `changes` override single fields."""
+    def for_backend(cls, dtype: str = "auto", backend: str = "", **changes):
+        """The defaults for the devices at hand (or for "cpu", "gpu", "tpu"); `changes` override single fields."""
         import jax  # here, so that reading a config never starts a backend
 
-        backend = jax.default_backend()
+        backend = backend or jax.default_backend()
         if dtype == "auto":
             dtype = "float32" if backend == "cpu" else "bfloat16"
         if backend == "cpu":
             chosen = {"unroll": True, "attention": "blocks"}  # what is fastest there (dev/LOG.md)
         else:
-            cudnn = backend == "gpu" and dtype == "bfloat16"
-            chosen = {"remat": "dots", "attention": "cudnn" if cudnn else "xla", "loss_chunk_tokens": 4096}
+            kernel = {"gpu": "cudnn" if dtype == "bfloat16" else "xla", "tpu": "splash"}.get(backend, "xla")
+            chosen = {"remat": "dots", "attention": kernel, "loss_chunk_tokens": 4096}
         return cls(**(chosen | {"dtype": dtype} | changes))
 
 
@@ -115,6 +116,9 @@ class TrainConfig:
     """Name of the run at Weights & Biases; "dummy": don't log there."""
     device_type: str = ""
     """cpu, cuda or tpu; empty: the best there is."""
+    mesh: str = ""
+    """Devices along each axis, as in data=-1,fsdp=1,tensor=1 (-1: what is left). data: each holds all weights; fsdp:
+    each holds a share of every weight; tensor: each computes a share of every layer. Empty: data on CPUs, else fsdp=8."""
     dtype: str = "auto"
     """Of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere. Weights stay float32."""
     seed: int = 0

@@ -1,6 +1,7 @@
 """The device mesh, and how weights, optimizer state and batches lie on it."""
 
 import json
+import math
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxchat.config import base_dir
+from jaxchat.config import ModelConfig, UserError, base_dir
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that the rows of a batch are spread over
@@ -26,16 +27,75 @@ def keep_compiled():
         jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)  # what was used longest ago is dropped
 
 
-def make_mesh(devices=None) -> Mesh:
-    """All devices (or the given ones) along `data`: every device holds all weights and computes its own rows."""
+def make_mesh(devices=None, axes: str = "") -> Mesh:
+    """A mesh of all devices (or the given ones), with the sizes that `axes` names ("": see mesh_shape).
+
+    UserError: `axes` names no mesh of so many devices.
+    """
     if devices is None:  # those of one process side by side: it feeds neighbouring rows
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(devices).reshape(len(devices), 1, 1), AXES)
+    shape = mesh_shape(axes, len(devices), devices[0].platform)
+    per_process = sum(device.process_index == devices[0].process_index for device in devices)
+    if shape[2] > per_process:
+        raise UserError(f"--mesh={axes}: tensor={shape[2]} exceeds the {per_process} devices of a process; lower it")
+    return Mesh(np.array(devices).reshape(shape), AXES)
 
 
-def data_shards(mesh: Mesh) -> int:
+def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int, int]:
+    """Sizes of (data, fsdp, tensor) from "data=-1,fsdp=2,tensor=1": -1 takes what is left, as data does unless named.
+
+    "": weights whole on every CPU; elsewhere cut over (up to) 8 neighbours, which costs a few per cent of bandwidth
+    that the step hides, and makes room for eight times the model.
+    """
+    sizes = dict.fromkeys(AXES, 1) | {"data": -1}
+    if not axes and platform != "cpu":
+        sizes["fsdp"] = math.gcd(devices, 8)
+    for part in axes.split(",") if axes else ():
+        name, _, size = part.strip().partition("=")
+        if name not in AXES or not size.removeprefix("-").isdigit() or not (int(size) == -1 or int(size) > 0):
+            raise UserError(f"--mesh={axes}: {part!r} is no axis; write data=-1,fsdp=1,tensor=1 (-1: what is left)")
+        sizes[name] = int(size)
+    fixed = [size for size in sizes.values() if size > 0]
+    product, total = " × ".join(f"{name}={size}" for name, size in sizes.items() if size > 0), math.prod(fixed)
+    if len(fixed) < 2:
+        raise UserError(f"--mesh={axes}: only one axis can be -1, what is left of the {devices} devices")
+    if devices % total or (len(fixed) == 3 and total != devices):
+        relation = "make" if len(fixed) == 3 else "divide"
+        raise UserError(f"--mesh={axes}: {product} = {total} does not {relation} the {devices} devices there are")
+    return tuple(devices // total if size < 0 else size for size in sizes.values())
+
+
+def check_fits(model: ModelConfig, mesh: Mesh):
+    """UserError unless the mesh cuts the model's heads, vocabulary and width into equal parts."""
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    for name, size, parts in (
+        ("query heads", model.n_head, tensor),
+        ("key/value heads", model.n_kv_head, tensor),
+        ("vocabulary", model.vocab_size, tensor),
+        ("width", model.n_embd, fsdp),
+    ):
+        if size % parts:
+            axis = "fsdp" if name == "width" else "tensor"
+            fits = model.n_embd if axis == "fsdp" else math.gcd(model.n_head, model.n_kv_head, model.vocab_size)
+            able = ", ".join(str(n) for n in range(1, mesh.size + 1) if mesh.size % n == 0 and fits % n == 0)
+            raise UserError(f"--mesh: {axis}={parts} does not divide the model's {name}, {size:,}; it may be {able}")
+
+
+def constrain(tree, specs, mesh: Mesh | None):
+    """Inside jit: the arrays of a tree lie on the mesh as a tree of PartitionSpec says."""
+    if mesh is None or mesh.size == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, named(mesh, specs))
+
+
+def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
+    """What so many rows are spread over: ROWS, or nothing (each device has all) where they can't be cut evenly."""
+    return None if rows % data_shards(mesh) else ROWS
+
+
+def data_shards(mesh: Mesh | None) -> int:
     """Over how many parts of the mesh the rows of a batch are spread."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def describe(mesh: Mesh) -> str:

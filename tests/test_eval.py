@@ -54,7 +54,7 @@ def test_bits_per_byte_on_one_device_and_eight(tokenizer, devices):
     assert size == sum(len(text.encode()) for text in texts)
     want = nats / (math.log(2) * size)
     for mesh, rows in ((sharding.make_mesh(devices[:1]), 3), (sharding.make_mesh(devices), 8)):
-        compute = Compute(data_shards=sharding.data_shards(mesh))
+        compute = Compute(mesh=mesh)
         batches = packed_validation(tokenize, range(4), rows=rows, time=16, max_tokens=10_000)
         got = bits_per_byte(params, batches, tokenizer.token_bytes, config, compute, mesh)
         assert got == pytest.approx(want, rel=1e-6)

@@ -25,7 +25,9 @@ from launch.cli import parse
 @pytest.fixture
 def one_device(monkeypatch):
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda devices=None: make_mesh(devices or jax.devices()[:1]))
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda devices=None, axes="": make_mesh(devices or jax.devices()[:1], axes)
+    )
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def uneven_weights():
 @cache  # so that each shape is compiled once
 def mesh_and_step(num_devices, optimizer):
     mesh = sharding.make_mesh(jax.devices()[:num_devices])
-    return mesh, make_train_step(CONFIG, Compute(data_shards=sharding.data_shards(mesh)), optimizer, mesh)
+    return mesh, make_train_step(CONFIG, Compute(mesh=mesh), optimizer, mesh)
 
 
 def run(batch, *, micro=1, devices=1, optimizer=SGD, steps=2):

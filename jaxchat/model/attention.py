@@ -1,28 +1,77 @@
 """Attention, and the one place that chooses its kernel."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxchat.sharding import row_axes
 
 QUERY_BLOCK = 128  # "blocks": queries taken together; smaller skips more of the mask, larger multiplies faster
+LANES = 128  # splash: time and (above 64) head dimension are filled up to a multiple
+SPLASH_BLOCK = 512  # queries and keys that splash takes at a time, where that divides the time
 
 
-def causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation: str, segments_BT=None):
+def causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation: str, segments_BT=None, mesh: Mesh | None = None):
     """Each position attends to itself and those before it; softmax in float32, scale 1/√H. -> [B, T, N, H].
 
     K may divide N: then N/K query heads in a row share one key/value head. Queries and keys must be normed.
     segments_BT: only to those of its own segment.
-    implementation: "blocks" is ours, for CPUs; "xla" and "cudnn" are jax.nn's.
+    implementation: "blocks" is ours, for CPUs; "splash" JAX's kernel for TPUs; "xla" and "cudnn" are jax.nn's.
+    mesh: each device computes its own rows and heads, whatever the kernel; nothing crosses devices.
     """
-    if implementation == "blocks":
-        return block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    attend = KERNELS[implementation]
+    if mesh is None or mesh.size == 1:
+        return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    rows = row_axes(mesh, q_BTNH.shape[0])
+    heads = P(rows, None, "tensor")
+    in_specs = (heads, heads, heads, P(rows))
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=in_specs, out_specs=heads, check_vma=False)
+    return mapped(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def library_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, implementation: str):
+    """jax.nn's. Segments are a mask [B, 1, T, S], which cuDNN reads as a bias: T² bfloat16 numbers a row."""
     same = (
         None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
     )  # [B, 1, T, S]
     return jax.nn.dot_product_attention(
         q_BTNH, k_BTKH, v_BTKH, mask=same, is_causal=True, implementation=implementation
     )
+
+
+def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, interpret: bool = False):
+    """JAX's block-sparse kernel for TPUs: what the mask drops is never computed, and no scores reach memory.
+
+    Its lanes want multiples of 128. Zeros fill up: keys at the end come after every query, features add 0 to a score.
+    interpret: run it by XLA operations, on any device.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    B, T, N, H = q_BTNH.shape
+    more_T, more_H = -T % LANES, -H % (LANES if H > 64 else 64)
+    scaled = (q_BTNH / math.sqrt(H)).astype(q_BTNH.dtype)
+    padded = [jnp.pad(a, ((0, 0), (0, more_T), (0, 0), (0, more_H))) for a in (scaled, k_BTKH, v_BTKH)]
+    size = next(n for n in (SPLASH_BLOCK, SPLASH_BLOCK // 2, LANES) if (T + more_T) % n == 0)
+    sizes = kernels.BlockSizes(
+        block_q=size, block_kv=size, block_kv_compute=size, block_q_dkv=size, block_kv_dkv=size,
+        block_kv_dkv_compute=size, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    mask = masks.MultiHeadMask([masks.CausalMask((T + more_T, T + more_T))] * N)
+    with jax.ensure_compile_time_eval():  # the kernel's tables of blocks are constants
+        kernel = kernels.make_splash_mha(
+            mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+    segments = None
+    if segments_BT is not None:
+        segments_BT = jnp.pad(segments_BT, ((0, 0), (0, more_T)), constant_values=-1)
+        segments = kernels.SegmentIds(q=segments_BT, kv=segments_BT)
+    y_BNTH = jax.vmap(kernel)(*(jnp.swapaxes(a, 1, 2) for a in padded), segments)
+    return jnp.swapaxes(y_BNTH, 1, 2)[:, :T, :, :H]
 
 
 def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None):
@@ -47,6 +96,14 @@ def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None):
         y_BKGtH = jnp.einsum("bkgts,bksh->bkgth", p_BKGts.astype(v_BKSH.dtype), v_BKSH[:, :, :end])
         blocks.append((y_BKGtH / p_BKGts.sum(-1, keepdims=True)).astype(q_BTNH.dtype))
     return jnp.moveaxis(jnp.concatenate(blocks, axis=3), 3, 1).reshape(B, T, N, H)
+
+
+KERNELS = {
+    "blocks": block_causal_attention,
+    "splash": splash_attention,
+    "xla": partial(library_attention, implementation="xla"),
+    "cudnn": partial(library_attention, implementation="cudnn"),
+}
 
 
 def cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT):

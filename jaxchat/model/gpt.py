@@ -9,11 +9,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.model.attention import cached_attention, causal_attention
 from jaxchat.model.cache import KVCache
 from jaxchat.model.params import Blocks, Params
+from jaxchat.sharding import constrain, row_axes
 
 NORM_EPS = 1.1920929e-07  # float32's machine epsilon, torch's default for rms_norm
 ROTARY_BASE = 10_000.0
@@ -44,6 +47,26 @@ def rotate(x_BTNH, tables):
     cos, sin = tables
     x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def embed(wte_VD, tokens_BT, dtype, mesh: Mesh | None):
+    """The tokens' rows of the embedding, in `dtype`. -> x_BTD.
+
+    On a mesh each device brings its share of the vocabulary to full width and looks up the tokens that are in it.
+    """
+    if mesh is None or mesh.size == 1:
+        return wte_VD[tokens_BT].astype(dtype)
+    rows = P(row_axes(mesh, tokens_BT.shape[0]))
+
+    def local(wte_VD, tokens_BT):
+        wte_VD = lax.all_gather(wte_VD, "fsdp", axis=1, tiled=True)
+        ids_BT = tokens_BT - lax.axis_index("tensor") * wte_VD.shape[0]
+        near_BT = jnp.clip(ids_BT, 0, wte_VD.shape[0] - 1)
+        x_BTD = jnp.where((ids_BT == near_BT)[..., None], wte_VD[near_BT], 0.0).astype(dtype)
+        return lax.psum(x_BTD, "tensor")
+
+    in_specs = (P("tensor", "fsdp"), rows)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False)(wte_VD, tokens_BT)
 
 
 def block(x_BTD, w: Blocks, tables, attend):
@@ -82,15 +105,18 @@ def features(
     positions_BT = start_B[:, None] + jnp.arange(time)[None, :]
     # Without a cache all rows stand at the same positions: one row of tables serves them all.
     tables = rotary_tables(positions_BT if cache is not None else positions_BT[:1], config.head_dim)
-    x_BTD = rms_norm(params.wte[tokens_BT].astype(dtype))
+    x_BTD = rms_norm(embed(params.wte, tokens_BT, dtype, compute.mesh))
     unroll = config.n_layer if compute.unroll else 1
 
     if cache is None:
+        mesh = compute.mesh
+        rows = None if mesh is None else P(row_axes(mesh, batch))
 
         def layer(x_BTD, w):
             w = jax.tree.map(lambda a: a.astype(dtype), w)
-            attend = partial(causal_attention, implementation=compute.attention, segments_BT=segments_BT)
-            return block(x_BTD, w, tables, lambda q, k, v: (attend(q, k, v), None))
+            attend = partial(causal_attention, implementation=compute.attention, segments_BT=segments_BT, mesh=mesh)
+            x_BTD, _ = block(x_BTD, w, tables, lambda q, k, v: (attend(q, k, v), None))
+            return constrain(x_BTD, rows, mesh), None
 
         if compute.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll)

@@ -6,9 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
+from jax.sharding import Mesh
 
 from jaxchat.config import ModelConfig
-from jaxchat.model.params import Params, declare
+from jaxchat.model.params import Params, Weight, declare
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Jordan et al. 2024, "Muon"
 NEWTON_SCHULZ_STEPS = 5
@@ -31,16 +33,44 @@ def orthogonalize(g_Lmn, dtype=jnp.float32):
     return (jnp.swapaxes(x, -1, -2) if tall else x).astype(jnp.float32)
 
 
+def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype):
+    """`orthogonalize` of a stack [L, *in, *out] that lies on a mesh as its weight does. -> the same, laid out alike.
+
+    Each device brings whole matrices together, of L/devices layers (rounded up: zeros fill the stack), orthogonalises
+    them and sends the parts back: one exchange in, one out, none within the iteration.
+    """
+    in_axis, out_axis = weight.spec[1], next(axis for axis in weight.spec[2:] if axis)
+    shares = mesh.shape["data"]
+
+    def exchange(a, axis, split, concat):
+        return a if mesh.shape[axis] == 1 else lax.all_to_all(a, axis, split, concat, tiled=True)
+
+    def local(u):
+        num_layers, (rows, cols) = u.shape[0], (weight.fan_in // mesh.shape[in_axis], -1)
+        u_Lmn = u.reshape(num_layers, rows, cols)
+        u_Lmn = jnp.pad(u_Lmn, ((0, -num_layers % mesh.size), (0, 0), (0, 0)))
+        part = u_Lmn.shape[0] // shares
+        u_lmn = lax.dynamic_slice_in_dim(u_Lmn, lax.axis_index("data") * part, part)
+        u_lmn = exchange(exchange(u_lmn, in_axis, 0, 1), out_axis, 0, 2)
+        y_lmn = orthogonalize(u_lmn, dtype).astype(dtype)  # its values are dtype's: nothing is lost on the way
+        y_Lmn = exchange(exchange(y_lmn, out_axis, 2, 0), in_axis, 1, 0)
+        if shares > 1:
+            y_Lmn = lax.all_gather(y_Lmn, "data", tiled=True)
+        return y_Lmn[:num_layers].astype(jnp.float32).reshape(u.shape)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=weight.spec, out_specs=weight.spec, check_vma=False)(u)
+
+
 class MuonState(NamedTuple):
     count: jax.Array  # finished updates
     momentum: optax.Params
 
 
-def scale_by_muon(fans, dtype=jnp.float32) -> optax.GradientTransformation:
+def scale_by_muon(fans, dtype=jnp.float32, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """Nesterov momentum, then orthogonalisation, then the factor √max(1, fan_out/fan_in).
 
     fans: a tree like the weights with a declared `Weight` at every leaf: weights [L, *in, *out] are taken as stacks
-    [L, fan_in, fan_out].
+    [L, fan_in, fan_out]. mesh: where they lie by their specs; each device then orthogonalises some layers.
     """
 
     def init(params):
@@ -53,9 +83,11 @@ def scale_by_muon(fans, dtype=jnp.float32) -> optax.GradientTransformation:
         momentum = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, state.momentum, grads)
 
         def direction(weight, buf, g):
-            u_Lmn = ((1 - m) * g + m * buf).reshape(g.shape[0], weight.fan_in, weight.fan_out)
+            u = (1 - m) * g + m * buf
             scale = math.sqrt(max(1.0, weight.fan_out / weight.fan_in))
-            return scale * orthogonalize(u_Lmn, dtype).reshape(g.shape)
+            if mesh is not None and mesh.size > 1:
+                return scale * orthogonalize_spread(u, weight, mesh, dtype)
+            return scale * orthogonalize(u.reshape(-1, weight.fan_in, weight.fan_out), dtype).reshape(g.shape)
 
         return jax.tree.map(direction, fans, momentum, grads), MuonState(state.count + 1, momentum)
 
@@ -71,10 +103,12 @@ def make_optimizer(
     weight_decay: float = 0.0,
     grad_clip: float = 0.0,
     muon_dtype=jnp.float32,
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer over `Params`. Its updates are for a schedule multiplier of 1: the step scales them.
 
-    AdamW's rates are × (n_embd/768)^−½. grad_clip bounds the global norm of all gradients; 0 is off.
+    AdamW's rates are × (n_embd/768)^−½. grad_clip bounds the global norm of all gradients; 0 is off. mesh: see
+    scale_by_muon.
     """
     width_scale = (config.n_embd / 768) ** -0.5
 
@@ -84,7 +118,7 @@ def make_optimizer(
     declared = declare(config)
     hole = optax.MaskedNode()  # what optax.partition shows a group in the place of the other groups' weights
     fans = Params(hole, declared.blocks, hole)
-    muon = optax.chain(scale_by_muon(fans, muon_dtype), optax.scale(-matrix_lr))
+    muon = optax.chain(scale_by_muon(fans, muon_dtype, mesh), optax.scale(-matrix_lr))
     labels = Params("embedding", jax.tree.map(lambda _: "matrix", declared.blocks), "head")
     groups = {"matrix": muon, "embedding": adamw(embedding_lr), "head": adamw(unembedding_lr)}
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip > 0 else optax.identity()

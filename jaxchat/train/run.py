@@ -25,7 +25,7 @@ FREE_ON_RESUME = (
     *("run", "device_type", "save_every", "resume", "overwrite", "tensorboard", "dry_run", "model_tag", "step"),
     *("eval_every", "eval_tokens", "eval_steps", "eval_metrics_every", "eval_metrics_max_problems", "sample_every"),
     *("core_metric_every", "val_tasks", "data_dir", "tasks_dir", "device_batch_size", "data_workers"),
-    *("on_nonfinite", "core_metric_max_per_task", "eval_bundle"),
+    *("on_nonfinite", "core_metric_max_per_task", "eval_bundle", "mesh"),
 )
 
 
@@ -37,6 +37,9 @@ class Setting:
     compute: Compute
     tokenizer: Tokenizer
     mesh: Mesh
+
+    def __post_init__(self):
+        sharding.check_fits(self.model, self.mesh)
 
 
 def start_devices(config: TrainConfig) -> Mesh:
@@ -58,7 +61,7 @@ def start_devices(config: TrainConfig) -> Mesh:
             raise UserError(f"--{name}={getattr(config, name)}; it must be from 0 to 1")
     sharding.keep_compiled()
     try:
-        return sharding.make_mesh()
+        return sharding.make_mesh(axes=config.mesh)
     except (RuntimeError, AssertionError) as problem:  # which of them depends on what is installed
         kind = config.device_type or "such"
         raise UserError(
@@ -68,7 +71,7 @@ def start_devices(config: TrainConfig) -> Mesh:
 
 
 def compute_for(config: TrainConfig, mesh: Mesh) -> Compute:
-    return Compute.for_backend(config.dtype, data_shards=sharding.data_shards(mesh))
+    return Compute.for_backend(config.dtype, mesh=mesh)
 
 
 def optimizer_for(
@@ -82,6 +85,7 @@ def optimizer_for(
         weight_decay=config.weight_decay,
         grad_clip=grad_clip,
         muon_dtype=jnp.dtype(setting.compute.dtype),
+        mesh=setting.mesh,
     )
 
 

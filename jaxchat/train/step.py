@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
-from jaxchat.sharding import ROWS
+from jaxchat.model import params as model_params
+from jaxchat.sharding import ROWS, constrain
 from jaxchat.train.loss import loss_sums
 from jaxchat.train.state import TrainState, state_shardings
 
@@ -35,6 +36,7 @@ def train_step(
     def add_micro_batch(sums, micro):
         micro = {f"{name}_BT": array for name, array in micro.items()}
         (nll, weight), grads = jax.value_and_grad(loss_sums, has_aux=True)(state.params, micro, config, compute)
+        grads = constrain(grads, model_params.specs(config), compute.mesh)  # summed up where they will be used
         return jax.tree.map(jnp.add, sums, (grads, nll, weight)), None
 
     zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros(()))

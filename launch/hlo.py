@@ -1,0 +1,174 @@
+"""What a compiled program does, read from its text: matrix FLOPs, collectives with their bytes, kernels.
+
+XLA's own cost analysis counts the body of a loop once, and is empty for GPUs. Here a loop counts as often as it runs.
+All numbers are one device's.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter, defaultdict
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4} | {
+    "f8e4m3fn": 1, "f8e5m2": 1, "s64": 8, "u64": 8, "f64": 8
+}  # fmt: skip
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?([^,}\s]+(?:, ?%[\w.-]+)*)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    name: str
+    kind: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]  # (type, dimensions) of the result's arrays
+    operands: tuple[str, ...]
+    text: str
+    root: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One that runs `times` a step, over `group` devices. sent: bytes that leave a device each time, in a ring."""
+
+    kind: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    group: int
+    sent: float
+    times: int
+    devices: tuple[int, ...]  # the first group
+
+
+@dataclasses.dataclass
+class Program:
+    flops: float
+    collectives: list[Collective]
+    kernels: Counter  # custom calls by target
+
+    def sent(self) -> dict[str, float]:
+        """{kind: bytes that leave a device in a step}."""
+        total = defaultdict(float)
+        for c in self.collectives:
+            total[c.kind] += c.sent * c.times
+        return dict(total)
+
+
+def shapes_in(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    found = re.findall(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]", text)
+    return tuple(
+        (kind, tuple(int(n.strip("<=")) for n in dims.split(",") if n)) for kind, dims in found if kind in BYTES
+    )
+
+
+def size_of(shapes) -> int:
+    return sum(BYTES[kind] * math.prod(dims) for kind, dims in shapes)
+
+
+def computations(text: str) -> tuple[dict[str, list[Operation]], str]:
+    """({computation: its operations}, name of the entry)."""
+    found, entry, current = {}, "", None
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            current = found.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif current is not None and (parts := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*)$", line)):
+            rest = re.sub(r"/\*.*?\*/", "", parts[3])
+            # The result's type, a tuple's in parentheses, then kind(operands), then attributes.
+            if rest.startswith("("):
+                depth, end = 0, 0
+                for end, char in enumerate(rest):
+                    depth += (char == "(") - (char == ")")
+                    if not depth:
+                        break
+                type_text, rest = rest[: end + 1], rest[end + 2 :]
+            else:
+                type_text, _, rest = rest.partition(" ")
+            kind, _, arguments = rest.partition("(")
+            operands = tuple(re.findall(r"%([\w.-]+)", arguments.partition("), ")[0]))
+            current.append(Operation(parts[2], kind, shapes_in(type_text), operands, rest, bool(parts[1])))
+    return found, entry
+
+
+def read(text: str) -> Program:
+    """The Program of a compiled step's text (`compiled.as_text()`)."""
+    parts, entry = computations(text)
+    by_name = {op.name: op for ops in parts.values() for op in ops}
+    program = Program(0.0, [], Counter())
+
+    def visit(computation: str, times: int):
+        for op in parts.get(computation, ()):
+            if op.kind in ("dot", "convolution"):
+                program.flops += times * (dot_flops if op.kind == "dot" else convolution_flops)(op, by_name)
+            kind = op.kind.removesuffix("-start")
+            if kind in COLLECTIVES:
+                program.collectives.append(collective(op, kind, by_name, times))
+            if op.kind == "custom-call":
+                target = re.search(r'custom_call_target="([^"]+)"', op.text)
+                program.kernels[target[1] if target else "?"] += times
+            inner = times
+            if op.kind == "while":
+                trips = re.search(r'known_trip_count"?:\{"n":"(\d+)"', op.text)
+                inner = times * (int(trips[1]) if trips else 1)
+            if op.kind not in COLLECTIVES and kind not in COLLECTIVES:  # theirs is an addition
+                for names in CALLED.findall(op.text):
+                    for name in re.findall(r"%?([\w.-]+)", names):
+                        visit(name, inner)
+
+    visit(entry, 1)
+    return program
+
+
+def dot_flops(op: Operation, by_name) -> float:
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.text)
+    lhs = by_name[op.operands[0]].shapes[0][1]
+    return 2 * math.prod(op.shapes[0][1]) * math.prod(lhs[int(n)] for n in contracted[1].split(",") if n)
+
+
+def convolution_flops(op: Operation, by_name) -> float:
+    """TPUs compile matrix products to convolutions, batch dimensions to windows of which most is padding: only pairs
+    of an input and a weight that meet are counted.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.text)
+    lhs, rhs = (by_name[name].shapes[0][1] for name in op.operands[:2])
+    out = op.shapes[0][1]
+    window = re.search(r"window=\{([^}]*)\}", op.text)
+    fields = dict(part.split("=") for part in window[1].split()) if window else {}
+    spatial = [label for label in labels[1] if label.isdigit()]
+
+    def field(name, default):
+        return fields[name].split("x") if name in fields else [default] * len(spatial)
+
+    pads, strides = field("pad", "0_0"), field("stride", "1")
+    lhs_dilate, rhs_dilate = field("lhs_dilate", "1"), field("rhs_dilate", "1")
+    pairs = 1
+    for i, label in enumerate(spatial):
+        size, kernel, results = lhs[labels[1].index(label)], rhs[labels[2].index(label)], out[labels[3].index(label)]
+        low, stride = int(pads[i].split("_")[0]), int(strides[i])
+        inner, outer = int(lhs_dilate[i]), int(rhs_dilate[i])
+        places = (o * stride + k * outer - low for o in range(results) for k in range(kernel))
+        pairs *= sum(at >= 0 and at % inner == 0 and at // inner < size for at in places)
+    batch, features = out[labels[3].index("b")], out[labels[3].index("f")]
+    groups = re.search(r"batch_group_count=(\d+)", op.text)
+    return 2 * pairs * batch * features * rhs[labels[2].index("i")] / (int(groups[1]) if groups else 1)
+
+
+def collective(op: Operation, kind: str, by_name, times: int) -> Collective:
+    result = op.shapes
+    if op.kind.endswith("-start"):  # (operands, results[, contexts])
+        count = len([name for name in op.operands if name in by_name])
+        result = op.shapes[count : 2 * count] if kind != "all-reduce" else op.shapes[:count]
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", op.text)
+    tiled = re.search(r"replica_groups=\[\d+,(\d+)\]<=\[", op.text)
+    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", op.text)
+    devices = tuple(int(n) for n in listed[1].split(",")) if listed else (int(pairs[1]), int(pairs[2])) if pairs else ()
+    group = int(tiled[1]) if tiled else len(devices)
+    size, share = size_of(result), (group - 1) / group if group else 0
+    sent = {
+        "all-gather": size * share,
+        "all-reduce": 2 * size * share,
+        "reduce-scatter": size * (group - 1),
+        "all-to-all": size * share,
+        "collective-permute": size,
+    }[kind]
+    return Collective(kind, result, group, sent, times, devices)
