@@ -118,7 +118,8 @@ class TrainConfig:
     """cpu, cuda or tpu; empty: the best there is."""
     mesh: str = ""
     """Devices along each axis, as in data=-1,fsdp=1,tensor=1 (-1: what is left). data: each holds all weights; fsdp:
-    each holds a share of every weight; tensor: each computes a share of every layer. Empty: data on CPUs, else fsdp=8."""
+    each holds a share of every weight; tensor: each computes a share of every layer. Empty: data on CPUs, else
+    fsdp=8."""
     dtype: str = "auto"
     """Of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere. Weights stay float32."""
     seed: int = 0

@@ -52,16 +52,18 @@ def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int
         sizes["fsdp"] = math.gcd(devices, 8)
     for part in axes.split(",") if axes else ():
         name, _, size = part.strip().partition("=")
-        if name not in AXES or not size.removeprefix("-").isdigit() or not (int(size) == -1 or int(size) > 0):
+        if name not in AXES or not (size == "-1" or size.isdecimal() and int(size) > 0):
             raise UserError(f"--mesh={axes}: {part!r} is no axis; write data=-1,fsdp=1,tensor=1 (-1: what is left)")
         sizes[name] = int(size)
-    fixed = [size for size in sizes.values() if size > 0]
-    product, total = " × ".join(f"{name}={size}" for name, size in sizes.items() if size > 0), math.prod(fixed)
+    fixed = {name: size for name, size in sizes.items() if size > 0}
     if len(fixed) < 2:
         raise UserError(f"--mesh={axes}: only one axis can be -1, what is left of the {devices} devices")
+    total = math.prod(fixed.values())
     if devices % total or (len(fixed) == 3 and total != devices):
+        product = " × ".join(f"{name}={size}" for name, size in fixed.items() if size > 1)
+        product += f" = {total}" if "×" in product else ""
         relation = "make" if len(fixed) == 3 else "divide"
-        raise UserError(f"--mesh={axes}: {product} = {total} does not {relation} the {devices} devices there are")
+        raise UserError(f"--mesh={axes}: {product} does not {relation} the {devices} devices there are")
     return tuple(devices // total if size < 0 else size for size in sizes.values())
 
 

@@ -13,9 +13,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
     "f8e4m3fn": 1, "f8e5m2": 1, "s64": 8, "u64": 8, "f64": 8
 }  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?([^,}\s]+(?:, ?%[\w.-]+)*)"
-)
+CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}\s]+(?:, ?%[\w.-]+)*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,19 +73,22 @@ def computations(text: str) -> tuple[dict[str, list[Operation]], str]:
         elif current is not None and (parts := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*)$", line)):
             rest = re.sub(r"/\*.*?\*/", "", parts[3])
             # The result's type, a tuple's in parentheses, then kind(operands), then attributes.
-            if rest.startswith("("):
-                depth, end = 0, 0
-                for end, char in enumerate(rest):
-                    depth += (char == "(") - (char == ")")
-                    if not depth:
-                        break
-                type_text, rest = rest[: end + 1], rest[end + 2 :]
-            else:
-                type_text, _, rest = rest.partition(" ")
+            end = closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
+            type_text, rest = rest[:end], rest[end + 1 :]
             kind, _, arguments = rest.partition("(")
             operands = tuple(re.findall(r"%([\w.-]+)", arguments.partition("), ")[0]))
             current.append(Operation(parts[2], kind, shapes_in(type_text), operands, rest, bool(parts[1])))
     return found, entry
+
+
+def closing(text: str) -> int:
+    """Where the parenthesis that `text` begins with is closed."""
+    depth = 0
+    for end, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if not depth:
+            return end
+    raise ValueError(f"no end of {text[:80]}")
 
 
 def read(text: str) -> Program:

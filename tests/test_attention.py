@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.model.attention import QUERY_BLOCK, block_causal_attention, causal_attention
+from jaxchat.model.attention import QUERY_BLOCK, block_causal_attention, causal_attention, splash_attention
 from jaxchat.model.gpt import rms_norm
 
 
@@ -89,3 +89,21 @@ def test_gradients_with_segments_are_those_of_the_library():
 
     for got, want in zip(squares("blocks"), squares("xla"), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.abs(want).max()))
+
+
+def test_the_kernel_for_tpus():
+    """Run by XLA operations here; its lanes are filled up: 140 tokens to 256, 16 features to 64. Grouped heads."""
+    arrays, segments_BT = inputs(140, 2), np.arange(2 * 140, dtype=np.int32).reshape(2, -1) // 50
+
+    def splash(*a):
+        return splash_attention(*a, interpret=True)
+
+    np.testing.assert_allclose(jax.jit(splash)(*arrays), plain_attention(*arrays), atol=1e-5)
+
+    def squares(attend):
+        return jax.jit(jax.value_and_grad(lambda a: jnp.sum(attend(*a, segments_BT) ** 2)))(arrays)
+
+    (value, got), (want_value, want) = squares(splash), squares(block_causal_attention)
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh
@@ -37,10 +38,14 @@ def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype):
     """`orthogonalize` of a stack [L, *in, *out] that lies on a mesh as its weight does. -> the same, laid out alike.
 
     Each device brings whole matrices together, of L/devices layers (rounded up: zeros fill the stack), orthogonalises
-    them and sends the parts back: one exchange in, one out, none within the iteration.
+    them and sends the parts back: one exchange in, one out, none within the iteration. Where there are more devices
+    than layers, neighbours along `data` share the stack and each such group does all of it.
     """
     in_axis, out_axis = weight.spec[1], next(axis for axis in weight.spec[2:] if axis)
-    shares = mesh.shape["data"]
+    data, holders = mesh.shape["data"], mesh.shape["fsdp"] * mesh.shape["tensor"]
+    able = [n for n in range(1, data + 1) if data % n == 0]
+    shares = min(able, key=lambda n: (-(-u.shape[0] // (holders * n)), n))  # fewest layers a device, then fewest copies
+    groups = np.arange(data).reshape(-1, shares).tolist()
 
     def exchange(a, axis, split, concat):
         return a if mesh.shape[axis] == 1 else lax.all_to_all(a, axis, split, concat, tiled=True)
@@ -48,14 +53,14 @@ def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype):
     def local(u):
         num_layers, (rows, cols) = u.shape[0], (weight.fan_in // mesh.shape[in_axis], -1)
         u_Lmn = u.reshape(num_layers, rows, cols)
-        u_Lmn = jnp.pad(u_Lmn, ((0, -num_layers % mesh.size), (0, 0), (0, 0)))
+        u_Lmn = jnp.pad(u_Lmn, ((0, -num_layers % (holders * shares)), (0, 0), (0, 0)))
         part = u_Lmn.shape[0] // shares
-        u_lmn = lax.dynamic_slice_in_dim(u_Lmn, lax.axis_index("data") * part, part)
+        u_lmn = lax.dynamic_slice_in_dim(u_Lmn, lax.axis_index("data") % shares * part, part)
         u_lmn = exchange(exchange(u_lmn, in_axis, 0, 1), out_axis, 0, 2)
         y_lmn = orthogonalize(u_lmn, dtype).astype(dtype)  # its values are dtype's: nothing is lost on the way
         y_Lmn = exchange(exchange(y_lmn, out_axis, 2, 0), in_axis, 1, 0)
         if shares > 1:
-            y_Lmn = lax.all_gather(y_Lmn, "data", tiled=True)
+            y_Lmn = lax.all_gather(y_Lmn, "data", axis_index_groups=groups, tiled=True)
         return y_Lmn[:num_layers].astype(jnp.float32).reshape(u.shape)
 
     return jax.shard_map(local, mesh=mesh, in_specs=weight.spec, out_specs=weight.spec, check_vma=False)(u)

@@ -220,12 +220,13 @@ def make_stage(
     checkpoints, resume_step = (None, 0) if dry_run else open_run(config, source, tag, meta)
     model = setting.model
     heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
+    attention = f"attention by {setting.compute.attention}"
     every = f", every {config.save_every:,} steps" if config.save_every > 0 else ""
     return Stage(
         plan=[
             ("model", f"{model.n_layer} layers × {model.n_embd}, {heads}, vocabulary {model.vocab_size:,}"),
             ("parameters", f"{num_params(model):,}; {flops_per_token(model):,} FLOPs a token"),
-            ("devices", f"{sharding.describe(setting.mesh)}, compute in {setting.compute.dtype}"),
+            ("devices", f"{sharding.describe(setting.mesh)}, compute in {setting.compute.dtype}, {attention}"),
             *plan(resume_step),
             ("saves", f"{checkpoints.folder}/<step>{every}" if checkpoints else "nothing (dry run)"),
         ],

@@ -1,0 +1,84 @@
+"""Devices to compile for without having any: TPU slices by libtpu, H100 and H200 by JAX's CUDA plugin."""
+
+import importlib.util
+import operator
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from jaxchat.config import UserError
+
+# Bytes of memory that a program may use of one device, by the topology's generation.
+GIB = 2**30
+HBM = {"v4": 30.75 * GIB, "v5e": 15.75 * GIB, "v5p": 95.74 * GIB, "v6e": 31.25 * GIB, "tpu7x": 94.75 * GIB}
+HBM |= {"h100": 80e9, "h200": 141e9}
+# What XLA asks of a GPU when it tiles and fuses; both are of compute capability 9.0 with 132 multiprocessors.
+HOPPER = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 }} core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 l2_cache_size: 52428800
+  memory_bandwidth: {bandwidth} device_memory_size: {memory}
+}}
+platform_name: "CUDA" device_description_str: "{name}"
+runtime_version {{ major: 13 }} dnn_version_info {{ major: 9 minor: 15 }}
+"""
+GPU_BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}
+
+
+def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
+    """(devices, backend "tpu" or "gpu", bytes of memory of each) of "v5e:4x4" or "h100:8". UserError: no such one."""
+    generation, _, shape = topology.partition(":")
+    if generation not in HBM or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
+        known = ", ".join(HBM)
+        raise UserError(f"--topology={topology}; it is GENERATION:SHAPE, as in v5e:4x4, v5p:4x4x4 or h100:8 ({known})")
+    find = gpus if generation in GPU_BANDWIDTH else tpus
+    return find(topology, generation, shape, num_slices), "gpu" if find is gpus else "tpu", HBM[generation]
+
+
+def tpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for TPUs needs libtpu: pip install 'jaxchat[tpu]' (no TPU is needed)")
+    # Two compilations may run side by side, and libtpu is not to look for chips.
+    defaults = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for name, value in (defaults | {"TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}).items():
+        os.environ.setdefault(name, value)
+    more = {"num_slices": num_slices} if num_slices > 1 else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
+    except Exception as problem:  # of several kinds, from a C++ library
+        raise UserError(f"--topology={topology}: libtpu refuses it: {str(problem).splitlines()[0]}") from problem
+    key = operator.attrgetter("process_index", "id")
+    return sorted(described.devices, key=lambda device: (getattr(device, "slice_index", 0), *key(device)))
+
+
+def gpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
+    """shape: GPUs of a host, or HOSTSxGPUS."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise UserError("compiling for GPUs needs JAX's plugin: pip install 'jaxchat[gpu_plan]' (no GPU is needed)")
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    # JAX asks the GPU at hand whether cuDNN's attention can run there; what we compile for is not at hand.
+    cudnn.check_cudnn_version = lambda: 91500
+    cudnn.check_compute_capability = lambda *_: True
+    cudnn.is_cuda_compute_capability_equal = lambda capability: capability == "9.0"
+    target = HOPPER.format(
+        bandwidth=int(GPU_BANDWIDTH[generation]), memory=int(HBM[generation]), name=f"NVIDIA {generation.upper()}"
+    )
+    hosts, _, per_host = shape.rpartition("x")
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda", topology=f"{num_slices}x{hosts or 1}x{per_host}", target_config=target
+        )
+    except Exception as problem:
+        raise UserError(f"--topology={topology}: JAX refuses it: {str(problem).splitlines()[0]}") from problem
+    return sorted(described.devices, key=lambda device: device.id)
+
+
+def compile_only():
+    """No backend but the CPU's is to start: what is compiled for is a description."""
+    jax.config.update("jax_platforms", "cpu")

@@ -1,0 +1,99 @@
+"""Compiling for devices that are not here: refusals, what is read from the program, and one TPU slice for real."""
+
+import importlib.util
+import json
+
+import pytest
+
+from jaxchat.config import UserError
+from launch import hlo, topologies
+from launch.compile_check import needed
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: jaxchat[tpu]")
+SMALL = ("--depth=2", "--topology=v5e:2x4", "--max_seq_len=512", "--total_batch_size=16384", "--vocab_size=2048")
+LARGE = ("--depth=4", "--topology=v5e:2x2", "--total_batch_size=4194304", "--device_batch_size=512")
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "v5e:two", "h100", "h100:", "v5e:1x2x3x4"])
+def test_an_unknown_topology(topology):
+    with pytest.raises(UserError, match=f"--topology={topology}; it is GENERATION:SHAPE"):
+        topologies.devices_of(topology)
+
+
+def test_what_a_compiler_says_of_memory():
+    assert needed("RESOURCE_EXHAUSTED: E1000: ... (55.88G) exceeds available HBM (15.75G)") == 55.88 * 2**30
+    assert needed("Ran out of memory in memory space hbm. Used 512.0M of 15.75G hbm.") == 512 * 2**20
+    assert needed("INTERNAL: something else of 3 hbm") is None
+
+
+PROGRAM = """HloModule jit_step
+
+%body (p: (s32[], f32[8,32])) -> (s32[], f32[8,32]) {
+  %p = (s32[], f32[8,32]{1,0}) parameter(0)
+  %x = f32[8,32]{1,0} get-tuple-element(%p), index=1
+  %w = f32[32,32]{1,0} constant({...})
+  %conv = f32[8,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  %gathered = f32[64,32]{1,0} all-gather(%conv), channel_id=1, replica_groups=[2,8]<=[16], dimensions={0}
+  %kernel = f32[8,32]{1,0} custom-call(%conv), custom_call_target="tpu_custom_call"
+  ROOT %out = (s32[], /*index=1*/f32[8,32]{1,0}) tuple(%i, %kernel)
+}
+
+%condition (p: (s32[], f32[8,32])) -> pred[] {
+  %p.1 = (s32[], f32[8,32]{1,0}) parameter(0)
+  ROOT %less = pred[] constant(true)
+}
+
+ENTRY %main (a: f32[8,32]) -> f32[8,32] {
+  %a = f32[8,32]{1,0} parameter(0)
+  %start = (s32[], f32[8,32]{1,0}) tuple(%zero, %a)
+  %loop = (s32[], f32[8,32]{1,0}) while(%start), condition=%condition, body=%body, TRIPS
+  %y = f32[8,32]{1,0} get-tuple-element(%loop), index=1
+  %sums = (f32[8,32]{1,0}, f32[8,32]{1,0}) all-reduce-start(%y), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %sent = (f32[8,32]{1,0}, f32[8,32]{1,0}, u32[], u32[]) collective-permute-start(%y), source_target_pairs={{0,1},{1,0}}
+  ROOT %z = f32[8,32]{1,0} collective-permute-done(%sent)
+}
+""".replace("TRIPS", 'backend_config={"known_trip_count":{"n":"5"}}')
+
+
+def test_reading_a_program():
+    program = hlo.read(PROGRAM)
+    assert program.flops == 5 * 2 * 8 * 32 * 32
+    assert program.kernels == {"tpu_custom_call": 5}
+    gathered, row = 5 * 64 * 32 * 4 * 7 / 8, 8 * 32 * 4
+    assert program.sent() == {"all-gather": gathered, "all-reduce": 2 * row / 2, "collective-permute": row}
+
+
+def test_a_batched_product_as_a_convolution():
+    """As TPUs compile bij,bjk->bik for 4 matrices: the batch is a window of 4 of which one place in four meets."""
+    text = """ENTRY %main (a: f32[4,8,16]) -> f32[4,8,32] {
+  %a = f32[4,8,16]{2,1,0} parameter(0)
+  %b = f32[4,16,32]{2,1,0} parameter(1)
+  ROOT %c = f32[4,8,32]{2,1,0} convolution(%a, %b), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+}
+"""
+    assert hlo.read(text).flops == 4 * 2 * 8 * 16 * 32
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_tpu_slice(run_command):
+    """The real step for 8 chips: the splash kernel, forward twice and backward, in every layer and micro-batch."""
+    done = run_command("launch.compile_check", *SMALL, "--device_batch_size=2", "--no_find_batch", "--json")
+    *_, figures, told = done.stdout.splitlines()
+    figures = json.loads(figures)
+    assert figures["fits"] and figures["micro_batches"] == 2 and told.startswith("next: ")
+    assert figures["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    # A layer's attention is computed forward, again in the backward pass, and backward.
+    splash = {name: n for name, n in figures["kernels"].items() if "splash" in name}
+    assert sum(splash.values()) == 2 * 2 * 3, figures["kernels"]
+    # Products without attention are 6 FLOPs a weight and token, and a few of Newton–Schulz's.
+    assert 0.5 * figures["model_flops"] < figures["flops"] < 1.5 * figures["model_flops"]
+    assert sum(figures["sent"].values()) > 0
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_more_than_a_chip_holds(run_command):
+    done = run_command("launch.compile_check", *LARGE, "--no_find_batch", check=False)
+    assert done.returncode == 2 and "too much" in done.stdout
+    assert "error: a step of 512 rows a device needs" in done.stderr and "lower --device_batch_size=512" in done.stderr
