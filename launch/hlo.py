@@ -42,7 +42,7 @@ class Collective:
 class Program:
     flops: float
     collectives: list[Collective]
-    kernels: Counter  # custom calls by target
+    kernels: Counter  # by name, those of libraries and of Pallas
 
     def sent(self) -> dict[str, float]:
         """{kind: bytes that leave a device in a step}."""
@@ -105,12 +105,14 @@ def read(text: str) -> Program:
             if kind in COLLECTIVES:
                 program.collectives.append(collective(op, kind, by_name, times))
             if op.kind == "custom-call":
-                target = re.search(r'custom_call_target="([^"]+)"', op.text)
-                program.kernels[target[1] if target else "?"] += times
+                target = re.search(r'custom_call_target="([^"]+)"', op.text)[1]
+                if target == "tpu_custom_call":  # Pallas; the operation has the kernel's name
+                    program.kernels[re.sub(r"[.\d]+$", "", op.name)] += times
+                elif target.startswith("__"):  # a library's; XLA's own helpers are named otherwise
+                    program.kernels[target] += times
             inner = times
             if op.kind == "while":
-                trips = re.search(r'known_trip_count"?:\{"n":"(\d+)"', op.text)
-                inner = times * (int(trips[1]) if trips else 1)
+                inner = times * trips(op, parts, by_name)
             if op.kind not in COLLECTIVES and kind not in COLLECTIVES:  # theirs is an addition
                 for names in CALLED.findall(op.text):
                     for name in re.findall(r"%?([\w.-]+)", names):
@@ -118,6 +120,32 @@ def read(text: str) -> Program:
 
     visit(entry, 1)
     return program
+
+
+def trips(loop: Operation, parts, by_name) -> int:
+    """How often a loop runs: as XLA tells, or else (on TPUs) counting from 0 to the number its condition compares with,
+    by what its body adds.
+    """
+    if told := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text):
+        return int(told[1])
+
+    def called(name):
+        return parts[re.search(rf"{name}=%?([\w.-]+)", loop.text)[1]]
+
+    def constants(names):
+        found = (re.match(r"constant\((\d+)\)", by_name[name].text) for name in names if name in by_name)
+        return [int(number[1]) for number in found if number]
+
+    compared = next((op for op in called("condition") if op.kind == "compare"), None)
+    bound = constants(compared.operands) if compared else []
+    if not bound:
+        return 1
+    counter = by_name[compared.operands[0]]
+    place = re.search(r"index=(\d+)", counter.text)
+    (result,) = (op for op in called("body") if op.root)
+    added = by_name.get(result.operands[int(place[1])]) if place else None
+    step = constants(added.operands) if added and added.kind == "add" else []
+    return -(-bound[0] // (step[0] if step else 1))
 
 
 def dot_flops(op: Operation, by_name) -> float:

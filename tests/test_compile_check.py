@@ -34,8 +34,8 @@ PROGRAM = """HloModule jit_step
   %w = f32[32,32]{1,0} constant({...})
   %conv = f32[8,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
   %gathered = f32[64,32]{1,0} all-gather(%conv), channel_id=1, replica_groups=[2,8]<=[16], dimensions={0}
-  %kernel = f32[8,32]{1,0} custom-call(%conv), custom_call_target="tpu_custom_call"
-  ROOT %out = (s32[], /*index=1*/f32[8,32]{1,0}) tuple(%i, %kernel)
+  %splash_fwd.2 = f32[8,32]{1,0} custom-call(%conv), custom_call_target="tpu_custom_call"
+  ROOT %out = (s32[], /*index=1*/f32[8,32]{1,0}) tuple(%i, %splash_fwd.2)
 }
 
 %condition (p: (s32[], f32[8,32])) -> pred[] {
@@ -58,9 +58,20 @@ ENTRY %main (a: f32[8,32]) -> f32[8,32] {
 def test_reading_a_program():
     program = hlo.read(PROGRAM)
     assert program.flops == 5 * 2 * 8 * 32 * 32
-    assert program.kernels == {"tpu_custom_call": 5}
+    assert program.kernels == {"splash_fwd": 5}
     gathered, row = 5 * 64 * 32 * 4 * 7 / 8, 8 * 32 * 4
     assert program.sent() == {"all-gather": gathered, "all-reduce": 2 * row / 2, "collective-permute": row}
+
+
+def test_a_loop_whose_bound_is_in_its_condition():
+    """As TPUs' programs have it, where windows of a product may be taken two at a time."""
+    text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+    text = text.replace("pred[] constant(true)", "pred[] compare(%i.1, %bound), direction=LT").replace(
+        "  %p.1 =", "  %bound = s32[]{:T(128)} constant(6)\n  %i.1 = s32[] get-tuple-element(%p.1), index=0\n  %p.1 ="
+    )
+    for step, times in ((1, 6), (2, 3)):
+        counted = f"  %c = s32[] constant({step})\n  %i = s32[] add(%j, %c)\n  ROOT %out ="
+        assert hlo.read(text.replace("  ROOT %out =", counted)).flops == times * 2 * 8 * 32 * 32
 
 
 def test_a_batched_product_as_a_convolution():
