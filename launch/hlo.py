@@ -163,7 +163,7 @@ def convolution_flops(op: Operation, by_name) -> float:
     out = op.shapes[0][1]
     window = re.search(r"window=\{([^}]*)\}", op.text)
     fields = dict(part.split("=") for part in window[1].split()) if window else {}
-    spatial = [label for label in labels[1] if label.isdigit()]
+    spatial = sorted(label for label in labels[1] if label.isdigit())  # the order of the window
 
     def field(name, default):
         return fields[name].split("x") if name in fields else [default] * len(spatial)

@@ -85,6 +85,17 @@ def test_a_batched_product_as_a_convolution():
     assert hlo.read(text).flops == 4 * 2 * 8 * 16 * 32
 
 
+def test_a_window_that_is_half_padding():
+    """A weight's gradient as a v5e computes it: two shards of it at once, over 2 rows of 512 tokens."""
+    text = """ENTRY %main (a: bf16[2,512,512,1]) -> bf16[512,2,16,1] {
+  %a = bf16[2,512,512,1]{1,2,0,3} parameter(0)
+  %b = bf16[2,512,2,16]{1,3,2,0} parameter(1)
+  ROOT %c = bf16[512,2,16,1]{0,2,1,3} convolution(%a, %b), window={size=2x2 pad=1_1x0_0 rhs_reversal=1x0}, LABELS
+}
+""".replace("LABELS", "dim_labels=1fb0_1i0o->b0f1")
+    assert hlo.read(text).flops == 2 * (2 * 512) * 512 * 32
+
+
 @pytest.mark.slow
 @needs_libtpu
 def test_a_tpu_slice(run_command):
