@@ -90,7 +90,8 @@ class Checkpoints:
 
     def keep_tokenizer(self, tokenizer: Tokenizer):
         """Write the run's tokenizer beside its checkpoints, so that they stay usable whatever else is trained."""
-        tokenizer.save(self.folder / "tokenizer")
+        if jax.process_index() == 0:
+            tokenizer.save(self.folder / "tokenizer")
 
     def save(self, step: int, *, params: Params, optimizer: Any, batches: grain.DatasetIterator | None, meta: dict):
         """Start saving; training may go on at once. optimizer and batches None: weights and metadata only.

@@ -144,6 +144,14 @@ class TrainConfig:
     """When a loss or a gradient is not finite: stop, or skip that step, which then changes nothing."""
     data_workers: int = 0
     """Processes of each host that tokenize; 0: threads of the trainer. The batches are the same."""
+    coordinator: str = ""
+    """HOST:PORT of process 0, where several train together; Slurm, TPUs, Open MPI and JobSets tell it by themselves."""
+    num_processes: int = 0
+    """How many processes train together."""
+    process_id: int = -1
+    """Which of them this is, from 0."""
+    heartbeat_timeout: int = 100
+    """Seconds after which a process that gives no sign of life is lost, and all end."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Pretrain a base model: python -m launch.base_train --depth=12"""
 
-from jaxchat import sharding
+from jaxchat import hosts, sharding
 from jaxchat.config import BaseConfig
 from jaxchat.data import pipelines
 from jaxchat.data.encode import text_reader
@@ -71,6 +71,7 @@ def run(config: BaseConfig):
     cli.next_step(f"python -m launch.mid_train --model_tag={stage.tag}")
 
 
+@hosts.together()
 def main(args: list[str] | None = None):
     cli.main(BaseConfig, run, args)
 

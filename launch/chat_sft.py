@@ -1,6 +1,6 @@
 """Finetune for chat: python -m launch.chat_sft --model_tag=d12"""
 
-from jaxchat import sharding
+from jaxchat import hosts, sharding
 from jaxchat.config import SFTConfig, UserError
 from jaxchat.data import pipelines
 from jaxchat.data.encode import conversation_reader
@@ -60,6 +60,7 @@ def run(config: SFTConfig):
         cli.next_step(f"python -m launch.chat_cli --model_tag={stage.tag}")
 
 
+@hosts.together()
 def main(args: list[str] | None = None):
     cli.main(SFTConfig, run, args)
 

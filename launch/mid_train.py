@@ -1,6 +1,6 @@
 """Midtrain a base model on conversations: python -m launch.mid_train --model_tag=d12"""
 
-from jaxchat import sharding
+from jaxchat import hosts, sharding
 from jaxchat.config import MidConfig
 from jaxchat.data import pipelines
 from jaxchat.data.encode import conversation_reader
@@ -36,6 +36,7 @@ def run(config: MidConfig):
         cli.next_step(f"python -m launch.chat_sft --model_tag={stage.tag}")
 
 
+@hosts.together()
 def main(args: list[str] | None = None):
     cli.main(MidConfig, run, args)
 

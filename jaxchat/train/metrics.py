@@ -7,6 +7,8 @@ import math
 import os
 from pathlib import Path
 
+import jax
+
 from jaxchat.config import UserError
 
 
@@ -27,6 +29,8 @@ class MetricsLog:
     def __init__(self, folder: Path | None, config: dict, *, resume_step: int, run: str, tensorboard: bool):
         self._file = self._wandb = self._board = None
         self._unwritten = b""  # what did not fit on a full disk
+        if jax.process_index() > 0:  # all processes have the same numbers
+            return
         if run != "dummy":
             import wandb
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxchat import checkpoint, sharding
+from jaxchat import checkpoint, hosts, sharding
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Compute, ModelConfig, TrainConfig, UserError
 from jaxchat.model.flops import flops_per_token, num_params
@@ -26,6 +26,7 @@ FREE_ON_RESUME = (
     *("eval_every", "eval_tokens", "eval_steps", "eval_metrics_every", "eval_metrics_max_problems", "sample_every"),
     *("core_metric_every", "val_tasks", "data_dir", "tasks_dir", "device_batch_size", "data_workers"),
     *("on_nonfinite", "core_metric_max_per_task", "eval_bundle", "mesh"),
+    *("coordinator", "num_processes", "process_id", "heartbeat_timeout"),
 )
 
 
@@ -43,7 +44,7 @@ class Setting:
 
 
 def start_devices(config: TrainConfig) -> Mesh:
-    """Choose the kind of device and put all there are on a mesh."""
+    """Choose the kind of device, connect with the other processes, and put all devices on a mesh."""
     if config.device_type:
         if config.device_type not in ("cpu", "cuda", "tpu"):
             raise UserError(f"--device_type={config.device_type}; it is cpu, cuda or tpu")
@@ -60,6 +61,7 @@ def start_devices(config: TrainConfig) -> Mesh:
         if not 0 <= getattr(config, name, 0.0) <= 1:
             raise UserError(f"--{name}={getattr(config, name)}; it must be from 0 to 1")
     sharding.keep_compiled()
+    hosts.start(config)
     try:
         return sharding.make_mesh(axes=config.mesh)
     except (RuntimeError, AssertionError) as problem:  # which of them depends on what is installed

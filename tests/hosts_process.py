@@ -1,0 +1,41 @@
+"""One of several processes: python hosts_process.py work|sleep|refuse FLAGS… Prints "step N" after each common sum."""
+
+import dataclasses
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+
+from jaxchat import hosts
+from jaxchat.config import TrainConfig, UserError
+from launch import cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainConfig):
+    """What to do."""
+
+    what: str = "work"
+    steps: int = 10**6
+
+
+def run(config: Config):
+    hosts.start(config)
+    for step in range(config.steps):
+        multihost_utils.process_allgather(jnp.ones(()))
+        print(f"step {step}", flush=True)
+        if config.what == "refuse" and jax.process_index() == 1:
+            raise UserError("this cannot work")
+        while config.what != "work":
+            time.sleep(1)
+
+
+@hosts.together()
+def main():
+    cli.main(Config, run, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()
