@@ -11,6 +11,7 @@ from jaxchat.eval.results import mean
 from jaxchat.eval.samples import show_samples
 from jaxchat.eval.scoring import Scorer
 from jaxchat.infer.engine import Engine
+from jaxchat.report import record
 from jaxchat.train import stages
 from jaxchat.train.loop import Evaluation, train
 from jaxchat.train.run import Setting
@@ -42,6 +43,7 @@ def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
 
 
 def run(config: BaseConfig):
+    began = record.begin()
     stage, setting = stages.base(config)
     bundle, told = core_bundle(config)
     stage.plan.append(("CORE", told))
@@ -68,6 +70,7 @@ def run(config: BaseConfig):
             Evaluation("samples", config.sample_every, samples),
         ],
     )
+    record.append(stage, config, began)
     cli.next_step(f"python -m launch.mid_train --model_tag={stage.tag}")
 
 

@@ -9,6 +9,7 @@ from jaxchat.data.tasks import load_task
 from jaxchat.eval.bpb import total_loss
 from jaxchat.eval.chat import letter_accuracy
 from jaxchat.eval.scoring import Scorer
+from jaxchat.report import record
 from jaxchat.train import stages
 from jaxchat.train.loop import Evaluation, train
 from jaxchat.train.run import Setting
@@ -35,6 +36,7 @@ def val_batches(config: SFTConfig, setting: Setting) -> list[dict]:
 
 
 def run(config: SFTConfig):
+    began = record.begin()
     stage, setting = stages.sft(config)
     cli.print_plan(stage.title, stage.plan)
     model, compute, tokenizer, mesh = setting.model, setting.compute, setting.tokenizer, setting.mesh
@@ -56,6 +58,7 @@ def run(config: SFTConfig):
             Evaluation("multiple choice", config.eval_metrics_every, accuracies),
         ],
     )
+    record.append(stage, config, began)
     if stage.checkpoints:
         cli.next_step(f"python -m launch.chat_cli --model_tag={stage.tag}")
 

@@ -1,14 +1,17 @@
 """The whole pipeline on a small generated world, on a CPU, in minutes: python -m launch.demo"""
 
 import dataclasses
+import json
 import time
+from pathlib import Path
 
 from jaxchat import checkpoint
 from jaxchat.config import UserError, base_dir
-from jaxchat.data.world import World, write_world
+from jaxchat.data.sources import ParquetText, find_shards
+from jaxchat.data.world import KINDS, World, write_world
 from jaxchat.eval.world import passed, score, table
 from jaxchat.infer.engine import Engine
-from launch import base_train, chat_sft, cli, mid_train, tok_train
+from launch import base_train, chat_sft, cli, mid_train, report, tok_train
 
 TAG = "demo"
 
@@ -41,6 +44,12 @@ def refuse_to_mix():
                 f"{path} was trained with the tokenizer in {base_dir() / 'tokenizer'}, which the demo would "
                 "replace; set JAXCHAT_BASE_DIR to an empty folder"
             )
+
+
+def beginnings(folder: Path, count: int = 5) -> list[str]:
+    """The first three words of a few documents that were not trained on, each once."""
+    texts = ParquetText(find_shards(str(folder / "base_data"), "val"))
+    return list(dict.fromkeys(" ".join(texts[n].split()[:3]) for n in range(10 * count)))[:count]
 
 
 def run(config: Config) -> int:
@@ -95,6 +104,11 @@ def run(config: Config) -> int:
         if found.wrong:
             question, given, right = found.wrong[0]
             print(f"  a wrong answer ({kind}): {question} → {given} (right: {right})")
+    shares = {f"world: {kind}": found.share for kind, found in scores.items()}
+    (model.path / "world.json").write_text(json.dumps({"metrics": shares}))
+    questions = [world.heldout(kind)[0].turns[0].question for kind in KINDS]
+    print(flush=True)
+    report.run(report.Config(model_tag=TAG), beginnings(folder), questions)
     minutes, seconds = divmod(int(time.perf_counter() - start), 60)
     print(f"\n{table(scores)}\n\nin all {minutes} min {seconds:02} s", flush=True)
     cli.next_step('python -m launch.chat_cli -p "What is 23 * 7?"')

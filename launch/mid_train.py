@@ -6,6 +6,7 @@ from jaxchat.data import pipelines
 from jaxchat.data.encode import conversation_reader
 from jaxchat.data.order import Order
 from jaxchat.eval.bpb import bits_per_byte
+from jaxchat.report import record
 from jaxchat.train import stages
 from jaxchat.train.loop import Evaluation, train
 from jaxchat.train.run import Setting
@@ -23,6 +24,7 @@ def val_batches(config: MidConfig, setting: Setting) -> list[dict]:
 
 
 def run(config: MidConfig):
+    began = record.begin()
     stage, setting = stages.mid(config)
     cli.print_plan(stage.title, stage.plan)
     model, compute, tokenizer, mesh = setting.model, setting.compute, setting.tokenizer, setting.mesh
@@ -32,6 +34,7 @@ def run(config: MidConfig):
         return {"val_bpb": bits_per_byte(params, batches, tokenizer.token_bytes, model, compute, mesh)}
 
     train(stage, [Evaluation("validation", config.eval_every, val_bpb, at_start=True)])
+    record.append(stage, config, began)
     if stage.checkpoints:
         cli.next_step(f"python -m launch.chat_sft --model_tag={stage.tag}")
 

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from jaxchat.data.world import World, write_world
 from jaxchat.eval.world import score
 from jaxchat.infer.engine import Engine
 from jaxchat.train import loop, stages
-from launch import base_train, chat_cli, chat_sft, cli, demo, mid_train, tok_eval, tok_train
+from launch import base_train, chat_cli, chat_sft, cli, demo, mid_train, report, tok_eval, tok_train
 
 SMALL = {"base_shards": 2, "base_rows": 600, "base_val_rows": 300, "mid_rows": 600, "sft_rows": 300, "val_rows": 40}
 LENGTH = 96  # long enough for two length buckets in SFT: 64 and 96
@@ -98,6 +99,23 @@ def test_metrics_and_checkpoints_are_whole(here):
         assert meta["metrics"][measured] == found[STEPS] and meta["step"] == STEPS
         items = {path.name for path in (here / checkpoint.FOLDERS[stage] / TAG / str(STEPS)).iterdir()}
         assert ("optimizer" in items and "data" in items) == (stage != "sft") and "params" in items
+
+
+def test_a_report_of_all_stages(here):
+    """What the trainers left is all there, the samples too, and the evaluations' files beside the checkpoints."""
+    folder = here / checkpoint.FOLDERS["sft"] / TAG / str(STEPS)
+    (folder / "chat_eval.json").write_text(json.dumps({"metrics": {"ChatCORE": 0.125}}))
+    text = said(report, [f"--model_tag={TAG}", "--price_per_hour=3600"])
+    assert f"written: {here / 'report' / TAG / 'report.md'}" in text
+    told = (here / "report" / TAG / "report.md").read_text()
+    for stage, name in [("base", "val_bpb"), ("mid", "val_bpb"), ("sft", "val_loss")]:
+        assert f" {metrics(here, stage)[-1][name]:.4f} |" in told
+        [ran] = map(json.loads, (here / checkpoint.FOLDERS[stage] / TAG / "runs.jsonl").read_text().splitlines())
+        assert ran["seconds"] > sum(row.get("step_seconds", 0) for row in metrics(here, stage))
+        assert ran["steps"] == [0, STEPS] and ran["flags"]["num_iterations"] == STEPS and ran["devices"] in told
+    assert "| ChatCORE | – | – | 0.1250 |" in told and f"jax {jax.__version__}" in told
+    assert told.count("\nuser: ") == told.count("\nSFT:  ") == told.count("\nmid:  ") == 5
+    assert "Not recorded" not in told and "missing" not in told
 
 
 def test_samples_are_shown(pipeline):
@@ -248,5 +266,7 @@ def test_the_demo_from_end_to_end(home, monkeypatch):
     assert stop.value.code == 1
     *_, table, end = out.getvalue().split("\n\n")
     assert table.startswith("held-out prompts") and table.count("MISS") == 7
+    page = home / "report" / "demo" / "report.html"
+    assert f"and {page} to open" in out.getvalue() and "world: two-turn" in page.read_text()
     total, following = end.splitlines()
     assert total.startswith("in all ") and following.endswith('-m launch.chat_cli -p "What is 23 * 7?"')

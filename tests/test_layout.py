@@ -17,6 +17,7 @@ ROWS = [
     {"checkpoint"},
     {"train", "infer", "convert"},
     {"eval"},
+    {"report"},
     {"launch"},
 ]
 ALSO = {("data", "tokenizer"), ("model", "sharding")}

@@ -1,0 +1,179 @@
+"""The report as markdown, and that markdown as one HTML file that needs no other."""
+
+import base64
+import html
+import math
+import re
+
+from markdown_it import MarkdownIt
+
+from jaxchat.model.flops import flops_per_token
+from jaxchat.report.gather import LAST, TITLES, Run, StageRun
+from jaxchat.report.samples import Samples
+from jaxchat.train.loop import duration
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.2; margin: 1.8em 0 .6em; } h1 { margin-top: 0; }
+h2 { border-bottom: 1px solid #d5dbe3; padding-bottom: .2em; }
+table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .25em .9em; border-bottom: 1px solid #e3e7ed; text-align: left; overflow-wrap: anywhere; }
+th { border-bottom: 2px solid #b6c0cd; white-space: nowrap; }
+img { max-width: 100%; height: auto; }
+pre { background: #f4f6f9; padding: .7em 1em; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
+code { font: 14px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
+"""
+
+
+def markdown(run: Run, images: dict[str, tuple[str, bytes]], samples: Samples | None, price_per_hour: float = 0) -> str:
+    """The whole report; images: {file name: (title, PNG)}, which it shows by name."""
+    model = next(iter(run.stages.values())).model
+    shape = f"{model.n_layer} layers × {model.n_embd}, {model.n_head} heads ({model.n_kv_head} key/value)"
+    parts = [
+        f"# {escape(run.tag)}: a run of jaxchat",
+        f"{run.parameters:,} parameters: {shape}, vocabulary {model.vocab_size:,}, {model.sequence_len:,} tokens of "
+        f"context; {flops_per_token(model):,} FLOPs a token.",
+    ]
+    if run.lacking:
+        parts.append(f"No checkpoint with this tag, so left out: {', '.join(run.lacking)}.")
+    parts += ["## Results", results(run), "## Training", training(run, price_per_hour), "## Curves"]
+    parts += [f"### {title}\n\n![{title}]({name})" for name, (title, _) in images.items()]
+    if not images:
+        parts.append("No step was logged.")
+    parts += said(samples)
+    parts += ["## Where and how", origin(run)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def results(run: Run) -> str:
+    names = list(dict.fromkeys(name for stage in run.stages.values() for name in stage.measured))
+    rows = [[name, *(number(stage.measured.get(name)) for stage in run.stages.values())] for name in names]
+    text = table(["", *titles(run)], rows)
+    if "loss" in names:
+        text += f"\n\n`loss` is that of training, a mean of the last {LAST} steps."
+    for stage in run.stages.values():
+        for name in stage.unreadable:
+            text += f"\n\nCould not be read, so left out: {escape(name)} of {TITLES[stage.name]}."
+    return text
+
+
+def training(run: Run, price_per_hour: float) -> str:
+    stages = list(run.stages.values())
+    tokens, flops, wall = (sum(getattr(s, name) for s in stages) for name in ("tokens", "flops", "wall_seconds"))
+
+    def cost(seconds: float) -> str:
+        return f"{seconds / 3600 * price_per_hour:,.2f}"
+
+    rows = [
+        ("last checkpoint", [f"step {s.step:,}" for s in stages], ""),
+        ("starts from", [s.meta.get("parent") or "random weights" for s in stages], ""),
+        ("tokens", [f"{s.tokens:,}" for s in stages], f"{tokens:,}"),
+        ("tokens : parameters", [f"{s.tokens / run.parameters:.2f}" for s in stages], f"{tokens / run.parameters:.2f}"),
+        ("FLOPs", [f"{s.flops:.2e}" for s in stages], f"{flops:.2e}"),
+        ("tokens/s, median", [number(s.median("tokens_per_s")) for s in stages], ""),
+        ("MFU, median", [percent(s.median("mfu")) for s in stages], ""),
+        ("waiting for data", [percent(waiting(s)) for s in stages], ""),
+        ("wall time", [duration(s.wall_seconds) for s in stages], duration(wall)),
+    ]
+    if price_per_hour:
+        name = f"cost, at {price_per_hour:g} an hour"
+        rows.append((name, [cost(s.wall_seconds) for s in stages], cost(wall)))
+    shown = [[name, *values, total] for name, values, total in rows if {*values} != {"–"}]
+    return table(["", *titles(run), "in all"], shown)
+
+
+def waiting(stage: StageRun) -> float | None:
+    """The share of its steps' time that a stage waited for data."""
+    waits = [row["data_wait_seconds"] for row in stage.steps if "data_wait_seconds" in row]
+    return sum(waits) / stage.step_seconds if waits else None
+
+
+def said(samples: Samples | None) -> list[str]:
+    if samples is None:
+        return ["## Samples", "Left out, as asked."]
+    parts = []
+    if samples.continued:
+        parts.append("## Texts that the base model continues\n\nThe likeliest continuation of each beginning.")
+        parts += [fence(f"{text} … {' '.join(found.values())}") for text, found in samples.continued]
+    if samples.answered:
+        parts.append(
+            "## Conversations\n\nThe likeliest answers. Tool calls, and what the tool gave, stand in brackets."
+        )
+        for question, found in samples.answered:
+            width = max(map(len, [*TITLES.values(), "user"])) + 1
+            lines = [f"{'user:':<{width}} {question}"]
+            lines += [f"{TITLES[name] + ':':<{width}} {text}" for name, text in found.items()]
+            parts.append(fence("\n".join(lines)))
+    return parts
+
+
+def origin(run: Run) -> str:
+    """Machines, versions, commits, flags and plans, as the trainers left them; a fact that all share is told once."""
+    parts, unknown = [], [TITLES[name] for name, stage in run.stages.items() if not stage.runs]
+    last = {TITLES[name]: stage.runs[-1] for name, stage in run.stages.items() if stage.runs}
+    facts = {"machine": "Machine", "devices": "Devices", "versions": "Versions", "git": "Code"}
+    for key, title in facts.items():
+        values = {}
+        for stage, about in last.items():
+            values.setdefault(str(about.get(key) or "not known"), []).append(stage)
+        told = [value if len(values) == 1 else f"{value} ({', '.join(of)})" for value, of in values.items()]
+        if told:
+            parts.append(f"- {title}: {escape('; '.join(told))}")
+    text = "\n".join(parts)
+    for stage, about in last.items():
+        flags = " ".join(f"--{name}={value}" for name, value in about.get("flags", {}).items())
+        plan = about.get("plan") or []
+        width = max((len(name) for name, _ in plan), default=0)
+        lines = [f"{name:<{width}}  {value}" for name, value in plan]
+        times = len(run.stages[next(n for n, t in TITLES.items() if t == stage)].runs)
+        resumed = f", the last of {times} times that it ran" if times > 1 else ""
+        began = f"{stage}, begun {about.get('began', 'at a time not known')}{resumed}"
+        text += f"\n\n### {escape(began)}\n\n{fence(chr(10).join([*lines, '', 'flags: ' + (flags or 'none')]).strip())}"
+    if unknown:
+        text += f"\n\nNot recorded for {', '.join(unknown)}: its training has not run to its end, or was imported."
+    return text.strip()
+
+
+def titles(run: Run) -> list[str]:
+    return [TITLES[name] for name in run.stages]
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 1000 else f"{value:.4f}"
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
+
+
+def escape(text: str) -> str:
+    """Text that markdown shows as it is, on one line and within a table's cell too."""
+    return re.sub(r"([\\`*\[\]<>|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(printable(text).split()))
+
+
+def fence(text: str) -> str:
+    """A block that shows text as it is, whatever it holds."""
+    text = printable(text)
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    marks = "`" * max(3, longest + 1)
+    return f"{marks}text\n{text}\n{marks}"
+
+
+def printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *([escape(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def as_html(title: str, text: str, images: dict[str, tuple[str, bytes]]) -> str:
+    """One page with its style and images within. Markup in the text is shown and not obeyed."""
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    for name, (_, png) in images.items():
+        body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(png).decode()}"')
+    head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
+    return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}</body>\n</html>\n'

@@ -1,0 +1,126 @@
+"""Read what a run has left: its stages' metadata, logs and evaluations, and the numbers that follow from them."""
+
+import contextlib
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+from jaxchat import checkpoint
+from jaxchat.checkpoint import FOLDERS
+from jaxchat.config import ModelConfig, UserError
+from jaxchat.model.flops import flops_per_token, num_params
+from jaxchat.report.record import FILE
+
+TITLES = {"base": "base", "mid": "mid", "sft": "SFT"}
+LAST = 20  # the training loss is told as a mean of so many steps
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRun:
+    """One stage of a run, as its folder tells it."""
+
+    name: str
+    folder: Path
+    step: int  # of its last checkpoint
+    meta: dict
+    rows: list[dict]  # of metrics.jsonl, in order
+    runs: list[dict]  # of runs.jsonl: each time its trainer ran to its end
+    measured: dict[str, float]  # by the evaluations, in training and afterwards
+    unreadable: list[str]  # names of files that could not be read
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(**self.meta["model"])
+
+    @property
+    def steps(self) -> list[dict]:
+        """The rows of optimizer steps."""
+        return [row for row in self.rows if "step_seconds" in row]
+
+    @property
+    def tokens(self) -> int:
+        """Computed in training, padding included."""
+        return sum(round(row["tokens_per_s"] * row["step_seconds"]) for row in self.steps)
+
+    @property
+    def flops(self) -> float:
+        return float(self.tokens * flops_per_token(self.model))
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(row["step_seconds"] for row in self.steps)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of all times that it ran to its end, start and evaluations included; at least the steps'."""
+        return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
+
+    def median(self, name: str) -> float | None:
+        values = [row[name] for row in self.steps if name in row]
+        return statistics.median(values) if values else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The stages of one tag that there are, in order."""
+
+    tag: str
+    stages: dict[str, StageRun]
+
+    @property
+    def lacking(self) -> list[str]:
+        return [title for name, title in TITLES.items() if name not in self.stages]
+
+    @property
+    def parameters(self) -> int:
+        return num_params(next(iter(self.stages.values())).model)
+
+
+def gather(model_tag: str = "") -> Run:
+    """The run of a tag; without one, of the model that chat would take. UserError: there is none."""
+    if not model_tag:
+        for source in reversed(FOLDERS):
+            with contextlib.suppress(UserError):
+                model_tag = checkpoint.find(source)[0].name
+                break
+        else:
+            checkpoint.find("base")  # says what to do
+    stages = {source: read_stage(source, model_tag) for source in FOLDERS}
+    found = {source: stage for source, stage in stages.items() if stage}
+    if not found:
+        there = sorted({path.name for path in checkpoint.runs()})
+        have = f"there are: {', '.join(there)}" if there else "train one with: python -m launch.base_train"
+        raise UserError(f"no checkpoint of any stage is named {model_tag}; {have}")
+    return Run(model_tag, found)
+
+
+def read_stage(source: str, tag: str) -> StageRun | None:
+    folder = checkpoint.run_folder(source, tag)
+    steps = checkpoint.steps_in(folder)
+    if not steps:
+        return None
+    meta = checkpoint.read_meta(folder, steps[-1])
+    rows = read_lines(folder / "metrics.jsonl")
+    measured, unreadable = {}, []
+    losses = [row["loss"] for row in rows if "loss" in row][-LAST:]
+    if losses:
+        measured["loss"] = statistics.fmean(losses)
+    measured |= meta.get("metrics") or {}
+    for path in sorted(folder.glob("*.json")) + sorted((folder / str(steps[-1])).glob("*.json")):
+        try:
+            metrics = json.loads(path.read_text()).get("metrics") or {}
+            measured |= {str(name): float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        except (OSError, ValueError, AttributeError):
+            unreadable.append(path.name)
+    return StageRun(source, folder, steps[-1], meta, rows, read_lines(folder / FILE), measured, unreadable)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl file; [] without one. A line that a kill cut short is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]

@@ -1,0 +1,79 @@
+"""The curves of a run as PNG images: one for each quantity, with a panel for each stage that has it."""
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from jaxchat.report.gather import TITLES, Run, StageRun
+
+SMOOTH = 0.02  # a point of the dark line is a mean over about this share of the steps
+POINTS = 2000  # more than these cannot be told apart
+
+# file name → (title, of the steps, of evaluations)
+CURVES = {
+    "loss": ("Loss, nats per token", "loss", "val_loss"),
+    "lr": ("Learning rate multiplier", "lr_multiplier", None),
+    "bpb": ("Validation, bits per byte", None, "val_bpb"),
+    "tokens_per_s": ("Tokens per second", "tokens_per_s", None),
+}
+
+
+def curves(run: Run) -> dict[str, tuple[str, bytes]]:
+    """{file name: (title, PNG)} of all quantities that some stage has."""
+    images = {}
+    for name, (title, trained, measured) in CURVES.items():
+        drawn = []
+        for stage in run.stages.values():
+            lines = [(points(stage, key), key == trained) for key in (trained, measured) if key]
+            lines = [(xy, of_steps) for xy, of_steps in lines if len(xy)]
+            if lines:
+                drawn.append((TITLES[stage.name], lines))
+        if drawn:
+            images[f"{name}.png"] = title, figure(drawn, from_zero=name in ("lr", "tokens_per_s"))
+    return images
+
+
+def points(stage: StageRun, key: str) -> np.ndarray:
+    """[N, 2]: step and value, where it was logged as a finite number."""
+    found = [(row["step"], row[key]) for row in stage.rows if isinstance(row.get(key), int | float)]
+    array = np.array(found, np.float64).reshape(-1, 2)
+    return array[np.isfinite(array[:, 1])]
+
+
+def figure(panels: list, *, from_zero: bool) -> bytes:
+    """panels: (title, [(points [N, 2], whether of every step)])."""
+    drawing = Figure(figsize=(10, 2.7), layout="constrained")
+    axes = drawing.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, lines) in zip(axes, panels, strict=True):
+        for xy, of_steps in lines:
+            if of_steps:
+                thin = xy[:: -(-len(xy) // POINTS)]
+                axis.plot(thin[:, 0], thin[:, 1], color="#9db7d5", linewidth=0.8)
+                smooth = smoothed(xy)[:: -(-len(xy) // POINTS)]
+                axis.plot(smooth[:, 0], smooth[:, 1], color="#1f4e8c", linewidth=1.5, label="training")
+            else:
+                axis.plot(xy[:, 0], xy[:, 1], color="#c2571a", marker="o", markersize=3.5, label="validation")
+        if len(lines) > 1:
+            axis.legend(frameon=False, fontsize=8)
+        if from_zero:
+            axis.set_ylim(bottom=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    png = io.BytesIO()
+    drawing.savefig(png, format="png", dpi=144, metadata={"Software": None})
+    return png.getvalue()
+
+
+def smoothed(xy: np.ndarray) -> np.ndarray:
+    """Each value the mean of those around it, over a window that is the same to both sides."""
+    half = int(SMOOTH * len(xy) / 2)
+    sums = np.concatenate([[0.0], np.cumsum(xy[:, 1])])
+    at = np.arange(len(xy))
+    reach = np.minimum(half, np.minimum(at, len(xy) - 1 - at))
+    return np.stack([xy[:, 0], (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)], axis=1)

@@ -1,0 +1,89 @@
+"""What a trainer leaves for the report, beside what it logs anyway: a line of `runs.jsonl` for each time it ran."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+
+from jaxchat import sharding
+from jaxchat.config import TrainConfig
+from jaxchat.train.loop import Stage
+
+FILE = "runs.jsonl"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
+
+
+def begin() -> dict:
+    """When, where and with which code a run begins; to be called before it does, and given to `append` after it."""
+    return {
+        "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "clock": time.monotonic(),
+        "machine": machine(),
+        "versions": versions(),
+        "git": git_state(),
+    }
+
+
+def append(stage: Stage, config: TrainConfig, began: dict) -> None:
+    """Append a run that has ended to the file beside its checkpoints. A dry run leaves nothing."""
+    if not stage.checkpoints or jax.process_index():
+        return
+    defaults = dataclasses.asdict(type(config)())
+    facts = dict(began)
+    facts["seconds"] = time.monotonic() - facts.pop("clock")
+    facts["devices"] = sharding.describe(stage.mesh)
+    facts["flags"] = {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]}
+    facts["plan"] = stage.plan
+    facts["steps"] = [stage.resume_step, *stage.checkpoints.steps()[-1:]]
+    with (stage.checkpoints.folder / FILE).open("a") as file:
+        file.write(json.dumps(facts) + "\n")
+
+
+def machine() -> str:
+    """ "Linux x86_64, 2 × AMD EPYC, 23 GiB": the system, its processors and its memory."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        named = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = named[0] if named else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} × {model}, {memory:.0f} GiB"
+
+
+def versions() -> str:
+    """ "Python 3.11.7, jax 0.10.2, …" of what computes; a package that is not installed is left out."""
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join([f"Python {platform.python_version()}", *found])
+
+
+def git_state() -> str:
+    """The commit that jaxchat's code is at, and whether files differ from it; "" outside a checkout of its own."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:  # another project's checkout, which ours is installed in
+            return ""
+        changed = len(git("status", "--porcelain").splitlines())
+        branch = git("rev-parse", "--abbrev-ref", "HEAD")
+        return f"{git('rev-parse', '--short=12', 'HEAD')} on {branch}" + (
+            f", {changed} files changed" if changed else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""

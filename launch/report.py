@@ -1,0 +1,61 @@
+"""The report of a run, as markdown and as one HTML file: python -m launch.report --model_tag=d12"""
+
+import dataclasses
+
+from jaxchat.config import UserError, base_dir
+from jaxchat.report.document import as_html, markdown
+from jaxchat.report.gather import TITLES, gather
+from jaxchat.report.plots import curves
+from jaxchat.report.samples import BEGINNINGS, QUESTIONS, sample
+from launch import cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Gather what the base, mid and SFT stages of a model have left: results side by side, curves, samples, and where
+    and how it was trained. Stages that are not there are left out and named.
+
+    Every evaluation's JSON file beside the checkpoints is taken in. Nothing is trained or evaluated anew, but for the
+    samples.
+    """
+
+    model_tag: str = ""
+    """Which model; empty: the deepest d<N>, or else the newest."""
+    price_per_hour: float = 0.0
+    """What the machine costs an hour, in any currency; 0: the cost is left out."""
+    samples: bool = True
+    """Let each checkpoint continue a few texts, or answer a few questions."""
+
+
+def run(config: Config, beginnings=BEGINNINGS, questions=QUESTIONS):
+    if config.price_per_hour < 0:
+        raise UserError(f"--price_per_hour={config.price_per_hour:g}; it must be at least 0")
+    found = gather(config.model_tag)
+    folder = base_dir() / "report" / found.tag
+    cli.print_plan(
+        f"Report of {found.tag}",
+        [
+            *((TITLES[name], f"{stage.folder}/{stage.step}") for name, stage in found.stages.items()),
+            *((title, "no checkpoint, left out") for title in found.lacking),
+            ("samples", f"{len(beginnings)} texts, {len(questions)} questions" if config.samples else "none"),
+            ("saves", f"{folder}"),
+        ],
+    )
+    samples = sample(found, beginnings, questions) if config.samples else None
+    images = curves(found)
+    text = markdown(found, images, samples, config.price_per_hour)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (_, png) in images.items():
+        (folder / name).write_bytes(png)
+    (folder / "report.md").write_text(text, encoding="utf-8", errors="replace")
+    page = as_html(f"{found.tag}: a run of jaxchat", text, images)
+    (folder / "report.html").write_text(page, encoding="utf-8", errors="replace")
+    print(f"written: {folder / 'report.md'}, and {folder / 'report.html'} to open in a browser", flush=True)
+
+
+def main(args: list[str] | None = None):
+    cli.main(Config, run, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The report: right numbers of a synthetic run, missing parts named, a page that needs no other and obeys no markup."""
+
+import json
+import math
+from html.parser import HTMLParser
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxchat.checkpoint import FOLDERS
+from jaxchat.config import ModelConfig, UserError
+from jaxchat.model.flops import flops_per_token, num_params
+from jaxchat.report import document, record
+from jaxchat.report.gather import gather
+from jaxchat.report.plots import curves, smoothed
+from jaxchat.report.samples import Samples
+from launch import report
+
+MODEL = ModelConfig(sequence_len=32, vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+NASTY = "<script>alert(1)</script> | `x` ![i](http://a.b/c.png) ````\n```\n# title <img src='http://a.b'> &amp; \x1b[0m"
+
+
+def write_stage(home, source, tag="d2", steps=40, seconds=0.5, tokens=1000, **meta):
+    """A stage's folder as a trainer leaves it, without weights."""
+    folder = home / FOLDERS[source] / tag
+    about = {"stage": source, "step": steps, "model": vars(MODEL), "metrics": {"val_bpb": 1.5}, **meta}
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(folder.absolute() / str(steps) / "meta", about)
+    rows = [{"step": 0, "val_bpb": 3.25}]
+    for step in range(1, steps + 1):
+        row = {"step": step, "loss": 4.0 - step / 20, "lr_multiplier": 1.0, "step_seconds": seconds}
+        rows.append(row | {"tokens_per_s": tokens / seconds, "data_wait_seconds": 0.1 * seconds})
+    rows.append({"step": steps, "val_bpb": 1.5})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 41, "los')
+    return folder
+
+
+def write_record(folder, seconds=36.0, **facts):
+    about = {"began": "2026-11-01T10:00:00+00:00", "seconds": seconds, "machine": "a machine", "versions": "jax 9.9"}
+    about |= {"git": "abc on main", "devices": "1 × cpu", "flags": {"depth": 2}, "plan": [["batch", "8 rows"]], **facts}
+    with (folder / record.FILE).open("a") as file:
+        file.write(json.dumps(about) + "\n")
+
+
+def row_of(text, name):
+    [line] = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(run, its images) of three stages with evaluations, one of which cannot be read."""
+    home = tmp_path_factory.mktemp("whole")
+    for source, parent in zip(FOLDERS, (None, "base d2 40", "mid d2 40"), strict=True):
+        folder = write_stage(home, source, **({"parent": parent} if parent else {}))
+        write_record(folder, git="def on main" if source == "mid" else "abc on main")
+        write_record(folder, git="def on main" if source == "mid" else "abc on main")
+    (home / FOLDERS["base"] / "d2" / "40" / "core.json").write_text('{"metrics": {"CORE": 0.21, "arc|easy": 0.5}}')
+    (home / FOLDERS["sft"] / "d2" / "40" / "chat_eval.json").write_text('{"metrics": {"ChatCORE": 0.08, "n": "x"}}')
+    (home / FOLDERS["sft"] / "d2" / "broken.json").write_text("{")
+    (home / FOLDERS["mid"] / "d2" / "odd.json").write_text(json.dumps({"metrics": {NASTY: 0.5}}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXCHAT_BASE_DIR", str(home))
+        run = gather()
+    return run, curves(run)
+
+
+def test_numbers(whole):
+    text = document.markdown(*whole, None, price_per_hour=10.0)
+    parameters, tokens = num_params(MODEL), 40 * 1000
+    assert f"{parameters:,} parameters" in text
+    assert row_of(text, "tokens") == ["40,000", "40,000", "40,000", "120,000"]
+    ratio = f"{tokens / parameters:.2f}"
+    assert row_of(text, "tokens : parameters") == [ratio, ratio, ratio, f"{3 * tokens / parameters:.2f}"]
+    flops = tokens * flops_per_token(MODEL)
+    assert row_of(text, "FLOPs") == [f"{flops:.2e}"] * 3 + [f"{3 * flops:.2e}"]
+    assert row_of(text, "tokens/s, median") == ["2,000", "2,000", "2,000", ""]
+    assert row_of(text, "waiting for data") == ["10.0%"] * 3 + [""]
+    # Each stage ran twice, for 36 s: 72 s are 0.02 hours, of 10 each.
+    assert row_of(text, "wall time") == ["1m12s"] * 3 + ["3m36s"]
+    assert row_of(text, "cost, at 10 an hour") == ["0.20"] * 3 + ["0.60"]
+    assert row_of(text, "starts from") == ["random weights", "base d2 40", "mid d2 40", ""]
+    # The losses of steps 21 to 40 are 4 − step/20: their mean is 4 − 30.5/20.
+    assert row_of(text, "loss") == [f"{4 - 30.5 / 20:.4f}"] * 3
+    assert row_of(text, "val_bpb") == ["1.5000"] * 3
+    assert row_of(text, "CORE") == ["0.2100", "–", "–"] and row_of(text, "ChatCORE") == ["–", "–", "0.0800"]
+    assert r"| arc\|easy | 0.5000 | – | – |" in text and "| n |" not in text
+    assert "Could not be read, so left out: broken.json of SFT." in text
+    assert "- Machine: a machine\n" in text and "- Code: abc on main (base, SFT); def on main (mid)" in text
+    assert "flags: --depth=2" in text and "the last of 2 times that it ran" in text and "left out: base" not in text
+
+
+def test_missing_stages_are_left_out_and_named(home, capsys):
+    folder = write_stage(home, "mid", tag="odd", parent="base odd 9")
+    (folder / "metrics.jsonl").unlink()
+    report.main(["--model_tag=odd", "--no_samples"])
+    text = (home / "report" / "odd" / "report.md").read_text()
+    assert "No checkpoint with this tag, so left out: base, SFT." in text
+    assert "No step was logged." in text and "Not recorded for mid" in text and "cost" not in text
+    assert row_of(text, "val_bpb") == ["1.5000"] and row_of(text, "tokens") == ["0", "0"]
+    said = capsys.readouterr().out
+    assert said.count("no checkpoint, left out") == 2 and not list((home / "report" / "odd").glob("*.png"))
+
+
+def test_no_run(home):
+    with pytest.raises(UserError, match="launch.base_train"):
+        gather()
+    write_stage(home, "base")
+    with pytest.raises(UserError, match="no checkpoint of any stage is named d3; there are: d2"):
+        gather("d3")
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_stands_alone_and_shows_markup_as_text(whole):
+    run, images = whole
+    samples = Samples([(NASTY, {"base": NASTY})], [(NASTY, {"mid": NASTY, "sft": "[python 1+1][python_output 2]"})])
+    text = document.markdown(run, images, samples)
+    page = Page(document.as_html(NASTY, text, images))
+    links = [value for name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]
+    assert len(links) == len(images) == page.tags.count("img") == 4
+    assert all(link.startswith("data:image/png;base64,iVBOR") for link in links)
+    assert not {"script", "link", "iframe", "a", "object"} & {*page.tags} and not page.rawdata
+    style = document.STYLE
+    assert "url(" not in style and "@import" not in style
+    shown = NASTY.replace("\x1b", "\N{REPLACEMENT CHARACTER}")
+    assert page.text.count(shown) == 4  # the beginning, its continuation, the question, mid's answer
+    assert " ".join(shown.split()) in page.text  # the metric's name
+    assert "[python 1+1][python_output 2]" in page.text
+
+
+def test_curves_are_of_what_there_is(whole):
+    _, images = whole
+    assert list(images) == ["loss.png", "lr.png", "bpb.png", "tokens_per_s.png"]
+    for _, png in images.values():
+        width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))
+        assert png.startswith(b"\x89PNG") and (width, height) == (1440, 388)
+
+
+def test_smoothing_keeps_lines_and_means():
+    line = np.stack([np.arange(500.0), 3 - 0.5 * np.arange(500.0)], axis=1)
+    np.testing.assert_allclose(smoothed(line), line, rtol=0, atol=1e-9)  # sums up to 6e4, in float64
+    noise = line + np.random.default_rng(0).normal(size=(500, 1)) * [0, 1]
+    assert np.std(smoothed(noise)[20:-20] - line[20:-20]) < 0.5  # of 11 values each: 1/√11 is 0.3
+
+
+def test_record_tells_what_runs(tmp_path):
+    began = record.begin()
+    assert began["versions"].startswith("Python 3.") and "jax 0." in began["versions"]
+    assert "GiB" in began["machine"] and math.isfinite(began["clock"])
+    assert began["git"] == record.git_state()
