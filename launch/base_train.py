@@ -62,6 +62,7 @@ def run(config: BaseConfig):
         scorer = Scorer(params, model, compute, mesh)
         return {"core": mean(core.evaluate(scorer, tokenizer, bundle, config.core_metric_max_per_task))}
 
+    record.at_end(stage, config, began)
     train(
         stage,
         [
@@ -70,7 +71,6 @@ def run(config: BaseConfig):
             Evaluation("samples", config.sample_every, samples),
         ],
     )
-    record.append(stage, config, began)
     cli.next_step(f"python -m launch.mid_train --model_tag={stage.tag}")
 
 

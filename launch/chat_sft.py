@@ -51,6 +51,7 @@ def run(config: SFTConfig):
         scorer, most = Scorer(params, model, compute, mesh), config.eval_metrics_max_problems
         return {f"{name}_acc": letter_accuracy(scorer, tokenizer, task, most) for name, task in choices}
 
+    record.at_end(stage, config, began)
     train(
         stage,
         [
@@ -58,7 +59,6 @@ def run(config: SFTConfig):
             Evaluation("multiple choice", config.eval_metrics_every, accuracies),
         ],
     )
-    record.append(stage, config, began)
     if stage.checkpoints:
         cli.next_step(f"python -m launch.chat_cli --model_tag={stage.tag}")
 

@@ -33,8 +33,8 @@ def run(config: MidConfig):
     def val_bpb(params):
         return {"val_bpb": bits_per_byte(params, batches, tokenizer.token_bytes, model, compute, mesh)}
 
+    record.at_end(stage, config, began)
     train(stage, [Evaluation("validation", config.eval_every, val_bpb, at_start=True)])
-    record.append(stage, config, began)
     if stage.checkpoints:
         cli.next_step(f"python -m launch.chat_sft --model_tag={stage.tag}")
 

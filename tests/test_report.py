@@ -3,16 +3,18 @@
 import json
 import math
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from jaxchat import sharding
 from jaxchat.checkpoint import FOLDERS
-from jaxchat.config import ModelConfig, UserError
+from jaxchat.config import MidConfig, ModelConfig, Preempted, UserError
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.report import document, record
-from jaxchat.report.gather import gather
+from jaxchat.report.gather import gather, read_lines
 from jaxchat.report.plots import curves, smoothed
 from jaxchat.report.samples import Samples
 from launch import report
@@ -88,7 +90,7 @@ def test_numbers(whole):
     assert r"| arc\|easy | 0.5000 | – | – |" in text and "| n |" not in text
     assert "Could not be read, so left out: broken.json of SFT." in text
     assert "- Machine: a machine\n" in text and "- Code: abc on main (base, SFT); def on main (mid)" in text
-    assert "flags: --depth=2" in text and "the last of 2 times that it ran" in text and "left out: base" not in text
+    assert "flags: --depth=2" in text and "the last of 2 times" in text and "left out: base" not in text
 
 
 def test_missing_stages_are_left_out_and_named(home, capsys):
@@ -157,7 +159,27 @@ def test_smoothing_keeps_lines_and_means():
     assert np.std(smoothed(noise)[20:-20] - line[20:-20]) < 0.5  # of 11 values each: 1/√11 is 0.3
 
 
-def test_record_tells_what_runs(tmp_path):
+def test_every_run_is_recorded_however_it_ends(tmp_path, devices):
+    mesh, checkpoints = sharding.make_mesh(devices[:2]), SimpleNamespace(folder=tmp_path, steps=lambda: [3, 5])
+    stage = SimpleNamespace(checkpoints=checkpoints, mesh=mesh, resume_step=3, plan=[("batch", "8 rows")])
+    record.at_end(stage, MidConfig(num_iterations=9), record.begin())
+    with pytest.raises(Preempted):
+        try:
+            raise Preempted("stopped")
+        finally:
+            stage.at_end()
+    stage.at_end()
+    first, second = read_lines(tmp_path / record.FILE)
+    assert (first["ended"], second["ended"]) == ("Preempted", "done") and first["seconds"] >= 0
+    assert first["steps"] == [3, 5] and first["flags"] == {"num_iterations": 9} and first["devices"].startswith("2 × ")
+    checkpoints.folder = tmp_path / "gone"  # no disk, no folder: not worth a run
+    stage.at_end()
+    dry = SimpleNamespace(checkpoints=None)
+    record.at_end(dry, MidConfig(), record.begin())
+    assert not hasattr(dry, "at_end")
+
+
+def test_record_tells_what_runs():
     began = record.begin()
     assert began["versions"].startswith("Python 3.") and "jax 0." in began["versions"]
     assert "GiB" in began["machine"] and math.isfinite(began["clock"])

@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from jaxchat.model.flops import flops_per_token
 from jaxchat.report.gather import LAST, TITLES, Run, StageRun
 from jaxchat.report.samples import Samples
-from jaxchat.train.loop import duration
+from jaxchat.train.reporter import duration
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -120,18 +120,26 @@ def origin(run: Run) -> str:
         if told:
             parts.append(f"- {title}: {escape('; '.join(told))}")
     text = "\n".join(parts)
-    for stage, about in last.items():
-        flags = " ".join(f"--{name}={value}" for name, value in about.get("flags", {}).items())
-        plan = about.get("plan") or []
-        width = max((len(name) for name, _ in plan), default=0)
-        lines = [f"{name:<{width}}  {value}" for name, value in plan]
-        times = len(run.stages[next(n for n, t in TITLES.items() if t == stage)].runs)
-        resumed = f", the last of {times} times that it ran" if times > 1 else ""
-        began = f"{stage}, begun {about.get('began', 'at a time not known')}{resumed}"
-        text += f"\n\n### {escape(began)}\n\n{fence(chr(10).join([*lines, '', 'flags: ' + (flags or 'none')]).strip())}"
+    for name, stage in run.stages.items():
+        if stage.runs:
+            text += f"\n\n{last_run(TITLES[name], stage.runs)}"
     if unknown:
-        text += f"\n\nNot recorded for {', '.join(unknown)}: its training has not run to its end, or was imported."
+        text += f"\n\nNot recorded for {', '.join(unknown)}: it was imported, or killed while it was trained."
     return text.strip()
+
+
+def last_run(title: str, runs: list[dict]) -> str:
+    about = runs[-1]
+    plan = about.get("plan") or []
+    width = max((len(name) for name, _ in plan), default=0)
+    lines = [f"{name:<{width}}  {value}" for name, value in plan]
+    flags = " ".join(f"--{name}={value}" for name, value in about.get("flags", {}).items())
+    began = f"{title}, begun {about.get('began', 'at a time not known')}"
+    if len(runs) > 1:
+        began += f", the last of {len(runs)} times"
+    if about.get("ended", "done") != "done":
+        began += f", ended by {about['ended']}"
+    return f"### {escape(began)}\n\n{fence(chr(10).join([*lines, 'flags: ' + (flags or 'none')]))}"
 
 
 def titles(run: Run) -> list[str]:

@@ -25,7 +25,7 @@ class StageRun:
     step: int  # of its last checkpoint
     meta: dict
     rows: list[dict]  # of metrics.jsonl, in order
-    runs: list[dict]  # of runs.jsonl: each time its trainer ran to its end
+    runs: list[dict]  # of runs.jsonl: each time it was trained, unless it was killed
     measured: dict[str, float]  # by the evaluations, in training and afterwards
     unreadable: list[str]  # names of files that could not be read
 
@@ -53,11 +53,11 @@ class StageRun:
 
     @property
     def wall_seconds(self) -> float:
-        """Of all times that it ran to its end, start and evaluations included; at least the steps'."""
+        """Of all times that it was trained, start and evaluations included; at least the steps'."""
         return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
 
     def median(self, name: str) -> float | None:
-        values = [row[name] for row in self.steps if name in row]
+        values = [row[name] for row in self.steps if isinstance(row.get(name), float)]
         return statistics.median(values) if values else None
 
 
@@ -103,7 +103,7 @@ def read_stage(source: str, tag: str) -> StageRun | None:
     meta = checkpoint.read_meta(folder, steps[-1])
     rows = read_lines(folder / "metrics.jsonl")
     measured, unreadable = {}, []
-    losses = [row["loss"] for row in rows if "loss" in row][-LAST:]
+    losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float)][-LAST:]  # None: not finite
     if losses:
         measured["loss"] = statistics.fmean(losses)
     measured |= meta.get("metrics") or {}

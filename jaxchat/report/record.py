@@ -1,5 +1,6 @@
 """What a trainer leaves for the report, beside what it logs anyway: a line of `runs.jsonl` for each time it ran."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -7,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +23,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def begin() -> dict:
-    """When, where and with which code a run begins; to be called before it does, and given to `append` after it."""
+    """When, where and with which code a run begins; to be called before it does."""
     return {
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "clock": time.monotonic(),
@@ -31,18 +33,24 @@ def begin() -> dict:
     }
 
 
+def at_end(stage: Stage, config: TrainConfig, began: dict) -> None:
+    """See to it that a line is appended when this run ends, be it stopped or in error. A dry run leaves nothing."""
+    if stage.checkpoints and jax.process_index() == 0:
+        stage.at_end = lambda: append(stage, config, began)
+
+
 def append(stage: Stage, config: TrainConfig, began: dict) -> None:
-    """Append a run that has ended to the file beside its checkpoints. A dry run leaves nothing."""
-    if not stage.checkpoints or jax.process_index():
-        return
     defaults = dataclasses.asdict(type(config)())
-    facts = dict(began)
-    facts["seconds"] = time.monotonic() - facts.pop("clock")
-    facts["devices"] = sharding.describe(stage.mesh)
-    facts["flags"] = {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]}
-    facts["plan"] = stage.plan
-    facts["steps"] = [stage.resume_step, *stage.checkpoints.steps()[-1:]]
-    with (stage.checkpoints.folder / FILE).open("a") as file:
+    problem = sys.exc_info()[0]  # what ends it
+    facts = {name: value for name, value in began.items() if name != "clock"} | {
+        "seconds": time.monotonic() - began["clock"],
+        "ended": problem.__name__ if problem else "done",
+        "steps": [stage.resume_step, *stage.checkpoints.steps()[-1:]],
+        "devices": sharding.describe(stage.mesh),
+        "flags": {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]},
+        "plan": stage.plan,
+    }
+    with contextlib.suppress(OSError), (stage.checkpoints.folder / FILE).open("a") as file:  # not worth a run
         file.write(json.dumps(facts) + "\n")
 
 

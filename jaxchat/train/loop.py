@@ -59,6 +59,7 @@ class Stage:
     run: str
     tensorboard: bool
     on_nonfinite: str = "stop"  # or skip
+    at_end: Callable[[], None] = lambda: None  # called once training has begun and has ended, in whichever way
 
 
 def place_batch(batch: dict, mesh: Mesh) -> dict:
@@ -137,6 +138,7 @@ def _train(stage: Stage, evaluations: list[Evaluation], stop: Stop) -> dict[str,
     finally:
         stage.batches.close()
         log.close()
+        stage.at_end()
         if stage.checkpoints:
             stage.checkpoints.close()
     return results
