@@ -69,7 +69,7 @@ def run(config: Config) -> int:
     rows = write_world(world, folder)
     print("written: " + ", ".join(f"{name} {count:,}" for name, count in rows.items()), flush=True)
     data, tasks = f"--data_dir={folder / 'base_data'}", folder / "tasks"
-    batch = ["--device_batch_size=2", "--total_batch_size=4096", "--eval_every=1000", "--eval_tokens=32768"]
+    batch = ["--device_batch_size=2", "--total_batch_size=4096", "--eval_every=80", "--eval_tokens=32768"]
     common = [f"--model_tag={TAG}", f"--seed={config.seed}", "--overwrite"]
     one_device = ["--device_type=cpu"]
     rate = ["--matrix_lr=0.04"]  # twice the default: learns faster in so few steps (dev/LOG.md)

@@ -4,6 +4,7 @@ import base64
 import html
 import math
 import re
+import textwrap
 
 from markdown_it import MarkdownIt
 
@@ -94,7 +95,7 @@ def said(samples: Samples | None) -> list[str]:
     parts = []
     if samples.continued:
         parts.append("## Texts that the base model continues\n\nThe likeliest continuation of each beginning.")
-        parts += [fence(f"{text} … {' '.join(found.values())}") for text, found in samples.continued]
+        parts += [fence(f"{text} … {' '.join(found.values()).strip()}") for text, found in samples.continued]
     if samples.answered:
         parts.append(
             "## Conversations\n\nThe likeliest answers. Tool calls, and what the tool gave, stand in brackets."
@@ -134,12 +135,13 @@ def last_run(title: str, runs: list[dict]) -> str:
     width = max((len(name) for name, _ in plan), default=0)
     lines = [f"{name:<{width}}  {value}" for name, value in plan]
     flags = " ".join(f"--{name}={value}" for name, value in about.get("flags", {}).items())
-    began = f"{title}, begun {about.get('began', 'at a time not known')}"
+    lines.append(textwrap.fill(f"flags: {flags or 'none'}", 96, subsequent_indent=7 * " ", break_on_hyphens=False))
+    began = f"{title}, begun {about.get('began', 'at a time not known').replace('T', ' ').replace('+00:00', ' UTC')}"
     if len(runs) > 1:
         began += f", the last of {len(runs)} times"
     if about.get("ended", "done") != "done":
         began += f", ended by {about['ended']}"
-    return f"### {escape(began)}\n\n{fence(chr(10).join([*lines, 'flags: ' + (flags or 'none')]))}"
+    return f"### {escape(began)}\n\n{fence(chr(10).join(lines))}"
 
 
 def titles(run: Run) -> list[str]:
