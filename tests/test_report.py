@@ -59,6 +59,10 @@ def whole(tmp_path_factory):
         write_record(folder, git="def on main" if source == "mid" else "abc on main")
         write_record(folder, git="def on main" if source == "mid" else "abc on main")
     (home / FOLDERS["base"] / "d2" / "40" / "core.json").write_text('{"metrics": {"CORE": 0.21, "arc|easy": 0.5}}')
+    tasks = {"hellaswag": {"accuracy": 0.3, "centered": 0.0667, "items": 10}}
+    for step, bpb in ((40, 1.25), (20, 0.9999)):
+        told = {"source": "base", "step": step, "values": {"train_bpb": bpb}, "tasks": tasks, "samples": [["a", "b"]]}
+        (home / FOLDERS["base"] / "d2" / f"base_eval_{step}.json").write_text(json.dumps(told))
     (home / FOLDERS["sft"] / "d2" / "40" / "chat_eval.json").write_text('{"metrics": {"ChatCORE": 0.08, "n": "x"}}')
     (home / FOLDERS["sft"] / "d2" / "broken.json").write_text("{")
     (home / FOLDERS["mid"] / "d2" / "odd.json").write_text(json.dumps({"metrics": {NASTY: 0.5}}))
@@ -88,7 +92,9 @@ def test_numbers(whole):
     assert row_of(text, "val_bpb") == ["1.5000"] * 3
     assert row_of(text, "CORE") == ["0.2100", "–", "–"] and row_of(text, "ChatCORE") == ["–", "–", "0.0800"]
     assert r"| arc\|easy | 0.5000 | – | – |" in text and "| n |" not in text
-    assert "Could not be read, so left out: broken.json of SFT." in text
+    assert "Left out of SFT: broken.json, which cannot be read." in text
+    assert row_of(text, "train_bpb") == ["1.2500", "–", "–"] and row_of(text, "hellaswag") == ["0.3000", "–", "–"]
+    assert "Left out of base: base_eval_20.json, of step 20." in text and "0.9999" not in text
     assert "- Machine: a machine\n" in text and "- Code: abc on main (base, SFT); def on main (mid)" in text
     assert "flags: --depth=2" in text and "the last of 2 times" in text and "left out: base" not in text
 

@@ -53,8 +53,8 @@ def results(run: Run) -> str:
     if "loss" in names:
         text += f"\n\n`loss` is that of training, a mean of the last {LAST} steps."
     for stage in run.stages.values():
-        for name in stage.unreadable:
-            text += f"\n\nCould not be read, so left out: {escape(name)} of {TITLES[stage.name]}."
+        for told in stage.left_out:
+            text += f"\n\nLeft out of {TITLES[stage.name]}: {escape(told)}."
     return text
 
 

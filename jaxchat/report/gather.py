@@ -27,7 +27,7 @@ class StageRun:
     rows: list[dict]  # of metrics.jsonl, in order
     runs: list[dict]  # of runs.jsonl: each time it was trained, unless it was killed
     measured: dict[str, float]  # by the evaluations, in training and afterwards
-    unreadable: list[str]  # names of files that could not be read
+    left_out: list[str]  # files of evaluations that are not among them, and why
 
     @property
     def model(self) -> ModelConfig:
@@ -102,18 +102,28 @@ def read_stage(source: str, tag: str) -> StageRun | None:
         return None
     meta = checkpoint.read_meta(folder, steps[-1])
     rows = read_lines(folder / "metrics.jsonl")
-    measured, unreadable = {}, []
+    measured, left_out = {}, []
     losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float)][-LAST:]  # None: not finite
     if losses:
         measured["loss"] = statistics.fmean(losses)
     measured |= meta.get("metrics") or {}
     for path in sorted(folder.glob("*.json")) + sorted((folder / str(steps[-1])).glob("*.json")):
         try:
-            metrics = json.loads(path.read_text()).get("metrics") or {}
-            measured |= {str(name): float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+            about = json.loads(path.read_text())
+            if about.get("step", steps[-1]) != steps[-1]:
+                left_out.append(f"{path.name}, of step {about['step']}")
+                continue
+            measured |= numbers(about)
         except (OSError, ValueError, AttributeError):
-            unreadable.append(path.name)
-    return StageRun(source, folder, steps[-1], meta, rows, read_lines(folder / FILE), measured, unreadable)
+            left_out.append(f"{path.name}, which cannot be read")
+    return StageRun(source, folder, steps[-1], meta, rows, read_lines(folder / FILE), measured, left_out)
+
+
+def numbers(evaluation: dict) -> dict[str, float]:
+    """What an evaluation's file tells: `metrics` or `values`, numbers by name, and of `tasks` each one's accuracy."""
+    accuracies = {name: task.get("accuracy") for name, task in (evaluation.get("tasks") or {}).items()}
+    found = (evaluation.get("metrics") or {}) | (evaluation.get("values") or {}) | accuracies
+    return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -16,6 +16,7 @@ CURVES = {
     "loss": ("Loss, nats per token", "loss", "val_loss"),
     "lr": ("Learning rate multiplier", "lr_multiplier", None),
     "bpb": ("Validation, bits per byte", None, "val_bpb"),
+    "core": ("CORE", None, "core"),
     "tokens_per_s": ("Tokens per second", "tokens_per_s", None),
 }
 
