@@ -100,13 +100,15 @@ def test_numbers(whole):
 
 
 def test_missing_stages_are_left_out_and_named(home, capsys):
-    folder = write_stage(home, "mid", tag="odd", parent="base odd 9")
+    metrics = {"val_bpb": 1.5, "lost": None, "told": "x"}
+    folder = write_stage(home, "mid", tag="odd", imported={"from": "elsewhere"}, metrics=metrics)
     (folder / "metrics.jsonl").unlink()
     report.main(["--model_tag=odd", "--no_samples"])
     text = (home / "report" / "odd" / "report.md").read_text()
     assert "No checkpoint with this tag, so left out: base, SFT." in text
     assert "No step was logged." in text and "Not recorded for mid" in text and "cost" not in text
-    assert row_of(text, "val_bpb") == ["1.5000"] and row_of(text, "tokens") == ["0", "0"]
+    assert row_of(text, "starts from") == ["imported", ""] and "lost" not in text and "told" not in text
+    assert row_of(text, "val_bpb") == ["1.5000"] and "| tokens" not in text and "wall time" not in text
     said = capsys.readouterr().out
     assert said.count("no checkpoint, left out") == 2 and not list((home / "report" / "odd").glob("*.png"))
 

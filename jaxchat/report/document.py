@@ -65,20 +65,27 @@ def training(run: Run, price_per_hour: float) -> str:
     def cost(seconds: float) -> str:
         return f"{seconds / 3600 * price_per_hour:,.2f}"
 
+    def logged(tell) -> list[str]:
+        return [tell(stage) if stage.steps else "–" for stage in stages]
+
     rows = [
         ("last checkpoint", [f"step {s.step:,}" for s in stages], ""),
-        ("starts from", [s.meta.get("parent") or "random weights" for s in stages], ""),
-        ("tokens", [f"{s.tokens:,}" for s in stages], f"{tokens:,}"),
-        ("tokens : parameters", [f"{s.tokens / run.parameters:.2f}" for s in stages], f"{tokens / run.parameters:.2f}"),
-        ("FLOPs", [f"{s.flops:.2e}" for s in stages], f"{flops:.2e}"),
+        ("starts from", [s.parent for s in stages], ""),
+        ("tokens", logged(lambda s: f"{s.tokens:,}"), f"{tokens:,}"),
+        (
+            "tokens : parameters",
+            logged(lambda s: f"{s.tokens / run.parameters:.2f}"),
+            f"{tokens / run.parameters:.2f}",
+        ),
+        ("FLOPs", logged(lambda s: f"{s.flops:.2e}"), f"{flops:.2e}"),
         ("tokens/s, median", [number(s.median("tokens_per_s")) for s in stages], ""),
         ("MFU, median", [percent(s.median("mfu")) for s in stages], ""),
         ("waiting for data", [percent(waiting(s)) for s in stages], ""),
-        ("wall time", [duration(s.wall_seconds) for s in stages], duration(wall)),
+        ("wall time", logged(lambda s: duration(s.wall_seconds)), duration(wall)),
     ]
     if price_per_hour:
         name = f"cost, at {price_per_hour:g} an hour"
-        rows.append((name, [cost(s.wall_seconds) for s in stages], cost(wall)))
+        rows.append((name, logged(lambda s: cost(s.wall_seconds)), cost(wall)))
     shown = [[name, *values, total] for name, values, total in rows if {*values} != {"–"}]
     return table(["", *titles(run), "in all"], shown)
 

@@ -34,6 +34,10 @@ class StageRun:
         return ModelConfig(**self.meta["model"])
 
     @property
+    def parent(self) -> str:
+        return self.meta.get("parent") or ("imported" if "imported" in self.meta else "random weights")
+
+    @property
     def steps(self) -> list[dict]:
         """The rows of optimizer steps."""
         return [row for row in self.rows if "step_seconds" in row]
@@ -106,7 +110,7 @@ def read_stage(source: str, tag: str) -> StageRun | None:
     losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float)][-LAST:]  # None: not finite
     if losses:
         measured["loss"] = statistics.fmean(losses)
-    measured |= meta.get("metrics") or {}
+    measured |= numbers({"metrics": meta.get("metrics")})
     for path in sorted(folder.glob("*.json")) + sorted((folder / str(steps[-1])).glob("*.json")):
         try:
             about = json.loads(path.read_text())
