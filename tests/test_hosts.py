@@ -101,7 +101,7 @@ def ended(process, within):
     return process.returncode, [line for line in err.splitlines() if line.startswith("error: ")], out
 
 
-@pytest.mark.parametrize("what, killed", [("work", 1), ("sleep", 1), ("sleep", 0)])
+@pytest.mark.parametrize("what, killed", [("work", 1), pytest.param("sleep", 1, marks=pytest.mark.slow), ("sleep", 0)])
 def test_a_lost_process_ends_the_others_within_the_heartbeat(what, killed):
     """Amid a sum, which fails at once, and amid work of its own, which knows nothing; process 0 has jax's store."""
     processes = together(f"--what={what}")
