@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -67,44 +68,54 @@ def ended(launcher, code, within=120):
     return out, [line for line in err.splitlines() if line.startswith("error:")]
 
 
-def kill_one(launcher, folder, stage, index):
-    """SIGKILL for one of the processes, when some steps are saved and many are to come."""
+def signal_one(launcher, folder, stage, index, number):
+    """A signal to one of the processes, when some steps are saved and many are to come."""
     path = folder / FOLDERS[stage] / "run"
     while not (steps_in(path) and losses(folder, stage)[-1][0] > steps_in(path)[-1]):
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.01)
     for process in psutil.Process(launcher.pid).children():
         if f"--process_id={index}" in process.cmdline():
-            process.kill()
+            process.send_signal(number)
+
+
+def check_losses(undisturbed, folder, stage):
+    """Those of the undisturbed run, but for sums in another order, which 24 steps let grow: 1.4e-6 was seen."""
+    found, want = losses(folder, stage), losses(undisturbed, stage)
+    assert [step for step, _ in found] == [step for step, _ in want] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in want], rtol=2e-5)
+    assert steps_in(folder / FOLDERS[stage] / "run")[-1] == STEPS
+
+
+def before(undisturbed, folder, stage):
+    for part in ("tokenizer", *FOLDERS.values()):
+        if part != FOLDERS[stage]:
+            shutil.copytree(undisturbed / part, folder / part)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, killed, then", [("base", 1, 1), ("mid", 0, 4), ("sft", 1, 2)])
-def test_a_killed_process_ends_the_run_and_others_go_on(undisturbed, tmp_path, stage, killed, then):
-    """With another number of processes, by the same command; with the same one, the launcher does it by itself.
-
-    The losses are those of one undisturbed process, but for sums in another order, which 20 steps let grow: 1e-5 was
-    seen.
-    """
-    for folder in ("tokenizer", *FOLDERS.values()):
-        if folder != FOLDERS[stage]:
-            shutil.copytree(undisturbed / folder, tmp_path / folder)
-    launcher = start(undisturbed, tmp_path, stage, 2, *(["--restarts=1"] if then == 2 else []))
-    kill_one(launcher, tmp_path, stage, killed)
-    if then == 2:
-        out, errors = ended(launcher, 0)
-        assert "exit code 137: starting again" in out and "from " in out
-    else:
-        begun = time.monotonic()
-        out, errors = ended(launcher, 137, within=60)
-        assert time.monotonic() - begun < 1.2 * HEARTBEAT + 2
-        *_, last = steps_in(tmp_path / FOLDERS[stage] / "run")
-        assert last < STEPS
-        again, told = ended(start(undisturbed, tmp_path, stage, then), 0)
-        assert told == [] and f"from {last}" in again
+@pytest.mark.parametrize("stage, killed, then", [("base", 1, 1), ("mid", 0, 4)])
+def test_a_killed_process_ends_the_run_and_another_number_goes_on(undisturbed, tmp_path, stage, killed, then):
+    before(undisturbed, tmp_path, stage)
+    launcher = start(undisturbed, tmp_path, stage, 2)
+    signal_one(launcher, tmp_path, stage, killed, signal.SIGKILL)
+    begun = time.monotonic()
+    out, errors = ended(launcher, 137, within=60)
+    assert time.monotonic() - begun < 1.2 * HEARTBEAT + 2
     assert len(errors) == 1 and errors[0].startswith(f"error: process {killed} is lost")
     assert f"process {killed} ended with exit code 137; waiting for the others" in out
-    found, want = losses(tmp_path, stage), losses(undisturbed, stage)
-    assert [step for step, _ in found] == [step for step, _ in want] == list(range(1, STEPS + 1))
-    np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in want], rtol=1e-4)
-    assert steps_in(tmp_path / FOLDERS[stage] / "run")[-1] == STEPS
+    *_, last = steps_in(tmp_path / FOLDERS[stage] / "run")
+    assert last < STEPS
+    out, errors = ended(start(undisturbed, tmp_path, stage, then), 0)
+    assert errors == [] and f"from {last}" in out
+    check_losses(undisturbed, tmp_path, stage)
+
+
+@pytest.mark.slow
+def test_a_notice_to_one_process_stops_all_and_the_launcher_starts_them_again(undisturbed, tmp_path):
+    before(undisturbed, tmp_path, "sft")
+    launcher = start(undisturbed, tmp_path, "sft", 2, "--restarts=1")
+    signal_one(launcher, tmp_path, "sft", 1, signal.SIGTERM)
+    out, errors = ended(launcher, 0)
+    assert errors == [] and "exit code 75: starting again" in out
+    check_losses(undisturbed, tmp_path, "sft")
