@@ -20,6 +20,13 @@ def test_an_unknown_topology(topology):
         topologies.devices_of(topology)
 
 
+@pytest.mark.parametrize("topology, extra", [("v5e:4x4", "tpu"), ("h100:8", "gpu_plan")])
+def test_what_is_not_installed(monkeypatch, topology, extra):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"pip install 'jaxchat\[{extra}\]'"):
+        topologies.devices_of(topology)
+
+
 def test_what_a_compiler_says_of_memory():
     assert needed("RESOURCE_EXHAUSTED: E1000: ... (55.88G) exceeds available HBM (15.75G)") == 55.88 * 2**30
     assert needed("Ran out of memory in memory space hbm. Used 512.0M of 15.75G hbm.") == 512 * 2**20
