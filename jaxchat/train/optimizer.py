@@ -28,9 +28,12 @@ def orthogonalize(g_Lmn, dtype=jnp.float32):
     x = jnp.swapaxes(g_Lmn, -1, -2) if tall else g_Lmn
     # The tiny term only guards an all-zero matrix, whose update is zero.
     x = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)).astype(dtype)
-    for _ in range(NEWTON_SCHULZ_STEPS):
+
+    def step(_, x):
         gram = x @ jnp.swapaxes(x, -1, -2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        return a * x + (b * gram + c * gram @ gram) @ x
+
+    x = lax.fori_loop(0, NEWTON_SCHULZ_STEPS, step, x)  # a loop: a fifth to compile
     return (jnp.swapaxes(x, -1, -2) if tall else x).astype(jnp.float32)
 
 
