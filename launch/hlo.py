@@ -35,7 +35,6 @@ class Collective:
     group: int
     sent: float
     times: int
-    devices: tuple[int, ...]  # the first group
 
 
 @dataclasses.dataclass
@@ -96,6 +95,8 @@ def read(text: str) -> Program:
     parts, entry = computations(text)
     by_name = {op.name: op for ops in parts.values() for op in ops}
     program = Program(0.0, [], Counter())
+    partitions = re.search(r"num_partitions=(\d+)", text)
+    everyone = int(partitions[1]) if partitions else 1
 
     def visit(computation: str, times: int):
         for op in parts.get(computation, ()):
@@ -103,7 +104,7 @@ def read(text: str) -> Program:
                 program.flops += times * (dot_flops if op.kind == "dot" else convolution_flops)(op, by_name)
             kind = op.kind.removesuffix("-start")
             if kind in COLLECTIVES:
-                program.collectives.append(collective(op, kind, by_name, times))
+                program.collectives.append(collective(op, kind, by_name, times, everyone))
             if op.kind == "custom-call":
                 target = re.search(r'custom_call_target="([^"]+)"', op.text)[1]
                 if target == "tpu_custom_call":  # Pallas; the operation has the kernel's name
@@ -182,17 +183,13 @@ def convolution_flops(op: Operation, by_name) -> float:
     return 2 * pairs * batch * features * rhs[labels[2].index("i")] / (int(groups[1]) if groups else 1)
 
 
-def collective(op: Operation, kind: str, by_name, times: int) -> Collective:
+def collective(op: Operation, kind: str, by_name, times: int, everyone: int) -> Collective:
     result = op.shapes
     if op.kind.endswith("-start"):  # (operands, results[, contexts])
         count = len([name for name in op.operands if name in by_name])
         result = op.shapes[count : 2 * count] if kind != "all-reduce" else op.shapes[:count]
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", op.text)
-    tiled = re.search(r"replica_groups=\[\d+,(\d+)\]<=\[", op.text)
-    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", op.text)
-    devices = tuple(int(n) for n in listed[1].split(",")) if listed else (int(pairs[1]), int(pairs[2])) if pairs else ()
-    group = int(tiled[1]) if tiled else len(devices)
-    size, share = size_of(result), (group - 1) / group if group else 0
+    group = group_size(op.text) or everyone
+    size, share = size_of(result), (group - 1) / group
     sent = {
         "all-gather": size * share,
         "all-reduce": 2 * size * share,
@@ -200,4 +197,21 @@ def collective(op: Operation, kind: str, by_name, times: int) -> Collective:
         "all-to-all": size * share,
         "collective-permute": size,
     }[kind]
-    return Collective(kind, result, group, sent, times, devices)
+    return Collective(kind, result, group, sent, times)
+
+
+def group_size(text: str) -> int:
+    """How many devices take part: {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}; of a pair 2, of {} (all) 0."""
+    if "replica_groups={}" in text:
+        return 0  # everyone
+    if "source_target_pairs=" in text:
+        return 2
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[", text):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # a part of an axis tells its own size
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    raise ValueError(f"the groups of a collective are told in a new way: {text[:300]}")

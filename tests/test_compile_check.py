@@ -70,6 +70,22 @@ def test_reading_a_program():
     assert program.sent() == {"all-gather": gathered, "all-reduce": 2 * row / 2, "collective-permute": row}
 
 
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("replica_groups={{0,1,2},{3,4,5}}", 3),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1'}", 8),
+        ("replica_groups=mesh['data'=4,'fsdp'=2] {'data','fsdp'}, use_global", 8),
+        ("replica_groups=mesh['data'=32,'fsdp'=2] {'data':(8)4}, use_global", 4),
+        ("replica_groups={}", 0),
+        ("source_target_pairs={{0,1},{1,0}}", 2),
+    ],
+)
+def test_who_takes_part(groups, size):
+    assert hlo.group_size(f"all-reduce(%y), channel_id=1, {groups}, to_apply=%add") == size
+
+
 def test_a_loop_whose_bound_is_in_its_condition():
     """As TPUs' programs have it, where windows of a product may be taken two at a time."""
     text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
