@@ -75,7 +75,7 @@ def run(config: Config):
     results = core.evaluate(scorer, tokenizer, bundle, config.max_per_task, TaskResult.show)
     values["core"] = mean(results)
     print(f"CORE {values['core']:.4f}", flush=True)
-    samples = show_samples(Engine(params, model, tokenizer, compute))
+    samples = show_samples(Engine(params, model, tokenizer, compute, batch_size=8))
     path = save_results(found, "base", "base_eval", results, values, "core", samples=samples)
     print(f"saved {path} and .csv", flush=True)
     cli.next_step(f"python -m launch.mid_train --model_tag={found.folder.name}")

@@ -55,7 +55,7 @@ def run(config: BaseConfig):
         return {"val_bpb": bits_per_byte(params, batches, tokenizer.token_bytes, model, compute, mesh)}
 
     def samples(params):
-        show_samples(Engine(params, model, tokenizer, compute))
+        show_samples(Engine(params, model, tokenizer, compute, batch_size=8))
         return {}
 
     def core_metric(params):

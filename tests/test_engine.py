@@ -31,7 +31,7 @@ def engine(tokenizer):
     params = jax.tree.unflatten(
         tree, [0.4 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
     )
-    return Engine(params, config, tokenizer, Compute(), batch_size=4)
+    return Engine(params, config, tokenizer, Compute(), batch_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,43 @@ def test_a_row_does_not_depend_on_its_batch(engine, prompts):
         assert engine.generate([prompt], max_tokens=20, temperature=0.0)[0] == want
 
 
+def test_64_prompts_say_the_same_alone_together_and_in_any_order(engine, tokenizer, monkeypatch):
+    """Token by token, tool calls included: the head is made to like their end, and the tool answers with a number that
+    depends on all that was said so far."""
+    special = tokenizer.special
+
+    def answer(self, tokens):
+        number = str(sum(i * token for i, token in enumerate(tokens)) % 97)
+        return [special("<|output_start|>"), *tokenizer.encode(number), special("<|output_end|>")]
+
+    monkeypatch.setattr(Engine, "_tool_result", answer)
+    likes = np.array([special("<|python_end|>"), special("<|assistant_end|>")])
+    head_DV = engine.params.lm_head.at[:, likes].multiply(2.0)
+    eager = Engine(engine.params.replace(lm_head=head_DV), engine.config, tokenizer, engine.compute, batch_size=16)
+    random = np.random.default_rng(0)
+    asked = [random.integers(0, 250, n).tolist() for n in random.integers(1, 80, 64)]
+
+    def said(order):
+        return dict(zip(order, eager.generate([asked[i] for i in order], max_tokens=24, temperature=0.0), strict=True))
+
+    together = said(range(64))
+    assert said([*reversed(range(64))]) == together == said(random.permutation(64).tolist())
+    for i in range(64):
+        assert said([i]) == {i: together[i]}
+    forced = [sum(one.forced) for one in together.values()]
+    assert sum(map(bool, forced)) >= 10 and max(forced) > 4  # many call the tool, some twice
+    assert 5 < sum(one.finished for one in together.values()) < 60 and len({len(p) for p in asked}) > 30
+
+
+def test_shapes_are_few(engine, prompts):
+    """One shape to decode with, and one a length to read prompts in, whatever is asked."""
+    before = engine_module.read_prompts._cache_size(), engine_module.decode._cache_size()
+    for count, length in ((1, 3), (40, 20), (3, 33), (17, 64), (2, 90), (20, 5)):
+        engine.generate([[7] * length] * count, max_tokens=5, temperature=0.0)
+    after = engine_module.read_prompts._cache_size(), engine_module.decode._cache_size()
+    assert after[0] - before[0] <= len({16, 32, 64, LENGTH}) and after[1] - before[1] <= 1
+
+
 def test_stream_is_what_generate_gives(engine, prompts):
     for temperature in (0.0, 1.0):
         want = engine.generate(prompts[:1], max_tokens=25, temperature=temperature, seed=3)[0]
@@ -92,18 +129,24 @@ def test_limits(engine, prompts):
 
 
 class Scripted:
-    """A forward pass that says a script whatever it reads: token i of row b's script at generated position i."""
+    """A forward pass that says a script whatever it reads: token i of script n at generated position i, where n is the
+    second token of the prompt; the cache's first slot holds it."""
 
     def __init__(self, monkeypatch, scripts, start, vocab):
         table = np.full((len(scripts), LENGTH + 1), scripts[0][-1])
-        for b, script in enumerate(scripts):
-            table[b, start - 1 : start - 1 + len(script)] = script
+        for n, script in enumerate(scripts):
+            table[n, start - 1 : start - 1 + len(script)] = script
         table = jnp.asarray(table)
 
         def features(params, tokens_BT, config, compute, cache=None):
-            position_BT = cache.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
-            script_BT = jnp.take_along_axis(table[: tokens_BT.shape[0]], jnp.clip(position_BT, 0, LENGTH), axis=1)
-            return jax.nn.one_hot(script_BT, vocab), cache.replace(lengths_B=cache.lengths_B + tokens_BT.shape[1])
+            time = tokens_BT.shape[1]
+            if time > 1:
+                k = cache.k_LBSKH.at[0, :, 0, 0, 0].set(tokens_BT[:, 1].astype(cache.k_LBSKH.dtype))
+                cache = cache.replace(k_LBSKH=k)
+            position_BT = cache.lengths_B[:, None] + jnp.arange(time)[None]
+            script_B = cache.k_LBSKH[0, :, 0, 0, 0].astype(jnp.int32)
+            script_BT = jnp.take_along_axis(table[script_B], jnp.clip(position_BT, 0, LENGTH), axis=1)
+            return jax.nn.one_hot(script_BT, vocab), cache.replace(lengths_B=cache.lengths_B + time)
 
         monkeypatch.setattr(engine_module, "features", features)
         monkeypatch.setattr(engine_module, "logits", lambda params, x: 10 * x)
@@ -125,13 +168,15 @@ def test_tool_results_are_forced(engine, tokenizer, monkeypatch):
         [*sum_, *hidden, *sum_, *hidden, end],
         [close, 8, end],
     ]
-    prompt = [tokenizer.bos, 1, 2, 3]
-    monkeypatch.setattr(engine_module, "prefill", engine_module.prefill.__wrapped__)
+    monkeypatch.setattr(engine_module, "read_prompts", engine_module.read_prompts.__wrapped__)
     monkeypatch.setattr(engine_module, "decode", engine_module.decode.__wrapped__)
-    Scripted(monkeypatch, scripts, len(prompt), tokenizer.vocab_size)
-    got = engine.generate([prompt] * 4, max_tokens=60, temperature=0.0)
+    Scripted(monkeypatch, scripts, 4, tokenizer.vocab_size)
+    engine = Engine(engine.params, engine.config, tokenizer, engine.compute, batch_size=4)
+    # Eight prompts in four slots: those that wait take the places of those that are done.
+    got = engine.generate([[tokenizer.bos, n % 4, 2, 3] for n in range(8)], max_tokens=60, temperature=0.0)
+    assert got[4:] == got[:4]
     want = [[*sum_, *result, 7], [*bad, 9, 9], [*sum_, *result, *sum_, *result], [close, 8]]
-    assert [g.tokens for g in got] == want
+    assert [g.tokens for g in got[:4]] == want
     assert all(g.finished for g in got)
     assert [t for t, f in zip(got[0].tokens, got[0].forced, strict=True) if f] == result
     assert not any(got[1].forced) and sum(got[2].forced) == 2 * len(result)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxchat.eval import sandbox
 from jaxchat.eval.results import TaskResult
-from jaxchat.eval.scoring import Scorer
+from jaxchat.eval.scoring import Progress, Scorer
 from jaxchat.infer.engine import Engine
 from jaxchat.tokenizer import Tokenizer
 
@@ -93,11 +93,14 @@ def letter_accuracy(scorer: Scorer, tokenizer: Tokenizer, task: Sequence[dict], 
     return sum(right) / max(1, len(right))
 
 
-def write_answers(engine: Engine, rows: list[dict], check: Callable[[dict, str], bool], **how) -> list[list[bool]]:
-    """Of each problem, whether each of its answers is right. how: of Engine.generate."""
+def write_answers(
+    engine: Engine, rows: list[dict], check: Callable[[dict, str], bool], *, quiet: bool = False, **how
+) -> list[list[bool]]:
+    """Of each problem, whether each of its answers is right. how: of Engine.generate; quiet: print no progress."""
     tokenizer, room = engine.tokenizer, max(1, engine.config.sequence_len - how["max_tokens"])
     prompts = [tokenizer.render_for_completion(row)[-room:] for row in rows]
-    answers = engine.generate(prompts, **how)
+    progress = Progress(len(rows) * how.get("num_samples", 1), "written", quiet=quiet)
+    answers = engine.generate(prompts, told=progress.add, **how)
     samples = len(answers) // max(1, len(rows))
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # HumanEval waits for processes
         asked = [row for row in rows for _ in range(samples)]

@@ -1,12 +1,13 @@
 """Generation with a key/value cache: many prompts at once, decoded on the device, with the calculator tool.
 
-The device decodes in stretches. The host steps in only where a row has called the tool: it calculates, and the result
-is forced into that row's stream. Prompt lengths, cache lengths and batch sizes go to powers of two, so that few shapes
-are ever compiled.
+There is a fixed number of slots. A row that is done leaves its slot to a prompt that waits. The device decodes in
+stretches; the host steps in where rows have called the tool (their results are forced into their streams) or are done.
+A prompt is read in a batch whose shape depends on the prompt alone, and all slots are decoded in one shape: so what a
+row says does not depend on what else is there, and few shapes are ever compiled.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -17,13 +18,15 @@ from jax import lax
 from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.infer.calculator import calculate
 from jaxchat.infer.sampling import sample
+from jaxchat.model.attention import SLOT_BLOCK
 from jaxchat.model.cache import KVCache
 from jaxchat.model.gpt import features, logits
 from jaxchat.model.params import Params
 
-STRETCH = 128  # tokens decoded before the host looks
+STRETCH = 64  # tokens decoded before the host looks, at most
 FORCED = 64  # the most tokens that one tool call can force
 EXPRESSION = 256  # the most tokens that a tool's expression may have
+SHORTEST = 16  # tokens of the shortest rows in which prompts are read
 
 
 @dataclasses.dataclass
@@ -40,13 +43,20 @@ def bucket(n: int, smallest: int, largest: int) -> int:
     return min(largest, max(smallest, 1 << (n - 1).bit_length()))
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "cache_len"))
-def prefill(params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute, cache_len: int):
-    """(logits_BV after each row's last token, cache) of prompts padded at the end."""
-    cache = KVCache.empty(config, tokens_BT.shape[0], cache_len, jnp.dtype(compute.dtype))
-    x_BTD, cache = features(params, tokens_BT, config, compute, cache)
-    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return logits(params.lm_head, last_BD), cache.replace(lengths_B=lengths_B)
+@partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("logits_BV", "cache"))
+def read_prompts(
+    params, logits_BV, cache: KVCache, tokens_PT, lengths_P, slots_P, config: ModelConfig, compute: Compute
+):
+    """(logits_BV, cache) with prompts, padded at the end, read into their slots; a slot beyond the last is none."""
+    dtype = jnp.dtype(compute.dtype)
+    x_PTD, own = features(params, tokens_PT, config, compute, KVCache.empty(config, *tokens_PT.shape, dtype))
+    last_PD = jnp.take_along_axis(x_PTD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
+    time = tokens_PT.shape[1]
+    return logits_BV.at[slots_P].set(logits(params.lm_head, last_PD), mode="drop"), KVCache(
+        cache.k_LBSKH.at[:, slots_P, :time].set(own.k_LBSKH, mode="drop"),
+        cache.v_LBSKH.at[:, slots_P, :time].set(own.v_LBSKH, mode="drop"),
+        cache.lengths_B.at[slots_P].set(lengths_P, mode="drop"),
+    )
 
 
 @partial(
@@ -55,50 +65,53 @@ def prefill(params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute,
     donate_argnames=("logits_BV", "cache"),
 )
 def decode(
-    params, logits_BV, cache, rows_B, limits_B, done_B, forced_BF, num_forced_B, seed, temperature,
+    params, logits_BV, cache, rows_B, limits_B, done_B, forced_BF, num_forced_B, seed, temperature, count_done, enough,
     *, config, compute, greedy, top_k, stretch, specials,
 ):  # fmt: skip
-    """Decode up to `stretch` tokens a row, until a row calls the tool or all are done.
+    """Decode up to `stretch` tokens a row, until `enough` rows wait for the host or none is left to decode.
 
-    -> (logits_BV, cache, done_B, ended_B, tokens_BN, was_forced_BN, number of forced tokens used, steps N' taken);
-    tokens are −1 where a row emitted nothing. specials: ids of (python_end, assistant_end, bos).
+    A row waits when it has called the tool; one that is done counts as well if count_done.
+    -> (logits_BV, cache, done_B, ended_B, called_B, tokens_BN, was_forced_BN, number of forced tokens used); tokens are
+    −1 where a row emitted nothing. specials: ids of (python_end, assistant_end, bos).
     """
     python_end, assistant_end, bos = specials
     batch = logits_BV.shape[0]
 
     def more(carry):
-        i, _, _, done_B, _, _, _, _, called = carry
-        return (i < stretch) & ~called & ~jnp.all(done_B)
+        i, _, _, done_B, _, called_B, _, _, _ = carry
+        waiting = jnp.sum(called_B) + jnp.where(count_done, jnp.sum(done_B), 0)
+        return (i < stretch) & (waiting < enough) & ~jnp.all(done_B | called_B)
 
     def step(carry):
-        i, logits_BV, cache, done_B, ended_B, tokens_BN, forced_BN, used_B, _ = carry
+        i, logits_BV, cache, done_B, ended_B, called_B, tokens_BN, forced_BN, used_B = carry
         sampled_B = sample(logits_BV, rows_B, cache.lengths_B, seed, temperature, greedy=greedy, top_k=top_k)
         is_forced_B = used_B < num_forced_B
         next_forced_B = jnp.take_along_axis(forced_BF, jnp.minimum(used_B, FORCED - 1)[:, None], axis=1)[:, 0]
         token_B = jnp.where(is_forced_B, next_forced_B, sampled_B)
-        ends_B = ~done_B & ~is_forced_B & ((token_B == assistant_end) | (token_B == bos))
-        emits_B = ~done_B & ~ends_B
+        active_B = ~done_B & ~called_B
+        ends_B = active_B & ~is_forced_B & ((token_B == assistant_end) | (token_B == bos))
+        emits_B = active_B & ~ends_B
         tokens_BN = tokens_BN.at[:, i].set(jnp.where(emits_B, token_B, -1))
         forced_BN = forced_BN.at[:, i].set(emits_B & is_forced_B)
         x_BTD, fed = features(params, token_B[:, None], config, compute, cache)
         cache = fed.replace(lengths_B=jnp.where(emits_B, fed.lengths_B, cache.lengths_B))
         logits_BV = jnp.where(emits_B[:, None], logits(params.lm_head, x_BTD[:, 0]), logits_BV)
-        called = jnp.any(emits_B & ~is_forced_B & (token_B == python_end))
+        called_B = called_B | (emits_B & ~is_forced_B & (token_B == python_end))
         done_B = done_B | ends_B | (cache.lengths_B >= limits_B)
         used_B = used_B + (emits_B & is_forced_B)
-        return i + 1, logits_BV, cache, done_B, ended_B | ends_B, tokens_BN, forced_BN, used_B, called
+        return i + 1, logits_BV, cache, done_B, ended_B | ends_B, called_B, tokens_BN, forced_BN, used_B
 
+    none_B = jnp.zeros(batch, bool)
+    cache = cache.replace(lengths_B=jnp.where(done_B, 0, cache.lengths_B))  # nobody waits for what they attend to
     carry = (
-        jnp.zeros((), jnp.int32), logits_BV, cache, done_B, jnp.zeros(batch, bool),
-        jnp.full((batch, stretch), -1, jnp.int32), jnp.zeros((batch, stretch), bool),
-        jnp.zeros(batch, jnp.int32), jnp.zeros((), bool),
+        jnp.zeros((), jnp.int32), logits_BV, cache, done_B, none_B, none_B,
+        jnp.full((batch, stretch), -1, jnp.int32), jnp.zeros((batch, stretch), bool), jnp.zeros(batch, jnp.int32),
     )  # fmt: skip
-    i, logits_BV, cache, done_B, ended_B, tokens_BN, forced_BN, used_B, _ = lax.while_loop(more, step, carry)
-    return logits_BV, cache, done_B, ended_B, tokens_BN, forced_BN, used_B, i
+    return lax.while_loop(more, step, carry)[1:]
 
 
 class Engine:
-    """Generates with one model. Making one is cheap; compiled shapes are shared by all."""
+    """Generates with one model, in batch_size slots. Making one is cheap; compiled shapes are shared by all."""
 
     def __init__(
         self, params: Params, config: ModelConfig, tokenizer, compute: Compute | None = None, *, batch_size: int = 64
@@ -115,76 +128,54 @@ class Engine:
         top_k: int | None = None,
         seed: int = 0,
         num_samples: int = 1,
+        told: Callable[[int], None] = lambda finished: None,
     ) -> list[Generation]:
-        """num_samples continuations of every prompt (those of one prompt stand together)."""
+        """num_samples continuations of every prompt (those of one prompt stand together).
+
+        told: called with how many more are done, now and then.
+        """
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
         results = [Generation() for _ in rows]
-        # Rows of like length share a batch: little padding, and few shapes.
-        order = sorted(range(len(rows)), key=lambda r: len(rows[r]))
-        for first in range(0, len(rows), self.batch_size):
-            chosen = order[first : first + self.batch_size]
-            for _ in self._run(rows, chosen, results, max_tokens, temperature, top_k, seed, STRETCH):
-                pass
+        for finished in self._run(rows, results, max_tokens, temperature, top_k, seed, STRETCH):
+            told(finished)
         return results
 
     def stream(
         self, prompt: list[int], *, max_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
     ) -> Iterator[tuple[int, bool]]:
         """The (token, whether the tool forced it) of one continuation as they come; the same as `generate`'s first."""
-        results, told = [Generation()], 0
-        for _ in self._run([prompt], [0], results, max_tokens, temperature, top_k, seed, 4):
+        results, shown = [Generation()], 0
+        for _ in self._run([prompt], results, max_tokens, temperature, top_k, seed, 4):
             new = results[0]
-            yield from zip(new.tokens[told:], new.forced[told:], strict=True)
-            told = len(new.tokens)
+            yield from zip(new.tokens[shown:], new.forced[shown:], strict=True)
+            shown = len(new.tokens)
 
-    def _padded(self, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        longest, limit = max(map(len, prompts)), self.config.sequence_len
-        if longest > limit or min(map(len, prompts)) < 1:
-            raise UserError(f"a prompt of {longest} tokens; this model takes 1 to {limit}")
-        batch = bucket(len(prompts), 1, max(self.batch_size, len(prompts)))
-        tokens_BT = np.zeros((batch, bucket(longest, 16, limit)), np.int32)
-        lengths_B = np.ones(batch, np.int32)
-        for b, prompt in enumerate(prompts):
-            tokens_BT[b, : len(prompt)] = prompt
-            lengths_B[b] = len(prompt)
-        return tokens_BT, lengths_B
-
-    def _run(self, rows, chosen, results, max_tokens, temperature, top_k, seed, stretch) -> Iterator[None]:
-        """Generate for the chosen rows into results; gives way after every stretch."""
+    def _run(self, rows, results, max_tokens, temperature, top_k, seed, stretch) -> Iterator[int]:
+        """Generate for all rows into results; gives how many have finished after every stretch."""
+        slots = Slots(self, rows, max_tokens)
         special = self.tokenizer.special
         specials = (special("<|python_end|>"), special("<|assistant_end|>"), special("<|bos|>"))
-        tokens_BT, lengths_B = self._padded([rows[r] for r in chosen])
-        batch = len(lengths_B)
-        limits_B = np.minimum(lengths_B + max_tokens, self.config.sequence_len)
-        cache_len = max(tokens_BT.shape[1], bucket(int(limits_B.max()), 64, self.config.sequence_len))
-        rows_B = np.zeros(batch, np.int32)
-        rows_B[: len(chosen)] = chosen
-        done_B = lengths_B >= limits_B
-        done_B[len(chosen) :] = True
-        forced_BF, num_forced_B = np.zeros((batch, FORCED), np.int32), np.zeros(batch, np.int32)
-        logits_BV, cache = prefill(self.params, tokens_BT, lengths_B, self.config, self.compute, cache_len)
-        while not done_B.all():
-            logits_BV, cache, done, ended, tokens_BN, forced_BN, used_B, steps = decode(
-                self.params, logits_BV, cache, rows_B, limits_B, done_B, forced_BF, num_forced_B,
-                np.uint32(seed), np.float32(temperature or 1.0), config=self.config, compute=self.compute,
+        while slots.admit():
+            slots.logits_BV, slots.cache, *found = decode(
+                self.params, slots.logits_BV, slots.cache, slots.row_B.clip(0), slots.limit_B, slots.done_B,
+                slots.forced_BF, slots.num_forced_B, np.uint32(seed), np.float32(temperature or 1.0),
+                bool(slots.waiting), np.int32(slots.together), config=self.config, compute=self.compute,
                 greedy=temperature == 0, top_k=top_k, stretch=stretch, specials=specials,
             )  # fmt: skip
-            done, ended, tokens_BN, forced_BN, used_B, steps = jax.device_get(
-                (done, ended, tokens_BN, forced_BN, used_B, steps)
-            )
-            done_B = np.array(done)
-            for b, r in enumerate(chosen):
-                result = results[r]
-                emitted = tokens_BN[b, :steps] >= 0
-                result.tokens.extend(tokens_BN[b, :steps][emitted].tolist())
-                result.forced.extend(forced_BN[b, :steps][emitted].tolist())
-                result.finished |= bool(ended[b])
-                left = forced_BF[b, used_B[b] : num_forced_B[b]].tolist()
-                if steps and tokens_BN[b, steps - 1] == specials[0] and not forced_BN[b, steps - 1]:
-                    left = self._tool_result(result.tokens)
-                num_forced_B[b] = len(left)
-                forced_BF[b, : len(left)] = left
-            yield
+            done_B, ended_B, called_B, tokens_BN, forced_BN, used_B = jax.device_get(found)
+            finished = 0
+            for b in np.flatnonzero(slots.row_B >= 0):
+                result = results[slots.row_B[b]]
+                emitted = tokens_BN[b] >= 0
+                result.tokens.extend(tokens_BN[b][emitted].tolist())
+                result.forced.extend(forced_BN[b][emitted].tolist())
+                result.finished |= bool(ended_B[b])
+                left = slots.forced_BF[b, used_B[b] : slots.num_forced_B[b]].tolist()
+                slots.force(b, self._tool_result(result.tokens) if called_B[b] else left)
+                if done_B[b]:
+                    slots.free(b)
+                    finished += 1
+            yield finished
 
     def _tool_result(self, tokens: list[int]) -> list[int]:
         """The tokens to force after a python_end that was just emitted; none if its expression has no value."""
@@ -198,3 +189,63 @@ class Engine:
         if value is None:
             return []
         return [special("<|output_start|>"), *self.tokenizer.encode(value), special("<|output_end|>")]
+
+
+class Slots:
+    """The places that rows are decoded in, and the prompts that wait for one."""
+
+    def __init__(self, engine: Engine, rows: list[list[int]], max_tokens: int):
+        limit, count = engine.config.sequence_len, engine.batch_size
+        longest, shortest = max(map(len, rows), default=1), min(map(len, rows), default=1)
+        if longest > limit or shortest < 1:
+            raise UserError(f"a prompt of {longest if longest > limit else 0} tokens; this model takes 1 to {limit}")
+        self._engine, self._rows, self._max_tokens = engine, rows, max_tokens
+        self.together = max(1, count // 8)  # prompts are read, and rows waited for, so many at a time
+        # The longest first: rows that take long don't begin last.
+        wanted = [r for r, row in enumerate(rows) if min(max_tokens, limit - len(row)) > 0]
+        self.waiting = sorted(wanted, key=lambda r: len(rows[r]))
+        self.row_B = np.full(count, -1)  # which row a slot holds; −1: none
+        self.done_B = np.ones(count, bool)
+        self.limit_B = np.zeros(count, np.int32)
+        self.forced_BF, self.num_forced_B = np.zeros((count, FORCED), np.int32), np.zeros(count, np.int32)
+        self.cache = self.logits_BV = None
+
+    def free(self, b: int):
+        self.row_B[b], self.done_B[b] = -1, True
+
+    def force(self, b: int, tokens: list[int]):
+        self.num_forced_B[b] = len(tokens)
+        self.forced_BF[b, : len(tokens)] = tokens
+
+    def admit(self) -> bool:
+        """Give free slots to waiting prompts, where there are enough to read together. -> whether any slot is taken."""
+        if self.waiting and self.cache is None:
+            config, count = self._engine.config, len(self.row_B)
+            length = -(-config.sequence_len // SLOT_BLOCK) * SLOT_BLOCK
+            self.cache = KVCache.empty(config, count, length, jnp.dtype(self._engine.compute.dtype))
+            self.logits_BV = jnp.zeros((count, config.vocab_size))
+        while (free := np.flatnonzero(self.row_B < 0)).size >= min(self.together, len(self.waiting)) > 0:
+            self._read(free)
+        return bool((self.row_B >= 0).any())
+
+    def _read(self, free: np.ndarray):
+        """Read the longest waiting prompts, as many as have one length of batch, into free slots."""
+        engine, rows, count = self._engine, self._rows, len(self.row_B)
+
+        def length_of(r):
+            return bucket(len(rows[r]), SHORTEST, engine.config.sequence_len)
+
+        length = length_of(self.waiting[-1])
+        tokens_PT = np.zeros((self.together, length), np.int32)
+        lengths_P, slots_P = np.ones(self.together, np.int32), np.full(self.together, count, np.int32)
+        for p, b in enumerate(free[: self.together]):
+            if not self.waiting or length_of(self.waiting[-1]) != length:
+                break
+            r = self.waiting.pop()
+            tokens_PT[p, : len(rows[r])] = rows[r]
+            lengths_P[p], slots_P[p], self.row_B[b], self.done_B[b] = len(rows[r]), b, r, False
+            self.limit_B[b] = min(len(rows[r]) + self._max_tokens, engine.config.sequence_len)
+            self.force(b, [])
+        self.logits_BV, self.cache = read_prompts(
+            engine.params, self.logits_BV, self.cache, tokens_PT, lengths_P, slots_P, engine.config, engine.compute
+        )

@@ -14,6 +14,8 @@ QUERY_BLOCK = 128  # "blocks": queries taken together; smaller skips more of the
 LANES = 128  # splash: time and (above 64) head dimension are filled up to a multiple
 SPLASH_BLOCK = 512  # queries and keys that splash takes at a time, where that divides the time
 
+SLOT_BLOCK = 64  # slots of a cache taken together where one token a row is decoded
+
 
 def causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation: str, segments_BT=None, mesh: Mesh | None = None):
     """Each position attends to itself and those before it; softmax in float32, scale 1/√H. -> [B, T, N, H].
@@ -111,3 +113,31 @@ def cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT):
     slots_S = jnp.arange(k_BSKH.shape[1])
     mask_BTS = slots_S[None, None, :] <= positions_BT[:, :, None]
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="xla")
+
+
+def decoding_attention(q_B1NH, k_LBSKH, v_LBSKH, layer: int, positions_B):
+    """Attention of one token a row to the slots of its layer at or before its own position. -> [B, 1, N, H].
+
+    Block after block of slots, as far as the longest row reaches; what lies beyond a row's own end adds exactly 0, so
+    its result does not depend on how long the others are. Normed queries and keys: see block_causal_attention.
+    """
+    (B, _, N, H), (_, _, S, K, _) = q_B1NH.shape, k_LBSKH.shape
+    block = math.gcd(S, SLOT_BLOCK)
+    q_BKGH = (q_B1NH / math.sqrt(H)).reshape(B, K, N // K, H)
+
+    def add_block(i, carry):
+        sum_BKG, y_BKGH = carry
+        k_BsKH, v_BsKH = (
+            jax.lax.dynamic_slice(a, (layer, 0, i * block, 0, 0), (1, B, block, K, H))[0].astype(q_BKGH.dtype)
+            for a in (k_LBSKH, v_LBSKH)
+        )
+        scores_BKGs = jnp.einsum("bkgh,bskh->bkgs", q_BKGH, k_BsKH, preferred_element_type=jnp.float32)
+        seen_Bs = (i * block + jnp.arange(block))[None, :] <= positions_B[:, None]
+        p_BKGs = jnp.where(seen_Bs[:, None, None], jnp.exp(scores_BKGs), 0.0)
+        y = jnp.einsum("bkgs,bskh->bkgh", p_BKGs.astype(q_BKGH.dtype), v_BsKH, preferred_element_type=jnp.float32)
+        return sum_BKG + p_BKGs.sum(-1), y_BKGH + y
+
+    nothing = (jnp.zeros((B, K, N // K)), jnp.zeros((B, K, N // K, H)))
+    blocks = jnp.minimum(jnp.max(positions_B) // block + 1, S // block)
+    sum_BKG, y_BKGH = jax.lax.fori_loop(0, blocks, add_block, nothing)
+    return (y_BKGH / sum_BKG[..., None]).reshape(B, 1, N, H).astype(q_B1NH.dtype)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
-from jaxchat.model.attention import cached_attention, causal_attention
+from jaxchat.model.attention import cached_attention, causal_attention, decoding_attention
 from jaxchat.model.cache import KVCache
 from jaxchat.model.params import Blocks, Params
 from jaxchat.sharding import constrain, row_axes
@@ -134,7 +134,10 @@ def features(
         def attend(q, k, v):
             k_all = k_LBSKH.at[index, rows, positions_BT].set(k.astype(k_LBSKH.dtype), mode="drop")
             v_all = v_LBSKH.at[index, rows, positions_BT].set(v.astype(v_LBSKH.dtype), mode="drop")
-            y = cached_attention(q, k_all[index].astype(dtype), v_all[index].astype(dtype), positions_BT)
+            if time == 1:
+                y = decoding_attention(q, k_all, v_all, index, positions_BT[:, 0])
+            else:
+                y = cached_attention(q, k_all[index].astype(dtype), v_all[index].astype(dtype), positions_BT)
             return y, (k_all, v_all)
 
         x_BTD, (k_LBSKH, v_LBSKH) = block(x_BTD, w, tables, attend)
