@@ -31,3 +31,12 @@ def test_profile_finds_every_part(run_command):
     said = run_command("bench.profile", *TINY).stdout
     for part in ("attention, forward", "attention, backward", "mlp, forward", "loss ", "optimizer"):
         assert part in said
+
+
+@pytest.mark.slow
+def test_eval_times_core_and_answers(run_command, shared_data):
+    tiny = ["--depth=1", "--seq=64", "--vocab=300", "--max_per_task=11", "--prompts=4", "--alone=1", "--max_tokens=4"]
+    data = [f"--eval_bundle={shared_data / 'eval_bundle'}", f"--tasks_dir={shared_data}", "--batch_size=4"]
+    said = run_command("bench.eval", *tiny, *data).stdout
+    assert "all at once / one at a time: " in said and "CORE: 22 tasks, 242 items in " in said
+    assert "2 compilations, 2 lengths" in said

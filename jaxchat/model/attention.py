@@ -14,7 +14,7 @@ QUERY_BLOCK = 128  # "blocks": queries taken together; smaller skips more of the
 LANES = 128  # splash: time and (above 64) head dimension are filled up to a multiple
 SPLASH_BLOCK = 512  # queries and keys that splash takes at a time, where that divides the time
 
-SLOT_BLOCK = 64  # slots of a cache taken together where one token a row is decoded
+SLOT_BLOCK = 32  # slots of a cache taken together where one token a row is decoded
 
 
 def causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation: str, segments_BT=None, mesh: Mesh | None = None):
@@ -122,22 +122,23 @@ def decoding_attention(q_B1NH, k_LBSKH, v_LBSKH, layer: int, positions_B):
     its result does not depend on how long the others are. Normed queries and keys: see block_causal_attention.
     """
     (B, _, N, H), (_, _, S, K, _) = q_B1NH.shape, k_LBSKH.shape
-    block = math.gcd(S, SLOT_BLOCK)
-    q_BKGH = (q_B1NH / math.sqrt(H)).reshape(B, K, N // K, H)
+    block, groups = math.gcd(S, SLOT_BLOCK), range(N // K)
+    q_BKGH = (q_B1NH.astype(jnp.float32) / math.sqrt(H)).reshape(B, K, N // K, H)
 
-    def add_block(i, carry):
-        sum_BKG, y_BKGH = carry
+    def add_block(i, found):  # products and sums, not matrix products: a CPU is five times as fast
         k_BsKH, v_BsKH = (
-            jax.lax.dynamic_slice(a, (layer, 0, i * block, 0, 0), (1, B, block, K, H))[0].astype(q_BKGH.dtype)
-            for a in (k_LBSKH, v_LBSKH)
+            jax.lax.dynamic_slice(a, (layer, 0, i * block, 0, 0), (1, B, block, K, H))[0] for a in (k_LBSKH, v_LBSKH)
         )
-        scores_BKGs = jnp.einsum("bkgh,bskh->bkgs", q_BKGH, k_BsKH, preferred_element_type=jnp.float32)
-        seen_Bs = (i * block + jnp.arange(block))[None, :] <= positions_B[:, None]
-        p_BKGs = jnp.where(seen_Bs[:, None, None], jnp.exp(scores_BKGs), 0.0)
-        y = jnp.einsum("bkgs,bskh->bkgh", p_BKGs.astype(q_BKGH.dtype), v_BsKH, preferred_element_type=jnp.float32)
-        return sum_BKG + p_BKGs.sum(-1), y_BKGH + y
+        seen_Bs1 = (i * block + jnp.arange(block)[None, :, None]) <= positions_B[:, None, None]
+        added = []
+        for g, (sum_BK, y_BKH) in enumerate(found):
+            scores_BsK = jnp.sum(q_BKGH[:, None, :, g] * k_BsKH, axis=-1)
+            p_BsK = jnp.where(seen_Bs1, jnp.exp(scores_BsK), 0.0)
+            added.append((sum_BK + p_BsK.sum(1), y_BKH + jnp.sum(p_BsK[..., None] * v_BsKH, axis=1)))
+        return added
 
-    nothing = (jnp.zeros((B, K, N // K)), jnp.zeros((B, K, N // K, H)))
+    nothing = [(jnp.zeros((B, K)), jnp.zeros((B, K, H))) for _ in groups]
     blocks = jnp.minimum(jnp.max(positions_B) // block + 1, S // block)
-    sum_BKG, y_BKGH = jax.lax.fori_loop(0, blocks, add_block, nothing)
-    return (y_BKGH / sum_BKG[..., None]).reshape(B, 1, N, H).astype(q_B1NH.dtype)
+    found = jax.lax.fori_loop(0, blocks, add_block, nothing)
+    y_BKGH = jnp.stack([y_BKH / sum_BK[..., None] for sum_BK, y_BKH in found], axis=2)
+    return y_BKGH.reshape(B, 1, N, H).astype(q_B1NH.dtype)
