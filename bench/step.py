@@ -21,7 +21,7 @@ from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.train.loop import place_batch
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import init_state
-from jaxchat.train.step import make_train_step
+from jaxchat.train.step import compile_step, make_train_step
 from launch import cli
 
 GRAD_CLIP = {"base": 1.0, "mid": 0.0, "sft": 0.0}
@@ -100,12 +100,15 @@ def peak_bytes() -> int:
 
 
 def run(config: Config):
+    sharding.keep_compiled()  # as the commands do
     micros = [int(n) for n in (config.micro_rows or str(config.batch)).split(",")]
     runs = {}
     for way in config.ways.split(","):
         for micro in micros:
             runs[f"{way.strip() or 'defaults'}, {micro} rows at a time"] = prepare(config, parse_way(way), micro)
     states = {name: run[1] for name, run in runs.items()}  # donated to each step, and replaced by what it returns
+    for step, state, batch, _ in runs.values():
+        compile_step(step, state, batch, np.float32(1.0))
     times, losses = {name: [] for name in runs}, {}
     model = next(iter(runs.values()))[3]
     cli.print_plan(

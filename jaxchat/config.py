@@ -82,6 +82,8 @@ class Compute:
         matrix products only), "full" (keep only each layer's input).
     attention: "xla", "blocks" (CPU), "cudnn" (GPU, bfloat16) or "splash" (TPU).
     loss_chunk_tokens: logits exist for at most this many tokens per device at a time.
+    micro_tokens: a training step takes at most this many tokens of a device's micro-batch at a time, whole rows (one at
+        least); 0: all. On a CPU less is in its caches' way, and in memory.
     mesh: the jax.sharding.Mesh that weights and batches lie on; None: one device.
     """
 
@@ -90,6 +92,7 @@ class Compute:
     remat: str = "none"
     attention: str = "xla"
     loss_chunk_tokens: int = 512
+    micro_tokens: int = 0
     mesh: Any = None
 
     @classmethod
@@ -101,7 +104,7 @@ class Compute:
         if dtype == "auto":
             dtype = "float32" if backend == "cpu" else "bfloat16"
         if backend == "cpu":
-            chosen = {"unroll": True, "attention": "blocks"}  # what is fastest there (dev/LOG.md)
+            chosen = {"unroll": True, "attention": "blocks", "micro_tokens": 1024}  # what is fastest there (dev/LOG.md)
         else:
             kernel = {"gpu": "cudnn" if dtype == "bfloat16" else "xla", "tpu": "splash"}.get(backend, "xla")
             chosen = {"remat": "dots", "attention": kernel, "loss_chunk_tokens": 4096}

@@ -13,7 +13,7 @@ from jaxchat.model.gpt import forward
 from jaxchat.train.loop import place_batch
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import abstract_state, init_state
-from jaxchat.train.step import make_train_step
+from jaxchat.train.step import make_train_step, split_rows
 
 CONFIG = ModelConfig(sequence_len=16, vocab_size=40, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
 # SGD instead of Muon where weights are compared: Newton–Schulz brings the directions that hold only rounding up to
@@ -38,14 +38,14 @@ def uneven_weights():
 
 
 @cache  # so that each shape is compiled once
-def mesh_and_step(num_devices, optimizer):
+def mesh_and_step(num_devices, optimizer, micro_tokens=0):
     mesh = sharding.make_mesh(jax.devices()[:num_devices])
-    return mesh, make_train_step(CONFIG, Compute(mesh=mesh), optimizer, mesh)
+    return mesh, make_train_step(CONFIG, Compute(mesh=mesh, micro_tokens=micro_tokens), optimizer, mesh)
 
 
-def run(batch, *, micro=1, devices=1, optimizer=SGD, steps=2):
+def run(batch, *, micro=1, devices=1, optimizer=SGD, steps=2, micro_tokens=0):
     """-> (weights, metrics of the last step) after `steps` steps on the same batch, cut into micro-batches."""
-    mesh, step = mesh_and_step(devices, optimizer)
+    mesh, step = mesh_and_step(devices, optimizer, micro_tokens)
     state = init_state(0, CONFIG, optimizer, mesh)
     cut = {name: a.reshape(micro, 8 // micro, 16) for name, a in batch.items()}
     for _ in range(steps):
@@ -66,6 +66,23 @@ def test_accumulation_weighs_tokens_not_micro_batches():
         split, split_metrics = run(batch, micro=micro)
         same(split.params, whole.params)
         np.testing.assert_allclose(split_metrics["loss"], metrics["loss"], rtol=1e-6)
+
+
+def test_a_bound_on_tokens_cuts_micro_batches():
+    """At most 2 rows of 16 at a time: bit for bit what 4 micro-batches of 2 are; on two devices, 2 rows of each."""
+    batch = batch_of(uneven_weights())
+    split, bounded = run(batch, micro=4), run(batch, micro_tokens=47)
+    jax.tree.map(np.testing.assert_array_equal, bounded, split)
+    same(run(batch, micro_tokens=47, devices=2)[0].params, split[0].params)
+    rows = np.arange(8)[None, :, None] + np.zeros((1, 8, 16), np.int32)
+    for micro_tokens, devices, want in (
+        (0, 1, [range(8)]),
+        (16, 2, [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        (1, 8, [range(8)]),
+    ):
+        compute = Compute(mesh=sharding.make_mesh(jax.devices()[:devices]), micro_tokens=micro_tokens)
+        got = split_rows({"inputs": rows}, compute)["inputs"]
+        assert got[:, :, 0].tolist() == [list(part) for part in want]
 
 
 def test_loss_is_the_mean_over_what_is_supervised():

@@ -18,6 +18,7 @@ from jaxchat.train.reporter import Reporter
 from jaxchat.train.saving import Saver
 from jaxchat.train.signals import Stop
 from jaxchat.train.state import TrainState
+from jaxchat.train.step import compile_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,8 @@ def _train(stage: Stage, evaluations: list[Evaluation], stop: Stop) -> dict[str,
                 progress = totals["taken"] / stage.num_documents
                 multiplier = lr_multiplier(progress, 0.0)
             placed = place_batch(batch, stage.mesh)
+            if step == stage.resume_step:
+                compile_step(stage.step_fn, state, placed, multiplier)
             state, metrics = stage.step_fn(state, placed, multiplier)
             step += 1
             metrics = metrics | totals | {"progress": progress, "lr_multiplier": multiplier}

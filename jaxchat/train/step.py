@@ -1,5 +1,6 @@
 """The one training step."""
 
+import ctypes
 from collections.abc import Callable
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.model import params as model_params
-from jaxchat.sharding import ROWS, constrain
+from jaxchat.sharding import ROWS, constrain, data_shards
 from jaxchat.train.loss import loss_sums
 from jaxchat.train.state import TrainState, state_shardings
 
@@ -40,7 +41,7 @@ def train_step(
         return jax.tree.map(jnp.add, sums, (grads, nll, weight)), None
 
     zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros(()))
-    (grads, nll, weight), _ = lax.scan(add_micro_batch, zeros, batch)
+    (grads, nll, weight), _ = lax.scan(add_micro_batch, zeros, split_rows(batch, compute))
 
     supervised = weight > 0
     mean = 1.0 / jnp.where(supervised, weight, 1.0)
@@ -70,6 +71,32 @@ def train_step(
         "empty_steps": new_state.empty_steps,
     }
     return new_state, metrics
+
+
+def split_rows(batch: dict, compute: Compute) -> dict:
+    """Arrays [A, B, T] as [A·n, B/n, T], n the least that keeps to compute.micro_tokens; rows stay on their devices."""
+    num_micro, rows, time = batch["inputs"].shape
+    shards = data_shards(compute.mesh)
+    own = rows // shards  # rows of a device
+    able = [n for n in range(1, own + 1) if own % n == 0]
+    n = next((n for n in able if own // n * time <= compute.micro_tokens), own) if compute.micro_tokens else 1
+    if n == 1:
+        return batch
+
+    def split(a):
+        return a.reshape(num_micro, shards, n, -1, time).swapaxes(1, 2).reshape(num_micro * n, -1, time)
+
+    return jax.tree.map(split, batch)
+
+
+def compile_step(step, *args):
+    """Compile a jitted step for the arguments of its first call, which then doesn't; give back what compiling took.
+
+    Else a CPU's process keeps some 200 MB of it to its end. Only glibc can be asked to.
+    """
+    step.lower(*args).compile()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def make_train_step(
