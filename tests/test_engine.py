@@ -31,7 +31,7 @@ def engine(tokenizer):
     params = jax.tree.unflatten(
         tree, [0.4 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
     )
-    return Engine(params, config, tokenizer, Compute(), batch_size=16)
+    return Engine(params, config, tokenizer, Compute(attention="blocks"), batch_size=16)
 
 
 @pytest.fixture(scope="module")

@@ -102,9 +102,11 @@ def test_every_form_gives_the_same_loss_and_gradient(form):
     )
 
 
-def test_cache_gives_what_the_whole_sequence_gives():
+@pytest.mark.parametrize("attention", ["xla", "blocks"])
+def test_cache_gives_what_the_whole_sequence_gives(attention, monkeypatch):
     """Prompts of different lengths first, then token by token, each row at a position of its own."""
-    params, compute = random_params(CONFIG), Compute()
+    monkeypatch.setattr("jaxchat.model.attention.SLOT_BLOCK", 4)  # rows end in different blocks
+    params, compute = random_params(CONFIG), Compute(attention=attention)
     tokens_BT = tokens(CONFIG, time=16)
     whole = np.asarray(forward(params, tokens_BT, CONFIG, compute))
     lengths = np.array([3, 7, 5], np.int32)

@@ -116,7 +116,7 @@ def cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT):
 
 
 def decoding_attention(q_B1NH, k_LBSKH, v_LBSKH, layer: int, positions_B):
-    """Attention of one token a row to the slots of its layer at or before its own position. -> [B, 1, N, H].
+    """For CPUs: attention of one token a row to the slots of its layer at or before its own position. -> [B, 1, N, H].
 
     Block after block of slots, as far as the longest row reaches; what lies beyond a row's own end adds exactly 0, so
     its result does not depend on how long the others are. Normed queries and keys: see block_causal_attention.
@@ -125,7 +125,7 @@ def decoding_attention(q_B1NH, k_LBSKH, v_LBSKH, layer: int, positions_B):
     block, groups = math.gcd(S, SLOT_BLOCK), range(N // K)
     q_BKGH = (q_B1NH.astype(jnp.float32) / math.sqrt(H)).reshape(B, K, N // K, H)
 
-    def add_block(i, found):  # products and sums, not matrix products: a CPU is five times as fast
+    def add_block(i, found):  # products and sums, which are five times as fast as matrix products here
         k_BsKH, v_BsKH = (
             jax.lax.dynamic_slice(a, (layer, 0, i * block, 0, 0), (1, B, block, K, H))[0] for a in (k_LBSKH, v_LBSKH)
         )

@@ -134,7 +134,7 @@ def features(
         def attend(q, k, v):
             k_all = k_LBSKH.at[index, rows, positions_BT].set(k.astype(k_LBSKH.dtype), mode="drop")
             v_all = v_LBSKH.at[index, rows, positions_BT].set(v.astype(v_LBSKH.dtype), mode="drop")
-            if time == 1:
+            if time == 1 and compute.attention == "blocks":
                 y = decoding_attention(q, k_all, v_all, index, positions_BT[:, 0])
             else:
                 y = cached_attention(q, k_all[index].astype(dtype), v_all[index].astype(dtype), positions_BT)
