@@ -67,7 +67,7 @@ def timed(call):
 
 
 def time_core(config: Config, model: ModelConfig, params, tokenizer: Tokenizer, bundle, mesh):
-    compute = Compute.for_backend(data_shards=sharding.data_shards(mesh))
+    compute = Compute.for_backend(mesh=mesh)
     scorer, before = Scorer(params, model, compute, mesh), span_losses._cache_size()
     began = time.perf_counter()
 

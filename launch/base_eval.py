@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from jaxchat import checkpoint, sharding
-from jaxchat.config import Compute, TrainConfig
+from jaxchat import checkpoint, hosts, sharding
+from jaxchat.config import TrainConfig
 from jaxchat.data import pipelines
 from jaxchat.data.encode import text_reader
 from jaxchat.data.sources import ParquetText, find_shards
@@ -13,7 +13,7 @@ from jaxchat.eval.results import TaskResult, mean, save_results
 from jaxchat.eval.samples import show_samples
 from jaxchat.eval.scoring import Scorer
 from jaxchat.infer.engine import Engine
-from jaxchat.train.run import start_devices
+from jaxchat.train.run import compute_for, start_devices
 from launch import cli
 
 
@@ -30,6 +30,8 @@ class Config:
     """Which of its checkpoints; -1: the last."""
     device_type: str = ""
     """cpu, cuda or tpu; empty: the best there is."""
+    mesh: str = ""
+    """Devices along each axis, as in base_train."""
     dtype: str = "auto"
     """Of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
     eval_bundle: str = ""
@@ -45,10 +47,12 @@ class Config:
 
 
 def run(config: Config):
-    mesh = start_devices(TrainConfig(device_type=config.device_type, dtype=config.dtype))
-    compute = Compute.for_backend(config.dtype, data_shards=sharding.data_shards(mesh))
+    shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
+    mesh = start_devices(shared)
+    compute = compute_for(shared, mesh)
     found = checkpoint.open_model("base", config.model_tag, config.step)
     tokenizer, model = found.tokenizer, found.config
+    sharding.check_fits(model, mesh)
     bundle = core.load_bundle(config.eval_bundle)
     counts = [len(task.drawn(config.max_per_task)) for task in bundle]
     splits = ("train", "val") if config.eval_tokens > 0 else ()
@@ -81,6 +85,7 @@ def run(config: Config):
     cli.next_step(f"python -m launch.mid_train --model_tag={found.folder.name}")
 
 
+@hosts.together()
 def main(args: list[str] | None = None):
     cli.main(Config, run, args)
 

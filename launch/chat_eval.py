@@ -5,14 +5,14 @@ from typing import Annotated
 
 import tyro
 
-from jaxchat import checkpoint, sharding
-from jaxchat.config import Compute, TrainConfig, UserError
+from jaxchat import checkpoint, hosts, sharding
+from jaxchat.config import TrainConfig, UserError
 from jaxchat.data.tasks import load_task
 from jaxchat.eval import chat, sandbox
 from jaxchat.eval.results import mean, save_results
 from jaxchat.eval.scoring import Scorer
 from jaxchat.infer.engine import Engine
-from jaxchat.train.run import start_devices
+from jaxchat.train.run import compute_for, start_devices
 from launch import cli
 
 
@@ -48,6 +48,8 @@ class Config:
     """Of the draws."""
     device_type: str = ""
     """cpu, cuda or tpu; empty: the best there is."""
+    mesh: str = ""
+    """Devices along each axis, as in base_train."""
     dtype: str = "auto"
     """Of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
     tasks_dir: str = ""
@@ -83,9 +85,11 @@ def check(config: Config):
 def run(config: Config):
     check(config)
     names = names_in(config)
-    mesh = start_devices(TrainConfig(device_type=config.device_type, dtype=config.dtype))
-    compute = Compute.for_backend(config.dtype, data_shards=sharding.data_shards(mesh))
+    shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
+    mesh = start_devices(shared)
+    compute = compute_for(shared, mesh)
     found = checkpoint.open_model(config.source, config.model_tag, config.step)
+    sharding.check_fits(found.config, mesh)
     rows = {
         name: chat.drawn(load_task(chat.TASKS[name].spec, config.tasks_dir or None), config.max_problems)
         for name in names
@@ -132,6 +136,7 @@ def run(config: Config):
     cli.next_step(f"python -m launch.chat_cli -i {config.source} --model_tag={found.folder.name}")
 
 
+@hosts.together()
 def main(args: list[str] | None = None):
     cli.main(Config, run, args)
 

@@ -48,7 +48,7 @@ def tokenizer(bundle):
 @pytest.fixture(scope="module")
 def model(tokenizer):
     """(weights none of which is zero, config): a model that has an opinion on everything."""
-    config = ModelConfig(LENGTH, tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
+    config = ModelConfig(LENGTH, tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=16)
     leaves, tree = jax.tree.flatten(model_params.shapes(config))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     weights = [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
@@ -183,9 +183,9 @@ def test_scores_do_not_depend_on_batch_or_mesh(model, devices):
         spans.append(Span(tokens, start, int(random.integers(start, length + 1))))
     spans += [Span(spans[3].tokens, 1, 33), Span(spans[6].tokens, 1, 70), Span(spans[6].tokens, 70, 70)]
     plain = PlainModel(params, config)
-    for mesh, device_tokens in ((devices[:1], 4096), (devices[:1], 300), (devices, 64)):
-        mesh = sharding.make_mesh(mesh)
-        compute = Compute(data_shards=sharding.data_shards(mesh))
+    for axes, device_tokens in (("", 4096), ("", 300), ("data=8", 64), ("data=2,fsdp=2,tensor=2", 128)):
+        mesh = sharding.make_mesh(devices if axes else devices[:1], axes)
+        compute = Compute(mesh=mesh)
         scores = Scorer(params, config, compute, mesh, device_tokens=device_tokens, quiet=True).spans(spans)
         assert len(scores[-2].nll) == 63 and scores[-1].loss == math.inf
         for span, got in zip(spans[:-1], scores, strict=False):

@@ -22,6 +22,7 @@ from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.model.gpt import features, logits
 from jaxchat.model.params import Params
+from jaxchat.sharding import ROWS
 from jaxchat.train.loss import chunk_length, chunk_nll
 from jaxchat.train.reporter import duration
 
@@ -61,25 +62,35 @@ def buckets(sequence_len: int) -> list[int]:
 def span_losses(params, tokens_BT, first, last, config: ModelConfig, compute: Compute, mesh: Mesh):
     """(nll_BT, right_BT) of the token after each; 0 before the chunk of `first` and from that of `last` on.
 
-    Logits exist for a chunk of positions at a time, and only for chunks in which something is asked for.
+    Logits exist for a chunk of positions at a time, and only for chunks in which something is asked for; on a mesh
+    each device has those of its rows and its share of the vocabulary.
     """
-    batch, time = tokens_BT.shape
     x_BTD = features(params, tokens_BT, config, compute)
-    targets_BT = jnp.roll(tokens_BT, -1, axis=1)
-    t = chunk_length(batch, time, compute)
+    head_DV, targets_BT = params.lm_head.astype(x_BTD.dtype), jnp.roll(tokens_BT, -1, axis=1)
+    score = partial(_score_chunks, t=chunk_length(*tokens_BT.shape, compute), sharded=mesh.size > 1)
+    if mesh.size > 1:
+        in_specs = (P(ROWS), P(None, "tensor"), P(ROWS), P(), P())
+        score = jax.shard_map(score, mesh=mesh, in_specs=in_specs, out_specs=(P(ROWS), P(ROWS)), check_vma=False)
+    found = score(x_BTD, head_DV, targets_BT, first, last)
+    return lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
 
+
+def _score_chunks(x_BTD, head_DV, targets_BT, first, last, t: int, sharded: bool):
     def add_chunk(i, found):
         x_BtD, targets_Bt = (lax.dynamic_slice_in_dim(a, i * t, t, axis=1) for a in (x_BTD, targets_BT))
-        z_BtV, _, _, nll_Bt = chunk_nll(x_BtD, params.lm_head, targets_Bt)
-        right_Bt = jnp.argmax(z_BtV, axis=-1) == targets_Bt
+        z_BtV, _, _, ids_Bt, nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, sharded)
+        likeliest_Bt = jnp.argmax(z_BtV, axis=-1)
+        if sharded:  # of the devices that have the largest logit, the first one's
+            largest_Bt = jnp.max(z_BtV, axis=-1)
+            mine_Bt = jnp.where(largest_Bt == lax.pmax(largest_Bt, "tensor"), likeliest_Bt - ids_Bt + targets_Bt, 2**30)
+            likeliest_Bt = lax.pmin(mine_Bt, "tensor")
         return tuple(
             lax.dynamic_update_slice_in_dim(whole, part, i * t, axis=1)
-            for whole, part in zip(found, (nll_Bt, right_Bt), strict=True)
+            for whole, part in zip(found, (nll_Bt, likeliest_Bt == targets_Bt), strict=True)
         )
 
-    nothing = (jnp.zeros((batch, time)), jnp.zeros((batch, time), bool))
-    found = lax.fori_loop(first // t, -(-last // t), add_chunk, nothing)
-    return lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
+    nothing = (jnp.zeros(targets_BT.shape), jnp.zeros(targets_BT.shape, bool))
+    return lax.fori_loop(first // t, -(-last // t), add_chunk, nothing)
 
 
 @partial(jax.jit, static_argnames=("config", "compute", "mesh"))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.infer.calculator import calculate
@@ -22,6 +23,7 @@ from jaxchat.model.attention import SLOT_BLOCK
 from jaxchat.model.cache import KVCache
 from jaxchat.model.gpt import features, logits
 from jaxchat.model.params import Params
+from jaxchat.sharding import constrain
 
 STRETCH = 64  # tokens decoded before the host looks, at most
 FORCED = 64  # the most tokens that one tool call can force
@@ -43,6 +45,17 @@ def bucket(n: int, smallest: int, largest: int) -> int:
     return min(largest, max(smallest, 1 << (n - 1).bit_length()))
 
 
+@partial(jax.jit, static_argnames=("config", "compute", "count", "length"))
+def empty_slots(config: ModelConfig, compute: Compute, count: int, length: int):
+    """(logits_BV, cache) of slots that hold nothing; on a mesh every device has all."""
+    empty = jnp.zeros((count, config.vocab_size)), KVCache.empty(config, count, length, jnp.dtype(compute.dtype))
+    return on_every_device(empty, compute)
+
+
+def on_every_device(tree, compute: Compute):
+    return constrain(tree, jax.tree.map(lambda _: P(), tree), compute.mesh)
+
+
 @partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("logits_BV", "cache"))
 def read_prompts(
     params, logits_BV, cache: KVCache, tokens_PT, lengths_P, slots_P, config: ModelConfig, compute: Compute
@@ -52,11 +65,13 @@ def read_prompts(
     x_PTD, own = features(params, tokens_PT, config, compute, KVCache.empty(config, *tokens_PT.shape, dtype))
     last_PD = jnp.take_along_axis(x_PTD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
     time = tokens_PT.shape[1]
-    return logits_BV.at[slots_P].set(logits(params.lm_head, last_PD), mode="drop"), KVCache(
+    logits_BV = logits_BV.at[slots_P].set(logits(params.lm_head, last_PD), mode="drop")
+    cache = KVCache(
         cache.k_LBSKH.at[:, slots_P, :time].set(own.k_LBSKH, mode="drop"),
         cache.v_LBSKH.at[:, slots_P, :time].set(own.v_LBSKH, mode="drop"),
         cache.lengths_B.at[slots_P].set(lengths_P, mode="drop"),
     )
+    return on_every_device((logits_BV, cache), compute)
 
 
 @partial(
@@ -107,7 +122,7 @@ def decode(
         jnp.zeros((), jnp.int32), logits_BV, cache, done_B, none_B, none_B,
         jnp.full((batch, stretch), -1, jnp.int32), jnp.zeros((batch, stretch), bool), jnp.zeros(batch, jnp.int32),
     )  # fmt: skip
-    return lax.while_loop(more, step, carry)[1:]
+    return on_every_device(lax.while_loop(more, step, carry)[1:], compute)
 
 
 class Engine:
@@ -222,8 +237,7 @@ class Slots:
         if self.waiting and self.cache is None:
             config, count = self._engine.config, len(self.row_B)
             length = -(-config.sequence_len // SLOT_BLOCK) * SLOT_BLOCK
-            self.cache = KVCache.empty(config, count, length, jnp.dtype(self._engine.compute.dtype))
-            self.logits_BV = jnp.zeros((count, config.vocab_size))
+            self.logits_BV, self.cache = empty_slots(config, self._engine.compute, count, length)
         while (free := np.flatnonzero(self.row_B < 0)).size >= min(self.together, len(self.waiting)) > 0:
             self._read(free)
         return bool((self.row_B >= 0).any())
