@@ -5,6 +5,7 @@ with one line and an exit code that the launchers start again on: each tells the
 store that all of them share, and one that falls silent for --heartbeat_timeout is lost.
 """
 
+import atexit
 import ctypes
 import dataclasses
 import importlib.util
@@ -142,6 +143,7 @@ class _Watch(threading.Thread):
         self._stopped = threading.Event()
         self._seen = {index: ("", time.monotonic()) for index in range(global_state.num_processes)}
         self.start()
+        atexit.register(self.done)  # comes before jax's own, which waits for the others
 
     def tell(self, what: str):
         self._client.key_value_set(f"{STORE}{self._me}", what, allow_overwrite=True)
@@ -184,7 +186,6 @@ class _Watch(threading.Thread):
         """All went well: the others need not miss this process while they do the same."""
         self._stopped.set()
         self.join()
-        _Watch.running = None
         with suppress(jax.errors.JaxRuntimeError):  # process 0 may have left already
             self.tell("done")
 
@@ -231,9 +232,6 @@ def together():
         sys.stderr.flush()
         sys.stdout.flush()
         watch.failed(code)
-    finally:
-        if _Watch.running:
-            _Watch.running.done()
 
 
 def _of_the_runtime(problem: BaseException | None) -> bool:

@@ -188,6 +188,11 @@ def test_tpu_vm_starts_again(here, codes, end):
     assert followed.stdout.count(f"{SECRET}|{here}/bucket\n") == min(len(codes), 5)
 
 
+def test_tpu_vm_takes_up_a_log_without_a_command(here, capsys):
+    cluster.main([*TPU, "--steps=log,delete", "--dry_run"])
+    assert [line.split()[4] for line in capsys.readouterr().out.splitlines()] == ["ssh", "delete"]
+
+
 # JobSet v1alpha2, batch/v1 and core/v1: {field: what it holds}; another field is refused. A list has entries of its one
 # kind; `str`, `int`, `bool`: a scalar; {str: str}: a map; a tuple: one of these words.
 NAMED = {"name": str, "annotations": {str: str}, "labels": {str: str}}

@@ -46,7 +46,7 @@ def test_local_kills_what_does_not_end():
     assert process.returncode == 2 and "process 1 ended with exit code 2" in out and time.monotonic() - begun < 20
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_local_passes_signals_on_and_then_starts_nothing(number):
     shell = "trap 'echo told; exit 75' TERM INT; echo up; while :; do sleep 0.05; done"
     process = local("--restarts=5", shell=shell)

@@ -37,7 +37,7 @@ def main(args: list[str] | None = None):
         if launcher is None:
             given = f"there is no launcher {name!r}" if name else "which launcher?"
             raise UserError(f"{given}; it is one of {', '.join(LAUNCHERS)} (--help tells more)")
-        if not command:
+        if not command and "run" in getattr(config, "steps", "run"):
             raise UserError(f"what to run? give it after a lone --: python -m launch.cluster {name} … -- COMMAND …")
         return launcher.run(config, command)
 

@@ -51,13 +51,16 @@ def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
 
 
 class Told:
-    """Passes SIGTERM and SIGINT on to the processes; `at_all`: whether one came."""
+    """Passes SIGTERM, SIGINT and (as SIGTERM) SIGHUP on to the processes; `at_all`: whether one came."""
 
     def __init__(self):
         self.at_all, self.processes = False, []
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
+            heard.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._pass_on) for number in heard}
         return self
 
     def __exit__(self, *_):
@@ -67,7 +70,9 @@ class Told:
     def _pass_on(self, number, frame):
         self.at_all = True
         for process in self.processes:
-            process.send_signal(number)  # does nothing where it has ended
+            process.send_signal(
+                signal.SIGTERM if number == signal.SIGHUP else number
+            )  # does nothing where it has ended
 
 
 def run_once(config: Config, command: list[str], told: Told) -> int:
