@@ -1,16 +1,13 @@
-"""One process of a distributed midtraining: python distributed_process.py INDEX COUNT PORT OUT FLAGS…"""
+"""One process of a distributed midtraining: python distributed_process.py OUT FLAGS…"""
 
 import json
 import sys
 from pathlib import Path
 
 
-def main(index: int, count: int, port: str, out: str, args: list[str]):
+def main(out: str, args: list[str]):
     import jax
 
-    if count > 1:
-        address = {"coordinator_address": f"localhost:{port}", "num_processes": count, "process_id": index}
-        jax.distributed.initialize(**address, initialization_timeout=60, heartbeat_timeout_seconds=30)
     from jaxchat import sharding
     from jaxchat.config import MidConfig
     from jaxchat.train import stages
@@ -27,4 +24,4 @@ def main(index: int, count: int, port: str, out: str, args: list[str]):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5], sys.argv[5:])
+    main(sys.argv[1], sys.argv[2:])

@@ -43,7 +43,8 @@ def run(folder, processes, *flags, devices=4):
     for index in range(processes):
         outs.append(folder / f"{processes}-{index}.json")
         args = [*ROWS, f"--train_tasks={folder / 'world/tasks/world_mid.jsonl'}", *flags]
-        command = [sys.executable, ROOT / "tests/distributed_process.py", index, processes, port, outs[-1], *args]
+        place = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={index}"]
+        command = [sys.executable, ROOT / "tests/distributed_process.py", outs[-1], *args, *place]
         running.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
     for process in running:
         _, err = process.communicate(timeout=240)
