@@ -210,7 +210,7 @@ def group_size(text: str) -> int:
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[", text):
         return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? ?\{([^}]*)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # a part of an axis tells its own size
         return math.prod(int(part or sizes[axis]) for axis, part in parts)

@@ -78,6 +78,7 @@ def test_reading_a_program():
         ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1'}", 8),
         ("replica_groups=mesh['data'=4,'fsdp'=2] {'data','fsdp'}, use_global", 8),
         ("replica_groups=mesh['data'=32,'fsdp'=2] {'data':(8)4}, use_global", 4),
+        ("replica_groups=mesh['a'=8,'b'=1,'c'=2], device_ids=([2,8]T(1,0)) {'a'}, dimensions={0}", 8),
         ("replica_groups={}", 0),
         ("source_target_pairs={{0,1},{1,0}}", 2),
     ],
