@@ -6,9 +6,7 @@ and the ratio to the first. bench/compare.py puts it beside another program, ben
 
 import dataclasses
 import json
-import resource
 import statistics
-import sys
 import time
 
 import jax
@@ -19,6 +17,7 @@ from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.train.loop import place_batch
+from jaxchat.train.metrics import peak_bytes
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import init_state
 from jaxchat.train.step import compile_step, make_train_step
@@ -90,13 +89,6 @@ def parse_way(text: str) -> dict:
             raise UserError(f"{name}={value} is no way to compute; it is FIELD=VALUE of {', '.join(fields)}")
         changes[name] = int(value) if value.isdigit() else read.get(value, value)
     return changes
-
-
-def peak_bytes() -> int:
-    """Of the first device's memory where it keeps count (GPU, TPU); else of the whole process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def run(config: Config):

@@ -92,6 +92,7 @@ def test_metrics_and_checkpoints_are_whole(here):
         assert all(np.isfinite(loss) for _, loss in losses(here, stage))
         for row in (row for row in rows if "loss" in row):
             assert row["data_wait_seconds"] >= 0 and row["step_seconds"] > 0 and row["tokens_per_s"] > 0
+            assert row["peak_bytes"] > 1e8  # Python and jax alone
         found = {row["step"]: row[measured] for row in rows if measured in row}
         assert sorted(found) == [0, 5, STEPS]
         assert found[STEPS] < found[0]

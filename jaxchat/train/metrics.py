@@ -5,6 +5,8 @@ import importlib.util
 import json
 import math
 import os
+import resource
+import sys
 from pathlib import Path
 
 import jax
@@ -18,6 +20,13 @@ def check_installed(*, run: str, tensorboard: bool):
         if asked and importlib.util.find_spec(module) is None:
             flag = f"--run={run}" if module == "wandb" else "--tensorboard"
             raise UserError(f"{flag} needs {module}: pip install 'jaxchat[{extra}]'")
+
+
+def peak_bytes() -> int:
+    """The most memory used so far: of the first device here where it keeps count (GPU, TPU), else of the process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

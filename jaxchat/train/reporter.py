@@ -6,7 +6,7 @@ import jax
 
 from jaxchat.config import UserError
 from jaxchat.model.flops import flops_per_token, peak_flops
-from jaxchat.train.metrics import MetricsLog
+from jaxchat.train.metrics import MetricsLog, peak_bytes
 
 UNTOLD = ("taken", "left", "targets")  # totals that only the loop needs
 
@@ -61,7 +61,12 @@ class Reporter:
             self._spent += seconds
         self._reported += 1
         tokens_per_s = tokens / seconds
-        values |= {"step_seconds": seconds, "tokens_per_s": tokens_per_s, "data_wait_seconds": waited}
+        values |= {
+            "step_seconds": seconds,
+            "tokens_per_s": tokens_per_s,
+            "data_wait_seconds": waited,
+            "peak_bytes": peak_bytes(),
+        }
         if self._peak:
             values["mfu"] = tokens_per_s * flops_per_token(self._stage.model) / self._peak
         self._log.write(step, values)
