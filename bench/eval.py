@@ -40,7 +40,7 @@ class Config:
     """Of them, answered one at a time too."""
     max_tokens: int = 128
     """Of each answer."""
-    batch_size: int = 64
+    batch_size: int = 128
     """Answers written at a time."""
     eval_bundle: str = ""
     """CORE's bundle; empty: the base directory's."""

@@ -201,7 +201,7 @@ class Progress:
     def add(self, amount: int):
         self._done += amount
         now = time.perf_counter()
-        if self._quiet or now - self._shown < 5 or not self._done:
+        if self._quiet or now - self._shown < 5 or not 0 < self._done < self._total:
             return
         self._shown = now
         eta = (now - self._began) / self._done * (self._total - self._done)
