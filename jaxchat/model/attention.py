@@ -14,7 +14,8 @@ QUERY_BLOCK = 128  # "blocks": queries taken together; smaller skips more of the
 LANES = 128  # splash: time and (above 64) head dimension are filled up to a multiple
 SPLASH_BLOCK = 512  # queries and keys that splash takes at a time, where that divides the time
 
-SLOT_BLOCK = 32  # slots of a cache taken together where one token a row is decoded
+SLOT_BLOCK = 32  # slots of a cache taken together where one token a row is decoded,
+SLOT_ROWS = 32  # and rows
 
 
 def causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation: str, segments_BT=None, mesh: Mesh | None = None):
@@ -118,27 +119,38 @@ def cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT):
 def decoding_attention(q_B1NH, k_LBSKH, v_LBSKH, layer: int, positions_B):
     """For CPUs: attention of one token a row to the slots of its layer at or before its own position. -> [B, 1, N, H].
 
-    Block after block of slots, as far as the longest row reaches; what lies beyond a row's own end adds exactly 0, so
-    its result does not depend on how long the others are. Normed queries and keys: see block_causal_attention.
+    Block after block of slots, of some rows at a time, as far as the longest of these reaches; what lies beyond a row's
+    own end adds exactly 0, so its result does not depend on how long the others are. Normed queries and keys: see
+    block_causal_attention.
     """
     (B, _, N, H), (_, _, S, K, _) = q_B1NH.shape, k_LBSKH.shape
-    block, groups = math.gcd(S, SLOT_BLOCK), range(N // K)
+    R, block = math.gcd(B, SLOT_ROWS), math.gcd(S, SLOT_BLOCK)
     q_BKGH = (q_B1NH.astype(jnp.float32) / math.sqrt(H)).reshape(B, K, N // K, H)
+    blocks_M = jnp.minimum(jnp.max(positions_B.reshape(-1, R), axis=1) // block + 1, S // block)  # of M groups of rows
+    ends_M = jnp.cumsum(blocks_M)
 
-    def add_block(i, found):  # products and sums, which are five times as fast as matrix products here
-        k_BsKH, v_BsKH = (
-            jax.lax.dynamic_slice(a, (layer, 0, i * block, 0, 0), (1, B, block, K, H))[0] for a in (k_LBSKH, v_LBSKH)
+    def add_block(n, found):  # products and sums, which are five times as fast as matrix products here
+        m = jnp.searchsorted(ends_M, n, side="right")
+        row, slot = m * R, (n - ends_M[m] + blocks_M[m]) * block
+
+        def rows(array):
+            return jax.lax.dynamic_slice_in_dim(array, row, R)
+
+        k_RsKH, v_RsKH = (
+            jax.lax.dynamic_slice(a, (layer, row, slot, 0, 0), (1, R, block, K, H))[0] for a in (k_LBSKH, v_LBSKH)
         )
-        seen_Bs1 = (i * block + jnp.arange(block)[None, :, None]) <= positions_B[:, None, None]
-        added = []
+        seen_Rs1 = (slot + jnp.arange(block)[None, :, None]) <= rows(positions_B)[:, None, None]
+        q_RKGH, added = rows(q_BKGH), []
         for g, (sum_BK, y_BKH) in enumerate(found):
-            scores_BsK = jnp.sum(q_BKGH[:, None, :, g] * k_BsKH, axis=-1)
-            p_BsK = jnp.where(seen_Bs1, jnp.exp(scores_BsK), 0.0)
-            added.append((sum_BK + p_BsK.sum(1), y_BKH + jnp.sum(p_BsK[..., None] * v_BsKH, axis=1)))
+            scores_RsK = jnp.sum(q_RKGH[:, None, :, g] * k_RsKH, axis=-1)
+            p_RsK = jnp.where(seen_Rs1, jnp.exp(scores_RsK), 0.0)
+            sum_RK = rows(sum_BK) + p_RsK.sum(1)
+            y_RKH = rows(y_BKH) + jnp.sum(p_RsK[..., None] * v_RsKH, axis=1)
+            put = jax.lax.dynamic_update_slice_in_dim
+            added.append((put(sum_BK, sum_RK, row, 0), put(y_BKH, y_RKH, row, 0)))
         return added
 
-    nothing = [(jnp.zeros((B, K)), jnp.zeros((B, K, H))) for _ in groups]
-    blocks = jnp.minimum(jnp.max(positions_B) // block + 1, S // block)
-    found = jax.lax.fori_loop(0, blocks, add_block, nothing)
+    nothing = [(jnp.zeros((B, K)), jnp.zeros((B, K, H))) for _ in range(N // K)]
+    found = jax.lax.fori_loop(0, ends_M[-1], add_block, nothing)
     y_BKGH = jnp.stack([y_BKH / sum_BK[..., None] for sum_BK, y_BKH in found], axis=2)
     return y_BKGH.reshape(B, 1, N, H).astype(q_B1NH.dtype)
