@@ -1,6 +1,7 @@
 """The benchmarks run and tell what they say they tell; what they measure is not judged here."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -39,4 +40,4 @@ def test_eval_times_core_and_answers(run_command, shared_data):
     data = [f"--eval_bundle={shared_data / 'eval_bundle'}", f"--tasks_dir={shared_data}", "--batch_size=4"]
     said = run_command("bench.eval", *tiny, *data).stdout
     assert "all at once / one at a time: " in said and "CORE: 22 tasks, 242 items in " in said
-    assert "2 compilations, 2 lengths" in said
+    assert re.search("[12] compilations, 2 lengths", said)

@@ -68,6 +68,7 @@ def test_letters_are_the_plain_models(rows, tokenizer, model, mesh):
             assert near or right == (best == messages[1]["content"])
 
 
+@pytest.mark.slow
 def test_written_answers_are_the_plain_models(rows, tokenizer, model):
     """Greedy, token by token, of the prompts' last tokens; and what is checked is the text of that."""
     plain, number, max_tokens = PlainModel(*model), 12, 5
@@ -129,6 +130,7 @@ def test_a_model_that_knows_all_scores_exactly_1(rows, tokenizer):
     assert [result.items for result in results] == [200, 200, 200, 200, 12, 200]
 
 
+@pytest.mark.slow
 def test_an_untrained_model_scores_about_0(rows, tokenizer, mesh):
     """It takes the first letter, right with probability 1/4: of 200 problems a share with the standard deviation
     √(¼·¾/200), over ¾ when centred; of three tasks among ChatCORE's six √3/6 of that. It writes nothing right."""

@@ -26,7 +26,7 @@ from jaxchat.tokenizer import Tokenizer
 
 # Losses of up to 15 nats in float32 over one layer: 2e-6 was seen. Another token or place differs by 0.01 and more.
 TOLERANCE = 5e-5
-LENGTH = 96  # tokens that the model takes; most few-shot prompts are longer
+LENGTH = 64  # tokens that the model takes; most few-shot prompts are longer
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def compare(folder, bundle, tokenizer, scorer, plain, number):
 def test_scores_are_the_plain_scorers(folder, bundle, tokenizer, model, scorer):
     before = scoring.span_losses._cache_size()
     result = compare(folder, bundle, tokenizer, scorer, PlainModel(*model), 11)
-    assert scoring.span_losses._cache_size() - before <= len(buckets(LENGTH)) == 3
+    assert scoring.span_losses._cache_size() - before <= len(buckets(LENGTH)) == 2
     for task, got in zip(bundle, result, strict=True):
         share = sum(got.right) / 11
         assert (got.task, got.items, got.accuracy) == (task.label, 11, share)
