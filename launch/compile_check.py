@@ -147,7 +147,7 @@ def run(config: Config):
             ("model", f"{num_params(model):,} parameters; {flops_per_token(model):,} FLOPs a token"),
             ("devices", f"{sharding.describe(plan.mesh)}, {plan.memory / 1e9:.0f} GB each"),
             ("batch", f"{plan.batch} rows × {plan.shards} devices × {micro} accumulated × {config.max_seq_len} tokens"),
-            ("takes", "about a minute a compilation"),
+            ("takes", "some minutes a compilation (one for GPUs)"),
         ],
     )
     done = plan.compile(plan.batch)
