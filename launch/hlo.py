@@ -98,12 +98,14 @@ def read(text: str) -> Program:
     partitions = re.search(r"num_partitions=(\d+)", text)
     everyone = int(partitions[1]) if partitions else 1
 
-    def visit(computation: str, times: int):
+    def visit(computation: str, times: int, sends: bool = True):
+        # TPUs weave one collective into several fusions, and it stands in each: it counts where it is started.
+        sends = sends and not computation.startswith("async_collective_fusion")
         for op in parts.get(computation, ()):
             if op.kind in ("dot", "convolution"):
                 program.flops += times * (dot_flops if op.kind == "dot" else convolution_flops)(op, by_name)
             kind = op.kind.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and sends:
                 program.collectives.append(collective(op, kind, by_name, times, everyone))
             if op.kind == "custom-call":
                 target = re.search(r'custom_call_target="([^"]+)"', op.text)[1]
@@ -117,7 +119,7 @@ def read(text: str) -> Program:
             if op.kind not in COLLECTIVES and kind not in COLLECTIVES:  # theirs is an addition
                 for names in CALLED.findall(op.text):
                     for name in re.findall(r"%?([\w.-]+)", names):
-                        visit(name, inner)
+                        visit(name, inner, sends and not op.name.startswith("async-collective-done"))
 
     visit(entry, 1)
     return program

@@ -87,6 +87,19 @@ def test_who_takes_part(groups, size):
     assert hlo.group_size(f"all-reduce(%y), channel_id=1, {groups}, to_apply=%add") == size
 
 
+def test_a_collective_woven_into_fusions():
+    """As TPUs have it: started in one, going on in another beside a product, done in a third. It is one."""
+    part = "%{0} (b: f32[8,32]) -> f32[64,32] {{\n  %b.{0} = f32[8,32]{{1,0}} parameter(0)\n  "
+    part += "ROOT %g.{0} = f32[64,32]{{1,0}} all-gather(%b.{0}), replica_groups=[1,8]<=[8], dimensions={{0}}\n}}\n\n"
+    names = {"async-collective-start.1": "fused.1", "fusion.7": "async_collective_fusion.7"}
+    names |= {"async-collective-done.1": "fused.2"}
+    calls = "".join(
+        f"  %{op} = f32[64,32]{{1,0}} fusion(%a), kind=kCustom, calls=%{called}\n" for op, called in names.items()
+    )
+    main = "ENTRY %main (a: f32[8,32]) -> f32[8,32] {\n  %a = f32[8,32]{1,0} parameter(0)\n" + calls + "}\n"
+    assert hlo.read("".join(map(part.format, names.values())) + main).sent() == {"all-gather": 64 * 32 * 4 * 7 / 8}
+
+
 def test_a_loop_whose_bound_is_in_its_condition():
     """As TPUs' programs have it, where windows of a product may be taken two at a time."""
     text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
