@@ -1,9 +1,10 @@
 """Evaluate a base model: python -m launch.base_eval --model_tag=d12"""
 
 import dataclasses
+from functools import partial
 
 from jaxchat import checkpoint, hosts, sharding
-from jaxchat.config import TrainConfig
+from jaxchat.config import TrainConfig, UserError
 from jaxchat.data import pipelines
 from jaxchat.data.encode import text_reader
 from jaxchat.data.sources import ParquetText, find_shards
@@ -47,6 +48,8 @@ class Config:
 
 
 def run(config: Config):
+    if config.device_batch_size < 1:
+        raise UserError(f"--device_batch_size={config.device_batch_size}; it must be at least 1")
     shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
     mesh = start_devices(shared)
     compute = compute_for(shared, mesh)
@@ -67,6 +70,7 @@ def run(config: Config):
         ],
     )
     params = found.load(mesh)
+    settings = {"max_per_task": config.max_per_task, "eval_tokens": config.eval_tokens, "dtype": compute.dtype}
     values = {}
     for split, text in texts.items():
         rows = config.device_batch_size * sharding.data_shards(mesh)
@@ -79,8 +83,9 @@ def run(config: Config):
     results = core.evaluate(scorer, tokenizer, bundle, config.max_per_task, TaskResult.show)
     values["core"] = mean(results)
     print(f"CORE {values['core']:.4f}", flush=True)
-    samples = show_samples(Engine(params, model, tokenizer, compute, batch_size=8))
-    path = save_results(found, "base", "base_eval", results, values, "core", samples=samples)
+    save = partial(save_results, found, "base", "base_eval", results, values, "core", settings)
+    save()  # before the samples: hours may lie in it
+    path = save(samples=show_samples(Engine(params, model, tokenizer, compute, batch_size=8)))
     print(f"saved {path} and .csv", flush=True)
     cli.next_step(f"python -m launch.mid_train --model_tag={found.folder.name}")
 

@@ -21,7 +21,8 @@ class Config:
     """Measure a chat model on six tasks: ARC-Easy, ARC-Challenge and MMLU by the likeliest letter; GSM8K, HumanEval
     and SpellingBee by answers that it writes, with the calculator. With all six comes ChatCORE.
 
-    HumanEval's answers run in a sandbox. The results go beside the checkpoint, as chat_eval_<step>.csv and .json.
+    HumanEval's answers run in a sandbox. The results go beside the checkpoint after every task, as chat_eval_<step>.csv
+    and .json; under another name where that was made with other settings.
     """
 
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
@@ -35,7 +36,7 @@ class Config:
     max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = -1
     """At most so many problems of each task, a fixed draw; -1: all."""
     num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
-    """Written answers to each problem; it counts as right if one is. With several, pass@k is told too."""
+    """Written answers to each problem; a problem's score is the share that is right. With several, pass@k is told."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0
     """Of written answers; 0: always the likeliest token."""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
@@ -54,6 +55,9 @@ class Config:
     """Of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
     tasks_dir: str = ""
     """Where the tasks' files lie; empty: <base directory>/tasks."""
+
+
+SETTINGS = ("max_problems", "num_samples", "temperature", "top_k", "max_new_tokens", "seed")  # what scores depend on
 
 
 def names_in(config: Config) -> list[str]:
@@ -80,6 +84,8 @@ def check(config: Config):
         )
     if config.max_problems == 0:
         raise UserError("--max_problems=0; it must be at least 1, or -1 for all")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"--seed={config.seed}; it must be from 0 to {2**32 - 1}")
 
 
 def run(config: Config):
@@ -95,19 +101,21 @@ def run(config: Config):
         for name in names
     }
     how = f"at temperature {config.temperature:g}" if config.temperature else "greedily"
+    longest = min(config.max_new_tokens, found.config.sequence_len)  # it shares the context with the problem
     cli.print_plan(
         f"Evaluation of {found.folder.name} ({config.source})",
         [
             ("model", str(found.folder / str(found.step))),
             ("devices", f"{sharding.describe(mesh)}, compute in {compute.dtype}"),
             ("tasks", ", ".join(f"{name} {len(rows[name]):,}" for name in names)),
-            ("written answers", f"{config.num_samples} a problem, {how}, at most {config.max_new_tokens} tokens"),
+            ("written answers", f"{config.num_samples} a problem, {how}, at most {longest} tokens"),
         ],
     )
     params, tokenizer = found.load(mesh), found.tokenizer
     scorer = Scorer(params, found.config, compute, mesh)
     engine = Engine(params, found.config, tokenizer, compute, batch_size=config.batch_size)
-    results, values = [], {}
+    results, values, path = [], {}, None
+    settings = {name: getattr(config, name) for name in SETTINGS} | {"tasks": names, "dtype": compute.dtype}
     for name in names:
         if test := chat.TASKS[name].check:
             right = chat.write_answers(
@@ -128,10 +136,10 @@ def run(config: Config):
         for k in [2**i for i in range(len(right[0]).bit_length())] if len(right[0]) > 1 else []:
             values[f"{name} pass@{k}"] = chat.pass_at(k, right)
             print(f"    pass@{k} {values[f'{name} pass@{k}']:.4f}", flush=True)
-    if set(names) == set(chat.TASKS):
-        values["ChatCORE"] = mean(results)
-        print(f"ChatCORE {values['ChatCORE']:.4f}", flush=True)
-    path = save_results(found, config.source, "chat_eval", results, values, "ChatCORE")
+        if len(results) == len(chat.TASKS):
+            values["ChatCORE"] = mean(results)
+            print(f"ChatCORE {values['ChatCORE']:.4f}", flush=True)
+        path = save_results(found, config.source, "chat_eval", results, values, "ChatCORE", settings)
     print(f"saved {path} and .csv", flush=True)
     cli.next_step(f"python -m launch.chat_cli -i {config.source} --model_tag={found.folder.name}")
 

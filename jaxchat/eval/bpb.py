@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxchat.config import Compute, ModelConfig
+from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.sharding import ROWS, place_same
 from jaxchat.train.loss import loss_sums
 
@@ -34,5 +34,7 @@ def bits_per_byte(params, batches: list[dict], token_bytes, config, compute, mes
     """Loss in bits over the bytes of the supervised tokens; specials (0 bytes) count on neither side."""
     sized = [b | {"weights": b["weights"] * (token_bytes[b["targets"]] > 0)} for b in batches]
     num_bytes = sum(float((b["weights"] * token_bytes[b["targets"]]).sum(dtype=np.float64)) for b in sized)
+    if not num_bytes:
+        raise UserError("there is no text to measure bits per byte on: all documents are empty")
     nll, _ = total_loss(params, sized, config, compute, mesh)
     return nll / (math.log(2) * num_bytes)

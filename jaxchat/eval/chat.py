@@ -7,17 +7,18 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 
 from jaxchat.eval import sandbox
 from jaxchat.eval.results import TaskResult
 from jaxchat.eval.scoring import Progress, Scorer
 from jaxchat.infer.engine import Engine
+from jaxchat.sharding import gather_json
 from jaxchat.tokenizer import Tokenizer
 
 FINAL = re.compile(r"#### (-?[\d.,]*\d)")
 FENCED = re.compile(r"```(?:python)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
-IMPORT = re.compile(r"^(?:import|from) .+$", re.MULTILINE)
 
 
 def final_number(text: str) -> str | None:
@@ -37,10 +38,8 @@ def program_of(row: dict, text: str) -> str:
     """A HumanEval answer as the program to run: the function, from the answer's first fenced block if it has one, its
     tests, and the call of these. An answer without the function itself goes on where the prompt ends."""
     code = fenced[1] if (fenced := FENCED.search(text)) else text
-    if re.search(rf"^def {re.escape(row['entry_point'])}\b", code, re.MULTILINE):
-        code = "\n".join([*IMPORT.findall(row["prompt"]), code])
-    else:
-        code = row["prompt"] + code
+    defines_it = re.search(rf"^def {re.escape(row['entry_point'])}\b", code, re.MULTILINE)
+    code = row["prompt"] + ("\n" if defines_it else "") + code  # the prompt may hold imports and helpers
     return f"{code}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
 
 
@@ -96,15 +95,21 @@ def letter_accuracy(scorer: Scorer, tokenizer: Tokenizer, task: Sequence[dict], 
 def write_answers(
     engine: Engine, rows: list[dict], check: Callable[[dict, str], bool], *, quiet: bool = False, **how
 ) -> list[list[bool]]:
-    """Of each problem, whether each of its answers is right. how: of Engine.generate; quiet: print no progress."""
-    tokenizer, room = engine.tokenizer, max(1, engine.config.sequence_len - how["max_tokens"])
+    """Of each problem, whether each of its answers is right. how: of Engine.generate; quiet: print no progress.
+
+    Of a long problem the end is kept, at least half of what the model takes; an answer has what is left.
+    """
+    tokenizer, limit = engine.tokenizer, engine.config.sequence_len
+    room = limit - min(how["max_tokens"], limit // 2)
     prompts = [tokenizer.render_for_completion(row)[-room:] for row in rows]
     progress = Progress(len(rows) * how.get("num_samples", 1), "written", quiet=quiet)
     answers = engine.generate(prompts, told=progress.add, **how)
-    samples = len(answers) // max(1, len(rows))
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # HumanEval waits for processes
+    samples, right = len(answers) // max(1, len(rows)), []
+    if jax.process_index() == 0:  # programs run once, not once a process
         asked = [row for row in rows for _ in range(samples)]
-        right = list(threads.map(check, asked, [tokenizer.decode(answer.tokens) for answer in answers]))
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # HumanEval waits for processes
+            right = list(threads.map(check, asked, [tokenizer.decode(answer.tokens) for answer in answers]))
+    right = gather_json({"right": right})[0]["right"]
     return [right[i : i + samples] for i in range(0, len(right), samples)]
 
 
@@ -119,11 +124,11 @@ def pass_at(k: int, right: list[list[bool]]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ChatResult(TaskResult):
-    """accuracy: the share of problems with a right answer among their samples."""
+    """accuracy: the mean share of a problem's answers that are right, which is pass@1."""
 
     right: list[list[bool]]  # of each problem, of each of its answers
 
 
 def result_of(name: str, right: list[list[bool]]) -> ChatResult:
-    accuracy, chance = sum(map(any, right)) / len(right), TASKS[name].chance
+    accuracy, chance = pass_at(1, right), TASKS[name].chance
     return ChatResult(name, accuracy, (accuracy - chance) / (1 - chance), len(right), right)

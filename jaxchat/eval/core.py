@@ -87,6 +87,12 @@ def load_bundle(place: str = "") -> list[CoreTask]:
             for entry in listed
         ]
         texts = {entry["data"]: entry["data"].read_text(encoding="utf-8") for entry in found}
+        if not found:
+            raise ValueError("core.yaml lists no tasks")
+        for entry in found:
+            if entry["shots"] < 0 or not isinstance(entry["delimiter"], str) or not 0 <= entry["chance"] < 1:
+                told = {name: entry[name] for name in ("shots", "delimiter", "chance")}
+                raise ValueError(f"{entry['label']} has {told}")
     except (OSError, KeyError, ValueError, TypeError, IndexError, yaml.YAMLError, zipfile.BadZipFile) as problem:
         missing = isinstance(problem, FileNotFoundError | NotADirectoryError)
         raise (NoBundle if missing else UserError)(
@@ -112,7 +118,7 @@ def read_items(text: str, kind: str, path: os.PathLike) -> list[dict]:
                 if not parts or not all(isinstance(part, str) for part in parts):
                     raise ValueError(f"`{field}` is no text")
             options = item.get("choices") or item.get("context_options")
-            if options and not 0 <= item["gold"] < len(options):
+            if options and (type(item["gold"]) is not int or not 0 <= item["gold"] < len(options)):
                 raise ValueError(f"gold {item['gold']} of {len(options)} options")
         except (KeyError, ValueError, TypeError) as problem:
             raise UserError(f"{path}, line {number}: {type(problem).__name__} {problem}") from problem
@@ -122,8 +128,8 @@ def read_items(text: str, kind: str, path: os.PathLike) -> list[dict]:
 
 def examples_of(task: CoreTask, items: list[dict], index: int) -> list[dict]:
     """The solved examples before items[index]."""
-    others = [i for i in range(len(items)) if i != index]
-    return [items[i] for i in random.Random(EXAMPLES_SEED + index).sample(others, task.shots)]
+    drawn = random.Random(EXAMPLES_SEED + index).sample(range(len(items) - 1), task.shots)
+    return [items[i + (i >= index)] for i in drawn]  # of all the others
 
 
 def solved(task: CoreTask, item: dict) -> str:

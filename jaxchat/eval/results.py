@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -29,21 +30,41 @@ def mean(results: list[TaskResult]) -> float:
     return sum(result.centered for result in results) / len(results)
 
 
+def read_json(path: Path) -> dict:
+    """An object from a file; {} where it can't be read as one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
 def save_results(
-    found: Found, source: str, command: str, results: list[TaskResult], values: dict[str, float], score: str, **more
+    found: Found,
+    source: str,
+    command: str,
+    results: list[TaskResult],
+    values: dict[str, float],
+    score: str,
+    settings: dict,
+    **more,
 ) -> Path:
     """Write <run folder>/<command>_<step>.csv and .json, each whole or not at all. -> the path of the JSON.
 
     source: base, mid or sft; values: all numbers by name; score: which of them is the tasks' mean, in the CSV's last
-    line where there is one; more: what else the JSON tells. Only the first process writes.
+    line where there is one; settings: on which they depend: where those of a file that is there differ, this one's name
+    ends with their hash; more: what else the JSON tells. Only the first process writes.
     """
     path = found.folder / f"{command}_{found.step}.json"
     if jax.process_index() > 0:
         return path
+    if path.exists() and read_json(path).get("settings") != settings:
+        told = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=3).hexdigest()
+        path = path.with_stem(f"{path.stem}_{told}")
     columns = [field.name for field in dataclasses.fields(TaskResult)]
     rows = [[getattr(result, name) for name in columns] for result in results]
     tasks = {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in rows}
-    about = {"source": source, "tag": found.folder.name, "step": found.step}
+    about = {"source": source, "tag": found.folder.name, "step": found.step, "settings": settings}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerows([columns, *rows])

@@ -203,7 +203,8 @@ class Engine:
         value = calculate(self.tokenizer.decode(tokens[start + 1 : -1]))
         if value is None:
             return []
-        return [special("<|output_start|>"), *self.tokenizer.encode(value), special("<|output_end|>")]
+        forced = [special("<|output_start|>"), *self.tokenizer.encode(value), special("<|output_end|>")]
+        return forced if len(forced) <= FORCED else []
 
 
 class Slots:

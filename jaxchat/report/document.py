@@ -179,7 +179,7 @@ def fence(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t\N{NO-BREAK SPACE}" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -101,7 +101,7 @@ def gather(model_tag: str = "") -> Run:
 
 def read_stage(source: str, tag: str) -> StageRun | None:
     folder = checkpoint.run_folder(source, tag)
-    steps = checkpoint.steps_in(folder)
+    steps = checkpoint.whole_steps(folder)
     if not steps:
         return None
     meta = checkpoint.read_meta(folder, steps[-1])
@@ -118,7 +118,7 @@ def read_stage(source: str, tag: str) -> StageRun | None:
                 left_out.append(f"{path.name}, of step {about['step']}")
                 continue
             measured |= numbers(about)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, TypeError, OverflowError):
             left_out.append(f"{path.name}, which cannot be read")
     return StageRun(source, folder, steps[-1], meta, rows, read_lines(folder / FILE), measured, left_out)
 

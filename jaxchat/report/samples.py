@@ -46,18 +46,18 @@ def sample(run: Run, beginnings=BEGINNINGS, questions=QUESTIONS, max_tokens: int
 
 
 def go_on(model: LoadedModel, texts: list[str], max_tokens: int) -> list[str]:
-    tokenizer, most = model.tokenizer, min(max_tokens // 4, model.config.sequence_len - 1)
+    tokenizer, most = model.tokenizer, min(max_tokens // 4, model.config.sequence_len // 2)
     room = model.config.sequence_len - most
     prompts = [[tokenizer.bos, *tokenizer.encode(text)][-room:] for text in texts]
-    engine = Engine(model.params, model.config, tokenizer)
+    engine = Engine(model.params, model.config, tokenizer, batch_size=len(prompts))
     return [tokenizer.decode(found.tokens) for found in engine.generate(prompts, max_tokens=most, temperature=0.0)]
 
 
 def answer(model: LoadedModel, questions: list[str], max_tokens: int) -> list[str]:
-    tokenizer, most = model.tokenizer, min(max_tokens, model.config.sequence_len - 1)
+    tokenizer, most = model.tokenizer, min(max_tokens, model.config.sequence_len // 2)
     room = model.config.sequence_len - most
     talks = [[{"role": "user", "content": question}, {"role": "assistant", "content": ""}] for question in questions]
     prompts = [tokenizer.render_for_completion({"messages": talk})[-room:] for talk in talks]
-    engine = Engine(model.params, model.config, tokenizer)
+    engine = Engine(model.params, model.config, tokenizer, batch_size=len(prompts))
     found = engine.generate(prompts, max_tokens=most, temperature=0.0)
     return [shown(generated_pieces(generation, tokenizer)) for generation in found]
