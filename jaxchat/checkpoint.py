@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,12 +67,17 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return steps_in(self.folder)
 
-    def lock(self):
-        """Keep other runs out until `close`, and clear what a killed one left. UserError: another run is in."""
+    def lock(self, steps_seen: list[int]):
+        """Keep other runs out until `close`, and clear what a killed one left.
+
+        UserError: another run is in, or was since steps_seen were the steps.
+        """
         refused = ""
         if jax.process_index() == 0 and self._lock is None:
             try:
                 self._lock = seal.lock(self.folder)
+                if self.steps() != steps_seen:
+                    raise UserError(f"{self.folder} was written by another run meanwhile; start again")
             except UserError as problem:
                 refused = str(problem)
             else:
@@ -111,9 +117,9 @@ class Checkpoints:
             quiet_orbax()
             self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._saving = step
-        with self._drop_if_failed(), full_disk_told(self.folder):
-            # force: a damaged checkpoint of this step, which was passed over, is replaced.
-            self._writer.save(self.folder / str(step), args=ocp.args.Composite(**items), force=True)
+        # force: a damaged checkpoint of this step, which was passed over, is replaced.
+        args = ocp.args.Composite(**items)
+        self._together(lambda: self._writer.save(self.folder / str(step), args=args, force=True))
 
     def poll(self) -> bool:
         """Whether nothing is under way, without waiting; raises what went wrong in the background."""
@@ -121,24 +127,28 @@ class Checkpoints:
             return True
         if jax.process_count() > 1:  # told when all wait for the save together
             return False
-        with self._drop_if_failed(), full_disk_told(self.folder):
-            self._writer.check_for_errors()
-            if self._sealing is None and (self.folder / str(self._saving)).is_dir():
-                self._sealing = self._pool.submit(self._finish, self._saving)
-            if self._sealing and self._sealing.done():
-                self._sealing.result()
-                self._saving = self._sealing = None
+        self._together(self._look)
         return self._saving is None
+
+    def _look(self):
+        self._writer.check_for_errors()
+        if self._sealing is None and (self.folder / str(self._saving)).is_dir():
+            self._sealing = self._pool.submit(self._finish, self._saving)
+        if self._sealing and self._sealing.done():
+            self._sealing.result()
+            self._saving = self._sealing = None
 
     def wait(self):
         """Wait until what is being saved is whole and sealed; raises what went wrong."""
         if self._saving is None:
             return
-        with self._drop_if_failed(), full_disk_told(self.folder):
-            self._writer.wait_until_finished()
-            if jax.process_index() == 0:
-                (self._sealing or self._pool.submit(self._finish, self._saving)).result()
-            self._saving = self._sealing = None
+        self._together(self._finish_saving)
+
+    def _finish_saving(self):
+        self._writer.wait_until_finished()
+        if jax.process_index() == 0:
+            (self._sealing or self._pool.submit(self._finish, self._saving)).result()
+        self._saving = self._sealing = None
 
     def _finish(self, step: int):
         """Seal the checkpoint of a step; then, and not before, older ones may go."""
@@ -155,8 +165,12 @@ class Checkpoints:
         if optimizer is not None:
             items |= {"optimizer": ocp.args.StandardRestore(optimizer), "data": ocp.args.JsonRestore()}
         quiet_orbax()
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            restored = reader.restore(self.folder / str(step), args=ocp.args.Composite(**items))
+        path = self.folder / str(step)
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                restored = reader.restore(path, args=ocp.args.Composite(**items))
+        except (ValueError, OSError) as problem:
+            raise UserError(f"{path} can't be read ({_line(problem)}); delete it to take the one before") from problem
         if optimizer is None:
             return restored["params"], None
         batches.set_state(restored["data"])
@@ -181,25 +195,43 @@ class Checkpoints:
                 os.close(self._lock)
                 self._lock = None
 
-    @contextlib.contextmanager
-    def _drop_if_failed(self):
-        """What a failed save has written goes, and the writer with it, which would tell of it once more."""
+    def _together(self, part: Callable[[], None]):
+        """Do a part of a save. Where it fails on one process it has failed on all, so that none waits for another.
+
+        What a failed save has written goes, and the writer with it, which would tell of it once more.
+        """
+        step, problem = self._saving, None
         try:
-            yield
-        except Exception:
-            step, self._writer, self._saving, self._sealing = self._saving, None, None, None
+            with full_disk_told(self.folder):
+                part()
+        except Exception as own:
+            problem = own
+        if jax.process_count() > 1:
+            own = f"{problem}" or type(problem).__name__
+            told = [each["told"] for each in sharding.gather_json({"told": own if problem else ""})]
+            problem = problem or next((OSError(text) for text in told if text), None)
+        if problem:
+            self._writer = self._saving = self._sealing = None
             if jax.process_index() == 0:
                 for path in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                     shutil.rmtree(path, ignore_errors=True)
-                if not (self.folder / str(step) / seal.NAME).exists():
-                    shutil.rmtree(self.folder / str(step), ignore_errors=True)
-            raise
+            raise problem
 
 
 def whole_steps(folder: Path) -> list[int]:
-    """The steps of a run's checkpoints up to the last undamaged one; says which are passed over, and why."""
+    """The steps of a run's checkpoints up to the last whole one; says which are passed over, and why.
+
+    One without a seal is not whole where others have one: its run was cut off before it was sure of it. (Older versions
+    made no seals.)
+    """
     steps = steps_in(folder)
-    while steps and (wrong := seal.damage(folder / str(steps[-1]))):
+    seals = any((folder / str(step) / seal.NAME).exists() for step in steps)
+
+    def wrong_with(step: int) -> str:
+        unsealed = seals and not (folder / str(step) / seal.NAME).exists()
+        return "it was never finished" if unsealed else seal.damage(folder / str(step))
+
+    while steps and (wrong := wrong_with(steps[-1])):
         print(f"checkpoint {folder / str(steps[-1])} is damaged and passed over: {wrong}", file=sys.stderr, flush=True)
         steps.pop()
     return steps
@@ -221,8 +253,16 @@ def quiet_orbax():
 
 
 def read_meta(folder: Path, step: int) -> dict:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(folder.absolute() / str(step) / "meta")
+    path = folder.absolute() / str(step)
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            return reader.restore(path / "meta")
+    except (ValueError, OSError) as problem:
+        raise UserError(f"{path} can't be read ({_line(problem)}); delete it to take the one before") from problem
+
+
+def _line(problem: Exception) -> str:
+    return (str(problem).splitlines() or [type(problem).__name__])[0][:300]
 
 
 def find(source: str, model_tag: str = "", step: int = -1) -> tuple[Path, int]:
@@ -293,8 +333,8 @@ class Found:
                     raise ValueError(wrong)
                 return reader.restore(path, target)
         except (ValueError, OSError) as problem:
-            line = str(problem).splitlines()[0]
-            raise UserError(f"{path} does not hold the weights that its metadata tells: {line}") from problem
+            told = f"{path} does not hold the weights that its metadata tells: {_line(problem)}"
+            raise UserError(told) from problem
 
 
 def _other_shapes(target: Params, stored: dict) -> str:
@@ -313,7 +353,12 @@ def _other_shapes(target: Params, stored: dict) -> str:
 
 def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokenizer: bool = True) -> Found:
     """Find a checkpoint and the tokenizer that belongs to it: beside it, or else the base directory's."""
-    folder, step = find(source, model_tag, step)
+    if jax.process_count() == 1:
+        folder, step = find(source, model_tag, step)
+    else:  # the first process looks, as a file system may show others less
+        found = find(source, model_tag, step) if jax.process_index() == 0 else ("", 0)
+        name, step = sharding.gather_json({"found": [str(found[0]), found[1]]})[0]["found"]
+        folder = Path(name)
     meta = read_meta(folder, step)
     wanted = meta["tokenizer_hash"]  # None: it was imported without a tokenizer; one put beside it later is taken
     own = folder / "tokenizer"

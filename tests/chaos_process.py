@@ -1,6 +1,7 @@
-"""A command with a fault put in: python chaos_process.py {full=N | kill=N | none} MODULE FLAGS…
+"""A command with a fault put in: python chaos_process.py {full=N | kill=N | seal=N | none} MODULE FLAGS…
 
-full: the N-th save, and the next, meet a full disk after some bytes; kill: the process dies amid the N-th save.
+full: the N-th save, and the next, meet a full disk after some bytes; kill: the process dies amid the N-th save; seal:
+the N-th seal of a checkpoint finds no room.
 """
 
 import errno
@@ -10,6 +11,8 @@ import signal
 import sys
 
 import orbax.checkpoint as ocp
+
+from jaxchat import seal
 
 
 def put_in(fault: str, number: int):
@@ -28,7 +31,17 @@ def put_in(fault: str, number: int):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(half))
         return save(self, path, *args, **kwargs)
 
-    ocp.AsyncCheckpointer.save = faulty
+    def sealed(folder, seal=seal.seal):
+        nonlocal count
+        count += 1
+        if count == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        seal(folder)
+
+    if fault == "seal":
+        seal.seal = sealed
+    else:
+        ocp.AsyncCheckpointer.save = faulty
 
 
 if __name__ == "__main__":

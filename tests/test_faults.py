@@ -5,11 +5,15 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import ROOT, xla_flags
 
 from jaxchat import checkpoint, seal
 from jaxchat.config import UserError
@@ -103,6 +107,48 @@ def test_a_damaged_checkpoint_is_passed_over(folder, spoil, capsys):
     with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
         checkpoint.find("base", "run")
     ends(base_train, base("--resume"), 2)
+
+
+def test_one_that_was_never_finished(folder, capsys):
+    """Its run ended between the last rename and the seal, and the machine with it, perhaps."""
+    run = folder / "base_checkpoints/run"
+    (run / "6" / seal.NAME).unlink()
+    assert checkpoint.find("base", "run") == (run, 4)
+    assert capsys.readouterr().err == f"checkpoint {run / '6'} is damaged and passed over: it was never finished\n"
+    assert checkpoint.find("base", "run", 6) == (run, 6)
+    for step in "24":
+        (run / step / seal.NAME).unlink()  # as of an older version: none has a seal
+    assert checkpoint.find("base", "run") == (run, 6)
+    for path in (run / "6").rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+    ends(base_train, base("--resume"), 2)
+    told = capsys.readouterr().err
+    assert f"{run / '6'} can't be read" in told and "delete it" in told and told.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_save_that_fails_on_one_of_two_processes(folder, at):
+    """Both know it and neither waits for the other; at the end of the run (the third save) it is tried again."""
+    wanted, run = losses(folder / "base_checkpoints/run"), folder / "base_checkpoints/two"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": xla_flags(4), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests/chaos_process.py"), f"seal={at}", "launch.base_train"]
+    command += base("--model_tag=two", f"--coordinator=localhost:{port}", "--num_processes=2", "--heartbeat_timeout=60")
+    both = [
+        subprocess.Popen([*command, f"--process_id={n}"], env=env, cwd=folder, stdout=subprocess.PIPE, text=True)
+        for n in range(2)
+    ]
+    told = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert ("training goes on" if at == 1 else "saving step 6 failed: ") in told[0] and not told[1]
+    assert not seal.damage(run / "6") and (run / "6" / seal.NAME).exists()
+    # The same rows on the same 8 devices, summed by two processes: to rounding.
+    for got, want in zip(losses(run), wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5)
 
 
 def test_a_spoilt_seal_and_none(folder):

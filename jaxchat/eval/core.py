@@ -95,9 +95,10 @@ def load_bundle(place: str = "") -> list[CoreTask]:
                 raise ValueError(f"{entry['label']} has {told}")
     except (OSError, KeyError, ValueError, TypeError, IndexError, yaml.YAMLError, zipfile.BadZipFile) as problem:
         missing = isinstance(problem, FileNotFoundError | NotADirectoryError)
+        why = f" ({type(problem).__name__}: {problem})" if path.exists() else ""
         raise (NoBundle if missing else UserError)(
-            f"no CORE bundle can be read in {path} ({type(problem).__name__}: {problem}); fetch it: "
-            "python -m launch.download core-bundle; or name its folder with --eval_bundle"
+            f"no CORE bundle can be read in {path}{why}; fetch it: python -m launch.download core-bundle; or name its "
+            "folder with --eval_bundle"
         ) from problem
     return [
         CoreTask(items=read_items(texts[data := entry.pop("data")], entry["kind"], data), **entry) for entry in found

@@ -90,7 +90,7 @@ def _train(stage: Stage, evaluations: list[Evaluation], stop: Stop) -> dict[str,
     finished = step == stage.num_steps
     try:
         while True:
-            stopping = not finished and stop.asked(step)
+            stopping = not finished and stop.asked()
             try:
                 for evaluation in evaluations:
                     if not stopping and evaluation.due(step, stage.resume_step, finished):
@@ -102,11 +102,15 @@ def _train(stage: Stage, evaluations: list[Evaluation], stop: Stop) -> dict[str,
                             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
                             print(f"step {step:>6}  {evaluation.name}: {shown}", flush=True)
                         reporter.restart_clock()
-            finally:  # an evaluation that fails must not cost the steps before it
-                if saver.due(step, finished or stopping):
+            except BaseException:  # an evaluation that fails must not cost the steps before it
+                if jax.process_count() == 1 and saver.due(step, finished or stopping):  # several can't without the rest
                     reporter.flush()
                     saver.save(state, step, results, finished=finished)
-                    reporter.restart_clock()
+                raise
+            if saver.due(step, finished or stopping):
+                reporter.flush()
+                saver.save(state, step, results, finished=finished)
+                reporter.restart_clock()
             if finished or stopping:
                 reporter.flush()
                 saver.finish(state, step, results, finished=finished)

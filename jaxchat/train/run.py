@@ -94,7 +94,7 @@ def optimizer_for(
 def open_run(config: TrainConfig, source: str, tag: str, meta: dict) -> tuple[Checkpoints, int]:
     """(the run's checkpoints, the step to go on from: 0 for a new run); refuses what would be lost or would not fit."""
     checkpoints = Checkpoints(checkpoint.run_folder(source, tag))
-    steps = checkpoints.steps()
+    steps = sharding.gather_json({"steps": checkpoints.steps()})[0]["steps"]  # as the first process sees it
     if not steps:
         return checkpoints, 0
     if not config.resume:
@@ -158,6 +158,8 @@ def starter(
 ) -> Callable[[], TrainState]:
     """Make the state to begin with: the resumed one, with the batches set to where it was, or a fresh one."""
 
+    steps_seen = checkpoints.steps() if checkpoints else []
+
     def finished_state(target: TrainState) -> TrainState:
         """Of a checkpoint that holds weights only: it must be the last of its run."""
         if resume_step != num_steps:
@@ -171,7 +173,7 @@ def starter(
     def start() -> TrainState:
         if resume_step:
             target = abstract_state(setting.model, optimizer, setting.mesh)
-            checkpoints.lock()
+            checkpoints.lock(steps_seen)
             if not checkpoints.has_state(resume_step):
                 return finished_state(target)
             rest = {"step": target.step, "empty_steps": target.empty_steps, "opt_state": target.opt_state}
@@ -184,7 +186,7 @@ def starter(
             raise UserError("all documents are empty; give data that holds text")
         batches.set_state(began)
         if checkpoints:
-            checkpoints.lock()
+            checkpoints.lock(steps_seen)
             if overwrite:
                 checkpoints.delete_all()
             checkpoints.keep_tokenizer(setting.tokenizer)

@@ -68,6 +68,9 @@ class Saver:
         return f"saved in {self._checkpoints.folder / str(step)}; go on with the same command and --resume"
 
     def _start(self, state: TrainState, step: int, results: dict[str, float], finished: bool):
+        if self._begun > self._whole:
+            self._checkpoints.wait()
+            self._went_well()
         keep = self._stage.keep_state or not finished
         rest = {"step": state.step, "empty_steps": state.empty_steps, "opt_state": state.opt_state}
         self._begun, self._again = step, None

@@ -19,6 +19,7 @@ class Stop:
     def __init__(self):
         self.signal = ""
         self._before = {}
+        self._asked = 0
 
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
@@ -33,9 +34,10 @@ class Stop:
         else:
             self.signal = signal.Signals(number).name
 
-    def asked(self, step: int) -> bool:
-        """Whether to stop after so many steps; the same on all processes, which all must ask at every step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+    def asked(self) -> bool:
+        """Whether to stop now; the same on all processes, which all must ask at every step."""
+        self._asked += 1  # counts alike on all; jax wants every number in turn, and a resumed run begins late
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._asked):
             self.signal = "a notice of preemption"
         return bool(self.signal)
 
