@@ -125,9 +125,12 @@ def test_base_eval(here, trained, capsys):
     assert "3 tasks every 2 steps" in trained[1]
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["core"] for row in metrics if "core" in row] == [found["values"]["core"]]
-    # All items, without bits per byte; what was there is replaced.
-    said(base_eval, ["--eval_tokens=0"])
-    found = json.loads((run / "base_eval_2.json").read_text())
+    # All items, without bits per byte: other settings, another file; the same again replaces it.
+    for _ in range(2):
+        said(base_eval, ["--eval_tokens=0"])
+    assert json.loads((run / "base_eval_2.json").read_text()) == found
+    (other,) = run.glob("base_eval_2_*.json")
+    found = json.loads(other.read_text())
     assert set(found["values"]) == {"core"} and [task["items"] for task in found["tasks"].values()] == [6, 6, 6]
     assert "at least 3 a task" in refused(capsys, base_eval, ["--max_per_task=2"])
     assert "download core-bundle" in refused(capsys, base_eval, [f"--eval_bundle={here / 'base_data'}"])
@@ -157,13 +160,17 @@ def test_chat_eval(here, capsys):
     assert found["values"]["ChatCORE"] == pytest.approx(np.mean([task["centered"] for task in found["tasks"].values()]))
     assert (run / "chat_eval_2.csv").read_text().splitlines()[-1].startswith("ChatCORE,,")
     text = said(chat_eval, ["-i", "base", "-a", "GSM8K|MMLU", "-m", "8", "-n", "4", "-t", "1", "--batch_size=4"])
-    found = json.loads((run / "chat_eval_2.json").read_text())
+    (other,) = run.glob("chat_eval_2_*.json")
+    found = json.loads(other.read_text())
+    assert found["settings"]["num_samples"] == 4 and found["settings"]["temperature"] == 1.0
+    assert found["values"]["GSM8K"] == found["values"]["GSM8K pass@1"]
     assert [*found["values"]] == ["GSM8K", "GSM8K pass@1", "GSM8K pass@2", "GSM8K pass@4", "MMLU"]
     assert found["tasks"]["MMLU"]["items"] == 5 and "4 a problem, at temperature 1" in text
     for args, message in (
         (["-a", "GSM9K"], "unknown task 'GSM9K'; it is one of ARC-Easy"),
         (["-n", "2"], "the same answer each time"),
         (["-x", "0"], "at least 1, or -1"),
+        (["--seed=-1"], "--seed=-1; it must be from 0"),
         (["-t", "-1"], "--temperature=-1.0; it must be at least 0"),
         (["-i", "mid"], "no mid checkpoint"),
     ):
