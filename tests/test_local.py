@@ -10,21 +10,36 @@ import time
 import pytest
 from conftest import ROOT
 
+from jaxchat.hosts import Place, detect
+from launch.cluster import local as launcher
+
 
 def local(*flags, shell, **kwargs):
-    """The launcher itself, as a process; the command is bash, to which the flags it adds are $1, $2 and $3."""
-    command = [sys.executable, "-m", "launch.cluster", "local", *flags, "--", "bash", "-c", shell, "bash"]
+    """The launcher itself, as a process; the command is bash."""
+    command = [sys.executable, "-m", "launch.cluster", "local", *flags, "--", "bash", "-c", shell]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, **kwargs)
 
 
+PLACE = '"$JAX_COORDINATOR_ADDRESS" $JAXCHAT_NUM_PROCESSES $JAXCHAT_PROCESS_ID $CUDA_VISIBLE_DEVICES'
+
+
 def test_local_gives_each_process_its_number_and_its_gpus():
-    out, _ = local("--processes=3", "--gpus_per_process=2", shell='echo "$@" $CUDA_VISIBLE_DEVICES').communicate()
+    out, _ = local("--processes=3", "--gpus_per_process=2", shell=f"echo {PLACE}").communicate()
     lines = sorted(out.splitlines(), key=lambda line: line.split()[2])
-    port = re.match(r"--coordinator=localhost:(\d+) ", lines[0])[1]
-    assert lines == [
-        f"--coordinator=localhost:{port} --num_processes=3 --process_id={i} {2 * i},{2 * i + 1}" for i in range(3)
-    ]
+    port = re.match(r"localhost:(\d+) ", lines[0])[1]
+    assert lines == [f"localhost:{port} 3 {i} {2 * i},{2 * i + 1}" for i in range(3)]
+    env = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAXCHAT_NUM_PROCESSES": "3", "JAXCHAT_PROCESS_ID": "1"}
+    assert detect(environ=env) == Place("environment", f"localhost:{port}", 3, 1)
+
+
+def test_local_shows_what_it_would_run(capsys):
+    launcher.run(launcher.Config(gpus_per_process=1, dry_run=True), ["echo", "a b"])
+    lines = capsys.readouterr().out.splitlines()
+    for index, line in enumerate(lines):
+        told = f" JAXCHAT_NUM_PROCESSES=2 JAXCHAT_PROCESS_ID={index} CUDA_VISIBLE_DEVICES={index} echo 'a b'"
+        assert re.sub(r"^env JAX_COORDINATOR_ADDRESS=localhost:\d+", "", line) == told
+    assert len(lines) == 2
 
 
 @pytest.mark.parametrize(
@@ -33,7 +48,7 @@ def test_local_gives_each_process_its_number_and_its_gpus():
 )
 def test_local_starts_again(first, code, turns):
     """Process 1 fails at once, process 0 notices and ends with 76: the first to fail tells how it ended."""
-    shell = f"echo turn; if [ $3 = --process_id=1 ]; then {first}; fi; sleep 0.3; exit {76 if code else 0}"
+    shell = f"echo turn; if [ $JAXCHAT_PROCESS_ID = 1 ]; then {first}; fi; sleep 0.3; exit {76 if code else 0}"
     process = local("--restarts=2", shell=shell)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code and out.splitlines().count("turn") == 2 * turns
@@ -41,7 +56,7 @@ def test_local_starts_again(first, code, turns):
 
 def test_local_kills_what_does_not_end():
     begun = time.monotonic()
-    process = local("--grace=0.5", shell="if [ $3 = --process_id=1 ]; then exit 2; fi; exec sleep 60")
+    process = local("--grace=0.5", shell="if [ $JAXCHAT_PROCESS_ID = 1 ]; then exit 2; fi; exec sleep 60")
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 2 and "process 1 ended with exit code 2" in out and time.monotonic() - begun < 20
 
@@ -55,3 +70,33 @@ def test_local_passes_signals_on_and_then_starts_nothing(number):
     process.send_signal(number)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 75 and out.splitlines().count("told") == 2 and "up" not in out
+
+
+def test_local_kills_what_does_not_heed_a_signal():
+    process = local("--restarts=5", "--grace=0.5", shell="trap '' TERM; echo up; while :; do sleep 0.05; done")
+    for _ in range(2):
+        assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30) == ("", None) and process.returncode == 137
+
+
+def test_local_hears_a_signal_while_it_starts_processes(monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def start(*args, **kwargs):
+        started.append(popen(*args, **kwargs))
+        if len(started) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(launcher.subprocess, "Popen", start)
+    begun = time.monotonic()
+    assert launcher.run(launcher.Config(restarts=5), ["sleep", "60"]) == 128 + signal.SIGTERM
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2 and time.monotonic() - begun < 20
+
+
+def test_local_hears_a_signal_between_two_turns(monkeypatch):
+    turns = []
+    monkeypatch.setattr(launcher, "run_once", lambda *_: turns.append(1) or 75)
+    monkeypatch.setattr(launcher, "print", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM), raising=False)
+    assert launcher.run(launcher.Config(restarts=5), ["true"]) == 75 and turns == [1]

@@ -75,7 +75,7 @@ def signal_one(launcher, folder, stage, index, number):
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.01)
     for process in psutil.Process(launcher.pid).children():
-        if f"--process_id={index}" in process.cmdline():
+        if process.environ()["JAXCHAT_PROCESS_ID"] == str(index):
             process.send_signal(number)
 
 

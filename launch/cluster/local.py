@@ -12,13 +12,13 @@ from launch.cluster.common import RESTARTED, check_at_least
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Run the command in several processes on this machine: to each, --coordinator, --num_processes and --process_id
-    are added. The first one prints; the others tell only errors.
+    """Run the command in several processes on this machine. JAX_COORDINATOR_ADDRESS, JAXCHAT_NUM_PROCESSES and
+    JAXCHAT_PROCESS_ID in its environment tell each its place. The first one prints; the others tell only errors.
 
-    SIGTERM and Ctrl-C are passed on. When one process fails, the others have --grace seconds to notice and to end, and
-    are killed then. A run that was told to end (exit code 75), lost a peer (76) or was killed (137) is started again,
-    up to --restarts times, unless it was this launcher that was told to end. The exit code is that of the process
-    that ended first, of those that failed. Processes have this environment, secrets included.
+    SIGTERM and Ctrl-C are passed on. All have --grace seconds to end then, and the others have as many after one has
+    failed; what still runs is killed. A run that was told to end (exit code 75), lost a peer (76) or was killed (137)
+    is started again, up to --restarts times, unless it was this launcher that was told to end. The exit code is that of
+    the process that ended first, of those that failed. Processes have this environment, secrets included.
     """
 
     processes: int = 2
@@ -28,7 +28,7 @@ class Config:
     restarts: int = 0
     """How often at most to start again."""
     grace: float = 120.0
-    """Seconds that the others have after one has failed; more than the trainers' --heartbeat_timeout."""
+    """Seconds to end in, when told to or after another has failed; more than the trainers' --heartbeat_timeout."""
     dry_run: bool = False
     """Only print the commands."""
 
@@ -41,12 +41,13 @@ def free_port() -> int:
 
 def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
     """What each process runs."""
-    given = [f"--coordinator=localhost:{port}", f"--num_processes={config.processes}"]
-    lines = [[*command, *given, f"--process_id={index}"] for index in range(config.processes)]
-    if each := config.gpus_per_process:
-        for index, line in enumerate(lines):
-            visible = ",".join(str(gpu) for gpu in range(index * each, (index + 1) * each))
-            line[:0] = ["env", f"CUDA_VISIBLE_DEVICES={visible}"]
+    lines = []
+    for index in range(config.processes):
+        place = [f"JAX_COORDINATOR_ADDRESS=localhost:{port}", f"JAXCHAT_NUM_PROCESSES={config.processes}"]
+        place += [f"JAXCHAT_PROCESS_ID={index}"]
+        if each := config.gpus_per_process:
+            place += ["CUDA_VISIBLE_DEVICES=" + ",".join(map(str, range(index * each, (index + 1) * each)))]
+        lines.append(["env", *place, *command])
     return lines
 
 
@@ -69,33 +70,39 @@ class Told:
 
     def _pass_on(self, number, frame):
         self.at_all = True
+        self.send(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    def send(self, number: int):
         for process in self.processes:
-            process.send_signal(
-                signal.SIGTERM if number == signal.SIGHUP else number
-            )  # does nothing where it has ended
+            process.send_signal(number)  # does nothing where it has ended
 
 
 def run_once(config: Config, command: list[str], told: Told) -> int:
     """-> the exit code of the process that failed first, as a shell tells it; 0 if all went well."""
-    lines = commands(config, command, free_port())
-    told.processes = [subprocess.Popen(line, start_new_session=True) for line in lines]
+    told.processes, ended = [], set()
     failed, deadline = 0, None
-    running = list(told.processes)
     try:
-        while running:
-            for process in [p for p in running if p.poll() is not None]:
-                running.remove(process)
+        for line in commands(config, command, free_port()):
+            told.processes.append(subprocess.Popen(line, start_new_session=True))
+        if told.at_all:  # while they were started, some were not among the processes yet
+            told.send(signal.SIGTERM)
+        while len(ended) < len(told.processes):
+            for index, process in enumerate(told.processes):
+                if index in ended or process.poll() is None:
+                    continue
+                ended.add(index)
                 if process.returncode and not failed:
                     failed = process.returncode if process.returncode > 0 else 128 - process.returncode
-                    deadline = time.monotonic() + config.grace
-                    if running:
-                        index = told.processes.index(process)
+                    deadline = deadline or time.monotonic() + config.grace
+                    if len(ended) < len(told.processes):
                         print(f"process {index} ended with exit code {failed}; waiting for the others", flush=True)
+            if told.at_all:
+                deadline = deadline or time.monotonic() + config.grace
             if deadline and time.monotonic() > deadline:
-                break
+                return failed or 128 + signal.SIGKILL
             time.sleep(0.1)
     finally:
-        for process in running:
+        for process in told.processes:
             process.kill()
             process.wait()
     return failed
@@ -107,8 +114,11 @@ def run(config: Config, command: list[str]):
         for line in commands(config, command, free_port()):
             print(shlex.join(line))
         return 0
+    code = 128 + signal.SIGTERM
     with Told() as told:
         for left in reversed(range(config.restarts + 1)):
+            if told.at_all:
+                return code
             code = run_once(config, command, told)
             if code not in RESTARTED or told.at_all or not left:
                 return code
