@@ -97,10 +97,12 @@ def _by_environment(environ) -> Place | None:
     return None
 
 
-def start(config: TrainConfig):
+def start(config: TrainConfig, *, asks: bool = True):
     """Connect with the other processes, if there are any. To be called before the first use of a device.
 
     From then on, only process 0 prints to stdout; a lost process ends all with exit code 76 and a line on stderr.
+    asks: whether the command asks at every step if it is to stop (train.signals), as training does. Then SIGTERM is
+    only noted; where nobody asks, it ends the process.
     """
     if config.heartbeat_timeout < 2:
         raise UserError(f"--heartbeat_timeout={config.heartbeat_timeout}; it must be at least 2 seconds")
@@ -113,6 +115,8 @@ def start(config: TrainConfig):
     own_device = not place.alone_on_host and bool(place.coordinator)
     local = os.environ.get("SLURM_LOCALID", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK"))
     _watch_aborts(place)
+    if not asks:  # jax's service would catch SIGTERM, and keep it to itself
+        jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         place.coordinator,
         place.num_processes,

@@ -1,4 +1,4 @@
-"""One of several processes: python hosts_process.py work|sleep|refuse FLAGS… Prints "step N" after each common sum."""
+"""One of several processes, by --what=work|sleep|refuse|evaluate. Prints "step N" after each common sum."""
 
 import dataclasses
 import sys
@@ -22,7 +22,7 @@ class Config(TrainConfig):
 
 
 def run(config: Config):
-    hosts.start(config)
+    hosts.start(config, asks=config.what != "evaluate")
     for step in range(config.steps):
         multihost_utils.process_allgather(jnp.ones(()))
         print(f"step {step}", flush=True)

@@ -124,6 +124,13 @@ def test_a_process_that_fails_ends_the_others_with_its_code():
     assert second == (2, ["error: this cannot work"], "") and time.monotonic() - begun < HEARTBEAT
 
 
+def test_sigterm_ends_a_command_that_does_not_ask():
+    processes = together("--what=evaluate")
+    for process in reversed(processes):
+        process.send_signal(signal.SIGTERM)
+        assert ended(process, within=HEARTBEAT)[0] == -signal.SIGTERM
+
+
 def test_all_is_well_and_process_0_alone_prints():
     first, second = (ended(process, within=60) for process in together("--steps=3"))
     assert first == (0, [], "step 1\nstep 2\n") and second == (0, [], "")
