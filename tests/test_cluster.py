@@ -153,6 +153,8 @@ def test_tpu_vm(here, capsys, flags):
             check_gcloud(words)
         else:
             assert words[:2] == ["git", "archive"]
+    (mount,) = re.findall(r"gcsfuse --.*?(?=\))", out)
+    assert mount == "gcsfuse --implicit-dirs --rename-dir-limit=200000 b $HOME/bucket"
     assert SECRET not in out and "--spot" in lines[0] and not list(here.iterdir())
 
 
@@ -314,6 +316,8 @@ def test_gke(here, capsys, flags, hosts, takes):
     assert [(e["containerName"], e["operator"], e["values"]) for e in exits] == [
         (container["name"], "NotIn", [75, 76, 137])
     ]
+    options = [volume["csi"]["volumeAttributes"]["mountOptions"] for volume in pod["volumes"] if "csi" in volume]
+    assert options == (["implicit-dirs,rename-dir-limit=200000"] if "--bucket=b" in flags else [])
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
 

@@ -9,6 +9,8 @@ from jaxchat.config import UserError
 
 # Told to end and saved, a peer was lost, killed (by a preemption, or for memory): the same command goes on from there.
 RESTARTED = (75, 76, 137)
+# For gcsfuse. A checkpoint is finished by renaming its folder, which is refused by default where there are files in it.
+MOUNTED = ("implicit-dirs", "rename-dir-limit=200000")
 
 
 def secret_names(text: str, *, here: bool) -> list[str]:

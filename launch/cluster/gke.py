@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from jaxchat.config import UserError
-from launch.cluster.common import RESTARTED, check_at_least, check_name, perform, secret_names
+from launch.cluster.common import MOUNTED, RESTARTED, check_at_least, check_name, perform, secret_names
 
 PORT = 8476
 # Kind of TPU: GKE's name for it, and the chips of a host where there are several hosts.
@@ -31,6 +31,10 @@ class Config:
 
     A run that saves and ends because its node goes away, or that lost a peer, is started again, all pods at once; one
     that fails otherwise is not. What is trained goes to --bucket, which every pod sees as its base directory.
+
+    A run's folder in a bucket is locked on one host only: see to it that no other host trains under the same tag.
+    Make the bucket with a hierarchical namespace, in which a checkpoint's folder is renamed all at once: gcloud storage
+    buckets create gs://NAME --location=REGION --uniform-bucket-level-access --enable-hierarchical-namespace
     """
 
     name: str = "jaxchat"
@@ -99,7 +103,7 @@ def jobset(config: Config, command: list[str]) -> dict:
     if config.bucket:
         env += [{"name": "JAXCHAT_BASE_DIR", "value": "/bucket"}]
         mounts += [{"name": "bucket", "mountPath": "/bucket"}]
-        attributes = {"bucketName": config.bucket, "mountOptions": "implicit-dirs"}
+        attributes = {"bucketName": config.bucket, "mountOptions": ",".join(MOUNTED)}
         volumes += [{"name": "bucket", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}]
     container = {
         "name": "jaxchat",

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from jaxchat.config import UserError
-from launch.cluster.common import RESTARTED, check_at_least, check_name, perform, secret_names
+from launch.cluster.common import MOUNTED, RESTARTED, check_at_least, check_name, perform, secret_names
 
 STEPS = ("create", "setup", "run", "log", "delete")
 MOUNT = "$HOME/bucket"
@@ -38,6 +38,10 @@ class Config:
     copied from here in a file that only you can read, over ssh, and are set for the command. The command goes on when
     the connection is lost: --steps=log,delete takes it up again. It is started again after a lost peer, but a TPU that
     was preempted is gone: the same line makes a new one, and with --resume the command goes on where it was.
+
+    A run's folder in a bucket is locked on one host only: see to it that no other host trains under the same tag.
+    Make the bucket with a hierarchical namespace, in which a checkpoint's folder is renamed all at once: gcloud storage
+    buckets create gs://NAME --location=REGION --uniform-bucket-level-access --enable-hierarchical-namespace
     """
 
     name: str = "jaxchat"
@@ -151,7 +155,8 @@ def setup(config: Config, secrets: list[str]):
         perform(copy(config, archive, "jaxchat.tar.gz"), config.dry_run)
     shell = INSTALL
     if config.bucket:
-        mount = f"mkdir -p {MOUNT} && (mountpoint -q {MOUNT} || gcsfuse --implicit-dirs {config.bucket} {MOUNT})"
+        gcsfuse = shlex.join(["gcsfuse", *(f"--{option}" for option in MOUNTED), config.bucket])
+        mount = f"mkdir -p {MOUNT} && (mountpoint -q {MOUNT} || {gcsfuse} {MOUNT})"
         shell += f" && {GCSFUSE} && {mount}"
     perform(on(config, "all", shell), config.dry_run)
     if secrets:
