@@ -134,6 +134,7 @@ def check_gcloud(words):
     assert any(word.startswith("--zone=") for word in words)
 
 
+TOLD = "[[ $* = *jaxchat/run.code* ]] && echo 0;"  # gcloud: the command on the workers has ended well
 TPU = ["tpu_vm", "--zone=us-central2-b", "--project=p", "--bucket=b", "--secrets=WANDB_API_KEY"]
 
 
@@ -147,7 +148,7 @@ def test_tpu_vm(here, capsys, flags):
         begin, end = ["queued-resources create", "queued-resources describe"], ["queued-resources delete"]
     else:
         begin, end = ["tpu-vm create"], ["tpu-vm delete"]
-    assert verbs == [*begin, *install, "tpu-vm ssh", "tpu-vm ssh", *end]
+    assert verbs == [*begin, *install, "tpu-vm ssh", "tpu-vm ssh", "tpu-vm ssh", *end]
     for words in lines:
         if words[0] == "gcloud":
             check_gcloud(words)
@@ -163,11 +164,11 @@ def test_tpu_vm_runs_what_it_shows_and_no_secret_is_on_a_command_line(here, fake
     copied = (
         f'for word in "$@"; do case $word in *jaxchat-*.env) stat -c %a "$word"; cat "$word";; esac; done > {here}/env'
     )
-    fake("gcloud", f'if [ "$4" = scp ]; then {copied}; fi; exit 0')
+    fake("gcloud", f'if [ "$4" = scp ]; then {copied}; fi; {TOLD} exit 0')
     start(capsys, *TPU)
     calls = called(here)
     dry = [shlex.split(line) for line in start(capsys, *TPU, "--dry_run").splitlines() if not line.startswith("#")]
-    assert SECRET not in str(calls) and len(calls) == len(dry) == 8
+    assert SECRET not in str(calls) and len(calls) == len(dry) == 9
     differ = [(a, b) for made, told in zip(calls, dry, strict=True) for a, b in zip(made, told, strict=True) if a != b]
     assert all("jaxchat.tar.gz" in a or a.endswith(".env") for a, _ in differ) and len(differ) == 3
     mode, line = (here / "env").read_text().splitlines()
@@ -185,14 +186,37 @@ def test_tpu_vm_starts_again(here, codes, end):
     config = tpu_vm.Config(restarts=4, bucket="b")
     env = os.environ | {"HOME": str(here)}
     subprocess.run(["bash", "-c", tpu_vm.started(config, ["bash", "-c", shell])], check=True, env=env)
-    followed = subprocess.run(["bash", "-c", tpu_vm.FOLLOW], env=env, capture_output=True, text=True, timeout=30)
-    assert followed.returncode == end
+    told = {"env": env, "stdout": subprocess.PIPE, "text": True, "timeout": 30}
+    followed = subprocess.run(["bash", "-c", tpu_vm.FOLLOW], **told)
+    assert subprocess.run(["bash", "-c", tpu_vm.CODE], **told).stdout == f"{end}\n"
     assert followed.stdout.count(f"{SECRET}|{here}/bucket\n") == min(len(codes), 5)
 
 
 def test_tpu_vm_takes_up_a_log_without_a_command(here, capsys):
     cluster.main([*TPU, "--steps=log,delete", "--dry_run"])
-    assert [line.split()[4] for line in capsys.readouterr().out.splitlines()] == ["ssh", "delete"]
+    assert [line.split()[4] for line in capsys.readouterr().out.splitlines()] == ["ssh", "ssh", "delete"]
+
+
+@pytest.mark.parametrize(
+    "shell, code, words",
+    [
+        ("[[ $* = *jaxchat/run.code* ]] && echo 3; exit 0", 3, ""),  # the command ended, and failed
+        ("[[ $* = *jaxchat/run.code* ]] && exit 1; exit 0", 2, "--steps=log,delete"),  # not ended
+        ("[[ $4 = ssh ]] && exit 1; exit 0", 2, "gcloud failed with exit code 1"),
+        ("[[ $4 = describe ]] && echo a$'\\n'b >&2 && exit 1; exit 0", 2, "the state of jaxchat cannot be read: a b"),
+        ("exit 1", 2, "gcloud failed with exit code 1"),
+    ],
+)
+def test_tpu_vm_deletes_only_what_has_ended(here, fake, capsys, shell, code, words):
+    fake("git")
+    fake("gcloud", shell)
+    with pytest.raises(SystemExit) as stop:
+        start(capsys, *TPU, *(["--queued"] if "describe" in shell else []))
+    said = capsys.readouterr()
+    assert stop.value.code == code and words in said.err
+    assert ("delete" in [words[4] for words in called(here) if words[0] == "gcloud"]) == (code == 3)
+    hint = f"jaxchat still runs and costs; {'--queued ' * ('describe' in shell)}--steps=delete ends it\n"
+    assert (hint in said.out) == (code == 2 and shell != "exit 1")
 
 
 # JobSet v1alpha2, batch/v1 and core/v1: {field: what it holds}; another field is refused. A list has entries of its one

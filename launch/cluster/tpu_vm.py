@@ -32,7 +32,8 @@ GCSFUSE = (
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Create a Cloud TPU, install this checkout's last commit on it, run the command on all its workers, follow the
-    first one's log, and delete the TPU when the command has ended. --steps chooses among these.
+    first one's log, and delete the TPU when the command has ended and its exit code is known. --steps chooses among
+    these.
 
     What is trained goes to --bucket, which every worker sees as its base directory (JAXCHAT_BASE_DIR). Secrets are
     copied from here in a file that only you can read, over ssh, and are set for the command. The command goes on when
@@ -133,7 +134,8 @@ def started(config: Config, command: list[str]) -> str:
     return f"cd jaxchat && rm -f run.code && ({background} echo $! > run.pid)"
 
 
-FOLLOW = "cd jaxchat && tail --lines=+1 --follow=name --pid=$(cat run.pid) run.log; exit $(cat run.code || echo 1)"
+FOLLOW = "cd jaxchat && tail --lines=+1 --follow=name --pid=$(cat run.pid) run.log"
+CODE = "cat jaxchat/run.code"
 
 
 @contextlib.contextmanager
@@ -168,7 +170,10 @@ def wait(config: Config):
     """Until a queued resource is there."""
     print(f"# every 30 s, until it says ACTIVE:\n{shlex.join(state(config))}", flush=True)
     while not config.dry_run:
-        now = subprocess.run(state(config), capture_output=True, text=True).stdout.strip()
+        asked = subprocess.run(state(config), capture_output=True, text=True)
+        if asked.returncode:
+            raise UserError(f"the state of {config.name} cannot be read: {' '.join(asked.stderr.split())}")
+        now = asked.stdout.strip()
         if now == "ACTIVE":
             return
         if now in ("FAILED", "SUSPENDED"):
@@ -176,22 +181,37 @@ def wait(config: Config):
         time.sleep(30)
 
 
+def follow(config: Config) -> int:
+    """Show the first worker's log. -> the command's exit code; UserError: there is none yet, or it can't be read."""
+    perform(on(config, "0", FOLLOW), config.dry_run, check=False)  # its own code may be gcloud's or ssh's
+    print(shlex.join(on(config, "0", CODE)), flush=True)
+    if config.dry_run:
+        return 0
+    code = subprocess.run(on(config, "0", CODE), stdout=subprocess.PIPE, text=True).stdout.strip()
+    if not code.isdigit():
+        raise UserError("the connection was lost, or the command was killed; --steps=log,delete takes the log up again")
+    return int(code)
+
+
 def run(config: Config, command: list[str]):
     steps = check(config)
     secrets = secret_names(config.secrets, here=True)
-    code = 0
     if "create" in steps:
         perform(create(config), config.dry_run)
-        if config.queued:
+    code = 0
+    try:
+        if "create" in steps and config.queued:
             wait(config)
-    if "setup" in steps:
-        setup(config, secrets)
-    if "run" in steps:
-        perform(on(config, "all", started(config, command)), config.dry_run)
-    if "log" in steps:
-        code = perform(on(config, "0", FOLLOW), config.dry_run, check=False)
-    if code == 255:  # ssh's own: the command may still run
-        raise UserError("the connection was lost; --steps=log,delete takes it up again, or --steps=delete ends it")
-    if "delete" in steps:
-        perform(delete(config), config.dry_run)
+        if "setup" in steps:
+            setup(config, secrets)
+        if "run" in steps:
+            perform(on(config, "all", started(config, command)), config.dry_run)
+        if "log" in steps:
+            code = follow(config)
+        if "delete" in steps:
+            perform(delete(config), config.dry_run)
+    except BaseException:
+        end = "--queued --steps=delete" if config.queued else "--steps=delete"
+        print(f"unless it was preempted, {config.name} still runs and costs; {end} ends it", flush=True)
+        raise
     return code
