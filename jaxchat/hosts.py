@@ -197,7 +197,8 @@ class _Watch(threading.Thread):
         """Tell the others, and end at once: jax would wait for them, and they wait for this process."""
         self._stopped.set()
         self.join()
-        self.tell(f"failed {code} process {self._me} failed with exit code {code}")
+        with suppress(jax.errors.JaxRuntimeError):  # process 0 may be gone: this one shall end even so
+            self.tell(f"failed {code} process {self._me} failed with exit code {code}")
         if self._me == 0:
             time.sleep(2 * self.period)
         _end(code)

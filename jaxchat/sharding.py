@@ -36,8 +36,8 @@ def make_mesh(devices=None, axes: str = "") -> Mesh:
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     shape = mesh_shape(axes, len(devices), devices[0].platform)
     per_process = sum(device.process_index == devices[0].process_index for device in devices)
-    if shape[2] > per_process:
-        raise UserError(f"--mesh={axes}: tensor={shape[2]} exceeds the {per_process} devices of a process; lower it")
+    if per_process % shape[2]:  # a row's parts would lie in two processes
+        raise UserError(f"--mesh={axes}: tensor={shape[2]} does not divide the {per_process} devices of a process")
     return Mesh(np.array(devices).reshape(shape), AXES)
 
 

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat import sharding
-from jaxchat.config import Compute, ModelConfig, UserError
+from jaxchat.config import BaseConfig, Compute, ModelConfig, UserError
 from jaxchat.data.pipelines import micro_batches
 from jaxchat.model.flops import flops_per_token, num_params, peak_flops
 from jaxchat.train.optimizer import make_optimizer
@@ -177,10 +177,16 @@ def run(config: Config):
         print(json.dumps(figures))
     if not done.fits:
         raise UserError(remedy(plan, done, figures.get("largest_device_batch")))
-    cli.next_step(
-        f"python -m launch.base_train --depth={config.depth} --device_batch_size={plan.batch}"
-        + (f" --mesh={config.mesh}" if config.mesh else "")
-    )
+    cli.next_step(training(config, plan.batch))
+
+
+def training(config: Config, batch: int) -> str:
+    """The command that trains what was compiled, with `batch` rows a device."""
+    words = [f"--depth={config.depth}", f"--device_batch_size={batch}"]
+    for name in ("total_batch_size", "max_seq_len", "mesh"):
+        if (value := getattr(config, name)) != getattr(BaseConfig, name):
+            words.append(f"--{name}={value}")
+    return " ".join(["python -m launch.base_train", *words])
 
 
 def remedy(plan: Plan, done: Compiled, largest: int | None) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxchat.config import UserError
 from launch import hlo, topologies
-from launch.compile_check import needed
+from launch.compile_check import Config, needed, training
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: jaxchat[tpu]")
 SMALL = ("--depth=2", "--topology=v5e:2x4", "--max_seq_len=512", "--total_batch_size=16384", "--vocab_size=2048")
@@ -131,6 +131,13 @@ def test_a_window_that_is_half_padding():
 }
 """.replace("LABELS", "dim_labels=1fb0_1i0o->b0f1")
     assert hlo.read(text).flops == 2 * (2 * 512) * 512 * 32
+
+
+def test_what_to_train_with():
+    command = "python -m launch.base_train --depth=4 --device_batch_size=2"
+    assert training(Config(depth=4, topology="v5e:2x2"), 2) == command
+    changed = Config(depth=4, total_batch_size=16384, max_seq_len=512, mesh="fsdp=4")
+    assert training(changed, 2) == f"{command} --total_batch_size=16384 --max_seq_len=512 --mesh=fsdp=4"
 
 
 @pytest.mark.slow

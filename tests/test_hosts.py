@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
+import jax
 import pytest
 from conftest import ROOT, xla_flags
 
@@ -122,6 +124,22 @@ def test_a_process_that_fails_ends_the_others_with_its_code():
     first, second = (ended(process, within=HEARTBEAT + 20) for process in processes)
     assert first[:2] == (2, ["error: process 1 failed with exit code 2"])
     assert second == (2, ["error: this cannot work"], "") and time.monotonic() - begun < HEARTBEAT
+
+
+def test_a_process_that_fails_ends_where_nobody_can_be_told(monkeypatch):
+    class Client:
+        def key_value_set(self, key, what, allow_overwrite):
+            if what.startswith("failed"):
+                raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+
+        def key_value_dir_get(self, key):
+            return []
+
+    codes = []
+    monkeypatch.setattr(hosts, "global_state", types.SimpleNamespace(client=Client(), process_id=1, num_processes=2))
+    monkeypatch.setattr(hosts, "_end", lambda code, why="": codes.append(code))
+    hosts._Watch(timeout=100).failed(3)
+    assert codes == [3]
 
 
 def test_sigterm_ends_a_command_that_does_not_ask():

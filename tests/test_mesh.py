@@ -1,6 +1,7 @@
 """Meshes: the flag, the same training on any of them, and what the compiled step sends between devices."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,13 @@ def test_an_impossible_flag(axes, told):
     with pytest.raises(UserError) as problem:
         sharding.mesh_shape(axes, 8)
     assert told in str(problem.value) and f"--mesh={axes}" in str(problem.value)
+
+
+@pytest.mark.parametrize("tensor", [3, 12])
+def test_tensor_stays_within_a_process(tensor):
+    devices = [types.SimpleNamespace(process_index=i // 4, id=i, platform="cpu") for i in range(12)]
+    with pytest.raises(UserError, match=f"tensor={tensor} does not divide the 4 devices of a process"):
+        sharding.make_mesh(devices, f"tensor={tensor}")
 
 
 @pytest.mark.parametrize(
