@@ -51,7 +51,7 @@ def run(config: Config):
     if config.device_batch_size < 1:
         raise UserError(f"--device_batch_size={config.device_batch_size}; it must be at least 1")
     shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
-    mesh = start_devices(shared)
+    mesh = start_devices(shared, asks=False)
     compute = compute_for(shared, mesh)
     found = checkpoint.open_model("base", config.model_tag, config.step)
     tokenizer, model = found.tokenizer, found.config

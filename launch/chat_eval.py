@@ -92,7 +92,7 @@ def run(config: Config):
     check(config)
     names = names_in(config)
     shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
-    mesh = start_devices(shared)
+    mesh = start_devices(shared, asks=False)
     compute = compute_for(shared, mesh)
     found = checkpoint.open_model(config.source, config.model_tag, config.step)
     sharding.check_fits(found.config, mesh)

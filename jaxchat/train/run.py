@@ -43,8 +43,8 @@ class Setting:
         sharding.check_fits(self.model, self.mesh)
 
 
-def start_devices(config: TrainConfig) -> Mesh:
-    """Choose the kind of device, connect with the other processes, and put all devices on a mesh."""
+def start_devices(config: TrainConfig, asks: bool = True) -> Mesh:
+    """Choose the kind of device, connect with the other processes, and put all devices on a mesh. asks: see hosts.start."""
     if config.device_type:
         if config.device_type not in ("cpu", "cuda", "tpu"):
             raise UserError(f"--device_type={config.device_type}; it is cpu, cuda or tpu")
@@ -61,7 +61,7 @@ def start_devices(config: TrainConfig) -> Mesh:
         if not 0 <= getattr(config, name, 0.0) <= 1:
             raise UserError(f"--{name}={getattr(config, name)}; it must be from 0 to 1")
     sharding.keep_compiled()
-    hosts.start(config)
+    hosts.start(config, asks=asks)
     try:
         return sharding.make_mesh(axes=config.mesh)
     except (RuntimeError, AssertionError) as problem:  # which of them depends on what is installed
