@@ -44,7 +44,7 @@ class Setting:
 
 
 def start_devices(config: TrainConfig, asks: bool = True) -> Mesh:
-    """Choose the kind of device, connect with the other processes, and put all devices on a mesh. asks: see hosts.start."""
+    """Choose the kind of device, connect with the other processes, put all devices on a mesh. asks: see hosts.start."""
     if config.device_type:
         if config.device_type not in ("cpu", "cuda", "tpu"):
             raise UserError(f"--device_type={config.device_type}; it is cpu, cuda or tpu")
