@@ -262,7 +262,7 @@ def read_meta(folder: Path, step: int) -> dict:
 
 
 def _line(problem: Exception) -> str:
-    return (str(problem).splitlines() or [type(problem).__name__])[0][:300]
+    return (str(problem).splitlines() or [type(problem).__name__])[0][:1000]
 
 
 def find(source: str, model_tag: str = "", step: int = -1) -> tuple[Path, int]:
