@@ -13,6 +13,8 @@ import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# JAXCHAT_THOROUGH=1 tries every mesh and every number of processes and workers; else, as in CI, some of them.
+THOROUGH = os.environ.get("JAXCHAT_THOROUGH", "0") not in ("", "0")
 DEVICES_FLAG = "--xla_force_host_platform_device_count"
 # Compiling is most of what the tests do, and takes half as long without LLVM's optimizations, which the models here are
 # too small to feel. XLA_FLAGS=--xla_backend_optimization_level=3 tests with them, as users compile.

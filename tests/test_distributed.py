@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, xla_flags
+from conftest import ROOT, THOROUGH, xla_flags
 
 from jaxchat.checkpoint import steps_in
 from jaxchat.data.world import World, write_world
@@ -53,7 +53,7 @@ def run(folder, processes, *flags, devices=4):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, 4] if THOROUGH else [4])
 def test_processes_agree(folder, processes):
     (alone,) = run(folder, 1, "--dry_run")
     together = run(folder, processes, "--dry_run")
@@ -75,7 +75,7 @@ def test_processes_agree(folder, processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "fsdp=8"])
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "fsdp=8"][: 2 if THOROUGH else 1])
 def test_weights_cut_over_two_processes(folder, mesh):
     """2 processes × 4 devices with shares of the weights, against one device that holds all."""
     (alone,) = run(folder, 1, "--dry_run", "--num_iterations=10", devices=1)

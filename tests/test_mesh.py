@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import THOROUGH
 
 from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig, UserError
@@ -162,7 +163,7 @@ MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "tensor=8"]
 
 
 # Mid's batch is of base's shape, and its step is base's without clipping: one mesh does.
-RUNS = [(axes, stage) for axes in MESHES for stage in STAGES if stage != "mid" or "," in axes]
+RUNS = [(a, s) for a in MESHES for s in STAGES if s == "base" or "," in a or (s == "sft" and THOROUGH)]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,10 @@ def test_ten_steps_agree_with_one_device(devices, axes, stage):
     check_agreement(axes, stage)
 
 
-@pytest.mark.parametrize("axes", [pytest.param(m, marks=[] if "," in m else slow) for m in MESHES])
+CROSSED = [m for m in MESHES if THOROUGH or "fsdp" in m]
+
+
+@pytest.mark.parametrize("axes", [pytest.param(m, marks=[] if "," in m else slow) for m in CROSSED])
 def test_what_crosses_devices(devices, axes):
     """Never logits, and weights a layer at a time, unless each device holds all of them anyway."""
     mesh, _, step = compiled(axes, "base")

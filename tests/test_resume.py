@@ -54,7 +54,7 @@ def start(module, args, home):
         return subprocess.Popen([sys.executable, "-m", module, *args], cwd=ROOT, env=env, stdout=log, stderr=log)
 
 
-@pytest.mark.parametrize("stage", ["base", pytest.param("mid", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["base"])  # mid and SFT: test_chaos
 def test_kill_and_resume(data, tmp_path, stage):
     module = f"launch.{stage}_train"
     runs = {}
