@@ -170,7 +170,9 @@ class Checkpoints:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
                 restored = reader.restore(path, args=ocp.args.Composite(**items))
         except (ValueError, OSError) as problem:
-            raise UserError(f"{path} can't be read ({_line(problem)}); delete it to take the one before") from problem
+            raise UserError(
+                f"{path} can't be read ({first_line(problem)}); delete it to take the one before"
+            ) from problem
         if optimizer is None:
             return restored["params"], None
         batches.set_state(restored["data"])
@@ -258,10 +260,13 @@ def read_meta(folder: Path, step: int) -> dict:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             return reader.restore(path / "meta")
     except (ValueError, OSError) as problem:
-        raise UserError(f"{path} can't be read ({_line(problem)}); delete it to take the one before") from problem
+        raise UserError(f"{path} can't be read ({first_line(problem)}); delete it to take the one before") from problem
 
 
-def _line(problem: Exception) -> str:
+def first_line(problem: Exception) -> str:
+    """What an error says, short: "FILE: No space left on device", or its first line."""
+    if isinstance(problem, OSError) and problem.strerror:
+        return f"{problem.filename}: {problem.strerror}" if problem.filename else problem.strerror
     return (str(problem).splitlines() or [type(problem).__name__])[0][:1000]
 
 
@@ -333,7 +338,7 @@ class Found:
                     raise ValueError(wrong)
                 return reader.restore(path, target)
         except (ValueError, OSError) as problem:
-            told = f"{path} does not hold the weights that its metadata tells: {_line(problem)}"
+            told = f"{path} does not hold the weights that its metadata tells: {first_line(problem)}"
             raise UserError(told) from problem
 
 

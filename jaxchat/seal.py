@@ -32,8 +32,7 @@ def seal(folder: Path):
 def damage(folder: Path) -> str:
     """What is wrong with a sealed folder, '' if nothing.
 
-    A folder without a seal passes: it is of an older version, or its run was killed between the rename that makes a
-    checkpoint whole and the seal.
+    A folder without a seal passes; whether it should have one, checkpoint.whole_steps knows.
     """
     path = folder / NAME
     if not path.exists():

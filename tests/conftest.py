@@ -41,6 +41,18 @@ hypothesis.settings.register_profile("jaxchat", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("jaxchat")
 
 
+def random_params(config, seed: int, scale: float):
+    """Weights none of which is zero: a model that has an opinion on everything."""
+    import jax
+
+    from jaxchat.model import params
+
+    leaves, tree = jax.tree.flatten(params.shapes(config))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    normal = [scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, normal)
+
+
 @pytest.fixture(scope="session")
 def devices():
     """The first 8 devices. On a CPU there must be 8: a test of sharding that skips there tests nothing."""

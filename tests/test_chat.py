@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from conftest import random_params
 from plain_scorer import PlainModel
 
 from jaxchat import sharding
@@ -38,10 +39,7 @@ def tokenizer(rows):
 @pytest.fixture(scope="module")
 def model(tokenizer):
     config = ModelConfig(LENGTH, tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
-    leaves, tree = jax.tree.flatten(model_params.shapes(config))
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    weights = [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, weights), config
+    return random_params(config, seed=2, scale=0.3), config
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +141,24 @@ def test_an_untrained_model_scores_about_0(rows, tokenizer, mesh):
     assert abs(mean(results)) < 3 * math.sqrt(3) / 6 * math.sqrt(0.25 * 0.75 / 200) / 0.75
 
 
+@pytest.mark.parametrize("limit, most, kept", [(256, 512, 128), (1024, 512, 512), (1024, 100, 924)])
+def test_long_problems_keep_their_end(rows, tokenizer, limit, most, kept):
+    """Half of the context at least is the problem's, however long an answer may be."""
+    asked = []
+
+    class Deaf:
+        config = ModelConfig(limit, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
+
+        def generate(self, prompts, **how):
+            asked.extend(prompts)
+            return [Generation() for _ in prompts]
+
+    Deaf.tokenizer = tokenizer
+    row = {"messages": [{"role": "user", "content": "why? " * 999}, {"role": "assistant", "content": "#### 1"}]}
+    assert chat.write_answers(Deaf(), [row], chat.states_the_number, quiet=True, max_tokens=most) == [[False]]
+    assert asked == [tokenizer.render_for_completion(row)[-kept:]]
+
+
 def test_checks_of_numbers(rows):
     row = rows["GSM8K"][0]
     answer = chat.final_number("".join(part["text"] for part in row["messages"][1]["content"]))
@@ -162,6 +178,9 @@ def test_programs_of_answers(rows):
     function = whole[whole.index("def ") :]
     for text in (whole, body, function, f"Here:\n```python\n{function}```\nDone.", f"```\n{whole}"):
         assert chat.passes_its_tests(row, text)
+    helped = next(row for row in rows["HumanEval"] if row["entry_point"] == "make_palindrome")
+    whole = helped["messages"][1]["content"]  # its prompt has a function besides, which the answer calls
+    assert chat.passes_its_tests(helped, f"```python\n{whole[whole.index('def make_palindrome') :]}```")
     wrong = f"```python\ndef {row['entry_point']}(*_): return object()\n```"
     for text in ("", "    pass", wrong, "```python\n```", "no code"):
         assert not chat.passes_its_tests(row, text)

@@ -6,6 +6,7 @@ All on the real bundle beside the checkout.
 import json
 import math
 import random
+import re
 import shutil
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from conftest import random_params
 from plain_scorer import PlainModel
 
 from jaxchat import sharding
@@ -47,12 +49,8 @@ def tokenizer(bundle):
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """(weights none of which is zero, config): a model that has an opinion on everything."""
     config = ModelConfig(LENGTH, tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=16)
-    leaves, tree = jax.tree.flatten(model_params.shapes(config))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    weights = [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, weights), config
+    return random_params(config, seed=0, scale=0.3), config
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +283,25 @@ def test_what_cannot_be_scored_is_told(folder, bundle, tmp_path):
         core.read_items('{"context": "a", "continuation": 3}', "language_modeling", "file")
     same = replace(bundle[0], kind="language_modeling", items=[])
     assert not core.is_right(same, {}, [scoring.Score(np.zeros(0), np.zeros(0, bool))])
+
+
+@pytest.mark.parametrize(
+    "entry, baseline, told",
+    [
+        ({"num_fewshot": [-1]}, "25", "'shots': -1"),
+        ({"continuation_delimiter": 5}, "25", "'delimiter': 5"),
+        ({}, "100", "'chance': 1.0"),
+        (None, "25", "lists no tasks"),
+    ],
+)
+def test_a_bundle_with_impossible_numbers_is_told(tmp_path, entry, baseline, told):
+    whole = {"label": "t", "icl_task_type": "multiple_choice", "num_fewshot": [0], "dataset_uri": "t.jsonl"}
+    (tmp_path / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": [] if entry is None else [whole | entry]}))
+    (tmp_path / "eval_meta_data.csv").write_text(f"Eval Task,Random baseline\nt,{baseline}\n")
+    (tmp_path / "eval_data").mkdir()
+    (tmp_path / "eval_data/t.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 1}\n')
+    with pytest.raises(UserError, match=re.escape(told)):
+        core.load_bundle(str(tmp_path))
 
 
 def test_a_zip_is_read_like_a_folder(folder, bundle, home):

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_params
 
 from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.infer import engine as engine_module
+from jaxchat.infer.calculator import calculate
 from jaxchat.infer.engine import Engine, bucket
 from jaxchat.infer.sampling import sample
 from jaxchat.model import gpt
-from jaxchat.model import params as model_params
 from jaxchat.tokenizer import Tokenizer
 
 LENGTH = 96
@@ -26,11 +27,7 @@ def tokenizer():
 def engine(tokenizer):
     """A model with random weights: it babbles, and now and then emits special tokens."""
     config = ModelConfig(LENGTH, tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
-    leaves, tree = jax.tree.flatten(model_params.shapes(config))
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    params = jax.tree.unflatten(
-        tree, [0.4 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    )
+    params = random_params(config, seed=5, scale=0.4)
     return Engine(params, config, tokenizer, Compute(attention="blocks"), batch_size=16)
 
 
@@ -180,6 +177,17 @@ def test_tool_results_are_forced(engine, tokenizer, monkeypatch):
     assert all(g.finished for g in got)
     assert [t for t, f in zip(got[0].tokens, got[0].forced, strict=True) if f] == result
     assert not any(got[1].forced) and sum(got[2].forced) == 2 * len(result)
+
+
+def test_a_result_that_is_too_long_is_none(engine, tokenizer):
+    """A fraction of a fraction of a fraction has more digits than can be forced at once."""
+    special = tokenizer.special
+
+    def result(text):
+        return engine._tool_result([special("<|python_start|>"), *tokenizer.encode(text), special("<|python_end|>")])
+
+    assert len(result("1/3")) == len(tokenizer.encode(calculate("1/3"))) + 2
+    assert result("1" + "/999999999999999" * 12) == []
 
 
 def test_sampling_frequencies_follow_the_logits():

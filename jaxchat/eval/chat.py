@@ -107,7 +107,9 @@ def write_answers(
     samples, right = len(answers) // max(1, len(rows)), []
     if jax.process_index() == 0:  # programs run once, not once a process
         asked = [row for row in rows for _ in range(samples)]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # HumanEval waits for processes
+        # HumanEval waits for processes, on Linux alone; a machine may have more processors than are ours.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        with ThreadPoolExecutor(cores) as threads:
             right = list(threads.map(check, asked, [tokenizer.decode(answer.tokens) for answer in answers]))
     right = gather_json({"right": right})[0]["right"]
     return [right[i : i + samples] for i in range(0, len(right), samples)]

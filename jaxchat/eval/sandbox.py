@@ -8,7 +8,7 @@ ours, in a new temporary folder. There, before the program begins (sandbox_child
     limits      CPU and wall time, memory, size and number of files, number of open files; all that it prints is dropped
 
 Neither needs root, a container or namespaces, and threads are bound too. If we end, the kernel ends the program. Where
-the kernel lacks one of the two (`missing`), `run` refuses unless it is told to do with what there is.
+the kernel lacks one of the two (`missing`), `run` refuses.
 
 A program passes by running to its end. One that leaves early (sys.exit, os._exit, a crash) does not; but one that is
 written to cheat can, for it shares its process with its test: this guards the machine, not the score.
@@ -54,12 +54,12 @@ def missing() -> list[str]:
     return sandbox_child.missing()
 
 
-def run(program: str, *, seconds: float = 5.0, unsafe: bool = False) -> Outcome:
+def run(program: str, *, seconds: float = 5.0) -> Outcome:
     """Run a Python program by itself for at most `seconds` of wall and of CPU time. May be called from several threads.
 
-    unsafe: where the kernel lacks a part, go on without that part. UserError otherwise, and on anything but Linux.
+    UserError: the kernel lacks a part of the sandbox, or is not Linux's.
     """
-    if (lacks := missing()) and not unsafe:
+    if lacks := missing():
         raise UserError(
             f"this kernel lacks {' and '.join(lacks)}, so a program that a model wrote could do harm here; use a newer "
             "kernel, or leave HumanEval out"

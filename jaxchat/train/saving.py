@@ -4,6 +4,7 @@ import time
 
 import jax
 
+from jaxchat.checkpoint import first_line
 from jaxchat.config import UserError
 from jaxchat.train.state import TrainState
 
@@ -12,7 +13,10 @@ LAST_ATTEMPTS = 4  # at the end of a run, with 1, 2 and 4 seconds between
 
 
 class Saver:
-    """Decides at every step's end whether to save. Without checkpoints (a dry run) it never does."""
+    """Decides at every step's end whether to save. Without checkpoints (a dry run) it never does.
+
+    Any Exception of a save is its failure: Orbax and TensorStore have errors of many kinds for a full disk alone.
+    """
 
     def __init__(self, stage):
         self._stage, self._checkpoints = stage, stage.checkpoints
@@ -98,9 +102,3 @@ class Saver:
 
     def _from(self) -> str:
         return f"step {self._whole}" if self._whole else "the start"
-
-
-def first_line(problem: Exception) -> str:
-    if isinstance(problem, OSError) and problem.strerror:
-        return f"{problem.filename}: {problem.strerror}" if problem.filename else problem.strerror
-    return (str(problem).splitlines() or [type(problem).__name__])[0][:300]
