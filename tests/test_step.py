@@ -107,13 +107,14 @@ def test_what_is_not_supervised_is_not_learnt():
     assert np.abs(supervised_too.params.lm_head - run(batch)[0].params.lm_head).max() > 1e-3
 
 
-@pytest.mark.parametrize("micro", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_a_step_with_nothing_supervised_changes_nothing(micro):
+@pytest.mark.parametrize("micro, weights", [pytest.param(1, 0.0, marks=pytest.mark.slow), (4, 0.0), (4, np.inf)])
+def test_a_step_with_nothing_supervised_or_not_finite_changes_nothing(micro, weights):
     optimizer = make_optimizer(CONFIG, grad_clip=1.0)
     mesh = sharding.make_mesh(jax.devices()[:1])
     before = jax.device_get(init_state(0, CONFIG, optimizer, mesh))
-    after, metrics = run(batch_of(0.0), micro=micro, optimizer=optimizer, steps=1)
-    assert metrics["loss"] == 0.0 and metrics["empty_steps"] == 1 and after.step == 1
+    after, metrics = run(batch_of(weights), micro=micro, optimizer=optimizer, steps=1)
+    assert after.step == 1 and metrics["nonfinite"] == (weights > 0) and metrics["empty_steps"] == (weights == 0)
+    assert weights > 0 or metrics["loss"] == 0.0
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
 
