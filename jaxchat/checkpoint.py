@@ -6,6 +6,7 @@ Orbax writes them in the background; a step's folder appears under its name only
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ from jaxchat.tokenizer import Tokenizer
 FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints"}
 COMMANDS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft"}
 KEEP = 3  # checkpoints of one run that stay
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the largest file allowed
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -245,13 +247,16 @@ def full_disk_told(folder: Path):
     try:
         yield
     except Exception as problem:
-        if "No space left on device" not in str(problem):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
+        for number in FULL:
+            if os.strerror(number) in str(problem):
+                raise OSError(number, os.strerror(number), str(folder)) from None
+        raise
 
 
 def quiet_orbax():
-    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs, with its stack, what it then raises
+    """Orbax logs, with its stack, what it then raises; so does asyncio for each of its tasks."""
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def read_meta(folder: Path, step: int) -> dict:

@@ -1,18 +1,38 @@
 """A command with a fault put in: python chaos_process.py {full=N | kill=N | seal=N | none} MODULE FLAGS…
 
-full: the N-th save, and the next, meet a full disk after some bytes; kill: the process dies amid the N-th save; seal:
-the N-th seal of a checkpoint finds no room.
+full: the first two saves meet a disk with N kB left; kill: the process dies amid the N-th save; seal: the N-th seal of
+a checkpoint finds no room.
 """
 
+import contextlib
 import errno
 import importlib
 import os
+import resource
 import signal
 import sys
+from pathlib import Path
 
 import orbax.checkpoint as ocp
 
 from jaxchat import seal
+
+
+def fill(folder: Path, left: int):
+    """Leave so many bytes of the small disk mounted at a folder. Where none is, no file may be longer than 60 kB: a
+    log is shorter, a checkpoint's weights are not."""
+    if not folder.is_mount():  # Python ignores SIGXFSZ, so write(2) fails
+        return resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    with (folder / "filler").open("wb", buffering=0) as filler:
+        with contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+        filler.truncate(filler.tell() - left)
+
+
+def make_room(folder: Path):
+    (folder / "filler").unlink(missing_ok=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, 2 * resource.getrlimit(resource.RLIMIT_FSIZE)[1:])
 
 
 def put_in(fault: str, number: int):
@@ -24,11 +44,10 @@ def put_in(fault: str, number: int):
         if fault == "kill" and count == number:
             save(self, path, *args, **kwargs)  # goes on in the background
             os.kill(os.getpid(), signal.SIGKILL)
-        if fault == "full" and count in (number, number + 1):
-            half = path.with_name(f"{path.name}.orbax-checkpoint-tmp")
-            half.mkdir()
-            (half / "half").write_bytes(b"x" * 1000)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(half))
+        if fault == "full" and count == 1:
+            fill(path.parent, 1000 * number)
+        if fault == "full" and count == 3:
+            make_room(path.parent)
         return save(self, path, *args, **kwargs)
 
     def sealed(folder, seal=seal.seal):

@@ -52,6 +52,22 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def disk():
+    """disk(folder): an empty disk of 8 MB there, ten checkpoints', where we may mount one; else an empty folder."""
+    mounted = []
+
+    def mount(folder):
+        folder.mkdir(parents=True)
+        command = ["mount", "-t", "tmpfs", "-o", "size=8m", "chaos", folder]
+        if subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
+            mounted.append(folder)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 def losses(run):
     """{step: what it computed}, of whole lines."""
     path = run / "metrics.jsonl"
@@ -69,17 +85,19 @@ class Run:
             shutil.rmtree(home / "base_checkpoints")
         self.home, self.stage, self.steps = home, stage, steps
         self.folder = home / FOLDERS[stage] / "run"
+        self.logs = []  # of each start
 
     def start(self, fault="none"):
         env = os.environ | {"XLA_FLAGS": xla_flags(1), "JAXCHAT_BASE_DIR": str(self.home), "PYTHONUNBUFFERED": "1"}
         env["PYTHONPATH"] = str(ROOT)
         args = [fault, MODULES[self.stage], *flags(self.home, self.stage, self.steps), "--resume"]
         command = [sys.executable, str(ROOT / "tests/chaos_process.py"), *args]
-        with (self.home / "log").open("a") as log:
+        self.logs.append(self.home / f"log-{len(self.logs)}")
+        with self.logs[-1].open("w") as log:
             return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
 
     def log(self):
-        return (self.home / "log").read_text()
+        return "".join(path.read_text() for path in self.logs)
 
     def began(self):
         """The step from which each start went on, as its plan says."""
@@ -125,15 +143,18 @@ def disturb(run, fault, rng):
         assert run.ends(process) == -9, run.log()[-3000:]
         return run.began()[-1] // EVERY * EVERY + EVERY  # the first save was waited for
     stopped = fault in ("term", "full")
-    process = run.start("full=1" if fault == "full" else "none")
+    process = run.start(f"full={rng.randrange(500)}" if fault == "full" else "none")  # a checkpoint has 700 kB
     at = base + rng.randrange(*((EVERY + 4, 2 * EVERY + 3) if fault == "full" else (1, 3 * EVERY)))
     assert run.reaches(process, at), run.log()[-3000:]
     process.send_signal(signal.SIGTERM if stopped else signal.SIGKILL)
     assert run.ends(process) == (75 if stopped else -9), run.log()[-3000:]
     whole = steps_in(run.folder)
     if stopped:
-        assert whole[-1] >= at and f"after step {whole[-1]}; saved in" in run.log()
-        assert fault == "term" or ("No space left" in run.log() and not list(run.folder.glob("*tmp*")))
+        told = run.logs[-1].read_text()
+        assert whole[-1] >= at and f"after step {whole[-1]}; saved in" in told
+        if fault == "full":
+            assert len(re.findall("^saving .*failed: .*run: (?:No space left|File too large)", told, re.M)) == 2, told
+            assert not list(run.folder.glob("*tmp*"))
         return whole[-1]
     # A save begun at a multiple of EVERY is whole when the next one begins, which follows the last line of metrics.
     least = max(run.began()[-1], ((max(losses(run.folder), default=1) - 1) // EVERY - 1) * EVERY)
@@ -145,13 +166,14 @@ def disturb(run, fault, rng):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", list(MODULES))
-def test_chaos(data, tmp_path, stage):
+def test_chaos(data, disk, tmp_path, stage):
     index = list(MODULES).index(stage)
     rounds = ROUNDS // 3 + (index < ROUNDS % 3)
     steps, rng = 20 * rounds + 20, random.Random(1000 * SEED + index)
     whole = Run(data, tmp_path / "whole", stage, steps)
     assert whole.ends(whole.start()) == 0, whole.log()[-3000:]
     run = Run(data, tmp_path / "disturbed", stage, steps)
+    disk(run.folder)
     # Every fault has its turn over the stages; which comes when is drawn.
     order = [FAULTS[(i + 2 * index) % len(FAULTS)] for i in range(rounds)]
     rng.shuffle(order)

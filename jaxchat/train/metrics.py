@@ -1,6 +1,5 @@
 """Where a run's numbers go: JSON lines beside the checkpoints; Weights & Biases and TensorBoard where asked."""
 
-import errno
 import importlib.util
 import json
 import math
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from jaxchat.checkpoint import FULL
 from jaxchat.config import UserError
 
 
@@ -27,9 +27,6 @@ def peak_bytes() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class MetricsLog:
