@@ -1,4 +1,4 @@
-"""One pass of midtraining by several processes of jax.distributed: they agree on its progress and on its last step."""
+"""Training by several processes of jax.distributed: they agree on every step, on the progress and on the last one."""
 
 import json
 import os
@@ -23,17 +23,26 @@ def folder(tmp_path_factory, devices):
     folder = tmp_path_factory.mktemp("distributed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXCHAT_BASE_DIR", str(folder))
-        small = {"base_shards": 1, "base_rows": 300, "base_val_rows": 20, "sft_rows": 1, "val_rows": 1}
+        small = {"base_shards": 1, "base_rows": 300, "base_val_rows": 20, "sft_rows": 100, "val_rows": 1}
         write_world(World(1), folder / "world", mid_rows=140, **small)
-        data = f"--data_dir={folder / 'world/base_data'}"
-        tok_train.main(["--vocab_size=280", data])
-        base = ["--depth=1", "--max_seq_len=32", "--sample_every=-1", "--num_iterations=2", "--model_tag=run", data]
-        base_train.main([*base, *ROWS])
+        tok_train.main(["--vocab_size=280", f"--data_dir={folder / 'world/base_data'}"])
+        base_train.main([*flags_of("base", folder), "--num_iterations=2", "--model_tag=run", "--sample_every=-1"])
     return folder
 
 
-def run(folder, processes, *flags, devices=4):
-    """Midtrain on so many devices, spread over so many processes. -> what each of them saw."""
+def flags_of(stage, folder):
+    """Steps of 8 rows of 32 tokens, or of 8 conversations."""
+    world = folder / "world"
+    if stage == "base":
+        return [*ROWS, "--depth=1", "--max_seq_len=32", f"--data_dir={world / 'base_data'}"]
+    if stage == "mid":
+        return [*ROWS, "--model_tag=run", f"--train_tasks={world / 'tasks/world_mid.jsonl'}"]
+    own = ["--source=base", "--model_tag=run", "--target_examples_per_step=8", "--packing=bestfit"]
+    return ["--device_batch_size=1", *own, f"--train_tasks={world / 'tasks/world_sft.jsonl'}"]
+
+
+def run(folder, processes, *flags, devices=4, stage="mid"):
+    """Train on so many devices, spread over so many processes. -> what each of them saw."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -42,7 +51,7 @@ def run(folder, processes, *flags, devices=4):
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     for index in range(processes):
         outs.append(folder / f"{processes}-{index}.json")
-        args = [*ROWS, f"--train_tasks={folder / 'world/tasks/world_mid.jsonl'}", *flags]
+        args = [stage, *flags_of(stage, folder), *flags]
         place = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={index}"]
         command = [sys.executable, ROOT / "tests/distributed_process.py", outs[-1], *args, *place]
         running.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
@@ -74,18 +83,23 @@ def test_processes_agree(folder, processes):
     assert not set.intersection(*streams) and len(set.union(*streams)) == len(merged)
 
 
+TEN = {"base": ["--model_tag=ten", "--overwrite"], "mid": ["--dry_run"], "sft": ["--dry_run"]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "fsdp=8"][: 2 if THOROUGH else 1])
-def test_weights_cut_over_two_processes(folder, mesh):
+@pytest.mark.parametrize("stage", ["mid", "base", "sft"][: 3 if THOROUGH else 1])
+def test_weights_cut_over_two_processes(folder, stage, mesh):
     """2 processes × 4 devices with shares of the weights, against one device that holds all."""
-    (alone,) = run(folder, 1, "--dry_run", "--num_iterations=10", devices=1)
-    together = run(folder, 2, "--dry_run", "--num_iterations=10", f"--mesh={mesh}", devices=8)
+    flags = [*TEN[stage], "--num_iterations=10"]
+    (alone,) = run(folder, 1, *flags, devices=1, stage=stage)
+    together = run(folder, 2, *flags, f"--mesh={mesh}", devices=8, stage=stage)
     assert [seen["devices"] for seen in [alone, *together]] == [1, 8, 8]
     for seen in together:
-        # float32 rounding in another order of sums, a few times 1e-7, that ten steps of Muon let grow (test_mesh.py).
         losses = [[row["loss"] for row in rows["steps"]] for rows in (seen, alone)]
         assert len(losses[0]) == 10
-        np.testing.assert_allclose(*losses, rtol=2e-4)
+        # What test_mesh.py allows: 4 × what another order of the rows does there on one device. 2.1e-7 was seen here.
+        np.testing.assert_allclose(*losses, rtol=8.7e-7)
 
 
 @pytest.mark.slow
