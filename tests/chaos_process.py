@@ -9,6 +9,7 @@ import errno
 import importlib
 import os
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -45,9 +46,10 @@ def put_in(fault: str, number: int):
             save(self, path, *args, **kwargs)  # goes on in the background
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "full" and count == 1:
-            fill(path.parent, 1000 * number)
+            shutil.rmtree(path, ignore_errors=True)  # a damaged checkpoint of this step would make room when it goes
+            fill(Path(path.parent), 1000 * number)
         if fault == "full" and count == 3:
-            make_room(path.parent)
+            make_room(Path(path.parent))
         return save(self, path, *args, **kwargs)
 
     def sealed(folder, seal=seal.seal):
