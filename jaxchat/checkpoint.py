@@ -254,9 +254,8 @@ def full_disk_told(folder: Path):
 
 
 def quiet_orbax():
-    """Orbax logs, with its stack, what it then raises; so does asyncio for each of its tasks."""
-    absl.logging.set_verbosity(absl.logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs, with its stack, what it then raises
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and so does asyncio, of each of Orbax's tasks
 
 
 def read_meta(folder: Path, step: int) -> dict:
