@@ -6,6 +6,7 @@ import tiktoken
 
 from jaxchat.config import UserError, base_dir
 from jaxchat.data.sources import ParquetText, find_shards
+from jaxchat.eval.results import write_both
 from jaxchat.tokenizer import Tokenizer
 from launch import cli
 
@@ -19,7 +20,10 @@ TEXTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compare how many bytes a token holds on average: more is better, as a row then holds more text."""
+    """Compare how many bytes a token holds on average: more is better, as a row then holds more text.
+
+    The results go beside the tokenizer, as tok_eval.csv and .json.
+    """
 
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
@@ -52,11 +56,11 @@ def references(names: str) -> dict[str, tiktoken.Encoding]:
 
 
 def run(config: Config):
-    tokenizer = Tokenizer.load()
+    tokenizer, folder = Tokenizer.load(), base_dir() / "tokenizer"
     cli.print_plan(
         "Tokenizer's compression",
         [
-            ("tokenizer", f"{base_dir() / 'tokenizer'}, vocabulary {tokenizer.vocab_size:,}"),
+            ("tokenizer", f"{folder}, vocabulary {tokenizer.vocab_size:,}"),
             ("texts", f"{config.max_chars:,} characters of training and of validation text each, and short samples"),
             ("references", config.references or "none"),
         ],
@@ -64,15 +68,24 @@ def run(config: Config):
     others = references(config.references)
     texts = {split: first_chars(config.data_dir, split, config.max_chars) for split in ("train", "val")} | TEXTS
     print(f"\n{'':<10}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}" + "".join(f"{name:>22}" for name in others))
+    found = {}
     for name, text in texts.items():
         size, tokens = len(text.encode("utf-8", "replace")), len(tokenizer.encode(text))
+        found[name] = {"bytes": size, "tokens": tokens, "bytes_per_token": size / max(1, tokens)}
         line = f"{name:<10}{size:>12,}{tokens:>12,}{size / max(1, tokens):>13.3f}"
-        for encoding in others.values():
+        for reference, encoding in others.items():
             theirs = len(encoding.encode_ordinary(text))
+            found[name][f"{reference}_bytes_per_token"] = size / max(1, theirs)
             line += f"{size / max(1, theirs):>12.3f} ({tokens / max(1, theirs) - 1:+.0%})"
         print(line)
     if others:
         print("(in brackets: how many more tokens ours needs; a larger vocabulary needs fewer)")
+    rows = [["text", *found["train"]], *([name, *numbers.values()] for name, numbers in found.items())]
+    settings = {"max_chars": config.max_chars, "references": [*others]}
+    path = write_both(
+        folder / "tok_eval.json", rows, {"tokenizer_hash": tokenizer.hash, "settings": settings, "texts": found}
+    )
+    print(f"saved {path} and .csv", flush=True)
     cli.next_step("python -m launch.base_train --depth=12")
 
 

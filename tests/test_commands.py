@@ -1,6 +1,7 @@
 """Every command once, tiny, as a user calls it; then what the whole run must hold: devices, compilations, chat."""
 
 import contextlib
+import csv
 import dataclasses
 import io
 import json
@@ -19,6 +20,7 @@ from jaxchat.data.conversations import length_buckets
 from jaxchat.data.world import World, write_world
 from jaxchat.eval.world import score
 from jaxchat.infer.engine import Engine
+from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import loop, stages
 from launch import base_train, chat_cli, chat_sft, cli, demo, mid_train, report, tok_eval, tok_train
 
@@ -134,6 +136,15 @@ def test_tok_eval(here, monkeypatch):
     size, tokens = (int(cell.replace(",", "")) for cell in row[1:3])
     assert float(row[3]) == pytest.approx(size / tokens, abs=5e-4) and size / tokens > 1.2
     assert row[4] == "1.000" and row[5] == f"({tokens / size - 1:+.0%})"
+    found = json.loads((here / "tokenizer/tok_eval.json").read_text())
+    told = {"bytes": size, "tokens": tokens, "bytes_per_token": size / tokens, "gpt2_bytes_per_token": 1.0}
+    assert found["texts"]["val"] == told and [*found["texts"]] == ["train", "val", "code", "sums", "accents"]
+    assert found["tokenizer_hash"] == Tokenizer.load().hash
+    rows = list(csv.DictReader((here / "tokenizer/tok_eval.csv").read_text().splitlines()))
+    assert {row.pop("text"): {k: float(v) for k, v in row.items()} for row in rows} == found["texts"]
+    assert f"saved {here / 'tokenizer/tok_eval.json'} and .csv" in text
+    assert "tok_eval_" in said(tok_eval, [flags(here)[0][-1], "--references="])  # other settings, another file
+    assert json.loads((here / "tokenizer/tok_eval.json").read_text()) == found
 
 
 @pytest.mark.parametrize("source", ["base", "mid", "sft"])

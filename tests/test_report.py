@@ -55,7 +55,7 @@ def whole(tmp_path_factory):
     """(run, its images) of three stages with evaluations, one of which cannot be read."""
     home = tmp_path_factory.mktemp("whole")
     for source, parent in zip(FOLDERS, (None, "base d2 40", "mid d2 40"), strict=True):
-        folder = write_stage(home, source, **({"parent": parent} if parent else {}))
+        folder = write_stage(home, source, tokenizer_hash="f00", **({"parent": parent} if parent else {}))
         write_record(folder, git="def on main" if source == "mid" else "abc on main")
         write_record(folder, git="def on main" if source == "mid" else "abc on main")
     (home / FOLDERS["base"] / "d2" / "40" / "core.json").write_text('{"metrics": {"CORE": 0.21, "arc|easy": 0.5}}')
@@ -65,6 +65,10 @@ def whole(tmp_path_factory):
         (home / FOLDERS["base"] / "d2" / f"base_eval_{step}.json").write_text(json.dumps(told))
     (home / FOLDERS["sft"] / "d2" / "40" / "chat_eval.json").write_text('{"metrics": {"ChatCORE": 0.08, "n": "x"}}')
     (home / FOLDERS["sft"] / "d2" / "broken.json").write_text("{")
+    (home / "tokenizer").mkdir()
+    texts = {"val": {"bytes": 9, "tokens": 2, "bytes_per_token": 4.5, "cl100k_base_bytes_per_token": 5.25}}
+    measured = {"tokenizer_hash": "f00", "texts": texts}
+    (home / "tokenizer" / "tok_eval.json").write_text(json.dumps(measured))
     (home / FOLDERS["mid"] / "d2" / "odd.json").write_text(json.dumps({"metrics": {NASTY: 0.5}}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXCHAT_BASE_DIR", str(home))
@@ -95,6 +99,7 @@ def test_numbers(whole):
     assert "Left out of SFT: broken.json, which cannot be read." in text
     assert row_of(text, "train_bpb") == ["1.2500", "–", "–"] and row_of(text, "hellaswag") == ["0.3000", "–", "–"]
     assert "Left out of base: base_eval_20.json, of step 20." in text and "0.9999" not in text
+    assert "|  | bytes_per_token | cl100k_base |" in text and row_of(text, "val") == ["4.5000", "5.2500"]
     assert "- Machine: a machine\n" in text and "- Code: abc on main (base, SFT); def on main (mid)" in text
     assert "flags: --depth=2" in text and "the last of 2 times" in text and "left out: base" not in text
 
@@ -108,6 +113,7 @@ def test_missing_stages_are_left_out_and_named(home, capsys):
     assert "No checkpoint with this tag, so left out: base, SFT." in text
     assert "No step was logged." in text and "Not recorded for mid" in text and "cost" not in text
     assert row_of(text, "starts from") == ["imported", ""] and "lost" not in text and "told" not in text
+    assert "## Tokenizer" not in text  # none was evaluated
     assert row_of(text, "val_bpb") == ["1.5000"] and "| tokens" not in text and "wall time" not in text
     said = capsys.readouterr().out
     assert said.count("no checkpoint, left out") == 2 and not list((home / "report" / "odd").glob("*.png"))

@@ -37,7 +37,7 @@ def markdown(run: Run, images: dict[str, tuple[str, bytes]], samples: Samples | 
     ]
     if run.lacking:
         parts.append(f"No checkpoint with this tag, so left out: {', '.join(run.lacking)}.")
-    parts += ["## Results", results(run), "## Training", training(run, price_per_hour), "## Curves"]
+    parts += ["## Results", results(run), *tokenizer(run), "## Training", training(run, price_per_hour), "## Curves"]
     parts += [f"### {title}\n\n![{title}]({name})" for name, (title, _) in images.items()]
     if not images:
         parts.append("No step was logged.")
@@ -56,6 +56,15 @@ def results(run: Run) -> str:
         for told in stage.left_out:
             text += f"\n\nLeft out of {TITLES[stage.name]}: {escape(told)}."
     return text
+
+
+def tokenizer(run: Run) -> list[str]:
+    """How many bytes a token holds, where tok_eval measured it."""
+    if not run.compression:
+        return []
+    columns = [name for name in next(iter(run.compression.values())) if name.endswith("bytes_per_token")]
+    rows = [[text, *(number(found.get(name)) for name in columns)] for text, found in run.compression.items()]
+    return ["## Tokenizer", table(["", *(name.removesuffix("_bytes_per_token") for name in columns)], rows)]
 
 
 def training(run: Run, price_per_hour: float) -> str:

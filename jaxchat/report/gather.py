@@ -8,7 +8,8 @@ from pathlib import Path
 
 from jaxchat import checkpoint
 from jaxchat.checkpoint import FOLDERS
-from jaxchat.config import ModelConfig, UserError
+from jaxchat.config import ModelConfig, UserError, base_dir
+from jaxchat.eval.results import read_json
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.report.record import FILE
 
@@ -71,6 +72,7 @@ class Run:
 
     tag: str
     stages: dict[str, StageRun]
+    compression: dict[str, dict]  # of each text, what tok_eval measured of the run's tokenizer; {}: nothing
 
     @property
     def lacking(self) -> list[str]:
@@ -96,7 +98,9 @@ def gather(model_tag: str = "") -> Run:
         there = sorted({path.name for path in checkpoint.runs()})
         have = f"there are: {', '.join(there)}" if there else "train one with: python -m launch.base_train"
         raise UserError(f"no checkpoint of any stage is named {model_tag}; {have}")
-    return Run(model_tag, found)
+    measured = read_json(base_dir() / "tokenizer" / "tok_eval.json")
+    hashes = {stage.meta.get("tokenizer_hash") for stage in found.values()}
+    return Run(model_tag, found, measured.get("texts", {}) if measured.get("tokenizer_hash") in hashes else {})
 
 
 def read_stage(source: str, tag: str) -> StageRun | None:
