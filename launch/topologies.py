@@ -59,7 +59,7 @@ def tpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
 def gpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
     """shape: GPUs of a host, or HOSTSxGPUS."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise UserError("compiling for GPUs needs JAX's plugin: pip install 'jaxchat[gpu_plan]' (no GPU is needed)")
+        raise UserError("compiling for GPUs needs JAX's plugin: pip install 'jaxchat[gpu-plan]' (no GPU is needed)")
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     # JAX asks the GPU at hand whether cuDNN's attention can run there; what we compile for is not at hand.

@@ -2,14 +2,20 @@
 
 import importlib.util
 import json
+import math
 
 import pytest
 
 from jaxchat.config import UserError
 from launch import hlo, topologies
-from launch.compile_check import Config, needed, training
+from launch.compile_check import Config, Plan, needed, training
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: jaxchat[tpu]")
+
+def needs(module: str, extra: str):
+    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"needs {module}: jaxchat[{extra}]")
+
+
+needs_libtpu = needs("libtpu", "tpu")
 SMALL = ("--depth=2", "--topology=v5e:2x4", "--max_seq_len=512", "--total_batch_size=16384", "--vocab_size=2048")
 LARGE = ("--depth=4", "--topology=v5e:2x2", "--total_batch_size=4194304", "--device_batch_size=512")
 
@@ -20,7 +26,7 @@ def test_an_unknown_topology(topology):
         topologies.devices_of(topology)
 
 
-@pytest.mark.parametrize("topology, extra", [("v5e:4x4", "tpu"), ("h100:8", "gpu_plan")])
+@pytest.mark.parametrize("topology, extra", [("v5e:4x4", "tpu"), ("h100:8", "gpu-plan")])
 def test_what_is_not_installed(monkeypatch, topology, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"pip install 'jaxchat\[{extra}\]'"):
@@ -165,3 +171,26 @@ def test_more_than_a_chip_holds(run_command):
     done = run_command("launch.compile_check", *LARGE, "--no_find_batch", check=False)
     assert done.returncode == 2 and "too much" in done.stdout
     assert "error: a step of 512 rows a device needs" in done.stderr and "lower --device_batch_size=512" in done.stderr
+
+
+@pytest.mark.slow
+@needs("jax_cuda13_plugin", "gpu-plan")
+def test_an_h100(monkeypatch):
+    """The step as compiled for one: cuDNN's attention, all products of bfloat16 numbers, never whole logits."""
+    texts, read, vocab, rows, time = [], hlo.read, 4096, 8, 1024
+    monkeypatch.setattr(hlo, "read", lambda text: read(texts.append(text) or text))
+    shape = {"max_seq_len": time, "device_batch_size": rows, "total_batch_size": 2 * rows * time, "vocab_size": vocab}
+    plan = Plan(Config(depth=2, topology="h100:1", **shape))
+    compiled = plan.compile(rows)
+    # A layer's attention of 2 micro-batches: forward, again in the backward pass, and backward.
+    kernels = compiled.program.kernels
+    assert kernels["__cudnn$fmhaSoftmax"] == 2 * 2 * 2 and kernels["__cudnn$fmhaSoftmaxBackward"] == 2 * 2
+    parts, _ = hlo.computations(texts[0])
+    operations = [op for part in parts.values() for op in part]
+    by_name = {op.name: op for op in operations}
+    products = [op for op in operations if op.kind == "dot" or "__cublas" in op.text]
+    read_types = {by_name[name].shapes[0][0] for op in products for name in op.operands}
+    scopes = {scope for scope in ("projections", "mlp", "loss", "optimizer") for op in products if scope in op.text}
+    assert read_types == {"bf16"} and len(scopes) == 4, (read_types, scopes)
+    largest = max(math.prod(dims) for op in operations for _, dims in op.shapes)
+    assert largest == plan.compute.loss_chunk_tokens * vocab == rows * time * vocab // 2

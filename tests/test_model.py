@@ -12,6 +12,7 @@ from jaxchat.model import gpt
 from jaxchat.model import params as model_params
 from jaxchat.model.cache import KVCache
 from jaxchat.model.flops import flops_per_token, num_params, peak_flops
+from jaxchat.train.loss import loss_sums, weighted_nll
 
 CONFIG = ModelConfig(sequence_len=16, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
 forward = jax.jit(gpt.forward, static_argnums=(2, 3))
@@ -83,8 +84,6 @@ def test_forward_is_the_specs(kv_heads):
     "form", [{"unroll": True}, {"remat": "full"}, {"remat": "dots"}, {"loss_chunk_tokens": 7}, {"attention": "blocks"}]
 )
 def test_every_form_gives_the_same_loss_and_gradient(form):
-    from jaxchat.train.loss import loss_sums
-
     params = random_params(CONFIG)
     batch = {"inputs_BT": tokens(CONFIG), "targets_BT": tokens(CONFIG, seed=2)}
     batch["weights_BT"] = np.random.default_rng(3).random((3, 12), np.float32)
@@ -100,6 +99,38 @@ def test_every_form_gives_the_same_loss_and_gradient(form):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max())), got_grad, want_grad
     )
+
+
+def whole_nll(x_BTD, head_DV, targets_BT, weights_BT, chunk, mesh=None):
+    """weighted_nll as anyone would write it, all logits at once."""
+    z_BTV = gpt.logits(head_DV, x_BTD)
+    nll_BT = jax.nn.logsumexp(z_BTV, axis=-1) - jnp.take_along_axis(z_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights_BT * nll_BT)
+
+
+@pytest.mark.parametrize("part", ["value", "gradients"])
+def test_memory_of_the_loss(part):
+    """Of temporaries, as compiled, at two sizes of vocabulary and tokens: no term grows with their product.
+
+    Twice both less each alone, a + b·V + c·N cancels out, and what is left is what each further pair of token and id
+    takes: 4 bytes and more for whole logits, nothing for chunks of them.
+    """
+    D, chunk = 16, 128
+
+    def temporary(loss, vocab, time):
+        numbers = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, time, D), (D, vocab), (2, time))]
+        x_BTD, head_DV, weights_BT = numbers
+        targets_BT = jax.ShapeDtypeStruct((2, time), jnp.int32)
+        function = loss if part == "value" else jax.value_and_grad(loss, argnums=(0, 1))
+        compiled = jax.jit(function, static_argnums=(4, 5)).lower(x_BTD, head_DV, targets_BT, weights_BT, chunk, None)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    def bytes_a_pair(loss):
+        (small, wide), (long, both) = ([temporary(loss, vocab, time) for vocab in (2048, 4096)] for time in (512, 1024))
+        return (both - wide - long + small) / (2 * 512 * 2048)
+
+    assert abs(bytes_a_pair(weighted_nll)) < 0.01
+    assert bytes_a_pair(whole_nll) > 3.9
 
 
 @pytest.mark.parametrize("attention", ["xla", "blocks"])
