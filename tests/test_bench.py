@@ -35,6 +35,12 @@ def test_profile_finds_every_part(run_command):
 
 
 @pytest.mark.slow
+def test_loop_tells_what_it_adds(run_command, shared_data):
+    said = run_command("bench.loop", f"--data_dir={shared_data / 'pretrain'}", *TINY[:-1], "--steps=6").stdout
+    assert re.search(r"between two steps \d+\.\d\d ms, \d+\.\d\d% of a step", said)
+
+
+@pytest.mark.slow
 def test_eval_times_core_and_answers(run_command, shared_data):
     tiny = ["--depth=1", "--seq=64", "--vocab=300", "--max_per_task=11", "--prompts=4", "--alone=1", "--max_tokens=4"]
     data = [f"--eval_bundle={shared_data / 'eval_bundle'}", f"--tasks_dir={shared_data}", "--batch_size=4"]

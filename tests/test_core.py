@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from conftest import random_params
+from conftest import THOROUGH, random_params
 from plain_scorer import PlainModel
 
 from jaxchat import sharding
@@ -166,9 +166,10 @@ def test_scores_are_the_plain_scorers(folder, bundle, tokenizer, model, scorer):
 
 
 @pytest.mark.slow
-def test_scores_of_200_items_are_the_plain_scorers(folder, bundle, tokenizer, model, scorer):
-    result = compare(folder, bundle, tokenizer, scorer, PlainModel(*model), 200)
-    assert [got.items for got in result].count(200) == 20
+def test_scores_of_many_items_are_the_plain_scorers(folder, bundle, tokenizer, model, scorer):
+    number = 200 if THOROUGH else 50
+    result = compare(folder, bundle, tokenizer, scorer, PlainModel(*model), number)
+    assert [got.items for got in result].count(number) >= 20
 
 
 def test_scores_do_not_depend_on_batch_or_mesh(model, devices):

@@ -152,7 +152,8 @@ class NoTokenizer:
 def test_greedy_generation(pair, length):
     config, params, model = pair
     prompt = tokens(config, 1, length)[0]
-    (ours,) = Engine(params, config, NoTokenizer(), Compute()).generate([prompt.tolist()], max_tokens=64, temperature=0)
+    engine = Engine(params, config, NoTokenizer(), Compute(), batch_size=1)
+    (ours,) = engine.generate([prompt.tolist()], max_tokens=64, temperature=0)
     ids = torch.from_numpy(prompt).long()[None]
     theirs = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, use_cache=True,

@@ -1,0 +1,87 @@
+"""What the training loop adds to the bare step: python -m bench.loop --data_dir=DIR
+
+Base training as the command does it, with its data, logging and a checkpoint at the end, in a temporary base directory,
+but each step is waited for, so that all the host does between two steps is seen (in a real run it overlaps with the
+step before). Then the bare step on one batch, over and over. Medians of both, and the loop's share.
+"""
+
+import dataclasses
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxchat.config import BaseConfig, base_dir
+from jaxchat.train import loop, stages
+from launch import cli, tok_train
+
+WARMUP = 3  # steps that are not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Time base training's loop and its bare step."""
+
+    data_dir: str = ""
+    """Folder of the parquet shards; empty: <base directory>/base_data."""
+    depth: int = 4
+    """Of the model."""
+    seq: int = 512
+    """Tokens in a row."""
+    batch: int = 8
+    """Rows in an optimizer step."""
+    vocab: int = 8192
+    """Vocabulary, of a tokenizer trained here."""
+    steps: int = 30
+    """Steps of each."""
+
+
+class Timed:
+    """A step that is waited for and notes when it began and ended, and the last call's results and batch."""
+
+    def __init__(self, step):
+        self.lower, self._step, self.spans = step.lower, step, []
+
+    def __call__(self, state, batch, multiplier):
+        began = time.perf_counter()
+        self.state, metrics = jax.block_until_ready(self._step(state, batch, multiplier))
+        self.spans.append((began, time.perf_counter()))
+        self.batch = batch
+        return self.state, metrics
+
+    def median(self) -> float:
+        return statistics.median(end - began for began, end in self.spans[WARMUP:])
+
+
+def run(config: Config):
+    data = str(Path(config.data_dir or base_dir() / "base_data").absolute())
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["JAXCHAT_BASE_DIR"] = folder
+        tok_train.main([f"--data_dir={data}", f"--vocab_size={config.vocab}", "--max_chars=2000000"])
+        size = {"depth": config.depth, "max_seq_len": config.seq, "device_batch_size": config.batch}
+        size |= {"total_batch_size": config.batch * config.seq, "num_iterations": config.steps}
+        stage, _ = stages.base(BaseConfig(data_dir=data, **size))
+        looped, bare = Timed(stage.step_fn), Timed(stage.step_fn)
+        loop.train(dataclasses.replace(stage, step_fn=looped), [])
+    bare.state = looped.state
+    for _ in range(config.steps):
+        bare(bare.state, looped.batch, np.float32(1.0))
+    between = [begin - end for (_, end), (begin, _) in itertools.pairwise(looped.spans[WARMUP:])]
+    gap, step = statistics.median(between), looped.median()
+    print(
+        f"a step in the loop {1000 * step:.1f} ms, bare {1000 * bare.median():.1f} ms; between two steps "
+        f"{1000 * gap:.2f} ms, {gap / step:.2%} of a step (at most {max(between) / step:.2%})"
+    )
+
+
+def main(args: list[str] | None = None):
+    cli.main(Config, run, args)
+
+
+if __name__ == "__main__":
+    main()
