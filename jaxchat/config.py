@@ -70,6 +70,9 @@ class ModelConfig:
         return self.n_embd // self.n_head
 
 
+REMATS = ("none", "dots", "full")  # from the fastest to the one that needs the least memory
+
+
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """How a model is computed, never what: none of this is part of a checkpoint, and all choices agree to rounding.
@@ -96,11 +99,18 @@ class Compute:
     mesh: Any = None
 
     @classmethod
-    def for_backend(cls, dtype: str = "auto", backend: str = "", **changes):
-        """The defaults for the devices at hand (or for "cpu", "gpu", "tpu"); `changes` override single fields."""
+    def for_backend(cls, dtype: str = "auto", backend: str = "", remat: str = "auto", **changes):
+        """The defaults for the devices at hand (or for "cpu", "gpu", "tpu"); `changes` override single fields.
+
+        UserError: there is no such remat.
+        """
         import jax  # here, so that reading a config never starts a backend
 
         backend = backend or jax.default_backend()
+        if remat not in ("auto", *REMATS):
+            raise UserError(f"--remat={remat}; it is auto or one of {', '.join(REMATS)}")
+        if remat != "auto":
+            changes["remat"] = remat
         if dtype == "auto":
             dtype = "float32" if backend == "cpu" else "bfloat16"
         if backend == "cpu":
@@ -125,6 +135,9 @@ class TrainConfig:
     fsdp=8."""
     dtype: str = "auto"
     """Of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere. Weights stay float32."""
+    remat: str = "auto"
+    """What the backward pass computes again instead of keeping: none, dots (all but the results of matrix products), or
+    full (all of a layer): each takes less memory than the one before, and longer. auto: none on a CPU, else dots."""
     seed: int = 0
     """Of the initial weights and the order of the data."""
     embedding_lr: float = 0.2

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat import sharding
-from jaxchat.config import BaseConfig, Compute, ModelConfig, UserError
+from jaxchat.config import REMATS, BaseConfig, Compute, ModelConfig, UserError
 from jaxchat.data.pipelines import micro_batches
 from jaxchat.model.flops import flops_per_token, num_params, peak_flops
 from jaxchat.train.optimizer import make_optimizer
@@ -50,6 +50,8 @@ class Config:
     """Tokens in a row."""
     vocab_size: int = 65536
     """Of the tokenizer."""
+    remat: str = "auto"
+    """As in base_train; fit: the first of none, dots and full that fits, a compilation each try."""
     find_batch: bool = True
     """Also search for the largest device batch that fits, a compilation each try."""
     json: bool = False
@@ -75,7 +77,8 @@ class Plan:
         self.mesh = sharding.make_mesh(devices, config.mesh)
         self.model = ModelConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=config.vocab_size)
         sharding.check_fits(self.model, self.mesh)
-        self.compute = Compute.for_backend("bfloat16", self.backend, mesh=self.mesh)
+        first = REMATS[0] if config.remat == "fit" else config.remat
+        self.compute = Compute.for_backend("bfloat16", self.backend, first, mesh=self.mesh)
         self.shards = sharding.data_shards(self.mesh)
         self.rows = config.total_batch_size // config.max_seq_len  # of a step
         micro_batches(self.rows, self.shards, "total_batch_size", f"rows of {config.max_seq_len} = 1 ×")
@@ -106,6 +109,17 @@ class Plan:
         needs = own + m.temp_size_in_bytes + m.generated_code_size_in_bytes
         fits = self.backend == "tpu" or needs <= SPARE * self.memory  # libtpu refuses what does not fit
         return Compiled(needs, fits, seconds, hlo.read(compiled.as_text()), own, m.temp_size_in_bytes)
+
+    def planned(self) -> Compiled:
+        """The step with the planned batch, for --remat=fit by the first way of doing so that fits, or else the last."""
+        done = self.compile(self.batch)
+        for remat in REMATS[1:] if self.config.remat == "fit" else ():
+            if done.fits:
+                break
+            print(f"  --remat={self.compute.remat}: {done.needs / 1e9:.1f} GB, too much", flush=True)
+            self.compute = dataclasses.replace(self.compute, remat=remat)
+            done = self.compile(self.batch)
+        return done
 
     def largest(self, known: Compiled) -> tuple[int, Compiled] | None:
         """(the largest device batch that fits, as compiled), from what is known of the planned one; or None."""
@@ -150,13 +164,14 @@ def run(config: Config):
             ("takes", "some minutes a compilation (one for GPUs)"),
         ],
     )
-    done = plan.compile(plan.batch)
+    done = plan.planned()
     figures = {"depth": config.depth, "topology": config.topology, "mesh": dict(plan.mesh.shape)} | {
-        "device_batch_size": plan.batch, "micro_batches": micro, "fits": done.fits, "bytes": done.needs,
-        "tokens": config.total_batch_size, "model_flops": per_device, "compile_seconds": done.seconds,
+        "device_batch_size": plan.batch, "micro_batches": micro, "remat": plan.compute.remat, "fits": done.fits,
+        "bytes": done.needs, "tokens": config.total_batch_size, "model_flops": per_device,
+        "compile_seconds": done.seconds,
     }  # fmt: skip
     of = f"{done.needs / 1e9:.1f} GB of {plan.memory / 1e9:.0f} GB a device"
-    rows = [("memory", of + ("" if done.fits else ": too much"))]
+    rows = [("memory", of + ("" if done.fits else ": too much")), ("remat", plan.compute.remat)]
     if done.program:
         program, sent = done.program, done.program.sent()
         peak = peak_flops(plan.mesh.devices.flat[0])
@@ -177,20 +192,24 @@ def run(config: Config):
         print(json.dumps(figures))
     if not done.fits:
         raise UserError(remedy(plan, done, figures.get("largest_device_batch")))
-    cli.next_step(training(config, plan.batch))
+    cli.next_step(training(config, plan.batch, plan.compute.remat))
 
 
-def training(config: Config, batch: int) -> str:
+def training(config: Config, batch: int, remat: str) -> str:
     """The command that trains what was compiled, with `batch` rows a device."""
     words = [f"--depth={config.depth}", f"--device_batch_size={batch}"]
     for name in ("total_batch_size", "max_seq_len", "mesh"):
         if (value := getattr(config, name)) != getattr(BaseConfig, name):
             words.append(f"--{name}={value}")
+    if config.remat != "auto":
+        words.append(f"--remat={remat}")
     return " ".join(["python -m launch.base_train", *words])
 
 
 def remedy(plan: Plan, done: Compiled, largest: int | None) -> str:
     message = f"a step of {plan.batch} rows a device needs {done.needs / 1e9:.1f} GB of {plan.memory / 1e9:.0f} GB; "
+    if plan.compute.remat != "full":
+        message += "try --remat=full, or "
     if largest:
         return message + f"lower it: --device_batch_size={largest}"
     if largest is None and plan.batch > 1:

@@ -141,9 +141,10 @@ def test_a_window_that_is_half_padding():
 
 def test_what_to_train_with():
     command = "python -m launch.base_train --depth=4 --device_batch_size=2"
-    assert training(Config(depth=4, topology="v5e:2x2"), 2) == command
+    assert training(Config(depth=4, topology="v5e:2x2"), 2, "dots") == command
+    assert training(Config(depth=4, remat="fit"), 2, "full") == f"{command} --remat=full"
     changed = Config(depth=4, total_batch_size=16384, max_seq_len=512, mesh="fsdp=4")
-    assert training(changed, 2) == f"{command} --total_batch_size=16384 --max_seq_len=512 --mesh=fsdp=4"
+    assert training(changed, 2, "dots") == f"{command} --total_batch_size=16384 --max_seq_len=512 --mesh=fsdp=4"
 
 
 @pytest.mark.slow

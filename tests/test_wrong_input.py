@@ -206,6 +206,11 @@ def test_total_batch_size(folder, total, nearest, capsys):
     assert f"--total_batch_size={total} is not a multiple of 128" in line and line.strip().endswith(f"is: {nearest}")
 
 
+@pytest.mark.parametrize("flag", ["--remat=some", "--dtype=float16", "--on_nonfinite=hope", "--device_type=abacus"])
+def test_no_such_choice(folder, flag, capsys):
+    assert f"error: {flag}; it is " in refusal(folder, base_train, [*BASE, "--overwrite", flag], capsys)
+
+
 def test_target_examples(folder, capsys):
     args = [f"--train_tasks={folder / 'talk.jsonl'}", "--device_batch_size=4", "--target_examples_per_step=40"]
     assert "--target_examples_per_step=40 is not a multiple of 32" in refusal(folder, chat_sft, args, capsys)

@@ -24,7 +24,7 @@ from jaxchat.train.step import make_train_step
 FREE_ON_RESUME = (
     *("run", "device_type", "save_every", "resume", "overwrite", "tensorboard", "dry_run", "model_tag", "step"),
     *("eval_every", "eval_tokens", "eval_steps", "eval_metrics_every", "eval_metrics_max_problems", "sample_every"),
-    *("core_metric_every", "val_tasks", "data_dir", "tasks_dir", "device_batch_size", "data_workers"),
+    *("core_metric_every", "val_tasks", "data_dir", "tasks_dir", "device_batch_size", "data_workers", "remat"),
     *("on_nonfinite", "core_metric_max_per_task", "eval_bundle", "mesh"),
     *("coordinator", "num_processes", "process_id", "heartbeat_timeout"),
 )
@@ -73,7 +73,7 @@ def start_devices(config: TrainConfig, asks: bool = True) -> Mesh:
 
 
 def compute_for(config: TrainConfig, mesh: Mesh) -> Compute:
-    return Compute.for_backend(config.dtype, mesh=mesh)
+    return Compute.for_backend(config.dtype, remat=config.remat, mesh=mesh)
 
 
 def optimizer_for(
