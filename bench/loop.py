@@ -11,12 +11,11 @@ import os
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from jaxchat.config import BaseConfig, base_dir
+from jaxchat.config import BaseConfig, UserError, base_dir
 from jaxchat.train import loop, stages
 from launch import cli, tok_train
 
@@ -59,12 +58,14 @@ class Timed:
 
 
 def run(config: Config):
-    data = str(Path(config.data_dir or base_dir() / "base_data").absolute())
+    if config.steps < WARMUP + 2:
+        raise UserError(f"--steps={config.steps}; it must be at least {WARMUP + 2}")
+    data = config.data_dir or str(base_dir() / "base_data")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAXCHAT_BASE_DIR"] = folder
         tok_train.main([f"--data_dir={data}", f"--vocab_size={config.vocab}", "--max_chars=2000000"])
-        size = {"depth": config.depth, "max_seq_len": config.seq, "device_batch_size": config.batch}
-        size |= {"total_batch_size": config.batch * config.seq, "num_iterations": config.steps}
+        size = {"depth": config.depth, "max_seq_len": config.seq, "total_batch_size": config.batch * config.seq}
+        size |= {"device_batch_size": max(1, config.batch // jax.device_count()), "num_iterations": config.steps}
         stage, _ = stages.base(BaseConfig(data_dir=data, **size))
         looped, bare = Timed(stage.step_fn), Timed(stage.step_fn)
         loop.train(dataclasses.replace(stage, step_fn=looped), [])

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -24,7 +25,6 @@ from jaxchat.train.state import init_state
 from jaxchat.train.step import compile_step, make_train_step
 from launch import cli
 
-fresh_state = partial(init_state, 0)  # of (model, optimizer, mesh)
 GRAD_CLIP = {"base": 1.0, "mid": 0.0, "sft": 0.0}
 
 
@@ -70,10 +70,10 @@ def batch_of(config: Shape, micro_rows: int, random: np.random.Generator) -> dic
     return tokens | {"weights": supervised.astype(np.float32)}
 
 
-def prepare(config: Shape, changes: dict, micro_rows: int, make_state=fresh_state):
+def prepare(config: Shape, changes: dict, micro_rows: int, make_state: Callable | None = None):
     """(step function, state, placed batch, model) of one way, the step not yet compiled.
 
-    make_state: fresh_state, or abstract_state where shapes are enough.
+    make_state: init_state by default; abstract_state where shapes are enough.
     """
     if config.stage not in GRAD_CLIP:
         raise UserError(f"--stage={config.stage}; it is one of {', '.join(GRAD_CLIP)}")
@@ -83,6 +83,7 @@ def prepare(config: Shape, changes: dict, micro_rows: int, make_state=fresh_stat
     optimizer = make_optimizer(model, grad_clip=GRAD_CLIP[config.stage], muon_dtype=jnp.dtype(compute.dtype), mesh=mesh)
     batch = place_batch(batch_of(config, micro_rows, np.random.default_rng(0)), mesh)
     step = make_train_step(model, compute, optimizer, mesh)
+    make_state = make_state or partial(init_state, 0)
     return step, make_state(model, optimizer, mesh), batch, model
 
 

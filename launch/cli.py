@@ -27,6 +27,7 @@ BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 REMEDIES = {
     errno.ENOSPC: "free some space, or set JAXCHAT_BASE_DIR to a folder on a larger disk",
     errno.EDQUOT: "free some space, or set JAXCHAT_BASE_DIR to a folder with a larger quota",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
     errno.EACCES: "grant access to it, or set JAXCHAT_BASE_DIR to a folder of your own",
     errno.EPERM: "grant access to it, or set JAXCHAT_BASE_DIR to a folder of your own",
     errno.EROFS: "set JAXCHAT_BASE_DIR to a folder that can be written",

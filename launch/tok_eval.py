@@ -72,19 +72,17 @@ def run(config: Config):
     for name, text in texts.items():
         size, tokens = len(text.encode("utf-8", "replace")), len(tokenizer.encode(text))
         found[name] = {"bytes": size, "tokens": tokens, "bytes_per_token": size / max(1, tokens)}
-        line = f"{name:<10}{size:>12,}{tokens:>12,}{size / max(1, tokens):>13.3f}"
+        line = f"{name:<10}{size:>12,}{tokens:>12,}{found[name]['bytes_per_token']:>13.3f}"
         for reference, encoding in others.items():
-            theirs = len(encoding.encode_ordinary(text))
-            found[name][f"{reference}_bytes_per_token"] = size / max(1, theirs)
-            line += f"{size / max(1, theirs):>12.3f} ({tokens / max(1, theirs) - 1:+.0%})"
+            theirs = max(1, len(encoding.encode_ordinary(text)))
+            found[name][f"{reference}_bytes_per_token"] = size / theirs
+            line += f"{size / theirs:>12.3f} ({tokens / theirs - 1:+.0%})"
         print(line)
     if others:
         print("(in brackets: how many more tokens ours needs; a larger vocabulary needs fewer)")
     rows = [["text", *found["train"]], *([name, *numbers.values()] for name, numbers in found.items())]
-    settings = {"max_chars": config.max_chars, "references": [*others]}
-    path = write_both(
-        folder / "tok_eval.json", rows, {"tokenizer_hash": tokenizer.hash, "settings": settings, "texts": found}
-    )
+    path = folder / "tok_eval.json"
+    write_both(path, rows, {"tokenizer_hash": tokenizer.hash, "max_chars": config.max_chars, "texts": found})
     print(f"saved {path} and .csv", flush=True)
     cli.next_step("python -m launch.base_train --depth=12")
 

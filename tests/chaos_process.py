@@ -1,7 +1,7 @@
 """A command with a fault put in: python chaos_process.py {full=N | kill=N | seal=N | none} MODULE FLAGS…
 
-full: the first two saves meet a disk with N kB left; kill: the process dies amid the N-th save; seal: the N-th seal of
-a checkpoint finds no room.
+full: the first two saves meet a disk with N kB left, or a limit on files; kill: the process dies amid the N-th save;
+seal: the N-th seal of a checkpoint finds no room.
 """
 
 import contextlib
@@ -20,10 +20,11 @@ from jaxchat import seal
 
 
 def fill(folder: Path, left: int):
-    """Leave so many bytes of the small disk mounted at a folder. Where none is, no file may be longer than 60 kB: a
-    log is shorter, a checkpoint's weights are not."""
+    """Leave so many bytes of the small disk mounted at a folder. Where none is, no file may be longer than 60 kB:
+    checkpoints' weights are longer."""
     if not folder.is_mount():  # Python ignores SIGXFSZ, so write(2) fails
-        return resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return
     with (folder / "filler").open("wb", buffering=0) as filler:
         with contextlib.suppress(OSError):
             while True:

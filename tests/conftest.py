@@ -13,7 +13,8 @@ import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# JAXCHAT_THOROUGH=1 tries every mesh and every number of processes and workers; else, as in CI, some of them.
+# JAXCHAT_THOROUGH=1 tries every mesh, stage and number of processes and workers, and 200 items of each of CORE's tasks;
+# else, as in CI, some of them.
 THOROUGH = os.environ.get("JAXCHAT_THOROUGH", "0") not in ("", "0")
 DEVICES_FLAG = "--xla_force_host_platform_device_count"
 # Compiling is most of what the tests do, and takes half as long without LLVM's optimizations, which the models here are
@@ -51,6 +52,17 @@ def random_params(config, seed: int, scale: float):
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     normal = [scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(tree, normal)
+
+
+def sandbox_is_whole() -> bool:
+    """Whether this machine can run programs in the sandbox."""
+    from jaxchat.config import UserError
+    from jaxchat.eval import sandbox
+
+    try:
+        return not sandbox.missing()
+    except UserError:
+        return False
 
 
 @pytest.fixture(scope="session")

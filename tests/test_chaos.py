@@ -60,12 +60,12 @@ def disk():
     def mount(folder):
         folder.mkdir(parents=True)
         command = ["mount", "-t", "tmpfs", "-o", "size=8m", "chaos", folder]
-        if subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
+        if shutil.which("mount") and subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
             mounted.append(folder)
 
     yield mount
     for folder in mounted:
-        subprocess.run(["umount", "--lazy", folder], check=True)
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def losses(run):

@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import random_params, sandbox_is_whole
 from plain_scorer import PlainModel
 
 from jaxchat import sharding
@@ -106,6 +106,8 @@ def written_plainly(plain, tokenizer, prompt, max_tokens):
 def test_written_answers_are_the_plain_models(shared_data, tokenizer, talkative, name, number):
     """Item by item, the text and whether it is right; one may differ that has a token whose lead is within float32's
     reach. So that a model that knows nothing is right at times, a digit is the answer, or any program that runs."""
+    if name == "HumanEval" and not sandbox_is_whole():
+        pytest.skip("this kernel has no Landlock or no seccomp")
     task, plain, max_tokens, checked = chat.TASKS[name], PlainModel(*talkative), 16, {}
     rows = chat.drawn(load_task(task.spec, shared_data), 200)
     for i, row in enumerate(rows):
@@ -125,7 +127,8 @@ def test_written_answers_are_the_plain_models(shared_data, tokenizer, talkative,
         said, lead = written_plainly(plain, tokenizer, prompt, max_tokens)
         near = lead < 1e-4
         close, ended = close + near, ended + (len(said) < max_tokens)
-        assert near or checked[i] == (tokenizer.decode(said), *right[i])
+        text = tokenizer.decode(said)
+        assert near or (checked[i][0] == text and right[i] == [task.check(row, text)])
     called = sum("<|python_end|><|output_start|>" in text for text, _ in checked.values())
     assert close < 5 and 20 < ended < number - 20 and called > 5 and 3 < sum(map(sum, right)) < number - 20
 

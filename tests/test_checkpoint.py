@@ -1,6 +1,5 @@
 """Checkpoints: what is saved comes back on any mesh, the last few stay, and the right one is found."""
 
-import errno
 import os
 
 import grain
@@ -83,7 +82,8 @@ def test_the_deepest_model_is_found_or_else_the_newest(home):
         checkpoint.find("base", "d12", 8)
 
 
-def test_a_full_disk_is_told_as_one(tmp_path):
+@pytest.mark.parametrize("number", checkpoint.FULL)
+def test_a_full_disk_is_told_as_one(tmp_path, number):
     """Orbax says it in a ValueError; other errors stay what they are."""
 
     class Full:
@@ -95,10 +95,10 @@ def test_a_full_disk_is_told_as_one(tmp_path):
 
     checkpoints = Checkpoints(tmp_path)
     checkpoints._saving = 3
-    checkpoints._writer = Full("RESOURCE_EXHAUSTED: Error writing …: No space left on device [os_error_code='28']")
+    checkpoints._writer = Full(f"RESOURCE_EXHAUSTED: Error writing …: {os.strerror(number)} [os_error_code='{number}']")
     with pytest.raises(OSError) as told:
         checkpoints.close()
-    assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path)
+    assert told.value.errno == number and told.value.filename == str(tmp_path)
     checkpoints.close()  # nothing is left that would raise once more
     checkpoints._saving = 3
     checkpoints._writer = Full("shapes differ")

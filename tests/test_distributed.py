@@ -41,6 +41,9 @@ def flags_of(stage, folder):
     return ["--device_batch_size=1", *own, f"--train_tasks={world / 'tasks/world_sft.jsonl'}"]
 
 
+TEN = {"base": ["--model_tag=ten", "--overwrite"], "mid": ["--dry_run"], "sft": ["--dry_run"]}
+
+
 def run(folder, processes, *flags, devices=4, stage="mid"):
     """Train on so many devices, spread over so many processes. -> what each of them saw."""
     with socket.socket() as free:
@@ -83,9 +86,6 @@ def test_processes_agree(folder, processes):
     assert not set.intersection(*streams) and len(set.union(*streams)) == len(merged)
 
 
-TEN = {"base": ["--model_tag=ten", "--overwrite"], "mid": ["--dry_run"], "sft": ["--dry_run"]}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "fsdp=8"][: 2 if THOROUGH else 1])
 @pytest.mark.parametrize("stage", ["mid", "base", "sft"][: 3 if THOROUGH else 1])
@@ -98,8 +98,9 @@ def test_weights_cut_over_two_processes(folder, stage, mesh):
     for seen in together:
         losses = [[row["loss"] for row in rows["steps"]] for rows in (seen, alone)]
         assert len(losses[0]) == 10
-        # What test_mesh.py allows: 4 × what another order of the rows does there on one device. 2.1e-7 was seen here.
-        np.testing.assert_allclose(*losses, rtol=8.7e-7)
+        # 4 × the 2.8e-6 by which other numbers of rows at a time change these losses on one device (dev/LOG.md): sums
+        # in another order, whose rounding ten steps let grow. 2.1e-7 was seen here.
+        np.testing.assert_allclose(*losses, rtol=1.1e-5)
 
 
 @pytest.mark.slow

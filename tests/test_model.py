@@ -110,10 +110,11 @@ def whole_nll(x_BTD, head_DV, targets_BT, weights_BT, chunk, mesh=None):
 
 @pytest.mark.parametrize("part", ["value", "gradients"])
 def test_memory_of_the_loss(part):
-    """Of temporaries, as compiled, at two sizes of vocabulary and tokens: no term grows with their product.
+    """Temporary memory, as compiled, has no term that grows with the product of vocabulary V and tokens N.
 
-    Twice both less each alone, a + b·V + c·N cancels out, and what is left is what each further pair of token and id
-    takes: 4 bytes and more for whole logits, nothing for chunks of them.
+    From sizes (V, N), (2V, N), (V, 2N) and (2V, 2N) a + b·V + c·N cancels out, and what is left is what a further pair
+    of token and id takes: 4 bytes at least for whole float32 logits, nothing, but for the alignment of buffers, for
+    chunks of them.
     """
     D, chunk = 16, 128
 

@@ -99,7 +99,7 @@ def test_numbers(whole):
     assert "Left out of SFT: broken.json, which cannot be read." in text
     assert row_of(text, "train_bpb") == ["1.2500", "–", "–"] and row_of(text, "hellaswag") == ["0.3000", "–", "–"]
     assert "Left out of base: base_eval_20.json, of step 20." in text and "0.9999" not in text
-    assert "|  | bytes_per_token | cl100k_base |" in text and row_of(text, "val") == ["4.5000", "5.2500"]
+    assert "|  | ours | cl100k_base |" in text and row_of(text, "val") == ["4.5000", "5.2500"]
     assert "- Machine: a machine\n" in text and "- Code: abc on main (base, SFT); def on main (mid)" in text
     assert "flags: --depth=2" in text and "the last of 2 times" in text and "left out: base" not in text
 
@@ -108,12 +108,15 @@ def test_missing_stages_are_left_out_and_named(home, capsys):
     metrics = {"val_bpb": 1.5, "lost": None, "told": "x"}
     folder = write_stage(home, "mid", tag="odd", imported={"from": "elsewhere"}, metrics=metrics)
     (folder / "metrics.jsonl").unlink()
+    (home / "tokenizer").mkdir()
+    measured = {"tokenizer_hash": "another's", "texts": {"val": {"bytes_per_token": 4.5}}}
+    (home / "tokenizer" / "tok_eval.json").write_text(json.dumps(measured))
     report.main(["--model_tag=odd", "--no_samples"])
     text = (home / "report" / "odd" / "report.md").read_text()
     assert "No checkpoint with this tag, so left out: base, SFT." in text
     assert "No step was logged." in text and "Not recorded for mid" in text and "cost" not in text
     assert row_of(text, "starts from") == ["imported", ""] and "lost" not in text and "told" not in text
-    assert "## Tokenizer" not in text  # none was evaluated
+    assert "## Tokenizer" not in text  # another tokenizer's
     assert row_of(text, "val_bpb") == ["1.5000"] and "| tokens" not in text and "wall time" not in text
     said = capsys.readouterr().out
     assert said.count("no checkpoint, left out") == 2 and not list((home / "report" / "odd").glob("*.png"))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import sandbox_is_whole
 from hostile import ATTACKS, LEAVERS, RUNAWAYS
 
 from jaxchat.config import UserError
@@ -21,11 +22,7 @@ from jaxchat.eval import sandbox, sandbox_child
 
 ROOT = Path(__file__).resolve().parent.parent
 
-try:
-    whole = not sandbox.missing()
-except UserError:
-    whole = False
-pytestmark = pytest.mark.skipif(not whole, reason="this kernel has no Landlock or no seccomp")
+pytestmark = pytest.mark.skipif(not sandbox_is_whole(), reason="this kernel has no Landlock or no seccomp")
 
 SIGNALS = (signal.SIGUSR1, signal.SIGIO)
 

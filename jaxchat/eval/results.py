@@ -39,16 +39,8 @@ def read_json(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def write_both(path: Path, rows: list[list], whole: dict) -> Path:
-    """Write `whole` as JSON to path and `rows` as CSV beside it, each whole or not at all. -> the path of the JSON.
-
-    whole["settings"]: on which the results depend; where those of a file that is there differ, this one's name ends
-    with their hash.
-    """
-    settings = whole["settings"]
-    if path.exists() and read_json(path).get("settings") != settings:
-        told = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=3).hexdigest()
-        path = path.with_stem(f"{path.stem}_{told}")
+def write_both(path: Path, rows: list[list], whole: dict):
+    """Write `whole` as JSON to path and `rows` as CSV beside it, each whole or not at all."""
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
     texts = {path.with_suffix(".csv"): table.getvalue(), path: json.dumps(whole, indent=1, ensure_ascii=False) + "\n"}
@@ -56,7 +48,6 @@ def write_both(path: Path, rows: list[list], whole: dict) -> Path:
         unfinished = file.with_name(file.name + ".new")
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, file)
-    return path
 
 
 def save_results(
@@ -72,14 +63,19 @@ def save_results(
     """Write <run folder>/<command>_<step>.csv and .json, as write_both does. -> the path of the JSON.
 
     source: base, mid or sft; values: all numbers by name; score: which of them is the tasks' mean, in the CSV's last
-    line where there is one; settings: see write_both; more: what else the JSON tells. Only the first process writes.
+    line where there is one; settings: on which they depend: where those of a file that is there differ, this one's name
+    ends with their hash; more: what else the JSON tells. Only the first process writes.
     """
     path = found.folder / f"{command}_{found.step}.json"
     if jax.process_index() > 0:
         return path
+    if path.exists() and read_json(path).get("settings") != settings:
+        told = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=3).hexdigest()
+        path = path.with_stem(f"{path.stem}_{told}")
     columns = [field.name for field in dataclasses.fields(TaskResult)]
     rows = [[getattr(result, name) for name in columns] for result in results]
     tasks = {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in rows}
     about = {"source": source, "tag": found.folder.name, "step": found.step, "settings": settings}
     last = [[score, "", values[score], ""]] if score in values else []
-    return write_both(path, [columns, *rows, *last], about | {"values": values, "tasks": tasks} | more)
+    write_both(path, [columns, *rows, *last], about | {"values": values, "tasks": tasks} | more)
+    return path

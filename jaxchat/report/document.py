@@ -59,12 +59,14 @@ def results(run: Run) -> str:
 
 
 def tokenizer(run: Run) -> list[str]:
-    """How many bytes a token holds, where tok_eval measured it."""
+    """How many bytes a token holds, the run's tokens and those of references, where tok_eval measured it."""
     if not run.compression:
         return []
-    columns = [name for name in next(iter(run.compression.values())) if name.endswith("bytes_per_token")]
+    unit = "bytes_per_token"
+    columns = [name for name in next(iter(run.compression.values())) if name.endswith(unit)]
     rows = [[text, *(number(found.get(name)) for name in columns)] for text, found in run.compression.items()]
-    return ["## Tokenizer", table(["", *(name.removesuffix("_bytes_per_token") for name in columns)], rows)]
+    names = [name.removesuffix(f"_{unit}").replace(unit, "ours") for name in columns]
+    return ["## Tokenizer", "Bytes that a token holds on average:", table(["", *names], rows)]
 
 
 def training(run: Run, price_per_hour: float) -> str:
