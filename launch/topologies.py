@@ -80,5 +80,7 @@ def gpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
 
 
 def compile_only():
-    """No backend but the CPU's is to start: what is compiled for is a description."""
+    """No backend but the CPU's is to start, as what is compiled for is a description; and nothing that is compiled is
+    kept: what is for GPUs could not be read back here."""
+    jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_platforms", "cpu")

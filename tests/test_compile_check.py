@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import math
+import os
 
 import pytest
 
-from jaxchat.config import UserError
+from jaxchat.config import Compute, UserError
 from launch import hlo, topologies
-from launch.compile_check import Config, Plan, needed, training
+from launch.compile_check import Config, needed, training
 
 
 def needs(module: str, extra: str):
@@ -176,26 +177,18 @@ def test_more_than_a_chip_holds(run_command):
 
 @pytest.mark.slow
 @needs("jax_cuda13_plugin", "gpu-plan")
-def test_an_h100(monkeypatch):
+def test_an_h100(run_command, monkeypatch, tmp_path):
     """The step as compiled for one: cuDNN's attention, all products of bfloat16 numbers, never whole logits."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    for name in ("check_cudnn_version", "check_compute_capability", "is_cuda_compute_capability_equal"):
-        monkeypatch.setattr(cudnn, name, getattr(cudnn, name))  # put back what launch/topologies.py changes
-    texts, read, vocab, rows, time = [], hlo.read, 4096, 8, 1024
-
-    def noted(text):
-        texts.append(text)
-        return read(text)
-
-    monkeypatch.setattr(hlo, "read", noted)
+    vocab, rows, time = 4096, 8, 1024
     shape = {"max_seq_len": time, "device_batch_size": rows, "total_batch_size": 2 * rows * time, "vocab_size": vocab}
-    plan = Plan(Config(depth=2, topology="h100:1", **shape))
-    compiled = plan.compile(rows)
+    flags = [f"--{name}={value}" for name, value in (shape | {"depth": 2, "topology": "h100:1"}).items()]
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_dump_to={tmp_path}")
+    done = run_command("launch.compile_check", *flags, "--no_find_batch", "--json")
     # A layer's attention of 2 micro-batches: forward, again in the backward pass, and backward.
-    kernels = compiled.program.kernels
+    kernels = json.loads(done.stdout.splitlines()[-2])["kernels"]
     assert kernels["__cudnn$fmhaSoftmax"] == 2 * 2 * 2 and kernels["__cudnn$fmhaSoftmaxBackward"] == 2 * 2
-    parts, _ = hlo.computations(texts[0])
+    [text] = tmp_path.glob("*jit_step*after_optimizations.txt")
+    parts, _ = hlo.computations(text.read_text())
     operations = [op for part in parts.values() for op in part]
     by_name = {op.name: op for op in operations}
     products = [op for op in operations if op.kind == "dot" or "__cublas" in op.text]
@@ -203,4 +196,4 @@ def test_an_h100(monkeypatch):
     scopes = {scope for scope in ("projections", "mlp", "loss", "optimizer") for op in products if scope in op.text}
     assert read_types == {"bf16"} and len(scopes) == 4, (read_types, scopes)
     largest = max(math.prod(dims) for op in operations for _, dims in op.shapes)
-    assert largest == plan.compute.loss_chunk_tokens * vocab == rows * time * vocab // 2
+    assert largest == Compute.for_backend(backend="gpu").loss_chunk_tokens * vocab == rows * time * vocab // 2
