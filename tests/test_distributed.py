@@ -65,7 +65,7 @@ def run(folder, processes, *flags, devices=4, stage="mid"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4] if THOROUGH else [4])
+@pytest.mark.parametrize("processes", [2, 4] if THOROUGH else [2])
 def test_processes_agree(folder, processes):
     (alone,) = run(folder, 1, "--dry_run")
     together = run(folder, processes, "--dry_run")
@@ -108,7 +108,7 @@ def test_a_run_of_two_processes_goes_on_with_one(folder):
     """The checkpoint that two processes saved holds all streams; and that which one saved serves two."""
     run_folder = folder / "mid_checkpoints/run"
     whole = run(folder, 2, "--save_every=7", "--overwrite")[0]["steps"]
-    for processes in (1, 2):
+    for processes in (1, 2) if THOROUGH else (1,):
         *_, before, last = steps_in(run_folder)
         assert 0 < before < last == whole[-1]["step"]
         shutil.rmtree(run_folder / str(last))

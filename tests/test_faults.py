@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT, xla_flags
+from conftest import ROOT, THOROUGH, xla_flags
 
 from jaxchat import checkpoint, seal
 from jaxchat.config import UserError
@@ -128,7 +128,7 @@ def test_one_that_was_never_finished(folder, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("at", [3, 1][: 2 if THOROUGH else 1])
 def test_a_save_that_fails_on_one_of_two_processes(folder, at):
     """Both know it and neither waits for the other; at the end of the run (the third save) it is tried again."""
     wanted, run = losses(folder / "base_checkpoints/run"), folder / "base_checkpoints/two"
