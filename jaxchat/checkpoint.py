@@ -83,8 +83,7 @@ class Checkpoints:
             except UserError as problem:
                 refused = str(problem)
             else:
-                for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(path, ignore_errors=True)
+                seal.sweep(self.folder)
         if refused := sharding.gather_json({"refused": refused})[0]["refused"]:
             raise UserError(refused)
 
@@ -118,6 +117,8 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             quiet_orbax()
             self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        if jax.process_index() == 0:
+            seal.sweep(self.folder)  # again: a save that failed may have gone on writing when its folder was deleted
         self._saving = step
         # force: a damaged checkpoint of this step, which was passed over, is replaced.
         args = ocp.args.Composite(**items)
@@ -204,7 +205,7 @@ class Checkpoints:
 
         What a failed save has written goes, and the writer with it, which would tell of it once more.
         """
-        step, problem = self._saving, None
+        problem = None
         try:
             with full_disk_told(self.folder):
                 part()
@@ -217,8 +218,7 @@ class Checkpoints:
         if problem:
             self._writer = self._saving = self._sealing = None
             if jax.process_index() == 0:
-                for path in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(path, ignore_errors=True)
+                seal.sweep(self.folder)
             raise problem
 
 

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,12 @@ def seal(folder: Path):
         out.flush()
         os.fsync(out.fileno())
     fresh.replace(folder / NAME)
+
+
+def sweep(run_folder: Path):
+    """Delete what saves that failed or were killed have left half-written, as far as that is possible."""
+    for path in run_folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def damage(folder: Path) -> str:
