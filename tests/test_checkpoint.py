@@ -57,6 +57,13 @@ def test_the_last_three_stay(tmp_path):
     assert checkpoint.steps_in(tmp_path) == [9, 10, 20]
     assert {p.name for p in (tmp_path / "20").iterdir() if p.is_dir()} == {"params", "meta"}
 
+    # A save that failed may go on writing after its folder was deleted; the next one sweeps.
+    (tmp_path / "21.orbax-checkpoint-tmp/params").mkdir(parents=True)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(22, params=params, optimizer=None, batches=None, meta={})
+    checkpoints.close()
+    assert checkpoint.steps_in(tmp_path) == [10, 20, 22] and not list(tmp_path.glob("*tmp*"))
+
 
 def make_run(home, stage, tag, *steps, age=0.0):
     folder = home / checkpoint.FOLDERS[stage] / tag

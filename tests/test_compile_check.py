@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from jaxchat.config import Compute, UserError
+from jaxchat.config import REMATS, Compute, UserError
 from launch import hlo, topologies
-from launch.compile_check import Config, needed, training
+from launch.compile_check import Compiled, Config, Plan, needed, training
 
 
 def needs(module: str, extra: str):
@@ -146,6 +146,16 @@ def test_what_to_train_with():
     assert training(Config(depth=4, remat="fit"), 2, "full") == f"{command} --remat=full"
     changed = Config(depth=4, total_batch_size=16384, max_seq_len=512, mesh="fsdp=4")
     assert training(changed, 2, "dots") == f"{command} --total_batch_size=16384 --max_seq_len=512 --mesh=fsdp=4"
+
+
+@pytest.mark.parametrize("remat, fitting", [("none", 0), ("dots", 1), ("full", 2), ("full", 3)])
+def test_the_first_remat_that_fits(monkeypatch, remat, fitting):
+    """Where none does, the last is told of."""
+    plan = Plan.__new__(Plan)  # no topology: its compiler may not be here
+    plan.config, plan.batch, plan.compute = Config(remat="fit"), 2, Compute(remat="none")
+    able = REMATS[fitting:]
+    monkeypatch.setattr(Plan, "compile", lambda plan, batch: Compiled(1e9, plan.compute.remat in able, 0.0))
+    assert plan.planned().fits == (fitting < 3) and plan.compute.remat == remat
 
 
 @pytest.mark.slow
