@@ -77,6 +77,7 @@ def prepare(config: Shape, changes: dict, micro_rows: int, make_state: Callable 
     """
     if config.stage not in GRAD_CLIP:
         raise UserError(f"--stage={config.stage}; it is one of {', '.join(GRAD_CLIP)}")
+    sharding.take_memory()
     mesh = sharding.make_mesh()
     model = ModelConfig.from_depth(config.depth, sequence_len=config.seq, vocab_size=config.vocab)
     compute = Compute.for_backend(mesh=mesh, **changes)

@@ -137,7 +137,8 @@ class TrainConfig:
     """Of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere. Weights stay float32."""
     remat: str = "auto"
     """What the backward pass computes again instead of keeping: none, dots (all but the results of matrix products), or
-    full (all of a layer): each takes less memory than the one before, and longer. auto: none on a CPU, else dots."""
+    full (all of a layer): each takes less memory than the one before, and longer. auto: none on a CPU, else the first
+    with which the compiled step fits."""
     seed: int = 0
     """Of the initial weights and the order of the data."""
     embedding_lr: float = 0.2

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from functools import partial
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxchat.config import ModelConfig, UserError, base_dir
 
 AXES = ("data", "fsdp", "tensor")
+GPU_SHARE = 0.92  # of a GPU's memory: CUDA's contexts, cuBLAS and NCCL need the rest
 ROWS = ("data", "fsdp")  # the axes that the rows of a batch are spread over
 
 
@@ -25,6 +27,12 @@ def keep_compiled():
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compiled"))
         jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)  # what was used longest ago is dropped
+
+
+def take_memory():
+    """Before JAX starts: have it take GPU_SHARE of a GPU, not 75 %. XLA_CLIENT_MEM_FRACTION names another share."""
+    if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
 
 
 def make_mesh(devices=None, axes: str = "") -> Mesh:

@@ -7,7 +7,6 @@ collectives, kernels, and the largest batch that fits.
 import dataclasses
 import json
 import os
-import re
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX reads it: nothing but descriptions of devices is used
@@ -22,12 +21,11 @@ from jaxchat import sharding
 from jaxchat.config import REMATS, BaseConfig, Compute, ModelConfig, UserError
 from jaxchat.data.pipelines import micro_batches
 from jaxchat.model.flops import flops_per_token, num_params, peak_flops
+from jaxchat.train.fit import SPARE, memory_needed, memory_refused
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import abstract_state
 from jaxchat.train.step import make_train_step
 from launch import cli, hlo, topologies
-
-SPARE = 0.95  # of a GPU's memory: CUDA's contexts and NCCL's buffers need the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Config:
     vocab_size: int = 65536
     """Of the tokenizer."""
     remat: str = "auto"
-    """As in base_train; fit: the first of none, dots and full that fits, a compilation each try."""
+    """As in base_train; auto: the first of none, dots and full that fits, a compilation each try."""
     find_batch: bool = True
     """Also search for the largest device batch that fits, a compilation each try."""
     json: bool = False
@@ -77,7 +75,7 @@ class Plan:
         self.mesh = sharding.make_mesh(devices, config.mesh)
         self.model = ModelConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=config.vocab_size)
         sharding.check_fits(self.model, self.mesh)
-        first = REMATS[0] if config.remat == "fit" else config.remat
+        first = REMATS[0] if config.remat == "auto" else config.remat
         self.compute = Compute.for_backend("bfloat16", self.backend, first, mesh=self.mesh)
         self.shards = sharding.data_shards(self.mesh)
         self.rows = config.total_batch_size // config.max_seq_len  # of a step
@@ -100,20 +98,20 @@ class Plan:
         try:
             compiled = step.lower(state, rows, number).compile()
         except jax.errors.JaxRuntimeError as problem:
-            needs = needed(str(problem))
+            needs = memory_refused(str(problem))
             if needs is None:
                 raise
             return Compiled(needs, False, time.perf_counter() - start)
         seconds, m = time.perf_counter() - start, compiled.memory_analysis()
-        own = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-        needs = own + m.temp_size_in_bytes + m.generated_code_size_in_bytes
-        fits = self.backend == "tpu" or needs <= SPARE * self.memory  # libtpu refuses what does not fit
+        needs = memory_needed(compiled)
+        fits = needs <= SPARE * self.memory  # the trainers' own bound
+        own = needs - m.temp_size_in_bytes - m.generated_code_size_in_bytes
         return Compiled(needs, fits, seconds, hlo.read(compiled.as_text()), own, m.temp_size_in_bytes)
 
     def planned(self) -> Compiled:
-        """The step with the planned batch, for --remat=fit by the first way of doing so that fits, or else the last."""
+        """The step with the planned batch, for --remat=auto by the first that fits, or else the last."""
         done = self.compile(self.batch)
-        for remat in REMATS[1:] if self.config.remat == "fit" else ():
+        for remat in REMATS[1:] if self.config.remat == "auto" else ():
             if done.fits:
                 break
             print(f"  --remat={self.compute.remat}: {done.needs / 1e9:.1f} GB, too much", flush=True)
@@ -140,14 +138,6 @@ class Plan:
                 grew, best = bool(best), (able[at], tried)
                 if not grew:
                     return best
-
-
-def needed(message: str) -> float | None:
-    """Bytes that a compiler's complaint about memory says are needed; None of another complaint."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    if found := re.search(r"\(?([\d.]+)([KMGT])\)? (?:of [\d.]+[KMGT] hbm|exceeds available HBM)", message):
-        return float(found[1]) * units[found[2]]
-    return None
 
 
 def run(config: Config):
@@ -192,17 +182,15 @@ def run(config: Config):
         print(json.dumps(figures))
     if not done.fits:
         raise UserError(remedy(plan, done, figures.get("largest_device_batch")))
-    cli.next_step(training(config, plan.batch, plan.compute.remat))
+    cli.next_step(training(config, plan.batch))
 
 
-def training(config: Config, batch: int, remat: str) -> str:
+def training(config: Config, batch: int) -> str:
     """The command that trains what was compiled, with `batch` rows a device."""
     words = [f"--depth={config.depth}", f"--device_batch_size={batch}"]
-    for name in ("total_batch_size", "max_seq_len", "mesh"):
+    for name in ("total_batch_size", "max_seq_len", "mesh", "remat"):
         if (value := getattr(config, name)) != getattr(BaseConfig, name):
             words.append(f"--{name}={value}")
-    if config.remat != "auto":
-        words.append(f"--remat={remat}")
     return " ".join(["python -m launch.base_train", *words])
 
 

@@ -9,11 +9,13 @@ import jax
 from jax.experimental import topologies
 
 from jaxchat.config import UserError
+from jaxchat.sharding import GPU_SHARE
 
 # Bytes of memory that a program may use of one device, by the topology's generation.
 GIB = 2**30
 HBM = {"v4": 30.75 * GIB, "v5e": 15.75 * GIB, "v5p": 95.74 * GIB, "v6e": 31.25 * GIB, "tpu7x": 94.75 * GIB}
-HBM |= {"h100": 80e9, "h200": 141e9}
+GPU_MEMORY = {"h100": 80e9, "h200": 141e9}
+HBM |= {name: GPU_SHARE * size for name, size in GPU_MEMORY.items()}
 # What XLA asks of a GPU when it tiles and fuses; both are of compute capability 9.0 with 132 multiprocessors.
 HOPPER = """
 gpu_device_info {{
@@ -67,7 +69,9 @@ def gpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
     cudnn.check_compute_capability = lambda *_: True
     cudnn.is_cuda_compute_capability_equal = lambda capability: capability == "9.0"
     target = HOPPER.format(
-        bandwidth=int(GPU_BANDWIDTH[generation]), memory=int(HBM[generation]), name=f"NVIDIA {generation.upper()}"
+        bandwidth=int(GPU_BANDWIDTH[generation]),
+        memory=int(GPU_MEMORY[generation]),
+        name=f"NVIDIA {generation.upper()}",
     )
     hosts, _, per_host = shape.rpartition("x")
     try:

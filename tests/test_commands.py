@@ -16,13 +16,13 @@ import tiktoken
 from conftest import THOROUGH
 
 from jaxchat import checkpoint
-from jaxchat.config import BaseConfig, MidConfig, SFTConfig
+from jaxchat.config import BaseConfig, MidConfig, SFTConfig, UserError
 from jaxchat.data.conversations import length_buckets
 from jaxchat.data.world import World, write_world
 from jaxchat.eval.world import score
 from jaxchat.infer.engine import Engine
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.train import loop, stages
+from jaxchat.train import fit, loop, stages
 from launch import base_train, chat_cli, chat_sft, cli, demo, mid_train, report, tok_eval, tok_train
 
 SMALL = {"base_shards": 2, "base_rows": 600, "base_val_rows": 300, "mid_rows": 600, "sft_rows": 300, "val_rows": 40}
@@ -195,7 +195,27 @@ def test_the_step_compiles_once_or_once_a_bucket(here, home):
         shapes = {next(stage.batches)["inputs"].shape for _ in range(stage.num_steps)}
         stage.batches.set_state(began)
         loop.train(stage, [])
-        assert stage.step_fn._cache_size() == len(shapes) <= most
+        assert stage.step_fns["none"]._cache_size() == len(shapes) <= most
+
+
+def test_a_device_that_tells_its_memory(here, home, monkeypatch, capsys):
+    """What it has no room for is not tried; SFT is measured by its longest rows, and a step too large ends the run."""
+    shutil.copytree(here, home, dirs_exist_ok=True)
+    config = dataclasses.replace(cli.parse(SFTConfig, flags(home)[2]), overwrite=True, num_iterations=1)
+    batches = []
+
+    def noted(steps, mesh, *args):
+        batches.append(args[1])
+        return fit.first_that_fits(steps, mesh, *args)
+
+    monkeypatch.setattr(fit, "device_memory", lambda mesh: 50e6)
+    monkeypatch.setattr(loop, "first_that_fits", noted)
+    loop.train(stages.sft(config)[0], [])
+    assert "A step with --remat=none needs" in capsys.readouterr().out
+    assert {a.shape[-1] for a in batches[0].values()} == {LENGTH}
+    monkeypatch.setattr(fit, "device_memory", lambda mesh: 1e6)
+    with pytest.raises(UserError, match="--remat=full needs .* of each device's 0.0 GB; lower --device_batch_size"):
+        loop.train(stages.sft(config)[0], [])
 
 
 def test_dry_run_writes_nothing(here):

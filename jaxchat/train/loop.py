@@ -13,6 +13,7 @@ from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import ModelConfig, Preempted
 from jaxchat.model.params import Params
 from jaxchat.sharding import agree, place_rows
+from jaxchat.train.fit import first_that_fits
 from jaxchat.train.metrics import MetricsLog, check_installed
 from jaxchat.train.reporter import Reporter
 from jaxchat.train.saving import Saver
@@ -47,7 +48,8 @@ class Stage:
     model: ModelConfig
     mesh: Mesh
     start: Callable[[], TrainState]  # the state to begin with; sets `batches` too where a run is resumed
-    step_fn: Callable
+    step_fns: dict[str, Callable]  # by their remat, the fastest first: the first that fits is taken
+    row_length: int  # of the longest batch
     batches: grain.DatasetIterator
     num_steps: int | None  # None: one pass over num_documents
     num_documents: int
@@ -66,6 +68,14 @@ class Stage:
 def place_batch(batch: dict, mesh: Mesh) -> dict:
     """The arrays of a batch on the mesh, its rows spread over the devices."""
     return {name: place_rows(array, mesh, axis=1) for name, array in batch.items() if name != "totals"}
+
+
+def longest(placed: dict, stage: Stage) -> dict:
+    """The shapes of a batch like this one, its rows as long as they can be."""
+    return {
+        name: jax.ShapeDtypeStruct((*a.shape[:-1], stage.row_length), a.dtype, sharding=a.sharding)
+        for name, a in placed.items()
+    }
 
 
 def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
@@ -134,8 +144,10 @@ def _train(stage: Stage, evaluations: list[Evaluation], stop: Stop) -> dict[str,
                 multiplier = lr_multiplier(progress, 0.0)
             placed = place_batch(batch, stage.mesh)
             if step == stage.resume_step:
-                compile_step(stage.step_fn, state, placed, multiplier)
-            state, metrics = stage.step_fn(state, placed, multiplier)
+                remat = first_that_fits(stage.step_fns, stage.mesh, state, longest(placed, stage), multiplier)
+                step_fn = stage.step_fns[remat]
+                compile_step(step_fn, state, placed, multiplier)
+            state, metrics = step_fn(state, placed, multiplier)
             step += 1
             metrics = metrics | totals | {"progress": progress, "lr_multiplier": multiplier}
             reporter.step(step, placed["inputs"].size, waited, metrics)

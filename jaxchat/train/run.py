@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from jaxchat import checkpoint, hosts, sharding
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import Compute, ModelConfig, TrainConfig, UserError
+from jaxchat.config import REMATS, Compute, ModelConfig, TrainConfig, UserError
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.tokenizer import Tokenizer
+from jaxchat.train import fit
 from jaxchat.train.loop import Stage
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import TrainState, abstract_state, state_from_params
@@ -61,6 +62,7 @@ def start_devices(config: TrainConfig, asks: bool = True) -> Mesh:
         if not 0 <= getattr(config, name, 0.0) <= 1:
             raise UserError(f"--{name}={getattr(config, name)}; it must be from 0 to 1")
     sharding.keep_compiled()
+    sharding.take_memory()
     hosts.start(config, asks=asks)
     try:
         return sharding.make_mesh(axes=config.mesh)
@@ -222,15 +224,16 @@ def make_stage(
         "device_batch_size": config.device_batch_size,
     }
     checkpoints, resume_step = (None, 0) if dry_run else open_run(config, source, tag, meta)
-    model = setting.model
+    model, compute = setting.model, setting.compute
+    remats = REMATS if config.remat == "auto" and fit.device_memory(setting.mesh) else (compute.remat,)
     heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
-    attention = f"attention by {setting.compute.attention}"
+    attention = f"attention by {compute.attention}"
     every = f", every {config.save_every:,} steps" if config.save_every > 0 else ""
     return Stage(
         plan=[
             ("model", f"{model.n_layer} layers × {model.n_embd}, {heads}, vocabulary {model.vocab_size:,}"),
             ("parameters", f"{num_params(model):,}; {flops_per_token(model):,} FLOPs a token"),
-            ("devices", f"{sharding.describe(setting.mesh)}, compute in {setting.compute.dtype}, {attention}"),
+            ("devices", f"{sharding.describe(setting.mesh)}, compute in {compute.dtype}, {attention}"),
             *plan(resume_step),
             ("saves", f"{checkpoints.folder}/<step>{every}" if checkpoints else "nothing (dry run)"),
         ],
@@ -240,7 +243,10 @@ def make_stage(
         start=starter(
             *(setting, optimizer, batches, checkpoints, resume_step, fresh, config.overwrite), special["num_steps"]
         ),
-        step_fn=make_train_step(model, setting.compute, optimizer, setting.mesh),
+        step_fns={
+            remat: make_train_step(model, dataclasses.replace(compute, remat=remat), optimizer, setting.mesh)
+            for remat in remats
+        },
         batches=batches,
         meta=meta,
         checkpoints=checkpoints,

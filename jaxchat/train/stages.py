@@ -63,6 +63,7 @@ def base(config: BaseConfig) -> tuple[Stage, Setting]:
         optimizer=optimizer,
         batches=batches,
         fresh=partial(init_state, config.seed, model, optimizer, mesh),
+        row_length=time,
         num_steps=num_steps,
         num_documents=len(texts),
         lr_multiplier=partial(
@@ -139,6 +140,7 @@ def mid(config: MidConfig) -> tuple[Stage, Setting]:
         batches=batches,
         fresh=lambda: state_from_params(found.load(mesh), found.config, optimizer, mesh),
         dry_run=config.dry_run,
+        row_length=time,
         num_steps=num_steps,
         num_documents=len(tasks),
         lr_multiplier=partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=0.0),
@@ -200,6 +202,7 @@ def sft(config: SFTConfig) -> tuple[Stage, Setting]:
         batches=batches,
         fresh=lambda: state_from_params(found.load(mesh), found.config, optimizer, mesh),
         dry_run=config.dry_run,
+        row_length=time,
         num_steps=num_steps,
         num_documents=len(tasks),
         lr_multiplier=partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=1.0, final_lr_frac=0.0),

@@ -1,0 +1,70 @@
+"""What the backward pass computes again: as little as fits into a device's memory, known before the first step."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from jaxchat import sharding
+from jaxchat.config import REMATS, Compute, ModelConfig, UserError
+from jaxchat.train import fit
+from jaxchat.train.fit import SPARE, first_that_fits, memory_needed, memory_refused
+from jaxchat.train.state import abstract_state
+from jaxchat.train.step import make_train_step
+
+
+def test_what_a_compiler_says_of_memory():
+    assert memory_refused("RESOURCE_EXHAUSTED: E1000: ... (55.5G) exceeds available HBM (15.75G)") == 55.5 * 2**30
+    assert memory_refused("Ran out of memory in memory space hbm. Used 512.0M of 15.75G hbm.") == 512 * 2**20
+    assert memory_refused("INTERNAL: something else of 3 hbm") is None
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """(mesh, {remat: step}, their arguments, {remat: bytes}) of a model whose activations outweigh its weights."""
+    model = ModelConfig(sequence_len=256, vocab_size=40, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    mesh, optimizer = sharding.make_mesh(jax.devices()[:1]), optax.sgd(0.1)
+    made = {remat: make_train_step(model, Compute(mesh=mesh, remat=remat), optimizer, mesh) for remat in REMATS}
+    kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    batch = {name: jax.ShapeDtypeStruct((1, 4, 256), kind) for name, kind in kinds.items()}
+    args = (abstract_state(model, optimizer, mesh), batch, jax.ShapeDtypeStruct((), jnp.float32))
+    needed = {remat: memory_needed(step.lower(*args).compile()) for remat, step in made.items()}
+    return mesh, made, args, needed
+
+
+def test_the_first_that_fits(steps, monkeypatch, capsys):
+    mesh, made, args, needed = steps
+    assert needed["none"] > needed["dots"] > needed["full"]
+    for remat in REMATS:
+        monkeypatch.setattr(fit, "device_memory", lambda mesh, remat=remat: needed[remat] / SPARE + 1)
+        assert first_that_fits(made, mesh, *args) == remat
+        *refused, taken = capsys.readouterr().out.splitlines()
+        assert len(refused) == REMATS.index(remat) and all(line.endswith("too much") for line in refused)
+        assert taken.startswith(f"A step with --remat={remat} needs 0.0 GB of each device's 0.0 GB")
+
+
+def test_none_fits(steps, monkeypatch):
+    mesh, made, args, needed = steps
+    monkeypatch.setattr(fit, "device_memory", lambda mesh: needed["full"] - 1)
+    with pytest.raises(UserError, match=r"a step with --remat=full needs .*; lower --device_batch_size$"):
+        first_that_fits(made, mesh, *args)
+    with pytest.raises(UserError, match="--remat=dots needs .*; lower --device_batch_size, or give --remat=full$"):
+        first_that_fits({"dots": made["dots"]}, mesh, *args)
+
+
+def test_a_compiler_that_refuses(steps, monkeypatch):
+    """As libtpu does where memory is too small."""
+    mesh, made, args, _ = steps
+
+    class Refused:
+        def lower(self, *args):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.0G of 15.75G hbm.")
+
+    monkeypatch.setattr(fit, "device_memory", lambda mesh: 16e9)
+    assert first_that_fits({"none": Refused(), "dots": made["dots"]}, mesh, *args) == "dots"
+
+
+def test_where_devices_do_not_tell(steps):
+    mesh, made, _, _ = steps
+    assert fit.device_memory(mesh) is None
+    assert first_that_fits(made, mesh) == "none"
