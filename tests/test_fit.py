@@ -1,5 +1,7 @@
 """What the backward pass computes again: as little as fits into a device's memory, known before the first step."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -68,3 +70,19 @@ def test_where_devices_do_not_tell(steps):
     mesh, made, _, _ = steps
     assert fit.device_memory(mesh) is None
     assert first_that_fits(made, mesh) == "none"
+
+
+SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+@pytest.mark.parametrize("named", [None, *SHARES])
+def test_the_share_of_a_gpu(named, monkeypatch):
+    """The one that the user named, under either name: JAX refuses both at once."""
+    for name in SHARES:
+        monkeypatch.setenv(name, "0.5")
+        if name != named:
+            monkeypatch.delenv(name)
+    sharding.take_memory()
+    assert [os.environ.get(name) for name in SHARES] == {
+        None: ["0.92", None], SHARES[0]: ["0.5", None], SHARES[1]: [None, "0.5"]
+    }[named]  # fmt: skip
