@@ -199,7 +199,7 @@ def test_the_step_compiles_once_or_once_a_bucket(here, home):
 
 
 def test_a_device_that_tells_its_memory(here, home, monkeypatch, capsys):
-    """What it has no room for is not tried; SFT is measured by its longest rows, and a step too large ends the run."""
+    """SFT is measured by its longest rows; a step too large ends the run."""
     shutil.copytree(here, home, dirs_exist_ok=True)
     config = dataclasses.replace(cli.parse(SFTConfig, flags(home)[2]), overwrite=True, num_iterations=1)
     batches = []
@@ -213,9 +213,23 @@ def test_a_device_that_tells_its_memory(here, home, monkeypatch, capsys):
     loop.train(stages.sft(config)[0], [])
     assert "A step with --remat=none needs" in capsys.readouterr().out
     assert {a.shape[-1] for a in batches[0].values()} == {LENGTH}
+    assert checkpoint.read_meta(checkpoint.run_folder("sft", TAG), 1)["remat"] == "none"
     monkeypatch.setattr(fit, "device_memory", lambda mesh: 1e6)
     with pytest.raises(UserError, match="--remat=full needs .* of each device's 0.0 GB; lower --device_batch_size"):
         loop.train(stages.sft(config)[0], [])
+
+
+def test_a_resumed_run_keeps_its_remat(here, home, monkeypatch):
+    """To go on to the bit, it is tried first."""
+    shutil.copytree(here, home, dirs_exist_ok=True)
+    config = cli.parse(BaseConfig, flags(home)[0])
+    monkeypatch.setattr(fit, "device_memory", lambda mesh: 50e6)
+    meta = checkpoint.Checkpoints.meta
+    monkeypatch.setattr(checkpoint.Checkpoints, "meta", lambda self, step: meta(self, step) | {"remat": "dots"})
+    for resumed, order in ((True, ["dots", "none", "full"]), (False, ["none", "dots", "full"])):
+        stage, _ = stages.base(dataclasses.replace(config, resume=resumed, overwrite=not resumed))
+        stage.checkpoints.close()
+        assert list(stage.step_fns) == order
 
 
 def test_dry_run_writes_nothing(here):

@@ -48,7 +48,7 @@ class Stage:
     model: ModelConfig
     mesh: Mesh
     start: Callable[[], TrainState]  # the state to begin with; sets `batches` too where a run is resumed
-    step_fns: dict[str, Callable]  # by their remat, the fastest first: the first that fits is taken
+    step_fns: dict[str, Callable]  # by their remat: the first that fits is taken
     row_length: int  # of the longest batch
     batches: grain.DatasetIterator
     num_steps: int | None  # None: one pass over num_documents
@@ -145,7 +145,7 @@ def _train(stage: Stage, evaluations: list[Evaluation], stop: Stop) -> dict[str,
             placed = place_batch(batch, stage.mesh)
             if step == stage.resume_step:
                 remat = first_that_fits(stage.step_fns, stage.mesh, state, longest(placed, stage), multiplier)
-                step_fn = stage.step_fns[remat]
+                step_fn, stage.meta["remat"] = stage.step_fns[remat], remat
                 compile_step(step_fn, state, placed, multiplier)
             state, metrics = step_fn(state, placed, multiplier)
             step += 1

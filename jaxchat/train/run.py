@@ -225,7 +225,10 @@ def make_stage(
     }
     checkpoints, resume_step = (None, 0) if dry_run else open_run(config, source, tag, meta)
     model, compute = setting.model, setting.compute
-    remats = REMATS if config.remat == "auto" and fit.device_memory(setting.mesh) else (compute.remat,)
+    remats = [compute.remat]
+    if config.remat == "auto" and fit.device_memory(setting.mesh):
+        before = checkpoints.meta(resume_step).get("remat") if resume_step else None
+        remats = sorted(REMATS, key=lambda remat: remat != before)  # a resumed run goes on as it began, to the bit
     heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
     attention = f"attention by {compute.attention}"
     every = f", every {config.save_every:,} steps" if config.save_every > 0 else ""
