@@ -63,6 +63,6 @@ $(installed): pyproject.toml constraints.txt $(renew)
 	    uv pip install --python $(python) -c constraints.txt -e '.[$(EXTRAS)]'; \
 	else \
 	    if [ -n "$(renew)" ] || ! $(python) -m pip --version >/dev/null 2>&1; then $$found -m venv --clear $(VENV); fi; \
-	    $(python) -m pip install -c constraints.txt -e '.[$(EXTRAS)]'; \
+	    $(python) -m pip install --no-compile -c constraints.txt -e '.[$(EXTRAS)]'; \
 	fi; \
 	touch $@

@@ -15,6 +15,7 @@ import time
 import jax
 import numpy as np
 
+from jaxchat import sharding
 from jaxchat.config import BaseConfig, UserError, base_dir
 from jaxchat.train import loop, stages
 from launch import cli, tok_train
@@ -61,15 +62,16 @@ def run(config: Config):
     if config.steps < WARMUP + 2:
         raise UserError(f"--steps={config.steps}; it must be at least {WARMUP + 2}")
     data = config.data_dir or str(base_dir() / "base_data")
+    sharding.take_memory()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAXCHAT_BASE_DIR"] = folder
         tok_train.main([f"--data_dir={data}", f"--vocab_size={config.vocab}", "--max_chars=2000000"])
         size = {"depth": config.depth, "max_seq_len": config.seq, "total_batch_size": config.batch * config.seq}
         size |= {"device_batch_size": max(1, config.batch // jax.device_count()), "num_iterations": config.steps}
         stage, _ = stages.base(BaseConfig(data_dir=data, **size))
-        [(remat, step)] = list(stage.step_fns.items())[:1]
-        looped, bare = Timed(step), Timed(step)
-        loop.train(dataclasses.replace(stage, step_fns={remat: looped}), [])
+        timed = {remat: Timed(step) for remat, step in stage.step_fns.items()}
+        loop.train(dataclasses.replace(stage, step_fns=timed), [])
+        looped, bare = timed[stage.meta["remat"]], Timed(stage.step_fns[stage.meta["remat"]])
     bare.state = looped.state
     for _ in range(config.steps):
         bare(bare.state, looped.batch, np.float32(1.0))

@@ -154,8 +154,9 @@ class Checkpoints:
         self._saving = self._sealing = None
 
     def _finish(self, step: int):
-        """Seal the checkpoint of a step; then, and not before, older ones may go."""
+        """Seal the checkpoint of a step; then, and not before, older ones may go, and what has failed since."""
         seal.seal(self.folder / str(step))
+        seal.sweep(self.folder)
         for old in self.steps()[:-KEEP]:
             shutil.rmtree(self.folder / str(old), ignore_errors=True)
 
@@ -225,8 +226,7 @@ class Checkpoints:
 def whole_steps(folder: Path) -> list[int]:
     """The steps of a run's checkpoints up to the last whole one; says which are passed over, and why.
 
-    One without a seal is not whole where others have one: its run was cut off before it was sure of it. (Older versions
-    made no seals.)
+    One without a seal, as of an older version, is whole only where no other has one: else its run was cut off.
     """
     steps = steps_in(folder)
     seals = any((folder / str(step) / seal.NAME).exists() for step in steps)

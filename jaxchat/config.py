@@ -138,7 +138,7 @@ class TrainConfig:
     remat: str = "auto"
     """What the backward pass computes again instead of keeping: none, dots (all but the results of matrix products), or
     full (all of a layer): each takes less memory than the one before, and longer. auto: none on a CPU, else the first
-    with which the compiled step fits."""
+    with which the compiled step fits into memory; a resumed run begins with the one it had."""
     seed: int = 0
     """Of the initial weights and the order of the data."""
     embedding_lr: float = 0.2

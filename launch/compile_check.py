@@ -21,7 +21,7 @@ from jaxchat import sharding
 from jaxchat.config import REMATS, BaseConfig, Compute, ModelConfig, UserError
 from jaxchat.data.pipelines import micro_batches
 from jaxchat.model.flops import flops_per_token, num_params, peak_flops
-from jaxchat.train.fit import SPARE, memory_needed, memory_refused
+from jaxchat.train.fit import fits, memory_needed, memory_refused
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import abstract_state
 from jaxchat.train.step import make_train_step
@@ -49,7 +49,7 @@ class Config:
     vocab_size: int = 65536
     """Of the tokenizer."""
     remat: str = "auto"
-    """As in base_train; auto: the first of none, dots and full that fits, a compilation each try."""
+    """As in base_train, which for auto takes the first of none, dots and full that fits: a compilation each try."""
     find_batch: bool = True
     """Also search for the largest device batch that fits, a compilation each try."""
     json: bool = False
@@ -98,46 +98,36 @@ class Plan:
         try:
             compiled = step.lower(state, rows, number).compile()
         except jax.errors.JaxRuntimeError as problem:
-            needs = memory_refused(str(problem))
-            if needs is None:
-                raise
-            return Compiled(needs, False, time.perf_counter() - start)
+            return Compiled(memory_refused(problem), False, time.perf_counter() - start)
         seconds, m = time.perf_counter() - start, compiled.memory_analysis()
         needs = memory_needed(compiled)
-        fits = needs <= SPARE * self.memory  # the trainers' own bound
         own = needs - m.temp_size_in_bytes - m.generated_code_size_in_bytes
-        return Compiled(needs, fits, seconds, hlo.read(compiled.as_text()), own, m.temp_size_in_bytes)
+        enough = fits(needs, self.memory, last=self.config.remat != "auto" or self.compute.remat == REMATS[-1])
+        return Compiled(needs, enough, seconds, hlo.read(compiled.as_text()), own, m.temp_size_in_bytes)
 
-    def planned(self) -> Compiled:
-        """The step with the planned batch, for --remat=auto by the first that fits, or else the last."""
-        done = self.compile(self.batch)
-        for remat in REMATS[1:] if self.config.remat == "auto" else ():
-            if done.fits:
-                break
-            print(f"  --remat={self.compute.remat}: {done.needs / 1e9:.1f} GB, too much", flush=True)
-            self.compute = dataclasses.replace(self.compute, remat=remat)
-            done = self.compile(self.batch)
+    def fit(self, batch: int) -> Compiled:
+        """The step with `batch` rows a device; for --remat=auto by the first that fits, from this remat on."""
+        done = self.compile(batch)
+        while not done.fits and self.config.remat == "auto" and self.compute.remat != REMATS[-1]:
+            print(f"  {batch} rows, --remat={self.compute.remat}: {done.needs / 1e9:.1f} GB, too much", flush=True)
+            self.compute = dataclasses.replace(self.compute, remat=REMATS[REMATS.index(self.compute.remat) + 1])
+            done = self.compile(batch)
         return done
 
-    def largest(self, known: Compiled) -> tuple[int, Compiled] | None:
-        """(the largest device batch that fits, as compiled), from what is known of the planned one; or None."""
+    def largest(self, known: Compiled) -> tuple[int, str] | None:
+        """(the largest device batch that fits, its remat), from what is known of the planned one; or None."""
         able = [n for n in range(1, self.most + 1) if self.rows % (n * self.shards) == 0]
-        at, best = able.index(self.batch), (self.batch, known) if known.fits else None
-        while True:
-            at += 1 if best else -1
-            if not 0 <= at < len(able):
-                return best
-            tried = self.compile(able[at])
-            print(
-                f"  {able[at]} rows at a time: {tried.needs / 1e9:.1f} GB{'' if tried.fits else ', too much'}",
-                flush=True,
-            )
-            if best and not tried.fits:
-                return best
+        at, best = able.index(self.batch), (self.batch, self.compute.remat) if known.fits else None
+        upwards = bool(best)
+        while 0 <= (at := at + (1 if upwards else -1)) < len(able):
+            tried = self.fit(able[at])
+            told = f"{tried.needs / 1e9:.1f} GB{'' if tried.fits else ', too much'}"
+            print(f"  {able[at]} rows at a time: {told}", flush=True)
             if tried.fits:
-                grew, best = bool(best), (able[at], tried)
-                if not grew:
-                    return best
+                best = able[at], self.compute.remat
+            if tried.fits != upwards:
+                break
+        return best
 
 
 def run(config: Config):
@@ -154,7 +144,7 @@ def run(config: Config):
             ("takes", "some minutes a compilation (one for GPUs)"),
         ],
     )
-    done = plan.planned()
+    done = plan.fit(plan.batch)
     figures = {"depth": config.depth, "topology": config.topology, "mesh": dict(plan.mesh.shape)} | {
         "device_batch_size": plan.batch, "micro_batches": micro, "remat": plan.compute.remat, "fits": done.fits,
         "bytes": done.needs, "tokens": config.total_batch_size, "model_flops": per_device,
@@ -177,7 +167,8 @@ def run(config: Config):
     if config.find_batch:
         best = plan.largest(done)
         figures["largest_device_batch"] = best[0] if best else 0
-        print(f"largest device batch that fits: {best[0]} rows" if best else "no device batch fits, not even one row")
+        told = f"largest device batch that fits: {best[0]} rows, with --remat={best[1]}" if best else ""
+        print(told or "no device batch fits, not even one row")
     if config.json:
         print(json.dumps(figures))
     if not done.fits:

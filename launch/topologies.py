@@ -14,7 +14,7 @@ from jaxchat.sharding import GPU_SHARE
 # Bytes of memory that a program may use of one device, by the topology's generation.
 GIB = 2**30
 HBM = {"v4": 30.75 * GIB, "v5e": 15.75 * GIB, "v5p": 95.74 * GIB, "v6e": 31.25 * GIB, "tpu7x": 94.75 * GIB}
-GPU_MEMORY = {"h100": 80e9, "h200": 141e9}
+GPU_MEMORY = {"h100": 78 * GIB, "h200": 139 * GIB}  # as CUDA tells it
 HBM |= {name: GPU_SHARE * size for name, size in GPU_MEMORY.items()}
 # What XLA asks of a GPU when it tiles and fuses; both are of compute capability 9.0 with 132 multiprocessors.
 HOPPER = """

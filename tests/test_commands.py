@@ -199,37 +199,41 @@ def test_the_step_compiles_once_or_once_a_bucket(here, home):
 
 
 def test_a_device_that_tells_its_memory(here, home, monkeypatch, capsys):
-    """SFT is measured by its longest rows; a step too large ends the run."""
+    """SFT is measured by its longest rows; a step too large is refused before anything is deleted."""
     shutil.copytree(here, home, dirs_exist_ok=True)
     config = dataclasses.replace(cli.parse(SFTConfig, flags(home)[2]), overwrite=True, num_iterations=1)
-    batches = []
+    lengths, first_that_fits = set(), fit.first_that_fits
 
-    def noted(steps, mesh, *args):
-        batches.append(args[1])
-        return fit.first_that_fits(steps, mesh, *args)
+    def noted(steps, mesh, state, batch, multiplier):
+        lengths.update(a.shape[-1] for a in batch.values())
+        return first_that_fits(steps, mesh, state, batch, multiplier)
 
     monkeypatch.setattr(fit, "device_memory", lambda mesh: 50e6)
-    monkeypatch.setattr(loop, "first_that_fits", noted)
+    monkeypatch.setattr(fit, "first_that_fits", noted)
     loop.train(stages.sft(config)[0], [])
-    assert "A step with --remat=none needs" in capsys.readouterr().out
-    assert {a.shape[-1] for a in batches[0].values()} == {LENGTH}
-    assert checkpoint.read_meta(checkpoint.run_folder("sft", TAG), 1)["remat"] == "none"
+    assert "a step with --remat=none needs" in capsys.readouterr().out
+    assert lengths == {LENGTH}
+    run = checkpoint.run_folder("sft", TAG)
+    assert checkpoint.steps_in(run) == [1] and checkpoint.read_meta(run, 1)["remat"] == "none"
     monkeypatch.setattr(fit, "device_memory", lambda mesh: 1e6)
-    with pytest.raises(UserError, match="--remat=full needs .* of each device's 0.0 GB; lower --device_batch_size"):
+    with pytest.raises(UserError, match="--remat=full needs .* of a device's 0.0 GB; lower --device_batch_size"):
         loop.train(stages.sft(config)[0], [])
+    assert checkpoint.whole_steps(run) == [1]
 
 
 def test_a_resumed_run_keeps_its_remat(here, home, monkeypatch):
-    """To go on to the bit, it is tried first."""
+    """To go on to the bit; what was less did not fit. A run from before it was written down had this default."""
     shutil.copytree(here, home, dirs_exist_ok=True)
     config = cli.parse(BaseConfig, flags(home)[0])
     monkeypatch.setattr(fit, "device_memory", lambda mesh: 50e6)
     meta = checkpoint.Checkpoints.meta
-    monkeypatch.setattr(checkpoint.Checkpoints, "meta", lambda self, step: meta(self, step) | {"remat": "dots"})
-    for resumed, order in ((True, ["dots", "none", "full"]), (False, ["none", "dots", "full"])):
-        stage, _ = stages.base(dataclasses.replace(config, resume=resumed, overwrite=not resumed))
+    told = {}
+    monkeypatch.setattr(checkpoint.Checkpoints, "meta", lambda self, step: meta(self, step) | told)
+    for resumed, remat, order in ((1, "dots", "dots full"), (1, "full", "full"), (0, "dots", "none dots full")):
+        told["remat"] = remat
+        stage, _ = stages.base(dataclasses.replace(config, resume=bool(resumed), overwrite=not resumed))
         stage.checkpoints.close()
-        assert list(stage.step_fns) == order
+        assert list(stage.step_fns) == order.split()
 
 
 def test_dry_run_writes_nothing(here):

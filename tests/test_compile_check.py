@@ -150,7 +150,7 @@ def test_the_first_remat_that_fits(monkeypatch, remat, fitting):
     plan.config, plan.batch, plan.compute = Config(), 2, Compute(remat="none")
     able = REMATS[fitting:]
     monkeypatch.setattr(Plan, "compile", lambda plan, batch: Compiled(1e9, plan.compute.remat in able, 0.0))
-    assert plan.planned().fits == (fitting < 3) and plan.compute.remat == remat
+    assert plan.fit(2).fits == (fitting < 3) and plan.compute.remat == remat
 
 
 @pytest.mark.slow

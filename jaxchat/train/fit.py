@@ -1,5 +1,6 @@
 """How much of a device's memory a step takes, and the least recomputation with which it fits."""
 
+import math
 import re
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 from jaxchat.config import UserError
 from jaxchat.sharding import gather_json
 
-SPARE = 0.95  # of the memory a program can have: pools leave gaps, and the next batch waits beside the step
+SPARE = 0.95  # of the memory a program can have, where there is a choice: pools leave gaps, batches wait beside a step
 
 
 def device_memory(mesh: Mesh) -> int | None:
@@ -25,12 +26,14 @@ def memory_needed(compiled: jax.stages.Compiled) -> int:
     return own + m.temp_size_in_bytes + m.generated_code_size_in_bytes
 
 
-def memory_refused(message: str) -> int | None:
-    """Bytes that a compiler's complaint about memory says are needed; None of another complaint."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
+    """Bytes that a compiler says it would need (∞ where it doesn't say) and has not; raises what is another problem."""
+    message, units = str(problem), {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     if found := re.search(r"\(?([\d.]+)([KMGT])\)? (?:of [\d.]+[KMGT] hbm|exceeds available HBM)", message):
-        return round(float(found[1]) * units[found[2]])
-    return None
+        return float(found[1]) * units[found[2]]
+    if "RESOURCE_EXHAUSTED" in message:
+        return math.inf
+    raise problem
 
 
 def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
@@ -45,14 +48,18 @@ def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
         try:
             needed = memory_needed(step.lower(*args).compile())
         except jax.errors.JaxRuntimeError as problem:
-            needed = memory_refused(str(problem))
-            if needed is None:
-                raise
+            needed = memory_refused(problem)
         hosts = gather_json({"needed": needed, "limit": limit})
-        fits = all(host["needed"] <= SPARE * host["limit"] for host in hosts)
-        told = f"{needed / 1e9:.1f} GB of each device's {min(host['limit'] for host in hosts) / 1e9:.1f} GB"
-        print(f"A step with --remat={remat} needs {told}{'' if fits else ': too much'}", flush=True)
-        if fits:
+        needed, limit = max(host["needed"] for host in hosts), min(host["limit"] for host in hosts)
+        told = f"a step with --remat={remat} needs {needed / 1e9:.1f} GB of a device's {limit / 1e9:.1f} GB"
+        if fits(needed, limit, last=remat == list(steps)[-1]):
+            print(told, flush=True)
             return remat
+        print(f"{told}: more than {SPARE:.0%}", flush=True)
     instead = "" if remat == "full" else ", or give --remat=full"
-    raise UserError(f"a step with --remat={remat} needs {told}; lower --device_batch_size{instead}")
+    raise UserError(f"{told}; lower --device_batch_size{instead}")
+
+
+def fits(needed: float, limit: float, last: bool) -> bool:
+    """last: nothing that takes less is left to try."""
+    return needed <= limit * (1 if last else SPARE)

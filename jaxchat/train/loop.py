@@ -13,7 +13,6 @@ from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import ModelConfig, Preempted
 from jaxchat.model.params import Params
 from jaxchat.sharding import agree, place_rows
-from jaxchat.train.fit import first_that_fits
 from jaxchat.train.metrics import MetricsLog, check_installed
 from jaxchat.train.reporter import Reporter
 from jaxchat.train.saving import Saver
@@ -47,9 +46,8 @@ class Stage:
     plan: list[tuple[str, str]]
     model: ModelConfig
     mesh: Mesh
-    start: Callable[[], TrainState]  # the state to begin with; sets `batches` too where a run is resumed
+    start: Callable[[], TrainState]  # the state to begin with; sets `batches` where a run is resumed, and meta["remat"]
     step_fns: dict[str, Callable]  # by their remat: the first that fits is taken
-    row_length: int  # of the longest batch
     batches: grain.DatasetIterator
     num_steps: int | None  # None: one pass over num_documents
     num_documents: int
@@ -70,14 +68,6 @@ def place_batch(batch: dict, mesh: Mesh) -> dict:
     return {name: place_rows(array, mesh, axis=1) for name, array in batch.items() if name != "totals"}
 
 
-def longest(placed: dict, stage: Stage) -> dict:
-    """The shapes of a batch like this one, its rows as long as they can be."""
-    return {
-        name: jax.ShapeDtypeStruct((*a.shape[:-1], stage.row_length), a.dtype, sharding=a.sharding)
-        for name, a in placed.items()
-    }
-
-
 def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
     """Run a stage to its end. -> the last value of every evaluation.
 
@@ -92,6 +82,7 @@ def _train(stage: Stage, evaluations: list[Evaluation], stop: Stop) -> dict[str,
     folder = stage.checkpoints.folder if stage.checkpoints else None
     check_installed(run=stage.run, tensorboard=stage.tensorboard)
     state = start(stage)
+    step_fn = stage.step_fns[stage.meta["remat"]]
     log = MetricsLog(folder, stage.meta, resume_step=stage.resume_step, run=stage.run, tensorboard=stage.tensorboard)
     reporter = Reporter(stage, log)
     lr_multiplier = jax.jit(stage.lr_multiplier)
@@ -144,8 +135,6 @@ def _train(stage: Stage, evaluations: list[Evaluation], stop: Stop) -> dict[str,
                 multiplier = lr_multiplier(progress, 0.0)
             placed = place_batch(batch, stage.mesh)
             if step == stage.resume_step:
-                remat = first_that_fits(stage.step_fns, stage.mesh, state, longest(placed, stage), multiplier)
-                step_fn, stage.meta["remat"] = stage.step_fns[remat], remat
                 compile_step(step_fn, state, placed, multiplier)
             state, metrics = step_fn(state, placed, multiplier)
             step += 1

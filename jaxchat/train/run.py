@@ -6,6 +6,7 @@ from collections.abc import Callable
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -15,7 +16,7 @@ from jaxchat.config import REMATS, Compute, ModelConfig, TrainConfig, UserError
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import fit
-from jaxchat.train.loop import Stage
+from jaxchat.train.loop import Stage, place_batch
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import TrainState, abstract_state, state_from_params
 from jaxchat.train.step import make_train_step
@@ -155,12 +156,25 @@ def starter(
     checkpoints: Checkpoints | None,
     resume_step: int,
     fresh: Callable[[], TrainState],
+    choose_step: Callable[[dict], None],
     overwrite: bool,
     num_steps: int | None,
 ) -> Callable[[], TrainState]:
-    """Make the state to begin with: the resumed one, with the batches set to where it was, or a fresh one."""
+    """Make the state to begin with: the resumed one, with the batches set to where it was, or a fresh one.
+
+    choose_step is called with a batch first: nothing has been deleted or written by then, and no state is in memory.
+    """
 
     steps_seen = checkpoints.steps() if checkpoints else []
+
+    def look():
+        """Data that cannot be read and steps that are too large are told now."""
+        began = batches.get_state()
+        first = next(batches)
+        if not int(sharding.agree(first["totals"], setting.mesh).get("targets", 1)):
+            raise UserError("all documents are empty; give data that holds text")
+        choose_step(place_batch(first, setting.mesh))
+        batches.set_state(began)
 
     def finished_state(target: TrainState) -> TrainState:
         """Of a checkpoint that holds weights only: it must be the last of its run."""
@@ -173,6 +187,8 @@ def starter(
         return state_from_params(params, setting.model, optimizer, setting.mesh)
 
     def start() -> TrainState:
+        if not resume_step or fit.device_memory(setting.mesh):
+            look()
         if resume_step:
             target = abstract_state(setting.model, optimizer, setting.mesh)
             checkpoints.lock(steps_seen)
@@ -182,11 +198,6 @@ def starter(
             params, rest = checkpoints.restore(resume_step, params=target.params, optimizer=rest, batches=batches)
             return TrainState(params=params, **rest)
         state = fresh()
-        began = batches.get_state()
-        first = next(batches)  # data that cannot be read is told now, before anything is deleted or written
-        if not int(sharding.agree(first["totals"], setting.mesh).get("targets", 1)):
-            raise UserError("all documents are empty; give data that holds text")
-        batches.set_state(began)
         if checkpoints:
             checkpoints.lock(steps_seen)
             if overwrite:
@@ -209,13 +220,14 @@ def make_stage(
     batches: grain.DatasetIterator,
     fresh: Callable[[], TrainState],
     keep_state: bool,
+    row_length: int,
     dry_run: bool = False,
     **special,
 ) -> Stage:
     """A Stage from what is its own: where it starts (fresh), its batches, its schedule.
 
     source: the name of its checkpoints' folder in checkpoint.FOLDERS; plan: of the step to go on from, what this stage
-    tells beside model and devices; special: the fields of Stage that are only its own.
+    tells beside model and devices; row_length: of the longest batch; special: fields of Stage that are its own only.
     """
     meta = meta | {
         "model": dataclasses.asdict(setting.model),
@@ -227,8 +239,23 @@ def make_stage(
     model, compute = setting.model, setting.compute
     remats = [compute.remat]
     if config.remat == "auto" and fit.device_memory(setting.mesh):
-        before = checkpoints.meta(resume_step).get("remat") if resume_step else None
-        remats = sorted(REMATS, key=lambda remat: remat != before)  # a resumed run goes on as it began, to the bit
+        # A resumed run goes on as it began, to the bit; before it was written down, that was the default.
+        first = checkpoints.meta(resume_step).get("remat", compute.remat) if resume_step else REMATS[0]
+        remats = REMATS[REMATS.index(first) :]
+    steps = {
+        remat: make_train_step(model, dataclasses.replace(compute, remat=remat), optimizer, setting.mesh)
+        for remat in remats
+    }
+    meta["remat"] = remats[0]
+
+    def choose_step(batch: dict):
+        longest = {
+            name: jax.ShapeDtypeStruct((*a.shape[:-1], row_length), a.dtype, sharding=a.sharding)
+            for name, a in batch.items()
+        }
+        args = (abstract_state(model, optimizer, setting.mesh), longest, np.float32(1.0))
+        meta["remat"] = fit.first_that_fits(steps, setting.mesh, *args)
+
     heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
     attention = f"attention by {compute.attention}"
     every = f", every {config.save_every:,} steps" if config.save_every > 0 else ""
@@ -244,12 +271,10 @@ def make_stage(
         model=model,
         mesh=setting.mesh,
         start=starter(
-            *(setting, optimizer, batches, checkpoints, resume_step, fresh, config.overwrite), special["num_steps"]
+            *(setting, optimizer, batches, checkpoints, resume_step, fresh, choose_step, config.overwrite),
+            special["num_steps"],
         ),
-        step_fns={
-            remat: make_train_step(model, dataclasses.replace(compute, remat=remat), optimizer, setting.mesh)
-            for remat in remats
-        },
+        step_fns=steps,
         batches=batches,
         meta=meta,
         checkpoints=checkpoints,
