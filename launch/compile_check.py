@@ -102,7 +102,8 @@ class Plan:
         seconds, m = time.perf_counter() - start, compiled.memory_analysis()
         needs = memory_needed(compiled)
         own = needs - m.temp_size_in_bytes - m.generated_code_size_in_bytes
-        enough = fits(needs, self.memory, last=self.config.remat != "auto" or self.compute.remat == REMATS[-1])
+        last = self.config.remat != "auto" or self.compute.remat == REMATS[-1]
+        enough = fits(needs, self.memory, self.backend, last)
         return Compiled(needs, enough, seconds, hlo.read(compiled.as_text()), own, m.temp_size_in_bytes)
 
     def fit(self, batch: int) -> Compiled:

@@ -19,7 +19,7 @@ def needs(module: str, extra: str):
 needs_libtpu = needs("libtpu", "tpu")
 SMALL = ("--depth=2", "--topology=v5e:2x4", "--max_seq_len=512", "--total_batch_size=16384", "--vocab_size=2048",
          "--remat=dots")  # fmt: skip
-LARGE = ("--depth=4", "--topology=v5e:2x2", "--total_batch_size=4194304", "--device_batch_size=512", "--remat=full")
+LARGE = ("--depth=4", "--topology=v5e:2x2", "--total_batch_size=4194304", "--device_batch_size=512", "--remat=dots")
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "v5e:two", "h100", "h100:", "v5e:1x2x3x4"])

@@ -11,7 +11,7 @@ import pytest
 from jaxchat import sharding
 from jaxchat.config import REMATS, Compute, ModelConfig, UserError
 from jaxchat.train import fit
-from jaxchat.train.fit import SPARE, first_that_fits, memory_needed, memory_refused
+from jaxchat.train.fit import SPARE, first_that_fits, fits, memory_needed, memory_refused
 from jaxchat.train.state import abstract_state
 from jaxchat.train.step import make_train_step
 
@@ -93,3 +93,12 @@ def test_the_share_of_a_gpu(named, monkeypatch):
     assert [os.environ.get(name) for name in SHARES] == {
         None: ["0.92", None], SHARES[0]: ["0.5", None], SHARES[1]: [None, "0.5"]
     }[named]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "platform, needed, last, enough",
+    [("gpu", 96, False, False), ("gpu", 96, True, True), ("gpu", 101, True, False), ("tpu", 112, False, True)],
+)
+def test_fits(platform, needed, last, enough):
+    """libtpu compiles only what fits, whatever it says of it."""
+    assert fits(needed, 100, platform, last) == enough
