@@ -65,7 +65,7 @@ def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
 def fits(needed: int, limit: float, platform: str, last: bool) -> bool:
     """Whether a program that was compiled fits; last: nothing that takes less is left to try.
 
-    On a TPU it does: libtpu refuses what doesn't. Its sum of temporaries can exceed what they take at once (18.9 GB of a
-    v5e's 16.9), so there is nothing to compare.
+    On a TPU it does: libtpu refuses what doesn't, and its sum of temporaries can exceed what they take at once (18.9 GB
+    of a v5e's 16.9).
     """
     return platform == "tpu" or needed <= limit * (1 if last else SPARE)
