@@ -151,12 +151,13 @@ def run(config: Config):
         "bytes": done.needs, "tokens": config.total_batch_size, "model_flops": per_device,
         "compile_seconds": done.seconds,
     }  # fmt: skip
-    of = f"{done.needs / 1e9:.1f} GB of {plan.memory / 1e9:.0f} GB a device"
-    rows = [("memory", of + ("" if done.fits else ": too much")), ("remat", plan.compute.remat)]
+    of = f"{done.needs / 1e9:.1f} GB (by the compiler's count) of {plan.memory / 1e9:.0f} GB a device"
+    of += ": it fits" if done.fits else ": too much"
+    rows = [("memory", of), ("remat", plan.compute.remat)]
     if done.program:
         program, sent = done.program, done.program.sent()
         peak = peak_flops(plan.mesh.devices.flat[0])
-        rows[0] = ("memory", f"{of}: state and batch {done.arguments / 1e9:.1f}, temporary {done.temporary / 1e9:.1f}")
+        rows[0] = ("memory", f"{of}; state and batch {done.arguments / 1e9:.1f}, temporary {done.temporary / 1e9:.1f}")
         at_peak = f", {program.flops / peak:.2f} s at peak" if peak else ""
         rows += [
             ("FLOPs", f"{program.flops:.3e} a device, kernels' not counted; by the formula {per_device:.3e}{at_peak}"),

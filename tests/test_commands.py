@@ -201,7 +201,11 @@ def test_the_step_compiles_once_or_once_a_bucket(here, home):
 def test_a_device_that_tells_its_memory(here, home, monkeypatch, capsys):
     """SFT is measured by its longest rows; a step too large is refused before anything is deleted."""
     shutil.copytree(here, home, dirs_exist_ok=True)
-    config = dataclasses.replace(cli.parse(SFTConfig, flags(home)[2]), overwrite=True, num_iterations=1)
+    short = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    (home / "short.jsonl").write_text(f"{json.dumps(short)}\n" * 16)
+    config = cli.parse(SFTConfig, [*flags(home)[2], f"--train_tasks={home / 'short.jsonl'}"])
+    config = dataclasses.replace(config, overwrite=True, num_iterations=1)
+    assert next(stages.sft(config)[0].batches)["inputs"].shape[-1] < LENGTH
     lengths, first_that_fits = set(), fit.first_that_fits
 
     def noted(steps, mesh, state, batch, multiplier):

@@ -49,7 +49,9 @@ def test_the_first_that_fits(steps, monkeypatch, capsys):
         assert first_that_fits(made, mesh, *args) == remat
         *refused, taken = capsys.readouterr().out.splitlines()
         assert len(refused) == REMATS.index(remat) and all(line.endswith(": more than 95%") for line in refused)
-        assert taken == f"a step with --remat={remat} needs 0.0 GB of a device's 0.0 GB"
+        assert (
+            taken == f"a step with --remat={remat} needs 0.0 GB (by the compiler's count) of a device's 0.0 GB: it fits"
+        )
 
 
 def test_none_fits(steps, monkeypatch):
@@ -62,15 +64,17 @@ def test_none_fits(steps, monkeypatch):
 
 
 def test_a_compiler_that_refuses(steps, monkeypatch):
-    """As libtpu does where memory is too small."""
+    """As libtpu does where memory is too small, or a GPU's while it tries kernels."""
     mesh, made, args, _ = steps
 
     class Refused:
         def lower(self, *args):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.0G of 15.75G hbm.")
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")
 
     monkeypatch.setattr(fit, "device_memory", lambda mesh: 16e9)
     assert first_that_fits({"none": Refused(), "dots": made["dots"]}, mesh, *args) == "dots"
+    with pytest.raises(UserError, match="needs more than all .* of a device's 16.0 GB; lower --device_batch_size$"):
+        first_that_fits({"full": Refused()}, mesh, *args)
 
 
 def test_where_devices_do_not_tell(steps):

@@ -53,9 +53,10 @@ def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
             needed, enough = memory_refused(problem), False
         hosts = gather_json({"needed": needed, "limit": limit, "enough": enough})
         needed, limit = max(host["needed"] for host in hosts), min(host["limit"] for host in hosts)
-        told = f"a step with --remat={remat} needs {needed / 1e9:.1f} GB of a device's {limit / 1e9:.1f} GB"
+        size = f"{needed / 1e9:.1f} GB" if needed < math.inf else "more than all"
+        told = f"a step with --remat={remat} needs {size} (by the compiler's count) of a device's {limit / 1e9:.1f} GB"
         if all(host["enough"] for host in hosts):
-            print(told, flush=True)
+            print(f"{told}: it fits", flush=True)
             return remat
         print(f"{told}: {'too much' if last else f'more than {SPARE:.0%}'}", flush=True)
     instead = "" if remat == "full" else ", or give --remat=full"
