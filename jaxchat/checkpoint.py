@@ -5,7 +5,7 @@ Orbax writes them in the background; a step's folder appears under its name only
 """
 
 import contextlib
-import errno
+import json
 import logging
 import os
 import re
@@ -32,7 +32,6 @@ from jaxchat.tokenizer import Tokenizer
 FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints"}
 COMMANDS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft"}
 KEEP = 3  # checkpoints of one run that stay
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the largest file allowed
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -62,8 +61,7 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._writer = None
         self._saving = None  # the step under way
-        self._sealing = None  # its seal, a future
-        self._pool = ThreadPoolExecutor(1)
+        self._sealing = None  # when it is whole and sealed, a future
         self._lock = None
 
     def steps(self) -> list[int]:
@@ -120,41 +118,36 @@ class Checkpoints:
         if jax.process_index() == 0:
             seal.sweep(self.folder)  # again: a save that failed may have gone on writing when its folder was deleted
         self._saving = step
-        # force: a damaged checkpoint of this step, which was passed over, is replaced.
         args = ocp.args.Composite(**items)
-        self._together(lambda: self._writer.save(self.folder / str(step), args=args, force=True))
+
+        def begin():  # force: a damaged checkpoint of this step, which was passed over, is replaced
+            self._writer.save(self.folder / str(step), args=args, force=True)
+            self._sealing = ThreadPoolExecutor(1).submit(self._finish, self._writer, step)
+
+        self._together(begin)
 
     def poll(self) -> bool:
         """Whether nothing is under way, without waiting; raises what went wrong in the background."""
-        if self._saving is None:
-            return True
-        if jax.process_count() > 1:  # told when all wait for the save together
-            return False
-        self._together(self._look)
+        # Several processes are told when all wait for the save together.
+        if self._saving is not None and jax.process_count() == 1 and self._sealing.done():
+            self.wait()
         return self._saving is None
-
-    def _look(self):
-        self._writer.check_for_errors()
-        if self._sealing is None and (self.folder / str(self._saving)).is_dir():
-            self._sealing = self._pool.submit(self._finish, self._saving)
-        if self._sealing and self._sealing.done():
-            self._sealing.result()
-            self._saving = self._sealing = None
 
     def wait(self):
         """Wait until what is being saved is whole and sealed; raises what went wrong."""
-        if self._saving is None:
-            return
-        self._together(self._finish_saving)
+        if self._saving is not None:
+            self._together(self._finish_saving)
 
     def _finish_saving(self):
-        self._writer.wait_until_finished()
-        if jax.process_index() == 0:
-            (self._sealing or self._pool.submit(self._finish, self._saving)).result()
+        self._sealing.result()
         self._saving = self._sealing = None
 
-    def _finish(self, step: int):
-        """Seal the checkpoint of a step; then, and not before, older ones may go, and what has failed since."""
+    def _finish(self, writer: ocp.AsyncCheckpointer, step: int):
+        """In a thread of its own: when the checkpoint of a step is whole, seal it, though others still train, so that a
+        kill costs nothing; then, and not before, older ones may go, and what has failed since."""
+        writer.wait_until_finished()
+        if jax.process_index() > 0:
+            return
         seal.seal(self.folder / str(step))
         seal.sweep(self.folder)
         for old in self.steps()[:-KEEP]:
@@ -190,9 +183,13 @@ class Checkpoints:
         return read_meta(self.folder, step)
 
     def close(self):
-        """Wait until what is being saved is whole, and let go of the folder."""
+        """Wait until what is being saved is whole, and let go of the folder.
+
+        Each process for itself: where one has failed alone, the others are not here.
+        """
         try:
-            self.wait()
+            if self._saving is not None:
+                self._together(self._finish_saving, alone=True)
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
@@ -201,18 +198,18 @@ class Checkpoints:
                 os.close(self._lock)
                 self._lock = None
 
-    def _together(self, part: Callable[[], None]):
+    def _together(self, part: Callable[[], None], alone: bool = False):
         """Do a part of a save. Where it fails on one process it has failed on all, so that none waits for another.
 
         What a failed save has written goes, and the writer with it, which would tell of it once more.
         """
         problem = None
         try:
-            with full_disk_told(self.folder):
+            with seal.full_disk_told(self.folder):
                 part()
         except Exception as own:
             problem = own
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and not alone:
             own = f"{problem}" or type(problem).__name__
             told = [each["told"] for each in sharding.gather_json({"told": own if problem else ""})]
             problem = problem or next((OSError(text) for text in told if text), None)
@@ -241,30 +238,31 @@ def whole_steps(folder: Path) -> list[int]:
     return steps
 
 
-@contextlib.contextmanager
-def full_disk_told(folder: Path):
-    """Turn what Orbax says of a full disk (errors of several kinds, a page long) into the OSError that it was."""
-    try:
-        yield
-    except Exception as problem:
-        for number in FULL:
-            if os.strerror(number) in str(problem):
-                raise OSError(number, os.strerror(number), str(folder)) from None
-        raise
-
-
 def quiet_orbax():
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs, with its stack, what it then raises
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and so does asyncio, of each of Orbax's tasks
 
 
 def read_meta(folder: Path, step: int) -> dict:
+    """What a checkpoint tells of itself; its metrics are those that its run had measured by then."""
     path = folder.absolute() / str(step)
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            return reader.restore(path / "meta")
+            meta = reader.restore(path / "meta")
     except (ValueError, OSError) as problem:
         raise UserError(f"{path} can't be read ({first_line(problem)}); delete it to take the one before") from problem
+    return meta | {"metrics": meta.get("metrics", {}) | measured(folder, step)}
+
+
+def measured(folder: Path, step: int) -> dict[str, float]:
+    """The last values, up to a step, of what a run's evaluations measured, from its metrics.jsonl; {} without one."""
+    path, found = folder / "metrics.jsonl", {}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a kill cut short
+            row = json.loads(line)
+            if row["step"] <= step and "step_seconds" not in row:
+                found |= row
+    return {name: value for name, value in found.items() if name != "step" and value is not None}
 
 
 def first_line(problem: Exception) -> str:

@@ -18,6 +18,7 @@ from jaxchat.config import UserError
 
 NAME = "seal.json"
 LOCK = ".lock"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the largest file allowed
 
 
 def seal(folder: Path):
@@ -28,6 +29,18 @@ def seal(folder: Path):
         out.flush()
         os.fsync(out.fileno())
     fresh.replace(folder / NAME)
+
+
+@contextlib.contextmanager
+def full_disk_told(folder: Path):
+    """Turn what Orbax says of a full disk (errors of several kinds, a page long) into the OSError that it was."""
+    try:
+        yield
+    except Exception as problem:
+        for number in FULL:
+            if os.strerror(number) in str(problem):
+                raise OSError(number, os.strerror(number), str(folder)) from None
+        raise
 
 
 def sweep(run_folder: Path):

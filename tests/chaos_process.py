@@ -1,7 +1,7 @@
-"""A command with a fault put in: python chaos_process.py {full=N | kill=N | seal=N | none} MODULE FLAGS…
+"""A command with a fault put in: python chaos_process.py {full=N | kill=N | seal=N | data=N | none} MODULE FLAGS…
 
 full: the first two saves meet a disk with N kB left, or a limit on files; kill: the process dies amid the N-th save;
-seal: the N-th seal of a checkpoint finds no room.
+seal: the N-th seal of a checkpoint finds no room; data: process 1 alone can't read what its N-th step needs.
 """
 
 import contextlib
@@ -14,9 +14,12 @@ import signal
 import sys
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 
 from jaxchat import seal
+from jaxchat.config import UserError
+from jaxchat.train import loop
 
 
 def fill(folder: Path, left: int):
@@ -60,8 +63,17 @@ def put_in(fault: str, number: int):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         seal(folder)
 
+    def unreadable(batch, mesh, place=loop.place_batch):
+        nonlocal count
+        count += 1
+        if count == number and jax.process_index() == 1:
+            raise UserError("a shard can't be read")
+        return place(batch, mesh)
+
     if fault == "seal":
         seal.seal = sealed
+    elif fault == "data":
+        loop.place_batch = unreadable
     else:
         ocp.AsyncCheckpointer.save = faulty
 

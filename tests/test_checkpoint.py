@@ -1,13 +1,14 @@
 """Checkpoints: what is saved comes back on any mesh, the last few stay, and the right one is found."""
 
 import os
+import time
 
 import grain
 import jax
 import numpy as np
 import pytest
 
-from jaxchat import checkpoint, sharding
+from jaxchat import checkpoint, seal, sharding
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import ModelConfig, UserError
 from jaxchat.data.order import Deal, Order
@@ -32,7 +33,7 @@ def test_everything_comes_back_on_another_mesh(tmp_path, devices):
         next(data)
     checkpoints.save(3, params=state.params, optimizer={"opt": state.opt_state}, batches=data, meta={"a": [1, "x"]})
     checkpoints.close()
-    assert checkpoint.read_meta(tmp_path, 3) == {"a": [1, "x"]}
+    assert checkpoint.read_meta(tmp_path, 3) == {"a": [1, "x"], "metrics": {}}
 
     mesh = jax.sharding.Mesh(np.array(devices[:4]).reshape(1, 2, 2), sharding.AXES)
     target, fresh = abstract_state(MODEL, optimizer, mesh), batches()
@@ -66,6 +67,26 @@ def test_the_last_three_stay(tmp_path):
     assert checkpoint.steps_in(tmp_path) == [10, 20, 22] and not list(tmp_path.glob("*tmp*"))
 
 
+def test_a_whole_one_is_sealed_though_nobody_asks(tmp_path):
+    """Several processes ask for the first time when the next save is due: a run that is killed by then keeps it."""
+    params = init_state(0, MODEL, make_optimizer(MODEL), sharding.make_mesh(jax.devices()[:1])).params
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, params=params, optimizer=None, batches=None, meta={})
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "1" / seal.NAME).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    checkpoints.close()
+    assert not seal.damage(tmp_path / "1")
+
+
+def test_metrics_are_those_measured_by_then(tmp_path):
+    rows = ['{"step": 0, "val_bpb": 3.5}', '{"step": 2, "loss": 3, "step_seconds": 1}', '{"step": 2, "val_bpb": 2.5}']
+    rows += ['{"step": 2, "CORE": null}', '{"step": 3, "val_bpb": 1.5}', '{"step": 1, "val_b', "[1]", "{}"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    assert [checkpoint.measured(tmp_path, step) for step in (0, 1, 2)] == [{"val_bpb": x} for x in (3.5, 3.5, 2.5)]
+
+
 def make_run(home, stage, tag, *steps, age=0.0):
     folder = home / checkpoint.FOLDERS[stage] / tag
     folder.mkdir(parents=True)
@@ -90,7 +111,7 @@ def test_the_deepest_model_is_found_or_else_the_newest(home):
         checkpoint.find("base", "d12", 8)
 
 
-@pytest.mark.parametrize("number", checkpoint.FULL)
+@pytest.mark.parametrize("number", seal.FULL)
 def test_a_full_disk_is_told_as_one(tmp_path, number):
     """Orbax says it in a ValueError; other errors stay what they are."""
 
@@ -98,17 +119,20 @@ def test_a_full_disk_is_told_as_one(tmp_path, number):
         def __init__(self, says):
             self.says = says
 
+        def save(self, *_, **__):
+            pass
+
         def wait_until_finished(self):
             raise ValueError(self.says)
 
     checkpoints = Checkpoints(tmp_path)
-    checkpoints._saving = 3
     checkpoints._writer = Full(f"RESOURCE_EXHAUSTED: Error writing …: {os.strerror(number)} [os_error_code='{number}']")
+    checkpoints.save(3, params={}, optimizer=None, batches=None, meta={})
     with pytest.raises(OSError) as told:
         checkpoints.close()
     assert told.value.errno == number and told.value.filename == str(tmp_path)
     checkpoints.close()  # nothing is left that would raise once more
-    checkpoints._saving = 3
     checkpoints._writer = Full("shapes differ")
+    checkpoints.save(3, params={}, optimizer=None, batches=None, meta={})
     with pytest.raises(ValueError, match="shapes differ"):
         checkpoints.close()

@@ -127,24 +127,37 @@ def test_one_that_was_never_finished(folder, capsys):
     assert f"{run / '6'} can't be read" in told and "delete it" in told and told.count("\n") == 1
 
 
+def two_processes(folder, fault):
+    """Base training by two processes with a fault put in. -> their exit codes, and (stdout, stderr) of each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": xla_flags(4), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests/chaos_process.py"), fault, "launch.base_train"]
+    command += base("--model_tag=two", f"--coordinator=localhost:{port}", "--num_processes=2", "--heartbeat_timeout=60")
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*command, f"--process_id={n}"], env=env, cwd=folder, **piped) for n in range(2)]
+    told = [process.communicate(timeout=240) for process in both]
+    return [process.returncode for process in both], told
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_fails_after_a_save(folder):
+    """The other ends with it, and what was saved is whole: neither waits for the other at the end."""
+    codes, told = two_processes(folder, "data=4")
+    assert codes == [2, 2] and "error: a shard can't be read" in told[1][1], told
+    run = folder / "base_checkpoints/two"
+    assert checkpoint.whole_steps(run) == [2] and (run / "2" / seal.NAME).exists() and not seal.damage(run / "2")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 1][: 2 if THOROUGH else 1])
 def test_a_save_that_fails_on_one_of_two_processes(folder, at):
     """Both know it and neither waits for the other; at the end of the run (the third save) it is tried again."""
     wanted, run = losses(folder / "base_checkpoints/run"), folder / "base_checkpoints/two"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"XLA_FLAGS": xla_flags(4), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests/chaos_process.py"), f"seal={at}", "launch.base_train"]
-    command += base("--model_tag=two", f"--coordinator=localhost:{port}", "--num_processes=2", "--heartbeat_timeout=60")
-    both = [
-        subprocess.Popen([*command, f"--process_id={n}"], env=env, cwd=folder, stdout=subprocess.PIPE, text=True)
-        for n in range(2)
-    ]
-    told = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    assert ("training goes on" if at == 1 else "saving step 6 failed: ") in told[0] and not told[1]
+    codes, told = two_processes(folder, f"seal={at}")
+    assert codes == [0, 0], told
+    assert ("training goes on" if at == 1 else "saving step 6 failed: ") in told[0][0] and not told[1][0]
     assert not seal.damage(run / "6") and (run / "6" / seal.NAME).exists()
     # The same rows on the same 8 devices, summed by two processes: to rounding.
     for got, want in zip(losses(run), wanted, strict=True):
@@ -262,6 +275,32 @@ def test_a_stop_saves_and_can_be_resumed(folder, monkeypatch, capsys, command, f
     assert checkpoint.steps_in(run) == [2, 3] and [row[0] for row in losses(run)] == [1, 2, 3]
     ends(command, flags("--resume"), 0)
     assert losses(run) == wanted and checkpoint.steps_in(run)[-1] == STEPS
+
+
+@pytest.mark.parametrize("at", [3, STEPS])
+def test_an_evaluation_costs_no_step(folder, monkeypatch, capsys, at):
+    """The save that is due begins before it, so it may fail; and a stop that comes meanwhile is noticed after it."""
+    run = folder / "base_checkpoints/run"
+
+    def evaluate(name, values):
+        evaluation = loop.Evaluation(name, at, values)
+        train = loop._train
+        monkeypatch.setattr(loop, "_train", lambda stage, others, stop: train(stage, [*others, evaluation], stop))
+
+    evaluate("failing", lambda params: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        base_train.main(base("--overwrite", f"--save_every={at}"))
+    assert checkpoint.whole_steps(run) == [at] and (run / str(at) / seal.NAME).exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(folder))
+    evaluate("second", lambda params: {"second": 2.0})
+    evaluate("first", lambda params: os.kill(os.getpid(), signal.SIGTERM) or {"first": 1.0})
+    if at == STEPS:  # a run that is through is not stopped
+        return ends(base_train, base("--overwrite", "--save_every=2"), 0)
+    ends(base_train, base("--overwrite", "--save_every=2"), 75)
+    assert "stopped by SIGTERM after step 3; saved in" in capsys.readouterr().err
+    assert checkpoint.read_meta(run, 3)["metrics"] == {"first": 1.0}
 
 
 def test_a_finished_sft_run_holds_weights_only(folder, capsys):

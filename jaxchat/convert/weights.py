@@ -15,7 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import torch
 
-from jaxchat.checkpoint import Found, full_disk_told, quiet_orbax
+from jaxchat import seal
+from jaxchat.checkpoint import Found, quiet_orbax
 from jaxchat.config import ModelConfig, UserError
 from jaxchat.model.flops import num_params
 from jaxchat.model.params import Params, Weight, declare
@@ -176,7 +177,7 @@ def save_checkpoint(folder: Path, meta: dict, foreign: Foreign, progress: Callab
         params=ocp.PyTreeCheckpointHandler(type_handler_registry=registry), meta=ocp.JsonCheckpointHandler()
     )
     items = ocp.args.Composite(params=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta))
-    with full_disk_told(folder), ocp.Checkpointer(handler) as writer:
+    with seal.full_disk_told(folder), ocp.Checkpointer(handler) as writer:
         writer.save(folder.absolute() / str(meta["step"]), args=items)
 
 

@@ -92,29 +92,24 @@ def _train(stage: Stage, evaluations: list[Evaluation], stop: Stop) -> dict[str,
     try:
         while True:
             stopping = not finished and stop.asked()
-            try:
-                for evaluation in evaluations:
-                    if not stopping and evaluation.due(step, stage.resume_step, finished):
-                        reporter.flush()
-                        values = evaluation.run(state.params)
-                        if values:
-                            results |= values
-                            log.write(step, values)
-                            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-                            print(f"step {step:>6}  {evaluation.name}: {shown}", flush=True)
-                        reporter.restart_clock()
-            except BaseException:  # an evaluation that fails must not cost the steps before it
-                if jax.process_count() == 1 and saver.due(step, finished or stopping):  # several can't without the rest
-                    reporter.flush()
-                    saver.save(state, step, results, finished=finished)
-                raise
-            if saver.due(step, finished or stopping):
+            if saver.due(step, finished or stopping):  # first: an evaluation may fail, or outlast a notice to stop
                 reporter.flush()
-                saver.save(state, step, results, finished=finished)
+                saver.save(state, step, finished=finished)
                 reporter.restart_clock()
+            for evaluation in evaluations:
+                if not stopping and evaluation.due(step, stage.resume_step, finished):
+                    reporter.flush()
+                    values = evaluation.run(state.params)
+                    if values:
+                        results |= values
+                        log.write(step, values)
+                        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+                        print(f"step {step:>6}  {evaluation.name}: {shown}", flush=True)
+                    reporter.restart_clock()
+                    stopping = not finished and stop.asked()
             if finished or stopping:
                 reporter.flush()
-                saver.finish(state, step, results, finished=finished)
+                saver.finish(state, step, finished=finished)
             if finished:
                 break
             if stopping:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import jax
 
-from jaxchat.checkpoint import FULL
 from jaxchat.config import UserError
+from jaxchat.seal import FULL
 
 
 def check_installed(*, run: str, tensorboard: bool):

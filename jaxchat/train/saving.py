@@ -37,21 +37,21 @@ class Saver:
         every = self._stage.save_every
         return last or (every > 0 and step % every == 0) or (self._again is not None and step >= self._again)
 
-    def save(self, state: TrainState, step: int, results: dict[str, float], *, finished: bool):
+    def save(self, state: TrainState, step: int, *, finished: bool):
         """Start a save. What goes wrong is printed, not raised."""
         try:
-            self._start(state, step, results, finished)
+            self._start(state, step, finished)
         except Exception as problem:
             self._failed(step, problem)
 
-    def finish(self, state: TrainState, step: int, results: dict[str, float], *, finished: bool):
+    def finish(self, state: TrainState, step: int, *, finished: bool):
         """Wait until the state after the run's last step is saved. UserError: it can't be, after several attempts."""
         if not self._checkpoints:
             return
         for attempt in range(LAST_ATTEMPTS):
             try:
                 if self._begun < step:
-                    self._start(state, step, results, finished)
+                    self._start(state, step, finished)
                 self._checkpoints.wait()
                 return self._went_well()
             except Exception as problem:
@@ -71,7 +71,7 @@ class Saver:
             return "nothing was to be saved yet; start the same command again"
         return f"saved in {self._checkpoints.folder / str(step)}; go on with the same command and --resume"
 
-    def _start(self, state: TrainState, step: int, results: dict[str, float], finished: bool):
+    def _start(self, state: TrainState, step: int, finished: bool):
         if self._begun > self._whole:
             self._checkpoints.wait()
             self._went_well()
@@ -83,7 +83,7 @@ class Saver:
             params=state.params,
             optimizer=rest if keep else None,
             batches=self._stage.batches if keep else None,
-            meta=self._stage.meta | {"step": step, "metrics": results},
+            meta=self._stage.meta | {"step": step},
         )
 
     def _went_well(self):
