@@ -83,7 +83,7 @@ class Compute:
         faster on a CPU with few layers.
     remat: what the backward pass computes again instead of keeping: "none" (keep all), "dots" (keep the results of
         matrix products only), "full" (keep only each layer's input).
-    attention: "xla", "blocks" (CPU), "cudnn" (GPU, bfloat16) or "splash" (TPU).
+    attention: "xla", "blocks" (CPU), "cudnn" (GPU, bfloat16; "xla" where it can't) or "splash" (TPU).
     loss_chunk_tokens: logits exist for at most this many tokens per device at a time.
     micro_tokens: a training step takes at most this many tokens of a device's micro-batch at a time, whole rows (one at
         least); 0: all. On a CPU less is in its caches' way, and in memory.

@@ -1,11 +1,20 @@
 """Attention by blocks against the definition in float64, values and gradients, over block borders and grouped heads."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.model.attention import QUERY_BLOCK, block_causal_attention, causal_attention, splash_attention
+from jaxchat.config import ModelConfig
+from jaxchat.model.attention import (
+    QUERY_BLOCK,
+    block_causal_attention,
+    causal_attention,
+    kernel_for,
+    splash_attention,
+)
 from jaxchat.model.gpt import rms_norm
 
 
@@ -107,3 +116,23 @@ def test_the_kernel_for_tpus():
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+def test_shapes_that_cudnn_refuses():
+    """Head dimension 68, as of depth 17, and an odd time run even here, where there is no cuDNN."""
+    for arrays in (inputs(4, 2, jnp.bfloat16, head_dim=68), inputs(5, 2, jnp.bfloat16)):
+        got, want = (causal_attention(*arrays, kernel) for kernel in ("cudnn", "xla"))
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("depth, kernel", [(5, "cudnn"), (17, "xla"), (20, "cudnn"), (37, "xla")])
+def test_the_kernel_of_a_depth(depth, kernel):
+    model = ModelConfig.from_depth(depth, sequence_len=8, vocab_size=8)
+    assert kernel_for("cudnn", model.head_dim, 8) == kernel and kernel_for("splash", model.head_dim, 8) == "splash"
+
+
+@pytest.mark.parametrize("capability, largest", [("8.0", 128), ("9.0", 256), ("10.3", 256)])
+def test_the_largest_head_of_a_gpu(monkeypatch, capability, largest):
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    assert [kernel_for("cudnn", head_dim, 8) for head_dim in (largest, largest + 8)] == ["cudnn", "xla"]
+    assert [kernel_for("cudnn", 64, time) for time in (8, 9)] == ["cudnn", "xla"]

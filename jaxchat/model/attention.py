@@ -23,10 +23,11 @@ def causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation: str, segments_BT=No
 
     K may divide N: then N/K query heads in a row share one key/value head. Queries and keys must be normed.
     segments_BT: only to those of its own segment.
-    implementation: "blocks" is ours, for CPUs; "splash" JAX's kernel for TPUs; "xla" and "cudnn" are jax.nn's.
+    implementation: "blocks" is ours, for CPUs; "splash" JAX's kernel for TPUs; "xla" and "cudnn" are jax.nn's; see
+        kernel_for.
     mesh: each device computes its own rows and heads, whatever the kernel; nothing crosses devices.
     """
-    attend = KERNELS[implementation]
+    attend = KERNELS[kernel_for(implementation, q_BTNH.shape[3], q_BTNH.shape[1])]
     if mesh is None or mesh.size == 1:
         return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     rows = row_axes(mesh, q_BTNH.shape[0])
@@ -34,6 +35,19 @@ def causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation: str, segments_BT=No
     in_specs = (heads, heads, heads, P(rows))
     mapped = jax.shard_map(attend, mesh=mesh, in_specs=in_specs, out_specs=heads, check_vma=False)
     return mapped(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def kernel_for(implementation: str, head_dim: int, time: int) -> str:
+    """The kernel that is taken: `implementation`, or "xla" for shapes that "cudnn" refuses.
+
+    Those are head dimensions that are no multiple of 8 or above 256 (128 before Hopper), and in training an odd time.
+    """
+    if implementation != "cudnn":
+        return implementation
+    capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")  # no GPU: compiled for one of Hopper's
+    largest = 256 if float(capability) >= 9 else 128
+    able = head_dim % 8 == 0 and head_dim <= largest and time % 2 == 0
+    return "cudnn" if able else "xla"
 
 
 def library_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, implementation: str):

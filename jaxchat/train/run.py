@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxchat import checkpoint, hosts, sharding
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import REMATS, Compute, ModelConfig, TrainConfig, UserError
+from jaxchat.model.attention import kernel_for
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import fit
@@ -257,7 +258,7 @@ def make_stage(
         meta["remat"] = fit.first_that_fits(steps, setting.mesh, *args)
 
     heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
-    attention = f"attention by {compute.attention}"
+    attention = f"attention by {kernel_for(compute.attention, model.head_dim, row_length)}"
     every = f", every {config.save_every:,} steps" if config.save_every > 0 else ""
     return Stage(
         plan=[
