@@ -110,21 +110,34 @@ def read_stage(source: str, tag: str) -> StageRun | None:
         return None
     meta = checkpoint.read_meta(folder, steps[-1])
     rows = read_lines(folder / "metrics.jsonl")
-    measured, left_out = {}, []
+    measured, left_out, settings = {}, [], {}
     losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float)][-LAST:]  # None: not finite
     if losses:
         measured["loss"] = statistics.fmean(losses)
     measured |= numbers({"metrics": meta.get("metrics")})
+    # Of a command's files the first, whose name has no hash, says which settings count: others' figures don't compare.
     for path in sorted(folder.glob("*.json")) + sorted((folder / str(steps[-1])).glob("*.json")):
         try:
             about = json.loads(path.read_text())
             if about.get("step", steps[-1]) != steps[-1]:
                 left_out.append(f"{path.name}, of step {about['step']}")
                 continue
-            measured |= numbers(about)
+            found, own = numbers(about), settings_of(about)
+            first = settings.setdefault(path.stem.partition(f"_{steps[-1]}")[0], own)
+            differ = [name for name in first | own if own.get(name) != first.get(name)]
+            if differ:
+                told = ", ".join(f"{name}={own.get(name)} (not {first.get(name)})" for name in differ)
+                left_out.append(f"{path.name}, made with {told}")
+                continue
+            measured |= found
         except (OSError, ValueError, AttributeError, TypeError, OverflowError):
             left_out.append(f"{path.name}, which cannot be read")
     return StageRun(source, folder, steps[-1], meta, rows, read_lines(folder / FILE), measured, left_out)
+
+
+def settings_of(evaluation: dict) -> dict:
+    """What its figures depend on. Which tasks were asked for only decides which figures there are."""
+    return {name: value for name, value in (evaluation.get("settings") or {}).items() if name != "tasks"}
 
 
 def numbers(evaluation: dict) -> dict[str, float]:
