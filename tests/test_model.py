@@ -207,5 +207,7 @@ def test_peak_flops_by_name():
         device_kind = "NVIDIA H200"
 
     assert peak_flops(Device()) == 989e12
+    Device.device_kind = "TPU7x"  # one of a chip's two, of 2,307 TFLOP/s together
+    assert peak_flops(Device()) == 1153.5e12
     Device.device_kind = "cpu"
     assert peak_flops(Device()) is None
