@@ -177,6 +177,7 @@ def test_sizes_of_known_depths():
     assert num_params(d20) == 560_988_160  # "561M" in spec.md
     matrices = 20 * 12 * 1280**2 + 65536 * 1280
     assert flops_per_token(d20) == 6 * matrices + 12 * 20 * 1280 * 2048
+    assert flops_per_token(d20, time=256) == 6 * matrices + 12 * 20 * 1280 * 256
     assert ModelConfig.from_depth(3, sequence_len=8, vocab_size=8).n_head == 2  # ceil(192 / 128)
 
 

@@ -104,6 +104,14 @@ def test_numbers(whole):
     assert "flags: --depth=2" in text and "the last of 2 times" in text and "left out: base" not in text
 
 
+def test_flops_are_those_that_steps_tell(home):
+    """Rows may be shorter than the model's context; logs of old don't tell (test_numbers)."""
+    folder = write_stage(home, "sft", steps=2)
+    row = {"step_seconds": 0.5, "tokens_per_s": 2000.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row | {"step_flops": n}) + "\n" for n in (5e9, 7e9)))
+    assert gather().stages["sft"].flops == 12e9
+
+
 def test_missing_stages_are_left_out_and_named(home, capsys):
     metrics = {"val_bpb": 1.5, "lost": None, "told": "x"}
     folder = write_stage(home, "mid", tag="odd", imported={"from": "elsewhere"}, metrics=metrics)

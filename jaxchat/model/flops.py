@@ -32,11 +32,14 @@ def num_params(config: ModelConfig) -> int:
     return sum(math.prod(w.shape) for w in jax.tree.leaves(declare(config)))
 
 
-def flops_per_token(config: ModelConfig) -> int:
+def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
     """Training FLOPs of one token, forward and backward: 6 per weight of a matrix product (the embedding is a
-    look-up), and 12·L·D·T for attention scores and values (PaLM, appendix B; the causal half is not deducted)."""
+    look-up), and 12·L·D·T for attention scores and values (PaLM, appendix B; the causal half is not deducted).
+
+    time: tokens of a row, T; None: the model's whole context.
+    """
     matrices = num_params(config) - config.vocab_size * config.n_embd
-    return 6 * matrices + 12 * config.n_layer * config.n_embd * config.sequence_len
+    return 6 * matrices + 12 * config.n_layer * config.n_embd * (time or config.sequence_len)
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -46,11 +46,13 @@ class StageRun:
     @property
     def tokens(self) -> int:
         """Computed in training, padding included."""
-        return sum(round(row["tokens_per_s"] * row["step_seconds"]) for row in self.steps)
+        return sum(tokens_of(row) for row in self.steps)
 
     @property
     def flops(self) -> float:
-        return float(self.tokens * flops_per_token(self.model))
+        """Of its steps; those of old logs, which don't tell, as if all rows had the model's length."""
+        per_token = flops_per_token(self.model)
+        return sum(row.get("step_flops", tokens_of(row) * per_token) for row in self.steps)
 
     @property
     def step_seconds(self) -> float:
@@ -133,6 +135,11 @@ def read_stage(source: str, tag: str) -> StageRun | None:
         except (OSError, ValueError, AttributeError, TypeError, OverflowError):
             left_out.append(f"{path.name}, which cannot be read")
     return StageRun(source, folder, steps[-1], meta, rows, read_lines(folder / FILE), measured, left_out)
+
+
+def tokens_of(row: dict) -> int:
+    """Computed in a step, from its row of metrics.jsonl."""
+    return round(row["tokens_per_s"] * row["step_seconds"])
 
 
 def settings_of(evaluation: dict) -> dict:

@@ -29,9 +29,11 @@ class Reporter:
     def restart_clock(self):
         self._clock = time.perf_counter()
 
-    def step(self, step: int, tokens: int, waited: float, metrics: dict):
-        """tokens: of all processes; waited: seconds until the data was there; metrics: arrays still under way."""
-        previous, self._pending = self._pending, (step, tokens, waited, metrics)
+    def step(self, step: int, tokens: int, waited: float, metrics: dict, row_tokens: int | None = None):
+        """tokens: of all processes; waited: seconds until the data was there; metrics: arrays still under way;
+        row_tokens: of a row, padding included; None: the model's whole context.
+        """
+        previous, self._pending = self._pending, (step, tokens, waited, metrics, row_tokens)
         if previous:
             self._report(*previous)
 
@@ -40,7 +42,7 @@ class Reporter:
             self._report(*self._pending, last=True)
             self._pending = None
 
-    def _report(self, step, tokens, waited, metrics, last=False):
+    def _report(self, step, tokens, waited, metrics, row_tokens, last=False):
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         where = f"{values['taken']:,.0f} documents of the data read" if "taken" in values else "the data's next batch"
         values = {name: value for name, value in values.items() if name not in UNTOLD}
@@ -60,15 +62,16 @@ class Reporter:
         if self._reported:
             self._spent += seconds
         self._reported += 1
-        tokens_per_s = tokens / seconds
+        tokens_per_s, flops = tokens / seconds, float(tokens * flops_per_token(self._stage.model, row_tokens))
         values |= {
             "step_seconds": seconds,
             "tokens_per_s": tokens_per_s,
+            "step_flops": flops,
             "data_wait_seconds": waited,
             "peak_bytes": peak_bytes(),
         }
         if self._peak:
-            values["mfu"] = tokens_per_s * flops_per_token(self._stage.model) / self._peak
+            values["mfu"] = flops / seconds / self._peak
         self._log.write(step, values)
         if not last and now - self._shown < 1.0:
             return

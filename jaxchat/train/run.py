@@ -263,7 +263,7 @@ def make_stage(
     return Stage(
         plan=[
             ("model", f"{model.n_layer} layers × {model.n_embd}, {heads}, vocabulary {model.vocab_size:,}"),
-            ("parameters", f"{num_params(model):,}; {flops_per_token(model):,} FLOPs a token"),
+            ("parameters", f"{num_params(model):,}; {flops_per_token(model, row_length):,} FLOPs a token"),
             ("devices", f"{sharding.describe(setting.mesh)}, compute in {compute.dtype}, {attention}"),
             *plan(resume_step),
             ("saves", f"{checkpoints.folder}/<step>{every}" if checkpoints else "nothing (dry run)"),

@@ -1,0 +1,26 @@
+"""What a step line and metrics.jsonl tell of a step, without a model being trained."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxchat.config import ModelConfig
+from jaxchat.model.flops import flops_per_token
+from jaxchat.train.reporter import Reporter
+
+
+@pytest.mark.parametrize("row_tokens, length", [(256, 256), (None, 2048)])
+def test_flops_are_of_the_rows_as_long_as_they_are(row_tokens, length):
+    """Rows of 256 tokens in a model of 2,048; peak of the two GPUs 2 × 989e12 FLOP/s."""
+    model, written = ModelConfig(), []
+    devices = np.array([SimpleNamespace(device_kind="NVIDIA H100")] * 2)
+    mesh = SimpleNamespace(devices=devices, size=2)
+    stage = SimpleNamespace(mesh=mesh, model=model, num_steps=9, on_nonfinite="stop")
+    reporter = Reporter(stage, SimpleNamespace(write=lambda step, values: written.append(values)))
+    metrics = {"loss": 3.0, "progress": 0.0, "nonfinite": 0.0, "lr_multiplier": 1.0, "empty_steps": 0.0}
+    reporter.step(1, 1024, 0.0, metrics, row_tokens)
+    reporter.flush()
+    [values] = written
+    assert values["step_flops"] == 1024 * flops_per_token(model, length)
+    assert values["mfu"] == pytest.approx(values["step_flops"] / values["step_seconds"] / (2 * 989e12))
