@@ -21,7 +21,7 @@ from jaxchat import sharding
 from jaxchat.config import REMATS, BaseConfig, Compute, ModelConfig, UserError
 from jaxchat.data.pipelines import micro_batches
 from jaxchat.model.flops import flops_per_token, num_params, peak_flops
-from jaxchat.train.fit import fits, memory_needed, memory_refused
+from jaxchat.train.fit import fits, fitting, memory_needed, memory_refused
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import abstract_state
 from jaxchat.train.step import make_train_step
@@ -151,8 +151,7 @@ def run(config: Config):
         "bytes": done.needs, "tokens": config.total_batch_size, "model_flops": per_device,
         "compile_seconds": done.seconds,
     }  # fmt: skip
-    of = f"{done.needs / 1e9:.1f} GB (by the compiler's count) of {plan.memory / 1e9:.0f} GB a device"
-    of += ": it fits" if done.fits else ": too much"
+    of = memory_told(plan, done)
     rows = [("memory", of), ("remat", plan.compute.remat)]
     if done.program:
         program, sent = done.program, done.program.sent()
@@ -176,6 +175,13 @@ def run(config: Config):
     if not done.fits:
         raise UserError(remedy(plan, done, figures.get("largest_device_batch")))
     cli.next_step(training(config, plan.batch))
+
+
+def memory_told(plan: Plan, done: Compiled) -> str:
+    told = f"{done.needs / 1e9:.1f} GB (by the compiler's count)"
+    if done.fits:
+        return told + fitting(plan.memory, plan.backend)
+    return f"{told} of a device's {plan.memory / 1e9:.1f} GB: too much"
 
 
 def training(config: Config, batch: int) -> str:

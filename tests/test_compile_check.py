@@ -8,8 +8,9 @@ import os
 import pytest
 
 from jaxchat.config import REMATS, Compute, UserError
+from jaxchat.train.fit import fits
 from launch import hlo, topologies
-from launch.compile_check import Compiled, Config, Plan, training
+from launch.compile_check import Compiled, Config, Plan, memory_told, training
 
 
 def needs(module: str, extra: str):
@@ -151,6 +152,26 @@ def test_the_first_remat_that_fits(monkeypatch, remat, fitting):
     able = REMATS[fitting:]
     monkeypatch.setattr(Plan, "compile", lambda plan, batch: Compiled(1e9, plan.compute.remat in able, 0.0))
     assert plan.fit(2).fits == (fitting < 3) and plan.compute.remat == remat
+
+
+@pytest.mark.parametrize(
+    "backend, needed, told",
+    [
+        ("gpu", 15e9, "15.0 GB (by the compiler's count) of a device's 16.9 GB: it fits"),
+        ("gpu", 18.9e9, "18.9 GB (by the compiler's count) of a device's 16.9 GB: too much"),
+        (
+            "tpu",
+            18.9e9,
+            "18.9 GB (by the compiler's count), which on TPUs can be more than it takes; it compiled, so it fits",
+        ),
+    ],
+)
+def test_what_it_tells_of_memory(backend, needed, told):
+    """On a TPU what compiles fits, whatever the sum, so nothing is compared."""
+    plan = Plan.__new__(Plan)
+    plan.memory, plan.backend = 16.9e9, backend
+    enough = fits(needed, plan.memory, backend, last=True)
+    assert memory_told(plan, Compiled(needed, enough, 0.0)) == told
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 import math
 import os
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -52,6 +54,20 @@ def test_the_first_that_fits(steps, monkeypatch, capsys):
         assert (
             taken == f"a step with --remat={remat} needs 0.0 GB (by the compiler's count) of a device's 0.0 GB: it fits"
         )
+
+
+def test_a_tpu_is_not_compared(monkeypatch, capsys):
+    """18.9 GB, by a count of its own, that compiled for 16.9."""
+    m = dict.fromkeys(("argument", "output", "alias", "generated_code"), 0) | {"temp": 18.9e9}
+    compiled = SimpleNamespace(
+        memory_analysis=lambda: SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in m.items()})
+    )
+    step = SimpleNamespace(lower=lambda: SimpleNamespace(compile=lambda: compiled))
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))
+    monkeypatch.setattr(fit, "device_memory", lambda mesh: 16.9e9)
+    assert first_that_fits({"none": step, "full": step}, mesh) == "none"
+    told = capsys.readouterr().out
+    assert "needs 18.9 GB" in told and told.endswith("it compiled, so it fits\n") and "16.9" not in told
 
 
 def test_none_fits(steps, monkeypatch):

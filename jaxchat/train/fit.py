@@ -54,13 +54,21 @@ def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
         hosts = gather_json({"needed": needed, "limit": limit, "enough": enough})
         needed, limit = max(host["needed"] for host in hosts), min(host["limit"] for host in hosts)
         size = f"{needed / 1e9:.1f} GB" if needed < math.inf else "more than all"
-        told = f"a step with --remat={remat} needs {size} (by the compiler's count) of a device's {limit / 1e9:.1f} GB"
+        told = f"a step with --remat={remat} needs {size} (by the compiler's count)"
         if all(host["enough"] for host in hosts):
-            print(f"{told}: it fits", flush=True)
+            print(told + fitting(limit, platform), flush=True)
             return remat
+        told += f" of a device's {limit / 1e9:.1f} GB"
         print(f"{told}: {'too much' if last else f'more than {SPARE:.0%}'}", flush=True)
     instead = "" if remat == "full" else ", or give --remat=full"
     raise UserError(f"{told}; lower --device_batch_size{instead}")
+
+
+def fitting(limit: float, platform: str) -> str:
+    """The words for a program that fits, after what it needs; on a TPU without `limit`, which does not decide there."""
+    if platform == "tpu":
+        return ", which on TPUs can be more than it takes; it compiled, so it fits"
+    return f" of a device's {limit / 1e9:.1f} GB: it fits"
 
 
 def fits(needed: int, limit: float, platform: str, last: bool) -> bool:
