@@ -152,7 +152,7 @@ class TrainConfig:
     save_every: int = -1
     """Save a checkpoint every so many steps, besides the last; the last three stay."""
     resume: bool = False
-    """Go on from this stage's latest checkpoint under the tag, bit for bit; from the start if there is none."""
+    """Go on from this stage's latest checkpoint under the tag, or from the start; bit for bit on CPUs, else untried."""
     overwrite: bool = False
     """Start anew where checkpoints of this stage and tag exist, which are deleted."""
     tensorboard: bool = False
