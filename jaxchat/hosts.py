@@ -85,7 +85,7 @@ def _by_environment(environ) -> Place | None:
         alone = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
         rank = int(environ["OMPI_COMM_WORLD_RANK"])
         return Place("ompi", None, int(environ["OMPI_COMM_WORLD_SIZE"]), rank, alone_on_host=alone)
-    if cloud_tpu_init.running_in_cloud_tpu_vm:
+    if cloud_tpu_init.running_in_cloud_tpu_vm and _tpu_hosts_are_told(environ):
         return Place("tpu")
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
         if importlib.util.find_spec("kubernetes") is None:
@@ -95,6 +95,13 @@ def _by_environment(environ) -> Place | None:
             )
         return Place("kubernetes")
     return None
+
+
+def _tpu_hosts_are_told(environ) -> bool:
+    """Whether jax can find a TPU slice's hosts: by these variables, as on GKE, or by asking Google's metadata server,
+    unless it is told not to. Else it would raise; such a host (a plain container, say) is alone."""
+    named = ("TPU_PROCESS_ADDRESSES_PATH", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+    return "TPU_SKIP_MDS_QUERY" not in environ or any(name in environ for name in named)
 
 
 def start(config: TrainConfig, *, asks: bool = True):

@@ -11,6 +11,7 @@ import types
 import jax
 import pytest
 from conftest import ROOT, xla_flags
+from jax._src.clusters import cloud_tpu_cluster
 
 from jaxchat import hosts
 from jaxchat.config import TrainConfig, UserError
@@ -47,6 +48,18 @@ def test_detection(environ, place):
 def test_detection_on_a_tpu(monkeypatch):
     monkeypatch.setattr(hosts.cloud_tpu_init, "running_in_cloud_tpu_vm", True)
     assert detect(environ={"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"}) == Place("tpu")
+
+
+@pytest.mark.parametrize("named, place", [({}, None), ({"TPU_WORKER_HOSTNAMES": "a,b"}, Place("tpu"))])
+def test_a_tpu_host_whose_slice_nobody_tells_is_alone(monkeypatch, named, place):
+    """As in a container without GKE's variables: jax.distributed would find no coordinator, and raise."""
+    monkeypatch.setattr(hosts.cloud_tpu_init, "running_in_cloud_tpu_vm", True)
+    assert detect(environ={"TPU_SKIP_MDS_QUERY": "1"} | named) == place
+    for name, value in ({"TPU_SKIP_MDS_QUERY": "1"} | named).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    clusters = (cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster)
+    assert any(cluster.is_env_present() for cluster in clusters) == (place is not None)  # as jax sees it
 
 
 def test_flags_come_first():
