@@ -96,6 +96,9 @@ def test_metrics_and_checkpoints_are_whole(here):
         for row in (row for row in rows if "loss" in row):
             assert row["data_wait_seconds"] >= 0 and row["step_seconds"] > 0 and row["tokens_per_s"] > 0
             assert row["peak_bytes"] > 1e8  # Python and jax alone
+        steps = [row for row in rows if "step_flops" in row]
+        per_token = {round(row["step_flops"] / (row["tokens_per_s"] * row["step_seconds"])) for row in steps}
+        assert len(steps) == STEPS and (len(per_token) > 1) == (stage == "sft")  # whose rows are as long as needed
         found = {row["step"]: row[measured] for row in rows if measured in row}
         assert sorted(found) == [0, 5, STEPS]
         assert found[STEPS] < found[0]

@@ -134,7 +134,7 @@ def _train(stage: Stage, evaluations: list[Evaluation], stop: Stop) -> dict[str,
             state, metrics = step_fn(state, placed, multiplier)
             step += 1
             metrics = metrics | totals | {"progress": progress, "lr_multiplier": multiplier}
-            reporter.step(step, placed["inputs"].size, waited, metrics)
+            reporter.step(step, placed["inputs"].size, waited, metrics, placed["inputs"].shape[-1])
             finished = step == stage.num_steps
             if not stage.num_steps and not batch["totals"]["left"].any():  # this process's rows have run out: all?
                 finished = not int(totals["left"])
