@@ -131,21 +131,22 @@ def test_missing_stages_are_left_out_and_named(home, capsys):
 
 
 def test_evaluations_with_other_settings_are_left_out(home):
-    """As results.save_results names them; the same settings for other tasks add theirs."""
+    """As results.save_results names them: the most items decide, whichever was made first; other tasks add theirs."""
     folder = write_stage(home, "sft")
     settings = {"max_problems": -1, "dtype": "bfloat16"}
     files = {
-        "": (settings | {"tasks": ["MMLU", "GSM8K"]}, {"MMLU": 0.4, "GSM8K": 0.1}),
-        "_00f": (settings | {"tasks": ["MMLU"], "max_problems": 20}, {"MMLU": 0.9, "ChatCORE": 0.9}),
-        "_ff0": (settings | {"tasks": ["ARC-Easy"]}, {"ARC-Easy": 0.5}),
+        "": (settings | {"tasks": ["MMLU"], "max_problems": 20}, {"MMLU": 0.9, "ChatCORE": 0.9}, 20),
+        "_00f": (settings | {"tasks": ["MMLU", "GSM8K"]}, {"MMLU": 0.4, "GSM8K": 0.1, "ChatCORE": 0.2}, 1000),
+        "_ff0": (settings | {"tasks": ["ARC-Easy"]}, {"ARC-Easy": 0.5, "ChatCORE": 0.5}, 300),
     }
-    for end, (own, values) in files.items():
-        about = {"step": 40, "settings": own, "values": values}
+    for end, (own, values, items) in files.items():
+        tasks = {own["tasks"][0]: {"accuracy": values[own["tasks"][0]], "items": items}}
+        about = {"step": 40, "settings": own, "values": values, "tasks": tasks}
         (folder / f"chat_eval_40{end}.json").write_text(json.dumps(about))
     stage = gather().stages["sft"]
-    assert stage.left_out == ["chat_eval_40_00f.json, made with max_problems=20 (not -1)"]
+    assert stage.left_out == ["chat_eval_40.json, made with max_problems=20 (not -1)"]
     del stage.measured["loss"], stage.measured["val_bpb"]
-    assert stage.measured == {"MMLU": 0.4, "GSM8K": 0.1, "ARC-Easy": 0.5}
+    assert stage.measured == {"MMLU": 0.4, "GSM8K": 0.1, "ARC-Easy": 0.5, "ChatCORE": 0.2}
 
 
 def test_no_run(home):

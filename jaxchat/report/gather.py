@@ -112,34 +112,41 @@ def read_stage(source: str, tag: str) -> StageRun | None:
         return None
     meta = checkpoint.read_meta(folder, steps[-1])
     rows = read_lines(folder / "metrics.jsonl")
-    measured, left_out, settings = {}, [], {}
+    measured, evaluated, settings, left_out = {}, {}, {}, []
     losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float)][-LAST:]  # None: not finite
     if losses:
         measured["loss"] = statistics.fmean(losses)
     measured |= numbers({"metrics": meta.get("metrics")})
-    # Of a command's files the first, whose name has no hash, says which settings count: others' figures don't compare.
+    files = []
     for path in sorted(folder.glob("*.json")) + sorted((folder / str(steps[-1])).glob("*.json")):
         try:
             about = json.loads(path.read_text())
-            if about.get("step", steps[-1]) != steps[-1]:
+            if about.get("step", steps[-1]) == steps[-1]:
+                files.append((items(about), path, numbers(about), settings_of(about)))
+            else:
                 left_out.append(f"{path.name}, of step {about['step']}")
-                continue
-            found, own = numbers(about), settings_of(about)
-            first = settings.setdefault(path.stem.partition(f"_{steps[-1]}")[0], own)
-            differ = [name for name in first | own if own.get(name) != first.get(name)]
-            if differ:
-                told = ", ".join(f"{name}={own.get(name)} (not {first.get(name)})" for name in differ)
-                left_out.append(f"{path.name}, made with {told}")
-                continue
-            measured |= found
         except (OSError, ValueError, AttributeError, TypeError, OverflowError):
             left_out.append(f"{path.name}, which cannot be read")
+    # Of a command's files the one with the most items says which settings count: others' figures don't compare with it.
+    for _, path, found, own in sorted(files, key=lambda file: -file[0]):
+        first = settings.setdefault(path.stem.partition(f"_{steps[-1]}")[0], own)
+        if differ := [name for name in first | own if own.get(name) != first.get(name)]:
+            told = ", ".join(f"{name}={own.get(name)} (not {first.get(name)})" for name in differ)
+            left_out.append(f"{path.name}, made with {told}")
+        else:
+            evaluated = found | evaluated
+    measured |= evaluated
     return StageRun(source, folder, steps[-1], meta, rows, read_lines(folder / FILE), measured, left_out)
 
 
 def tokens_of(row: dict) -> int:
     """Computed in a step, from its row of metrics.jsonl."""
     return round(row["tokens_per_s"] * row["step_seconds"])
+
+
+def items(evaluation: dict) -> int:
+    """How many an evaluation's tasks had."""
+    return sum(task.get("items", 0) for task in (evaluation.get("tasks") or {}).values())
 
 
 def settings_of(evaluation: dict) -> dict:
