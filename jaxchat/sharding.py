@@ -49,12 +49,6 @@ def make_mesh(devices=None, axes: str = "") -> Mesh:
     return Mesh(np.array(devices).reshape(shape), AXES)
 
 
-def with_whole_weights(mesh: Mesh) -> Mesh:
-    """The same devices with rows where they were, but no weight cut over fsdp."""
-    data, fsdp, tensor = mesh.devices.shape
-    return Mesh(mesh.devices.reshape(data * fsdp, 1, tensor), AXES)
-
-
 def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int, int]:
     """Sizes of (data, fsdp, tensor) from "data=-1,fsdp=2,tensor=1": -1 takes what is left, as data does unless named.
 

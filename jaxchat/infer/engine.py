@@ -23,8 +23,8 @@ from jaxchat.infer.sampling import sample
 from jaxchat.model.attention import SLOT_BLOCK
 from jaxchat.model.cache import KVCache
 from jaxchat.model.gpt import features, logits
-from jaxchat.model.params import Params, specs
-from jaxchat.sharding import constrain, named, row_axes, with_whole_weights
+from jaxchat.model.params import Params
+from jaxchat.sharding import constrain, row_axes
 
 STRETCH = 64  # tokens decoded before the host looks, at most
 FORCED = 64  # the most tokens that one tool call can force
@@ -136,21 +136,13 @@ def decode(
 
 
 class Engine:
-    """Generates with one model, in batch_size slots. Making one is cheap; compiled shapes are shared by all.
-
-    Weights that are cut over fsdp are copied whole to each device, in the compute dtype: else they would cross anew for
-    every token. A model too large for that is cut over tensor, which stays.
-    """
+    """Generates with one model, in batch_size slots. Making one is cheap; compiled shapes are shared by all."""
 
     def __init__(
         self, params: Params, config: ModelConfig, tokenizer, compute: Compute | None = None, *, batch_size: int = 64
     ):
         self.params, self.config, self.tokenizer, self.batch_size = params, config, tokenizer, batch_size
         self.compute = compute or Compute.for_backend()
-        if self.compute.mesh is not None and self.compute.mesh.shape["fsdp"] > 1:
-            mesh, dtype = with_whole_weights(self.compute.mesh), jnp.dtype(self.compute.dtype)
-            copy = jax.jit(partial(jax.tree.map, lambda a: a.astype(dtype)), out_shardings=named(mesh, specs(config)))
-            self.params, self.compute = copy(params), dataclasses.replace(self.compute, mesh=mesh)
 
     def generate(
         self,
