@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 from conftest import random_params
 
-from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.infer import engine as engine_module
 from jaxchat.infer.calculator import calculate
 from jaxchat.infer.engine import Engine, Slots, bucket
 from jaxchat.infer.sampling import sample
 from jaxchat.model import gpt
-from jaxchat.model import params as model_params
 from jaxchat.tokenizer import Tokenizer
-from launch import hlo
 
 LENGTH = 96
 forward = jax.jit(gpt.forward, static_argnums=(2, 3))
@@ -120,29 +117,6 @@ def test_shapes_are_few(engine, monkeypatch):
         engine.generate([[7] * length] * count, max_tokens=5, temperature=0.0)
     after = engine_module.read_prompts._cache_size(), engine_module.decode._cache_size()
     assert after[0] - before[0] <= 6 and after[1] - before[1] <= len({32, 64, LENGTH})
-
-
-def test_slots_are_spread_over_devices(engine, tokenizer, devices, monkeypatch):
-    """A mesh says what one device does. Each device holds its slots alone: their keys, values, logits never cross."""
-    mesh = sharding.make_mesh(devices, "data=2,fsdp=4")
-    params = jax.device_put(engine.params, sharding.named(mesh, model_params.specs(engine.config)))
-    spread = Engine(params, engine.config, tokenizer, replace(engine.compute, mesh=mesh), batch_size=16)
-    asked = [[n] * (n % 16 + 1) for n in range(40)]  # more than slots
-    decode, programs = engine_module.decode, []
-
-    def once_compiled(*args, **how):
-        programs[:] = programs or [decode.lower(*args, **how).compile()]
-        logits_BV, k_LBSKH = args[1], args[2].k_LBSKH
-        assert logits_BV.addressable_shards[0].data.shape == (2, tokenizer.vocab_size)
-        assert k_LBSKH.addressable_shards[0].data.shape == (2, 2, LENGTH, 1, 16)
-        return programs[0](*args)
-
-    want = engine.generate(asked, max_tokens=20, temperature=0.0)
-    monkeypatch.setattr(engine_module, "decode", once_compiled)
-    assert spread.generate(asked, max_tokens=20, temperature=0.0) == want
-    sent = [dims for c in hlo.read(programs[0].as_text()).collectives for _, dims in c.shapes]
-    assert (engine.config.n_embd, tokenizer.vocab_size) in sent  # the head: so this reads what it should
-    assert not any(LENGTH in dims or dims == (16, tokenizer.vocab_size) for dims in sent)
 
 
 def test_stream_is_what_generate_gives(engine, prompts):

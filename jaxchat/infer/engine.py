@@ -4,7 +4,7 @@ There is a fixed number of slots. A row that is done leaves its slot to a prompt
 stretches; the host steps in where rows have called the tool (their results are forced into their streams) or are done.
 A prompt is read in a batch whose shape depends on the prompt alone, and decoded in a cache whose length depends on the
 prompt and max_tokens alone; rows of another length have their turn. So what a row says does not depend on what else is
-there, and few shapes are ever compiled. Of several devices each decodes its share of the slots.
+there, and few shapes are ever compiled.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jaxchat.model.attention import SLOT_BLOCK
 from jaxchat.model.cache import KVCache
 from jaxchat.model.gpt import features, logits
 from jaxchat.model.params import Params
-from jaxchat.sharding import constrain, row_axes
+from jaxchat.sharding import constrain
 
 STRETCH = 64  # tokens decoded before the host looks, at most
 FORCED = 64  # the most tokens that one tool call can force
@@ -49,16 +49,9 @@ def bucket(n: int, smallest: int, largest: int) -> int:
 
 @partial(jax.jit, static_argnames=("config", "compute", "count", "length"))
 def empty_slots(config: ModelConfig, compute: Compute, count: int, length: int):
-    """(logits_BV, cache) of slots that hold nothing."""
+    """(logits_BV, cache) of slots that hold nothing; on a mesh every device has all."""
     empty = jnp.zeros((count, config.vocab_size)), KVCache.empty(config, count, length, jnp.dtype(compute.dtype))
-    return spread(*empty, compute)
-
-
-def spread(logits_BV, cache: KVCache, compute: Compute):
-    """(logits_BV, cache): on a mesh each device has its share of the slots, where they can be cut evenly, or all."""
-    rows = None if compute.mesh is None else row_axes(compute.mesh, logits_BV.shape[0])
-    kv = P(None, rows, None, "tensor")
-    return constrain((logits_BV, cache), (P(rows), KVCache(kv, kv, P(rows))), compute.mesh)
+    return on_every_device(empty, compute)
 
 
 def on_every_device(tree, compute: Compute):
@@ -80,7 +73,7 @@ def read_prompts(
         cache.v_LBSKH.at[:, slots_P, :time].set(own.v_LBSKH, mode="drop"),
         cache.lengths_B.at[slots_P].set(lengths_P, mode="drop"),
     )
-    return spread(logits_BV, cache, compute)
+    return on_every_device((logits_BV, cache), compute)
 
 
 @partial(
@@ -131,8 +124,7 @@ def decode(
         jnp.zeros((), jnp.int32), logits_BV, cache, done_B, none_B, none_B,
         jnp.full((batch, stretch), -1, jnp.int32), jnp.zeros((batch, stretch), bool), jnp.zeros(batch, jnp.int32),
     )  # fmt: skip
-    _, logits_BV, cache, *found = lax.while_loop(more, step, carry)
-    return *spread(logits_BV, cache, compute), *on_every_device(found, compute)
+    return on_every_device(lax.while_loop(more, step, carry)[1:], compute)
 
 
 class Engine:

@@ -123,34 +123,6 @@ KERNELS = {
 }
 
 
-def attend_with_cache(
-    q_BTNH, k_BTKH, v_BTKH, k_LBSKH, v_LBSKH, layer, positions_BT, implementation: str, mesh: Mesh | None = None
-):
-    """Write new keys and values into a layer's slots, and attend to these. -> (y_BTNH, k_LBSKH, v_LBSKH).
-
-    mesh: each device has the slots of its own rows and heads alone; nothing crosses devices.
-    """
-
-    def attend(q_BTNH, k_BTKH, v_BTKH, k_LBSKH, v_LBSKH, layer, positions_BT):
-        rows_B1 = jnp.arange(q_BTNH.shape[0])[:, None]
-        k_LBSKH = k_LBSKH.at[layer, rows_B1, positions_BT].set(k_BTKH.astype(k_LBSKH.dtype), mode="drop")
-        v_LBSKH = v_LBSKH.at[layer, rows_B1, positions_BT].set(v_BTKH.astype(v_LBSKH.dtype), mode="drop")
-        if q_BTNH.shape[1] == 1 and implementation == "blocks":
-            y_BTNH = decoding_attention(q_BTNH, k_LBSKH, v_LBSKH, layer, positions_BT[:, 0])
-        else:
-            k_BSKH, v_BSKH = (a[layer].astype(q_BTNH.dtype) for a in (k_LBSKH, v_LBSKH))
-            y_BTNH = cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT)
-        return y_BTNH, k_LBSKH, v_LBSKH
-
-    arrays = (q_BTNH, k_BTKH, v_BTKH, k_LBSKH, v_LBSKH, layer, positions_BT)
-    if mesh is None or mesh.size == 1:
-        return attend(*arrays)
-    rows = row_axes(mesh, q_BTNH.shape[0])
-    heads, slots = P(rows, None, "tensor"), P(None, rows, None, "tensor")
-    in_specs, out_specs = (heads, heads, heads, slots, slots, P(), P(rows)), (heads, slots, slots)
-    return jax.shard_map(attend, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
-
-
 def cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT):
     """Attend to the cache slots at or before each query's own position. -> [B, T, N, H]."""
     slots_S = jnp.arange(k_BSKH.shape[1])

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
-from jaxchat.model.attention import attend_with_cache, causal_attention
+from jaxchat.model.attention import cached_attention, causal_attention, decoding_attention
 from jaxchat.model.cache import KVCache
 from jaxchat.model.params import Blocks, Params
 from jaxchat.sharding import constrain, row_axes
@@ -124,16 +124,21 @@ def features(
         return rms_norm(x_BTD)
 
     # The whole cache is carried and written in place: as a scanned output it would be copied every step.
+    rows = jnp.arange(batch)[:, None]
+
     def cached_layer(carry, layer_and_w):
         x_BTD, k_LBSKH, v_LBSKH = carry
         index, w = layer_and_w
         w = jax.tree.map(lambda a: a.astype(dtype), w)
 
         def attend(q, k, v):
-            y, *kv = attend_with_cache(
-                q, k, v, k_LBSKH, v_LBSKH, index, positions_BT, implementation=compute.attention, mesh=compute.mesh
-            )
-            return y, kv
+            k_all = k_LBSKH.at[index, rows, positions_BT].set(k.astype(k_LBSKH.dtype), mode="drop")
+            v_all = v_LBSKH.at[index, rows, positions_BT].set(v.astype(v_LBSKH.dtype), mode="drop")
+            if time == 1 and compute.attention == "blocks":
+                y = decoding_attention(q, k_all, v_all, index, positions_BT[:, 0])
+            else:
+                y = cached_attention(q, k_all[index].astype(dtype), v_all[index].astype(dtype), positions_BT)
+            return y, (k_all, v_all)
 
         x_BTD, (k_LBSKH, v_LBSKH) = block(x_BTD, w, tables, attend)
         return (x_BTD, k_LBSKH, v_LBSKH), None
