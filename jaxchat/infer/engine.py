@@ -2,9 +2,8 @@
 
 There is a fixed number of slots. A row that is done leaves its slot to a prompt that waits. The device decodes in
 stretches; the host steps in where rows have called the tool (their results are forced into their streams) or are done.
-A prompt is read in a batch whose shape depends on the prompt alone, and decoded in a cache whose length depends on the
-prompt and max_tokens alone; rows of another length have their turn. So what a row says does not depend on what else is
-there, and few shapes are ever compiled.
+A prompt is read in a batch whose shape depends on the prompt alone, and all slots are decoded in one shape: so what a
+row says does not depend on what else is there, and few shapes are ever compiled.
 """
 
 import dataclasses
@@ -30,7 +29,6 @@ STRETCH = 64  # tokens decoded before the host looks, at most
 FORCED = 64  # the most tokens that one tool call can force
 EXPRESSION = 256  # the most tokens that a tool's expression may have
 SHORTEST = 16  # tokens of the shortest rows in which prompts are read
-SHORTEST_CACHE = 256  # of a row of the cache: shorter ones would compile more shapes, and save little
 
 
 @dataclasses.dataclass
@@ -176,7 +174,7 @@ class Engine:
             slots.logits_BV, slots.cache, *found = decode(
                 self.params, slots.logits_BV, slots.cache, slots.row_B.clip(0), slots.limit_B, slots.done_B,
                 slots.forced_BF, slots.num_forced_B, np.uint32(seed), np.float32(temperature or 1.0),
-                slots.next_fits(), np.int32(slots.together), config=self.config, compute=self.compute,
+                bool(slots.waiting), np.int32(slots.together), config=self.config, compute=self.compute,
                 greedy=temperature == 0, top_k=top_k, stretch=stretch, specials=specials,
             )  # fmt: skip
             done_B, ended_B, called_B, tokens_BN, forced_BN, used_B = jax.device_get(found)
@@ -219,28 +217,14 @@ class Slots:
             raise UserError(f"a prompt of {longest if longest > limit else 0} tokens; this model takes 1 to {limit}")
         self._engine, self._rows, self._max_tokens = engine, rows, max_tokens
         self.together = max(1, count // 8)  # prompts are read, and rows waited for, so many at a time
-        # The longest first: rows that take long don't begin last, and the cache only ever gets shorter.
-        wanted = [r for r, row in enumerate(rows) if self.end_of(r) > len(row)]
+        # The longest first: rows that take long don't begin last.
+        wanted = [r for r, row in enumerate(rows) if min(max_tokens, limit - len(row)) > 0]
         self.waiting = sorted(wanted, key=lambda r: len(rows[r]))
         self.row_B = np.full(count, -1)  # which row a slot holds; −1: none
         self.done_B = np.ones(count, bool)
         self.limit_B = np.zeros(count, np.int32)
         self.forced_BF, self.num_forced_B = np.zeros((count, FORCED), np.int32), np.zeros(count, np.int32)
         self.cache = self.logits_BV = None
-        self._cache_length = 0
-
-    def end_of(self, r: int) -> int:
-        """The most tokens that a row can have in the end, its prompt's included."""
-        return min(len(self._rows[r]) + self._max_tokens, self._engine.config.sequence_len)
-
-    def cache_length(self, r: int) -> int:
-        """That of the cache in which a row is decoded: a power of two, or what the model takes, in whole blocks."""
-        most = -(-self._engine.config.sequence_len // SLOT_BLOCK) * SLOT_BLOCK
-        return bucket(self.end_of(r), SHORTEST_CACHE, most)
-
-    def next_fits(self) -> bool:
-        """Whether a prompt waits for a slot of the cache that there is."""
-        return bool(self.waiting) and self.cache_length(self.waiting[-1]) == self._cache_length
 
     def free(self, b: int):
         self.row_B[b], self.done_B[b] = -1, True
@@ -251,13 +235,12 @@ class Slots:
 
     def admit(self) -> bool:
         """Give free slots to waiting prompts, where there are enough to read together. -> whether any slot is taken."""
-        if self.waiting and not self.next_fits() and (self.row_B < 0).all():
-            self._cache_length, self.cache = self.cache_length(self.waiting[-1]), None  # the old one's memory is free
-            self.logits_BV, self.cache = empty_slots(
-                self._engine.config, self._engine.compute, len(self.row_B), self._cache_length
-            )
-        while self.next_fits() and np.sum(self.row_B < 0) >= min(self.together, len(self.waiting)):
-            self._read(np.flatnonzero(self.row_B < 0))
+        if self.waiting and self.cache is None:
+            config, count = self._engine.config, len(self.row_B)
+            length = -(-config.sequence_len // SLOT_BLOCK) * SLOT_BLOCK
+            self.logits_BV, self.cache = empty_slots(config, self._engine.compute, count, length)
+        while (free := np.flatnonzero(self.row_B < 0)).size >= min(self.together, len(self.waiting)) > 0:
+            self._read(free)
         return bool((self.row_B >= 0).any())
 
     def _read(self, free: np.ndarray):
@@ -271,12 +254,12 @@ class Slots:
         tokens_PT = np.zeros((self.together, length), np.int32)
         lengths_P, slots_P = np.ones(self.together, np.int32), np.full(self.together, count, np.int32)
         for p, b in enumerate(free[: self.together]):
-            if not self.next_fits() or length_of(self.waiting[-1]) != length:
+            if not self.waiting or length_of(self.waiting[-1]) != length:
                 break
             r = self.waiting.pop()
             tokens_PT[p, : len(rows[r])] = rows[r]
             lengths_P[p], slots_P[p], self.row_B[b], self.done_B[b] = len(rows[r]), b, r, False
-            self.limit_B[b] = self.end_of(r)
+            self.limit_B[b] = min(len(rows[r]) + self._max_tokens, engine.config.sequence_len)
             self.force(b, [])
         self.logits_BV, self.cache = read_prompts(
             engine.params, self.logits_BV, self.cache, tokens_PT, lengths_P, slots_P, engine.config, engine.compute
