@@ -4,8 +4,6 @@ Orbax writes them in the background; a step's folder appears under its name only
 (jaxchat/seal.py), so that later damage is seen.
 """
 
-import contextlib
-import json
 import logging
 import os
 import re
@@ -201,7 +199,8 @@ class Checkpoints:
     def _together(self, part: Callable[[], None], alone: bool = False):
         """Do a part of a save. Where it fails on one process it has failed on all, so that none waits for another.
 
-        What a failed save has written goes, and the writer with it, which would tell of it once more.
+        alone: only on this process. What a failed save has written goes, and the writer with it, which would tell of it
+        once more.
         """
         problem = None
         try:
@@ -256,12 +255,10 @@ def read_meta(folder: Path, step: int) -> dict:
 
 def measured(folder: Path, step: int) -> dict[str, float]:
     """The last values, up to a step, of what a run's evaluations measured, from its metrics.jsonl; {} without one."""
-    path, found = folder / "metrics.jsonl", {}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a kill cut short
-            row = json.loads(line)
-            if row["step"] <= step and "step_seconds" not in row:
-                found |= row
+    found = {}
+    for row in seal.read_lines(folder / "metrics.jsonl"):
+        if row.get("step", step + 1) <= step and "step_seconds" not in row:
+            found |= row
     return {name: value for name, value in found.items() if name != "step" and value is not None}
 
 

@@ -43,6 +43,16 @@ def full_disk_told(folder: Path):
         raise
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl file; [] without one. A line that a kill cut short is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
 def sweep(run_folder: Path):
     """Delete what saves that failed or were killed have left half-written, as far as that is possible."""
     for path in run_folder.glob("*.orbax-checkpoint-tmp*"):

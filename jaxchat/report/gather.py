@@ -12,6 +12,7 @@ from jaxchat.config import ModelConfig, UserError, base_dir
 from jaxchat.eval.results import read_json
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.report.record import FILE
+from jaxchat.seal import read_lines
 
 TITLES = {"base": "base", "mid": "mid", "sft": "SFT"}
 LAST = 20  # the training loss is told as a mean of so many steps
@@ -159,13 +160,3 @@ def numbers(evaluation: dict) -> dict[str, float]:
     accuracies = {name: task.get("accuracy") for name, task in (evaluation.get("tasks") or {}).items()}
     found = (evaluation.get("metrics") or {}) | (evaluation.get("values") or {}) | accuracies
     return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl file; [] without one. A line that a kill cut short is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]

@@ -29,9 +29,9 @@ class Reporter:
     def restart_clock(self):
         self._clock = time.perf_counter()
 
-    def step(self, step: int, tokens: int, waited: float, metrics: dict, row_tokens: int | None = None):
+    def step(self, step: int, tokens: int, waited: float, metrics: dict, row_tokens: int):
         """tokens: of all processes; waited: seconds until the data was there; metrics: arrays still under way;
-        row_tokens: of a row, padding included; None: the model's whole context.
+        row_tokens: of a row, padding included.
         """
         previous, self._pending = self._pending, (step, tokens, waited, metrics, row_tokens)
         if previous:
