@@ -6,6 +6,7 @@ whose metadata tells the part (a named scope in the code) and the direction it c
 
 import collections
 import dataclasses
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from bench.step import Shape, parse_way, prepare
+from jaxchat import sharding
 from launch import cli
 
 CONTAINERS = ("while", "call", "conditional")  # their time is that of the operations in them
@@ -52,10 +54,13 @@ def device_events(folder: str):
     for plane in on_device:
         lines = [line for line in plane.lines if line.name == "XLA Ops"] or plane.lines  # a TPU has lines of others too
         for event in (event for line in lines for event in line.events):
-            yield dict(event.stats).get("hlo_op", event.name), event.duration_ns
+            yield str(dict(event.stats).get("hlo_op", event.name)), event.duration_ns
 
 
 def run(config: Config):
+    sharding.keep_compiled()
+    # A GPU's kernels that are launched together, as a graph, have no names of operations.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     step, state, batch, _ = prepare(config, parse_way(config.way), config.batch)
     compiled = step.lower(state, batch, np.float32(1.0)).compile()
     paths = operations(compiled.as_text())

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import sharding
-from jaxchat.config import Compute, ModelConfig, UserError
-from jaxchat.model.flops import flops_per_token, num_params
+from jaxchat.config import REMATS, Compute, ModelConfig, UserError
+from jaxchat.model.flops import flops_per_token, num_params, peak_flops
+from jaxchat.train import fit
 from jaxchat.train.loop import place_batch
 from jaxchat.train.metrics import peak_bytes
 from jaxchat.train.optimizer import make_optimizer
-from jaxchat.train.state import init_state
+from jaxchat.train.state import abstract_state, init_state
 from jaxchat.train.step import compile_step, make_train_step
 from launch import cli
 
@@ -73,7 +74,8 @@ def batch_of(config: Shape, micro_rows: int, random: np.random.Generator) -> dic
 def prepare(config: Shape, changes: dict, micro_rows: int, make_state: Callable | None = None):
     """(step function, state, placed batch, model) of one way, the step not yet compiled.
 
-    make_state: init_state by default; abstract_state where shapes are enough.
+    make_state: init_state by default; abstract_state where shapes are enough. Where devices tell their memory and
+    `changes` don't name a remat, the first that fits is taken, as the trainers do.
     """
     if config.stage not in GRAD_CLIP:
         raise UserError(f"--stage={config.stage}; it is one of {', '.join(GRAD_CLIP)}")
@@ -83,9 +85,14 @@ def prepare(config: Shape, changes: dict, micro_rows: int, make_state: Callable 
     compute = Compute.for_backend(mesh=mesh, **changes)
     optimizer = make_optimizer(model, grad_clip=GRAD_CLIP[config.stage], muon_dtype=jnp.dtype(compute.dtype), mesh=mesh)
     batch = place_batch(batch_of(config, micro_rows, np.random.default_rng(0)), mesh)
-    step = make_train_step(model, compute, optimizer, mesh)
+    remats = REMATS if fit.device_memory(mesh) and "remat" not in changes else (compute.remat,)
+    steps = {
+        remat: make_train_step(model, dataclasses.replace(compute, remat=remat), optimizer, mesh) for remat in remats
+    }
+    if len(steps) > 1:
+        remats = [fit.first_that_fits(steps, mesh, abstract_state(model, optimizer, mesh), batch, np.float32(1.0))]
     make_state = make_state or partial(init_state, 0)
-    return step, make_state(model, optimizer, mesh), batch, model
+    return steps[remats[0]], make_state(model, optimizer, mesh), batch, model
 
 
 def parse_way(text: str) -> dict:
@@ -124,8 +131,11 @@ def run(config: Config):
             losses[name] = float(metrics["loss"])
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     first, tokens = next(iter(medians.values())), config.batch * config.seq
+    peak = peak_flops(jax.devices()[0])
     for name, median in medians.items():
         rate = f"{1000 * median:8.1f} ms {tokens / median:12,.0f} tokens/s"
+        if peak:
+            rate += f"  {flops_per_token(model) * tokens / median / peak / jax.device_count():.1%} MFU"
         print(f"{name:<45} {rate}  {first / median:.2f} × the first")
     if config.json:
         fields = {

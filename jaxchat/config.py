@@ -118,6 +118,8 @@ class Compute:
         else:
             kernel = {"gpu": "cudnn" if dtype == "bfloat16" else "xla", "tpu": "splash"}.get(backend, "xla")
             chosen = {"remat": "dots", "attention": kernel, "loss_chunk_tokens": 4096}
+            if backend == "gpu":  # looped over, what each layer keeps is copied to and from a stack of all
+                chosen |= {"unroll": True, "loss_chunk_tokens": 8192}
         return cls(**(chosen | {"dtype": dtype} | changes))
 
 

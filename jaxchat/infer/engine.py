@@ -131,8 +131,10 @@ class Engine:
     def __init__(
         self, params: Params, config: ModelConfig, tokenizer, compute: Compute | None = None, *, batch_size: int = 64
     ):
-        self.params, self.config, self.tokenizer, self.batch_size = params, config, tokenizer, batch_size
+        self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.compute = compute or Compute.for_backend()
+        # Every token needs all weights: they are read in the dtype they are used in, not cast anew each time.
+        self.params = jax.tree.map(lambda a: a.astype(self.compute.dtype), params)
 
     def generate(
         self,

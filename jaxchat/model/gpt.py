@@ -148,10 +148,15 @@ def features(
     return rms_norm(x_BTD), KVCache(k, v, cache.lengths_B + time)
 
 
+def softcap(u):
+    """15·tanh(u/15) in float32: what the head gives, brought within ±15."""
+    return SOFTCAP * jnp.tanh(u.astype(jnp.float32) / SOFTCAP)
+
+
 def logits(lm_head_DV, x_BTD):
     """15·tanh(head(x)/15) in float32: [..., V] from features [..., D]."""
     head = lm_head_DV.astype(x_BTD.dtype)
-    return SOFTCAP * jnp.tanh(jnp.einsum("...d,dv->...v", x_BTD, head, preferred_element_type=jnp.float32) / SOFTCAP)
+    return softcap(jnp.einsum("...d,dv->...v", x_BTD, head, preferred_element_type=jnp.float32))
 
 
 def forward(params: Params, tokens_BT, config: ModelConfig, compute: Compute, cache: KVCache | None = None):

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
-from jaxchat.model.gpt import SOFTCAP, features, logits
+from jaxchat.model.gpt import SOFTCAP, features, softcap
 from jaxchat.model.params import Params
 from jaxchat.sharding import ROWS, data_shards
 
@@ -61,21 +61,22 @@ def _nll(x_BTD, head_DV, targets_BT, weights_BT, t: int, sharded: bool):
 
 
 def chunk_nll(x_BtD, head_DV, targets_Bt, sharded: bool):
-    """(z_BtV, exp(z)_BtV, its sum_Bt, targets' ids in V, nll_Bt): logits are within ±15, so exp needs no maximum
-    taken off. sharded: V is this device's share of the vocabulary; the sum and the loss are over all of it.
+    """(what the head gives u_BtV in x's dtype, Σ exp(logit)_Bt, targets' ids in V, nll_Bt): logits are within ±15, so
+    exp needs no maximum taken off. sharded: V is this device's share of the vocabulary; the sum and the loss are over
+    all of it.
     """
-    z_BtV = logits(head_DV, x_BtD)
-    exp_BtV = jnp.exp(z_BtV)
-    sum_Bt = jnp.sum(exp_BtV, axis=-1)
+    # In bfloat16 u is rounded as all products are: half the bytes of what is written and read most here.
+    u_BtV = jnp.einsum("btd,dv->btv", x_BtD, head_DV)
+    sum_Bt = jnp.sum(jnp.exp(softcap(u_BtV)), axis=-1)
     if not sharded:
-        target_logit_Bt = jnp.take_along_axis(z_BtV, targets_Bt[..., None], axis=-1)[..., 0]
-        return z_BtV, exp_BtV, sum_Bt, targets_Bt, jnp.log(sum_Bt) - target_logit_Bt
-    size = z_BtV.shape[-1]
+        target_logit_Bt = softcap(jnp.take_along_axis(u_BtV, targets_Bt[..., None], axis=-1)[..., 0])
+        return u_BtV, sum_Bt, targets_Bt, jnp.log(sum_Bt) - target_logit_Bt
+    size = u_BtV.shape[-1]
     ids_Bt = targets_Bt - lax.axis_index("tensor") * size
     near_Bt = jnp.clip(ids_Bt, 0, size - 1)
-    logit_Bt = jnp.take_along_axis(z_BtV, near_Bt[..., None], axis=-1)[..., 0]
+    logit_Bt = softcap(jnp.take_along_axis(u_BtV, near_Bt[..., None], axis=-1)[..., 0])
     sum_Bt, logit_Bt = lax.psum((sum_Bt, jnp.where(ids_Bt == near_Bt, logit_Bt, 0.0)), "tensor")
-    return z_BtV, exp_BtV, sum_Bt, ids_Bt, jnp.log(sum_Bt) - logit_Bt
+    return u_BtV, sum_Bt, ids_Bt, jnp.log(sum_Bt) - logit_Bt
 
 
 def nll_and_gradients(x_BTD, lm_head_DV, targets_BT, weights_BT, t: int, mesh: Mesh | None):
@@ -90,10 +91,13 @@ def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, t: int, sharded: 
     def add_chunk(carry, chunk):
         nll, d_head_DV = carry
         x_BtD, targets_Bt, weights_Bt = chunk
-        z_BtV, exp_BtV, sum_Bt, ids_Bt, nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, sharded)
+        u_BtV, sum_Bt, ids_Bt, nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, sharded)
+        # Computed again, not kept in float32 since the sum: the barrier hides from XLA that they are the same.
+        z_BtV = softcap(lax.optimization_barrier(u_BtV))
         # ∂nll/∂logit = softmax − 1 at the target, and the softcap's slope is 1 − (z/15)².
         is_target_BtV = ids_Bt[..., None] == jnp.arange(z_BtV.shape[-1])[None, None]
-        d_BtV = (exp_BtV / sum_Bt[..., None] - is_target_BtV) * (1 - (z_BtV / SOFTCAP) ** 2) * weights_Bt[..., None]
+        d_BtV = jnp.exp(z_BtV) / sum_Bt[..., None] - is_target_BtV
+        d_BtV = d_BtV * (1 - (z_BtV / SOFTCAP) ** 2) * weights_Bt[..., None]
         d_BtV = d_BtV.astype(dtype)
         d_x_BtD = jnp.einsum("btv,dv->btd", d_BtV, head_DV)
         d_head_DV += jnp.einsum("btd,btv->dv", x_BtD, d_BtV, preferred_element_type=jnp.float32)

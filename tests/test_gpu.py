@@ -1,0 +1,96 @@
+"""On a GPU only: what is computed there in bfloat16, by cuDNN too, beside float32.
+
+JAXCHAT_TEST_PLATFORM=cuda python -m pytest tests/test_gpu.py; elsewhere these skip.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxchat.config import Compute, ModelConfig
+from jaxchat.model.attention import causal_attention, kernel_for
+from jaxchat.train.loss import weighted_nll
+from jaxchat.train.optimizer import make_optimizer
+from jaxchat.train.state import init_state
+from jaxchat.train.step import make_train_step
+
+# Relative to the norm. bfloat16 keeps 8 bits, so one rounding is off by 2^-9 = 0.002 at most; what is compared here has
+# gone through a few of them, one after the other.
+BFLOAT16 = 1e-2
+
+
+@pytest.fixture(autouse=True)
+def on_gpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
+    with jax.default_matmul_precision("highest"):  # else float32 products are TF32's, with 11 bits
+        yield
+
+
+def normal(seed: int, *shape, dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def off(found, expected) -> float:
+    """‖found − expected‖ / ‖expected‖; NaN is never near."""
+    found, expected = (np.asarray(jax.device_get(a), np.float64) for a in (found, expected))
+    assert np.isfinite(found).all()
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("time, heads, kv_heads, head_dim", [(256, 6, 6, 128), (130, 8, 2, 64), (64, 3, 3, 72)])
+def test_cudnn_attention(time, heads, kv_heads, head_dim, segments):
+    assert kernel_for("cudnn", head_dim, time) == "cudnn"
+    q, k = (normal(i, 2, time, n, head_dim) for i, n in enumerate((heads, kv_heads)))
+    v, dy = normal(2, 2, time, kv_heads, head_dim), normal(3, 2, time, heads, head_dim)
+    segments_BT = jnp.cumsum(jax.random.bernoulli(jax.random.key(4), 0.03, (2, time)), axis=1) if segments else None
+
+    def with_gradients(implementation, *qkv):
+        def attend(q, k, v):
+            return causal_attention(q, k, v, implementation, segments_BT)
+
+        y, back = jax.vjp(attend, *qkv)
+        return y, *back(dy.astype(y.dtype))
+
+    found = jax.jit(with_gradients, static_argnums=0)("cudnn", q, k, v)
+    expected = jax.jit(with_gradients, static_argnums=0)("xla", *(a.astype(jnp.float32) for a in (q, k, v)))
+    for name, a, b in zip(("y", "dq", "dk", "dv"), found, expected, strict=True):
+        assert off(a, b) < BFLOAT16, name
+
+
+def test_loss():
+    x, head = normal(0, 4, 256, 256), normal(1, 256, 4096) / 16
+    targets = jax.random.randint(jax.random.key(2), (4, 256), 0, 4096)
+    weights = jax.random.bernoulli(jax.random.key(3), 0.5, (4, 256)).astype(jnp.float32)
+
+    @jax.jit
+    def with_gradients(x, head):
+        return jax.value_and_grad(lambda x, head: weighted_nll(x, head, targets, weights, 64), (0, 1))(x, head)
+
+    nll, gradients = with_gradients(x, head)
+    expected, expected_gradients = with_gradients(x.astype(jnp.float32), head.astype(jnp.float32))
+    assert off(nll, expected) < 1e-3  # errors of a thousand tokens even out
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        assert off(a, b) < BFLOAT16
+
+
+def test_training_goes_as_in_float32():
+    model = ModelConfig(sequence_len=128, vocab_size=512, n_layer=3, n_head=2, n_kv_head=2, n_embd=128)
+    tokens = np.random.default_rng(0).integers(0, 512, (1, 8, 128), dtype=np.int32)
+    batch = {"inputs": tokens, "targets": np.roll(tokens, -1, axis=2), "weights": np.ones((1, 8, 128), np.float32)}
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
+    losses = {}
+    for name, compute in {
+        "bfloat16": Compute.for_backend(mesh=mesh, remat="none"),
+        "float32": Compute.for_backend("float32", mesh=mesh, remat="none"),
+    }.items():
+        optimizer = make_optimizer(model, grad_clip=1.0, muon_dtype=jnp.dtype(compute.dtype), mesh=mesh)
+        step, state = make_train_step(model, compute, optimizer, mesh), init_state(0, model, optimizer, mesh)
+        losses[name] = []
+        for _ in range(20):
+            state, metrics = step(state, batch, np.float32(1.0))
+            losses[name].append(float(metrics["loss"]))
+    assert losses["float32"][-1] < losses["float32"][0] - 1
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.03)
