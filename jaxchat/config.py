@@ -84,6 +84,7 @@ class Compute:
     remat: what the backward pass computes again instead of keeping: "none" (keep all), "dots" (keep the results of
         matrix products only), "full" (keep only each layer's input).
     attention: "xla", "blocks" (CPU), "cudnn" (GPU, bfloat16; "xla" where it can't) or "splash" (TPU).
+    kernels: norms, rotary embedding and the loss's softmax by kernels of our own, for GPUs (model/kernels.py).
     loss_chunk_tokens: logits exist for at most this many tokens per device at a time.
     micro_tokens: a training step takes at most this many tokens of a device's micro-batch at a time, whole rows (one at
         least); 0: all. On a CPU less is in its caches' way, and in memory.
@@ -94,6 +95,7 @@ class Compute:
     unroll: bool = False
     remat: str = "none"
     attention: str = "xla"
+    kernels: bool = False
     loss_chunk_tokens: int = 512
     micro_tokens: int = 0
     mesh: Any = None
@@ -119,7 +121,7 @@ class Compute:
             kernel = {"gpu": "cudnn" if dtype == "bfloat16" else "xla", "tpu": "splash"}.get(backend, "xla")
             chosen = {"remat": "dots", "attention": kernel, "loss_chunk_tokens": 4096}
             if backend == "gpu":  # looped over, what each layer keeps is copied to and from a stack of all
-                chosen |= {"unroll": True, "loss_chunk_tokens": 8192}
+                chosen |= {"unroll": True, "kernels": True, "loss_chunk_tokens": 8192}
         return cls(**(chosen | {"dtype": dtype} | changes))
 
 

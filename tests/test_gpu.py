@@ -3,12 +3,15 @@
 JAXCHAT_TEST_PLATFORM=cuda python -m pytest tests/test_gpu.py; elsewhere these skip.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxchat.config import Compute, ModelConfig
+from jaxchat.model import gpt, kernels
 from jaxchat.model.attention import causal_attention, kernel_for
 from jaxchat.train.loss import weighted_nll
 from jaxchat.train.optimizer import make_optimizer
@@ -60,17 +63,41 @@ def test_cudnn_attention(time, heads, kv_heads, head_dim, segments):
         assert off(a, b) < BFLOAT16, name
 
 
-def test_loss():
-    x, head = normal(0, 4, 256, 256), normal(1, 256, 4096) / 16
-    targets = jax.random.randint(jax.random.key(2), (4, 256), 0, 4096)
+@pytest.mark.parametrize("heads, head_dim, width", [(6, 128, 768), (3, 72, 1280), (1, 64, 96)])
+def test_norm_kernels(heads, head_dim, width):
+    """As gpt.py's own functions, in bfloat16 as in float32."""
+    x, dy = normal(0, 2, 130, heads, head_dim), normal(1, 2, 130, heads, head_dim)
+    wide, dwide, dh = (normal(2 + i, 2, 130, width) for i in range(3))
+    tables = gpt.rotary_tables(jnp.arange(130)[None], head_dim)
+
+    def with_gradients(norm_rotate, fork_norm, x, dy, wide, dwide, dh):
+        y, back = jax.vjp(lambda x: norm_rotate(x, tables), x)
+        (same, *h), fork_back = jax.vjp(lambda x: fork_norm(x, 3), wide)
+        return y, *back(dy), same, *h, *fork_back((dwide, dh, dh, -dh))
+
+    arrays = (x, dy, wide, dwide, dh)
+    found = jax.jit(lambda *a: with_gradients(kernels.norm_rotate, kernels.fork_norm, *a))(*arrays)
+    exact = [a.astype(jnp.float32) for a in arrays]
+    expected = jax.jit(lambda *a: with_gradients(gpt.norm_rotate, gpt.fork_norm, *a))(*exact)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == jnp.bfloat16 and off(a, b) < BFLOAT16
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_loss(by_kernel):
+    x, head = normal(0, 4, 256, 256), normal(1, 256, 5000) / 4  # logits to ±15
+    targets = jax.random.randint(jax.random.key(2), (4, 256), 0, 5000)
     weights = jax.random.bernoulli(jax.random.key(3), 0.5, (4, 256)).astype(jnp.float32)
 
-    @jax.jit
-    def with_gradients(x, head):
-        return jax.value_and_grad(lambda x, head: weighted_nll(x, head, targets, weights, 64), (0, 1))(x, head)
+    @partial(jax.jit, static_argnums=2)
+    def with_gradients(x, head, by_kernel):
+        def nll(x, head):
+            return weighted_nll(x, head, targets, weights, 64, None, by_kernel)
 
-    nll, gradients = with_gradients(x, head)
-    expected, expected_gradients = with_gradients(x.astype(jnp.float32), head.astype(jnp.float32))
+        return jax.value_and_grad(nll, (0, 1))(x, head)
+
+    nll, gradients = with_gradients(x, head, by_kernel)
+    expected, expected_gradients = with_gradients(x.astype(jnp.float32), head.astype(jnp.float32), False)
     assert off(nll, expected) < 1e-3  # errors of a thousand tokens even out
     for a, b in zip(gradients, expected_gradients, strict=True):
         assert off(a, b) < BFLOAT16

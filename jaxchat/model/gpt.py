@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
+from jaxchat.model import kernels
 from jaxchat.model.attention import cached_attention, causal_attention, decoding_attention
 from jaxchat.model.cache import KVCache
 from jaxchat.model.params import Blocks, Params
@@ -69,22 +70,33 @@ def embed(wte_VD, tokens_BT, dtype, mesh: Mesh | None):
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False)(wte_VD, tokens_BT)
 
 
-def block(x_BTD, w: Blocks, tables, attend):
+def norm_rotate(x_BTNH, tables):
+    return rms_norm(rotate(x_BTNH, tables))
+
+
+def fork_norm(x_BTD, ways: int = 1):
+    """x for the way round a part of a layer, and normed for the ways through it."""
+    return x_BTD, *[rms_norm(x_BTD)] * ways
+
+
+def block(x_BTD, w: Blocks, tables, attend, fork_norm=fork_norm, norm_rotate=norm_rotate):
     """One transformer layer. `attend(q, k, v) -> (y_BTNH, extra)` sees rotated, normed queries and keys.
 
-    -> (x_BTD, extra). w is a single layer's slice of the stack, in the activations' dtype.
+    -> (x_BTD, extra). w is a single layer's slice of the stack, in the activations' dtype. fork_norm and norm_rotate:
+    the functions above, or kernels of theirs.
     """
     with jax.named_scope("projections"):  # the scopes are for profiles: bench/profile.py
-        h_BTD = rms_norm(x_BTD)
-        q_BTNH = rms_norm(rotate(jnp.einsum("btd,dnh->btnh", h_BTD, w.wq), tables))
-        k_BTKH = rms_norm(rotate(jnp.einsum("btd,dkh->btkh", h_BTD, w.wk), tables))
-        v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, w.wv)
+        x_BTD, *h_BTD = fork_norm(x_BTD, 3)
+        q_BTNH = norm_rotate(jnp.einsum("btd,dnh->btnh", h_BTD[0], w.wq), tables)
+        k_BTKH = norm_rotate(jnp.einsum("btd,dkh->btkh", h_BTD[1], w.wk), tables)
+        v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD[2], w.wv)
     with jax.named_scope("attention"):
         y_BTNH, extra = attend(q_BTNH, k_BTKH, v_BTKH)
     with jax.named_scope("projections"):
         x_BTD = x_BTD + jnp.einsum("btnh,nhd->btd", y_BTNH, w.wo)
     with jax.named_scope("mlp"):
-        h_BTF = jax.nn.relu(jnp.einsum("btd,df->btf", rms_norm(x_BTD), w.w_up))
+        x_BTD, h_BTD = fork_norm(x_BTD)
+        h_BTF = jax.nn.relu(jnp.einsum("btd,df->btf", h_BTD, w.w_up))
         return x_BTD + jnp.einsum("btf,fd->btd", h_BTF * h_BTF, w.w_down), extra
 
 
@@ -112,10 +124,14 @@ def features(
         mesh = compute.mesh
         rows = None if mesh is None else P(row_axes(mesh, batch))
 
+        norms = {}
+        if compute.kernels:
+            norms = {f.__name__: partial(f, mesh=mesh) for f in (kernels.fork_norm, kernels.norm_rotate)}
+
         def layer(x_BTD, w):
             w = jax.tree.map(lambda a: a.astype(dtype), w)
             attend = partial(causal_attention, implementation=compute.attention, segments_BT=segments_BT, mesh=mesh)
-            x_BTD, _ = block(x_BTD, w, tables, lambda q, k, v: (attend(q, k, v), None))
+            x_BTD, _ = block(x_BTD, w, tables, lambda q, k, v: (attend(q, k, v), None), **norms)
             return constrain(x_BTD, rows, mesh), None
 
         if compute.remat != "none":

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
+from jaxchat.model import kernels
 from jaxchat.model.gpt import SOFTCAP, features, softcap
 from jaxchat.model.params import Params
 from jaxchat.sharding import ROWS, data_shards
@@ -25,83 +26,100 @@ def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute
     x_BTD = features(params, batch["inputs_BT"], config, compute, segments_BT=batch.get("segments_BT"))
     t = chunk_length(*batch["inputs_BT"].shape, compute)
     with jax.named_scope("loss"):
-        nll = weighted_nll(x_BTD, params.lm_head, batch["targets_BT"], batch["weights_BT"], t, compute.mesh)
+        targets_BT, weights_BT = batch["targets_BT"], batch["weights_BT"]
+        nll = weighted_nll(x_BTD, params.lm_head, targets_BT, weights_BT, t, compute.mesh, compute.kernels)
     return nll, jnp.sum(batch["weights_BT"])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, t: int, mesh: Mesh | None = None):
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, t: int, mesh: Mesh | None = None, by_kernel: bool = False):
     """Σ weight·nll of the tokens that follow features x_BTD; logits exist for t positions of every row at a time.
 
     The positions are cut into chunks along T, so rows stay on their devices. Where gradients are wanted, a chunk's are
     computed at once, from the very logits of its loss: nothing is computed twice, and the backward pass only scales.
     On a mesh each device computes its rows' logits for its share of the vocabulary. Only sums over the vocabulary
-    cross the tensor axis, and the head's gradient crosses the others once, after the last chunk.
+    cross the tensor axis, and the head's gradient crosses the others once, after the last chunk. by_kernel: of
+    model/kernels.py, for GPUs.
     """
-    return _on_mesh(_nll, P(), x_BTD, lm_head_DV, targets_BT, weights_BT, t, mesh)
+    return _on_mesh(_nll, P(), x_BTD, lm_head_DV, targets_BT, weights_BT, t, mesh, by_kernel)
 
 
-def _on_mesh(function, out_specs, x_BTD, lm_head_DV, targets_BT, weights_BT, t, mesh):
+def _on_mesh(function, out_specs, x_BTD, lm_head_DV, targets_BT, weights_BT, t, mesh, by_kernel):
     head_DV = lm_head_DV.astype(x_BTD.dtype)
-    if mesh is None or mesh.size == 1:
-        return function(x_BTD, head_DV, targets_BT, weights_BT, t, False)
-    local = partial(function, t=t, sharded=True)
+    if mesh is None or (mesh.size == 1 and not by_kernel):
+        return function(x_BTD, head_DV, targets_BT, weights_BT, t, False, by_kernel)
+    local = partial(function, t=t, sharded=True, by_kernel=by_kernel)
     in_specs = (P(ROWS), P(None, "tensor"), P(ROWS), P(ROWS))
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return mapped(x_BTD, head_DV, targets_BT, weights_BT)
 
 
-def _nll(x_BTD, head_DV, targets_BT, weights_BT, t: int, sharded: bool):
+def _nll(x_BTD, head_DV, targets_BT, weights_BT, t: int, sharded: bool, by_kernel: bool):
+    del by_kernel  # it would write what only gradients need
+
     def add_chunk(nll, chunk):
         x_BtD, targets_Bt, weights_Bt = chunk
-        return nll + jnp.sum(weights_Bt * chunk_nll(x_BtD, head_DV, targets_Bt, sharded)[-1]), None
+        return nll + jnp.sum(weights_Bt * chunk_nll(x_BtD, head_DV, targets_Bt, sharded, False)[-1]), None
 
     nll = lax.scan(add_chunk, jnp.zeros(()), chunks(t, x_BTD, targets_BT, weights_BT))[0]
     return lax.psum(nll, ROWS) if sharded else nll
 
 
-def chunk_nll(x_BtD, head_DV, targets_Bt, sharded: bool):
-    """(what the head gives u_BtV in x's dtype, Σ exp(logit)_Bt, targets' ids in V, nll_Bt): logits are within ±15, so
-    exp needs no maximum taken off. sharded: V is this device's share of the vocabulary; the sum and the loss are over
-    all of it.
+def chunk_nll(x_BtD, head_DV, targets_Bt, sharded: bool, by_kernel: bool):
+    """(exp(z)·slope(z)_BtV in x's dtype, Σ exp(z)_Bt, z of the targets_Bt, their places in V, nll_Bt) of logits z.
+
+    They are within ±15, so exp needs no maximum taken off. sharded: V is this device's share of the vocabulary; sums,
+    the targets' logits and the loss are of all of it, and a target that is not in it has a place beyond its end.
     """
-    # In bfloat16 u is rounded as all products are: half the bytes of what is written and read most here.
+    # In bfloat16 what the head gives is rounded as any product is: half the bytes of what is written and read most.
     u_BtV = jnp.einsum("btd,dv->btv", x_BtD, head_DV)
-    sum_Bt = jnp.sum(jnp.exp(softcap(u_BtV)), axis=-1)
-    if not sharded:
-        target_logit_Bt = softcap(jnp.take_along_axis(u_BtV, targets_Bt[..., None], axis=-1)[..., 0])
-        return u_BtV, sum_Bt, targets_Bt, jnp.log(sum_Bt) - target_logit_Bt
     size = u_BtV.shape[-1]
-    ids_Bt = targets_Bt - lax.axis_index("tensor") * size
-    near_Bt = jnp.clip(ids_Bt, 0, size - 1)
-    logit_Bt = softcap(jnp.take_along_axis(u_BtV, near_Bt[..., None], axis=-1)[..., 0])
-    sum_Bt, logit_Bt = lax.psum((sum_Bt, jnp.where(ids_Bt == near_Bt, logit_Bt, 0.0)), "tensor")
-    return u_BtV, sum_Bt, ids_Bt, jnp.log(sum_Bt) - logit_Bt
+    place_Bt = targets_Bt
+    if sharded:
+        place_Bt = targets_Bt - lax.axis_index("tensor") * size
+        place_Bt = jnp.where((place_Bt >= 0) & (place_Bt < size), place_Bt, size)
+    target_Bt = jnp.take_along_axis(u_BtV, place_Bt[..., None], axis=-1, mode="fill", fill_value=0)[..., 0]
+    target_Bt = softcap(target_Bt)  # 0 where it isn't here
+    if by_kernel:
+        d_MV, sum_M = kernels.softcap_exp(u_BtV.reshape(-1, size), SOFTCAP)
+        d_BtV, sum_Bt = d_MV.reshape(u_BtV.shape), sum_M.reshape(targets_Bt.shape)
+    else:
+        z_BtV = softcap(u_BtV)
+        exp_BtV = jnp.exp(z_BtV)
+        d_BtV, sum_Bt = (exp_BtV * slope(z_BtV)).astype(x_BtD.dtype), jnp.sum(exp_BtV, axis=-1)
+    if sharded:
+        sum_Bt, target_Bt = lax.psum((sum_Bt, target_Bt), "tensor")
+    return d_BtV, sum_Bt, target_Bt, place_Bt, jnp.log(sum_Bt) - target_Bt
 
 
-def nll_and_gradients(x_BTD, lm_head_DV, targets_BT, weights_BT, t: int, mesh: Mesh | None):
+def slope(z):
+    """The softcap's, where it gives z."""
+    return 1 - (z / SOFTCAP) ** 2
+
+
+def nll_and_gradients(x_BTD, lm_head_DV, targets_BT, weights_BT, t: int, mesh: Mesh | None, by_kernel: bool):
     """The value of weighted_nll, and what its backward pass needs: its gradients, for a cotangent of 1."""
     out_specs = (P(), (P(ROWS), P("fsdp", "tensor"), P(ROWS)))
-    return _on_mesh(_nll_and_gradients, out_specs, x_BTD, lm_head_DV, targets_BT, weights_BT, t, mesh)
+    return _on_mesh(_nll_and_gradients, out_specs, x_BTD, lm_head_DV, targets_BT, weights_BT, t, mesh, by_kernel)
 
 
-def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, t: int, sharded: bool):
+def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, t: int, sharded: bool, by_kernel: bool):
     dtype = x_BTD.dtype
 
     def add_chunk(carry, chunk):
         nll, d_head_DV = carry
         x_BtD, targets_Bt, weights_Bt = chunk
-        u_BtV, sum_Bt, ids_Bt, nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, sharded)
-        # Computed again, not kept in float32 since the sum: the barrier hides from XLA that they are the same.
-        z_BtV = softcap(lax.optimization_barrier(u_BtV))
-        # ∂nll/∂logit = softmax − 1 at the target, and the softcap's slope is 1 − (z/15)².
-        is_target_BtV = ids_Bt[..., None] == jnp.arange(z_BtV.shape[-1])[None, None]
-        d_BtV = jnp.exp(z_BtV) / sum_Bt[..., None] - is_target_BtV
-        d_BtV = d_BtV * (1 - (z_BtV / SOFTCAP) ** 2) * weights_Bt[..., None]
-        d_BtV = d_BtV.astype(dtype)
-        d_x_BtD = jnp.einsum("btv,dv->btd", d_BtV, head_DV)
-        d_head_DV += jnp.einsum("btd,btv->dv", x_BtD, d_BtV, preferred_element_type=jnp.float32)
-        return (nll + jnp.sum(weights_Bt * nll_Bt), d_head_DV), (d_x_BtD, nll_Bt)
+        d_BtV, sum_Bt, target_Bt, place_Bt, nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, sharded, by_kernel)
+        # ∂nll/∂u = (exp(z)/sum − 1 at the target)·slope. Here it is sum/weight times that until after the products:
+        # so it needs no sum, and one pass over the logits does.
+        d_target_Bt = (jnp.exp(target_Bt) - sum_Bt) * slope(target_Bt)
+        b, i = jnp.ogrid[: place_Bt.shape[0], : place_Bt.shape[1]]
+        d_BtV = d_BtV.at[b, i, place_Bt].set(d_target_Bt.astype(dtype), mode="drop", unique_indices=True)
+        scale_Bt1 = (weights_Bt / sum_Bt)[..., None]
+        d_x_BtD = scale_Bt1 * jnp.einsum("btv,dv->btd", d_BtV, head_DV, preferred_element_type=jnp.float32)
+        scaled_x_BtD = (scale_Bt1 * x_BtD).astype(dtype)
+        d_head_DV += jnp.einsum("btd,btv->dv", scaled_x_BtD, d_BtV, preferred_element_type=jnp.float32)
+        return (nll + jnp.sum(weights_Bt * nll_Bt), d_head_DV), (d_x_BtD.astype(dtype), nll_Bt)
 
     start = (jnp.zeros(()), jnp.zeros(head_DV.shape))
     (nll, d_head_DV), (d_x, nlls) = lax.scan(add_chunk, start, chunks(t, x_BTD, targets_BT, weights_BT))
@@ -112,8 +130,8 @@ def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, t: int, sharded: 
     return nll, (d_x_BTD, d_head_DV, together(nlls))
 
 
-def scale_gradients(t: int, mesh: Mesh | None, gradients, cotangent):
-    del t, mesh
+def scale_gradients(t: int, mesh: Mesh | None, by_kernel: bool, gradients, cotangent):
+    del t, mesh, by_kernel
     d_x_BTD, d_head_DV, nll_BT = gradients
     return (cotangent * d_x_BTD).astype(d_x_BTD.dtype), cotangent * d_head_DV, None, cotangent * nll_BT
 

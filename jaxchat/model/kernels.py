@@ -1,0 +1,184 @@
+"""For GPUs: parts of the model's layers as kernels that read and write memory once, where XLA takes several passes.
+
+They are written in Pallas for Triton, whose tiles have powers of two for sides, so masks cut what is beyond an array.
+R is the rows that a program takes of M in all, E the columns of one tile: half a head, or the whole width, filled up.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxchat.sharding import row_axes
+
+NORM_EPS = 1.1920929e-07  # gpt.NORM_EPS
+TILE = 2048  # numbers in a tile: 16 a thread, as two loads of 16 bytes each
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def norm_rotate(x_BTNH, tables, mesh: Mesh | None = None, interpret: bool = False):
+    """rms_norm(rotate(x, tables)) of gpt.py, with one rounding. tables: [1, T, 1, H/2], constants. -> [B, T, N, H].
+
+    mesh: each device computes its own rows and heads; nothing crosses devices.
+    interpret: run it by XLA operations, on any device.
+    """
+    return rotated(rotate_kernel, tables, (x_BTNH,), mesh, interpret)
+
+
+def norm_rotate_backward(mesh, interpret, saved, dy_BTNH):
+    x_BTNH, tables = saved
+    return rotated(rotate_backward_kernel, tables, (x_BTNH, dy_BTNH), mesh, interpret), None
+
+
+norm_rotate.defvjp(
+    lambda x_BTNH, tables, mesh, interpret: (norm_rotate(x_BTNH, tables, mesh, interpret), (x_BTNH, tables)),
+    norm_rotate_backward,
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def fork_norm(x_BTD, ways: int = 1, mesh: Mesh | None = None, interpret: bool = False):
+    """(x_BTD, and `ways` times rms_norm(x) of gpt.py): one kernel adds the gradients of them all. See norm_rotate."""
+    return x_BTD, *[normed(norm_kernel, (x_BTD,), mesh, interpret)] * ways
+
+
+fork_norm.defvjp(
+    lambda x_BTD, ways, mesh, interpret: (fork_norm(x_BTD, ways, mesh, interpret), x_BTD),
+    lambda ways, mesh, interpret, x_BTD, dy: (normed(norm_backward_kernel, (x_BTD, *dy), mesh, interpret),),
+)
+
+
+def softcap_exp(u_MV, softcap: float, interpret: bool = False):
+    """(exp(z)·(1 − (z/softcap)²) in u's dtype [M, V], Σ exp(z) float32 [M]) of z = softcap·tanh(u/softcap).
+
+    A program takes one row. Not differentiable. To be called for a device's own part.
+    """
+    M, V = u_MV.shape
+    out = jax.ShapeDtypeStruct(u_MV.shape, u_MV.dtype), jax.ShapeDtypeStruct((M,), jnp.float32)
+    params = triton.CompilerParams(num_warps=8, num_stages=1)
+    kernel = partial(softcap_exp_kernel, softcap=softcap)
+    name = softcap_exp_kernel.__name__
+    return pl.pallas_call(
+        kernel, out_shape=out, grid=(M,), compiler_params=params, interpret=interpret, name=name
+    )(u_MV)  # fmt: skip
+
+
+def rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):
+    """A kernel of rows [M, H] and tables [T, H/2], on arrays [B, T, N, H]."""
+
+    def local(cos, sin, *arrays):
+        _, T, N, H = arrays[0].shape
+        flat = [a.reshape(-1, H) for a in arrays] + [table.reshape(T, H // 2) for table in (cos, sin)]
+        return by_rows(partial(kernel, heads=N), flat, H // 2, interpret).reshape(arrays[0].shape)
+
+    heads = P(None if mesh is None else row_axes(mesh, arrays[0].shape[0]), None, "tensor")
+    return on_each(local, mesh, (P(), P(), *[heads] * len(arrays)), heads)(*tables, *arrays)
+
+
+def normed(kernel, arrays, mesh: Mesh | None, interpret: bool):
+    """A kernel of rows [M, D], on arrays [B, T, D]."""
+
+    def local(*arrays):
+        D = arrays[0].shape[-1]
+        return by_rows(kernel, [a.reshape(-1, D) for a in arrays], D, interpret).reshape(arrays[0].shape)
+
+    rows = P(None if mesh is None else row_axes(mesh, arrays[0].shape[0]))
+    return on_each(local, mesh, (rows,) * len(arrays), rows)(*arrays)
+
+
+def on_each(local, mesh: Mesh | None, in_specs, out_specs):
+    """`local` on each device's part. A mesh of one, too: it tells Triton what it compiles for, where that isn't here.
+
+    It is never differentiated, so what several devices have whole costs no sum over them in the backward pass.
+    """
+    if mesh is None:
+        return local
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def by_rows(kernel, arrays, columns: int, interpret: bool):
+    """kernel(mask_RE, rows_R1, columns_1E, refs of the arrays and of the result) for all rows of arrays[0].
+
+    -> an array like that one.
+    """
+    M, E = len(arrays[0]), pl.next_power_of_2(columns)
+    R = max(TILE // E, 1)
+
+    def program(*refs):
+        rows_R1 = pl.program_id(0) * R + jnp.arange(R)[:, None]
+        columns_1E = jnp.arange(E)[None, :]
+        kernel((rows_R1 < M) & (columns_1E < columns), rows_R1, columns_1E, *refs)
+
+    program.__name__ = getattr(kernel, "func", kernel).__name__  # profiles show it
+    like = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
+    # These parameters also choose Triton, where JAX has another way to compile for GPUs.
+    params = triton.CompilerParams(num_warps=4, num_stages=1)
+    grid = (pl.cdiv(M, R),)
+    return pl.pallas_call(program, out_shape=like, grid=grid, compiler_params=params, interpret=interpret)(*arrays)
+
+
+def load(ref, rows, columns, mask):
+    return triton.load(ref.at[rows, columns], mask=mask, other=0.0).astype(jnp.float32)
+
+
+def store(ref, rows, columns, mask, value):
+    triton.store(ref.at[rows, columns], value.astype(ref.dtype), mask=mask)
+
+
+def rotate_kernel(mask, rows, columns, x_ref, cos_ref, sin_ref, y_ref, *, heads: int):
+    """A rotation keeps the norm, so x's own scales y."""
+    H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
+    x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
+    cos, sin = (load(table, rows // heads % table.shape[0], columns, mask) for table in (cos_ref, sin_ref))
+    r = lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, 1, keepdims=True) / H + NORM_EPS)
+    store(y_ref, rows, columns, mask, (x1 * cos + x2 * sin) * r)
+    store(y_ref, rows, half, mask, (x2 * cos - x1 * sin) * r)
+
+
+def rotate_backward_kernel(mask, rows, columns, x_ref, dy_ref, cos_ref, sin_ref, dx_ref, *, heads: int):
+    """g is dy turned back: the gradient of x·r."""
+    H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
+    x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
+    dy1, dy2 = load(dy_ref, rows, columns, mask), load(dy_ref, rows, half, mask)
+    cos, sin = (load(table, rows // heads % table.shape[0], columns, mask) for table in (cos_ref, sin_ref))
+    g1, g2 = dy1 * cos - dy2 * sin, dy2 * cos + dy1 * sin
+    r = lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, 1, keepdims=True) / H + NORM_EPS)
+    m = jnp.sum(x1 * g1 + x2 * g2, 1, keepdims=True) / H * r * r
+    store(dx_ref, rows, columns, mask, r * (g1 - x1 * m))
+    store(dx_ref, rows, half, mask, r * (g2 - x2 * m))
+
+
+def norm_kernel(mask, rows, columns, x_ref, h_ref):
+    x = load(x_ref, rows, columns, mask)
+    r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + NORM_EPS)
+    store(h_ref, rows, columns, mask, x * r)
+
+
+def norm_backward_kernel(mask, rows, columns, x_ref, dx_ref, *refs):
+    """dx of the way round the norm, and those of the ways through it."""
+    *dh_refs, out_ref = refs
+    x, dx, *dhs = (load(ref, rows, columns, mask) for ref in (x_ref, dx_ref, *dh_refs))
+    dh = sum(dhs)
+    r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + NORM_EPS)
+    m = jnp.sum(x * dh, 1, keepdims=True) / x_ref.shape[1] * r * r
+    store(out_ref, rows, columns, mask, dx + r * (dh - x * m))
+
+
+def softcap_exp_kernel(u_ref, d_ref, sum_ref, *, softcap: float):
+    row, V = pl.program_id(0), u_ref.shape[1]
+
+    def add(i, sums):
+        columns = i * 2 * TILE + jnp.arange(2 * TILE)
+        u = triton.load(u_ref.at[row, columns], mask=columns < V, other=0.0).astype(jnp.float32)
+        q = 1 / (jnp.exp(u * (2 / softcap)) + 1)  # tanh(u/softcap) = 1 − 2q, fewer operations than tanh's own
+        e = jnp.exp(softcap - 2 * softcap * q)
+        triton.store(d_ref.at[row, columns], (e * (4 * q * (1 - q))).astype(d_ref.dtype), mask=columns < V)
+        return sums + jnp.where(columns < V, e, 0.0)
+
+    sums = lax.fori_loop(0, pl.cdiv(V, 2 * TILE), add, jnp.zeros(2 * TILE))
+    sum_ref[row] = jnp.sum(sums)

@@ -1,0 +1,98 @@
+"""The fused kernels against autodiff of the formulas that they replace."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxchat import sharding
+from jaxchat.model import kernels
+from jaxchat.model.gpt import NORM_EPS, rms_norm, rotary_tables, rotate
+
+ROUNDING = {"float32": 0.0, "bfloat16": 2**-8}  # the one at the end, of each number
+NOISE = 2e-6  # float32's, of the largest
+INTERPRET = jax.default_backend() != "gpu"
+
+
+def normal(seed: int, shape, dtype="float32"):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def check(ours, theirs, x, dy, dtype):
+    """A function and its gradient against another's in float32, at numbers rounded to the dtype."""
+    x, dy = jax.tree.map(lambda a: a.astype(dtype), (x, dy))
+
+    @partial(jax.jit, static_argnums=0)
+    def run(f, x, dy):
+        y, pull = jax.vjp(f, x)
+        return jax.tree.leaves((y, pull(dy)))
+
+    found, wanted = run(ours, x, dy), run(theirs, *jax.tree.map(jnp.float32, (x, dy)))
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(np.float32(a), b, rtol=ROUNDING[dtype], atol=NOISE * abs(b).max())
+
+
+def test_the_same_epsilon():
+    assert kernels.NORM_EPS == NORM_EPS
+
+
+# Neither heads nor tiles need be powers of two, and the last program's rows may end anywhere.
+@pytest.mark.parametrize(
+    "B, T, N, H, dtype",
+    [(2, 16, 2, 64, "float32"), (1, 33, 1, 128, "bfloat16"), (2, 23, 3, 72, "bfloat16"), (3, 7, 2, 72, "float32")],
+)
+def test_norm_rotate(B, T, N, H, dtype):
+    tables = rotary_tables(3 + jnp.arange(T)[None], H)
+    x_BTNH, dy_BTNH = normal(1, (B, T, N, H)), normal(2, (B, T, N, H))
+    ours = partial(kernels.norm_rotate, tables=tables, interpret=INTERPRET)
+    check(ours, lambda x: rms_norm(rotate(x, tables)), x_BTNH, dy_BTNH, dtype)
+
+
+@pytest.mark.parametrize(
+    "B, T, D, dtype", [(1, 3, 768, "float32"), (2, 33, 96, "float32"), (3, 5, 96, "bfloat16"), (1, 2, 4096, "bfloat16")]
+)
+def test_fork_norm(B, T, D, dtype):
+    x_BTD, *dy = (normal(seed, (B, T, D)) for seed in range(4))
+    ours = partial(kernels.fork_norm, ways=2, interpret=INTERPRET)
+    check(ours, lambda x: (x, rms_norm(x), rms_norm(x)), x_BTD, tuple(dy), dtype)
+
+
+@pytest.mark.parametrize("M, V, dtype", [(3, 5000, "float32"), (2, 300, "bfloat16")])
+def test_softcap_exp(M, V, dtype):
+    u_MV = normal(0, (M, V), dtype) * 20  # to ±80: the softcap is flat there
+    z_MV = 15 * np.tanh(np.float64(u_MV) / 15)
+    d_MV, sum_M = kernels.softcap_exp(u_MV, 15.0, interpret=INTERPRET)
+    assert d_MV.dtype == u_MV.dtype
+    wanted = np.exp(z_MV) * (1 - (z_MV / 15) ** 2)
+    np.testing.assert_allclose(np.float64(d_MV), wanted, rtol=ROUNDING[dtype], atol=NOISE * np.exp(z_MV.max()))
+    np.testing.assert_allclose(sum_M, np.exp(z_MV).sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("B", [4, 3])  # 3 rows can't be cut over the 4: each device has all
+def test_on_a_mesh(B, devices):
+    """The same numbers, and no device sends another anything."""
+    mesh = sharding.make_mesh(devices, "data=2,fsdp=2,tensor=2")
+    tables = rotary_tables(jnp.arange(6)[None], 64)
+
+    @partial(jax.jit, static_argnums=2)
+    def run(x, dy, mesh):
+        def both(x_BTNH, x_BTD):
+            return kernels.norm_rotate(x_BTNH, tables, mesh, INTERPRET), *kernels.fork_norm(x_BTD, 1, mesh, INTERPRET)
+
+        y, pull = jax.vjp(both, *x)
+        return *y, *pull(dy)
+
+    BTNH, BTD = (B, 6, 4, 64), (B, 6, 96)
+    x, dy = (normal(1, BTNH), normal(2, BTD)), (normal(3, BTNH), normal(4, BTD), normal(5, BTD))
+    rows = sharding.row_axes(mesh, B)
+    heads, features = P(rows, None, "tensor"), P(rows)
+    placed = jax.device_put((x, dy), sharding.named(mesh, ((heads, features), (heads, features, features))))
+    compiled = run.lower(*placed, mesh).compile()
+    assert not re.search("all-reduce|all-gather|all-to-all|permute", compiled.as_text())
+    for found, wanted in zip(compiled(*placed), run(x, dy, None), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
