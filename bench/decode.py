@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.eval import random_params, timed
+from bench.step import parse_way
 from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.infer.engine import Engine
@@ -34,6 +35,8 @@ class Config:
     """Rows decoded at a time, several with commas between."""
     max_tokens: int = 256
     """Of each row, after a prompt of 16."""
+    way: str = ""
+    """Fields of Compute to change from this backend's defaults: "unroll=False"."""
 
 
 class NoText:
@@ -62,7 +65,7 @@ def run(config: Config):
     sharding.take_memory()
     mesh = sharding.make_mesh()
     model = ModelConfig.from_depth(config.depth, sequence_len=config.seq, vocab_size=config.vocab)
-    compute, params = Compute.for_backend(mesh=mesh), random_params(model)
+    compute, params = Compute.for_backend(mesh=mesh, **parse_way(config.way)), random_params(model)
     read = (num_params(model) - model.vocab_size * model.n_embd) * jnp.dtype(compute.dtype).itemsize
     speed = copy_speed()
     cli.print_plan(

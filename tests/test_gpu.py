@@ -72,7 +72,7 @@ def test_norm_kernels(heads, head_dim, width):
 
     def with_gradients(norm_rotate, fork_norm, x, dy, wide, dwide, dh):
         y, back = jax.vjp(lambda x: norm_rotate(x, tables), x)
-        (same, *h), fork_back = jax.vjp(lambda x: fork_norm(x, 3), wide)
+        (same, *h), fork_back = jax.vjp(lambda x: fork_norm(x, ways=3), wide)
         return y, *back(dy), same, *h, *fork_back((dwide, dh, dh, -dh))
 
     arrays = (x, dy, wide, dwide, dh)

@@ -62,6 +62,21 @@ def test_fork_norm(B, T, D, dtype):
     check(ours, lambda x: (x, rms_norm(x), rms_norm(x)), x_BTD, tuple(dy), dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fork_norm_of_a_sum(dtype):
+    x_BTD, y_BTD, *dy = (normal(seed, (2, 33, 96)) for seed in range(4))
+
+    def ours(xy):
+        return kernels.fork_norm(*xy, interpret=INTERPRET)
+
+    def theirs(xy):  # rounded as a sum of numbers of the dtype is
+        x = sum(xy)
+        x = x + jax.lax.stop_gradient(x.astype(dtype).astype(jnp.float32) - x)
+        return x, rms_norm(x)
+
+    check(ours, theirs, (x_BTD, y_BTD), tuple(dy), dtype)
+
+
 @pytest.mark.parametrize("M, V, dtype", [(3, 5000, "float32"), (2, 300, "bfloat16")])
 def test_softcap_exp(M, V, dtype):
     u_MV = normal(0, (M, V), dtype) * 20  # to ±80: the softcap is flat there
@@ -82,7 +97,9 @@ def test_on_a_mesh(B, devices):
     @partial(jax.jit, static_argnums=2)
     def run(x, dy, mesh):
         def both(x_BTNH, x_BTD):
-            return kernels.norm_rotate(x_BTNH, tables, mesh, INTERPRET), *kernels.fork_norm(x_BTD, 1, mesh, INTERPRET)
+            return kernels.norm_rotate(x_BTNH, tables, mesh, INTERPRET), *kernels.fork_norm(
+                x_BTD, None, 1, mesh, INTERPRET
+            )
 
         y, pull = jax.vjp(both, *x)
         return *y, *pull(dy)

@@ -198,9 +198,7 @@ def test_newton_schulz_is_divided(devices):
     """On n devices each orthogonalises L/n layers, rounded up: of 3 layers 3, 2 and 1. And the results are equal."""
     D, F = MODEL.n_embd, 4 * MODEL.n_embd
     square = 5 * 3 * 2 * D**3  # steps × x·xᵀ, its square, and times x
-    wide = (
-        4 * 2 * D * D * F + 14 * 2 * D**3
-    )  # x·xᵀ and times x twice; of D × D matrices 9 products for 3 steps, 5 for 2
+    wide = 4 * 2 * D * D * F + 14 * 2 * D**3  # x·xᵀ and times x, twice; 14 products of D × D
     layer = 4 * square + 2 * wide
     results = []
     for axes, used, layers in (("", 1, 3), ("fsdp=2", 2, 2), ("data=4,tensor=2", 8, 1)):

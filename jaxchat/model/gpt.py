@@ -74,8 +74,9 @@ def norm_rotate(x_BTNH, tables):
     return rms_norm(rotate(x_BTNH, tables))
 
 
-def fork_norm(x_BTD, ways: int = 1):
-    """x for the way round a part of a layer, and normed for the ways through it."""
+def fork_norm(x_BTD, y_BTD=None, ways: int = 1):
+    """x + y (x where there is no y) for the way round a part of a layer, and normed for the ways through it."""
+    x_BTD = x_BTD if y_BTD is None else x_BTD + y_BTD
     return x_BTD, *[rms_norm(x_BTD)] * ways
 
 
@@ -86,16 +87,15 @@ def block(x_BTD, w: Blocks, tables, attend, fork_norm=fork_norm, norm_rotate=nor
     the functions above, or kernels of theirs.
     """
     with jax.named_scope("projections"):  # the scopes are for profiles: bench/profile.py
-        x_BTD, *h_BTD = fork_norm(x_BTD, 3)
+        x_BTD, *h_BTD = fork_norm(x_BTD, ways=3)
         q_BTNH = norm_rotate(jnp.einsum("btd,dnh->btnh", h_BTD[0], w.wq), tables)
         k_BTKH = norm_rotate(jnp.einsum("btd,dkh->btkh", h_BTD[1], w.wk), tables)
         v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD[2], w.wv)
     with jax.named_scope("attention"):
         y_BTNH, extra = attend(q_BTNH, k_BTKH, v_BTKH)
     with jax.named_scope("projections"):
-        x_BTD = x_BTD + jnp.einsum("btnh,nhd->btd", y_BTNH, w.wo)
+        x_BTD, h_BTD = fork_norm(x_BTD, jnp.einsum("btnh,nhd->btd", y_BTNH, w.wo))
     with jax.named_scope("mlp"):
-        x_BTD, h_BTD = fork_norm(x_BTD)
         h_BTF = jax.nn.relu(jnp.einsum("btd,df->btf", h_BTD, w.w_up))
         return x_BTD + jnp.einsum("btf,fd->btd", h_BTF * h_BTF, w.w_down), extra
 

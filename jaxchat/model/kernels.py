@@ -41,16 +41,29 @@ norm_rotate.defvjp(
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def fork_norm(x_BTD, ways: int = 1, mesh: Mesh | None = None, interpret: bool = False):
-    """(x_BTD, and `ways` times rms_norm(x) of gpt.py): one kernel adds the gradients of them all. See norm_rotate."""
-    return x_BTD, *[normed(norm_kernel, (x_BTD,), mesh, interpret)] * ways
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def fork_norm(x_BTD, y_BTD=None, ways: int = 1, mesh: Mesh | None = None, interpret: bool = False):
+    """(x + y, or x where there is no y, and `ways` times rms_norm of it): see gpt.py. One kernel adds the gradients of
+    them all. mesh, interpret: as for norm_rotate.
+    """
+    if y_BTD is None:
+        return x_BTD, *normed(norm_kernel, (x_BTD,), 1, mesh, interpret) * ways
+    x_BTD, h_BTD = normed(add_norm_kernel, (x_BTD, y_BTD), 2, mesh, interpret)
+    return x_BTD, *[h_BTD] * ways
 
 
-fork_norm.defvjp(
-    lambda x_BTD, ways, mesh, interpret: (fork_norm(x_BTD, ways, mesh, interpret), x_BTD),
-    lambda ways, mesh, interpret, x_BTD, dy: (normed(norm_backward_kernel, (x_BTD, *dy), mesh, interpret),),
-)
+def fork_norm_forward(x_BTD, y_BTD, ways, mesh, interpret):
+    out = fork_norm(x_BTD, y_BTD, ways, mesh, interpret)
+    return out, (out[0], y_BTD is None)
+
+
+def fork_norm_backward(ways, mesh, interpret, saved, d_out):
+    x_BTD, alone = saved
+    [dx_BTD] = normed(norm_backward_kernel, (x_BTD, *d_out), 1, mesh, interpret)
+    return dx_BTD, None if alone else dx_BTD
+
+
+fork_norm.defvjp(fork_norm_forward, fork_norm_backward)
 
 
 def softcap_exp(u_MV, softcap: float, interpret: bool = False):
@@ -74,21 +87,22 @@ def rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):
     def local(cos, sin, *arrays):
         _, T, N, H = arrays[0].shape
         flat = [a.reshape(-1, H) for a in arrays] + [table.reshape(T, H // 2) for table in (cos, sin)]
-        return by_rows(partial(kernel, heads=N), flat, H // 2, interpret).reshape(arrays[0].shape)
+        return by_rows(partial(kernel, heads=N), flat, 1, H // 2, interpret)[0].reshape(arrays[0].shape)
 
     heads = P(None if mesh is None else row_axes(mesh, arrays[0].shape[0]), None, "tensor")
     return on_each(local, mesh, (P(), P(), *[heads] * len(arrays)), heads)(*tables, *arrays)
 
 
-def normed(kernel, arrays, mesh: Mesh | None, interpret: bool):
-    """A kernel of rows [M, D], on arrays [B, T, D]."""
+def normed(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
+    """A kernel of rows [M, D], on arrays [B, T, D]. -> a list of such."""
 
     def local(*arrays):
         D = arrays[0].shape[-1]
-        return by_rows(kernel, [a.reshape(-1, D) for a in arrays], D, interpret).reshape(arrays[0].shape)
+        out = by_rows(kernel, [a.reshape(-1, D) for a in arrays], outputs, D, interpret)
+        return [a.reshape(arrays[0].shape) for a in out]
 
     rows = P(None if mesh is None else row_axes(mesh, arrays[0].shape[0]))
-    return on_each(local, mesh, (rows,) * len(arrays), rows)(*arrays)
+    return on_each(local, mesh, (rows,) * len(arrays), [rows] * outputs)(*arrays)
 
 
 def on_each(local, mesh: Mesh | None, in_specs, out_specs):
@@ -101,10 +115,10 @@ def on_each(local, mesh: Mesh | None, in_specs, out_specs):
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def by_rows(kernel, arrays, columns: int, interpret: bool):
-    """kernel(mask_RE, rows_R1, columns_1E, refs of the arrays and of the result) for all rows of arrays[0].
+def by_rows(kernel, arrays, outputs: int, columns: int, interpret: bool):
+    """kernel(mask_RE, rows_R1, columns_1E, refs of the arrays and of the outputs) for all rows of arrays[0].
 
-    -> an array like that one.
+    -> a list of the outputs, arrays like that one.
     """
     M, E = len(arrays[0]), pl.next_power_of_2(columns)
     R = max(TILE // E, 1)
@@ -115,7 +129,7 @@ def by_rows(kernel, arrays, columns: int, interpret: bool):
         kernel((rows_R1 < M) & (columns_1E < columns), rows_R1, columns_1E, *refs)
 
     program.__name__ = getattr(kernel, "func", kernel).__name__  # profiles show it
-    like = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
+    like = [jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)] * outputs
     # These parameters also choose Triton, where JAX has another way to compile for GPUs.
     params = triton.CompilerParams(num_warps=4, num_stages=1)
     grid = (pl.cdiv(M, R),)
@@ -155,6 +169,14 @@ def rotate_backward_kernel(mask, rows, columns, x_ref, dy_ref, cos_ref, sin_ref,
 
 def norm_kernel(mask, rows, columns, x_ref, h_ref):
     x = load(x_ref, rows, columns, mask)
+    r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + NORM_EPS)
+    store(h_ref, rows, columns, mask, x * r)
+
+
+def add_norm_kernel(mask, rows, columns, x_ref, y_ref, sum_ref, h_ref):
+    x = load(x_ref, rows, columns, mask) + load(y_ref, rows, columns, mask)
+    store(sum_ref, rows, columns, mask, x)
+    x = x.astype(sum_ref.dtype).astype(jnp.float32)  # normed is what the next reader sees
     r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + NORM_EPS)
     store(h_ref, rows, columns, mask, x * r)
 
