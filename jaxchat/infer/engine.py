@@ -101,7 +101,8 @@ def decode(
         i, logits_BV, cache, done_B, ended_B, called_B, tokens_BN, forced_BN, used_B = carry
         sampled_B = sample(logits_BV, rows_B, cache.lengths_B, seed, temperature, greedy=greedy, top_k=top_k)
         is_forced_B = used_B < num_forced_B
-        next_forced_B = jnp.take_along_axis(forced_BF, jnp.minimum(used_B, FORCED - 1)[:, None], axis=1)[:, 0]
+        # As a sum: for one row XLA makes of take_along_axis what its own compiler for GPUs then refuses.
+        next_forced_B = jnp.sum(jnp.where(used_B[:, None] == jnp.arange(FORCED)[None], forced_BF, 0), axis=1)
         token_B = jnp.where(is_forced_B, next_forced_B, sampled_B)
         active_B = ~done_B & ~called_B
         ends_B = active_B & ~is_forced_B & ((token_B == assistant_end) | (token_B == bos))
