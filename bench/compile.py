@@ -1,6 +1,6 @@
 """Compile time of the training step at several depths: python -m bench.compile --depths=4,8,16,32
 
-The layers are looped over (lax.scan), as they are on GPUs and TPUs, so depth should hardly matter. Each depth also in a
+The layers are looped over (lax.scan), as they are on TPUs, so depth should hardly matter. Each depth also in a
 second process, from the persistent compilation cache: what a second start of a run waits for.
 """
 

@@ -80,7 +80,7 @@ class Compute:
     dtype: of the activations and matrix products ("float32" or "bfloat16"); weights, norms, softmax and loss stay
         float32.
     unroll: write the layers one after the other instead of looping over them (`lax.scan`): compiles slower, and runs
-        faster on a CPU with few layers.
+        faster on CPUs, with few layers, and on GPUs.
     remat: what the backward pass computes again instead of keeping: "none" (keep all), "dots" (keep the results of
         matrix products only), "full" (keep only each layer's input).
     attention: "xla", "blocks" (CPU), "cudnn" (GPU, bfloat16; "xla" where it can't) or "splash" (TPU).
@@ -120,8 +120,9 @@ class Compute:
         else:
             kernel = {"gpu": "cudnn" if dtype == "bfloat16" else "xla", "tpu": "splash"}.get(backend, "xla")
             chosen = {"remat": "dots", "attention": kernel, "loss_chunk_tokens": 4096}
-            if backend == "gpu":  # looped over, what each layer keeps is copied to and from a stack of all
-                chosen |= {"unroll": True, "kernels": True, "loss_chunk_tokens": 8192}
+            if backend == "gpu":  # looped over, what each layer keeps would be copied to and from a stack of all
+                capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")  # none: compiled for a Hopper
+                chosen |= {"unroll": True, "kernels": float(capability) >= 8, "loss_chunk_tokens": 8192}
         return cls(**(chosen | {"dtype": dtype} | changes))
 
 
@@ -156,7 +157,8 @@ class TrainConfig:
     save_every: int = -1
     """Save a checkpoint every so many steps, besides the last; the last three stay."""
     resume: bool = False
-    """Go on from this stage's latest checkpoint under the tag, or from the start; bit for bit on CPUs, else untried."""
+    """Go on from this stage's latest checkpoint under the tag, or from the start; bit for bit on CPUs. (A GPU's
+    kernels add up in no fixed order: there it is the same to the last digits, as two runs from the start are.)"""
     overwrite: bool = False
     """Start anew where checkpoints of this stage and tag exist, which are deleted."""
     tensorboard: bool = False

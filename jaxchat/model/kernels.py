@@ -54,13 +54,13 @@ def fork_norm(x_BTD, y_BTD=None, ways: int = 1, mesh: Mesh | None = None, interp
 
 def fork_norm_forward(x_BTD, y_BTD, ways, mesh, interpret):
     out = fork_norm(x_BTD, y_BTD, ways, mesh, interpret)
-    return out, (out[0], y_BTD is None)
+    return out, (out[0], None if y_BTD is None else ())
 
 
 def fork_norm_backward(ways, mesh, interpret, saved, d_out):
-    x_BTD, alone = saved
+    x_BTD, other = saved
     [dx_BTD] = normed(norm_backward_kernel, (x_BTD, *d_out), 1, mesh, interpret)
-    return dx_BTD, None if alone else dx_BTD
+    return dx_BTD, None if other is None else dx_BTD
 
 
 fork_norm.defvjp(fork_norm_forward, fork_norm_backward)
@@ -74,11 +74,9 @@ def softcap_exp(u_MV, softcap: float, interpret: bool = False):
     M, V = u_MV.shape
     out = jax.ShapeDtypeStruct(u_MV.shape, u_MV.dtype), jax.ShapeDtypeStruct((M,), jnp.float32)
     params = triton.CompilerParams(num_warps=8, num_stages=1)
-    kernel = partial(softcap_exp_kernel, softcap=softcap)
-    name = softcap_exp_kernel.__name__
-    return pl.pallas_call(
-        kernel, out_shape=out, grid=(M,), compiler_params=params, interpret=interpret, name=name
-    )(u_MV)  # fmt: skip
+    kernel, name = partial(softcap_exp_kernel, softcap=softcap), softcap_exp_kernel.__name__
+    call = pl.pallas_call(kernel, out, grid=(M,), compiler_params=params, interpret=interpret, name=name)
+    return call(u_MV)
 
 
 def rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):

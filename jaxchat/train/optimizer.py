@@ -14,7 +14,6 @@ from jaxchat.config import ModelConfig
 from jaxchat.model.params import Params, Weight, declare
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Jordan et al. 2024, "Muon"
-NEWTON_SCHULZ_STEPS = 5
 MOMENTUM_START, MOMENTUM_END, MOMENTUM_STEPS = 0.85, 0.95, 300
 
 
@@ -28,11 +27,16 @@ def orthogonalize(g_Lmn, dtype=jnp.float32):
     x = jnp.swapaxes(g_Lmn, -1, -2) if tall else g_Lmn
     # The tiny term only guards an all-zero matrix, whose update is zero.
     x = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)).astype(dtype)
-    # The Gram matrix of P·x is P·g·P, so several steps' factors can be multiplied up before x is: fewer FLOPs where x
-    # is half as wide again as it is high. All five together would lose small singular values in bfloat16.
-    together = (3, 2) if x.shape[-1] > 1.5 * x.shape[-2] else (1,) * NEWTON_SCHULZ_STEPS
-    for steps in together:
-        x = newton_schulz_factor(x @ jnp.swapaxes(x, -1, -2), steps) @ x
+
+    def together(steps, x):
+        return newton_schulz_factor(x @ jnp.swapaxes(x, -1, -2), steps) @ x
+
+    if x.shape[-1] > 1.5 * x.shape[-2]:
+        # The Gram matrix of P·x is P·g·P, so several steps' factors can be multiplied up before x is: fewer FLOPs where
+        # x is wide. All five together would lose small singular values in bfloat16.
+        x = together(2, together(3, x))
+    else:  # a loop compiles faster, and in less memory; but a GPU's copies x at every turn
+        x = lax.fori_loop(0, 5, lambda _, x: together(1, x), x, unroll=x.dtype != jnp.float32)
     return (jnp.swapaxes(x, -1, -2) if tall else x).astype(jnp.float32)
 
 
