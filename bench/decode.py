@@ -1,7 +1,7 @@
 """Speed of decoding beside what the memory allows: python -m bench.decode --depth=12 --batches=1,16,128
 
-Every token of a batch needs all weights but the embedding, once: at the speed of a large copy that takes the floor's
-time. What is compiled is told apart.
+On one device. Every token of a batch needs all weights but the embedding, once: at the speed of a large copy that takes
+the floor's time. The cache takes 2 × layers × width × seq numbers a row: at depth 12 75 MB in bfloat16.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ def copy_speed() -> float:
 def run(config: Config):
     sharding.keep_compiled()
     sharding.take_memory()
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(jax.devices()[:1])
     model = ModelConfig.from_depth(config.depth, sequence_len=config.seq, vocab_size=config.vocab)
     compute, params = Compute.for_backend(mesh=mesh, **parse_way(config.way)), random_params(model)
     read = (num_params(model) - model.vocab_size * model.n_embd) * jnp.dtype(compute.dtype).itemsize

@@ -49,7 +49,7 @@ def products(model: ModelConfig, chips: int) -> float:
     """FLOPs of a chip in a step: 6 a weight and token; attention, causal, forward twice and 2.5 × backward; Muon."""
     table, width = model.vocab_size * model.n_embd, model.n_embd
     attention = (2 + 2.5) * 2 * model.n_layer * width * model.sequence_len
-    per_layer = 5 * (4 * 6 * width**3 + 2 * 18 * width**3)
+    per_layer = 4 * (5 * 6 * width**3) + 2 * ((4 * 8 + 14 * 2) * width**3)  # Newton–Schulz: see train/optimizer.py
     layers = -(-model.n_layer // chips)
     return (6 * (num_params(model) - table) + attention) * TOKENS / chips + layers * per_layer
 

@@ -78,7 +78,7 @@ class Compute:
     """How a model is computed, never what: none of this is part of a checkpoint, and all choices agree to rounding.
 
     dtype: of the activations and matrix products ("float32" or "bfloat16"); weights, norms, softmax and loss stay
-        float32.
+        float32, the loss's softmax of what a product in dtype gives.
     unroll: write the layers one after the other instead of looping over them (`lax.scan`): compiles slower, and runs
         faster on CPUs, with few layers, and on GPUs.
     remat: what the backward pass computes again instead of keeping: "none" (keep all), "dots" (keep the results of
@@ -157,8 +157,8 @@ class TrainConfig:
     save_every: int = -1
     """Save a checkpoint every so many steps, besides the last; the last three stay."""
     resume: bool = False
-    """Go on from this stage's latest checkpoint under the tag, or from the start; bit for bit on CPUs. (A GPU's
-    kernels add up in no fixed order: there it is the same to the last digits, as two runs from the start are.)"""
+    """Go on from this stage's latest checkpoint under the tag, or from the start; bit for bit on CPUs. (On a
+    GPU cuDNN adds up in no fixed order: there it is the same to the last digits, as two runs from the start are.)"""
     overwrite: bool = False
     """Start anew where checkpoints of this stage and tag exist, which are deleted."""
     tensorboard: bool = False

@@ -47,3 +47,10 @@ def test_eval_times_core_and_answers(run_command, shared_data):
     said = run_command("bench.eval", *tiny, *data).stdout
     assert "all at once / one at a time: " in said and "CORE: 22 tasks, 242 items in " in said
     assert re.search("[12] compilations, 2 lengths", said)
+
+
+@pytest.mark.slow
+def test_decoding_beside_the_floor(run_command):
+    tiny = ["--depth=1", "--seq=64", "--vocab=300", "--batches=1,4", "--max_tokens=8"]
+    said = run_command("bench.decode", *tiny).stdout
+    assert len(re.findall(r"batch +[14] .* tokens/s, .* × the floor", said)) == 2

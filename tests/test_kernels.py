@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_params
 from jax.sharding import PartitionSpec as P
 
 from jaxchat import sharding
+from jaxchat.config import Compute, ModelConfig
 from jaxchat.model import kernels
-from jaxchat.model.gpt import NORM_EPS, rms_norm, rotary_tables, rotate
+from jaxchat.model import params as model_params
+from jaxchat.model.gpt import rms_norm, rotary_tables, rotate
+from jaxchat.train.loss import loss_sums
 
 ROUNDING = {"float32": 0.0, "bfloat16": 2**-8}  # the one at the end, of each number
 NOISE = 2e-6  # float32's, of the largest
@@ -35,10 +39,6 @@ def check(ours, theirs, x, dy, dtype):
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == dtype
         np.testing.assert_allclose(np.float32(a), b, rtol=ROUNDING[dtype], atol=NOISE * abs(b).max())
-
-
-def test_the_same_epsilon():
-    assert kernels.NORM_EPS == NORM_EPS
 
 
 # Neither heads nor tiles need be powers of two, and the last program's rows may end anywhere.
@@ -113,3 +113,26 @@ def test_on_a_mesh(B, devices):
     assert not re.search("all-reduce|all-gather|all-to-all|permute", compiled.as_text())
     for found, wanted in zip(compiled(*placed), run(x, dy, None), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes, remat, unroll", [("", "none", True), ("data=2,fsdp=2,tensor=2", "dots", False)])
+def test_the_whole_loss(axes, remat, unroll, devices, monkeypatch):
+    """Grouped heads, a width and a vocabulary that are no powers of two, some weights zero: the same with kernels."""
+    call = kernels.pl.pallas_call
+    monkeypatch.setattr(kernels.pl, "pallas_call", lambda *args, **rest: call(*args, **rest | {"interpret": INTERPRET}))
+    model = ModelConfig(sequence_len=24, vocab_size=304, n_layer=2, n_head=4, n_kv_head=2, n_embd=96)
+    params = random_params(model, 0, 0.3)
+    random = np.random.default_rng(0)
+    batch = {name: random.integers(0, 304, (4, 24), dtype=np.int32) for name in ("inputs_BT", "targets_BT")}
+    batch["weights_BT"] = (random.random((4, 24)) < 0.6).astype(np.float32)
+    mesh = sharding.make_mesh(devices if axes else devices[:1], axes)
+    params = jax.device_put(params, sharding.named(mesh, model_params.specs(model)))
+
+    def run(**changes):
+        compute = Compute(mesh=mesh, remat=remat, unroll=unroll, loss_chunk_tokens=16, **changes)
+        return jax.jit(jax.value_and_grad(lambda params: loss_sums(params, batch, model, compute)[0]))(params)
+
+    (nll, gradients), (plain_nll, plain_gradients) = run(kernels=True), run()
+    np.testing.assert_allclose(nll, plain_nll, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(plain_gradients), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * abs(b).max())

@@ -127,7 +127,8 @@ def decode(
 
 
 class Engine:
-    """Generates with one model, in batch_size slots. Making one is cheap; compiled shapes are shared by all."""
+    """Generates with one model, in batch_size slots. Compiled shapes are shared by all; in bfloat16 each has a copy of
+    the weights in it, but for the embedding, of which a token reads one row."""
 
     def __init__(
         self, params: Params, config: ModelConfig, tokenizer, compute: Compute | None = None, *, batch_size: int = 64
@@ -135,7 +136,7 @@ class Engine:
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.compute = compute or Compute.for_backend()
         # Every token needs all weights: they are read in the dtype they are used in, not cast anew each time.
-        self.params = jax.tree.map(lambda a: a.astype(self.compute.dtype), params)
+        self.params = jax.tree.map(lambda a: a.astype(self.compute.dtype), params).replace(wte=params.wte)
 
     def generate(
         self,

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
-from jaxchat.model import kernels
 from jaxchat.model.attention import cached_attention, causal_attention, decoding_attention
 from jaxchat.model.cache import KVCache
 from jaxchat.model.params import Blocks, Params
@@ -87,10 +86,10 @@ def block(x_BTD, w: Blocks, tables, attend, fork_norm=fork_norm, norm_rotate=nor
     the functions above, or kernels of theirs.
     """
     with jax.named_scope("projections"):  # the scopes are for profiles: bench/profile.py
-        x_BTD, *h_BTD = fork_norm(x_BTD, ways=3)
-        q_BTNH = norm_rotate(jnp.einsum("btd,dnh->btnh", h_BTD[0], w.wq), tables)
-        k_BTKH = norm_rotate(jnp.einsum("btd,dkh->btkh", h_BTD[1], w.wk), tables)
-        v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD[2], w.wv)
+        x_BTD, *h_for_qkv = fork_norm(x_BTD, ways=3)
+        q_BTNH = norm_rotate(jnp.einsum("btd,dnh->btnh", h_for_qkv[0], w.wq), tables)
+        k_BTKH = norm_rotate(jnp.einsum("btd,dkh->btkh", h_for_qkv[1], w.wk), tables)
+        v_BTKH = jnp.einsum("btd,dkh->btkh", h_for_qkv[2], w.wv)
     with jax.named_scope("attention"):
         y_BTNH, extra = attend(q_BTNH, k_BTKH, v_BTKH)
     with jax.named_scope("projections"):
@@ -126,7 +125,10 @@ def features(
 
         norms = {}
         if compute.kernels:
-            norms = {f.__name__: partial(f, mesh=mesh) for f in (kernels.fork_norm, kernels.norm_rotate)}
+            from jaxchat.model import kernels  # here, so that other devices need nothing of Pallas'
+
+            norms = {"fork_norm": partial(kernels.fork_norm, mesh=mesh)}
+            norms["norm_rotate"] = partial(kernels.norm_rotate, mesh=mesh)
 
         def layer(x_BTD, w):
             w = jax.tree.map(lambda a: a.astype(dtype), w)

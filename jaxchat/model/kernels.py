@@ -14,10 +14,10 @@ from jax.experimental.pallas import triton
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxchat.model.gpt import NORM_EPS
 from jaxchat.sharding import row_axes
 
-NORM_EPS = 1.1920929e-07  # gpt.NORM_EPS
-TILE = 2048  # numbers in a tile: 16 a thread, as two loads of 16 bytes each
+TILE = 2048  # numbers in a tile: 16 a thread, of bfloat16 two loads of 16 bytes each
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -41,11 +41,18 @@ norm_rotate.defvjp(
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def fork_norm(x_BTD, y_BTD=None, ways: int = 1, mesh: Mesh | None = None, interpret: bool = False):
     """(x + y, or x where there is no y, and `ways` times rms_norm of it): see gpt.py. One kernel adds the gradients of
     them all. mesh, interpret: as for norm_rotate.
     """
+    # Where heads lie on several devices each way's gradient is a sum over them: they are added first, and sent once.
+    apart = 1 if mesh is not None and mesh.shape["tensor"] > 1 else ways
+    x_BTD, *h_BTD = _fork_norm(x_BTD, y_BTD, apart, mesh, interpret)
+    return x_BTD, *h_BTD * (ways // apart)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _fork_norm(x_BTD, y_BTD, ways: int, mesh: Mesh | None, interpret: bool):
     if y_BTD is None:
         return x_BTD, *normed(norm_kernel, (x_BTD,), 1, mesh, interpret) * ways
     x_BTD, h_BTD = normed(add_norm_kernel, (x_BTD, y_BTD), 2, mesh, interpret)
@@ -53,7 +60,7 @@ def fork_norm(x_BTD, y_BTD=None, ways: int = 1, mesh: Mesh | None = None, interp
 
 
 def fork_norm_forward(x_BTD, y_BTD, ways, mesh, interpret):
-    out = fork_norm(x_BTD, y_BTD, ways, mesh, interpret)
+    out = _fork_norm(x_BTD, y_BTD, ways, mesh, interpret)
     return out, (out[0], None if y_BTD is None else ())
 
 
@@ -63,7 +70,7 @@ def fork_norm_backward(ways, mesh, interpret, saved, d_out):
     return dx_BTD, None if other is None else dx_BTD
 
 
-fork_norm.defvjp(fork_norm_forward, fork_norm_backward)
+_fork_norm.defvjp(fork_norm_forward, fork_norm_backward)
 
 
 def softcap_exp(u_MV, softcap: float, interpret: bool = False):

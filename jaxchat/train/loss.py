@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
-from jaxchat.model import kernels
 from jaxchat.model.gpt import SOFTCAP, features, softcap
 from jaxchat.model.params import Params
 from jaxchat.sharding import ROWS, data_shards
@@ -38,8 +37,8 @@ def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, t: int, mesh: Mesh |
     The positions are cut into chunks along T, so rows stay on their devices. Where gradients are wanted, a chunk's are
     computed at once, from the very logits of its loss: nothing is computed twice, and the backward pass only scales.
     On a mesh each device computes its rows' logits for its share of the vocabulary. Only sums over the vocabulary
-    cross the tensor axis, and the head's gradient crosses the others once, after the last chunk. by_kernel: of
-    model/kernels.py, for GPUs.
+    cross the tensor axis, and the head's gradient crosses the others once, after the last chunk. by_kernel: the
+    softmax by model/kernels.py, for GPUs, where gradients are wanted.
     """
     return _on_mesh(_nll, P(), x_BTD, lm_head_DV, targets_BT, weights_BT, t, mesh, by_kernel)
 
@@ -48,7 +47,7 @@ def _on_mesh(function, out_specs, x_BTD, lm_head_DV, targets_BT, weights_BT, t, 
     head_DV = lm_head_DV.astype(x_BTD.dtype)
     if mesh is None or (mesh.size == 1 and not by_kernel):
         return function(x_BTD, head_DV, targets_BT, weights_BT, t, False, by_kernel)
-    local = partial(function, t=t, sharded=True, by_kernel=by_kernel)
+    local = partial(function, t=t, sharded=mesh.size > 1, by_kernel=by_kernel)
     in_specs = (P(ROWS), P(None, "tensor"), P(ROWS), P(ROWS))
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return mapped(x_BTD, head_DV, targets_BT, weights_BT)
@@ -78,9 +77,13 @@ def chunk_nll(x_BtD, head_DV, targets_Bt, sharded: bool, by_kernel: bool):
     if sharded:
         place_Bt = targets_Bt - lax.axis_index("tensor") * size
         place_Bt = jnp.where((place_Bt >= 0) & (place_Bt < size), place_Bt, size)
-    target_Bt = jnp.take_along_axis(u_BtV, place_Bt[..., None], axis=-1, mode="fill", fill_value=0)[..., 0]
-    target_Bt = softcap(target_Bt)  # 0 where it isn't here
+    # A target that is on no device has no logit: NaN, where one has all; where several do, the others' are 0.
+    beyond = 0 if sharded else jnp.nan
+    target_Bt = jnp.take_along_axis(u_BtV, place_Bt[..., None], axis=-1, mode="fill", fill_value=beyond)[..., 0]
+    target_Bt = softcap(target_Bt)
     if by_kernel:
+        from jaxchat.model import kernels
+
         d_MV, sum_M = kernels.softcap_exp(u_BtV.reshape(-1, size), SOFTCAP)
         d_BtV, sum_Bt = d_MV.reshape(u_BtV.shape), sum_M.reshape(targets_Bt.shape)
     else:
@@ -113,8 +116,12 @@ def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, t: int, sharded: 
         # ∂nll/∂u = (exp(z)/sum − 1 at the target)·slope. Here it is sum/weight times that until after the products:
         # so it needs no sum, and one pass over the logits does.
         d_target_Bt = (jnp.exp(target_Bt) - sum_Bt) * slope(target_Bt)
-        b, i = jnp.ogrid[: place_Bt.shape[0], : place_Bt.shape[1]]
-        d_BtV = d_BtV.at[b, i, place_Bt].set(d_target_Bt.astype(dtype), mode="drop", unique_indices=True)
+        if by_kernel:
+            b, i = jnp.ogrid[: place_Bt.shape[0], : place_Bt.shape[1]]
+            d_BtV = d_BtV.at[b, i, place_Bt].set(d_target_Bt.astype(dtype), mode="drop", unique_indices=True)
+        else:  # XLA makes it part of the pass that writes d_BtV
+            is_target_BtV = place_Bt[..., None] == jnp.arange(d_BtV.shape[-1])[None, None]
+            d_BtV = jnp.where(is_target_BtV, d_target_Bt[..., None].astype(dtype), d_BtV)
         scale_Bt1 = (weights_Bt / sum_Bt)[..., None]
         d_x_BtD = scale_Bt1 * jnp.einsum("btv,dv->btd", d_BtV, head_DV, preferred_element_type=jnp.float32)
         scaled_x_BtD = (scale_Bt1 * x_BtD).astype(dtype)
