@@ -78,7 +78,7 @@ def span_losses(params, tokens_BT, first, last, config: ModelConfig, compute: Co
 def _score_chunks(x_BTD, head_DV, targets_BT, first, last, t: int, sharded: bool):
     def add_chunk(i, found):
         x_BtD, targets_Bt = (lax.dynamic_slice_in_dim(a, i * t, t, axis=1) for a in (x_BTD, targets_BT))
-        z_BtV, _, _, ids_Bt, nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, sharded)
+        z_BtV, ids_Bt, nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, sharded)
         likeliest_Bt = jnp.argmax(z_BtV, axis=-1)
         if sharded:  # of the devices that have the largest logit, the first one's
             largest_Bt = jnp.max(z_BtV, axis=-1)

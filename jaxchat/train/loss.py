@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
-from jaxchat.model.gpt import SOFTCAP, features, softcap
+from jaxchat.model.gpt import SOFTCAP, features, logits, softcap
 from jaxchat.model.params import Params
 from jaxchat.sharding import ROWS, data_shards
 
@@ -58,41 +58,36 @@ def _nll(x_BTD, head_DV, targets_BT, weights_BT, t: int, sharded: bool, by_kerne
 
     def add_chunk(nll, chunk):
         x_BtD, targets_Bt, weights_Bt = chunk
-        return nll + jnp.sum(weights_Bt * chunk_nll(x_BtD, head_DV, targets_Bt, sharded, False)[-1]), None
+        return nll + jnp.sum(weights_Bt * chunk_nll(x_BtD, head_DV, targets_Bt, sharded)[-1]), None
 
     nll = lax.scan(add_chunk, jnp.zeros(()), chunks(t, x_BTD, targets_BT, weights_BT))[0]
     return lax.psum(nll, ROWS) if sharded else nll
 
 
-def chunk_nll(x_BtD, head_DV, targets_Bt, sharded: bool, by_kernel: bool):
-    """(exp(z)·slope(z)_BtV in x's dtype, Σ exp(z)_Bt, z of the targets_Bt, their places in V, nll_Bt) of logits z.
+def chunk_nll(x_BtD, head_DV, targets_Bt, sharded: bool):
+    """(logits z_BtV float32, targets' ids in V, nll_Bt): logits are within ±15, so exp needs no maximum taken off.
 
-    They are within ±15, so exp needs no maximum taken off. sharded: V is this device's share of the vocabulary; sums,
-    the targets' logits and the loss are of all of it, and a target that is not in it has a place beyond its end.
+    sharded: V is this device's share of the vocabulary, where ids can lie beyond it; the loss is over all of it.
     """
-    # In bfloat16 what the head gives is rounded as any product is: half the bytes of what is written and read most.
-    u_BtV = jnp.einsum("btd,dv->btv", x_BtD, head_DV)
-    size = u_BtV.shape[-1]
-    place_Bt = targets_Bt
-    if sharded:
-        place_Bt = targets_Bt - lax.axis_index("tensor") * size
-        place_Bt = jnp.where((place_Bt >= 0) & (place_Bt < size), place_Bt, size)
-    # A target that is on no device has no logit: NaN, where one has all; where several do, the others' are 0.
-    beyond = 0 if sharded else jnp.nan
-    target_Bt = jnp.take_along_axis(u_BtV, place_Bt[..., None], axis=-1, mode="fill", fill_value=beyond)[..., 0]
-    target_Bt = softcap(target_Bt)
-    if by_kernel:
-        from jaxchat.model import kernels
-
-        d_MV, sum_M = kernels.softcap_exp(u_BtV.reshape(-1, size), SOFTCAP)
-        d_BtV, sum_Bt = d_MV.reshape(u_BtV.shape), sum_M.reshape(targets_Bt.shape)
-    else:
-        z_BtV = softcap(u_BtV)
-        exp_BtV = jnp.exp(z_BtV)
-        d_BtV, sum_Bt = (exp_BtV * slope(z_BtV)).astype(x_BtD.dtype), jnp.sum(exp_BtV, axis=-1)
+    z_BtV = logits(head_DV, x_BtD)
+    ids_Bt = own_ids(targets_Bt, z_BtV.shape[-1], sharded)
+    sum_Bt, target_Bt = jnp.sum(jnp.exp(z_BtV), axis=-1), logit_of(z_BtV, ids_Bt, sharded)
     if sharded:
         sum_Bt, target_Bt = lax.psum((sum_Bt, target_Bt), "tensor")
-    return d_BtV, sum_Bt, target_Bt, place_Bt, jnp.log(sum_Bt) - target_Bt
+    return z_BtV, ids_Bt, jnp.log(sum_Bt) - target_Bt
+
+
+def own_ids(targets_Bt, size: int, sharded: bool):
+    """The targets counted from the first of this device's `size` words."""
+    return targets_Bt - lax.axis_index("tensor") * size if sharded else targets_Bt
+
+
+def logit_of(z_BtV, ids_Bt, sharded: bool):
+    """Those of the ids. Of one that isn't here 0, where other devices have it; NaN, where none has."""
+    if not sharded:
+        return jnp.take_along_axis(z_BtV, ids_Bt[..., None], axis=-1)[..., 0]
+    near_Bt = jnp.clip(ids_Bt, 0, z_BtV.shape[-1] - 1)
+    return jnp.where(ids_Bt == near_Bt, jnp.take_along_axis(z_BtV, near_Bt[..., None], axis=-1)[..., 0], 0.0)
 
 
 def slope(z):
@@ -112,16 +107,34 @@ def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, t: int, sharded: 
     def add_chunk(carry, chunk):
         nll, d_head_DV = carry
         x_BtD, targets_Bt, weights_Bt = chunk
-        d_BtV, sum_Bt, target_Bt, place_Bt, nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, sharded, by_kernel)
+        # In bfloat16 what the head gives is rounded, as any product is, and then read as logits: half the bytes of what
+        # is written and read most.
+        u_BtV = jnp.einsum("btd,dv->btv", x_BtD, head_DV)
+        size = u_BtV.shape[-1]
+        ids_Bt = own_ids(targets_Bt, size, sharded)
+        target_Bt = softcap(logit_of(u_BtV, ids_Bt, sharded))
+        if by_kernel:
+            from jaxchat.model import kernels
+
+            d_MV, sum_M = kernels.softcap_exp(u_BtV.reshape(-1, size), SOFTCAP)
+            d_BtV, sum_Bt = d_MV.reshape(u_BtV.shape), sum_M.reshape(ids_Bt.shape)
+        else:
+            z_BtV = softcap(u_BtV)
+            exp_BtV = jnp.exp(z_BtV)
+            d_BtV, sum_Bt = (exp_BtV * slope(z_BtV)).astype(dtype), jnp.sum(exp_BtV, axis=-1)
+        if sharded:
+            sum_Bt, target_Bt = lax.psum((sum_Bt, target_Bt), "tensor")
         # ∂nll/∂u = (exp(z)/sum − 1 at the target)·slope. Here it is sum/weight times that until after the products:
         # so it needs no sum, and one pass over the logits does.
-        d_target_Bt = (jnp.exp(target_Bt) - sum_Bt) * slope(target_Bt)
+        d_target_Bt = ((jnp.exp(target_Bt) - sum_Bt) * slope(target_Bt)).astype(dtype)
         if by_kernel:
-            b, i = jnp.ogrid[: place_Bt.shape[0], : place_Bt.shape[1]]
-            d_BtV = d_BtV.at[b, i, place_Bt].set(d_target_Bt.astype(dtype), mode="drop", unique_indices=True)
+            b, i = jnp.ogrid[: ids_Bt.shape[0], : ids_Bt.shape[1]]
+            place_Bt = jnp.where(ids_Bt >= 0, ids_Bt, size)  # what is not in V is dropped
+            d_BtV = d_BtV.at[b, i, place_Bt].set(d_target_Bt, mode="drop", unique_indices=True)
         else:  # XLA makes it part of the pass that writes d_BtV
-            is_target_BtV = place_Bt[..., None] == jnp.arange(d_BtV.shape[-1])[None, None]
-            d_BtV = jnp.where(is_target_BtV, d_target_Bt[..., None].astype(dtype), d_BtV)
+            is_target_BtV = ids_Bt[..., None] == jnp.arange(size)[None, None]
+            d_BtV = jnp.where(is_target_BtV, d_target_Bt[..., None], d_BtV)
+        nll_Bt = jnp.log(sum_Bt) - target_Bt
         scale_Bt1 = (weights_Bt / sum_Bt)[..., None]
         d_x_BtD = scale_Bt1 * jnp.einsum("btv,dv->btd", d_BtV, head_DV, preferred_element_type=jnp.float32)
         scaled_x_BtD = (scale_Bt1 * x_BtD).astype(dtype)
