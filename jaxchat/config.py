@@ -78,7 +78,7 @@ class Compute:
     """How a model is computed, never what: none of this is part of a checkpoint, and all choices agree to rounding.
 
     dtype: of the activations and matrix products ("float32" or "bfloat16"); weights, norms, softmax and loss stay
-        float32, the loss's softmax of what a product in dtype gives.
+        float32, in training the softmax of what a product in dtype gives.
     unroll: write the layers one after the other instead of looping over them (`lax.scan`): compiles slower, and runs
         faster on CPUs, with few layers, and on GPUs.
     remat: what the backward pass computes again instead of keeping: "none" (keep all), "dots" (keep the results of
