@@ -1,7 +1,7 @@
 #!/bin/bash
 # What there is to measure on a GPU, in one run: bash bench/gpu.sh "python torch_reference.py --compile"
-# The rival's command takes the flags of bench/compare.py. Ten minutes on an H100; what is compiled is kept for the next
-# time, so a second run takes half. SHAPES (depth:rows, apart by spaces), SEQ, VOCAB, ROUNDS and PYTHON may be set.
+# The rival's command takes the flags of bench/compare.py; the tests need the extra `dev`. By its parts' times some ten
+# minutes on an H100. SHAPES (depth:rows, apart by spaces), SEQ, VOCAB, ROUNDS and PYTHON may be set.
 set -u
 rival=${1:?the command of a rival, in quotes}
 python=${PYTHON:-python}
