@@ -4,8 +4,11 @@ import importlib.util
 import json
 import math
 import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from jaxchat.config import REMATS, Compute, UserError
 from jaxchat.train.fit import fits
@@ -214,6 +217,8 @@ def test_an_h100(run_command, monkeypatch, tmp_path):
     # A layer's attention of 2 micro-batches: forward, again in the backward pass, and backward.
     kernels = json.loads(done.stdout.splitlines()[-2])["kernels"]
     assert kernels["__cudnn$fmhaSoftmax"] == 2 * 2 * 2 and kernels["__cudnn$fmhaSoftmaxBackward"] == 2 * 2
+    [options] = tmp_path.glob("*jit_step.debug_options")  # XLA may not compute again what "dots" keeps
+    assert 'xla_disable_hlo_passes: "rematerialization"' in options.read_text()
     [text] = tmp_path.glob("*jit_step*after_optimizations.txt")
     parts, _ = hlo.computations(text.read_text())
     operations = [op for part in parts.values() for op in part]
@@ -224,3 +229,12 @@ def test_an_h100(run_command, monkeypatch, tmp_path):
     assert read_types == {"bf16"} and len(scopes) == 4, (read_types, scopes)
     largest = max(math.prod(dims) for op in operations for _, dims in op.shapes)
     assert largest == Compute.for_backend(backend="gpu").loss_chunk_tokens * vocab == rows * time * vocab // 2
+
+
+@pytest.mark.slow
+@needs("jax_cuda13_plugin", "gpu-plan")
+def test_an_h100_generates_one_row():
+    """For a single row XLA 0.10 and 0.11 made of a gather what they then refused: nobody could chat."""
+    subprocess.run(
+        [sys.executable, ROOT / "tests/decode_process.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
+    )
