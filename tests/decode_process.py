@@ -1,4 +1,4 @@
-"""Compile generation, of one row, for an H100 that need not be here: python decode_process.py"""
+"""Compile generation, of one row, for an H100 that need not be here: python -m tests.decode_process"""
 
 import jax
 import jax.numpy as jnp

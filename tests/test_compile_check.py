@@ -4,11 +4,8 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 
 from jaxchat.config import REMATS, Compute, UserError
 from jaxchat.train.fit import fits
@@ -233,8 +230,6 @@ def test_an_h100(run_command, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @needs("jax_cuda13_plugin", "gpu-plan")
-def test_an_h100_generates_one_row():
-    """For a single row XLA 0.10 and 0.11 made of a gather what they then refused: nobody could chat."""
-    subprocess.run(
-        [sys.executable, ROOT / "tests/decode_process.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
-    )
+def test_an_h100_generates_one_row(run_command):
+    """For a single row the XLA of jax 0.10 and 0.11 made of a gather what it then refused: nobody could chat."""
+    run_command("tests.decode_process")
