@@ -143,9 +143,9 @@ def test_several_shards(home, monkeypatch):
     assert_same_weights(checkpoint.open_model("base", "again"), params)
 
 
-def test_the_readmes_example(home, monkeypatch, capsys):
-    """The chat under transformers that the README shows, as it stands there, says what our engine says."""
-    readme = (nanochat.Path(__file__).parent.parent / "README.md").read_text()
+def test_the_pages_example(home, monkeypatch, capsys):
+    """The chat under transformers that docs/pytorch.md shows, as it stands there, says what our engine says."""
+    readme = (nanochat.Path(__file__).parent.parent / "docs/pytorch.md").read_text()
     code = readme.split("```python\n")[1].split("```")[0]
     assert len([line for line in code.splitlines() if line.strip() and "import" not in line]) <= 20
     config = dataclasses.replace(CONFIG, sequence_len=512)
@@ -156,7 +156,7 @@ def test_the_readmes_example(home, monkeypatch, capsys):
     said = iter([*questions, ""])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(said))
     namespace = {}
-    exec(compile(code, "README.md", "exec"), namespace)
+    exec(compile(code, "docs/pytorch.md", "exec"), namespace)
     theirs = namespace["ids"][0].tolist()
 
     tokenizer = checkpoint.open_model("sft").tokenizer
@@ -168,7 +168,7 @@ def test_the_readmes_example(home, monkeypatch, capsys):
         ours += turn[1:] if ours else turn
         (answer,) = engine.generate([ours], max_tokens=100, temperature=0)
         ours += answer.tokens + [stop] * answer.finished
-    # The loop of the README lets each call of the tool have 100 tokens more; up to the first call they are equal.
+    # The page's loop lets each call of the tool have 100 tokens more; up to the first call they are equal.
     call = tokenizer.special("<|python_end|>")
     length = min((ids.index(call) for ids in (ours, theirs) if call in ids), default=len(ours))
     assert length > theirs.index(start) + 20 and theirs[:length] == ours[:length]
