@@ -1,6 +1,5 @@
 """Talk to a trained model: python -m launch.chat_cli -p "What is 23 * 7?" """
 
-import codecs
 import dataclasses
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import tyro
 from jaxchat import checkpoint, sharding
 from jaxchat.config import UserError
 from jaxchat.infer.engine import Engine
+from jaxchat.infer.text import TextReader, Writer
 from launch import cli
 
 
@@ -36,27 +36,6 @@ class Config:
 
 
 COMMANDS = "/clear begins a new conversation, /quit leaves"
-
-
-class Printer:
-    """Prints tokens as they come; a character whose bytes are not all there yet waits."""
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        marks = {"python_start": " [python ", "python_end": "]", "output_start": "[output ", "output_end": "]"}
-        self._marks = {tokenizer.special(f"<|{name}|>"): text for name, text in marks.items()}
-
-    def show(self, token: int, forced: bool = False):
-        """forced: the tool said it. An output that the model made up itself has a question mark."""
-        text = self._marks.get(token)
-        if text == "[output " and not forced:
-            text = "[output? "
-        text = text or self._utf8.decode(self._tokenizer.decode_bytes([token]))
-        print(text, end="", flush=True)
-
-    def end(self, cut: bool = False):
-        print(self._utf8.decode(b"", final=True) + (" … (cut)" if cut else ""), flush=True)
 
 
 def run(config: Config):
@@ -103,7 +82,7 @@ def run(config: Config):
             print(f"(the conversation has filled the model's {room} tokens; a new one begins)")
             conversation = [tokenizer.bos]
         conversation += turn
-        printer = Printer(tokenizer)
+        reader, writer = TextReader(tokenizer), Writer()
         print("" if config.prompt else "model: ", end="")
         answer = engine.stream(
             conversation,
@@ -114,10 +93,11 @@ def run(config: Config):
         )
         told = 0
         for token, forced in answer:
-            printer.show(token, forced)
+            print(writer.write(reader.feed(token, forced)), end="", flush=True)
             conversation.append(token)
             told += 1
-        printer.end(cut=told >= config.max_tokens or len(conversation) >= room)
+        cut = told >= config.max_tokens or len(conversation) >= room
+        print(writer.write(reader.end()) + writer.end(cut), flush=True)
         if config.prompt:
             return
         if config.source != "base":

@@ -295,23 +295,6 @@ def test_a_conversation_in_the_terminal(here, monkeypatch):
     assert seen[2] == tokenizer.render_for_completion({"messages": [{"role": "user", "content": "again"}]})
 
 
-def test_tool_calls_are_shown(here, capsys):
-    tokenizer = checkpoint.open_model("sft").tokenizer
-    printer, special = chat_cli.Printer(tokenizer), tokenizer.special
-    ids = [*tokenizer.encode("so"), special("<|python_start|>"), *tokenizer.encode("1+1"), special("<|python_end|>")]
-    output = [special("<|output_start|>"), *tokenizer.encode("2"), special("<|output_end|>")]
-    for token in ids:
-        printer.show(token)
-    for token in output:
-        printer.show(token, forced=True)
-    for token in output:  # said by the model, not by the tool
-        printer.show(token)
-    for token in tokenizer.encode("é"):  # two bytes, which come one by one
-        printer.show(token)
-    printer.end()
-    assert capsys.readouterr().out == "so [python 1+1][output 2][output? 2]é\n"
-
-
 @pytest.mark.slow
 def test_the_demo_from_end_to_end(home, monkeypatch):
     """The demo itself with two steps a stage: all commands run, and what is not learnt is told."""

@@ -4,6 +4,7 @@ import pytest
 
 from jaxchat.data.world import KINDS, Turn, World
 from jaxchat.eval import world as scorer
+from jaxchat.infer import text
 from jaxchat.tokenizer import Tokenizer
 
 
@@ -131,7 +132,7 @@ def test_forced_tokens_alone_count_as_output(tokenizer):
     begin = ids.index(tokenizer.special("<|assistant_start|>")) + 1
 
     def pieces(forced, finished=True):
-        return scorer.generated_pieces(Generated(ids[begin:-1], forced[begin:-1], finished), tokenizer)
+        return text.pieces(Generated(ids[begin:-1], forced[begin:-1], finished), tokenizer)
 
     assert pieces(forced) == scorer.wanted_pieces(TURN)
     assert ("made up", "2") in pieces([False] * len(forced))

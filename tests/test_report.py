@@ -174,7 +174,7 @@ class Page(HTMLParser):
 
 def test_the_page_stands_alone_and_shows_markup_as_text(whole):
     run, images = whole
-    samples = Samples([(NASTY, {"base": NASTY})], [(NASTY, {"mid": NASTY, "sft": "[python 1+1][python_output 2]"})])
+    samples = Samples([(NASTY, {"base": NASTY})], [(NASTY, {"mid": NASTY, "sft": "[python 1+1][output 2]"})])
     text = document.markdown(run, images, samples)
     page = Page(document.as_html(NASTY, text, images))
     links = [value for name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]
@@ -186,7 +186,7 @@ def test_the_page_stands_alone_and_shows_markup_as_text(whole):
     shown = NASTY.replace("\x1b", "\N{REPLACEMENT CHARACTER}")
     assert page.text.count(shown) == 4  # the beginning, its continuation, the question, mid's answer
     assert " ".join(shown.split()) in page.text  # the metric's name
-    assert "[python 1+1][python_output 2]" in page.text
+    assert "[python 1+1][output 2]" in page.text
 
 
 def test_curves_are_of_what_there_is(whole):

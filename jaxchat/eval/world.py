@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 from jaxchat.data.world import KINDS, Prompt, Turn, World
 from jaxchat.data.world.persona import TRAITS
-from jaxchat.infer.engine import Engine, Generation
+from jaxchat.infer.engine import Engine
+from jaxchat.infer.text import pieces, shown
 from jaxchat.tokenizer import Tokenizer
 
 BY_HAND = "counting by hand"  # a row for information: the tool hides wrong hand counts
@@ -56,13 +57,13 @@ def score(
     for prompt, given in zip(prompts, answers, strict=True):
         example = (
             " / ".join(turn.question for turn in prompt.turns),
-            " / ".join(shown(pieces) for pieces in given),
+            " / ".join(shown(answered) for answered in given),
             " / ".join(shown(wanted_pieces(turn)) for turn in prompt.turns),
         )
         pairs = list(zip(prompt.turns, given, strict=True))
-        scores.setdefault(prompt.kind, Score()).add(all(is_right(turn, pieces) for turn, pieces in pairs), example)
+        scores.setdefault(prompt.kind, Score()).add(all(is_right(turn, answered) for turn, answered in pairs), example)
         if prompt.kind == "counting":
-            by_hand = all(pieces[:1] == wanted_pieces(turn)[:1] for turn, pieces in pairs)
+            by_hand = all(answered[:1] == wanted_pieces(turn)[:1] for turn, answered in pairs)
             scores.setdefault(BY_HAND, Score()).add(by_hand, example)
     return scores
 
@@ -78,27 +79,9 @@ def answer(engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[
             histories[i] += [begin[0], *tokenizer.encode(prompts[i].turns[n].question), *begin[1:]]
         generations = engine.generate([histories[i] for i in asked], max_tokens=MAX_TOKENS, temperature=0.0)
         for i, generation in zip(asked, generations, strict=True):
-            given[i].append(generated_pieces(generation, tokenizer))
+            given[i].append(pieces(generation, tokenizer))
             histories[i] += [*generation.tokens, tokenizer.special("<|assistant_end|>")]
     return given
-
-
-def generated_pieces(generation: Generation, tokenizer: Tokenizer) -> Pieces:
-    """What was generated, cut at the tool's special tokens. Output that the tool did not force is called "made up"."""
-    starts = {tokenizer.special("<|python_start|>"): "python", tokenizer.special("<|output_start|>"): "python_output"}
-    ends = {tokenizer.special("<|python_end|>"), tokenizer.special("<|output_end|>")}
-    pieces: list[tuple[str, list[int]]] = [("text", [])]
-    for token, forced in zip(generation.tokens, generation.forced, strict=True):
-        if token in starts:
-            kind = starts[token]
-            pieces.append(("made up" if kind == "python_output" and not forced else kind, []))
-        elif token in ends:
-            pieces.append(("text", []))
-        else:
-            pieces[-1][1].append(token)
-    if not generation.finished:
-        pieces.append(("unfinished", tokenizer.encode("…")))
-    return [(kind, tokenizer.decode(tokens)) for kind, tokens in pieces if tokens or kind != "text"]
 
 
 def wanted_pieces(turn: Turn) -> Pieces:
@@ -121,11 +104,6 @@ def is_right(turn: Turn, pieces: Pieces) -> bool:
         said = pieces[0][1] if [kind for kind, _ in pieces] == ["text"] else ""
         return [trait.proof for trait in TRAITS if trait.proof in said] == [turn.proof]
     return pieces == wanted
-
-
-def shown(pieces: Pieces) -> str:
-    """An answer as one line; tool calls and outputs in brackets."""
-    return "".join(text if kind == "text" else f"[{kind} {text}]" for kind, text in pieces)
 
 
 def passed(scores: dict[str, Score], targets: dict[str, float] = TARGETS) -> bool:

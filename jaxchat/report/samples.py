@@ -4,8 +4,8 @@ import dataclasses
 
 from jaxchat import checkpoint
 from jaxchat.checkpoint import LoadedModel
-from jaxchat.eval.world import generated_pieces, shown
 from jaxchat.infer.engine import Engine
+from jaxchat.infer.text import pieces, shown
 from jaxchat.report.gather import Run
 
 BEGINNINGS = (
@@ -60,4 +60,4 @@ def answer(model: LoadedModel, questions: list[str], max_tokens: int) -> list[st
     prompts = [tokenizer.render_for_completion({"messages": talk})[-room:] for talk in talks]
     engine = Engine(model.params, model.config, tokenizer, batch_size=len(prompts))
     found = engine.generate(prompts, max_tokens=most, temperature=0.0)
-    return [shown(generated_pieces(generation, tokenizer)) for generation in found]
+    return [shown(pieces(generation, tokenizer)) for generation in found]

@@ -1,0 +1,125 @@
+"""Tokens to text: whole characters, stop strings, and the one way in which tool calls are written out."""
+
+import codecs
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from jaxchat.tokenizer import Tokenizer
+
+# Kinds of parts, beside "text": "python" (a tool call), "python_output" (the tool's answer, forced), "made up" (output
+# that the model wrote itself) and "unfinished" (the answer was cut off).
+BRACKETS = {"python": ("[python ", "]"), "python_output": ("[output ", "]"), "made up": ("[output? ", "]")}
+
+
+class Delta(NamedTuple):
+    """New text of one part of an answer. `starts`: the first text of its part, which may be empty."""
+
+    kind: str
+    text: str
+    starts: bool
+
+
+class TextReader:
+    """Turn an answer's tokens into text as they come.
+
+    Bytes of a character wait until it is complete, text that may be the beginning of a stop string waits until it is
+    decided. A stop string ends the answer just before it, whatever tokens its text came in; it must be within one text
+    part. Of several, the one that is complete first counts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()):
+        self._tokenizer = tokenizer
+        special = tokenizer.special
+        self._openings = {special("<|python_start|>"): "python", special("<|output_start|>"): "python_output"}
+        self._closings = {special("<|python_end|>"), special("<|output_end|>")}
+        self._stop = tuple(stop)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._kind, self._starts, self._held = "text", True, ""
+        self.stopped = False  # by a stop string
+
+    def feed(self, token: int, forced: bool = False) -> list[Delta]:
+        """The text that `token` completes; forced: the tool wrote it. Nothing after a stop string."""
+        if self.stopped:
+            return []
+        if token in self._openings:
+            kind = self._openings[token]
+            return self._begin("made up" if kind == "python_output" and not forced else kind)
+        if token in self._closings:
+            return self._begin("text")
+        return self._add(self._utf8.decode(self._tokenizer.decode_bytes([token])))
+
+    def end(self) -> list[Delta]:
+        """What still waits: an incomplete character becomes U+FFFD."""
+        return [] if self.stopped else self._add(self._utf8.decode(b"", final=True), last=True)
+
+    def _begin(self, kind: str) -> list[Delta]:
+        found = self.end()
+        if self.stopped:
+            return found
+        self._utf8.reset()
+        self._kind, self._starts = kind, True
+        # An empty text between two marks is no part; an empty tool call is one.
+        return found if kind == "text" else [*found, *self._emit("")]
+
+    def _add(self, text: str, last: bool = False) -> list[Delta]:
+        text, self._held = self._held + text, ""
+        if self._kind == "text" and self._stop:
+            ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+            if ends:
+                self.stopped, text = True, text[: min(ends)[1]]
+            elif not last:
+                keep = max(_overlap(text, stop) for stop in self._stop)
+                text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        return self._emit(text) if text else []
+
+    def _emit(self, text: str) -> list[Delta]:
+        starts, self._starts = self._starts, False
+        return [Delta(self._kind, text, starts)]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)
+
+
+class Writer:
+    """Write deltas as one line of text: "so [python 1+1][output 2]"."""
+
+    def __init__(self):
+        self._closing = ""
+
+    def write(self, deltas: Iterable[Delta]) -> str:
+        out = ""
+        for kind, text, starts in deltas:
+            if starts:
+                opening, closing = BRACKETS.get(kind, ("", ""))
+                out, self._closing = out + self._closing + opening, closing
+            out += text
+        return out
+
+    def end(self, cut: bool = False) -> str:
+        """What closes the line. cut: the answer was not finished."""
+        closing, self._closing = self._closing, ""
+        return closing + (" … (cut)" if cut else "")
+
+
+def pieces(generation, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """A generation as (kind, text) like the parts of a conversation, with ("unfinished", "…") last where it was cut."""
+    reader = TextReader(tokenizer)
+    found: list[tuple[str, str]] = []
+    deltas = [delta for pair in zip(generation.tokens, generation.forced, strict=True) for delta in reader.feed(*pair)]
+    for kind, text, starts in [*deltas, *reader.end()]:
+        if starts:
+            found.append((kind, text))
+        else:
+            found[-1] = (kind, found[-1][1] + text)
+    return found if generation.finished else [*found, ("unfinished", "…")]
+
+
+def shown(parts: Iterable[tuple[str, str]]) -> str:
+    """(kind, text) pairs as one line, tool calls and outputs in brackets."""
+    writer, parts = Writer(), list(parts)
+    cut = bool(parts) and parts[-1][0] == "unfinished"
+    line = writer.write(Delta(kind, text, True) for kind, text in (parts[:-1] if cut else parts))
+    return line + writer.end(cut)
