@@ -215,7 +215,7 @@ def test_tpu_vm_deletes_only_what_has_ended(here, fake, capsys, shell, code, wor
     said = capsys.readouterr()
     assert stop.value.code == code and words in said.err
     assert ("delete" in [words[4] for words in called(here) if words[0] == "gcloud"]) == (code == 3)
-    hint = f"jaxchat still runs and costs; {'--queued ' * ('describe' in shell)}--steps=delete ends it\n"
+    hint = f"jaxchat still runs and is billed; delete it with {'--queued ' * ('describe' in shell)}--steps=delete\n"
     assert (hint in said.out) == (code == 2 and shell != "exit 1")
 
 
@@ -369,7 +369,7 @@ def test_the_schema_check_refuses():
         (["gke", "--tpu=v5e:4x4"], "--image is missing"),
         (["gke", "--image=i"], "either --tpu"),
         (["gke", "--image=i", "--tpu=v5e:4x4x4"], "--tpu=v5e:4x4x4"),
-        (["gke", "--image=i", "--tpu=v5p:3x1x2"], "no multiple"),
+        (["gke", "--image=i", "--tpu=v5p:3x1x2"], "not a multiple"),
         (["gke", "--image=i", "--gpu=x", "--slices=2"], "--slices=2"),
         (["local", "--processes=0"], "--processes=0"),
     ],
@@ -383,7 +383,7 @@ def test_refusals(here, capsys, args, words):
 
 def test_no_command_and_no_scheduler(here, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(here))
-    for args, words in ((["local"], "what to run?"), (["slurm", "--", "x"], "there is no sbatch here")):
+    for args, words in ((["local"], "no command given"), (["slurm", "--", "x"], "there is no sbatch here")):
         with pytest.raises(SystemExit) as stop:
             cluster.main(args)
         assert stop.value.code == 2 and words in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Start a command on many machines, or in many processes: python -m launch.cluster slurm --nodes=4 -- COMMAND …"""
+"""Start a command on several machines or in several processes: python -m launch.cluster LAUNCHER -- COMMAND"""
 
 import dataclasses
 import sys
@@ -12,17 +12,18 @@ LAUNCHERS = {"slurm": slurm, "tpu_vm": tpu_vm, "gke": gke, "local": local}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Start a command on many machines, or in many processes of this one. The command stands after a lone --, and is
-    the same on all of them:
+    """Start a command on several machines, or in several processes on this one. The command follows a lone --
+    and is the same everywhere:
 
-    python -m launch.cluster local --processes=2 -- python -m launch.base_train --depth=4 --save_every=100 --resume
+    python -m launch.cluster local --processes=2 -- python -m launch.base_train --depth=4 --save_every=100
+    --resume
 
-    Launchers: slurm, tpu_vm, gke, local; each has its own --help, and with --dry_run prints what it would write and
-    run, and does nothing. A run that was told to end (exit code 75), that lost a peer (76) or that was killed (137) is
-    started again, so give the trainers --save_every and --resume.
+    Launchers: slurm, tpu_vm, gke, local; each has its own --help. With --dry_run they print the files and
+    commands and do nothing. A run that stopped and saved (exit code 75), lost a peer (76) or was killed (137)
+    is started again, so give the trainers --resume.
 
-    Secrets, such as WANDB_API_KEY, never go onto a command line: name them with --secrets, and set them where the
-    launcher's --help says.
+    Secrets such as WANDB_API_KEY never go onto a command line: name them with --secrets, and set them where
+    the launcher's --help says.
     """
 
 
@@ -36,9 +37,9 @@ def main(args: list[str] | None = None):
     def run(config):
         if launcher is None:
             given = f"there is no launcher {name!r}" if name else "which launcher?"
-            raise UserError(f"{given}; it is one of {', '.join(LAUNCHERS)} (--help tells more)")
+            raise UserError(f"{given}; it is one of {', '.join(LAUNCHERS)} (see --help)")
         if not command and "run" in getattr(config, "steps", "run"):
-            raise UserError(f"what to run? give it after a lone --: python -m launch.cluster {name} … -- COMMAND …")
+            raise UserError(f"no command given: python -m launch.cluster {name} FLAGS -- COMMAND")
         return launcher.run(config, command)
 
     run.command = f"launch.cluster {name}".strip()

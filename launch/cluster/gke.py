@@ -10,7 +10,7 @@ from jaxchat.config import UserError
 from launch.cluster.common import MOUNTED, RESTARTED, check_at_least, check_name, perform, secret_names
 
 PORT = 8476
-# Kind of TPU: GKE's name for it, and the chips of a host where there are several hosts.
+# GKE's name of each kind of TPU, and the chips of one host of a slice with several hosts.
 TPUS = {
     "v4": ("tpu-v4-podslice", 4),
     "v5e": ("tpu-v5-lite-podslice", 4),
@@ -18,83 +18,84 @@ TPUS = {
     "v6e": ("tpu-v6e-slice", 4),
     "tpu7x": ("tpu7x", 4),
 }
-EIGHT = ("v5e", "v6e")  # have hosts with 8 chips, for slices of one host
+EIGHT = ("v5e", "v6e")  # kinds whose single-host slices have up to 8 chips
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Write <name>.yaml here, a JobSet with a pod a host, and apply it with kubectl. The cluster needs JobSet 0.6 or
-    newer. TPUs by --tpu=v5e:4x4, or GPUs by --gpu and --nodes.
+    """Write <name>.yaml here, a JobSet with one pod a host, and apply it with kubectl. The cluster needs
+    JobSet 0.6 or newer. Choose TPUs with --tpu=v5e:4x4, or GPUs with --gpu and --nodes.
 
-    Secrets are read from a Secret of Kubernetes, which you make once, from a file with a line NAME=value each:
+    Secrets are read from a Kubernetes Secret. Create it once, from a file with one NAME=value a line:
     kubectl create secret generic jaxchat --from-env-file=FILE
 
-    A run that saves and ends because its node goes away, or that lost a peer, is started again, all pods at once; one
-    that fails otherwise is not. What is trained goes to --bucket, which every pod sees as its base directory.
+    A run that stopped and saved because its node goes away, or that lost a peer, is started again, all pods
+    at once; any other failure ends it. Every pod sees --bucket as its base directory.
 
-    A run's folder in a bucket is locked on one host only: see to it that no other host trains under the same tag.
-    Make the bucket with a hierarchical namespace, in which a checkpoint's folder is renamed all at once: gcloud storage
-    buckets create gs://NAME --location=REGION --uniform-bucket-level-access --enable-hierarchical-namespace
+    The lock on a run's folder does not reach beyond one host in a bucket: let no other host train under the
+    same tag. Create the bucket with a hierarchical namespace, in which renaming a checkpoint's folder is
+    atomic: gcloud storage buckets create gs://NAME --location=REGION --uniform-bucket-level-access
+    --enable-hierarchical-namespace
     """
 
     name: str = "jaxchat"
-    """Of the JobSet."""
+    """Name of the JobSet."""
     image: str = ""
-    """With jaxchat and its requirements installed, such as us-docker.pkg.dev/PROJECT/REPOSITORY/jaxchat:1."""
+    """Image with jaxchat and what it needs, such as us-docker.pkg.dev/PROJECT/REPOSITORY/jaxchat:1."""
     tpu: str = ""
-    """Kind and topology of a slice: v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:2x4, tpu7x:2x2x2."""
+    """Kind and topology of a TPU slice: v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:2x4, tpu7x:2x2x2."""
     slices: int = 1
-    """Of TPUs."""
+    """Number of TPU slices."""
     gpu: str = ""
-    """Kind, as GKE labels nodes: nvidia-h100-80gb, nvidia-h200-141gb."""
+    """Kind of GPU, as GKE labels nodes: nvidia-h100-80gb, nvidia-h200-141gb."""
     gpus: int = 8
-    """Of each machine."""
+    """GPUs of each machine."""
     nodes: int = 1
-    """Machines with GPUs."""
+    """Number of machines with GPUs."""
     spot: bool = False
-    """Cheaper, and may be taken away."""
+    """Take spot machines: cheaper, and may be preempted."""
     bucket: str = ""
     """Cloud Storage bucket for data and checkpoints; the service account must be allowed to write it."""
     service_account: str = "default"
-    """Of the pods."""
+    """Service account of the pods."""
     secrets: str = ""
     """Keys of the Secret `jaxchat` that the command gets as environment variables: WANDB_API_KEY,HF_TOKEN."""
     restarts: int = 20
-    """How often at most the run is started again."""
+    """Restarts of the run at most."""
     dry_run: bool = False
-    """Only print the file and the command."""
+    """Print the file and the command, and do nothing."""
 
 
 def hardware(config: Config) -> tuple[int, dict, dict]:
-    """(hosts of a slice, what a host must be labelled, what a pod takes of it)."""
+    """(hosts of a slice, node labels to select, resources of a pod)."""
     if bool(config.tpu) == bool(config.gpu):
         raise UserError("give either --tpu=v5e:4x4 or --gpu=nvidia-h100-80gb")
     if config.gpu:
         if config.slices != 1:
-            raise UserError(f"--slices={config.slices} is for TPUs; GPUs take --nodes")
+            raise UserError(f"--slices={config.slices} is for TPUs; for GPUs give --nodes")
         return config.nodes, {"cloud.google.com/gke-accelerator": config.gpu}, {"nvidia.com/gpu": config.gpus}
     kind, _, topology = config.tpu.partition(":")
     sides = topology.split("x")
     flat = kind in EIGHT
     if kind not in TPUS or len(sides) != (2 if flat else 3) or not all(s.isdigit() and int(s) > 0 for s in sides):
         kinds = ", ".join(f"{name}:{'4x4' if name in EIGHT else '2x2x4'}" for name in TPUS)
-        raise UserError(f"--tpu={config.tpu}; it is of the form {kinds}")
+        raise UserError(f"--tpu={config.tpu}; expected a form such as {kinds}")
     label, on_host = TPUS[kind]
     chips = math.prod(map(int, sides))
     if chips <= (8 if flat else 4):
         on_host = chips
     if chips % on_host:
-        raise UserError(f"--tpu={config.tpu} has {chips} chips, which is no multiple of a host's {on_host}")
+        raise UserError(f"--tpu={config.tpu} has {chips} chips, not a multiple of a host's {on_host}")
     labels = {"cloud.google.com/gke-tpu-accelerator": label, "cloud.google.com/gke-tpu-topology": topology}
     return chips // on_host, labels, {"google.com/tpu": on_host}
 
 
 def jobset(config: Config, command: list[str]) -> dict:
-    """The JobSet, as the tree that its YAML is."""
+    """The JobSet as nested dicts, ready for YAML."""
     hosts, labels, takes = hardware(config)
     secrets = secret_names(config.secrets, here=False)
     env = [{"name": n, "valueFrom": {"secretKeyRef": {"name": "jaxchat", "key": n}}} for n in secrets]
-    if config.gpu:  # TPUs are told by GKE itself
+    if config.gpu:  # on TPUs GKE sets this itself
         first = f"{config.name}-workers-0-0.{config.name}:{PORT}"  # job 0, pod 0, in the JobSet's own network
         env += [{"name": "JAX_COORDINATOR_ADDRESS", "value": first}]
         env += [{"name": "JAXCHAT_NUM_PROCESSES", "value": str(hosts)}]
@@ -104,7 +105,12 @@ def jobset(config: Config, command: list[str]) -> dict:
         env += [{"name": "JAXCHAT_BASE_DIR", "value": "/bucket"}]
         mounts += [{"name": "bucket", "mountPath": "/bucket"}]
         attributes = {"bucketName": config.bucket, "mountOptions": ",".join(MOUNTED)}
-        volumes += [{"name": "bucket", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}]
+        volumes += [
+            {
+                "name": "bucket",
+                "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes},
+            }
+        ]
     container = {
         "name": "jaxchat",
         "image": config.image,
@@ -128,7 +134,7 @@ def jobset(config: Config, command: list[str]) -> dict:
         "parallelism": hosts,
         "completions": hosts,
         "completionMode": "Indexed",
-        "backoffLimit": 0,  # one pod that ends ends the job; then the JobSet decides
+        "backoffLimit": 0,  # one failed pod fails the job; then the JobSet decides
         "podFailurePolicy": {
             "rules": [
                 {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -163,4 +169,4 @@ def run(config: Config, command: list[str]):
     if not config.dry_run:
         Path(file).write_text(text)
     perform(["kubectl", "apply", f"--filename={file}"], config.dry_run)
-    print(f"# its log: kubectl logs --follow --selector=jobset.sigs.k8s.io/jobset-name={config.name}")
+    print(f"# follow the log: kubectl logs --follow --selector=jobset.sigs.k8s.io/jobset-name={config.name}")

@@ -1,4 +1,4 @@
-"""Several processes on this machine that train together: to try, on one machine, what a run on several will do."""
+"""Several processes of one training run on this machine: a rehearsal of a run on several hosts."""
 
 import dataclasses
 import shlex
@@ -12,25 +12,26 @@ from launch.cluster.common import RESTARTED, check_at_least
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Run the command in several processes on this machine. JAX_COORDINATOR_ADDRESS, JAXCHAT_NUM_PROCESSES and
-    JAXCHAT_PROCESS_ID in its environment tell each its place. The first one prints; the others tell only errors.
+    """Run the command in several processes on this machine. Each finds its place in JAX_COORDINATOR_ADDRESS,
+    JAXCHAT_NUM_PROCESSES and JAXCHAT_PROCESS_ID. Process 0 prints; the others print errors only.
 
-    SIGTERM and Ctrl-C are passed on. All have --grace seconds to end then, and the others have as many after one has
-    failed; what still runs is killed. A run that was told to end (exit code 75), lost a peer (76) or was killed (137)
-    is started again, up to --restarts times, unless it was this launcher that was told to end. The exit code is that of
-    the process that ended first, of those that failed. Processes have this environment, secrets included.
+    SIGTERM and Ctrl-C are passed on. The processes then have --grace seconds to end, and so have the others
+    when one fails; whatever still runs after that is killed. A run that stopped and saved (exit code 75),
+    lost a peer (76) or was killed (137) is started again, up to --restarts times, unless this launcher itself
+    was asked to stop. The exit code is that of the first process that failed. The processes inherit this
+    environment, secrets included.
     """
 
     processes: int = 2
-    """How many."""
+    """Number of processes."""
     gpus_per_process: int = 0
-    """Give every process so many GPUs of its own; 0: all that are there, or none."""
+    """GPUs that each process gets for itself; 0: no division, every process sees all of them."""
     restarts: int = 0
-    """How often at most to start again."""
+    """Restarts at most."""
     grace: float = 120.0
-    """Seconds to end in, when told to or after another has failed; more than the trainers' --heartbeat_timeout."""
+    """Seconds to end in after a signal or another's failure; more than the trainers' --heartbeat_timeout."""
     dry_run: bool = False
-    """Only print the commands."""
+    """Print the commands and do nothing."""
 
 
 def free_port() -> int:
@@ -40,7 +41,7 @@ def free_port() -> int:
 
 
 def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
-    """What each process runs."""
+    """The command line of each process."""
     lines = []
     for index in range(config.processes):
         place = [f"JAX_COORDINATOR_ADDRESS=localhost:{port}", f"JAXCHAT_NUM_PROCESSES={config.processes}"]
@@ -51,11 +52,11 @@ def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
     return lines
 
 
-class Told:
-    """Passes SIGTERM, SIGINT and (as SIGTERM) SIGHUP on to the processes; `at_all`: whether one came."""
+class SignalForwarder:
+    """Pass SIGTERM, SIGINT and (as SIGTERM) SIGHUP on to the processes. `received`: whether one came."""
 
     def __init__(self):
-        self.at_all, self.processes = False, []
+        self.received, self.processes = False, []
 
     def __enter__(self):
         heard = [signal.SIGTERM, signal.SIGINT]
@@ -69,7 +70,7 @@ class Told:
             signal.signal(number, handler)
 
     def _pass_on(self, number, frame):
-        self.at_all = True
+        self.received = True
         self.send(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def send(self, number: int):
@@ -77,32 +78,35 @@ class Told:
             process.send_signal(number)  # does nothing where it has ended
 
 
-def run_once(config: Config, command: list[str], told: Told) -> int:
-    """-> the exit code of the process that failed first, as a shell tells it; 0 if all went well."""
-    told.processes, ended = [], set()
+def run_once(config: Config, command: list[str], signals: SignalForwarder) -> int:
+    """Run all processes once; return the exit code (as a shell's) of the first that failed, 0 if none did."""
+    signals.processes, ended = [], set()
     failed, deadline = 0, None
     try:
         for line in commands(config, command, free_port()):
-            told.processes.append(subprocess.Popen(line, start_new_session=True))
-        if told.at_all:  # while they were started, some were not among the processes yet
-            told.send(signal.SIGTERM)
-        while len(ended) < len(told.processes):
-            for index, process in enumerate(told.processes):
+            signals.processes.append(subprocess.Popen(line, start_new_session=True))
+        if signals.received:  # it came while processes were starting: the later ones missed it
+            signals.send(signal.SIGTERM)
+        while len(ended) < len(signals.processes):
+            for index, process in enumerate(signals.processes):
                 if index in ended or process.poll() is None:
                     continue
                 ended.add(index)
                 if process.returncode and not failed:
                     failed = process.returncode if process.returncode > 0 else 128 - process.returncode
                     deadline = deadline or time.monotonic() + config.grace
-                    if len(ended) < len(told.processes):
-                        print(f"process {index} ended with exit code {failed}; waiting for the others", flush=True)
-            if told.at_all:
+                    if len(ended) < len(signals.processes):
+                        print(
+                            f"process {index} ended with exit code {failed}; waiting for the others",
+                            flush=True,
+                        )
+            if signals.received:
                 deadline = deadline or time.monotonic() + config.grace
             if deadline and time.monotonic() > deadline:
                 return failed or 128 + signal.SIGKILL
             time.sleep(0.1)
     finally:
-        for process in told.processes:
+        for process in signals.processes:
             process.kill()
             process.wait()
     return failed
@@ -115,11 +119,11 @@ def run(config: Config, command: list[str]):
             print(shlex.join(line))
         return 0
     code = 128 + signal.SIGTERM
-    with Told() as told:
+    with SignalForwarder() as signals:
         for left in reversed(range(config.restarts + 1)):
-            if told.at_all:
+            if signals.received:
                 return code
-            code = run_once(config, command, told)
-            if code not in RESTARTED or told.at_all or not left:
+            code = run_once(config, command, signals)
+            if code not in RESTARTED or signals.received or not left:
                 return code
-            print(f"exit code {code}: starting again, at most {left} times more", flush=True)
+            print(f"exit code {code}: starting again, {left} restarts left", flush=True)

@@ -1,4 +1,4 @@
-"""A batch job under Slurm: one process a node, which drives all its GPUs."""
+"""A Slurm batch job: one process a node, which drives all its GPUs."""
 
 import dataclasses
 import shlex
@@ -10,40 +10,41 @@ from launch.cluster.common import RESTARTED, check_at_least, perform, secret_nam
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Write <job_name>.sbatch here and submit it. One process a node drives all its GPUs; the nodes find one another.
+    """Write <job_name>.sbatch here and submit it. One process a node drives all its GPUs; the nodes find one
+    another.
 
-    The job runs in this folder, with this environment: so a secret that is set here is set there, and stands in no
-    file. Two minutes before the time limit, and when it is preempted, the run saves and ends; then the job is put into
-    the queue again, and goes on where it was if the command has --resume. Checkpoints have to lie on a disk that all
-    nodes share: JAXCHAT_BASE_DIR.
+    The job runs in this folder with this environment, so a secret that is set here is set there and is in no
+    file. Two minutes before the time limit, and when the job is preempted, the run saves and ends; the job is
+    then queued again, and continues if the command has --resume. JAXCHAT_BASE_DIR must be on a disk that all
+    nodes share.
     """
 
     job_name: str = "jaxchat"
-    """Of the job, and of the files <job_name>.sbatch and <job_name>-<id>.log."""
+    """Name of the job and of the files <job_name>.sbatch and <job_name>-<id>.log."""
     nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     gpus: int = 8
-    """Of each machine; 0: it has none."""
+    """GPUs of each machine; 0: none."""
     time: str = "24:00:00"
-    """Limit, as hours:minutes:seconds or days-hours."""
+    """Time limit, as hours:minutes:seconds or days-hours."""
     partition: str = ""
-    """Where to queue; empty: the site's default."""
+    """Partition to queue in; empty: the site's default."""
     account: str = ""
-    """Who pays; empty: your default."""
+    """Account to charge; empty: your default."""
     directives: str = ""
-    """More of sbatch's options, with spaces between: "--qos=high --mem=0 --cpus-per-task=64"."""
+    """More options of sbatch, separated by spaces: "--qos=high --mem=0 --cpus-per-task=64"."""
     setup: str = ""
-    """Shell commands that come first: "module load cuda && source .venv/bin/activate"."""
+    """Shell commands to run first: "module load cuda && source .venv/bin/activate"."""
     secrets: str = ""
-    """Names of environment variables that have to be set here, with commas between: WANDB_API_KEY,HF_TOKEN."""
+    """Environment variables that must be set here, separated by commas: WANDB_API_KEY,HF_TOKEN."""
     restarts: int = 20
-    """How often at most the job goes back into the queue."""
+    """Times at most that the job is queued again."""
     dry_run: bool = False
-    """Only print the file and the command."""
+    """Print the file and the command, and do nothing."""
 
 
 def script(config: Config, command: list[str]) -> str:
-    """The sbatch file."""
+    """The text of the sbatch file."""
     options = {
         "job-name": config.job_name,
         "nodes": config.nodes,
@@ -67,10 +68,10 @@ def script(config: Config, command: list[str]) -> str:
             "",
             f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
             *([config.setup] if config.setup else []),
-            # A process that fails tells the others; Slurm need not kill them.
+            # The processes notice by themselves that one failed; Slurm need not kill them.
             f"srun --kill-on-bad-exit=0 {shlex.join(command)}",
             "code=$?",
-            "# Told to end, lost a peer, or killed: once more, unless it was cancelled.",
+            "# Stopped and saved, lost a peer, or killed: queue it again, unless it was cancelled.",
             'state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)',
             f"if [[ $code =~ ^({codes})$ && $state == RUNNING && ${{SLURM_RESTART_COUNT:-0}} -lt {config.restarts} ]]",
             'then scontrol requeue "$SLURM_JOB_ID"',
@@ -85,10 +86,10 @@ def run(config: Config, command: list[str]):
     check_at_least(config, nodes=1, gpus=0, restarts=0)
     for word in shlex.split(config.directives):
         if not word.startswith("--"):
-            raise UserError(f"--directives: {word!r} is no option of the form --name or --name=value")
+            raise UserError(f"--directives: {word!r} is not an option of the form --name or --name=value")
     for flag in ("job_name", "time", "partition", "account"):
         if any(c.isspace() or c in "/'\"" for c in getattr(config, flag)):
-            raise UserError(f"--{flag}={getattr(config, flag)!r} has a space, a quote or a slash in it")
+            raise UserError(f"--{flag}={getattr(config, flag)!r}; it must not contain spaces, quotes or slashes")
     secret_names(config.secrets, here=True)
     file, text = f"{config.job_name}.sbatch", script(config, command)
     print(f"# {file}\n{text}", flush=True)

@@ -31,58 +31,59 @@ GCSFUSE = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Create a Cloud TPU, install this checkout's last commit on it, run the command on all its workers, follow the
-    first one's log, and delete the TPU when the command has ended and its exit code is known. --steps chooses among
-    these.
+    """Create a Cloud TPU, install this checkout's last commit on it, run the command on all its workers,
+    follow the first worker's log, and delete the TPU once the command has ended and its exit code is known.
+    --steps chooses among these.
 
-    What is trained goes to --bucket, which every worker sees as its base directory (JAXCHAT_BASE_DIR). Secrets are
-    copied from here in a file that only you can read, over ssh, and are set for the command. The command goes on when
-    the connection is lost: --steps=log,delete takes it up again. It is started again after a lost peer, but a TPU that
-    was preempted is gone: the same line makes a new one, and with --resume the command goes on where it was.
+    Every worker sees --bucket as its base directory (JAXCHAT_BASE_DIR). Secrets are copied over ssh in a file
+    that only you can read, and set for the command. The command keeps running if the connection is lost;
+    --steps=log,delete reconnects. It is started again after a lost peer. A TPU that was preempted is gone:
+    run the same line again, which creates a new one, and with --resume the command continues.
 
-    A run's folder in a bucket is locked on one host only: see to it that no other host trains under the same tag.
-    Make the bucket with a hierarchical namespace, in which a checkpoint's folder is renamed all at once: gcloud storage
-    buckets create gs://NAME --location=REGION --uniform-bucket-level-access --enable-hierarchical-namespace
+    The lock on a run's folder does not reach beyond one host in a bucket: let no other host train under the
+    same tag. Create the bucket with a hierarchical namespace, in which renaming a checkpoint's folder is
+    atomic: gcloud storage buckets create gs://NAME --location=REGION --uniform-bucket-level-access
+    --enable-hierarchical-namespace
     """
 
     name: str = "jaxchat"
-    """Of the TPU."""
+    """Name of the TPU."""
     zone: str = ""
-    """Where: us-central2-b."""
+    """Zone of the TPU: us-central2-b."""
     project: str = ""
-    """Empty: gcloud's own setting."""
+    """Google Cloud project; empty: gcloud's own setting."""
     type: str = "v5litepod-16"
-    """Kind and size, as gcloud calls it: v4-32, v5litepod-16, v5p-8, v6e-8."""
+    """Kind and size of the TPU, as gcloud calls it: v4-32, v5litepod-16, v5p-8, v6e-8."""
     version: str = "v2-alpha-tpuv5-lite"
-    """The image: tpu-ubuntu2204-base for v4, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e."""
+    """Image of the TPU: tpu-ubuntu2204-base for v4, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e."""
     spot: bool = False
-    """Cheaper, and may be taken away."""
+    """Take a spot TPU: cheaper, and may be preempted."""
     queued: bool = False
-    """Ask by a queued resource, and wait until there is room."""
+    """Request a queued resource, and wait until it is granted."""
     bucket: str = ""
-    """Name of the Cloud Storage bucket that takes data and checkpoints."""
+    """Cloud Storage bucket for data and checkpoints."""
     secrets: str = ""
-    """Names of environment variables that have to be set here, with commas between: WANDB_API_KEY,HF_TOKEN."""
+    """Environment variables that must be set here, separated by commas: WANDB_API_KEY,HF_TOKEN."""
     restarts: int = 20
-    """How often at most the command is started again."""
+    """Restarts of the command at most."""
     steps: str = ",".join(STEPS)
-    """Which of create,setup,run,log,delete to do."""
+    """Steps to do, of create,setup,run,log,delete."""
     dry_run: bool = False
-    """Only print the commands."""
+    """Print the commands and do nothing."""
 
 
 def check(config: Config) -> list[str]:
-    """The steps to do. UserError: something given cannot work."""
+    """Validate the flags and return the steps to do. UserError: something given cannot work."""
     check_name("name", config.name)
     check_at_least(config, restarts=0)
     steps = [step for step in config.steps.split(",") if step]
     if unknown := [step for step in steps if step not in STEPS]:
         raise UserError(f"--steps={config.steps}: {unknown[0]!r} is none of {', '.join(STEPS)}")
     if not config.zone:
-        raise UserError("--zone is missing: where the TPU is to be, such as us-central2-b")
+        raise UserError("--zone is missing; give the TPU's zone, such as --zone=us-central2-b")
     if {"run", "delete"} <= set(steps) and not config.bucket:
         raise UserError(
-            "what is trained would be deleted with the TPU: give --bucket=NAME, or --steps=create,setup,run,log"
+            "the checkpoints would be deleted with the TPU: give --bucket=NAME, or --steps=create,setup,run,log"
         )
     return [step for step in STEPS if step in steps]
 
@@ -118,10 +119,7 @@ def on(config: Config, workers: str, shell: str) -> list[str]:
 
 
 def started(config: Config, command: list[str]) -> str:
-    """Shell text that starts the command in the background, and again as often as is due.
-
-    run.code tells, in the end, how it ended.
-    """
+    """Shell text: run the command in the background, restart it when due, write its exit code to run.code."""
     base = f"export JAXCHAT_BASE_DIR={MOUNT}; " if config.bucket else ""
     codes = "|".join(map(str, RESTARTED))
     loop = (
@@ -140,7 +138,7 @@ CODE = "cat jaxchat/run.code"
 
 @contextlib.contextmanager
 def secret_file(names: list[str], dry_run: bool):
-    """The path of a file NAME='value' that only its owner can read, and that is deleted afterwards."""
+    """Give the path of a temporary file of NAME='value' lines that only its owner can read."""
     if dry_run:
         yield f"<a file with {', '.join(names)}>"
         return
@@ -167,7 +165,7 @@ def setup(config: Config, secrets: list[str]):
 
 
 def wait(config: Config):
-    """Until a queued resource is there."""
+    """Wait until the queued resource is granted."""
     print(f"# every 30 s, until it says ACTIVE:\n{shlex.join(state(config))}", flush=True)
     while not config.dry_run:
         asked = subprocess.run(state(config), capture_output=True, text=True)
@@ -182,14 +180,14 @@ def wait(config: Config):
 
 
 def follow(config: Config) -> int:
-    """Show the first worker's log. -> the command's exit code; UserError: there is none yet, or it can't be read."""
+    """Print the first worker's log and return the command's exit code. UserError: it cannot be read."""
     perform(on(config, "0", FOLLOW), config.dry_run, check=False)  # its own code may be gcloud's or ssh's
     print(shlex.join(on(config, "0", CODE)), flush=True)
     if config.dry_run:
         return 0
     code = subprocess.run(on(config, "0", CODE), stdout=subprocess.PIPE, text=True).stdout.strip()
     if not code.isdigit():
-        raise UserError("the connection was lost, or the command was killed; --steps=log,delete takes the log up again")
+        raise UserError("the connection was lost, or the command was killed; --steps=log,delete follows the log again")
     return int(code)
 
 
@@ -212,6 +210,9 @@ def run(config: Config, command: list[str]):
             perform(delete(config), config.dry_run)
     except BaseException:
         end = "--queued --steps=delete" if config.queued else "--steps=delete"
-        print(f"unless it was preempted, {config.name} still runs and costs; {end} ends it", flush=True)
+        print(
+            f"unless it was preempted, {config.name} still runs and is billed; delete it with {end}",
+            flush=True,
+        )
         raise
     return code
