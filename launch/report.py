@@ -1,4 +1,4 @@
-"""The report of a run, as markdown and as one HTML file: python -m launch.report --model_tag=d12"""
+"""Write the report of a run as markdown and as one HTML file: python -m launch.report --model_tag=d12"""
 
 import dataclasses
 
@@ -12,19 +12,19 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Gather what the base, mid and SFT stages of a model have left: results side by side, curves, samples, and where
-    and how it was trained. Stages that are not there are left out and named.
+    """Report on a model: results of the base, mid and SFT stages side by side, curves, samples, and where and
+    how each was trained. Missing stages are named and left out.
 
-    Every evaluation's JSON file beside the checkpoints is taken in. Nothing is trained or evaluated anew, but for the
-    samples.
+    Every evaluation's JSON file beside the checkpoints is included. Nothing is trained or evaluated; only
+    samples are generated.
     """
 
     model_tag: str = ""
-    """Which model; empty: the deepest d<N>, or else the newest."""
+    """Tag of the model; empty: the deepest d<N>, or else the newest."""
     price_per_hour: float = 0.0
-    """What the machine costs an hour, in any currency; 0: the cost is left out."""
+    """Price of the machine per hour, in any currency; 0: no cost in the report."""
     samples: bool = True
-    """Let each checkpoint continue a few texts, or answer a few questions."""
+    """Generate samples: each checkpoint continues a few texts or answers a few questions."""
 
 
 def run(config: Config, beginnings=BEGINNINGS, questions=QUESTIONS):

@@ -280,7 +280,7 @@ def test_what_cannot_be_scored_is_told(folder, bundle, tmp_path):
         core.load_bundle(str(tmp_path))
     with pytest.raises(UserError, match="file, line 2: .*gold 2 of 2 options"):
         core.read_items('\n{"query": "a", "choices": ["b", "c"], "gold": 2}\n', "multiple_choice", "file")
-    with pytest.raises(UserError, match="line 1: .*`continuation` is no text"):
+    with pytest.raises(UserError, match="line 1: .*`continuation` is not text"):
         core.read_items('{"context": "a", "continuation": 3}', "language_modeling", "file")
     same = replace(bundle[0], kind="language_modeling", items=[])
     assert not core.is_right(same, {}, [scoring.Score(np.zeros(0), np.zeros(0, bool))])

@@ -1,4 +1,4 @@
-"""Validation: bits per byte, and the mean loss of what is supervised."""
+"""Validation: bits per byte, and the mean loss over supervised tokens."""
 
 import math
 from functools import partial
@@ -35,6 +35,6 @@ def bits_per_byte(params, batches: list[dict], token_bytes, config, compute, mes
     sized = [b | {"weights": b["weights"] * (token_bytes[b["targets"]] > 0)} for b in batches]
     num_bytes = sum(float((b["weights"] * token_bytes[b["targets"]]).sum(dtype=np.float64)) for b in sized)
     if not num_bytes:
-        raise UserError("there is no text to measure bits per byte on: all documents are empty")
+        raise UserError("bits per byte cannot be measured: all documents are empty; check the validation data")
     nll, _ = total_loss(params, sized, config, compute, mesh)
     return nll / (math.log(2) * num_bytes)

@@ -1,8 +1,9 @@
-"""CORE (DCLM): 22 tasks in context, scored by which continuation is likeliest, centred so that chance is 0.
+"""CORE (DCLM): 22 in-context tasks, scored by the likeliest continuation, centred so that chance is 0.
 
-The bundle is a folder, or the zip that launch.download fetches: core.yaml lists the tasks, eval_data/ holds their items
-a JSON object a line, eval_meta_data.csv the share that guessing gets right. Draws and prompts are those of published
-scores: items and examples by the seeds below, examples and question joined by a blank line.
+The bundle is a folder, or the zip that launch.download fetches: core.yaml lists the tasks, eval_data/ holds
+their items as JSON lines, eval_meta_data.csv the accuracy of guessing. Items, few-shot examples and prompts
+are drawn and written as for published scores. One difference: a prompt longer than the model's context loses
+its beginning.
 """
 
 import csv
@@ -22,8 +23,8 @@ from jaxchat.eval.results import TaskResult
 from jaxchat.eval.scoring import Score, Scorer, Span
 from jaxchat.tokenizer import Tokenizer
 
-DRAW_SEED = 1337  # of which items are asked
-EXAMPLES_SEED = 1234  # plus the item's place: of its few-shot examples
+DRAW_SEED = 1337  # chooses the items
+EXAMPLES_SEED = 1234  # plus the item's index: chooses its few-shot examples
 FIELDS = {
     "multiple_choice": ("query", "choices"),
     "schema": ("context_options", "continuation"),
@@ -32,7 +33,7 @@ FIELDS = {
 
 
 class NoBundle(UserError):
-    """There is no bundle, or not all of it."""
+    """The bundle is missing or incomplete."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,31 +42,32 @@ class CoreTask:
     kind: str  # a key of FIELDS
     shots: int  # examples before each question
     delimiter: str  # between a question and its answer
-    chance: float  # the share that guessing gets right, by the bundle
+    chance: float  # accuracy of guessing, as the bundle states it
     items: list[dict]
 
     def drawn(self, max_per_task: int) -> list[dict]:
-        """Its items shuffled, at most so many (all if that is 0 or less)."""
+        """Its items in a fixed random order, at most max_per_task of them (all if that is 0 or less)."""
         items = list(self.items)
         random.Random(DRAW_SEED).shuffle(items)
         items = items[:max_per_task] if max_per_task > 0 else items
         if len(items) <= self.shots:
             raise UserError(
-                f"CORE's {self.label} takes {self.shots} examples besides the question, and there are "
-                f"{len(items)} items in all; ask for at least {self.shots + 1} a task"
+                f"CORE's {self.label} needs {self.shots} examples besides the question, but has only {len(items)} "
+                f"items; ask for at least {self.shots + 1} a task"
             )
         return items
 
 
 @dataclasses.dataclass(frozen=True)
 class CoreResult(TaskResult):
-    right: list[bool]  # of each item that was asked
+    right: list[bool]  # for each item
 
 
 def load_bundle(place: str = "") -> list[CoreTask]:
-    """The tasks of a bundle: a folder or a zip; empty: the base directory's eval_bundle, or else eval_bundle.zip.
+    """Read the tasks of a bundle: a folder or a zip; empty: the base directory's eval_bundle, or
+    eval_bundle.zip.
 
-    UserError: something is missing or not as it should be; the message names the file and the line.
+    UserError: something is missing or malformed; the message names the file and the line.
     """
     path = Path(place).expanduser() if place else base_dir() / "eval_bundle"
     if not place and not path.is_dir():
@@ -91,8 +93,8 @@ def load_bundle(place: str = "") -> list[CoreTask]:
             raise ValueError("core.yaml lists no tasks")
         for entry in found:
             if entry["shots"] < 0 or not isinstance(entry["delimiter"], str) or not 0 <= entry["chance"] < 1:
-                told = {name: entry[name] for name in ("shots", "delimiter", "chance")}
-                raise ValueError(f"{entry['label']} has {told}")
+                values = {name: entry[name] for name in ("shots", "delimiter", "chance")}
+                raise ValueError(f"{entry['label']} has {values}")
     except (OSError, KeyError, ValueError, TypeError, IndexError, yaml.YAMLError, zipfile.BadZipFile) as problem:
         missing = isinstance(problem, FileNotFoundError | NotADirectoryError)
         why = f" ({type(problem).__name__}: {problem})" if path.exists() else ""
@@ -117,7 +119,7 @@ def read_items(text: str, kind: str, path: os.PathLike) -> list[dict]:
             for field in FIELDS[kind]:
                 parts = item[field] if field in ("choices", "context_options") else [item[field]]
                 if not parts or not all(isinstance(part, str) for part in parts):
-                    raise ValueError(f"`{field}` is no text")
+                    raise ValueError(f"`{field}` is not text")
             options = item.get("choices") or item.get("context_options")
             if options and (type(item["gold"]) is not int or not 0 <= item["gold"] < len(options)):
                 raise ValueError(f"gold {item['gold']} of {len(options)} options")
@@ -134,7 +136,7 @@ def examples_of(task: CoreTask, items: list[dict], index: int) -> list[dict]:
 
 
 def solved(task: CoreTask, item: dict) -> str:
-    """An example with its right answer."""
+    """An example followed by its right answer."""
     if task.kind == "multiple_choice":
         question, answer = item["query"], item["choices"][item["gold"]]
     elif task.kind == "schema":
@@ -145,7 +147,7 @@ def solved(task: CoreTask, item: dict) -> str:
 
 
 def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
-    """What the model reads: a prompt an option; of language modeling, the prompt without its answer and with it."""
+    """The texts the model reads: one for each option; for language modeling, the prompt without and with the answer."""
     item = items[index]
     before = "".join(solved(task, example) + "\n\n" for example in examples_of(task, items, index))
     if task.kind == "multiple_choice":
@@ -157,8 +159,8 @@ def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
 
 
 def spans_of(task: CoreTask, prompts: list[str], tokenizer: Tokenizer) -> list[Span]:
-    """What is scored: of options, the tokens that tell them apart (multiple choice) or that they share at the end
-    (schema); of language modeling, the answer's."""
+    """The tokens to score: where the options differ (multiple choice), the ending they share (schema), or the
+    answer (language modeling)."""
     rows = [np.concatenate([[tokenizer.bos], tokenizer.encode_array(prompt)]).astype(np.int32) for prompt in prompts]
     if task.kind == "schema":
         shared = common_length([row[::-1] for row in rows])
@@ -168,15 +170,15 @@ def spans_of(task: CoreTask, prompts: list[str], tokenizer: Tokenizer) -> list[S
 
 
 def common_length(rows: list[np.ndarray]) -> int:
-    """How many tokens all rows begin with."""
+    """Number of leading tokens that all rows share."""
     shortest = min(map(len, rows))
     same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
     return shortest if same.all() else int(np.argmin(same))
 
 
 def is_right(task: CoreTask, item: dict, scores: list[Score]) -> bool:
-    """Whether the right option has the lowest mean loss (of equal ones the first is taken), or, of language modeling,
-    whether each token of the answer is the likeliest."""
+    """Whether the right option has the lowest mean loss (the first one wins a tie), or, for language
+    modeling, whether every token of the answer is the likeliest."""
     if task.kind == "language_modeling":
         return len(scores[0].right) > 0 and bool(scores[0].right.all())
     losses = [score.loss for score in scores]
@@ -188,11 +190,11 @@ def evaluate(
     tokenizer: Tokenizer,
     bundle: list[CoreTask],
     max_per_task: int = -1,
-    told: Callable[[TaskResult], None] = lambda result: None,
+    on_result: Callable[[TaskResult], None] = lambda result: None,
 ) -> list[CoreResult]:
-    """All tasks, on at most so many items each. told: called with each task's result as it comes."""
+    """Score every task on at most max_per_task items. on_result: called with each task's result."""
     results = []
-    drawn = [task.drawn(max_per_task) for task in bundle]  # all, so that too few items are told before anything runs
+    drawn = [task.drawn(max_per_task) for task in bundle]  # first, so that too few items fail before anything runs
     for task, items in zip(bundle, drawn, strict=True):
         asked = [spans_of(task, prompts_of(task, items, i), tokenizer) for i in range(len(items))]
         scores = iter(scorer.spans([span for spans in asked for span in spans]))
@@ -200,5 +202,5 @@ def evaluate(
         accuracy = sum(right) / len(right)
         centered = (accuracy - task.chance) / (1 - task.chance)
         results.append(CoreResult(task.label, accuracy, centered, len(right), right))
-        told(results[-1])
+        on_result(results[-1])
     return results

@@ -1,4 +1,4 @@
-"""What an evaluation found, as CSV and JSON beside the checkpoint or the tokenizer."""
+"""Results of evaluations, written as CSV and JSON beside the checkpoint or the tokenizer."""
 
 import csv
 import dataclasses
@@ -17,7 +17,7 @@ from jaxchat.checkpoint import Found
 class TaskResult:
     task: str
     accuracy: float
-    centered: float  # on a scale on which guessing is 0 and knowing all is 1
+    centered: float  # (accuracy - chance) / (1 - chance): guessing is 0, perfect is 1
     items: int
 
     def show(self):
@@ -26,12 +26,12 @@ class TaskResult:
 
 
 def mean(results: list[TaskResult]) -> float:
-    """CORE and ChatCORE: the mean of what the tasks score, centred."""
+    """Mean centred accuracy of the tasks, as CORE and ChatCORE take it."""
     return sum(result.centered for result in results) / len(results)
 
 
 def read_json(path: Path) -> dict:
-    """An object from a file; {} where it can't be read as one."""
+    """The JSON object in a file; {} if there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_both(path: Path, rows: list[list], whole: dict):
-    """Write `whole` as JSON to path and `rows` as CSV beside it, each whole or not at all."""
+    """Write `whole` as JSON to path and `rows` as CSV beside it, each of them atomically."""
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
     texts = {path.with_suffix(".csv"): table.getvalue(), path: json.dumps(whole, indent=1, ensure_ascii=False) + "\n"}
@@ -60,18 +60,18 @@ def save_results(
     settings: dict,
     **more,
 ) -> Path:
-    """Write <run folder>/<command>_<step>.csv and .json, as write_both does. -> the path of the JSON.
+    """Write <run folder>/<command>_<step>.csv and .json; return the path of the JSON. Only process 0 writes.
 
-    source: base, mid or sft; values: all numbers by name; score: which of them is the tasks' mean, in the CSV's last
-    line where there is one; settings: on which they depend: where those of a file that is there differ, this one's name
-    ends with their hash; more: what else the JSON tells. Only the first process writes.
+    source: base, mid or sft. values: all numbers by name. score: the name of the tasks' mean among them,
+    which becomes the CSV's last line. settings: what the numbers depend on; if a file with other settings
+    exists, their hash is appended to the name. more: further entries of the JSON.
     """
     path = found.folder / f"{command}_{found.step}.json"
     if jax.process_index() > 0:
         return path
     if path.exists() and read_json(path).get("settings") != settings:
-        told = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=3).hexdigest()
-        path = path.with_stem(f"{path.stem}_{told}")
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=3).hexdigest()
+        path = path.with_stem(f"{path.stem}_{digest}")
     columns = [field.name for field in dataclasses.fields(TaskResult)]
     rows = [[getattr(result, name) for name in columns] for result in results]
     tasks = {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in rows}

@@ -1,4 +1,4 @@
-"""Seven beginnings that a base model continues while it trains: to see by eye what it knows by now."""
+"""Samples of a base model: its continuations of seven fixed prompts, printed while it trains."""
 
 from jaxchat.infer.engine import Engine
 
@@ -14,7 +14,7 @@ PROMPTS = (
 
 
 def continuations(engine: Engine, max_tokens: int = 16) -> list[tuple[str, str]]:
-    """(prompt, its likeliest continuation) of each prompt."""
+    """The likeliest continuation of each prompt, as (prompt, continuation)."""
     tokenizer = engine.tokenizer
     room = max(1, engine.config.sequence_len - max_tokens)
     prompts = [[tokenizer.bos, *tokenizer.encode(text)][-room:] for text in PROMPTS]
@@ -23,7 +23,7 @@ def continuations(engine: Engine, max_tokens: int = 16) -> list[tuple[str, str]]
 
 
 def show_samples(engine: Engine) -> list[tuple[str, str]]:
-    """Print the likeliest continuation of each prompt. -> them."""
+    """Print and return the likeliest continuation of each prompt."""
     print("continuations:")
     samples = continuations(engine)
     for text, found in samples:

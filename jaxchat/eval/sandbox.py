@@ -1,17 +1,18 @@
-"""Run a program that nobody has read, such as one that a model wrote, without harm.
+"""Run an untrusted Python program, such as one that a model wrote, without harm to the machine.
 
-Each program gets a Python of its own: a process with no environment, no arguments, an empty stdin and no open files of
-ours, in a new temporary folder. There, before the program begins (sandbox_child.py):
+Each program gets a Python of its own: a process with no environment, no arguments, an empty stdin and no open
+files of ours, in a new temporary folder. There, before the program begins (sandbox_child.py):
 
-    files       Landlock: reads Python's own files and the system's libraries; writes plain files in its folder only
-    the rest    seccomp: a short list of system calls; so no network, no other processes, no signals to anyone
-    limits      CPU and wall time, memory, size and number of files, number of open files; all that it prints is dropped
+    files       Landlock: reads Python's own files and the system's libraries; writes plain files in its
+    folder only the rest    seccomp: a short list of system calls; so no network, no other processes, no
+    signals to anyone limits      CPU and wall time, memory, size and number of files, number of open files;
+    its output is dropped
 
-Neither needs root, a container or namespaces, and threads are bound too. If we end, the kernel ends the program. Where
-the kernel lacks one of the two (`missing`), `run` refuses.
+Neither needs root, a container or namespaces, and threads are bound too. If this process ends, the kernel
+kills the program. Where the kernel lacks one of the two (`missing`), `run` refuses.
 
-A program passes by running to its end. One that leaves early (sys.exit, os._exit, a crash) does not; but one that is
-written to cheat can, for it shares its process with its test: this guards the machine, not the score.
+A program passes by running to its end. One that exits early (sys.exit, os._exit, a crash) does not pass. One
+written to cheat can, because it shares its process with its test: this guards the machine, not the score.
 """
 
 import contextlib
@@ -45,26 +46,27 @@ class Outcome:
 
 
 def missing() -> list[str]:
-    """What the sandbox needs and this machine's kernel lacks; [] where it is whole. UserError: not on Linux."""
+    """What the sandbox needs and this machine's kernel lacks; [] if nothing. UserError: not on Linux."""
     if platform.system() != "Linux":
         raise UserError(
-            f"programs are run in a sandbox of Linux's (Landlock, seccomp), which {platform.system()} does not have; "
-            "run what needs it on Linux, or leave HumanEval out"
+            f"the sandbox needs Linux (Landlock, seccomp), and this is {platform.system()}; evaluate on Linux, or "
+            "leave HumanEval out"
         )
     return sandbox_child.missing()
 
 
 def run(program: str, *, seconds: float = 5.0) -> Outcome:
-    """Run a Python program by itself for at most `seconds` of wall and of CPU time. May be called from several threads.
+    """Run a Python program for at most `seconds` of wall time and of CPU time. May be called from several
+    threads.
 
-    UserError: the kernel lacks a part of the sandbox, or is not Linux's.
+    UserError: the kernel lacks a part of the sandbox, or is not Linux.
     """
     if lacks := missing():
         raise UserError(
-            f"this kernel lacks {' and '.join(lacks)}, so a program that a model wrote could do harm here; use a newer "
-            "kernel, or leave HumanEval out"
+            f"this kernel lacks {' and '.join(lacks)}, which the sandbox for programs that a model wrote needs; use a "
+            "newer kernel, or leave HumanEval out"
         )
-    nonce = secrets.token_hex(16).encode()  # told to the child alone, and told back by it after the program's end
+    nonce = secrets.token_hex(16).encode()  # known to the child alone, which returns it after the program's end
     with tempfile.TemporaryDirectory(prefix="jaxchat-", ignore_cleanup_errors=True) as folder:
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-X", "utf8", sandbox_child.__file__, str(math.ceil(seconds))],
@@ -81,10 +83,10 @@ def run(program: str, *, seconds: float = 5.0) -> Outcome:
                 stdin.write(nonce + b"\n" + program.encode(errors="replace"))
             answer, problem = _watch(child, Path(folder), seconds)
         finally:
-            os.killpg(child.pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
+            os.killpg(child.pid, signal.SIGKILL)  # it has not been waited for, so the id is still its own
             child.wait()
             child.stdout.close()
-    if not answer.startswith(b"+"):  # written before the program begins, so no program can withhold it
+    if not answer.startswith(b"+"):  # written before the program begins, so it cannot withhold it
         raise RuntimeError(f"the sandbox could not be set up: {answer.decode(errors='replace') or problem}")
     if answer == b"+" + nonce:
         return Outcome(True, "passed")
@@ -92,7 +94,7 @@ def run(program: str, *, seconds: float = 5.0) -> Outcome:
 
 
 def _watch(child: subprocess.Popen, folder: Path, seconds: float) -> tuple[bytes, str]:
-    """(what the child answered, what went wrong besides) once it has answered, ended, or broken a limit."""
+    """Wait until the child has answered, ended or broken a limit; return (its answer, what else went wrong)."""
     answer, end = b"", time.monotonic() + STARTING
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
@@ -110,7 +112,7 @@ def _watch(child: subprocess.Popen, folder: Path, seconds: float) -> tuple[bytes
 
 
 def _ending(child: subprocess.Popen) -> str:
-    """By which signal the child died, if by one; not reaped, so that its number stays its own."""
+    """Describe the signal that the child died by, if one. It is not reaped, so that its id stays its own."""
     for _ in range(20):  # its pipe closes a moment before it is dead; a program can close it and live on
         died = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         if died:

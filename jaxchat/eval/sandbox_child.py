@@ -1,6 +1,6 @@
 """The process that `sandbox.run` starts: shuts itself in, then runs the program it reads from stdin.
 
-It is started as a script and imports nothing but the standard library. What it promises is told in sandbox.py.
+It is started as a script and imports nothing but the standard library. For what it guarantees see sandbox.py.
 """
 
 import ctypes
@@ -24,10 +24,10 @@ LOAD, EQUAL, GREATER, ANY_BIT, RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
 ALLOW, KILL, ERRNO, ENOTTY, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050000, 25, 38
 CLONE_THREAD, F_SETLKW, F_DUPFD_CLOEXEC = 0x10000, 7, 1030
 
-# The system calls that a program may make, by machine: they read and write what Landlock lets it open, and handle its
-# own memory, threads, signal handlers and clocks. Not among them, so they fail: processes, sockets, signals to anyone,
-# owners, modes and times of files, links, folders, limits, mounts, namespaces, tracing. `guard_calls` looks closer at
-# the first row.
+# The system calls that a program may make, by machine: they read and write what Landlock lets it open, and
+# handle its own memory, threads, signal handlers and clocks. Not among them, so they fail: processes,
+# sockets, signals to anyone, owners, modes and times of files, links, folders, limits, mounts, namespaces,
+# tracing. `guard_calls` looks closer at the first row.
 MACHINES = {
     "x86_64": {
         "audit": 0xC000003E, "clone": 56, "fcntl": 72, "ioctl": 16, "capset": 126,
@@ -72,7 +72,7 @@ def _libc():
 
 
 def missing() -> list[str]:
-    """What this kernel lacks of what the sandbox is made of; [] where it has all. Changes nothing."""
+    """What the sandbox needs and this kernel lacks; [] if nothing. Changes nothing."""
     libc, lacks = _libc(), []
     if libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1) < OLDEST_LANDLOCK:  # asks for its version
         lacks.append(f"Landlock {OLDEST_LANDLOCK} (Linux 6.2, enabled)")
@@ -99,7 +99,7 @@ def limit(cpu_seconds: int):
     ):
         hard = resource.getrlimit(what)[1]
         bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
-        over = 1 if what == resource.RLIMIT_CPU else 0  # so that SIGXCPU comes before SIGKILL, and tells why
+        over = 1 if what == resource.RLIMIT_CPU else 0  # so that SIGXCPU, which gives the reason, precedes SIGKILL
         resource.setrlimit(what, (bound, bound + over if hard == resource.RLIM_INFINITY else bound))
 
 
@@ -107,8 +107,8 @@ def guard_files(folder: str):
     """Landlock: files are read where Python and its libraries lie, and read, written and deleted in `folder`."""
     libc = _libc()
     version = _call(libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1))
-    # Every right there is up to version 3, each of which is refused unless granted below; since version 6 also TCP, and
-    # abstract sockets and signals of processes outside.
+    # Every right there is up to version 3, each of which is refused unless granted below; since version 6
+    # also TCP, and abstract sockets and signals of processes outside.
     ruleset = struct.pack("QQQ", (1 << 15) - 1, 3, 3)[: 24 if version >= 6 else 8]
     rules = _call(libc.syscall(CREATE_RULESET, ruleset, ctypes.c_size_t(len(ruleset)), 0))
     read, write = READ_FILE | READ_DIR, WRITE_FILE | TRUNCATE
@@ -178,8 +178,8 @@ def main():
     try:
         exec(compile(program, "program", "exec"), module.__dict__)
     except BaseException as problem:  # SystemExit too: a program that leaves early has not run its test
-        told = filter(None, (type(problem).__name__, str(problem)))
-        nonce = ": ".join(told)[:200].encode(errors="replace")
+        reason = filter(None, (type(problem).__name__, str(problem)))
+        nonce = ": ".join(reason)[:200].encode(errors="replace")
     os.write(answer, nonce)
     os._exit(0)  # no matter what threads and exit handlers it left
 

@@ -1,4 +1,4 @@
-"""The report as markdown, and that markdown as one HTML file that needs no other."""
+"""The report as markdown, and as one self-contained HTML file."""
 
 import base64
 import html
@@ -27,7 +27,7 @@ code { font: 14px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
 
 
 def markdown(run: Run, images: dict[str, tuple[str, bytes]], samples: Samples | None, price_per_hour: float = 0) -> str:
-    """The whole report; images: {file name: (title, PNG)}, which it shows by name."""
+    """The report as markdown. images: {file name: (title, PNG)}, shown by name."""
     model = next(iter(run.stages.values())).model
     shape = f"{model.n_layer} layers × {model.n_embd}, {model.n_head} heads ({model.n_kv_head} key/value)"
     parts = [
@@ -53,13 +53,13 @@ def results(run: Run) -> str:
     if "loss" in names:
         text += f"\n\n`loss` is that of training, a mean of the last {LAST} steps."
     for stage in run.stages.values():
-        for told in stage.left_out:
-            text += f"\n\nLeft out of {TITLES[stage.name]}: {escape(told)}."
+        for reason in stage.left_out:
+            text += f"\n\nLeft out of {TITLES[stage.name]}: {escape(reason)}."
     return text
 
 
 def tokenizer(run: Run) -> list[str]:
-    """How many bytes a token holds, the run's tokens and those of references, where tok_eval measured it."""
+    """Bytes a token of this run's tokenizer and of the references, if tok_eval has measured them."""
     if not run.compression:
         return []
     unit = "bytes_per_token"
@@ -76,8 +76,8 @@ def training(run: Run, price_per_hour: float) -> str:
     def cost(seconds: float) -> str:
         return f"{seconds / 3600 * price_per_hour:,.2f}"
 
-    def logged(tell) -> list[str]:
-        return [tell(stage) if stage.steps else "–" for stage in stages]
+    def logged(show) -> list[str]:
+        return [show(stage) if stage.steps else "–" for stage in stages]
 
     rows = [
         ("last checkpoint", [f"step {s.step:,}" for s in stages], ""),
@@ -102,7 +102,7 @@ def training(run: Run, price_per_hour: float) -> str:
 
 
 def waiting(stage: StageRun) -> float | None:
-    """The share of its steps' time that a stage waited for data."""
+    """Fraction of a stage's step time that was spent waiting for data."""
     waits = [row["data_wait_seconds"] for row in stage.steps if "data_wait_seconds" in row]
     return sum(waits) / stage.step_seconds if waits else None
 
@@ -115,9 +115,7 @@ def said(samples: Samples | None) -> list[str]:
         parts.append("## Texts that the base model continues\n\nThe likeliest continuation of each beginning.")
         parts += [fence(f"{text} … {' '.join(found.values()).strip()}") for text, found in samples.continued]
     if samples.answered:
-        parts.append(
-            "## Conversations\n\nThe likeliest answers. Tool calls, and what the tool gave, stand in brackets."
-        )
+        parts.append("## Conversations\n\nThe likeliest answers. Tool calls and their results are in brackets.")
         for question, found in samples.answered:
             width = max(map(len, [*TITLES.values(), "user"])) + 1
             lines = [f"{'user:':<{width}} {question}"]
@@ -127,7 +125,7 @@ def said(samples: Samples | None) -> list[str]:
 
 
 def origin(run: Run) -> str:
-    """Machines, versions, commits, flags and plans, as the trainers left them; a fact that all share is told once."""
+    """Machines, versions, commits, flags and plans, as the trainers recorded them; what all share is listed once."""
     parts, unknown = [], [TITLES[name] for name, stage in run.stages.items() if not stage.runs]
     last = {TITLES[name]: stage.runs[-1] for name, stage in run.stages.items() if stage.runs}
     facts = {"machine": "Machine", "devices": "Devices", "versions": "Versions", "git": "Code"}
@@ -135,9 +133,9 @@ def origin(run: Run) -> str:
         values = {}
         for stage, about in last.items():
             values.setdefault(str(about.get(key) or "not known"), []).append(stage)
-        told = [value if len(values) == 1 else f"{value} ({', '.join(of)})" for value, of in values.items()]
-        if told:
-            parts.append(f"- {title}: {escape('; '.join(told))}")
+        listed = [value if len(values) == 1 else f"{value} ({', '.join(of)})" for value, of in values.items()]
+        if listed:
+            parts.append(f"- {title}: {escape('; '.join(listed))}")
     text = "\n".join(parts)
     for name, stage in run.stages.items():
         if stage.runs:
@@ -177,12 +175,12 @@ def percent(share: float | None) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that markdown shows as it is, on one line and within a table's cell too."""
+    """Escape text so that markdown shows it literally, on one line, in a table cell too."""
     return re.sub(r"([\\`*\[\]<>|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(printable(text).split()))
 
 
 def fence(text: str) -> str:
-    """A block that shows text as it is, whatever it holds."""
+    """A fenced block that shows any text literally."""
     text = printable(text)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     marks = "`" * max(3, longest + 1)
@@ -199,7 +197,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def as_html(title: str, text: str, images: dict[str, tuple[str, bytes]]) -> str:
-    """One page with its style and images within. Markup in the text is shown and not obeyed."""
+    """Render the markdown as one page with style and images embedded. HTML in the text is shown, not interpreted."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     for name, (_, png) in images.items():
         body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(png).decode()}"')

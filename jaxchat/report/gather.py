@@ -1,4 +1,4 @@
-"""Read what a run has left: its stages' metadata, logs and evaluations, and the numbers that follow from them."""
+"""Read a run's metadata, logs and evaluations from its folders, and derive the report's numbers."""
 
 import contextlib
 import dataclasses
@@ -15,21 +15,21 @@ from jaxchat.report.record import FILE
 from jaxchat.seal import read_lines
 
 TITLES = {"base": "base", "mid": "mid", "sft": "SFT"}
-LAST = 20  # the training loss is told as a mean of so many steps
+LAST = 20  # steps that the reported training loss is a mean of
 
 
 @dataclasses.dataclass(frozen=True)
 class StageRun:
-    """One stage of a run, as its folder tells it."""
+    """One stage of a run, read from its folder."""
 
     name: str
     folder: Path
     step: int  # of its last checkpoint
     meta: dict
-    rows: list[dict]  # of metrics.jsonl, in order
-    runs: list[dict]  # of runs.jsonl: each time it was trained, unless it was killed
-    measured: dict[str, float]  # by the evaluations, in training and afterwards
-    left_out: list[str]  # files of evaluations that are not among them, and why
+    rows: list[dict]  # lines of metrics.jsonl, in order
+    runs: list[dict]  # lines of runs.jsonl: one for each time it was trained, unless it was killed
+    measured: dict[str, float]  # results of evaluations, during training and afterwards
+    left_out: list[str]  # files of evaluations that are not in `measured`, and why
 
     @property
     def model(self) -> ModelConfig:
@@ -46,12 +46,12 @@ class StageRun:
 
     @property
     def tokens(self) -> int:
-        """Computed in training, padding included."""
+        """Tokens computed in training, padding included."""
         return sum(tokens_of(row) for row in self.steps)
 
     @property
     def flops(self) -> float:
-        """Of its steps; those of old logs, which don't tell, as if all rows had the model's length."""
+        """FLOPs of its steps. Where an old log lacks them, all rows count as long as the model's context."""
         per_token = flops_per_token(self.model)
         return sum(row.get("step_flops", tokens_of(row) * per_token) for row in self.steps)
 
@@ -61,7 +61,7 @@ class StageRun:
 
     @property
     def wall_seconds(self) -> float:
-        """Of all times that it was trained, start and evaluations included; at least the steps'."""
+        """Wall time of all times that it was trained, start-up and evaluations included; at least the steps' sum."""
         return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
 
     def median(self, name: str) -> float | None:
@@ -71,11 +71,11 @@ class StageRun:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The stages of one tag that there are, in order."""
+    """The stages that exist for one tag, in order."""
 
     tag: str
     stages: dict[str, StageRun]
-    compression: dict[str, dict]  # of each text, what tok_eval measured of the run's tokenizer; {}: nothing
+    compression: dict[str, dict]  # for each text, what tok_eval measured of this run's tokenizer; {}: not measured
 
     @property
     def lacking(self) -> list[str]:
@@ -87,14 +87,14 @@ class Run:
 
 
 def gather(model_tag: str = "") -> Run:
-    """The run of a tag; without one, of the model that chat would take. UserError: there is none."""
+    """The run of a tag; without a tag, of the model that chat would take. UserError: there is none."""
     if not model_tag:
         for source in reversed(FOLDERS):
             with contextlib.suppress(UserError):
                 model_tag = checkpoint.find(source)[0].name
                 break
         else:
-            checkpoint.find("base")  # says what to do
+            checkpoint.find("base")  # raises, with what to do
     stages = {source: read_stage(source, model_tag) for source in FOLDERS}
     found = {source: stage for source, stage in stages.items() if stage}
     if not found:
@@ -128,12 +128,13 @@ def read_stage(source: str, tag: str) -> StageRun | None:
                 left_out.append(f"{path.name}, of step {about['step']}")
         except (OSError, ValueError, AttributeError, TypeError, OverflowError):
             left_out.append(f"{path.name}, which cannot be read")
-    # Of a command's files the one with the most items says which settings count: others' figures don't compare with it.
+    # Of the files of one command, the one with the most items decides the settings: only equal ones are
+    # comparable.
     for _, path, found, own in sorted(files, key=lambda file: -file[0]):
         first = settings.setdefault(path.stem.partition(f"_{steps[-1]}")[0], own)
         if differ := [name for name in first | own if own.get(name) != first.get(name)]:
-            told = ", ".join(f"{name}={own.get(name)} (not {first.get(name)})" for name in differ)
-            left_out.append(f"{path.name}, made with {told}")
+            settings_shown = ", ".join(f"{name}={own.get(name)} (not {first.get(name)})" for name in differ)
+            left_out.append(f"{path.name}, made with {settings_shown}")
         else:
             evaluated = found | evaluated
     measured |= evaluated
@@ -141,22 +142,22 @@ def read_stage(source: str, tag: str) -> StageRun | None:
 
 
 def tokens_of(row: dict) -> int:
-    """Computed in a step, from its row of metrics.jsonl."""
+    """Tokens computed in a step, from its row of metrics.jsonl."""
     return round(row["tokens_per_s"] * row["step_seconds"])
 
 
 def items(evaluation: dict) -> int:
-    """How many an evaluation's tasks had."""
+    """Number of items in all tasks of an evaluation."""
     return sum(task.get("items", 0) for task in (evaluation.get("tasks") or {}).values())
 
 
 def settings_of(evaluation: dict) -> dict:
-    """What its figures depend on. Which tasks were asked for only decides which figures there are."""
+    """The settings that an evaluation's figures depend on; which tasks were asked for is not one."""
     return {name: value for name, value in (evaluation.get("settings") or {}).items() if name != "tasks"}
 
 
 def numbers(evaluation: dict) -> dict[str, float]:
-    """What an evaluation's file tells: `metrics` or `values`, numbers by name, and of `tasks` each one's accuracy."""
+    """The numbers in an evaluation's file, by name: its `metrics` or `values`, and the accuracy of each of `tasks`."""
     accuracies = {name: task.get("accuracy") for name, task in (evaluation.get("tasks") or {}).items()}
     found = (evaluation.get("metrics") or {}) | (evaluation.get("values") or {}) | accuracies
     return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}

@@ -1,4 +1,4 @@
-"""The curves of a run as PNG images: one for each quantity, with a panel for each stage that has it."""
+"""Plot the curves of a run as PNG images: one a quantity, with a panel for each stage that has it."""
 
 import io
 
@@ -9,9 +9,9 @@ from matplotlib.ticker import MaxNLocator
 from jaxchat.report.gather import TITLES, Run, StageRun
 
 SMOOTH = 0.02  # a point of the dark line is a mean over about this share of the steps
-POINTS = 2000  # more than these cannot be told apart
+POINTS = 2000  # of a line; more would not be visible
 
-# file name → (title, of the steps, of evaluations)
+# file name → (title, name in the steps' rows, name in the evaluations' rows)
 CURVES = {
     "loss": ("Loss, nats per token", "loss", "val_loss"),
     "lr": ("Learning rate multiplier", "lr_multiplier", None),
@@ -22,7 +22,7 @@ CURVES = {
 
 
 def curves(run: Run) -> dict[str, tuple[str, bytes]]:
-    """{file name: (title, PNG)} of all quantities that some stage has."""
+    """Plot every quantity that some stage has: {file name: (title, PNG)}."""
     images = {}
     for name, (title, trained, measured) in CURVES.items():
         drawn = []
@@ -37,14 +37,14 @@ def curves(run: Run) -> dict[str, tuple[str, bytes]]:
 
 
 def points(stage: StageRun, key: str) -> np.ndarray:
-    """[N, 2]: step and value, where it was logged as a finite number."""
+    """Steps and values [N, 2], where a finite number was logged."""
     found = [(row["step"], row[key]) for row in stage.rows if isinstance(row.get(key), int | float)]
     array = np.array(found, np.float64).reshape(-1, 2)
     return array[np.isfinite(array[:, 1])]
 
 
 def figure(panels: list, *, from_zero: bool) -> bytes:
-    """panels: (title, [(points [N, 2], whether of every step)])."""
+    """Draw panels, each (title, [(points [N, 2], whether a point a step)]), as one PNG."""
     drawing = Figure(figsize=(10, 2.7), layout="constrained")
     axes = drawing.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, lines) in zip(axes, panels, strict=True):
@@ -72,7 +72,7 @@ def figure(panels: list, *, from_zero: bool) -> bytes:
 
 
 def smoothed(xy: np.ndarray) -> np.ndarray:
-    """Each value the mean of those around it, over a window that is the same to both sides."""
+    """Replace each value by the mean of a window centred on it, narrower at both ends."""
     half = int(SMOOTH * len(xy) / 2)
     sums = np.concatenate([[0.0], np.cumsum(xy[:, 1])])
     at = np.arange(len(xy))
