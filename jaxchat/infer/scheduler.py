@@ -1,0 +1,151 @@
+"""Requests and slots: what is asked for, in which order it is begun, which slot of which device it has. No JAX here.
+
+A request waits, then runs in a slot, then ends: by itself, at its limit, or cancelled. Those that came first begin
+first.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from jaxchat.config import UserError
+
+SHORTEST = 16  # tokens of the shortest batch that prompts are read in
+MAX_LOGPROBS = 20  # most alternatives a token is reported with
+MAX_STOP_TOKENS = 6  # most stop tokens of a request, beside the two that end an answer
+
+# What ended a request.
+STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One continuation to generate. Its tokens depend on these fields alone, not on what else is generated beside it.
+
+    UserError: a field is out of range.
+    """
+
+    prompt: Sequence[int]
+    """Token ids, at least one."""
+    max_tokens: int
+    """Most tokens to generate, those that the tool forces included; the context may allow fewer."""
+    temperature: float = 1.0
+    """Divides the logits before drawing; 0: always the likeliest token."""
+    top_k: int = 0
+    """Draw from this many likeliest tokens; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens whose probabilities sum up to at least this."""
+    min_p: float = 0.0
+    """Draw from tokens at least this fraction as likely as the likeliest."""
+    seed: int = 0
+    """Seed of the draws, 0 to 2³² − 1."""
+    sample: int = 0
+    """Number of this continuation among those of one seed: a draw depends on (seed, sample, position)."""
+    min_tokens: int = 0
+    """Tokens to generate before the answer may end by itself."""
+    stop_tokens: Sequence[int] = ()
+    """Ids that end the answer, beside <|assistant_end|> and <|bos|>."""
+    ignore_end: bool = False
+    """Do not end at <|assistant_end|> and <|bos|>."""
+    tool: bool = True
+    """Run the calculator when it is called."""
+    logprobs: int | None = None
+    """Report log-probabilities, with this many of the likeliest alternatives; None: no log-probabilities."""
+    prompt_logprobs: bool = False
+    """Report those of the prompt's tokens as well."""
+
+    def __post_init__(self):
+        for name, least, most in (
+            ("max_tokens", 0, math.inf),
+            ("temperature", 0, math.inf),
+            ("top_k", 0, 2**31 - 1),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("seed", 0, 2**32 - 1),
+            ("sample", 0, 2**31 - 1),
+            ("min_tokens", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most or value == math.inf or (name == "top_p" and value == 0):
+                above = "above 0 and " if name == "top_p" else f"at least {least} and "
+                bound = above + (f"at most {most}" if most < math.inf else "finite")
+                raise UserError(f"{name} is {value}; it must be {bound}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise UserError(f"logprobs is {self.logprobs}; it must be from 0 to {MAX_LOGPROBS}")
+        if self.prompt_logprobs and self.logprobs is None:
+            raise UserError("prompt_logprobs needs logprobs, from 0 to 20")
+        if len(self.stop_tokens) > MAX_STOP_TOKENS:
+            raise UserError(f"{len(self.stop_tokens)} stop tokens; at most {MAX_STOP_TOKENS} are possible")
+
+
+def bucket(n: int, smallest: int, largest: int) -> int:
+    """The least power of two ≥ n and ≥ smallest, at most largest."""
+    return min(largest, max(smallest, 1 << (n - 1).bit_length()))
+
+
+class Scheduler:
+    """The requests that wait, in their order, and those that run, in their slots.
+
+    Slots are numbered over all devices: device d has slots d·slots to (d + 1)·slots − 1.
+    """
+
+    def __init__(self, sequence_len: int, *, slots: int, together: int, devices: int = 1):
+        """slots: of one device; together: how many prompts one device reads in one batch."""
+        self.sequence_len, self.slots, self.devices = sequence_len, slots, devices
+        self.together = min(together, slots)
+        self.waiting: dict[int, Request] = {}
+        self.running: dict[int, Request] = {}
+        self.slot_of: dict[int, int] = {}  # id -> slot, of those that run
+        self._next = 0
+
+    def submit(self, request: Request) -> int:
+        """Let a request wait for its turn. -> its id, never used before. UserError: its prompt has a wrong length."""
+        if not 1 <= len(request.prompt) <= self.sequence_len:
+            raise UserError(f"a prompt of {len(request.prompt)} tokens; this model takes 1 to {self.sequence_len}")
+        id, self._next = self._next, self._next + 1
+        self.waiting[id] = request
+        return id
+
+    def remove(self, id: int) -> bool:
+        """Forget a request that has ended or is to end; its slot is free at once. -> whether it was there."""
+        self.slot_of.pop(id, None)
+        return (self.running.pop(id, None) or self.waiting.pop(id, None)) is not None
+
+    def end_of(self, request: Request) -> int:
+        """Most tokens of a request in the end, its prompt's included."""
+        return min(len(request.prompt) + request.max_tokens, self.sequence_len)
+
+    def longest(self) -> int:
+        """The largest `end_of` of those that run."""
+        return max(map(self.end_of, self.running.values()), default=0)
+
+    def prompt_length(self, request: Request) -> int:
+        """Length of the batch in which a prompt is read: it depends on the prompt alone."""
+        return bucket(len(request.prompt), SHORTEST, self.sequence_len)
+
+    def admit(self, patient: bool = False) -> list[int]:
+        """Give free slots to the requests that came first, as many as are read in one batch. -> their ids, in order.
+
+        A batch has prompts of one length (see prompt_length). patient: wait until a whole batch has free slots, or all
+        that waits: better throughput, later first tokens.
+        """
+        free = self._free_slots()
+        if patient and sum(map(len, free)) < min(self.together * self.devices, len(self.waiting)):
+            return []
+        admitted, room = [], [min(self.together, len(slots)) for slots in free]
+        for id, request in self.waiting.items():
+            device = max(range(self.devices), key=lambda d: (room[d] > 0, len(free[d]), -d))
+            first = self.waiting[admitted[0]] if admitted else request
+            if room[device] == 0 or self.prompt_length(request) != self.prompt_length(first):
+                break
+            room[device] -= 1
+            self.slot_of[id] = free[device].pop(0)
+            admitted.append(id)
+        for id in admitted:
+            self.running[id] = self.waiting.pop(id)
+        return admitted
+
+    def _free_slots(self) -> list[list[int]]:
+        taken = set(self.slot_of.values())
+        each = [range(d * self.slots, (d + 1) * self.slots) for d in range(self.devices)]
+        return [[slot for slot in slots if slot not in taken] for slots in each]
