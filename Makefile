@@ -41,7 +41,7 @@ lint: $(installed)  ## ruff: errors and format
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 
-format: $(installed)  ## let ruff mend what it can
+format: $(installed)  ## let ruff fix what it can
 	$(python) -m ruff check --fix
 	$(python) -m ruff format
 

@@ -1,4 +1,4 @@
-"""How well the tokenizer compresses, beside others: python -m launch.tok_eval"""
+"""Measure how well the tokenizer compresses text, beside others: python -m launch.tok_eval"""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ TEXTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compare how many bytes a token holds on average: more is better, as a row then holds more text.
+    """Compare the average bytes a token with other tokenizers: the more, the more text fits into a row.
 
     The results go beside the tokenizer, as tok_eval.csv and .json.
     """
@@ -28,9 +28,9 @@ class Config:
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
     max_chars: int = 2_000_000
-    """Of the training and of the validation text, at most so many characters each."""
+    """Characters of training text, and of validation text, to measure on at most."""
     references: str = "gpt2,cl100k_base"
-    """Encodings of tiktoken to compare with, commas between; tiktoken downloads them once. Empty: none."""
+    """Encodings of tiktoken to compare with, separated by commas; tiktoken downloads each once. Empty: none."""
 
 
 def first_chars(data_dir: str, split: str, max_chars: int) -> str:

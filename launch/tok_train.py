@@ -12,25 +12,25 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Learn a byte-level BPE vocabulary from the text of parquet shards; the last shard is left out."""
+    """Train a byte-level BPE tokenizer on the text of parquet shards. The last shard, for validation, is left out."""
 
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
     vocab_size: int = 65536
-    """Tokens, the nine specials included."""
+    """Size of the vocabulary, the nine special tokens included."""
     max_chars: int = 2_000_000_000
-    """Read at most so many characters."""
+    """Characters to read at most."""
     doc_cap: int = 10_000
-    """And of one document at most so many."""
+    """Characters of one document to read at most."""
     overwrite: bool = False
-    """Replace a tokenizer that checkpoints were trained with; they can't be used any more then."""
+    """Replace a tokenizer even if checkpoints need it; those that keep no copy of it become unusable."""
 
 
 def run(config: Config):
     texts = ParquetText(find_shards(config.data_dir, "train"))
     folder = base_dir() / "tokenizer"
     runs = [run for run in checkpoint.runs() if not (run / "tokenizer").is_dir()]  # the others keep their own
-    in_use = f" (in use by {len(runs)} runs: only the very same may take its place)" if runs else ""
+    in_use = f" ({len(runs)} runs use the present one: replaced only if identical, or with --overwrite)" if runs else ""
     cli.print_plan(
         "Training the tokenizer",
         [
@@ -42,7 +42,7 @@ def run(config: Config):
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise UserError(f"{folder.parent} cannot be made ({problem.strerror}); set JAXCHAT_BASE_DIR") from problem
+        raise UserError(f"{folder.parent} cannot be created ({problem.strerror}); set JAXCHAT_BASE_DIR") from problem
     read = 0
 
     def documents():
