@@ -1,9 +1,10 @@
-"""Our training step beside a rival's, in turn: python -m bench.compare "python torch_reference.py --compile" --depth=4
+"""Compare our training step with a rival's, in turn: python -m bench.compare "python rival.py" --depth=4
 
-The rival is a command that takes --depth --seq --batch --vocab --steps and whose last line is a JSON object with
-tokens_per_s, as bench/step.py --json prints it. Each round runs both, each in a process of its own, the first to run
-changing from round to round; the ratio is ours over the rival's in tokens/s, the median of the rounds' ratios, with
-their least and largest. Memory is the process's high-water mark (on a GPU: what each says its device's peak was).
+The rival is a command that takes --depth --seq --batch --vocab --steps and whose last line is a JSON object
+with tokens_per_s, as bench/step.py --json prints it. Each round runs both, each in a process of its own, the
+first to run changing from round to round; the ratio is ours over the rival's in tokens/s, the median of the
+rounds' ratios, with their least and largest. Memory is the process's high-water mark (on a GPU: what each
+says its device's peak was).
 """
 
 import argparse
@@ -48,10 +49,10 @@ def main():
         field = "process_bytes" if got["ours"]["device"] == "cpu" else "peak_bytes"
         memory.append(got["ours"][field] / got["rival"][field])
         for name in commands:
-            told = got[name]
+            shown = got[name]
             print(
-                f"  {name:<5} {told['framework']:<14} {1000 * told['step_s']:9.1f} ms {told['tokens_per_s']:11,.0f} "
-                f"tokens/s  {told['flops_per_s'] / 1e12:7.3f} TFLOP/s  {told[field] / 1e9:.2f} GB",
+                f"  {name:<5} {shown['framework']:<14} {1000 * shown['step_s']:9.1f} ms {shown['tokens_per_s']:11,.0f} "
+                f"tokens/s  {shown['flops_per_s'] / 1e12:7.3f} TFLOP/s  {shown[field] / 1e9:.2f} GB",
                 flush=True,
             )
     for name, values in (("tokens/s", ratios), ("memory", memory)):

@@ -1,7 +1,7 @@
 """Compile time of the training step at several depths: python -m bench.compile --depths=4,8,16,32
 
-The layers are looped over (lax.scan), as they are on TPUs, so depth should hardly matter. Each depth also in a
-second process, from the persistent compilation cache: what a second start of a run waits for.
+The layers are looped over (lax.scan), as they are on TPUs, so depth should hardly matter. Each depth also in
+a second process, from the persistent compilation cache: what a second start of a run waits for.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from jaxchat.train.state import abstract_state
 
 
 def seconds(depth: int) -> tuple[float, float]:
-    """(tracing, compiling) of the step of a model of so many layers."""
+    """Seconds to trace and to compile the step of a model of this depth."""
     shape = Shape(depth=depth, seq=128, batch=2, vocab=1024)
     # From shapes alone: the 20 GB of a model of depth 32 would slow what is timed.
     step, state, batch, _ = prepare(shape, {"unroll": False, "remat": "none"}, shape.batch, abstract_state)
@@ -49,8 +49,8 @@ def main():
                 env = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
                 command = [sys.executable, "-m", "bench.compile", f"--one={depth}"]
                 for times in found.values():
-                    told = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
-                    times[depth].append([float(part) for part in told.split()[-2:]])
+                    printed = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+                    times[depth].append([float(part) for part in printed.split()[-2:]])
     least = min(statistics.median(sum(t) for t in times) for times in found["new"].values())
     print(f"jax {jax.__version__}; medians of {flags.rounds}")
     for depth in depths:

@@ -1,10 +1,10 @@
-"""How fast the three pipelines make batches, beside bare tiktoken on the same text: python bench/data.py
+"""Time the three data pipelines beside bare tiktoken on the same text: python -m bench.data
 
-Of each pipeline so many documents are rendered as it renders them, and their texts alone are given to tiktoken's
-encode_ordinary_batch, a document or conversation a string, with as many threads as there are cores. The two take turns,
-so that a noisy machine hurts both; the figures are medians, the ratio that of the medians. "of CPU time" is the ratio
-of tokens a second of CPU time, which what else runs on the machine hurts less. Each pipeline has a process of its own,
-so that its peak memory is its own.
+Of each pipeline so many documents are rendered as it renders them, and their texts alone are given to
+tiktoken's encode_ordinary_batch, a document or conversation a string, with as many threads as there are
+cores. The two take turns, so that a noisy machine hurts both; the figures are medians, the ratio that of the
+medians. "of CPU time" is the ratio of tokens a second of CPU time, which what else runs on the machine hurts
+less. Each pipeline has a process of its own, so that its peak memory is its own.
 """
 
 import dataclasses
@@ -35,29 +35,29 @@ class Config:
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
     tasks_dir: str = ""
-    """Folder of the tasks; empty: <base directory>/tasks, or else what lies beside the shards' folder."""
+    """Folder of the tasks; empty: <base directory>/tasks, or else the folder beside the shards'."""
     train_tasks: str = MidConfig.train_tasks
     """The mixture of mid."""
     sft_tasks: str = SFTConfig.train_tasks
     """The mixture of SFT."""
     vocab_size: int = 32768
-    """Of the tokenizer that is trained on the shards where the base directory has none."""
+    """Size of the vocabulary of a tokenizer trained on the shards, if the base directory has none."""
     rows: int = 64
     """Rows in a step of base and mid."""
     seq: int = 2048
     """Tokens in a row."""
     seconds: float = 2.0
-    """How long each pipeline is read in each of the turns."""
+    """Seconds for which each pipeline is read in a turn."""
     turns: int = 15
-    """Of each side."""
+    """Turns of each side."""
     workers: int = 0
-    """Grain workers; 0: threads."""
+    """Number of Grain workers; 0: threads."""
     pipelines: str = ",".join(PIPELINES)
-    """Which to time, commas between; several: each in a process of its own."""
+    """Pipelines to time, separated by commas; several run in a process each."""
     documents: int = 0
-    """If given, no timing: read so many documents of base (over many epochs) and tell how memory grows."""
+    """Documents of base to read (over many epochs) to measure how memory grows, instead of timing; 0: time."""
     json: bool = False
-    """End with the figures as one line of JSON."""
+    """Print the figures as one JSON object in the last line."""
 
 
 def tokenizer_for(config: Config) -> Tokenizer:
@@ -159,13 +159,13 @@ def measure_memory(config: Config) -> dict:
     return {"state_bytes": len(state), "restore_s": restored, "growth": max(half) / half[0] - 1, "mib": max(half)}
 
 
-def table_row(name: str, told: dict) -> tuple[str, dict]:
+def table_row(name: str, figures: dict) -> tuple[str, dict]:
     """A line of the table, and the figures that --json gives."""
-    ours, bare = (statistics.median(told[side]) for side in ("ours", "bare"))
-    ratios = sorted(a / b for a, b in zip(told["ours"], told["bare"], strict=True))
-    spread, cpu = f"{ratios[0]:.2f} to {ratios[-1]:.2f}", told["cpu"]["ours"] / told["cpu"]["bare"]
+    ours, bare = (statistics.median(figures[side]) for side in ("ours", "bare"))
+    ratios = sorted(a / b for a, b in zip(figures["ours"], figures["bare"], strict=True))
+    spread, cpu = f"{ratios[0]:.2f} to {ratios[-1]:.2f}", figures["cpu"]["ours"] / figures["cpu"]["bare"]
     rate = f"{ours:>12,.0f} {bare:>12,.0f}  {ours / bare:5.2f}"
-    line = f"{name:6} {rate}  {spread:>15}  {cpu:11.2f}  {told['mib']:,.0f} MiB"
+    line = f"{name:6} {rate}  {spread:>15}  {cpu:11.2f}  {figures['mib']:,.0f} MiB"
     return line, {"tokens_per_s": round(ours), "ratio": round(ours / bare, 3)}
 
 
@@ -174,7 +174,7 @@ def alone(name: str, config: Config) -> tuple[str, dict]:
     given = dataclasses.asdict(config) | {"pipelines": name}
     flags = [f"--{flag}={value}" for flag, value in given.items() if flag != "json"]
     done = subprocess.run([sys.executable, "-m", "bench.data", *flags, "--json"], stdout=subprocess.PIPE, text=True)
-    if done.returncode:  # it has told why
+    if done.returncode:  # it has printed why
         sys.exit(done.returncode)
     *_, line, figures = done.stdout.splitlines()
     return line, json.loads(figures)[name]
@@ -182,11 +182,13 @@ def alone(name: str, config: Config) -> tuple[str, dict]:
 
 def run(config: Config):
     if config.documents:
-        told = measure_memory(config)
-        print(f"from a tenth of them on, memory grew by at most {told['growth']:.1%} (peak {told['mib']:,.0f} MiB)")
-        print(f"state {told['state_bytes']:,} bytes, first batch {told['restore_s']:.2f} s after it was restored")
+        figures = measure_memory(config)
+        print(
+            f"from a tenth of them on, memory grew by at most {figures['growth']:.1%} (peak {figures['mib']:,.0f} MiB)"
+        )
+        print(f"state {figures['state_bytes']:,} bytes, first batch {figures['restore_s']:.2f} s after it was restored")
         if config.json:
-            print(json.dumps(told))
+            print(json.dumps(figures))
         return
     names = config.pipelines.split(",")
     if not set(names) <= set(PIPELINES):

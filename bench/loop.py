@@ -1,8 +1,9 @@
-"""What the training loop adds to the bare step: python -m bench.loop --data_dir=DIR
+"""Measure what the training loop adds to the bare step: python -m bench.loop --data_dir=DIR
 
-Base training as the command does it, with its data, logging and a checkpoint at the end, in a temporary base directory,
-but each step is waited for, so that all the host does between two steps is seen (in a real run it overlaps with the
-step before). Then the bare step on one batch, over and over. Medians of both, and the loop's share.
+Base training as the command does it, with its data, logging and a checkpoint at the end, in a temporary base
+directory, but each step is waited for, so that all the host does between two steps is seen (in a real run it
+overlaps with the step before). Then the bare step on one batch, over and over. Medians of both, and the
+loop's share.
 """
 
 import dataclasses
@@ -30,15 +31,15 @@ class Config:
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
     depth: int = 4
-    """Of the model."""
+    """Depth of the model."""
     seq: int = 512
     """Tokens in a row."""
     batch: int = 8
     """Rows in an optimizer step."""
     vocab: int = 8192
-    """Vocabulary, of a tokenizer trained here."""
+    """Size of the vocabulary of a tokenizer trained here."""
     steps: int = 30
-    """Steps of each."""
+    """Steps of the loop, and steps of the bare step."""
 
 
 class Timed:

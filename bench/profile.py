@@ -1,7 +1,8 @@
-"""Where a training step's time goes, by part of the model and by operation: python -m bench.profile --depth=4
+"""Show where a training step's time goes, by part of the model and by operation: python -m bench.profile
+--depth=4
 
-Profiles a few warm steps with jax.profiler and adds up what the device spent on each operation of the compiled program,
-whose metadata tells the part (a named scope in the code) and the direction it came from.
+Profiles a few warm steps with jax.profiler and adds up what the device spent on each operation of the
+compiled program, whose metadata names the part (a named scope in the code) and the direction it came from.
 """
 
 import collections
@@ -29,7 +30,7 @@ class Config(Shape):
     way: str = ""
     """Fields of Compute to change from this backend's defaults: "attention=xla remat=full"."""
     top: int = 15
-    """So many operations, the longest first."""
+    """Operations to list, the longest first."""
 
 
 def part_of(op_name: str) -> str:

@@ -1,7 +1,8 @@
-"""Time of one training step, warm: python -m bench.step --depth=4 --seq=512 --batch=8 --vocab=8192
+"""Time a warm training step: python -m bench.step --depth=4 --seq=512 --batch=8 --vocab=8192
 
-With several --ways to compute it, takes turns among them, so that a noisy machine hurts all alike, and prints medians
-and the ratio to the first. bench/compare.py puts it beside another program, bench/profile.py tells where the time goes.
+With several --ways to compute it, takes turns among them, so that a noisy machine hurts all alike, and prints
+medians and the ratio to the first. bench/compare.py compares it with another program, bench/profile.py shows
+where the time goes.
 """
 
 import dataclasses
@@ -31,22 +32,22 @@ GRAD_CLIP = {"base": 1.0, "mid": 0.0, "sft": 0.0}
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is computed, and how often."""
+    """The model, the batch and the number of steps."""
 
     depth: int = 4
-    """Of the model."""
+    """Depth of the model."""
     seq: int = 512
     """Tokens in a row."""
     batch: int = 8
     """Rows in an optimizer step."""
     vocab: int = 8192
-    """Vocabulary."""
+    """Size of the vocabulary."""
     stage: str = "base"
     """base (gradients clipped), mid, or sft (a third of the tokens supervised)."""
     steps: int = 10
-    """Steps that are timed."""
+    """Steps to time."""
     warmup: int = 3
-    """Steps before them that are not."""
+    """Warm-up steps before the timed ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +55,9 @@ class Config(Shape):
     """Time training steps on random tokens."""
 
     micro_rows: str = ""
-    """Rows computed at a time, several with commas between; empty: all at once."""
+    """Rows to compute at a time; several values separated by commas; empty: all at once."""
     ways: str = ""
-    """Fields of Compute to change from this backend's defaults, ways with commas between: attention=xla,remat=full"""
+    """Fields of Compute to change from this backend's defaults; several ways separated by commas."""
     json: bool = False
     """Print the first way's figures as one JSON object in the last line."""
 
@@ -74,8 +75,8 @@ def batch_of(config: Shape, micro_rows: int, random: np.random.Generator) -> dic
 def prepare(config: Shape, changes: dict, micro_rows: int, make_state: Callable | None = None):
     """(step function, state, placed batch, model) of one way, the step not yet compiled.
 
-    make_state: init_state by default; abstract_state where shapes are enough. Where devices tell their memory and
-    `changes` don't name a remat, the first that fits is taken, as the trainers do.
+    make_state: init_state by default; abstract_state where shapes are enough. Where devices tell their memory
+    and `changes` don't name a remat, the first that fits is taken, as the trainers do.
     """
     if config.stage not in GRAD_CLIP:
         raise UserError(f"--stage={config.stage}; it is one of {', '.join(GRAD_CLIP)}")
