@@ -9,7 +9,7 @@ WORKERS ?= 2
 ARGS ?=
 
 python := $(VENV)/bin/python
-installed := $(VENV)/.installed
+installed := $(VENV)/.installed-$(EXTRAS)
 version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 
 ifeq ($(origin PYTHON),file)
