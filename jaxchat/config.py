@@ -7,6 +7,7 @@ This module imports nothing of jaxchat; everything else may import it.
 import dataclasses
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,22 @@ class Preempted(Exception):
 
 def base_dir() -> Path:
     """The directory everything is kept under: $JAXCHAT_BASE_DIR, or ~/.cache/jaxchat."""
-    return Path(os.environ.get("JAXCHAT_BASE_DIR") or "~/.cache/jaxchat").expanduser()
+    given = os.environ.get("JAXCHAT_BASE_DIR") or "~/.cache/jaxchat"
+    check_local("JAXCHAT_BASE_DIR", given)
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        raise UserError(f"{given}: no home directory is known here; set HOME, or JAXCHAT_BASE_DIR=FOLDER") from None
+
+
+def check_local(name: str, paths: str):
+    """Raise UserError if one of the comma-separated paths is an address such as gs://bucket/folder."""
+    for path in paths.split(","):
+        if address := re.match(r"\s*[A-Za-z][A-Za-z0-9+.-]*://([^/]*)", path):
+            raise UserError(
+                f"{name}={path.strip()}: an address can't be used as a folder; mount it and give the folder, such as: "
+                f"gcsfuse --implicit-dirs --rename-dir-limit=200000 {address[1] or 'BUCKET'} FOLDER"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

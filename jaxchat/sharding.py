@@ -4,6 +4,7 @@ import json
 import math
 import os
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,13 +21,18 @@ ROWS = ("data", "fsdp")  # the axes that the rows of a batch are spread over
 
 
 def keep_compiled():
-    """Keep what is compiled under the base directory, so that a second start need not compile again.
+    """Keep compiled programs under the base directory, so that a second start need not compile again.
 
     JAX_COMPILATION_CACHE_DIR names another folder, and JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
     """
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compiled"))
         jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)  # what was used longest ago is dropped
+    # A kill or a full disk may leave an entry without its time stamp, perhaps cut short; with one of these in the
+    # folder, jax 0.10 writes no other.
+    for entry in Path(jax.config.jax_compilation_cache_dir).glob("*-cache"):
+        if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+            entry.unlink(missing_ok=True)
 
 
 def take_memory():

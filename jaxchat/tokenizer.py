@@ -3,8 +3,6 @@
 import base64
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,33 +99,37 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: Path | None = None) -> "Tokenizer":
         folder = Path(directory or base_dir() / "tokenizer")
-        if not (folder / "tokenizer.json").is_file():
+        if not (folder / "ranks.txt").is_file():
             raise UserError(f"no tokenizer in {folder}; train one with: python -m launch.tok_train")
         try:
-            info = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
             lines = (folder / "ranks.txt").read_text(encoding="ascii").split("\n")
             tokenizer = cls({base64.b64decode(line): rank for rank, line in enumerate(lines) if line})
+            # A save that was killed between its two renames has left the second file under its temporary name.
+            files = [file for file in (folder / "tokenizer.json", folder / "tokenizer.json.new") if file.is_file()]
+            hashes = [json.loads(file.read_text(encoding="utf-8")).get("hash") for file in files]
         except (OSError, ValueError) as problem:
             raise UserError(f"the tokenizer in {folder} cannot be read ({problem}); train it anew") from problem
-        if tokenizer.hash != info.get("hash"):
+        if tokenizer.hash not in hashes:
             raise UserError(f"the tokenizer in {folder} is damaged: its ranks don't match its hash; train it anew")
         return tokenizer
 
     def save(self, directory: Path | None = None) -> Path:
-        """Write ranks.txt (a piece in base64 a line, in rank order) and tokenizer.json; whole or not at all."""
+        """Write ranks.txt (a piece in base64 a line, in rank order) and tokenizer.json.
+
+        A kill at any point leaves a tokenizer that loads: the one before, or this one.
+        """
         folder = Path(directory or base_dir() / "tokenizer")
-        fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-        for left_over in (fresh, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-        fresh.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         pieces = sorted(self.ranks, key=self.ranks.get)
-        (fresh / "ranks.txt").write_text("".join(base64.b64encode(p).decode() + "\n" for p in pieces), encoding="ascii")
         info = {"hash": self.hash, "vocab_size": self.vocab_size, "pattern": SPLIT_PATTERN, "specials": self._specials}
-        (fresh / "tokenizer.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(fresh, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        texts = {
+            "ranks.txt": "".join(base64.b64encode(piece).decode() + "\n" for piece in pieces),
+            "tokenizer.json": json.dumps(info, indent=1),
+        }
+        for name, text in texts.items():
+            (folder / f"{name}.new").write_text(text, encoding="utf-8")
+        for name in texts:
+            (folder / f"{name}.new").replace(folder / name)
         return folder
 
     def special(self, name: str) -> int:

@@ -1,5 +1,8 @@
 """The tokenizer: BPE by hand, exact round trips, specials, and the mask of every piece of a conversation."""
 
+import contextlib
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -193,3 +196,28 @@ def test_a_vocabulary_that_cannot_be(tokenizer):
         Tokenizer.train(iter([TEXT]), 264)
     with pytest.raises(UserError, match="at most --vocab_size="):
         Tokenizer.train(iter(["ab ab"]), 400)
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_save_that_is_killed_leaves_a_tokenizer(tokenizer, tmp_path, monkeypatch, renames):
+    """In a folder that is a symlink, too."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "tokenizer").symlink_to(tmp_path / "elsewhere")
+    before = Tokenizer.train(iter([TEXT]), 300)
+    before.save(tmp_path / "tokenizer")
+    replace, done = Path.replace, []
+
+    def killed(path, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(replace(path, target))
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt) if renames < 2 else contextlib.nullcontext():
+        tokenizer.save(tmp_path / "tokenizer")
+    monkeypatch.undo()
+    left = Tokenizer.load(tmp_path / "tokenizer")
+    assert left.hash == (tokenizer if renames else before).hash
+    tokenizer.save(tmp_path / "tokenizer")
+    assert Tokenizer.load(tmp_path / "elsewhere").hash == tokenizer.hash
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"ranks.txt", "tokenizer.json"}

@@ -1,0 +1,51 @@
+"""Where files are kept: addresses and a missing home are refused, and what a kill left in the compilation cache."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from jaxchat.config import UserError, base_dir, check_local
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/x", "s3://b", "file:///data", " hf://datasets/x", "tasks/a,gs://b/c"])
+def test_an_address_is_no_folder(monkeypatch, path):
+    with pytest.raises(UserError, match="--data_dir=.*mount it.*gcsfuse"):
+        check_local("--data_dir", path)
+    if "," not in path:
+        monkeypatch.setenv("JAXCHAT_BASE_DIR", path)
+        with pytest.raises(UserError, match="JAXCHAT_BASE_DIR=.*mount it"):
+            base_dir()
+
+
+@pytest.mark.parametrize("path", ["", "C:/x", "/mnt/gs:/x", "a:3,b.jsonl", "my models [1] 50% é"])
+def test_folders_are_taken(path):
+    check_local("--data_dir", path)
+
+
+def test_no_home(monkeypatch):
+    monkeypatch.delenv("JAXCHAT_BASE_DIR", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    with pytest.raises(UserError, match="set HOME, or JAXCHAT_BASE_DIR"):
+        base_dir()
+
+
+COMPILE = """
+import jax
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+from jaxchat.sharding import keep_compiled
+keep_compiled()
+jax.jit(lambda x: x * 3 + 1)(1.0)
+"""
+
+
+def test_an_entry_without_its_time_stamp_stops_no_caching(home, monkeypatch):
+    """What a kill or a full disk leaves in the compilation cache."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    (home / "compiled").mkdir()
+    (home / "compiled/broken-cache").write_bytes(b"x")
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, check=True, capture_output=True, text=True)
+    names = {path.name for path in (home / "compiled").iterdir()}
+    assert "broken-cache" not in names and any(name.endswith("-atime") for name in names) and not done.stderr
