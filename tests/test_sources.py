@@ -1,6 +1,8 @@
 """Parquet shards: random access, splits, and every way in which they can be wrong."""
 
 import os
+import pickle
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +33,64 @@ def test_rows_by_index_over_shards_and_row_groups(tmp_path):
     assert [path.name for path in find_shards(tmp_path, "val")] == ["c.parquet"]
 
 
+TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()]
+
+
+@pytest.mark.parametrize("kind", [*TEXT_TYPES, pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_every_arrow_type_of_text(tmp_path, kind):
+    texts = ["a", "é" * 1000, None, "", "a"]
+    bare = pa.array([t and t.encode() for t in texts], pa.binary()) if "binary" in str(kind) else pa.array(texts)
+    pq.write_table(pa.table({"text": bare.cast(kind)}), tmp_path / "a.parquet")
+    found = ParquetText([tmp_path / "a.parquet"])
+    assert [found[i] for i in range(5)] == ["a", "é" * 1000, "", "", "a"]
+
+
+def test_hidden_files_are_no_shards(tmp_path):
+    for name in ("0", "1", "._0", "._2", ".hidden"):
+        write(tmp_path / f"{name}.parquet", ["x"]) if name in "01" else (tmp_path / f"{name}.parquet").write_bytes(b"?")
+    assert [path.name for path in find_shards(tmp_path, "train")] == ["0.parquet"]
+    assert [path.name for path in find_shards(tmp_path, "val")] == ["1.parquet"]
+
+
+@pytest.mark.parametrize("codec, dictionary", [("none", False), ("zstd", True)])
+def test_memory_is_bounded_whatever_the_row_groups(tmp_path, monkeypatch, codec, dictionary):
+    """pandas writes a file as one row group: it is read from a temporary file, and says what it says in memory."""
+    texts = [f"{i} " * (i % 700) for i in range(2000)] + [None, "", "é"]
+    paths = [write(tmp_path / f"{n}.parquet", texts, compression=codec, use_dictionary=dictionary) for n in range(3)]
+    found = ParquetText(paths)
+    size = found._block(0).nbytes
+    monkeypatch.setattr(sources, "GROUP_BYTES", 100_000)
+    assert size > 10 * sources.GROUP_BYTES
+    bounded = ParquetText(paths)
+    order = np.random.default_rng(0).permutation(3 * len(texts))
+    assert all(bounded[int(i)] == (texts[i % len(texts)] or "") for i in order)
+    assert bounded.groups_read == 3 and bounded.bytes_in_memory < sources.GROUP_BYTES
+    copy = pickle.loads(pickle.dumps(bounded))  # as Grain's workers get it
+    assert copy.bytes_in_memory == 0 and copy[3] == texts[3]
+
+
+def test_a_full_disk_names_the_remedy(tmp_path, monkeypatch):
+    class Full(sources.OnDisk):
+        def append(self, pieces):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sources, "GROUP_BYTES", 100)
+    monkeypatch.setattr(sources, "OnDisk", Full)
+    with pytest.raises(UserError, match="a.parquet: row group 0 is too large for memory.* TMPDIR .*row_group_size"):
+        ParquetText([write(tmp_path / "a.parquet", ["x" * 200])])[0]
+
+
+def test_shards_are_opened_at_once(tmp_path, monkeypatch):
+    """On a network drive each waits; the order of shards stays."""
+    paths = [write(tmp_path / f"{n}.parquet", [f"text {n}"]) for n in range(8)]
+    barrier, fingerprint = threading.Barrier(8, timeout=30), sources.file_fingerprint
+    monkeypatch.setattr(sources, "file_fingerprint", lambda path: barrier.wait() * 0 or fingerprint(path))
+    found = ParquetText(paths)
+    assert list(found.fingerprint) == [path.name for path in paths] and [found[n] for n in range(8)] == [
+        f"text {n}" for n in range(8)
+    ]
+
+
 def test_null_reads_as_empty(tmp_path):
     assert ParquetText([write(tmp_path / "a.parquet", ["x", None, ""])])[1] == ""
 
@@ -47,7 +107,7 @@ def test_fingerprint_tells_which_shard_was_replaced(tmp_path, monkeypatch):
     after = ParquetText([a, b]).fingerprint
     assert b.stat().st_size == size
     assert after["a.parquet"] == before["a.parquet"] and after["b.parquet"] != before["b.parquet"]
-    monkeypatch.setattr(sources, "WHOLE", 1000)
+    monkeypatch.setattr(sources, "HASHED_WHOLE", 1000)
     monkeypatch.setattr(sources, "SAMPLE_BYTES", 100)  # now it is larger than what is read of it: its end is
     sampled = file_fingerprint(b)
     assert sampled != after["b.parquet"] and sampled == file_fingerprint(b)
@@ -117,7 +177,7 @@ def test_no_shard_and_one_shard(tmp_path):
     with pytest.raises(UserError, match=f"no .parquet file in {tmp_path}.*--data_dir"):
         find_shards(tmp_path, "train")
     write(tmp_path / "a.parquet", ["x"])
-    with pytest.raises(UserError, match="only one .parquet file .* two are the least"):
+    with pytest.raises(UserError, match="only one .parquet file .* at least two are needed"):
         find_shards(tmp_path, "train")
 
 
@@ -149,6 +209,6 @@ def test_unreadable_shards_are_named(tmp_path):
     broken[len(good) // 4 : len(good) // 2] = b"\xff" * (len(good) // 2 - len(good) // 4)
     (tmp_path / "broken.parquet").write_bytes(broken)
     found = ParquetText([tmp_path / "broken.parquet"])
-    with pytest.raises(UserError, match=r"broken.parquet, row group \d, cannot be read .* fetch the file anew"):
+    with pytest.raises(UserError, match=r"broken.parquet, row group \d, cannot be read .* download the file again"):
         for i in range(0, len(found), 1000):
             found[i]

@@ -1,5 +1,6 @@
 """The seven tasks, from small files in the hub's shapes and from the real ones; mixtures and their mistakes."""
 
+import codecs
 import json
 
 import pyarrow as pa
@@ -8,8 +9,10 @@ import pytest
 
 from jaxchat.config import MidConfig, SFTConfig, UserError
 from jaxchat.data import pipelines
-from jaxchat.data.tasks import load_mixture, load_task
+from jaxchat.data.sources import file_fingerprint
+from jaxchat.data.tasks import load_mixture, load_task, spelling
 from jaxchat.data.tasks.gsm8k import answer_parts
+from jaxchat.data.tasks.smoltalk import suspects
 from jaxchat.infer.calculator import calculate
 from jaxchat.tokenizer import check_conversation
 
@@ -63,26 +66,156 @@ def test_sums_become_tool_calls(folder):
     assert answer_parts("no sum here") == [{"type": "text", "text": "no sum here"}]
 
 
-def test_generated_tasks_depend_on_the_index_alone(folder):
-    for name in ("SimpleSpelling", "SpellingBee"):
-        task, again = load_task(f"{name}:50", folder), load_task(f"{name}:50", folder)
-        assert len(task) == 50 and [task[i] for i in (9, 4)] == [again[i] for i in (9, 4)]
-        words = {
-            split: {
-                row["messages"][0]["content"]
-                for row in map(load_task(f"{name}/{split}:200", folder).__getitem__, range(200))
-            }
-            for split in ("train", "test")
-        }
-        assert words["train"] and words["test"] and not words["train"] & words["test"]
+def questions(spec, folder):
+    task = load_task(spec, folder)
+    return [task[i]["messages"][0]["content"] for i in range(len(task))]
+
+
+@pytest.mark.parametrize("name", ["SimpleSpelling", "SpellingBee"])
+def test_generated_rows_depend_on_their_number_alone(folder, name):
+    few, more = load_task(f"{name}:50", folder), load_task(f"{name}:5000", folder)
+    assert len(few) == 50 and len(more) == 5000 and [few[i] for i in (9, 4)] == [more[i] for i in (9, 4)]
+    assert len(load_task(name, folder)) == 1000, "a sensible number without :rows"
+    assert not set(questions(f"{name}/train:500", folder)) & set(questions(f"{name}/test:500", folder))
+
+
+def test_questions_of_spelling_vary(folder):
+    """Dozens of phrasings, of which the test split shares none with training; quotes, capitals, marks left out."""
+    for phrasings, spec, least in ((spelling.COUNT, "SpellingBee", 40), (spelling.SPELL, "SimpleSpelling", 20)):
+        plain = {split: {p.lower().rstrip(" ?.!") for p in of} for split, of in phrasings.items()}
+        assert len(plain["train"]) >= least and len(plain["test"]) >= 9 and not plain["train"] & plain["test"]
+        asked = questions(f"{spec}:1000", folder)
+        assert len(set(asked)) > 900
+        for mark in ("'", '"', "`", "“", "?"):
+            assert 20 < sum(mark in text for text in asked) < 980, mark
+        assert 100 < sum(any(word.strip("'\"`“”?.,:").isupper() for word in text.split()) for text in asked) < 500
+        assert 50 < sum(text == text.lower() for text in asked) < 500
+
+
+def test_answers_of_spelling(folder):
     bee = load_task("SpellingBee:300", folder)
     for i in range(300):
         text, python, output, end = bee[i]["messages"][1]["content"]
         assert calculate(python["text"]) == output["text"]
         assert end["text"].endswith(f"#### {output['text']}") and f"makes {output['text']}." in text["text"]
-    spelled = load_task("SimpleSpelling", folder)[0]["messages"][1]["content"]
-    word, letters = spelled.split(": ")
+        word = python["text"].split("'")[1]
+        assert word == word.lower() and word in bee[i]["messages"][0]["content"].lower()
+        assert [line[2:3] for line in text["text"].splitlines()[1:-1]] == list(word)
+    word, letters = load_task("SimpleSpelling", folder)[0]["messages"][1]["content"].split(":")
     assert letters == ",".join(word)
+
+
+def test_a_number_of_rows_is_a_fixed_draw(folder, shared_data):
+    """Files are sorted by subject or source: what is taken of them must not be."""
+    rows = [{"question": f"{i}?", "choices": ["a", "b"], "answer": 0, "subject": f"s{i // 10}"} for i in range(570)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "mmlu/all/validation.parquet")
+    task, again = load_task("MMLU/validation:200", folder), load_task("MMLU/validation:200", folder)
+    asked = [task[i]["messages"][0]["content"] for i in range(200)]
+    assert asked == [again[i]["messages"][0]["content"] for i in range(200)] and len(set(asked)) == 200
+    numbers = [int(text.split("?")[0].split()[-1]) for text in asked]
+    assert len({n // 10 for n in numbers}) > 50 and numbers != sorted(numbers)
+    everything = load_task("MMLU/validation:570", folder)  # all, so in order, as without a number
+    assert everything[7]["messages"][0]["content"] == load_task("MMLU/validation", folder)[7]["messages"][0]["content"]
+    real = load_task("MMLU/test:5200", shared_data)
+    subjects = pq.read_table(shared_data / "mmlu/all/test.parquet", columns=["subject"])["subject"].to_pylist()
+    assert len(real) == 5200 and len({subjects[i] for i in real._drawn}) == 57
+
+
+def test_another_draw_is_other_data(folder):
+    """So a run that learnt from the first rows of a file does not go on, on --resume, with drawn ones."""
+    prints = [load_mixture(spec, folder).fingerprint for spec in ("identity", "identity:2", "SpellingBee:2")]
+    files = [file_fingerprint(p)[:8] for p in (folder / "identity/identity_conversations.jsonl",)] * 2
+    files += [file_fingerprint(folder / "words/words_alpha.txt")[:8]]
+    assert [list(of.values())[0] for of in prints] == [
+        f"3 rows of {files[0]}", f"2 rows of {files[1]}, shuffled", f"2 rows of {files[2]}-2",
+    ]  # fmt: skip
+
+
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def talks(path, rows, kind=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"messages": pa.array(rows, kind)}), path)
+
+
+def messages_type(text, role_first=True):
+    fields = [("role", text), ("content", text)]
+    return pa.list_(pa.struct(fields if role_first else fields[::-1]))
+
+
+def test_several_shards_in_whatever_layout(tmp_path):
+    """Text as string or large_string, fields in either order: rows read in the order of the files, one by one."""
+    kinds = [messages_type(pa.string()), messages_type(pa.large_string()), messages_type(pa.string(), role_first=False)]
+    kinds += [pa.large_list(messages_type(pa.string()).value_type)]
+    asked = []
+    for n, kind in enumerate(kinds):
+        rows = [[{**TALK[0], "content": f"{n}-{i}"}, TALK[1]] for i in range(3 + n)]
+        asked += [row[0]["content"] for row in rows]
+        talks(tmp_path / f"smoltalk/data/train-0000{n}-of-00004.parquet", rows, kind)
+    (tmp_path / "smoltalk/data/._train-00000-of-00004.parquet").write_bytes(b"?")
+    task = load_task("SmolTalk/train", tmp_path)
+    assert [task[i]["messages"][0]["content"] for i in range(len(task))] == asked
+    assert task[0]["messages"][1] == TALK[1] and task.summary == "SmolTalk/train 18"
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["train", "train-00000-of-00001"], "holds train-00000-of-00001.parquet beside train.parquet, .* twice"),
+        (["train-00000-of-00002", "train-00001-of-00002", "train-00000-of-00001"], "beside"),
+        (["train-00000", "train-00000-of-00001"], "beside"),
+        (
+            ["train-00000-of-00003", "train-00002-of-00003"],
+            "holds 2 files train-…-of-00003.* from 0 to 2.*launch.download",
+        ),
+        (["train-00000-of-00001-0123456789abcdef", "train-00000-of-00001-fedcba9876543210"], "not one each"),
+        (["train-0", "train-1"], "are the same file"),
+    ],
+)
+def test_files_that_overlap_or_are_missing(tmp_path, names, words):
+    for n, name in enumerate(names):
+        same = "same file" in words
+        talks(tmp_path / f"smoltalk/data/{name}.parquet", [[{**TALK[0], "content": "q" * (same or n + 1)}, TALK[1]]])
+    with pytest.raises(UserError, match=words):
+        load_task("SmolTalk/train", tmp_path)
+
+
+def test_humaneval_in_two_folders_is_refused(tmp_path):
+    rows = [{name: "x" for name in ("prompt", "canonical_solution", "test", "entry_point")}]
+    for path in ("humaneval/openai_humaneval/test-00000-of-00001.parquet", "humaneval/test.parquet"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / path)
+        if "openai" in path:
+            assert len(load_task("HumanEval/test", tmp_path)) == 1
+    with pytest.raises(UserError, match="holds openai_humaneval/.* beside test.parquet"):
+        load_task("HumanEval/test", tmp_path)
+
+
+WRONG_TALKS = [
+    [TALK[0], TALK[0]], [TALK[1]], [], None, [{"role": "system", "content": "s"}], [*TALK, None],
+    [TALK[0], {"role": "assistant", "content": None}], [TALK[0], {"role": "Assistant", "content": "a"}],
+    [{"role": None, "content": "q"}], [TALK[0], {"role": "system", "content": "s"}, TALK[1]],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", range(len(WRONG_TALKS)))
+def test_a_wrong_row_late_in_a_table_is_left_out_and_counted(tmp_path, wrong):
+    """Found when the table is opened, not by the step that draws it; the good ones beside it stay."""
+    system = [{"role": "system", "content": "s"}, *TALK]
+    rows = [TALK] * 93 + [system, WRONG_TALKS[wrong], [*TALK, TALK[0]]] + [TALK] * 10
+    talks(tmp_path / "smoltalk/data/train.parquet", rows, messages_type(pa.string()))
+    task = load_task("SmolTalk/train", tmp_path)
+    assert len(task) == 105 and [len(task[i]["messages"]) for i in (92, 93, 94, 95)] == [2, 3, 3, 2]
+    assert task.summary.startswith("SmolTalk/train 105 (1 left out, train.parquet, row 94: ")
+    batch = pa.RecordBatch.from_pydict({"messages": pa.array(rows, messages_type(pa.string()))})
+    assert suspects(batch).tolist() == [94]
+
+
+def test_many_wrong_rows_are_another_format(tmp_path):
+    talks(tmp_path / "smoltalk/data/train.parquet", [TALK] * 90 + [[TALK[1]]] * 10)
+    with pytest.raises(UserError, match="train.parquet, row 90: turn 0 is the assistant's.*10 of its 100 rows"):
+        load_task("SmolTalk/train", tmp_path)
 
 
 def test_mixtures(folder):
@@ -118,7 +251,13 @@ def test_empty_mixture(folder):
     "line, words",
     [
         ("{", "line 2"),
-        ('{"role": "user"}', "neither a JSON array"),
+        ('{"role": "user"}', "it must be a JSON array of messages, an object with `messages`"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]}',
+            "weight",
+        ),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{}]}]}', "calls tools"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "parts that are not text"),
         ("[]", "no messages"),
         ('[{"role": "assistant", "content": "x"}]', "alternate"),
         ('[{"role": "robot", "content": "x"}]', "unknown role 'robot'"),
@@ -133,6 +272,39 @@ def test_bad_lines_are_named(tmp_path, line, words):
     path.write_text('[{"role": "user", "content": "x"}]\n' + line + "\n")
     with pytest.raises(UserError, match=f"mine.jsonl, line 2: .*{words}" if words != "line 2" else words):
         load_task(str(path))
+
+
+HI = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "a"}]
+OPENAI = {
+    "messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "q"}]}]
+}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        json.dumps(HI, ensure_ascii=False).encode("utf-8-sig"),
+        (json.dumps(HI, ensure_ascii=False) + "\r\n").encode("utf-16"),
+        codecs.BOM_UTF16_BE + json.dumps(HI, ensure_ascii=False).encode("utf-16-be"),
+        json.dumps({"messages": HI, "source": "x"}).encode(),
+        b"\r\n" + json.dumps(HI).encode() + b"\r",
+    ],
+)
+def test_files_as_programs_write_them(tmp_path, data):
+    """A byte order mark, UTF-16, OpenAI's objects, ends of lines of other systems; a path with colon and comma."""
+    (tmp_path / "a:b, c").mkdir()
+    path = tmp_path / "a:b, c" / "my,talks:2.jsonl"
+    path.write_bytes(data)
+    assert load_task(str(path))[0] == {"messages": HI}
+    mixture = load_mixture(f"{path}, {path}:1,{path}")
+    assert [len(task) for task in mixture.tasks] == [1, 1, 1] and mixture[2] == {"messages": HI}
+
+
+def test_openai_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(OPENAI) + "\n" + json.dumps({"text": "a document"}) + "\n")
+    task = load_task(str(tmp_path / "a.jsonl"))
+    assert task[0]["messages"] == [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    assert task[1] == {"text": "a document"} and task.has_documents
 
 
 def test_documents_are_for_mid_only(tmp_path):

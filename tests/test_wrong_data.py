@@ -94,7 +94,7 @@ def test_a_shard_that_breaks_in_the_midst(tmp_path, tokenizer, workers):
     broken[at : at + 2000] = b"\xff" * 2000
     path.write_bytes(broken)
     batches = base_batches([path], tokenizer, workers=workers)
-    with pytest.raises(UserError, match="a.parquet, row group 7, cannot be read .* fetch the file anew"):
+    with pytest.raises(UserError, match="a.parquet, row group 7, cannot be read .* download the file again"):
         for _ in range(100_000):
             next(batches)
     batches.close()
@@ -127,21 +127,28 @@ ROWS = {"question": ["What?"] * 2, "choices": [["a", "b", "c", "d"]] * 2, "answe
     "task, path, rows, told",
     [
         ("MMLU/test", "mmlu/all", ROWS | {"question": ["What?", None]}, "`question` is null"),
-        ("MMLU/test", "mmlu/all", ROWS | {"choices": [["a", "b"], ["a", None]]}, "a choice is no text"),
+        ("MMLU/test", "mmlu/all", ROWS | {"choices": [["a", "b"], ["a", None]]}, "a choice is not text"),
         ("MMLU/test", "mmlu/all", ROWS | {"answer": [0, 4]}, "answer 4 of 4 choices"),
         ("GSM8K/test", "gsm8k/main", {"question": ["1 + 1?"] * 2, "answer": ["2", None]}, "`answer` is null"),
-        ("GSM8K/test", "gsm8k/main", {"question": ["1 + 1?"] * 2, "answer": [2, 2]}, "the answer is no text"),
+        ("GSM8K/test", "gsm8k/main", {"question": ["1 + 1?"] * 2, "answer": [2, 2]}, "the answer is not text"),
         ("SmolTalk/test", "smoltalk/data", {"messages": [TALK, [*TALK, None]]}, "unknown role None"),
         ("SmolTalk/test", "smoltalk/data", {"messages": [TALK, None]}, "`messages` is null"),
     ],
 )
-def test_bad_cells_of_tasks_are_told_with_their_row(tmp_path, tokenizer, task, path, rows, told):
+def test_bad_cells_of_tasks_are_named(tmp_path, task, path, rows, told):
     folder = tmp_path / path
     folder.mkdir(parents=True)
     pq.write_table(pa.table(rows), folder / "test-00000-of-00001.parquet")
-    tasks = pipelines.load_tasks(task, str(tmp_path), "train_tasks", documents=False)
-    with pytest.raises(UserError, match=f"{task}, row [01]: .*{told}.*; mend or leave out this row"):
-        list(conversation_reader(tasks, tokenizer)([0, 1]))
+    with pytest.raises(UserError, match=f"test-00000-of-00001.parquet, row [01]: .*{told}.* of its 2 rows"):
+        pipelines.load_tasks(task, str(tmp_path), "train_tasks", documents=False)
+
+
+def test_validation_without_an_answer_is_refused(tmp_path, tokenizer):
+    """Else its loss would be 0 over 0 tokens."""
+    tasks = conversations(tmp_path, [[TALK[0]], [{"role": "user", "content": "x" * 99}, TALK[1]]])
+    read, order = conversation_reader(tasks, tokenizer), Order([2], 0)
+    with pytest.raises(UserError, match="within the first 32 tokens of the 2 validation conversations"):
+        pipelines.padded_validation(read, order, 2, rows=2, time=32)
 
 
 def test_a_panic_while_tokenizing_ends_the_run(tmp_path, tokenizer, monkeypatch):

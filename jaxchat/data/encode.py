@@ -91,7 +91,7 @@ def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[n
                 results[place] = tuple(np.array(part, np.int32) for part in tokenizer.render_conversation(row))
                 continue
         except UserError as problem:
-            raise UserError(f"{tasks.name_of(number)}: {problem}; mend or leave out this row") from problem
+            raise UserError(f"{tasks.name_of(number)}: {problem}; correct or remove this row") from problem
         places.append(place)
         marked.append(text)
     if marked:

@@ -113,4 +113,10 @@ def packed_validation(read: Reader, documents: Iterable[int], *, rows: int, time
 def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: int, time: int) -> list[dict]:
     """The order's first `num_examples` conversations, one a row, `rows` a batch, each batch padded to a bucket."""
     batches = ConversationRows(read, order, examples=rows, micro_rows=rows, time=time, num_examples=num_examples)
-    return [{name: batch[name][0] for name in ("inputs", "targets", "weights")} for batch in batches]
+    made = [{name: batch[name][0] for name in ("inputs", "targets", "weights")} for batch in batches]
+    if not any(batch["weights"].any() for batch in made):
+        raise UserError(
+            f"nothing the assistant says is within the first {time} tokens of the {num_examples} validation "
+            "conversations; give other --val_tasks, or a larger --max_seq_len"
+        )
+    return made

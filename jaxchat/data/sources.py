@@ -1,7 +1,13 @@
-"""Where documents come from: parquet shards with random access, and what a checkpoint remembers of files."""
+"""Text documents in parquet shards, with random access, and fingerprints of files."""
 
+import errno
 import hashlib
+import os
+import tempfile
 from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +16,22 @@ import pyarrow.parquet as pq
 
 from jaxchat.config import UserError, base_dir
 
-SOURCE = ".source"  # launch.download writes into a folder of shards where they are from, and how many are wanted
-CACHED_GROUPS = 32  # row groups kept at a time: each of the up to 16 streams of an order reads one, two at a border
-WHOLE = 16 << 20  # bytes up to which a fingerprint is of the whole file
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a larger one, it is of so many pieces of this size: 1 MiB a shard
+SOURCE = ".source"  # launch.download notes in a folder of shards where they are from, and how many are wanted
+CACHED_GROUPS = 32  # decoded row groups kept: each of up to 16 streams reads one, or two at a border
+GROUP_BYTES = 32 << 20  # larger ones are kept in temporary files: CACHED_GROUPS of this size are 1 GiB of memory
+OPENED_AT_ONCE = 16  # shards, each in a thread: on a network drive, opening one is waiting
+HASHED_WHOLE = 16 << 20  # the fingerprint of a file of up to so many bytes is of all its content
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # that of a larger file is of samples, 1 MiB in all
 
 
 def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False) -> list[Path]:
     """The sorted parquet shards of a folder: all but the last for "train", the last for "val".
 
-    whole: a UserError if launch.download was to fetch more of them than are there yet.
+    Hidden files, such as macOS's `._x.parquet`, are ignored. whole: raise a UserError while launch.download has
+    fetched only a part of what it was asked for.
     """
     folder = Path(data_dir or base_dir() / "base_data").expanduser()
-    shards = sorted(folder.glob("*.parquet"))
+    shards = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
     remedy = f"fetch some: python -m launch.download fineweb-edu --shards=8{f' --to={data_dir}' if data_dir else ''}"
     if not shards:
         raise UserError(
@@ -30,27 +39,27 @@ def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False)
         )
     if len(shards) == 1:
         raise UserError(
-            f"only one .parquet file in {folder}; the last shard is for validation, so two are the least; {remedy}"
+            f"only one .parquet file in {folder}; at least two are needed, as the last is for validation; {remedy}"
         )
     source = folder / SOURCE
     wanted = int(source.read_text().split()[1]) if source.is_file() else 0
     if whole and len(shards) < wanted:
         raise UserError(
-            f"{folder} holds {len(shards)} of the {wanted} shards that were to be fetched; let the download finish "
-            f"(the same command goes on where it was), or settle for fewer: --shards={len(shards)}"
+            f"{folder} holds {len(shards)} of the {wanted} shards that were asked for; let the download finish "
+            f"(the same command resumes it), or settle for fewer: --shards={len(shards)}"
         )
     return shards[-1:] if split == "val" else shards[:-1]
 
 
 def file_fingerprint(path: Path) -> str:
-    """16 hex digits of a file's size and content: all of it up to 16 MiB, else 16 pieces, the last at its end.
+    """16 hex digits of a file's size and content: all of it up to 16 MiB, else 16 samples, the last at its end.
 
     A parquet file's end holds the place and size of every column chunk and, as a rule, their least and greatest values.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        if size <= WHOLE:
+        if size <= HASHED_WHOLE:
             digest.update(file.read())
         else:
             for i in range(SAMPLES):
@@ -62,19 +71,25 @@ def file_fingerprint(path: Path) -> str:
 def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
     """An open parquet file that has the columns; else a UserError that names it."""
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, buffer_size=1 << 20)  # buffered: large column chunks are read bit by bit
     except (OSError, pa.ArrowInvalid) as problem:
-        raise UserError(
-            f"{path} cannot be read as parquet ({str(problem).splitlines()[0]}); fetch it anew"
-        ) from problem
+        line = str(problem).splitlines()[0]
+        raise UserError(f"{path} cannot be read as parquet ({line}); download it again") from problem
     for column in columns:
         if column not in file.schema_arrow.names:
             raise UserError(f"{path} has no column `{column}`; it has: {', '.join(file.schema_arrow.names)}")
     return file
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this Arrow type holds text, in whichever of Arrow's layouts; bytes count as UTF-8."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in tests)
+
+
 def _stamp(path: Path) -> tuple[int, int]:
-    """(bytes, time of the last change): cheap to look at; (0, 0) if the file is gone."""
+    """(bytes, time of the last change): cheap to compare; (0, 0) if the file is gone."""
     try:
         stat = path.stat()
         return stat.st_size, stat.st_mtime_ns
@@ -82,65 +97,154 @@ def _stamp(path: Path) -> tuple[int, int]:
         return 0, 0
 
 
+def _inspect_shard(path: Path) -> tuple[list[int], str, tuple[int, int]]:
+    """(rows of each row group, fingerprint, stamp) of a shard."""
+    stamp = _stamp(path)
+    file = open_parquet(path, ["text"])
+    kind = file.schema_arrow.field("text").type
+    if not is_text(kind):
+        raise UserError(f"{path} has a column `text` of type {kind}; it must be string")
+    rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    return rows, file_fingerprint(path), stamp
+
+
 class ParquetText:
     """The `text` column of shards as a sequence of strings; null reads as "".
 
-    Bytes that are no UTF-8 read as the replacement character. fingerprint: what each shard holds, by name.
+    Bytes that are not UTF-8 read as the replacement character. At most 1 GiB of decoded text is kept in memory,
+    whatever the size of the row groups. fingerprint: {file name: fingerprint of its content}.
     """
 
     def __init__(self, paths: list[Path]):
         self.paths = [Path(p) for p in paths]
-        self.block_sizes: list[int] = []  # rows of each row group, over all shards
-        self.fingerprint: dict[str, str] = {}
+        with ThreadPoolExecutor(OPENED_AT_ONCE) as threads:
+            shards = list(threads.map(_inspect_shard, self.paths))
+        self.block_sizes: list[int] = []  # rows of each row group that has some, over all shards
         self._groups: list[tuple[int, int]] = []  # (shard, row group) of each block
-        self._stamps: list[tuple[int, int]] = []  # of each shard, when it was opened
-        for shard, path in enumerate(self.paths):
-            file = open_parquet(path, ["text"])
-            kind = file.schema_arrow.field("text").type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise UserError(f"{path} has a column `text` of type {kind}; it must be string")
-            for group in range(file.num_row_groups):
-                if rows := file.metadata.row_group(group).num_rows:
-                    self.block_sizes.append(rows)
-                    self._groups.append((shard, group))
-            self.fingerprint[path.name] = file_fingerprint(path)
-            self._stamps.append(_stamp(path))
+        for shard, (sizes, _, _) in enumerate(shards):
+            filled = [(group, rows) for group, rows in enumerate(sizes) if rows]
+            self.block_sizes += [rows for _, rows in filled]
+            self._groups += [(shard, group) for group, _ in filled]
+        self.fingerprint = {path.name: of for path, (_, of, _) in zip(self.paths, shards, strict=True)}
+        self._stamps = [stamp for _, _, stamp in shards]
         self._ends = np.cumsum(self.block_sizes, dtype=np.int64)
         if not self.block_sizes:
             raise UserError(f"{', '.join(map(str, self.paths))}: no rows; a data set needs at least one document")
-        self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._cache: OrderedDict[int, InMemory | OnDisk] = OrderedDict()
         self.groups_read = 0  # how often a row group was decoded
+
+    def __getstate__(self):  # Grain's workers decode for themselves
+        return self.__dict__ | {"_cache": OrderedDict()}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> str:
         block = int(np.searchsorted(self._ends, index, side="right"))
-        text = self._block(block)[index - int(self._ends[block]) + self.block_sizes[block]].as_py()
-        return (text or b"").decode("utf-8", "replace")
+        text = self._block(block)[index - int(self._ends[block]) + self.block_sizes[block]]
+        return text.decode("utf-8", "replace")
+
+    @property
+    def bytes_in_memory(self) -> int:
+        return sum(block.nbytes for block in self._cache.values())
 
     def _check_unchanged(self, shard: int):
-        """A shard that is replaced while a run reads it would change the order without a word."""
+        """Refuse a shard that was replaced during the run: it would silently change the order."""
         path = self.paths[shard]
         if (stamp := _stamp(path)) != self._stamps[shard]:
             if not path.is_file() or file_fingerprint(path) != self.fingerprint[path.name]:
                 raise UserError(f"{path} has changed since this run began; put it back, and --resume")
             self._stamps[shard] = stamp
 
-    def _block(self, block: int) -> pa.ChunkedArray:
+    def _block(self, block: int) -> "InMemory | OnDisk":
         if block not in self._cache:
             shard, group = self._groups[block]
-            path = self.paths[shard]
             self._check_unchanged(shard)
-            try:
-                column = open_parquet(path, ["text"]).read_row_group(group, columns=["text"])["text"]
-                # As bytes: Arrow does not check that a column of strings holds UTF-8.
-                self._cache[block] = column.cast(pa.large_binary())
-            except (OSError, pa.ArrowException) as problem:
-                line = str(problem).splitlines()[0]
-                raise UserError(f"{path}, row group {group}, cannot be read ({line}); fetch the file anew") from problem
-            self.groups_read += 1
-            if len(self._cache) > CACHED_GROUPS:
+            while len(self._cache) >= CACHED_GROUPS:
                 self._cache.popitem(last=False)
+            self._cache[block] = _decoded(self.paths[shard], group)
+            self.groups_read += 1
         self._cache.move_to_end(block)
         return self._cache[block]
+
+
+def _decoded(path: Path, group: int) -> "InMemory | OnDisk":
+    """The texts of a row group, decoded piece by piece; on disk if they come to more than GROUP_BYTES."""
+    pieces, size, file = [], 0, None
+    try:
+        for piece in _pieces(path, group):
+            pieces.append(piece)
+            size += piece.nbytes
+            if size > GROUP_BYTES or file:
+                file = file or OnDisk()
+                file.append(pieces)
+                pieces = []
+    except OSError as problem:
+        if file and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{path}: row group {group} is too large for memory, and {tempfile.gettempdir()} is full; set TMPDIR "
+                "to a larger disk, or write the shard with smaller row groups (row_group_size=10000)"
+            ) from problem
+        raise
+    return file or InMemory(pieces)
+
+
+def _pieces(path: Path, group: int) -> Iterable[pa.Array]:
+    """The texts of a row group as arrays of bytes, a few MiB each."""
+    try:
+        file = open_parquet(path, ["text"])
+        about = file.metadata.row_group(group)
+        rows = max(1, min(1024, GROUP_BYTES // 8 * about.num_rows // max(1, about.total_byte_size)))
+        for batch in file.iter_batches(rows, row_groups=[group], columns=["text"]):
+            column = batch.column("text")
+            if pa.types.is_dictionary(column.type):
+                column = column.cast(column.type.value_type)
+            yield column.cast(pa.large_binary())  # Arrow does not check that a column of strings holds UTF-8
+    except (OSError, pa.ArrowException) as problem:
+        line = str(problem).splitlines()[0]
+        raise UserError(f"{path}, row group {group}, cannot be read ({line}); download the file again") from problem
+
+
+class InMemory:
+    """The texts of a row group as Arrow arrays."""
+
+    def __init__(self, pieces: list[pa.Array]):
+        self._texts = pa.chunked_array(pieces, pa.large_binary())
+        self.nbytes = self._texts.nbytes
+
+    def __getitem__(self, row: int) -> bytes:
+        return self._texts[row].as_py() or b""
+
+
+class OnDisk:
+    """The texts of a row group in a temporary file that has no name: it goes when the process does."""
+
+    def __init__(self):
+        self._file = tempfile.TemporaryFile(prefix="jaxchat-")  # noqa: SIM115
+        self._lengths: list[np.ndarray] = []
+
+    def __del__(self):
+        self._file.close()
+
+    def append(self, pieces: list[pa.Array]):
+        for piece in pieces:
+            texts = [text or b"" for text in piece.to_pylist()]
+            self._file.write(b"".join(texts))
+            self._lengths.append(np.array([len(text) for text in texts], np.int64))
+        self._file.flush()
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(np.concatenate([[0], *self._lengths]), dtype=np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        return self._ends.nbytes
+
+    def __getitem__(self, row: int) -> bytes:
+        start, end = int(self._ends[row]), int(self._ends[row + 1])
+        parts = []
+        while start < end:
+            parts.append(os.pread(self._file.fileno(), end - start, start))
+            start += len(parts[-1])
+        return b"".join(parts)

@@ -245,4 +245,4 @@ def parent_row(found: Found) -> tuple[str, str]:
 
 
 def data_row(tasks: Mixture) -> tuple[str, str]:
-    return "data", f"{len(tasks):,} rows: " + ", ".join(f"{task.name} {len(task):,}" for task in tasks.tasks)
+    return "data", f"{len(tasks):,} rows: " + ", ".join(task.summary for task in tasks.tasks)

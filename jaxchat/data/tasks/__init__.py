@@ -1,5 +1,6 @@
 """The tasks that conversations come from, by name: `Name[/split][:rows]`, or a .jsonl file."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,13 @@ import numpy as np
 from jaxchat.config import UserError, base_dir
 from jaxchat.data.sources import file_fingerprint
 from jaxchat.data.tasks.choice import arc, mmlu
-from jaxchat.data.tasks.custom import custom_json, identity
+from jaxchat.data.tasks.custom import JsonLines, identity
 from jaxchat.data.tasks.gsm8k import gsm8k
 from jaxchat.data.tasks.humaneval import humaneval
 from jaxchat.data.tasks.smoltalk import smoltalk
 from jaxchat.data.tasks.spelling import simple_spelling, spelling_bee
 
+DRAW_SEED = 42
 TASKS = {
     "SmolTalk": smoltalk,
     "MMLU": mmlu,
@@ -27,22 +29,34 @@ TASKS = {
 
 
 class Task:
-    """Conversations by index: rows[i] -> {"messages": …} (a choice task's with "letters", a document's {"text": …})."""
+    """Conversations by index: task[i] -> {"messages": …} (a choice task's with "letters", a document's {"text": …}).
+
+    count: how many rows, drawn by a fixed shuffle where there are more, since files may be sorted by subject or source.
+    """
 
     def __init__(self, name: str, rows, count: int | None = None):
-        self.name = name
-        self._rows = rows
-        self._count = len(rows) if count is None else min(count, len(rows))
+        self.name, self._rows, self._drawn = name, rows, None
+        if count is not None and hasattr(rows, "largest"):  # generated: as many as wanted, in no order worth shuffling
+            rows.count = min(count, rows.largest)
+        elif count is not None and count < len(rows):
+            self._drawn = np.random.Generator(np.random.PCG64(DRAW_SEED)).permutation(len(rows))[:count]
         self.has_documents = getattr(rows, "has_documents", False)
-        self.fingerprint = "".join(file_fingerprint(path)[:8] for path in rows.paths)
+        self.left_out = getattr(rows, "left_out", "")
+        files = "".join(file_fingerprint(path)[:8] for path in rows.paths)
+        self.fingerprint = f"{files}{getattr(rows, 'edition', '')}{'' if self._drawn is None else ', shuffled'}"
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._rows if self._drawn is None else self._drawn)
 
     def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < self._count:
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._rows[index]
+        return self._rows[index if self._drawn is None else int(self._drawn[index])]
+
+    @property
+    def summary(self) -> str:
+        """Name and number of rows, and what was left out, for a plan."""
+        return f"{self.name} {len(self):,}" + (f" ({self.left_out})" if self.left_out else "")
 
 
 class Mixture:
@@ -59,27 +73,31 @@ class Mixture:
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.tasks else 0
 
-    def name_of(self, index: int) -> str:
-        """Which row of which task the index means, for messages."""
+    def _find(self, index: int) -> tuple[Task, int]:
         which = int(np.searchsorted(self._ends, index, side="right"))
-        return f"{self.tasks[which].name}, row {index - int(self._ends[which]) + len(self.tasks[which])}"
+        return self.tasks[which], index - int(self._ends[which]) + len(self.tasks[which])
+
+    def name_of(self, index: int) -> str:
+        """The task and row of an index, for messages."""
+        task, row = self._find(index)
+        return f"{task.name}, row {row}"
 
     def __getitem__(self, index: int) -> dict:
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        return self.tasks[which][index - int(self._ends[which]) + len(self.tasks[which])]
+        task, row = self._find(index)
+        return task[row]
 
 
 def load_task(spec: str, tasks_dir: str | Path | None = None) -> Task:
-    """One task of a spec such as "GSM8K/test:420" or "/path/to/mine.jsonl:1000"."""
+    """Open the task of a spec such as "GSM8K/test:420" or "/path/to/mine.jsonl:1000"."""
     folder = Path(tasks_dir or base_dir() / "tasks").expanduser()
     name, colon, rows = spec.rpartition(":")
-    if not colon:
+    if not colon or spec.endswith(".jsonl"):  # a path may hold a colon
         name, rows = spec, ""
-    if rows and not rows.isdigit():
+    if rows and not rows.isdecimal():
         raise UserError(f"task {spec!r}: {rows!r} is not a number of rows; write Name[/split][:rows]")
     count = int(rows) if rows else None
     if name.endswith(".jsonl"):
-        return Task(name, custom_json(Path(name).expanduser()), count)
+        return Task(name, JsonLines(Path(name).expanduser()), count)
     task, _, split = name.partition("/")
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; it is one of {', '.join(TASKS)}, or a .jsonl file")
@@ -87,5 +105,16 @@ def load_task(spec: str, tasks_dir: str | Path | None = None) -> Task:
 
 
 def load_mixture(spec: str, tasks_dir: str | Path | None = None) -> Mixture:
-    """The tasks of a list with commas."""
-    return Mixture([load_task(part.strip(), tasks_dir) for part in spec.split(",") if part.strip()])
+    """Open the tasks of a comma-separated list."""
+    return Mixture([load_task(part, tasks_dir) for part in _parts(spec)])
+
+
+def _parts(spec: str) -> list[str]:
+    """The specs of a list; a comma that belongs to the path of a file is none between specs."""
+    parts, pieces = [], spec.split(",")
+    while pieces:
+        joined = (",".join(pieces[:n]).strip() for n in range(2, len(pieces) + 1))
+        path = next((p for p in joined if Path(re.sub(r":\d+$", "", p)).expanduser().is_file()), pieces[0].strip())
+        del pieces[: path.count(",") + 1]
+        parts += [path] if path else []
+    return parts

@@ -1,30 +1,29 @@
-"""Conversations from a file of one's own: a JSON array of messages a line, or a JSON string for a plain document."""
+"""Conversations from a .jsonl file of the user's own."""
 
+import codecs
 import json
 from pathlib import Path
 
 from jaxchat.config import UserError
 from jaxchat.tokenizer import check_conversation
 
+LINES = "a JSON array of messages, an object with `messages`, or a JSON string for a plain document"
+
 
 class JsonLines:
-    """Rows of a .jsonl file, all checked when it is opened."""
+    """Rows of a .jsonl file, all checked when it is opened. Each line holds what LINES says."""
 
     def __init__(self, path: Path):
         if not path.is_file():
-            raise UserError(f"no file {path}; each of its lines is to be a JSON array of messages")
+            raise UserError(f"no file {path}; it should hold, on each line, {LINES}")
         self.paths = [path]
         self._lines: list[str] = []
         self.has_documents = False
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as problem:
-            raise UserError(f"{path} is not UTF-8 ({problem}); save it as UTF-8") from problem
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_text_of(path).split("\n"), 1):
             if not line.strip():
                 continue
             try:
-                row = self._row(line)
+                row = row_of(line)
                 if "text" in row:
                     self.has_documents = True
                 else:
@@ -33,24 +32,47 @@ class JsonLines:
                 raise UserError(f"{path}, line {number}: {problem}") from problem
             self._lines.append(line)
 
-    @staticmethod
-    def _row(line: str) -> dict:
-        value = json.loads(line)
-        if isinstance(value, str):
-            return {"text": value}
-        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-            raise ValueError("neither a JSON array of messages nor a JSON string")
-        return {"messages": value}
-
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> dict:
-        return self._row(self._lines[index])
+        return row_of(self._lines[index])
 
 
-def custom_json(path: Path) -> JsonLines:
-    return JsonLines(path)
+def _text_of(path: Path) -> str:
+    """A text file's content, in UTF-8, or in UTF-16 if it begins with that byte order mark (PowerShell writes it)."""
+    data = path.read_bytes()
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as problem:
+        raise UserError(f"{path} is not UTF-8 ({problem}); save it as UTF-8") from problem
+
+
+def row_of(line: str) -> dict:
+    """{"messages": …} or {"text": …} of a line. ValueError: it is neither."""
+    value = json.loads(line)
+    if isinstance(value, dict):  # as OpenAI's fine-tuning takes them; other keys say nothing about the text
+        value = value.get("messages", value.get("text"))
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise ValueError(f"it must be {LINES}")
+    return {"messages": [_plain(message) for message in value]}
+
+
+def _plain(message: dict) -> dict:
+    """A message as jaxchat knows it, from OpenAI's forms: "developer" is system, parts of text are one text."""
+    if message.get("tool_calls") or message.get("function_call"):
+        raise ValueError("a message calls tools, which are not supported; remove this line")
+    if message.get("weight", 1) != 1:
+        raise ValueError("a message has a `weight` other than 1, which is not supported; remove it, or this line")
+    role, content = message.get("role"), message.get("content")
+    if role != "assistant" and isinstance(content, list):
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            raise ValueError(f"the {role}'s message has parts that are not text")
+        content = "".join(str(part.get("text", "")) for part in content)
+    return message | {"role": "system" if role == "developer" else role, "content": content}
 
 
 def identity(folder: Path, split: str) -> JsonLines:
@@ -58,7 +80,5 @@ def identity(folder: Path, split: str) -> JsonLines:
     del split
     path = folder / "identity" / "identity_conversations.jsonl"
     if not path.is_file():
-        raise UserError(
-            f"no {path}; fetch it: python -m launch.download identity; or write one, a JSON array of messages a line"
-        )
+        raise UserError(f"no {path}; fetch it: python -m launch.download identity; or write one, on each line {LINES}")
     return JsonLines(path)

@@ -1,4 +1,4 @@
-"""GSM8K: school arithmetic in words; the sums in its answers become calls of the python tool."""
+"""GSM8K: word problems of school arithmetic; the sums in the answers become calls of the python tool."""
 
 import re
 from pathlib import Path
@@ -10,9 +10,12 @@ SUM = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 
 
 def answer_parts(answer: str) -> list[dict]:
-    """The answer as parts: `<<12/60=0.2>>` is a python part `12/60` and its output `0.2`. UserError: it is no text."""
+    """Split an answer into parts: `<<12/60=0.2>>` is a python part `12/60` and its output `0.2`.
+
+    UserError: it is not text.
+    """
     if not isinstance(answer, str):
-        raise UserError("the answer is no text")
+        raise UserError("the answer is not text")
     parts = []
     pieces = SUM.split(answer)  # text, expression, result, text, …
     for i in range(0, len(pieces), 3):
@@ -29,4 +32,4 @@ def gsm8k(folder: Path, split: str) -> Table:
         question = {"role": "user", "content": row["question"]}
         return {"messages": [question, {"role": "assistant", "content": answer_parts(row["answer"])}]}
 
-    return Table("gsm8k", folder / "gsm8k" / "main", f"{split}*.parquet", ["question", "answer"], convert)
+    return Table("gsm8k", folder / "gsm8k" / "main", split, ["question", "answer"], convert)

@@ -1,4 +1,4 @@
-"""HumanEval: the beginning of a Python function; what the model adds is run against tests."""
+"""HumanEval: Python functions to complete; answers are run against tests."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ def humaneval(folder: Path, split: str) -> Table:
 
     def convert(row: dict) -> dict:
         if not all(isinstance(row[name], str) for name in COLUMNS):
-            raise UserError("a column of HumanEval is no text")
+            raise UserError("a column of HumanEval is not text")
         answer = {"role": "assistant", "content": row["prompt"] + row["canonical_solution"]}
         return {"messages": [{"role": "user", "content": row["prompt"]}, answer]} | row
 
-    # The hub has the file in a folder of its own.
-    return Table("humaneval", folder / "humaneval", f"**/{split}*.parquet", COLUMNS, convert)
+    # The hub keeps the file in a folder of its own.
+    return Table("humaneval", folder / "humaneval", split, COLUMNS, convert, in_folders=True)

@@ -1,4 +1,8 @@
-"""SimpleSpelling and SpellingBee: generated from a word list, row by row from the row's number."""
+"""SimpleSpelling and SpellingBee: spelling words and counting their letters, generated from a word list.
+
+Row i is made from (task, split, i) alone. Words and phrasings of the test split never occur in training. A question may
+show its word capitalised or in quotes; answers are in lower case.
+"""
 
 import random
 import zlib
@@ -6,48 +10,95 @@ from pathlib import Path
 
 from jaxchat.config import UserError
 
-ROWS = {"train": 10_000_000, "test": 1_000_000}  # as many as asked for; a spec's :rows takes the first
-SPELL = ("Spell the word: {w}", "How is {w} spelled?", "Spell {w}.", "Which letters make up the word {w}?")
-COUNT = (
-    "How many {c} are in {w}?",
-    "How many times does the letter {c} appear in {w}?",
-    "Count the letter {c} in the word {w}.",
-    "In {w}, how often does {c} occur?",
-    "What is the number of {c}'s in the word {w}?",
-    "how many {c} does {w} have",
-    "Tell me how many of the letters in {w} are {c}.",
-    "Please count each {c} in {w}.",
-)
+ROWS = 1000  # without :rows
+LARGEST = {"train": 10_000_000, "test": 1_000_000}  # :rows at most
+EDITION = "-2"  # part of the fingerprint: raise it when the rows change
+
+# {w}: the word; {c}: the letter; {cs}: the letter in the plural.
+SPELL = {
+    "train": (
+        "Spell the word: {w}", "How is {w} spelled?", "Spell {w}.", "Which letters make up the word {w}?",
+        "Spell {w} out for me.", "How do you spell {w}?", "Give me the spelling of {w}.",
+        "Write {w} letter by letter.", "List the letters of {w}.", "What are the letters of {w}, in order?",
+        "Take {w} apart into its letters.", "Would you please spell {w}?",
+        "I don't know how to write {w}. Spell it, please.", "The letters of {w}?",
+        "Break the word {w} up into letters.", "Go through the letters of {w} one by one.",
+        "{w}, letter by letter!", "Buchstabiere das Wort {w}.", "Deletrea la palabra {w}.",
+        "Épelle le mot {w}.", "Scrivi {w} lettera per lettera.",
+    ),
+    "test": (
+        "Can you spell {w}?", "Name each letter of {w} in turn.",
+        "What letters does {w} have, from first to last?", "Show me how the word {w} is written.",
+        "I'd like to have {w} spelled out.", "Say {w} one letter at a time.", "Wie buchstabiert man {w}?",
+        "¿Cómo se deletrea {w}?", "Comment épelle-t-on {w} ?",
+    ),
+}  # fmt: skip
+COUNT = {
+    "train": (
+        "How many {cs} are in {w}?", "How many times does {c} appear in {w}?", "Count the {cs} in {w}.",
+        "How many times does the letter {c} occur in the word {w}?", "Count the letter {c} in the word {w}.",
+        "What is the number of {cs} in {w}?", "Tell me how many {cs} there are in {w}.",
+        "Please count each {c} in {w}.", "In {w}, how often does {c} occur?",
+        "Of the letters in {w}, how many are {c}?", "How many {cs} does {w} have?",
+        "How often is the letter {c} used in {w}?", "How many {cs} does the word {w} contain?",
+        "I need the number of {cs} in {w}.", "Give me the count of {c} in {w}.", "How many {cs} in {w}?",
+        "If I write {w}, how many {cs} do I need?", "Look at {w}: how many {cs} do you see?",
+        "{w}: how many {cs}?", "The number of {cs} in the word {w}?", "{c} in {w}, how many times?",
+        "Could you count the {cs} in {w} for me?", "Do you know how many {cs} {w} has?",
+        "Find out how many {cs} are in the word {w}.",
+        "My teacher asks how many {cs} are in {w}. What do I say?", "Quick question: how many {cs} in {w}?",
+        "For a puzzle I must know how many {cs} the word {w} has.", "Go through {w} and count every {c}.",
+        "How frequent is {c} within {w}?", "Work out how many {cs} {w} is written with.",
+        "Say how many times you meet {c} in {w}.", "Does {w} have any {cs}, and if so, how many?",
+        "Wie viele {c} hat das Wort {w}?", "Wie oft kommt {c} in {w} vor?", "Zähle die {c} in {w}.",
+        "¿Cuántas {c} hay en {w}?", "¿Cuántas veces aparece la letra {c} en {w}?", "Cuenta las {c} de {w}.",
+        "Combien de {c} y a-t-il dans {w} ?", "Combien de fois la lettre {c} apparaît-elle dans {w} ?",
+        "Quante {c} ci sono in {w}?", "Quante volte compare la lettera {c} in {w}?",
+        "Quantas letras {c} há em {w}?", "Hoeveel keer komt {c} voor in {w}?",
+    ),
+    "test": (
+        "How many of the letters of {w} are {cs}?", "Tell me the number of times that {c} turns up in {w}.",
+        "What number of {cs} will I find in {w}?", "Please say how many {cs} the word {w} holds.",
+        "How many {cs} can you find in {w}?", "I wonder how many {cs} there are in the word {w}.",
+        "Add up all the {cs} in {w}, please.", "Is there a {c} in {w}, and how many of them?",
+        "When you spell {w}, how many times do you say {c}?", "How often do we see {c} in {w}?",
+        "Letter {c}, word {w}: what is the count?", "What's the total of {cs} in {w}?",
+        "Aus wie vielen {c} besteht {w}?", "¿Qué número de {c} tiene {w}?",
+        "Quel est le nombre de {c} dans {w} ?",
+    ),
+}  # fmt: skip
+QUOTES = ("{}", "{}", "{}", "'{}'", '"{}"', "`{}`", "“{}”")
+PLURALS = ("{}s", "{}'s", "{}")
 
 
 def is_test_word(word: str) -> bool:
-    """One word in ten is kept for the test split."""
+    """Whether a word, one in ten, is kept for the test split."""
     return zlib.crc32(word.encode()) % 10 == 0
 
 
 class Generated:
-    """Row i is made from (task, split, i) alone: the same on every machine, and no word of test is one of train's."""
+    """`count` rows, each made from its number when it is read: the same on every machine."""
 
     def __init__(self, folder: Path, split: str, task: str, make):
         path = folder / "words" / "words_alpha.txt"
         if not path.is_file():
             raise UserError(f"no {path}; fetch it: python -m launch.download words; or name --tasks_dir")
-        if split not in ROWS:
+        if split not in LARGEST:
             raise UserError(f"{task} has no split {split!r}; it is train or test")
-        words = path.read_bytes().decode("utf-8", "replace").split()
+        words = dict.fromkeys(path.read_bytes().decode("utf-8", "replace").lower().split())
         self._words = [w for w in words if w.isascii() and w.isalpha() and is_test_word(w) == (split == "test")]
         if not self._words:
             raise UserError(f"{path} has no word for {split}: none of ASCII letters alone among its {len(words)}")
-        self.paths = [path]
-        self._seed, self._rows, self._make = f"{task} {split}", ROWS[split], make
+        self.paths, self.edition = [path], EDITION
+        self.count, self.largest = ROWS, LARGEST[split]
+        self._task, self._split, self._make = task, split, make
 
     def __len__(self) -> int:
-        return self._rows
+        return self.count
 
     def __getitem__(self, index: int) -> dict:
-        chance = random.Random(f"{self._seed} {index}")
-        word = self._words[int(chance.random() * len(self._words))]
-        question, answer = self._make(chance, word)
+        chance = random.Random(f"{self._task} {self._split} {index}")
+        question, answer = self._make(chance, pick(chance, self._words), self._split)
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
@@ -55,18 +106,35 @@ def pick(chance: random.Random, items):
     return items[int(chance.random() * len(items))]
 
 
-def _spelling(chance: random.Random, word: str):
-    return pick(chance, SPELL).format(w=word), f"{word}: {','.join(word)}"
+def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> str:
+    """The phrasing, now and then in lower case or without its mark at the end; the word and the letter, now and then
+    with a capital, in capitals, or in quotes."""
+    if chance.random() < 0.2:
+        phrasing = phrasing.lower()
+    if chance.random() < 0.2:
+        phrasing = phrasing.rstrip(" ?.!")
+    shown = pick(chance, (word, word, word, word.capitalize(), word.upper()))
+    quote = pick(chance, QUOTES)
+    if shown.isupper() and chance.random() < 0.5:
+        letter = letter.upper()
+    marked = (quote if chance.random() < 0.5 else "{}").format(letter)
+    plural = pick(chance, PLURALS).format(marked)
+    return phrasing.format(w=quote.format(shown), c=marked, cs=plural)
 
 
-def _bee(chance: random.Random, word: str):
-    """The letter is mostly one of the word's. The answer counts by hand, then checks with the tool."""
+def _spelling(chance: random.Random, word: str, split: str):
+    """No space after the colon: so the first letter is the token that it is after a comma, too."""
+    return _ask(chance, pick(chance, SPELL[split]), word), f"{word}:{','.join(word)}"
+
+
+def _bee(chance: random.Random, word: str, split: str):
+    """Count a letter, mostly one of the word's, by hand, then check with the tool."""
     letter = pick(chance, word) if chance.random() < 0.9 else pick(chance, "abcdefghijklmnopqrstuvwxyz")
-    question = pick(chance, COUNT).format(w=word, c=letter)
+    question = _ask(chance, pick(chance, COUNT[split]), word, letter)
     lines, seen = [], 0
     for i, c in enumerate(word, 1):
         seen += c == letter
-        lines.append(f"{i}. {c}" + (f" (number {seen})" if c == letter else ""))
+        lines.append(f"{i}:{c}" + (f" (number {seen})" if c == letter else ""))  # no space: as in _spelling
     text = f"I go through {word} letter by letter:\n" + "\n".join(lines) + f"\nThat makes {seen}. Let me check:\n"
     return question, [
         {"type": "text", "text": text},

@@ -1,35 +1,117 @@
-"""Rows of the hub's parquet files."""
+"""Rows of the hub's parquet files: which files belong to a split, and which of their rows can be used."""
 
+import re
+from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from jaxchat.config import UserError
-from jaxchat.data.sources import open_parquet
+from jaxchat.data.sources import file_fingerprint, open_parquet
+from jaxchat.tokenizer import check_conversation
+
+ROWS_READ = 10_000  # at a time; Arrow cannot hold more than 2 GiB of nested text in one piece
+MOST_LEFT_OUT = 0.01  # of a table's rows: more are no slip of the pen, but another format
 
 
 class Table:
-    """Rows of the parquet files of a data set, each made a conversation when asked for. name: as in launch.download."""
+    """Rows of a data set's parquet files, each converted to a conversation when it is read.
 
-    def __init__(self, name: str, folder: Path, pattern: str, columns: list[str], convert):
-        self.paths = paths = sorted(folder.glob(pattern))
-        if not paths:
-            raise UserError(
-                f"no {pattern} in {folder}; fetch them: python -m launch.download {name}; or name --tasks_dir"
-            )
-        try:
-            tables = [open_parquet(path, columns).read(columns=columns) for path in paths]
-            self._table = pa.concat_tables(tables).combine_chunks()
-        except pa.ArrowException as problem:
-            raise UserError(f"{folder}/{pattern} cannot be read ({str(problem).splitlines()[0]})") from problem
-        self._convert = convert
+    A row that is no conversation is left out, and counted in `left_out`; more than 1 in 100 are refused. Files may
+    differ in the order of their fields and in Arrow's types for text.
+    name: as launch.download calls it. suspects: of a batch, the only rows that can be wrong (None: all).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        split: str,
+        columns: list[str],
+        convert: Callable[[dict], dict],
+        *,
+        suspects: Callable[[pa.RecordBatch], np.ndarray] | None = None,
+        in_folders: bool = False,
+    ):
+        self.paths = split_files(name, folder, split, in_folders=in_folders)
+        self._convert, self._batches = convert, []
+        problems = []  # (row over all batches, what is wrong with it)
+        for path in self.paths:
+            try:
+                batches = [b for b in open_parquet(path, columns).iter_batches(ROWS_READ, columns=columns) if len(b)]
+            except pa.ArrowException as problem:
+                line = str(problem).splitlines()[0]
+                raise UserError(f"{path} cannot be read ({line}); download it again") from problem
+            first = sum(map(len, self._batches))
+            for batch in batches:
+                begin = sum(map(len, self._batches))
+                chosen = suspects(batch) if suspects else np.arange(len(batch))
+                wrong = [(row, why) for row in chosen if (why := self._problem(batch, int(row)))]
+                problems += [(begin + row, f"{path.name}, row {begin + row - first}: {why}") for row, why in wrong]
+                self._batches.append(batch)
+        self._ends = np.cumsum([len(batch) for batch in self._batches], dtype=np.int64)
+        self._rows = np.delete(np.arange(sum(map(len, self._batches))), [row for row, _ in problems])
+        if len(problems) > MOST_LEFT_OUT * sum(map(len, self._batches)):
+            rows = f"{len(problems)} of its {sum(map(len, self._batches)):,} rows cannot be used"
+            raise UserError(f"{folder}, {problems[0][1]}; {rows}, at most 1 in 100 is left out; correct the file")
+        self.left_out = f"{len(problems)} left out, {problems[0][1]}" if problems else ""
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> dict:
-        row = {name: self._table[name][index].as_py() for name in self._table.column_names}
-        for name, cell in row.items():
+        row = int(self._rows[index])
+        which = int(np.searchsorted(self._ends, row, side="right"))
+        batch = self._batches[which]
+        return self._converted(batch, row - int(self._ends[which]) + len(batch))
+
+    def _converted(self, batch: pa.RecordBatch, row: int) -> dict:
+        cells = {name: batch.column(name)[row].as_py() for name in batch.schema.names}
+        for name, cell in cells.items():
             if cell is None:
                 raise UserError(f"`{name}` is null")
-        return self._convert(row)
+        return self._convert(cells)
+
+    def _problem(self, batch: pa.RecordBatch, row: int) -> str:
+        """Why a row is no conversation; "" if it is one."""
+        try:
+            check_conversation(self._converted(batch, row))
+        except UserError as problem:
+            return str(problem)
+        return ""
+
+
+def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False) -> list[Path]:
+    """The parquet files of a split, sorted. UserError: none, not all of them, or two sets that may hold the same rows.
+
+    They are one file ("train.parquet"), numbered ("train-00000.parquet"), or numbered as on the hub
+    ("train-00000-of-00004.parquet"). in_folders: look in folders of the folder too.
+    """
+    found = folder.glob(f"{'**/' if in_folders else ''}{escape(split)}*.parquet")
+    paths = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    if not paths:
+        raise UserError(
+            f"no {split}*.parquet in {folder}; fetch them: python -m launch.download {name}; or name --tasks_dir"
+        )
+    sets: dict[tuple, dict[Path, str]] = {}
+    for path in paths:
+        stem = re.sub(r"-[0-9a-f]{16}$", "", path.stem)  # a hash that the hub once added
+        base, number, of = re.fullmatch(r"(.*?)(\d*)(?:-of-(\d+))?", stem).groups()
+        sets.setdefault((path.parent, base, of), {})[path] = number
+    if len(sets) > 1:
+        one, other = (str(next(iter(files)).relative_to(folder)) for files in list(sets.values())[:2])
+        raise UserError(f"{folder} holds {one} beside {other}, which may be the same rows twice; move one of them away")
+    ((_, _, of), files), *_ = sets.items()
+    if of and sorted(map(int, files.values())) != list(range(int(of))):
+        raise UserError(
+            f"{folder} holds {len(paths)} files {split}-…-of-{of}.parquet, not one each from 0 to {int(of) - 1}; fetch "
+            f"the rest: python -m launch.download {name}"
+        )
+    seen: dict[str, Path] = {}
+    for path in paths:
+        twin = seen.setdefault(file_fingerprint(path), path)
+        if twin != path:
+            raise UserError(f"{path} and {twin.name} are the same file; move one of them away")
+    return paths
