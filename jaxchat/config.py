@@ -45,7 +45,10 @@ def check_local(name: str, paths: str):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model. Two checkpoints with equal ModelConfig have interchangeable weights."""
+    """Shape and constants of a model. Two checkpoints with equal ModelConfig have interchangeable weights.
+
+    A field that is added later takes as its default what was computed before, so that older checkpoints stay the same.
+    """
 
     sequence_len: int = 2048
     vocab_size: int = 65536
@@ -53,11 +56,17 @@ class ModelConfig:
     n_head: int = 6  # query heads, N
     n_kv_head: int = 6  # key and value heads, K; must divide n_head
     n_embd: int = 768  # model width, D
+    rotary_base: float = 10_000.0
+    softcap: float = 15.0  # bound of the logits: softcap·tanh(u/softcap)
+    norm_eps: float = 1.1920929e-07  # float32's machine epsilon, torch's default for rms_norm
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if type(value) is not int or not 1 <= value < 2**31:
+            if field.type is float:
+                if type(value) not in (int, float) or not 0 < value < math.inf:
+                    raise UserError(f"model {field.name} is {value!r}; it must be a positive number")
+            elif type(value) is not int or not 1 <= value < 2**31:
                 raise UserError(f"model {field.name} is {value!r}; it must be a whole number from 1 to {2**31 - 1:,}")
         if self.n_embd % self.n_head:
             raise UserError(f"model width n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")

@@ -104,6 +104,17 @@ def constrain(tree, specs, mesh: Mesh | None):
     return jax.lax.with_sharding_constraint(tree, named(mesh, specs))
 
 
+def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool = False):
+    """`function` on each device's part of its arguments (shard_map); itself where there is one device.
+
+    Collectives inside must be skipped on one device. always: map over a mesh of one too, as Triton needs: the mesh says
+    what it compiles for. What a spec does not mention is the same on all devices, and nothing checks that.
+    """
+    if mesh is None or (mesh.size == 1 and not always):
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
     """What so many rows are spread over: ROWS, or nothing (each device has all) where they can't be cut evenly."""
     return None if rows % data_shards(mesh) else ROWS

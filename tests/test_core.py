@@ -211,7 +211,7 @@ def rigged(monkeypatch, knows: list[np.ndarray], config, mesh) -> Scorer:
     compiled = jax.jit(lambda *args: traced(*args), static_argnums=(4, 5, 6))  # a function of its own: traced anew
     monkeypatch.setattr(scoring, "span_losses", compiled)
     monkeypatch.setattr(scoring, "features", features)
-    monkeypatch.setattr("jaxchat.train.loss.logits", lambda head, x: 10 * x)
+    monkeypatch.setattr("jaxchat.train.loss.logits", lambda head, x, cap: 10 * x)
     params = model_params.Params(wte=None, blocks=None, lm_head=jnp.zeros(()))
     return Scorer(params, config, Compute(), mesh, quiet=True)
 

@@ -135,7 +135,7 @@ class Scripted:
             table[n, start - 1 : start - 1 + len(script)] = script
         table = jnp.asarray(table)
 
-        def features(params, tokens_BT, config, compute, cache=None):
+        def features_cached(params, tokens_BT, cache, config, compute, counts_B):
             time = tokens_BT.shape[1]
             if time > 1:
                 k = cache.k_LBSKH.at[0, :, 0, 0, 0].set(tokens_BT[:, 1].astype(cache.k_LBSKH.dtype))
@@ -143,10 +143,10 @@ class Scripted:
             position_BT = cache.lengths_B[:, None] + jnp.arange(time)[None]
             script_B = cache.k_LBSKH[0, :, 0, 0, 0].astype(jnp.int32)
             script_BT = jnp.take_along_axis(table[script_B], jnp.clip(position_BT, 0, LENGTH), axis=1)
-            return jax.nn.one_hot(script_BT, vocab), cache.replace(lengths_B=cache.lengths_B + time)
+            return jax.nn.one_hot(script_BT, vocab), cache.advance(counts_B)
 
-        monkeypatch.setattr(engine_module, "features", features)
-        monkeypatch.setattr(engine_module, "logits", lambda params, x: 10 * x)
+        monkeypatch.setattr(engine_module, "features_cached", features_cached)
+        monkeypatch.setattr(engine_module, "logits", lambda params, x, cap: 10 * x)
 
 
 def test_tool_results_are_forced(engine, tokenizer, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.model import gpt, kernels
 from jaxchat.model.attention import causal_attention, kernel_for
-from jaxchat.train.loss import weighted_nll
+from jaxchat.train.loss import Chunking, weighted_nll
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import init_state
 from jaxchat.train.step import make_train_step
@@ -68,17 +68,17 @@ def test_norm_kernels(heads, head_dim, width):
     """As gpt.py's own functions, in bfloat16 as in float32."""
     x, dy = normal(0, 2, 130, heads, head_dim), normal(1, 2, 130, heads, head_dim)
     wide, dwide, dh = (normal(2 + i, 2, 130, width) for i in range(3))
-    tables = gpt.rotary_tables(jnp.arange(130)[None], head_dim)
+    tables, eps = gpt.rotary_tables(jnp.arange(130)[None], head_dim, 10_000.0), 1.1920929e-07
 
-    def with_gradients(norm_rotate, fork_norm, x, dy, wide, dwide, dh):
-        y, back = jax.vjp(lambda x: norm_rotate(x, tables), x)
-        (same, *h), fork_back = jax.vjp(lambda x: fork_norm(x, ways=3), wide)
-        return y, *back(dy), same, *h, *fork_back((dwide, dh, dh, -dh))
+    @partial(jax.jit, static_argnums=0)
+    def with_gradients(form, x, dy, wide, dwide, dh):
+        y, back = jax.vjp(lambda x: form.rotate_norm(x, tables, eps), x)
+        (same, h), norm_back = jax.vjp(lambda x: form.residual_norm(x, eps=eps), wide)
+        return y, *back(dy), same, h, *norm_back((dwide, dh))
 
     arrays = (x, dy, wide, dwide, dh)
-    found = jax.jit(lambda *a: with_gradients(kernels.norm_rotate, kernels.fork_norm, *a))(*arrays)
-    exact = [a.astype(jnp.float32) for a in arrays]
-    expected = jax.jit(lambda *a: with_gradients(gpt.norm_rotate, gpt.fork_norm, *a))(*exact)
+    found = with_gradients(kernels, *arrays)
+    expected = with_gradients(gpt, *(a.astype(jnp.float32) for a in arrays))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == jnp.bfloat16 and off(a, b) < BFLOAT16
 
@@ -92,7 +92,7 @@ def test_loss(by_kernel):
     @partial(jax.jit, static_argnums=2)
     def with_gradients(x, head, by_kernel):
         def nll(x, head):
-            return weighted_nll(x, head, targets, weights, 64, None, by_kernel)
+            return weighted_nll(x, head, targets, weights, Chunking(64, 15.0, None, by_kernel))
 
         return jax.value_and_grad(nll, (0, 1))(x, head)
 

@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig
-from jaxchat.model import kernels
+from jaxchat.model import gpt, kernels
 from jaxchat.model import params as model_params
-from jaxchat.model.gpt import rms_norm, rotary_tables, rotate
 from jaxchat.train.loss import loss_sums
 
 ROUNDING = {"float32": 0.0, "bfloat16": 2**-8}  # the one at the end, of each number
+EPS = 1.1920929e-07
 NOISE = 2e-6  # float32's, of the largest
 INTERPRET = jax.default_backend() != "gpu"
 
@@ -46,33 +46,33 @@ def check(ours, theirs, x, dy, dtype):
     "B, T, N, H, dtype",
     [(2, 16, 2, 64, "float32"), (1, 33, 1, 128, "bfloat16"), (2, 23, 3, 72, "bfloat16"), (3, 7, 2, 72, "float32")],
 )
-def test_norm_rotate(B, T, N, H, dtype):
-    tables = rotary_tables(3 + jnp.arange(T)[None], H)
+def test_rotate_norm(B, T, N, H, dtype):
+    tables = gpt.rotary_tables(3 + jnp.arange(T)[None], H, 10_000.0)
     x_BTNH, dy_BTNH = normal(1, (B, T, N, H)), normal(2, (B, T, N, H))
-    ours = partial(kernels.norm_rotate, tables=tables, interpret=INTERPRET)
-    check(ours, lambda x: rms_norm(rotate(x, tables)), x_BTNH, dy_BTNH, dtype)
+    ours = partial(kernels.rotate_norm, tables=tables, eps=EPS, interpret=INTERPRET)
+    check(ours, partial(gpt.rotate_norm, tables=tables, eps=EPS), x_BTNH, dy_BTNH, dtype)
 
 
 @pytest.mark.parametrize(
     "B, T, D, dtype", [(1, 3, 768, "float32"), (2, 33, 96, "float32"), (3, 5, 96, "bfloat16"), (1, 2, 4096, "bfloat16")]
 )
-def test_fork_norm(B, T, D, dtype):
-    x_BTD, *dy = (normal(seed, (B, T, D)) for seed in range(4))
-    ours = partial(kernels.fork_norm, ways=2, interpret=INTERPRET)
-    check(ours, lambda x: (x, rms_norm(x), rms_norm(x)), x_BTD, tuple(dy), dtype)
+def test_residual_norm(B, T, D, dtype):
+    x_BTD, *dy = (normal(seed, (B, T, D)) for seed in range(3))
+    ours = partial(kernels.residual_norm, eps=EPS, interpret=INTERPRET)
+    check(ours, partial(gpt.residual_norm, eps=EPS), x_BTD, tuple(dy), dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fork_norm_of_a_sum(dtype):
+def test_residual_norm_of_a_sum(dtype):
     x_BTD, y_BTD, *dy = (normal(seed, (2, 33, 96)) for seed in range(4))
 
     def ours(xy):
-        return kernels.fork_norm(*xy, interpret=INTERPRET)
+        return kernels.residual_norm(*xy, eps=EPS, interpret=INTERPRET)
 
     def theirs(xy):  # rounded as a sum of numbers of the dtype is
         x = sum(xy)
         x = x + jax.lax.stop_gradient(x.astype(dtype).astype(jnp.float32) - x)
-        return x, rms_norm(x)
+        return gpt.residual_norm(x, eps=EPS)
 
     check(ours, theirs, (x_BTD, y_BTD), tuple(dy), dtype)
 
@@ -92,14 +92,13 @@ def test_softcap_exp(M, V, dtype):
 def test_on_a_mesh(B, devices):
     """The same numbers, and no device sends another anything."""
     mesh = sharding.make_mesh(devices, "data=2,fsdp=2,tensor=2")
-    tables = rotary_tables(jnp.arange(6)[None], 64)
+    tables = gpt.rotary_tables(jnp.arange(6)[None], 64, 10_000.0)
 
     @partial(jax.jit, static_argnums=2)
     def run(x, dy, mesh):
         def both(x_BTNH, x_BTD):
-            return kernels.norm_rotate(x_BTNH, tables, mesh, INTERPRET), *kernels.fork_norm(
-                x_BTD, None, 1, mesh, INTERPRET
-            )
+            y_BTNH = kernels.rotate_norm(x_BTNH, tables, EPS, mesh, INTERPRET)
+            return y_BTNH, *kernels.residual_norm(x_BTD, None, EPS, mesh, INTERPRET)
 
         y, pull = jax.vjp(both, *x)
         return *y, *pull(dy)

@@ -12,7 +12,7 @@ from jaxchat.model import gpt
 from jaxchat.model import params as model_params
 from jaxchat.model.cache import KVCache
 from jaxchat.model.flops import flops_per_token, num_params, peak_flops
-from jaxchat.train.loss import loss_sums, weighted_nll
+from jaxchat.train.loss import Chunking, loss_sums, weighted_nll
 
 CONFIG = ModelConfig(sequence_len=16, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
 forward = jax.jit(gpt.forward, static_argnums=(2, 3))
@@ -81,7 +81,8 @@ def test_forward_is_the_specs(kv_heads):
 
 
 @pytest.mark.parametrize(
-    "form", [{"unroll": True}, {"remat": "full"}, {"remat": "dots"}, {"loss_chunk_tokens": 7}, {"attention": "blocks"}]
+    "form",
+    [{"unroll": True}, {"remat": "full"}, {"remat": "dots"}, {"loss_chunk_tokens": 16}, {"attention": "blocks"}],
 )
 def test_every_form_gives_the_same_loss_and_gradient(form):
     params = random_params(CONFIG)
@@ -101,9 +102,9 @@ def test_every_form_gives_the_same_loss_and_gradient(form):
     )
 
 
-def whole_nll(x_BTD, head_DV, targets_BT, weights_BT, chunk, mesh=None):
+def whole_nll(x_BTD, head_DV, targets_BT, weights_BT, chunking):
     """weighted_nll as anyone would write it, all logits at once."""
-    z_BTV = gpt.logits(head_DV, x_BTD)
+    z_BTV = gpt.logits(head_DV, x_BTD, chunking.cap)
     nll_BT = jax.nn.logsumexp(z_BTV, axis=-1) - jnp.take_along_axis(z_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return jnp.sum(weights_BT * nll_BT)
 
@@ -120,7 +121,7 @@ def test_the_loss_and_its_gradients(dtype, atol):
 
     def value_and_gradients(loss, x_BTD):
         def scaled(x_BTD, head_DV, weights_BT):
-            return 3 * loss(x_BTD, head_DV, targets_BT, weights_BT, 4)
+            return 3 * loss(x_BTD, head_DV, targets_BT, weights_BT, Chunking(4, 15.0))
 
         return jax.jit(jax.value_and_grad(scaled, (0, 1, 2)))(x_BTD, head_DV, weights_BT)
 
@@ -139,15 +140,15 @@ def test_memory_of_the_loss(part):
     of token and id takes: 4 bytes at least for whole float32 logits, nothing, but for the alignment of buffers, for
     chunks of them.
     """
-    D, chunk = 16, 128
+    D, chunking = 16, Chunking(128, 15.0)
 
     def temporary(loss, vocab, time):
         numbers = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, time, D), (D, vocab), (2, time))]
         x_BTD, head_DV, weights_BT = numbers
         targets_BT = jax.ShapeDtypeStruct((2, time), jnp.int32)
         function = loss if part == "value" else jax.value_and_grad(loss, argnums=(0, 1))
-        compiled = jax.jit(function, static_argnums=(4, 5)).lower(x_BTD, head_DV, targets_BT, weights_BT, chunk, None)
-        return compiled.compile().memory_analysis().temp_size_in_bytes
+        lowered = jax.jit(function, static_argnums=4).lower(x_BTD, head_DV, targets_BT, weights_BT, chunking)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
 
     def bytes_a_pair(loss):
         (small, wide), (long, both) = ([temporary(loss, vocab, time) for vocab in (2048, 4096)] for time in (512, 1024))
@@ -159,20 +160,31 @@ def test_memory_of_the_loss(part):
 
 @pytest.mark.parametrize("attention", ["xla", "blocks"])
 def test_cache_gives_what_the_whole_sequence_gives(attention, monkeypatch):
-    """Prompts of different lengths first, then token by token, each row at a position of its own."""
-    monkeypatch.setattr("jaxchat.model.attention.SLOT_BLOCK", 4)  # rows end in different blocks
+    """Prompts of different lengths, placed in rows of a larger cache; then token by token, one row waiting in turn."""
+    monkeypatch.setattr("jaxchat.model.attention_cpu.SLOT_BLOCK", 4)  # rows end in different blocks
     params, compute = random_params(CONFIG), Compute(attention=attention)
-    tokens_BT = tokens(CONFIG, time=16)
+    tokens_BT, prompts = tokens(CONFIG, time=16), np.arange(3)
     whole = np.asarray(forward(params, tokens_BT, CONFIG, compute))
+    features_cached = jax.jit(gpt.features_cached, static_argnums=(3, 4))
+
+    def read(tokens_BT, cache, counts_B):
+        x_BTD, cache = features_cached(params, tokens_BT, cache, CONFIG, compute, counts_B)
+        return gpt.logits(params.lm_head, x_BTD, CONFIG.softcap), cache
+
     lengths = np.array([3, 7, 5], np.int32)
-    logits, cache = forward(params, tokens_BT[:, :7], CONFIG, compute, KVCache.empty(CONFIG, 3, 16, jnp.float32))
+    logits, cache = read(tokens_BT[:, :7], KVCache.empty(CONFIG, 3, 8, jnp.float32), lengths)
     for b, length in enumerate(lengths):
         np.testing.assert_allclose(logits[b, :length], whole[b, :length], atol=TOLERANCE)
-    cache = cache.replace(lengths_B=jnp.asarray(lengths))
-    for step in range(6):
-        here = lengths + step
-        logits, cache = forward(params, tokens_BT[np.arange(3), here][:, None], CONFIG, compute, cache)
-        np.testing.assert_allclose(logits[:, 0], whole[np.arange(3), here], atol=TOLERANCE)
+    rows = np.array([2, 0, 1])  # the fourth stays empty
+    cache = KVCache.empty(CONFIG, 4, 16, jnp.float32).place(cache, rows)
+    for turn in range(8):
+        counts_B, next_B1 = np.array([1, 1, 1, 0], np.int32), np.zeros((4, 1), np.int32)
+        next_B1[rows, 0] = tokens_BT[prompts, lengths]
+        counts_B[turn % 3], next_B1[turn % 3] = 0, turn  # a row that waits reads any token
+        logits, cache = read(next_B1, cache, counts_B)
+        read_now = counts_B[rows] > 0
+        np.testing.assert_allclose(logits[rows, 0][read_now], whole[prompts, lengths][read_now], atol=TOLERANCE)
+        lengths = lengths + counts_B[rows]
 
 
 def test_no_position_sees_a_later_one():

@@ -15,7 +15,6 @@ from jaxchat.config import ModelConfig, UserError
 from jaxchat.convert import files, tokens
 from jaxchat.convert.weights import Foreign, check_space, shareable
 from jaxchat.model.flops import num_params
-from jaxchat.model.gpt import NORM_EPS, ROTARY_BASE, SOFTCAP
 
 NAMES = {
     "wte": "model.embed_tokens.weight",
@@ -27,12 +26,13 @@ NAMES = {
     "blocks.w_down": "model.layers.{}.mlp.fc2.weight",
     "lm_head": "lm_head.weight",
 }
+OURS = ModelConfig()  # its constants: a model with others is not opened
 SHARD_SIZE = "5GB"
 # What in a config.json must be as jaxchat has it, and transformers' default where the file is silent.
 FIXED = {
     "model_type": ("nanochat", None),
     "hidden_act": ("relu2", "relu2"),
-    "final_logit_softcapping": (SOFTCAP, SOFTCAP),
+    "final_logit_softcapping": (OURS.softcap, OURS.softcap),
     "attention_bias": (False, False),
     "tie_word_embeddings": (False, False),
 }
@@ -51,9 +51,9 @@ def architecture(config: ModelConfig, tokenizer, dtype: str, chat: bool) -> dict
         "num_key_value_heads": config.n_kv_head,
         "max_position_embeddings": config.sequence_len,
         "hidden_act": "relu2",
-        "rms_norm_eps": NORM_EPS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
-        "final_logit_softcapping": SOFTCAP,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+        "final_logit_softcapping": config.softcap,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
@@ -187,9 +187,11 @@ def _model_config(path: Path, told: dict, warnings: list[str]) -> ModelConfig:
     rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path / 'config.json'}: rotary embedding {rope!r} is not an object")
-    base = rope.get("rope_theta", told.get("rope_theta", ROTARY_BASE))
-    if (rope.get("rope_type", "default"), base) != ("default", ROTARY_BASE):
-        raise UserError(f"{path / 'config.json'}: rotary embedding {rope}; jaxchat opens base {ROTARY_BASE:g} only")
+    base = rope.get("rope_theta", told.get("rope_theta", OURS.rotary_base))
+    if (rope.get("rope_type", "default"), base) != ("default", OURS.rotary_base):
+        raise UserError(
+            f"{path / 'config.json'}: rotary embedding {rope}; jaxchat opens base {OURS.rotary_base:g} only"
+        )
     try:
         heads = told["num_attention_heads"]
         config = ModelConfig(
@@ -207,9 +209,11 @@ def _model_config(path: Path, told: dict, warnings: list[str]) -> ModelConfig:
             raise UserError(f"{path / 'config.json'}: {name} is {told[name]}; jaxchat opens {wanted} only")
     eps = told.get("rms_norm_eps", 1e-6)
     if not isinstance(eps, int | float) or not 0 <= eps <= 1e-4:
-        raise UserError(f"{path / 'config.json'}: rms_norm_eps is {eps!r}; jaxchat computes with {NORM_EPS:g}")
-    if abs(eps - NORM_EPS) > 1e-12:
-        warnings.append(f"its rms_norm_eps is {eps:g}; jaxchat computes with {NORM_EPS:g}, which moves logits a little")
+        raise UserError(f"{path / 'config.json'}: rms_norm_eps is {eps!r}; jaxchat computes with {OURS.norm_eps:g}")
+    if abs(eps - OURS.norm_eps) > 1e-12:
+        warnings.append(
+            f"its rms_norm_eps is {eps:g}; jaxchat computes with {OURS.norm_eps:g}, which moves logits a little"
+        )
     return config
 
 

@@ -23,7 +23,7 @@ from jaxchat.config import Compute, ModelConfig
 from jaxchat.model.gpt import features, logits
 from jaxchat.model.params import Params
 from jaxchat.sharding import ROWS
-from jaxchat.train.loss import chunk_length, chunk_nll
+from jaxchat.train.loss import Chunking, chunk_nll, pad_time
 from jaxchat.train.reporter import duration
 
 SHORTEST = 32  # tokens a row of the smallest batches
@@ -67,20 +67,23 @@ def span_losses(params, tokens_BT, first, last, config: ModelConfig, compute: Co
     """
     x_BTD = features(params, tokens_BT, config, compute)
     head_DV, targets_BT = params.lm_head.astype(x_BTD.dtype), jnp.roll(tokens_BT, -1, axis=1)
-    score = partial(_score_chunks, t=chunk_length(*tokens_BT.shape, compute), sharded=mesh.size > 1)
-    if mesh.size > 1:
-        in_specs = (P(ROWS), P(None, "tensor"), P(ROWS), P(), P())
-        score = jax.shard_map(score, mesh=mesh, in_specs=in_specs, out_specs=(P(ROWS), P(ROWS)), check_vma=False)
+    compute = dataclasses.replace(compute, mesh=mesh)
+    score = partial(_score_chunks, chunking=Chunking.of(*tokens_BT.shape, config, compute))
+    in_specs = (P(ROWS), P(None, "tensor"), P(ROWS), P(), P())
+    score = sharding.per_device(score, mesh, in_specs, (P(ROWS), P(ROWS)))
     found = score(x_BTD, head_DV, targets_BT, first, last)
     return lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
 
 
-def _score_chunks(x_BTD, head_DV, targets_BT, first, last, t: int, sharded: bool):
+def _score_chunks(x_BTD, head_DV, targets_BT, first, last, chunking: Chunking):
+    t, time = chunking.length, targets_BT.shape[1]
+    x_BTD, targets_BT = pad_time(t, x_BTD), pad_time(t, targets_BT)
+
     def add_chunk(i, found):
         x_BtD, targets_Bt = (lax.dynamic_slice_in_dim(a, i * t, t, axis=1) for a in (x_BTD, targets_BT))
-        z_BtV, ids_Bt, nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, sharded)
+        z_BtV, ids_Bt, nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, chunking)
         likeliest_Bt = jnp.argmax(z_BtV, axis=-1)
-        if sharded:  # of the devices that have the largest logit, the first one's
+        if chunking.sharded:  # of the devices that have the largest logit, the first one's
             largest_Bt = jnp.max(z_BtV, axis=-1)
             mine_Bt = jnp.where(largest_Bt == lax.pmax(largest_Bt, "tensor"), likeliest_Bt - ids_Bt + targets_Bt, 2**30)
             likeliest_Bt = lax.pmin(mine_Bt, "tensor")
@@ -90,7 +93,7 @@ def _score_chunks(x_BTD, head_DV, targets_BT, first, last, t: int, sharded: bool
         )
 
     nothing = (jnp.zeros(targets_BT.shape), jnp.zeros(targets_BT.shape, bool))
-    return lax.fori_loop(first // t, -(-last // t), add_chunk, nothing)
+    return tuple(a[:, :time] for a in lax.fori_loop(first // t, -(-last // t), add_chunk, nothing))
 
 
 @partial(jax.jit, static_argnames=("config", "compute", "mesh"))
@@ -98,7 +101,7 @@ def last_logits(params, tokens_BT, lengths_B, candidates_BC, config: ModelConfig
     """logits_BC of the candidates to come after each row's last token."""
     x_BTD = features(params, tokens_BT, config, compute)
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    found_BC = jnp.take_along_axis(logits(params.lm_head, last_BD), candidates_BC, axis=1)
+    found_BC = jnp.take_along_axis(logits(params.lm_head, last_BD, config.softcap), candidates_BC, axis=1)
     return lax.with_sharding_constraint(found_BC, NamedSharding(mesh, P()))
 
 

@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.infer.calculator import calculate
 from jaxchat.infer.sampling import sample
-from jaxchat.model.attention import SLOT_BLOCK
+from jaxchat.model.attention_cpu import SLOT_BLOCK
 from jaxchat.model.cache import KVCache
-from jaxchat.model.gpt import features, logits
+from jaxchat.model.gpt import features_cached, logits
 from jaxchat.model.params import Params
 from jaxchat.sharding import constrain
 
@@ -62,16 +62,11 @@ def read_prompts(
 ):
     """(logits_BV, cache) with prompts, padded at the end, read into their slots; a slot beyond the last is none."""
     dtype = jnp.dtype(compute.dtype)
-    x_PTD, own = features(params, tokens_PT, config, compute, KVCache.empty(config, *tokens_PT.shape, dtype))
+    empty = KVCache.empty(config, *tokens_PT.shape, dtype)
+    x_PTD, own = features_cached(params, tokens_PT, empty, config, compute, counts_B=lengths_P)
     last_PD = jnp.take_along_axis(x_PTD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
-    time = tokens_PT.shape[1]
-    logits_BV = logits_BV.at[slots_P].set(logits(params.lm_head, last_PD), mode="drop")
-    cache = KVCache(
-        cache.k_LBSKH.at[:, slots_P, :time].set(own.k_LBSKH, mode="drop"),
-        cache.v_LBSKH.at[:, slots_P, :time].set(own.v_LBSKH, mode="drop"),
-        cache.lengths_B.at[slots_P].set(lengths_P, mode="drop"),
-    )
-    return on_every_device((logits_BV, cache), compute)
+    logits_BV = logits_BV.at[slots_P].set(logits(params.lm_head, last_PD, config.softcap), mode="drop")
+    return on_every_device((logits_BV, cache.place(own, slots_P)), compute)
 
 
 @partial(
@@ -109,16 +104,16 @@ def decode(
         emits_B = active_B & ~ends_B
         tokens_BN = tokens_BN.at[:, i].set(jnp.where(emits_B, token_B, -1))
         forced_BN = forced_BN.at[:, i].set(emits_B & is_forced_B)
-        x_BTD, fed = features(params, token_B[:, None], config, compute, cache)
-        cache = fed.replace(lengths_B=jnp.where(emits_B, fed.lengths_B, cache.lengths_B))
-        logits_BV = jnp.where(emits_B[:, None], logits(params.lm_head, x_BTD[:, 0]), logits_BV)
+        counts_B = emits_B.astype(jnp.int32)
+        x_BTD, cache = features_cached(params, token_B[:, None], cache, config, compute, counts_B)
+        logits_BV = jnp.where(emits_B[:, None], logits(params.lm_head, x_BTD[:, 0], config.softcap), logits_BV)
         called_B = called_B | (emits_B & ~is_forced_B & (token_B == python_end))
         done_B = done_B | ends_B | (cache.lengths_B >= limits_B)
         used_B = used_B + (emits_B & is_forced_B)
         return i + 1, logits_BV, cache, done_B, ended_B | ends_B, called_B, tokens_BN, forced_BN, used_B
 
     none_B = jnp.zeros(batch, bool)
-    cache = cache.replace(lengths_B=jnp.where(done_B, 0, cache.lengths_B))  # nobody waits for what they attend to
+    cache = cache.cut(jnp.where(done_B, 0, cache.lengths_B))  # nobody waits for what they attend to
     carry = (
         jnp.zeros((), jnp.int32), logits_BV, cache, done_B, none_B, none_B,
         jnp.full((batch, stretch), -1, jnp.int32), jnp.zeros((batch, stretch), bool), jnp.zeros(batch, jnp.int32),

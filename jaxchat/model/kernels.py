@@ -1,7 +1,9 @@
 """For GPUs: parts of the model's layers as kernels that read and write memory once, where XLA takes several passes.
 
-They are written in Pallas for Triton, whose tiles have powers of two for sides, so masks cut what is beyond an array.
-R is the rows that a program takes of M in all, E the columns of one tile: half a head, or the whole width, filled up.
+Written in Pallas for Triton, whose tiles have powers of two as sides, so masks cut what is beyond an array.
+Each program handles R of the M rows; E is the tile width: half a head or the model width, rounded up to a power of two.
+mesh: each device computes its own rows and heads, and nothing crosses devices. A mesh of one counts too: it tells
+Triton what it compiles for. interpret: run a kernel by XLA operations, on any device.
 """
 
 from functools import partial
@@ -14,69 +16,53 @@ from jax.experimental.pallas import triton
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxchat.model.gpt import NORM_EPS
-from jaxchat.sharding import row_axes
+from jaxchat.sharding import per_device, row_axes
 
 TILE = 2048  # numbers in a tile: 16 a thread, of bfloat16 two loads of 16 bytes each
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def norm_rotate(x_BTNH, tables, mesh: Mesh | None = None, interpret: bool = False):
-    """rms_norm(rotate(x, tables)) of gpt.py, with one rounding. tables: [1, T, 1, H/2], constants. -> [B, T, N, H].
-
-    mesh: each device computes its own rows and heads; nothing crosses devices.
-    interpret: run it by XLA operations, on any device.
-    """
-    return rotated(rotate_kernel, tables, (x_BTNH,), mesh, interpret)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def rotate_norm(x_BTNH, tables, eps: float, mesh: Mesh | None = None, interpret: bool = False):
+    """gpt.py's rotate_norm with one rounding. tables: [1, T, 1, H/2], constants. -> [B, T, N, H]."""
+    return call_rotated(partial(rotate_kernel, eps=eps), tables, (x_BTNH,), mesh, interpret)
 
 
-def norm_rotate_backward(mesh, interpret, saved, dy_BTNH):
+def rotate_norm_backward(eps, mesh, interpret, saved, dy_BTNH):
     x_BTNH, tables = saved
-    return rotated(rotate_backward_kernel, tables, (x_BTNH, dy_BTNH), mesh, interpret), None
+    return call_rotated(partial(rotate_backward_kernel, eps=eps), tables, (x_BTNH, dy_BTNH), mesh, interpret), None
 
 
-norm_rotate.defvjp(
-    lambda x_BTNH, tables, mesh, interpret: (norm_rotate(x_BTNH, tables, mesh, interpret), (x_BTNH, tables)),
-    norm_rotate_backward,
+rotate_norm.defvjp(
+    lambda x_BTNH, tables, *options: (rotate_norm(x_BTNH, tables, *options), (x_BTNH, tables)), rotate_norm_backward
 )
 
 
-def fork_norm(x_BTD, y_BTD=None, ways: int = 1, mesh: Mesh | None = None, interpret: bool = False):
-    """(x + y, or x where there is no y, and `ways` times rms_norm of it): see gpt.py. One kernel adds the gradients of
-    them all. mesh, interpret: as for norm_rotate.
-    """
-    # Where heads lie on several devices each way's gradient is a sum over them: they are added first, and sent once.
-    apart = 1 if mesh is not None and mesh.shape["tensor"] > 1 else ways
-    x_BTD, *h_BTD = _fork_norm(x_BTD, y_BTD, apart, mesh, interpret)
-    return x_BTD, *h_BTD * (ways // apart)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _fork_norm(x_BTD, y_BTD, ways: int, mesh: Mesh | None, interpret: bool):
+def residual_norm(x_BTD, y_BTD=None, eps: float = 0.0, mesh: Mesh | None = None, interpret: bool = False):
+    """gpt.py's residual_norm. One kernel adds the gradients of both results."""
     if y_BTD is None:
-        return x_BTD, *normed(norm_kernel, (x_BTD,), 1, mesh, interpret) * ways
-    x_BTD, h_BTD = normed(add_norm_kernel, (x_BTD, y_BTD), 2, mesh, interpret)
-    return x_BTD, *[h_BTD] * ways
+        return x_BTD, *call_rows(partial(norm_kernel, eps=eps), (x_BTD,), 1, mesh, interpret)
+    return tuple(call_rows(partial(add_norm_kernel, eps=eps), (x_BTD, y_BTD), 2, mesh, interpret))
 
 
-def fork_norm_forward(x_BTD, y_BTD, ways, mesh, interpret):
-    out = _fork_norm(x_BTD, y_BTD, ways, mesh, interpret)
+def residual_norm_forward(x_BTD, y_BTD, eps, mesh, interpret):
+    out = residual_norm(x_BTD, y_BTD, eps, mesh, interpret)
     return out, (out[0], None if y_BTD is None else ())
 
 
-def fork_norm_backward(ways, mesh, interpret, saved, d_out):
-    x_BTD, other = saved
-    [dx_BTD] = normed(norm_backward_kernel, (x_BTD, *d_out), 1, mesh, interpret)
-    return dx_BTD, None if other is None else dx_BTD
+def residual_norm_backward(eps, mesh, interpret, saved, d_out):
+    x_BTD, y_given = saved
+    [dx_BTD] = call_rows(partial(norm_backward_kernel, eps=eps), (x_BTD, *d_out), 1, mesh, interpret)
+    return dx_BTD, None if y_given is None else dx_BTD
 
 
-_fork_norm.defvjp(fork_norm_forward, fork_norm_backward)
+residual_norm.defvjp(residual_norm_forward, residual_norm_backward)
 
 
 def softcap_exp(u_MV, softcap: float, interpret: bool = False):
     """(exp(z)·(1 − (z/softcap)²) in u's dtype [M, V], Σ exp(z) float32 [M]) of z = softcap·tanh(u/softcap).
 
-    A program takes one row. Not differentiable. To be called for a device's own part.
+    A program handles one row. Not differentiable. Call it on a device's own part of an array.
     """
     M, V = u_MV.shape
     out = jax.ShapeDtypeStruct(u_MV.shape, u_MV.dtype), jax.ShapeDtypeStruct((M,), jnp.float32)
@@ -86,8 +72,8 @@ def softcap_exp(u_MV, softcap: float, interpret: bool = False):
     return call(u_MV)
 
 
-def rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):
-    """A kernel of rows [M, H] and tables [T, H/2], on arrays [B, T, N, H]."""
+def call_rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):
+    """Call a kernel of rows [M, H] and tables [T, H/2] on arrays [B, T, N, H]."""
 
     def local(cos, sin, *arrays):
         _, T, N, H = arrays[0].shape
@@ -95,11 +81,12 @@ def rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):
         return by_rows(partial(kernel, heads=N), flat, 1, H // 2, interpret)[0].reshape(arrays[0].shape)
 
     heads = P(None if mesh is None else row_axes(mesh, arrays[0].shape[0]), None, "tensor")
-    return on_each(local, mesh, (P(), P(), *[heads] * len(arrays)), heads)(*tables, *arrays)
+    call = per_device(local, mesh, (P(), P(), *[heads] * len(arrays)), heads, always=True)
+    return call(*tables, *arrays)
 
 
-def normed(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
-    """A kernel of rows [M, D], on arrays [B, T, D]. -> a list of such."""
+def call_rows(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
+    """Call a kernel of rows [M, D] on arrays [B, T, D]. -> a list of such arrays."""
 
     def local(*arrays):
         D = arrays[0].shape[-1]
@@ -107,17 +94,7 @@ def normed(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
         return [a.reshape(arrays[0].shape) for a in out]
 
     rows = P(None if mesh is None else row_axes(mesh, arrays[0].shape[0]))
-    return on_each(local, mesh, (rows,) * len(arrays), [rows] * outputs)(*arrays)
-
-
-def on_each(local, mesh: Mesh | None, in_specs, out_specs):
-    """`local` on each device's part. A mesh of one, too: it tells Triton what it compiles for, where that isn't here.
-
-    It is never differentiated, so what several devices have whole costs no sum over them in the backward pass.
-    """
-    if mesh is None:
-        return local
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return per_device(local, mesh, (rows,) * len(arrays), [rows] * outputs, always=True)(*arrays)
 
 
 def by_rows(kernel, arrays, outputs: int, columns: int, interpret: bool):
@@ -133,7 +110,7 @@ def by_rows(kernel, arrays, outputs: int, columns: int, interpret: bool):
         columns_1E = jnp.arange(E)[None, :]
         kernel((rows_R1 < M) & (columns_1E < columns), rows_R1, columns_1E, *refs)
 
-    program.__name__ = getattr(kernel, "func", kernel).__name__  # profiles show it
+    program.__name__ = kernel.func.__name__  # profiles show it
     like = [jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)] * outputs
     # These parameters also choose Triton, where JAX has another way to compile for GPUs.
     params = triton.CompilerParams(num_warps=4, num_stages=1)
@@ -149,49 +126,47 @@ def store(ref, rows, columns, mask, value):
     triton.store(ref.at[rows, columns], value.astype(ref.dtype), mask=mask)
 
 
-def rotate_kernel(mask, rows, columns, x_ref, cos_ref, sin_ref, y_ref, *, heads: int):
-    """A rotation keeps the norm, so x's own scales y."""
+def rotate_kernel(mask, rows, columns, x_ref, cos_ref, sin_ref, y_ref, *, heads: int, eps: float):
+    """A rotation keeps the norm, so y is scaled by x's norm."""
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
     cos, sin = (load(table, rows // heads % table.shape[0], columns, mask) for table in (cos_ref, sin_ref))
-    r = lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, 1, keepdims=True) / H + NORM_EPS)
+    r = lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, 1, keepdims=True) / H + eps)
     store(y_ref, rows, columns, mask, (x1 * cos + x2 * sin) * r)
     store(y_ref, rows, half, mask, (x2 * cos - x1 * sin) * r)
 
 
-def rotate_backward_kernel(mask, rows, columns, x_ref, dy_ref, cos_ref, sin_ref, dx_ref, *, heads: int):
-    """g is dy turned back: the gradient of x·r."""
+def rotate_backward_kernel(mask, rows, columns, x_ref, dy_ref, cos_ref, sin_ref, dx_ref, *, heads: int, eps: float):
+    """g is dy rotated back: the gradient of x·r."""
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
     dy1, dy2 = load(dy_ref, rows, columns, mask), load(dy_ref, rows, half, mask)
     cos, sin = (load(table, rows // heads % table.shape[0], columns, mask) for table in (cos_ref, sin_ref))
     g1, g2 = dy1 * cos - dy2 * sin, dy2 * cos + dy1 * sin
-    r = lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, 1, keepdims=True) / H + NORM_EPS)
+    r = lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, 1, keepdims=True) / H + eps)
     m = jnp.sum(x1 * g1 + x2 * g2, 1, keepdims=True) / H * r * r
     store(dx_ref, rows, columns, mask, r * (g1 - x1 * m))
     store(dx_ref, rows, half, mask, r * (g2 - x2 * m))
 
 
-def norm_kernel(mask, rows, columns, x_ref, h_ref):
+def norm_kernel(mask, rows, columns, x_ref, h_ref, *, eps: float):
     x = load(x_ref, rows, columns, mask)
-    r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + NORM_EPS)
+    r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + eps)
     store(h_ref, rows, columns, mask, x * r)
 
 
-def add_norm_kernel(mask, rows, columns, x_ref, y_ref, sum_ref, h_ref):
+def add_norm_kernel(mask, rows, columns, x_ref, y_ref, sum_ref, h_ref, *, eps: float):
     x = load(x_ref, rows, columns, mask) + load(y_ref, rows, columns, mask)
     store(sum_ref, rows, columns, mask, x)
     x = x.astype(sum_ref.dtype).astype(jnp.float32)  # normed is what the next reader sees
-    r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + NORM_EPS)
+    r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + eps)
     store(h_ref, rows, columns, mask, x * r)
 
 
-def norm_backward_kernel(mask, rows, columns, x_ref, dx_ref, *refs):
-    """dx of the way round the norm, and those of the ways through it."""
-    *dh_refs, out_ref = refs
-    x, dx, *dhs = (load(ref, rows, columns, mask) for ref in (x_ref, dx_ref, *dh_refs))
-    dh = sum(dhs)
-    r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + NORM_EPS)
+def norm_backward_kernel(mask, rows, columns, x_ref, dx_ref, dh_ref, out_ref, *, eps: float):
+    """Gradient of x from that of the residual stream (dx) and that of its norm (dh)."""
+    x, dx, dh = (load(ref, rows, columns, mask) for ref in (x_ref, dx_ref, dh_ref))
+    r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + eps)
     m = jnp.sum(x * dh, 1, keepdims=True) / x_ref.shape[1] * r * r
     store(out_ref, rows, columns, mask, dx + r * (dh - x * m))
 

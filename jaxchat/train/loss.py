@@ -1,5 +1,6 @@
 """The one loss: weighted sums of next-token losses, without ever holding a batch's logits."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,132 +10,150 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
-from jaxchat.model.gpt import SOFTCAP, features, logits, softcap
+from jaxchat.model.gpt import features, logits, softcap
 from jaxchat.model.params import Params
-from jaxchat.sharding import ROWS, data_shards
+from jaxchat.sharding import ROWS, data_shards, per_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunking:
+    """How the loss is computed: logits exist for `length` positions of every row at a time.
+
+    cap: the model's softcap, which bounds logits, so exp needs no maximum subtracted.
+    mesh: each device computes its rows' logits for its share of the vocabulary; None: one device.
+    kernels: the softmax by model/kernels.py, where gradients are wanted.
+    """
+
+    length: int
+    cap: float
+    mesh: Mesh | None = None
+    kernels: bool = False
+
+    @classmethod
+    def of(cls, batch: int, time: int, config: ModelConfig, compute: Compute):
+        return cls(chunk_length(batch, time, compute), config.softcap, compute.mesh, compute.kernels)
+
+    @property
+    def sharded(self) -> bool:
+        return self.mesh is not None and self.mesh.size > 1
 
 
 def chunk_length(batch: int, time: int, compute: Compute) -> int:
-    """The longest divisor of `time` for which a device's logits stay within compute.loss_chunk_tokens (or 1)."""
+    """Positions per chunk, such that a device's logits stay within compute.loss_chunk_tokens (or 1).
+
+    The longest divisor of `time`, unless it is half of what is allowed or less; then the last chunk is padded.
+    """
     rows = max(1, batch // data_shards(compute.mesh))
-    return max(n for n in range(1, time + 1) if time % n == 0 and (n == 1 or n * rows <= compute.loss_chunk_tokens))
+    most = min(time, max(1, compute.loss_chunk_tokens // rows))
+    divisor = max(n for n in range(1, most + 1) if time % n == 0)
+    return divisor if 2 * divisor > most else -(-time // -(-time // most))
 
 
 def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute):
-    """(Σ weight·nll in nats, Σ weight), float32, over a batch {inputs_BT, targets_BT, weights_BT[, segments_BT]}."""
-    x_BTD = features(params, batch["inputs_BT"], config, compute, segments_BT=batch.get("segments_BT"))
-    t = chunk_length(*batch["inputs_BT"].shape, compute)
+    """(Σ weight·nll in nats, N), float32, over a batch {inputs_BT, targets_BT, weights_BT[, counts_BT][, segments_BT]}.
+
+    N is what the sum is to be divided by, over a whole optimizer step: Σ counts, or without counts Σ weights. Weights
+    may have any sign; where they are not a mean's, give counts.
+    """
+    x_BTD = features(params, batch["inputs_BT"], config, compute, batch.get("segments_BT"))
+    chunking = Chunking.of(*batch["inputs_BT"].shape, config, compute)
     with jax.named_scope("loss"):
-        targets_BT, weights_BT = batch["targets_BT"], batch["weights_BT"]
-        nll = weighted_nll(x_BTD, params.lm_head, targets_BT, weights_BT, t, compute.mesh, compute.kernels)
-    return nll, jnp.sum(batch["weights_BT"])
+        nll = weighted_nll(x_BTD, params.lm_head, batch["targets_BT"], batch["weights_BT"], chunking)
+    return nll, jnp.sum(batch.get("counts_BT", batch["weights_BT"]))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, t: int, mesh: Mesh | None = None, by_kernel: bool = False):
-    """Σ weight·nll of the tokens that follow features x_BTD; logits exist for t positions of every row at a time.
+def token_nll(params: Params, batch: dict, config: ModelConfig, compute: Compute):
+    """nll_BT in nats of every target of a batch {inputs_BT, targets_BT[, segments_BT]}, float32; of float32 logits."""
+    x_BTD = features(params, batch["inputs_BT"], config, compute, batch.get("segments_BT"))
+    chunking = Chunking.of(*batch["inputs_BT"].shape, config, compute)
+    targets_BT = batch["targets_BT"]
+    return _on_mesh(_nll, (P(), P(ROWS)), chunking, x_BTD, params.lm_head, targets_BT, jnp.ones(targets_BT.shape))[1]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
+    """Σ weight·nll of the tokens that follow features x_BTD.
 
     The positions are cut into chunks along T, so rows stay on their devices. Where gradients are wanted, a chunk's are
     computed at once, from the very logits of its loss: nothing is computed twice, and the backward pass only scales.
-    On a mesh each device computes its rows' logits for its share of the vocabulary. Only sums over the vocabulary
-    cross the tensor axis, and the head's gradient crosses the others once, after the last chunk. by_kernel: the
-    softmax by model/kernels.py, for GPUs, where gradients are wanted.
+    There the logits are rounded to the features' dtype before the softmax; without gradients they stay float32. So in
+    bfloat16 the training loss differs a little from the validation loss of the same weights (2e-7 of it was seen).
+    On a mesh only sums over the vocabulary cross the tensor axis, and the head's gradient crosses the others once,
+    after the last chunk.
     """
-    return _on_mesh(_nll, P(), x_BTD, lm_head_DV, targets_BT, weights_BT, t, mesh, by_kernel)
+    return _on_mesh(_nll, (P(), P(ROWS)), chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)[0]
 
 
-def _on_mesh(function, out_specs, x_BTD, lm_head_DV, targets_BT, weights_BT, t, mesh, by_kernel):
-    head_DV = lm_head_DV.astype(x_BTD.dtype)
-    if mesh is None or (mesh.size == 1 and not by_kernel):
-        return function(x_BTD, head_DV, targets_BT, weights_BT, t, False, by_kernel)
-    local = partial(function, t=t, sharded=mesh.size > 1, by_kernel=by_kernel)
+def _on_mesh(function, out_specs, chunking: Chunking, x_BTD, lm_head_DV, targets_BT, weights_BT):
+    """function(x, head, targets, weights, chunking) on each device's rows and share of the vocabulary."""
     in_specs = (P(ROWS), P(None, "tensor"), P(ROWS), P(ROWS))
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return mapped(x_BTD, head_DV, targets_BT, weights_BT)
+    local = partial(function, chunking=chunking)
+    mapped = per_device(local, chunking.mesh, in_specs, out_specs, always=chunking.kernels)
+    return mapped(x_BTD, lm_head_DV.astype(x_BTD.dtype), targets_BT, weights_BT)
 
 
-def _nll(x_BTD, head_DV, targets_BT, weights_BT, t: int, sharded: bool, by_kernel: bool):
-    del by_kernel  # it would write what only gradients need
+def _nll(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunking):
+    """(Σ weight·nll, nll_BT)."""
 
     def add_chunk(nll, chunk):
         x_BtD, targets_Bt, weights_Bt = chunk
-        return nll + jnp.sum(weights_Bt * chunk_nll(x_BtD, head_DV, targets_Bt, sharded)[-1]), None
+        nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, chunking)[-1]
+        return nll + jnp.sum(weights_Bt * nll_Bt), nll_Bt
 
-    nll = lax.scan(add_chunk, jnp.zeros(()), chunks(t, x_BTD, targets_BT, weights_BT))[0]
-    return lax.psum(nll, ROWS) if sharded else nll
+    nll, nlls = lax.scan(add_chunk, jnp.zeros(()), split_time(chunking.length, x_BTD, targets_BT, weights_BT))
+    return lax.psum(nll, ROWS) if chunking.sharded else nll, join_time(nlls, targets_BT.shape[1])
 
 
-def chunk_nll(x_BtD, head_DV, targets_Bt, sharded: bool):
-    """(logits z_BtV float32, targets' ids in V, nll_Bt): logits are within ±15, so exp needs no maximum taken off.
+def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
+    """(logits z_BtV float32, target ids in V, nll_Bt).
 
-    sharded: V is this device's share of the vocabulary, where ids can lie beyond it; the loss is over all of it.
+    On a mesh V is this device's share of the vocabulary, which ids can lie outside of; the loss is over all of it.
     """
-    z_BtV = logits(head_DV, x_BtD)
-    ids_Bt = own_ids(targets_Bt, z_BtV.shape[-1], sharded)
-    sum_Bt, target_Bt = jnp.sum(jnp.exp(z_BtV), axis=-1), logit_of(z_BtV, ids_Bt, sharded)
-    if sharded:
+    z_BtV = logits(head_DV, x_BtD, chunking.cap)
+    ids_Bt = local_ids(targets_Bt, z_BtV.shape[-1], chunking.sharded)
+    sum_Bt, target_Bt = jnp.sum(jnp.exp(z_BtV), axis=-1), logit_of(z_BtV, ids_Bt, chunking.sharded)
+    if chunking.sharded:
         sum_Bt, target_Bt = lax.psum((sum_Bt, target_Bt), "tensor")
     return z_BtV, ids_Bt, jnp.log(sum_Bt) - target_Bt
 
 
-def own_ids(targets_Bt, size: int, sharded: bool):
-    """The targets counted from the first of this device's `size` words."""
+def local_ids(targets_Bt, size: int, sharded: bool):
+    """Target ids relative to this device's vocabulary shard of `size` words."""
     return targets_Bt - lax.axis_index("tensor") * size if sharded else targets_Bt
 
 
 def logit_of(z_BtV, ids_Bt, sharded: bool):
-    """Those of the ids. Of one that isn't here 0, where other devices have it; NaN, where none has."""
+    """Logits at the target ids. On a vocabulary shard, ids that another device has give 0: sum over devices.
+
+    On one device an id outside the vocabulary gives NaN.
+    """
     if not sharded:
         return jnp.take_along_axis(z_BtV, ids_Bt[..., None], axis=-1)[..., 0]
     near_Bt = jnp.clip(ids_Bt, 0, z_BtV.shape[-1] - 1)
     return jnp.where(ids_Bt == near_Bt, jnp.take_along_axis(z_BtV, near_Bt[..., None], axis=-1)[..., 0], 0.0)
 
 
-def slope(z):
-    """The softcap's, where it gives z."""
-    return 1 - (z / SOFTCAP) ** 2
+def slope(z, cap: float):
+    """d softcap(u)/du, in terms of z = softcap(u)."""
+    return 1 - (z / cap) ** 2
 
 
-def nll_and_gradients(x_BTD, lm_head_DV, targets_BT, weights_BT, t: int, mesh: Mesh | None, by_kernel: bool):
+def nll_and_gradients(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
     """The value of weighted_nll, and what its backward pass needs: its gradients, for a cotangent of 1."""
     out_specs = (P(), (P(ROWS), P("fsdp", "tensor"), P(ROWS)))
-    return _on_mesh(_nll_and_gradients, out_specs, x_BTD, lm_head_DV, targets_BT, weights_BT, t, mesh, by_kernel)
+    return _on_mesh(_nll_and_gradients, out_specs, chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)
 
 
-def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, t: int, sharded: bool, by_kernel: bool):
-    dtype = x_BTD.dtype
+def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunking):
+    dtype, time = x_BTD.dtype, targets_BT.shape[1]
 
     def add_chunk(carry, chunk):
         nll, d_head_DV = carry
         x_BtD, targets_Bt, weights_Bt = chunk
-        # In bfloat16 what the head gives is rounded, as any product is, and then read as logits: half the bytes of what
-        # is written and read most.
+        # In bfloat16 the product is rounded, as any is, and then read as logits: half the bytes of what is written and
+        # read most.
         u_BtV = jnp.einsum("btd,dv->btv", x_BtD, head_DV)
-        size = u_BtV.shape[-1]
-        ids_Bt = own_ids(targets_Bt, size, sharded)
-        target_Bt = softcap(logit_of(u_BtV, ids_Bt, sharded))
-        if by_kernel:
-            from jaxchat.model import kernels
-
-            d_MV, sum_M = kernels.softcap_exp(u_BtV.reshape(-1, size), SOFTCAP)
-            d_BtV, sum_Bt = d_MV.reshape(u_BtV.shape), sum_M.reshape(ids_Bt.shape)
-        else:
-            z_BtV = softcap(u_BtV)
-            exp_BtV = jnp.exp(z_BtV)
-            d_BtV, sum_Bt = (exp_BtV * slope(z_BtV)).astype(dtype), jnp.sum(exp_BtV, axis=-1)
-        if sharded:
-            sum_Bt, target_Bt = lax.psum((sum_Bt, target_Bt), "tensor")
-        # ∂nll/∂u = (exp(z)/sum − 1 at the target)·slope. Here it is sum/weight times that until after the products:
-        # so it needs no sum, and one pass over the logits does.
-        d_target_Bt = ((jnp.exp(target_Bt) - sum_Bt) * slope(target_Bt)).astype(dtype)
-        if by_kernel:
-            b, i = jnp.ogrid[: ids_Bt.shape[0], : ids_Bt.shape[1]]
-            place_Bt = jnp.where(ids_Bt >= 0, ids_Bt, size)  # what is not in V is dropped
-            d_BtV = d_BtV.at[b, i, place_Bt].set(d_target_Bt, mode="drop", unique_indices=True)
-        else:  # XLA makes it part of the pass that writes d_BtV
-            is_target_BtV = ids_Bt[..., None] == jnp.arange(size)[None, None]
-            d_BtV = jnp.where(is_target_BtV, d_target_Bt[..., None], d_BtV)
-        nll_Bt = jnp.log(sum_Bt) - target_Bt
+        d_BtV, sum_Bt, nll_Bt = logits_gradient(u_BtV, targets_Bt, chunking)
         scale_Bt1 = (weights_Bt / sum_Bt)[..., None]
         d_x_BtD = scale_Bt1 * jnp.einsum("btv,dv->btd", d_BtV, head_DV, preferred_element_type=jnp.float32)
         scaled_x_BtD = (scale_Bt1 * x_BtD).astype(dtype)
@@ -142,16 +161,47 @@ def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, t: int, sharded: 
         return (nll + jnp.sum(weights_Bt * nll_Bt), d_head_DV), (d_x_BtD.astype(dtype), nll_Bt)
 
     start = (jnp.zeros(()), jnp.zeros(head_DV.shape))
-    (nll, d_head_DV), (d_x, nlls) = lax.scan(add_chunk, start, chunks(t, x_BTD, targets_BT, weights_BT))
-    d_x_BTD = together(d_x)
-    if sharded:
+    chunks = split_time(chunking.length, x_BTD, targets_BT, weights_BT)
+    (nll, d_head_DV), (d_x, nlls) = lax.scan(add_chunk, start, chunks)
+    d_x_BTD = join_time(d_x, time)
+    if chunking.sharded:
         nll, d_x_BTD = lax.psum(nll, ROWS), lax.psum(d_x_BTD, "tensor")
         d_head_DV = lax.psum(lax.psum_scatter(d_head_DV, "fsdp", scatter_dimension=0, tiled=True), "data")
-    return nll, (d_x_BTD, d_head_DV, together(nlls))
+    return nll, (d_x_BTD, d_head_DV, join_time(nlls, time))
 
 
-def scale_gradients(t: int, mesh: Mesh | None, by_kernel: bool, gradients, cotangent):
-    del t, mesh, by_kernel
+def logits_gradient(u_BtV, targets_Bt, chunking: Chunking):
+    """(d_BtV, sum_Bt, nll_Bt) of the head's outputs u: ∂nll/∂u is d/sum. d is in u's dtype.
+
+    ∂nll/∂u = (exp(z)/sum − 1 at the target)·slope. Scaled by sum it needs no sum, so one pass over the logits does.
+    """
+    dtype, size, sharded, cap = u_BtV.dtype, u_BtV.shape[-1], chunking.sharded, chunking.cap
+    ids_Bt = local_ids(targets_Bt, size, sharded)
+    target_Bt = softcap(logit_of(u_BtV, ids_Bt, sharded), cap)
+    if chunking.kernels:
+        from jaxchat.model import kernels  # here, so that other devices don't import Pallas
+
+        d_MV, sum_M = kernels.softcap_exp(u_BtV.reshape(-1, size), cap)
+        d_BtV, sum_Bt = d_MV.reshape(u_BtV.shape), sum_M.reshape(ids_Bt.shape)
+    else:
+        z_BtV = softcap(u_BtV, cap)
+        exp_BtV = jnp.exp(z_BtV)
+        d_BtV, sum_Bt = (exp_BtV * slope(z_BtV, cap)).astype(dtype), jnp.sum(exp_BtV, axis=-1)
+    if sharded:
+        sum_Bt, target_Bt = lax.psum((sum_Bt, target_Bt), "tensor")
+    d_target_Bt = ((jnp.exp(target_Bt) - sum_Bt) * slope(target_Bt, cap)).astype(dtype)
+    if chunking.kernels:
+        b, i = jnp.ogrid[: ids_Bt.shape[0], : ids_Bt.shape[1]]
+        place_Bt = jnp.where(ids_Bt >= 0, ids_Bt, size)  # what is not in V is dropped
+        d_BtV = d_BtV.at[b, i, place_Bt].set(d_target_Bt, mode="drop", unique_indices=True)
+    else:  # XLA makes it part of the pass that writes d_BtV
+        is_target_BtV = ids_Bt[..., None] == jnp.arange(size)[None, None]
+        d_BtV = jnp.where(is_target_BtV, d_target_Bt[..., None], d_BtV)
+    return d_BtV, sum_Bt, jnp.log(sum_Bt) - target_Bt
+
+
+def scale_gradients(chunking: Chunking, gradients, cotangent):
+    del chunking
     d_x_BTD, d_head_DV, nll_BT = gradients
     return (cotangent * d_x_BTD).astype(d_x_BTD.dtype), cotangent * d_head_DV, None, cotangent * nll_BT
 
@@ -159,11 +209,17 @@ def scale_gradients(t: int, mesh: Mesh | None, by_kernel: bool, gradients, cotan
 weighted_nll.defvjp(nll_and_gradients, scale_gradients)
 
 
-def chunks(t: int, *arrays):
-    """Arrays [B, T, ...] as [T/t, B, t, ...]."""
-    return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, t, *a.shape[2:]), 1, 0) for a in arrays)
+def pad_time(length: int, a):
+    """An array [B, T, ...] with zeros at the end, so that T is a multiple of `length`."""
+    return jnp.pad(a, ((0, 0), (0, -a.shape[1] % length), *[(0, 0)] * (a.ndim - 2)))
 
 
-def together(a):
-    """[T/t, B, t, ...] as [B, T, ...]."""
-    return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])
+def split_time(length: int, *arrays):
+    """Arrays [B, T, ...] as chunks [⌈T/length⌉, B, length, ...]; zeros fill the last one."""
+    padded = (pad_time(length, a) for a in arrays)
+    return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, length, *a.shape[2:]), 1, 0) for a in padded)
+
+
+def join_time(a, time: int):
+    """Chunks [n, B, length, ...] as one array [B, time, ...]."""
+    return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :time]

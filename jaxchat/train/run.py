@@ -120,7 +120,8 @@ def open_run(config: TrainConfig, source: str, tag: str, meta: dict) -> tuple[Ch
         raise UserError(
             f"--resume: {checkpoints.folder} was imported, without an optimizer; it can be midtrained or tuned"
         )
-    # A setting that did not exist when the checkpoint was written had what is its default now.
+    # A setting or constant that did not exist when the checkpoint was written had what is its default now.
+    saved["model"] = dataclasses.asdict(ModelConfig(**saved["model"]))
     saved["settings"] = {k: saved["settings"].get(k, default) for k, default in settings(type(config)()).items()}
     for what in ("model", "settings", "data", "tokenizer_hash", "parent"):
         if saved.get(what) != meta.get(what):
