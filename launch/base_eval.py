@@ -3,18 +3,7 @@
 import dataclasses
 from functools import partial
 
-from jaxchat import checkpoint, hosts, sharding
 from jaxchat.config import TrainConfig, UserError
-from jaxchat.data import pipelines
-from jaxchat.data.encode import text_reader
-from jaxchat.data.sources import ParquetText, find_shards
-from jaxchat.eval import core
-from jaxchat.eval.bpb import bits_per_byte
-from jaxchat.eval.results import TaskResult, mean, save_results
-from jaxchat.eval.samples import show_samples
-from jaxchat.eval.scoring import Scorer
-from jaxchat.infer.engine import Engine
-from jaxchat.train.run import compute_for, start_devices
 from launch import cli
 
 
@@ -48,6 +37,18 @@ class Config:
 
 
 def run(config: Config):
+    from jaxchat import checkpoint, sharding
+    from jaxchat.data import pipelines
+    from jaxchat.data.encode import text_reader
+    from jaxchat.data.sources import ParquetText, find_shards
+    from jaxchat.eval import core
+    from jaxchat.eval.bpb import bits_per_byte
+    from jaxchat.eval.results import TaskResult, mean, save_results
+    from jaxchat.eval.samples import show_samples
+    from jaxchat.eval.scoring import Scorer
+    from jaxchat.infer.engine import Engine
+    from jaxchat.train.run import compute_for, start_devices
+
     if config.device_batch_size < 1:
         raise UserError(f"--device_batch_size={config.device_batch_size}; it must be at least 1")
     shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
@@ -90,7 +91,6 @@ def run(config: Config):
     cli.next_step(f"python -m launch.mid_train --model_tag={found.folder.name}")
 
 
-@hosts.together()
 def main(args: list[str] | None = None):
     cli.main(Config, run, args)
 

@@ -1,24 +1,15 @@
 """Pretrain a base model: python -m launch.base_train --depth=12"""
 
-from jaxchat import hosts, sharding
 from jaxchat.config import BaseConfig
-from jaxchat.data import pipelines
-from jaxchat.data.encode import text_reader
-from jaxchat.data.sources import ParquetText, find_shards
-from jaxchat.eval import core
-from jaxchat.eval.bpb import bits_per_byte
-from jaxchat.eval.results import mean
-from jaxchat.eval.samples import show_samples
-from jaxchat.eval.scoring import Scorer
-from jaxchat.infer.engine import Engine
-from jaxchat.report import record
-from jaxchat.train import stages
-from jaxchat.train.loop import Evaluation, train
-from jaxchat.train.run import Setting
 from launch import cli
 
 
-def val_batches(config: BaseConfig, setting: Setting) -> list[dict]:
+def val_batches(config: BaseConfig, setting) -> list[dict]:
+    from jaxchat import sharding
+    from jaxchat.data import pipelines
+    from jaxchat.data.encode import text_reader
+    from jaxchat.data.sources import ParquetText, find_shards
+
     texts = ParquetText(find_shards(config.data_dir, "val"))
     read = text_reader(texts, setting.tokenizer)
     rows = config.device_batch_size * sharding.data_shards(setting.mesh)
@@ -27,8 +18,10 @@ def val_batches(config: BaseConfig, setting: Setting) -> list[dict]:
     )
 
 
-def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
-    """(CORE's tasks, what the plan tells of them); none where there is no bundle and none was named."""
+def core_bundle(config: BaseConfig) -> tuple[list, str]:
+    """(CORE's tasks, the plan's words about them); no tasks where there is no bundle and none was named."""
+    from jaxchat.eval import core
+
     if config.core_metric_every <= 0:
         return [], "not measured"
     try:
@@ -43,6 +36,16 @@ def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
 
 
 def run(config: BaseConfig):
+    from jaxchat.eval import core
+    from jaxchat.eval.bpb import bits_per_byte
+    from jaxchat.eval.results import mean
+    from jaxchat.eval.samples import show_samples
+    from jaxchat.eval.scoring import Scorer
+    from jaxchat.infer.engine import Engine
+    from jaxchat.report import record
+    from jaxchat.train import stages
+    from jaxchat.train.loop import Evaluation, train
+
     began = record.begin()
     stage, setting = stages.base(config)
     bundle, told = core_bundle(config)
@@ -74,7 +77,6 @@ def run(config: BaseConfig):
     cli.next_step(f"python -m launch.mid_train --model_tag={stage.tag}")
 
 
-@hosts.together()
 def main(args: list[str] | None = None):
     cli.main(BaseConfig, run, args)
 

@@ -1,15 +1,8 @@
 """Talk to a trained model: python -m launch.chat_cli -p "What is 23 * 7?" """
 
 import dataclasses
-from typing import Annotated
 
-import jax
-import tyro
-
-from jaxchat import checkpoint, sharding
 from jaxchat.config import UserError
-from jaxchat.infer.engine import Engine
-from jaxchat.infer.text import TextReader, Writer
 from launch import cli
 
 
@@ -17,17 +10,17 @@ from launch import cli
 class Config:
     """Chat with a model in the terminal. /clear begins a new conversation, /quit leaves."""
 
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
+    source: str = dataclasses.field(default="sft", metadata={"alias": "-i"})
     """sft, mid, or base (which only continues text)."""
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
+    model_tag: str = dataclasses.field(default="", metadata={"alias": "-g"})
     """Which model; empty: the deepest d<N>, or else the newest."""
-    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
+    step: int = dataclasses.field(default=-1, metadata={"alias": "-s"})
     """Which of its checkpoints; -1: the last."""
-    prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""
+    prompt: str = dataclasses.field(default="", metadata={"alias": "-p"})
     """Answer this and leave."""
-    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
+    temperature: float = dataclasses.field(default=0.6, metadata={"alias": "-t"})
     """0: always the likeliest token."""
-    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
+    top_k: int = dataclasses.field(default=50, metadata={"alias": "-k"})
     """Draw from so many likeliest tokens."""
     max_tokens: int = 256
     """The longest answer."""
@@ -39,6 +32,12 @@ COMMANDS = "/clear begins a new conversation, /quit leaves"
 
 
 def run(config: Config):
+    import jax
+
+    from jaxchat import checkpoint, sharding
+    from jaxchat.infer.engine import Engine
+    from jaxchat.infer.text import TextReader, Writer
+
     for name, value, least in (("temperature", config.temperature, 0.0), ("max_tokens", config.max_tokens, 1)):
         if value < least:
             raise UserError(f"--{name}={value}; it must be at least {least}")

@@ -1,18 +1,8 @@
 """Evaluate a chat model: python -m launch.chat_eval -i sft -a "GSM8K|MMLU" """
 
 import dataclasses
-from typing import Annotated
 
-import tyro
-
-from jaxchat import checkpoint, hosts, sharding
 from jaxchat.config import TrainConfig, UserError
-from jaxchat.data.tasks import load_task
-from jaxchat.eval import chat, sandbox
-from jaxchat.eval.results import mean, save_results
-from jaxchat.eval.scoring import Scorer
-from jaxchat.infer.engine import Engine
-from jaxchat.train.run import compute_for, start_devices
 from launch import cli
 
 
@@ -25,25 +15,25 @@ class Config:
     and .json; under another name where that was made with other settings.
     """
 
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
+    source: str = dataclasses.field(default="sft", metadata={"alias": "-i"})
     """sft, mid or base."""
-    task_name: Annotated[str, tyro.conf.arg(aliases=["-a"])] = ""
+    task_name: str = dataclasses.field(default="", metadata={"alias": "-a"})
     """Tasks with | between, such as "GSM8K|MMLU"; empty: all six."""
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
+    model_tag: str = dataclasses.field(default="", metadata={"alias": "-g"})
     """Which model; empty: the deepest d<N>, or else the newest."""
-    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
+    step: int = dataclasses.field(default=-1, metadata={"alias": "-s"})
     """Which of its checkpoints; -1: the last."""
-    max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = -1
+    max_problems: int = dataclasses.field(default=-1, metadata={"alias": "-x"})
     """At most so many problems of each task, a fixed draw; -1: all."""
-    num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
+    num_samples: int = dataclasses.field(default=1, metadata={"alias": "-n"})
     """Written answers to each problem; a problem's score is the share that is right. With several, pass@k is told."""
-    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0
+    temperature: float = dataclasses.field(default=0.0, metadata={"alias": "-t"})
     """Of written answers; 0: always the likeliest token."""
-    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
+    top_k: int = dataclasses.field(default=50, metadata={"alias": "-k"})
     """Draw from so many likeliest tokens."""
-    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
+    max_new_tokens: int = dataclasses.field(default=512, metadata={"alias": "-m"})
     """The longest written answer."""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
+    batch_size: int = dataclasses.field(default=64, metadata={"alias": "-b"})
     """Answers written at a time; lower it if memory runs out, the result stays the same."""
     seed: int = 0
     """Of the draws."""
@@ -61,6 +51,8 @@ SETTINGS = ("max_problems", "num_samples", "temperature", "top_k", "max_new_toke
 
 
 def names_in(config: Config) -> list[str]:
+    from jaxchat.eval import chat, sandbox
+
     names = list(dict.fromkeys(name.strip() for name in config.task_name.split("|") if name.strip())) or [*chat.TASKS]
     for name in names:
         if name not in chat.TASKS:
@@ -89,6 +81,14 @@ def check(config: Config):
 
 
 def run(config: Config):
+    from jaxchat import checkpoint, sharding
+    from jaxchat.data.tasks import load_task
+    from jaxchat.eval import chat
+    from jaxchat.eval.results import mean, save_results
+    from jaxchat.eval.scoring import Scorer
+    from jaxchat.infer.engine import Engine
+    from jaxchat.train.run import compute_for, start_devices
+
     check(config)
     names = names_in(config)
     shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
@@ -144,7 +144,6 @@ def run(config: Config):
     cli.next_step(f"python -m launch.chat_cli -i {config.source} --model_tag={found.folder.name}")
 
 
-@hosts.together()
 def main(args: list[str] | None = None):
     cli.main(Config, run, args)
 

@@ -1,23 +1,13 @@
 """Finetune for chat: python -m launch.chat_sft --model_tag=d12"""
 
-from jaxchat import hosts, sharding
 from jaxchat.config import SFTConfig, UserError
-from jaxchat.data import pipelines
-from jaxchat.data.encode import conversation_reader
-from jaxchat.data.order import Order
-from jaxchat.data.tasks import load_task
-from jaxchat.eval.bpb import total_loss
-from jaxchat.eval.chat import letter_accuracy
-from jaxchat.eval.scoring import Scorer
-from jaxchat.report import record
-from jaxchat.train import stages
-from jaxchat.train.loop import Evaluation, train
-from jaxchat.train.run import Setting
 from launch import cli
 
 
 def choice_tasks(config: SFTConfig) -> list:
     """The (name, task) of multiple choice; opened before the training, so that a missing file is told then."""
+    from jaxchat.data.tasks import load_task
+
     if config.eval_metrics_every <= 0:
         return []
     try:
@@ -26,7 +16,13 @@ def choice_tasks(config: SFTConfig) -> list:
         raise UserError(f"{problem}; or do without this evaluation: --eval_metrics_every=-1") from problem
 
 
-def val_batches(config: SFTConfig, setting: Setting) -> list[dict]:
+def val_batches(config: SFTConfig, setting) -> list[dict]:
+    from jaxchat import sharding
+    from jaxchat.data import pipelines
+    from jaxchat.data.encode import conversation_reader
+    from jaxchat.data.order import Order
+    from jaxchat.train import stages
+
     tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=False)
     order = Order([len(tasks)], config.seed)
     read = conversation_reader(tasks, setting.tokenizer)
@@ -36,6 +32,13 @@ def val_batches(config: SFTConfig, setting: Setting) -> list[dict]:
 
 
 def run(config: SFTConfig):
+    from jaxchat.eval.bpb import total_loss
+    from jaxchat.eval.chat import letter_accuracy
+    from jaxchat.eval.scoring import Scorer
+    from jaxchat.report import record
+    from jaxchat.train import stages
+    from jaxchat.train.loop import Evaluation, train
+
     began = record.begin()
     stage, setting = stages.sft(config)
     cli.print_plan(stage.title, stage.plan)
@@ -63,7 +66,6 @@ def run(config: SFTConfig):
         cli.next_step(f"python -m launch.chat_cli --model_tag={stage.tag}")
 
 
-@hosts.together()
 def main(args: list[str] | None = None):
     cli.main(SFTConfig, run, args)
 

@@ -1,29 +1,34 @@
-"""What every command shares: flags from a frozen dataclass, errors in one line, exit codes, a few ways to print.
+"""What every command shares: flags from a frozen dataclass, one-line errors, exit codes, plans, "next: …".
 
-Exit codes: 0 done, 2 something the user gave cannot work, 75 asked to stop (SIGTERM, SIGUSR1) and saved: start again
-with --resume, 130 interrupted, 141 whoever read our output went away.
-Nothing here imports jax, so that --help and a mistyped flag answer at once.
+A command is a module in launch/ with a flags class, `run(config)` and `main(args)`. It imports at its top only what
+holds flags (jaxchat.config) and other commands; whatever needs jax, Orbax or Grain is imported inside its functions,
+so that --help and a mistyped flag answer at once.
+
+Exit codes: 0 done; 2 something the user gave cannot work; 75 asked to stop (SIGTERM, SIGUSR1) and saved, to be
+started again with --resume; 76 another process was lost, likewise; 130 interrupted; 141 the reader of stdout left.
 """
 
-import contextlib
+import argparse
+import ast
 import dataclasses
 import difflib
 import errno
-import io
+import inspect
+import itertools
 import math
 import os
+import re
 import shutil
 import sys
-import types
+import textwrap
+import traceback
 import typing
-
-import tyro
 
 from jaxchat.config import Preempted, UserError
 
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 
-# An OSError with one of these is something the user can mend; any other is ours, and keeps its traceback.
+# An OSError with one of these is something the user can fix; any other is ours, and keeps its traceback.
 REMEDIES = {
     errno.ENOSPC: "free some space, or set JAXCHAT_BASE_DIR to a folder on a larger disk",
     errno.EDQUOT: "free some space, or set JAXCHAT_BASE_DIR to a folder with a larger quota",
@@ -40,46 +45,70 @@ REMEDIES = {
 def main(config_class, run, args: list[str] | None = None) -> None:
     """Parse flags into `config_class` (a frozen dataclass), then call `run(config)`.
 
-    args: the command line after the command's name; None: the process's own. Field docstrings are the flags' help, the
-    class docstring is the description. Returns normally when `run` returns None or 0; raises SystemExit with one of
-    the exit codes above, or with what `run` returned, otherwise.
+    args: the command line after the command's name; None: the process's own. The class's docstring is the command's
+    description, its fields' docstrings are the flags' help. Returns when `run` returns None or 0; otherwise raises
+    SystemExit with one of the exit codes above, or with what `run` returned.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # in an ASCII terminal a plan is printed all the same
+        sys.stdout.reconfigure(errors="replace")
     try:
-        code = run(parse(config_class, sys.argv[1:] if args is None else args, _prog(run)))
-        sys.stdout.flush()  # here, so that a reader who has gone away is noticed where it is handled
+        _parse_and_run(config_class, run, sys.argv[1:] if args is None else args)
+    except BaseException:
+        hosts = sys.modules.get("jaxchat.hosts")  # imported where several processes may work together
+        if hosts is None:
+            raise
+        with hosts.together():
+            raise
+
+
+def _parse_and_run(config_class, run, args: list[str]) -> None:
+    try:
+        code = run(parse(config_class, args, _prog(run)))
+        sys.stdout.flush()  # here, so that a reader who has left is noticed where it is handled
     except UserError as error:
         _fail(" ".join(str(error).split()), 2)
-    except Preempted as told:
-        _fail(str(told), os.EX_TEMPFAIL)
+    except Preempted as stop:
+        _fail(str(stop), os.EX_TEMPFAIL)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
             raise SystemExit(141) from None
         if error.errno not in REMEDIES:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror}; {REMEDIES[error.errno]}", 2)
+    except (RuntimeError, AssertionError) as error:  # jax raises one or the other, by what is installed
+        platforms = os.environ.get("JAX_PLATFORMS")
+        if not platforms or not _raised_in(error, "xla_bridge.py"):
+            raise
+        _fail(f"JAX_PLATFORMS={platforms}: no such device can be used here; unset it, or set JAX_PLATFORMS=cpu", 2)
     if code:
         raise SystemExit(code)
 
 
 def parse(config_class, args: list[str], prog: str = "command"):
-    """The `config_class` that `args` describe. UserError: unknown flag, missing or unusable value."""
-    plain = _plain_flags(config_class, args)
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(config_class, prog=prog, args=plain, use_underscores=True)
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help
-        words = "".join(c if c.isprintable() and not "\u2500" <= c <= "\u257f" else " " for c in said.getvalue())
-        raise UserError(" ".join(words.split())) from None
+    """Return the `config_class` that `args` describe. UserError: an unknown flag, a missing or unusable value.
+
+    Flags are --name=value or --name value, with dashes or underscores; switches also --name and --no_name. A field's
+    metadata may hold `alias` (a short form such as "-p") and `name` (instead of the field's own).
+    """
+    parser = _Parser(prog, config_class)
+    # Only the flag's name: a value keeps its dashes.
+    args = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in args]
+    values, rest = parser.parse_known_args(args)
+    if rest and rest[0].startswith("-"):
+        flag = rest[0].partition("=")[0]
+        near = difflib.get_close_matches(flag.lstrip("-"), parser.names, n=1)
+        hint = f"; did you mean --{near[0]}?" if near else ""
+        raise UserError(f"unknown flag {flag}{hint} (--help lists all)")
+    if rest:
+        raise UserError(f"unexpected {rest[0]!r}: every argument is a flag, --name=value (--help lists all)")
+    return config_class(**vars(values))
 
 
 def print_plan(title: str, rows: list[tuple[str, str]]) -> None:
-    """Print `title`, then a line per (name, value), the values below one another."""
+    """Print `title`, then a line per (name, value) with the values aligned."""
     width = max((len(name) for name, _ in rows), default=0)
     print(title, *(f"  {name:<{width}}  {value}" for name, value in rows), sep="\n", flush=True)
 
@@ -93,80 +122,87 @@ def next_step(command: str) -> None:
     print(f"next: {command}", flush=True)
 
 
-def _plain_flags(config_class, args: list[str]) -> list[str]:
-    """`args` with every flag in the one form that leaves tyro nothing to guess: --a_b=value, --switch or --no_switch.
+class _Parser(argparse.ArgumentParser):
+    """The flags of a dataclass, those it inherits in a group of their own. Errors are UserErrors."""
 
-    So a value may begin with a dash (-p "- one"), and a switch may be given as --x, --no_x, --x=1 or --x false.
-    """
-    hints = typing.get_type_hints(config_class, include_extras=True)
-    kinds = {field.name: hints[field.name] for field in dataclasses.fields(config_class) if field.init}
-    spellings, shown = {}, {}  # shown: a flag named otherwise than its field, as --from must be
-    for name, kind in kinds.items():
-        extras = getattr(kind, "__metadata__", ())
-        shown[name] = next((extra.name for extra in extras if getattr(extra, "name", None)), name)
-        for flag in (
-            f"--{shown[name]}",
-            *(alias for extra in extras for alias in getattr(extra, "aliases", None) or ()),
-        ):
-            spellings[flag] = name
+    def __init__(self, prog: str, config_class):
+        super().__init__(
+            prog=prog,
+            usage=f"{prog} [--name=value …]",
+            description=inspect.cleandoc(config_class.__doc__),
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+        self.names = []
+        fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
+        for cls in config_class.__mro__:
+            own = [fields[name] for name in cls.__dict__.get("__annotations__", ()) if name in fields]
+            if own:
+                group = self if cls is config_class else self.add_argument_group(inspect.cleandoc(cls.__doc__))
+                docs = _field_docs(cls)
+                for field in own:
+                    self.add_flag(group, field, docs.get(field.name, ""))
 
-    def find(word: str) -> str | None:
-        return spellings.get("--" + word[2:].replace("-", "_") if word.startswith("--") else word)
-
-    plain, rest = [], list(args)
-    while rest:
-        word = rest.pop(0)
-        flag, equals, value = word.partition("=")
-        name, negated = find(flag), find("--" + flag[5:]) if flag[:5] in ("--no-", "--no_") else None
-        if flag in ("-h", "--help"):
-            plain.append("--help")
-        elif name and kinds[name] is bool:
-            if not equals and rest and rest[0].lower() in BOOLEANS:
-                equals, value = "=", rest.pop(0)
-            if equals and value.lower() not in BOOLEANS:
-                raise UserError(f"{word}: expected 1 or 0, true or false")
-            plain.append(f"--{shown[name]}" if not equals or BOOLEANS[value.lower()] else f"--no_{shown[name]}")
-        elif name:
-            if not equals:
-                if not rest or find(rest[0].partition("=")[0]):
-                    raise UserError(f"{flag} needs a value: {flag}={_kind_name(kinds[name])}")
-                value = rest.pop(0)
-            _check_number(flag, kinds[name], value)
-            plain.append(f"--{shown[name]}={value}")
-        elif negated and kinds[negated] is bool and not equals:
-            plain.append(f"--no_{shown[negated]}")
-        elif flag.startswith("-"):
-            near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), shown.values(), n=1)
-            hint = f"; did you mean --{near[0]}?" if near else ""
-            raise UserError(f"unknown flag {flag}{hint} (--help lists all)")
+    def add_flag(self, group, field: dataclasses.Field, text: str):
+        name = field.metadata.get("name", field.name)
+        self.names.append(name)
+        default = "" if field.type is bool or field.default == "" else f" (default: {field.default})"
+        shown = {"dest": field.name, "default": argparse.SUPPRESS, "help": (text + default).replace("%", "%%")}
+        if field.type is bool:
+            group.add_argument(f"--{name}", nargs="?", const=True, type=_boolean, metavar="0|1", **shown)
+            shown |= {"help": argparse.SUPPRESS}
+            group.add_argument(f"--no_{name}", action="store_const", const=False, **shown)
         else:
-            raise UserError(f"unexpected {word!r}: every argument is a flag, --name=value (--help lists all)")
-    return plain
+            kind, metavar = {int: (_whole, "INTEGER"), float: (_finite, "NUMBER")}.get(field.type, (str, "TEXT"))
+            flags = [f"--{name}", *([field.metadata["alias"]] if "alias" in field.metadata else [])]
+            group.add_argument(*flags, type=kind, metavar=metavar, **shown)
+
+    def error(self, message: str):
+        raise UserError(message.removeprefix("argument "))
 
 
-def _choices(kind) -> list:
-    """The types a value of `kind` may have: [int] for int, [int, NoneType] for int | None."""
-    while typing.get_origin(kind) is typing.Annotated:
-        kind = kind.__origin__
-    return list(typing.get_args(kind)) if isinstance(kind, types.UnionType) else [kind]
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """A flag on one line, what it sets on the next."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=8, width=min(100, shutil.get_terminal_size().columns))
 
 
-def _kind_name(kind) -> str:
-    return {int: "INTEGER", float: "NUMBER"}.get(_choices(kind)[0], "VALUE")
+def _field_docs(cls) -> dict[str, str]:
+    """{name of a field: the string below it}, read from the class's source, where there is any."""
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    except (OSError, TypeError):
+        return {}
+    return {
+        field.target.id: " ".join(below.value.value.split())
+        for field, below in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+    }
 
 
-def _check_number(flag: str, kind, value: str) -> None:
-    choices = _choices(kind)
-    if type(None) in choices and value == "None":
-        return
-    for number, expected in ((int, "a whole number"), (float, "a number")):
-        if number in choices:
-            try:
-                if math.isfinite(number(value)):
-                    return
-            except ValueError:
-                pass
-            raise UserError(f"{flag}={value}: expected {expected}")
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r}") from None
+
+
+def _finite(text: str) -> float:
+    with_error = argparse.ArgumentTypeError(f"expected a number, not {text!r}")
+    try:
+        value = float(text)
+    except ValueError:
+        raise with_error from None
+    if not math.isfinite(value):
+        raise with_error
+    return value
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in BOOLEANS:
+        raise argparse.ArgumentTypeError(f"expected 1 or 0, true or false, not {text!r}")
+    return BOOLEANS[text.lower()]
 
 
 def _prog(run) -> str:
@@ -182,7 +218,13 @@ def _fail(message: str, code: int) -> typing.NoReturn:
     raise SystemExit(code) from None
 
 
-def _reader_is_gone() -> bool:
+def _raised_in(error: Exception, file: str) -> bool:
+    """Whether the innermost frame of an error's traceback is in `file`."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return os.path.basename(frame.f_code.co_filename) == file
+
+
+def _reader_has_left() -> bool:
     """Whether stdout is the broken pipe (and not, say, one to a worker). If so, silence what is still buffered."""
     try:
         print(flush=True)  # a flush alone has nothing left to write

@@ -4,15 +4,8 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
-from typing import Annotated
 
-import jax
-import tyro
-
-from jaxchat import checkpoint
 from jaxchat.config import ModelConfig, UserError
-from jaxchat.model.flops import num_params
-from jaxchat.model.params import declare
 from launch import cli
 
 FORMATS = ("hf", "nanochat")
@@ -34,15 +27,15 @@ class Config:
     """Convert a base, mid or sft checkpoint."""
     out: str = ""
     """The folder to write."""
-    from_format: Annotated[str, tyro.conf.arg(name="from")] = ""
+    from_format: str = dataclasses.field(default="", metadata={"name": "from"})
     """Read this format: hf or nanochat."""
     path: str = ""
     """The folder to read: transformers' own; or nanochat's base directory, or one with its model_<step>.pt files."""
-    as_stage: Annotated[str, tyro.conf.arg(name="as")] = ""
+    as_stage: str = dataclasses.field(default="", metadata={"name": "as"})
     """Take it in as a base, mid or sft checkpoint."""
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
+    model_tag: str = dataclasses.field(default="", metadata={"alias": "-g"})
     """Out: which model; empty: the deepest d<N>, or else the newest. In: its name here."""
-    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
+    step: int = dataclasses.field(default=-1, metadata={"alias": "-s"})
     """Which of its checkpoints; -1: the last."""
 
 
@@ -71,6 +64,10 @@ def run(config: Config):
 
 def progress(config: ModelConfig):
     """A function to call with the name of each stack of weights that is done; it prints how far it has come."""
+    import jax
+
+    from jaxchat.model.params import declare
+
     start, done, stacks = time.perf_counter(), 0, len(jax.tree.leaves(declare(config)))
 
     def tell(name: str):
@@ -83,6 +80,8 @@ def progress(config: ModelConfig):
 
 
 def shape_rows(model, tokenizer) -> list[tuple[str, str]]:
+    from jaxchat.model.flops import num_params
+
     heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
     rows = [
         ("model", f"{model.n_layer} layers × {model.n_embd}, {heads}, vocabulary {model.vocab_size:,}"),
@@ -96,6 +95,8 @@ def shape_rows(model, tokenizer) -> list[tuple[str, str]]:
 
 
 def export(config: Config, write):
+    from jaxchat import checkpoint
+
     if not config.out:
         raise UserError(f"--to={config.to} needs --out=FOLDER")
     found = checkpoint.open_model(config.source, config.model_tag, config.step, needs_tokenizer=False)
@@ -115,6 +116,8 @@ def export(config: Config, write):
 
 
 def take_in(config: Config, hugging_face, nanochat, weights):
+    from jaxchat import checkpoint
+
     if not (config.path and config.as_stage and config.model_tag):
         raise UserError(f"--from={config.from_format} needs --path=FOLDER, --as=base|mid|sft and --model_tag=NAME")
     if config.as_stage not in checkpoint.FOLDERS:

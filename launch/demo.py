@@ -5,12 +5,7 @@ import json
 import time
 from pathlib import Path
 
-from jaxchat import checkpoint
 from jaxchat.config import UserError, base_dir
-from jaxchat.data.sources import ParquetText, find_shards
-from jaxchat.data.world import KINDS, World, write_world
-from jaxchat.eval.world import passed, score, table
-from jaxchat.infer.engine import Engine
 from launch import base_train, chat_sft, cli, mid_train, report, tok_train
 
 TAG = "demo"
@@ -35,6 +30,8 @@ class Config:
 
 def refuse_to_mix():
     """The demo's tokenizer must not take the place of another one."""
+    from jaxchat import checkpoint
+
     tokenizer = base_dir() / "tokenizer"
     if tokenizer.exists() and not (base_dir() / "demo").exists():
         raise UserError(f"the demo would replace the tokenizer in {tokenizer}; set JAXCHAT_BASE_DIR to an empty folder")
@@ -48,11 +45,18 @@ def refuse_to_mix():
 
 def beginnings(folder: Path, count: int = 5) -> list[str]:
     """The first three words of a few documents that were not trained on, each once."""
+    from jaxchat.data.sources import ParquetText, find_shards
+
     texts = ParquetText(find_shards(str(folder / "base_data"), "val"))
     return list(dict.fromkeys(" ".join(texts[n].split()[:3]) for n in range(10 * count)))[:count]
 
 
 def run(config: Config) -> int:
+    from jaxchat import checkpoint
+    from jaxchat.data.world import KINDS, World, write_world
+    from jaxchat.eval.world import passed, score, table
+    from jaxchat.infer.engine import Engine
+
     refuse_to_mix()
     start = time.perf_counter()
     cli.print_plan(

@@ -6,12 +6,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from huggingface_hub.utils import disable_progress_bars
-from huggingface_hub.utils import logging as hub_logging
-
 from jaxchat.config import UserError, base_dir
 from jaxchat.data.hub import File, Link, Repo, check_room, fetch_all, giga, is_there, listed, retried
-from jaxchat.data.sources import SOURCE
 from launch import cli
 
 SETS: dict[str, list[Repo | Link]] = {
@@ -84,6 +80,8 @@ def names_in(what: str) -> list[str]:
 
 
 def files_of(name: str, config: Config) -> list[File]:
+    from jaxchat.data.sources import SOURCE
+
     files = []
     for part in SETS[name]:
         if isinstance(part, Link):
@@ -102,6 +100,9 @@ def files_of(name: str, config: Config) -> list[File]:
 
 
 def run(config: Config):
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+
     disable_progress_bars()
     hub_logging.set_verbosity_error()
     names = names_in(config.what)

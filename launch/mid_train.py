@@ -1,19 +1,16 @@
 """Midtrain a base model on conversations: python -m launch.mid_train --model_tag=d12"""
 
-from jaxchat import hosts, sharding
 from jaxchat.config import MidConfig
-from jaxchat.data import pipelines
-from jaxchat.data.encode import conversation_reader
-from jaxchat.data.order import Order
-from jaxchat.eval.bpb import bits_per_byte
-from jaxchat.report import record
-from jaxchat.train import stages
-from jaxchat.train.loop import Evaluation, train
-from jaxchat.train.run import Setting
 from launch import cli
 
 
-def val_batches(config: MidConfig, setting: Setting) -> list[dict]:
+def val_batches(config: MidConfig, setting) -> list[dict]:
+    from jaxchat import sharding
+    from jaxchat.data import pipelines
+    from jaxchat.data.encode import conversation_reader
+    from jaxchat.data.order import Order
+    from jaxchat.train import stages
+
     tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=True)
     order = Order([len(tasks)], config.seed)
     read = conversation_reader(tasks, setting.tokenizer)
@@ -24,6 +21,11 @@ def val_batches(config: MidConfig, setting: Setting) -> list[dict]:
 
 
 def run(config: MidConfig):
+    from jaxchat.eval.bpb import bits_per_byte
+    from jaxchat.report import record
+    from jaxchat.train import stages
+    from jaxchat.train.loop import Evaluation, train
+
     began = record.begin()
     stage, setting = stages.mid(config)
     cli.print_plan(stage.title, stage.plan)
@@ -39,7 +41,6 @@ def run(config: MidConfig):
         cli.next_step(f"python -m launch.chat_sft --model_tag={stage.tag}")
 
 
-@hosts.together()
 def main(args: list[str] | None = None):
     cli.main(MidConfig, run, args)
 

@@ -3,10 +3,6 @@
 import dataclasses
 
 from jaxchat.config import UserError, base_dir
-from jaxchat.report.document import as_html, markdown
-from jaxchat.report.gather import TITLES, gather
-from jaxchat.report.plots import curves
-from jaxchat.report.samples import BEGINNINGS, QUESTIONS, sample
 from launch import cli
 
 
@@ -27,7 +23,14 @@ class Config:
     """Generate samples: each checkpoint continues a few texts or answers a few questions."""
 
 
-def run(config: Config, beginnings=BEGINNINGS, questions=QUESTIONS):
+def run(config: Config, beginnings=(), questions=()):
+    """beginnings, questions: texts to continue and questions to answer instead of the usual ones."""
+    from jaxchat.report.document import as_html, markdown
+    from jaxchat.report.gather import TITLES, gather
+    from jaxchat.report.plots import curves
+    from jaxchat.report.samples import BEGINNINGS, QUESTIONS, sample
+
+    beginnings, questions = beginnings or BEGINNINGS, questions or QUESTIONS
     if config.price_per_hour < 0:
         raise UserError(f"--price_per_hour={config.price_per_hour:g}; it must be at least 0")
     found = gather(config.model_tag)

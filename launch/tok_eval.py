@@ -2,12 +2,7 @@
 
 import dataclasses
 
-import tiktoken
-
 from jaxchat.config import UserError, base_dir
-from jaxchat.data.sources import ParquetText, find_shards
-from jaxchat.eval.results import write_both
-from jaxchat.tokenizer import Tokenizer
 from launch import cli
 
 TEXTS = {
@@ -34,6 +29,8 @@ class Config:
 
 
 def first_chars(data_dir: str, split: str, max_chars: int) -> str:
+    from jaxchat.data.sources import ParquetText, find_shards
+
     texts, parts, have = ParquetText(find_shards(data_dir, split)), [], 0
     for i in range(len(texts)):
         if have >= max_chars:
@@ -43,7 +40,10 @@ def first_chars(data_dir: str, split: str, max_chars: int) -> str:
     return "\n".join(parts)
 
 
-def references(names: str) -> dict[str, tiktoken.Encoding]:
+def references(names: str) -> dict:
+    """{name: tiktoken.Encoding}; one that cannot be had is left out, with a line that says so."""
+    import tiktoken
+
     found = {}
     for name in filter(None, (name.strip() for name in names.split(","))):
         if name not in tiktoken.list_encoding_names():
@@ -56,6 +56,9 @@ def references(names: str) -> dict[str, tiktoken.Encoding]:
 
 
 def run(config: Config):
+    from jaxchat.eval.results import write_both
+    from jaxchat.tokenizer import Tokenizer
+
     tokenizer, folder = Tokenizer.load(), base_dir() / "tokenizer"
     cli.print_plan(
         "Tokenizer's compression",

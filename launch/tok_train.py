@@ -3,10 +3,7 @@
 import dataclasses
 import time
 
-from jaxchat import checkpoint
 from jaxchat.config import UserError, base_dir
-from jaxchat.data.sources import ParquetText, find_shards
-from jaxchat.tokenizer import Tokenizer
 from launch import cli
 
 
@@ -27,6 +24,10 @@ class Config:
 
 
 def run(config: Config):
+    from jaxchat import checkpoint
+    from jaxchat.data.sources import ParquetText, find_shards
+    from jaxchat.tokenizer import Tokenizer
+
     texts = ParquetText(find_shards(config.data_dir, "train"))
     folder = base_dir() / "tokenizer"
     runs = [run for run in checkpoint.runs() if not (run / "tokenizer").is_dir()]  # the others keep their own
