@@ -32,7 +32,6 @@ def run(config: Config):
             time.sleep(1)
 
 
-@hosts.together()
 def main():
     cli.main(Config, run, sys.argv[1:])
 
