@@ -1,8 +1,8 @@
 """What every command shares: flags from a frozen dataclass, one-line errors, exit codes, plans, "next: …".
 
-A command is a module in launch/ with a flags class, `run(config)` and `main(args)`. It imports at its top only what
-holds flags (jaxchat.config) and other commands; whatever needs jax, Orbax or Grain is imported inside its functions,
-so that --help and a mistyped flag answer at once.
+A command is a module in launch/ with a flags class, `run(config)` and `main(args)`. At its top it imports only what
+holds flags (jaxchat.config) and other commands. What needs jax, Orbax or Grain is imported inside its functions, so
+that --help and a mistyped flag answer at once.
 
 Exit codes: 0 done; 2 something the user gave cannot work; 75 asked to stop (SIGTERM, SIGUSR1) and saved, to be
 started again with --resume; 76 another process was lost, likewise; 130 interrupted; 141 the reader of stdout left.

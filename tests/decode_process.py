@@ -10,8 +10,8 @@ from jaxchat.config import Compute, ModelConfig
 from jaxchat.infer import engine
 from jaxchat.model import params
 from jaxchat.model.cache import KVCache
+from jaxchat.plan.topologies import compile_only, devices_of
 from jaxchat.sharding import AXES
-from launch.topologies import compile_only, devices_of
 
 
 def main():

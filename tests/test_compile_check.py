@@ -8,9 +8,10 @@ import os
 import pytest
 
 from jaxchat.config import REMATS, Compute, UserError
+from jaxchat.plan import hlo, topologies
+from jaxchat.plan.step import Compiled, StepPlan
 from jaxchat.train.fit import fits
-from launch import hlo, topologies
-from launch.compile_check import Compiled, Config, Plan, memory_told, training
+from launch.compile_check import Config, memory, training
 
 
 def needs(module: str, extra: str):
@@ -32,7 +33,7 @@ def test_an_unknown_topology(topology):
 @pytest.mark.parametrize("topology, extra", [("v5e:4x4", "tpu"), ("h100:8", "gpu-plan")])
 def test_what_is_not_installed(monkeypatch, topology, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf"pip install 'jaxchat\[{extra}\]'"):
+    with pytest.raises(UserError, match=rf"pip install -e '\.\[{extra}\]'"):
         topologies.devices_of(topology)
 
 
@@ -144,18 +145,42 @@ def test_what_to_train_with():
     assert training(changed, 2) == f"{command} --total_batch_size=16384 --max_seq_len=512 --mesh=fsdp=4"
 
 
+def plan_where(fitting, batch: int, **fields) -> StepPlan:
+    """A plan of 8 rows on one device whose step fits where `fitting(batch, remat)` says so: nothing is compiled."""
+    plan = StepPlan.__new__(StepPlan)  # no topology: its compiler may not be here
+    plan.batches, plan.batch, plan.remats = [1, 2, 4, 8], batch, REMATS
+    plan.compile = lambda batch, remat: Compiled(batch, remat, 1e9, fitting(batch, remat), 0.0)
+    vars(plan).update(fields)
+    return plan
+
+
 @pytest.mark.parametrize("remat, fitting", [("none", 0), ("dots", 1), ("full", 2), ("full", 3)])
-def test_the_first_remat_that_fits(monkeypatch, remat, fitting):
-    """Where none does, the last is told of."""
-    plan = Plan.__new__(Plan)  # no topology: its compiler may not be here
-    plan.config, plan.batch, plan.compute = Config(), 2, Compute(remat="none")
-    able = REMATS[fitting:]
-    monkeypatch.setattr(Plan, "compile", lambda plan, batch: Compiled(1e9, plan.compute.remat in able, 0.0))
-    assert plan.fit(2).fits == (fitting < 3) and plan.compute.remat == remat
+def test_the_first_remat_that_fits(remat, fitting):
+    """Where none does, the last."""
+    plan = plan_where(lambda batch, remat: remat in REMATS[fitting:], 2)
+    done = plan.fit(2)
+    assert (done.fits, done.remat) == (fitting < 3, remat)
+
+
+@pytest.mark.parametrize("planned, best", [(1, (4, "full")), (4, (4, "full")), (8, (4, "full"))])
+def test_the_largest_batch(planned, best):
+    """None fits up to 1 row, dots up to 2, full up to 4."""
+    limits = dict(zip(REMATS, (1, 2, 4), strict=True))
+    plan = plan_where(lambda batch, remat: batch <= limits[remat], planned)
+    found = plan.largest(plan.fit(planned))
+    assert (found.batch, found.remat) == best
+
+
+def test_fewer_rows_may_need_less_recomputation():
+    """A plan of 8 rows fits with no remat; 4 rows fit with the first: the search downwards begins anew."""
+    plan = plan_where(lambda batch, remat: batch <= 4, 8)
+    found = plan.largest(plan.fit(8))
+    assert (found.batch, found.remat) == (4, "none")
+    assert plan_where(lambda *_: False, 2).largest(Compiled(2, "full", 1e9, False, 0.0)) is None
 
 
 @pytest.mark.parametrize(
-    "backend, needed, told",
+    "backend, needed, words",
     [
         ("gpu", 15e9, "15.0 GB (by the compiler's count) of a device's 16.9 GB: it fits"),
         ("gpu", 18.9e9, "18.9 GB (by the compiler's count) of a device's 16.9 GB: too much"),
@@ -166,12 +191,11 @@ def test_the_first_remat_that_fits(monkeypatch, remat, fitting):
         ),
     ],
 )
-def test_what_it_tells_of_memory(backend, needed, told):
+def test_memory(backend, needed, words):
     """On a TPU what compiles fits, whatever the sum, so nothing is compared."""
-    plan = Plan.__new__(Plan)
-    plan.memory, plan.backend = 16.9e9, backend
+    plan = plan_where(None, 2, memory=16.9e9, backend=backend)
     enough = fits(needed, plan.memory, backend, last=True)
-    assert memory_told(plan, Compiled(needed, enough, 0.0)) == told
+    assert memory(plan, Compiled(2, "full", needed, enough, 0.0)) == words
 
 
 @pytest.mark.slow

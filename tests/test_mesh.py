@@ -13,11 +13,11 @@ from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.model import params as model_params
 from jaxchat.model.flops import num_params
+from jaxchat.plan import hlo
 from jaxchat.train.loop import place_batch
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import abstract_state, init_state
 from jaxchat.train.step import make_train_step
-from launch import hlo
 
 # Layers don't divide 8 devices; no two sizes are equal, so that a shape tells what it is the shape of.
 L, V, T, ROWS = 3, 104, 12, 8

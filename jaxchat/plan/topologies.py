@@ -1,4 +1,4 @@
-"""Devices to compile for without having any: TPU slices by libtpu, H100 and H200 by JAX's CUDA plugin."""
+"""Describe devices to compile for that are not here: TPU slices by libtpu, H100 and H200 by JAX's CUDA plugin."""
 
 import importlib.util
 import operator
@@ -11,12 +11,12 @@ from jax.experimental import topologies
 from jaxchat.config import UserError
 from jaxchat.sharding import GPU_SHARE
 
-# Bytes of memory that a program may use of one device, by the topology's generation.
+# Bytes that a program may use of one device's memory, by the topology's generation.
 GIB = 2**30
 HBM = {"v4": 30.75 * GIB, "v5e": 15.75 * GIB, "v5p": 95.74 * GIB, "v6e": 31.25 * GIB, "tpu7x": 94.75 * GIB}
-GPU_MEMORY = {"h100": 78 * GIB, "h200": 139 * GIB}  # as CUDA tells it
+GPU_MEMORY = {"h100": 78 * GIB, "h200": 139 * GIB}  # as CUDA reports it
 HBM |= {name: GPU_SHARE * size for name, size in GPU_MEMORY.items()}
-# What XLA asks of a GPU when it tiles and fuses; both are of compute capability 9.0 with 132 multiprocessors.
+# What XLA asks about a GPU when it tiles and fuses. Both have compute capability 9.0 and 132 multiprocessors.
 HOPPER = """
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 }} core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
@@ -33,7 +33,7 @@ GPU_BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}
 
 
 def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
-    """(devices, backend "tpu" or "gpu", bytes of memory of each) of "v5e:4x4" or "h100:8". UserError: no such one."""
+    """(devices, "tpu" or "gpu", memory of each in bytes) of a topology: v5e:4x4, h100:8. UserError: unknown."""
     generation, _, shape = topology.partition(":")
     if generation not in HBM or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
         known = ", ".join(HBM)
@@ -44,8 +44,8 @@ def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
 
 def tpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for TPUs needs libtpu: pip install 'jaxchat[tpu]' (no TPU is needed)")
-    # Two compilations may run side by side, and libtpu is not to look for chips.
+        raise UserError("compiling for TPUs needs libtpu (and no TPU): pip install -e '.[tpu]'")
+    # Let two compilations run side by side, and keep libtpu from looking for chips.
     defaults = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     for name, value in (defaults | {"TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}).items():
         os.environ.setdefault(name, value)
@@ -59,12 +59,12 @@ def tpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
 
 
 def gpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
-    """shape: GPUs of a host, or HOSTSxGPUS."""
+    """Describe GPUs. shape: the GPUs of one host, or HOSTSxGPUS."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise UserError("compiling for GPUs needs JAX's plugin: pip install 'jaxchat[gpu-plan]' (no GPU is needed)")
+        raise UserError("compiling for GPUs needs JAX's plugin (and no GPU): pip install -e '.[gpu-plan]'")
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    # JAX asks the GPU at hand whether cuDNN's attention can run there; what we compile for is not at hand.
+    # JAX asks the GPU at hand whether it can run cuDNN's attention; there is none here.
     cudnn.check_cudnn_version = lambda: 91500
     cudnn.check_compute_capability = lambda *_: True
     cudnn.is_cuda_compute_capability_equal = lambda capability: capability == "9.0"
@@ -84,7 +84,6 @@ def gpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
 
 
 def compile_only():
-    """No backend but the CPU's is to start, as what is compiled for is a description; and nothing that is compiled is
-    kept: what is for GPUs could not be read back here."""
+    """Start no backend but the CPU's, and cache nothing: programs for GPUs could not be read back here."""
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_platforms", "cpu")

@@ -1,6 +1,7 @@
-"""What a compiled program does, read from its text: matrix FLOPs, collectives with their bytes, kernels.
+"""Read what a compiled program does from its text: matrix FLOPs, collectives and their bytes, kernels.
 
-XLA's own cost analysis counts the body of a loop once, and is empty for GPUs. Here a loop counts as often as it runs.
+XLA's own cost analysis counts the body of a loop once, and is empty for GPUs. Here a loop counts as often as it
+runs.
 All numbers are one device's.
 """
 
@@ -9,31 +10,33 @@ import math
 import re
 from collections import Counter, defaultdict
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4} | {
-    "f8e4m3fn": 1, "f8e5m2": 1, "s64": 8, "u64": 8, "f64": 8
-}  # fmt: skip
+SIZES = {1: "pred s8 u8 f8e4m3fn f8e5m2", 2: "bf16 f16 s16 u16", 4: "s32 u32 f32", 8: "s64 u64 f64"}
+BYTES = {kind: size for size, kinds in SIZES.items() for kind in kinds.split()}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}\s]+(?:, ?%[\w.-]+)*)")
+
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # (type, dimensions) of each array
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
     name: str
     kind: str
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]  # (type, dimensions) of the result's arrays
-    operands: tuple[str, ...]
+    shapes: Shapes  # of the result
+    operands: tuple[str, ...]  # their names
     text: str
     root: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One that runs `times` a step, over `group` devices. sent: bytes that leave a device each time, in a ring."""
+    """A collective over `group` devices that runs `times` times in the program."""
 
     kind: str
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    shapes: Shapes  # of the result
     group: int
-    sent: float
+    sent: float  # bytes that leave a device each time, in a ring
     times: int
 
 
@@ -41,29 +44,29 @@ class Collective:
 class Program:
     flops: float
     collectives: list[Collective]
-    kernels: Counter  # by name, those of libraries and of Pallas
+    kernels: Counter  # how often each kernel of a library or of Pallas runs, by name
 
     def sent(self) -> dict[str, float]:
-        """{kind: bytes that leave a device in a step}."""
+        """{kind of collective: bytes that leave a device}."""
         total = defaultdict(float)
         for c in self.collectives:
             total[c.kind] += c.sent * c.times
         return dict(total)
 
 
-def shapes_in(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def shapes_in(text: str) -> Shapes:
     found = re.findall(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]", text)
     return tuple(
         (kind, tuple(int(n.strip("<=")) for n in dims.split(",") if n)) for kind, dims in found if kind in BYTES
     )
 
 
-def size_of(shapes) -> int:
+def size_of(shapes: Shapes) -> int:
     return sum(BYTES[kind] * math.prod(dims) for kind, dims in shapes)
 
 
 def computations(text: str) -> tuple[dict[str, list[Operation]], str]:
-    """({computation: its operations}, name of the entry)."""
+    """({name of a computation: its operations}, name of the entry)."""
     found, entry, current = {}, "", None
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
@@ -81,7 +84,7 @@ def computations(text: str) -> tuple[dict[str, list[Operation]], str]:
 
 
 def closing(text: str) -> int:
-    """Where the parenthesis that `text` begins with is closed."""
+    """The index at which the parenthesis that `text` begins with is closed."""
     depth = 0
     for end, char in enumerate(text):
         depth += (char == "(") - (char == ")")
@@ -91,7 +94,7 @@ def closing(text: str) -> int:
 
 
 def read(text: str) -> Program:
-    """The Program of a compiled step's text (`compiled.as_text()`)."""
+    """Read a Program from the text of a compiled step (`compiled.as_text()`)."""
     parts, entry = computations(text)
     by_name = {op.name: op for ops in parts.values() for op in ops}
     program = Program(0.0, [], Counter())
@@ -99,7 +102,7 @@ def read(text: str) -> Program:
     everyone = int(partitions[1]) if partitions else 1
 
     def visit(computation: str, times: int, sends: bool = True):
-        # TPUs weave one collective into several fusions, and it stands in each: it counts where it is started.
+        # TPUs spread one collective over several fusions, and name it in each: count it where it starts.
         sends = sends and not computation.startswith("async_collective_fusion")
         for op in parts.get(computation, ()):
             if op.kind in ("dot", "convolution"):
@@ -109,14 +112,12 @@ def read(text: str) -> Program:
                 program.collectives.append(collective(op, kind, by_name, times, everyone))
             if op.kind == "custom-call":
                 target = re.search(r'custom_call_target="([^"]+)"', op.text)[1]
-                if target == "tpu_custom_call":  # Pallas; the operation has the kernel's name
+                if target == "tpu_custom_call":  # Pallas: the operation has the kernel's name
                     program.kernels[re.sub(r"[.\d]+$", "", op.name)] += times
-                elif target.startswith("__"):  # a library's; XLA's own helpers are named otherwise
+                elif target.startswith("__"):  # a library's kernel, not one of XLA's own helpers
                     program.kernels[target] += times
-            inner = times
-            if op.kind == "while":
-                inner = times * trips(op, parts, by_name)
-            if op.kind not in COLLECTIVES and kind not in COLLECTIVES:  # theirs is an addition
+            inner = times * trips(op, parts, by_name) if op.kind == "while" else times
+            if kind not in COLLECTIVES:  # what a collective calls is an addition
                 for names in CALLED.findall(op.text):
                     for name in re.findall(r"%?([\w.-]+)", names):
                         visit(name, inner, sends and not op.name.startswith("async-collective-done"))
@@ -126,11 +127,9 @@ def read(text: str) -> Program:
 
 
 def trips(loop: Operation, parts, by_name) -> int:
-    """How often a loop runs: as XLA tells, or else (on TPUs) counting from 0 to the number its condition compares with,
-    by what its body adds.
-    """
-    if told := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text):
-        return int(told[1])
+    """How often a loop runs: XLA's known trip count, or else (on TPUs) its condition's bound ÷ its body's step."""
+    if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text):
+        return int(known[1])
 
     def called(name):
         return parts[re.search(rf"{name}=%?([\w.-]+)", loop.text)[1]]
@@ -158,15 +157,16 @@ def dot_flops(op: Operation, by_name) -> float:
 
 
 def convolution_flops(op: Operation, by_name) -> float:
-    """TPUs compile matrix products to convolutions, batch dimensions to windows of which most is padding: only pairs
-    of an input and a weight that meet are counted.
+    """FLOPs of a convolution, counting only pairs of an input and a weight that meet.
+
+    TPUs compile matrix products to convolutions, and batch dimensions to windows that are mostly padding.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.text)
     lhs, rhs = (by_name[name].shapes[0][1] for name in op.operands[:2])
     out = op.shapes[0][1]
     window = re.search(r"window=\{([^}]*)\}", op.text)
     fields = dict(part.split("=") for part in window[1].split()) if window else {}
-    spatial = sorted(label for label in labels[1] if label.isdigit())  # the order of the window
+    spatial = sorted(label for label in labels[1] if label.isdigit())  # in the window's order
 
     def field(name, default):
         return fields[name].split("x") if name in fields else [default] * len(spatial)
@@ -203,7 +203,7 @@ def collective(op: Operation, kind: str, by_name, times: int, everyone: int) -> 
 
 
 def group_size(text: str) -> int:
-    """How many devices take part: {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}; of a pair 2, of {} (all) 0."""
+    """Number of devices in a group: {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}. Pairs: 2; {}, all: 0."""
     if "replica_groups={}" in text:
         return 0  # everyone
     if "source_target_pairs=" in text:
@@ -214,6 +214,6 @@ def group_size(text: str) -> int:
         return int(found[1])
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? ?\{([^}]*)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # a part of an axis tells its own size
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # a part of an axis states its own size
         return math.prod(int(part or sizes[axis]) for axis, part in parts)
-    raise ValueError(f"the groups of a collective are told in a new way: {text[:300]}")
+    raise ValueError(f"the groups of a collective are written in an unknown way: {text[:300]}")

@@ -1,0 +1,114 @@
+"""Compile base training's step for devices that are not here: what it needs, the largest batch that fits."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxchat import sharding
+from jaxchat.config import REMATS, Compute, ModelConfig
+from jaxchat.data.pipelines import micro_batches
+from jaxchat.model.flops import flops_per_token
+from jaxchat.plan import hlo, topologies
+from jaxchat.train.fit import fits, memory_needed, memory_refused
+from jaxchat.train.optimizer import make_optimizer
+from jaxchat.train.state import abstract_state
+from jaxchat.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled step that takes `batch` rows a device at a time; sizes are bytes of one device's memory."""
+
+    batch: int
+    remat: str
+    needs: float
+    fits: bool
+    seconds: float  # spent compiling
+    arguments: float = 0.0  # state and batch
+    temporary: float = 0.0
+    program: hlo.Program | None = None  # None where the compiler refused it
+
+
+class StepPlan:
+    """A step of base training on the devices of `config.topology`. config: launch.compile_check's flags."""
+
+    def __init__(self, config):
+        devices, self.backend, self.memory = topologies.devices_of(config.topology, config.num_slices)
+        self.config = config
+        self.mesh = sharding.make_mesh(devices, config.mesh)
+        self.model = ModelConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=config.vocab_size)
+        sharding.check_fits(self.model, self.mesh)
+        self.shards = sharding.data_shards(self.mesh)
+        self.rows = config.total_batch_size // config.max_seq_len
+        micro_batches(self.rows, self.shards, "total_batch_size", f"rows of {config.max_seq_len} = 1 ×")
+        most = self.rows // self.shards
+        self.batches = [n for n in range(1, most + 1) if self.rows % (n * self.shards) == 0]
+        self.batch = config.device_batch_size
+        if self.batch < 1:
+            self.batch = max(n for n in self.batches if n <= 32)
+        micro_batches(self.rows, self.batch * self.shards, "total_batch_size", f"rows = {self.batch} ×")
+        self.remats = REMATS if config.remat == "auto" else (config.remat,)
+
+    @property
+    def accumulated(self) -> int:
+        """Micro-batches of a step."""
+        return self.rows // (self.batch * self.shards)
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of a step on one device, by the formula."""
+        return flops_per_token(self.model) * self.config.total_batch_size / self.mesh.size
+
+    def compile(self, batch: int, remat: str) -> Compiled:
+        compute = Compute.for_backend("bfloat16", self.backend, remat, mesh=self.mesh)
+        optimizer = make_optimizer(self.model, grad_clip=1.0, muon_dtype=jnp.bfloat16, mesh=self.mesh)
+        state = abstract_state(self.model, optimizer, self.mesh)
+        shape = (self.rows // (batch * self.shards), batch * self.shards, self.config.max_seq_len)
+        by_rows, everywhere = (NamedSharding(self.mesh, spec) for spec in (P(None, sharding.ROWS), P()))
+        kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+        rows = {name: jax.ShapeDtypeStruct(shape, kind, sharding=by_rows) for name, kind in kinds.items()}
+        lr_multiplier = jax.ShapeDtypeStruct((), np.float32, sharding=everywhere)
+        step = make_train_step(self.model, compute, optimizer, self.mesh)
+        start = time.perf_counter()
+        try:
+            compiled = step.lower(state, rows, lr_multiplier).compile()
+        except jax.errors.JaxRuntimeError as problem:
+            return Compiled(batch, remat, memory_refused(problem), False, time.perf_counter() - start)
+        seconds, sizes = time.perf_counter() - start, compiled.memory_analysis()
+        needs, temporary = memory_needed(compiled), sizes.temp_size_in_bytes
+        enough = fits(needs, self.memory, self.backend, last=remat == self.remats[-1])
+        arguments = needs - temporary - sizes.generated_code_size_in_bytes
+        program = hlo.read(compiled.as_text())
+        return Compiled(batch, remat, needs, enough, seconds, arguments, temporary, program)
+
+    def fit(self, batch: int, first: str = REMATS[0]) -> Compiled:
+        """The step by the first remat that fits, as the trainers choose it; where none does, by the last.
+
+        first: leave out the remats before this one.
+        """
+        for remat in self.remats[self.remats.index(first) if first in self.remats else 0 :]:
+            done = self.compile(batch, remat)
+            verdict = "" if done.fits else ", too much"
+            print(f"  {batch} rows at a time, --remat={remat}: {done.needs / 1e9:.1f} GB{verdict}", flush=True)
+            if done.fits:
+                break
+        return done
+
+    def largest(self, planned: Compiled) -> Compiled | None:
+        """The step with the largest device batch that fits, searched up or down from the planned one, or None.
+
+        More rows never fit with less recomputation; fewer may.
+        """
+        at, best = self.batches.index(planned.batch), planned if planned.fits else None
+        for batch in self.batches[at + 1 :] if planned.fits else reversed(self.batches[:at]):
+            tried = self.fit(batch, best.remat if best else REMATS[0])
+            if tried.fits:
+                best = tried
+            if tried.fits != planned.fits:
+                break
+        return best
