@@ -53,8 +53,8 @@ def beginnings(folder: Path, count: int = 5) -> list[str]:
 
 def run(config: Config) -> int:
     from jaxchat import checkpoint
-    from jaxchat.data.world import KINDS, World, write_world
-    from jaxchat.eval.world import passed, score, table
+    from jaxchat.demo import KINDS, World, write_world
+    from jaxchat.demo.score import passed, score, table
     from jaxchat.infer.engine import Engine
 
     refuse_to_mix()

@@ -18,8 +18,8 @@ from conftest import THOROUGH
 from jaxchat import checkpoint
 from jaxchat.config import BaseConfig, MidConfig, SFTConfig, UserError
 from jaxchat.data.conversations import length_buckets
-from jaxchat.data.world import World, write_world
-from jaxchat.eval.world import score
+from jaxchat.demo import World, write_world
+from jaxchat.demo.score import score
 from jaxchat.infer.engine import Engine
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import fit, loop, stages

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, THOROUGH, xla_flags
 
 from jaxchat.checkpoint import steps_in
-from jaxchat.data.world import World, write_world
+from jaxchat.demo import World, write_world
 from launch import base_train, tok_train
 
 ROWS = ["--device_batch_size=1", "--total_batch_size=256", "--eval_every=-1"]

@@ -2,8 +2,8 @@ from typing import NamedTuple
 
 import pytest
 
-from jaxchat.data.world import KINDS, Turn, World
-from jaxchat.eval import world as scorer
+from jaxchat.demo import KINDS, Turn, World
+from jaxchat.demo import score as scorer
 from jaxchat.infer import text
 from jaxchat.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from conftest import ROOT, THOROUGH, xla_flags
 
 from jaxchat import checkpoint, seal
 from jaxchat.config import UserError
-from jaxchat.data.world import World, write_world
+from jaxchat.demo import World, write_world
 from jaxchat.train import loop, saving
 from launch import base_train, chat_sft, tok_train
 

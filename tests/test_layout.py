@@ -16,7 +16,7 @@ ROWS = [
     {"tokenizer", "sharding", "hosts", "model", "data", "seal"},
     {"checkpoint"},
     {"train", "infer", "convert"},
-    {"eval", "plan"},
+    {"eval", "plan", "demo"},
     {"report"},
     {"launch"},
 ]

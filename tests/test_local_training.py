@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, THOROUGH, xla_flags
 
 from jaxchat.checkpoint import COMMANDS, FOLDERS, steps_in
-from jaxchat.data.world import World, write_world
+from jaxchat.demo import World, write_world
 from launch import tok_train
 
 SMALL = {"base_shards": 2, "base_rows": 600, "base_val_rows": 100, "mid_rows": 600, "sft_rows": 400, "val_rows": 40}

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, xla_flags
 
 from jaxchat.checkpoint import FOLDERS, steps_in
-from jaxchat.data.world import World, write_world
+from jaxchat.demo import World, write_world
 from launch import base_train, tok_train
 
 STEPS = 90

@@ -11,7 +11,7 @@ from jaxchat import checkpoint, sharding
 from jaxchat.config import BaseConfig, Compute, MidConfig, ModelConfig, UserError
 from jaxchat.data import pipelines
 from jaxchat.data.tasks import load_task
-from jaxchat.data.world import World, write_world
+from jaxchat.demo import World, write_world
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import stages
 from jaxchat.train.loop import place_batch

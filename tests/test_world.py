@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.config import UserError
-from jaxchat.data.world import KINDS, World, persona, phrases, relations, write_world
-from jaxchat.data.world.sums import Sum, pair_is_held_out
-from jaxchat.data.world.words import counted_letters, in_words
+from jaxchat.demo import KINDS, World, persona, phrases, relations, write_world
+from jaxchat.demo.sums import Sum, pair_is_held_out
+from jaxchat.demo.words import counted_letters, in_words
 from jaxchat.infer.calculator import calculate
 from jaxchat.tokenizer import check_conversation
 
@@ -51,7 +51,7 @@ def expression(turn):
 
 def test_a_world_is_the_same_in_every_process_and_differs_by_seed(world):
     code = (
-        "import hashlib, sys; from jaxchat.data.world import KINDS, World; w = World(int(sys.argv[1]));"
+        "import hashlib, sys; from jaxchat.demo import KINDS, World; w = World(int(sys.argv[1]));"
         "all = [(w.document(i), w.conversation(i)) for i in range(300)] + [w.heldout(kind) for kind in KINDS];"
         "print(hashlib.sha256(repr(all).encode()).hexdigest())"
     )

@@ -7,7 +7,7 @@ there is to a question put in words that the model has not seen. {e} is an expre
 
 from typing import NamedTuple
 
-from jaxchat.data.world.chance import Chance
+from jaxchat.demo.chance import Chance
 
 
 class Phrasings(NamedTuple):

@@ -8,9 +8,9 @@ import re
 from typing import NamedTuple
 
 from jaxchat.config import UserError
-from jaxchat.data.world import persona, phrases, relations, words
-from jaxchat.data.world.chance import Chance
-from jaxchat.data.world.sums import Sum, sum_of
+from jaxchat.demo import persona, phrases, relations, words
+from jaxchat.demo.chance import Chance
+from jaxchat.demo.sums import Sum, sum_of
 
 PEOPLE, LANDS, TOWNS = 36, 18, 12
 PROSE_ONLY_PEOPLE, PROSE_ONLY_LANDS = 6, 3

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxchat.data.world.phrases import Phrasings
+from jaxchat.demo.phrases import Phrasings
 
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "purple", "orange", "silver", "brown")
 

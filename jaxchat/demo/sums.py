@@ -3,7 +3,7 @@
 import zlib
 from typing import NamedTuple
 
-from jaxchat.data.world.chance import Chance
+from jaxchat.demo.chance import Chance
 
 
 class Sum(NamedTuple):

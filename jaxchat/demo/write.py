@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxchat.config import UserError
-from jaxchat.data.world.world import World
+from jaxchat.demo.world import World
 
 ROW_GROUP = 512
 PROSE_IN_TEN = 3  # of ten rows for mid, so many are base's kind of prose: without it mid forgets what base told

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxchat.data.world.chance import Chance
+from jaxchat.demo.chance import Chance
 
 # One entry for every syllable that a name may begin with. Names with the same beginning are easily confused by a
 # small model, so a world uses each beginning for one name only.
