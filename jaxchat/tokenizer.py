@@ -11,6 +11,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from jaxchat import files
 from jaxchat.config import UserError, base_dir
 
 SPECIAL_TOKENS = (
@@ -105,8 +106,8 @@ class Tokenizer:
             lines = (folder / "ranks.txt").read_text(encoding="ascii").split("\n")
             tokenizer = cls({base64.b64decode(line): rank for rank, line in enumerate(lines) if line})
             # A save that was killed between its two renames has left the second file under its temporary name.
-            files = [file for file in (folder / "tokenizer.json", folder / "tokenizer.json.new") if file.is_file()]
-            hashes = [json.loads(file.read_text(encoding="utf-8")).get("hash") for file in files]
+            infos = [folder / "tokenizer.json", folder / f"tokenizer.json{files.PART}"]
+            hashes = [json.loads(info.read_text(encoding="utf-8")).get("hash") for info in infos if info.is_file()]
         except (OSError, ValueError) as problem:
             raise UserError(f"the tokenizer in {folder} cannot be read ({problem}); train it anew") from problem
         if tokenizer.hash not in hashes:
@@ -122,14 +123,9 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         pieces = sorted(self.ranks, key=self.ranks.get)
         info = {"hash": self.hash, "vocab_size": self.vocab_size, "pattern": SPLIT_PATTERN, "specials": self._specials}
-        texts = {
-            "ranks.txt": "".join(base64.b64encode(piece).decode() + "\n" for piece in pieces),
-            "tokenizer.json": json.dumps(info, indent=1),
-        }
-        for name, text in texts.items():
-            (folder / f"{name}.new").write_text(text, encoding="utf-8")
-        for name in texts:
-            (folder / f"{name}.new").replace(folder / name)
+        with files.atomic(folder / "tokenizer.json") as about, files.atomic(folder / "ranks.txt") as ranks:
+            ranks.write_text("".join(base64.b64encode(piece).decode() + "\n" for piece in pieces))
+            about.write_text(json.dumps(info, indent=1), encoding="utf-8")
         return folder
 
     def special(self, name: str) -> int:

@@ -13,6 +13,7 @@ CODE = sorted(
 # A part imports from rows above its own, and from itself. Parts of one row don't import one another, but for ALSO.
 ROWS = [
     {"config"},
+    {"files"},
     {"tokenizer", "sharding", "hosts", "model", "data", "seal"},
     {"checkpoint"},
     {"train", "infer", "convert"},

@@ -1,14 +1,12 @@
 """The small world as files: parquet shards for base, JSON lines for mid and SFT, where the commands look for them."""
 
-import json
-import os
-from collections.abc import Iterable
 from itertools import count, islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxchat import files
 from jaxchat.config import UserError
 from jaxchat.demo.world import World
 
@@ -53,22 +51,10 @@ def write_world(
             yield next(documents if row % 10 < PROSE_IN_TEN else conversations)
 
     for name, rows in shards.items():
-        _write_parquet(base_data / name, islice(documents, rows))
-    _write_lines(tasks / "world_mid.jsonl", mixed(mid_rows))
-    _write_lines(tasks / "world_sft.jsonl", islice(conversations, sft_rows))
-    _write_lines(tasks / "world_val.jsonl", islice(conversations, val_rows))
+        table = pa.table({"text": list(islice(documents, rows))})
+        with files.atomic(base_data / name) as part:
+            pq.write_table(table, part, row_group_size=ROW_GROUP, compression="zstd")
+    files.write_lines(tasks / "world_mid.jsonl", mixed(mid_rows))  # a conversation's messages, or a document
+    files.write_lines(tasks / "world_sft.jsonl", islice(conversations, sft_rows))
+    files.write_lines(tasks / "world_val.jsonl", islice(conversations, val_rows))
     return shards | {"world_mid.jsonl": mid_rows, "world_sft.jsonl": sft_rows, "world_val.jsonl": val_rows}
-
-
-def _write_parquet(path: Path, texts: Iterable[str]) -> None:
-    partial = path.with_suffix(".partial")
-    pq.write_table(pa.table({"text": list(texts)}), partial, row_group_size=ROW_GROUP, compression="zstd")
-    os.replace(partial, path)
-
-
-def _write_lines(path: Path, rows: Iterable) -> None:
-    """One JSON value a line: a conversation's array of messages, or a document's string."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(partial, path)

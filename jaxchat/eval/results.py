@@ -5,11 +5,11 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 
 import jax
 
+from jaxchat import files
 from jaxchat.checkpoint import Found
 
 
@@ -43,11 +43,8 @@ def write_both(path: Path, rows: list[list], whole: dict):
     """Write `whole` as JSON to path and `rows` as CSV beside it, each of them atomically."""
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
-    texts = {path.with_suffix(".csv"): table.getvalue(), path: json.dumps(whole, indent=1, ensure_ascii=False) + "\n"}
-    for file, text in texts.items():
-        unfinished = file.with_name(file.name + ".new")
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, file)
+    files.write_text(path.with_suffix(".csv"), table.getvalue())
+    files.write_json(path, whole)
 
 
 def save_results(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from jaxchat import files
 from jaxchat.config import UserError
 from jaxchat.seal import FULL
 
@@ -48,9 +49,7 @@ class MetricsLog:
         if path.exists():  # what was logged after the checkpoint that training goes on from will be logged again
             logged = path.read_text().splitlines(keepends=True) if resume_step else []
             kept = [line for line in logged if _step_of(line) <= resume_step]
-            fresh = path.with_suffix(".new")
-            fresh.write_text("".join(kept))
-            fresh.replace(path)
+            files.write_text(path, "".join(kept))
         self._file = path.open("ab", buffering=0)
         if tensorboard:
             from tensorboardX import SummaryWriter

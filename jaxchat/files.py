@@ -1,0 +1,101 @@
+"""Files: atomic writes, lines of JSON, free disk space, hashes."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxchat.config import UserError
+
+PART = ".part"  # ends the name of what is not complete yet
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a path for the block to write a file or make a folder at; rename it to `path` when the block ends.
+
+    Whenever the process is killed, `path` has its old content or all of the new. If the block raises, the old content
+    stays and the new is deleted. A folder can only replace an empty one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + PART)
+    delete(part)  # left by a kill
+    try:
+        yield part
+        if part.is_file():
+            with part.open("rb+") as file:  # else a power cut may leave the name without the content
+                os.fsync(file.fileno())
+    except BaseException:
+        delete(part)
+        raise
+    part.replace(path)
+
+
+def write_text(path: Path, text: str):
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1):
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, values: Iterable):
+    """Write one JSON value a line."""
+    with atomic(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def append_line(path: Path, value: Any):
+    """Append one JSON value as a line."""
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Return the objects of a .jsonl file; [] if there is none. A line that a kill cut short is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def delete(path: Path):
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def size_text(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
+def check_space(folder: Path, needed: int, remedy: str = "free some"):
+    """Raise UserError if the disk of a folder, which need not exist yet, has fewer than `needed` bytes free."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{folder} needs {size_text(needed)} of disk space, and {size_text(free)} are free there; {remedy}"
+        )
+
+
+def file_hash(path: Path, kind: str = "sha256") -> str:
+    """Hex digest of a file's content; kind "git": SHA-1 as git names the content."""
+    with path.open("rb") as file:
+        if kind != "git":
+            return hashlib.file_digest(file, kind).hexdigest()
+        digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
+        while block := file.read(1 << 22):
+            digest.update(block)
+        return digest.hexdigest()
