@@ -12,6 +12,7 @@ ATTACKS = [
     "open(f'{outside}/kept', 'w').close()",
     "open(f'{outside}/kept', 'a').write('more')",
     "os.open(f'{outside}/kept', os.O_RDONLY | os.O_TRUNC)",
+    "os.open(f'{outside}/kept', 3 | os.O_TRUNC)",
     "os.truncate(f'{outside}/kept', 0)",
     "os.remove(f'{outside}/kept')",
     "import shutil; shutil.rmtree(f'{outside}/inner')",
@@ -104,6 +105,8 @@ RUNAWAYS = [
     "while True:\n    try: os.fork()\n    except OSError: pass",
     "import threading\ndef more():\n    threading.Thread(target=more).start(); more()\nmore()",
     "import threading\nwhile True: threading.Thread(target=lambda: __import__('time').sleep(1000)).start()",
+    "import threading, time\nthreading.stack_size(2**15)\n"
+    "for _ in range(1000): threading.Thread(target=time.sleep, args=(9,)).start()\ntime.sleep(9)",
     "kept = []\nwhile True: kept.append(bytearray(2**20))",
     "kept = 'x'\nwhile True: kept += kept",
     "import mmap\nkept = [mmap.mmap(-1, 2**30) for _ in range(1000)]",

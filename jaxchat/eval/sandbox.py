@@ -1,12 +1,12 @@
 """Run an untrusted Python program, such as one that a model wrote, without harm to the machine.
 
-Each program gets a Python of its own: a process with no environment, no arguments, an empty stdin and no open
-files of ours, in a new temporary folder. There, before the program begins (sandbox_child.py):
+Each program gets a Python process of its own, with no environment, no arguments, an empty stdin and no open
+files of ours, in a new temporary folder. Before the program begins, sandbox_child.py restricts that process:
 
-    files       Landlock: reads Python's own files and the system's libraries; writes plain files in its
-    folder only the rest    seccomp: a short list of system calls; so no network, no other processes, no
-    signals to anyone limits      CPU and wall time, memory, size and number of files, number of open files;
-    its output is dropped
+- Files, by Landlock: it reads Python's own files and the system's libraries, and writes plain files in its
+  folder only.
+- Everything else, by seccomp: a short list of system calls. So no network, no other processes, no signals.
+- Limits: CPU and wall time, memory, threads, size and number of files, open files. Its output is dropped.
 
 Neither needs root, a container or namespaces, and threads are bound too. If this process ends, the kernel
 kills the program. Where the kernel lacks one of the two (`missing`), `run` refuses.
@@ -33,8 +33,10 @@ from jaxchat.config import UserError
 from jaxchat.eval import sandbox_child
 
 FOLDER_SIZE, FOLDER_FILES = 64 * 2**20, 100
+THREADS = 64
 STARTING = 30.0  # seconds for Python itself, on a machine that is busy
-GLANCE = 0.02  # seconds between looks at the folder
+GLANCE = 0.02  # seconds between looks at the folder and the threads
+NEWEST_LANDLOCK = 6  # the newest version to use; tests lower it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +68,11 @@ def run(program: str, *, seconds: float = 5.0) -> Outcome:
             f"this kernel lacks {' and '.join(lacks)}, which the sandbox for programs that a model wrote needs; use a "
             "newer kernel, or leave HumanEval out"
         )
+    arguments = [str(math.ceil(seconds)), str(NEWEST_LANDLOCK)]
     nonce = secrets.token_hex(16).encode()  # known to the child alone, which returns it after the program's end
     with tempfile.TemporaryDirectory(prefix="jaxchat-", ignore_cleanup_errors=True) as folder:
         child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-X", "utf8", sandbox_child.__file__, str(math.ceil(seconds))],
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", sandbox_child.__file__, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -106,6 +109,8 @@ def _watch(child: subprocess.Popen, folder: Path, seconds: float) -> tuple[bytes
                 answer += piece
                 if not piece or len(answer) > 1000:
                     return answer, _ending(child)
+            if _threads_of(child) > THREADS:
+                return answer, f"its threads were more than {THREADS}"
             if _holds_too_much(folder):
                 return answer, f"its files were more than {FOLDER_FILES} or larger than {FOLDER_SIZE:,} bytes"
     return answer, f"took longer than {seconds:g} s"
@@ -123,6 +128,14 @@ def _ending(child: subprocess.Popen) -> str:
     if died.si_status == signal.SIGXCPU:
         return "took more CPU time than it has"
     return f"killed by {signal.Signals(died.si_status).name}"
+
+
+def _threads_of(child: subprocess.Popen) -> int:
+    """Its threads; 0 once it has ended. RLIMIT_NPROC does not bind root, and counts all of a user's processes."""
+    try:
+        return len(os.listdir(f"/proc/{child.pid}/task"))
+    except OSError:
+        return 0
 
 
 def _holds_too_much(folder: Path) -> bool:

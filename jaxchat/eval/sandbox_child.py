@@ -14,25 +14,29 @@ import types
 MEMORY = 512 * 2**20  # bytes of addresses
 FILE_SIZE = 8 * 2**20  # bytes of one file
 OPEN_FILES = 32
-OLDEST_LANDLOCK = 3  # the first that also guards truncation (Linux 6.2)
+PROCESSES = 256  # threads that may be started, whatever runs already
+# How many rights Landlock knows, by version. 2 (Linux 5.19) added moves between folders, which 1 (5.13) refuses; 3
+# (6.2) added truncation, which guard_calls refuses where a file is not opened for writing.
+LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15}
 
 # Of linux/landlock.h, linux/prctl.h, linux/seccomp.h and linux/filter.h; the same on every machine.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 READ_FILE, READ_DIR, WRITE_FILE, REMOVE_FILE, MAKE_REG, TRUNCATE = 1 << 2, 1 << 3, 1 << 1, 1 << 5, 1 << 8, 1 << 14
 SET_PDEATHSIG, SET_SECCOMP, SET_NO_NEW_PRIVS, FILTER_MODE = 1, 22, 38, 2
-LOAD, EQUAL, GREATER, ANY_BIT, RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
-ALLOW, KILL, ERRNO, ENOTTY, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050000, 25, 38
+LOAD, EQUAL, GREATER, ANY_BIT, AND, RETURN = 0x20, 0x15, 0x25, 0x45, 0x54, 0x06
+ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+EACCES, ENOTTY, ENOSYS = 13, 25, 38
 CLONE_THREAD, F_SETLKW, F_DUPFD_CLOEXEC = 0x10000, 7, 1030
 
 # The system calls that a program may make, by machine: they read and write what Landlock lets it open, and
 # handle its own memory, threads, signal handlers and clocks. Not among them, so they fail: processes,
 # sockets, signals to anyone, owners, modes and times of files, links, folders, limits, mounts, namespaces,
-# tracing. `guard_calls` looks closer at the first row.
+# tracing. `guard_calls` looks closer at the calls beside "allowed".
 MACHINES = {
     "x86_64": {
-        "audit": 0xC000003E, "clone": 56, "fcntl": 72, "ioctl": 16, "capset": 126,
+        "audit": 0xC000003E, "clone": 56, "fcntl": 72, "ioctl": 16, "capset": 126, "open": 2, "openat": 257,
         "allowed": {
-            "read": 0, "write": 1, "open": 2, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8,
+            "read": 0, "write": 1, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8,
             "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14,
             "rt_sigreturn": 15, "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "access": 21, "pipe": 22,
             "select": 23, "sched_yield": 24, "mremap": 25, "madvise": 28, "dup": 32, "dup2": 33, "nanosleep": 35,
@@ -41,17 +45,17 @@ MACHINES = {
             "sysinfo": 99, "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110,
             "sigaltstack": 131, "gettid": 186, "time": 201, "futex": 202, "sched_getaffinity": 204, "getdents64": 217,
             "restart_syscall": 219, "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230,
-            "exit_group": 231, "openat": 257, "newfstatat": 262, "unlinkat": 263, "renameat": 264, "readlinkat": 267,
+            "exit_group": 231, "newfstatat": 262, "unlinkat": 263, "renameat": 264, "readlinkat": 267,
             "faccessat": 269, "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "dup3": 292, "pipe2": 293,
             "renameat2": 316, "getrandom": 318, "membarrier": 324, "statx": 332, "rseq": 334, "close_range": 436,
             "faccessat2": 439,
         },
     },
     "aarch64": {
-        "audit": 0xC00000B7, "clone": 220, "fcntl": 25, "ioctl": 29, "capset": 91,
+        "audit": 0xC00000B7, "clone": 220, "fcntl": 25, "ioctl": 29, "capset": 91, "openat": 56,
         "allowed": {
             "getcwd": 17, "dup": 23, "dup3": 24, "unlinkat": 35, "renameat": 38, "ftruncate": 46, "faccessat": 48,
-            "chdir": 49, "openat": 56, "close": 57, "pipe2": 59, "getdents64": 61, "lseek": 62, "read": 63,
+            "chdir": 49, "close": 57, "pipe2": 59, "getdents64": 61, "lseek": 62, "read": 63,
             "write": 64, "readv": 65, "writev": 66, "pread64": 67, "pwrite64": 68, "pselect6": 72, "ppoll": 73,
             "readlinkat": 78, "newfstatat": 79, "fstat": 80, "fsync": 82, "fdatasync": 83, "exit": 93,
             "exit_group": 94, "futex": 98, "set_robust_list": 99, "nanosleep": 101, "clock_gettime": 113,
@@ -74,8 +78,8 @@ def _libc():
 def missing() -> list[str]:
     """What the sandbox needs and this kernel lacks; [] if nothing. Changes nothing."""
     libc, lacks = _libc(), []
-    if libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1) < OLDEST_LANDLOCK:  # asks for its version
-        lacks.append(f"Landlock {OLDEST_LANDLOCK} (Linux 6.2, enabled)")
+    if libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1) < 1:  # asks for its version
+        lacks.append("Landlock (Linux 5.13 or newer, enabled)")
     # Where there are filters, one at address 0 is a bad address; where there are none, an invalid argument.
     no_filters = libc.prctl(SET_SECCOMP, FILTER_MODE, None, 0, 0) == -1 and ctypes.get_errno() != 14  # EFAULT
     if no_filters or platform.machine() not in MACHINES:
@@ -89,12 +93,19 @@ def _call(result: int) -> int:
     return result
 
 
+def _running() -> int:
+    """Threads on this machine: at least those of this user, which is what RLIMIT_NPROC counts."""
+    with open("/proc/loadavg") as file:
+        return int(file.read().split()[3].partition("/")[2])
+
+
 def limit(cpu_seconds: int):
     for what, bound in (
         (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_AS, MEMORY),
         (resource.RLIMIT_FSIZE, FILE_SIZE),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_NPROC, _running() + PROCESSES),
         (resource.RLIMIT_CORE, 0),
     ):
         hard = resource.getrlimit(what)[1]
@@ -103,13 +114,17 @@ def limit(cpu_seconds: int):
         resource.setrlimit(what, (bound, bound + over if hard == resource.RLIM_INFINITY else bound))
 
 
-def guard_files(folder: str):
-    """Landlock: files are read where Python and its libraries lie, and read, written and deleted in `folder`."""
+def guard_files(folder: str, newest: int):
+    """Landlock: files are read where Python and its libraries are, and read, written and deleted in `folder`.
+
+    newest: the newest of Landlock's versions to use.
+    """
     libc = _libc()
-    version = _call(libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1))
-    # Every right there is up to version 3, each of which is refused unless granted below; since version 6
-    # also TCP, and abstract sockets and signals of processes outside.
-    ruleset = struct.pack("QQQ", (1 << 15) - 1, 3, 3)[: 24 if version >= 6 else 8]
+    version = min(newest, _call(libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)))
+    # Each of these rights is refused unless granted below; since version 6 also TCP, and abstract sockets and
+    # signals of processes outside.
+    handled = (1 << LANDLOCK_RIGHTS[min(version, 3)]) - 1
+    ruleset = struct.pack("QQQ", handled, 3, 3)[: 24 if version >= 6 else 8]
     rules = _call(libc.syscall(CREATE_RULESET, ruleset, ctypes.c_size_t(len(ruleset)), 0))
     read, write = READ_FILE | READ_DIR, WRITE_FILE | TRUNCATE
     libraries = {*sys.path, f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"}
@@ -119,7 +134,7 @@ def guard_files(folder: str):
     for path, rights in granted.items():
         if os.path.exists(path):
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            _call(libc.syscall(ADD_RULE, rules, 1, struct.pack("=Qi", rights, fd), 0))
+            _call(libc.syscall(ADD_RULE, rules, 1, struct.pack("=Qi", rights & handled, fd), 0))
             os.close(fd)
     _call(libc.syscall(RESTRICT_SELF, rules, 0))
     os.close(rules)
@@ -135,6 +150,14 @@ def guard_calls():
     program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, machine["audit"]), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     for number in machine["allowed"].values():
         program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
+    for name, flags in (("open", 1), ("openat", 2)):  # Landlock before version 3 lets what may be read be emptied
+        if name in machine:
+            program += [
+                (EQUAL, 0, 8, machine[name]), (LOAD, 0, 0, argument(flags)),
+                (ANY_BIT, 1, 0, os.O_TRUNC), (RETURN, 0, 0, ALLOW),
+                (AND, 0, 0, os.O_ACCMODE), (EQUAL, 1, 0, os.O_WRONLY), (EQUAL, 0, 1, os.O_RDWR), (RETURN, 0, 0, ALLOW),
+                (RETURN, 0, 0, ERRNO | EACCES),
+            ]  # fmt: skip
     program += [
         (EQUAL, 0, 1, machine["ioctl"]), (RETURN, 0, 0, ERRNO | ENOTTY),  # so that isatty() says no
         (EQUAL, 0, 4, machine["clone"]),
@@ -149,12 +172,12 @@ def guard_calls():
     _call(_libc().prctl(SET_SECCOMP, FILTER_MODE, filters, 0, 0))
 
 
-def shut_in(folder: str, cpu_seconds: int):
+def shut_in(folder: str, cpu_seconds: int, newest_landlock: int):
     libc = _libc()
     _call(libc.prctl(SET_PDEATHSIG, 9, 0, 0, 0))
     _call(libc.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     limit(cpu_seconds)
-    guard_files(folder)
+    guard_files(folder, newest_landlock)
     if os.geteuid() == 0:  # root without root's powers
         header, none = struct.pack("II", 0x20080522, 0), bytes(24)
         _call(libc.syscall(MACHINES[platform.machine()]["capset"], header, none))
@@ -169,7 +192,7 @@ def main():
     for fd in (1, 2):
         os.dup2(silence, fd)
     try:
-        shut_in(os.getcwd(), int(sys.argv[1]))
+        shut_in(os.getcwd(), *map(int, sys.argv[1:]))
     except Exception as problem:
         os.write(answer, f"{type(problem).__name__}: {problem}".encode())
         return
