@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 
+LONGER = 4  # a row may be so many times longer than the context that the model was trained with
+
 
 class PlainModel:
     """spec.md's model in float64."""
@@ -42,8 +44,8 @@ class PlainModel:
         return 15 * np.tanh(norm(x[first:]) @ p.lm_head / 15)
 
     def span(self, tokens, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """(loss, whether no other was likelier) of each of tokens[start:end]; the last sequence_len tokens are read."""
-        cut = max(0, len(tokens) - self.config.sequence_len)
+        """(loss, whether no other was likelier) of each of tokens[start:end]; rows keep LONGER contexts."""
+        cut = max(0, len(tokens) - LONGER * self.config.sequence_len)
         tokens, start, end = tokens[cut:], max(1, start - cut), end - cut
         z = self.logits(tokens, start - 1)[: end - start]
         targets = np.asarray(tokens[start:end], np.int64)

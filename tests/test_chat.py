@@ -9,9 +9,9 @@ from conftest import random_params, sandbox_is_whole
 from plain_scorer import PlainModel
 
 from jaxchat import sharding
-from jaxchat.config import Compute, ModelConfig
+from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.data.tasks import load_task
-from jaxchat.eval import chat
+from jaxchat.eval import chat, scoring
 from jaxchat.eval.results import mean
 from jaxchat.eval.scoring import Scorer
 from jaxchat.infer.calculator import calculate
@@ -21,6 +21,7 @@ from jaxchat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 LENGTH = 96
 CHOICES = ["ARC-Easy", "ARC-Challenge", "MMLU"]
+NEEDS_SANDBOX = pytest.mark.skipif(not sandbox_is_whole(), reason="this kernel has no Landlock or no seccomp")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,7 @@ def evaluated(rows, scorer, engine, tokenizer, **how):
     return found
 
 
+@NEEDS_SANDBOX
 def test_a_model_that_knows_all_scores_exactly_1(rows, tokenizer):
     def knowing(name):
         return Knows(tokenizer, rows[name])
@@ -203,16 +205,70 @@ def test_long_problems_keep_their_end(rows, tokenizer, limit, most, kept):
 
 
 def test_checks_of_numbers(rows):
+    """Numbers are compared as numbers; of several after #### the first counts."""
     row = rows["GSM8K"][0]
     answer = chat.final_number("".join(part["text"] for part in row["messages"][1]["content"]))
     for text, right in [
-        (f"so\n#### {answer}", True), (f"#### {answer}.", True), (f"#### {answer}0", False), (answer, False),
-        (f"#### {answer} #### 7", True), ("####", False), ("", False), (f"####{answer}", False),
+        (f"so\n#### {answer}", True), (f"#### {answer}.", True), (f"#### {answer}0", False), (f"{answer}", False),
+        (f"#### {answer} #### 7", True), ("####", False), ("", False), (f"####{answer}", True),
+        (f"#### ${answer}.00", True), (f"#### **{answer}** apples", True), (f"#### -{answer}", False),
+        (f"### {answer}", False), (f"#### Sum\n1 + 1\n#### {answer}", True), (f"#### {answer}.5", False),
     ]:  # fmt: skip
-        assert chat.states_the_number(row, text) is right
-    assert chat.final_number("#### -1,234.50 and") == "-1234.50"
+        assert chat.states_the_number(row, text) is right, text
 
 
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("18.00", 18), ("$18", 18), ("1,234", 1234), ("-1,234.50 and", -1234.5), ("-$5", -5), ("$-5", -5), ("−5", -5),
+        ("+7", 7), (".5", 0.5), ("1,23", 1), ("1,234,567", 1234567), ("12,3456", 12), ("€ 20%", 20), ("007", 7),
+        ("1" * 40, int("1" * 40)), ("x", None), ("$", None),
+    ],
+)  # fmt: skip
+def test_final_numbers(text, number):
+    with_space, without = chat.final_number(f"#### {text}"), chat.final_number(f"so ####{text}")
+    assert with_space == without == number
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        "python",
+        "py",
+        "python3",
+        "Python",
+        "PY",
+        " python",
+        "python3.11",
+        "{.python}",
+        "",
+        'python title="a.py"',
+        "py\r",
+    ],
+)
+@pytest.mark.parametrize("fence", ["```", "~~~", "````"])
+def test_fences_of_code(fence, info):
+    """Whatever is written after the fence, the code in it is what runs, not what follows it."""
+    row = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f): assert f(1) == 2"}
+    code = "def f(x):\n    return x + 1\n"
+    text = f"Run: {fence}{info}\n{code}{fence}\nThis adds 1 to x.\n{fence}python\nf(2)\n{fence}\n"
+    assert chat.code_of(row, text) == code
+    assert chat.program_of(row, text) == f"{row['prompt']}\n{code}\n\n{row['test']}\n\ncheck(f)\n"
+
+
+def test_which_code_runs():
+    row = {"prompt": "def f(x):\n", "entry_point": "f", "test": ""}
+    code = "def f(x):\n    return x + 1\n"
+    assert chat.code_of(row, f"```bash\npip install x\n```\n```python\n{code}```") == code  # not the first block
+    assert chat.code_of(row, f"```js\n{code}```") == code  # no block of Python: the first
+    indented = code.replace("def", "   def").replace("    return", "       return")
+    assert chat.code_of(row, f"1. Do so:\n   ```python\n{indented}   ```") == code  # in a list
+    assert chat.code_of(row, "```python\n    return x + 1\n```") == "    return x + 1\n"  # the body alone
+    assert chat.code_of(row, f"```python\n{code}") == code and chat.code_of(row, code) == code  # cut off; no fence
+    assert chat.code_of(row, "the call ```f(1)``` is 2") == "the call ```f(1)``` is 2"
+
+
+@NEEDS_SANDBOX
 def test_programs_of_answers(rows):
     """The whole function, in a fence or not, with or without imports, or only its body; and a wrong one."""
     row = rows["HumanEval"][0]
@@ -227,6 +283,39 @@ def test_programs_of_answers(rows):
     wrong = f"```python\ndef {row['entry_point']}(*_): return object()\n```"
     for text in ("", "    pass", wrong, "```python\n```", "no code"):
         assert not chat.passes_its_tests(row, text)
+
+
+def test_chat_core_says_of_which_tasks_it_is():
+    """With SpellingBee and, as nanochat's figures are, without it."""
+    results = [chat.result_of(name, [[i < n] for i in range(10)]) for n, name in enumerate(chat.TASKS, 3)]
+    centred = [result.centered for result in results]
+    assert chat.chat_core(results) == {
+        "ChatCORE": pytest.approx(np.mean(centred)),
+        "ChatCORE without SpellingBee": pytest.approx(np.mean(centred[:5])),
+    }
+    few = [result for result in results if result.task != "HumanEval"]
+    assert chat.chat_core(few) == {
+        "ChatCORE without HumanEval": pytest.approx(np.mean(centred[:4] + centred[5:])),
+        "ChatCORE without HumanEval, SpellingBee": pytest.approx(np.mean(centred[:4])),
+    }
+
+
+@pytest.mark.parametrize(
+    "gigabytes, dtype, slots",
+    [(80, "bfloat16", 64), (16, "bfloat16", 16), (5, "bfloat16", 2), (3, "bfloat16", 1), (16, "float32", 8)],
+)
+def test_slots_by_memory(gigabytes, dtype, slots):
+    """d20: 561M parameters, and 2·20·2048·1280 keys and values a slot, 210 MB in bfloat16; twice that is counted."""
+    d20 = ModelConfig.from_depth(20, sequence_len=2048, vocab_size=65536)
+    assert chat.batch_size_for(d20, Compute(dtype=dtype), gigabytes * 10**9) == slots
+    assert chat.batch_size_for(d20, Compute(dtype=dtype), None) == 64
+
+
+def test_full_memory_names_the_flag():
+    with pytest.raises(UserError, match="memory is full; lower -b"), scoring.out_of_memory("lower -b"):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 13 bytes.")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), scoring.out_of_memory("lower -b"):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
 def test_pass_at_k():

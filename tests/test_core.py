@@ -28,7 +28,7 @@ from jaxchat.tokenizer import Tokenizer
 
 # Losses of up to 15 nats in float32 over one layer: 2e-6 was seen. Another token or place differs by 0.01 and more.
 TOLERANCE = 5e-5
-LENGTH = 64  # tokens that the model takes; most few-shot prompts are longer
+LENGTH = 32  # the model's context; most few-shot prompts are longer, many than four times that
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +157,16 @@ def compare(folder, bundle, tokenizer, scorer, plain, number):
 def test_scores_are_the_plain_scorers(folder, bundle, tokenizer, model, scorer):
     before = scoring.span_losses._cache_size()
     result = compare(folder, bundle, tokenizer, scorer, PlainModel(*model), 11)
-    assert scoring.span_losses._cache_size() - before <= len(buckets(LENGTH)) == 2
+    assert scoring.span_losses._cache_size() - before <= len(buckets(LENGTH)) == 3
     for task, got in zip(bundle, result, strict=True):
         share = sum(got.right) / 11
         assert (got.task, got.items, got.accuracy) == (task.label, 11, share)
         assert got.centered == pytest.approx((share - task.chance) / (1 - task.chance))
     assert mean(result) == pytest.approx(np.mean([got.centered for got in result]))
+    lengths = [[len(tokens) for tokens, _, _ in scored(row, tokenizer)] for row in written(folder, 11)]
+    cropped = [sum(max(of) > 4 * LENGTH for of in lengths[i : i + 11]) for i in range(0, len(lengths), 11)]
+    assert [got.cropped for got in result] == cropped and 0 < sum(cropped) < len(lengths)
+    assert sum(LENGTH < max(of) <= 4 * LENGTH for of in lengths) > 20, "longer than the context, and read whole"
 
 
 @pytest.mark.slow
@@ -173,8 +177,8 @@ def test_scores_of_many_items_are_the_plain_scorers(folder, bundle, tokenizer, m
 
 
 def test_scores_do_not_depend_on_batch_or_mesh(model, devices):
-    """A span at the very end, at the beginning, of nothing; rows of every length, some longer than the model takes."""
-    params, config = model[0], replace(model[1], sequence_len=64)
+    """A span at the very end, at the beginning, of nothing; rows of every length, up to and over four contexts."""
+    params, config = model[0], replace(model[1], sequence_len=16)
     random = np.random.default_rng(0)
     spans = []
     for length in [2, 20, 32, 33, 64, 65, 70, *random.integers(2, 80, 40)]:
@@ -197,8 +201,9 @@ def test_scores_do_not_depend_on_batch_or_mesh(model, devices):
 
 def rigged(monkeypatch, knows: list[np.ndarray], config, mesh) -> Scorer:
     """A model that foresees each token of the rows it knows (told by a hash of them); all are alike to it in others."""
-    factors = np.random.default_rng(0).integers(1, 2**31, config.sequence_len, dtype=np.uint32)
-    rows = [row[-config.sequence_len :].astype(np.uint32) for row in knows]
+    longest = scoring.LONGER * config.sequence_len
+    factors = np.random.default_rng(0).integers(1, 2**31, longest, dtype=np.uint32)
+    rows = [row[-longest:].astype(np.uint32) for row in knows]
     table = jnp.asarray(np.array([(row * factors[: len(row)]).sum(dtype=np.uint32) for row in rows], np.uint32))
 
     def features(params, tokens_BT, config, compute):
@@ -219,7 +224,7 @@ def rigged(monkeypatch, knows: list[np.ndarray], config, mesh) -> Scorer:
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_a_model_that_knows_scores_as_much_as_it_knows(bundle, tokenizer, devices, monkeypatch, share):
     """Exactly 1 if it knows all answers; where it knows half, exactly those are right, or luck where it knows none."""
-    config = ModelConfig(512, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
+    config = ModelConfig(128, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
     number, known, rows = 12, {}, []
     for task in bundle:
         items = task.drawn(number)
@@ -243,7 +248,7 @@ def test_an_untrained_model_scores_about_0(bundle, tokenizer, devices):
     Of n items an accuracy p then has the standard deviation √(p(1−p)/n), over 1 − chance when centred, and CORE's is
     the root of the sum of squares over 22. The bundle's chance is not always 1/options; that moves CORE by `bias`.
     """
-    config = ModelConfig(64, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
+    config = ModelConfig(16, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
     params = model_params.init(jax.random.key(0), config)
     result = core.evaluate(
         Scorer(params, config, Compute(), sharding.make_mesh(devices[:1]), quiet=True), tokenizer, bundle, 20
@@ -273,7 +278,7 @@ def test_choose_takes_the_likeliest_candidate(model, scorer):
 
 
 def test_what_cannot_be_scored_is_told(folder, bundle, tmp_path):
-    with pytest.raises(UserError, match="takes 10 examples .* at least 11"):
+    with pytest.raises(UserError, match="needs 10 examples .* at least 11"):
         bundle[1].drawn(10)
     assert len(bundle[1].drawn(11)) == 11
     with pytest.raises(UserError, match="download core-bundle"):

@@ -9,7 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import sandbox_is_whole
 
+from jaxchat.config import UserError
+from jaxchat.eval import results, sandbox
 from launch import base_eval, base_train, chat_eval, tok_train
 
 TEXTS = [f"number {i} is the one after {i - 1}, and the words go on." for i in range(1, 300)]
@@ -80,8 +83,8 @@ def trained(tmp_path_factory, devices):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXCHAT_BASE_DIR", str(folder))
         (folder / "base_data").mkdir()
-        for n in range(2):
-            pq.write_table(pa.table({"text": TEXTS}), folder / "base_data" / f"{n}.parquet")
+        for n in range(3):  # the last is for validation
+            pq.write_table(pa.table({"text": TEXTS[n:]}), folder / "base_data" / f"{n}.parquet")
         write_bundle(folder / "eval_bundle")
         write_tasks(folder / "tasks")
         tok_train.main(["--vocab_size=280"])
@@ -120,7 +123,7 @@ def test_base_eval(here, trained, capsys):
     rows = list(csv.reader((run / "base_eval_2.csv").read_text().splitlines()))
     assert rows[0] == ["task", "accuracy", "centered", "items"] and [row[0] for row in rows[1:]][-1] == "core"
     assert float(rows[-1][2]) == found["values"]["core"] and float(rows[1][1]) == found["tasks"]["choices"]["accuracy"]
-    assert "next: " in text and "launch.mid_train --model_tag=d1" in text
+    assert "next: " in text and "launch.mid_train --model_tag=d1" in text and "WARNING" not in text
     # The training measured the same of the same weights.
     assert "3 tasks every 2 steps" in trained[1]
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -136,6 +139,69 @@ def test_base_eval(here, trained, capsys):
     assert "download core-bundle" in refused(capsys, base_eval, [f"--eval_bundle={here / 'base_data'}"])
 
 
+def result_with(run, command, words):
+    """The JSON of the one result file that has these words; it is deleted."""
+    (path,) = [p for p in run.glob(f"{command}_2*.json") if words in p.read_text()]
+    found = json.loads(path.read_text())
+    path.unlink(), path.with_suffix(".csv").unlink()
+    return found
+
+
+def test_a_validation_shard_that_was_trained_on(here, trained, tmp_path):
+    """With the last shard gone, one of training's takes its place; the checkpoint's fingerprints know it."""
+    last = here / "base_data/2.parquet"
+    last.rename(tmp_path / "away")
+    try:
+        text = said(base_eval, ["--max_per_task=3", "--device_batch_size=1", "--eval_tokens=300"])
+    finally:
+        (tmp_path / "away").rename(last)
+    assert text.count("WARNING") == 2 and "1.parquet, now the last shard, is one that d1 was trained on" in text
+    assert "1.parquet" in result_with(here / "base_checkpoints/d1", "base_eval", "warning")["warning"]
+
+
+def test_base_eval_without_a_bundle(here, trained, tmp_path, capsys):
+    """Bits per byte are measured, and CORE is said to be missing; a bundle that was named must be there."""
+    bundle = here / "eval_bundle"
+    bundle.rename(tmp_path / "away")
+    try:
+        text = said(base_eval, ["--max_per_task=5", "--device_batch_size=1", "--eval_tokens=300"])
+        assert "download core-bundle" in refused(capsys, base_eval, ["--eval_tokens=0"])
+        assert "download core-bundle" in refused(capsys, base_eval, [f"--eval_bundle={tmp_path}"])
+    finally:
+        (tmp_path / "away").rename(bundle)
+    assert "val_bpb" in text and text.count("NOT measured: no CORE bundle") == 2
+    found = result_with(here / "base_checkpoints/d1", "base_eval", '"max_per_task": 5')
+    assert set(found["values"]) == {"train_bpb", "val_bpb"}
+
+
+@pytest.mark.parametrize("command, args", [(base_eval, []), (chat_eval, ["-i", "base"])])
+def test_a_folder_that_cannot_be_written_is_found_first(here, trained, monkeypatch, capsys, command, args):
+    def denied(dir, prefix):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(results.tempfile, "NamedTemporaryFile", denied)
+    error = refused(capsys, command, args)
+    assert "base_checkpoints/d1: Permission denied; grant access" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("lacks", [["Landlock (Linux 5.13 or newer, enabled)"], UserError("this is Darwin")])
+def test_chat_eval_without_a_sandbox(here, trained, monkeypatch, capsys, lacks):
+    """HumanEval is left out loudly, ChatCORE says so, and HumanEval alone is refused."""
+
+    def missing():
+        if isinstance(lacks, list):
+            return lacks
+        raise lacks
+
+    monkeypatch.setattr(sandbox, "missing", missing)
+    assert "name other tasks" in refused(capsys, chat_eval, ["-i", "base", "-a", "HumanEval"])
+    text = said(chat_eval, ["-i", "base", "-x", "2", "-m", "4"])
+    assert text.count("HumanEval is NOT measured: this ") == 2
+    values = result_with(here / "base_checkpoints/d1", "chat_eval", '"max_problems": 2')["values"]
+    assert [*values][-2:] == ["ChatCORE without HumanEval", "ChatCORE without HumanEval, SpellingBee"]
+    assert "ChatCORE without HumanEval " in text and "(over 5 tasks)" in text and "(over 4 tasks)" in text
+
+
 def test_training_goes_on_without_a_bundle(here, tmp_path, capsys):
     args = [*BASE, "--num_iterations=1", "--model_tag=none"]
     assert "download core-bundle" in refused(capsys, base_train, [*args, f"--eval_bundle={tmp_path}"])
@@ -147,12 +213,15 @@ def test_training_goes_on_without_a_bundle(here, tmp_path, capsys):
         (tmp_path / "away").rename(bundle)
 
 
+@pytest.mark.skipif(not sandbox_is_whole(), reason="this kernel has no Landlock or no seccomp")
 def test_chat_eval(here, capsys):
     run = here / "base_checkpoints/d1"
     text = said(chat_eval, ["-i", "base", "-x", "3", "-m", "8"])
     found = json.loads((run / "chat_eval_2.json").read_text())
     names = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
-    assert list(found["tasks"]) == names and [*found["values"]] == [*names, "ChatCORE"]
+    assert list(found["tasks"]) == names
+    assert [*found["values"]] == [*names, "ChatCORE", "ChatCORE without SpellingBee"]
+    assert "(over 6 tasks)" in text and "(over 5 tasks)" in text and "64 at a time" in text
     for name, task in found["tasks"].items():
         chance = 0.25 if name in names[:3] else 0
         assert task["items"] == 3 and task["centered"] == pytest.approx((task["accuracy"] - chance) / (1 - chance))

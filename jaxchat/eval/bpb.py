@@ -8,8 +8,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxchat.checkpoint import Found
 from jaxchat.config import Compute, ModelConfig, UserError
-from jaxchat.sharding import ROWS, place_same
+from jaxchat.data.encode import text_reader
+from jaxchat.data.pipelines import packed_validation
+from jaxchat.data.sources import ParquetText
+from jaxchat.sharding import ROWS, data_shards, place_same
 from jaxchat.train.loss import loss_sums
 
 
@@ -38,3 +42,28 @@ def bits_per_byte(params, batches: list[dict], token_bytes, config, compute, mes
         raise UserError("bits per byte cannot be measured: all documents are empty; check the validation data")
     nll, _ = total_loss(params, sized, config, compute, mesh)
     return nll / (math.log(2) * num_bytes)
+
+
+def measure_text(found: Found, params, texts: dict[str, ParquetText], rows: int, max_tokens: int, compute: Compute):
+    """Measure and print bits per byte of each split's first max_tokens tokens: {"train_bpb": …, "val_bpb": …}."""
+    values, mesh = {}, compute.mesh
+    size = {"rows": rows * data_shards(mesh), "time": found.config.sequence_len, "max_tokens": max_tokens}
+    for split, text in texts.items():
+        batches = packed_validation(text_reader(text, found.tokenizer), range(len(text)), **size)
+        value = bits_per_byte(params, batches, found.tokenizer.token_bytes, found.config, compute, mesh)
+        values[f"{split}_bpb"] = value
+        print(f"{split}_bpb {value:.4f}", flush=True)
+    return values
+
+
+def trained_on(found: Found, validation: ParquetText) -> str:
+    """A warning if the checkpoint was trained on the validation shard, by its fingerprints; "" if it was not."""
+    shards = sorted((found.meta.get("data") or {}).items())[:-1]  # the last was for validation then
+    trained = {fingerprint for _, fingerprint in shards}
+    for name, fingerprint in validation.fingerprint.items():
+        if fingerprint in trained:
+            return (
+                f"{name}, now the last shard, is one that {found.folder.name} was trained on, so val_bpb measures "
+                "training text; put back the shard that came after it"
+            )
+    return ""

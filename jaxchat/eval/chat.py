@@ -1,45 +1,70 @@
-"""What a chat model can do: multiple choice by letter, and answers that it writes and that are then checked."""
+"""ChatCORE's six tasks: multiple choice by the likeliest letter, and written answers that are checked."""
 
 import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 
 import jax
 import numpy as np
 
+from jaxchat.config import Compute, ModelConfig, UserError
+from jaxchat.data.tasks import Task
 from jaxchat.eval import sandbox
-from jaxchat.eval.results import TaskResult
+from jaxchat.eval.results import TaskResult, mean
 from jaxchat.eval.scoring import Progress, Scorer
 from jaxchat.infer.engine import Engine
+from jaxchat.model.flops import num_params
 from jaxchat.sharding import gather_json
 from jaxchat.tokenizer import Tokenizer
 
-FINAL = re.compile(r"#### (-?[\d.,]*\d)")
-FENCED = re.compile(r"```(?:python)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+# A number after ####, with or without a currency sign, bold type, or commas between thousands.
+FINAL = re.compile(r"####[\s*$€£]*([-−+]?)[\s*$€£]*(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+FENCED = re.compile(r"(```+|~~~+)[ \t]*([^\n`]*)\n(.*?)(?:\1|\Z)", re.DOTALL)
+PYTHON = re.compile(r"\W*(py|python)[\d.]*\b|\s*$", re.IGNORECASE)  # what may follow ``` before Python code
+
+SLOTS = 64  # answers written at a time, where memory is no question
 
 
-def final_number(text: str) -> str | None:
-    """The number after the first ####, without thousands commas."""
+def final_number(text: str) -> Decimal | None:
+    """The number after the first ####. "18.00", "$18" and "1,234" are 18, 18 and 1234."""
     found = FINAL.search(text)
-    return found[1].replace(",", "") if found else None
+    if not found:
+        return None
+    number = Decimal(found[2].replace(",", ""))
+    return -number if found[1] in tuple("-−") else number
 
 
 def states_the_number(row: dict, text: str) -> bool:
     """Whether an answer ends with the number that the row's own ends with."""
     content = row["messages"][-1]["content"]
     wanted = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return (said := final_number(text)) is not None and said == final_number(wanted)
+    return (number := final_number(text)) is not None and number == final_number(wanted)
+
+
+def code_of(row: dict, text: str) -> str:
+    """The code in an answer: its first fenced block of Python, or else its first block, or all of it."""
+    blocks = [(info, code) for _, info, code in FENCED.findall(text)]
+    code = next((code for info, code in blocks if PYTHON.match(info)), blocks[0][1] if blocks else text)
+    flush = textwrap.dedent(code)  # a block in a list is indented; a function's body alone must stay so
+    return flush if defines(row, flush) else code
+
+
+def defines(row: dict, code: str) -> bool:
+    return bool(re.search(rf"^def {re.escape(row['entry_point'])}\b", code, re.MULTILINE))
 
 
 def program_of(row: dict, text: str) -> str:
-    """A HumanEval answer as the program to run: the function, from the answer's first fenced block if it has one, its
-    tests, and the call of these. An answer without the function itself goes on where the prompt ends."""
-    code = fenced[1] if (fenced := FENCED.search(text)) else text
-    defines_it = re.search(rf"^def {re.escape(row['entry_point'])}\b", code, re.MULTILINE)
-    code = row["prompt"] + ("\n" if defines_it else "") + code  # the prompt may hold imports and helpers
+    """The program that tests a HumanEval answer: prompt, answer, the task's tests, and their call.
+
+    An answer without the function itself is read as the rest of the prompt.
+    """
+    code = code_of(row, text)
+    code = row["prompt"] + ("\n" if defines(row, code) else "") + code  # the prompt may hold imports and helpers
     return f"{code}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
 
 
@@ -51,8 +76,8 @@ def passes_its_tests(row: dict, text: str) -> bool:
 @dataclasses.dataclass(frozen=True)
 class ChatTask:
     spec: str  # for load_task
-    chance: float  # the share that guessing gets right
-    check: Callable[[dict, str], bool] | None  # of an answer that the model writes; None: it chooses a letter
+    chance: float  # accuracy of guessing
+    check: Callable[[dict, str], bool] | None  # whether a written answer is right; None: the model chooses a letter
 
 
 TASKS = {
@@ -66,48 +91,74 @@ TASKS = {
 
 
 def drawn(task: Sequence[dict], max_problems: int) -> list[dict]:
-    """A fixed draw of max_problems of a task's problems; all where that is below 0."""
+    """A fixed random sample of at most max_problems problems; -1: all, in random order too."""
     count = len(task) if max_problems < 0 else min(max_problems, len(task))
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(task))  # neighbours share their subject
     return [task[int(i)] for i in order[:count]]
 
 
-def choose_letters(scorer: Scorer, tokenizer: Tokenizer, rows: list[dict]) -> list[bool]:
-    """Of each choice problem, whether the right letter is likeliest.
+def why_not(name: str) -> str:
+    """Why a task cannot be measured on this machine; "" if it can."""
+    if name != "HumanEval":
+        return ""
+    try:
+        lacks = sandbox.missing()
+    except UserError as problem:
+        return str(problem)
+    return f"this kernel lacks {' and '.join(lacks)}, which running what the model wrote needs" if lacks else ""
 
-    A problem is asked as in training, up to where the assistant's letter follows, and only the letters of its own
-    choices compete. Of a problem longer than the model's context the end is kept.
+
+def batch_size_for(model: ModelConfig, compute: Compute, memory: int | None) -> int:
+    """Answers to write at a time on devices of `memory` bytes (None: unknown): a power of two, at most SLOTS.
+
+    A slot holds the keys and values of a whole context; twice that is counted, as are the weights in float32 and in
+    the compute dtype. The answers do not depend on it.
+    """
+    if memory is None:
+        return SLOTS
+    size = 4 if compute.dtype == "float32" else 2
+    slot = 2 * model.n_layer * model.sequence_len * model.n_kv_head * model.head_dim * size + 4 * model.vocab_size
+    room = 0.9 * memory - (4 + size) * num_params(model)
+    fitting = max(1, int(room // (2 * slot)))
+    return min(SLOTS, 1 << (fitting.bit_length() - 1))
+
+
+def choose_letters(scorer: Scorer, tokenizer: Tokenizer, rows: list[dict]) -> list[bool]:
+    """For each choice problem, whether the right letter is the likeliest.
+
+    A problem is rendered as in training, up to where the assistant's letter follows, and only the letters of its
+    choices compete. A problem longer than the model's context keeps its end.
     """
     prompts = [tokenizer.render_for_completion(row) for row in rows]
-    letters = [
-        [tokenizer.encode(letter)[0] for letter in row["letters"]] for row in rows
-    ]  # one byte each, so one token
+    # A letter is one byte, so it is one token.
+    letters = [[tokenizer.encode(letter)[0] for letter in row["letters"]] for row in rows]
     chosen = scorer.choose(prompts, letters)
     return [row["letters"][c] == row["messages"][-1]["content"] for row, c in zip(rows, chosen, strict=True)]
 
 
 def letter_accuracy(scorer: Scorer, tokenizer: Tokenizer, task: Sequence[dict], max_problems: int = -1) -> float:
-    """The share of a choice task's problems (of a fixed draw of max_problems) that are answered right."""
+    """Accuracy on a choice task, or on a fixed sample of max_problems of it."""
     right = choose_letters(scorer, tokenizer, drawn(task, max_problems))
     return sum(right) / max(1, len(right))
 
 
 def write_answers(
-    engine: Engine, rows: list[dict], check: Callable[[dict, str], bool], *, quiet: bool = False, **how
+    engine: Engine, rows: list[dict], check: Callable[[dict, str], bool], *, quiet: bool = False, **options
 ) -> list[list[bool]]:
-    """Of each problem, whether each of its answers is right. how: of Engine.generate; quiet: print no progress.
+    """For each problem, whether each of its written answers is right.
 
-    Of a long problem the end is kept, at least half of what the model takes; an answer has what is left.
+    A long problem keeps its end, at least half of the context; an answer gets what is left. options: Engine.generate's.
+    quiet: print no progress.
     """
     tokenizer, limit = engine.tokenizer, engine.config.sequence_len
-    room = limit - min(how["max_tokens"], limit // 2)
+    room = limit - min(options["max_tokens"], limit // 2)
     prompts = [tokenizer.render_for_completion(row)[-room:] for row in rows]
-    progress = Progress(len(rows) * how.get("num_samples", 1), "written", quiet=quiet)
-    answers = engine.generate(prompts, told=progress.add, **how)
+    progress = Progress(len(rows) * options.get("num_samples", 1), "written", quiet=quiet)
+    answers = engine.generate(prompts, told=progress.add, **options)
     samples, right = len(answers) // max(1, len(rows)), []
     if jax.process_index() == 0:  # programs run once, not once a process
         asked = [row for row in rows for _ in range(samples)]
-        # HumanEval waits for processes, on Linux alone; a machine may have more processors than are ours.
+        # HumanEval's programs are processes of their own; a machine may have more processors than are ours.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         with ThreadPoolExecutor(cores) as threads:
             right = list(threads.map(check, asked, [tokenizer.decode(answer.tokens) for answer in answers]))
@@ -116,7 +167,7 @@ def write_answers(
 
 
 def pass_at(k: int, right: list[list[bool]]) -> float:
-    """The chance that of k of a problem's answers, drawn without replacement, one is right; the mean over problems."""
+    """The chance that one of k of a problem's answers, drawn without replacement, is right; the mean over problems."""
 
     def one(answers: list[bool]) -> float:
         return 1 - math.comb(len(answers) - sum(answers), k) / math.comb(len(answers), k)
@@ -126,11 +177,57 @@ def pass_at(k: int, right: list[list[bool]]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ChatResult(TaskResult):
-    """accuracy: the mean share of a problem's answers that are right, which is pass@1."""
+    """accuracy: mean share of a problem's answers that are right, which is pass@1."""
 
-    right: list[list[bool]]  # of each problem, of each of its answers
+    right: list[list[bool]]  # for each problem, for each of its answers
 
 
 def result_of(name: str, right: list[list[bool]]) -> ChatResult:
     accuracy, chance = pass_at(1, right), TASKS[name].chance
     return ChatResult(name, accuracy, (accuracy - chance) / (1 - chance), len(right), right)
+
+
+def chat_core(results: list[TaskResult]) -> dict[str, float]:
+    """ChatCORE, the mean over all tasks, and without SpellingBee, as nanochat's published figures are.
+
+    The names say which tasks are missing; without one of the others ChatCORE is another measure.
+    """
+    missing = [name for name in TASKS if name not in {result.task for result in results}]
+
+    def named(without: list[str]) -> str:
+        return f"ChatCORE without {', '.join(without)}" if without else "ChatCORE"
+
+    values = {named(missing): mean(results)}
+    five = [result for result in results if result.task != "SpellingBee"]
+    if 0 < len(five) < len(results):
+        values[named([*missing, "SpellingBee"])] = mean(five)
+    return values
+
+
+def measure(
+    scorer: Scorer, engine: Engine, tasks: dict[str, Task], max_problems: int, **options
+) -> Iterator[tuple[list[TaskResult], dict[str, float], str]]:
+    """Measure and print the tasks one by one; after each yield (results so far, all numbers by name, ChatCORE's name).
+
+    That name is "" until all tasks are measured that this machine can. options: Engine.generate's.
+    """
+    results, values = [], {}
+    for name, task in tasks.items():
+        rows = drawn(task, max_problems)
+        if check := TASKS[name].check:
+            right = write_answers(engine, rows, check, **options)
+        else:
+            right = [[one] for one in choose_letters(scorer, engine.tokenizer, rows)]
+        results.append(result_of(name, right))
+        results[-1].show()
+        values[name] = results[-1].accuracy
+        for k in [2**i for i in range(len(right[0]).bit_length())] if len(right[0]) > 1 else []:
+            values[f"{name} pass@{k}"] = pass_at(k, right)
+            print(f"    pass@{k} {values[f'{name} pass@{k}']:.4f}", flush=True)
+        score = ""
+        if len(results) == len(tasks) and {*tasks, "HumanEval"} == {*TASKS}:
+            means = chat_core(results)
+            score, values = next(iter(means)), values | means
+            for mean_of, value in means.items():
+                print(f"{mean_of} {value:.4f} (over {len(results) - (mean_of != score)} tasks)", flush=True)
+        yield results, values, score

@@ -2,8 +2,8 @@
 
 The bundle is a folder, or the zip that launch.download fetches: core.yaml lists the tasks, eval_data/ holds
 their items as JSON lines, eval_meta_data.csv the accuracy of guessing. Items, few-shot examples and prompts
-are drawn and written as for published scores. One difference: a prompt longer than the model's context loses
-its beginning.
+are drawn and written as for published scores, and prompts longer than the context a model was trained with
+are read whole, up to scoring.LONGER times that; of what is longer still the end is kept, and it is counted.
 """
 
 import csv
@@ -61,6 +61,11 @@ class CoreTask:
 @dataclasses.dataclass(frozen=True)
 class CoreResult(TaskResult):
     right: list[bool]  # for each item
+    cropped: int = 0  # items with a prompt too long to be read whole
+
+    @property
+    def note(self) -> str:
+        return f"  ({self.cropped} cropped)" if self.cropped else ""
 
 
 def load_bundle(place: str = "") -> list[CoreTask]:
@@ -201,6 +206,7 @@ def evaluate(
         right = [is_right(task, item, [next(scores) for _ in spans]) for item, spans in zip(items, asked, strict=True)]
         accuracy = sum(right) / len(right)
         centered = (accuracy - task.chance) / (1 - task.chance)
-        results.append(CoreResult(task.label, accuracy, centered, len(right), right))
+        cropped = sum(any(len(span.tokens) > scorer.longest for span in spans) for spans in asked)
+        results.append(CoreResult(task.label, accuracy, centered, len(right), right, cropped))
         on_result(results[-1])
     return results

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import tempfile
 from pathlib import Path
 
 import jax
@@ -20,8 +21,13 @@ class TaskResult:
     centered: float  # (accuracy - chance) / (1 - chance): guessing is 0, perfect is 1
     items: int
 
+    @property
+    def note(self) -> str:
+        """What else its line says."""
+        return ""
+
     def show(self):
-        line = f"  {self.task:<34}{self.items:>7,} items  {self.accuracy:8.4f}  centred {self.centered:8.4f}"
+        line = f"  {self.task:<34}{self.items:>7,} items  {self.accuracy:8.4f}  centred {self.centered:8.4f}{self.note}"
         print(line, flush=True)
 
 
@@ -45,6 +51,12 @@ def write_both(path: Path, rows: list[list], whole: dict):
     csv.writer(table, lineterminator="\n").writerows(rows)
     files.write_text(path.with_suffix(".csv"), table.getvalue())
     files.write_json(path, whole)
+
+
+def check_writable(folder: Path):
+    """Raise the OSError that saving results would end in, before hours are spent on them. Only process 0 writes."""
+    if jax.process_index() == 0:
+        tempfile.NamedTemporaryFile(dir=folder, prefix=".new").close()
 
 
 def save_results(

@@ -1,9 +1,10 @@
-"""Scoring many token lists at once: the loss of the tokens asked for, and which candidate comes next likeliest.
+"""Score many token lists at once: the loss of chosen tokens, and the likeliest of several next tokens.
 
-Rows of like length share a batch, on every device of every process. Batches have few shapes (a power of two of
-tokens a row, about as many tokens each), so at most as many compilations as there are lengths.
+Rows of similar length share a batch, spread over the devices of all processes. Batches have few shapes (each length is
+a power of two, or a multiple of the context; each batch has about as many tokens), and each is compiled once.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -19,20 +20,21 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat import sharding
-from jaxchat.config import Compute, ModelConfig
+from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.model.gpt import features, logits
 from jaxchat.model.params import Params
 from jaxchat.sharding import ROWS
 from jaxchat.train.loss import Chunking, chunk_nll, pad_time
 from jaxchat.train.reporter import duration
 
-SHORTEST = 32  # tokens a row of the smallest batches
-CANDIDATES = 16  # of a row at most
+SHORTEST = 32  # tokens in a row of the smallest batches
+LONGER = 4  # rotary positions go on beyond the context that a model was trained with: rows may be so much longer
+CANDIDATES = 16  # at most, for each row
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """tokens[start:end] are to be scored, each given all before it; 1 ≤ start."""
+    """tokens[start:end] are to be scored, each given all tokens before it; 1 ≤ start."""
 
     tokens: np.ndarray  # int32
     start: int
@@ -41,29 +43,29 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Of each token of a span: its loss in nats, and whether no other was likelier."""
+    """Per-token loss (nats) of a span, and whether the token was the argmax."""
 
     nll: np.ndarray  # float32
     right: np.ndarray  # bool
 
     @property
     def loss(self) -> float:
-        """The mean loss, in float64, where equal losses have equal means whatever their number; inf of no tokens."""
+        """Mean loss, in float64 so that equal losses have equal means whatever their number; inf without tokens."""
         return float(self.nll.mean(dtype=np.float64)) if len(self.nll) else float("inf")
 
 
 def buckets(sequence_len: int) -> list[int]:
-    """The lengths that rows are padded to: powers of two, and the model's own."""
+    """The lengths that rows are padded to: powers of two up to the context, then it and its multiples by 2 and 4."""
     lengths = [SHORTEST << i for i in range(sequence_len.bit_length()) if SHORTEST << i < sequence_len]
-    return [*lengths, sequence_len]
+    return [*lengths, *(sequence_len << i for i in range(LONGER.bit_length()))]
 
 
 @partial(jax.jit, static_argnames=("config", "compute", "mesh"))
 def span_losses(params, tokens_BT, first, last, config: ModelConfig, compute: Compute, mesh: Mesh):
-    """(nll_BT, right_BT) of the token after each; 0 before the chunk of `first` and from that of `last` on.
+    """Return (nll_BT, right_BT) of the token after each position, computed from the chunk of `first` to that of `last`.
 
-    Logits exist for a chunk of positions at a time, and only for chunks in which something is asked for; on a mesh
-    each device has those of its rows and its share of the vocabulary.
+    Logits exist for one chunk of positions at a time; on a mesh each device has those of its rows and its share of the
+    vocabulary. Outside the chunks asked for, both are 0.
     """
     x_BTD = features(params, tokens_BT, config, compute)
     head_DV, targets_BT = params.lm_head.astype(x_BTD.dtype), jnp.roll(tokens_BT, -1, axis=1)
@@ -83,7 +85,7 @@ def _score_chunks(x_BTD, head_DV, targets_BT, first, last, chunking: Chunking):
         x_BtD, targets_Bt = (lax.dynamic_slice_in_dim(a, i * t, t, axis=1) for a in (x_BTD, targets_BT))
         z_BtV, ids_Bt, nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, chunking)
         likeliest_Bt = jnp.argmax(z_BtV, axis=-1)
-        if chunking.sharded:  # of the devices that have the largest logit, the first one's
+        if chunking.sharded:  # of the devices that have the largest logit, the first wins
             largest_Bt = jnp.max(z_BtV, axis=-1)
             mine_Bt = jnp.where(largest_Bt == lax.pmax(largest_Bt, "tensor"), likeliest_Bt - ids_Bt + targets_Bt, 2**30)
             likeliest_Bt = lax.pmin(mine_Bt, "tensor")
@@ -98,7 +100,7 @@ def _score_chunks(x_BTD, head_DV, targets_BT, first, last, chunking: Chunking):
 
 @partial(jax.jit, static_argnames=("config", "compute", "mesh"))
 def last_logits(params, tokens_BT, lengths_B, candidates_BC, config: ModelConfig, compute: Compute, mesh: Mesh):
-    """logits_BC of the candidates to come after each row's last token."""
+    """Return logits_BC of the candidates for the token after each row's last."""
     x_BTD = features(params, tokens_BT, config, compute)
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     found_BC = jnp.take_along_axis(logits(params.lm_head, last_BD, config.softcap), candidates_BC, axis=1)
@@ -106,7 +108,7 @@ def last_logits(params, tokens_BT, lengths_B, candidates_BC, config: ModelConfig
 
 
 class Scorer:
-    """Scores with one model, on a mesh on which every process gives the same rows and gets all the scores."""
+    """Scores rows with one model; every process of the mesh passes the same rows and gets all the scores."""
 
     def __init__(
         self,
@@ -118,17 +120,22 @@ class Scorer:
         device_tokens: int | None = None,
         quiet: bool = False,
     ):
-        """device_tokens: that a device computes at a time, at least a row. quiet: print no progress."""
+        """device_tokens: tokens a device computes at a time, at least a row. quiet: print no progress."""
         self.params, self.config, self.compute, self.mesh, self.quiet = params, config, compute, mesh, quiet
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.device_tokens = device_tokens or (4096 if on_cpu else 65536)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a row that `spans` reads at most."""
+        return LONGER * self.config.sequence_len
+
     def spans(self, spans: list[Span]) -> list[Score]:
-        """The score of each span; of a row longer than the model takes, its last tokens are kept."""
-        longest, scores = self.config.sequence_len, [None] * len(spans)
+        """Score each span; a row of more than `longest` tokens keeps its end."""
+        scores = [None] * len(spans)
         rows, bounds = [], []
         for span in spans:
-            cut = max(0, len(span.tokens) - longest)
+            cut = max(0, len(span.tokens) - self.longest)
             rows.append(span.tokens[cut:])
             bounds.append((max(1, span.start - cut), max(1, span.end - cut)))
 
@@ -144,7 +151,10 @@ class Scorer:
         return scores
 
     def choose(self, prompts: list[list[int]], candidates: list[list[int]]) -> list[int]:
-        """For each prompt, which of its candidate tokens is likeliest to come next (its place in the list)."""
+        """For each prompt, the index of the likeliest of its candidates for the next token.
+
+        A prompt longer than the model's context keeps its end.
+        """
         rows = [np.array(prompt[-self.config.sequence_len :], np.int32) for prompt in prompts]
         answers = [0] * len(rows)
 
@@ -167,7 +177,7 @@ class Scorer:
         return sharding.place_same(array, self.mesh, axis=0)
 
     def _run(self, rows: list[np.ndarray], call: Callable) -> Iterator[tuple[list[int], Any]]:
-        """(which rows, what `call` gave for them) batch after batch; while one is read, the next is under way."""
+        """Yield (indices of rows, what `call` returned for them); while one batch is read, the next is computed."""
         progress, pending = Progress(sum(map(len, rows)), "scored", quiet=self.quiet), None
         for batch in chain(self._batches(rows), [None]):
             running = batch and (batch[0], call(*batch))
@@ -177,9 +187,9 @@ class Scorer:
             pending = running
 
     def _batches(self, rows: list[np.ndarray]) -> Iterator[tuple[list[int], np.ndarray]]:
-        """(which rows, tokens_BT padded at the end) batch after batch, the longest rows first.
+        """Yield (indices of rows, tokens_BT padded at the end), the longest rows first.
 
-        So each batch but the last is full: shorter rows take what places longer ones leave.
+        Every batch but the last is full: shorter rows take the places that longer ones leave.
         """
         left = sorted(range(len(rows)), key=lambda r: -len(rows[r]))
         shards = sharding.data_shards(self.mesh)
@@ -193,8 +203,19 @@ class Scorer:
             yield chosen, tokens_BT
 
 
+@contextlib.contextmanager
+def out_of_memory(remedy: str):
+    """Turn the backend's error for full device memory into a UserError that says what to do."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as problem:
+        if "RESOURCE_EXHAUSTED" not in str(problem):
+            raise
+        raise UserError(f"the devices' memory is full; {remedy}") from problem
+
+
 class Progress:
-    """A line of progress with the time left, at most every five seconds; the first process prints it."""
+    """Prints progress and the remaining time, at most every five seconds, on process 0."""
 
     def __init__(self, total: int, done: str, *, quiet: bool = False):
         self._total, self._word, self._quiet = total, done, quiet or jax.process_index() > 0
