@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxchat import checkpoint
+from jaxchat import checkpoint, store
 from jaxchat.config import ModelConfig
 from jaxchat.model import params as model_params
 from jaxchat.model.flops import num_params
@@ -27,7 +27,7 @@ def make_checkpoint(config: ModelConfig):
     tokenizer = Tokenizer({piece: i for i, piece in enumerate(pieces[: config.vocab_size - len(SPECIAL_TOKENS)])})
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda s: random.standard_normal(s.shape, dtype=np.float32), model_params.shapes(config))
-    checkpoints = checkpoint.Checkpoints(checkpoint.run_folder("base", "bench"))
+    checkpoints = store.Checkpoints(checkpoint.run_folder("base", "bench"))
     checkpoints.keep_tokenizer(tokenizer)
     meta = {"stage": "base", "step": 1, "model": config.__dict__, "tokenizer_hash": tokenizer.hash}
     checkpoints.save(1, params=params, optimizer=None, batches=None, meta=meta)

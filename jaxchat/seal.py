@@ -1,118 +1,69 @@
-"""Seals: what a finished checkpoint folder holds, so that a partial or damaged one is known; and the run's lock.
+"""Seals: sizes and hashes of a complete checkpoint's files, by which damage is found before the files are
+used.
 
-A seal is written last, as a whole: {file: [bytes, BLAKE2b]} of every file in the folder.
+seal.json is written last: {file: [bytes, BLAKE2b]} of every file. Where several processes save together, each
+hashes what it wrote, which its page cache still holds: the hashes of process 2 are in seal.2.json, and "" in
+seal.json.
 """
 
-import contextlib
-import errno
-import fcntl
-import hashlib
 import json
-import os
-import shutil
-import socket
+import re
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jaxchat.config import UserError
+from jaxchat import files
 
 NAME = "seal.json"
-LOCK = ".lock"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the largest file allowed
 
 
-def seal(folder: Path):
-    """Write the seal of a folder that nobody writes to any more."""
-    fresh = folder / f"{NAME}.new"
-    with fresh.open("w") as out:
-        json.dump(_hashes(folder), out)
-        out.flush()
-        os.fsync(out.fileno())
-    fresh.replace(folder / NAME)
+def seal(folder: Path, process: int = 0):
+    """Write a process's seal of a folder that nobody writes to any more."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("seal."))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    hashes = _hashes(folder, [name for name in names if _writer(name) == process])
+    listed = hashes if process else names
+    sealed = {name: [(folder / name).stat().st_size, hashes.get(name, "")] for name in sorted(listed)}
+    files.write_json(folder / (f"seal.{process}.json" if process else NAME), sealed, indent=None)
 
 
-@contextlib.contextmanager
-def full_disk_told(folder: Path):
-    """Turn what Orbax says of a full disk (errors of several kinds, a page long) into the OSError that it was."""
-    try:
-        yield
-    except Exception as problem:
-        for number in FULL:
-            if os.strerror(number) in str(problem):
-                raise OSError(number, os.strerror(number), str(folder)) from None
-        raise
+def damage(folder: Path, items: Collection[str] | None = None) -> str:
+    """Say what is wrong with a sealed folder; "": nothing, or it has no seal.
 
-
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl file; [] without one. A line that a kill cut short is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
-
-
-def sweep(run_folder: Path):
-    """Delete what saves that failed or were killed have left half-written, as far as that is possible."""
-    for path in run_folder.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def damage(folder: Path) -> str:
-    """What is wrong with a sealed folder, '' if nothing.
-
-    A folder without a seal passes; whether it should have one, checkpoint.whole_steps knows.
+    All sizes are compared, but only the files of the given items (as in params, optimizer) are read; None:
+    all files.
     """
-    path = folder / NAME
-    if not path.exists():
+    if not (folder / NAME).exists():
         return ""
     try:
-        told = json.loads(path.read_text())
-        for name, (size, _) in told.items():  # the cheap test first
+        sealed = json.loads((folder / NAME).read_text())
+        for part in folder.glob("seal.*.json"):
+            sealed |= json.loads(part.read_text())
+        for name, (size, _) in sealed.items():
             have = (folder / name).stat().st_size
             if have != size:
                 return f"{name} has {have:,} bytes and not {size:,}"
-        have = _hashes(folder, told)
+        wanted = {name: digest for name, (_, digest) in sealed.items() if digest and _is_of(name, items)}
+        hashes = _hashes(folder, wanted)
     except FileNotFoundError as problem:
         return f"{Path(problem.filename).relative_to(folder)} is missing"
     except (ValueError, AttributeError, TypeError, OSError) as problem:
         return f"it cannot be read ({problem})"
-    changed = sorted(name for name in told if have[name] != told[name])
+    changed = sorted(name for name, digest in wanted.items() if hashes[name] != digest)
     return f"{changed[0]} is not what was written" if changed else ""
 
 
-def _hashes(folder: Path, names=None) -> dict[str, list]:
-    def of(name: str) -> list:
-        with (folder / name).open("rb") as file:
-            return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "blake2b").hexdigest()]
+def _writer(name: str) -> int:
+    """The process that wrote a file, by Orbax's name of its folder; 0 for what all share."""
+    found = re.search(r"/ocdbt\.process_(\d+)/", name)
+    return int(found[1]) if found else 0
 
-    if names is None:
-        paths = (path for path in folder.rglob("*") if path.is_file())
-        names = (str(path.relative_to(folder)) for path in paths if not path.name.startswith(NAME))
-    names = sorted(names)
+
+def _is_of(name: str, items: Collection[str] | None) -> bool:
+    return items is None or name.partition("/")[0] in items
+
+
+def _hashes(folder: Path, names: Collection[str]) -> dict[str, str]:
     with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock
-        return dict(zip(names, pool.map(of, names), strict=True))
-
-
-def lock(folder: Path) -> int:
-    """Hold a run's folder until the descriptor that comes back is closed, or the process dies.
-
-    UserError: another run holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as problem:
-        if problem.errno in (errno.EAGAIN, errno.EACCES):
-            holder = os.read(held, 200).decode(errors="replace").strip() or "another process"
-            os.close(held)
-            raise UserError(
-                f"{folder} is being written by {holder}; wait for that run, end it, or choose another --model_tag"
-            ) from None
-        return held  # a file system without locks
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
-        os.ftruncate(held, 0)
-        os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return held
+        hashes = pool.map(lambda name: files.file_hash(folder / name, "blake2b"), names)
+        return dict(zip(names, hashes, strict=True))

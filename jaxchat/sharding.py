@@ -5,15 +5,18 @@ import math
 import os
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import ModelConfig, UserError, base_dir
+
+if TYPE_CHECKING:
+    import optax
 
 AXES = ("data", "fsdp", "tensor")
 GPU_SHARE = 0.92  # of a GPU's memory: CUDA's contexts, cuBLAS and NCCL need the rest
@@ -136,8 +139,9 @@ def named(mesh: Mesh, specs):
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda s: isinstance(s, P))
 
 
-def optimizer_specs(optimizer: optax.GradientTransformation, param_shapes, param_specs):
+def optimizer_specs(optimizer: "optax.GradientTransformation", param_shapes, param_specs):
     """Partition specs of an optax state: what is shaped like a weight lies as the weight does, the rest everywhere."""
+    import optax  # here, since chat needs it for nothing else
 
     def masked(leaf):  # the holes in the state of a transformation that handles only some of the weights
         return isinstance(leaf, optax.MaskedNode)

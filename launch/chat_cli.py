@@ -42,7 +42,7 @@ def run(config: Config):
         if value < least:
             raise UserError(f"--{name}={value}; it must be at least {least}")
     sharding.keep_compiled()
-    model = checkpoint.load_model(config.source, config.model_tag, config.step)
+    model = checkpoint.open_model(config.source, config.model_tag, config.step)
     tokenizer = model.tokenizer
     cli.print_plan(
         f"Chat with {model.tag} ({config.source})",
@@ -52,7 +52,7 @@ def run(config: Config):
         print("this is a base model: it continues text, it doesn't answer\n")
     if not config.prompt:
         print(COMMANDS)
-    engine = Engine(model.params, model.config, tokenizer, batch_size=1)
+    engine = Engine(model.load(), model.config, tokenizer, batch_size=1)
     special, room = tokenizer.special, model.config.sequence_len
     start, end = special("<|assistant_start|>"), special("<|assistant_end|>")
     conversation, seed = [tokenizer.bos], config.seed

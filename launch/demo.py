@@ -101,8 +101,8 @@ def run(config: Config) -> int:
     )
 
     print("\nAsking what no training conversation asked…", flush=True)
-    model = checkpoint.load_model("sft", TAG)
-    engine = Engine(model.params, model.config, model.tokenizer, batch_size=128)
+    model = checkpoint.open_model("sft", TAG)
+    engine = Engine(model.load(), model.config, model.tokenizer, batch_size=128)
     scores = score(engine, model.tokenizer, world)
     for kind, found in scores.items():
         if found.wrong:

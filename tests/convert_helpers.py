@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxchat import checkpoint, sharding
+from jaxchat import checkpoint, sharding, store
 from jaxchat.config import ModelConfig
 from jaxchat.model import params as model_params
 from jaxchat.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ def random_params(config):
 def write_checkpoint(source: str, tag: str, config=CONFIG, tokenizer=True) -> dict:
     """A checkpoint of random weights, as a stage would leave it; -> its weights as NumPy arrays."""
     params = random_params(config)
-    checkpoints = checkpoint.Checkpoints(checkpoint.run_folder(source, tag))
+    checkpoints = store.Checkpoints(checkpoint.run_folder(source, tag))
     made = Tokenizer.train(iter([TEXT]), 280) if tokenizer else None
     if made:
         checkpoints.keep_tokenizer(made)

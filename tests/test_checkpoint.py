@@ -1,6 +1,8 @@
 """Checkpoints: what is saved comes back on any mesh, the last few stay, and the right one is found."""
 
+import dataclasses
 import os
+import sys
 import time
 
 import grain
@@ -8,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxchat import checkpoint, seal, sharding
-from jaxchat.checkpoint import Checkpoints
+from jaxchat import checkpoint, seal, sharding, store
 from jaxchat.config import ModelConfig, UserError
 from jaxchat.data.order import Deal, Order
 from jaxchat.data.streams import PackedRows
+from jaxchat.model import params as model_params
+from jaxchat.store import Checkpoints
+from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import abstract_state, init_state
 
@@ -80,6 +84,90 @@ def test_a_whole_one_is_sealed_though_nobody_asks(tmp_path):
     assert not seal.damage(tmp_path / "1")
 
 
+WIDE = dataclasses.replace(MODEL, vocab_size=272)  # holds a tokenizer's bytes and specials
+
+
+def random_weights():
+    return jax.tree.map(lambda w: jax.random.normal(jax.random.key(w.size), w.shape), model_params.shapes(WIDE))
+
+
+def save_model(*steps):
+    """Save a base model, its optimizer and the data's position at these steps. -> (its checkpoints, its weights)."""
+    checkpoints, tokenizer = (
+        Checkpoints(checkpoint.run_folder("base", "d1")),
+        Tokenizer({bytes([b]): b for b in range(256)}),
+    )
+    checkpoints.keep_tokenizer(tokenizer)
+    weights, meta = random_weights(), {"stage": "base", "model": dataclasses.asdict(WIDE)}
+    for step in steps:
+        rest = {"optimizer": {"a": jax.numpy.ones(3)}, "batches": batches()}
+        checkpoints.save(step, params=weights, **rest, meta=meta | {"tokenizer_hash": tokenizer.hash})
+    checkpoints.close()
+    return checkpoints, weights
+
+
+def turn_a_bit(folder):
+    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+OPENED = []
+sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
+
+
+def test_a_model_is_opened_without_its_optimizer(home, capsys):
+    """Nothing of the optimizer is read, so damage in it is found only where it would be trained on."""
+    checkpoints, weights = save_model(3, 5)
+    folder = checkpoints.folder
+    for name in ("optimizer", "data"):
+        turn_a_bit(folder / "5" / name)
+    OPENED.clear()
+    found = checkpoint.open_model("base")
+    assert found.step == 5 and not [path for path in OPENED if "optimizer" in path or "/data" in path]
+    assert [path for path in OPENED if "/5/params/" in path]  # the hook works: it sees what is hashed
+    jax.tree.map(np.testing.assert_array_equal, found.load(), weights)
+    assert capsys.readouterr().err == "" and checkpoint.whole_steps(folder) == [3]
+    turn_a_bit(folder / "5/params")
+    assert checkpoint.open_model("base").step == 3
+    assert f"{folder / '5'} is damaged and passed over: params/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["my models [1] 50% é", "a*b?c", "x%41 {y} #z $HOME 'q' \"r\" ~", "[", "日本"])
+def test_every_name_of_a_folder(tmp_path, monkeypatch, name):
+    """Saved, sealed, replaced, restored and opened below it; a neighbour that * would match is not touched."""
+    (tmp_path / "aXbYc/base_checkpoints/d1/3/params/ocdbt.process_7").mkdir(parents=True)
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path / name))
+    checkpoints, weights = save_model(3, 4, 4)
+    found = checkpoint.open_model("base")
+    assert found.path == tmp_path / name / "base_checkpoints/d1/4" and not seal.damage(found.path)
+    jax.tree.map(np.testing.assert_array_equal, found.load(), weights)
+    shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding), weights)
+    rest = {"a": jax.ShapeDtypeStruct((3,), "float32", sharding=weights.wte.sharding)}
+    params, rest = checkpoints.restore(4, params=shapes, optimizer=rest, batches=batches())
+    jax.tree.map(np.testing.assert_array_equal, (params, rest["a"]), (weights, np.ones(3)))
+
+
+def test_each_process_seals_what_it_wrote(tmp_path):
+    own, shared = [tmp_path / "params" / f"ocdbt.process_{n}/d/x" for n in (0, 1)], tmp_path / "params/_METADATA"
+    for path in (*own, shared):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"12345678")
+    seal.seal(tmp_path)
+    own[1].write_bytes(b"12345679")  # its hash is not known yet
+    assert not seal.damage(tmp_path)
+    seal.seal(tmp_path, 1)
+    assert not seal.damage(tmp_path)
+    for path in (*own, shared):
+        path.write_bytes(b"12345670")
+        assert seal.damage(tmp_path) == f"{path.relative_to(tmp_path)} is not what was written"
+        assert not seal.damage(tmp_path, ["optimizer"])
+        path.write_bytes(b"1234567")
+        assert "has 7 bytes and not 8" in seal.damage(tmp_path, ["optimizer"])
+        path.write_bytes(b"12345679" if path == own[1] else b"12345678")
+
+
 def test_metrics_are_those_measured_by_then(tmp_path):
     rows = ['{"step": 0, "val_bpb": 3.5}', '{"step": 2, "loss": 3, "step_seconds": 1}', '{"step": 2, "val_bpb": 2.5}']
     rows += ['{"step": 2, "CORE": null}', '{"step": 3, "val_bpb": 1.5}', '{"step": 1, "val_b', "[1]", "{}"]
@@ -111,7 +199,7 @@ def test_the_deepest_model_is_found_or_else_the_newest(home):
         checkpoint.find("base", "d12", 8)
 
 
-@pytest.mark.parametrize("number", seal.FULL)
+@pytest.mark.parametrize("number", store.FULL)
 def test_a_full_disk_is_told_as_one(tmp_path, number):
     """Orbax says it in a ValueError; other errors stay what they are."""
 

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT, THOROUGH, xla_flags
 
-from jaxchat import checkpoint, seal
+from jaxchat import checkpoint, seal, store
 from jaxchat.config import UserError
 from jaxchat.demo import World, write_world
 from jaxchat.train import loop, saving
@@ -175,7 +175,7 @@ def test_a_spoilt_seal_and_none(folder):
 
 def test_two_runs_cannot_write_one_folder(folder, capsys):
     run = folder / "base_checkpoints/run"
-    held = seal.lock(run)
+    held = store.lock(run)
     before = sorted(run.rglob("*"))
     for more in ("--resume", "--overwrite"):
         ends(base_train, base(more), 2)

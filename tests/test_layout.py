@@ -15,13 +15,13 @@ ROWS = [
     {"config"},
     {"files"},
     {"tokenizer", "sharding", "hosts", "model", "data", "seal"},
-    {"checkpoint"},
+    {"checkpoint", "store"},
     {"train", "infer", "convert"},
     {"eval", "plan", "demo"},
     {"report"},
     {"launch"},
 ]
-ALSO = {("data", "tokenizer"), ("model", "sharding")}
+ALSO = {("data", "tokenizer"), ("model", "sharding"), ("store", "checkpoint")}
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 
 CONVERSION_ONLY = {"torch", "transformers", "safetensors"}

@@ -15,11 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import torch
 
-from jaxchat import seal
-from jaxchat.checkpoint import Found, quiet_orbax
+from jaxchat.checkpoint import Found, plain_path, quiet_orbax
 from jaxchat.config import ModelConfig, UserError
 from jaxchat.model.flops import num_params
 from jaxchat.model.params import Params, Weight, declare
+from jaxchat.store import full_disk
 from jaxchat.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # float32 holds them all
@@ -96,7 +96,7 @@ def read_stack(found: Found, name: str, weight: Weight) -> np.ndarray:
         tree = {part: tree}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     wanted = ocp.args.PyTreeRestore(tree, restore_args=as_numpy, partial_restore=True)
-    path = found.folder.absolute() / str(found.step) / "params"
+    path = plain_path(found.folder) / str(found.step) / "params"
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             (stack,) = jax.tree.leaves(reader.restore(path, args=wanted))
@@ -177,8 +177,8 @@ def save_checkpoint(folder: Path, meta: dict, foreign: Foreign, progress: Callab
         params=ocp.PyTreeCheckpointHandler(type_handler_registry=registry), meta=ocp.JsonCheckpointHandler()
     )
     items = ocp.args.Composite(params=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta))
-    with seal.full_disk_told(folder), ocp.Checkpointer(handler) as writer:
-        writer.save(folder.absolute() / str(meta["step"]), args=items)
+    with full_disk(folder), ocp.Checkpointer(handler) as writer:
+        writer.save(plain_path(folder) / str(meta["step"]), args=items)
 
 
 def shareable(settings: dict) -> dict:

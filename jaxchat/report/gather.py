@@ -10,9 +10,9 @@ from jaxchat import checkpoint
 from jaxchat.checkpoint import FOLDERS
 from jaxchat.config import ModelConfig, UserError, base_dir
 from jaxchat.eval.results import read_json
+from jaxchat.files import read_lines
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.report.record import FILE
-from jaxchat.seal import read_lines
 
 TITLES = {"base": "base", "mid": "mid", "sft": "SFT"}
 LAST = 20  # steps that the reported training loss is a mean of
@@ -91,10 +91,10 @@ def gather(model_tag: str = "") -> Run:
     if not model_tag:
         for source in reversed(FOLDERS):
             with contextlib.suppress(UserError):
-                model_tag = checkpoint.find(source)[0].name
+                model_tag = checkpoint.find(source, items=["meta"])[0].name
                 break
         else:
-            checkpoint.find("base")  # raises, with what to do
+            checkpoint.find("base", items=["meta"])  # raises, with what to do
     stages = {source: read_stage(source, model_tag) for source in FOLDERS}
     found = {source: stage for source, stage in stages.items() if stage}
     if not found:
@@ -108,7 +108,7 @@ def gather(model_tag: str = "") -> Run:
 
 def read_stage(source: str, tag: str) -> StageRun | None:
     folder = checkpoint.run_folder(source, tag)
-    steps = checkpoint.whole_steps(folder)
+    steps = checkpoint.whole_steps(folder, ["meta"])
     if not steps:
         return None
     meta = checkpoint.read_meta(folder, steps[-1])

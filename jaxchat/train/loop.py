@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import ModelConfig, Preempted
 from jaxchat.model.params import Params
 from jaxchat.sharding import agree, place_rows
+from jaxchat.store import Checkpoints
 from jaxchat.train.metrics import MetricsLog, check_installed
 from jaxchat.train.reporter import Reporter
 from jaxchat.train.saving import Saver

@@ -12,7 +12,7 @@ import jax
 
 from jaxchat import files
 from jaxchat.config import UserError
-from jaxchat.seal import FULL
+from jaxchat.store import FULL
 
 
 def check_installed(*, run: str, tensorboard: bool):

@@ -11,10 +11,10 @@ import optax
 from jax.sharding import Mesh
 
 from jaxchat import checkpoint, hosts, sharding
-from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import REMATS, Compute, ModelConfig, TrainConfig, UserError
 from jaxchat.model.attention import kernel_for
 from jaxchat.model.flops import flops_per_token, num_params
+from jaxchat.store import Checkpoints
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import fit
 from jaxchat.train.loop import Stage, place_batch
