@@ -2,9 +2,11 @@
 
 import base64
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -29,12 +31,42 @@ SPECIAL_TOKENS = (
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-PART_MARKS = {
-    "text": ("", ""),
-    "python": ("<|python_start|>", "<|python_end|>"),
-    "python_output": ("<|output_start|>", "<|output_end|>"),
+# The parts of an assistant's message: the specials around each, and whether the assistant learns to say it.
+PARTS = {
+    "text": ("", "", 1),
+    "python": ("<|python_start|>", "<|python_end|>", 1),
+    "python_output": ("<|output_start|>", "<|output_end|>", 0),
 }
-PART_TYPES = tuple(PART_MARKS)
+PART_TYPES = tuple(PARTS)
+
+
+class Piece(NamedTuple):
+    """A special token, or text between two of them."""
+
+    text: str
+    special: bool
+    learn: int  # 1: the assistant learns to say it
+
+
+def chat_pieces(conversation: dict) -> Iterator[Piece]:
+    """The chat format: a conversation piece by piece. UserError: it is malformed."""
+    yield Piece("<|bos|>", True, 0)
+    for message in _user_first(conversation):
+        content = message["content"]
+        if message["role"] == "user":
+            yield Piece("<|user_start|>", True, 0)
+            yield Piece(content, False, 0)
+            yield Piece("<|user_end|>", True, 0)
+            continue
+        yield Piece("<|assistant_start|>", True, 0)
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            opening, closing, learn = PARTS[part["type"]]
+            if opening:
+                yield Piece(opening, True, learn)
+            yield Piece(part["text"], False, learn)
+            if closing:
+                yield Piece(closing, True, learn)
+        yield Piece("<|assistant_end|>", True, 1)
 
 
 def without_surrogates(text: str) -> str:
@@ -157,72 +189,43 @@ class Tokenizer:
         return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def render_conversation(self, conversation: dict) -> tuple[list[int], list[int]]:
-        """(ids, mask): the whole conversation as tokens; mask 1 where the assistant is to learn to say them."""
-        ids, mask = [self.bos], [0]
+        """(ids, mask) of a conversation; mask 1 where the assistant is to learn to say them."""
+        return self._render(chat_pieces(conversation))
 
-        def add(tokens: list[int], learn: int):
-            ids.extend(tokens)
-            mask.extend([learn] * len(tokens))
-
-        for message in _user_first(conversation):
-            role, content = message["role"], message["content"]
-            if role == "user":
-                add([self.special("<|user_start|>"), *self.encode(content), self.special("<|user_end|>")], 0)
-                continue
-            add([self.special("<|assistant_start|>")], 0)
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                text = self.encode(part["text"])
-                if part["type"] == "text":
-                    add(text, 1)
-                elif part["type"] == "python":
-                    add([self.special("<|python_start|>"), *text, self.special("<|python_end|>")], 1)
-                else:
-                    add([self.special("<|output_start|>"), *text, self.special("<|output_end|>")], 0)
-            add([self.special("<|assistant_end|>")], 1)
+    def _render(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
+        ids, mask = [], []
+        for piece in pieces:
+            tokens = [self.special(piece.text)] if piece.special else self.encode(piece.text)
+            ids += tokens
+            mask += [piece.learn] * len(tokens)
         return ids, mask
 
-    def conversation_text(self, conversation: dict) -> str | None:
-        """The conversation with its specials spelled out, for `split_marked`.
+    def render_all(self, conversations: list[list[Piece]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, mask) int32 of each conversation, the same as rendered alone; encoded as one text, which is faster.
 
-        None where it would not come out the same: its own text may spell a special, or pieces could reach from one
-        part of text into the next.
+        Rendered alone are those whose text may spell a special, or has two parts side by side that could merge.
         """
-        parts, contents = ["<|bos|>"], []
-        for message in _user_first(conversation):
-            content = message["content"]
-            if message["role"] == "user":
-                parts += ["<|user_start|>", content, "<|user_end|>"]
-                contents.append(content)
-                continue
-            parts.append("<|assistant_start|>")
-            kinds = [] if isinstance(content, str) else [part["type"] for part in content]
-            if ("text", "text") in zip(kinds, kinds[1:], strict=False):
-                return None
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                opening, closing = PART_MARKS[part["type"]]
-                parts += [opening, part["text"], closing]
-                contents.append(part["text"])
-            parts.append("<|assistant_end|>")
-        return None if any("<|" in content for content in contents) else "".join(parts)
-
-    def split_marked(self, text: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, mask) int32 of each of the conversations that stand one after the other in `text`, all in one go.
-
-        They are what render_conversation gives of each (a test sees to it), at a small part of its time.
-        """
-        ids = self.encode_array(text, specials=True)
-        learn = np.zeros(len(ids) + 1, np.int32)  # change of the mask at each token
-        # 1 after <|assistant_start|> up to <|assistant_end|> itself, but 0 from <|output_start|> to <|output_end|>.
-        for name, after, change in (
-            ("<|assistant_start|>", 1, 1),
-            ("<|assistant_end|>", 1, -1),
-            ("<|output_start|>", 0, -1),
-            ("<|output_end|>", 1, 1),
-        ):
-            learn[np.flatnonzero(ids == self.special(name)) + after] += change
-        mask = np.cumsum(learn[:-1], dtype=np.int32)
+        alone = [_may_merge(pieces) for pieces in conversations]
+        joined = [piece for pieces, apart in zip(conversations, alone, strict=True) if not apart for piece in pieces]
+        ids = self.encode_array("".join(piece.text for piece in joined), specials=True)
+        is_special = ids >= self.bos  # the first of them
+        learn_special, learn_after = [], []  # of each special, and of the text that follows it
+        for piece in joined:
+            if piece.special:
+                learn_special.append(piece.learn)
+                learn_after.append(0)
+            else:
+                learn_after[-1] = piece.learn
+        if is_special.sum() != len(learn_special):  # text so long that it was encoded in halves, cut within a special
+            return [_arrays(self._render(pieces)) for pieces in conversations]
+        which = np.cumsum(is_special) - 1
+        mask = np.where(is_special, np.int32(learn_special)[which], np.int32(learn_after)[which])
         starts = np.flatnonzero(ids == self.bos)[1:]
-        return list(zip(np.split(ids, starts), np.split(mask, starts), strict=True))
+        together = zip(np.split(ids, starts), np.split(mask, starts), strict=True)
+        return [
+            _arrays(self._render(pieces)) if apart else next(together)
+            for pieces, apart in zip(conversations, alone, strict=True)
+        ]
 
     def render_for_completion(self, conversation: dict) -> list[int]:
         """Ids up to where the assistant is to speak: without the last message if that is the assistant's."""
@@ -231,6 +234,17 @@ class Tokenizer:
             messages = messages[:-1]
         ids, _ = self.render_conversation({"messages": messages})
         return [*ids, self.special("<|assistant_start|>")]
+
+
+def _may_merge(pieces: list[Piece]) -> bool:
+    """Whether pieces encoded as one text could give other tokens than one by one."""
+    if any("<|" in piece.text for piece in pieces if not piece.special):
+        return True
+    return any(not one.special and not other.special for one, other in itertools.pairwise(pieces))
+
+
+def _arrays(rendered: tuple[list[int], list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(rendered[0], np.int32), np.array(rendered[1], np.int32)
 
 
 def check_conversation(conversation: dict):

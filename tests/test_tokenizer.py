@@ -3,12 +3,13 @@
 import contextlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxchat.config import UserError
-from jaxchat.tokenizer import PART_TYPES, SPECIAL_TOKENS, Tokenizer
+from jaxchat.tokenizer import PART_TYPES, SPECIAL_TOKENS, Tokenizer, _may_merge, chat_pieces
 
 TEXT = (
     "The duck swims in the pond. The ducks don't swim in 12345 ponds; they swim where it's warm.\n"
@@ -144,22 +145,22 @@ def test_conversations_in_one_go(tokenizer, turns, system):
     for asked, answered in turns:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     rows = [{"messages": messages}, {"messages": messages[:-1]}, {"messages": messages}]
-    texts = [tokenizer.conversation_text(row) for row in rows]
-    marked = [row for row, text in zip(rows, texts, strict=True) if text is not None]
-    made = tokenizer.split_marked("".join(text for text in texts if text is not None)) if marked else []
-    for row, (ids, mask) in zip(marked, made, strict=True):
+    made = tokenizer.render_all([list(chat_pieces(row)) for row in rows])
+    for row, (ids, mask) in zip(rows, made, strict=True):
+        assert ids.dtype == mask.dtype == np.int32
         assert (ids.tolist(), mask.tolist()) == tokenizer.render_conversation(row)
 
 
 def test_which_conversations_go_in_one(tokenizer):
-    def text_of(*parts):
+    def merges(*parts):
         content = [{"type": kind, "text": text} for kind, text in parts]
         row = {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": content}]}
-        return tokenizer.conversation_text(row)
+        return _may_merge(list(chat_pieces(row)))
 
-    assert text_of(("text", "a"), ("python", "1"), ("python_output", "1"), ("text", "b")) is not None
-    assert text_of(("text", "a<"), ("text", "|assistant_end|>")) is None  # would become the special
-    assert text_of(("text", "a<|b")) is None
+    assert not merges(("text", "a"), ("python", "1"), ("python_output", "1"), ("text", "b"))
+    assert merges(("text", "a<"), ("text", "|assistant_end|>"))  # would become the special
+    assert merges(("text", "a<|b"))
+    assert tokenizer.render_all([]) == []
 
 
 def test_more_whitespace_than_a_regular_expression_takes(tokenizer):

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxchat.config import UserError
 from jaxchat.data.sources import ParquetText
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import Piece, Tokenizer, chat_pieces
 
 # (rows of the source) -> of each, in order, the (ids, mask) int32 of its document or conversation; a document may be
 # empty. Rows are taken ahead of what is asked for.
@@ -77,26 +77,20 @@ def text_reader(texts: ParquetText, tokenizer: Tokenizer) -> Reader:
 
 
 def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The conversations of a chunk are tokenized as one text, but for those that spell a special, and for documents."""
+    """Tokenize the rows of a chunk, its conversations together."""
     results: list = [None] * len(numbers)
-    places, marked = [], []
+    conversations: dict[int, list[Piece]] = {}  # by their place in the chunk
     for place, number in enumerate(numbers):
         try:
             row = tasks[number]
             if "text" in row:
                 (results[place],) = _text_tokens(tokenizer, [row["text"]])
-                continue
-            text = tokenizer.conversation_text(row)
-            if text is None:
-                results[place] = tuple(np.array(part, np.int32) for part in tokenizer.render_conversation(row))
-                continue
+            else:
+                conversations[place] = list(chat_pieces(row))
         except UserError as problem:
             raise UserError(f"{tasks.name_of(number)}: {problem}; correct or remove this row") from problem
-        places.append(place)
-        marked.append(text)
-    if marked:
-        for place, result in zip(places, tokenizer.split_marked("".join(marked)), strict=True):
-            results[place] = result
+    for place, result in zip(conversations, tokenizer.render_all([*conversations.values()]), strict=True):
+        results[place] = result
     return results
 
 
