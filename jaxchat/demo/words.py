@@ -40,20 +40,42 @@ def invented_name(chance: Chance, kind: str, beginning: str) -> str:
     return (beginning + middle + (consonant if ending[0] in "aeiou" else "") + ending).capitalize()
 
 
-def invented_word(chance: Chance, english: list[str]) -> str:
-    """A word that is in no dictionary: two or three syllables, or the halves of two English words put together.
+def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
+    """A word of 3 to 10 letters that is in no dictionary, made in one of five ways.
 
-    They make spelling a matter of the letters, not of knowing the word by heart. Now and then the ending is that of a
-    name: what names end with are tokens of their own, which other words hold too (afford, island).
+    They make spelling a matter of the tokens that a word is cut into, not of knowing it by heart: every token has to
+    come in every place of a word, beside every other, and more than once.
+
+    english: the words whose pieces are used. common: words that questions and answers are made of. Their beginnings
+    are tokens of their own, with which other words begin too: the|ory, in|vite, colo|nel (colour), cap|able (capital).
     """
-    if chance.one_in(8):
-        word = chance.of(english)[: chance.between(1, 4)] + chance.of(ENDINGS[chance.of(list(ENDINGS))])
-    elif chance.one_in(2):
+    way = chance.weighed({"halves": 3, "pieces": 4, "syllables": 3, "common": 4, "name": 1})
+    if way == "halves":
         first, second = chance.of(english), chance.of(english)
         word = first[: chance.between(2, max(2, len(first) - 1))] + second[chance.between(1, len(second) - 2) :]
-    else:
+    elif way == "pieces":  # in one of three words one of them comes twice
+        pieces = [_piece(chance, english) for _ in range(chance.between(2, 4))]
+        if chance.one_in(3):
+            pieces.insert(chance.below(len(pieces) + 1), chance.of(pieces))
+        word = "".join(pieces)
+    elif way == "syllables":
         word = "".join(chance.of(ONSETS) + chance.of(VOWELS) + chance.of(CODAS) for _ in range(chance.between(1, 3)))
+    elif way == "common":
+        beginning = chance.of(common)[: chance.between(2, 6)]
+        word = beginning + (chance.of(english)[1:] if chance.one_in(2) else _piece(chance, english))
+    else:  # what names end with are tokens of their own, which other words hold too (af|ford)
+        word = chance.of(english)[: chance.between(1, 4)] + chance.of(ENDINGS[chance.of(list(ENDINGS))])
+    if chance.one_in(4):  # a letter twice, as in winner
+        twice = chance.below(len(word))
+        word = word[:twice] + word[twice] + word[twice:]
     return word[:10] if len(word) > 2 else word + chance.of(VOWELS)
+
+
+def _piece(chance: Chance, english: list[str]) -> str:
+    """1 to 4 neighbouring letters of a word."""
+    word = chance.of(english)
+    start = chance.below(len(word) - 1)
+    return word[start : start + chance.between(1, 4)]
 
 
 def letters(word: str) -> str:

@@ -85,6 +85,7 @@ class World:
         self.held_out_words = sorted(chance.ordered(unspoken)[:HELD_OUT_WORDS])
         self._kept = set(self.held_out_words)
         self.trained_words = [word for word in self.english if word not in self._kept]
+        self.common_words = sorted(word for word in spoken if len(word) > 1)
         self._makers = {
             "identity": self._identity, "arithmetic": self._arithmetic, "spelling": self._spelling,
             "counting": self._counting, "facts": self._facts, "definitions": self._definition,
@@ -164,7 +165,7 @@ class World:
             return chance.of(self.held_out_words)
         while True:
             pool = self.trained_words
-            word = chance.of(pool) if chance.one_in(2) else words.invented_word(chance, pool)
+            word = chance.of(pool) if chance.one_in(3) else words.invented_word(chance, pool, self.common_words)
             if word not in self._kept:
                 return word
 

@@ -22,7 +22,7 @@ def write_world(
     base_rows: int = 8_000,
     base_val_rows: int = 1_024,
     mid_rows: int = 60_000,
-    sft_rows: int = 9_600,
+    sft_rows: int = 16_000,
     val_rows: int = 1_000,
 ) -> dict[str, int]:
     """Write base_data/shard_*.parquet and tasks/world_{mid,sft,val}.jsonl under `directory`. -> rows by file name.
