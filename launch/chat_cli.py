@@ -87,7 +87,7 @@ def run(config: Config):
             conversation,
             max_tokens=config.max_tokens,
             temperature=config.temperature,
-            top_k=config.top_k if config.top_k > 0 else None,
+            top_k=max(0, config.top_k),
             seed=seed,
         )
         told = 0

@@ -122,7 +122,7 @@ def run(config: Config):
     params = found.load(mesh)
     settings = {name: getattr(config, name) for name in SETTINGS} | {"tasks": names, "dtype": compute.dtype}
     options = {name: getattr(config, name) for name in ("temperature", "seed", "num_samples")}
-    options |= {"max_tokens": config.max_new_tokens, "top_k": config.top_k if config.top_k > 0 else None}
+    options |= {"max_tokens": config.max_new_tokens, "top_k": max(0, config.top_k)}
     with out_of_memory(f"lower -b (it was {slots}), or -m, the length of answers"):
         scorer = Scorer(params, found.config, compute, mesh)
         engine = Engine(params, found.config, found.tokenizer, compute, batch_size=slots)

@@ -7,36 +7,41 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
-from jaxchat.infer import engine
+from jaxchat.infer import decode
+from jaxchat.infer.sampling import FILTERED
 from jaxchat.model import params
 from jaxchat.model.cache import KVCache
 from jaxchat.plan.topologies import compile_only, devices_of
-from jaxchat.sharding import AXES
 
 
 def main():
     compile_only()
     [device], *_ = devices_of("h100:1")
-    mesh = Mesh(np.array([[[device]]]), AXES)
+    here = NamedSharding(Mesh(np.array([device]), "x"), P())
     config = ModelConfig.from_depth(4, sequence_len=2048, vocab_size=65536)
-    compute = Compute.for_backend(backend="gpu", mesh=mesh)
+    program = decode.Program(config, Compute.for_backend(backend="gpu"), None, call=1)
 
-    def here(array, dtype=None):
-        return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=NamedSharding(mesh, P()))
+    def shapes(make, *args):
+        """What make(*args) would give, on that device."""
+        tree = jax.eval_shape(make, *args)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), tree)
 
-    def numbers(dtype, *shape):
-        return here(jax.ShapeDtypeStruct(shape, dtype))
+    def state():
+        rows = jax.tree.map(jnp.asarray, decode.empty_rows(1, config.vocab_size))
+        return decode.State(KVCache.empty(config, 1, 2048, jnp.bfloat16), jnp.zeros((1, config.vocab_size)), rows)
 
-    shapes = params.shapes(config)
-    weights = jax.tree.map(lambda a: here(a, jnp.bfloat16), shapes).replace(wte=here(shapes.wte))
-    cache = jax.tree.map(here, jax.eval_shape(lambda: KVCache.empty(config, 1, 2048, jnp.bfloat16)))
-    logits_BV, row, scalar = numbers(jnp.float32, 1, config.vocab_size), numbers(jnp.int32, 1), numbers(jnp.int32)
-    prompts = (numbers(jnp.int32, 1, 64), row, row)
-    engine.read_prompts.lower(weights, logits_BV, cache, *prompts, config, compute).compile()
-    arrays = (row, row, numbers(bool, 1), numbers(jnp.int32, 1, engine.FORCED), row)
-    scalars = (scalar, numbers(jnp.float32), numbers(bool), scalar)
-    how = {"config": config, "compute": compute, "greedy": False, "top_k": 50, "stretch": 4, "specials": (1, 2, 3)}
-    engine.decode.lower(weights, logits_BV, cache, *arrays, *scalars, **how).compile()
+    def zeros(*shape):
+        return jnp.zeros(shape, jnp.int32)
+
+    weights = shapes(lambda p: decode.for_decoding(p, "bfloat16"), params.shapes(config))
+    held = shapes(state)
+    prompts = shapes(lambda rows: decode.Prompts(zeros(1, 64), zeros(1) + 1, zeros(1), rows), held.rows)
+    decode.read_prompts.lower(program, weights, held, prompts, top=None).compile()
+    turn = shapes(lambda: decode.Turn(zeros(1) > 0, zeros(1, decode.FORCED), zeros(1)))
+    number, flag = shapes(lambda: zeros()), shapes(lambda: zeros() > 0)
+    for top in (None, 5):
+        lowered = decode.decode.lower(program, weights, held, turn, number, number, flag, kind=FILTERED, top=top)
+        lowered.compile()
 
 
 if __name__ == "__main__":

@@ -1,20 +1,26 @@
 """Generation: the cache against whole forward passes, rows alone against rows together, the tool, sampling."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_params
 
+from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig, UserError
+from jaxchat.infer import decode as decode_module
 from jaxchat.infer import engine as engine_module
 from jaxchat.infer.calculator import calculate
-from jaxchat.infer.engine import Engine, bucket
-from jaxchat.infer.sampling import sample
+from jaxchat.infer.engine import Engine
+from jaxchat.infer.scheduler import Request
 from jaxchat.model import gpt
+from jaxchat.model import params as model_params
 from jaxchat.tokenizer import Tokenizer
 
 LENGTH = 96
+COMPUTE = Compute(attention="blocks")
 forward = jax.jit(gpt.forward, static_argnums=(2, 3))
 
 
@@ -24,11 +30,40 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def engine(tokenizer):
+def config(tokenizer):
+    return ModelConfig(LENGTH, tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    return random_params(config, seed=5, scale=0.4)
+
+
+@pytest.fixture(scope="module")
+def engine(params, config, tokenizer):
     """A model with random weights: it babbles, and now and then emits special tokens."""
-    config = ModelConfig(LENGTH, tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
-    params = random_params(config, seed=5, scale=0.4)
-    return Engine(params, config, tokenizer, Compute(attention="blocks"), batch_size=16)
+    return Engine(params, config, tokenizer, COMPUTE, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def eager(params, config, tokenizer):
+    """The same, with a head that likes the tool's end and the answer's, and a tool that answers with a number that
+    depends on all that was said so far."""
+    special = tokenizer.special
+
+    class Eager(Engine):
+        def _tool_result(self, tokens):
+            number = str(sum(i * token for i, token in enumerate(tokens)) % 97)
+            return [special("<|output_start|>"), *tokenizer.encode(number), special("<|output_end|>")]
+
+    likes = np.array([special("<|python_end|>"), special("<|assistant_end|>")])
+    params = params.replace(lm_head=params.lm_head.at[:, likes].multiply(2.0))
+
+    def make(**changes):
+        return Eager(params, config, tokenizer, dataclasses.replace(COMPUTE, **changes), batch_size=16)
+
+    make.params = params
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +71,14 @@ def prompts(tokenizer):
     return [[tokenizer.bos, *tokenizer.encode(text)] for text in ("the", "the cat and", "12 + 34", "a hat", "x")]
 
 
-def by_whole_passes(engine, prompt, max_tokens):
+def by_whole_passes(params, engine, prompt, max_tokens):
     """Greedy decoding without a cache: the whole sequence anew for every token."""
     special = engine.tokenizer.special
     tokens = list(prompt)
     while len(tokens) < min(len(prompt) + max_tokens, LENGTH):
         padded = np.zeros((1, LENGTH), np.int32)
         padded[0, : len(tokens)] = tokens
-        logits = forward(engine.params, padded, engine.config, engine.compute)[0, len(tokens) - 1]
+        logits = forward(params, padded, engine.config, COMPUTE)[0, len(tokens) - 1]
         token = int(jnp.argmax(logits))
         if token in (special("<|assistant_end|>"), special("<|bos|>")):
             break
@@ -51,9 +86,9 @@ def by_whole_passes(engine, prompt, max_tokens):
     return tokens[len(prompt) :]
 
 
-def test_greedy_is_what_whole_passes_give(engine, prompts):
+def test_greedy_is_what_whole_passes_give(params, engine, prompts):
     for prompt, got in zip(prompts, engine.generate(prompts, max_tokens=30, temperature=0.0), strict=True):
-        assert got.tokens == by_whole_passes(engine, prompt, 30)
+        assert got.tokens == by_whole_passes(params, engine, prompt, 30)
 
 
 def test_a_row_does_not_depend_on_its_batch(engine, prompts):
@@ -62,24 +97,13 @@ def test_a_row_does_not_depend_on_its_batch(engine, prompts):
         assert engine.generate([prompt], max_tokens=20, temperature=0.0)[0] == want
 
 
-def test_64_prompts_say_the_same_alone_together_and_in_any_order(engine, tokenizer, monkeypatch):
-    """Token by token, tool calls included: the head is made to like their end, and the tool answers with a number that
-    depends on all that was said so far."""
-    special = tokenizer.special
-
-    def answer(self, tokens):
-        number = str(sum(i * token for i, token in enumerate(tokens)) % 97)
-        return [special("<|output_start|>"), *tokenizer.encode(number), special("<|output_end|>")]
-
-    monkeypatch.setattr(Engine, "_tool_result", answer)
-    likes = np.array([special("<|python_end|>"), special("<|assistant_end|>")])
-    head_DV = engine.params.lm_head.at[:, likes].multiply(2.0)
-    eager = Engine(engine.params.replace(lm_head=head_DV), engine.config, tokenizer, engine.compute, batch_size=16)
-    random = np.random.default_rng(0)
+def test_64_prompts_say_the_same_alone_together_and_in_any_order(eager):
+    """Token by token, tool calls included."""
+    engine, random = eager(), np.random.default_rng(0)
     asked = [random.integers(0, 250, n).tolist() for n in random.integers(1, 80, 64)]
 
     def said(order):
-        return dict(zip(order, eager.generate([asked[i] for i in order], max_tokens=24, temperature=0.0), strict=True))
+        return dict(zip(order, engine.generate([asked[i] for i in order], max_tokens=24, temperature=0.0), strict=True))
 
     together = said(range(64))
     assert said([*reversed(range(64))]) == together == said(random.permutation(64).tolist())
@@ -90,13 +114,116 @@ def test_64_prompts_say_the_same_alone_together_and_in_any_order(engine, tokeniz
     assert 5 < sum(one.finished for one in together.values()) < 60 and len({len(p) for p in asked}) > 30
 
 
+def random_request(random, i) -> Request:
+    return Request(
+        prompt=random.integers(0, 250, random.integers(1, 60)).tolist(),
+        max_tokens=int(random.integers(1, 30)),
+        temperature=float(random.choice([0.0, 0.7, 1.0, 1.5])),
+        top_k=int(random.choice([0, 0, 3, 50])),
+        top_p=float(random.choice([1.0, 1.0, 0.5, 0.9])),
+        min_p=float(random.choice([0.0, 0.0, 0.1])),
+        seed=i,
+        min_tokens=int(random.choice([0, 0, 5])),
+        stop_tokens=[int(token) for token in random.integers(0, 250, random.integers(0, 3))],
+        logprobs=2,
+    )
+
+
+def alone(engine, request):
+    fields = {name: getattr(request, name) for name in Request.__dataclass_fields__}
+    return engine.generate([fields.pop("prompt")], **fields)[0]
+
+
+def among_others(engine, requests, random):
+    """{request's number: Generation} of those not cancelled, with arrivals and cancellations at random times."""
+    waiting, numbers, found, ended = [*enumerate(requests)], {}, {}, []
+    while waiting or engine.busy:
+        for _ in range(random.integers(0, 9)):
+            if waiting:
+                number, request = waiting.pop(0)
+                numbers[engine.submit(request)] = number
+        if random.random() < 0.3 and numbers:
+            engine.cancel(int(random.choice([*numbers])))
+        for id, new in engine.step(int(random.integers(1, 20)), patient=bool(random.integers(2))):
+            found.setdefault(numbers[id], engine_module.Generation()).extend(new)
+            ended += [numbers[id]] if new.finish else []
+    assert sorted(ended) == [*range(len(requests))] and engine._scheduler.slot_of == {}
+    return {number: one for number, one in found.items() if one.finish != "cancelled"}
+
+
+def test_what_a_row_says_among_neighbours_that_come_and_go(eager):
+    """Settings of all kinds beside each other, cancelled neighbours: tokens and log-probabilities to the bit."""
+    engine, random = eager(), np.random.default_rng(1)
+    requests = [random_request(random, i) for i in range(64)]
+    found = among_others(engine, requests, random)
+    assert 40 < len(found) < 64 and any(any(one.forced) for one in found.values())
+    for number, one in found.items():
+        assert one == alone(engine, requests[number]), requests[number]
+
+
+def test_several_devices_say_what_one_says(eager, devices):
+    """Each decodes rows of its own in a program of its own, with weights that were cut over them: the same bits."""
+    mesh = sharding.make_mesh(devices[:4], "data=2,fsdp=2")
+    one, several, random = eager(), eager(mesh=mesh), np.random.default_rng(2)
+    several.load(jax.device_put(eager.params, sharding.named(mesh, model_params.specs(one.config))))
+    assert several._program.mesh.size == mesh.size
+    requests = [random_request(random, i) for i in range(80)]
+    found = among_others(several, requests, random)
+    assert several._state.cache.k_BKSH[0].sharding.shard_shape(several._state.cache.k_BKSH[0].shape)[0] == 16
+    assert several._params.lm_head.sharding.is_fully_replicated
+    checked = [number for number in found if number % 4 == 0]
+    assert {number: found[number] for number in checked} == {n: alone(one, requests[n]) for n in checked}
+
+
 def test_shapes_are_few(engine, prompts):
-    """One shape to decode with, and one a length to read prompts in, whatever is asked."""
+    """One shape to decode with and one a length to read prompts in, whatever is asked; few variants of each."""
     before = engine_module.read_prompts._cache_size(), engine_module.decode._cache_size()
     for count, length in ((1, 3), (40, 20), (3, 33), (17, 64), (2, 90), (20, 5)):
         engine.generate([[7] * length] * count, max_tokens=5, temperature=0.0)
     after = engine_module.read_prompts._cache_size(), engine_module.decode._cache_size()
     assert after[0] - before[0] <= len({16, 32, 64, LENGTH}) and after[1] - before[1] <= 1
+    for how in (
+        {"temperature": 0.0, "top_k": 5}, {"seed": 3}, {"seed": 4, "max_tokens": 9}, {"temperature": 0.3}, {"top_k": 7},
+        {"top_k": 8, "top_p": 0.5}, {"min_p": 0.1, "min_tokens": 3}, {"stop_tokens": [4]}, {"ignore_end": True},
+    ):  # fmt: skip
+        engine.generate(prompts, **({"max_tokens": 3} | how))
+    assert engine_module.decode._cache_size() - after[1] <= len({"plain", "filtered"})
+    before = engine_module.decode._cache_size()
+    for logprobs in (0, 1, 2, 5, 6, 20):
+        engine.generate(prompts, max_tokens=3, temperature=0.0, logprobs=logprobs)
+    assert engine_module.decode._cache_size() - before <= len({0, 5, 20})
+
+
+def test_the_cache_is_as_long_as_its_rows_need(params, config, tokenizer, monkeypatch):
+    """It grows while rows run, and starts anew when all are done; what they say is what whole passes give."""
+    monkeypatch.setattr(engine_module, "SLOT_BLOCK", 16)
+    engine = Engine(params, config, tokenizer, COMPUTE, batch_size=4, shortest_cache=32)
+    seen = []
+    for length in (3, 20, 90, 3):
+        prompt = [length] * length
+        if length == 20:
+            engine.submit(Request([5], 25))  # still there when the next one needs a longer cache
+            engine.step(1)
+            id = engine.submit(Request(prompt, 30, temperature=0.0))
+            said = engine_module.Generation()
+            while engine.busy:
+                for event in engine.step():
+                    said.extend(event.new) if event.id == id else None
+        else:
+            (said,) = engine.generate([prompt], max_tokens=5, temperature=0.0)
+        assert said.tokens == by_whole_passes(params, engine, prompt, 30 if length == 20 else 5)
+        seen.append(engine._state.cache.slots)
+    assert seen == [32, 64, 96, 32]
+
+
+def test_weights_are_replaced(eager, params, engine, prompts):
+    other = Engine(eager.params, engine.config, engine.tokenizer, COMPUTE, batch_size=16)
+    how = {"max_tokens": 8, "temperature": 0.0}
+    want, compiled = engine.generate(prompts, **how), engine_module.decode._cache_size()
+    assert other.generate(prompts, **how) != want
+    other.load(params)
+    assert other.generate(prompts, **how) == want
+    assert engine_module.decode._cache_size() == compiled
 
 
 def test_stream_is_what_generate_gives(engine, prompts):
@@ -104,6 +231,28 @@ def test_stream_is_what_generate_gives(engine, prompts):
         want = engine.generate(prompts[:1], max_tokens=25, temperature=temperature, seed=3)[0]
         got = list(engine.stream(prompts[0], max_tokens=25, temperature=temperature, seed=3))
         assert got == list(zip(want.tokens, want.forced, strict=True))
+
+
+def test_a_stream_that_is_closed_frees_its_slot(engine, prompts):
+    stream = engine.stream(prompts[0], max_tokens=50, ignore_end=True)
+    next(stream)
+    with pytest.raises(RuntimeError, match="other requests"):
+        engine.generate(prompts, max_tokens=1)
+    stream.close()
+    assert not engine.busy and engine.generate(prompts, max_tokens=1)
+
+
+def test_nothing_is_kept_of_what_has_ended(engine):
+    for n in range(300):
+        engine.submit(Request([n % 250], 1 + n % 2, temperature=0.0))
+        if n % 20 == 0:
+            engine.cancel(n)
+            engine.step()
+    while engine.busy:
+        engine.step()
+    assert not any(
+        (engine._running, engine._ended, *map(vars(engine._scheduler).get, ("waiting", "running", "slot_of")))
+    )
 
 
 def test_samples_differ_and_repeat_by_seed(engine, prompts):
@@ -117,12 +266,72 @@ def test_limits(engine, prompts):
     for got in engine.generate(prompts, max_tokens=7, temperature=0.0):
         assert len(got.tokens) == 7 or got.finished
     assert [g.tokens for g in engine.generate(prompts, max_tokens=0)] == [[]] * 5
-    long = (prompts[0] * LENGTH)[: LENGTH - 3]
-    assert len(engine.generate([long], max_tokens=50, temperature=0.0)[0].tokens) <= 3
-    full = (prompts[0] * LENGTH)[:LENGTH]
-    assert engine.generate([full], max_tokens=50)[0].tokens == []
+    long = prompts[0] * LENGTH
+    assert len(engine.generate([long[: LENGTH - 3]], max_tokens=50, temperature=0.0)[0].tokens) <= 3
+    assert engine.generate([long[:LENGTH]], max_tokens=50)[0].tokens == []
     with pytest.raises(UserError, match=f"1 to {LENGTH}"):
-        engine.generate([(prompts[0] * LENGTH)[: LENGTH + 1]], max_tokens=1)
+        engine.generate([long[: LENGTH + 1]], max_tokens=1)
+
+
+def exact_scores(params, config, tokens):
+    """log-probabilities [tokens, V] of what follows each token, in float64 from a whole float32 pass."""
+    padded = np.zeros((1, LENGTH), np.int32)
+    padded[0, : len(tokens)] = tokens
+    z = np.asarray(forward(params, padded, config, COMPUTE)[0, : len(tokens)], np.float64)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def test_log_probabilities_are_those_of_a_whole_pass(eager, config):
+    """Of sampled and forced tokens, of the one that ends, of the prompt, of the likeliest. 1e-5: a float32 sum of 280
+    exponentials of numbers below 15."""
+    engine, random, ends, forced = eager(), np.random.default_rng(3), 0, 0
+    for i, logprobs in enumerate((0, 3, 20, 5, 2, 7)):
+        prompt = random.integers(0, 250, int(random.integers(2, 50))).tolist()
+        how = {"max_tokens": 30, "temperature": 1.2, "top_k": 40, "seed": i}
+        (got,) = engine.generate([prompt], **how, logprobs=logprobs, prompt_logprobs=i % 2 == 1)
+        assert got.tokens == engine.generate([prompt], **how)[0].tokens
+        last = [got.end[0]] if got.end else []
+        exact = exact_scores(eager.params, config, [*prompt, *got.tokens])
+        after = exact[len(prompt) - 1 :]
+        values = [*got.logprobs, *([got.end[1]] if got.end else [])]
+        want = [after[n, token] for n, token in enumerate([*got.tokens, *last])]
+        np.testing.assert_allclose(values, want, atol=1e-5)
+        for n, alternatives in enumerate(got.top):
+            assert len(alternatives) == logprobs
+            np.testing.assert_allclose([p for _, p in alternatives], np.sort(after[n])[::-1][:logprobs], atol=1e-5)
+            np.testing.assert_allclose(
+                [after[n, token] for token, _ in alternatives], [p for _, p in alternatives], atol=1e-5
+            )
+            if got.tokens[n] in dict(alternatives):
+                assert dict(alternatives)[got.tokens[n]] == got.logprobs[n]  # the very number
+        if i % 2:
+            np.testing.assert_allclose(got.prompt_logprobs, exact[range(len(prompt) - 1), prompt[1:]], atol=1e-5)
+            assert len(got.prompt_top) == len(prompt) - 1 and len(got.prompt_top[0]) == logprobs
+        ends, forced = ends + len(last), forced + sum(got.forced)
+    assert ends and forced
+
+
+def test_a_prompt_alone_has_log_probabilities(engine, params, config):
+    (got,) = engine.generate([[3, 1, 4, 1, 5]], max_tokens=0, logprobs=1, prompt_logprobs=True)
+    assert got.tokens == [] and got.finish == "length"
+    want = exact_scores(params, config, [3, 1, 4, 1, 5])[range(4), [1, 4, 1, 5]]
+    np.testing.assert_allclose(got.prompt_logprobs, want, atol=1e-5)
+
+
+def test_ends(engine, prompts):
+    """A stop token ends like the model's own end; min_tokens and ignore_end put it off."""
+    how = {"max_tokens": 40, "temperature": 0.0}
+    plain = engine.generate(prompts, **how, ignore_end=True)
+    assert all(len(one.tokens) == 40 and one.finish == "length" for one in plain)
+    for prompt, one in zip(prompts, plain, strict=True):
+        stop = one.tokens[9]
+        first = one.tokens.index(stop)
+        (got,) = engine.generate([prompt], **how, ignore_end=True, stop_tokens=[stop])
+        assert got.finished and got.tokens == one.tokens[:first] and got.end == (stop, None)
+        (got,) = engine.generate([prompt], **how, ignore_end=True, stop_tokens=[stop], min_tokens=first + 1)
+        assert (
+            got.tokens[:first] == one.tokens[:first] and len(got.tokens) > first and stop not in got.tokens[: first + 1]
+        )
 
 
 class Scripted:
@@ -135,21 +344,25 @@ class Scripted:
             table[n, start - 1 : start - 1 + len(script)] = script
         table = jnp.asarray(table)
 
+        def said(script_B, positions_BT):
+            script_BT = jnp.take_along_axis(table[script_B.astype(int)], jnp.clip(positions_BT, 0, LENGTH), axis=1)
+            return jax.nn.one_hot(script_BT, vocab)
+
+        def features_prompt(params, tokens_BT, lengths_B, config, compute):
+            cache = decode_module.KVCache.empty(config, *tokens_BT.shape, jnp.float32)
+            first = cache.k_BKSH[0].at[:, 0, 0, 0].set(tokens_BT[:, 1].astype(float))
+            cache = cache.replace(k_BKSH=(first, *cache.k_BKSH[1:]), lengths_B=lengths_B)
+            return said(tokens_BT[:, 1], jnp.arange(tokens_BT.shape[1])[None]), cache
+
         def features_cached(params, tokens_BT, cache, config, compute, counts_B):
-            time = tokens_BT.shape[1]
-            if time > 1:
-                k = cache.k_LBSKH.at[0, :, 0, 0, 0].set(tokens_BT[:, 1].astype(cache.k_LBSKH.dtype))
-                cache = cache.replace(k_LBSKH=k)
-            position_BT = cache.lengths_B[:, None] + jnp.arange(time)[None]
-            script_B = cache.k_LBSKH[0, :, 0, 0, 0].astype(jnp.int32)
-            script_BT = jnp.take_along_axis(table[script_B], jnp.clip(position_BT, 0, LENGTH), axis=1)
-            return jax.nn.one_hot(script_BT, vocab), cache.advance(counts_B)
+            return said(cache.k_BKSH[0][:, 0, 0, 0], cache.lengths_B[:, None]), cache.advance(counts_B)
 
-        monkeypatch.setattr(engine_module, "features_cached", features_cached)
-        monkeypatch.setattr(engine_module, "logits", lambda params, x, cap: 10 * x)
+        monkeypatch.setattr(decode_module, "features_prompt", features_prompt)
+        monkeypatch.setattr(decode_module, "features_cached", features_cached)
+        monkeypatch.setattr(decode_module, "logits", lambda params, x, cap: 10 * x)
 
 
-def test_tool_results_are_forced(engine, tokenizer, monkeypatch):
+def test_tool_results_are_forced(params, engine, tokenizer, monkeypatch):
     """Row 0 asks for a sum, row 1 for something the calculator refuses, row 2 asks twice, row 3 only closes."""
     special = tokenizer.special
     open_, close, end = special("<|python_start|>"), special("<|python_end|>"), special("<|assistant_end|>")
@@ -168,7 +381,7 @@ def test_tool_results_are_forced(engine, tokenizer, monkeypatch):
     monkeypatch.setattr(engine_module, "read_prompts", engine_module.read_prompts.__wrapped__)
     monkeypatch.setattr(engine_module, "decode", engine_module.decode.__wrapped__)
     Scripted(monkeypatch, scripts, 4, tokenizer.vocab_size)
-    engine = Engine(engine.params, engine.config, tokenizer, engine.compute, batch_size=4)
+    engine = Engine(params, engine.config, tokenizer, COMPUTE, batch_size=4)
     # Eight prompts in four slots: those that wait take the places of those that are done.
     got = engine.generate([[tokenizer.bos, n % 4, 2, 3] for n in range(8)], max_tokens=60, temperature=0.0)
     assert got[4:] == got[:4]
@@ -181,32 +394,10 @@ def test_tool_results_are_forced(engine, tokenizer, monkeypatch):
 
 def test_a_result_that_is_too_long_is_none(engine, tokenizer):
     """A fraction of a fraction of a fraction has more digits than can be forced at once."""
-    special = tokenizer.special
+    call, called = tokenizer.special("<|python_start|>"), tokenizer.special("<|python_end|>")
 
     def result(text):
-        return engine._tool_result([special("<|python_start|>"), *tokenizer.encode(text), special("<|python_end|>")])
+        return engine._tool_result([call, *tokenizer.encode(text), called])
 
     assert len(result("1/3")) == len(tokenizer.encode(calculate("1/3"))) + 2
     assert result("1" + "/999999999999999" * 12) == []
-
-
-def test_sampling_frequencies_follow_the_logits():
-    """5,000 draws against softmax(logits / T); 5 standard errors of a share are at most 5·√(¼/5000) = 0.036."""
-    logits_V = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    rows = jnp.arange(5000)
-
-    def shares(temperature, top_k):
-        drawn = sample(
-            jnp.tile(logits_V, (5000, 1)), rows, jnp.zeros(5000, jnp.int32), np.uint32(0), temperature,
-            greedy=False, top_k=top_k,
-        )  # fmt: skip
-        return np.bincount(drawn, minlength=4) / 5000
-
-    np.testing.assert_allclose(shares(1.0, None), [0.5, 0.3, 0.15, 0.05], atol=0.036)
-    cold = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
-    np.testing.assert_allclose(shares(0.5, None), cold / cold.sum(), atol=0.036)
-    np.testing.assert_allclose(shares(1.0, 2), [0.625, 0.375, 0, 0], atol=0.036)
-
-
-def test_buckets():
-    assert [bucket(n, 16, 100) for n in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]

@@ -179,7 +179,7 @@ def test_sampling_draws_from_their_distribution(top_k):
     statistics = []
     for seed in range(2):
         drawn = engine.generate(
-            [prompt.tolist()], max_tokens=1, temperature=1.0, top_k=top_k, num_samples=10_000, seed=seed
+            [prompt.tolist()], max_tokens=1, temperature=1.0, top_k=top_k or 0, num_samples=10_000, seed=seed
         )
         counts = np.bincount([row.tokens[0] if row.tokens else 499 for row in drawn], minlength=config.vocab_size)
         assert counts[expected == 0].sum() == 0  # nothing beyond the top k

@@ -154,7 +154,7 @@ def write_answers(
     room = limit - min(options["max_tokens"], limit // 2)
     prompts = [tokenizer.render_for_completion(row)[-room:] for row in rows]
     progress = Progress(len(rows) * options.get("num_samples", 1), "written", quiet=quiet)
-    answers = engine.generate(prompts, told=progress.add, **options)
+    answers = engine.generate(prompts, on_progress=progress.add, **options)
     samples, right = len(answers) // max(1, len(rows)), []
     if jax.process_index() == 0:  # programs run once, not once a process
         asked = [row for row in rows for _ in range(samples)]

@@ -1,195 +1,304 @@
-"""Generation with a key/value cache: many prompts at once, decoded on the device, with the calculator tool.
+"""Generation with a key/value cache: requests that come and go, decoded on the device, with the calculator tool.
 
-There is a fixed number of slots. A row that is done leaves its slot to a prompt that waits. The device decodes in
-stretches; the host steps in where rows have called the tool (their results are forced into their streams) or are done.
-A prompt is read in a batch whose shape depends on the prompt alone, and all slots are decoded in one shape: so what a
-row says does not depend on what else is there, and few shapes are ever compiled.
+Each device has a fixed number of slots. `step` reads waiting prompts into free slots and decodes a stretch of tokens in
+all slots; between stretches the host sees what was said, forces the tool's results into the streams of those who called
+it, and frees slots. A prompt is read in a batch whose shape depends on that prompt alone, and all slots are decoded in
+one shape: so what a row says depends on its request alone, and few shapes are ever compiled.
+
+Of several devices each decodes rows of its own with whole weights; nothing crosses between them.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.infer.calculator import calculate
-from jaxchat.infer.sampling import sample
+from jaxchat.infer.decode import (
+    FORCED,
+    STRETCH,
+    Program,
+    Prompts,
+    Scores,
+    State,
+    Stretch,
+    Turn,
+    decode,
+    empty_rows,
+    empty_state,
+    for_decoding,
+    read_prompts,
+    resize,
+)  # fmt: skip
+from jaxchat.infer.sampling import FILTERED, GREEDY, PLAIN, Rows
+from jaxchat.infer.scheduler import CANCELLED, LENGTH, STOP, Event, Generation, Request, Scheduler, bucket
 from jaxchat.model.attention_cpu import SLOT_BLOCK
-from jaxchat.model.cache import KVCache
-from jaxchat.model.gpt import features_cached, logits
 from jaxchat.model.params import Params
-from jaxchat.sharding import constrain
+from jaxchat.sharding import gather_json
 
-STRETCH = 64  # tokens decoded before the host looks, at most
-FORCED = 64  # the most tokens that one tool call can force
-EXPRESSION = 256  # the most tokens that a tool's expression may have
-SHORTEST = 16  # tokens of the shortest rows in which prompts are read
+SHORT_STRETCH = 4  # tokens decoded before the host looks, while somebody reads along
+EXPRESSION = 256  # most tokens of a tool's expression
+SHORTEST_CACHE = 256  # slots; a cache has a power of two times as many, as its rows need
+TOPS = (0, 5, 20)  # alternatives reported with each token; others are rounded up: each is compiled once
 
 
 @dataclasses.dataclass
-class Generation:
-    """What was generated after a prompt, without the token that ended it."""
+class Running:
+    """A request in a slot."""
 
+    request: Request
+    slot: int
     tokens: list[int] = dataclasses.field(default_factory=list)
-    forced: list[bool] = dataclasses.field(default_factory=list)  # which tokens the tool put in
-    finished: bool = False  # ended by itself, not by a limit
-
-
-def bucket(n: int, smallest: int, largest: int) -> int:
-    """The least power of two ≥ n and ≥ smallest, at most largest."""
-    return min(largest, max(smallest, 1 << (n - 1).bit_length()))
-
-
-@partial(jax.jit, static_argnames=("config", "compute", "count", "length"))
-def empty_slots(config: ModelConfig, compute: Compute, count: int, length: int):
-    """(logits_BV, cache) of slots that hold nothing; on a mesh every device has all."""
-    empty = jnp.zeros((count, config.vocab_size)), KVCache.empty(config, count, length, jnp.dtype(compute.dtype))
-    return on_every_device(empty, compute)
-
-
-def on_every_device(tree, compute: Compute):
-    return constrain(tree, jax.tree.map(lambda _: P(), tree), compute.mesh)
-
-
-@partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("logits_BV", "cache"))
-def read_prompts(
-    params, logits_BV, cache: KVCache, tokens_PT, lengths_P, slots_P, config: ModelConfig, compute: Compute
-):
-    """(logits_BV, cache) with prompts, padded at the end, read into their slots; a slot beyond the last is none."""
-    dtype = jnp.dtype(compute.dtype)
-    empty = KVCache.empty(config, *tokens_PT.shape, dtype)
-    x_PTD, own = features_cached(params, tokens_PT, empty, config, compute, counts_B=lengths_P)
-    last_PD = jnp.take_along_axis(x_PTD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
-    logits_BV = logits_BV.at[slots_P].set(logits(params.lm_head, last_PD, config.softcap), mode="drop")
-    return on_every_device((logits_BV, cache.place(own, slots_P)), compute)
-
-
-@partial(
-    jax.jit,
-    static_argnames=("config", "compute", "greedy", "top_k", "stretch", "specials"),
-    donate_argnames=("logits_BV", "cache"),
-)
-def decode(
-    params, logits_BV, cache, rows_B, limits_B, done_B, forced_BF, num_forced_B, seed, temperature, count_done, enough,
-    *, config, compute, greedy, top_k, stretch, specials,
-):  # fmt: skip
-    """Decode up to `stretch` tokens a row, until `enough` rows wait for the host or none is left to decode.
-
-    A row waits when it has called the tool; one that is done counts as well if count_done.
-    -> (logits_BV, cache, done_B, ended_B, called_B, tokens_BN, was_forced_BN, number of forced tokens used); tokens are
-    −1 where a row emitted nothing. specials: ids of (python_end, assistant_end, bos).
-    """
-    python_end, assistant_end, bos = specials
-    batch = logits_BV.shape[0]
-
-    def more(carry):
-        i, _, _, done_B, _, called_B, _, _, _ = carry
-        waiting = jnp.sum(called_B) + jnp.where(count_done, jnp.sum(done_B), 0)
-        return (i < stretch) & (waiting < enough) & ~jnp.all(done_B | called_B)
-
-    def step(carry):
-        i, logits_BV, cache, done_B, ended_B, called_B, tokens_BN, forced_BN, used_B = carry
-        sampled_B = sample(logits_BV, rows_B, cache.lengths_B, seed, temperature, greedy=greedy, top_k=top_k)
-        is_forced_B = used_B < num_forced_B
-        # As a sum: for one row XLA makes of take_along_axis what its own compiler for GPUs then refuses.
-        next_forced_B = jnp.sum(jnp.where(used_B[:, None] == jnp.arange(FORCED)[None], forced_BF, 0), axis=1)
-        token_B = jnp.where(is_forced_B, next_forced_B, sampled_B)
-        active_B = ~done_B & ~called_B
-        ends_B = active_B & ~is_forced_B & ((token_B == assistant_end) | (token_B == bos))
-        emits_B = active_B & ~ends_B
-        tokens_BN = tokens_BN.at[:, i].set(jnp.where(emits_B, token_B, -1))
-        forced_BN = forced_BN.at[:, i].set(emits_B & is_forced_B)
-        counts_B = emits_B.astype(jnp.int32)
-        x_BTD, cache = features_cached(params, token_B[:, None], cache, config, compute, counts_B)
-        logits_BV = jnp.where(emits_B[:, None], logits(params.lm_head, x_BTD[:, 0], config.softcap), logits_BV)
-        called_B = called_B | (emits_B & ~is_forced_B & (token_B == python_end))
-        done_B = done_B | ends_B | (cache.lengths_B >= limits_B)
-        used_B = used_B + (emits_B & is_forced_B)
-        return i + 1, logits_BV, cache, done_B, ended_B | ends_B, called_B, tokens_BN, forced_BN, used_B
-
-    none_B = jnp.zeros(batch, bool)
-    cache = cache.cut(jnp.where(done_B, 0, cache.lengths_B))  # nobody waits for what they attend to
-    carry = (
-        jnp.zeros((), jnp.int32), logits_BV, cache, done_B, none_B, none_B,
-        jnp.full((batch, stretch), -1, jnp.int32), jnp.zeros((batch, stretch), bool), jnp.zeros(batch, jnp.int32),
-    )  # fmt: skip
-    return on_every_device(lax.while_loop(more, step, carry)[1:], compute)
+    forced: list[int] = dataclasses.field(default_factory=list)  # tokens that are still to be forced
 
 
 class Engine:
-    """Generates with one model, in batch_size slots. Compiled shapes are shared by all; in bfloat16 each has a copy of
-    the weights in it, but for the embedding, of which a token reads one row."""
+    """Generates with one model. Compiled shapes are shared by all engines.
+
+    batch_size: slots of each device. Several devices: those of compute.mesh that belong to this process. `load`
+    replaces the weights.
+    """
 
     def __init__(
-        self, params: Params, config: ModelConfig, tokenizer, compute: Compute | None = None, *, batch_size: int = 64
+        self,
+        params: Params,
+        config: ModelConfig,
+        tokenizer,
+        compute: Compute | None = None,
+        *,
+        batch_size: int = 64,
+        shortest_cache: int = SHORTEST_CACHE,
     ):
+        """shortest_cache: slots that a cache has at least; a server gives the context, so that one shape serves all."""
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.compute = compute or Compute.for_backend()
-        # Every token needs all weights: they are read in the dtype they are used in, not cast anew each time.
-        self.params = jax.tree.map(lambda a: a.astype(self.compute.dtype), params).replace(wte=params.wte)
+        self._mesh = self.compute.mesh if self.compute.mesh is not None and self.compute.mesh.size > 1 else None
+        own = None
+        if self._mesh is not None:
+            own = [device for device in self._mesh.devices.flat if device.process_index == jax.process_index()]
+            own = Mesh(np.array(own), ("rows",)) if len(own) > 1 or jax.process_count() > 1 else None
+        special = tokenizer.special
+        alone = dataclasses.replace(self.compute, mesh=None)
+        self._program = Program(config, alone, own, special("<|python_end|>"))
+        self._ends = (special("<|assistant_end|>"), special("<|bos|>"))
+        self._whole_cache = -(-config.sequence_len // SLOT_BLOCK) * SLOT_BLOCK
+        self._shortest_cache = min(shortest_cache, self._whole_cache)
+        self._scheduler = Scheduler(
+            config.sequence_len, slots=batch_size, together=max(1, batch_size // 8), devices=own.size if own else 1
+        )
+        self._running: dict[int, Running] = {}
+        self._ended: list[Event] = []  # of requests that ended between two steps
+        self._state: State | None = None
+        self._slots = 0  # of the cache
+        self.load(params)
+
+    def load(self, params: Params):
+        """Use these weights from now on. What runs goes on with them; nothing is compiled anew.
+
+        With several processes all must call it: weights that are cut over devices cross once, here.
+        """
+        dtype = self.compute.dtype
+        if self._mesh is None:
+            self._params = for_decoding(params, dtype)
+            return
+        everywhere = NamedSharding(self._mesh, P())
+        if jax.tree.leaves(params)[0].sharding.device_set != everywhere.device_set:
+            params = jax.device_put(params, everywhere)
+        prepare = jax.jit(lambda p: for_decoding(p.replace(wte=p.wte.astype(dtype)), dtype), out_shardings=everywhere)
+
+        def here(array):
+            shards = [shard.data for shard in array.addressable_shards]
+            if self._program.mesh is None:
+                return shards[0]
+            sharding = NamedSharding(self._program.mesh, P())
+            return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+
+        self._params = jax.tree.map(here, prepare(params))
 
     def generate(
         self,
         prompts: list[list[int]],
         *,
-        max_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 0,
         num_samples: int = 1,
-        told: Callable[[int], None] = lambda finished: None,
+        on_progress: Callable[[int], None] = lambda finished: None,
+        **settings,
     ) -> list[Generation]:
         """num_samples continuations of every prompt (those of one prompt stand together).
 
-        told: called with how many more are done, now and then.
+        settings: fields of Request; a row's `sample` is its number. on_progress: called with how many more have ended.
+        With several processes all must call it, with the same arguments: each generates a part, and all get all.
         """
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
-        results = [Generation() for _ in rows]
-        for finished in self._run(rows, results, max_tokens, temperature, top_k, seed, STRETCH):
-            told(finished)
-        return results
+        mine = range(jax.process_index(), len(rows), jax.process_count())
+        # The longest first: rows that take long don't begin last.
+        order = sorted(mine, key=lambda i: -len(rows[i]))
+        found = dict.fromkeys(mine)
+        for i, generation in self._until_empty(
+            {i: Request(prompt=rows[i], **({"sample": i} | settings)) for i in order}, STRETCH, patient=True
+        ):
+            found[i] = found[i] or Generation()
+            found[i].extend(generation)
+            on_progress(bool(generation.finish))
+        return [found[i] for i in range(len(rows))] if jax.process_count() == 1 else _gather(found, len(rows))
 
-    def stream(
-        self, prompt: list[int], *, max_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
-    ) -> Iterator[tuple[int, bool]]:
-        """The (token, whether the tool forced it) of one continuation as they come; the same as `generate`'s first."""
-        results, shown = [Generation()], 0
-        for _ in self._run([prompt], results, max_tokens, temperature, top_k, seed, 4):
-            new = results[0]
-            yield from zip(new.tokens[shown:], new.forced[shown:], strict=True)
-            shown = len(new.tokens)
+    def stream(self, prompt: list[int], **settings) -> Iterator[tuple[int, bool]]:
+        """(token, whether the tool forced it) of one continuation as they come; the same as `generate`'s first."""
+        for _, new in self._until_empty({0: Request(prompt=prompt, **settings)}, SHORT_STRETCH, patient=False):
+            yield from zip(new.tokens, new.forced, strict=True)
 
-    def _run(self, rows, results, max_tokens, temperature, top_k, seed, stretch) -> Iterator[int]:
-        """Generate for all rows into results; gives how many have finished after every stretch."""
-        slots = Slots(self, rows, max_tokens)
-        special = self.tokenizer.special
-        specials = (special("<|python_end|>"), special("<|assistant_end|>"), special("<|bos|>"))
-        while slots.admit():
-            slots.logits_BV, slots.cache, *found = decode(
-                self.params, slots.logits_BV, slots.cache, slots.row_B.clip(0), slots.limit_B, slots.done_B,
-                slots.forced_BF, slots.num_forced_B, np.uint32(seed), np.float32(temperature or 1.0),
-                bool(slots.waiting), np.int32(slots.together), config=self.config, compute=self.compute,
-                greedy=temperature == 0, top_k=top_k, stretch=stretch, specials=specials,
-            )  # fmt: skip
-            done_B, ended_B, called_B, tokens_BN, forced_BN, used_B = jax.device_get(found)
-            finished = 0
-            for b in np.flatnonzero(slots.row_B >= 0):
-                result = results[slots.row_B[b]]
-                emitted = tokens_BN[b] >= 0
-                result.tokens.extend(tokens_BN[b][emitted].tolist())
-                result.forced.extend(forced_BN[b][emitted].tolist())
-                result.finished |= bool(ended_B[b])
-                left = slots.forced_BF[b, used_B[b] : slots.num_forced_B[b]].tolist()
-                slots.force(b, self._tool_result(result.tokens) if called_B[b] else left)
-                if done_B[b]:
-                    slots.free(b)
-                    finished += 1
-            yield finished
+    def _until_empty(self, requests: dict[int, Request], stretch: int, patient: bool):
+        """Run these requests alone, giving (number, new Generation) as it comes; stopped early, all are cancelled."""
+        if self.busy:
+            raise RuntimeError("generate and stream need an engine without other requests")
+        ids = {}
+        try:
+            for number, request in requests.items():
+                ids[self.submit(request)] = number
+            while self.busy:
+                for id, new in self.step(stretch, patient):
+                    yield ids[id], new
+        finally:
+            for id in ids:
+                self.cancel(id)
+            self._ended.clear()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits, runs, or has an event to come."""
+        return bool(self._scheduler.waiting or self._running or self._ended)
+
+    def submit(self, request: Request) -> int:
+        """Let a request wait for its turn. -> its id. UserError: its prompt is too long, or has an unknown token."""
+        if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < self.config.vocab_size:
+            raise UserError(
+                f"a prompt has a token outside this model's vocabulary, 0 to {self.config.vocab_size - 1:,}"
+            )
+        id = self._scheduler.submit(request)
+        if self._scheduler.end_of(request) == len(request.prompt) and not request.prompt_logprobs:
+            self._end(id, Generation(finish=LENGTH))
+        return id
+
+    def cancel(self, id: int):
+        """End a request now; its slot is free. Nothing happens to one that has ended, or is not known."""
+        if id in self._scheduler.waiting or id in self._running:
+            self._end(id, Generation(finish=CANCELLED))
+
+    def step(self, stretch: int = STRETCH, patient: bool = False) -> list[Event]:
+        """Read waiting prompts, then decode up to `stretch` tokens of all rows. -> what is new, in no order.
+
+        At most one batch of prompts is read, so that those who read along don't wait long; patient: as many as there is
+        room for, but only whole batches, for throughput.
+        """
+        while ids := self._scheduler.admit(patient):
+            self._read(ids)
+            if not patient:
+                break
+        if self._running:
+            self._decode(min(stretch, STRETCH), patient)
+        events, self._ended = self._ended, []
+        return events
+
+    def _end(self, id: int, last: Generation):
+        self._scheduler.remove(id)
+        self._running.pop(id, None)
+        self._ended.append(Event(id, last))
+
+    def _read(self, ids: list[int]):
+        """Read the prompts of requests that have just been given slots."""
+        scheduler, together = self._scheduler, self._scheduler.together
+        self._fit_cache(scheduler.longest())
+        requests = [scheduler.running[id] for id in ids]
+        length = scheduler.prompt_length(requests[0])
+        count = together * scheduler.devices
+        tokens_PT, lengths_P = np.zeros((count, length), np.int32), np.ones(count, np.int32)
+        slots_P, rows = np.full(count, self.batch_size, np.int32), empty_rows(count, self.config.vocab_size)
+        places, used = [], [0] * scheduler.devices
+        for id, request in zip(ids, requests, strict=True):
+            device, slot = divmod(scheduler.slot_of[id], self.batch_size)
+            p = device * together + used[device]
+            used[device] += 1
+            places.append(p)
+            tokens_PT[p, : len(request.prompt)], lengths_P[p], slots_P[p] = request.prompt, len(request.prompt), slot
+            self._fill(rows, p, request)
+            self._running[id] = Running(request, scheduler.slot_of[id])
+        tops = [request.logprobs for request in requests if request.prompt_logprobs]
+        top = _tops(tops) if tops else None
+        prompts = Prompts(tokens_PT, lengths_P, slots_P, rows)
+        self._state, scores = read_prompts(self._program, self._params, self._state, prompts, top)
+        scores = jax.device_get(scores)
+        for id, request, p in zip(ids, requests, places, strict=True):
+            new, n = Generation(), len(request.prompt)
+            if request.prompt_logprobs:
+                part = jax.tree.map(lambda a, p=p, n=n: a[p, : n - 1], scores)
+                new.prompt_logprobs, new.prompt_top = _lists(part, request.logprobs)
+            if scheduler.end_of(request) == n:
+                new.finish = LENGTH
+                self._end(id, new)
+            elif request.prompt_logprobs:
+                self._ended.append(Event(id, new))
+
+    def _fill(self, rows: Rows, p: int, request: Request):
+        """Write a request's settings into row p."""
+        for name in ("seed", "sample", "temperature", "top_k", "top_p", "min_p"):
+            getattr(rows, f"{name}_B")[p] = getattr(request, name)
+        rows.first_end_B[p] = min(len(request.prompt) + request.min_tokens, self.config.sequence_len)
+        rows.limit_B[p] = self._scheduler.end_of(request)
+        ends = [*(() if request.ignore_end else self._ends), *request.stop_tokens]
+        rows.ends_BE[p, : len(ends)] = ends
+        rows.tool_B[p] = request.tool
+
+    def _fit_cache(self, longest: int):
+        """Make the cache as long as its rows can get: at once when it is too short, else when it is empty."""
+        slots = bucket(longest, self._shortest_cache, self._whole_cache)
+        if not self._running and slots != self._slots:
+            self._state = None  # its memory is free before the next is taken
+            self._state = empty_state(self._program, self.batch_size, slots)
+        elif slots > self._slots:
+            self._state = resize(self._program, self._state, slots)
+        else:
+            return
+        self._slots = slots
+
+    def _decode(self, stretch: int, patient: bool):
+        slots = self.batch_size * self._scheduler.devices
+        turn = Turn(np.zeros(slots, bool), np.zeros((slots, FORCED), np.int32), np.zeros(slots, np.int32))
+        for row in self._running.values():
+            turn.active_B[row.slot], turn.num_forced_B[row.slot] = True, len(row.forced)
+            turn.forced_BF[row.slot, : len(row.forced)] = row.forced
+        requests = [row.request for row in self._running.values()]
+        tops = [request.logprobs for request in requests if request.logprobs is not None]
+        waiting = bool(self._scheduler.waiting)
+        enough = 1 if waiting and not patient else self._scheduler.together
+        self._state, said = decode(
+            self._program, self._params, self._state, turn, np.int32(stretch), np.int32(enough), np.bool_(waiting),
+            kind=kind_of(requests), top=_tops(tops) if tops else None,
+        )  # fmt: skip
+        said = jax.device_get(said)
+        for id, row in [*self._running.items()]:
+            self._take(id, row, jax.tree.map(lambda a, b=row.slot: a[b], said))
+
+    def _take(self, id: int, row: Running, said: Stretch):
+        """Take over what one row said in a stretch (a Stretch without the axis of rows)."""
+        said_N = said.tokens_BN >= 0
+        new = Generation(said.tokens_BN[said_N].tolist(), said.forced_BN[said_N].tolist())
+        if row.request.logprobs is not None:
+            part = jax.tree.map(lambda a: a[said_N], said.scores)
+            new.logprobs, new.top = _lists(part, row.request.logprobs)
+        if said.ended_B:
+            new.forced.pop()
+            new.end = new.tokens.pop(), new.logprobs.pop() if new.logprobs else None
+            del new.top[len(new.tokens) :]
+        row.tokens += new.tokens
+        row.forced = self._tool_result(row.tokens) if said.called_B else row.forced[said.used_B :]
+        if said.done_B:
+            new.finish = STOP if said.ended_B else LENGTH
+            self._end(id, new)
+        elif new.tokens:
+            self._ended.append(Event(id, new))
 
     def _tool_result(self, tokens: list[int]) -> list[int]:
         """The tokens to force after a python_end that was just emitted; none if its expression has no value."""
@@ -206,60 +315,33 @@ class Engine:
         return forced if len(forced) <= FORCED else []
 
 
-class Slots:
-    """The places that rows are decoded in, and the prompts that wait for one."""
+def kind_of(requests: list[Request]) -> str:
+    """The simplest kind of sampling that serves these requests."""
+    hot = [request for request in requests if request.temperature > 0]
+    filters = any(request.top_k or request.top_p < 1 or request.min_p for request in hot)
+    if filters or any(request.min_tokens for request in requests):
+        return FILTERED
+    return PLAIN if hot else GREEDY
 
-    def __init__(self, engine: Engine, rows: list[list[int]], max_tokens: int):
-        limit, count = engine.config.sequence_len, engine.batch_size
-        longest, shortest = max(map(len, rows), default=1), min(map(len, rows), default=1)
-        if longest > limit or shortest < 1:
-            raise UserError(f"a prompt of {longest if longest > limit else 0} tokens; this model takes 1 to {limit}")
-        self._engine, self._rows, self._max_tokens = engine, rows, max_tokens
-        self.together = max(1, count // 8)  # prompts are read, and rows waited for, so many at a time
-        # The longest first: rows that take long don't begin last.
-        wanted = [r for r, row in enumerate(rows) if min(max_tokens, limit - len(row)) > 0]
-        self.waiting = sorted(wanted, key=lambda r: len(rows[r]))
-        self.row_B = np.full(count, -1)  # which row a slot holds; −1: none
-        self.done_B = np.ones(count, bool)
-        self.limit_B = np.zeros(count, np.int32)
-        self.forced_BF, self.num_forced_B = np.zeros((count, FORCED), np.int32), np.zeros(count, np.int32)
-        self.cache = self.logits_BV = None
 
-    def free(self, b: int):
-        self.row_B[b], self.done_B[b] = -1, True
+def _tops(wanted: list[int]) -> int:
+    return next(top for top in TOPS if top >= max(wanted))
 
-    def force(self, b: int, tokens: list[int]):
-        self.num_forced_B[b] = len(tokens)
-        self.forced_BF[b, : len(tokens)] = tokens
 
-    def admit(self) -> bool:
-        """Give free slots to waiting prompts, where there are enough to read together. -> whether any slot is taken."""
-        if self.waiting and self.cache is None:
-            config, count = self._engine.config, len(self.row_B)
-            length = -(-config.sequence_len // SLOT_BLOCK) * SLOT_BLOCK
-            self.logits_BV, self.cache = empty_slots(config, self._engine.compute, count, length)
-        while (free := np.flatnonzero(self.row_B < 0)).size >= min(self.together, len(self.waiting)) > 0:
-            self._read(free)
-        return bool((self.row_B >= 0).any())
+def _lists(scores: Scores, top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
+    """(log-probabilities, alternatives) of tokens [n], as a Generation has them."""
+    ids, values = scores.top_ids[:, :top].tolist(), scores.top_logprob[:, :top].tolist()
+    return scores.logprob.tolist(), [list(zip(*both, strict=True)) for both in zip(ids, values, strict=True)]
 
-    def _read(self, free: np.ndarray):
-        """Read the longest waiting prompts, as many as have one length of batch, into free slots."""
-        engine, rows, count = self._engine, self._rows, len(self.row_B)
 
-        def length_of(r):
-            return bucket(len(rows[r]), SHORTEST, engine.config.sequence_len)
+def _gather(found: dict[int, Generation], count: int) -> list[Generation]:
+    """All processes' generations, on every process."""
+    every = gather_json({str(i): dataclasses.asdict(generation) for i, generation in found.items()})
+    merged = {int(i): fields for part in every for i, fields in part.items()}
+    return [Generation(**_tuples(merged[i])) for i in range(count)]
 
-        length = length_of(self.waiting[-1])
-        tokens_PT = np.zeros((self.together, length), np.int32)
-        lengths_P, slots_P = np.ones(self.together, np.int32), np.full(self.together, count, np.int32)
-        for p, b in enumerate(free[: self.together]):
-            if not self.waiting or length_of(self.waiting[-1]) != length:
-                break
-            r = self.waiting.pop()
-            tokens_PT[p, : len(rows[r])] = rows[r]
-            lengths_P[p], slots_P[p], self.row_B[b], self.done_B[b] = len(rows[r]), b, r, False
-            self.limit_B[b] = min(len(rows[r]) + self._max_tokens, engine.config.sequence_len)
-            self.force(b, [])
-        self.logits_BV, self.cache = read_prompts(
-            engine.params, self.logits_BV, self.cache, tokens_PT, lengths_P, slots_P, engine.config, engine.compute
-        )
+
+def _tuples(fields: dict) -> dict:
+    """JSON has no tuples."""
+    pairs = {name: [[tuple(pair) for pair in at] for at in fields[name]] for name in ("top", "prompt_top")}
+    return fields | pairs | {"end": fields["end"] and tuple(fields["end"])}

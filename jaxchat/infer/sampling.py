@@ -1,23 +1,112 @@
-"""Choosing the next token on the device."""
+"""Choosing the next token on the device, each row by its own settings."""
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+# How a batch is sampled; each is compiled once. A row's token is the same in every kind that serves it.
+GREEDY = "greedy"  # every row takes the likeliest token
+PLAIN = "plain"  # temperatures, 0 among them
+FILTERED = "filtered"  # top_k, top_p, min_p, min_tokens as well
 
 
-def sample(logits_BV, rows_B, positions_B, seed, temperature, *, greedy: bool, top_k: int | None):
-    """The next token of every row, int32 [B]: the likeliest if greedy, else drawn from softmax(logits / temperature).
+@struct.dataclass
+class Rows:
+    """The settings of every row; see scheduler.Request."""
 
-    top_k: from that many likeliest only. A row's draw depends on (seed, its number, its position) alone, not on what
-    else is in the batch.
+    seed_B: jax.Array  # uint32
+    sample_B: jax.Array
+    temperature_B: jax.Array  # float32
+    top_k_B: jax.Array
+    top_p_B: jax.Array  # float32
+    min_p_B: jax.Array  # float32
+    first_end_B: jax.Array  # the first position at which the row may end by itself
+    limit_B: jax.Array  # most tokens of the row, its prompt's included
+    ends_BE: jax.Array  # the tokens that end it; filled up with ids beyond the vocabulary
+    tool_B: jax.Array  # bool: it may call the calculator
+
+
+def sample(logits_BV, rows: Rows, positions_B, kind: str):
+    """The next token of every row, int32 [B]: the likeliest, or drawn from softmax(logits / temperature).
+
+    A row's draw depends on (seed, sample, position) and its settings alone, not on what else is in the batch.
     """
-    if greedy:
+    if kind == GREEDY:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    if top_k is not None and top_k < logits_BV.shape[-1]:
-        least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    cold_B1 = rows.temperature_B[:, None] == 0
+    noise_BV = jax.vmap(_noise, (0, 0, 0, None))(rows.seed_B, rows.sample_B, positions_B, logits_BV.shape[1])
+    if kind == FILTERED:
+        logits_BV = keep_only(_without_ends(logits_BV, rows, positions_B), rows)
+    drawn_BV = logits_BV / jnp.where(cold_B1, 1.0, rows.temperature_B[:, None]) + noise_BV
+    return _largest(jnp.where(cold_B1, logits_BV, drawn_BV))
 
-    def draw(logits_V, row, position):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
-        return jax.random.categorical(key, logits_V)
 
-    return jax.vmap(draw)(logits_BV / temperature, rows_B, positions_B).astype(jnp.int32)
+def _largest(x_BV):
+    """Where each row's largest number is, int32 [B]; the first of equals.
+
+    For CPUs by top_k, which nothing is fused into: XLA would make the noise within the search, number by number, which
+    takes three times as long.
+    """
+    by_top_k, by_argmax = lambda x: lax.top_k(x, 1)[1][:, 0], lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32)
+    return lax.platform_dependent(x_BV, cpu=by_top_k, default=by_argmax)
+
+
+def _noise(seed, sample, position, size: int):
+    """What jax.random.categorical adds to the logits before it takes the largest."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
+    return jax.random.gumbel(key, (size,))
+
+
+def _without_ends(logits_BV, rows: Rows, positions_B):
+    """−∞ for the tokens that would end a row before its first possible end."""
+    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+    ends_BE = jnp.where((positions_B < rows.first_end_B)[:, None], rows.ends_BE, logits_BV.shape[1])
+    return logits_BV.at[rows_B1, ends_BE].set(-jnp.inf, mode="drop")
+
+
+def keep_only(logits_BV, rows: Rows):
+    """−∞ for the tokens that top_k, then top_p, then min_p leave out; tokens as likely as the last one kept are kept.
+
+    top_p and min_p are of the probabilities at the row's temperature, among what top_k keeps.
+    """
+    below = -jnp.inf
+    largest_B1 = jnp.max(logits_BV, axis=1, keepdims=True)
+    temperature_B1 = jnp.where(rows.temperature_B == 0, 1.0, rows.temperature_B)[:, None]
+
+    def by_count(logits_BV):
+        least_B = _threshold(logits_BV, jnp.ones_like(logits_BV), jnp.maximum(rows.top_k_B, 1).astype(jnp.float32))
+        return jnp.where((rows.top_k_B[:, None] > 0) & (logits_BV < least_B[:, None]), below, logits_BV)
+
+    def by_mass(logits_BV):
+        p_BV = jnp.exp((logits_BV - largest_B1) / temperature_B1)
+        least_B = _threshold(logits_BV, p_BV, rows.top_p_B * p_BV.sum(1))
+        return jnp.where((rows.top_p_B[:, None] < 1) & (logits_BV < least_B[:, None]), below, logits_BV)
+
+    logits_BV = lax.cond(jnp.any(rows.top_k_B > 0), by_count, lambda x: x, logits_BV)
+    logits_BV = lax.cond(jnp.any(rows.top_p_B < 1), by_mass, lambda x: x, logits_BV)
+    least_B1 = largest_B1 + jnp.log(rows.min_p_B[:, None]) * temperature_B1
+    return jnp.where(logits_BV < least_B1, below, logits_BV)
+
+
+def _threshold(x_BV, weights_BV, wanted_B):
+    """The largest number that a row's weights of x at or above it sum up to at least `wanted`. float32 [B].
+
+    By halving, over the 32 bits of a float32: no sort of the vocabulary, and exact.
+    """
+    order_BV = _in_order(x_BV)
+
+    def try_bit(i, found_B):
+        tried_B = found_B | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        mass_B = jnp.sum(jnp.where(order_BV >= tried_B[:, None], weights_BV, 0.0), axis=1)
+        return jnp.where(mass_B >= wanted_B, tried_B, found_B)
+
+    found_B = lax.fori_loop(0, 32, try_bit, jnp.zeros(x_BV.shape[0], jnp.uint32))
+    positive_B = found_B >= jnp.uint32(2**31)
+    return lax.bitcast_convert_type(jnp.where(positive_B, found_B ^ jnp.uint32(2**31), ~found_B), jnp.float32)
+
+
+def _in_order(x):
+    """float32 as uint32 in the same order."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 0, bits | jnp.uint32(2**31), ~bits)

@@ -7,6 +7,7 @@ first.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from jaxchat.config import UserError
 
@@ -76,6 +77,40 @@ class Request:
             raise UserError("prompt_logprobs needs logprobs, from 0 to 20")
         if len(self.stop_tokens) > MAX_STOP_TOKENS:
             raise UserError(f"{len(self.stop_tokens)} stop tokens; at most {MAX_STOP_TOKENS} are possible")
+
+
+@dataclasses.dataclass
+class Generation:
+    """What was generated after a prompt, without the token that ended it; or a part of that.
+
+    With log-probabilities: logprobs has one a token, top the likeliest (token, log-probability) at its place.
+    """
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    forced: list[bool] = dataclasses.field(default_factory=list)  # which tokens the tool put in
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    finish: str = ""  # "stop" (by itself), "length" or "cancelled"; "" while it goes on
+    end: tuple[int, float | None] | None = None  # (token, log-probability) that ended it
+    prompt_logprobs: list[float] = dataclasses.field(default_factory=list)  # from the prompt's second token on
+    prompt_top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ended by itself, not by a limit."""
+        return self.finish == STOP
+
+    def extend(self, more: "Generation"):
+        for name in ("tokens", "forced", "logprobs", "top", "prompt_logprobs", "prompt_top"):
+            getattr(self, name).extend(getattr(more, name))
+        self.finish, self.end = more.finish or self.finish, more.end or self.end
+
+
+class Event(NamedTuple):
+    """New tokens of a request, and how it ended, if it did. A request's last event has `new.finish`."""
+
+    id: int
+    new: Generation
 
 
 def bucket(n: int, smallest: int, largest: int) -> int:

@@ -31,13 +31,17 @@ def causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation: str, segments_BT=No
     return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
-def cached_attention(q_BTNH, k_LBSKH, v_LBSKH, layer, positions_BT, implementation: str):
-    """Attention of new tokens to the cache slots of one layer at or before their own positions. -> [B, T, N, H]."""
+def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str):
+    """Attention of new tokens to one layer's cache slots at or before their own positions. -> [B, T, N, H]."""
     if implementation == "blocks" and q_BTNH.shape[1] == 1:
-        return decoding_attention(q_BTNH, k_LBSKH, v_LBSKH, layer, positions_BT[:, 0])
-    k_BSKH, v_BSKH = k_LBSKH[layer].astype(q_BTNH.dtype), v_LBSKH[layer].astype(q_BTNH.dtype)
-    seen_BTS = jnp.arange(k_BSKH.shape[1])[None, None, :] <= positions_BT[:, :, None]
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=seen_BTS[:, None], implementation="xla")
+        return decoding_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT[:, 0])
+    B, T, N, H = q_BTNH.shape
+    K, S = k_BKSH.shape[1:3]
+    q_BTKGH = (q_BTNH / math.sqrt(H)).astype(q_BTNH.dtype).reshape(B, T, K, N // K, H)
+    scores_BKGTS = jnp.einsum("btkgh,bksh->bkgts", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32)
+    seen_BTS = jnp.arange(S)[None, None, :] <= positions_BT[:, :, None]
+    p_BKGTS = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgts,bksh->btkgh", p_BKGTS.astype(q_BTNH.dtype), v_BKSH).reshape(B, T, N, H)
 
 
 def kernel_for(implementation: str, head_dim: int, time: int) -> str:

@@ -11,27 +11,41 @@ from jaxchat.config import ModelConfig
 class KVCache:
     """Keys and values of the tokens seen so far; each row has a length of its own.
 
-    Slot s of row b holds the token at position s and is valid while s < lengths_B[b]. Slots beyond are never attended
-    to and are overwritten by later tokens.
+    One array a layer, heads before slots: a token of one row reads contiguous memory, and no layer is copied out of a
+    stack. Slot s of row b holds the token at position s and is valid while s < lengths_B[b]. Slots beyond are never
+    attended to and are overwritten by later tokens.
     """
 
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
+    k_BKSH: tuple[jax.Array, ...]
+    v_BKSH: tuple[jax.Array, ...]
     lengths_B: jax.Array  # int32
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, max_len: int, dtype):
-        shape = (config.n_layer, batch, max_len, config.n_kv_head, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+        shape = (batch, config.n_kv_head, max_len, config.head_dim)
+        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer)) for _ in "kv")
+        return cls(k, v, jnp.zeros(batch, jnp.int32))
 
-    def write(self, layer, k_BTKH, v_BTKH, positions_BT) -> "KVCache":
+    @classmethod
+    def holding(cls, layers: list[tuple[jax.Array, jax.Array]], lengths_B):
+        """A cache of each layer's (k_BTKH, v_BTKH), with T slots."""
+        k, v = (tuple(jnp.swapaxes(x_BTKH, 1, 2) for x_BTKH in each) for each in zip(*layers, strict=True))
+        return cls(k, v, lengths_B)
+
+    @property
+    def slots(self) -> int:
+        return self.k_BKSH[0].shape[2]
+
+    def write(self, layer: int, k_BTKH, v_BTKH, positions_BT) -> "KVCache":
         """Write one layer's keys and values at these positions; positions beyond the last slot are dropped."""
         rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
-        place = (layer, rows_B1, positions_BT)
-        return self.replace(
-            k_LBSKH=self.k_LBSKH.at[place].set(k_BTKH.astype(self.k_LBSKH.dtype), mode="drop"),
-            v_LBSKH=self.v_LBSKH.at[place].set(v_BTKH.astype(self.v_LBSKH.dtype), mode="drop"),
-        )
+
+        def put(arrays, x_BTKH):
+            array = arrays[layer]
+            array = array.at[rows_B1, :, positions_BT].set(x_BTKH.astype(array.dtype), mode="drop")
+            return (*arrays[:layer], array, *arrays[layer + 1 :])
+
+        return self.replace(k_BKSH=put(self.k_BKSH, k_BTKH), v_BKSH=put(self.v_BKSH, v_BTKH))
 
     def advance(self, counts_B) -> "KVCache":
         """Make each row `counts_B` tokens longer; their keys and values have been written."""
@@ -43,9 +57,21 @@ class KVCache:
 
     def place(self, other: "KVCache", rows_P) -> "KVCache":
         """Copy the P rows of another cache, of at most as many slots, into rows_P; a row beyond the last is dropped."""
-        slots = other.k_LBSKH.shape[2]
+
+        def put(array, other):
+            return array.at[rows_P, :, : other.shape[2]].set(other, mode="drop")
+
         return KVCache(
-            self.k_LBSKH.at[:, rows_P, :slots].set(other.k_LBSKH, mode="drop"),
-            self.v_LBSKH.at[:, rows_P, :slots].set(other.v_LBSKH, mode="drop"),
+            jax.tree.map(put, self.k_BKSH, other.k_BKSH),
+            jax.tree.map(put, self.v_BKSH, other.v_BKSH),
             self.lengths_B.at[rows_P].set(other.lengths_B, mode="drop"),
         )
+
+    def resize(self, slots: int) -> "KVCache":
+        """Change the number of slots; no row may be longer."""
+
+        def change(array):
+            more = slots - array.shape[2]
+            return jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0))) if more > 0 else array[:, :, :slots]
+
+        return self.replace(k_BKSH=jax.tree.map(change, self.k_BKSH), v_BKSH=jax.tree.map(change, self.v_BKSH))

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.model.attention import cached_attention, causal_attention
 from jaxchat.model.cache import KVCache
-from jaxchat.model.params import Blocks, Params
+from jaxchat.model.params import Blocks, Params, layers_of
 from jaxchat.sharding import constrain, per_device, row_axes
 
 REMAT_POLICIES = {  # what the backward pass may keep; without remat all is kept
@@ -128,6 +128,23 @@ def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, s
     return rms_norm(x_BTD, config.norm_eps)
 
 
+def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
+    """`features` of prompts, which are padded at their ends, and a cache that holds them. -> (x_BTD, cache)."""
+    dtype, time = jnp.dtype(compute.dtype), tokens_BT.shape[1]
+    tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
+    plain = dataclasses.replace(compute, kernels=False)
+    kept = []
+
+    def attend(q, k, v):
+        kept.append((k, v))
+        return causal_attention(q, k, v, implementation=compute.attention)
+
+    x_BTD = rms_norm(embed(params.wte, tokens_BT, dtype, None), config.norm_eps)
+    for w in layers_of(params.blocks, dtype):
+        x_BTD = block(x_BTD, w, tables, attend, config, plain)
+    return rms_norm(x_BTD, config.norm_eps), KVCache.holding(kept, lengths_B)
+
+
 def features_cached(params: Params, tokens_BT, cache: KVCache, config: ModelConfig, compute: Compute, counts_B=None):
     """What the head reads, for new tokens of rows whose earlier tokens are in a cache. -> (x_BTD, cache).
 
@@ -136,30 +153,19 @@ def features_cached(params: Params, tokens_BT, cache: KVCache, config: ModelConf
     counts_B: how many of each row's tokens are real; the rest is padding, whose features mean nothing, and the returned
     cache's rows are so much longer. A row that waits has 0. None: all T.
     """
-    dtype = jnp.dtype(compute.dtype)
-    batch, time = tokens_BT.shape
+    dtype, time = jnp.dtype(compute.dtype), tokens_BT.shape[1]
     positions_BT = cache.lengths_B[:, None] + jnp.arange(time)[None, :]
     tables = rotary_tables(positions_BT, config.head_dim, config.rotary_base)
     plain = dataclasses.replace(compute, kernels=False)  # the kernels take one row of tables for all rows
+    x_BTD = rms_norm(embed(params.wte, tokens_BT, dtype, None), config.norm_eps)
+    for index, w in enumerate(layers_of(params.blocks, dtype)):
 
-    # The whole cache is carried and written in place: as a scanned output it would be copied every step.
-    def layer(carry, index_and_w):
-        x_BTD, cache = carry
-        index, w = index_and_w
-        w = jax.tree.map(lambda a: a.astype(dtype), w)
-
-        def attend(q, k, v):
+        def attend(q, k, v, index=index):
             nonlocal cache
             cache = cache.write(index, k, v, positions_BT)
-            return cached_attention(q, cache.k_LBSKH, cache.v_LBSKH, index, positions_BT, compute.attention)
+            return cached_attention(q, cache.k_BKSH[index], cache.v_BKSH[index], positions_BT, compute.attention)
 
         x_BTD = block(x_BTD, w, tables, attend, config, plain)
-        return (x_BTD, cache), None
-
-    x_BTD = rms_norm(embed(params.wte, tokens_BT, dtype, compute.mesh), config.norm_eps)
-    layers = (jnp.arange(config.n_layer), params.blocks)
-    unroll = config.n_layer if compute.unroll else 1
-    (x_BTD, cache), _ = lax.scan(layer, (x_BTD, cache), layers, unroll=unroll)
     return rms_norm(x_BTD, config.norm_eps), cache.advance(time if counts_B is None else counts_B)
 
 

@@ -88,3 +88,11 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
         for k, w in zip(keys, declared, strict=True)
     ]
     return jax.tree.unflatten(treedef, weights)
+
+
+def layers_of(blocks: Blocks | tuple[Blocks, ...], dtype) -> tuple[Blocks, ...]:
+    """Each layer's weights in `dtype`, of stacked blocks or of what this function gave."""
+    if isinstance(blocks, Blocks):
+        count = jax.tree.leaves(blocks)[0].shape[0]
+        blocks = tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(count))
+    return jax.tree.map(lambda a: a.astype(dtype), blocks)

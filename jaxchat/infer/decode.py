@@ -1,0 +1,260 @@
+"""What runs on the devices: reading prompts into slots, and decoding stretches of tokens in all slots.
+
+Letters beside those of model/gpt.py: P prompts read together, N tokens of a stretch, K alternatives, E tokens that end.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxchat.config import Compute, ModelConfig
+from jaxchat.infer.sampling import Rows, sample
+from jaxchat.infer.scheduler import MAX_STOP_TOKENS
+from jaxchat.model.cache import KVCache
+from jaxchat.model.gpt import features_cached, features_prompt, logits
+from jaxchat.model.params import Params, layers_of
+from jaxchat.sharding import per_device
+
+STRETCH = 64  # most tokens a row decodes before the host looks
+FORCED = 64  # most tokens that one tool call can force
+PROMPT_CHUNK = 128  # positions of a prompt that have logits at a time
+
+
+@struct.dataclass
+class State:
+    """What the slots hold, on the devices that decode them."""
+
+    cache: KVCache
+    logits_BV: Any  # of each slot's next token, float32
+    rows: Rows
+
+
+@struct.dataclass
+class Scores:
+    """Log-probabilities by the model itself: float32, over the whole vocabulary, at temperature 1."""
+
+    logprob: Any  # [...] of the token
+    top_ids: Any  # [..., K] the likeliest
+    top_logprob: Any  # [..., K]
+
+
+@struct.dataclass
+class Prompts:
+    """Prompts to read, padded at the end, and the slots they go into (a slot beyond the last: none)."""
+
+    tokens_PT: Any
+    lengths_P: Any
+    slots_P: Any
+    rows: Rows
+
+
+@struct.dataclass
+class Turn:
+    """What the host says before a stretch: which slots run, and the tokens to force into them."""
+
+    active_B: Any
+    forced_BF: Any
+    num_forced_B: Any
+
+
+@struct.dataclass
+class Stretch:
+    """What was said in a stretch; tokens are −1 where a row said nothing. The last may be the one that ended it."""
+
+    tokens_BN: Any
+    forced_BN: Any
+    scores: Scores | None
+    ended_B: Any  # by itself
+    done_B: Any  # ended or at its limit
+    called_B: Any  # called the tool
+    used_B: Any  # number of forced tokens used
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is compiled for: everything else is an argument."""
+
+    config: ModelConfig
+    compute: Compute
+    mesh: Mesh | None  # of the devices that have rows, one axis; None: one device
+    call: int  # the token that calls the tool
+
+
+@partial(jax.jit, static_argnames=("program", "count", "slots"))
+def empty_state(program: Program, count: int, slots: int) -> State:
+    """`count` slots a device that hold nothing."""
+    config = program.config
+
+    def empty():
+        cache = KVCache.empty(config, count, slots, jnp.dtype(program.compute.dtype))
+        rows = jax.tree.map(jnp.asarray, empty_rows(count, config.vocab_size))
+        return State(cache, jnp.zeros((count, config.vocab_size)), rows)
+
+    return _per_device(empty, program, (), P("rows"))()
+
+
+@partial(jax.jit, static_argnames=("program", "slots"))
+def resize(program: Program, state: State, slots: int) -> State:
+    """The same rows in a cache with another number of slots."""
+
+    def change(state):
+        return state.replace(cache=state.cache.resize(slots))
+
+    return _per_device(change, program, (P("rows"),), P("rows"))(state)
+
+
+@partial(jax.jit, static_argnames=("program", "top"), donate_argnames="state")
+def read_prompts(program: Program, params, state: State, prompts: Prompts, top: int | None):
+    """Read prompts into their slots. -> (state, Scores).
+
+    Scores [P, T]: of each position's next token; None without top."""
+    config, compute = program.config, program.compute
+
+    def read(params, state, prompts):
+        x_PTD, cache = features_prompt(params, prompts.tokens_PT, prompts.lengths_P, config, compute)
+        last_PD = jnp.take_along_axis(x_PTD, (prompts.lengths_P - 1)[:, None, None], axis=1)[:, 0]
+        last_PV = logits(params.lm_head, last_PD, config.softcap)
+
+        def put(array, new):
+            return array.at[prompts.slots_P].set(new, mode="drop")
+
+        state = State(
+            state.cache.place(cache, prompts.slots_P),
+            put(state.logits_BV, last_PV),
+            jax.tree.map(put, state.rows, prompts.rows),
+        )
+        return state, None if top is None else prompt_scores(params, x_PTD, prompts.tokens_PT, config, top)
+
+    return _per_device(read, program, (P(), P("rows"), P("rows")), P("rows"))(params, state, prompts)
+
+
+def prompt_scores(params, x_PTD, tokens_PT, config: ModelConfig, top: int) -> Scores:
+    """Scores [P, T] of each position's next token (the last position's: of token 0, to be ignored)."""
+    count, T = tokens_PT.shape
+    t = np.gcd(T, PROMPT_CHUNK)
+    next_PT = jnp.roll(tokens_PT, -1, axis=1)
+
+    def chunk(x_and_next):
+        x_PtD, next_Pt = x_and_next
+        return score(logits(params.lm_head, x_PtD, config.softcap), next_Pt, top)
+
+    def split(array):  # the chunks first
+        return jnp.moveaxis(array.reshape(count, T // t, t, *array.shape[2:]), 1, 0)
+
+    found = lax.map(chunk, (split(x_PTD), split(next_PT)))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(count, T, *a.shape[3:]), found)
+
+
+def score(logits_V, token, top: int) -> Scores:
+    """Scores of `token` [...] by logits [..., V]."""
+    total = jax.nn.logsumexp(logits_V, axis=-1)
+    # As a sum: for one row XLA makes of take_along_axis what its own compiler for GPUs then refuses.
+    ids_V = lax.broadcasted_iota(jnp.int32, logits_V.shape, logits_V.ndim - 1)
+    chosen = jnp.sum(jnp.where(ids_V == token[..., None], logits_V, 0.0), axis=-1)
+    largest, ids = lax.top_k(logits_V, top)
+    return Scores(chosen - total, ids, largest - total[..., None])
+
+
+@partial(jax.jit, static_argnames=("program", "kind", "top"), donate_argnames="state")
+def decode(
+    program: Program, params, state: State, turn: Turn, stretch, enough, count_done, *, kind: str, top: int | None
+):
+    """Decode up to `stretch` tokens a row, until `enough` rows of a device wait for the host or none is left to decode.
+
+    A row waits when it has called the tool; one that is done counts as well if count_done. -> (state, Stretch).
+    """
+    run = partial(_decode, program=program, kind=kind, top=top)
+    run = _per_device(run, program, (P(), P("rows"), P("rows"), P(), P(), P()), P("rows"))
+    return run(params, state, turn, stretch, enough, count_done)
+
+
+def _decode(params, state, turn, stretch, enough, count_done, *, program: Program, kind: str, top: int | None):
+    config, compute, rows = program.config, program.compute, state.rows
+    batch = state.logits_BV.shape[0]
+
+    def more(carry):
+        i, state, said = carry
+        waiting = jnp.sum(said.called_B) + jnp.where(count_done, jnp.sum(said.done_B), 0)
+        return (i < stretch) & (waiting < enough) & ~jnp.all(said.done_B | said.called_B)
+
+    def step(carry):
+        i, state, said = carry
+        sampled_B = sample(state.logits_BV, rows, state.cache.lengths_B, kind)
+        is_forced_B = said.used_B < turn.num_forced_B
+        next_forced_B = jnp.sum(jnp.where(said.used_B[:, None] == jnp.arange(FORCED)[None], turn.forced_BF, 0), axis=1)
+        token_B = jnp.where(is_forced_B, next_forced_B, sampled_B)
+        active_B = ~said.done_B & ~said.called_B
+        ends_B = active_B & ~is_forced_B & jnp.any(token_B[:, None] == rows.ends_BE, axis=1)
+        emits_B = active_B & ~ends_B
+        if top is not None:
+            new = score(state.logits_BV, token_B, top)
+            said = said.replace(scores=jax.tree.map(lambda all, one: all.at[:, i].set(one), said.scores, new))
+        counts_B = emits_B.astype(jnp.int32)
+        x_BTD, cache = features_cached(params, token_B[:, None], state.cache, config, compute, counts_B)
+        next_BV = logits(params.lm_head, x_BTD[:, 0], config.softcap)
+        said = said.replace(
+            tokens_BN=said.tokens_BN.at[:, i].set(jnp.where(active_B, token_B, -1)),
+            forced_BN=said.forced_BN.at[:, i].set(is_forced_B),
+            ended_B=said.ended_B | ends_B,
+            done_B=said.done_B | ends_B | (cache.lengths_B >= rows.limit_B),
+            called_B=said.called_B | (emits_B & ~is_forced_B & rows.tool_B & (token_B == program.call)),
+            used_B=said.used_B + (emits_B & is_forced_B),
+        )
+        state = state.replace(cache=cache, logits_BV=jnp.where(emits_B[:, None], next_BV, state.logits_BV))
+        return i + 1, state, said
+
+    # Rows that are done hold nothing: nobody waits for what they would attend to.
+    state = state.replace(cache=state.cache.cut(jnp.where(turn.active_B, state.cache.lengths_B, 0)))
+    nothing = jnp.zeros((batch, STRETCH))
+    scores = None
+    if top is not None:
+        tops = jnp.zeros((batch, STRETCH, top))
+        scores = Scores(nothing, tops.astype(jnp.int32), tops)
+    none_B = jnp.zeros(batch, bool)
+    said = Stretch(
+        jnp.full((batch, STRETCH), -1), nothing.astype(bool), scores, none_B, ~turn.active_B, none_B,
+        jnp.zeros(batch, jnp.int32),
+    )  # fmt: skip
+    _, state, said = lax.while_loop(more, step, (jnp.zeros((), jnp.int32), state, said))
+    return state, said
+
+
+def _per_device(function, program: Program, in_specs, out_specs):
+    return per_device(function, program.mesh, in_specs, out_specs)
+
+
+def empty_rows(count: int, vocab_size: int) -> Rows:
+    """Settings of rows that hold no request, as NumPy arrays."""
+
+    def full(value, dtype, *more):
+        return np.full((count, *more), value, dtype)
+
+    return Rows(
+        seed_B=full(0, np.uint32),
+        sample_B=full(0, np.int32),
+        temperature_B=full(0, np.float32),
+        top_k_B=full(0, np.int32),
+        top_p_B=full(1, np.float32),
+        min_p_B=full(0, np.float32),
+        first_end_B=full(0, np.int32),
+        limit_B=full(0, np.int32),
+        ends_BE=full(vocab_size, np.int32, 2 + MAX_STOP_TOKENS),
+        tool_B=full(False, bool),
+    )
+
+
+@partial(jax.jit, static_argnames="dtype")
+def for_decoding(params: Params, dtype: str) -> Params:
+    """Weights as decoding reads them, all of them for every token: an array a layer, in the dtype of the products.
+
+    The embedding stays as it is: a token reads one row of it.
+    """
+    return Params(params.wte, layers_of(params.blocks, dtype), params.lm_head.astype(dtype))
