@@ -250,9 +250,7 @@ def test_nothing_is_kept_of_what_has_ended(engine):
             engine.step()
     while engine.busy:
         engine.step()
-    assert not any(
-        (engine._running, engine._ended, *map(vars(engine._scheduler).get, ("waiting", "running", "slot_of")))
-    )
+    assert not (engine.busy or engine._running or engine._scheduler.running or engine._scheduler.slot_of)
 
 
 def test_samples_differ_and_repeat_by_seed(engine, prompts):
@@ -275,8 +273,7 @@ def test_limits(engine, prompts):
 
 def exact_scores(params, config, tokens):
     """log-probabilities [tokens, V] of what follows each token, in float64 from a whole float32 pass."""
-    padded = np.zeros((1, LENGTH), np.int32)
-    padded[0, : len(tokens)] = tokens
+    padded = np.pad(np.array(tokens, np.int32), (0, LENGTH - len(tokens)))[None]
     z = np.asarray(forward(params, padded, config, COMPUTE)[0, : len(tokens)], np.float64)
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
