@@ -96,6 +96,8 @@ class Tokenizer:
         digest = hashlib.sha256("\n".join((SPLIT_PATTERN, *SPECIAL_TOKENS)).encode())
         digest.update(b"".join(base64.b64encode(piece) + b"\n" for piece in sorted(ranks, key=ranks.get)))
         self.hash = digest.hexdigest()
+        # {shard: fingerprint of its content} of the text it was trained on; {}: not recorded. Not part of the hash.
+        self.trained_on: dict[str, str] = {}
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
@@ -138,13 +140,19 @@ class Tokenizer:
             lines = (folder / "ranks.txt").read_text(encoding="ascii").split("\n")
             tokenizer = cls({base64.b64decode(line): rank for rank, line in enumerate(lines) if line})
             # A save that was killed between its two renames has left the second file under its temporary name.
-            infos = [folder / "tokenizer.json", folder / f"tokenizer.json{files.PART}"]
-            hashes = [json.loads(info.read_text(encoding="utf-8")).get("hash") for info in infos if info.is_file()]
+            paths = [folder / "tokenizer.json", folder / f"tokenizer.json{files.PART}"]
+            infos = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
         except (OSError, ValueError) as problem:
             raise UserError(f"the tokenizer in {folder} cannot be read ({problem}); train it anew") from problem
-        if tokenizer.hash not in hashes:
+        info = next((info for info in infos if info.get("hash") == tokenizer.hash), None)
+        if info is None:
             raise UserError(f"the tokenizer in {folder} is damaged: its ranks don't match its hash; train it anew")
+        tokenizer.trained_on = info.get("trained_on", {})
         return tokenizer
+
+    def knows(self, fingerprint: dict[str, str]) -> bool:
+        """Whether it was trained on some of these shards ({file name: fingerprint}), or nothing says on which."""
+        return not self.trained_on or not set(self.trained_on.values()).isdisjoint(fingerprint.values())
 
     def save(self, directory: Path | None = None) -> Path:
         """Write ranks.txt (a piece in base64 a line, in rank order) and tokenizer.json.
@@ -155,6 +163,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         pieces = sorted(self.ranks, key=self.ranks.get)
         info = {"hash": self.hash, "vocab_size": self.vocab_size, "pattern": SPLIT_PATTERN, "specials": self._specials}
+        info["trained_on"] = self.trained_on
         with files.atomic(folder / "tokenizer.json") as about, files.atomic(folder / "ranks.txt") as ranks:
             ranks.write_text("".join(base64.b64encode(piece).decode() + "\n" for piece in pieces))
             about.write_text(json.dumps(info, indent=1), encoding="utf-8")

@@ -10,6 +10,7 @@ started again with --resume; 76 another process was lost, likewise; 130 interrup
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -18,11 +19,16 @@ import itertools
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
+import threading
+import time
 import traceback
 import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from jaxchat.config import Preempted, UserError
 
@@ -113,13 +119,54 @@ def print_plan(title: str, rows: list[tuple[str, str]]) -> None:
     print(title, *(f"  {name:<{width}}  {value}" for name, value in rows), sep="\n", flush=True)
 
 
-def next_step(command: str) -> None:
-    """Print the command to run next, e.g. next_step("python -m launch.mid_train"), so that it runs as printed."""
+_base: list[str] = []  # the base directories that base_directory() has set
+
+
+def next_step(command: str, **flags: str) -> None:
+    """Print the command to run next so that it runs as printed, followed by those of the `flags` that are not empty.
+
+    Example: next_step("python -m launch.base_train --depth=12", data_dir=config.data_dir)
+    """
     found = shutil.which("python")
     if not found or os.path.dirname(found) != os.path.dirname(sys.executable):  # `python` would be another one
         near = os.path.relpath(sys.executable)
         command = command.replace("python", sys.executable if near.startswith("..") else near, 1)
-    print(f"next: {command}", flush=True)
+    before = [f"JAXCHAT_BASE_DIR={shlex.quote(folder)}" for folder in _base[-1:]]
+    given = [f"--{name}={shlex.quote(value)}" for name, value in flags.items() if value]
+    print("next:", *before, command, *given, flush=True)
+
+
+@contextlib.contextmanager
+def base_directory(folder: Path) -> Iterator[None]:
+    """Make `folder` the base directory of the commands called inside, and of those they print as next."""
+    outer = os.environ.get("JAXCHAT_BASE_DIR")
+    _base.append(str(folder))
+    os.environ["JAXCHAT_BASE_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        _base.pop()
+        os.environ.pop("JAXCHAT_BASE_DIR")
+        if outer is not None:
+            os.environ["JAXCHAT_BASE_DIR"] = outer
+
+
+@contextlib.contextmanager
+def progress(message: Callable[[], str], seconds: float) -> Iterator[None]:
+    """While the block runs, print message() and the time passed, every so many `seconds`."""
+    start, done = time.perf_counter(), threading.Event()
+
+    def report():
+        while not done.wait(seconds):
+            print(f"  {message()}, {time.perf_counter() - start:.0f} s", flush=True)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,21 +1,19 @@
 """Measure how well the tokenizer compresses text, beside others: python -m launch.tok_eval"""
 
+import argparse
 import dataclasses
+import json
+from pathlib import Path
 
 from jaxchat.config import UserError, base_dir
 from launch import cli
-
-TEXTS = {
-    "code": "def area(width: float, height: float) -> float:\n    return width * height\n\n\nprint(area(2.5, 40))\n"
-    * 4,
-    "sums": "12 + 345 = 357; 99 * 7 = 693; 2026-11-24; 3.14159; 1,000,000 / 8 = 125,000\n" * 4,
-    "accents": "Où sont les élèves? Größe, Übung, año, niño, señor; Łódź, Kraków; Ελλάδα; Москва; 東京\n" * 4,
-}
+from launch.tok_train import documents
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compare the average bytes a token with other tokenizers: the more, the more text fits into a row.
+    """Compare the average bytes a token with other tokenizers: the more, the more text fits into a row. Measured on
+    the training and the validation text, modules of Python's library, worked mathematics, and fifteen languages.
 
     The results go beside the tokenizer, as tok_eval.csv and .json.
     """
@@ -23,21 +21,29 @@ class Config:
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
     max_chars: int = 2_000_000
-    """Characters of training text, and of validation text, to measure on at most."""
+    """Characters of training text, and of validation text, to measure on at most; -1: all."""
     references: str = "gpt2,cl100k_base"
     """Encodings of tiktoken to compare with, separated by commas; tiktoken downloads each once. Empty: none."""
 
+    def __post_init__(self):
+        if self.max_chars < 1 and self.max_chars != -1:
+            raise UserError(f"--max_chars={self.max_chars}; it must be at least 1, or -1 for all")
 
-def first_chars(data_dir: str, split: str, max_chars: int) -> str:
+
+def texts_of(config: Config) -> dict[str, str]:
+    """The texts to measure on, by name."""
+    from jaxchat import eval as package
     from jaxchat.data.sources import ParquetText, find_shards
 
-    texts, parts, have = ParquetText(find_shards(data_dir, split)), [], 0
-    for i in range(len(texts)):
-        if have >= max_chars:
-            break
-        parts.append(texts[i][: max_chars - have])
-        have += len(parts[-1])
-    return "\n".join(parts)
+    texts = {}
+    for split in ("train", "val"):
+        shards = ParquetText(find_shards(config.data_dir, split))
+        texts[split] = "\n".join(documents(shards, config.max_chars))
+    modules = (argparse, dataclasses, json.decoder)
+    texts["code"] = "\n".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
+    for name in ("maths", "languages"):
+        texts[name] = (Path(package.__path__[0]) / "texts" / f"{name}.txt").read_text(encoding="utf-8")
+    return texts
 
 
 def references(names: str) -> dict:
@@ -50,7 +56,7 @@ def references(names: str) -> dict:
             raise UserError(f"--references={name}; tiktoken has {', '.join(tiktoken.list_encoding_names())}")
         try:
             found[name] = tiktoken.get_encoding(name)
-        except Exception as problem:  # whatever its download may run into; the comparison goes on without it
+        except Exception as problem:  # its download may fail in any way; the others are compared without it
             print(f"{name} is left out: tiktoken cannot get it ({type(problem).__name__})")
     return found
 
@@ -60,19 +66,19 @@ def run(config: Config):
     from jaxchat.tokenizer import Tokenizer
 
     tokenizer, folder = Tokenizer.load(), base_dir() / "tokenizer"
+    most = "all" if config.max_chars == -1 else f"at most {config.max_chars:,} characters of"
     cli.print_plan(
         "Tokenizer's compression",
         [
             ("tokenizer", f"{folder}, vocabulary {tokenizer.vocab_size:,}"),
-            ("texts", f"{config.max_chars:,} characters of training and of validation text each, and short samples"),
+            ("texts", f"{most} training and validation text; code, mathematics, fifteen languages"),
             ("references", config.references or "none"),
         ],
     )
     others = references(config.references)
-    texts = {split: first_chars(config.data_dir, split, config.max_chars) for split in ("train", "val")} | TEXTS
     print(f"\n{'':<10}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}" + "".join(f"{name:>22}" for name in others))
     found = {}
-    for name, text in texts.items():
+    for name, text in texts_of(config).items():
         size, tokens = len(text.encode("utf-8", "replace")), len(tokenizer.encode(text))
         found[name] = {"bytes": size, "tokens": tokens, "bytes_per_token": size / max(1, tokens)}
         line = f"{name:<10}{size:>12,}{tokens:>12,}{found[name]['bytes_per_token']:>13.3f}"
@@ -87,7 +93,7 @@ def run(config: Config):
     path = folder / "tok_eval.json"
     write_both(path, rows, {"tokenizer_hash": tokenizer.hash, "max_chars": config.max_chars, "texts": found})
     print(f"saved {path} and .csv", flush=True)
-    cli.next_step("python -m launch.base_train --depth=12")
+    cli.next_step("python -m launch.base_train --depth=12", data_dir=config.data_dir)
 
 
 def main(args: list[str] | None = None):

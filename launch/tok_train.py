@@ -1,10 +1,15 @@
 """Train the tokenizer on the training shards: python -m launch.tok_train --vocab_size=65536"""
 
 import dataclasses
+import math
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 from jaxchat.config import UserError, base_dir
 from launch import cli
+
+REPORT_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +21,28 @@ class Config:
     vocab_size: int = 65536
     """Size of the vocabulary, the nine special tokens included."""
     max_chars: int = 2_000_000_000
-    """Characters to read at most."""
+    """Characters to read at most; -1: all."""
     doc_cap: int = 10_000
-    """Characters of one document to read at most."""
+    """Characters of one document to read at most; -1: all."""
     overwrite: bool = False
     """Replace a tokenizer even if checkpoints need it; those that keep no copy of it become unusable."""
+
+    def __post_init__(self):
+        for name in ("max_chars", "doc_cap"):
+            if (value := getattr(self, name)) < 1 and value != -1:
+                raise UserError(f"--{name}={value}; it must be at least 1, or -1 for all")
+
+
+def documents(texts, max_chars: int = -1, doc_cap: int = -1) -> Iterator[str]:
+    """Yield texts in order, at most doc_cap characters of each and max_chars in all; -1: no bound."""
+    left = math.inf if max_chars == -1 else max_chars
+    for i in range(len(texts)):
+        text = texts[i]
+        text = text[: min(left, len(text) if doc_cap == -1 else doc_cap, len(text))]
+        left -= len(text)
+        yield text
+        if left <= 0:
+            return
 
 
 def run(config: Config):
@@ -32,11 +54,12 @@ def run(config: Config):
     folder = base_dir() / "tokenizer"
     runs = [run for run in checkpoint.runs() if not (run / "tokenizer").is_dir()]  # the others keep their own
     in_use = f" ({len(runs)} runs use the present one: replaced only if identical, or with --overwrite)" if runs else ""
+    most = "all characters" if config.max_chars == -1 else f"at most {config.max_chars:,} characters"
     cli.print_plan(
         "Training the tokenizer",
         [
             ("vocabulary", f"{config.vocab_size:,}"),
-            ("text", f"{len(texts):,} documents, at most {config.max_chars:,} characters"),
+            ("text", f"{len(texts):,} documents, {most}"),
             ("saves", f"{folder}{'' if config.overwrite else in_use}"),
         ],
     )
@@ -44,30 +67,37 @@ def run(config: Config):
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(f"{folder.parent} cannot be created ({problem.strerror}); set JAXCHAT_BASE_DIR") from problem
-    read = 0
+    read, doing = 0, "reading"
 
-    def documents():
-        nonlocal read
-        for i in range(len(texts)):
-            if read >= config.max_chars:
-                return
-            text = texts[i][: min(config.doc_cap, config.max_chars - read)]
+    def counted() -> Iterator[str]:
+        nonlocal read, doing
+        for text in documents(texts, config.max_chars, config.doc_cap):
             read += len(text)
             yield text
+        doing = "merging"
 
     start = time.perf_counter()
-    tokenizer = Tokenizer.train(documents(), config.vocab_size)
+    with cli.progress(lambda: f"{doing}: {read:,} characters", REPORT_SECONDS):
+        tokenizer = Tokenizer.train(counted(), config.vocab_size)
+    tokenizer.trained_on = texts.fingerprint
     if not config.overwrite:
-        for run in runs:
-            needed = checkpoint.read_meta(run, checkpoint.steps_in(run)[-1])["tokenizer_hash"]
-            if needed not in (None, tokenizer.hash):
-                raise UserError(
-                    f"{run} was trained with another tokenizer ({needed[:12]}) than this ({tokenizer.hash[:12]}); keep "
-                    f"that one in {folder}, set JAXCHAT_BASE_DIR to another folder, or replace it with --overwrite"
-                )
+        check_replaceable(runs, tokenizer, folder)
     tokenizer.save()
     print(f"{read:,} characters read in {time.perf_counter() - start:.1f} s; tokenizer {tokenizer.hash[:12]}")
-    cli.next_step("python -m launch.base_train --depth=12")
+    cli.next_step("python -m launch.base_train --depth=12", data_dir=config.data_dir)
+
+
+def check_replaceable(runs: list[Path], tokenizer, folder: Path):
+    """Raise a UserError if one of `runs`, which keep no tokenizer of their own, was trained with another one."""
+    from jaxchat import checkpoint
+
+    for run in runs:
+        needed = checkpoint.read_meta(run, checkpoint.steps_in(run)[-1])["tokenizer_hash"]
+        if needed not in (None, tokenizer.hash):
+            raise UserError(
+                f"{run} was trained with another tokenizer ({needed[:12]}) than this ({tokenizer.hash[:12]}); keep "
+                f"that one in {folder}, set JAXCHAT_BASE_DIR to another folder, or replace it with --overwrite"
+            )
 
 
 def main(args: list[str] | None = None):

@@ -5,6 +5,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,25 @@ def test_next_step_runs_as_printed(found, want, capsys, monkeypatch):
     cli.next_step("python -m launch.eat")
     path, rest = capsys.readouterr().out.removeprefix("next: ").split(" ", 1)
     assert rest == "-m launch.eat\n" and (path == want or want is None and os.path.samefile(path, sys.executable))
+
+
+def test_next_step_gives_the_flags_on(capsys, tmp_path, monkeypatch):
+    """Those that are not empty; and the base directory, inside base_directory()."""
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", "outer")
+    cli.next_step("python -m launch.eat --at=1", data_dir="two words", tasks_dir="")
+    assert capsys.readouterr().out.endswith(" -m launch.eat --at=1 --data_dir='two words'\n")
+    with cli.base_directory(tmp_path):
+        assert os.environ["JAXCHAT_BASE_DIR"] == str(tmp_path)
+        cli.next_step("python -m launch.eat")
+    assert capsys.readouterr().out.startswith(f"next: JAXCHAT_BASE_DIR={tmp_path} ")
+    assert os.environ["JAXCHAT_BASE_DIR"] == "outer"
+
+
+def test_progress(capsys):
+    ready = threading.Event()
+    with cli.progress(lambda: ready.set() or "half", 0.001):
+        ready.wait()
+    assert capsys.readouterr().out.startswith("  half, 0 s\n")
 
 
 def test_help_of_every_command_imports_nothing_heavy():

@@ -5,7 +5,9 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import shutil
+import subprocess
 
 import jax
 import numpy as np
@@ -13,11 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
-from conftest import THOROUGH
+from conftest import ROOT, THOROUGH
 
+import jaxchat.demo.score
 from jaxchat import checkpoint
 from jaxchat.config import BaseConfig, MidConfig, SFTConfig, UserError
 from jaxchat.data.conversations import length_buckets
+from jaxchat.data.sources import ParquetText, find_shards
 from jaxchat.demo import World, write_world
 from jaxchat.demo.score import score
 from jaxchat.infer.engine import Engine
@@ -142,11 +146,37 @@ def test_tok_eval(here, monkeypatch):
     assert row[4] == "1.000" and row[5] == f"({tokens / size - 1:+.0%})"
     found = json.loads((here / "tokenizer/tok_eval.json").read_text())
     told = {"bytes": size, "tokens": tokens, "bytes_per_token": size / tokens, "gpt2_bytes_per_token": 1.0}
-    assert found["texts"]["val"] == told and [*found["texts"]] == ["train", "val", "code", "sums", "accents"]
+    assert found["texts"]["val"] == told and [*found["texts"]] == ["train", "val", "code", "maths", "languages"]
     assert found["tokenizer_hash"] == Tokenizer.load().hash
     rows = list(csv.DictReader((here / "tokenizer/tok_eval.csv").read_text().splitlines()))
     assert {row.pop("text"): {k: float(v) for k, v in row.items()} for row in rows} == found["texts"]
     assert f"saved {here / 'tokenizer/tok_eval.json'} and .csv" in text
+    assert text.endswith(f"-m launch.base_train --depth=12 {flags(here)[0][-1]}\n")
+
+
+@pytest.mark.parametrize(
+    "max_chars, doc_cap, wanted",
+    [(-1, -1, ["one", "", "three"]), (5, -1, ["one", "", "th"]), (-1, 2, ["on", "", "th"]), (2, 3, ["on"])],
+)
+def test_documents_up_to_a_number_of_characters(max_chars, doc_cap, wanted):
+    """-1: all of them."""
+    assert [*tok_train.documents(["one", "", "three"], max_chars, doc_cap)] == wanted
+
+
+def test_tok_train_says_how_far_it_is(here, tmp_path, monkeypatch):
+    """And keeps in the tokenizer which shards it has read."""
+    monkeypatch.setattr(tok_train, "REPORT_SECONDS", 0.001)
+    data = flags(here)[0][-1]
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path))
+    text = said(tok_train, ["--vocab_size=300", data, "--max_chars=-1", "--doc_cap=-1"])
+    assert "  reading: " in text and text.endswith(f"-m launch.base_train --depth=12 {data}\n")
+    read = ParquetText(find_shards(data.removeprefix("--data_dir="), "train"))
+    assert f"{sum(map(len, read)):,} characters read" in text
+    tokenizer = Tokenizer.load()
+    assert tokenizer.trained_on == read.fingerprint and tokenizer.knows(read.fingerprint)
+    assert not tokenizer.knows({"shard_00000.parquet": "of other content"})
+    with pytest.raises(SystemExit):
+        tok_train.main(["--max_chars=0"])
 
 
 @pytest.mark.parametrize("source", ["base", "mid", "sft"])
@@ -298,8 +328,8 @@ def test_a_conversation_in_the_terminal(here, monkeypatch):
 @pytest.mark.slow
 def test_the_demo_from_end_to_end(home, monkeypatch):
     """The demo itself with two steps a stage: all commands run, and what is not learnt is told."""
-    monkeypatch.setattr(demo, "write_world", lambda world, folder: write_world(world, folder, **SMALL))
-    monkeypatch.setattr(demo, "score", lambda *args: score(*args, limit=2))
+    monkeypatch.setattr(jaxchat.demo, "write_world", lambda world, folder: write_world(world, folder, **SMALL))
+    monkeypatch.setattr(jaxchat.demo.score, "score", lambda *args: score(*args, limit=2))
     args = ["--base_steps=2", "--mid_steps=2", "--sft_steps=2"]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
@@ -307,7 +337,12 @@ def test_the_demo_from_end_to_end(home, monkeypatch):
     assert stop.value.code == 1
     *_, table, end = out.getvalue().split("\n\n")
     assert table.startswith("held-out prompts") and table.count("MISS") == 7
-    page = home / "report" / "demo" / "report.html"
+    page = home / "demo" / "report" / "demo" / "report.html"
     assert f"and {page} to open" in out.getvalue() and "world: two-turn" in page.read_text()
     total, following = end.splitlines()
     assert total.startswith("in all ") and following.endswith('-m launch.chat_cli -p "What is 23 * 7?"')
+    # All that it wrote is in its own base directory, which the printed command names.
+    assert {path.name for path in home.iterdir()} == {"demo"} and f"JAXCHAT_BASE_DIR={home / 'demo'} " in following
+    line = following.removeprefix("next: ") + " --max_tokens=4"
+    chat = subprocess.run(line, shell=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert chat.returncode == 0 and "Chat with demo" in chat.stdout, chat.stderr
