@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxchat import sharding
-from jaxchat.config import Compute, ModelConfig, base_dir
+from jaxchat.config import Compute, Model, ModelConfig, base_dir
 from jaxchat.data.tasks import load_task
 from jaxchat.eval import chat, core
 from jaxchat.eval.scoring import Scorer, buckets, span_losses
@@ -68,7 +68,7 @@ def timed(call):
 
 def time_core(config: Config, model: ModelConfig, params, tokenizer: Tokenizer, bundle, mesh):
     compute = Compute.for_backend(mesh=mesh)
-    scorer, before = Scorer(params, model, compute, mesh), span_losses._cache_size()
+    scorer, before = Scorer(params, Model(model, compute)), span_losses._cache_size()
     began = time.perf_counter()
 
     def told(result):

@@ -18,8 +18,9 @@ import numpy as np
 
 from jaxchat import sharding
 from jaxchat.config import BaseConfig, UserError, base_dir
-from jaxchat.train import loop, stages
-from launch import cli, tok_train
+from jaxchat.train import loop
+from jaxchat.train.run import find_start, open_run
+from launch import base_train, cli, tok_train
 
 WARMUP = 3  # steps that are not counted
 
@@ -69,10 +70,10 @@ def run(config: Config):
         tok_train.main([f"--data_dir={data}", f"--vocab_size={config.vocab}", "--max_chars=2000000"])
         size = {"depth": config.depth, "max_seq_len": config.seq, "total_batch_size": config.batch * config.seq}
         size |= {"device_batch_size": max(1, config.batch // jax.device_count()), "num_iterations": config.steps}
-        stage, _ = stages.base(BaseConfig(data_dir=data, **size))
-        timed = {remat: Timed(step) for remat, step in stage.step_fns.items()}
-        loop.train(dataclasses.replace(stage, step_fns=timed), [])
-        looped, bare = timed[stage.meta["remat"]], Timed(stage.step_fns[stage.meta["remat"]])
+        stage = base_train.stage_for(BaseConfig(data_dir=data, **size))
+        with open_run(stage, find_start(stage)) as ready:
+            looped, bare = Timed(ready.step_fn), Timed(ready.step_fn)
+            loop.train(dataclasses.replace(ready, step_fn=looped), [])
     bare.state = looped.state
     for _ in range(config.steps):
         bare(bare.state, looped.batch, np.float32(1.0))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import sharding
-from jaxchat.config import REMATS, Compute, ModelConfig, UserError
+from jaxchat.config import REMATS, Compute, Model, ModelConfig, UserError
 from jaxchat.model.flops import flops_per_token, num_params, peak_flops
 from jaxchat.train import fit
 from jaxchat.train.loop import place_batch
@@ -88,12 +88,14 @@ def prepare(config: Shape, changes: dict, micro_rows: int, make_state: Callable 
     batch = place_batch(batch_of(config, micro_rows, np.random.default_rng(0)), mesh)
     remats = REMATS if fit.device_memory(mesh) and "remat" not in changes else (compute.remat,)
     steps = {
-        remat: make_train_step(model, dataclasses.replace(compute, remat=remat), optimizer, mesh) for remat in remats
+        remat: make_train_step(Model(model, dataclasses.replace(compute, remat=remat)), optimizer) for remat in remats
     }
     if len(steps) > 1:
-        remats = [fit.first_that_fits(steps, mesh, abstract_state(model, optimizer, mesh), batch, np.float32(1.0))]
+        remats = [
+            fit.first_that_fits(steps, mesh, abstract_state(Model(model, compute), optimizer), batch, np.float32(1.0))
+        ]
     make_state = make_state or partial(init_state, 0)
-    return steps[remats[0]], make_state(model, optimizer, mesh), batch, model
+    return steps[remats[0]], make_state(Model(model, compute), optimizer), batch, model
 
 
 def parse_way(text: str) -> dict:

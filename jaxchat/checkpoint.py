@@ -21,13 +21,10 @@ import jax
 from jax.sharding import Mesh
 
 from jaxchat import files, seal, sharding
-from jaxchat.config import ModelConfig, UserError, base_dir
+from jaxchat.config import STAGES, ModelConfig, UserError, base_dir
 from jaxchat.model import params as model_params
 from jaxchat.model.params import Params
 from jaxchat.tokenizer import Tokenizer
-
-FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints"}
-COMMANDS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft"}
 
 
 @dataclass(frozen=True)
@@ -115,10 +112,10 @@ def find(source: str, model_tag: str = "", step: int = -1, items: Collection[str
 
     items: the parts that will be read (as in params), which must be intact; None: all.
     """
-    if source not in FOLDERS:
-        raise UserError(f"unknown source {source!r}; it is one of {', '.join(FOLDERS)}")
-    root = base_dir() / FOLDERS[source]
-    train = f"train one with: python -m launch.{COMMANDS[source]}"
+    if source not in STAGES:
+        raise UserError(f"unknown source {source!r}; it is one of {', '.join(STAGES)}")
+    root = base_dir() / STAGES[source].folder
+    train = f"train one with: python -m launch.{STAGES[source].command}"
     if not model_tag:
         tags = [p for p in root.iterdir() if steps_in(p)] if root.is_dir() else []
         if not tags:
@@ -172,12 +169,12 @@ def run_folder(source: str, tag: str) -> Path:
     """The folder of a stage's run. UserError: the tag is not a plain name."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", tag):
         raise UserError(f"--model_tag={tag} must be a plain name: letters, digits and . _ - after a letter or digit")
-    return base_dir() / FOLDERS[source] / tag
+    return base_dir() / STAGES[source].folder / tag
 
 
 def runs() -> list[Path]:
     """The folders of all runs, of any stage, that have checkpoints."""
-    folders = (path for name in FOLDERS.values() for path in sorted((base_dir() / name).glob("*")))
+    folders = (path for stage in STAGES.values() for path in sorted((base_dir() / stage.folder).glob("*")))
     return [folder for folder in folders if steps_in(folder)]
 
 

@@ -1,6 +1,6 @@
-"""Every setting of jaxchat, as frozen dataclasses: what a model is, what a stage does, and where files live.
+"""Every setting of jaxchat, as frozen dataclasses: the stages, the model, the flags, and where files are kept.
 
-The field names of the three stage configs are the commands' flags, and their docstrings are the commands' help.
+The fields of a flags class are a command's flags, and their docstrings are its help.
 This module imports nothing of jaxchat; everything else may import it.
 """
 
@@ -20,7 +20,8 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """A run was asked to stop, and saved. Commands print the message and leave with exit code 75: start it again."""
+    """A run was asked to stop, and saved. Commands print the message and leave with exit code 75: start it
+    again."""
 
 
 def base_dir() -> Path:
@@ -41,6 +42,28 @@ def check_local(name: str, paths: str):
                 f"{name}={path.strip()}: an address can't be used as a folder; mount it and give the folder, such as: "
                 f"gcsfuse --implicit-dirs --rename-dir-limit=200000 {address[1] or 'BUCKET'} FOLDER"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class StageInfo:
+    """How one stage of training is called, wherever it is named."""
+
+    name: str  # in flags and metadata
+    folder: str  # of its checkpoints, in the base directory
+    command: str  # the module in launch/ that trains it
+    label: str  # in reports
+    title: str  # of its plan, before the tag
+    parents: tuple[str, ...]  # the stages whose checkpoints it may start from; (): it starts from random weights
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        StageInfo("base", "base_checkpoints", "base_train", "base", "Base pretraining of", ()),
+        StageInfo("mid", "mid_checkpoints", "mid_train", "mid", "Midtraining of", ("base",)),
+        StageInfo("sft", "chatsft_checkpoints", "chat_sft", "SFT", "Chat finetuning of", ("mid", "base")),
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,181 +175,242 @@ class Compute:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """What the three trainers have in common. 0 or -1 turns an "every" off."""
+class Model:
+    """A model and how it is computed on a mesh: all that a program over its weights is compiled for."""
 
-    run: str = "dummy"
-    """Name of the run at Weights & Biases; "dummy": don't log there."""
-    device_type: str = ""
-    """cpu, cuda or tpu; empty: the best there is."""
-    mesh: str = ""
-    """Devices along each axis, as in data=-1,fsdp=1,tensor=1 (-1: what is left). data: each holds all weights; fsdp:
-    each holds a share of every weight; tensor: each computes a share of every layer. Empty: data on CPUs, else
-    fsdp=8."""
-    dtype: str = "auto"
-    """Of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere. Weights stay float32."""
-    remat: str = "auto"
-    """What the backward pass computes again instead of keeping: none, dots (all but the results of matrix products), or
-    full (all of a layer): each takes less memory than the one before, and longer. auto: none on a CPU, else the first
-    with which the compiled step fits into memory; a resumed run begins with the one it had."""
-    seed: int = 0
-    """Of the initial weights and the order of the data."""
-    embedding_lr: float = 0.2
-    """AdamW's rate for the token embedding, × (n_embd/768)^-0.5."""
-    unembedding_lr: float = 0.004
-    """AdamW's rate for the output head, × (n_embd/768)^-0.5."""
-    matrix_lr: float = 0.02
-    """Muon's rate for the matrices of the blocks."""
-    weight_decay: float = 0.0
-    """AdamW's, for embedding and head."""
-    save_every: int = -1
-    """Save a checkpoint every so many steps, besides the last; the last three stay."""
-    resume: bool = False
-    """Go on from this stage's latest checkpoint under the tag, or from the start; bit for bit on CPUs. (On a
-    GPU cuDNN adds up in no fixed order: there it is the same to the last digits, as two runs from the start are.)"""
-    overwrite: bool = False
-    """Start anew where checkpoints of this stage and tag exist, which are deleted."""
-    tensorboard: bool = False
+    config: ModelConfig
+    compute: Compute
+
+    @property
+    def mesh(self):
+        return self.compute.mesh
+
+
+def flag(default, least=None, most=None, *, special=None, choices=(), free=False):
+    """A field of a flags class, with what Flags checks.
+
+    least, most: the bounds of a number, inclusive; special: one more value that is allowed. choices: all values of a
+    word. free: a resumed run may change it, since it changes what is shown, measured, kept or computed at a time, but
+    not what is learnt.
+    """
+    metadata = {"least": least, "most": most, "special": special, "choices": choices, "free": free}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The base of flags classes: UserError unless every value is one that its field allows."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, m = getattr(self, field.name), field.metadata
+            choices, least, most = m.get("choices"), m.get("least"), m.get("most")
+            if choices and value not in choices:
+                words = ", ".join(word for word in choices[:-1] if word)
+                raise UserError(f"--{field.name}={value}; it is {words} or {choices[-1]}")
+            if least is None or value == m["special"] or least <= value <= (math.inf if most is None else most):
+                continue
+            allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+            allowed += "" if m["special"] is None else f", or {m['special']}"
+            raise UserError(f"--{field.name}={value}; it must be {allowed}")
+
+    def learnt_from(self) -> dict:
+        """The flags that affect what is learnt, by name: those that are not free."""
+        fields = dataclasses.fields(self)
+        return {field.name: getattr(self, field.name) for field in fields if not field.metadata.get("free")}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Flags):
+    """The flags that the three trainers share."""
+
+    run: str = flag("dummy", free=True)
+    """Name of the run at Weights & Biases; "dummy": nothing is logged there."""
+    device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"), free=True)
+    """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
+    mesh: str = flag("", free=True)
+    """Devices along each axis, as in data=-1,fsdp=1,tensor=1 (-1: all that remain). data: each device holds
+    all weights; fsdp: each holds a share of every weight; tensor: each computes a share of every layer. Empty:
+    data=-1 on CPUs, fsdp=8 elsewhere."""
+    dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
+    """Number format of activations and matrix products: float32 or bfloat16; auto: float32 on a CPU, bfloat16
+    elsewhere. Weights stay float32."""
+    remat: str = flag("auto", free=True)
+    """What the backward pass recomputes instead of keeping: none, dots (all but the results of matrix
+    products) or full (everything within a layer). Each needs less memory than the one before, and more time.
+    auto: none on a CPU; elsewhere the first whose compiled step fits in memory, and for a resumed run the one
+    it had."""
+    seed: int = flag(0, 0, 2**32 - 1)
+    """Random seed of the initial weights and of the order of the data."""
+    embedding_lr: float = flag(0.2, 0)
+    """AdamW learning rate of the token embedding, multiplied by (n_embd/768)^-0.5."""
+    unembedding_lr: float = flag(0.004, 0)
+    """AdamW learning rate of the output head, multiplied by (n_embd/768)^-0.5."""
+    matrix_lr: float = flag(0.02, 0)
+    """Muon learning rate of the matrices in the layers."""
+    weight_decay: float = flag(0.0, 0)
+    """AdamW weight decay of embedding and head."""
+    save_every: int = flag(-1, -1, free=True)
+    """Steps between checkpoints; 0 or -1: only the last step is saved. The last three checkpoints are
+    kept."""
+    resume: bool = flag(False, free=True)
+    """Continue from this stage's latest checkpoint under the tag, or start if there is none. On CPUs the
+    result equals the undisturbed run bit for bit; on GPUs up to rounding, since cuDNN sums in no fixed
+    order."""
+    overwrite: bool = flag(False, free=True)
+    """Delete the checkpoints of this stage and tag, and start anew."""
+    tensorboard: bool = flag(False, free=True)
     """Also write TensorBoard event files beside the checkpoints."""
-    on_nonfinite: str = "stop"
-    """When a loss or a gradient is not finite: stop, or skip that step, which then changes nothing."""
-    data_workers: int = 0
-    """Processes of each host that tokenize; 0: threads of the trainer. The batches are the same."""
-    coordinator: str = ""
-    """HOST:PORT of process 0, where several train together; Slurm, TPUs, Open MPI and JobSets tell it by themselves."""
-    num_processes: int = 0
-    """How many processes train together."""
-    process_id: int = -1
-    """Which of them this is, from 0."""
-    heartbeat_timeout: int = 100
-    """Seconds after which a process that gives no sign of life is lost, and all end."""
+    on_nonfinite: str = flag("stop", choices=("stop", "skip"), free=True)
+    """What to do when a loss or a gradient is not finite: stop, or skip that step, which then changes
+    nothing."""
+    data_workers: int = flag(0, 0, free=True)
+    """Processes per host that tokenize; 0: threads of the trainer. The batches do not depend on it."""
+    coordinator: str = flag("", free=True)
+    """HOST:PORT of process 0 where several processes train together; empty: as Slurm, TPUs, Open MPI or a
+    JobSet say."""
+    num_processes: int = flag(0, 0, free=True)
+    """Number of processes that train together; 0: as the launcher says, or else 1."""
+    process_id: int = flag(-1, -1, free=True)
+    """Number of this process, counted from 0; -1: as the launcher says."""
+    heartbeat_timeout: int = flag(100, 2, free=True)
+    """Seconds without a sign of life after which a process is taken for lost, and all end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseConfig(TrainConfig):
     """Pretrain a model from random weights on the text of parquet shards."""
 
-    depth: int = 20
-    """The one dial of the model's size: layers; the width is 64 × depth."""
-    n_kv_head: int = -1
-    """Key/value heads, a divisor of the heads (grouped-query attention); -1: as many as heads."""
-    max_seq_len: int = 2048
-    """Tokens in a row, and the longest context of the model."""
-    num_iterations: int = -1
-    """Steps; -1: from --target_flops, or else from --target_param_data_ratio."""
-    target_flops: float = -1.0
-    """Train for so many floating-point operations."""
-    target_param_data_ratio: float = 20.0
-    """Train on so many tokens per parameter (Chinchilla: 20)."""
-    device_batch_size: int = 32
-    """Rows a device computes at a time; lower it if memory runs out, the result stays the same."""
-    total_batch_size: int = 524288
+    depth: int = flag(20, 1)
+    """Number of layers, the one dial of the model's size: the width is 64 × depth."""
+    n_kv_head: int = flag(-1, 1, special=-1)
+    """Number of key/value heads (grouped-query attention), a divisor of the query heads; -1: as many as query
+    heads."""
+    max_seq_len: int = flag(2048, 1)
+    """Tokens in a training row, and the model's context length."""
+    num_iterations: int = flag(-1, 1, special=-1)
+    """Number of optimizer steps; -1: from --target_flops, or else from --target_param_data_ratio."""
+    target_flops: float = flag(-1.0, 0, special=-1)
+    """Floating-point operations to train for; -1: from --target_param_data_ratio."""
+    target_param_data_ratio: float = flag(20.0, 0, special=-1)
+    """Tokens to train on, per parameter of the model (Chinchilla: 20)."""
+    device_batch_size: int = flag(32, 1, free=True)
+    """Rows that a device computes at a time; lower it if memory runs out: the result stays the same up to
+    rounding."""
+    total_batch_size: int = flag(524288, 1)
     """Tokens in an optimizer step, over all devices."""
-    grad_clip: float = 1.0
-    """Bound on the gradients' global norm; 0: none."""
-    warmup_ratio: float = 0.0
-    """Share of the steps in which the learning rates rise from 0."""
-    warmdown_ratio: float = 0.2
-    """Share of the steps, at the end, in which they fall."""
-    final_lr_frac: float = 0.0
-    """What they fall to, as a share."""
-    eval_every: int = 250
-    """Measure bits per byte on the validation shard every so many steps."""
-    eval_tokens: int = 20 * 524288
-    """On so many of its tokens."""
-    core_metric_every: int = 2000
-    """Measure CORE every so many steps, where there is a bundle (the plan tells)."""
-    core_metric_max_per_task: int = 500
-    """On at most so many items of each of its tasks; -1: all."""
-    eval_bundle: str = ""
+    grad_clip: float = flag(1.0, 0)
+    """Largest global norm of the gradients, to which longer ones are scaled; 0: no bound."""
+    warmup_ratio: float = flag(0.0, 0, 1)
+    """Fraction of steps spent warming the learning rates up from 0."""
+    warmdown_ratio: float = flag(0.2, 0, 1)
+    """Fraction of steps at the end spent cooling the learning rates down."""
+    final_lr_frac: float = flag(0.0, 0)
+    """Final learning rates, as a fraction of the peak."""
+    eval_every: int = flag(250, -1, free=True)
+    """Steps between measurements of bits per byte on the validation shard; 0 or -1: never."""
+    eval_tokens: int = flag(20 * 524288, 1, free=True)
+    """Validation tokens that bits per byte is measured on."""
+    core_metric_every: int = flag(2000, -1, free=True)
+    """Steps between measurements of CORE, if its bundle is there (the plan says); 0 or -1: never."""
+    core_metric_max_per_task: int = flag(500, 1, special=-1, free=True)
+    """Items of each CORE task to measure on, at most; -1: all."""
+    eval_bundle: str = flag("", free=True)
     """CORE's bundle, a folder or a zip; empty: <base directory>/eval_bundle, or else eval_bundle.zip."""
-    sample_every: int = 2000
-    """Let the model continue seven prompts every so many steps."""
-    model_tag: str = ""
+    sample_every: int = flag(2000, -1, free=True)
+    """Steps between showing how the model continues seven prompts; 0 or -1: never."""
+    model_tag: str = flag("", free=True)
     """Name of the checkpoint folder; empty: d<depth>."""
-    data_dir: str = ""
-    """Folder of the parquet shards, column `text`, the last one for validation; empty: <base directory>/base_data."""
-    packing: str = "stream"
-    """Rows cut from a stream of documents, or bos_bestfit: each row begins with a document, few documents are cut, what
-    is cut off is dropped, and documents don't see each other."""
+    data_dir: str = flag("", free=True)
+    """Folder of parquet shards with a column `text`, the last one for validation; empty: <base
+    directory>/base_data."""
+    packing: str = flag("stream", choices=("stream", "bos_bestfit"))
+    """How documents fill rows. stream: rows are cut from one stream of documents. bos_bestfit: each row
+    begins with a document, few documents are cut, what is cut off is dropped, and documents don't see each
+    other."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MidConfig(TrainConfig):
-    """Go on from a base checkpoint with a mixture of conversations: the chat format, multiple choice, the tool."""
+    """Continue training a base model on a mixture of conversations: the chat format, multiple choice, the
+    tool."""
 
-    model_tag: str = ""
-    """Which base model; empty: the deepest d<N>, or else the newest. The result is saved under the same tag."""
-    step: int = -1
-    """Which of its checkpoints; -1: the last."""
-    num_iterations: int = -1
-    """Steps; -1: one pass over the mixture."""
-    max_seq_len: int = -1
-    """Tokens in a row; -1: the model's own length."""
-    device_batch_size: int = 32
-    """Rows a device computes at a time."""
-    total_batch_size: int = 524288
+    model_tag: str = flag("", free=True)
+    """Tag of the base model, under which the result is saved too; empty: the deepest d<N>, or else the
+    newest."""
+    step: int = flag(-1, -1, free=True)
+    """Step of the base checkpoint to start from; -1: the last."""
+    num_iterations: int = flag(-1, 1, special=-1)
+    """Number of optimizer steps; -1: one pass over the mixture."""
+    max_seq_len: int = flag(-1, 1, special=-1)
+    """Tokens in a training row; -1: the model's context length."""
+    device_batch_size: int = flag(32, 1, free=True)
+    """Rows that a device computes at a time; lower it if memory runs out: the result stays the same up to
+    rounding."""
+    total_batch_size: int = flag(524288, 1)
     """Tokens in an optimizer step, over all devices."""
-    init_lr_frac: float = 1.0
-    """The learning rates are multiplied by it."""
-    eval_every: int = 150
-    """Measure bits per byte on the validation mixture every so many steps."""
-    eval_tokens: int = 20 * 524288
-    """On so many of its tokens."""
-    dry_run: bool = False
-    """Write no checkpoint and no metrics."""
+    init_lr_frac: float = flag(1.0, 0)
+    """Factor on all learning rates."""
+    eval_every: int = flag(150, -1, free=True)
+    """Steps between measurements of bits per byte on the validation mixture; 0 or -1: never."""
+    eval_tokens: int = flag(20 * 524288, 1, free=True)
+    """Validation tokens that bits per byte is measured on."""
+    dry_run: bool = flag(False, free=True)
+    """Train, but write no checkpoint and no metrics."""
     train_tasks: str = (
         "SmolTalk/train,MMLU/auxiliary_train,GSM8K/train,identity,identity,SimpleSpelling/train:200000,"
         "SpellingBee/train:80000"
     )
-    """The mixture: Name[/split][:rows] or a .jsonl file, with commas between."""
-    val_tasks: str = "SmolTalk/test,MMLU/test:5200,GSM8K/test:420"
-    """The mixture to validate on."""
-    tasks_dir: str = ""
-    """Where the tasks' files lie; empty: <base directory>/tasks."""
+    """Training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
+    val_tasks: str = flag("SmolTalk/test,MMLU/test:5200,GSM8K/test:420", free=True)
+    """Validation mixture, written like --train_tasks."""
+    tasks_dir: str = flag("", free=True)
+    """Folder of the tasks' files; empty: <base directory>/tasks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(TrainConfig):
-    """Finetune for chat: only what the assistant says is learnt."""
+    """Finetune a model for chat: only what the assistant says is learnt."""
 
-    source: str = "mid"
-    """Start from a mid or a base checkpoint."""
-    model_tag: str = ""
-    """Which model; empty: the deepest d<N>, or else the newest. The result is saved under the same tag."""
-    step: int = -1
-    """Which of its checkpoints; -1: the last."""
-    num_epochs: float = 1.0
-    """Passes over the mixture."""
-    num_iterations: int = -1
-    """Steps; -1: from --num_epochs."""
-    max_seq_len: int = -1
-    """Longer conversations are cut to so many tokens; -1: the model's own length."""
-    device_batch_size: int = 4
-    """Rows a device computes at a time: conversations, unless they are packed."""
-    target_examples_per_step: int = 32
+    source: str = flag("mid", choices=STAGES["sft"].parents)
+    """Stage whose checkpoint to start from: mid or base."""
+    model_tag: str = flag("", free=True)
+    """Tag of the model to start from, under which the result is saved too; empty: the deepest d<N>, or else
+    the newest."""
+    step: int = flag(-1, -1, free=True)
+    """Step of the checkpoint to start from; -1: the last."""
+    num_epochs: float = flag(1.0, 0)
+    """Passes over the training mixture."""
+    num_iterations: int = flag(-1, 1, special=-1)
+    """Number of optimizer steps; -1: from --num_epochs."""
+    max_seq_len: int = flag(-1, 1, special=-1)
+    """Tokens to which longer conversations are cut; -1: the model's context length."""
+    device_batch_size: int = flag(4, 1, free=True)
+    """Rows that a device computes at a time (a row is a conversation, unless they are packed); lower it if
+    memory runs out: the result stays the same up to rounding."""
+    target_examples_per_step: int = flag(32, 1)
     """Conversations in an optimizer step, over all devices."""
-    packing: str = "padded"
-    """One conversation a row, or bestfit: several in a row of full length, which don't see each other. A step has the
-    same conversations either way."""
-    init_lr_frac: float = 0.02
-    """The learning rates are multiplied by it."""
-    eval_every: int = 100
-    """Measure the validation loss every so many steps."""
-    eval_steps: int = 100
-    """On so many batches of device_batch_size conversations."""
-    eval_metrics_every: int = 200
-    """MMLU and ARC-Easy accuracy, by letter, every so many steps."""
-    eval_metrics_max_problems: int = 1024
-    """On at most so many problems each."""
-    dry_run: bool = False
-    """Write no checkpoint and no metrics."""
+    packing: str = flag("padded", choices=("padded", "bestfit"))
+    """How conversations fill rows. padded: one in each row. bestfit: several in rows of full length, which
+    don't see each other. A step has the same conversations either way."""
+    init_lr_frac: float = flag(0.02, 0)
+    """Factor on all learning rates."""
+    eval_every: int = flag(100, -1, free=True)
+    """Steps between measurements of the validation loss; 0 or -1: never."""
+    eval_steps: int = flag(100, 1, free=True)
+    """Validation batches, of device_batch_size conversations each, that the loss is measured on."""
+    eval_metrics_every: int = flag(200, -1, free=True)
+    """Steps between measurements of MMLU and ARC-Easy accuracy, by letter; 0 or -1: never."""
+    eval_metrics_max_problems: int = flag(1024, 1, special=-1, free=True)
+    """Problems of each of MMLU and ARC-Easy to measure on, at most; -1: all."""
+    dry_run: bool = flag(False, free=True)
+    """Train, but write no checkpoint and no metrics."""
     train_tasks: str = (
         "ARC-Easy/train,ARC-Challenge/train,GSM8K/train,SmolTalk/train:10000,identity,"
         "SimpleSpelling:300,SpellingBee:300"
     )
-    """The mixture: Name[/split][:rows] or a .jsonl file, with commas between."""
-    val_tasks: str = "SmolTalk/test"
-    """The mixture to validate on."""
-    tasks_dir: str = ""
-    """Where the tasks' files lie; empty: <base directory>/tasks."""
+    """Training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
+    val_tasks: str = flag("SmolTalk/test", free=True)
+    """Validation mixture, written like --train_tasks."""
+    tasks_dir: str = flag("", free=True)
+    """Folder of the tasks' files; empty: <base directory>/tasks."""

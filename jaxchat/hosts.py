@@ -111,8 +111,6 @@ def start(config: TrainConfig, *, asks: bool = True):
     asks: whether the command asks at every step if it is to stop (train.signals), as training does. Then SIGTERM is
     only noted; where nobody asks, it ends the process.
     """
-    if config.heartbeat_timeout < 2:
-        raise UserError(f"--heartbeat_timeout={config.heartbeat_timeout}; it must be at least 2 seconds")
     place = detect(config.coordinator, config.num_processes, config.process_id)
     if place is None or jax.distributed.is_initialized():
         return

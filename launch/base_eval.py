@@ -58,15 +58,14 @@ def run(config: Config):
     from jaxchat.eval.samples import show_samples
     from jaxchat.eval.scoring import Scorer, out_of_memory
     from jaxchat.infer.engine import Engine
-    from jaxchat.train.run import compute_for, start_devices
+    from jaxchat.train.run import model_for, start_devices
 
     if config.device_batch_size < 1:
         raise UserError(f"--device_batch_size={config.device_batch_size}; it must be at least 1")
     shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
     mesh = start_devices(shared, asks=False)
-    compute = compute_for(shared, mesh)
     found = checkpoint.open_model("base", config.model_tag, config.step)
-    sharding.check_fits(found.config, mesh)
+    model = model_for(shared, found.config, mesh)
     check_writable(found.folder)
     bundle, no_core = load_bundle(config)
     items = sum(len(task.drawn(config.max_per_task)) for task in bundle)
@@ -77,21 +76,21 @@ def run(config: Config):
         f"Evaluation of {found.folder.name} (base)",
         [
             ("model", str(found.folder / str(found.step))),
-            ("devices", f"{sharding.describe(mesh)}, compute in {compute.dtype}"),
+            ("devices", f"{sharding.describe(mesh)}, compute in {model.compute.dtype}"),
             ("bits per byte", f"on {config.eval_tokens:,} tokens of each split" if splits else "not measured"),
             ("CORE", no_core or f"{len(bundle)} tasks, {items:,} items"),
             *([("WARNING", warning)] if warning else []),
         ],
     )
     params = found.load(mesh)
-    settings = {"max_per_task": config.max_per_task, "eval_tokens": config.eval_tokens, "dtype": compute.dtype}
+    settings = {"max_per_task": config.max_per_task, "eval_tokens": config.eval_tokens, "dtype": model.compute.dtype}
     with out_of_memory(f"lower --device_batch_size (it was {config.device_batch_size})"):
-        values = measure_text(found, params, texts, config.device_batch_size, config.eval_tokens, compute)
+        values = measure_text(found, params, texts, config.device_batch_size, config.eval_tokens, model)
     results = []
     if bundle:
         print("CORE:")
         with out_of_memory("use more devices"):
-            scorer = Scorer(params, found.config, compute, mesh)
+            scorer = Scorer(params, model)
             results = core.evaluate(scorer, found.tokenizer, bundle, config.max_per_task, TaskResult.show)
         values["core"] = mean(results)
         print(f"CORE {values['core']:.4f}", flush=True)
@@ -99,7 +98,7 @@ def run(config: Config):
     more = ({"cropped": cropped} if cropped else {}) | ({"warning": warning} if warning else {})
     save = partial(save_results, found, "base", "base_eval", results, values, "core", settings, **more)
     save()  # before the samples: CORE may have taken hours
-    path = save(samples=show_samples(Engine(params, found.config, found.tokenizer, compute, batch_size=8)))
+    path = save(samples=show_samples(Engine(params, found.config, found.tokenizer, model.compute, batch_size=8)))
     for line in (warning and f"WARNING: {warning}", no_core and f"CORE was {no_core}", f"saved {path} and .csv"):
         if line:
             print(line, flush=True)

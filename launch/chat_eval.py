@@ -91,20 +91,19 @@ def run(config: Config):
     from jaxchat.eval.scoring import Scorer, out_of_memory
     from jaxchat.infer.engine import Engine
     from jaxchat.train.fit import device_memory
-    from jaxchat.train.run import compute_for, start_devices
+    from jaxchat.train.run import model_for, start_devices
 
     check(config)
     names, left_out = names_in(config)
     shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
     mesh = start_devices(shared, asks=False)
-    compute = compute_for(shared, mesh)
     found = checkpoint.open_model(config.source, config.model_tag, config.step)
-    sharding.check_fits(found.config, mesh)
+    model = model_for(shared, found.config, mesh)
     check_writable(found.folder)
     tasks = {name: load_task(chat.TASKS[name].spec, config.tasks_dir or None) for name in names}
     slots = config.batch_size
     if slots < 0:
-        slots = chat.batch_size_for(found.config, compute, device_memory(mesh))
+        slots = chat.batch_size_for(found.config, model.compute, device_memory(mesh))
     counts = [min(len(task), config.max_problems) if config.max_problems > 0 else len(task) for task in tasks.values()]
     how = f"at temperature {config.temperature:g}" if config.temperature else "greedily"
     longest = min(config.max_new_tokens, found.config.sequence_len)  # it shares the context with the problem
@@ -112,7 +111,7 @@ def run(config: Config):
         f"Evaluation of {found.folder.name} ({config.source})",
         [
             ("model", str(found.folder / str(found.step))),
-            ("devices", f"{sharding.describe(mesh)}, compute in {compute.dtype}"),
+            ("devices", f"{sharding.describe(mesh)}, compute in {model.compute.dtype}"),
             ("tasks", ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))),
             ("written answers", f"{config.num_samples} a problem, {how}, at most {longest} tokens, {slots} at a time"),
             *[("rows", f"{task.name}: {task.left_out}") for task in tasks.values() if task.left_out],
@@ -120,12 +119,12 @@ def run(config: Config):
         ],
     )
     params = found.load(mesh)
-    settings = {name: getattr(config, name) for name in SETTINGS} | {"tasks": names, "dtype": compute.dtype}
+    settings = {name: getattr(config, name) for name in SETTINGS} | {"tasks": names, "dtype": model.compute.dtype}
     options = {name: getattr(config, name) for name in ("temperature", "seed", "num_samples")}
     options |= {"max_tokens": config.max_new_tokens, "top_k": max(0, config.top_k)}
     with out_of_memory(f"lower -b (it was {slots}), or -m, the length of answers"):
-        scorer = Scorer(params, found.config, compute, mesh)
-        engine = Engine(params, found.config, found.tokenizer, compute, batch_size=slots)
+        scorer = Scorer(params, model)
+        engine = Engine(params, found.config, found.tokenizer, model.compute, batch_size=slots)
         for results, values, score in chat.measure(scorer, engine, tasks, config.max_problems, **options):
             path = save_results(found, config.source, "chat_eval", results, values, score, settings)
     for line in (left_out and f"WARNING: {left_out}", f"saved {path} and .csv"):

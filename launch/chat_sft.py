@@ -1,68 +1,38 @@
 """Finetune for chat: python -m launch.chat_sft --model_tag=d12"""
 
-from jaxchat.config import SFTConfig, UserError
+from jaxchat.config import SFTConfig
 from launch import cli
 
 
-def choice_tasks(config: SFTConfig) -> list:
-    """The (name, task) of multiple choice; opened before the training, so that a missing file is told then."""
-    from jaxchat.data.tasks import load_task
-
-    if config.eval_metrics_every <= 0:
-        return []
-    try:
-        return [(name, load_task(f"{name}/test", config.tasks_dir)) for name in ("MMLU", "ARC-Easy")]
-    except UserError as problem:
-        raise UserError(f"{problem}; or do without this evaluation: --eval_metrics_every=-1") from problem
-
-
-def val_batches(config: SFTConfig, setting) -> list[dict]:
-    from jaxchat import sharding
-    from jaxchat.data import pipelines
-    from jaxchat.data.encode import conversation_reader
-    from jaxchat.data.order import Order
+def stage_for(config: SFTConfig):
+    """Devices, model, data: the stage that the flags describe."""
+    from jaxchat import checkpoint
+    from jaxchat.data.pipelines import load_tasks
     from jaxchat.train import stages
+    from jaxchat.train.run import model_for, start_devices
 
-    tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=False)
-    order = Order([len(tasks)], config.seed)
-    read = conversation_reader(tasks, setting.tokenizer)
-    rows, time = config.device_batch_size * sharding.data_shards(setting.mesh), stages.row_length(config, setting.model)
-    examples = min(len(tasks), config.eval_steps * config.device_batch_size)
-    return pipelines.padded_validation(read, order, examples, rows=rows, time=time)
+    mesh = start_devices(config)
+    parent = checkpoint.open_model(config.source, config.model_tag, config.step)
+    model = model_for(config, parent.config, mesh)
+    tasks = load_tasks(config.train_tasks, config.tasks_dir, "train_tasks", documents=False)
+    return stages.sft(config, model, parent, tasks)
 
 
 def run(config: SFTConfig):
-    from jaxchat.eval.bpb import total_loss
-    from jaxchat.eval.chat import letter_accuracy
-    from jaxchat.eval.scoring import Scorer
+    from jaxchat.eval import training
     from jaxchat.report import record
-    from jaxchat.train import stages
-    from jaxchat.train.loop import Evaluation, train
+    from jaxchat.train.loop import train
+    from jaxchat.train.run import find_start, open_run, plan_of
 
     began = record.begin()
-    stage, setting = stages.sft(config)
-    cli.print_plan(stage.title, stage.plan)
-    model, compute, tokenizer, mesh = setting.model, setting.compute, setting.tokenizer, setting.mesh
-    batches = val_batches(config, setting) if config.eval_every > 0 else []
-    choices = choice_tasks(config)
-
-    def val_loss(params):
-        nll, weight = total_loss(params, batches, model, compute, mesh)
-        return {"val_loss": nll / max(weight, 1.0)}
-
-    def accuracies(params):
-        scorer, most = Scorer(params, model, compute, mesh), config.eval_metrics_max_problems
-        return {f"{name}_acc": letter_accuracy(scorer, tokenizer, task, most) for name, task in choices}
-
-    record.at_end(stage, config, began)
-    train(
-        stage,
-        [
-            Evaluation("validation", config.eval_every, val_loss, at_start=True),
-            Evaluation("multiple choice", config.eval_metrics_every, accuracies),
-        ],
-    )
-    if stage.checkpoints:
+    stage = stage_for(config)
+    start = find_start(stage)
+    plan = plan_of(stage, start)
+    cli.print_plan(stage.title, plan)
+    evaluations = training.sft(config, stage)
+    with open_run(stage, start) as ready, record.recorded(ready, began, plan):
+        train(ready, evaluations)
+    if start.checkpoints:
         cli.next_step(f"python -m launch.chat_cli --model_tag={stage.tag}")
 
 

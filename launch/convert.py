@@ -5,7 +5,7 @@ import functools
 import time
 from pathlib import Path
 
-from jaxchat.config import ModelConfig, UserError
+from jaxchat.config import STAGES, ModelConfig, UserError
 from launch import cli
 
 FORMATS = ("hf", "nanochat")
@@ -120,8 +120,8 @@ def take_in(config: Config, hugging_face, nanochat, weights):
 
     if not (config.path and config.as_stage and config.model_tag):
         raise UserError(f"--from={config.from_format} needs --path=FOLDER, --as=base|mid|sft and --model_tag=NAME")
-    if config.as_stage not in checkpoint.FOLDERS:
-        raise UserError(f"--as={config.as_stage}; it is one of {', '.join(checkpoint.FOLDERS)}")
+    if config.as_stage not in STAGES:
+        raise UserError(f"--as={config.as_stage}; it is one of {', '.join(STAGES)}")
     target = checkpoint.run_folder(config.as_stage, config.model_tag)
     if target.exists():
         raise UserError(f"{target} is there already; choose another --model_tag, or remove it")

@@ -4,40 +4,35 @@ from jaxchat.config import MidConfig
 from launch import cli
 
 
-def val_batches(config: MidConfig, setting) -> list[dict]:
-    from jaxchat import sharding
-    from jaxchat.data import pipelines
-    from jaxchat.data.encode import conversation_reader
-    from jaxchat.data.order import Order
+def stage_for(config: MidConfig):
+    """Devices, model, data: the stage that the flags describe."""
+    from jaxchat import checkpoint
+    from jaxchat.data.pipelines import load_tasks
     from jaxchat.train import stages
+    from jaxchat.train.run import model_for, start_devices
 
-    tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=True)
-    order = Order([len(tasks)], config.seed)
-    read = conversation_reader(tasks, setting.tokenizer)
-    rows, time = config.device_batch_size * sharding.data_shards(setting.mesh), stages.row_length(config, setting.model)
-    return pipelines.packed_validation(
-        read, map(order.index, range(len(tasks))), rows=rows, time=time, max_tokens=config.eval_tokens
-    )
+    mesh = start_devices(config)
+    parent = checkpoint.open_model("base", config.model_tag, config.step)
+    model = model_for(config, parent.config, mesh)
+    tasks = load_tasks(config.train_tasks, config.tasks_dir, "train_tasks", documents=True)
+    return stages.mid(config, model, parent, tasks)
 
 
 def run(config: MidConfig):
-    from jaxchat.eval.bpb import bits_per_byte
+    from jaxchat.eval import training
     from jaxchat.report import record
-    from jaxchat.train import stages
-    from jaxchat.train.loop import Evaluation, train
+    from jaxchat.train.loop import train
+    from jaxchat.train.run import find_start, open_run, plan_of
 
     began = record.begin()
-    stage, setting = stages.mid(config)
-    cli.print_plan(stage.title, stage.plan)
-    model, compute, tokenizer, mesh = setting.model, setting.compute, setting.tokenizer, setting.mesh
-    batches = val_batches(config, setting) if config.eval_every > 0 else []
-
-    def val_bpb(params):
-        return {"val_bpb": bits_per_byte(params, batches, tokenizer.token_bytes, model, compute, mesh)}
-
-    record.at_end(stage, config, began)
-    train(stage, [Evaluation("validation", config.eval_every, val_bpb, at_start=True)])
-    if stage.checkpoints:
+    stage = stage_for(config)
+    start = find_start(stage)
+    plan = plan_of(stage, start)
+    cli.print_plan(stage.title, plan)
+    evaluations = training.mid(config, stage)
+    with open_run(stage, start) as ready, record.recorded(ready, began, plan):
+        train(ready, evaluations)
+    if start.checkpoints:
         cli.next_step(f"python -m launch.chat_sft --model_tag={stage.tag}")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxchat.config import UserError, base_dir
+from jaxchat.config import STAGES, UserError, base_dir
 from launch import cli
 
 
@@ -26,7 +26,7 @@ class Config:
 def run(config: Config, beginnings=(), questions=()):
     """beginnings, questions: texts to continue and questions to answer instead of the usual ones."""
     from jaxchat.report.document import as_html, markdown
-    from jaxchat.report.gather import TITLES, gather
+    from jaxchat.report.gather import gather
     from jaxchat.report.plots import curves
     from jaxchat.report.samples import BEGINNINGS, QUESTIONS, sample
 
@@ -38,7 +38,7 @@ def run(config: Config, beginnings=(), questions=()):
     cli.print_plan(
         f"Report of {found.tag}",
         [
-            *((TITLES[name], f"{stage.folder}/{stage.step}") for name, stage in found.stages.items()),
+            *((STAGES[name].label, f"{stage.folder}/{stage.step}") for name, stage in found.stages.items()),
             *((title, "no checkpoint, left out") for title in found.lacking),
             ("samples", f"{len(beginnings)} texts, {len(questions)} questions" if config.samples else "none"),
             ("saves", f"{folder}"),

@@ -57,6 +57,13 @@ def random_params(config, seed: int, scale: float):
     return jax.tree.unflatten(tree, normal)
 
 
+def model_on(mesh, config, **how):
+    """A Model on a mesh; how: fields of Compute."""
+    from jaxchat.config import Compute, Model
+
+    return Model(config, Compute(mesh=mesh, **how))
+
+
 def sandbox_is_whole() -> bool:
     """Whether this machine can run programs in the sandbox."""
     from jaxchat.config import UserError

@@ -10,17 +10,20 @@ def main(out: str, stage: str, args: list[str]):
 
     from jaxchat import sharding
     from jaxchat.config import BaseConfig, MidConfig, SFTConfig
-    from jaxchat.train import stages
     from jaxchat.train.loop import train
     from jaxchat.train.metrics import MetricsLog
+    from jaxchat.train.run import find_start, open_run
+    from launch import base_train, chat_sft, mid_train
     from launch.cli import parse
 
     steps = []
     MetricsLog.write = lambda self, step, values: steps.append({"step": step, **values})
-    config = {"base": BaseConfig, "mid": MidConfig, "sft": SFTConfig}[stage]
-    run, _ = getattr(stages, stage)(parse(config, args))
-    train(run, [])
-    states = sharding.gather_json(run.batches.get_state())
+    commands = {"base": (BaseConfig, base_train), "mid": (MidConfig, mid_train), "sft": (SFTConfig, chat_sft)}
+    config, command = commands[stage]
+    described = command.stage_for(parse(config, args))
+    with open_run(described, find_start(described)) as ready:
+        train(ready, [])
+        states = sharding.gather_json(described.batches.get_state())
     Path(out).write_text(json.dumps({"steps": steps, "states": states, "devices": jax.device_count()}))
 
 

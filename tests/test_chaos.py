@@ -16,7 +16,8 @@ import time
 import pytest
 from conftest import ROOT, xla_flags
 
-from jaxchat.checkpoint import FOLDERS, steps_in
+from jaxchat.checkpoint import steps_in
+from jaxchat.config import STAGES
 from jaxchat.demo import World, write_world
 from launch import base_train, tok_train
 
@@ -84,7 +85,7 @@ class Run:
         if stage == "base":
             shutil.rmtree(home / "base_checkpoints")
         self.home, self.stage, self.steps = home, stage, steps
-        self.folder = home / FOLDERS[stage] / "run"
+        self.folder = home / STAGES[stage].folder / "run"
         self.logs = []  # of each start
 
     def start(self, fault="none"):
@@ -100,8 +101,9 @@ class Run:
         return "".join(path.read_text() for path in self.logs)
 
     def began(self):
-        """The step from which each start went on, as its plan says."""
-        return [int(told[1] or 0) for told in re.finditer(r"^  steps +[\d,]+(?:, from (\d+))?[:;\n]", self.log(), re.M)]
+        """The step after which each start continued, as its plan says."""
+        resumed = [re.search(r"^  resumes +after step (\d+)$", path.read_text(), re.M) for path in self.logs]
+        return [int(found[1]) if found else 0 for found in resumed]
 
     def forget(self, step):
         """Drop the metrics of later steps, as the next start will, so that what appears is of that start."""

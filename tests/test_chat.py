@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import random_params, sandbox_is_whole
+from conftest import model_on, random_params, sandbox_is_whole
 from plain_scorer import PlainModel
 
 from jaxchat import sharding
@@ -51,7 +51,7 @@ def mesh(devices):
 
 def test_letters_are_the_plain_models(rows, tokenizer, model, mesh):
     """Item by item; a problem whose best two letters are within float32's reach of one another may go either way."""
-    scorer, plain = Scorer(*model, Compute(), mesh, quiet=True), PlainModel(*model)
+    scorer, plain = Scorer(model[0], model_on(mesh, model[1]), quiet=True), PlainModel(*model)
     for name in CHOICES:
         got = chat.choose_letters(scorer, tokenizer, rows[name])
         assert len(got) == 200 and 0 < sum(got) < 200
@@ -179,7 +179,7 @@ def test_an_untrained_model_scores_about_0(rows, tokenizer, mesh):
     √(¼·¾/200), over ¾ when centred; of three tasks among ChatCORE's six √3/6 of that. It writes nothing right."""
     config = ModelConfig(64, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
     params = model_params.init(jax.random.key(0), config)
-    scorer, engine = Scorer(params, config, Compute(), mesh, quiet=True), Engine(params, config, tokenizer, Compute())
+    scorer, engine = Scorer(params, model_on(mesh, config), quiet=True), Engine(params, config, tokenizer, Compute())
     results = evaluated(rows, lambda _: scorer, lambda _: engine, tokenizer, max_tokens=4, temperature=0.0)
     assert [result.accuracy for result in results[3:]] == [0.0] * 3
     assert results[0].right == [[row["messages"][1]["content"] == "A"] for row in rows["ARC-Easy"]]

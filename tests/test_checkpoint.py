@@ -9,9 +9,10 @@ import grain
 import jax
 import numpy as np
 import pytest
+from conftest import model_on
 
 from jaxchat import checkpoint, seal, sharding, store
-from jaxchat.config import ModelConfig, UserError
+from jaxchat.config import STAGES, ModelConfig, UserError
 from jaxchat.data.order import Deal, Order
 from jaxchat.data.streams import PackedRows
 from jaxchat.model import params as model_params
@@ -31,7 +32,7 @@ def batches() -> grain.DatasetIterator:
 
 def test_everything_comes_back_on_another_mesh(tmp_path, devices):
     optimizer = make_optimizer(MODEL)
-    state = init_state(0, MODEL, optimizer, sharding.make_mesh(devices))
+    state = init_state(0, model_on(sharding.make_mesh(devices), MODEL), optimizer)
     data, checkpoints = batches(), Checkpoints(tmp_path)
     for _ in range(3):
         next(data)
@@ -40,7 +41,7 @@ def test_everything_comes_back_on_another_mesh(tmp_path, devices):
     assert checkpoint.read_meta(tmp_path, 3) == {"a": [1, "x"], "metrics": {}}
 
     mesh = jax.sharding.Mesh(np.array(devices[:4]).reshape(1, 2, 2), sharding.AXES)
-    target, fresh = abstract_state(MODEL, optimizer, mesh), batches()
+    target, fresh = abstract_state(model_on(mesh, MODEL), optimizer), batches()
     again = Checkpoints(tmp_path)
     params, rest = again.restore(3, params=target.params, optimizer={"opt": target.opt_state}, batches=fresh)
     again.close()
@@ -54,7 +55,7 @@ def test_everything_comes_back_on_another_mesh(tmp_path, devices):
 
 def test_the_last_three_stay(tmp_path):
     optimizer = make_optimizer(MODEL)
-    params = init_state(0, MODEL, optimizer, sharding.make_mesh(jax.devices()[:1])).params
+    params = init_state(0, model_on(sharding.make_mesh(jax.devices()[:1]), MODEL), optimizer).params
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 5, 9, 10, 20):
         checkpoints.save(step, params=params, optimizer=None, batches=None, meta={"step": step})
@@ -73,7 +74,7 @@ def test_the_last_three_stay(tmp_path):
 
 def test_a_whole_one_is_sealed_though_nobody_asks(tmp_path):
     """Several processes ask for the first time when the next save is due: a run that is killed by then keeps it."""
-    params = init_state(0, MODEL, make_optimizer(MODEL), sharding.make_mesh(jax.devices()[:1])).params
+    params = init_state(0, model_on(sharding.make_mesh(jax.devices()[:1]), MODEL), make_optimizer(MODEL)).params
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, params=params, optimizer=None, batches=None, meta={})
     deadline = time.monotonic() + 30
@@ -176,7 +177,7 @@ def test_metrics_are_those_measured_by_then(tmp_path):
 
 
 def make_run(home, stage, tag, *steps, age=0.0):
-    folder = home / checkpoint.FOLDERS[stage] / tag
+    folder = home / STAGES[stage].folder / tag
     folder.mkdir(parents=True)
     for step in steps:
         (folder / str(step) / "meta").mkdir(parents=True)

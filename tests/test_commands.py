@@ -19,14 +19,14 @@ from conftest import ROOT, THOROUGH
 
 import jaxchat.demo.score
 from jaxchat import checkpoint
-from jaxchat.config import BaseConfig, MidConfig, SFTConfig, UserError
+from jaxchat.config import STAGES, BaseConfig, MidConfig, SFTConfig, UserError
 from jaxchat.data.conversations import length_buckets
 from jaxchat.data.sources import ParquetText, find_shards
 from jaxchat.demo import World, write_world
 from jaxchat.demo.score import score
 from jaxchat.infer.engine import Engine
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.train import fit, loop, stages
+from jaxchat.train import fit, loop, run
 from launch import base_train, chat_cli, chat_sft, cli, demo, mid_train, report, tok_eval, tok_train
 
 SMALL = {"base_shards": 2, "base_rows": 600, "base_val_rows": 300, "mid_rows": 600, "sft_rows": 300, "val_rows": 40}
@@ -68,6 +68,13 @@ def said(command, args):
     return out.getvalue()
 
 
+def train(command, config, evaluations=()):
+    """Train as a command does, with other evaluations."""
+    stage = command.stage_for(config)
+    with run.open_run(stage, run.find_start(stage)) as ready:
+        loop.train(ready, list(evaluations))
+
+
 @pytest.fixture
 def here(pipeline, monkeypatch):
     monkeypatch.setenv("JAXCHAT_BASE_DIR", str(pipeline[0]))
@@ -75,7 +82,7 @@ def here(pipeline, monkeypatch):
 
 
 def metrics(folder, stage):
-    lines = (folder / checkpoint.FOLDERS[stage] / TAG / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / STAGES[stage].folder / TAG / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -106,22 +113,22 @@ def test_metrics_and_checkpoints_are_whole(here):
         found = {row["step"]: row[measured] for row in rows if measured in row}
         assert sorted(found) == [0, 5, STEPS]
         assert found[STEPS] < found[0]
-        meta = checkpoint.read_meta(here / checkpoint.FOLDERS[stage] / TAG, STEPS)
+        meta = checkpoint.read_meta(here / STAGES[stage].folder / TAG, STEPS)
         assert meta["metrics"][measured] == found[STEPS] and meta["step"] == STEPS
-        items = {path.name for path in (here / checkpoint.FOLDERS[stage] / TAG / str(STEPS)).iterdir()}
+        items = {path.name for path in (here / STAGES[stage].folder / TAG / str(STEPS)).iterdir()}
         assert ("optimizer" in items and "data" in items) == (stage != "sft") and "params" in items
 
 
 def test_a_report_of_all_stages(here):
     """What the trainers left is all there, the samples too, and the evaluations' files beside the checkpoints."""
-    folder = here / checkpoint.FOLDERS["sft"] / TAG / str(STEPS)
+    folder = here / STAGES["sft"].folder / TAG / str(STEPS)
     (folder / "chat_eval.json").write_text(json.dumps({"metrics": {"ChatCORE": 0.125}}))
     text = said(report, [f"--model_tag={TAG}", "--price_per_hour=3600"])
     assert f"written: {here / 'report' / TAG / 'report.md'}" in text
     told = (here / "report" / TAG / "report.md").read_text()
     for stage, name in [("base", "val_bpb"), ("mid", "val_bpb"), ("sft", "val_loss")]:
         assert f" {metrics(here, stage)[-1][name]:.4f} |" in told
-        [ran] = map(json.loads, (here / checkpoint.FOLDERS[stage] / TAG / "runs.jsonl").read_text().splitlines())
+        [ran] = map(json.loads, (here / STAGES[stage].folder / TAG / "runs.jsonl").read_text().splitlines())
         assert ran["seconds"] > sum(row.get("step_seconds", 0) for row in metrics(here, stage))
         assert ran["steps"] == [0, STEPS] and ran["flags"]["num_iterations"] == STEPS and ran["devices"] in told
     assert "| ChatCORE | – | – | 0.1250 |" in told and f"jax {jax.__version__}" in told
@@ -213,8 +220,8 @@ def test_one_device_computes_what_eight_do(here, home, run_command):
         assert [step for step, _ in one] == [step for step, _ in eight]
         np.testing.assert_allclose([x for _, x in one], [x for _, x in eight], rtol=1e-4, err_msg=stage)
         if stage != "sft":  # the next stage is to start from the same weights
-            shutil.rmtree(home / checkpoint.FOLDERS[stage])
-            shutil.copytree(here / checkpoint.FOLDERS[stage], home / checkpoint.FOLDERS[stage])
+            shutil.rmtree(home / STAGES[stage].folder)
+            shutil.copytree(here / STAGES[stage].folder, home / STAGES[stage].folder)
 
 
 def test_the_step_compiles_once_or_once_a_bucket(here, home):
@@ -222,13 +229,14 @@ def test_the_step_compiles_once_or_once_a_bucket(here, home):
     base, mid, sft = flags(home)
     parsed = [cli.parse(BaseConfig, base), cli.parse(MidConfig, mid), cli.parse(SFTConfig, sft)]
     assert length_buckets(LENGTH) == [64, 96]
-    for make, config, most in zip((stages.base, stages.mid, stages.sft), parsed, (1, 1, 2), strict=True):
-        stage, _ = make(dataclasses.replace(config, overwrite=True))
+    for command, config, most in zip((base_train, mid_train, chat_sft), parsed, (1, 1, 2), strict=True):
+        stage = command.stage_for(dataclasses.replace(config, overwrite=True))
         began = stage.batches.get_state()
-        shapes = {next(stage.batches)["inputs"].shape for _ in range(stage.num_steps)}
+        shapes = {stage.batches.next_batch(None, step)["inputs"].shape for step in range(stage.num_steps)}
         stage.batches.set_state(began)
-        loop.train(stage, [])
-        assert stage.step_fns["none"]._cache_size() == len(shapes) <= most
+        with run.open_run(stage, run.find_start(stage)) as ready:
+            loop.train(ready, [])
+            assert ready.step_fn._cache_size() == len(shapes) <= most
 
 
 def test_a_device_that_tells_its_memory(here, home, monkeypatch, capsys):
@@ -238,7 +246,7 @@ def test_a_device_that_tells_its_memory(here, home, monkeypatch, capsys):
     (home / "short.jsonl").write_text(f"{json.dumps(short)}\n" * 16)
     config = cli.parse(SFTConfig, [*flags(home)[2], f"--train_tasks={home / 'short.jsonl'}"])
     config = dataclasses.replace(config, overwrite=True, num_iterations=1)
-    assert next(stages.sft(config)[0].batches)["inputs"].shape[-1] < LENGTH
+    assert chat_sft.stage_for(config).batches.peek()["inputs"].shape[-1] < LENGTH
     lengths, first_that_fits = set(), fit.first_that_fits
 
     def noted(steps, mesh, state, batch, multiplier):
@@ -247,15 +255,15 @@ def test_a_device_that_tells_its_memory(here, home, monkeypatch, capsys):
 
     monkeypatch.setattr(fit, "device_memory", lambda mesh: 50e6)
     monkeypatch.setattr(fit, "first_that_fits", noted)
-    loop.train(stages.sft(config)[0], [])
+    train(chat_sft, config)
     assert "a step with --remat=none needs" in capsys.readouterr().out
     assert lengths == {LENGTH}
-    run = checkpoint.run_folder("sft", TAG)
-    assert checkpoint.steps_in(run) == [1] and checkpoint.read_meta(run, 1)["remat"] == "none"
+    folder = checkpoint.run_folder("sft", TAG)
+    assert checkpoint.steps_in(folder) == [1] and checkpoint.read_meta(folder, 1)["remat"] == "none"
     monkeypatch.setattr(fit, "device_memory", lambda mesh: 1e6)
     with pytest.raises(UserError, match="--remat=full needs .* of a device's 0.0 GB; lower --device_batch_size"):
-        loop.train(stages.sft(config)[0], [])
-    assert checkpoint.whole_steps(run) == [1]
+        train(chat_sft, config)
+    assert checkpoint.whole_steps(folder) == [1]
 
 
 def test_a_resumed_run_keeps_its_remat(here, home, monkeypatch):
@@ -268,9 +276,8 @@ def test_a_resumed_run_keeps_its_remat(here, home, monkeypatch):
     monkeypatch.setattr(checkpoint.Checkpoints, "meta", lambda self, step: meta(self, step) | told)
     for resumed, remat, order in ((1, "dots", "dots full"), (1, "full", "full"), (0, "dots", "none dots full")):
         told["remat"] = remat
-        stage, _ = stages.base(dataclasses.replace(config, resume=bool(resumed), overwrite=not resumed))
-        stage.checkpoints.close()
-        assert list(stage.step_fns) == order.split()
+        stage = base_train.stage_for(dataclasses.replace(config, resume=bool(resumed), overwrite=not resumed))
+        assert list(run.step_functions(stage, run.find_start(stage))) == order.split()
 
 
 def test_dry_run_writes_nothing(here):
@@ -289,7 +296,7 @@ def test_an_evaluation_that_fails_costs_no_step(here, home):
         raise RuntimeError("the evaluation is broken")
 
     with pytest.raises(RuntimeError, match="is broken"):
-        loop.train(stages.base(base)[0], [loop.Evaluation("broken", 2, fail)])
+        train(base_train, base, [loop.Evaluation("broken", 2, fail)])
     assert checkpoint.steps_in(home / "base_checkpoints/broken") == [2]
 
 

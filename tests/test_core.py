@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from conftest import THOROUGH, random_params
+from conftest import THOROUGH, model_on, random_params
 from plain_scorer import PlainModel
 
 from jaxchat import sharding
-from jaxchat.config import Compute, ModelConfig, UserError
+from jaxchat.config import ModelConfig, UserError
 from jaxchat.eval import core, scoring
 from jaxchat.eval.results import mean
 from jaxchat.eval.scoring import Scorer, Span, buckets
@@ -55,7 +55,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def scorer(model, devices):
-    return Scorer(*model, Compute(), sharding.make_mesh(devices[:1]), device_tokens=1536, quiet=True)
+    return Scorer(model[0], model_on(sharding.make_mesh(devices[:1]), model[1]), device_tokens=1536, quiet=True)
 
 
 def written(folder, number: int) -> list[dict]:
@@ -190,8 +190,7 @@ def test_scores_do_not_depend_on_batch_or_mesh(model, devices):
     plain = PlainModel(params, config)
     for axes, device_tokens in (("", 4096), ("", 300), ("data=8", 64), ("data=2,fsdp=2,tensor=2", 128)):
         mesh = sharding.make_mesh(devices if axes else devices[:1], axes)
-        compute = Compute(mesh=mesh)
-        scores = Scorer(params, config, compute, mesh, device_tokens=device_tokens, quiet=True).spans(spans)
+        scores = Scorer(params, model_on(mesh, config), device_tokens=device_tokens, quiet=True).spans(spans)
         assert len(scores[-2].nll) == 63 and scores[-1].loss == math.inf
         for span, got in zip(spans[:-1], scores, strict=False):
             nll, right = plain.span(span.tokens, span.start, span.end)
@@ -218,7 +217,7 @@ def rigged(monkeypatch, knows: list[np.ndarray], config, mesh) -> Scorer:
     monkeypatch.setattr(scoring, "features", features)
     monkeypatch.setattr("jaxchat.train.loss.logits", lambda head, x, cap: 10 * x)
     params = model_params.Params(wte=None, blocks=None, lm_head=jnp.zeros(()))
-    return Scorer(params, config, Compute(), mesh, quiet=True)
+    return Scorer(params, model_on(mesh, config), quiet=True)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -251,7 +250,7 @@ def test_an_untrained_model_scores_about_0(bundle, tokenizer, devices):
     config = ModelConfig(16, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
     params = model_params.init(jax.random.key(0), config)
     result = core.evaluate(
-        Scorer(params, config, Compute(), sharding.make_mesh(devices[:1]), quiet=True), tokenizer, bundle, 20
+        Scorer(params, model_on(sharding.make_mesh(devices[:1]), config), quiet=True), tokenizer, bundle, 20
     )
     bias = variance = 0.0
     for task, got in zip(bundle, result, strict=True):

@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from conftest import model_on
 
 from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig
@@ -54,11 +55,11 @@ def test_bits_per_byte_on_one_device_and_eight(tokenizer, devices):
     assert size == sum(len(text.encode()) for text in texts)
     want = nats / (math.log(2) * size)
     for mesh, rows in ((sharding.make_mesh(devices[:1]), 3), (sharding.make_mesh(devices), 8)):
-        compute = Compute(mesh=mesh)
+        model = model_on(mesh, config)
         batches = packed_validation(tokenize, range(4), rows=rows, time=16, max_tokens=10_000)
-        got = bits_per_byte(params, batches, tokenizer.token_bytes, config, compute, mesh)
+        got = bits_per_byte(params, batches, tokenizer.token_bytes, model)
         assert got == pytest.approx(want, rel=1e-6)
-        weight = total_loss(params, batches, config, compute, mesh)[1]
+        weight = total_loss(params, batches, model)[1]
         assert weight == len(stream) - 1
 
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, THOROUGH, xla_flags
 
 from jaxchat import checkpoint, seal, store
-from jaxchat.config import UserError
+from jaxchat.config import STAGES, UserError
 from jaxchat.demo import World, write_world
 from jaxchat.train import loop, saving
 from launch import base_train, chat_sft, tok_train
@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, spoil, capsys):
         checkpoint.find("base", "run", 6)
     wanted = losses(run)
     ends(base_train, base("--resume"), 0)
-    assert "from 4" in capsys.readouterr().out
+    assert "resumes     after step 4" in capsys.readouterr().out
     assert losses(run) == wanted and not seal.damage(run / "6")
     for step in "246":
         spoil(largest(run / step))
@@ -157,7 +157,7 @@ def test_a_save_that_fails_on_one_of_two_processes(folder, at):
     wanted, run = losses(folder / "base_checkpoints/run"), folder / "base_checkpoints/two"
     codes, told = two_processes(folder, f"seal={at}")
     assert codes == [0, 0], told
-    assert ("training goes on" if at == 1 else "saving step 6 failed: ") in told[0][0] and not told[1][0]
+    assert ("training continues" if at == 1 else "saving step 6 failed: ") in told[0][0] and not told[1][0]
     assert not seal.damage(run / "6") and (run / "6" / seal.NAME).exists()
     # The same rows on the same 8 devices, summed by two processes: to rounding.
     for got, want in zip(losses(run), wanted, strict=True):
@@ -234,7 +234,7 @@ def test_a_failed_save_is_told_and_tried_again(folder, monkeypatch, capsys):
     wanted = losses(folder / "base_checkpoints/run")
     ends(base_train, base("--model_tag=full"), 0)
     run, out = folder / "base_checkpoints/full", capsys.readouterr().out
-    assert "saving failed: " in out and "No space left on device; training goes on, next attempt after step 3" in out
+    assert "saving failed: " in out and "No space left on device; training continues, next attempt after step 3" in out
     assert out.count("saving failed: ") == 2 and "next attempt after step 5" in out
     assert checkpoint.steps_in(run) == [4, 6]  # at 2 and 3 it failed
     assert losses(run) == wanted and not list(run.glob("*tmp*"))
@@ -247,7 +247,7 @@ def test_saves_that_all_fail(folder, monkeypatch, capsys):
     shutil.rmtree(folder / "base_checkpoints/run/4")
     ends(base_train, base("--resume"), 2)
     out, err = capsys.readouterr()
-    assert "base_checkpoints/run/6 could not be saved: " in err and "go on with --resume from step 2" in err
+    assert "base_checkpoints/run/6 could not be saved: " in err and "continue with --resume from step 2" in err
     assert "next attempt after step 5" in out and disk.tried > saving.LAST_ATTEMPTS
     run = folder / "base_checkpoints/run"
     assert checkpoint.steps_in(run) == [2] and not list(run.glob("*tmp*"))
@@ -257,7 +257,7 @@ def test_saves_that_all_fail(folder, monkeypatch, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_saves_and_can_be_resumed(folder, monkeypatch, capsys, command, flags, stage, number):
     """Asked to stop amid step 3, a run saves after it, leaves with 75, and goes on as if nothing had been."""
-    run, count, place = folder / checkpoint.FOLDERS[stage] / "run", 0, loop.place_batch
+    run, count, place = folder / STAGES[stage].folder / "run", 0, loop.place_batch
 
     def stopping(batch, mesh):
         nonlocal count
@@ -284,8 +284,8 @@ def test_an_evaluation_costs_no_step(folder, monkeypatch, capsys, at):
 
     def evaluate(name, values):
         evaluation = loop.Evaluation(name, at, values)
-        train = loop._train
-        monkeypatch.setattr(loop, "_train", lambda stage, others, stop: train(stage, [*others, evaluation], stop))
+        made = loop.Loop
+        monkeypatch.setattr(loop, "Loop", lambda run, others, *rest: made(run, [*others, evaluation], *rest))
 
     evaluate("failing", lambda params: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import model_on
 
 from jaxchat import sharding
-from jaxchat.config import REMATS, Compute, ModelConfig, UserError
+from jaxchat.config import REMATS, ModelConfig, UserError
 from jaxchat.train import fit
 from jaxchat.train.fit import SPARE, first_that_fits, fits, memory_needed, memory_refused
 from jaxchat.train.state import abstract_state
@@ -34,10 +35,10 @@ def steps():
     """(mesh, {remat: step}, their arguments, {remat: bytes}) of a model whose activations outweigh its weights."""
     model = ModelConfig(sequence_len=256, vocab_size=40, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
     mesh, optimizer = sharding.make_mesh(jax.devices()[:1]), optax.sgd(0.1)
-    made = {remat: make_train_step(model, Compute(mesh=mesh, remat=remat), optimizer, mesh) for remat in REMATS}
+    made = {remat: make_train_step(model_on(mesh, model, remat=remat), optimizer) for remat in REMATS}
     kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct((1, 4, 256), kind) for name, kind in kinds.items()}
-    args = (abstract_state(model, optimizer, mesh), batch, jax.ShapeDtypeStruct((), jnp.float32))
+    args = (abstract_state(model_on(mesh, model), optimizer), batch, jax.ShapeDtypeStruct((), jnp.float32))
     needed = {remat: memory_needed(step.lower(*args).compile()) for remat, step in made.items()}
     return mesh, made, args, needed
 

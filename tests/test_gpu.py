@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.config import Compute, ModelConfig
+from jaxchat.config import Compute, Model, ModelConfig
 from jaxchat.model import gpt, kernels
 from jaxchat.model.attention import causal_attention, kernel_for
 from jaxchat.train.loss import Chunking, weighted_nll
@@ -114,7 +114,8 @@ def test_training_goes_as_in_float32():
         "float32": Compute.for_backend("float32", mesh=mesh, remat="none", kernels=False),
     }.items():
         optimizer = make_optimizer(model, grad_clip=1.0, muon_dtype=jnp.dtype(compute.dtype), mesh=mesh)
-        step, state = make_train_step(model, compute, optimizer, mesh), init_state(0, model, optimizer, mesh)
+        bundle = Model(model, compute)
+        step, state = make_train_step(bundle, optimizer), init_state(0, bundle, optimizer)
         losses[name] = []
         for _ in range(20):
             state, metrics = step(state, batch, np.float32(1.0))

@@ -92,7 +92,7 @@ def test_a_command_refuses_before_it_connects():
     with pytest.raises(UserError, match="--process_id is missing"):
         hosts.start(TrainConfig(coordinator="localhost:1", num_processes=2))
     with pytest.raises(UserError, match="--heartbeat_timeout=1"):
-        hosts.start(TrainConfig(heartbeat_timeout=1))
+        TrainConfig(heartbeat_timeout=1)
 
 
 def together(*flags, count=2):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxchat.config import STAGES
+
 ROOT = Path(__file__).resolve().parent.parent
 CODE = sorted(
     path.relative_to(ROOT).as_posix() for folder in ("jaxchat", "launch") for path in ROOT.glob(f"{folder}/**/*.py")
@@ -25,7 +27,6 @@ ALSO = {("data", "tokenizer"), ("model", "sharding"), ("store", "checkpoint")}
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 
 CONVERSION_ONLY = {"torch", "transformers", "safetensors"}
-STAGES = {"base", "mid", "sft"}
 
 
 def part_of(module: str) -> str | None:
@@ -88,7 +89,7 @@ def test_file(path):
 def test_no_file_is_long():
     lengths = {path: len((ROOT / path).read_text().splitlines()) for path in CODE}
     lengths |= {path.name: len(path.read_text().splitlines()) for path in (ROOT / "tests").glob("**/*.py")}
-    assert {path: lines for path, lines in lengths.items() if lines > 400} == {}
+    assert {path: lines for path, lines in lengths.items() if lines > 500} == {}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import psutil
 import pytest
 from conftest import ROOT, THOROUGH, xla_flags
 
-from jaxchat.checkpoint import COMMANDS, FOLDERS, steps_in
+from jaxchat.checkpoint import steps_in
+from jaxchat.config import STAGES
 from jaxchat.demo import World, write_world
 from launch import tok_train
 
@@ -43,20 +44,20 @@ def undisturbed(tmp_path_factory):
         patch.setenv("JAXCHAT_BASE_DIR", str(folder))
         write_world(World(0), folder / "world", **SMALL)
         tok_train.main(["--vocab_size=280", f"--data_dir={folder / 'world/base_data'}"])
-    for stage in COMMANDS:
+    for stage in STAGES:
         ended(start(folder, folder, stage, 1), 0)
     return folder
 
 
 def losses(folder, stage):
-    lines = (folder / FOLDERS[stage] / "run/metrics.jsonl").read_text().splitlines()
+    lines = (folder / STAGES[stage].folder / "run/metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
 def start(data, folder, stage, processes, *own):
     command = [sys.executable, "-m", "launch.cluster", "local", f"--processes={processes}", *own, "--"]
-    command += [sys.executable, "-m", f"launch.{COMMANDS[stage]}", *flags(data, stage, processes)]
+    command += [sys.executable, "-m", f"launch.{STAGES[stage].command}", *flags(data, stage, processes)]
     env = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT), "JAXCHAT_BASE_DIR": str(folder)}
     command += [f"--heartbeat_timeout={HEARTBEAT}"]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -70,7 +71,7 @@ def ended(launcher, code, within=120):
 
 def signal_one(launcher, folder, stage, index, number):
     """A signal to one of the processes, when some steps are saved and many are to come."""
-    path = folder / FOLDERS[stage] / "run"
+    path = folder / STAGES[stage].folder / "run"
     while not (steps_in(path) and losses(folder, stage)[-1][0] > steps_in(path)[-1]):
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.01)
@@ -84,12 +85,12 @@ def check_losses(undisturbed, folder, stage):
     found, want = losses(folder, stage), losses(undisturbed, stage)
     assert [step for step, _ in found] == [step for step, _ in want] == list(range(1, STEPS + 1))
     np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in want], rtol=2e-5)
-    assert steps_in(folder / FOLDERS[stage] / "run")[-1] == STEPS
+    assert steps_in(folder / STAGES[stage].folder / "run")[-1] == STEPS
 
 
 def before(undisturbed, folder, stage):
-    for part in ("tokenizer", *FOLDERS.values()):
-        if part != FOLDERS[stage]:
+    for part in ("tokenizer", *(stage.folder for stage in STAGES.values())):
+        if part != STAGES[stage].folder:
             shutil.copytree(undisturbed / part, folder / part)
 
 
@@ -104,7 +105,7 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(undisturbed, t
     assert time.monotonic() - begun < 1.2 * HEARTBEAT + 2
     assert len(errors) == 1 and errors[0].startswith(f"error: process {killed} is lost")
     assert f"process {killed} ended with exit code 137; waiting for the others" in out
-    *_, last = steps_in(tmp_path / FOLDERS[stage] / "run")
+    *_, last = steps_in(tmp_path / STAGES[stage].folder / "run")
     assert last < STEPS
     out, errors = ended(start(undisturbed, tmp_path, stage, then), 0)
     assert errors == [] and f"from {last}" in out

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import THOROUGH
+from conftest import THOROUGH, model_on
 
 from jaxchat import sharding
-from jaxchat.config import Compute, ModelConfig, UserError
+from jaxchat.config import ModelConfig, UserError
 from jaxchat.model import params as model_params
 from jaxchat.model.flops import num_params
 from jaxchat.plan import hlo
@@ -108,16 +108,16 @@ def batch_of(stage: str) -> dict[str, np.ndarray]:
 def compiled(axes: str, stage: str):
     """(mesh, optimizer, the stage's step compiled for it), computed as on accelerators. axes "1": one device."""
     mesh = sharding.make_mesh(jax.devices()[:1]) if axes == "1" else sharding.make_mesh(jax.devices()[:8], axes)
-    compute = Compute(mesh=mesh, remat="dots", loss_chunk_tokens=4)
+    model = model_on(mesh, MODEL, remat="dots", loss_chunk_tokens=4)
     optimizer = make_optimizer(MODEL, grad_clip=STAGES[stage], mesh=mesh)
     batch = place_batch(batch_of(stage), mesh)
-    step = make_train_step(MODEL, compute, optimizer, mesh)
-    return mesh, optimizer, step.lower(abstract_state(MODEL, optimizer, mesh), batch, np.float32(1.0)).compile()
+    step = make_train_step(model, optimizer)
+    return mesh, optimizer, step.lower(abstract_state(model, optimizer), batch, np.float32(1.0)).compile()
 
 
 def losses(axes: str, stage: str, change=lambda batch: batch) -> np.ndarray:
     mesh, optimizer, step = compiled(axes, stage)
-    state = init_state(0, MODEL, optimizer, mesh)
+    state = init_state(0, model_on(mesh, MODEL), optimizer)
     batch, seen = place_batch(change(batch_of(stage)), mesh), []
     for _ in range(STEPS):
         state, metrics = step(state, batch, np.float32(1.0))
@@ -204,11 +204,12 @@ def test_newton_schulz_is_divided(devices):
     for axes, used, layers in (("", 1, 3), ("fsdp=2", 2, 2), ("data=4,tensor=2", 8, 1)):
         mesh = sharding.make_mesh(devices[:used], axes)
         optimizer = make_optimizer(MODEL, mesh=mesh)
-        grads = init_state(1, MODEL, optimizer, mesh).params  # as good as any
-        state = abstract_state(MODEL, optimizer, mesh)
+        grads = init_state(1, model_on(mesh, MODEL), optimizer).params  # as good as any
+        state = abstract_state(model_on(mesh, MODEL), optimizer)
         update = jax.jit(optimizer.update).lower(state.params, state.opt_state, state.params).compile()
         assert hlo.read(update.as_text()).flops == layers * layer, axes
-        results.append(jax.device_get(update(grads, init_state(0, MODEL, optimizer, mesh).opt_state, grads)[0].blocks))
+        opt_state = init_state(0, model_on(mesh, MODEL), optimizer).opt_state
+        results.append(jax.device_get(update(grads, opt_state, grads)[0].blocks))
     for result in results[1:]:  # the same products of the same matrices: only their Frobenius norms sum differently
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), result, results[0])
 

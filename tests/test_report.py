@@ -10,8 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxchat import sharding
-from jaxchat.checkpoint import FOLDERS
-from jaxchat.config import MidConfig, ModelConfig, Preempted, UserError
+from jaxchat.config import STAGES, MidConfig, ModelConfig, Preempted, UserError
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.report import document, record
 from jaxchat.report.gather import gather, read_lines
@@ -25,7 +24,7 @@ NASTY = "<script>alert(1)</script> | `x` ![i](http://a.b/c.png) ````\n```\n# tit
 
 def write_stage(home, source, tag="d2", steps=40, seconds=0.5, tokens=1000, **meta):
     """A stage's folder as a trainer leaves it, without weights."""
-    folder = home / FOLDERS[source] / tag
+    folder = home / STAGES[source].folder / tag
     about = {"stage": source, "step": steps, "model": vars(MODEL), "metrics": {"val_bpb": 1.5}, **meta}
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
         writer.save(folder.absolute() / str(steps) / "meta", about)
@@ -54,22 +53,26 @@ def row_of(text, name):
 def whole(tmp_path_factory):
     """(run, its images) of three stages with evaluations, one of which cannot be read."""
     home = tmp_path_factory.mktemp("whole")
-    for source, parent in zip(FOLDERS, (None, "base d2 40", "mid d2 40"), strict=True):
+    for source, parent in zip(STAGES, (None, "base d2 40", "mid d2 40"), strict=True):
         folder = write_stage(home, source, tokenizer_hash="f00", **({"parent": parent} if parent else {}))
         write_record(folder, git="def on main" if source == "mid" else "abc on main")
         write_record(folder, git="def on main" if source == "mid" else "abc on main")
-    (home / FOLDERS["base"] / "d2" / "40" / "core.json").write_text('{"metrics": {"CORE": 0.21, "arc|easy": 0.5}}')
+    (home / STAGES["base"].folder / "d2" / "40" / "core.json").write_text(
+        '{"metrics": {"CORE": 0.21, "arc|easy": 0.5}}'
+    )
     tasks = {"hellaswag": {"accuracy": 0.3, "centered": 0.0667, "items": 10}}
     for step, bpb in ((40, 1.25), (20, 0.9999)):
         told = {"source": "base", "step": step, "values": {"train_bpb": bpb}, "tasks": tasks, "samples": [["a", "b"]]}
-        (home / FOLDERS["base"] / "d2" / f"base_eval_{step}.json").write_text(json.dumps(told))
-    (home / FOLDERS["sft"] / "d2" / "40" / "chat_eval.json").write_text('{"metrics": {"ChatCORE": 0.08, "n": "x"}}')
-    (home / FOLDERS["sft"] / "d2" / "broken.json").write_text("{")
+        (home / STAGES["base"].folder / "d2" / f"base_eval_{step}.json").write_text(json.dumps(told))
+    (home / STAGES["sft"].folder / "d2" / "40" / "chat_eval.json").write_text(
+        '{"metrics": {"ChatCORE": 0.08, "n": "x"}}'
+    )
+    (home / STAGES["sft"].folder / "d2" / "broken.json").write_text("{")
     (home / "tokenizer").mkdir()
     texts = {"val": {"bytes": 9, "tokens": 2, "bytes_per_token": 4.5, "cl100k_base_bytes_per_token": 5.25}}
     measured = {"tokenizer_hash": "f00", "texts": texts}
     (home / "tokenizer" / "tok_eval.json").write_text(json.dumps(measured))
-    (home / FOLDERS["mid"] / "d2" / "odd.json").write_text(json.dumps({"metrics": {NASTY: 0.5}}))
+    (home / STAGES["mid"].folder / "d2" / "odd.json").write_text(json.dumps({"metrics": {NASTY: 0.5}}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXCHAT_BASE_DIR", str(home))
         run = gather()
@@ -206,22 +209,22 @@ def test_smoothing_keeps_lines_and_means():
 
 def test_every_run_is_recorded_however_it_ends(tmp_path, devices):
     mesh, checkpoints = sharding.make_mesh(devices[:2]), SimpleNamespace(folder=tmp_path, steps=lambda: [3, 5])
-    stage = SimpleNamespace(checkpoints=checkpoints, mesh=mesh, resume_step=3, plan=[("batch", "8 rows")])
-    record.at_end(stage, MidConfig(num_iterations=9), record.begin())
-    with pytest.raises(Preempted):
-        try:
-            raise Preempted("stopped")
-        finally:
-            stage.at_end()
-    stage.at_end()
+    stage = SimpleNamespace(flags=MidConfig(num_iterations=9), model=SimpleNamespace(mesh=mesh))
+    run, plan = SimpleNamespace(stage=stage, checkpoints=checkpoints, first_step=3), [("batch", "8 rows")]
+    with pytest.raises(Preempted), record.recorded(run, record.begin(), plan):
+        raise Preempted("stopped")
+    with record.recorded(run, record.begin(), plan):
+        pass
     first, second = read_lines(tmp_path / record.FILE)
     assert (first["ended"], second["ended"]) == ("Preempted", "done") and first["seconds"] >= 0
     assert first["steps"] == [3, 5] and first["flags"] == {"num_iterations": 9} and first["devices"].startswith("2 × ")
     checkpoints.folder = tmp_path / "gone"  # no disk, no folder: not worth a run
-    stage.at_end()
-    dry = SimpleNamespace(checkpoints=None)
-    record.at_end(dry, MidConfig(), record.begin())
-    assert not hasattr(dry, "at_end")
+    with record.recorded(run, record.begin(), plan):
+        pass
+    run.checkpoints = None  # a dry run leaves nothing
+    with record.recorded(run, record.begin(), plan):
+        pass
+    assert len(read_lines(tmp_path / record.FILE)) == 2
 
 
 def test_record_tells_what_runs():

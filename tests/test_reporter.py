@@ -16,7 +16,8 @@ def test_flops_are_of_the_rows_as_long_as_they_are(row_tokens):
     model, written = ModelConfig(), []
     devices = np.array([SimpleNamespace(device_kind="NVIDIA H100")] * 2)
     mesh = SimpleNamespace(devices=devices, size=2)
-    stage = SimpleNamespace(mesh=mesh, model=model, num_steps=9, on_nonfinite="stop")
+    flags = SimpleNamespace(on_nonfinite="stop")
+    stage = SimpleNamespace(model=SimpleNamespace(config=model, mesh=mesh), num_steps=9, flags=flags)
     reporter = Reporter(stage, SimpleNamespace(write=lambda step, values: written.append(values)))
     metrics = {"loss": 3.0, "progress": 0.0, "nonfinite": 0.0, "lr_multiplier": 1.0, "empty_steps": 0.0}
     reporter.step(1, 1024, 0.0, metrics, row_tokens)

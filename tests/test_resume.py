@@ -11,7 +11,8 @@ import time
 import pytest
 from conftest import ROOT, xla_flags
 
-from jaxchat.checkpoint import FOLDERS, steps_in
+from jaxchat.checkpoint import steps_in
+from jaxchat.config import STAGES
 from jaxchat.demo import World, write_world
 from launch import base_train, tok_train
 
@@ -44,7 +45,7 @@ def data(tmp_path_factory):
 
 
 def losses(folder, stage):
-    lines = (folder / FOLDERS[stage] / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / STAGES[stage].folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [(row["step"], row["loss"], row["grad_norm"]) for row in map(json.loads, lines) if "loss" in row]
 
 
@@ -71,7 +72,7 @@ def test_kill_and_resume(data, tmp_path, stage):
     # the steps are left for the kill to come before the last.
     at = random.SystemRandom().randrange(22, STEPS // 2)
     print("kill after step", at)
-    path = runs["killed"] / FOLDERS[stage] / "run" / "metrics.jsonl"
+    path = runs["killed"] / STAGES[stage].folder / "run" / "metrics.jsonl"
     process, deadline = start(module, args["killed"], runs["killed"]), time.monotonic() + 300
     while not (path.exists() and len(path.read_text().splitlines()) >= at):
         assert process.poll() is None and time.monotonic() < deadline, (runs["killed"] / "log").read_text()[-3000:]

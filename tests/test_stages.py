@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from conftest import model_on
 
 from jaxchat import checkpoint, sharding
 from jaxchat.config import BaseConfig, Compute, MidConfig, ModelConfig, UserError
@@ -17,8 +18,10 @@ from jaxchat.train import stages
 from jaxchat.train.loop import place_batch
 from jaxchat.train.loss import loss_sums
 from jaxchat.train.optimizer import make_optimizer
+from jaxchat.train.run import find_start, plan_of
 from jaxchat.train.state import init_state
 from jaxchat.train.step import make_train_step
+from launch import base_train, mid_train
 from launch.cli import parse
 
 
@@ -43,7 +46,8 @@ def large_vocabulary(home):
 def test_plan_of_the_first_example(large_vocabulary, one_device):
     """python -m launch.base_train --depth=12 --target_param_data_ratio=20 --total_batch_size=262144 --sample_every=0"""
     args = ["--depth=12", "--target_param_data_ratio=20", "--total_batch_size=262144", "--sample_every=0"]
-    plan = dict(stages.base(parse(BaseConfig, args))[0].plan)
+    stage = base_train.stage_for(parse(BaseConfig, args))
+    plan = dict(plan_of(stage, find_start(stage)))
     # 12 layers of 12·768² and two embeddings of 65,536 × 768.
     parameters = 12 * 12 * 768**2 + 2 * 65536 * 768
     assert parameters == 185_597_952
@@ -69,14 +73,15 @@ def test_plan_of_the_second_example(large_vocabulary, one_device, home, monkeypa
     tasks = f"--train_tasks={home / 'tasks/world_mid.jsonl'}"
     config = parse(MidConfig, [*args, tasks])
     assert config.eval_every == 100
-    plan = dict(stages.mid(config)[0].plan)
+    stage = mid_train.stage_for(config)
+    plan = dict(plan_of(stage, find_start(stage)))
     assert plan["model"] == "12 layers × 768, 6 heads (6 key/value) × 128, vocabulary 65,536"
     assert plan["parameters"].startswith("185,597,952;")
     assert plan["starts from"] == str(home / "base_checkpoints/d12/14160")
     assert plan["batch"] == "16 rows × 1 devices × 16 accumulated = 256 rows × 2048 = 524,288 tokens a step"
     assert plan["learning rates"] == "× 0.3" and plan["steps"].startswith("one pass over the mixture: about ")
     assert "warning" not in plan
-    plan = dict(stages.mid(dataclasses.replace(config, device_batch_size=64))[0].plan)
+    plan = dict(mid_train.stage_for(dataclasses.replace(config, device_batch_size=64)).plan)
     assert plan["warning"] == "device_batch_size 64 exceeds base's 32: memory may run out"
 
 
@@ -115,7 +120,8 @@ def test_short_context_sft_on_real_conversations(real):
     tokenizer, _ = real
     model = ModelConfig.from_depth(1, sequence_len=64, vocab_size=tokenizer.vocab_size)
     optimizer, mesh = make_optimizer(model), sharding.make_mesh(jax.devices()[:1])
-    step, state = make_train_step(model, Compute(), optimizer, mesh), init_state(0, model, optimizer, mesh)
+    bundle = model_on(mesh, model)
+    step, state = make_train_step(bundle, optimizer), init_state(0, bundle, optimizer)
     losses, empty = [], 0
     batches = sft_batches(real)
     for batch in batches:
@@ -153,7 +159,7 @@ def test_packed_conversations_cost_what_they_cost_alone(real, attention):
     """Loss and gradients of a step packed, with random weights everywhere, are those of one conversation a row."""
     tokenizer, _ = real
     model = ModelConfig.from_depth(1, sequence_len=512, vocab_size=tokenizer.vocab_size)
-    shapes = init_state(0, model, make_optimizer(model), sharding.make_mesh(jax.devices()[:1])).params
+    shapes = init_state(0, model_on(sharding.make_mesh(jax.devices()[:1]), model), make_optimizer(model)).params
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda a: np.float32(0.1) * random.standard_normal(a.shape, np.float32), shapes)
     sums = jax.jit(jax.value_and_grad(lambda p, b: loss_sums(p, b, model, Compute(attention=attention))[0]))

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from conftest import model_on
 
 from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig
@@ -40,13 +41,13 @@ def uneven_weights():
 @cache  # so that each shape is compiled once
 def mesh_and_step(num_devices, optimizer, micro_tokens=0):
     mesh = sharding.make_mesh(jax.devices()[:num_devices])
-    return mesh, make_train_step(CONFIG, Compute(mesh=mesh, micro_tokens=micro_tokens), optimizer, mesh)
+    return mesh, make_train_step(model_on(mesh, CONFIG, micro_tokens=micro_tokens), optimizer)
 
 
 def run(batch, *, micro=1, devices=1, optimizer=SGD, steps=2, micro_tokens=0):
     """-> (weights, metrics of the last step) after `steps` steps on the same batch, cut into micro-batches."""
     mesh, step = mesh_and_step(devices, optimizer, micro_tokens)
-    state = init_state(0, CONFIG, optimizer, mesh)
+    state = init_state(0, model_on(mesh, CONFIG), optimizer)
     cut = {name: a.reshape(micro, 8 // micro, 16) for name, a in batch.items()}
     for _ in range(steps):
         state, metrics = step(state, place_batch(cut, mesh), np.float32(1.0))
@@ -111,7 +112,7 @@ def test_what_is_not_supervised_is_not_learnt():
 def test_a_step_with_nothing_supervised_or_not_finite_changes_nothing(micro, weights):
     optimizer = make_optimizer(CONFIG, grad_clip=1.0)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    before = jax.device_get(init_state(0, CONFIG, optimizer, mesh))
+    before = jax.device_get(init_state(0, model_on(mesh, CONFIG), optimizer))
     after, metrics = run(batch_of(weights), micro=micro, optimizer=optimizer, steps=1)
     assert after.step == 1 and metrics["nonfinite"] == (weights > 0) and metrics["empty_steps"] == (weights == 0)
     assert weights > 0 or metrics["loss"] == 0.0
@@ -130,12 +131,14 @@ def test_eight_devices_compute_what_one_does(devices):
 def test_learning_rate_multiplier_scales_the_step():
     optimizer = make_optimizer(CONFIG)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    step = make_train_step(CONFIG, Compute(), optimizer, mesh)
-    start = jax.device_get(init_state(0, CONFIG, optimizer, mesh).params)
+    step = make_train_step(model_on(mesh, CONFIG), optimizer)
+    start = jax.device_get(init_state(0, model_on(mesh, CONFIG), optimizer).params)
     moved = {}
     cut = {name: a[None] for name, a in batch_of(1.0).items()}
     for multiplier in (0.0, 0.5, 1.0):
-        state, _ = step(init_state(0, CONFIG, optimizer, mesh), place_batch(cut, mesh), np.float32(multiplier))
+        state, _ = step(
+            init_state(0, model_on(mesh, CONFIG), optimizer), place_batch(cut, mesh), np.float32(multiplier)
+        )
         moved[multiplier] = jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, start)
     assert not any(np.any(a) for a in jax.tree.leaves(moved[0.0]))
     # Weights of about 1 hold steps of 0.01 to 6e-8.
@@ -147,13 +150,13 @@ def test_state_lies_as_its_specs_say(devices):
     """On a mesh with fsdp and tensor axes every weight is cut over them, and Muon's momentum with its weight."""
     mesh = jax.sharding.Mesh(np.array(devices).reshape(2, 2, 2), sharding.AXES)
     optimizer = make_optimizer(CONFIG, grad_clip=1.0)
-    state = init_state(0, CONFIG, optimizer, mesh)
-    target = abstract_state(CONFIG, optimizer, mesh)
+    state = init_state(0, model_on(mesh, CONFIG), optimizer)
+    target = abstract_state(model_on(mesh, CONFIG), optimizer)
     jax.tree.map(lambda a, t: a.sharding == t.sharding or pytest.fail(f"{a.sharding} {t.sharding}"), state, target)
     for leaf in jax.tree.leaves(state.params):
         assert leaf.addressable_shards[0].data.size * 4 == leaf.size
     large = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.size > 100]
     assert len(large) == 6 + 2 * 2  # Muon's momenta; AdamW's two moments of embedding and head
     assert all(leaf.addressable_shards[0].data.size * 4 == leaf.size for leaf in large)
-    one = init_state(0, CONFIG, optimizer, sharding.make_mesh(devices[:1]))
+    one = init_state(0, model_on(sharding.make_mesh(devices[:1]), CONFIG), optimizer)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(one.params))

@@ -166,7 +166,7 @@ def test_a_bad_row_of_a_table_is_named(folder, capsys):
     (folder / "tasks/smoltalk/data").mkdir(parents=True)
     pq.write_table(pa.table({"messages": [TALK, TALK[:1] * 2]}), folder / "tasks/smoltalk/data/train-0.parquet")
     line = refusal(folder, chat_sft, ["--train_tasks=SmolTalk", "--eval_every=-1", "--eval_metrics_every=-1"], capsys)
-    assert "SmolTalk, row 1: turn 1 is the user's" in line
+    assert "train-0.parquet, row 1: turn" in line and "1 of its 2 rows cannot be used" in line
 
 
 def test_missing_checkpoints(folder, capsys):
@@ -235,7 +235,7 @@ def test_tasks(folder, command, capsys):
 
 @pytest.mark.parametrize("command", [mid_train, chat_sft])
 def test_rows_longer_than_the_model(folder, command, capsys):
-    line = refusal(folder, command, ["--max_seq_len=17"], capsys)
+    line = refusal(folder, command, ["--max_seq_len=17", f"--train_tasks={folder / 'talk.jsonl'}"], capsys)
     assert "--max_seq_len=17 is longer than the model's 16" in line
 
 
@@ -250,10 +250,10 @@ def test_flags(folder, capsys):
     assert "--warmup_ratio=2.0; it must be from 0 to 1" in refusal(folder, base_train, ["--warmup_ratio=2"], capsys)
     assert "--temperature=-1.0" in refusal(folder, chat_cli, ["-t", "-1"], capsys)
     assert "--max_tokens=0" in refusal(folder, chat_cli, ["--max_tokens=0"], capsys)
-    assert "--seed=-1; it must be at least 0" in refusal(folder, base_train, ["--seed=-1"], capsys)
+    assert "--seed=-1; it must be from 0 to 4294967295" in refusal(folder, base_train, ["--seed=-1"], capsys)
     assert "--eval_steps=0; it must be at least 1" in refusal(folder, chat_sft, ["--eval_steps=0"], capsys)
     assert "--device_batch_size=0; it must be" in refusal(folder, base_train, ["--device_batch_size=0"], capsys)
-    assert "at least 1 layer" in refusal(folder, base_train, ["--depth=0"], capsys)
+    assert "--depth=0; it must be at least 1" in refusal(folder, base_train, ["--depth=0"], capsys)
     assert "n_kv_head=3 does not divide" in refusal(folder, base_train, ["--depth=8", "--n_kv_head=3"], capsys)
     args = ["--target_param_data_ratio=-1", "--depth=1"]
     assert "how long to train?" in refusal(folder, base_train, [*BATCH, "--max_seq_len=16", *args], capsys)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from jaxchat.checkpoint import FOLDERS, Found
-from jaxchat.config import ModelConfig, UserError
+from jaxchat.checkpoint import Found
+from jaxchat.config import STAGES, ModelConfig, UserError
 from jaxchat.convert import files, tokens
 from jaxchat.convert.weights import Foreign, check_space, shareable
 from jaxchat.model.flops import num_params
@@ -31,7 +31,7 @@ NEWER = ("resid_lambdas", "x0_lambdas", "value_embed", "ve_gate", "smear", "back
 
 def export(found: Found, out: Path, progress: Callable[[str], None]) -> Path:
     """Write into a base directory of nanochat's. UserError: this model is there already, another tokenizer, no room."""
-    folder = out / FOLDERS[found.meta["stage"]] / found.folder.name
+    folder = out / STAGES[found.meta["stage"]].folder / found.folder.name
     model, meta = folder / f"model_{found.step:06d}.pt", folder / f"meta_{found.step:06d}.json"
     if model.exists():
         raise UserError(f"{model} is there already; give --out another folder, or remove it")
@@ -122,7 +122,7 @@ def find_folder(path: Path, stage: str, tag: str) -> Path:
 
     if has_models(path):
         return path
-    root = path / FOLDERS[stage]
+    root = path / STAGES[stage].folder
     folders = sorted(p for p in root.iterdir() if has_models(p)) if root.is_dir() else []
     if not folders:
         raise UserError(f"no model_<step>.pt in {path} nor in {root}/<tag>")

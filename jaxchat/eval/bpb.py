@@ -5,11 +5,11 @@ from functools import partial
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.checkpoint import Found
-from jaxchat.config import Compute, ModelConfig, UserError
+from jaxchat.config import Model, UserError
 from jaxchat.data.encode import text_reader
 from jaxchat.data.pipelines import packed_validation
 from jaxchat.data.sources import ParquetText
@@ -17,40 +17,40 @@ from jaxchat.sharding import ROWS, data_shards, place_same
 from jaxchat.train.loss import loss_sums
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "mesh"))
-def _sums(params, batch, config: ModelConfig, compute: Compute, mesh: Mesh):
-    rows = NamedSharding(mesh, P(ROWS))
+@partial(jax.jit, static_argnames="model")
+def _sums(params, batch, model: Model):
+    rows = NamedSharding(model.mesh, P(ROWS))
     batch = {name: jax.lax.with_sharding_constraint(array, rows) for name, array in batch.items()}
-    return loss_sums(params, batch, config, compute)
+    return loss_sums(params, batch, model.config, model.compute)
 
 
-def total_loss(params, batches: list[dict], config: ModelConfig, compute: Compute, mesh: Mesh) -> tuple[float, float]:
+def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]:
     """(Σ weight·nll in nats, Σ weight) over batches {inputs, targets, weights} [B, T], which every process has."""
     sums = []
     for batch in batches:
-        placed = {f"{name}_BT": place_same(array, mesh, axis=0) for name, array in batch.items()}
-        sums.append(_sums(params, placed, config, compute, mesh))
+        placed = {f"{name}_BT": place_same(array, model.mesh, axis=0) for name, array in batch.items()}
+        sums.append(_sums(params, placed, model))
     nll, weight = np.array(jax.device_get(sums), np.float64).sum(axis=0)
     return float(nll), float(weight)
 
 
-def bits_per_byte(params, batches: list[dict], token_bytes, config, compute, mesh) -> float:
+def bits_per_byte(params, batches: list[dict], token_bytes, model: Model) -> float:
     """Loss in bits over the bytes of the supervised tokens; specials (0 bytes) count on neither side."""
     sized = [b | {"weights": b["weights"] * (token_bytes[b["targets"]] > 0)} for b in batches]
     num_bytes = sum(float((b["weights"] * token_bytes[b["targets"]]).sum(dtype=np.float64)) for b in sized)
     if not num_bytes:
         raise UserError("bits per byte cannot be measured: all documents are empty; check the validation data")
-    nll, _ = total_loss(params, sized, config, compute, mesh)
+    nll, _ = total_loss(params, sized, model)
     return nll / (math.log(2) * num_bytes)
 
 
-def measure_text(found: Found, params, texts: dict[str, ParquetText], rows: int, max_tokens: int, compute: Compute):
+def measure_text(found: Found, params, texts: dict[str, ParquetText], rows: int, max_tokens: int, model: Model):
     """Measure and print bits per byte of each split's first max_tokens tokens: {"train_bpb": …, "val_bpb": …}."""
-    values, mesh = {}, compute.mesh
-    size = {"rows": rows * data_shards(mesh), "time": found.config.sequence_len, "max_tokens": max_tokens}
+    values = {}
+    size = {"rows": rows * data_shards(model.mesh), "time": found.config.sequence_len, "max_tokens": max_tokens}
     for split, text in texts.items():
         batches = packed_validation(text_reader(text, found.tokenizer), range(len(text)), **size)
-        value = bits_per_byte(params, batches, found.tokenizer.token_bytes, found.config, compute, mesh)
+        value = bits_per_byte(params, batches, found.tokenizer.token_bytes, model)
         values[f"{split}_bpb"] = value
         print(f"{split}_bpb {value:.4f}", flush=True)
     return values

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat import sharding
-from jaxchat.config import Compute, ModelConfig, UserError
+from jaxchat.config import Model, UserError
 from jaxchat.model.gpt import features, logits
 from jaxchat.model.params import Params
 from jaxchat.sharding import ROWS
@@ -60,21 +60,20 @@ def buckets(sequence_len: int) -> list[int]:
     return [*lengths, *(sequence_len << i for i in range(LONGER.bit_length()))]
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "mesh"))
-def span_losses(params, tokens_BT, first, last, config: ModelConfig, compute: Compute, mesh: Mesh):
+@partial(jax.jit, static_argnames="model")
+def span_losses(params, tokens_BT, first, last, model: Model):
     """Return (nll_BT, right_BT) of the token after each position, computed from the chunk of `first` to that of `last`.
 
     Logits exist for one chunk of positions at a time; on a mesh each device has those of its rows and its share of the
     vocabulary. Outside the chunks asked for, both are 0.
     """
-    x_BTD = features(params, tokens_BT, config, compute)
+    x_BTD = features(params, tokens_BT, model.config, model.compute)
     head_DV, targets_BT = params.lm_head.astype(x_BTD.dtype), jnp.roll(tokens_BT, -1, axis=1)
-    compute = dataclasses.replace(compute, mesh=mesh)
-    score = partial(_score_chunks, chunking=Chunking.of(*tokens_BT.shape, config, compute))
+    score = partial(_score_chunks, chunking=Chunking.of(*tokens_BT.shape, model.config, model.compute))
     in_specs = (P(ROWS), P(None, "tensor"), P(ROWS), P(), P())
-    score = sharding.per_device(score, mesh, in_specs, (P(ROWS), P(ROWS)))
+    score = sharding.per_device(score, model.mesh, in_specs, (P(ROWS), P(ROWS)))
     found = score(x_BTD, head_DV, targets_BT, first, last)
-    return lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
+    return lax.with_sharding_constraint(found, NamedSharding(model.mesh, P()))
 
 
 def _score_chunks(x_BTD, head_DV, targets_BT, first, last, chunking: Chunking):
@@ -98,37 +97,28 @@ def _score_chunks(x_BTD, head_DV, targets_BT, first, last, chunking: Chunking):
     return tuple(a[:, :time] for a in lax.fori_loop(first // t, -(-last // t), add_chunk, nothing))
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "mesh"))
-def last_logits(params, tokens_BT, lengths_B, candidates_BC, config: ModelConfig, compute: Compute, mesh: Mesh):
+@partial(jax.jit, static_argnames="model")
+def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
     """Return logits_BC of the candidates for the token after each row's last."""
-    x_BTD = features(params, tokens_BT, config, compute)
+    x_BTD = features(params, tokens_BT, model.config, model.compute)
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    found_BC = jnp.take_along_axis(logits(params.lm_head, last_BD, config.softcap), candidates_BC, axis=1)
-    return lax.with_sharding_constraint(found_BC, NamedSharding(mesh, P()))
+    found_BC = jnp.take_along_axis(logits(params.lm_head, last_BD, model.config.softcap), candidates_BC, axis=1)
+    return lax.with_sharding_constraint(found_BC, NamedSharding(model.mesh, P()))
 
 
 class Scorer:
     """Scores rows with one model; every process of the mesh passes the same rows and gets all the scores."""
 
-    def __init__(
-        self,
-        params: Params,
-        config: ModelConfig,
-        compute: Compute,
-        mesh: Mesh,
-        *,
-        device_tokens: int | None = None,
-        quiet: bool = False,
-    ):
+    def __init__(self, params: Params, model: Model, *, device_tokens: int | None = None, quiet: bool = False):
         """device_tokens: tokens a device computes at a time, at least a row. quiet: print no progress."""
-        self.params, self.config, self.compute, self.mesh, self.quiet = params, config, compute, mesh, quiet
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self.params, self.model, self.quiet = params, model, quiet
+        on_cpu = model.mesh.devices.flat[0].platform == "cpu"
         self.device_tokens = device_tokens or (4096 if on_cpu else 65536)
 
     @property
     def longest(self) -> int:
         """Tokens of a row that `spans` reads at most."""
-        return LONGER * self.config.sequence_len
+        return LONGER * self.model.config.sequence_len
 
     def spans(self, spans: list[Span]) -> list[Score]:
         """Score each span; a row of more than `longest` tokens keeps its end."""
@@ -142,7 +132,7 @@ class Scorer:
         def losses(chosen, tokens_BT):
             first, last = min(bounds[r][0] for r in chosen) - 1, max(bounds[r][1] for r in chosen) - 1
             placed, ends = self._place(tokens_BT), (np.int32(first), np.int32(last))
-            return span_losses(self.params, placed, *ends, self.config, self.compute, self.mesh)
+            return span_losses(self.params, placed, *ends, self.model)
 
         for chosen, (nll_BT, right_BT) in self._run(rows, losses):
             for b, r in enumerate(chosen):
@@ -155,7 +145,7 @@ class Scorer:
 
         A prompt longer than the model's context keeps its end.
         """
-        rows = [np.array(prompt[-self.config.sequence_len :], np.int32) for prompt in prompts]
+        rows = [np.array(prompt[-self.model.config.sequence_len :], np.int32) for prompt in prompts]
         answers = [0] * len(rows)
 
         def logits_of(chosen, tokens_BT):
@@ -166,7 +156,7 @@ class Scorer:
             for b, r in enumerate(chosen):
                 lengths_B[b], candidates_BC[b, : len(candidates[r])] = len(rows[r]), candidates[r]
             placed = (self._place(array) for array in (tokens_BT, lengths_B, candidates_BC))
-            return last_logits(self.params, *placed, self.config, self.compute, self.mesh)
+            return last_logits(self.params, *placed, self.model)
 
         for chosen, logits_BC in self._run(rows, logits_of):
             for b, r in enumerate(chosen):
@@ -174,7 +164,7 @@ class Scorer:
         return answers
 
     def _place(self, array: np.ndarray) -> jax.Array:
-        return sharding.place_same(array, self.mesh, axis=0)
+        return sharding.place_same(array, self.model.mesh, axis=0)
 
     def _run(self, rows: list[np.ndarray], call: Callable) -> Iterator[tuple[list[int], Any]]:
         """Yield (indices of rows, what `call` returned for them); while one batch is read, the next is computed."""
@@ -192,9 +182,9 @@ class Scorer:
         Every batch but the last is full: shorter rows take the places that longer ones leave.
         """
         left = sorted(range(len(rows)), key=lambda r: -len(rows[r]))
-        shards = sharding.data_shards(self.mesh)
+        shards = sharding.data_shards(self.model.mesh)
         while left:
-            length = next(n for n in buckets(self.config.sequence_len) if n >= len(rows[left[0]]))
+            length = next(n for n in buckets(self.model.config.sequence_len) if n >= len(rows[left[0]]))
             batch = shards * max(1, self.device_tokens // length)
             chosen, left = left[:batch], left[batch:]
             tokens_BT = np.zeros((batch, length), np.int32)

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat import sharding
-from jaxchat.config import REMATS, Compute, ModelConfig
+from jaxchat.config import REMATS, Compute, Model, ModelConfig
 from jaxchat.data.pipelines import micro_batches
 from jaxchat.model.flops import flops_per_token
 from jaxchat.plan import hlo, topologies
@@ -67,13 +67,14 @@ class StepPlan:
     def compile(self, batch: int, remat: str) -> Compiled:
         compute = Compute.for_backend("bfloat16", self.backend, remat, mesh=self.mesh)
         optimizer = make_optimizer(self.model, grad_clip=1.0, muon_dtype=jnp.bfloat16, mesh=self.mesh)
-        state = abstract_state(self.model, optimizer, self.mesh)
+        model = Model(self.model, compute)
+        state = abstract_state(model, optimizer)
         shape = (self.rows // (batch * self.shards), batch * self.shards, self.config.max_seq_len)
         by_rows, everywhere = (NamedSharding(self.mesh, spec) for spec in (P(None, sharding.ROWS), P()))
         kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
         rows = {name: jax.ShapeDtypeStruct(shape, kind, sharding=by_rows) for name, kind in kinds.items()}
         lr_multiplier = jax.ShapeDtypeStruct((), np.float32, sharding=everywhere)
-        step = make_train_step(self.model, compute, optimizer, self.mesh)
+        step = make_train_step(model, optimizer)
         start = time.perf_counter()
         try:
             compiled = step.lower(state, rows, lr_multiplier).compile()

@@ -8,8 +8,9 @@ import textwrap
 
 from markdown_it import MarkdownIt
 
+from jaxchat.config import STAGES
 from jaxchat.model.flops import flops_per_token
-from jaxchat.report.gather import LAST, TITLES, Run, StageRun
+from jaxchat.report.gather import LAST, Run, StageRun
 from jaxchat.report.samples import Samples
 from jaxchat.train.reporter import duration
 
@@ -54,7 +55,7 @@ def results(run: Run) -> str:
         text += f"\n\n`loss` is that of training, a mean of the last {LAST} steps."
     for stage in run.stages.values():
         for reason in stage.left_out:
-            text += f"\n\nLeft out of {TITLES[stage.name]}: {escape(reason)}."
+            text += f"\n\nLeft out of {STAGES[stage.name].label}: {escape(reason)}."
     return text
 
 
@@ -117,17 +118,17 @@ def said(samples: Samples | None) -> list[str]:
     if samples.answered:
         parts.append("## Conversations\n\nThe likeliest answers. Tool calls and their results are in brackets.")
         for question, found in samples.answered:
-            width = max(map(len, [*TITLES.values(), "user"])) + 1
+            width = max(map(len, [*(stage.label for stage in STAGES.values()), "user"])) + 1
             lines = [f"{'user:':<{width}} {question}"]
-            lines += [f"{TITLES[name] + ':':<{width}} {text}" for name, text in found.items()]
+            lines += [f"{STAGES[name].label + ':':<{width}} {text}" for name, text in found.items()]
             parts.append(fence("\n".join(lines)))
     return parts
 
 
 def origin(run: Run) -> str:
     """Machines, versions, commits, flags and plans, as the trainers recorded them; what all share is listed once."""
-    parts, unknown = [], [TITLES[name] for name, stage in run.stages.items() if not stage.runs]
-    last = {TITLES[name]: stage.runs[-1] for name, stage in run.stages.items() if stage.runs}
+    parts, unknown = [], [STAGES[name].label for name, stage in run.stages.items() if not stage.runs]
+    last = {STAGES[name].label: stage.runs[-1] for name, stage in run.stages.items() if stage.runs}
     facts = {"machine": "Machine", "devices": "Devices", "versions": "Versions", "git": "Code"}
     for key, title in facts.items():
         values = {}
@@ -139,7 +140,7 @@ def origin(run: Run) -> str:
     text = "\n".join(parts)
     for name, stage in run.stages.items():
         if stage.runs:
-            text += f"\n\n{last_run(TITLES[name], stage.runs)}"
+            text += f"\n\n{last_run(STAGES[name].label, stage.runs)}"
     if unknown:
         text += f"\n\nNot recorded for {', '.join(unknown)}: it was imported, or killed while it was trained."
     return text.strip()
@@ -161,7 +162,7 @@ def last_run(title: str, runs: list[dict]) -> str:
 
 
 def titles(run: Run) -> list[str]:
-    return [TITLES[name] for name in run.stages]
+    return [STAGES[name].label for name in run.stages]
 
 
 def number(value: float | None) -> str:

@@ -7,14 +7,12 @@ import statistics
 from pathlib import Path
 
 from jaxchat import checkpoint
-from jaxchat.checkpoint import FOLDERS
-from jaxchat.config import ModelConfig, UserError, base_dir
+from jaxchat.config import STAGES, ModelConfig, UserError, base_dir
 from jaxchat.eval.results import read_json
 from jaxchat.files import read_lines
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.report.record import FILE
 
-TITLES = {"base": "base", "mid": "mid", "sft": "SFT"}
 LAST = 20  # steps that the reported training loss is a mean of
 
 
@@ -79,7 +77,7 @@ class Run:
 
     @property
     def lacking(self) -> list[str]:
-        return [title for name, title in TITLES.items() if name not in self.stages]
+        return [stage.label for name, stage in STAGES.items() if name not in self.stages]
 
     @property
     def parameters(self) -> int:
@@ -89,13 +87,13 @@ class Run:
 def gather(model_tag: str = "") -> Run:
     """The run of a tag; without a tag, of the model that chat would take. UserError: there is none."""
     if not model_tag:
-        for source in reversed(FOLDERS):
+        for source in reversed(STAGES):
             with contextlib.suppress(UserError):
                 model_tag = checkpoint.find(source, items=["meta"])[0].name
                 break
         else:
             checkpoint.find("base", items=["meta"])  # raises, with what to do
-    stages = {source: read_stage(source, model_tag) for source in FOLDERS}
+    stages = {source: read_stage(source, model_tag) for source in STAGES}
     found = {source: stage for source, stage in stages.items() if stage}
     if not found:
         there = sorted({path.name for path in checkpoint.runs()})

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxchat.report.gather import TITLES, Run, StageRun
+from jaxchat.config import STAGES
+from jaxchat.report.gather import Run, StageRun
 
 SMOOTH = 0.02  # a point of the dark line is a mean over about this share of the steps
 POINTS = 2000  # of a line; more would not be visible
@@ -30,7 +31,7 @@ def curves(run: Run) -> dict[str, tuple[str, bytes]]:
             lines = [(points(stage, key), key == trained) for key in (trained, measured) if key]
             lines = [(xy, of_steps) for xy, of_steps in lines if len(xy)]
             if lines:
-                drawn.append((TITLES[stage.name], lines))
+                drawn.append((STAGES[stage.name].label, lines))
         if drawn:
             images[f"{name}.png"] = title, figure(drawn, from_zero=name in ("lr", "tokens_per_s"))
     return images

@@ -8,15 +8,13 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 
 from jaxchat import sharding
-from jaxchat.config import TrainConfig
-from jaxchat.train.loop import Stage
+from jaxchat.train.loop import Run
 
 FILE = "runs.jsonl"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
@@ -33,24 +31,32 @@ def begin() -> dict:
     }
 
 
-def at_end(stage: Stage, config: TrainConfig, began: dict) -> None:
-    """See to it that a line is appended when this run ends, be it stopped or in error. A dry run leaves nothing."""
-    if stage.checkpoints and jax.process_index() == 0:
-        stage.at_end = lambda: append(stage, config, began)
+@contextlib.contextmanager
+def recorded(run: Run, began: dict, plan: list[tuple[str, str]]):
+    """Append a record when the run ends, however it ends. A dry run leaves none."""
+    problem = None
+    try:
+        yield
+    except BaseException as raised:
+        problem = raised
+        raise
+    finally:
+        if run.checkpoints and jax.process_index() == 0:
+            append(run, began, plan, type(problem).__name__ if problem else "done")
 
 
-def append(stage: Stage, config: TrainConfig, began: dict) -> None:
-    defaults = dataclasses.asdict(type(config)())
-    problem = sys.exc_info()[0]  # what ends it
+def append(run: Run, began: dict, plan: list[tuple[str, str]], ended: str) -> None:
+    flags = run.stage.flags
+    defaults = dataclasses.asdict(type(flags)())
     facts = {name: value for name, value in began.items() if name != "clock"} | {
         "seconds": time.monotonic() - began["clock"],
-        "ended": problem.__name__ if problem else "done",
-        "steps": [stage.resume_step, *stage.checkpoints.steps()[-1:]],
-        "devices": sharding.describe(stage.mesh),
-        "flags": {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]},
-        "plan": stage.plan,
+        "ended": ended,
+        "steps": [run.first_step, *run.checkpoints.steps()[-1:]],
+        "devices": sharding.describe(run.stage.model.mesh),
+        "flags": {name: value for name, value in dataclasses.asdict(flags).items() if value != defaults[name]},
+        "plan": plan,
     }
-    with contextlib.suppress(OSError), (stage.checkpoints.folder / FILE).open("a") as file:  # not worth a run
+    with contextlib.suppress(OSError), (run.checkpoints.folder / FILE).open("a") as file:  # not worth a run
         file.write(json.dumps(facts) + "\n")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from jaxchat import checkpoint
 from jaxchat.checkpoint import Found
+from jaxchat.config import STAGES
 from jaxchat.infer.engine import Engine
 from jaxchat.infer.text import pieces, shown
 from jaxchat.report.gather import Run
@@ -34,7 +35,7 @@ class Samples:
 
 def sample(run: Run, beginnings=BEGINNINGS, questions=QUESTIONS, max_tokens: int = 128) -> Samples:
     """Let the last checkpoint of each stage go on greedily, the first stage with texts, the others in conversations."""
-    first, *others = checkpoint.FOLDERS
+    first, *others = STAGES
     continued = [(text, {}) for text in beginnings]
     answered = [(question, {}) for question in questions]
     for name, stage in run.stages.items():

@@ -14,20 +14,23 @@ SPARE = 0.95  # of the memory a program can have, where there is a choice: pools
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Bytes that a program can have of each device here, the least of them; None where devices don't tell (CPUs)."""
+    """Bytes that a program can have of each device here, the least of them; None where devices don't tell
+    (CPUs)."""
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
     return None if None in limits else min(limits)
 
 
 def memory_needed(compiled: jax.stages.Compiled) -> int:
-    """Bytes of a device's memory that a compiled program takes: what goes in and comes out, temporaries, its code."""
+    """Bytes of a device's memory that a compiled program takes: what goes in and comes out, temporaries, its
+    code."""
     m = compiled.memory_analysis()
     own = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return own + m.temp_size_in_bytes + m.generated_code_size_in_bytes
 
 
 def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
-    """Bytes that a compiler says it would need (∞ where it doesn't say) and has not; raises what is another problem."""
+    """Bytes that a compiler says it would need (∞ where it doesn't say) and has not; raises what is another
+    problem."""
     message, units = str(problem), {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     if found := re.search(r"\(?([\d.]+)([KMGT])\)? (?:of [\d.]+[KMGT] hbm|exceeds available HBM)", message):
         return float(found[1]) * units[found[2]]
@@ -65,7 +68,8 @@ def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
 
 
 def fitting(limit: float, platform: str) -> str:
-    """The words for a program that fits, after what it needs; on a TPU without `limit`, which does not decide there."""
+    """The words for a program that fits, after what it needs; on a TPU without `limit`, which does not decide
+    there."""
     if platform == "tpu":
         return ", which on TPUs can be more than it takes; it compiled, so it fits"
     return f" of a device's {limit / 1e9:.1f} GB: it fits"

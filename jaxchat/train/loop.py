@@ -1,33 +1,34 @@
-"""The one training loop. What differs between stages is in the Stage that it is given."""
+"""The one training loop. What differs between stages is in the Stage of the Run that it is given."""
 
 import dataclasses
 import time
 from collections.abc import Callable
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxchat.config import ModelConfig, Preempted
+from jaxchat.config import Preempted
 from jaxchat.model.params import Params
 from jaxchat.sharding import agree, place_rows
 from jaxchat.store import Checkpoints
-from jaxchat.train.metrics import MetricsLog, check_installed
+from jaxchat.train.metrics import MetricsLog
 from jaxchat.train.reporter import Reporter
 from jaxchat.train.saving import Saver
 from jaxchat.train.signals import Stop
+from jaxchat.train.stages import Stage
 from jaxchat.train.state import TrainState
 from jaxchat.train.step import compile_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Something measured while training: every `every` steps (≤ 0: never), at the end, and, if at_start, before all."""
+    """Something measured while training: every `every` steps (≤ 0: never), at the end, and, if at_start,
+    before all."""
 
     name: str
     every: int
-    run: Callable[[Params], dict[str, float]]
+    measure: Callable[[Params], dict[str, float]]
     at_start: bool = False
 
     def due(self, step: int, first: int, finished: bool) -> bool:
@@ -37,30 +38,16 @@ class Evaluation:
         return finished or (step % self.every == 0 if step else self.at_start)
 
 
-@dataclasses.dataclass
-class Stage:
-    """A stage of training as data."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A stage that is ready to be trained: what run.open_run has prepared."""
 
-    title: str
-    tag: str
-    plan: list[tuple[str, str]]
-    model: ModelConfig
-    mesh: Mesh
-    start: Callable[[], TrainState]  # the state to begin with; sets `batches` where a run is resumed, and meta["remat"]
-    step_fns: dict[str, Callable]  # by their remat: the first that fits is taken
-    batches: grain.DatasetIterator
-    num_steps: int | None  # None: one pass over num_documents
-    num_documents: int
-    lr_multiplier: Callable  # of progress and one step's share of it
-    meta: dict  # what a checkpoint tells of itself
+    stage: Stage
+    state: TrainState  # train consumes it
+    step_fn: Callable
+    first_step: int  # steps that are done
     checkpoints: Checkpoints | None  # None: nothing is written
-    save_every: int
-    keep_state: bool  # the last checkpoint, too, holds optimizer and data position
-    resume_step: int
-    run: str
-    tensorboard: bool
-    on_nonfinite: str = "stop"  # or skip
-    at_end: Callable[[], None] = lambda: None  # called once training has begun and has ended, in whichever way
+    meta: dict  # what a checkpoint says of itself
 
 
 def place_batch(batch: dict, mesh: Mesh) -> dict:
@@ -68,89 +55,81 @@ def place_batch(batch: dict, mesh: Mesh) -> dict:
     return {name: place_rows(array, mesh, axis=1) for name, array in batch.items() if name != "totals"}
 
 
-def train(stage: Stage, evaluations: list[Evaluation]) -> dict[str, float]:
-    """Run a stage to its end. -> the last value of every evaluation.
+def train(run: Run, evaluations: list[Evaluation]) -> None:
+    """Train to the end of a stage.
 
     Preempted: a signal asked to stop, and what was learnt is saved. UserError: a step was not finite, or the end of the
     run could not be saved.
     """
-    with Stop() as stop:
-        return _train(stage, evaluations, stop)
+    with Stop() as stop, MetricsLog.of(run) as log:
+        Loop(run, evaluations, stop, log).train()
 
 
-def _train(stage: Stage, evaluations: list[Evaluation], stop: Stop) -> dict[str, float]:
-    folder = stage.checkpoints.folder if stage.checkpoints else None
-    check_installed(run=stage.run, tensorboard=stage.tensorboard)
-    state = start(stage)
-    step_fn = stage.step_fns[stage.meta["remat"]]
-    log = MetricsLog(folder, stage.meta, resume_step=stage.resume_step, run=stage.run, tensorboard=stage.tensorboard)
-    reporter = Reporter(stage, log)
-    lr_multiplier = jax.jit(stage.lr_multiplier)
-    step, results = stage.resume_step, {}
-    saver = Saver(stage)
-    finished = step == stage.num_steps
-    try:
+class Loop:
+    """The state of the loop: where it is, and those who watch it."""
+
+    def __init__(self, run: Run, evaluations: list[Evaluation], stop: Stop, log: MetricsLog):
+        self.run, self.stage, self.evaluations, self.stop, self.log = run, run.stage, evaluations, stop, log
+        self.reporter, self.saver = Reporter(run.stage, log), Saver(run)
+        self.state, self.step = run.state, run.first_step
+        self.finished = self.step == run.stage.num_steps
+        self.schedule = jax.jit(run.stage.schedule)
+
+    def train(self):
         while True:
-            stopping = not finished and stop.asked()
-            if saver.due(step, finished or stopping):  # first: an evaluation may fail, or outlast a notice to stop
-                reporter.flush()
-                saver.save(state, step, finished=finished)
-                reporter.restart_clock()
-            for evaluation in evaluations:
-                if not stopping and evaluation.due(step, stage.resume_step, finished):
-                    reporter.flush()
-                    values = evaluation.run(state.params)
-                    if values:
-                        results |= values
-                        log.write(step, values)
-                        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-                        print(f"step {step:>6}  {evaluation.name}: {shown}", flush=True)
-                    reporter.restart_clock()
-                    stopping = not finished and stop.asked()
-            if finished or stopping:
-                reporter.flush()
-                saver.finish(state, step, finished=finished)
-            if finished:
-                break
+            stopping = not self.finished and self.stop.asked()
+            if self.saver.due(self.step, self.finished or stopping):  # first: an evaluation may fail, or take too long
+                self.reporter.flush()
+                self.saver.save(self.state, self.step, finished=self.finished)
+                self.reporter.restart_clock()
+            stopping = self.evaluate(stopping)
+            if self.finished or stopping:
+                self.reporter.flush()
+                self.saver.finish(self.state, self.step, finished=self.finished)
+            if self.finished:
+                return
             if stopping:
-                raise Preempted(f"stopped by {stop.signal} after step {step}; {saver.told(step)}")
-            asked = time.perf_counter()
-            batch = next(stage.batches)
-            waited = time.perf_counter() - asked
-            # Nothing of this waits for the devices: they still compute the step before, and the copies overlap with it.
-            totals = agree(batch["totals"], stage.mesh)
-            if stage.num_steps:
-                progress = step / stage.num_steps
-                multiplier = np.float32(stage.lr_multiplier(progress, 1 / stage.num_steps))
-            else:  # as far as all hosts together are; a number on the devices that no host waits for
-                if step == stage.resume_step and not int(totals["targets"]):  # resumed where the data had ended
-                    finished = True
-                    continue
-                progress = totals["taken"] / stage.num_documents
-                multiplier = lr_multiplier(progress, 0.0)
-            placed = place_batch(batch, stage.mesh)
-            if step == stage.resume_step:
-                compile_step(step_fn, state, placed, multiplier)
-            state, metrics = step_fn(state, placed, multiplier)
-            step += 1
-            metrics = metrics | totals | {"progress": progress, "lr_multiplier": multiplier}
-            reporter.step(step, placed["inputs"].size, waited, metrics, placed["inputs"].shape[-1])
-            finished = step == stage.num_steps
-            if not stage.num_steps and not batch["totals"]["left"].any():  # this process's rows have run out: all?
-                finished = not int(totals["left"])
-    finally:
-        stage.batches.close()
-        log.close()
-        stage.at_end()
-        if stage.checkpoints:
-            stage.checkpoints.close()
-    return results
+                outcome = self.saver.describe(self.step)
+                raise Preempted(f"stopped by {self.stop.signal} after step {self.step}; {outcome}")
+            self.take_step()
 
+    def evaluate(self, stopping: bool) -> bool:
+        """Measure what is due, unless the run stops. -> whether it stops."""
+        for evaluation in self.evaluations:
+            if not stopping and evaluation.due(self.step, self.run.first_step, self.finished):
+                self.reporter.flush()
+                values = evaluation.measure(self.state.params)
+                if values:
+                    self.log.write(self.step, values)
+                    shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+                    print(f"step {self.step:>6}  {evaluation.name}: {shown}", flush=True)
+                self.reporter.restart_clock()
+                stopping = not self.finished and self.stop.asked()
+        return stopping
 
-def start(stage: Stage) -> TrainState:
-    try:
-        return stage.start()
-    except BaseException:
-        if stage.checkpoints:  # let go of the run's folder
-            stage.checkpoints.close()
-        raise
+    def take_step(self):
+        """Train one step. Nothing here waits for the devices: they still compute the step before."""
+        stage, mesh, first = self.stage, self.stage.model.mesh, self.step == self.run.first_step
+        asked = time.perf_counter()
+        batch = stage.batches.next_batch(self.state.params, self.step)
+        waited = time.perf_counter() - asked
+        totals = agree(batch["totals"], mesh)
+        if stage.num_steps:
+            progress = self.step / stage.num_steps
+            multiplier = np.float32(stage.schedule(progress, 1 / stage.num_steps))
+        else:  # as far as all hosts together are; a number on the devices that no host waits for
+            if first and not int(totals["targets"]):  # resumed where the data had ended
+                self.finished = True
+                return
+            progress = totals["taken"] / stage.num_documents
+            multiplier = self.schedule(progress, 0.0)
+        placed = place_batch(batch, mesh)
+        if first:
+            compile_step(self.run.step_fn, self.state, placed, multiplier)
+        self.state, metrics = self.run.step_fn(self.state, placed, multiplier)
+        self.step += 1
+        metrics = metrics | totals | {"progress": progress, "lr_multiplier": multiplier}
+        self.reporter.step(self.step, placed["inputs"].size, waited, metrics, placed["inputs"].shape[-1])
+        self.finished = self.step == stage.num_steps
+        if not stage.num_steps and not batch["totals"]["left"].any():  # this process's rows have run out: all?
+            self.finished = not int(totals["left"])

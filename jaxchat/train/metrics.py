@@ -1,5 +1,7 @@
-"""Where a run's numbers go: JSON lines beside the checkpoints; Weights & Biases and TensorBoard where asked."""
+"""Where a run's numbers go: JSON lines beside the checkpoints; Weights & Biases and TensorBoard where
+asked."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -24,7 +26,8 @@ def check_installed(*, run: str, tensorboard: bool):
 
 
 def peak_bytes() -> int:
-    """The most memory used so far: of the first device here where it keeps count (GPU, TPU), else of the process."""
+    """The most memory used so far: of the first device here where it keeps count (GPU, TPU), else of the
+    process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -55,6 +58,17 @@ class MetricsLog:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, run):
+        """The log of a loop.Run, closed at the end of the context."""
+        flags, folder = run.stage.flags, run.checkpoints.folder if run.checkpoints else None
+        log = cls(folder, run.meta, resume_step=run.first_step, run=flags.run, tensorboard=flags.tensorboard)
+        try:
+            yield log
+        finally:
+            log.close()
 
     def write(self, step: int, values: dict[str, float]):
         if self._file:

@@ -12,7 +12,8 @@ UNTOLD = ("taken", "left", "targets")  # totals that only the loop needs
 
 
 class Reporter:
-    """Step lines and metrics, one step late: the numbers of a step are fetched when the next one is under way."""
+    """Step lines and metrics, one step late: the numbers of a step are fetched when the next one is under
+    way."""
 
     def __init__(self, stage, log: MetricsLog):
         self._stage, self._log = stage, log
@@ -22,8 +23,9 @@ class Reporter:
         self._skipped = 0
         self._spent = 0.0  # seconds in steps after the first, which compiles
         self._first_progress = 0.0  # before the second
-        peak = peak_flops(stage.mesh.devices.flat[0])
-        self._peak = peak * stage.mesh.size if peak else None
+        mesh = stage.model.mesh
+        peak = peak_flops(mesh.devices.flat[0])
+        self._peak = peak * mesh.size if peak else None
         self.restart_clock()
 
     def restart_clock(self):
@@ -48,7 +50,7 @@ class Reporter:
         values = {name: value for name, value in values.items() if name not in UNTOLD}
         if values["nonfinite"]:
             told = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} ({where})"
-            if self._stage.on_nonfinite == "stop":
+            if self._stage.flags.on_nonfinite == "stop":
                 raise UserError(
                     f"{told}; not finite, so it was not applied, and training stops. Lower the learning rates, or go "
                     "on from the last checkpoint with --resume --on_nonfinite=skip"
@@ -62,7 +64,7 @@ class Reporter:
         if self._reported:
             self._spent += seconds
         self._reported += 1
-        tokens_per_s, flops = tokens / seconds, float(tokens * flops_per_token(self._stage.model, row_tokens))
+        tokens_per_s, flops = tokens / seconds, float(tokens * flops_per_token(self._stage.model.config, row_tokens))
         values |= {
             "step_seconds": seconds,
             "tokens_per_s": tokens_per_s,
@@ -92,7 +94,8 @@ class Reporter:
         print(line, flush=True)
 
     def _eta(self, progress: float) -> float | None:
-        """Seconds left after the step that began at `progress`, at the pace of the steps between the first and it."""
+        """Seconds left after the step that began at `progress`, at the pace of the steps between the first
+        and it."""
         if self._reported == 1:
             self._first_progress = progress
         steps, done = self._reported - 1, progress - self._first_progress

@@ -1,4 +1,5 @@
-"""When a run saves, and what happens when that fails: it is told and tried again, and training goes on."""
+"""When a run saves, and what happens when that fails: the failure is printed, training continues, and it is
+retried."""
 
 import time
 
@@ -18,13 +19,13 @@ class Saver:
     Any Exception of a save is its failure: Orbax and TensorStore have errors of many kinds for a full disk alone.
     """
 
-    def __init__(self, stage):
-        self._stage, self._checkpoints = stage, stage.checkpoints
-        self._whole = self._begun = stage.resume_step  # steps whose save is whole, and was begun
+    def __init__(self, run):
+        self._run, self._stage, self._checkpoints = run, run.stage, run.checkpoints
+        self._whole = self._begun = run.first_step  # steps whose save is complete, and was begun
         self._failures, self._again = 0, None  # again: the step at which to try once more
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether to save now, after so many steps. Also notices how the save that is under way went."""
+        """Whether to save now, after `step` steps. Also notices how the save that is under way went."""
         if not self._checkpoints:
             return False
         try:
@@ -34,7 +35,7 @@ class Saver:
             self._failed(step, problem)
         if step <= self._begun:
             return False
-        every = self._stage.save_every
+        every = self._stage.flags.save_every
         return last or (every > 0 and step % every == 0) or (self._again is not None and step >= self._again)
 
     def save(self, state: TrainState, step: int, *, finished: bool):
@@ -45,7 +46,8 @@ class Saver:
             self._failed(step, problem)
 
     def finish(self, state: TrainState, step: int, *, finished: bool):
-        """Wait until the state after the run's last step is saved. UserError: it can't be, after several attempts."""
+        """Wait until the state after the run's last step is saved. UserError: it can't be, after several
+        attempts."""
         if not self._checkpoints:
             return
         for attempt in range(LAST_ATTEMPTS):
@@ -59,17 +61,18 @@ class Saver:
                 if attempt == LAST_ATTEMPTS - 1:
                     raise UserError(
                         f"{self._checkpoints.folder / str(step)} could not be saved: {first_line(problem)}; make room "
-                        f"or repair it, then go on with --resume from {self._from()}"
+                        f"or repair it, then continue with --resume from {self._from()}"
                     ) from problem
                 print(f"saving step {step} failed: {first_line(problem)}; trying again", flush=True)
                 time.sleep(2**attempt)
 
-    def told(self, step: int) -> str:
+    def describe(self, step: int) -> str:
+        """What is saved when the run stops after `step` steps, and how to continue."""
         if not self._checkpoints:
             return "nothing is saved (dry run)"
         if not self._whole:
             return "nothing was to be saved yet; start the same command again"
-        return f"saved in {self._checkpoints.folder / str(step)}; go on with the same command and --resume"
+        return f"saved in {self._checkpoints.folder / str(step)}; continue with the same command and --resume"
 
     def _start(self, state: TrainState, step: int, finished: bool):
         if self._begun > self._whole:
@@ -83,7 +86,7 @@ class Saver:
             params=state.params,
             optimizer=rest if keep else None,
             batches=self._stage.batches if keep else None,
-            meta=self._stage.meta | {"step": step},
+            meta=self._run.meta | {"step": step},
         )
 
     def _went_well(self):
@@ -96,7 +99,7 @@ class Saver:
         self._failures += 1
         if not quiet and jax.process_index() == 0:
             print(
-                f"saving failed: {first_line(problem)}; training goes on, next attempt after step {self._again}",
+                f"saving failed: {first_line(problem)}; training continues, next attempt after step {self._again}",
                 flush=True,
             )
 

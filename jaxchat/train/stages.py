@@ -1,80 +1,135 @@
-"""The three stages as data: where each starts, what it reads, how long, by which schedule, and what it saves."""
+"""The three stages as data: where each starts, what it reads, how long, by which schedule, and what it
+saves."""
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 
-from jax.sharding import Mesh
+import grain
+import jax.numpy as jnp
+import optax
 
-from jaxchat import checkpoint, sharding
+from jaxchat import sharding
 from jaxchat.checkpoint import Found
-from jaxchat.config import BaseConfig, MidConfig, ModelConfig, SFTConfig, UserError
+from jaxchat.config import STAGES, BaseConfig, MidConfig, Model, ModelConfig, SFTConfig, TrainConfig, UserError
 from jaxchat.data import pipelines
 from jaxchat.data.encode import conversation_reader
 from jaxchat.data.order import Order
-from jaxchat.data.sources import ParquetText, find_shards
+from jaxchat.data.sources import ParquetText
 from jaxchat.data.tasks import Mixture
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.train.loop import Stage
-from jaxchat.train.run import Setting, batch_row, compute_for, make_stage, optimizer_for, start_devices
+from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.schedule import lr_multiplier
-from jaxchat.train.state import init_state, state_from_params
 
 
-def base(config: BaseConfig) -> tuple[Stage, Setting]:
-    mesh = start_devices(config)
-    tag = config.model_tag or f"d{config.depth}"
-    own = checkpoint.run_folder("base", tag) / "tokenizer"
-    tokenizer = Tokenizer.load(own if config.resume and own.is_dir() else None)
-    texts = ParquetText(find_shards(config.data_dir, "train", whole=True))
-    validation = ParquetText(find_shards(config.data_dir, "val"))
-    time = config.max_seq_len
-    model = ModelConfig.from_depth(
-        config.depth,
-        sequence_len=time,
-        vocab_size=tokenizer.vocab_size,
-        n_kv_head=config.n_kv_head if config.n_kv_head > 0 else None,
-    )
-    setting = Setting(model, compute_for(config, mesh), tokenizer, mesh)
-    rows, micro = rows_for(config, time, mesh)
-    num_steps = base_steps(config, model)
+class DataBatches:
+    """Batches that are read from data, whatever the weights and the step are.
+
+    A batch is {inputs, targets, weights[, segments]} [A, B, T] of this process's rows, and `totals` (data/streams.py).
+    """
+
+    def __init__(self, iterator: grain.DatasetIterator):
+        self._iterator = iterator
+        self.get_state, self.set_state, self.close = iterator.get_state, iterator.set_state, iterator.close
+
+    def next_batch(self, params, step: int) -> dict:
+        """The batch of the step after `step` steps. StopIteration: the data has ended."""
+        return next(self._iterator)
+
+    def peek(self) -> dict:
+        """The batch that comes next, which still comes next."""
+        state = self.get_state()
+        batch = next(self._iterator)
+        self.set_state(state)
+        return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of training as data."""
+
+    name: str  # a key of config.STAGES
+    tag: str
+    flags: TrainConfig
+    model: Model
+    tokenizer: Tokenizer
+    optimizer: optax.GradientTransformation
+    batches: DataBatches
+    row_length: int  # of the longest batch
+    num_steps: int | None  # None: one pass over num_documents
+    num_documents: int
+    schedule: Callable  # learning-rate multiplier of (progress, one step's share of it)
+    data: dict[str, str]  # fingerprints of what is trained on
+    plan: list[tuple[str, str]]  # what is this stage's own in the plan
+    parent: Found | None = None  # the checkpoint it starts from; None: random weights, by flags.seed
+    keep_state: bool = True  # the last checkpoint, too, holds optimizer and data position
+
+    @property
+    def title(self) -> str:
+        return f"{STAGES[self.name].title} {self.tag}"
+
+    @property
+    def meta(self) -> dict:
+        """What a checkpoint says of itself, beside its step and how the backward pass was computed."""
+        return {
+            "stage": self.name,
+            "data": self.data,
+            "parent": self.parent.name if self.parent else None,
+            "model": dataclasses.asdict(self.model.config),
+            "settings": self.flags.learnt_from(),
+            "tokenizer_hash": self.tokenizer.hash,
+            "device_batch_size": self.flags.device_batch_size,
+        }
+
+
+def base(
+    config: BaseConfig, tag: str, model: Model, tokenizer: Tokenizer, texts: ParquetText, held_out: ParquetText
+) -> Stage:
+    rows, micro = rows_of_step(config, config.max_seq_len, model)
+    num_steps = base_steps(config, model.config)
     tokens = num_steps * config.total_batch_size
-    optimizer = optimizer_for(config, setting, grad_clip=config.grad_clip)
-    batches = pipelines.base_batches(
-        texts, tokenizer, time=time, seed=config.seed, packing=config.packing, **share_of(config, rows, micro, mesh)
-    )
-
-    def plan(resume_step: int) -> list[tuple[str, str]]:
-        begun = f", from {resume_step:,}" if resume_step else ""
-        ratio = f"tokens : parameters = {tokens / num_params(model):.2f}"
-        return [
-            batch_row(rows, time, micro, config.device_batch_size, mesh),
-            ("steps", f"{num_steps:,}{begun}; {tokens:,} tokens; {ratio}; {tokens * flops_per_token(model):.3e} FLOPs"),
-            ("data", f"{len(texts):,} documents in {len(texts.paths)} shards; the last shard is for validation"),
-        ]
-
-    stage = make_stage(
-        config,
-        setting,
-        source="base",
+    flops = f"{tokens * flops_per_token(model.config):.3e} FLOPs"
+    ratio = f"tokens : parameters = {tokens / num_params(model.config):.2f}"
+    return Stage(
+        name="base",
         tag=tag,
-        title=f"Base pretraining of {tag}",
-        meta={"stage": "base", "data": texts.fingerprint | validation.fingerprint},
-        plan=plan,
-        optimizer=optimizer,
-        batches=batches,
-        fresh=partial(init_state, config.seed, model, optimizer, mesh),
-        row_length=time,
+        flags=config,
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=optimizer_for(config, model, grad_clip=config.grad_clip),
+        batches=DataBatches(
+            pipelines.base_batches(
+                texts,
+                tokenizer,
+                time=config.max_seq_len,
+                seed=config.seed,
+                packing=config.packing,
+                **share_of(config, rows, micro, model),
+            )
+        ),
+        row_length=config.max_seq_len,
         num_steps=num_steps,
         num_documents=len(texts),
-        lr_multiplier=partial(
+        schedule=partial(
             lr_multiplier,
             warmup_ratio=config.warmup_ratio,
             warmdown_ratio=config.warmdown_ratio,
             final_lr_frac=config.final_lr_frac,
         ),
-        keep_state=True,
+        data=texts.fingerprint | held_out.fingerprint,
+        plan=[
+            batch_row(config, rows, config.max_seq_len, micro, model),
+            ("steps", f"{num_steps:,}; {tokens:,} tokens; {ratio}; {flops}"),
+            ("data", f"{len(texts):,} documents in {len(texts.paths)} shards; the last shard is for validation"),
+        ],
     )
-    return stage, setting
+
+
+def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
+    """The model that the flags describe."""
+    heads = config.n_kv_head if config.n_kv_head > 0 else None
+    return ModelConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=vocab_size, n_kv_head=heads)
 
 
 def base_steps(config: BaseConfig, model: ModelConfig) -> int:
@@ -95,69 +150,51 @@ def base_steps(config: BaseConfig, model: ModelConfig) -> int:
     return steps
 
 
-def mid(config: MidConfig) -> tuple[Stage, Setting]:
-    mesh = start_devices(config)
-    found = checkpoint.open_model("base", config.model_tag, config.step)
-    setting = Setting(found.config, compute_for(config, mesh), found.tokenizer, mesh)
-    time = row_length(config, found.config)
-    tasks = pipelines.load_tasks(config.train_tasks, config.tasks_dir, "train_tasks", documents=True)
-    rows, micro = rows_for(config, time, mesh)
+def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage:
+    time = row_length(config, model.config)
+    rows, micro = rows_of_step(config, time, model)
     num_steps = config.num_iterations if config.num_iterations > 0 else None
-    optimizer = optimizer_for(config, setting, init_lr_frac=config.init_lr_frac)
-    batches = pipelines.mid_batches(
-        tasks,
-        found.tokenizer,
-        time=time,
-        seed=config.seed,
-        endless=num_steps is not None,
-        **share_of(config, rows, micro, mesh),
-    )
-
-    def plan(resume_step: int) -> list[tuple[str, str]]:
-        begun = f", from {resume_step:,}" if resume_step else ""
-        told = [
-            parent_row(found),
-            batch_row(rows, time, micro, config.device_batch_size, mesh),
-            ("steps", (f"{num_steps:,}" if num_steps else one_pass(tasks, found.tokenizer, rows * time)) + begun),
-            ("learning rates", f"× {config.init_lr_frac:g}"),
-            data_row(tasks),
-        ]
-        base_rows = found.meta.get("device_batch_size", config.device_batch_size)
-        if config.device_batch_size > base_rows:
-            more = f"device_batch_size {config.device_batch_size} exceeds base's {base_rows}"
-            told.append(("warning", f"{more}: memory may run out"))
-        return told
-
-    stage = make_stage(
-        config,
-        setting,
-        source="mid",
-        tag=found.folder.name,
-        title=f"Midtraining of {found.folder.name}",
-        meta={"stage": "mid", "data": tasks.fingerprint, "parent": found.name},
-        plan=plan,
-        optimizer=optimizer,
-        batches=batches,
-        fresh=lambda: state_from_params(found.load(mesh), found.config, optimizer, mesh),
-        dry_run=config.dry_run,
+    plan = [
+        parent_row(parent),
+        batch_row(config, rows, time, micro, model),
+        ("steps", f"{num_steps:,}" if num_steps else one_pass(tasks, parent.tokenizer, rows * time)),
+        ("learning rates", f"× {config.init_lr_frac:g}"),
+        data_row(tasks),
+    ]
+    base_rows = parent.meta.get("device_batch_size", config.device_batch_size)
+    if config.device_batch_size > base_rows:
+        more = f"device_batch_size {config.device_batch_size} exceeds base's {base_rows}"
+        plan.append(("warning", f"{more}: memory may run out"))
+    return Stage(
+        name="mid",
+        tag=parent.folder.name,
+        flags=config,
+        model=model,
+        tokenizer=parent.tokenizer,
+        optimizer=optimizer_for(config, model, init_lr_frac=config.init_lr_frac),
+        batches=DataBatches(
+            pipelines.mid_batches(
+                tasks,
+                parent.tokenizer,
+                time=time,
+                seed=config.seed,
+                endless=num_steps is not None,
+                **share_of(config, rows, micro, model),
+            )
+        ),
         row_length=time,
         num_steps=num_steps,
         num_documents=len(tasks),
-        lr_multiplier=partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=0.0),
-        keep_state=True,
+        schedule=partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=0.0),
+        data=tasks.fingerprint,
+        plan=plan,
+        parent=parent,
     )
-    return stage, setting
 
 
-def sft(config: SFTConfig) -> tuple[Stage, Setting]:
-    mesh = start_devices(config)
-    if config.source not in ("mid", "base"):
-        raise UserError(f"--source={config.source}; it is mid or base")
-    found = checkpoint.open_model(config.source, config.model_tag, config.step)
-    setting = Setting(found.config, compute_for(config, mesh), found.tokenizer, mesh)
-    time = row_length(config, found.config)
-    tasks = pipelines.load_tasks(config.train_tasks, config.tasks_dir, "train_tasks", documents=False)
-    shards, examples = sharding.data_shards(mesh), config.target_examples_per_step
+def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage:
+    time = row_length(config, model.config)
+    shards, examples = sharding.data_shards(model.mesh), config.target_examples_per_step
     unit = f"conversations = {config.device_batch_size} × {shards}"
     micro = pipelines.micro_batches(examples, config.device_batch_size * shards, "target_examples_per_step", unit)
     num_examples = round(config.num_epochs * len(tasks))
@@ -166,82 +203,97 @@ def sft(config: SFTConfig) -> tuple[Stage, Setting]:
     if num_examples < 1:
         raise UserError(f"--num_epochs={config.num_epochs:g} of {len(tasks)} conversations is less than one")
     num_steps = -(-num_examples // examples)
-    optimizer = optimizer_for(config, setting, init_lr_frac=config.init_lr_frac)
-    batches = pipelines.sft_batches(
-        tasks,
-        found.tokenizer,
-        examples=examples,
-        micro_rows=examples // micro,
-        time=time,
-        seed=config.seed,
-        num_examples=num_examples,
-        packing=config.packing,
-        share=sharding.share_of_rows(mesh, examples // micro),
-    )
-
-    def plan(resume_step: int) -> list[tuple[str, str]]:
-        begun = f", from {resume_step:,}" if resume_step else ""
-        product = f"{config.device_batch_size} rows × {shards} devices × {micro} accumulated"
-        return [
-            parent_row(found),
-            ("batch", f"{product} = {examples} conversations a step, cut at {time} tokens, {config.packing}"),
-            ("steps", f"{num_steps:,}{begun}: {num_examples:,} conversations"),
-            ("learning rates", f"× {config.init_lr_frac:g}"),
-            data_row(tasks),
-        ]
-
-    stage = make_stage(
-        config,
-        setting,
-        source="sft",
-        tag=found.folder.name,
-        title=f"Chat finetuning of {found.folder.name}",
-        meta={"stage": "sft", "data": tasks.fingerprint, "parent": found.name},
-        plan=plan,
-        optimizer=optimizer,
-        batches=batches,
-        fresh=lambda: state_from_params(found.load(mesh), found.config, optimizer, mesh),
-        dry_run=config.dry_run,
+    product = f"{config.device_batch_size} rows × {shards} devices × {micro} accumulated"
+    return Stage(
+        name="sft",
+        tag=parent.folder.name,
+        flags=config,
+        model=model,
+        tokenizer=parent.tokenizer,
+        optimizer=optimizer_for(config, model, init_lr_frac=config.init_lr_frac),
+        batches=DataBatches(
+            pipelines.sft_batches(
+                tasks,
+                parent.tokenizer,
+                examples=examples,
+                micro_rows=examples // micro,
+                time=time,
+                seed=config.seed,
+                num_examples=num_examples,
+                packing=config.packing,
+                share=sharding.share_of_rows(model.mesh, examples // micro),
+            )
+        ),
         row_length=time,
         num_steps=num_steps,
         num_documents=len(tasks),
-        lr_multiplier=partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=1.0, final_lr_frac=0.0),
+        schedule=partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=1.0, final_lr_frac=0.0),
+        data=tasks.fingerprint,
+        plan=[
+            parent_row(parent),
+            ("batch", f"{product} = {examples} conversations a step, cut at {time} tokens, {config.packing}"),
+            ("steps", f"{num_steps:,}: {num_examples:,} conversations"),
+            ("learning rates", f"× {config.init_lr_frac:g}"),
+            data_row(tasks),
+        ],
+        parent=parent,
         keep_state=False,
     )
-    return stage, setting
 
 
-def rows_for(config: BaseConfig | MidConfig, time: int, mesh: Mesh) -> tuple[int, int]:
+def optimizer_for(
+    config: TrainConfig, model: Model, *, grad_clip: float = 0.0, init_lr_frac: float = 1.0
+) -> optax.GradientTransformation:
+    return make_optimizer(
+        model.config,
+        matrix_lr=config.matrix_lr * init_lr_frac,
+        embedding_lr=config.embedding_lr * init_lr_frac,
+        unembedding_lr=config.unembedding_lr * init_lr_frac,
+        weight_decay=config.weight_decay,
+        grad_clip=grad_clip,
+        muon_dtype=jnp.dtype(model.compute.dtype),
+        mesh=model.mesh,
+    )
+
+
+def rows_of_step(config: BaseConfig | MidConfig, time: int, model: Model) -> tuple[int, int]:
     """(rows of an optimizer step, micro-batches)."""
-    shards = sharding.data_shards(mesh)
+    shards = sharding.data_shards(model.mesh)
     unit = f"tokens = {config.device_batch_size} × {shards} rows of {time}"
     per_micro = config.device_batch_size * shards * time
     micro = pipelines.micro_batches(config.total_batch_size, per_micro, "total_batch_size", unit)
     return config.total_batch_size // time, micro
 
 
-def share_of(config: BaseConfig | MidConfig, rows: int, micro: int, mesh: Mesh) -> dict:
-    """What of each step this process makes, and by how many workers."""
-    share = sharding.share_of_rows(mesh, rows // micro)
+def share_of(config: BaseConfig | MidConfig, rows: int, micro: int, model: Model) -> dict:
+    """What of each step this process makes, and by how many workers: arguments of a pipeline."""
+    share = sharding.share_of_rows(model.mesh, rows // micro)
     return {"rows": rows, "micro_batches": micro, "share": share, "workers": config.data_workers}
 
 
 def row_length(config: MidConfig | SFTConfig, model: ModelConfig) -> int:
+    """Tokens in a row."""
     if config.max_seq_len > model.sequence_len:
         raise UserError(f"--max_seq_len={config.max_seq_len} is longer than the model's {model.sequence_len}; lower it")
     return config.max_seq_len if config.max_seq_len > 0 else model.sequence_len
 
 
 def one_pass(tasks: Mixture, tokenizer: Tokenizer, tokens_per_step: int, sample: int = 512) -> str:
-    """How many steps one pass is, as far as the lengths of `sample` rows tell."""
+    """The number of steps of one pass, estimated from the lengths of `sample` rows."""
     order = Order([len(tasks)], seed=0)
     rows = list(conversation_reader(tasks, tokenizer)(order.index(i) for i in range(min(sample, len(tasks)))))
     tokens = sum(len(ids) for ids, _ in rows) / len(rows) * len(tasks)
     return f"one pass over the mixture: about {tokens / tokens_per_step:,.0f} of about {tokens:,.0f} tokens in all"
 
 
-def parent_row(found: Found) -> tuple[str, str]:
-    return "starts from", str(found.folder / str(found.step))
+def batch_row(config: BaseConfig | MidConfig, rows: int, time: int, micro: int, model: Model) -> tuple[str, str]:
+    devices = sharding.data_shards(model.mesh)
+    product = f"{config.device_batch_size} rows × {devices} devices × {micro} accumulated = {rows} rows"
+    return "batch", f"{product} × {time} = {rows * time:,} tokens a step"
+
+
+def parent_row(parent: Found) -> tuple[str, str]:
+    return "starts from", str(parent.folder / str(parent.step))
 
 
 def data_row(tasks: Mixture) -> tuple[str, str]:

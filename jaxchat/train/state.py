@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxchat import sharding
-from jaxchat.config import ModelConfig
+from jaxchat.config import Model
 from jaxchat.model import params as model_params
 from jaxchat.model.params import Params
 
@@ -28,33 +27,29 @@ def fresh(params: Params, optimizer: optax.GradientTransformation) -> TrainState
     return TrainState(zero, zero, params, optimizer.init(params))
 
 
-def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
     """The NamedSharding of every array of a TrainState, from the specs declared beside the weights."""
-    specs = model_params.specs(config)
-    opt_specs = sharding.optimizer_specs(optimizer, model_params.shapes(config), specs)
-    return sharding.named(mesh, TrainState(P(), P(), specs, opt_specs))
+    specs = model_params.specs(model.config)
+    opt_specs = sharding.optimizer_specs(optimizer, model_params.shapes(model.config), specs)
+    return sharding.named(model.mesh, TrainState(P(), P(), specs, opt_specs))
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
     """ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(lambda: fresh(model_params.init(jax.random.key(0), config), optimizer))
+    shapes = jax.eval_shape(lambda: fresh(model_params.init(jax.random.key(0), model.config), optimizer))
     return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        shapes,
-        state_shardings(config, optimizer, mesh),
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state_shardings(model, optimizer)
     )
 
 
-def init_state(seed: int, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A TrainState with fresh weights, created where it belongs on the mesh; the same on any mesh."""
-    shardings = state_shardings(config, optimizer, mesh)
-    make = jax.jit(lambda key: fresh(model_params.init(key, config), optimizer), out_shardings=shardings)
+def init_state(seed: int, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+    """A TrainState with random weights, created in place on the mesh; the same on any mesh."""
+    shardings = state_shardings(model, optimizer)
+    make = jax.jit(lambda key: fresh(model_params.init(key, model.config), optimizer), out_shardings=shardings)
     return make(jax.random.key(seed))
 
 
-def state_from_params(
-    params: Params, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """A TrainState that starts from given weights with a fresh optimizer. `params` is consumed."""
-    shardings = state_shardings(config, optimizer, mesh)
+def state_from_params(params: Params, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+    """A TrainState with the given weights and a fresh optimizer. `params` is consumed."""
+    shardings = state_shardings(model, optimizer)
     return jax.jit(lambda p: fresh(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxchat.config import REMATS, Compute, ModelConfig
+from jaxchat.config import REMATS, Compute, Model, ModelConfig
 from jaxchat.model import params as model_params
 from jaxchat.sharding import ROWS, constrain, data_shards
 from jaxchat.train.loss import loss_sums
@@ -100,19 +100,19 @@ def compile_step(step, *args):
 
 
 def make_train_step(
-    config: ModelConfig, compute: Compute, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: Model, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, dict, float], tuple[TrainState, dict]]:
-    """`train_step` jitted for a mesh. The state is donated; a new batch shape compiles anew."""
-    options = None
+    """`train_step` jitted for a model on its mesh. The state is donated; a new batch shape compiles anew."""
+    options, mesh, compute = None, model.mesh, model.compute
     if mesh.devices.flat[0].platform in ("gpu", "cuda") and compute.remat != REMATS[-1]:
         # XLA brings a program that is too large under the limit by computing whole products again (depth 32 on 8 H100s:
         # 18 % more FLOPs). The next remat does it better: train/fit.py takes it where this one is told to be too large.
         options = {"xla_disable_hlo_passes": "rematerialization"}
-    shardings = state_shardings(config, optimizer, mesh)
+    shardings = state_shardings(model, optimizer)
     everywhere = NamedSharding(mesh, P())
 
     def step(state, batch, lr_multiplier):  # a name of its own, so that traces and profiles show it
-        return train_step(state, batch, lr_multiplier, config=config, compute=compute, optimizer=optimizer)
+        return train_step(state, batch, lr_multiplier, config=model.config, compute=compute, optimizer=optimizer)
 
     return jax.jit(
         step,

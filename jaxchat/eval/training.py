@@ -1,0 +1,116 @@
+"""What each stage measures while it trains."""
+
+from functools import partial
+
+from jaxchat import sharding
+from jaxchat.config import BaseConfig, MidConfig, SFTConfig, UserError
+from jaxchat.data import pipelines
+from jaxchat.data.encode import conversation_reader, text_reader
+from jaxchat.data.order import Order
+from jaxchat.data.sources import ParquetText, find_shards
+from jaxchat.data.tasks import load_task
+from jaxchat.eval import core
+from jaxchat.eval.bpb import bits_per_byte, total_loss
+from jaxchat.eval.chat import letter_accuracy
+from jaxchat.eval.results import mean
+from jaxchat.eval.samples import show_samples
+from jaxchat.eval.scoring import Scorer
+from jaxchat.infer.engine import Engine
+from jaxchat.train.loop import Evaluation
+from jaxchat.train.stages import Stage
+
+
+def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[Evaluation]:
+    batches = []
+    if config.eval_every > 0:
+        texts = ParquetText(find_shards(config.data_dir, "val"))
+        read = text_reader(texts, stage.tokenizer)
+        batches = packed_batches(config, stage, read, range(len(texts)))
+    of_core = partial(core_metric, stage=stage, bundle=bundle, max_per_task=config.core_metric_max_per_task)
+    return [
+        Evaluation("validation", config.eval_every, partial(val_bpb, stage=stage, batches=batches), at_start=True),
+        Evaluation("CORE", config.core_metric_every if bundle else -1, of_core),
+        Evaluation("samples", config.sample_every, partial(samples, stage=stage)),
+    ]
+
+
+def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
+    """(CORE's tasks, what the plan says of them); no tasks if no bundle is there and none was named."""
+    if config.core_metric_every <= 0:
+        return [], "not measured"
+    try:
+        bundle = core.load_bundle(config.eval_bundle)
+        for task in bundle:  # too few items are found before the training
+            task.drawn(config.core_metric_max_per_task)
+    except core.NoBundle as problem:
+        if config.eval_bundle:
+            raise
+        return [], f"not measured: {problem}"
+    return bundle, f"{len(bundle)} tasks every {config.core_metric_every:,} steps"
+
+
+def mid(config: MidConfig, stage: Stage) -> list[Evaluation]:
+    batches = []
+    if config.eval_every > 0:
+        tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=True)
+        order = Order([len(tasks)], config.seed)
+        read = conversation_reader(tasks, stage.tokenizer)
+        batches = packed_batches(config, stage, read, map(order.index, range(len(tasks))))
+    return [Evaluation("validation", config.eval_every, partial(val_bpb, stage=stage, batches=batches), at_start=True)]
+
+
+def packed_batches(config: BaseConfig | MidConfig, stage: Stage, read, documents) -> list[dict]:
+    rows = config.device_batch_size * sharding.data_shards(stage.model.mesh)
+    size = {"rows": rows, "time": stage.row_length, "max_tokens": config.eval_tokens}
+    return pipelines.packed_validation(read, documents, **size)
+
+
+def sft(config: SFTConfig, stage: Stage) -> list[Evaluation]:
+    batches, tasks = [], []
+    if config.eval_every > 0:
+        val = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=False)
+        batches = pipelines.padded_validation(
+            conversation_reader(val, stage.tokenizer),
+            Order([len(val)], config.seed),
+            min(len(val), config.eval_steps * config.device_batch_size),
+            rows=config.device_batch_size * sharding.data_shards(stage.model.mesh),
+            time=stage.row_length,
+        )
+    if config.eval_metrics_every > 0:
+        tasks = choice_tasks(config)
+    letters = partial(accuracies, stage=stage, tasks=tasks, most=config.eval_metrics_max_problems)
+    return [
+        Evaluation("validation", config.eval_every, partial(val_loss, stage=stage, batches=batches), at_start=True),
+        Evaluation("multiple choice", config.eval_metrics_every, letters),
+    ]
+
+
+def choice_tasks(config: SFTConfig) -> list:
+    """The (name, task) of multiple choice, opened before the training: a missing file is found then."""
+    try:
+        return [(name, load_task(f"{name}/test", config.tasks_dir)) for name in ("MMLU", "ARC-Easy")]
+    except UserError as problem:
+        raise UserError(f"{problem}; or do without this evaluation: --eval_metrics_every=-1") from problem
+
+
+def val_bpb(params, stage: Stage, batches: list[dict]) -> dict[str, float]:
+    return {"val_bpb": bits_per_byte(params, batches, stage.tokenizer.token_bytes, stage.model)}
+
+
+def val_loss(params, stage: Stage, batches: list[dict]) -> dict[str, float]:
+    nll, weight = total_loss(params, batches, stage.model)
+    return {"val_loss": nll / weight}
+
+
+def core_metric(params, stage: Stage, bundle: list[core.CoreTask], max_per_task: int) -> dict[str, float]:
+    return {"core": mean(core.evaluate(Scorer(params, stage.model), stage.tokenizer, bundle, max_per_task))}
+
+
+def samples(params, stage: Stage) -> dict[str, float]:
+    show_samples(Engine(params, stage.model.config, stage.tokenizer, stage.model.compute, batch_size=8))
+    return {}
+
+
+def accuracies(params, stage: Stage, tasks: list, most: int) -> dict[str, float]:
+    scorer = Scorer(params, stage.model)
+    return {f"{name}_acc": letter_accuracy(scorer, stage.tokenizer, task, most) for name, task in tasks}
