@@ -96,7 +96,8 @@ class Tokenizer:
         digest = hashlib.sha256("\n".join((SPLIT_PATTERN, *SPECIAL_TOKENS)).encode())
         digest.update(b"".join(base64.b64encode(piece) + b"\n" for piece in sorted(ranks, key=ranks.get)))
         self.hash = digest.hexdigest()
-        # {shard: fingerprint of its content} of the text it was trained on; {}: not recorded. Not part of the hash.
+        # {shard: fingerprint of its content} of the text it was trained on; {}: not recorded. Not part of the
+        # hash.
         self.trained_on: dict[str, str] = {}
 
     @classmethod
@@ -139,7 +140,8 @@ class Tokenizer:
         try:
             lines = (folder / "ranks.txt").read_text(encoding="ascii").split("\n")
             tokenizer = cls({base64.b64decode(line): rank for rank, line in enumerate(lines) if line})
-            # A save that was killed between its two renames has left the second file under its temporary name.
+            # A save that was killed between its two renames has left the second file under its temporary
+            # name.
             paths = [folder / "tokenizer.json", folder / f"tokenizer.json{files.PART}"]
             infos = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
         except (OSError, ValueError) as problem:
@@ -151,7 +153,9 @@ class Tokenizer:
         return tokenizer
 
     def knows(self, fingerprint: dict[str, str]) -> bool:
-        """Whether it was trained on some of these shards ({file name: fingerprint}), or nothing says on which."""
+        """Whether it was trained on some of these shards ({file name: fingerprint}), or nothing says on
+        which.
+        """
         return not self.trained_on or not set(self.trained_on.values()).isdisjoint(fingerprint.values())
 
     def save(self, directory: Path | None = None) -> Path:
@@ -177,7 +181,9 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str, *, specials: bool = False) -> np.ndarray:
-        """`encode` as int32 [tokens], without a Python object a token. specials: their spellings do become them."""
+        """`encode` as int32 [tokens], without a Python object a token. specials: their spellings do become
+        them.
+        """
         allowed = self._specials.keys() if specials else frozenset()
         try:
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(allowed), disallowed_special=())
@@ -210,9 +216,11 @@ class Tokenizer:
         return ids, mask
 
     def render_all(self, conversations: list[list[Piece]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, mask) int32 of each conversation, the same as rendered alone; encoded as one text, which is faster.
+        """(ids, mask) int32 of each conversation, the same as rendered alone; encoded as one text, which is
+        faster.
 
-        Rendered alone are those whose text may spell a special, or has two parts side by side that could merge.
+        Rendered alone are those whose text may spell a special, or has two parts side by side that could
+        merge.
         """
         alone = [_may_merge(pieces) for pieces in conversations]
         joined = [piece for pieces, apart in zip(conversations, alone, strict=True) if not apart for piece in pieces]
@@ -298,7 +306,9 @@ def _user_first(conversation: dict) -> list[dict]:
 
 
 def byte_characters() -> dict[int, str]:
-    """The printable character that byte-level BPE writes for each byte: itself where printable, else from U+0100 on."""
+    """The printable character that byte-level BPE writes for each byte: itself where printable, else from
+    U+0100 on.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     characters = {b: chr(b) for b in printable}
     others = [b for b in range(256) if b not in characters]

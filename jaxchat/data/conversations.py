@@ -1,6 +1,8 @@
-"""Conversations as rows for SFT: one a row, padded, or several a row, packed. Batches are as in streams.py.
+"""Batches of conversations for SFT: one a row, padded, or several a row, packed. For their form see
+streams.py.
 
-Every process renders all conversations of a step, which are few, and keeps its own rows: so all agree on the shape.
+Every process renders all conversations of a step, which are few, and keeps its share of the rows: so all
+processes agree on the shape.
 """
 
 from itertools import islice
@@ -14,18 +16,19 @@ from jaxchat.data.streams import as_batch
 
 
 def length_buckets(max_len: int) -> list[int]:
-    """The row lengths that batches of conversations are padded to: 64, 96, 128, 192, 256, 384, … and max_len."""
+    """The row lengths that batches are padded to: 64, 96, 128, 192, 256, 384, … and max_len."""
     return [n for i in range(30) for n in (64 << i, 96 << i) if n < max_len] + [max_len]
 
 
 def best_fit(lengths: list[int], room: int) -> list[tuple[int, int]]:
-    """(row, first position) of texts of so many tokens, ≤ room, in rows of `room` tokens: the longest first, each where
-    the least room is left, or else in a new row.
+    """Pack texts of these lengths into rows of `room` tokens: (row, offset) of each, by best-fit decreasing.
+
+    The longest text comes first, and each goes to the fullest row that has room for it, or to a new row.
     """
-    filled: list[int] = []
+    filled: list[int] = []  # tokens in each row
     places = [(0, 0)] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [row for row, have in enumerate(filled) if have + lengths[i] <= room]
+        fitting = [row for row, used in enumerate(filled) if used + lengths[i] <= room]
         if not fitting:
             filled.append(0)
             fitting = [len(filled) - 1]
@@ -36,16 +39,26 @@ def best_fit(lengths: list[int], room: int) -> list[tuple[int, int]]:
 
 
 class ConversationRows(grain.IterDataset):
-    """`examples` conversations a step, in the order's order; `num_examples` in all.
+    """Steps of `examples` conversations in the given order, `num_examples` conversations in all.
 
-    A conversation longer than T+1 tokens is cut and counted. Only what its mask says is supervised. Padded: a row each,
-    as long as the step's longest needs (a bucket); what the last step lacks is rows of weight 0. Packed: rows of T, as
-    few as best fit gives, rounded up to whole micro-batches; a step holds the same conversations either way.
-    micro_rows: the rows of a micro-batch, of all processes; share (first, end): those of this process.
+    A conversation longer than T+1 tokens is cut, and counted. Only what its mask marks is supervised.
+    Padded: one a row, all rows as long as the step's longest needs (a bucket); a last step with too few
+    conversations is filled with rows of weight 0. Packed: rows of T tokens, as few as best fit needs, rounded
+    up to whole micro-batches. A step holds the same conversations either way.
+    micro_rows: rows of a micro-batch, of all processes. share: (first, end) of those of this process.
     """
 
     def __init__(
-        self, read: Reader, order: Order, *, examples, micro_rows, time, num_examples, packed=False, share=None
+        self,
+        read: Reader,
+        order: Order,
+        *,
+        examples: int,
+        micro_rows: int,
+        time: int,
+        num_examples: int,
+        packed: bool = False,
+        share: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.read, self.order, self.examples, self.micro_rows, self.time = read, order, examples, micro_rows, time
@@ -58,28 +71,44 @@ class ConversationRows(grain.IterDataset):
 class _ConversationRowsIterator(grain.DatasetIterator):
     def __init__(self, rows: ConversationRows):
         super().__init__()
-        self._p = rows
+        self._rows = rows
         self._state = {"next": 0, "cut": 0, "nothing_supervised": 0}
-        self._found = None  # what follows on the state, tokenized ahead
+        self._rendered = None  # the conversations from state["next"] on, tokenized ahead
 
     def get_state(self):
         return dict(self._state)
 
     def set_state(self, state):
         self._state |= state
-        self._found = None
+        self._rendered = None
 
     def __next__(self):
-        p, s = self._p, self._state
-        first = s["next"]
+        p, first = self._rows, self._state["next"]
         if first >= p.num_examples:
             raise StopIteration
         end = min(first + p.examples, p.num_examples)
-        if self._found is None:
-            self._found = p.read(p.order.index(i) for i in range(first, p.num_examples))
-        found = list(islice(self._found, end - first))
-        pairs = [(ids[: p.time + 1], mask[: p.time + 1]) for ids, mask in found]
-        lengths = [len(ids) for ids, _ in pairs]
+        if self._rendered is None:
+            self._rendered = p.read(p.order.index(i) for i in range(first, p.num_examples))
+        rendered = list(islice(self._rendered, end - first))
+        pairs = [(ids[: p.time + 1], mask[: p.time + 1]) for ids, mask in rendered]
+        self._state = {
+            "next": end,
+            "cut": self._state["cut"] + sum(len(ids) > p.time + 1 for ids, _ in rendered),
+            "nothing_supervised": self._state["nothing_supervised"] + sum(not mask[1:].any() for _, mask in pairs),
+        }
+        rows = self._arrange(pairs)
+        num_rows = len(rows["inputs"])
+        counts = {"taken": first, "left": end < p.num_examples} | self._state
+        totals = {name: np.zeros(num_rows, np.int32) for name in ("taken", "left", "cut", "nothing_supervised")}
+        for name in totals:  # a count of the whole step is noted in its first row
+            totals[name][0] = counts[name]
+        micro_batches = num_rows // p.micro_rows
+        mine = slice(p.share[0] * micro_batches, p.share[1] * micro_batches)  # see as_batch
+        return as_batch({k: a[mine] for k, a in rows.items()}, {k: a[mine] for k, a in totals.items()}, micro_batches)
+
+    def _arrange(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The step's rows, of all processes, from the (ids, mask) of its conversations."""
+        p, lengths = self._rows, [len(ids) for ids, _ in pairs]
         time = p.time if p.packed else next(n for n in length_buckets(p.time) if n >= max(lengths) - 1)
         places = best_fit(lengths, time + 1) if p.packed else [(row, 0) for row in range(len(pairs))]
         num_rows = max(row for row, _ in places) + 1 if p.packed else p.examples
@@ -92,15 +121,4 @@ class _ConversationRowsIterator(grain.DatasetIterator):
         rows = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": masks[:, 1:].astype(np.float32)}
         if p.packed:  # a conversation alone in its row sees nothing but itself
             rows["segments"] = segments[:, :-1]
-        s = self._state = {
-            "next": end,
-            "cut": s["cut"] + sum(len(ids) > p.time + 1 for ids, _ in found),
-            "nothing_supervised": s["nothing_supervised"] + sum(not mask[1:].any() for _, mask in pairs),
-        }
-        totals = {name: np.zeros(num_rows, np.int32) for name in ("taken", "left", "cut", "nothing_supervised")}
-        told = {"taken": first, "left": end < p.num_examples} | s
-        for name in totals:
-            totals[name][0] = told[name]
-        micro_batches = num_rows // p.micro_rows
-        mine = slice(p.share[0] * micro_batches, p.share[1] * micro_batches)  # see as_batch
-        return as_batch({k: a[mine] for k, a in rows.items()}, {k: a[mine] for k, a in totals.items()}, micro_batches)
+        return rows

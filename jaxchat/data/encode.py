@@ -1,4 +1,4 @@
-"""From rows of a source to tokens, in threads, ahead of who asks. A reader takes row numbers and gives their tokens."""
+"""Tokenize rows in background threads, ahead of the consumer."""
 
 import multiprocessing
 import os
@@ -13,25 +13,25 @@ from jaxchat.config import UserError
 from jaxchat.data.sources import ParquetText
 from jaxchat.tokenizer import Piece, Tokenizer, chat_pieces
 
-# (rows of the source) -> of each, in order, the (ids, mask) int32 of its document or conversation; a document may be
-# empty. Rows are taken ahead of what is asked for.
+# (row numbers) -> the (ids, mask) int32 of each row's document or conversation, in order; a document may be
+# empty. Row numbers are consumed ahead of the results that are asked for.
 Reader = Callable[[Iterable[int]], Iterator[tuple[np.ndarray, np.ndarray]]]
-# A thread takes so much at a time: enough for what handing it over costs, little enough to share out a step evenly.
+# What a thread takes at a time: enough to pay for handing it over, little enough to share out a step.
 CHUNK_CHARS, CHUNK_ROWS = 32768, 16
-CHUNKS_AHEAD = 8  # of each thread
+CHUNKS_AHEAD = 8  # chunks that wait or are done, for each thread
 
 
 @cache
 def _threads() -> tuple[ThreadPoolExecutor, int]:
-    """(threads, how many), which let others run while they tokenize; a worker process has one, being one of several."""
+    """(a pool of threads, their number). A worker process has one thread, since it is one of several."""
     count = 1 if multiprocessing.parent_process() else min(8, os.cpu_count() or 1)
     return ThreadPoolExecutor(count, "tokenize"), count
 
 
 def _in_threads(work: Callable[[list], list], items: Iterable, size: Callable, full: int) -> Iterator:
-    """The results of work(chunk of items), chunk after chunk, in order; later chunks are worked on meanwhile.
+    """Yield the results of work(chunk of items), in order, while later chunks are worked on.
 
-    A chunk is full when the sizes of its items come to `full`.
+    A chunk is full when the sizes of its items add up to `full`.
     """
     threads, count = _threads()
 
@@ -40,16 +40,16 @@ def _in_threads(work: Callable[[list], list], items: Iterable, size: Callable, f
             return work(chunk)
         except Exception:
             raise
-        except BaseException as problem:  # a panic in tiktoken's Rust would end Grain's thread without a word
+        except BaseException as problem:  # a panic in tiktoken's Rust would end Grain's thread silently
             raise RuntimeError(f"tokenizing failed: {problem!r}") from problem
 
-    futures, chunk, have = deque(), [], 0
+    futures, chunk, filled = deque(), [], 0
     for item in items:
         chunk.append(item)
-        have += size(item)
-        if have >= full:
+        filled += size(item)
+        if filled >= full:
             futures.append(threads.submit(guarded, chunk))
-            chunk, have = [], 0
+            chunk, filled = [], 0
             if len(futures) > CHUNKS_AHEAD * count:
                 yield from futures.popleft().result()
     futures.append(threads.submit(guarded, chunk))
@@ -72,7 +72,7 @@ def _read_texts(texts: ParquetText, tokenizer: Tokenizer, rows: Iterable[int]):
 
 
 def text_reader(texts: ParquetText, tokenizer: Tokenizer) -> Reader:
-    """Documents led by bos, everything supervised; an empty text gives no token at all."""
+    """A reader of documents: bos first, everything supervised; an empty text gives no token at all."""
     return partial(_read_texts, texts, tokenizer)
 
 
@@ -99,5 +99,5 @@ def _read_rows(tasks, tokenizer: Tokenizer, rows: Iterable[int]):
 
 
 def conversation_reader(tasks, tokenizer: Tokenizer) -> Reader:
-    """Rendered conversations with their masks; a plain document is led by bos and wholly supervised."""
+    """A reader of rendered conversations with their masks; plain documents are read as text_reader does."""
     return partial(_read_rows, tasks, tokenizer)

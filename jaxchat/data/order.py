@@ -1,18 +1,18 @@
-"""Seeded endless orders over a source, and their dealing to streams that every process can read on its own."""
+"""Seeded endless orders over a source, and how they are dealt to streams that each process can read alone."""
 
 from collections import OrderedDict
 
 import numpy as np
 
-STREAMS = 16  # at most; more mix a batch better, and hold more row groups in memory
-KEPT = 64  # shuffled blocks remembered, of a few thousand rows each; of a source that is one block, 4
+STREAMS = 16  # at most; more would mix a batch better, and need more row groups in memory
+KEPT = 64  # shuffled blocks kept, of a few thousand rows each (of a source with one block: 4)
 
 
 class Order:
-    """An endless order over `num_rows` rows: item i of it is row `index(i)`; each epoch has an order of its own.
+    """An endless shuffled order over `num_rows` rows, anew each epoch; index(i) is the row at place i.
 
-    Blocks are shuffled, and rows within a block, so that reading stays local; one block shuffles fully. Nothing as
-    long as the data is held but where there is one block only.
+    Blocks are shuffled, and the rows within each block, so that reading stays local; a single block is
+    shuffled completely. Memory does not grow with the data, except for a single block.
     """
 
     def __init__(self, block_sizes: list[int], seed: int):
@@ -57,11 +57,11 @@ def _remembered(cache: OrderedDict, key, make, most: int):
 
 
 class Deal:
-    """The rows of an optimizer step as streams of documents; which document is where depends on nothing else.
+    """Deal documents to the rows of a step, independently of devices, processes and micro-batches.
 
-    Each epoch's order is cut into `streams` spans of equal length, and stream s reads the s-th span of every epoch: so
-    it stays within a few row groups, whatever the pace of the others, and every document is read once an epoch.
-    A stream makes `rows_each` consecutive rows of the step.
+    Each epoch's order is cut into `streams` spans of equal length, and stream s reads the s-th span of every
+    epoch. So it stays within a few row groups, whatever the pace of the others, and every document is read
+    once an epoch. A stream makes `rows_each` consecutive rows of the step.
     """
 
     def __init__(self, order: Order, rows: int):
@@ -74,14 +74,14 @@ class Deal:
         return stream * self.order.num_rows // self.streams
 
     def size(self, stream: int) -> int:
-        """Documents of the stream an epoch."""
+        """Documents in an epoch of the stream."""
         return self.first(stream + 1) - self.first(stream)
 
     def index(self, stream: int, place: int) -> int:
-        """The source's row that is the stream's document number `place`, counted over all epochs."""
+        """The source's row at a place of the stream; places count on over all epochs."""
         epoch, place = divmod(place, self.size(stream))
         return self.order.index(epoch * self.order.num_rows + self.first(stream) + place)
 
     def of_rows(self, first: int, end: int) -> range:
-        """The streams that make the rows first … end − 1."""
+        """The streams that make the rows from first to end − 1."""
         return range(first // self.rows_each, (end - 1) // self.rows_each + 1)

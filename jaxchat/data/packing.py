@@ -1,38 +1,38 @@
-"""Ways of packing a stream of documents into rows of T+1 tokens, of which T are inputs and T targets.
+"""Two ways to pack a stream of documents into rows of T+1 tokens, which are T inputs and T targets.
 
-A stream asks for documents by their places in it (draw), is given them (give), and makes a step's rows (rows). Its
-state is a few integers, exact between steps.
+A packer asks for documents by their places in the stream (draw), receives them (give), and makes a step's
+rows (rows). Between steps its state is a few integers.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-DRAW = 16  # documents that a stream draws at a time
+DRAW = 16  # documents that a packer asks for at a time
 BUFFER = 64  # documents among which best-fit packing chooses
 
 
 class Concatenated:
-    """Documents one after the other, cut into windows of T+1 tokens that overlap by one; no token is left out.
+    """Concatenate documents and cut them into windows of T+1 tokens that overlap by one; nothing is left out.
 
-    With `once` it ends after one epoch: the rows that are left over have weight 0.
+    once: stop after one epoch; the rows after that have weight 0.
     """
 
     def __init__(self, size: int, *, time: int, rows: int, once: bool, state: Sequence[int] | None):
         self._size, self._time, self._rows, self._once = size, time, rows, once
-        # The first document with unread tokens, how many of them are read, and the empty documents before it.
+        # The first document with unread tokens, how many are read, and the empty documents before it.
         self._first, self._offset, self._empty = state or (0, 0, 0)
         self._queue: list[np.ndarray] = []
         self._unread = -self._offset  # tokens
-        self._targets = self._taken = 0  # of the step made last
+        self._targets = self._taken = 0  # of the last step
 
     def state(self) -> list[int]:
         return [self._first, self._offset, self._empty]
 
     def draw(self) -> range:
-        """The places of the documents to be given next; none when there is enough for the next rows, or no more."""
+        """The places of the documents wanted next; none if the next rows can be made or the stream has ended."""
         place = self._first + len(self._queue)
-        # One token more than the windows: then what is left tells whether a further one will have a target.
+        # One token more than the windows need, to know whether another step will have a target.
         if self._unread >= self._rows * self._time + 2:
             return range(0)
         return range(place, min(place + DRAW, self._size) if self._once else place + DRAW)
@@ -45,14 +45,14 @@ class Concatenated:
         """{tokens [rows, T+1], weights [rows, T]}: the next windows."""
         wanted, self._taken = self._rows * self._time, self._first
         stream = np.zeros(wanted + 1, np.int32)
-        have, offset = 0, self._offset
+        filled, offset = 0, self._offset
         for ids in self._queue:
-            part = ids[offset : offset + wanted + 1 - have]
-            stream[have : have + len(part)] = part
-            have, offset = have + len(part), 0
-            if have > wanted:
+            part = ids[offset : offset + wanted + 1 - filled]
+            stream[filled : filled + len(part)] = part
+            filled, offset = filled + len(part), 0
+            if filled > wanted:
                 break
-        targets = max(0, have - 1)
+        targets = max(0, filled - 1)
         self._targets = targets
         self._offset += targets
         self._unread -= targets
@@ -66,14 +66,18 @@ class Concatenated:
         return {"tokens": windows, "weights": weights}
 
     def totals(self) -> dict[str, int]:
-        """targets: of the step made last; taken: documents read before it; left: whether more will come."""
-        told = {"targets": self._targets, "taken": self._taken, "left": int(self._unread >= 2)}
-        return told | {"empty_documents": self._empty}
+        """targets: supervised tokens in the last step; taken: documents consumed before it; left: 1 if
+        another step has targets; empty_documents: skipped so far.
+        """
+        counts = {"targets": self._targets, "taken": self._taken, "left": int(self._unread >= 2)}
+        return counts | {"empty_documents": self._empty}
 
 
 class BestFit:
-    """Rows that begin with a document: of BUFFER documents the longest that still fits, again and again; when none
-    does, the shortest is cut to fill the row; the rest of it is dropped, and counted. Documents don't see each other.
+    """Start every row with a document, and keep adding the longest of BUFFER documents that still fits.
+
+    When none fits, the shortest is cut to fill the row, and its rest is dropped and counted. Documents in a
+    row don't see each other.
     """
 
     def __init__(self, size: int, *, time: int, rows: int, once: bool, state: Sequence[int] | None):
@@ -82,7 +86,7 @@ class BestFit:
         self._time, self._rows = time, rows
         # The place of the next document, the empty ones before it, and the places of those in the buffer.
         self._next, self._empty, *waiting = state or (0, 0)
-        self._waiting = waiting  # in the buffer, but still to be given again
+        self._waiting = waiting  # in the buffer according to the state, to be read again
         self._buffer: list[tuple[int, np.ndarray]] = []
         self._queue: list[np.ndarray] = []  # documents from place `_next` on
         self._begin_step()
@@ -96,7 +100,7 @@ class BestFit:
         return [self._next, self._empty, *self._waiting, *(place for place, _ in self._buffer)]
 
     def draw(self) -> Sequence[int]:
-        """The places of the documents to be given next; none when the step's rows are filled."""
+        """The places of the documents wanted next; none if the step's rows are filled."""
         if self._waiting:
             return self._waiting
         while self._row < self._rows:
@@ -119,7 +123,7 @@ class BestFit:
     def _place_one(self):
         """Put one document of the full buffer into the row that is being filled."""
         room = self._time + 1 - self._filled
-        # One that no row could hold counts as a whole row: it is taken at a row's start, and does not wait for ever.
+        # A document longer than a row counts as a full row: it is taken at a row's start, and never starves.
         lengths = np.array([min(len(ids), self._time + 1) for _, ids in self._buffer])
         fits = lengths <= room
         chosen = int(np.where(fits, lengths, 0).argmax() if fits.any() else lengths.argmin())
@@ -136,15 +140,15 @@ class BestFit:
     def rows(self) -> dict[str, np.ndarray]:
         """{tokens [rows, T+1], weights [rows, T], segments [rows, T]}: the rows of a step."""
         weights = np.ones((self._rows, self._time), np.float32)
-        made = {"tokens": self._tokens, "weights": weights, "segments": self._segments[:, :-1]}
-        self._told_cut = self._cut_tokens
+        rows = {"tokens": self._tokens, "weights": weights, "segments": self._segments[:, :-1]}
+        self._last_cut = self._cut_tokens
         self._begin_step()
-        return made
+        return rows
 
     def totals(self) -> dict[str, int]:
-        """As those of Concatenated; cut_tokens are those that the step dropped."""
-        told = {"targets": self._rows * self._time, "taken": self._next, "left": 1}
-        return told | {"empty_documents": self._empty, "cut_tokens": self._told_cut}
+        """The counts of Concatenated, and cut_tokens, those that the last step dropped."""
+        counts = {"targets": self._rows * self._time, "taken": self._next, "left": 1}
+        return counts | {"empty_documents": self._empty, "cut_tokens": self._last_cut}
 
 
 PACKINGS = {"stream": Concatenated, "bos_bestfit": BestFit}

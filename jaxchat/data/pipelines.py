@@ -1,4 +1,4 @@
-"""The three pipelines that training reads, and the fixed batches that validation reads."""
+"""The pipelines that the three stages train on, and the fixed batches that they are validated on."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ from jaxchat.data.streams import PackedRows
 from jaxchat.data.tasks import load_mixture
 from jaxchat.tokenizer import Tokenizer
 
-PREFETCH = 2  # batches made ahead in a thread, while the device computes
+PREFETCH = 2  # batches made ahead, in a thread, while the device computes
 
 
 def micro_batches(total: int, per_micro_batch: int, flag: str, unit: str) -> int:
@@ -45,7 +45,7 @@ def base_batches(
     share=None,
     workers=0,
 ):
-    """Packed documents in an endless seeded order, newly shuffled each epoch. share, workers: see PackedRows."""
+    """Packed documents in an endless order, shuffled anew each epoch. share, workers: see PackedRows."""
     if packing not in PACKINGS:
         raise UserError(f"--packing={packing}; it is {' or '.join(PACKINGS)}")
     deal = Deal(Order(texts.block_sizes, seed), rows)
@@ -54,7 +54,7 @@ def base_batches(
 
 
 def mid_batches(tasks, tokenizer: Tokenizer, *, rows, micro_batches, time, seed, endless: bool, share=None, workers=0):
-    """Packed conversations, shuffled over all tasks: one pass, or endless."""
+    """Packed conversations, shuffled over all tasks: one pass, or endless. share, workers: see PackedRows."""
     deal = Deal(Order([len(tasks)], seed), rows)
     how = {"micro_batches": micro_batches, "time": time, "once": not endless, "share": share, "workers": workers}
     return prefetched(PackedRows(conversation_reader(tasks, tokenizer), deal, **how))
@@ -63,7 +63,7 @@ def mid_batches(tasks, tokenizer: Tokenizer, *, rows, micro_batches, time, seed,
 def sft_batches(
     tasks, tokenizer: Tokenizer, *, examples, micro_rows, time, seed, num_examples: int, packing="padded", share=None
 ):
-    """Conversations shuffled over all tasks, `num_examples` of them; a row each, or packed. See ConversationRows."""
+    """num_examples conversations, shuffled over all tasks, one a row or packed. See ConversationRows."""
     if packing not in ("padded", "bestfit"):
         raise UserError(f"--packing={packing}; it is padded or bestfit")
     how = {"examples": examples, "micro_rows": micro_rows, "time": time, "num_examples": num_examples}
@@ -74,31 +74,34 @@ def sft_batches(
 
 
 def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
-    """The mixture of a flag; refused if it is empty, or holds plain documents where a stage has no use for them."""
+    """Open the mixture that a flag names.
+
+    UserError: it is empty, or holds plain documents although `documents` is false.
+    """
     tasks = load_mixture(spec, tasks_dir or None)
     if len(tasks) == 0:
         raise UserError(f"--{flag}={spec} has no rows; name at least one task that has some")
     if not documents and any(task.has_documents for task in tasks.tasks):
-        raise UserError(f"--{flag}={spec} holds plain documents; this stage takes conversations only")
+        raise UserError(f"--{flag}={spec} holds plain documents; this stage trains on conversations only")
     return tasks
 
 
 def packed_validation(read: Reader, documents: Iterable[int], *, rows: int, time: int, max_tokens: int) -> list[dict]:
-    """Documents (rows of the source, in order) as one stream, cut into windows, `rows` a batch, to max_tokens targets.
+    """Concatenate documents and cut them into windows, `rows` a batch, until there are max_tokens targets.
 
-    What is supervised does not depend on `rows`: the last batch is filled with weight 0. Each batch is {inputs,
-    targets, weights} [rows, time], of all processes.
+    What is supervised does not depend on `rows`: the last batch is filled with weight 0. Each batch is
+    {inputs, targets, weights} [rows, time], of all processes.
     """
 
-    wanted, parts, have = max_tokens + 1, [], 0
+    wanted, parts, count = max_tokens + 1, [], 0
     for ids, _ in read(documents):
         parts.append(ids)
-        have += len(ids)
-        if have >= wanted:
+        count += len(ids)
+        if count >= wanted:
             break
     tokens = np.concatenate(parts)[:wanted]
     if len(tokens) < 2:
-        raise UserError("the validation data holds no text; give it at least one document")
+        raise UserError("the validation data holds no text; it needs at least one document that is not empty")
     num_targets = len(tokens) - 1
     num_rows = -(-num_targets // time)
     num_rows += -num_rows % rows
@@ -111,7 +114,10 @@ def packed_validation(read: Reader, documents: Iterable[int], *, rows: int, time
 
 
 def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: int, time: int) -> list[dict]:
-    """The order's first `num_examples` conversations, one a row, `rows` a batch, each batch padded to a bucket."""
+    """The order's first num_examples conversations, one a row, `rows` a batch, each batch padded to a bucket.
+
+    UserError: none of them has anything that is supervised.
+    """
     batches = ConversationRows(read, order, examples=rows, micro_rows=rows, time=time, num_examples=num_examples)
     made = [{name: batch[name][0] for name in ("inputs", "targets", "weights")} for batch in batches]
     if not any(batch["weights"].any() for batch in made):

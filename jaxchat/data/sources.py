@@ -27,8 +27,8 @@ SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # that of a larger file is of samples, 1 Mi
 def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False) -> list[Path]:
     """The sorted parquet shards of a folder: all but the last for "train", the last for "val".
 
-    Hidden files, such as macOS's `._x.parquet`, are ignored. whole: raise a UserError while launch.download has
-    fetched only a part of what it was asked for.
+    Hidden files, such as macOS's `._x.parquet`, are ignored. whole: raise a UserError while launch.download
+    has fetched only a part of what it was asked for.
     """
     folder = Path(data_dir or base_dir() / "base_data").expanduser()
     shards = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
@@ -52,9 +52,10 @@ def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False)
 
 
 def file_fingerprint(path: Path) -> str:
-    """16 hex digits of a file's size and content: all of it up to 16 MiB, else 16 samples, the last at its end.
+    """16 hex digits for a file's size and content: all of it up to 16 MiB, else 16 samples, one at its end.
 
-    A parquet file's end holds the place and size of every column chunk and, as a rule, their least and greatest values.
+    A parquet file's end holds the place and size of every column chunk and, as a rule, their least and
+    greatest values.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -82,7 +83,7 @@ def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this Arrow type holds text, in whichever of Arrow's layouts; bytes count as UTF-8."""
+    """Whether a column of this Arrow type holds text, in any layout; bytes count as UTF-8."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
     return any(getattr(pa.types, f"is_{name}")(kind) for name in tests)
@@ -111,8 +112,8 @@ def _inspect_shard(path: Path) -> tuple[list[int], str, tuple[int, int]]:
 class ParquetText:
     """The `text` column of shards as a sequence of strings; null reads as "".
 
-    Bytes that are not UTF-8 read as the replacement character. At most 1 GiB of decoded text is kept in memory,
-    whatever the size of the row groups. fingerprint: {file name: fingerprint of its content}.
+    Bytes that are not UTF-8 read as the replacement character. At most 1 GiB of decoded text is kept in
+    memory, whatever the size of the row groups. fingerprint: {file name: fingerprint of its content}.
     """
 
     def __init__(self, paths: list[Path]):

@@ -1,10 +1,11 @@
-"""The batches of base and mid. The rows of an optimizer step come from a fixed number of streams (order.Deal), each of
-which makes some consecutive rows (packing.py). A process makes those streams that its rows come from, by itself or in
-worker processes: so neither the processes nor the workers change a batch.
+"""The batches of base and mid, the same for any number of processes and workers.
 
-A batch is {inputs, targets int32, weights float32, and segments int32 where a row holds several texts that must not
-see each other}, each [A, B, T]: A micro-batches of the process's B rows. Beside them stand `totals`, {name: int32
-[A, B]}, whose sums over all rows of all processes are facts of the whole step (sharding.agree).
+The rows of a step come from a fixed number of streams (order.Deal), each of which makes some consecutive rows
+(packing.py). A process makes the streams that its rows come from, by itself or in worker processes.
+
+A batch is {inputs, targets int32, weights float32, and segments int32 if a row holds several texts that must
+not see each other}, each [A, B, T]: A micro-batches of the process's B rows. With them come `totals`, {name:
+int32 [A, B]}, whose sums over all rows of all processes count the whole step (sharding.agree).
 """
 
 from collections.abc import Sequence
@@ -19,14 +20,14 @@ from jaxchat.data.encode import Reader
 from jaxchat.data.order import Deal
 from jaxchat.data.packing import PACKINGS
 
-EMPTY_IN_A_ROW = 10_000  # as many empty documents are a mistake, not noise
+EMPTY_IN_A_ROW = 10_000  # so many empty documents are a mistake, not noise
 
 
 class StreamRows(grain.IterDataset):
-    """Step after step, for some streams, {stream: {"rows": of the stream, "totals", "state": after it}}. Ends never: a
-    stream that has run out goes on with rows of weight 0.
+    """Yield the rows of some streams, a step at a time: {stream: {"rows": …, "totals": …, "state": …}}.
 
-    Worker processes share the streams among them (Grain calls set_slice), and each gives those of its own.
+    Infinite: an exhausted stream yields rows of weight 0. Worker processes divide the streams among
+    themselves (Grain calls set_slice).
     """
 
     def __init__(self, read: Reader, deal: Deal, make, streams: Sequence[int], states: dict):
@@ -51,7 +52,7 @@ class _StreamRowsIterator(grain.DatasetIterator):
         return {n: {"rows": s.rows(), "totals": s.totals(), "state": s.state()} for n, s in self._streams.items()}
 
     def _fill(self):
-        """Give every stream what it asks for, until none asks for more; of all streams together, for the threads."""
+        """Give every stream what it asks for, until none asks for more; together, to keep all threads busy."""
         fruitless = 0
         while True:
             wanted = {n: list(stream.draw()) for n, stream in self._streams.items()}
@@ -61,13 +62,13 @@ class _StreamRowsIterator(grain.DatasetIterator):
             documents = [ids for ids, _ in self._p.read(sources)]
             fruitless = 0 if any(map(len, documents)) else fruitless + len(documents)
             if fruitless > EMPTY_IN_A_ROW:
-                raise UserError(f"{fruitless:,} documents in a row are empty; give data that holds text")
+                raise UserError(f"{fruitless:,} documents in a row are empty; check that the data holds text")
             for n, places in wanted.items():
                 if places:
                     self._streams[n].give(documents[: len(places)])
                     documents = documents[len(places) :]
 
-    def get_state(self):  # the states travel with the rows
+    def get_state(self):  # the streams' states are in what __next__ returns
         return {}
 
     def set_state(self, state):
@@ -75,9 +76,10 @@ class _StreamRowsIterator(grain.DatasetIterator):
 
 
 class PackedRows(grain.IterDataset):
-    """The batches at the top of this file, of the process's `share` (first, end) of a micro-batch's rows. Ends never.
+    """Batches as this file describes them, of the process's share of a micro-batch's rows. Infinite.
 
-    once: one pass over the documents, then rows of weight 0. workers: processes that tokenize; 0: threads of this one.
+    once: one pass over the documents, then rows of weight 0. share: (first, end) of the rows; None: all.
+    workers: processes that tokenize; 0: threads of this process.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class PackedRows(grain.IterDataset):
         super().__init__()
         self.read, self.deal, self.micro_batches = read, deal, micro_batches
         first, end = share or (0, deal.streams * deal.rows_each // micro_batches)
-        self.rows = (first * micro_batches, end * micro_batches)  # of the step: see as_batch
+        self.rows = (first * micro_batches, end * micro_batches)  # of the step; see as_batch
         self.streams = deal.of_rows(*self.rows)
         self.workers = min(workers, len(self.streams))
         self.make = partial(PACKINGS[packing], time=time, rows=deal.rows_each, once=once)
@@ -96,7 +98,7 @@ class PackedRows(grain.IterDataset):
 
 
 class _PackedRowsIterator(grain.DatasetIterator):
-    """Its state is {stream: the stream's}, {} at the start; what it is set to may hold those of other processes too."""
+    """Its state is {stream: its state}, {} at the start. set_state ignores streams of other processes."""
 
     def __init__(self, packing: PackedRows):
         super().__init__()
@@ -121,7 +123,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
         p = self._p
         rows = StreamRows(p.read, p.deal, p.make, p.streams, self._state)
         if p.workers:
-            if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which the commands here don't use
+            if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which jaxchat's commands don't use
                 flags.FLAGS.mark_as_parsed()
             rows = rows.mp_prefetch(grain.MultiprocessingOptions(p.workers, per_worker_buffer_size=2))
         else:  # the next step's documents are tokenized while this one's rows are put together
@@ -138,28 +140,29 @@ class _PackedRowsIterator(grain.DatasetIterator):
         if self._parts is None:
             self._start()
         streams = {}
-        for _ in range(max(1, p.workers)):  # each worker gives the rows of its streams
+        for _ in range(max(1, p.workers)):  # each worker returns the rows of its streams
             streams |= next(self._parts)
         self._state = {str(n): streams[n]["state"] for n in p.streams}
         made = [streams[n]["rows"] for n in p.streams]
         rows = {name: np.concatenate([m[name] for m in made]) for name in made[0]}
         tokens = rows.pop("tokens")
         rows |= {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
-        told = [streams[n]["totals"] for n in p.streams]
-        totals = {name: np.zeros(len(tokens), np.int32) for name in told[0]}
-        for name in totals:  # what is told of a stream stands beside the first of its rows
-            totals[name][:: p.deal.rows_each] = [t[name] for t in told]
-        # But this beside each: then a process that has not the first row knows it too, and need not wait for the sum.
+        counts = [streams[n]["totals"] for n in p.streams]
+        totals = {name: np.zeros(len(tokens), np.int32) for name in counts[0]}
+        for name in totals:  # a stream's counts are noted in the first of its rows
+            totals[name][:: p.deal.rows_each] = [of[name] for of in counts]
+        # But this one in each row, so that a process without the first row need not wait for the sum.
         totals["left"] = np.repeat(totals["left"][:: p.deal.rows_each], p.deal.rows_each)
-        first = p.streams[0] * p.deal.rows_each  # a stream at either end may be another process's in part
+        first = p.streams[0] * p.deal.rows_each  # a stream at either end may belong to another process in part
         mine = slice(p.rows[0] - first, p.rows[1] - first)
         return as_batch({k: a[mine] for k, a in rows.items()}, {k: a[mine] for k, a in totals.items()}, p.micro_batches)
 
 
 def as_batch(rows: dict[str, np.ndarray], totals: dict[str, np.ndarray], micro_batches: int) -> dict:
-    """A batch, each array [A, B, …], from arrays [A·B, …].
+    """Reshape arrays [A·B, …] to a batch's [A, B, …].
 
-    Row r becomes row r // A of micro-batch r % A: so neighbours in B, which a process holds, are neighbours in r too.
+    Row r becomes row r // A of micro-batch r % A. So a process's rows, neighbours in B, are neighbours in r
+    too.
     """
 
     def split(a):

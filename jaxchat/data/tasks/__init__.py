@@ -29,9 +29,10 @@ TASKS = {
 
 
 class Task:
-    """Conversations by index: task[i] -> {"messages": …} (a choice task's with "letters", a document's {"text": …}).
+    """Conversations by index: {"messages": …}, for choice tasks also "letters", and for documents {"text": …}.
 
-    count: how many rows, drawn by a fixed shuffle where there are more, since files may be sorted by subject or source.
+    count: how many rows, drawn by a fixed shuffle where there are more, since files may be sorted by subject
+    or source.
     """
 
     def __init__(self, name: str, rows, count: int | None = None):

@@ -18,7 +18,7 @@ def choice_conversation(question: str, choices: list[str], answer: int) -> dict:
     if not isinstance(answer, int) or not 0 <= answer < len(choices) <= len(LETTERS):
         raise UserError(f"answer {answer!r} of {len(choices)} choices, which count from 0")
     letters = list(LETTERS[: len(choices)])
-    # The letter follows its choice without a space: so it is the very token that the answer is (" A" is another).
+    # No space before the letter: so it is the token that the answer is (" A" is another).
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters, strict=True)]
     prompt = "\n".join([f"Choose the right answer: {question}", *lines, "Reply with one letter."])
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": letters[answer]}]

@@ -40,7 +40,7 @@ class JsonLines:
 
 
 def _text_of(path: Path) -> str:
-    """A text file's content, in UTF-8, or in UTF-16 if it begins with that byte order mark (PowerShell writes it)."""
+    """The text of a file in UTF-8, or in UTF-16 if it begins with its byte order mark, as from PowerShell."""
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
@@ -62,7 +62,7 @@ def row_of(line: str) -> dict:
 
 
 def _plain(message: dict) -> dict:
-    """A message as jaxchat knows it, from OpenAI's forms: "developer" is system, parts of text are one text."""
+    """Convert OpenAI's forms of a message: "developer" becomes system, parts of text become one text."""
     if message.get("tool_calls") or message.get("function_call"):
         raise ValueError("a message calls tools, which are not supported; remove this line")
     if message.get("weight", 1) != 1:

@@ -18,7 +18,9 @@ def smoltalk(folder: Path, split: str) -> Table:
 
 
 def suspects(batch: pa.RecordBatch) -> np.ndarray:
-    """The rows that are not [system,] user, assistant, user, … with text throughout, found without a loop over them."""
+    """The rows that are not [system,] user, assistant, user, … with text throughout, found without a loop
+    over them.
+    """
     messages, all_rows = batch.column("messages"), np.arange(len(batch))
     kind = messages.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):

@@ -1,7 +1,7 @@
 """SimpleSpelling and SpellingBee: spelling words and counting their letters, generated from a word list.
 
-Row i is made from (task, split, i) alone. Words and phrasings of the test split never occur in training. A question may
-show its word capitalised or in quotes; answers are in lower case.
+Row i is made from (task, split, i) alone. Words and phrasings of the test split never occur in training. A
+question may show its word capitalised or in quotes; answers are in lower case.
 """
 
 import random
@@ -107,8 +107,9 @@ def pick(chance: random.Random, items):
 
 
 def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> str:
-    """The phrasing, now and then in lower case or without its mark at the end; the word and the letter, now and then
-    with a capital, in capitals, or in quotes."""
+    """The phrasing, now and then in lower case or without its mark at the end; the word and the letter,
+    now and then with a capital, in capitals, or in quotes.
+    """
     if chance.random() < 0.2:
         phrasing = phrasing.lower()
     if chance.random() < 0.2:

@@ -19,9 +19,9 @@ MOST_LEFT_OUT = 0.01  # of a table's rows: more are no slip of the pen, but anot
 class Table:
     """Rows of a data set's parquet files, each converted to a conversation when it is read.
 
-    A row that is no conversation is left out, and counted in `left_out`; more than 1 in 100 are refused. Files may
-    differ in the order of their fields and in Arrow's types for text.
-    name: as launch.download calls it. suspects: of a batch, the only rows that can be wrong (None: all).
+    A row that is no conversation is left out, and counted in `left_out`; more than 1 in 100 are refused.
+    Files may differ in the order of their fields and in Arrow's types for text. name: as launch.download
+    calls it. suspects: of a batch, the only rows that can be wrong (None: all).
     """
 
     def __init__(
@@ -84,7 +84,8 @@ class Table:
 
 
 def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False) -> list[Path]:
-    """The parquet files of a split, sorted. UserError: none, not all of them, or two sets that may hold the same rows.
+    """The parquet files of a split, sorted. UserError: none, not all of them, or two sets that may hold the
+    same rows.
 
     They are one file ("train.parquet"), numbered ("train-00000.parquet"), or numbered as on the hub
     ("train-00000-of-00004.parquet"). in_folders: look in folders of the folder too.
