@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
 WORKERS ?= 2
+SLOW ?=
 ARGS ?=
 
 python := $(VENV)/bin/python
@@ -21,7 +22,7 @@ renew := renew
 endif
 endif
 
-.PHONY: help setup demo test test-slow lint format clean renew
+.PHONY: help setup demo test lint format clean renew
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -31,11 +32,8 @@ setup: $(installed)  ## make .venv and install jaxchat into it, in the versions 
 demo: $(installed)  ## train a tiny chat model from nothing and score it (minutes on a CPU)
 	$(python) -m launch.demo $(ARGS)
 
-test: $(installed)  ## the fast tests; ARGS="-k tokenizer" to choose
-	$(python) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
-
-test-slow: $(installed)  ## the slow tests
-	$(python) -m pytest -m slow -n $(WORKERS) --dist loadfile $(ARGS)
+test: $(installed)  ## the fast tests; SLOW=1 for all tests, ARGS="-k tokenizer" to choose
+	$(python) -m pytest $(if $(SLOW),,-m "not slow") -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(installed)  ## ruff: errors and format
 	$(python) -m ruff check
@@ -46,7 +44,7 @@ format: $(installed)  ## let ruff fix what it can
 	$(python) -m ruff format
 
 clean:  ## remove the venv and the tests' compilation cache
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV) .cache "$${XDG_CACHE_HOME:-$$HOME/.cache}/jaxchat-tests"
 
 # The first candidate that is new enough makes the venv; a venv of another version is never installed into.
 $(installed): pyproject.toml constraints.txt $(renew)

@@ -36,7 +36,9 @@ def xla_flags(devices: int) -> str:
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXCHAT_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = xla_flags(8)
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax-tests"))
+# Outside the checkout, so that a fresh clone finds what an earlier one has compiled; `make clean` removes it.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxchat-tests"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.4"  # writing one takes 0.2
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # a bound also makes jax lock it, which two workers need
@@ -121,6 +123,12 @@ def run_command(home):
         return done
 
     return run
+
+
+def pytest_collection_modifyitems(items):
+    """Run files with slow tests first: with two workers, a long file that begins last leaves one of them idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_configure(config):
