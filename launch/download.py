@@ -1,36 +1,37 @@
-"""Fetch data sets: python -m launch.download fineweb-edu --shards=240, or: … all-tasks core-bundle"""
+"""Download data sets: python -m launch.download fineweb-edu --shards=240, or: … all-tasks core-bundle"""
 
 import dataclasses
 import difflib
+import json
+import shlex
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from jaxchat import files
 from jaxchat.config import UserError, base_dir
-from jaxchat.data.hub import File, Link, Repo, check_room, fetch_all, giga, is_there, listed, retried
+from jaxchat.data.hub import Link, Repo
 from launch import cli
 
-SETS: dict[str, list[Repo | Link]] = {
-    "fineweb-edu": [Repo("karpathy/fineweb-edu-100b-shuffle", ("*.parquet",), "base_data", shards=True)],
-    "climbmix": [Repo("karpathy/climbmix-400b-shuffle", ("*.parquet",), "base_data", shards=True)],
-    "smoltalk": [Repo("HuggingFaceTB/smol-smoltalk", ("data/*.parquet",), "tasks/smoltalk")],
-    "mmlu": [Repo("cais/mmlu", ("all/*.parquet",), "tasks/mmlu")],
-    "gsm8k": [Repo("openai/gsm8k", ("main/*.parquet",), "tasks/gsm8k")],
-    "arc": [Repo("allenai/ai2_arc", ("ARC-*/*.parquet",), "tasks/arc")],
-    "humaneval": [Repo("openai/openai_humaneval", ("openai_humaneval/*.parquet",), "tasks/humaneval")],
-    "identity": [
-        Link(
-            "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl",
-            "tasks/identity/identity_conversations.jsonl",
-        )
-    ],
-    "words": [
-        Link(
-            "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt",
-            "tasks/words/words_alpha.txt",
-        )
-    ],
-    "core-bundle": [Link("https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip", "eval_bundle.zip")],
+PUBLIC = "https://karpathy-public.s3.us-west-2.amazonaws.com"
+WORDS = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
+SETS: dict[str, Repo | Link] = {
+    "fineweb-edu": Repo("karpathy/fineweb-edu-100b-shuffle", ("*.parquet",), "base_data", shards=True),
+    "climbmix": Repo("karpathy/climbmix-400b-shuffle", ("*.parquet",), "base_data", shards=True),
+    "smoltalk": Repo("HuggingFaceTB/smol-smoltalk", ("data/*.parquet",), "tasks/smoltalk"),
+    "mmlu": Repo("cais/mmlu", ("all/*.parquet",), "tasks/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe"),
+    "gsm8k": Repo("openai/gsm8k", ("main/*.parquet",), "tasks/gsm8k", "740312add88f781978c0658806c59bc2815b9866"),
+    "arc": Repo("allenai/ai2_arc", ("ARC-*/*.parquet",), "tasks/arc", "210d026faf9955653af8916fad021475a3f00453"),
+    "humaneval": Repo(
+        "openai/openai_humaneval",
+        ("openai_humaneval/*.parquet",),
+        "tasks/humaneval",
+        "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+    ),
+    "identity": Link(f"{PUBLIC}/identity_conversations.jsonl", "tasks/identity/identity_conversations.jsonl"),
+    "words": Link(WORDS, "tasks/words/words_alpha.txt"),
+    "core-bundle": Link(
+        f"{PUBLIC}/eval_bundle.zip", "eval_bundle", needs=("core.yaml", "eval_meta_data.csv", "eval_data")
+    ),
 }
 TASKS = ("smoltalk", "mmlu", "gsm8k", "arc", "humaneval", "identity", "words")
 NAMES = (*SETS, "all-tasks")
@@ -38,25 +39,37 @@ NAMES = (*SETS, "all-tasks")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fetch data sets, several files at a time. What is there already is checked and not fetched again; what was cut
-    off goes on where it was. A file appears under its name only when its size and hash are what the hub says.
+    """Download data sets, several files at a time. Complete files are kept; an interrupted download continues with
+    the missing files when the same command is run again. Files are verified by the size and hash that the hub states.
 
     Names: fineweb-edu, climbmix; smoltalk, mmlu, gsm8k, arc, humaneval, identity, words, or all-tasks for these seven;
-    core-bundle. HF_ENDPOINT names a mirror of the hub, HF_HUB_DOWNLOAD_TIMEOUT the seconds until silence is an error.
+    core-bundle. HF_ENDPOINT names a mirror of the hub, HF_HUB_DOWNLOAD_TIMEOUT the seconds without data after which a
+    connection is given up.
     """
 
     what: str = ""
-    """Names with commas between; they may also stand before the flags, with spaces."""
+    """Names, separated by commas; they may also stand before the flags, separated by spaces."""
     shards: int = 240
-    """Of fineweb-edu and climbmix, the first so many shards; the last of these is for validation."""
+    """Number of files of fineweb-edu or climbmix, from the first on; the last of them is for validation."""
     to: str = ""
-    """Folder that takes the place of base_data (of the two), tasks (of the tasks), or the bundle's parent."""
+    """Folder to use instead of <base directory>/base_data for fineweb-edu and climbmix, <base directory>/tasks for the
+    tasks, and the base directory for core-bundle."""
+    revision: str = ""
+    """Commit, tag or branch of a single data set on the hub. Empty: the commit recorded in the folder's .source file,
+    else the one that jaxchat pins, else the newest; it is recorded for the next time."""
     parallel: int = 8
-    """Files at a time."""
+    """Number of files downloaded at a time."""
+
+    def __post_init__(self):
+        for flag, least in (("shards", 2), ("parallel", 1)):
+            if getattr(self, flag) < least:
+                raise UserError(f"--{flag}={getattr(self, flag)}; it must be at least {least}")
+        if self.revision and not (len(names := names_in(self.what)) == 1 and isinstance(SETS[names[0]], Repo)):
+            raise UserError(f"--revision={self.revision} needs one data set of the hub, not {self.what}")
 
 
 def place(folder: str, to: str) -> Path:
-    """Where base_data/…, tasks/… or the bundle go: --to takes the place of the first of these names."""
+    """Return where base_data/…, tasks/… or the bundle go: --to replaces base_data, tasks, or the bundle's parent."""
     kind, _, rest = folder.partition("/")
     if kind not in ("base_data", "tasks"):
         return (Path(to).expanduser() if to else base_dir()) / folder
@@ -69,69 +82,68 @@ def names_in(what: str) -> list[str]:
         if name not in SETS:
             near = difflib.get_close_matches(name, NAMES, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"unknown data set {name!r}{hint}; it is one of {', '.join(NAMES)}")
+            raise UserError(f"unknown data set {name!r}{hint}; it must be one of {', '.join(NAMES)}")
     if not names:
-        raise UserError(f"what to fetch? one or several of {', '.join(NAMES)}")
+        raise UserError(f"no data set was named; give one or several of {', '.join(NAMES)}")
     if {"fineweb-edu", "climbmix"} <= set(names):
         raise UserError(
-            "fineweb-edu and climbmix name their shards alike; fetch one, and the other with a --to of its own"
+            "fineweb-edu and climbmix name their shards alike; download one, and the other with a --to of its own"
         )
     return list(dict.fromkeys(names))
-
-
-def files_of(name: str, config: Config) -> list[File]:
-    from jaxchat.data.sources import SOURCE
-
-    files = []
-    for part in SETS[name]:
-        if isinstance(part, Link):
-            files.append(File(part.url, place(part.path, config.to), {}))
-            continue
-        folder = place(part.folder, config.to)
-        if part.shards:
-            source = folder / SOURCE
-            if source.is_file() and (other := source.read_text().split()[0]) != part.repo:
-                raise UserError(f"{folder} holds shards of {other}; fetch {name} to another folder with --to")
-        files += retried(part.repo, lambda part=part, folder=folder: listed(part, folder, config.shards))
-        if part.shards:
-            folder.mkdir(parents=True, exist_ok=True)
-            source.write_text(f"{part.repo} {config.shards}\n")
-    return files
 
 
 def run(config: Config):
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
 
+    from jaxchat.data import hub
+
     disable_progress_bars()
     hub_logging.set_verbosity_error()
     names = names_in(config.what)
-    for flag, least in (("shards", 2), ("parallel", 1)):
-        if getattr(config, flag) < least:
-            raise UserError(f"--{flag}={getattr(config, flag)}; it must be at least {least}")
-    files = [file for name in names for file in files_of(name, config)]
-    print(f"checking what is there of {len(files)} files…", flush=True)
-    with ThreadPoolExecutor() as pool:
-        there = list(pool.map(is_there, files))
-    missing = [file for file, whole in zip(files, there, strict=True) if not whole]
-    changed = [file.path.name for file in missing if file.path.is_file()]
-    folders = sorted({str(file.path.parent) for file in files})
-    rows = [
-        ("files", f"{len(files):,}, of which {sum(there):,} are there and whole"),
-        ("to fetch", f"{len(missing):,} files, {giga(sum(f.size or 0 for f in missing))} where the size is stated"),
-        ("to", folders[0] + (f" and {len(folders) - 1} more" if len(folders) > 1 else "")),
-    ]
-    if changed:
-        rows.append(("fetched anew", f"{len(changed)} that are not what the hub states: {', '.join(changed[:3])}"))
-    cli.print_plan(f"Fetching {', '.join(names)}", rows)
+    repos = {repo: place(repo.folder, config.to) for name in names if isinstance(repo := SETS[name], Repo)}
+    links = {link: place(link.path, config.to) for name in names if isinstance(link := SETS[name], Link)}
+    listings = [hub.list_files(repo, folder, config.revision, config.shards) for repo, folder in repos.items()]
+    missing = [listing.files[name][0] for listing in listings for name in listing.missing()]
+    wanted = {link: path for link, path in links.items() if not hub.is_complete(link, path)}
+    rows = [(listing.repo, f"commit {listing.commit[:12]}, to {listing.folder}") for listing in listings]
+    rows += [(path.name, f"to {path.parent}") for path in links.values()]
+    count = sum(len(listing.files) for listing in listings) + len(links)
+    left = len(missing) + len(wanted)
+    more = f", and {len(wanted)} files whose size is not known" if wanted else ""
+    rows.append(("complete", f"{count - left:,} of {count:,} files"))
+    rows.append(("to download", f"{files.size_text(sum(missing))}{more}"))
+    cli.print_plan(f"Download {', '.join(names)}", rows)
     if missing:
-        check_room(missing)
-        fetch_all(missing, config.parallel)
-    print("all files are there and whole", flush=True)
-    tokenizer = base_dir() / "tokenizer"
+        remedy = "free some, ask for fewer --shards, or give another disk's folder with --to"
+        files.check_space(listings[0].folder, sum(missing), remedy)
+
+    def work():
+        for listing in listings:
+            hub.fetch(listing, config.parallel)
+        for link, path in wanted.items():
+            hub.fetch_link(link, path)
+
+    hub.show_progress(work, listings)
+    print("all files are present and verified", flush=True)
     if not set(names) <= {*TASKS, "core-bundle"}:
-        flag = f" --data_dir={config.to}" if config.to else ""
-        cli.next_step(f"python -m launch.{'base_train' if tokenizer.is_dir() else 'tok_train'}{flag}")
+        print_next(config.to)
+
+
+def print_next(to: str):
+    """Print the next command: base_train only if the tokenizer that is there was trained on this text."""
+    from jaxchat.data.sources import file_fingerprint, find_shards
+
+    about = base_dir() / "tokenizer/tokenizer.json"
+    try:
+        known = json.loads(about.read_text(encoding="utf-8")).get("trained_on", {})
+    except (OSError, ValueError):
+        known = None
+    fits = bool(known) and file_fingerprint(find_shards(to, "train")[0]) in known.values()
+    if known is not None and not fits:
+        print(f"the tokenizer in {about.parent} was not trained on this text, as far as is known")
+    flag = f" --data_dir={shlex.quote(to)}" if to else ""
+    cli.next_step(f"python -m launch.{'base_train' if fits else 'tok_train'}{flag}")
 
 
 def main(args: list[str] | None = None):

@@ -1,154 +1,181 @@
-"""launch.download against a fake hub that drops, stalls, refuses, lies and is killed: all files arrive whole or not."""
+"""launch.download against a fake hub with faults: files arrive complete or not at all, and only what belongs there."""
 
-import hashlib
+import errno
+import fcntl
 import io
+import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-import types
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from fake_hub import FakeHub
+from fake_hub import COMMITS, FakeHub
 
-from jaxchat.config import UserError
 from jaxchat.data import hub
+from jaxchat.data.sources import SOURCE, file_fingerprint
 from launch import download
 
-REPO = "karpathy/fineweb-edu-100b-shuffle"
+FINEWEB, CLIMBMIX = "karpathy/fineweb-edu-100b-shuffle", "karpathy/climbmix-400b-shuffle"
 
 
-def shards(count=4, size=3_000_000):
+def shards(count=3, size=300_000):
     random = np.random.default_rng(0)
-    return {REPO: {"README.txt": b"hello"} | {f"shard_{i:05d}.parquet": random.bytes(size + i) for i in range(count)}}
+    return {
+        FINEWEB: {"README.txt": b"hello"} | {f"shard_{i:05d}.parquet": random.bytes(size + i) for i in range(count)}
+    }
 
 
 @pytest.fixture
-def fetch(run_command, home, monkeypatch):
-    """fetch(hub, *args, check=True): the command against that hub, with short pauses. -> the CompletedProcess."""
-    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
-    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
+def slept(monkeypatch) -> list[float]:
+    """Pauses take no time; -> how long they would have been."""
+    found = []
+    monkeypatch.setattr(hub.time, "sleep", found.append)
+    return found
 
-    def run(server, *args, **how):
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        return run_command("launch.download", *args, **how)
+
+@pytest.fixture
+def fetch(home, monkeypatch, capsys, slept):
+    """fetch(server, *args): the command against that hub. -> (exit code, stdout, stderr)."""
+
+    def run(server, *args):
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"  # both are read when it is imported
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        capsys.readouterr()
+        code = 0
+        try:
+            download.main([*args])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
 
     return run
 
 
-def assert_whole(folder, files, names):
-    assert sorted(path.name for path in folder.iterdir() if path.name[0] != ".") == sorted(names)
-    for name in names:
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+
+
+def assert_complete(folder, files, count):
+    assert names(folder) == [f"shard_{i:05d}.parquet" for i in range(count)]
+    for name in names(folder):
         assert (folder / name).read_bytes() == files[name]
 
 
-@pytest.mark.parametrize("faults", [["drop", "drop"], ["stall"], ["503", "503"], ["short"], ["long"], ["garbage"]])
+@pytest.mark.parametrize("faults", [["drop", "drop"], ["503"] * 3, ["429"] * 8, ["garbage"]], ids=lambda f: f[0])
 def test_every_fault_is_survived(fetch, home, faults):
+    """Eight 429 without Retry-After are more than the library waits for."""
     files, broken = shards(), "shard_00001.parquet"
     with FakeHub(files, {broken: [*faults], "api": ["503"]}) as server:
-        done = fetch(server, "fineweb-edu", "--shards=3")
-        assert "all files are there and whole" in done.stdout and "next: " in done.stdout
-        assert_whole(home / "base_data", files[REPO], [f"shard_{i:05d}.parquet" for i in range(3)])
-        firsts = [first for path, first in server.asked if path == broken]
-        assert len(firsts) == len(faults) + 1
-        if faults[0] in ("drop", "stall", "short"):
-            assert firsts[-1] > 0, "what had come is not asked for again"
+        code, out, _ = fetch(server, "fineweb-edu", "--shards=3")
+        assert code == 0 and "all files are present and verified" in out, out
+        assert_complete(home / "base_data", files[FINEWEB], 3)
+        assert (home / "base_data" / SOURCE).read_text() == f"{FINEWEB} 3 {COMMITS[0]}\n"
+        assert server.asked.count(broken) == len(faults) + 1
         asked = len(server.asked)
-        again = fetch(server, "fineweb-edu", "--shards=3")
-        assert "3, of which 3 are there and whole" in again.stdout and len(server.asked) == asked
+        code, out, _ = fetch(server, "fineweb-edu", "--shards=3")
+        assert code == 0 and "3 of 3 files" in out and len(server.asked) == asked
 
 
-def test_a_range_that_is_ignored(fetch, home):
-    files, broken = shards(2), "shard_00000.parquet"
-    with FakeHub(files, {broken: ["drop", "whole"]}) as server:
-        fetch(server, "fineweb-edu", "--shards=2")
-        assert_whole(home / "base_data", files[REPO], [f"shard_{i:05d}.parquet" for i in range(2)])
-
-
-def test_a_server_that_ignores_ranges_and_always_drops(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "PAUSE", 0.001)
-    files, path = shards(1), "shard_00000.parquet"
-    with FakeHub(files, {path: ["whole, drop"] * 99}) as server:
-        file = hub.File(f"{server.url}/cdn/{REPO}//{path}", tmp_path / path, {}, size=3_000_000, digest="sha256:0")
-        with pytest.raises(UserError, match=r"\(5 tries\)"):
-            hub.fetch(file, threading.Event())
-        assert [first > 0 for _, first in server.asked] == [False] + [True] * (hub.TRIES - 1)
-
-
-def test_a_flaky_server_may_drop_more_often_than_we_try_without_progress(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "PAUSE", 0.001)
-    files, path = shards(1, 9_000_000), "shard_00000.parquet"
-    content = files[REPO][path]
-    with FakeHub(files, {path: ["drop"] * (hub.TRIES + 1)}) as server:
-        digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
-        file = hub.File(f"{server.url}/cdn/{REPO}//{path}", tmp_path / path, {}, size=len(content), digest=digest)
-        monkeypatch.setattr(hub, "CHUNK", 1 << 10)
-        hub.fetch(file, threading.Event())
-        assert (tmp_path / path).read_bytes() == content and len(server.asked) == hub.TRIES + 2
-
-
-def test_killed_and_run_again_it_goes_on_where_it_was(fetch, home, monkeypatch):
-    files = shards(2, 24_000_000)
-    with FakeHub(files, seconds_a_megabyte=0.05) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        command = [sys.executable, "-m", "launch.download", "fineweb-edu", "--shards=2"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        part, deadline = home / "base_data/shard_00001.parquet.part", time.monotonic() + 60
-        while not part.exists() or part.stat().st_size < 6_000_000:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (home / "base_data/shard_00001.parquet").exists()
-        server.pace, before, had = 0.0, len(server.asked), part.stat().st_size
-        fetch(server, "fineweb-edu", "--shards=2")
-        assert ("shard_00001.parquet", had) in server.asked[before:]
-        assert_whole(home / "base_data", files[REPO], ["shard_00000.parquet", "shard_00001.parquet"])
-
-
-@pytest.mark.slow
-def test_a_server_that_never_recovers_is_told_in_one_line(fetch, home):
-    files = shards(3)
+def test_a_server_that_never_recovers(fetch, home, slept):
+    """One line at the end; the other files are there. What can't be is not tried again."""
+    files = shards()
     with FakeHub(files, {"shard_00001.parquet": ["garbage"] * 99}) as server:
-        done = fetch(server, "fineweb-edu", "--shards=3", check=False)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
-        assert "shard_00001.parquet: what came has another hash than the hub states (5 tries)" in done.stderr
-        assert_whole(home / "base_data", files[REPO], ["shard_00000.parquet", "shard_00002.parquet"])
-        done = fetch(server, "climbmix", f"--to={home / 'other'}", check=False)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "HF_ENDPOINT" in done.stderr
+        code, _, err = fetch(server, "fineweb-edu", "--shards=3")
+        assert code == 2 and "the hub states them (shard_00001.parquet) (10 attempts)" in err.splitlines()[-1]
+        assert names(home / "base_data") == ["shard_00000.parquet", "shard_00002.parquet"]
+        assert sum(slept) > 300
+        slept.clear()
+        code, _, err = fetch(server, "climbmix", f"--to={home / 'other'}")
+        assert code == 2 and "HF_ENDPOINT" in err and not slept
 
 
-def test_damaged_files_are_fetched_anew_and_other_shards_kept(fetch, home):
-    files = shards(3)
-    files["karpathy/climbmix-400b-shuffle"] = {"shard_00000.parquet": b"other", "shard_00001.parquet": b"ones"}
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_flock(fetch, home, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with FakeHub(shards()) as server:
+        assert fetch(server, "fineweb-edu", "--shards=2")[0] == 0
+
+
+def test_killed_and_run_again(fetch, home, monkeypatch):
+    """It continues with the files that are lacking."""
+    files = shards(2, 6_000_000)
+    with FakeHub(files, seconds_a_megabyte=0.1) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        command = [sys.executable, "-m", "launch.download", "fineweb-edu", "--shards=2", "--parallel=1"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        while len(server.asked) < 2:
+            assert process.poll() is None
+            threading.Event().wait(0.02)
+        process.kill()
+        process.wait()
+        assert names(home / "base_data") == ["shard_00000.parquet"]
+        (partial,) = (home / "base_data").rglob("*.incomplete")
+        os.utime(partial, (0, 0))
+        server.pace = 0.0
+        assert fetch(server, "fineweb-edu", "--shards=2")[0] == 0
+        assert server.asked[2:] == ["shard_00001.parquet"] and not partial.exists()
+        assert_complete(home / "base_data", files[FINEWEB], 2)
+
+
+def test_a_later_run_takes_the_same_commit(fetch, home):
+    """More shards, a damaged one: of the commit that is recorded, until --revision names another."""
+    files = shards()
     with FakeHub(files) as server:
-        fetch(server, "fineweb-edu", "--shards=3")
-        damaged = home / "base_data/shard_00002.parquet"
+        fetch(server, "fineweb-edu", "--shards=2")
+        server.newest = COMMITS[1]
+        damaged = home / "base_data/shard_00001.parquet"
         damaged.write_bytes(b"x" * damaged.stat().st_size)
-        done = fetch(server, "fineweb-edu", "--shards=3")
-        assert "fetched anew  1 that are not what the hub states: shard_00002.parquet" in done.stdout
-        assert_whole(home / "base_data", files[REPO], [f"shard_{i:05d}.parquet" for i in range(3)])
-        done = fetch(server, "climbmix", "--shards=2", check=False)
-        assert done.returncode == 2 and f"holds shards of {REPO}" in done.stderr
-        fetch(server, "climbmix", "--shards=2", f"--to={home / 'mix'}")
+        later = time.time() + 60
+        os.utime(damaged, (later, later))
+        assert fetch(server, "fineweb-edu", "--shards=3")[0] == 0
+        assert_complete(home / "base_data", files[FINEWEB], 3)
+        assert server.asked.count("shard_00000.parquet") == 1
+        assert (home / "base_data" / SOURCE).read_text().split()[1:] == ["3", COMMITS[0]]
+        assert fetch(server, "fineweb-edu", "--shards=2", "--revision=main")[0] == 0
+        assert (home / "base_data" / SOURCE).read_text().split()[1:] == ["2", COMMITS[1]]
+
+
+def test_other_files_are_not_mixed_in(fetch, home):
+    files = shards() | {CLIMBMIX: {"shard_00000.parquet": b"other", "shard_00001.parquet": b"ones"}}
+    folder = home / "base_data"
+    folder.mkdir()
+    with FakeHub(files) as server:
+        for name in ("mine.parquet", "shard_00000.parquet"):
+            (folder / name).write_bytes(b"my own")
+            code, _, err = fetch(server, "fineweb-edu", "--shards=2")
+            assert code == 2 and f"1 files that are not of {FINEWEB} ({name})" in err
+            (folder / name).unlink()
+        (folder / "shard_00000.parquet").write_bytes(files[FINEWEB]["shard_00000.parquet"])  # the very same is kept
+        (folder / "._shard_00000.parquet").write_bytes(b"macOS")
+        assert fetch(server, "fineweb-edu", "--shards=2")[0] == 0
+        assert server.asked == ["shard_00001.parquet"]
+        code, _, err = fetch(server, "climbmix", "--shards=2")
+        assert code == 2 and f"holds files of {FINEWEB}" in err
+        assert fetch(server, "climbmix", "--shards=2", f"--to={home / 'mix'}")[0] == 0
         assert (home / "mix/shard_00001.parquet").read_bytes() == b"ones"
 
 
-def test_a_full_disk(fetch, home):
-    """/dev/full takes nothing, as a full disk does; and a data set larger than the disk is refused beforehand."""
-    with FakeHub(shards(2)) as server:
-        (home / "base_data").mkdir()
-        (home / "base_data/shard_00001.parquet.part").symlink_to("/dev/full")
-        done = fetch(server, "fineweb-edu", "--shards=2", check=False)
-        assert done.returncode == 2 and "No space left on device; free some space" in done.stderr
-        assert done.stderr.count("\n") == 1 and not (home / "base_data/shard_00001.parquet").exists()
-    with pytest.raises(UserError, match=r"1000000.00 GB are still to be fetched .* are free there"):
-        hub.check_room([hub.File("", home / "x/y", {}, size=10**15)])
+def test_a_full_disk(fetch, home, monkeypatch, slept):
+    """It is refused beforehand, or ends at once."""
+    with FakeHub(shards()) as server:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
+        code, _, err = fetch(server, "fineweb-edu", "--shards=2")
+        assert code == 2 and "needs 0.60 MB of disk space, and 0.00 MB are free there; free some, ask for fewer" in err
+    with pytest.raises(OSError, match="No space left"):
+        hub.retried("x", lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    assert not slept
 
 
 TASK_FILES = {
@@ -160,11 +187,13 @@ TASK_FILES = {
 }
 
 
-def test_all_tasks_and_the_core_bundle(home, monkeypatch, capsys):
-    """They lie where the tasks look for them; the archive is unpacked, whole or not at all."""
+def test_all_tasks_and_the_core_bundle(fetch, home, monkeypatch):
+    """They are where the tasks look for them. A bundle is unpacked completely; an empty folder is none."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("eval_bundle/core.yaml", "icl_tasks: []\n" * 5000)
+        archive.writestr("eval_bundle/eval_meta_data.csv", "Eval Task\n")
+        archive.writestr("eval_bundle/eval_data/a.jsonl", "{}\n")
     plain = {
         "identity_conversations.jsonl": b"[]\n",
         "words_alpha.txt": b"word\n",
@@ -172,55 +201,73 @@ def test_all_tasks_and_the_core_bundle(home, monkeypatch, capsys):
     }
     files = {repo: {path: path.encode() for path in paths} for repo, paths in TASK_FILES.items()} | {"": plain}
     faults = {"eval_bundle.zip": ["garbage", "drop"], "words_alpha.txt": ["503"]}
+    (home / "eval_bundle").mkdir()
     with FakeHub(files, faults) as server:
-        monkeypatch.setattr(hub, "PAUSE", 0.01)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"  # both are read when it is imported
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         for name in ("identity", "words", "core-bundle"):
-            (link,) = download.SETS[name]
-            here = hub.Link(f"{server.url}/plain/{link.url.rpartition('/')[2]}", link.path)
-            monkeypatch.setitem(download.SETS, name, [here])
-        download.main(["all-tasks", "core-bundle"])
-        found = {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
-        assert found == {
+            link = download.SETS[name]
+            here = hub.Link(f"{server.url}/plain/{link.url.rpartition('/')[2]}", link.path, link.needs)
+            monkeypatch.setitem(download.SETS, name, here)
+        assert fetch(server, "all-tasks", "core-bundle")[0] == 0
+        paths = (path.relative_to(home) for path in home.rglob("*") if path.is_file() and path.name != SOURCE)
+        assert {path.as_posix() for path in paths if ".cache" not in path.parts} == {
             *("tasks/smoltalk/data/train-00000-of-00001.parquet", "tasks/smoltalk/data/test-00000-of-00001.parquet"),
             *("tasks/mmlu/all/test-00000-of-00001.parquet", "tasks/gsm8k/main/train-00000-of-00001.parquet"),
             *("tasks/arc/ARC-Easy/test-00000-of-00001.parquet", "tasks/arc/ARC-Challenge/test-00000-of-00001.parquet"),
             "tasks/humaneval/openai_humaneval/test-00000-of-00001.parquet",
-            *("tasks/identity/identity_conversations.jsonl", "tasks/words/words_alpha.txt", "eval_bundle/core.yaml"),
+            *("tasks/identity/identity_conversations.jsonl", "tasks/words/words_alpha.txt"),
+            *("eval_bundle/core.yaml", "eval_bundle/eval_meta_data.csv", "eval_bundle/eval_data/a.jsonl"),
         }
         assert (home / "tasks/words/words_alpha.txt").read_bytes() == b"word\n"
+        assert (home / "tasks/mmlu" / SOURCE).read_text() == f"cais/mmlu 1 {download.SETS['mmlu'].commit}\n"
         asked = len(server.asked)
-        download.main(["all-tasks", "core-bundle"])
-        assert len(server.asked) == asked
+        code, out, _ = fetch(server, "all-tasks", "core-bundle")
+        assert code == 0 and len(server.asked) == asked and "next:" not in out
+        (home / "eval_bundle/core.yaml").unlink()
+        code, _, err = fetch(server, "core-bundle")
+        assert code == 2 and "eval_bundle is incomplete: it has no core.yaml" in err
+
+
+def test_the_next_command(fetch, home, tmp_path):
+    """base_train only with a tokenizer that was trained on this text."""
+    shard = io.BytesIO()
+    pq.write_table(pa.table({"text": ["some text"]}), shard)
+    folder, about = home / "my text", home / "tokenizer/tokenizer.json"
+    with FakeHub({FINEWEB: {f"shard_{i:05d}.parquet": shard.getvalue() for i in range(2)}}) as server:
+
+        def hint(**info):
+            about.parent.mkdir(exist_ok=True)
+            about.write_text(json.dumps({"hash": "0"} | info))
+            return fetch(server, "fineweb-edu", "--shards=2", f"--to={folder}")[1].splitlines()[-2:]
+
+        other, command = hint(trained_on={"shard_00000.parquet": "0123"})  # the demo's, say
+        assert "was not trained on this text" in other and f"-m launch.tok_train --data_dir='{folder}'" in command
+        assert "launch.tok_train" in hint()[1]
+        _, command = hint(trained_on={"x": file_fingerprint(folder / "shard_00000.parquet")})
+        assert f"-m launch.base_train --data_dir='{folder}'" in command
+        about.unlink()
+        assert "launch.tok_train" in fetch(server, "fineweb-edu", "--shards=2", f"--to={folder}")[1].splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    "args, told",
+    "args, message",
     [
-        ([], "what to fetch"),
+        ([], "no data set was named"),
         (["fineweb"], "did you mean fineweb-edu"),
         (["fineweb-edu", "climbmix"], "name their shards alike"),
         (["fineweb-edu", "--shards=1"], "--shards=1; it must be at least 2"),
+        (["all-tasks", "--revision=main"], "--revision=main needs one data set"),
+        (["words", "--revision=main"], "--revision=main needs one data set"),
     ],
 )
-def test_wrong_flags(home, args, told, capsys):
+def test_wrong_flags(home, args, message, capsys):
     with pytest.raises(SystemExit) as stop:
         download.main(args)
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and told in err and err.count("\n") == 1
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("path", ["../../outside.parquet", "/tmp/outside.parquet", "data/../../outside.parquet"])
-def test_a_hub_that_names_files_outside_is_not_trusted(path, tmp_path, monkeypatch):
-    class Api:
-        def repo_info(self, *args, **kwargs):
-            return types.SimpleNamespace(sha="0" * 40)
-
-        def list_repo_tree(self, *args, **kwargs):
-            return [types.SimpleNamespace(path=path, size=1, lfs=None, blob_id="0")]
-
-    monkeypatch.setattr(hub, "HfApi", Api)
-    with pytest.raises(UserError, match="outside of its folder"):
-        hub.listed(hub.Repo("some/data", ("*.parquet",), "base_data"), tmp_path, 1)
+def test_a_hub_that_names_files_outside_is_not_trusted(fetch, path):
+    with FakeHub({FINEWEB: {path: b"x"}}) as server:
+        code, _, err = fetch(server, "fineweb-edu", "--shards=2")
+        assert code == 2 and "outside of its folder" in err

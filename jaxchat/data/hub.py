@@ -1,252 +1,257 @@
-"""Fetching files: from data sets on the hub, by its library, and from plain addresses; whole, checked, gone on with."""
+"""Download data sets from the hub with huggingface_hub, and single files by URL: atomic, verified, retried."""
 
 import dataclasses
 import errno
 import fcntl
 import fnmatch
-import hashlib
+import glob
 import os
-import shutil
 import sys
-import threading
 import time
 import zipfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import BinaryIO
 
-from huggingface_hub import HfApi, constants, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
+from jaxchat import files
 from jaxchat.config import UserError
 
-CHUNK = 1 << 20  # bytes written at a time: less than one is lost when a connection breaks
-TRIES, PAUSE = 5, 1.0  # in a row without progress; seconds before the second, doubled before each further one
-# Failures of this machine's disk, which trying again does not mend.
+PAUSES = (1, 2, 4, 8, 16, 32, 64, 128, 128)  # seconds between attempts; in all more than the hub's 5-minute rate limit
+PERMANENT = (401, 403, 404)  # answers of a server that asking again does not change
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EMFILE)
+STALE = 3600  # seconds after which a partial file counts as left by a kill
+SHOW = 5  # seconds between lines about progress
 
 
 @dataclasses.dataclass(frozen=True)
 class Repo:
-    """A data set on the hub: the files that match one of `patterns` go to `folder`, under their own paths."""
+    """A data set on the hub: its files that match one of `patterns` go to `folder`, under their own paths."""
 
     repo: str
     patterns: tuple[str, ...]
     folder: str
-    shards: bool = False  # take only so many of the sorted files as --shards says
+    commit: str = ""  # "": the newest one at the first download
+    shards: bool = False  # whether --shards limits the number of files
 
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A file elsewhere, which goes to `path`; a .zip is unpacked beside it, to the folder of the same name."""
+    """A file elsewhere. With `needs` it is a zip, unpacked to the folder `path`, where these must be."""
 
     url: str
     path: str
+    needs: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
-    url: str
-    path: Path
-    headers: dict
-    size: int | None = None  # bytes; None: whatever the server says
-    digest: str = ""  # "sha256:…" or "git:…", as the hub states; "": none is stated
+class Listing:
+    """The wanted files of a data set at one commit: {path: (bytes, kind of hash, hash)}, as the hub states them."""
 
-    @property
-    def part(self) -> Path:
-        return self.path.with_name(self.path.name + ".part")
+    repo: str
+    commit: str
+    folder: Path
+    files: dict[str, tuple[int, str, str]]
 
-
-def hash_of(path: Path, kind: str) -> str:
-    """ "sha256:…" of a file's content, or "git:…", the name that git gives it (for small files the hub states that)."""
-    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return f"{kind}:{digest.hexdigest()}"
-
-
-def is_whole(file: File, path: Path) -> bool:
-    """Whether what lies at `path` is the file, as far as is known of it."""
-    if not path.is_file() or (file.size is not None and path.stat().st_size != file.size):
-        return False
-    return not file.digest or hash_of(path, file.digest.partition(":")[0]) == file.digest
-
-
-def retried(what: str, attempt: Callable, have: Callable[[], int] = lambda: 0):
-    """attempt(), again after a pause where the server or the network failed. UserError: for good.
-
-    have: the bytes that are here; a try after which they are more than ever before does not count.
-    """
-    tries, most = 0, have()
-    while True:
-        try:
-            return attempt()
-        except (HTTPError, OSError, ValueError) as problem:  # ValueError: no JSON came, but a page of somebody's
-            status = problem.response.status_code if isinstance(problem, HfHubHTTPError) else None
-            if isinstance(problem, OSError) and problem.errno in DISK:
-                raise
-            told = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-            if status in (401, 403, 404):
-                raise UserError(f"{what}: {told}; is there such a thing at this endpoint? (HF_ENDPOINT)") from problem
-            tries, most = (1 if have() > most else tries + 1), max(most, have())
-            if tries == TRIES:
-                raise UserError(
-                    f"{what}: {told} ({TRIES} tries); run the same command again, it goes on where it was"
-                ) from problem
-            time.sleep(PAUSE * 2 ** (tries - 1))
-
-
-def listed(repo: Repo, folder: Path, shards: int) -> list[File]:
-    """The files of a data set, at its present commit, with the sizes and hashes that the hub states."""
-    api = HfApi()
-    commit = api.repo_info(repo.repo, repo_type="dataset").sha
-    tree = api.list_repo_tree(repo.repo, recursive=True, revision=commit, repo_type="dataset")
-    found = sorted((f for f in tree if hasattr(f, "size")), key=lambda f: f.path)
-    found = [f for f in found if any(fnmatch.fnmatch(f.path, pattern) for pattern in repo.patterns)]
-    if not found:
-        raise UserError(f"{repo.repo} has no file like {', '.join(repo.patterns)}; it may have changed")
-    for f in found:
-        if Path(f.path).is_absolute() or ".." in Path(f.path).parts:
-            raise UserError(
-                f"{repo.repo} at this endpoint names a file {f.path!r}, outside of its folder; don't trust it"
-            )
-    if repo.shards and shards > len(found):
-        raise UserError(f"--shards={shards}, but {repo.repo} has {len(found)}")
-    return [
-        File(
-            url=hf_hub_url(repo.repo, f.path, repo_type="dataset", revision=commit),
-            path=folder / f.path,
-            headers=build_hf_headers(),
-            size=f.size,
-            digest=f"sha256:{f.lfs.sha256}" if f.lfs else f"git:{f.blob_id}",
-        )
-        for f in (found[:shards] if repo.shards else found)
-    ]
-
-
-def fetch(file: File, stop: threading.Event):
-    """Put the file under its name, whole; a part that an earlier attempt left is gone on with."""
-
-    def attempt():
-        if stop.is_set():
-            return
-        file.part.parent.mkdir(parents=True, exist_ok=True)
-        with open(file.part, "ab") as out:
-            try:
-                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{file.part} is being fetched by another process; let it finish") from None
-            have = os.fstat(out.fileno()).st_size
-            if not file.digest or (file.size is not None and have > file.size):
-                out.truncate(0)  # what has no hash stated is not gone on with: it may be another file by now
-                have = 0
-            if have != file.size:
-                receive(file, out, have)
-            out.flush()  # and still locked: nobody else may touch the part until it has its name
-            if file.digest and hash_of(file.part, file.digest.partition(":")[0]) != file.digest:
-                file.part.unlink()  # nothing of it can be trusted
-                raise OSError("what came has another hash than the hub states")
-            if file.path.suffix == ".zip":
-                unpack(file.part, file.path.with_suffix(""))
-                file.part.unlink()
-            else:
-                os.replace(file.part, file.path)
-
-    retried(file.path.name, attempt, have=lambda: size_of(file.part))
-
-
-def receive(file: File, out: BinaryIO, have: int):
-    """Append to `out`, which holds `have` bytes of the file, what is lacking. OSError, HTTPError: not all of it came.
-
-    The library's own http_get is not used: it goes on by itself, for ever where a server ignores ranges and drops.
-    """
-    headers = file.headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    request = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": True}
-    with get_session().stream("GET", file.url, **request) as response:
-        if response.status_code == 416 or (have and response.status_code == 200):
-            out.truncate(0)  # no more there than is here, or something else by now; or the whole file comes
-        hf_raise_for_status(response)
-        for chunk in response.iter_bytes(CHUNK):
-            out.write(chunk)
-    out.flush()
-    got = os.fstat(out.fileno()).st_size
-    if file.size is not None and got != file.size:
-        raise OSError(f"{got:,} bytes came, the hub states {file.size:,}")
-
-
-def unpack(archive: Path, folder: Path):
-    """The folder of the same name in an archive, whole or not at all."""
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            opened.extractall(fresh)  # checks each member's CRC
-    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError, NotImplementedError) as problem:
-        archive.unlink()
-        raise OSError(f"not a whole zip file ({problem})") from problem
-    os.replace(fresh / folder.name if (fresh / folder.name).is_dir() else fresh, folder)
-    shutil.rmtree(fresh, ignore_errors=True)
-
-
-def is_there(file: File) -> bool:
-    return file.path.with_suffix("").is_dir() if file.path.suffix == ".zip" else is_whole(file, file.path)
+    def missing(self) -> list[str]:
+        """Files that are not there in the stated size."""
+        return [name for name, (size, *_) in self.files.items() if size_of(self.folder / name) != size]
 
 
 def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    """Bytes of a file; -1: there is none."""
+    return path.stat().st_size if path.is_file() else -1
 
 
-def check_room(missing: list[File]):
-    need = sum((file.size or 0) - size_of(file.part) for file in missing)
-    folder = missing[0].path.parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if need > free:
+def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 0):
+    """Call attempt(), retrying with exponential backoff; raise UserError when it gives up.
+
+    progress: a number, such as of complete files; when it grows, the pauses begin again with the shortest.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, XetDownloadError
+
+    expected = (
+        HTTPError,
+        XetDownloadError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    )
+    tries, best = 0, progress()
+    while True:
+        try:
+            return attempt()
+        except expected as problem:
+            if isinstance(problem, OSError) and problem.errno in DISK:
+                raise
+            answers = [error for error in (problem, problem.__cause__) if isinstance(error, HfHubHTTPError)]
+            reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+            if any(answer.response.status_code in PERMANENT for answer in answers):
+                raise UserError(f"{what}: {reason}; check the name, --revision and HF_ENDPOINT") from problem
+            if progress() > best:
+                tries, best = 0, progress()
+            if tries == len(PAUSES):
+                raise UserError(f"{what}: {reason} ({tries + 1} attempts); run the same command again") from problem
+            print(f"{what}: {reason}; trying again in {PAUSES[tries]} s", file=sys.stderr, flush=True)
+            time.sleep(PAUSES[tries])
+            tries += 1
+
+
+def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
+    """List the wanted files of a data set at `revision`; "": at the commit that is recorded in the folder, or pinned.
+
+    UserError: the folder has other files of this kind, which would be read with them.
+    """
+    from huggingface_hub import HfApi
+
+    from jaxchat.data.sources import SOURCE
+
+    recorded = (folder / SOURCE).read_text(encoding="utf-8").split() if (folder / SOURCE).is_file() else []
+    if recorded and recorded[0] != repo.repo:
+        raise UserError(f"{folder} holds files of {recorded[0]}; give --to=FOLDER for {repo.repo}")
+    api, where = HfApi(), {"repo_id": repo.repo, "repo_type": "dataset"}
+    commit = "" if revision else (*recorded[2:], repo.commit)[0]
+    commit = commit or retried(repo.repo, lambda: api.repo_info(**where, revision=revision or None).sha)
+    tree = retried(repo.repo, lambda: list(api.list_repo_tree(**where, recursive=True, revision=commit)))
+    stated = {
+        file.path: (file.size, "sha256", file.lfs.sha256) if file.lfs else (file.size, "git", file.blob_id)
+        for file in sorted((file for file in tree if hasattr(file, "size")), key=lambda file: file.path)
+        if any(fnmatch.fnmatch(file.path, pattern) for pattern in repo.patterns)
+    }
+    if not stated:
+        raise UserError(f"{repo.repo} has no {' or '.join(repo.patterns)} at {commit}; choose another --revision")
+    if outside := [name for name in stated if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise UserError(
-            f"{giga(need)} are still to be fetched to {missing[0].path.parent}, but {giga(free)} are free there; free "
-            "some, ask for fewer --shards, or name a larger disk with --to or JAXCHAT_BASE_DIR"
+            f"{repo.repo} at this endpoint has a file {outside[0]!r}, outside of its folder; don't trust it"
         )
+    if repo.shards and shards > len(stated):
+        raise UserError(f"--shards={shards}: {repo.repo} has {len(stated)}")
+    there = {path.relative_to(folder).as_posix() for pattern in repo.patterns for path in folder.glob(pattern)}
+    others = {name for name in there if name not in stated and not Path(name).name.startswith(".")}
+    if not recorded:  # a file of this name is somebody's own, unless it has the same size
+        others |= {name for name in there & stated.keys() if size_of(folder / name) != stated[name][0]}
+    if others:
+        raise UserError(
+            f"{folder} has {len(others)} files that are not of {repo.repo} ({min(others)}) and would be read with it; "
+            "move them away, or give --to=FOLDER"
+        )
+    return Listing(repo.repo, commit, folder, dict(list(stated.items())[: shards if repo.shards else None]))
 
 
-def giga(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+def replace_flock(folder: Path):
+    """Let the library lock by lock files if the folder's file system has no flock; it does so itself on ENOSYS only."""
 
+    def missing(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-def fetch_all(missing: list[File], parallel: int):
-    """Fetch all, with a line about it every few seconds. A file that fails stops no other; a full disk stops all."""
-    stop, start = threading.Event(), time.perf_counter()
-    before = sum(size_of(file.part) for file in missing)
-    total = sum(file.size or 0 for file in missing)
-    pool = ThreadPoolExecutor(parallel)
-    running = {pool.submit(fetch, file, stop): file for file in missing}
-    pending, done, failed, shown = set(running), 0, [], start
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        while pending:
-            finished, pending = wait(pending, timeout=1.0)
-            for future in finished:
-                problem = future.exception()
-                done += problem is None
-                if problem is not None and not isinstance(problem, UserError):
-                    stop.set()
-                    pool.shutdown(cancel_futures=True)
-                    raise problem
-                failed += [problem] if problem else []
-            now = time.perf_counter()
-            if now - shown >= 5 or not pending:
-                shown = now
-                have = sum(size_of(file.path if file.path.exists() else file.part) for file in missing)
-                rate = (have - before) / (now - start)
-                left = f", ETA {(total - have) / rate:,.0f} s" if rate > 0 and total > have else ""
-                print(f"{done}/{len(missing)} files, {giga(have)}, {rate / 1e6:.1f} MB/s{left}", flush=True)
-    except KeyboardInterrupt:  # the threads would still fetch their files to the end
-        print("interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
-        os._exit(130)
-    pool.shutdown()
-    if failed:
-        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise UserError(f"{failed[0]}{more}")
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as problem:
+        if problem.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+            fcntl.flock = missing
+    finally:
+        os.close(handle)
+
+
+def fetch(listing: Listing, parallel: int):
+    """Download what a folder lacks of a listing, `parallel` files at a time, and verify it.
+
+    What was there before is downloaded again only if the library sees that it was changed after its download.
+    """
+    from huggingface_hub import snapshot_download
+
+    from jaxchat.data.sources import SOURCE
+
+    folder = listing.folder
+    files.write_text(folder / SOURCE, f"{listing.repo} {len(listing.files)} {listing.commit}\n")
+    replace_flock(folder)
+    for partial in (folder / ".cache/huggingface/download").rglob("*.incomplete"):
+        if time.time() - partial.stat().st_mtime > STALE:
+            partial.unlink(missing_ok=True)
+    lacking = set(listing.missing())
+    verified = {name: (folder / name).stat().st_mtime_ns for name in listing.files if name not in lacking}
+
+    def is_right(name: str) -> bool:
+        """Verify a file if it was downloaded just now; delete it if it is wrong."""
+        (size, kind, digest), path = listing.files[name], folder / name
+        if size_of(path) == size:
+            written = path.stat().st_mtime_ns
+            if verified.get(name) == written or files.file_hash(path, kind) == digest:
+                verified[name] = written
+                return True
+        path.unlink(missing_ok=True)
+        return False
+
+    def attempt():
+        where = {"repo_type": "dataset", "revision": listing.commit, "local_dir": folder}
+        names = [glob.escape(name) for name in listing.files]
+        snapshot_download(listing.repo, **where, allow_patterns=names, max_workers=parallel)
+        with ThreadPoolExecutor(parallel) as pool:
+            right = list(pool.map(is_right, listing.files))
+        if wrong := [name for name, is_fine in zip(listing.files, right, strict=True) if not is_fine]:
+            raise OSError(f"{len(wrong)} files did not come as the hub states them ({wrong[0]})")
+
+    retried(listing.repo, attempt, lambda: -len(listing.missing()))
+
+
+def is_complete(link: Link, path: Path) -> bool:
+    """Return whether a link's file or folder is there. UserError: its folder is there, but not complete."""
+    lacking = [name for name in link.needs if not (path / name).exists()]
+    if lacking and path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{path} is incomplete: it has no {lacking[0]}; delete it, and run the same command again")
+    return not lacking if link.needs else size_of(path) > 0
+
+
+def fetch_link(link: Link, path: Path):
+    """Download a link's file to `path`, or unpack it there."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import hf_raise_for_status
+
+    how = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "headers": {"Accept-Encoding": "identity"}}
+
+    def attempt():
+        with files.atomic(path) as part, part.open("wb+") as out:
+            with get_session().stream("GET", link.url, follow_redirects=True, **how) as response:
+                hf_raise_for_status(response)
+                for chunk in response.iter_bytes():
+                    out.write(chunk)
+            if link.needs:
+                part.unlink()  # the archive's content is kept until it is closed
+                with zipfile.ZipFile(out) as archive:
+                    for member in (member for member in archive.infolist() if not member.is_dir()):
+                        member.filename = member.filename.removeprefix(f"{path.name}/")
+                        archive.extract(member, part)  # verifies its checksum
+                if not is_complete(link, part):
+                    raise OSError(f"{link.url} has none of {', '.join(link.needs)}")
+
+    retried(path.name, attempt)
+    print(f"{path} downloaded", flush=True)
+
+
+def show_progress(work: Callable[[], None], listings: list[Listing]):
+    """Run `work` in a thread; print every few seconds how much of the listings is there, and the time left."""
+
+    def on_disk() -> int:
+        partial = [path for listing in listings for path in (listing.folder / ".cache").rglob("*.incomplete")]
+        complete = [listing.folder / name for listing in listings for name in listing.files]
+        return sum(max(0, size_of(path)) for path in [*partial, *complete])
+
+    before, start = on_disk(), time.perf_counter()
+    total = sum(size for listing in listings for size, *_ in listing.files.values())
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(work)
+        try:
+            while not wait([running], SHOW).done:
+                have = on_disk()
+                rate = max(0, have - before) / (time.perf_counter() - start)
+                left = f", ETA {(total - have) / rate:,.0f} s" if rate and total > have else ""
+                done = f"{files.size_text(have)} of {files.size_text(total)}"
+                print(f"{done}, {rate / 1e6:.1f} MB/s{left}", flush=True)
+        except KeyboardInterrupt:  # the library's threads would finish their files first
+            print("interrupted; run the same command to continue", file=sys.stderr, flush=True)
+            os._exit(130)
+    running.result()
