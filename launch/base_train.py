@@ -38,7 +38,7 @@ def run(config: BaseConfig):
 
 
 def main(args: list[str] | None = None):
-    cli.main(BaseConfig, run, args)
+    cli.main(BaseConfig, run, args, several=True)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def run(config: Config):
 
 
 def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
+    cli.main(Config, run, args, several=True)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def run(config: SFTConfig):
 
 
 def main(args: list[str] | None = None):
-    cli.main(SFTConfig, run, args)
+    cli.main(SFTConfig, run, args, several=True)
 
 
 if __name__ == "__main__":

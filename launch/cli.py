@@ -1,11 +1,12 @@
 """What every command shares: flags from a frozen dataclass, one-line errors, exit codes, plans, "next: …".
 
-A command is a module in launch/ with a flags class, `run(config)` and `main(args)`. At its top it imports only what
-holds flags (jaxchat.config) and other commands. What needs jax, Orbax or Grain is imported inside its functions, so
-that --help and a mistyped flag answer at once.
+A command is a module in launch/ with a flags class, `run(config)` and `main(args)`. At its top it imports
+only what holds flags (jaxchat.config) and other commands. What needs jax, Orbax or Grain is imported inside
+its functions, so that --help and a mistyped flag answer at once.
 
-Exit codes: 0 done; 2 something the user gave cannot work; 75 asked to stop (SIGTERM, SIGUSR1) and saved, to be
-started again with --resume; 76 another process was lost, likewise; 130 interrupted; 141 the reader of stdout left.
+Exit codes: 0 done; 2 something the user gave cannot work; 75 asked to stop (SIGTERM, SIGUSR1) and saved, to
+be started again with --resume; 76 other processes cannot be reached, 134 one is lost, both likewise; 130
+interrupted; 141 the reader of stdout left.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jaxchat import hosts
 from jaxchat.config import Preempted, UserError
 
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
@@ -48,28 +50,27 @@ REMEDIES = {
 }
 
 
-def main(config_class, run, args: list[str] | None = None) -> None:
+def main(config_class, run, args: list[str] | None = None, *, several: bool = False) -> None:
     """Parse flags into `config_class` (a frozen dataclass), then call `run(config)`.
 
-    args: the command line after the command's name; None: the process's own. The class's docstring is the command's
-    description, its fields' docstrings are the flags' help. Returns when `run` returns None or 0; otherwise raises
-    SystemExit with one of the exit codes above, or with what `run` returned.
+    args: the command line after the command's name; None: the process's own. The class's docstring is the
+    command's description, its fields' docstrings are the flags' help. Returns when `run` returns None or 0;
+    otherwise raises SystemExit with one of the exit codes above, or with what `run` returned. several:
+    several processes may run the command together; without it, only the first of those that a launcher starts
+    does.
     """
     if hasattr(sys.stdout, "reconfigure"):  # in an ASCII terminal a plan is printed all the same
         sys.stdout.reconfigure(errors="replace")
-    try:
-        _parse_and_run(config_class, run, sys.argv[1:] if args is None else args)
-    except BaseException:
-        hosts = sys.modules.get("jaxchat.hosts")  # imported where several processes may work together
-        if hosts is None:
-            raise
-        with hosts.together():
-            raise
+    with hosts.together():
+        _parse_and_run(config_class, run, sys.argv[1:] if args is None else args, several)
 
 
-def _parse_and_run(config_class, run, args: list[str]) -> None:
+def _parse_and_run(config_class, run, args: list[str], several: bool) -> None:
     try:
-        code = run(parse(config_class, args, _prog(run)))
+        config = parse(config_class, args, _prog(run))
+        if not several and not hosts.is_first():
+            return print("nothing to do here: this command runs in the first process only", file=sys.stderr, flush=True)
+        code = run(config)
         sys.stdout.flush()  # here, so that a reader who has left is noticed where it is handled
     except UserError as error:
         _fail(" ".join(str(error).split()), 2)
@@ -94,10 +95,11 @@ def _parse_and_run(config_class, run, args: list[str]) -> None:
 
 
 def parse(config_class, args: list[str], prog: str = "command"):
-    """Return the `config_class` that `args` describe. UserError: an unknown flag, a missing or unusable value.
+    """Return the `config_class` that `args` describe. UserError: an unknown flag, a missing or unusable
+    value.
 
-    Flags are --name=value or --name value, with dashes or underscores; switches also --name and --no_name. A field's
-    metadata may hold `alias` (a short form such as "-p") and `name` (instead of the field's own).
+    Flags are --name=value or --name value, with dashes or underscores; switches also --name and --no_name. A
+    field's metadata may hold `alias` (a short form such as "-p") and `name` (instead of the field's own).
     """
     parser = _Parser(prog, config_class)
     # Only the flag's name: a value keeps its dashes.
@@ -123,7 +125,8 @@ _base: list[str] = []  # the base directories that base_directory() has set
 
 
 def next_step(command: str, **flags: str) -> None:
-    """Print the command to run next so that it runs as printed, followed by those of the `flags` that are not empty.
+    """Print the command to run next so that it runs as printed, followed by those of the `flags` that are not
+    empty.
 
     Example: next_step("python -m launch.base_train --depth=12", data_dir=config.data_dir)
     """

@@ -37,7 +37,7 @@ def run(config: MidConfig):
 
 
 def main(args: list[str] | None = None):
-    cli.main(MidConfig, run, args)
+    cli.main(MidConfig, run, args, several=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One of several processes, by --what=work|sleep|refuse|evaluate. Prints "step N" after each common sum."""
+"""One of several processes, by --what=work|sleep|refuse|refuse_all|evaluate. Prints "step N" after each common sum."""
 
 import dataclasses
 import sys
@@ -26,14 +26,14 @@ def run(config: Config):
     for step in range(config.steps):
         multihost_utils.process_allgather(jnp.ones(()))
         print(f"step {step}", flush=True)
-        if config.what == "refuse" and jax.process_index() == 1:
+        if config.what == "refuse_all" or (config.what == "refuse" and jax.process_index() == 1):
             raise UserError("this cannot work")
         while config.what != "work":
             time.sleep(1)
 
 
 def main():
-    cli.main(Config, run, sys.argv[1:])
+    cli.main(Config, run, sys.argv[1:], several=True)
 
 
 if __name__ == "__main__":

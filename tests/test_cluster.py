@@ -12,7 +12,7 @@ import yaml
 
 from jaxchat.config import UserError
 from launch.cluster import __main__ as cluster
-from launch.cluster import gke, slurm, tpu_vm
+from launch.cluster import common, gke, slurm, tpu_vm
 
 TRAIN = ["python", "-m", "launch.base_train", "--run=a b", "--resume"]
 SECRET = "it's $ecret"
@@ -338,7 +338,7 @@ def test_gke(here, capsys, flags, hosts, takes):
     assert pod["restartPolicy"] == "Never"
     exits = [rule["onExitCodes"] for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
     assert [(e["containerName"], e["operator"], e["values"]) for e in exits] == [
-        (container["name"], "NotIn", [75, 76, 137])
+        (container["name"], "NotIn", list(common.RESTARTED))
     ]
     options = [volume["csi"]["volumeAttributes"]["mountOptions"] for volume in pod["volumes"] if "csi" in volume]
     assert options == (["implicit-dirs,rename-dir-limit=200000"] if "--bucket=b" in flags else [])

@@ -18,7 +18,7 @@ import tiktoken
 from conftest import ROOT, THOROUGH
 
 import jaxchat.demo.score
-from jaxchat import checkpoint
+from jaxchat import checkpoint, store
 from jaxchat.config import STAGES, BaseConfig, MidConfig, SFTConfig, UserError
 from jaxchat.data.conversations import length_buckets
 from jaxchat.data.sources import ParquetText, find_shards
@@ -271,9 +271,9 @@ def test_a_resumed_run_keeps_its_remat(here, home, monkeypatch):
     shutil.copytree(here, home, dirs_exist_ok=True)
     config = cli.parse(BaseConfig, flags(home)[0])
     monkeypatch.setattr(fit, "device_memory", lambda mesh: 50e6)
-    meta = checkpoint.Checkpoints.meta
+    meta = store.Checkpoints.meta
     told = {}
-    monkeypatch.setattr(checkpoint.Checkpoints, "meta", lambda self, step: meta(self, step) | told)
+    monkeypatch.setattr(store.Checkpoints, "meta", lambda self, step: meta(self, step) | told)
     for resumed, remat, order in ((1, "dots", "dots full"), (1, "full", "full"), (0, "dots", "none dots full")):
         told["remat"] = remat
         stage = base_train.stage_for(dataclasses.replace(config, resume=bool(resumed), overwrite=not resumed))

@@ -43,7 +43,7 @@ def main(args: list[str] | None = None):
         return launcher.run(config, command)
 
     run.command = f"launch.cluster {name}".strip()
-    cli.main(launcher.Config if launcher else Config, run, own if launcher or not name else [])
+    cli.main(launcher.Config if launcher else Config, run, own if launcher or not name else [], several=True)
 
 
 if __name__ == "__main__":
