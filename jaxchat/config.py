@@ -186,14 +186,15 @@ class Model:
         return self.compute.mesh
 
 
-def flag(default, least=None, most=None, *, special=None, choices=(), free=False):
+def flag(default, least=None, most=None, *, special=None, choices=(), free=False, alias=""):
     """A field of a flags class, with what Flags checks.
 
     least, most: the bounds of a number, inclusive; special: one more value that is allowed. choices: all values of a
     word. free: a resumed run may change it, since it changes what is shown, measured, kept or computed at a time, but
-    not what is learnt.
+    not what is learnt. alias: a short form, such as "-p".
     """
     metadata = {"least": least, "most": most, "special": special, "choices": choices, "free": free}
+    metadata |= {"alias": alias} if alias else {}
     return dataclasses.field(default=default, metadata=metadata)
 
 

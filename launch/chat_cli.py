@@ -1,107 +1,174 @@
 """Talk to a trained model: python -m launch.chat_cli -p "What is 23 * 7?" """
 
+import contextlib
 import dataclasses
+import sys
 
-from jaxchat.config import UserError
+from jaxchat.config import Compute, Flags, TrainConfig, base_dir, flag
 from launch import cli
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Chat with a model in the terminal. /clear begins a new conversation, /quit leaves."""
+class Config(Flags):
+    """Chat with a model in the terminal. /clear begins a new conversation, /quit leaves, Ctrl-C stops an answer."""
 
-    source: str = dataclasses.field(default="sft", metadata={"alias": "-i"})
-    """sft, mid, or base (which only continues text)."""
-    model_tag: str = dataclasses.field(default="", metadata={"alias": "-g"})
-    """Which model; empty: the deepest d<N>, or else the newest."""
-    step: int = dataclasses.field(default=-1, metadata={"alias": "-s"})
-    """Which of its checkpoints; -1: the last."""
-    prompt: str = dataclasses.field(default="", metadata={"alias": "-p"})
+    source: str = flag("sft", alias="-i")
+    """Stage to talk to: sft, mid, or base (which only continues text)."""
+    model_tag: str = flag("", alias="-g")
+    """Name of the model; empty: the deepest d<N>, or else the newest."""
+    step: int = flag(-1, 0, special=-1, alias="-s")
+    """Step of the checkpoint; -1: the last one."""
+    prompt: str = flag("", alias="-p")
     """Answer this and leave."""
-    temperature: float = dataclasses.field(default=0.6, metadata={"alias": "-t"})
-    """0: always the likeliest token."""
-    top_k: int = dataclasses.field(default=50, metadata={"alias": "-k"})
-    """Draw from so many likeliest tokens."""
-    max_tokens: int = 256
-    """The longest answer."""
-    seed: int = 0
-    """Of the draws."""
+    temperature: float = flag(0.6, 0.0, alias="-t")
+    """Randomness of the answers; 0: always the likeliest token."""
+    top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
+    """Draw from this many likeliest tokens; 0 or -1: from all."""
+    max_tokens: int = flag(256, 1)
+    """Most tokens of an answer."""
+    seed: int = flag(0, 0, 2**32 - 1)
+    """Seed of the draws; each further answer of a conversation takes the next one."""
+    device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"))
+    """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
+    dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
+    """Type of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
 
 
 COMMANDS = "/clear begins a new conversation, /quit leaves"
 
 
+class Conversation:
+    """What was said so far, as tokens, with room left for an answer: the oldest exchanges leave first."""
+
+    def __init__(self, bos: int, context: int, max_tokens: int):
+        self.reserved = min(max_tokens, context // 2)  # for an answer
+        self.room = context - self.reserved
+        self._bos, self._exchanges = bos, []
+
+    @property
+    def tokens(self) -> list[int]:
+        return [self._bos, *(token for exchange in self._exchanges for token in exchange)]
+
+    def ask(self, turn: list[int]) -> int:
+        """Add the user's turn. -> how many exchanges had to leave."""
+        self._exchanges.append(list(turn))
+        before = len(self._exchanges)
+        while len(self._exchanges) > 1 and len(self.tokens) > self.room:
+            self._exchanges.pop(0)
+        return before - len(self._exchanges)
+
+    def add(self, token: int):
+        """Add a token of the answer."""
+        self._exchanges[-1].append(token)
+
+    def clear(self):
+        self._exchanges.clear()
+
+
 def run(config: Config):
-    import jax
-
-    from jaxchat import checkpoint, sharding
+    from jaxchat import checkpoint
     from jaxchat.infer.engine import Engine
-    from jaxchat.infer.text import TextReader, Writer
+    from jaxchat.train.run import start_devices
 
-    for name, value, least in (("temperature", config.temperature, 0.0), ("max_tokens", config.max_tokens, 1)):
-        if value < least:
-            raise UserError(f"--{name}={value}; it must be at least {least}")
-    sharding.keep_compiled()
+    mesh = start_devices(TrainConfig(device_type=config.device_type, dtype=config.dtype), asks=False)
+    compute = Compute.for_backend(config.dtype)
     model = checkpoint.open_model(config.source, config.model_tag, config.step)
-    tokenizer = model.tokenizer
-    cli.print_plan(
-        f"Chat with {model.tag} ({config.source})",
-        [("model", str(model.path)), ("device", jax.devices()[0].device_kind)],
-    )
+    device = f"{mesh.devices.flat[0].device_kind}, compute in {compute.dtype}"
+    cli.print_plan(f"Chat with {model.tag} ({config.source})", [("model", str(model.path)), ("device", device)])
     if config.source == "base":
         print("this is a base model: it continues text, it doesn't answer\n")
-    if not config.prompt:
-        print(COMMANDS)
-    engine = Engine(model.load(), model.config, tokenizer, batch_size=1)
-    special, room = tokenizer.special, model.config.sequence_len
-    start, end = special("<|assistant_start|>"), special("<|assistant_end|>")
-    conversation, seed = [tokenizer.bos], config.seed
+    engine = Engine(model.load(), model.config, model.tokenizer, compute, batch_size=1)
+    conversation = Conversation(model.tokenizer.bos, model.config.sequence_len, config.max_tokens)
+    if config.prompt:
+        conversation.ask(turn_of(config.prompt, config.source, model.tokenizer))
+        answer(engine, conversation, config, config.seed)
+    else:
+        talk(engine, conversation, config)
+
+
+def talk(engine, conversation: Conversation, config: Config):
+    """Answer line after line, until there are no more or the user leaves."""
+    print(COMMANDS)
+    edit_lines()
+    tokenizer, seed = engine.tokenizer, config.seed
     while True:
         try:
-            text = config.prompt or input("you: ").strip()
+            text = input("you: ").strip()
         except EOFError:
             print()
             return
-        if not config.prompt:
-            if text == "/quit":
-                return
-            if text == "/clear":
-                conversation = [tokenizer.bos]
-            elif text.startswith("/"):
-                print(COMMANDS)
-            if not text or text.startswith("/"):
-                continue
-        turn = tokenizer.encode(text)
-        if config.source != "base":
-            turn = [special("<|user_start|>"), *turn, special("<|user_end|>"), start]
-        if not config.prompt and 1 + len(turn) >= room:
-            print(f"(that is {1 + len(turn):,} tokens; the model takes less than {room:,})")
-            continue
-        if len(conversation) > 1 and len(conversation) + len(turn) >= room:
-            print(f"(the conversation has filled the model's {room} tokens; a new one begins)")
-            conversation = [tokenizer.bos]
-        conversation += turn
-        reader, writer = TextReader(tokenizer), Writer()
-        print("" if config.prompt else "model: ", end="")
-        answer = engine.stream(
-            conversation,
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            top_k=max(0, config.top_k),
-            seed=seed,
-        )
-        told = 0
-        for token, forced in answer:
-            print(writer.write(reader.feed(token, forced)), end="", flush=True)
-            conversation.append(token)
-            told += 1
-        cut = told >= config.max_tokens or len(conversation) >= room
-        print(writer.write(reader.end()) + writer.end(cut), flush=True)
-        if config.prompt:
+        if text == "/quit":
             return
+        if text == "/clear":
+            conversation.clear()
+        elif text.startswith("/"):
+            print(COMMANDS)
+        if not text or text.startswith("/"):
+            continue
+        turn = turn_of(text, config.source, tokenizer)
+        if 1 + len(turn) > conversation.room:
+            tokens = f"{1 + len(turn):,} tokens; there is room for {conversation.room:,}"
+            print(f"(that is {tokens}, since {conversation.reserved:,} are kept for the answer)")
+            continue
+        if left := conversation.ask(turn):
+            exchanges = "exchange is" if left == 1 else f"{left} exchanges are"
+            print(f"(the context is full: the oldest {exchanges} forgotten)")
+        print("model: ", end="")
+        try:
+            answer(engine, conversation, config, seed)
+        except KeyboardInterrupt:
+            print(" … (stopped)", flush=True)
         if config.source != "base":
-            conversation.append(end)
-        seed += 1
+            conversation.add(tokenizer.special("<|assistant_end|>"))
+        seed = (seed + 1) % 2**32
+
+
+def turn_of(text: str, source: str, tokenizer) -> list[int]:
+    """The user's text as tokens, up to where the model is to speak."""
+    if source == "base":
+        return tokenizer.encode(text)
+    start, end, answers = map(tokenizer.special, ("<|user_start|>", "<|user_end|>", "<|assistant_start|>"))
+    return [start, *tokenizer.encode(text), end, answers]
+
+
+def answer(engine, conversation: Conversation, config: Config, seed: int):
+    """Print the model's answer as it comes, and add it to the conversation."""
+    from jaxchat.infer.text import TextReader, Writer
+
+    prompt, reader, writer = conversation.tokens, TextReader(engine.tokenizer), Writer()
+    settings = {"temperature": config.temperature, "top_k": max(0, config.top_k), "seed": seed}
+    stream = engine.stream(prompt, max_tokens=config.max_tokens, **settings)
+    with contextlib.closing(stream):
+        for token, forced in stream:
+            print(writer.write(reader.feed(token, forced)), end="", flush=True)
+            conversation.add(token)
+    said = len(conversation.tokens) - len(prompt)
+    cut = said >= min(config.max_tokens, engine.config.sequence_len - len(prompt))
+    print(writer.write(reader.end()) + writer.end(cut), flush=True)
+
+
+def edit_lines():
+    """Let input() edit lines, recall earlier ones and take pastes of any length, where a terminal is read."""
+    import atexit
+
+    if not sys.stdin.isatty():
+        return
+    try:
+        import readline
+    except ImportError:
+        return
+    history = base_dir() / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(history)
+    readline.set_history_length(1000)
+    if "libedit" not in (readline.__doc__ or ""):
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste of several lines is one message
+
+    def keep():
+        with contextlib.suppress(OSError):
+            readline.write_history_file(history)
+
+    atexit.register(keep)
 
 
 def main(args: list[str] | None = None):

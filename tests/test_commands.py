@@ -326,7 +326,7 @@ def test_a_conversation_in_the_terminal(here, monkeypatch):
     monkeypatch.setattr(Engine, "stream", watched)
     text = said(chat_cli, ["--model_tag", TAG, "-t", "0", "--max_tokens=4"])
     assert text.count("model: ") == 3 and len(seen) == 3
-    assert text.count("/clear begins") == 2 and "(that is " in text and f"less than {LENGTH})" in text
+    assert text.count("/clear begins") == 2 and f"there is room for {LENGTH - 4}, since 4" in text
     assert seen[1][: len(seen[0])] == seen[0] and len(seen[1]) > len(seen[0]) + 4
     tokenizer = checkpoint.open_model("sft").tokenizer
     assert seen[2] == tokenizer.render_for_completion({"messages": [{"role": "user", "content": "again"}]})

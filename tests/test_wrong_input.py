@@ -250,6 +250,9 @@ def test_flags(folder, capsys):
     assert "--warmup_ratio=2.0; it must be from 0 to 1" in refusal(folder, base_train, ["--warmup_ratio=2"], capsys)
     assert "--temperature=-1.0" in refusal(folder, chat_cli, ["-t", "-1"], capsys)
     assert "--max_tokens=0" in refusal(folder, chat_cli, ["--max_tokens=0"], capsys)
+    for seed in (-1, 2**32):
+        assert f"--seed={seed}; it must be from 0 to" in refusal(folder, chat_cli, [f"--seed={seed}"], capsys)
+    assert "--device_type=gpu; it is cpu," in refusal(folder, chat_cli, ["--device_type=gpu"], capsys)
     assert "--seed=-1; it must be from 0 to 4294967295" in refusal(folder, base_train, ["--seed=-1"], capsys)
     assert "--eval_steps=0; it must be at least 1" in refusal(folder, chat_sft, ["--eval_steps=0"], capsys)
     assert "--device_batch_size=0; it must be" in refusal(folder, base_train, ["--device_batch_size=0"], capsys)
