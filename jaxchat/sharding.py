@@ -196,3 +196,24 @@ def gather_json(value: dict) -> list[dict]:
     lengths = multihost_utils.process_allgather(np.int32(len(text)))
     texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
     return [json.loads(bytes(text[:length])) for text, length in zip(texts, lengths, strict=True)]
+
+
+def check_same(**facts):
+    """Raise a UserError on every process unless all were given the same facts (JSON values, by what they are)."""
+    for number, other in enumerate(everyone := gather_json(facts)):
+        for what, first in everyone[0].items():
+            if other[what] != first:
+                differs = difference(first, other[what], f" (process {number} has {{}})")
+                raise UserError(
+                    f"the processes were started with different {what}: process 0 has {differs}; give all of them the "
+                    "same flags, files and tokenizer"
+                )
+
+
+def difference(one, other, form: str = " (now {})") -> str:
+    """Where two values differ: "name=one (now other)" for each entry of dicts, the first three of them."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return f"{one}{form.format(other)}"
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    shown = [f"{name}={one.get(name)}{form.format(other.get(name))}" for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -71,6 +71,8 @@ def run(config: Config):
     items = sum(len(task.drawn(config.max_per_task)) for task in bundle)
     splits = ("train", "val") if config.eval_tokens > 0 else ()
     texts = {split: ParquetText(find_shards(config.data_dir, split)) for split in splits}
+    data = {split: list(text.fingerprint.values()) for split, text in texts.items()}
+    sharding.check_same(checkpoints=found.name, data=data | {"CORE items": items})
     warning = trained_on(found, texts["val"]) if texts else ""
     cli.print_plan(
         f"Evaluation of {found.folder.name} (base)",

@@ -101,6 +101,7 @@ def run(config: Config):
     model = model_for(shared, found.config, mesh)
     check_writable(found.folder)
     tasks = {name: load_task(chat.TASKS[name].spec, config.tasks_dir or None) for name in names}
+    sharding.check_same(checkpoints=found.name, tasks={name: task.fingerprint for name, task in tasks.items()})
     slots = config.batch_size
     if slots < 0:
         slots = chat.batch_size_for(found.config, model.compute, device_memory(mesh))

@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
 
@@ -9,10 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, THOROUGH
+from conftest import ROOT, THOROUGH, xla_flags
 
+from jaxchat import sharding
+from jaxchat.config import UserError
 from jaxchat.data.sources import ParquetText
 from jaxchat.tokenizer import Tokenizer
+from launch import base_train
 
 STEPS, SAVE_AT = 200, 77
 MICRO_ROWS = 8
@@ -117,3 +123,98 @@ def assert_one_pass(folder, arrays):
     missing = np.bincount(tokens, minlength=tokenizer.vocab_size)
     missing -= np.bincount(np.concatenate(targets), minlength=tokenizer.vocab_size)
     assert missing[tokenizer.bos] == 12 and missing.sum() == 12
+
+
+class Elsewhere:
+    """A second process, which was given other facts."""
+
+    def __init__(self, monkeypatch, **others):
+        monkeypatch.setattr(sharding, "gather_json", lambda facts: [facts, facts, facts | others])
+
+
+@pytest.mark.parametrize(
+    "facts, others, words",
+    [
+        (
+            {"data": {"0.parquet": "ab", "1.parquet": "cd"}},
+            {"data": {"0.parquet": "ab"}},
+            "1.parquet=cd (process 2 has None)",
+        ),
+        ({"data": {"1. GSM8K": "7 rows"}}, {"data": {"1. GSM8K": "8 rows"}}, "1. GSM8K=7 rows (process 2 has 8 rows)"),
+        ({"tokenizers": "abc"}, {"tokenizers": "abd"}, "different tokenizers: process 0 has abc (process 2 has abd)"),
+        (
+            {"flags": {"seed": 0, "depth": 4}},
+            {"flags": {"seed": 1, "depth": 4}},
+            "different flags: process 0 has seed=0 (",
+        ),
+        ({"data": dict.fromkeys("abcde", 1)}, {"data": {}}, "c=1 (process 2 has None) and 2 more; give all"),
+    ],
+)
+def test_what_differs_between_processes_is_named(monkeypatch, facts, others, words):
+    sharding.check_same(**facts)
+    Elsewhere(monkeypatch)
+    sharding.check_same(**facts)
+    Elsewhere(monkeypatch, **others)
+    with pytest.raises(UserError, match=re.escape(words)) as problem:
+        sharding.check_same(**facts)
+    assert "\n" not in str(problem.value)
+
+
+def ended(homes, command, flags_of):
+    """Run a command as two processes, each with its base directory and flags; return their (exit code, stderr)."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    running = []
+    for process in range(2):
+        place = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={process}"]
+        env = os.environ | {"XLA_FLAGS": xla_flags(1), "JAXCHAT_BASE_DIR": str(homes[process]), "PYTHONPATH": str(ROOT)}
+        command_line = [sys.executable, "-m", f"launch.{command}", *flags_of[process], *place]
+        running.append(subprocess.Popen(command_line, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+    return [(process.returncode, err) for process in running for _, err in [process.communicate(timeout=240)]]
+
+
+SMALL = ["--device_batch_size=1", "--total_batch_size=64", "--num_iterations=2", "--eval_every=-1"]
+BASE = ["--depth=1", "--max_seq_len=32", "--sample_every=-1", *SMALL]
+
+
+def test_the_trainers_compare_what_they_are_given(folder, monkeypatch, capsys):
+    """As if another process had other shards: refused in one line, before anything is written."""
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(folder))
+    Elsewhere(monkeypatch, data={"0.parquet": "another"})
+    with pytest.raises(SystemExit) as stop:
+        base_train.main([*BASE, "--total_batch_size=256"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "different data: process 0 has 0.parquet=" in error
+    assert not (folder / "base_checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["data", "tokenizers", "tasks"])
+def test_two_processes_that_were_given_different_things(folder, tmp_path, what):
+    """Both end in one line that names the difference."""
+    homes = [tmp_path / "a", tmp_path / "b"]
+    for home in homes:
+        shutil.copytree(folder, home)
+    if what == "data":
+        pq.write_table(pa.table({"text": ["another document"]}), homes[1] / "base_data/1.parquet")
+    elif what == "tokenizers":
+        Tokenizer.train(iter(["some other text, in which there are other words and numbers, 1 2 3"]), 280).save(
+            homes[1] / "tokenizer"
+        )
+    flags = [BASE, BASE]
+    if what == "tasks":
+        command = [sys.executable, "-m", "launch.base_train", *BASE, "--model_tag=parent"]
+        env = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, cwd=ROOT, env=env | {"JAXCHAT_BASE_DIR": str(homes[0])}, check=True)
+        shutil.copytree(homes[0] / "base_checkpoints", homes[1] / "base_checkpoints")
+        with (homes[1] / "talk.jsonl").open("a") as file:
+            file.write('\n"one more"\n')
+        flags = [[*SMALL, "--dry_run", f"--train_tasks={home / 'talk.jsonl'}"] for home in homes]
+    results = ended(homes, "mid_train" if what == "tasks" else "base_train", flags)
+    said = "".join(err for _, err in results)
+    assert [code for code, _ in results] == [2, 2], said
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert lines and all("the processes were started with different" in line for line in lines), said
+    assert {"data": "1.parquet=", "tokenizers": "different tokenizers", "tasks": "talk.jsonl"}[what] in lines[0]
+    assert "Traceback" not in said

@@ -24,6 +24,7 @@ def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[
     batches = []
     if config.eval_every > 0:
         texts = ParquetText(find_shards(config.data_dir, "val"))
+        sharding.check_same(validation=texts.fingerprint)
         read = text_reader(texts, stage.tokenizer)
         batches = packed_batches(config, stage, read, range(len(texts)))
     of_core = partial(core_metric, stage=stage, bundle=bundle, max_per_task=config.core_metric_max_per_task)
@@ -53,6 +54,7 @@ def mid(config: MidConfig, stage: Stage) -> list[Evaluation]:
     batches = []
     if config.eval_every > 0:
         tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=True)
+        sharding.check_same(validation=tasks.fingerprint)
         order = Order([len(tasks)], config.seed)
         read = conversation_reader(tasks, stage.tokenizer)
         batches = packed_batches(config, stage, read, map(order.index, range(len(tasks))))
@@ -69,6 +71,7 @@ def sft(config: SFTConfig, stage: Stage) -> list[Evaluation]:
     batches, tasks = [], []
     if config.eval_every > 0:
         val = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=False)
+        sharding.check_same(validation=val.fingerprint)
         batches = pipelines.padded_validation(
             conversation_reader(val, stage.tokenizer),
             Order([len(val)], config.seed),

@@ -22,6 +22,9 @@ from jaxchat.train.stages import Stage
 from jaxchat.train.state import TrainState, abstract_state, init_state, state_from_params
 from jaxchat.train.step import make_train_step
 
+# Flags in which the processes of a run may differ.
+OF_A_PROCESS = ("process_id", "coordinator", "run", "data_dir", "tasks_dir", "eval_bundle", "data_workers")
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -68,6 +71,8 @@ def find_start(stage: Stage) -> Start:
     """Find where a run starts. UserError: checkpoints would be lost, or don't fit to the flags."""
     flags = stage.flags
     check_installed(run=flags.run, tensorboard=flags.tensorboard)
+    shared = {name: value for name, value in dataclasses.asdict(flags).items() if name not in OF_A_PROCESS}
+    sharding.check_same(data=stage.data, tokenizers=stage.tokenizer.hash, parents=stage.meta["parent"], flags=shared)
     if getattr(flags, "dry_run", False):
         return Start(None, [])
     checkpoints = Checkpoints(checkpoint.run_folder(stage.name, stage.tag))
@@ -108,16 +113,9 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints):
         if saved.get(what) != meta.get(what):
             raise UserError(
                 f"--resume: {checkpoints.folder} was trained with different {what}: "
-                f"{difference(saved.get(what), meta.get(what))}; give what it was trained with, or another "
+                f"{sharding.difference(saved.get(what), meta.get(what))}; give what it was trained with, or another "
                 "--model_tag for a new run"
             )
-
-
-def difference(then, now) -> str:
-    """The entries that differ, as "name=then (now …)"."""
-    if not (isinstance(then, dict) and isinstance(now, dict)):
-        return f"{then} (now {now})"
-    return ", ".join(f"{k}={then.get(k)} (now {now.get(k)})" for k in {**then, **now} if then.get(k) != now.get(k))
 
 
 def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
