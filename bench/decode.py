@@ -1,46 +1,64 @@
-"""Speed of decoding beside what the memory allows: python -m bench.decode --depth=12 --batches=1,16,128
+"""Time decoding beside what the memory allows: python -m bench.decode --depth=12 --batches=1,8,16,64,128
 
-On one device. Every token of a batch needs all weights but the embedding, once: at the speed of a large copy that takes
-the floor's time. The cache takes 2 × layers × width × seq numbers a row: at depth 12 75 MB in bfloat16.
+On one device, with random weights. A token of a batch has to read all weights but the embedding once, and the keys and
+values of every row: the share of that in the time a token takes, at the speed of a large copy, is the MBU (memory
+bandwidth utilization). --rival names another program to time in turn; it takes --depth --seq --vocab --batch
+--prompt_tokens --max_tokens, and its last line is a JSON object with tokens_per_s.
 """
 
 import dataclasses
+import json
+import shlex
 import statistics
-from functools import partial
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.compare import run as run_rival
 from bench.eval import random_params, timed
 from bench.step import parse_way
 from jaxchat import sharding
-from jaxchat.config import Compute, ModelConfig
-from jaxchat.infer.engine import Engine
+from jaxchat.config import Compute, Flags, ModelConfig, flag
+from jaxchat.infer.engine import STRETCH, Engine
+from jaxchat.infer.scheduler import Request
 from jaxchat.model.flops import num_params
 from launch import cli
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Time the decoding of random models, whose answers go on to their limit."""
+class Config(Flags):
+    """Time the decoding of a random model, whose answers go on to their limit."""
 
-    depth: int = 12
-    """Of the model."""
-    seq: int = 2048
-    """The longest context."""
-    vocab: int = 65536
-    """Vocabulary."""
-    batches: str = "1,16,128"
-    """Rows decoded at a time, several with commas between."""
-    max_tokens: int = 256
-    """Of each row, after a prompt of 16."""
+    depth: int = flag(12, 1)
+    """Depth of the model."""
+    seq: int = flag(2048, 32)
+    """Longest context, in tokens."""
+    vocab: int = flag(65536, 300)
+    """Size of the vocabulary."""
+    batches: str = "1,8,16,64,128"
+    """Rows decoded at a time, separated by commas."""
+    prompt_tokens: int = flag(16, 1)
+    """Tokens of each prompt."""
+    max_tokens: int = flag(256, 2)
+    """Tokens generated after each."""
+    temperature: float = flag(1.0, 0.0)
+    """Randomness; 0: always the likeliest token."""
+    top_k: int = flag(0, 0)
+    """Draw from this many likeliest tokens; 0: from all."""
     way: str = ""
-    """Fields of Compute to change from this backend's defaults: "unroll=False"."""
+    """Fields of Compute that differ from this device's defaults, as in "attention=xla dtype=float32"."""
+    rounds: int = flag(3, 1)
+    """Times that each batch is measured; the medians are printed."""
+    rival: str = ""
+    """Command of another program, timed in turn with ours; empty: none."""
+    json: bool = False
+    """Print a last line of JSON: a list with an object a batch."""
 
 
 class NoText:
-    """A tokenizer whose specials are the last ids; random models don't call tools in earnest."""
+    """A tokenizer whose specials are the last ids: a random model's tokens mean nothing."""
 
     def __init__(self, vocab: int):
         self._vocab = vocab
@@ -60,37 +78,80 @@ def copy_speed() -> float:
     return 2 * size / statistics.median(seconds)
 
 
+def weight_bytes(model: ModelConfig, compute: Compute) -> int:
+    """Bytes of the weights that every token needs: all but the embedding."""
+    return (num_params(model) - model.vocab_size * model.n_embd) * jnp.dtype(compute.dtype).itemsize
+
+
+def row_bytes(model: ModelConfig, compute: Compute, tokens: float) -> float:
+    """Bytes of the keys and values of a row that is so long."""
+    return 2 * model.n_layer * model.n_kv_head * model.head_dim * tokens * jnp.dtype(compute.dtype).itemsize
+
+
+def measure(engine: Engine, prompts: list[list[int]], config: Config) -> dict:
+    """One batch from its first prompt to its last token: seconds to the first tokens, a token, in all."""
+    began, last, first, stretches = time.perf_counter(), 0.0, 0.0, []
+    for sample, prompt in enumerate(prompts):
+        settings = {"temperature": config.temperature, "top_k": config.top_k, "sample": sample}
+        engine.submit(Request(prompt, config.max_tokens, ignore_end=True, tool=False, **settings))
+    tokens = 0
+    while engine.busy:
+        events = engine.step(STRETCH if first else 1, patient=True)
+        now = time.perf_counter() - began
+        tokens += sum(len(new.tokens) for _, new in events)
+        if first:
+            stretches.append((now - last) / max(len(new.tokens) for _, new in events))
+        first, last = first or now, now
+    return {"ttft_s": first, "token_s": statistics.median(stretches), "tokens_per_s": tokens / last}
+
+
+def measure_in_turn(config: Config, model: ModelConfig, compute: Compute, params, batch: int) -> dict:
+    """Medians of the rounds for one batch, of ours and, in turn with it, of a rival's."""
+    engine = Engine(params, model, NoText(model.vocab_size), compute, batch_size=batch)
+    shape = (batch, config.prompt_tokens)
+    prompts = np.random.default_rng(0).integers(0, model.vocab_size - 9, shape).tolist()
+    _, compiled = timed(lambda: measure(engine, prompts, config))
+    command = [f"--{name}={getattr(config, name)}" for name in ("depth", "seq", "vocab", "prompt_tokens", "max_tokens")]
+    command = [*shlex.split(config.rival), *command, f"--batch={batch}"]
+    ours, rivals = [], []
+    for round_ in range(config.rounds):
+        for turn in (0, 1) if round_ % 2 else (1, 0):
+            if turn == 0:
+                ours.append(measure(engine, prompts, config))
+            elif config.rival:
+                rivals.append(run_rival(command)["tokens_per_s"])
+    found = {name: statistics.median(one[name] for one in ours) for name in ours[0]} | {"batch": batch}
+    found["first_time_s"] = compiled
+    if rivals:
+        found["rival_tokens_per_s"] = statistics.median(rivals)
+        pairs = zip(ours, rivals, strict=True)
+        found["ratio"] = statistics.median(one["tokens_per_s"] / rival for one, rival in pairs)
+    return found
+
+
 def run(config: Config):
     sharding.keep_compiled()
     sharding.take_memory()
     mesh = sharding.make_mesh(jax.devices()[:1])
     model = ModelConfig.from_depth(config.depth, sequence_len=config.seq, vocab_size=config.vocab)
     compute, params = Compute.for_backend(mesh=mesh, **parse_way(config.way)), random_params(model)
-    read = (num_params(model) - model.vocab_size * model.n_embd) * jnp.dtype(compute.dtype).itemsize
-    speed = copy_speed()
-    cli.print_plan(
-        "Decoding",
-        [
-            ("model", f"{model.n_layer} layers × {model.n_embd}, vocabulary {model.vocab_size:,}, in {compute.dtype}"),
-            ("devices", sharding.describe(mesh)),
-            (
-                "floor",
-                f"{read / 1e9:.2f} GB of weights at {speed / 1e12:.2f} TB/s: {1e3 * read / speed:.2f} ms a token",
-            ),
-        ],
-    )
-    random = np.random.default_rng(0)
+    weights, speed = weight_bytes(model, compute), copy_speed()
+    floor = f"{weights / 1e9:.2f} GB of weights at {speed / 1e12:.2f} TB/s: {1e3 * weights / speed:.2f} ms a token"
+    shape = f"{model.n_layer} layers × {model.n_embd}, vocabulary {model.vocab_size:,}, in {compute.dtype}"
+    cli.print_plan("Decoding", [("model", shape), ("devices", sharding.describe(mesh)), ("floor", floor)])
+    table = []
     for batch in map(int, config.batches.split(",")):
-        engine = Engine(params, model, NoText(model.vocab_size), compute, batch_size=batch)
-        prompts = random.integers(0, model.vocab_size - 9, (batch, 16)).tolist()
-        generate = partial(engine.generate, prompts, max_tokens=config.max_tokens)
-        _, compiled = timed(generate)
-        answers, seconds = timed(generate)
-        tokens = sum(len(answer.tokens) for answer in answers)
-        step = seconds * batch / tokens
-        told = f"{tokens / seconds:10,.0f} tokens/s, {1e3 * step:.2f} ms a token of each row"
-        told += f", {step * speed / read:.1f} × the floor (the first time {compiled - seconds:.1f} s more)"
-        print(f"batch {batch:>4}  {told}", flush=True)
+        found = measure_in_turn(config, model, compute, params, batch)
+        middle = min(config.prompt_tokens + config.max_tokens / 2, config.seq)
+        found["mbu"] = (weights + batch * row_bytes(model, compute, middle)) / speed / found["token_s"]
+        line = f"batch {batch:>4}  {found['tokens_per_s']:10,.0f} tokens/s, {1e3 * found['token_s']:.2f} ms a token, "
+        line += f"first tokens after {1e3 * found['ttft_s']:.0f} ms, MBU {found['mbu']:.0%}"
+        if config.rival:
+            line += f"; rival {found['rival_tokens_per_s']:,.0f} tokens/s, ours / rival {found['ratio']:.2f}"
+        print(line, flush=True)
+        table.append(found)
+    if config.json:
+        print(json.dumps(table))
 
 
 if __name__ == "__main__":

@@ -19,5 +19,5 @@ for shape in ${SHAPES:-20:16 12:32}; do
     echo "== where its time goes"
     $python -m bench.profile $flags --steps=3
     echo "== decoding"
-    $python -m bench.decode --depth="${shape%:*}" --seq="$seq" --vocab="$vocab" --batches="${BATCHES:-1,16,128}"
+    $python -m bench.decode --depth="${shape%:*}" --seq="$seq" --vocab="$vocab" --batches="${BATCHES:-1,16,64,128}"
 done

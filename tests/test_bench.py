@@ -50,7 +50,12 @@ def test_eval_times_core_and_answers(run_command, shared_data):
 
 
 @pytest.mark.slow
-def test_decoding_beside_the_floor(run_command):
-    tiny = ["--depth=1", "--seq=64", "--vocab=300", "--batches=1,4", "--max_tokens=8"]
-    said = run_command("bench.decode", *tiny).stdout
-    assert len(re.findall(r"batch +[14] .* tokens/s, .* × the floor", said)) == 2
+def test_decoding_beside_what_the_memory_allows(run_command, tmp_path):
+    rival = tmp_path / "rival.py"
+    rival.write_text("import sys\nassert '--batch=4' in sys.argv\nprint('{\"tokens_per_s\": 0.5}')")
+    tiny = ["--depth=1", "--seq=64", "--vocab=300", "--batches=4", "--max_tokens=8", "--rounds=1", "--json"]
+    *_, line, last = run_command("bench.decode", *tiny, f"--rival={sys.executable} {rival}").stdout.splitlines()
+    assert re.search("batch +4 .* tokens/s, .* first tokens after .* MBU .*; rival 0 tokens/s, ours / rival", line)
+    (found,) = json.loads(last)
+    assert found["batch"] == 4 and found["ratio"] == pytest.approx(2 * found["tokens_per_s"])
+    assert found["token_s"] > 0 and found["ttft_s"] > 0 and 0 < found["mbu"] < 1
