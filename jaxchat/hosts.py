@@ -161,6 +161,9 @@ def start(config: TrainConfig, *, asks: bool = True):
     except ValueError as problem:
         flags = "--coordinator, --num_processes and --process_id"
         raise UserError(f"the other processes cannot be found ({problem}); name them with {flags}") from problem
+    except RuntimeError as problem:  # they did not come in time: some may still be at the command before
+        print(f"error: not all processes have come: {problem}", file=sys.stderr, flush=True)
+        raise SystemExit(UNREACHABLE) from None
     if place.alone_on_host and method in ("slurm", "ompi"):
         jax.config.update("jax_cuda_visible_devices", "all")
         jax.config.update("jax_rocm_visible_devices", "all")

@@ -5,14 +5,16 @@ import os
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from jaxchat.config import UserError
 from launch.cluster import __main__ as cluster
-from launch.cluster import common, gke, slurm, tpu_vm
+from launch.cluster import common, gke, local, slurm, tpu_vm
 
 TRAIN = ["python", "-m", "launch.base_train", "--run=a b", "--resume"]
 SECRET = "it's $ecret"
@@ -88,26 +90,42 @@ def sbatch_options(text):
 
 def test_slurm(here, capsys):
     args = ["slurm", "--nodes=4", "--partition=gpu", "--account=me", "--secrets=WANDB_API_KEY", "--setup=module load x"]
-    out = start(capsys, *args, "--directives=--qos=high --exclusive", "--dry_run")
+    out = start(capsys, *args, "--directives=--qos=high --constraint=h100", "--dry_run")
     file, submit = out.removeprefix("# jaxchat.sbatch\n").rsplit("\n", 2)[0:2]
     options = sbatch_options(file)
     assert options["nodes"] == "4" and options["ntasks-per-node"] == "1" and options["gpus-per-node"] == "8"
-    assert options["partition"] == "gpu" and options["qos"] == "high" and {"exclusive", "requeue"} <= options.keys()
+    assert (
+        options["partition"] == "gpu"
+        and options["qos"] == "high"
+        and {"exclusive", "requeue"} <= options.keys()
+        and options["mem"] == "0"
+    )
     # documented: [{R|B}:]<sig_num>[@sig_time]; without B: the signal goes to the processes, and not to the shell only
     assert re.fullmatch(r"TERM@\d+", options["signal"]) and options["export"] == "ALL"
     assert re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", options["time"]) and options["open-mode"] == "append"
-    assert f"\nmodule load x\nsrun --kill-on-bad-exit=0 {shlex.join(TRAIN)}\n" in file
+    srun = "srun --kill-on-bad-exit=0 --cpus-per-task=$SLURM_CPUS_ON_NODE"
+    assert "\nmodule load x\n" in file and f"\n{srun} {shlex.join(TRAIN)}\n" in file
+    shared = slurm.script(slurm.Config(cpus=12, mem="100G"), TRAIN)
+    options = sbatch_options(shared)
+    assert (options["cpus-per-task"], options["mem"]) == ("12", "100G") and "exclusive" not in options
+    assert "\nsrun --kill-on-bad-exit=0 --cpus-per-task=12 python" in shared
     assert submit == "sbatch jaxchat.sbatch" and SECRET not in out and not list(here.iterdir())
 
 
 @pytest.mark.parametrize(
     "code, state, count, again",
     [(0, "RUNNING", 0, False), (75, "RUNNING", 0, True), (76, "RUNNING", 1, True), (137, "RUNNING", 0, True)]
-    + [(1, "RUNNING", 0, False), (175, "RUNNING", 0, False), (75, "COMPLETING", 0, False), (75, "RUNNING", 2, False)],
+    + [
+        (134, "RUNNING", 0, True),
+        (1, "RUNNING", 0, False),
+        (175, "RUNNING", 0, False),
+        (75, "COMPLETING", 0, False),
+        (75, "RUNNING", 2, False),
+    ],
 )
 def test_slurm_puts_back_what_can_go_on(here, fake, monkeypatch, code, state, count, again):
     """The file itself, run by bash: srun runs the command, and Slurm is told to requeue on the right exit codes."""
-    fake("srun", 'shift; "$@"')
+    fake("srun", 'shift 2; "$@"')
     fake("squeue", f"echo {state}")
     fake("scontrol")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -190,6 +208,22 @@ def test_tpu_vm_starts_again(here, codes, end):
     followed = subprocess.run(["bash", "-c", tpu_vm.FOLLOW], **told)
     assert subprocess.run(["bash", "-c", tpu_vm.CODE], **told).stdout == f"{end}\n"
     assert followed.stdout.count(f"{SECRET}|{here}/bucket\n") == min(len(codes), 5)
+
+
+def test_tpu_vm_runs_several_commands_on_one_tpu(here, capsys):
+    """Each is started again by itself; the first that fails for good ends it. The log stays in the bucket."""
+    turn = ["bash", "-c", 'echo "$0" >> ../turns; exit $(( $0 == $(wc -l < ../turns) ? 75 : $1 ))']
+    command = [*turn, "1", "0", "--", *turn, "3", "4", "--", *turn, "5", "0"]
+    assert "turns bash" in start(capsys, *TPU, "--steps=run", "--dry_run", command=command)
+    (here / "jaxchat").mkdir()
+    env = os.environ | {"HOME": str(here)}
+    shell = tpu_vm.started(tpu_vm.Config(bucket="b"), command)
+    subprocess.run(["bash", "-c", shell], check=True, env=env)
+    subprocess.run(["bash", "-c", tpu_vm.FOLLOW], env=env, timeout=30)
+    assert (here / "turns").read_text().split() == ["1", "1", "3", "3"]
+    assert (here / "jaxchat/run.code").read_text() == "4\n"
+    (log,) = (here / "bucket/logs").iterdir()
+    assert log.read_text().count("started again after exit code 75") == 2
 
 
 def test_tpu_vm_takes_up_a_log_without_a_command(here, capsys):
@@ -389,3 +423,16 @@ def test_no_command_and_no_scheduler(here, capsys, monkeypatch):
         assert stop.value.code == 2 and words in capsys.readouterr().err
     with pytest.raises(UserError, match="form"):
         gke.hardware(gke.Config(tpu="v9:1"))
+
+
+def test_the_image_is_built_from_what_there_is():
+    """The Dockerfile copies files of a checkout, its extras exist; and each --help names all restart codes."""
+    lines = (ROOT / "launch/cluster/Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert {"pyproject.toml", "constraints.txt"} <= set(copied) and all((ROOT / name).exists() for name in copied)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (named,) = [line for line in lines if line.startswith("# tpu, cuda12")]
+    assert {"tpu", "cuda12", "cuda13", "wandb"} <= set(project["optional-dependencies"]) and "tpu" in named
+    assert set(project["license-files"]) <= set(copied)
+    for config in (cluster.Config, gke.Config, local.Config):
+        assert all(str(code) in config.__doc__ for code in common.RESTARTED)

@@ -19,8 +19,10 @@ class Config:
     --resume
 
     Launchers: slurm, tpu_vm, gke, local; each has its own --help. With --dry_run they print the files and
-    commands and do nothing. A run that stopped and saved (exit code 75), lost a peer (76) or was killed (137)
-    is started again, so give the trainers --resume.
+    commands and do nothing. After exit code 75 (stopped and saved), 76 (processes cannot reach one another),
+    134 (another process was lost) or 137 (killed) the command is started again, so give the trainers
+    --resume. Commands for one process, such as launch.download, tok_train or report, run in the first process
+    only.
 
     Secrets such as WANDB_API_KEY never go onto a command line: name them with --secrets, and set them where
     the launcher's --help says.

@@ -26,11 +26,16 @@ class Config:
     """Write <name>.yaml here, a JobSet with one pod a host, and apply it with kubectl. The cluster needs
     JobSet 0.6 or newer. Choose TPUs with --tpu=v5e:4x4, or GPUs with --gpu and --nodes.
 
+    --image is built and pushed from a checkout, for TPUs or (EXTRAS=cuda13) GPUs:
+    git archive HEAD | docker build --file=launch/cluster/Dockerfile --build-arg=EXTRAS=tpu --tag=IMAGE -
+    docker push IMAGE
+
     Secrets are read from a Kubernetes Secret. Create it once, from a file with one NAME=value a line:
     kubectl create secret generic jaxchat --from-env-file=FILE
 
-    A run that stopped and saved because its node goes away, or that lost a peer, is started again, all pods
-    at once; any other failure ends it. Every pod sees --bucket as its base directory.
+    After exit code 75, 76, 134 or 137, and when a node goes away, all pods are started again at once; any
+    other failure ends the run. Every pod sees --bucket as its base directory: data gets there by a run of
+    launch.download, or by gcloud storage cp --recursive FOLDER gs://NAME.
 
     The lock on a run's folder does not reach beyond one host in a bucket: let no other host train under the
     same tag. Create the bucket with a hierarchical namespace, in which renaming a checkpoint's folder is
@@ -90,9 +95,7 @@ def hardware(config: Config) -> tuple[int, dict, dict]:
     return chips // on_host, labels, {"google.com/tpu": on_host}
 
 
-def jobset(config: Config, command: list[str]) -> dict:
-    """The JobSet as nested dicts, ready for YAML."""
-    hosts, labels, takes = hardware(config)
+def container(config: Config, command: list[str], hosts: int, takes: dict) -> dict:
     secrets = secret_names(config.secrets, here=False)
     env = [{"name": n, "valueFrom": {"secretKeyRef": {"name": "jaxchat", "key": n}}} for n in secrets]
     if config.gpu:  # on TPUs GKE sets this itself
@@ -100,18 +103,10 @@ def jobset(config: Config, command: list[str]) -> dict:
         env += [{"name": "JAX_COORDINATOR_ADDRESS", "value": first}]
         env += [{"name": "JAXCHAT_NUM_PROCESSES", "value": str(hosts)}]
     mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
-    volumes = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     if config.bucket:
         env += [{"name": "JAXCHAT_BASE_DIR", "value": "/bucket"}]
         mounts += [{"name": "bucket", "mountPath": "/bucket"}]
-        attributes = {"bucketName": config.bucket, "mountOptions": ",".join(MOUNTED)}
-        volumes += [
-            {
-                "name": "bucket",
-                "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes},
-            }
-        ]
-    container = {
+    return {
         "name": "jaxchat",
         "image": config.image,
         "command": command,
@@ -120,12 +115,22 @@ def jobset(config: Config, command: list[str]) -> dict:
         "volumeMounts": mounts,
         "ports": [{"containerPort": PORT}],
     }
+
+
+def jobset(config: Config, command: list[str]) -> dict:
+    """The JobSet as nested dicts, ready for YAML."""
+    hosts, labels, takes = hardware(config)
+    volumes = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
+    if config.bucket:
+        attributes = {"bucketName": config.bucket, "mountOptions": ",".join(MOUNTED)}
+        mounted = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}
+        volumes += [{"name": "bucket", "csi": mounted}]
     pod = {
         "restartPolicy": "Never",
         "serviceAccountName": config.service_account,
         "terminationGracePeriodSeconds": 120,
         "nodeSelector": labels | ({"cloud.google.com/gke-spot": "true"} if config.spot else {}),
-        "containers": [container],
+        "containers": [container(config, command, hosts, takes)],
         "volumes": volumes,
     }
     annotations = {"gke-gcsfuse/volumes": "true"} if config.bucket else {}
@@ -163,7 +168,7 @@ def run(config: Config, command: list[str]):
     check_name("name", config.name)
     check_at_least(config, slices=1, gpus=1, nodes=1, restarts=0)
     if not config.image:
-        raise UserError("--image is missing: a container image with jaxchat and its requirements installed")
+        raise UserError("--image is missing: a container image with jaxchat (--help says how to build one)")
     file, text = f"{config.name}.yaml", yaml.safe_dump(jobset(config, command), sort_keys=False)
     print(f"# {file}\n{text}", flush=True)
     if not config.dry_run:

@@ -1,12 +1,16 @@
 """Several processes of one training run on this machine: a rehearsal of a run on several hosts."""
 
+import contextlib
 import dataclasses
+import os
 import shlex
 import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
+from jaxchat.config import UserError
 from launch.cluster.common import RESTARTED, check_at_least
 
 
@@ -16,16 +20,15 @@ class Config:
     JAXCHAT_NUM_PROCESSES and JAXCHAT_PROCESS_ID. Process 0 prints; the others print errors only.
 
     SIGTERM and Ctrl-C are passed on. The processes then have --grace seconds to end, and so have the others
-    when one fails; whatever still runs after that is killed. A run that stopped and saved (exit code 75),
-    lost a peer (76) or was killed (137) is started again, up to --restarts times, unless this launcher itself
-    was asked to stop. The exit code is that of the first process that failed. The processes inherit this
-    environment, secrets included.
+    when one fails; whatever still runs after that is killed. After exit code 75, 76, 134 or 137 the run is
+    started again, up to --restarts times, unless this launcher itself was asked to stop. The exit code is
+    that of the first process that failed. The processes inherit this environment, secrets included.
     """
 
     processes: int = 2
     """Number of processes."""
-    gpus_per_process: int = 0
-    """GPUs that each process gets for itself; 0: no division, every process sees all of them."""
+    gpus_per_process: int = -1
+    """GPUs that each process gets for itself; -1: an equal share of this machine's; 0: every process sees all."""
     restarts: int = 0
     """Restarts at most."""
     grace: float = 120.0
@@ -40,14 +43,28 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that programs started here see, as CUDA_VISIBLE_DEVICES names them."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in given.split(",") if name]
+    return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+
+
 def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
     """The command line of each process."""
+    gpus, each = visible_gpus(), config.gpus_per_process
+    if each < 0:
+        each = len(gpus) // config.processes
+        if gpus and not each:
+            raise UserError(f"--processes={config.processes} is more than the {len(gpus)} GPUs there are")
+    elif len(gpus) < each * config.processes:  # a dry run for another machine, say
+        gpus = list(map(str, range(each * config.processes)))
     lines = []
     for index in range(config.processes):
         place = [f"JAX_COORDINATOR_ADDRESS=localhost:{port}", f"JAXCHAT_NUM_PROCESSES={config.processes}"]
         place += [f"JAXCHAT_PROCESS_ID={index}"]
-        if each := config.gpus_per_process:
-            place += ["CUDA_VISIBLE_DEVICES=" + ",".join(map(str, range(index * each, (index + 1) * each)))]
+        if each:
+            place += ["CUDA_VISIBLE_DEVICES=" + ",".join(gpus[index * each : (index + 1) * each])]
         lines.append(["env", *place, *command])
     return lines
 
@@ -107,13 +124,14 @@ def run_once(config: Config, command: list[str], signals: SignalForwarder) -> in
             time.sleep(0.1)
     finally:
         for process in signals.processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the workers that tokenize for it
             process.wait()
     return failed
 
 
 def run(config: Config, command: list[str]):
-    check_at_least(config, processes=1, gpus_per_process=0, restarts=0, grace=0)
+    check_at_least(config, processes=1, gpus_per_process=-1, restarts=0, grace=0)
     if config.dry_run:
         for line in commands(config, command, free_port()):
             print(shlex.join(line))

@@ -31,8 +31,12 @@ class Config:
     """Partition to queue in; empty: the site's default."""
     account: str = ""
     """Account to charge; empty: your default."""
+    cpus: int = 0
+    """CPUs of each machine; 0: all, and the machine is not shared."""
+    mem: str = "0"
+    """Memory of each machine, such as 200G; 0: all."""
     directives: str = ""
-    """More options of sbatch, separated by spaces: "--qos=high --mem=0 --cpus-per-task=64"."""
+    """More options of sbatch, separated by spaces: "--qos=high --constraint=h100"."""
     setup: str = ""
     """Shell commands to run first: "module load cuda && source .venv/bin/activate"."""
     secrets: str = ""
@@ -50,6 +54,8 @@ def script(config: Config, command: list[str]) -> str:
         "nodes": config.nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": config.gpus or "",
+        "cpus-per-task": config.cpus or "",
+        "mem": config.mem,
         "time": config.time,
         "partition": config.partition,
         "account": config.account,
@@ -58,7 +64,7 @@ def script(config: Config, command: list[str]) -> str:
         "export": "ALL" if config.secrets else "",
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value != ""]
-    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
+    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append", *([] if config.cpus else ["#SBATCH --exclusive"])]
     lines += [f"#SBATCH {word}" for word in shlex.split(config.directives)]
     codes = "|".join(map(str, RESTARTED))
     return "\n".join(
@@ -68,10 +74,11 @@ def script(config: Config, command: list[str]) -> str:
             "",
             f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
             *([config.setup] if config.setup else []),
-            # The processes notice by themselves that one failed; Slurm need not kill them.
-            f"srun --kill-on-bad-exit=0 {shlex.join(command)}",
+            # The processes notice by themselves that one failed; Slurm need not kill them. srun does not take
+            # over --cpus-per-task from sbatch, and would bind the process to one core.
+            f"srun --kill-on-bad-exit=0 --cpus-per-task={config.cpus or '$SLURM_CPUS_ON_NODE'} {shlex.join(command)}",
             "code=$?",
-            "# Stopped and saved, lost a peer, or killed: queue it again, unless it was cancelled.",
+            "# Queue it again after one of these, unless it was cancelled.",
             'state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)',
             f"if [[ $code =~ ^({codes})$ && $state == RUNNING && ${{SLURM_RESTART_COUNT:-0}} -lt {config.restarts} ]]",
             'then scontrol requeue "$SLURM_JOB_ID"',
@@ -83,11 +90,11 @@ def script(config: Config, command: list[str]) -> str:
 
 
 def run(config: Config, command: list[str]):
-    check_at_least(config, nodes=1, gpus=0, restarts=0)
+    check_at_least(config, nodes=1, gpus=0, cpus=0, restarts=0)
     for word in shlex.split(config.directives):
         if not word.startswith("--"):
             raise UserError(f"--directives: {word!r} is not an option of the form --name or --name=value")
-    for flag in ("job_name", "time", "partition", "account"):
+    for flag in ("job_name", "time", "partition", "account", "mem"):
         if any(c.isspace() or c in "/'\"" for c in getattr(config, flag)):
             raise UserError(f"--{flag}={getattr(config, flag)!r}; it must not contain spaces, quotes or slashes")
     secret_names(config.secrets, here=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shlex
 import subprocess
@@ -33,12 +34,15 @@ GCSFUSE = (
 class Config:
     """Create a Cloud TPU, install this checkout's last commit on it, run the command on all its workers,
     follow the first worker's log, and delete the TPU once the command has ended and its exit code is known.
-    --steps chooses among these.
+    --steps chooses among these. Several commands, each after a -- of its own, run in turn on the one TPU,
+    until one fails.
 
-    Every worker sees --bucket as its base directory (JAXCHAT_BASE_DIR). Secrets are copied over ssh in a file
-    that only you can read, and set for the command. The command keeps running if the connection is lost;
-    --steps=log,delete reconnects. It is started again after a lost peer. A TPU that was preempted is gone:
-    run the same line again, which creates a new one, and with --resume the command continues.
+    Every worker sees --bucket as its base directory (JAXCHAT_BASE_DIR): data gets there by launch.download as
+    the first command, which runs on one worker, or by gcloud storage cp --recursive FOLDER gs://NAME. The log
+    is copied to its folder logs at the end. Secrets are copied over ssh in a file that only you can read, and
+    set for the commands. These keep running if the connection is lost; --steps=log,delete reconnects. They
+    are started again after a lost peer. A TPU that was preempted is gone: run the same line again, which
+    creates a new one, and with --resume the training continues.
 
     The lock on a run's folder does not reach beyond one host in a bucket: let no other host train under the
     same tag. Create the bucket with a hierarchical namespace, in which renaming a checkpoint's folder is
@@ -119,14 +123,23 @@ def on(config: Config, workers: str, shell: str) -> list[str]:
 
 
 def started(config: Config, command: list[str]) -> str:
-    """Shell text: run the command in the background, restart it when due, write its exit code to run.code."""
-    base = f"export JAXCHAT_BASE_DIR={MOUNT}; " if config.bucket else ""
+    """Shell text: run the commands in turn in the background, restart one when due, write the exit code to
+    run.code.
+
+    command: its words, and a -- before each further command.
+    """
+    base, kept = "", ""
+    if config.bucket:
+        base = f"export JAXCHAT_BASE_DIR={MOUNT}; "
+        kept = f"mkdir -p {MOUNT}/logs; cp run.log {MOUNT}/logs/$(hostname)-$(date +%Y%m%d-%H%M%S).log; "
+    ends = [-1, *(i for i, word in enumerate(command) if word == "--"), len(command)]
+    turns = " && ".join(f"turns {shlex.join(command[a + 1 : b])}" for a, b in itertools.pairwise(ends))
     codes = "|".join(map(str, RESTARTED))
     loop = (
         f"{base}set -a; [ -f ../jaxchat.env ] && . ../jaxchat.env; set +a; export PATH=$PWD/.venv/bin:$PATH; "
-        f"for turn in $(seq 0 {config.restarts}); do {shlex.join(command)}; code=$?; "
-        f"case $code in {codes}) echo started again after exit code $code;; *) break;; esac; done; "
-        "echo $code > run.code"
+        f'turns() {{ for turn in $(seq 0 {config.restarts}); do "$@"; code=$?; '
+        f"case $code in {codes}) echo started again after exit code $code;; *) break;; esac; done; return $code; }}; "
+        f"{turns}; code=$?; {kept}echo $code > run.code"
     )
     background = f"nohup bash -c {shlex.quote(loop)} > run.log 2>&1 < /dev/null &"
     return f"cd jaxchat && rm -f run.code && ({background} echo $! > run.pid)"
