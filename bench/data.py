@@ -1,10 +1,10 @@
 """Time the three data pipelines beside bare tiktoken on the same text: python -m bench.data
 
-Of each pipeline so many documents are rendered as it renders them, and their texts alone are given to
-tiktoken's encode_ordinary_batch, a document or conversation a string, with as many threads as there are
-cores. The two take turns, so that a noisy machine hurts both; the figures are medians, the ratio that of the
-medians. "of CPU time" is the ratio of tokens a second of CPU time, which what else runs on the machine hurts
-less. Each pipeline has a process of its own, so that its peak memory is its own.
+The pipelines render documents into batches; tiktoken's encode_ordinary_batch gets only their texts, a
+document or conversation a string, with as many threads as there are cores. The two take turns, so that a
+noisy machine hurts both. The figures are medians, and the ratio is that of the medians. "of CPU time" is the
+ratio of tokens a second of CPU time, which other programs on the machine disturb less. Each pipeline runs in
+its own process, so that its peak memory is its own.
 """
 
 import dataclasses
@@ -55,7 +55,9 @@ class Config:
     pipelines: str = ",".join(PIPELINES)
     """Pipelines to time, separated by commas; several run in a process each."""
     documents: int = 0
-    """Documents of base to read (over many epochs) to measure how memory grows, instead of timing; 0: time."""
+    """Documents of base to read (over many epochs) to measure how memory grows, instead of timing; 0:
+    time.
+    """
     json: bool = False
     """Print the figures as one JSON object in the last line."""
 

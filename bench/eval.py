@@ -1,7 +1,6 @@
-"""Time of evaluation: python -m bench.eval --eval_bundle=DIR, and --tasks_dir=DIR for written answers
+"""Time evaluation with a random model: python -m bench.eval --eval_bundle=DIR --tasks_dir=DIR
 
-CORE of a random model of a given depth, compiling and all; and prompts of GSM8K answered all at once beside one by one,
-where what is compiled is told apart.
+CORE, compilation included; and prompts of GSM8K answered all at once and one by one, without compilation.
 """
 
 import dataclasses
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxchat import sharding
-from jaxchat.config import Compute, Model, ModelConfig, base_dir
+from jaxchat.config import Compute, Model, ModelConfig
 from jaxchat.data.tasks import load_task
 from jaxchat.eval import chat, core
 from jaxchat.eval.scoring import Scorer, buckets, span_losses
@@ -24,28 +23,28 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time CORE and generation with a random model, whose answers go on to their limit."""
+    """Time CORE and generation with a random model, whose answers run to their limit."""
 
     depth: int = 4
-    """Of the model."""
+    """Layers of the model."""
     seq: int = 512
-    """The longest context."""
+    """The model's context, in tokens."""
     vocab: int = 8192
-    """Vocabulary, of a tokenizer trained here on the bundle's texts."""
+    """Size of the vocabulary; the tokenizer is trained on the bundle's texts."""
     max_per_task: int = 100
     """Items of each of CORE's tasks."""
     prompts: int = 256
-    """Of GSM8K, answered all at once."""
+    """Prompts of GSM8K to answer all at once; 0: none."""
     alone: int = 8
-    """Of them, answered one at a time too."""
+    """How many of them to answer one at a time as well."""
     max_tokens: int = 128
-    """Of each answer."""
+    """Tokens of each answer."""
     batch_size: int = 128
     """Answers written at a time."""
     eval_bundle: str = ""
     """CORE's bundle; empty: the base directory's."""
     tasks_dir: str = ""
-    """Where GSM8K lies; empty: <base directory>/tasks."""
+    """Folder of GSM8K's files; empty: <base directory>/tasks."""
 
 
 def random_params(config: ModelConfig):
@@ -71,10 +70,10 @@ def time_core(config: Config, model: ModelConfig, params, tokenizer: Tokenizer, 
     scorer, before = Scorer(params, Model(model, compute)), span_losses._cache_size()
     began = time.perf_counter()
 
-    def told(result):
+    def on_result(result):
         print(f"  {result.task:<34}{result.items:>5} items, {time.perf_counter() - began:6.1f} s so far", flush=True)
 
-    results, seconds = timed(lambda: core.evaluate(scorer, tokenizer, bundle, config.max_per_task, told))
+    results, seconds = timed(lambda: core.evaluate(scorer, tokenizer, bundle, config.max_per_task, on_result))
     compiled = span_losses._cache_size() - before
     print(
         f"CORE: {len(results)} tasks, {sum(result.items for result in results):,} items in {seconds:.1f} s; "
@@ -121,7 +120,7 @@ def run(config: Config):
             ("model", f"depth {config.depth}, {config.seq} tokens, vocabulary {model.vocab_size:,}"),
             ("device", sharding.describe(mesh)),
             ("CORE", f"{len(bundle)} tasks, at most {config.max_per_task} items each"),
-            ("answers", f"{config.prompts} of GSM8K, {config.max_tokens} tokens each; data in {base_dir()} or as told"),
+            ("answers", f"{config.prompts} of GSM8K, {config.max_tokens} tokens each"),
         ],
     )
     params = random_params(model)

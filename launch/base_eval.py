@@ -26,13 +26,15 @@ class Config:
     dtype: str = "auto"
     """Data type of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
     eval_bundle: str = ""
-    """CORE's bundle, a folder or a zip; empty: <base directory>/eval_bundle or eval_bundle.zip, if there is one."""
+    """CORE's bundle, a folder or a zip; empty: <base directory>/eval_bundle or eval_bundle.zip, if
+    present.
+    """
     max_per_task: int = -1
     """Items of each of CORE's tasks at most; -1: all."""
     data_dir: str = ""
     """Folder of the parquet shards, the last one for validation; empty: <base directory>/base_data."""
     device_batch_size: int = 32
-    """Rows a device computes at a time for bits per byte; lower it if memory runs out, the result stays the same."""
+    """Rows a device computes at a time for bits per byte; lower it if memory runs out (same result)."""
     eval_tokens: int = 20 * 524288
     """Tokens of training text, and of validation text, to measure bits per byte on; 0: not at all."""
 

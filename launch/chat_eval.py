@@ -8,12 +8,13 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measure a chat model on six tasks: ARC-Easy, ARC-Challenge and MMLU by the likeliest letter; GSM8K, HumanEval
-    and SpellingBee by written answers, with the calculator. With all of them comes ChatCORE, their mean.
+    """Measure a chat model on six tasks: ARC-Easy, ARC-Challenge and MMLU by the likeliest letter; GSM8K,
+    HumanEval and SpellingBee by written answers, with the calculator. With all of them comes ChatCORE, their
+    mean.
 
-    HumanEval's answers run in a sandbox; where the kernel has none, HumanEval is left out. The results are written
-    beside the checkpoint after every task, as chat_eval_<step>.csv and .json, and under another name if a file with
-    other settings exists.
+    HumanEval's answers run in a sandbox; where the kernel has none, HumanEval is left out. The results are
+    written beside the checkpoint after every task, as chat_eval_<step>.csv and .json, and under another name
+    if a file with other settings exists.
     """
 
     source: str = dataclasses.field(default="sft", metadata={"alias": "-i"})
@@ -27,7 +28,7 @@ class Config:
     max_problems: int = dataclasses.field(default=-1, metadata={"alias": "-x"})
     """Problems of each task at most, a fixed random sample; -1: all."""
     num_samples: int = dataclasses.field(default=1, metadata={"alias": "-n"})
-    """Written answers to each problem; its score is the share that is right. With several, pass@k is printed too."""
+    """Written answers to each problem; its score is the share that is right. Several give pass@k too."""
     temperature: float = dataclasses.field(default=0.0, metadata={"alias": "-t"})
     """Sampling temperature of written answers; 0: always the likeliest token."""
     top_k: int = dataclasses.field(default=50, metadata={"alias": "-k"})
@@ -35,7 +36,7 @@ class Config:
     max_new_tokens: int = dataclasses.field(default=512, metadata={"alias": "-m"})
     """Longest written answer, in tokens."""
     batch_size: int = dataclasses.field(default=-1, metadata={"alias": "-b"})
-    """Answers written at a time; the results do not depend on it. -1: as many as the memory holds, at most 64."""
+    """Answers that a device writes at a time (same results); -1: as many as its memory holds, at most 64."""
     seed: int = 0
     """Random seed for sampling."""
     device_type: str = ""
@@ -48,7 +49,8 @@ class Config:
     """Folder of the tasks' files; empty: <base directory>/tasks."""
 
 
-SETTINGS = ("max_problems", "num_samples", "temperature", "top_k", "max_new_tokens", "seed")  # what scores depend on
+# What scores depend on.
+SETTINGS = ("max_problems", "num_samples", "temperature", "top_k", "max_new_tokens", "seed")
 
 
 def names_in(config: Config) -> tuple[list[str], str]:
@@ -114,7 +116,10 @@ def run(config: Config):
             ("model", str(found.folder / str(found.step))),
             ("devices", f"{sharding.describe(mesh)}, compute in {model.compute.dtype}"),
             ("tasks", ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))),
-            ("written answers", f"{config.num_samples} a problem, {how}, at most {longest} tokens, {slots} at a time"),
+            (
+                "written answers",
+                f"{config.num_samples} a problem, {how}, at most {longest} tokens, {slots} a device at a time",
+            ),
             *[("rows", f"{task.name}: {task.left_out}") for task in tasks.values() if task.left_out],
             *([("WARNING", left_out)] if left_out else []),
         ],

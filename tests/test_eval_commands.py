@@ -221,7 +221,7 @@ def test_chat_eval(here, capsys):
     names = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
     assert list(found["tasks"]) == names
     assert [*found["values"]] == [*names, "ChatCORE", "ChatCORE without SpellingBee"]
-    assert "(over 6 tasks)" in text and "(over 5 tasks)" in text and "64 at a time" in text
+    assert "(over 6 tasks)" in text and "(over 5 tasks)" in text and "64 a device at a time" in text
     for name, task in found["tasks"].items():
         chance = 0.25 if name in names[:3] else 0
         assert task["items"] == 3 and task["centered"] == pytest.approx((task["accuracy"] - chance) / (1 - chance))

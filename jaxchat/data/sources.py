@@ -18,9 +18,9 @@ from jaxchat.config import UserError, base_dir
 
 SOURCE = ".source"  # launch.download notes in a folder of shards where they are from, and how many are wanted
 CACHED_GROUPS = 32  # decoded row groups kept: each of up to 16 streams reads one, or two at a border
-GROUP_BYTES = 32 << 20  # larger ones are kept in temporary files: CACHED_GROUPS of this size are 1 GiB of memory
+GROUP_BYTES = 32 << 20  # larger ones go to temporary files; CACHED_GROUPS of this size are 1 GiB
 OPENED_AT_ONCE = 16  # shards, each in a thread: on a network drive, opening one is waiting
-HASHED_WHOLE = 16 << 20  # the fingerprint of a file of up to so many bytes is of all its content
+HASHED_WHOLE = 16 << 20  # bytes up to which a file's fingerprint is of all its content
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # that of a larger file is of samples, 1 MiB in all
 
 

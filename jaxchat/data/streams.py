@@ -20,7 +20,7 @@ from jaxchat.data.encode import Reader
 from jaxchat.data.order import Deal
 from jaxchat.data.packing import PACKINGS
 
-EMPTY_IN_A_ROW = 10_000  # so many empty documents are a mistake, not noise
+EMPTY_IN_A_ROW = 10_000  # empty documents in succession that are a mistake, not noise
 
 
 class StreamRows(grain.IterDataset):

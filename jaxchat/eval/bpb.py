@@ -25,7 +25,9 @@ def _sums(params, batch, model: Model):
 
 
 def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]:
-    """(Σ weight·nll in nats, Σ weight) over batches {inputs, targets, weights} [B, T], which every process has."""
+    """(Σ weight·nll in nats, Σ weight) of batches {inputs, targets, weights} [B, T] that every process
+    has.
+    """
     sums = []
     for batch in batches:
         placed = {f"{name}_BT": place_same(array, model.mesh, axis=0) for name, array in batch.items()}
@@ -45,7 +47,7 @@ def bits_per_byte(params, batches: list[dict], token_bytes, model: Model) -> flo
 
 
 def measure_text(found: Found, params, texts: dict[str, ParquetText], rows: int, max_tokens: int, model: Model):
-    """Measure and print bits per byte of each split's first max_tokens tokens: {"train_bpb": …, "val_bpb": …}."""
+    """Measure and print bits per byte of each split's first tokens: {"train_bpb": …, "val_bpb": …}."""
     values = {}
     size = {"rows": rows * data_shards(model.mesh), "time": found.config.sequence_len, "max_tokens": max_tokens}
     for split, text in texts.items():
@@ -57,7 +59,7 @@ def measure_text(found: Found, params, texts: dict[str, ParquetText], rows: int,
 
 
 def trained_on(found: Found, validation: ParquetText) -> str:
-    """A warning if the checkpoint was trained on the validation shard, by its fingerprints; "" if it was not."""
+    """A warning if the checkpoint's fingerprints say that it was trained on the validation shard, or ""."""
     shards = sorted((found.meta.get("data") or {}).items())[:-1]  # the last was for validation then
     trained = {fingerprint for _, fingerprint in shards}
     for name, fingerprint in validation.fingerprint.items():

@@ -64,7 +64,7 @@ def program_of(row: dict, text: str) -> str:
     An answer without the function itself is read as the rest of the prompt.
     """
     code = code_of(row, text)
-    code = row["prompt"] + ("\n" if defines(row, code) else "") + code  # the prompt may hold imports and helpers
+    code = row["prompt"] + ("\n" if defines(row, code) else "") + code  # it may hold imports and helpers
     return f"{code}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
 
 
@@ -77,7 +77,7 @@ def passes_its_tests(row: dict, text: str) -> bool:
 class ChatTask:
     spec: str  # for load_task
     chance: float  # accuracy of guessing
-    check: Callable[[dict, str], bool] | None  # whether a written answer is right; None: the model chooses a letter
+    check: Callable[[dict, str], bool] | None  # whether a written answer is right; None: a letter is chosen
 
 
 TASKS = {
@@ -111,8 +111,8 @@ def why_not(name: str) -> str:
 def batch_size_for(model: ModelConfig, compute: Compute, memory: int | None) -> int:
     """Answers to write at a time on devices of `memory` bytes (None: unknown): a power of two, at most SLOTS.
 
-    A slot holds the keys and values of a whole context; twice that is counted, as are the weights in float32 and in
-    the compute dtype. The answers do not depend on it.
+    A slot holds the keys and values of a whole context; twice that is counted, as are the weights in float32
+    and in the compute dtype. The answers do not depend on it.
     """
     if memory is None:
         return SLOTS
@@ -126,8 +126,8 @@ def batch_size_for(model: ModelConfig, compute: Compute, memory: int | None) -> 
 def choose_letters(scorer: Scorer, tokenizer: Tokenizer, rows: list[dict]) -> list[bool]:
     """For each choice problem, whether the right letter is the likeliest.
 
-    A problem is rendered as in training, up to where the assistant's letter follows, and only the letters of its
-    choices compete. A problem longer than the model's context keeps its end.
+    A problem is rendered as in training, up to where the assistant's letter follows, and only the letters of
+    its choices compete. A problem longer than the model's context keeps its end.
     """
     prompts = [tokenizer.render_for_completion(row) for row in rows]
     # A letter is one byte, so it is one token.
@@ -147,8 +147,8 @@ def write_answers(
 ) -> list[list[bool]]:
     """For each problem, whether each of its written answers is right.
 
-    A long problem keeps its end, at least half of the context; an answer gets what is left. options: Engine.generate's.
-    quiet: print no progress.
+    A long problem keeps its end, at least half of the context; an answer gets what is left. options:
+    Engine.generate's. quiet: print no progress.
     """
     tokenizer, limit = engine.tokenizer, engine.config.sequence_len
     room = limit - min(options["max_tokens"], limit // 2)
@@ -167,7 +167,7 @@ def write_answers(
 
 
 def pass_at(k: int, right: list[list[bool]]) -> float:
-    """The chance that one of k of a problem's answers, drawn without replacement, is right; the mean over problems."""
+    """The chance that one of k of a problem's answers is right (drawn without replacement), averaged."""
 
     def one(answers: list[bool]) -> float:
         return 1 - math.comb(len(answers) - sum(answers), k) / math.comb(len(answers), k)
@@ -207,9 +207,10 @@ def chat_core(results: list[TaskResult]) -> dict[str, float]:
 def measure(
     scorer: Scorer, engine: Engine, tasks: dict[str, Task], max_problems: int, **options
 ) -> Iterator[tuple[list[TaskResult], dict[str, float], str]]:
-    """Measure and print the tasks one by one; after each yield (results so far, all numbers by name, ChatCORE's name).
+    """Measure and print the tasks one by one; after each, yield (results so far, all numbers by name, name of
+    ChatCORE).
 
-    That name is "" until all tasks are measured that this machine can. options: Engine.generate's.
+    The name is "" until all tasks that this machine can run are measured. options: those of Engine.generate.
     """
     results, values = [], {}
     for name, task in tasks.items():

@@ -152,7 +152,9 @@ def solved(task: CoreTask, item: dict) -> str:
 
 
 def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
-    """The texts the model reads: one for each option; for language modeling, the prompt without and with the answer."""
+    """The texts the model reads: one for each option; in language modeling, the prompt without and with
+    its answer.
+    """
     item = items[index]
     before = "".join(solved(task, example) + "\n\n" for example in examples_of(task, items, index))
     if task.kind == "multiple_choice":
@@ -199,7 +201,7 @@ def evaluate(
 ) -> list[CoreResult]:
     """Score every task on at most max_per_task items. on_result: called with each task's result."""
     results = []
-    drawn = [task.drawn(max_per_task) for task in bundle]  # first, so that too few items fail before anything runs
+    drawn = [task.drawn(max_per_task) for task in bundle]  # first: too few items should fail early
     for task, items in zip(bundle, drawn, strict=True):
         asked = [spans_of(task, prompts_of(task, items, i), tokenizer) for i in range(len(items))]
         scores = iter(scorer.spans([span for spans in asked for span in spans]))

@@ -54,7 +54,9 @@ def write_both(path: Path, rows: list[list], whole: dict):
 
 
 def check_writable(folder: Path):
-    """Raise the OSError that saving results would end in, before hours are spent on them. Only process 0 writes."""
+    """Raise the OSError that saving results would end in, before hours are spent on them (process 0
+    saves).
+    """
     if jax.process_index() == 0:
         tempfile.NamedTemporaryFile(dir=folder, prefix=".new").close()
 

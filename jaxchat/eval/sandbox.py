@@ -41,7 +41,7 @@ NEWEST_LANDLOCK = 6  # the newest version to use; tests lower it
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Whether a program ran to its end, and if not, why: "AssertionError: …", "took longer than 5 s", …"""
+    """Whether a program ran to its end, and if not, why, such as "AssertionError: 1"."""
 
     passed: bool
     reason: str
@@ -69,7 +69,7 @@ def run(program: str, *, seconds: float = 5.0) -> Outcome:
             "newer kernel, or leave HumanEval out"
         )
     arguments = [str(math.ceil(seconds)), str(NEWEST_LANDLOCK)]
-    nonce = secrets.token_hex(16).encode()  # known to the child alone, which returns it after the program's end
+    nonce = secrets.token_hex(16).encode()  # the child alone knows it, and returns it after the program's end
     with tempfile.TemporaryDirectory(prefix="jaxchat-", ignore_cleanup_errors=True) as folder:
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-X", "utf8", sandbox_child.__file__, *arguments],
@@ -97,7 +97,7 @@ def run(program: str, *, seconds: float = 5.0) -> Outcome:
 
 
 def _watch(child: subprocess.Popen, folder: Path, seconds: float) -> tuple[bytes, str]:
-    """Wait until the child has answered, ended or broken a limit; return (its answer, what else went wrong)."""
+    """Wait until the child has answered, ended or broken a limit: (its answer, what else went wrong)."""
     answer, end = b"", time.monotonic() + STARTING
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
@@ -131,7 +131,7 @@ def _ending(child: subprocess.Popen) -> str:
 
 
 def _threads_of(child: subprocess.Popen) -> int:
-    """Its threads; 0 once it has ended. RLIMIT_NPROC does not bind root, and counts all of a user's processes."""
+    """Its threads; 0 once it has ended. (RLIMIT_NPROC does not bind root.)"""
     try:
         return len(os.listdir(f"/proc/{child.pid}/task"))
     except OSError:

@@ -15,8 +15,8 @@ MEMORY = 512 * 2**20  # bytes of addresses
 FILE_SIZE = 8 * 2**20  # bytes of one file
 OPEN_FILES = 32
 PROCESSES = 256  # threads that may be started, whatever runs already
-# How many rights Landlock knows, by version. 2 (Linux 5.19) added moves between folders, which 1 (5.13) refuses; 3
-# (6.2) added truncation, which guard_calls refuses where a file is not opened for writing.
+# How many rights Landlock knows, by version. 2 (Linux 5.19) added moves between folders, which 1 (5.13)
+# refuses; 3 (6.2) added truncation, which guard_calls refuses where a file is not opened for writing.
 LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15}
 
 # Of linux/landlock.h, linux/prctl.h, linux/seccomp.h and linux/filter.h; the same on every machine.
@@ -110,7 +110,7 @@ def limit(cpu_seconds: int):
     ):
         hard = resource.getrlimit(what)[1]
         bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
-        over = 1 if what == resource.RLIMIT_CPU else 0  # so that SIGXCPU, which gives the reason, precedes SIGKILL
+        over = 1 if what == resource.RLIMIT_CPU else 0  # so that SIGXCPU, the reason, comes before SIGKILL
         resource.setrlimit(what, (bound, bound + over if hard == resource.RLIM_INFINITY else bound))
 
 
@@ -144,13 +144,14 @@ def guard_calls():
     """seccomp: the system calls of the list, threads but no processes, nothing else."""
     machine = MACHINES[platform.machine()]
 
-    def argument(n: int) -> int:  # where the lower half of a call's argument lies, on a little-endian machine
+    def argument(n: int) -> int:  # offset of the lower half of a call's argument, on a little-endian machine
         return 16 + 8 * n
 
     program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, machine["audit"]), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     for number in machine["allowed"].values():
         program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
-    for name, flags in (("open", 1), ("openat", 2)):  # Landlock before version 3 lets what may be read be emptied
+    # Before version 3 Landlock lets a program empty what it may read.
+    for name, flags in (("open", 1), ("openat", 2)):
         if name in machine:
             program += [
                 (EQUAL, 0, 8, machine[name]), (LOAD, 0, 0, argument(flags)),

@@ -1,7 +1,8 @@
 """Score many token lists at once: the loss of chosen tokens, and the likeliest of several next tokens.
 
-Rows of similar length share a batch, spread over the devices of all processes. Batches have few shapes (each length is
-a power of two, or a multiple of the context; each batch has about as many tokens), and each is compiled once.
+Rows of similar length share a batch, spread over the devices of all processes. Batches have few shapes (each
+length is a power of two, or a multiple of the context; each batch has about as many tokens), and each is
+compiled once.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from jaxchat.train.loss import Chunking, chunk_nll, pad_time
 from jaxchat.train.reporter import duration
 
 SHORTEST = 32  # tokens in a row of the smallest batches
-LONGER = 4  # rotary positions go on beyond the context that a model was trained with: rows may be so much longer
+LONGER = 4  # rows may be this many times longer than the trained context: rotary positions go on
 CANDIDATES = 16  # at most, for each row
 
 
@@ -50,22 +51,23 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean loss, in float64 so that equal losses have equal means whatever their number; inf without tokens."""
+        """Mean loss, in float64: equal losses have equal means, whatever their number. inf without tokens."""
         return float(self.nll.mean(dtype=np.float64)) if len(self.nll) else float("inf")
 
 
 def buckets(sequence_len: int) -> list[int]:
-    """The lengths that rows are padded to: powers of two up to the context, then it and its multiples by 2 and 4."""
+    """The lengths that rows are padded to: powers of two up to the context, then the context × 1, 2 and 4."""
     lengths = [SHORTEST << i for i in range(sequence_len.bit_length()) if SHORTEST << i < sequence_len]
     return [*lengths, *(sequence_len << i for i in range(LONGER.bit_length()))]
 
 
 @partial(jax.jit, static_argnames="model")
 def span_losses(params, tokens_BT, first, last, model: Model):
-    """Return (nll_BT, right_BT) of the token after each position, computed from the chunk of `first` to that of `last`.
+    """Return (nll_BT, right_BT) of the token after each position, computed from the chunk of `first` to that
+    of `last`.
 
-    Logits exist for one chunk of positions at a time; on a mesh each device has those of its rows and its share of the
-    vocabulary. Outside the chunks asked for, both are 0.
+    Logits exist for one chunk of positions at a time; on a mesh each device has those of its rows and its
+    share of the vocabulary. Outside the chunks asked for, both are 0.
     """
     x_BTD = features(params, tokens_BT, model.config, model.compute)
     head_DV, targets_BT = params.lm_head.astype(x_BTD.dtype), jnp.roll(tokens_BT, -1, axis=1)
@@ -167,7 +169,7 @@ class Scorer:
         return sharding.place_same(array, self.model.mesh, axis=0)
 
     def _run(self, rows: list[np.ndarray], call: Callable) -> Iterator[tuple[list[int], Any]]:
-        """Yield (indices of rows, what `call` returned for them); while one batch is read, the next is computed."""
+        """Yield (indices of rows, what `call` returned for them); the next batch is computed meanwhile."""
         progress, pending = Progress(sum(map(len, rows)), "scored", quiet=self.quiet), None
         for batch in chain(self._batches(rows), [None]):
             running = batch and (batch[0], call(*batch))

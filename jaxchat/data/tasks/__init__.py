@@ -37,7 +37,7 @@ class Task:
 
     def __init__(self, name: str, rows, count: int | None = None):
         self.name, self._rows, self._drawn = name, rows, None
-        if count is not None and hasattr(rows, "largest"):  # generated: as many as wanted, in no order worth shuffling
+        if count is not None and hasattr(rows, "largest"):  # generated: as many as wanted, in random order
             rows.count = min(count, rows.largest)
         elif count is not None and count < len(rows):
             self._drawn = np.random.Generator(np.random.PCG64(DRAW_SEED)).permutation(len(rows))[:count]

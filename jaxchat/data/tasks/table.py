@@ -37,26 +37,25 @@ class Table:
     ):
         self.paths = split_files(name, folder, split, in_folders=in_folders)
         self._convert, self._batches = convert, []
-        problems = []  # (row over all batches, what is wrong with it)
+        problems: dict[int, str] = {}  # by row, over all files
         for path in self.paths:
-            try:
-                batches = [b for b in open_parquet(path, columns).iter_batches(ROWS_READ, columns=columns) if len(b)]
-            except pa.ArrowException as problem:
-                line = str(problem).splitlines()[0]
-                raise UserError(f"{path} cannot be read ({line}); download it again") from problem
-            first = sum(map(len, self._batches))
-            for batch in batches:
-                begin = sum(map(len, self._batches))
-                chosen = suspects(batch) if suspects else np.arange(len(batch))
-                wrong = [(row, why) for row in chosen if (why := self._problem(batch, int(row)))]
-                problems += [(begin + row, f"{path.name}, row {begin + row - first}: {why}") for row, why in wrong]
+            first = begin = sum(map(len, self._batches))
+            for batch in _batches_of(path, columns):
+                for row in suspects(batch) if suspects else range(len(batch)):
+                    if why := self._problem(batch, int(row)):
+                        problems[begin + row] = f"{path.name}, row {begin + row - first}: {why}"
                 self._batches.append(batch)
+                begin += len(batch)
         self._ends = np.cumsum([len(batch) for batch in self._batches], dtype=np.int64)
-        self._rows = np.delete(np.arange(sum(map(len, self._batches))), [row for row, _ in problems])
-        if len(problems) > MOST_LEFT_OUT * sum(map(len, self._batches)):
-            rows = f"{len(problems)} of its {sum(map(len, self._batches)):,} rows cannot be used"
-            raise UserError(f"{folder}, {problems[0][1]}; {rows}, at most 1 in 100 is left out; correct the file")
-        self.left_out = f"{len(problems)} left out, {problems[0][1]}" if problems else ""
+        count = sum(map(len, self._batches))
+        self._rows = np.delete(np.arange(count), [*problems])
+        example = next(iter(problems.values()), "")
+        if len(problems) > MOST_LEFT_OUT * count:
+            raise UserError(
+                f"{folder}, {example}; {len(problems)} of its {count:,} rows cannot be used, and at most 1 in 100 is "
+                "left out; correct the file"
+            )
+        self.left_out = f"{len(problems)} left out, {example}" if problems else ""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -81,6 +80,14 @@ class Table:
         except UserError as problem:
             return str(problem)
         return ""
+
+
+def _batches_of(path: Path, columns: list[str]) -> list[pa.RecordBatch]:
+    try:
+        return [batch for batch in open_parquet(path, columns).iter_batches(ROWS_READ, columns=columns) if len(batch)]
+    except (OSError, pa.ArrowException) as problem:
+        line = str(problem).splitlines()[0]
+        raise UserError(f"{path} cannot be read ({line}); download it again") from problem
 
 
 def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False) -> list[Path]:
