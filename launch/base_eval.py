@@ -3,12 +3,12 @@
 import dataclasses
 from functools import partial
 
-from jaxchat.config import TrainConfig, UserError
+from jaxchat.config import Flags, TrainConfig, flag
 from launch import cli
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Measure a base model: bits per byte of training and validation text, CORE over 22 tasks, and samples.
 
     Without a CORE bundle the rest is measured. The results are written beside the checkpoint, as
@@ -17,25 +17,25 @@ class Config:
 
     model_tag: str = ""
     """Which base model; empty: the deepest d<N>, or else the newest."""
-    step: int = -1
+    step: int = flag(-1, 0, special=-1)
     """Which of its checkpoints; -1: the last."""
-    device_type: str = ""
+    device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"))
     """cpu, cuda or tpu; empty: the best available."""
     mesh: str = ""
     """Devices along each axis, as in base_train."""
-    dtype: str = "auto"
+    dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
     """Data type of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
     eval_bundle: str = ""
     """CORE's bundle, a folder or a zip; empty: <base directory>/eval_bundle or eval_bundle.zip, if
     present.
     """
-    max_per_task: int = -1
+    max_per_task: int = flag(-1, 1, special=-1)
     """Items of each of CORE's tasks at most; -1: all."""
     data_dir: str = ""
     """Folder of the parquet shards, the last one for validation; empty: <base directory>/base_data."""
-    device_batch_size: int = 32
+    device_batch_size: int = flag(32, 1)
     """Rows a device computes at a time for bits per byte; lower it if memory runs out (same result)."""
-    eval_tokens: int = 20 * 524288
+    eval_tokens: int = flag(20 * 524288, 0)
     """Tokens of training text, and of validation text, to measure bits per byte on; 0: not at all."""
 
 
@@ -62,8 +62,6 @@ def run(config: Config):
     from jaxchat.infer.engine import Engine
     from jaxchat.train.run import model_for, start_devices
 
-    if config.device_batch_size < 1:
-        raise UserError(f"--device_batch_size={config.device_batch_size}; it must be at least 1")
     shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
     mesh = start_devices(shared, asks=False)
     found = checkpoint.open_model("base", config.model_tag, config.step)

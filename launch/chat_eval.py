@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from jaxchat.config import TrainConfig, UserError
+from jaxchat.config import STAGES, Flags, TrainConfig, UserError, flag
 from launch import cli
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Measure a chat model on six tasks: ARC-Easy, ARC-Challenge and MMLU by the likeliest letter; GSM8K,
     HumanEval and SpellingBee by written answers, with the calculator. With all of them comes ChatCORE, their
     mean.
@@ -17,33 +17,33 @@ class Config:
     if a file with other settings exists.
     """
 
-    source: str = dataclasses.field(default="sft", metadata={"alias": "-i"})
+    source: str = flag("sft", choices=(*STAGES,), alias="-i")
     """sft, mid or base."""
-    task_name: str = dataclasses.field(default="", metadata={"alias": "-a"})
+    task_name: str = flag("", alias="-a")
     """Tasks to measure, separated by |, such as "GSM8K|MMLU"; empty: all six."""
-    model_tag: str = dataclasses.field(default="", metadata={"alias": "-g"})
+    model_tag: str = flag("", alias="-g")
     """Which model; empty: the deepest d<N>, or else the newest."""
-    step: int = dataclasses.field(default=-1, metadata={"alias": "-s"})
+    step: int = flag(-1, 0, special=-1, alias="-s")
     """Which of its checkpoints; -1: the last."""
-    max_problems: int = dataclasses.field(default=-1, metadata={"alias": "-x"})
+    max_problems: int = flag(-1, 1, special=-1, alias="-x")
     """Problems of each task at most, a fixed random sample; -1: all."""
-    num_samples: int = dataclasses.field(default=1, metadata={"alias": "-n"})
+    num_samples: int = flag(1, 1, alias="-n")
     """Written answers to each problem; its score is the share that is right. Several give pass@k too."""
-    temperature: float = dataclasses.field(default=0.0, metadata={"alias": "-t"})
+    temperature: float = flag(0.0, 0.0, alias="-t")
     """Sampling temperature of written answers; 0: always the likeliest token."""
-    top_k: int = dataclasses.field(default=50, metadata={"alias": "-k"})
-    """Sample from the top_k likeliest tokens; 0 or less: from all."""
-    max_new_tokens: int = dataclasses.field(default=512, metadata={"alias": "-m"})
+    top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
+    """Sample from the top_k likeliest tokens; 0 or -1: from all."""
+    max_new_tokens: int = flag(512, 1, alias="-m")
     """Longest written answer, in tokens."""
-    batch_size: int = dataclasses.field(default=-1, metadata={"alias": "-b"})
+    batch_size: int = flag(-1, 1, special=-1, alias="-b")
     """Answers that a device writes at a time (same results); -1: as many as its memory holds, at most 64."""
-    seed: int = 0
+    seed: int = flag(0, 0, 2**32 - 1)
     """Random seed for sampling."""
-    device_type: str = ""
+    device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"))
     """cpu, cuda or tpu; empty: the best available."""
     mesh: str = ""
     """Devices along each axis, as in base_train."""
-    dtype: str = "auto"
+    dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
     """Data type of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
     tasks_dir: str = ""
     """Folder of the tasks' files; empty: <base directory>/tasks."""
@@ -68,23 +68,6 @@ def names_in(config: Config) -> tuple[list[str], str]:
     return names, f"{', '.join(left_out)} is NOT measured: {why}" if left_out else ""
 
 
-def check(config: Config):
-    least = {"num_samples": 1, "temperature": 0, "max_new_tokens": 1}
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            raise UserError(f"--{name}={getattr(config, name)}; it must be at least {value}")
-    if config.num_samples > 1 and config.temperature == 0:
-        raise UserError(
-            f"--num_samples={config.num_samples} at --temperature=0 would give the same answer each time; give a "
-            "temperature such as 0.8"
-        )
-    for name in ("max_problems", "batch_size"):
-        if getattr(config, name) == 0 or getattr(config, name) < -1:
-            raise UserError(f"--{name}={getattr(config, name)}; it must be at least 1, or -1 for all that there is")
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"--seed={config.seed}; it must be from 0 to {2**32 - 1}")
-
-
 def run(config: Config):
     from jaxchat import checkpoint, sharding
     from jaxchat.data.tasks import load_task
@@ -95,7 +78,11 @@ def run(config: Config):
     from jaxchat.train.fit import device_memory
     from jaxchat.train.run import model_for, start_devices
 
-    check(config)
+    if config.num_samples > 1 and config.temperature == 0:
+        raise UserError(
+            f"--num_samples={config.num_samples} at --temperature=0 would give the same answer each time; give a "
+            "temperature such as 0.8"
+        )
     names, left_out = names_in(config)
     shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
     mesh = start_devices(shared, asks=False)
