@@ -32,8 +32,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxchat import hosts
-from jaxchat.config import Preempted, UserError
+from jaxchat.config import Preempted, UserError, check_local
 
+PATHS = {"data_dir", "tasks_dir", "eval_bundle", "train_tasks", "val_tasks", "sft_tasks", "to", "out", "path"}
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 
 # An OSError with one of these is something the user can fix; any other is ours, and keeps its traceback.
@@ -112,6 +113,8 @@ def parse(config_class, args: list[str], prog: str = "command"):
         raise UserError(f"unknown flag {flag}{hint} (--help lists all)")
     if rest:
         raise UserError(f"unexpected {rest[0]!r}: every argument is a flag, --name=value (--help lists all)")
+    for name in PATHS & vars(values).keys():
+        check_local(f"--{name}", getattr(values, name))
     return config_class(**vars(values))
 
 

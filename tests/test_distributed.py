@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, THOROUGH, xla_flags
 
-from jaxchat.checkpoint import steps_in
 from jaxchat.demo import World, write_world
 from launch import base_train, tok_train
 
@@ -77,9 +75,9 @@ def test_processes_agree(folder, processes):
         assert [row["step"] for row in seen["steps"]] == [row["step"] for row in want]
         for name in ("progress", "lr_multiplier", "weight", "empty_documents"):
             assert [row[name] for row in seen["steps"]] == [row[name] for row in want], name
-        # Sums over devices in another order: float32 rounding, a few times 1e-7, that steps of Muon let grow.
+        # Sums over devices in another order: as in test_weights_cut_over_two_processes, with three times the steps.
         losses = [[row["loss"] for row in rows] for rows in (seen["steps"], want)]
-        np.testing.assert_allclose(*losses, rtol=2e-3)
+        np.testing.assert_allclose(*losses, rtol=3.3e-5)
         assert losses[0] == [row["loss"] for row in together[0]["steps"]] and len(seen["states"]) == processes
         assert {name: value for state in seen["states"] for name, value in state.items()} == merged
     streams = [set(state) for state in together[0]["states"]]
@@ -101,19 +99,3 @@ def test_weights_cut_over_two_processes(folder, stage, mesh):
         # 4 × the 2.8e-6 by which other numbers of rows at a time change these losses on one device (dev/LOG.md): sums
         # in another order, whose rounding ten steps let grow. 2.1e-7 was seen here.
         np.testing.assert_allclose(*losses, rtol=1.1e-5)
-
-
-@pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_with_one(folder):
-    """The checkpoint that two processes saved holds all streams; and that which one saved serves two."""
-    run_folder = folder / "mid_checkpoints/run"
-    whole = run(folder, 2, "--save_every=7", "--overwrite")[0]["steps"]
-    for processes in (1, 2) if THOROUGH else (1,):
-        *_, before, last = steps_in(run_folder)
-        assert 0 < before < last == whole[-1]["step"]
-        shutil.rmtree(run_folder / str(last))
-        resumed = run(folder, processes, "--save_every=7", "--resume")[0]["steps"]
-        assert [row["step"] for row in resumed] == list(range(before + 1, last + 1))
-        for name in ("progress", "lr_multiplier", "weight"):
-            assert [row[name] for row in resumed] == [row[name] for row in whole[before:]], name
-        np.testing.assert_allclose([r["loss"] for r in resumed], [r["loss"] for r in whole[before:]], rtol=2e-3)

@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from jaxchat.config import UserError, base_dir, check_local
+from jaxchat.config import BaseConfig, MidConfig, UserError, base_dir, check_local
+from launch import chat_cli, chat_eval, cli, convert, download
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/x", "s3://b", "file:///data", " hf://datasets/x", "tasks/a,gs://b/c"])
@@ -17,6 +18,20 @@ def test_an_address_is_no_folder(monkeypatch, path):
         monkeypatch.setenv("JAXCHAT_BASE_DIR", path)
         with pytest.raises(UserError, match="JAXCHAT_BASE_DIR=.*mount it"):
             base_dir()
+
+
+@pytest.mark.parametrize(
+    "config, flag",
+    [(BaseConfig, "data_dir"), (BaseConfig, "eval_bundle"), (MidConfig, "train_tasks"), (MidConfig, "val_tasks")]
+    + [(chat_eval.Config, "tasks_dir"), (download.Config, "to"), (convert.Config, "out"), (convert.Config, "path")],
+)
+def test_flags_that_name_paths_refuse_addresses(config, flag):
+    with pytest.raises(UserError, match=f"--{flag}=gs://b/x: an address"):
+        cli.parse(config, [f"--{flag}=gs://b/x"])
+
+
+def test_other_flags_take_addresses():
+    assert cli.parse(chat_cli.Config, ["-p", "what is https://x.org ?"]).prompt == "what is https://x.org ?"
 
 
 @pytest.mark.parametrize("path", ["", "C:/x", "/mnt/gs:/x", "a:3,b.jsonl", "my models [1] 50% é"])

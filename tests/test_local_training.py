@@ -100,11 +100,8 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(undisturbed, t
     before(undisturbed, tmp_path, stage)
     launcher = start(undisturbed, tmp_path, stage, 2)
     signal_one(launcher, tmp_path, stage, killed, signal.SIGKILL)
-    begun = time.monotonic()
-    out, errors = ended(launcher, 137, within=60)
-    assert time.monotonic() - begun < 1.2 * HEARTBEAT + 2
-    assert len(errors) == 1 and errors[0].startswith(f"error: process {killed} is lost")
-    assert f"process {killed} ended with exit code 137; waiting for the others" in out
+    out, errors = ended(launcher, 137, within=90)  # jax's own timeout is 100 s
+    assert errors == [] and f"process {killed} ended with exit code 137; waiting for the others" in out
     *_, last = steps_in(tmp_path / STAGES[stage].folder / "run")
     assert last < STEPS
     out, errors = ended(start(undisturbed, tmp_path, stage, then), 0)
