@@ -75,7 +75,7 @@ class Parsed(Exception):
 def parse_flags(module: str, args: list[str], monkeypatch):
     """Let a command read its flags, by its own `main`, and stop it there."""
 
-    def parse_only(config_class, run, args=None):
+    def parse_only(config_class, run, args=None, **_):
         cli.parse(config_class, sys.argv[1:] if args is None else args)
         raise Parsed
 
@@ -124,8 +124,9 @@ def check_extras(lists: list[str]):
 def check_module(module: str, args: list[str], monkeypatch):
     if module == "launch.cluster":
         cluster.main([args[0], "--dry_run", *args[1:]])
-        if "--" in args:
-            check(args[args.index("--") + 1 :], monkeypatch)
+        while "--" in args:  # several commands run in turn
+            args = args[args.index("--") + 1 :]
+            check(args[: args.index("--")] if "--" in args else args, monkeypatch)
     elif module.startswith(("launch.", "bench.")):
         parse_flags(module, args, monkeypatch)
     else:
@@ -196,7 +197,7 @@ def all_flags() -> set[str]:
 def test_flags_and_files_that_the_text_names_exist(page):
     text = TEXT[page]
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
-    code = re.findall(r"`([^`\n]+)`", prose)
+    code = [words for words in re.findall(r"`([^`\n]+)`", prose) if words.split()[0] not in OTHERS]
     flags = {name for words in code for name in re.findall(r"(?<![\w-])--(\w+)", words)}
     assert flags - all_flags() == set()
     for words in code:
