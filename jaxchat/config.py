@@ -186,16 +186,15 @@ class Model:
         return self.compute.mesh
 
 
-def flag(default, least=None, most=None, *, special=None, choices=(), free=False, alias=""):
+def flag(default, least=None, most=None, *, special=None, choices=(), free=False, alias="", name=""):
     """A field of a flags class, with what Flags checks.
 
     least, most: the bounds of a number, inclusive; special: one more value that is allowed. choices: all values of a
     word. free: a resumed run may change it, since it changes what is shown, measured, kept or computed at a time, but
-    not what is learnt. alias: a short form, such as "-p".
+    not what is learnt. alias: a short form, such as "-p". name: the flag's name where it is not the field's.
     """
     metadata = {"least": least, "most": most, "special": special, "choices": choices, "free": free}
-    metadata |= {"alias": alias} if alias else {}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"alias": alias, "name": name})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,14 +205,15 @@ class Flags:
         for field in dataclasses.fields(self):
             value, m = getattr(self, field.name), field.metadata
             choices, least, most = m.get("choices"), m.get("least"), m.get("most")
+            name = m.get("name") or field.name
             if choices and value not in choices:
                 words = ", ".join(word for word in choices[:-1] if word)
-                raise UserError(f"--{field.name}={value}; it is {words} or {choices[-1]}")
+                raise UserError(f"--{name}={value}; it is {words} or {choices[-1]}")
             if least is None or value == m["special"] or least <= value <= (math.inf if most is None else most):
                 continue
             allowed = f"at least {least}" if most is None else f"from {least} to {most}"
             allowed += "" if m["special"] is None else f", or {m['special']}"
-            raise UserError(f"--{field.name}={value}; it must be {allowed}")
+            raise UserError(f"--{name}={value}; it must be {allowed}")
 
     def learnt_from(self) -> dict:
         """The flags that affect what is learnt, by name: those that are not free."""

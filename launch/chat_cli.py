@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 
-from jaxchat.config import Compute, Flags, TrainConfig, base_dir, flag
+from jaxchat.config import STAGES, Compute, Flags, TrainConfig, base_dir, flag
 from launch import cli
 
 
@@ -12,7 +12,7 @@ from launch import cli
 class Config(Flags):
     """Chat with a model in the terminal. /clear begins a new conversation, /quit leaves, Ctrl-C stops an answer."""
 
-    source: str = flag("sft", alias="-i")
+    source: str = flag("sft", choices=tuple(STAGES), alias="-i")
     """Stage to talk to: sft, mid, or base (which only continues text)."""
     model_tag: str = flag("", alias="-g")
     """Name of the model; empty: the deepest d<N>, or else the newest."""

@@ -99,8 +99,8 @@ def parse(config_class, args: list[str], prog: str = "command"):
     """Return the `config_class` that `args` describe. UserError: an unknown flag, a missing or unusable
     value.
 
-    Flags are --name=value or --name value, with dashes or underscores; switches also --name and --no_name. A
-    field's metadata may hold `alias` (a short form such as "-p") and `name` (instead of the field's own).
+    Flags are --name=value or --name value, with dashes or underscores; switches also --name and --no_name.
+    Fields made by config.flag may have a short form and another name.
     """
     parser = _Parser(prog, config_class)
     # Only the flag's name: a value keeps its dashes.
@@ -197,7 +197,7 @@ class _Parser(argparse.ArgumentParser):
                     self.add_flag(group, field, docs.get(field.name, ""))
 
     def add_flag(self, group, field: dataclasses.Field, text: str):
-        name = field.metadata.get("name", field.name)
+        name = field.metadata.get("name") or field.name
         self.names.append(name)
         default = "" if field.type is bool or field.default == "" else f" (default: {field.default})"
         shown = {"dest": field.name, "default": argparse.SUPPRESS, "help": (text + default).replace("%", "%%")}
@@ -207,7 +207,8 @@ class _Parser(argparse.ArgumentParser):
             group.add_argument(f"--no_{name}", action="store_const", const=False, **shown)
         else:
             kind, metavar = {int: (_whole, "INTEGER"), float: (_finite, "NUMBER")}.get(field.type, (str, "TEXT"))
-            flags = [f"--{name}", *([field.metadata["alias"]] if "alias" in field.metadata else [])]
+            alias = field.metadata.get("alias")
+            flags = [f"--{name}", *([alias] if alias else [])]
             group.add_argument(*flags, type=kind, metavar=metavar, **shown)
 
     def error(self, message: str):

@@ -4,33 +4,33 @@ import dataclasses
 import json
 import os
 
-from jaxchat.config import BaseConfig, UserError
+from jaxchat.config import REMATS, BaseConfig, Flags, UserError, flag
 from launch import cli
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Compile base training's step for a TPU slice or GPUs without having them, and print what it needs of each
     device: memory, FLOPs, collectives, kernels; and the largest batch that fits."""
 
-    depth: int = 20
+    depth: int = flag(20, 1)
     """Number of layers, as in base_train."""
     topology: str = "v5e:4x4"
     """Devices to compile for: v4, v5e, v5p, v6e or tpu7x and the chips along each side (v5p:4x4x4); or h100:8,
     h200:8, h100:2x8 (two hosts of 8)."""
-    num_slices: int = 1
+    num_slices: int = flag(1, 1)
     """Number of slices of that topology, joined by the data centre's network."""
     mesh: str = ""
     """Devices along each axis, as in base_train; empty: as base_train would choose."""
-    device_batch_size: int = -1
+    device_batch_size: int = flag(-1, 1, special=-1)
     """Rows that a device computes at a time; -1: the largest number up to 32 that divides a step."""
-    total_batch_size: int = 524288
+    total_batch_size: int = flag(524288, 1)
     """Tokens in an optimizer step, over all devices."""
-    max_seq_len: int = 2048
+    max_seq_len: int = flag(2048, 1)
     """Tokens in a training row."""
-    vocab_size: int = 65536
+    vocab_size: int = flag(65536, 1)
     """Tokens in the vocabulary."""
-    remat: str = "auto"
+    remat: str = flag("auto", choices=("auto", *REMATS))
     """What the backward pass recomputes, as in base_train: none, dots or full; auto: the first of these that
     fits, a compilation each try."""
     find_batch: bool = True

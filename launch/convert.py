@@ -5,14 +5,12 @@ import functools
 import time
 from pathlib import Path
 
-from jaxchat.config import STAGES, ModelConfig, UserError
+from jaxchat.config import STAGES, Flags, ModelConfig, UserError, flag
 from launch import cli
-
-FORMATS = ("hf", "nanochat")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Convert a checkpoint to PyTorch, or one of PyTorch's to jaxchat.
 
     Out: --source=sft --to=hf --out=FOLDER writes a folder for Hugging Face transformers; --to=nanochat adds to a base
@@ -21,21 +19,21 @@ class Config:
     optimizer does not.
     """
 
-    to: str = ""
+    to: str = flag("", choices=("", "hf", "nanochat"))
     """Write this format: hf or nanochat."""
-    source: str = "sft"
+    source: str = flag("sft", choices=tuple(STAGES))
     """Convert a base, mid or sft checkpoint."""
     out: str = ""
     """The folder to write."""
-    from_format: str = dataclasses.field(default="", metadata={"name": "from"})
+    from_format: str = flag("", choices=("", "hf", "nanochat"), name="from")
     """Read this format: hf or nanochat."""
     path: str = ""
     """The folder to read: transformers' own; or nanochat's base directory, or one with its model_<step>.pt files."""
-    as_stage: str = dataclasses.field(default="", metadata={"name": "as"})
+    as_stage: str = flag("", choices=("", *STAGES), name="as")
     """Take it in as a base, mid or sft checkpoint."""
-    model_tag: str = dataclasses.field(default="", metadata={"alias": "-g"})
+    model_tag: str = flag("", alias="-g")
     """Out: which model; empty: the deepest d<N>, or else the newest. In: its name here."""
-    step: int = dataclasses.field(default=-1, metadata={"alias": "-s"})
+    step: int = flag(-1, -1, alias="-s")
     """Which of its checkpoints; -1: the last."""
 
 
@@ -43,14 +41,11 @@ def run(config: Config):
     if bool(config.to) == bool(config.from_format):
         raise UserError("give either --to=hf|nanochat --out=FOLDER, or --from=hf|nanochat --path=FOLDER --as=STAGE")
     others = (("path", config.path), ("as", config.as_stage)) if config.to else (("out", config.out),)
-    for flag, value in others:
+    for name, value in others:
         if value:
-            raise UserError(f"--{flag}={value} does not go with --{'to' if config.to else 'from'}")
+            raise UserError(f"--{name}={value} does not go with --{'to' if config.to else 'from'}")
     if config.from_format == "hf" and config.step >= 0:
         raise UserError(f"--step={config.step} does not go with --from=hf: such a folder holds one model")
-    for flag, value in (("to", config.to), ("from", config.from_format)):
-        if value and value not in FORMATS:
-            raise UserError(f"--{flag}={value}; it is one of {', '.join(FORMATS)}")
     try:
         from jaxchat.convert import hugging_face, nanochat, weights
     except ImportError as problem:
@@ -120,8 +115,6 @@ def take_in(config: Config, hugging_face, nanochat, weights):
 
     if not (config.path and config.as_stage and config.model_tag):
         raise UserError(f"--from={config.from_format} needs --path=FOLDER, --as=base|mid|sft and --model_tag=NAME")
-    if config.as_stage not in STAGES:
-        raise UserError(f"--as={config.as_stage}; it is one of {', '.join(STAGES)}")
     target = checkpoint.run_folder(config.as_stage, config.model_tag)
     if target.exists():
         raise UserError(f"{target} is there already; choose another --model_tag, or remove it")

@@ -5,29 +5,29 @@ import json
 import time
 from pathlib import Path
 
-from jaxchat.config import base_dir
+from jaxchat.config import Flags, base_dir, flag
 from launch import base_train, chat_sft, cli, mid_train, report, tok_train
 
 TAG = "demo"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Generate a small world, train a tokenizer and a model on it by the real commands, and ask what it has learned.
 
     All that it writes goes to <base directory>/demo, which it uses as a base directory of its own. Ends with a table
     of held-out prompts; exit code 1 if one of the scores misses its target.
     """
 
-    seed: int = 0
+    seed: int = flag(0, 0, 2**32 - 1)
     """Random seed of the world, the initial weights and the order of the data."""
-    base_steps: int = 110
+    base_steps: int = flag(110, 1)
     """Steps of pretraining, of 4,096 tokens each."""
-    mid_steps: int = 640
+    mid_steps: int = flag(640, 1)
     """Steps of midtraining, of 4,096 tokens each."""
-    sft_steps: int = 250
+    sft_steps: int = flag(250, 1)
     """Steps of chat finetuning, of 64 conversations each."""
-    device_batch_size: int = 2
+    device_batch_size: int = flag(2, 1)
     """Rows to compute at a time in base and mid, twice as many in SFT. Another number changes speed, memory and
     rounding, nothing else."""
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from jaxchat import files
-from jaxchat.config import UserError, base_dir
+from jaxchat.config import Flags, UserError, base_dir, flag
 from jaxchat.data.hub import Link, Repo
 from launch import cli
 
@@ -38,7 +38,7 @@ NAMES = (*SETS, "all-tasks")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Download data sets, several files at a time. Complete files are kept; an interrupted download continues with
     the missing files when the same command is run again. Files are verified by the size and hash that the hub states.
 
@@ -49,7 +49,7 @@ class Config:
 
     what: str = ""
     """Names, separated by commas; they may also stand before the flags, separated by spaces."""
-    shards: int = 240
+    shards: int = flag(240, 2)
     """Number of files of fineweb-edu or climbmix, from the first on; the last of them is for validation."""
     to: str = ""
     """Folder to use instead of <base directory>/base_data for fineweb-edu and climbmix, <base directory>/tasks for the
@@ -57,13 +57,11 @@ class Config:
     revision: str = ""
     """Commit, tag or branch of a single data set on the hub. Empty: the commit recorded in the folder's .source file,
     else the one that jaxchat pins, else the newest; it is recorded for the next time."""
-    parallel: int = 8
+    parallel: int = flag(8, 1)
     """Number of files downloaded at a time."""
 
     def __post_init__(self):
-        for flag, least in (("shards", 2), ("parallel", 1)):
-            if getattr(self, flag) < least:
-                raise UserError(f"--{flag}={getattr(self, flag)}; it must be at least {least}")
+        super().__post_init__()
         if self.revision and not (len(names := names_in(self.what)) == 1 and isinstance(SETS[names[0]], Repo)):
             raise UserError(f"--revision={self.revision} needs one data set of the hub, not {self.what}")
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from jaxchat.config import STAGES, UserError, base_dir
+from jaxchat.config import STAGES, Flags, base_dir, flag
 from launch import cli
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Report on a model: results of the base, mid and SFT stages side by side, curves, samples, and where and
     how each was trained. Missing stages are named and left out.
 
@@ -17,7 +17,7 @@ class Config:
 
     model_tag: str = ""
     """Tag of the model; empty: the deepest d<N>, or else the newest."""
-    price_per_hour: float = 0.0
+    price_per_hour: float = flag(0.0, 0)
     """Price of the machine per hour, in any currency; 0: no cost in the report."""
     samples: bool = True
     """Generate samples: each checkpoint continues a few texts or answers a few questions."""
@@ -31,8 +31,6 @@ def run(config: Config, beginnings=(), questions=()):
     from jaxchat.report.samples import BEGINNINGS, QUESTIONS, sample
 
     beginnings, questions = beginnings or BEGINNINGS, questions or QUESTIONS
-    if config.price_per_hour < 0:
-        raise UserError(f"--price_per_hour={config.price_per_hour:g}; it must be at least 0")
     found = gather(config.model_tag)
     folder = base_dir() / "report" / found.tag
     cli.print_plan(

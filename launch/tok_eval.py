@@ -5,13 +5,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-from jaxchat.config import UserError, base_dir
+from jaxchat.config import Flags, UserError, base_dir, flag
 from launch import cli
 from launch.tok_train import documents
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Compare the average bytes a token with other tokenizers: the more, the more text fits into a row. Measured on
     the training and the validation text, modules of Python's library, worked mathematics, and fifteen languages.
 
@@ -20,14 +20,10 @@ class Config:
 
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
-    max_chars: int = 2_000_000
+    max_chars: int = flag(2_000_000, 1, special=-1)
     """Characters of training text, and of validation text, to measure on at most; -1: all."""
     references: str = "gpt2,cl100k_base"
     """Encodings of tiktoken to compare with, separated by commas; tiktoken downloads each once. Empty: none."""
-
-    def __post_init__(self):
-        if self.max_chars < 1 and self.max_chars != -1:
-            raise UserError(f"--max_chars={self.max_chars}; it must be at least 1, or -1 for all")
 
 
 def texts_of(config: Config) -> dict[str, str]:

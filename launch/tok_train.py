@@ -6,31 +6,26 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxchat.config import UserError, base_dir
+from jaxchat.config import Flags, UserError, base_dir, flag
 from launch import cli
 
 REPORT_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Train a byte-level BPE tokenizer on the text of parquet shards. The last shard, for validation, is left out."""
 
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
-    vocab_size: int = 65536
+    vocab_size: int = flag(65536, 1)
     """Size of the vocabulary, the nine special tokens included."""
-    max_chars: int = 2_000_000_000
+    max_chars: int = flag(2_000_000_000, 1, special=-1)
     """Characters to read at most; -1: all."""
-    doc_cap: int = 10_000
+    doc_cap: int = flag(10_000, 1, special=-1)
     """Characters of one document to read at most; -1: all."""
     overwrite: bool = False
     """Replace a tokenizer even if checkpoints need it; those that keep no copy of it become unusable."""
-
-    def __post_init__(self):
-        for name in ("max_chars", "doc_cap"):
-            if (value := getattr(self, name)) < 1 and value != -1:
-                raise UserError(f"--{name}={value}; it must be at least 1, or -1 for all")
 
 
 def documents(texts, max_chars: int = -1, doc_cap: int = -1) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from jaxchat.config import UserError
 from launch import cli
+from launch.cluster import __main__ as cluster
 
 LAUNCH = Path(cli.__file__).parent
 COMMANDS = [
@@ -233,6 +235,21 @@ for name in {[*COMMANDS, "launch.cluster.__main__"]}:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_number_has_its_range(monkeypatch):
+    """Flags checks it, for every command; a value outside is one line, whatever the command."""
+    classes = [launcher.Config for launcher in cluster.LAUNCHERS.values()]
+    monkeypatch.setattr(cli, "main", lambda config_class, *_, **__: classes.append(config_class))
+    for name in COMMANDS:
+        importlib.import_module(name).main([])
+    assert len(classes) == len(COMMANDS) + 4
+    for config_class in classes:
+        numbers = [field for field in dataclasses.fields(config_class) if field.type in (int, float)]
+        assert [field.name for field in numbers if field.metadata.get("least") is None] == [], config_class
+        for field in numbers:
+            with pytest.raises(UserError, match=rf"--{field.name}=-7(\.0)?; it must be"):
+                cli.parse(config_class, [f"--{field.name}=-7"])
 
 
 def test_a_terminal_that_lacks_a_character():

@@ -67,7 +67,7 @@ def test_what_nanochat_wrote_later_is_refused(home, capsys):
 
 def test_bad_requests(home, capsys):
     assert "give either --to" in refusal(capsys)
-    assert "--to=onnx; it is one of hf, nanochat" in refusal(capsys, "--to=onnx")
+    assert "--to=onnx; it is hf or nanochat" in refusal(capsys, "--to=onnx")
     assert "no sft checkpoint in" in refusal(capsys, "--to=hf", "--out=x")
     assert "needs --path" in refusal(capsys, "--from=hf")
     assert "did you mean --from?" in refusal(capsys, "--fro=hf")

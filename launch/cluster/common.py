@@ -35,12 +35,6 @@ def check_name(flag: str, value: str):
         )
 
 
-def check_at_least(config, **least: int):
-    for name, low in least.items():
-        if getattr(config, name) < low:
-            raise UserError(f"--{name}={getattr(config, name)}; it must be at least {low}")
-
-
 def perform(words: list[str], dry_run: bool, check: bool = True) -> int:
     """Print a command, run it unless this is a dry run, return its exit code. With `check` failing is a UserError."""
     print(shlex.join(words), flush=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from jaxchat.config import UserError
-from launch.cluster.common import MOUNTED, RESTARTED, check_at_least, check_name, perform, secret_names
+from jaxchat.config import Flags, UserError, flag
+from launch.cluster.common import MOUNTED, RESTARTED, check_name, perform, secret_names
 
 PORT = 8476
 # GKE's name of each kind of TPU, and the chips of one host of a slice with several hosts.
@@ -22,7 +22,7 @@ EIGHT = ("v5e", "v6e")  # kinds whose single-host slices have up to 8 chips
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Write <name>.yaml here, a JobSet with one pod a host, and apply it with kubectl. The cluster needs
     JobSet 0.6 or newer. Choose TPUs with --tpu=v5e:4x4, or GPUs with --gpu and --nodes.
 
@@ -49,13 +49,13 @@ class Config:
     """Image with jaxchat and what it needs, such as us-docker.pkg.dev/PROJECT/REPOSITORY/jaxchat:1."""
     tpu: str = ""
     """Kind and topology of a TPU slice: v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:2x4, tpu7x:2x2x2."""
-    slices: int = 1
+    slices: int = flag(1, 1)
     """Number of TPU slices."""
     gpu: str = ""
     """Kind of GPU, as GKE labels nodes: nvidia-h100-80gb, nvidia-h200-141gb."""
-    gpus: int = 8
+    gpus: int = flag(8, 1)
     """GPUs of each machine."""
-    nodes: int = 1
+    nodes: int = flag(1, 1)
     """Number of machines with GPUs."""
     spot: bool = False
     """Take spot machines: cheaper, and may be preempted."""
@@ -65,7 +65,7 @@ class Config:
     """Service account of the pods."""
     secrets: str = ""
     """Keys of the Secret `jaxchat` that the command gets as environment variables: WANDB_API_KEY,HF_TOKEN."""
-    restarts: int = 20
+    restarts: int = flag(20, 0)
     """Restarts of the run at most."""
     dry_run: bool = False
     """Print the file and the command, and do nothing."""
@@ -166,7 +166,6 @@ def jobset(config: Config, command: list[str]) -> dict:
 
 def run(config: Config, command: list[str]):
     check_name("name", config.name)
-    check_at_least(config, slices=1, gpus=1, nodes=1, restarts=0)
     if not config.image:
         raise UserError("--image is missing: a container image with jaxchat (--help says how to build one)")
     file, text = f"{config.name}.yaml", yaml.safe_dump(jobset(config, command), sort_keys=False)

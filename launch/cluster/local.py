@@ -10,12 +10,12 @@ import subprocess
 import time
 from pathlib import Path
 
-from jaxchat.config import UserError
-from launch.cluster.common import RESTARTED, check_at_least
+from jaxchat.config import Flags, UserError, flag
+from launch.cluster.common import RESTARTED
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Run the command in several processes on this machine. Each finds its place in JAX_COORDINATOR_ADDRESS,
     JAXCHAT_NUM_PROCESSES and JAXCHAT_PROCESS_ID. Process 0 prints; the others print errors only.
 
@@ -25,13 +25,13 @@ class Config:
     that of the first process that failed. The processes inherit this environment, secrets included.
     """
 
-    processes: int = 2
+    processes: int = flag(2, 1)
     """Number of processes."""
-    gpus_per_process: int = -1
+    gpus_per_process: int = flag(-1, -1)
     """GPUs that each process gets for itself; -1: an equal share of this machine's; 0: every process sees all."""
-    restarts: int = 0
+    restarts: int = flag(0, 0)
     """Restarts at most."""
-    grace: float = 120.0
+    grace: float = flag(120.0, 0)
     """Seconds to end in after a signal or another's failure; more than the trainers' --heartbeat_timeout."""
     dry_run: bool = False
     """Print the commands and do nothing."""
@@ -131,7 +131,6 @@ def run_once(config: Config, command: list[str], signals: SignalForwarder) -> in
 
 
 def run(config: Config, command: list[str]):
-    check_at_least(config, processes=1, gpus_per_process=-1, restarts=0, grace=0)
     if config.dry_run:
         for line in commands(config, command, free_port()):
             print(shlex.join(line))

@@ -4,12 +4,12 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from jaxchat.config import UserError
-from launch.cluster.common import RESTARTED, check_at_least, perform, secret_names
+from jaxchat.config import Flags, UserError, flag
+from launch.cluster.common import RESTARTED, perform, secret_names
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Write <job_name>.sbatch here and submit it. One process a node drives all its GPUs; the nodes find one
     another.
 
@@ -21,9 +21,9 @@ class Config:
 
     job_name: str = "jaxchat"
     """Name of the job and of the files <job_name>.sbatch and <job_name>-<id>.log."""
-    nodes: int = 1
+    nodes: int = flag(1, 1)
     """Number of machines."""
-    gpus: int = 8
+    gpus: int = flag(8, 0)
     """GPUs of each machine; 0: none."""
     time: str = "24:00:00"
     """Time limit, as hours:minutes:seconds or days-hours."""
@@ -31,7 +31,7 @@ class Config:
     """Partition to queue in; empty: the site's default."""
     account: str = ""
     """Account to charge; empty: your default."""
-    cpus: int = 0
+    cpus: int = flag(0, 0)
     """CPUs of each machine; 0: all, and the machine is not shared."""
     mem: str = "0"
     """Memory of each machine, such as 200G; 0: all."""
@@ -41,7 +41,7 @@ class Config:
     """Shell commands to run first: "module load cuda && source .venv/bin/activate"."""
     secrets: str = ""
     """Environment variables that must be set here, separated by commas: WANDB_API_KEY,HF_TOKEN."""
-    restarts: int = 20
+    restarts: int = flag(20, 0)
     """Times at most that the job is queued again."""
     dry_run: bool = False
     """Print the file and the command, and do nothing."""
@@ -90,13 +90,12 @@ def script(config: Config, command: list[str]) -> str:
 
 
 def run(config: Config, command: list[str]):
-    check_at_least(config, nodes=1, gpus=0, cpus=0, restarts=0)
     for word in shlex.split(config.directives):
         if not word.startswith("--"):
             raise UserError(f"--directives: {word!r} is not an option of the form --name or --name=value")
-    for flag in ("job_name", "time", "partition", "account", "mem"):
-        if any(c.isspace() or c in "/'\"" for c in getattr(config, flag)):
-            raise UserError(f"--{flag}={getattr(config, flag)!r}; it must not contain spaces, quotes or slashes")
+    for name in ("job_name", "time", "partition", "account", "mem"):
+        if any(c.isspace() or c in "/'\"" for c in getattr(config, name)):
+            raise UserError(f"--{name}={getattr(config, name)!r}; it must not contain spaces, quotes or slashes")
     secret_names(config.secrets, here=True)
     file, text = f"{config.job_name}.sbatch", script(config, command)
     print(f"# {file}\n{text}", flush=True)

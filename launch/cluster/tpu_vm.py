@@ -10,8 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from jaxchat.config import UserError
-from launch.cluster.common import MOUNTED, RESTARTED, check_at_least, check_name, perform, secret_names
+from jaxchat.config import Flags, UserError, flag
+from launch.cluster.common import MOUNTED, RESTARTED, check_name, perform, secret_names
 
 STEPS = ("create", "setup", "run", "log", "delete")
 MOUNT = "$HOME/bucket"
@@ -31,7 +31,7 @@ GCSFUSE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Create a Cloud TPU, install this checkout's last commit on it, run the command on all its workers,
     follow the first worker's log, and delete the TPU once the command has ended and its exit code is known.
     --steps chooses among these. Several commands, each after a -- of its own, run in turn on the one TPU,
@@ -68,7 +68,7 @@ class Config:
     """Cloud Storage bucket for data and checkpoints."""
     secrets: str = ""
     """Environment variables that must be set here, separated by commas: WANDB_API_KEY,HF_TOKEN."""
-    restarts: int = 20
+    restarts: int = flag(20, 0)
     """Restarts of the command at most."""
     steps: str = ",".join(STEPS)
     """Steps to do, of create,setup,run,log,delete."""
@@ -79,7 +79,6 @@ class Config:
 def check(config: Config) -> list[str]:
     """Validate the flags and return the steps to do. UserError: something given cannot work."""
     check_name("name", config.name)
-    check_at_least(config, restarts=0)
     steps = [step for step in config.steps.split(",") if step]
     if unknown := [step for step in steps if step not in STEPS]:
         raise UserError(f"--steps={config.steps}: {unknown[0]!r} is none of {', '.join(STEPS)}")
