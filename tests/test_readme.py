@@ -41,12 +41,12 @@ PYTHONS = ("python", "python3", ".venv/bin/python")
 OTHERS = (
     "cd",
     "curl",
+    "docker",
     "gcloud",
     "git",
     "kubectl",
     "source",
     "sudo",
-    "true",
     "uv",
 )  # not ours: only their quoting is checked
 
