@@ -191,7 +191,7 @@ def measured(folder: Path, step: int) -> dict[str, float]:
     for row in files.read_lines(folder / "metrics.jsonl"):
         if row.get("step", step + 1) <= step and "step_seconds" not in row:
             found |= row
-    return {name: value for name, value in found.items() if name != "step" and value is not None}
+    return {name: value for name, value in found.items() if name not in ("step", "evaluation") and value is not None}
 
 
 @contextmanager

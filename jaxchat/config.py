@@ -186,6 +186,10 @@ class Model:
         return self.compute.mesh
 
 
+DEVICE_ROWS, DEVICE_CONVERSATIONS = 32, 4  # the most rows that --device_batch_size=-1 takes; SFT's
+EVAL_BATCH = 4  # conversations that --eval_steps counts in
+
+
 def flag(default, least=None, most=None, *, special=None, choices=(), free=False, alias="", name=""):
     """A field of a flags class, with what Flags checks.
 
@@ -252,8 +256,10 @@ class TrainConfig(Flags):
     weight_decay: float = flag(0.0, 0)
     """AdamW weight decay of embedding and head."""
     save_every: int = flag(-1, -1, free=True)
-    """Steps between checkpoints; 0 or -1: only the last step is saved. The last three checkpoints are
-    kept."""
+    """Steps between checkpoints, besides those of --save_minutes; 0 or -1: none. The last step is always saved, and
+    the last three checkpoints are kept."""
+    save_minutes: float = flag(30.0, 0, free=True)
+    """Minutes after which a checkpoint is saved, counted from the one before; 0: none by the clock."""
     resume: bool = flag(False, free=True)
     """Continue from this stage's latest checkpoint under the tag, or start if there is none. On CPUs the
     result equals the undisturbed run bit for bit; on GPUs up to rounding, since cuDNN sums in no fixed
@@ -277,6 +283,15 @@ class TrainConfig(Flags):
     heartbeat_timeout: int = flag(100, 2, free=True)
     """Seconds without a sign of life after which a process is taken for lost, and all end."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        for one, other, why in (
+            ("resume", "overwrite", "one continues from the checkpoints, the other deletes them"),
+            ("resume", "dry_run", "a dry run always starts from step 0"),
+        ):
+            if getattr(self, one) and getattr(self, other, False):
+                raise UserError(f"--{one} and --{other} contradict each other: {why}; leave one out")
+
 
 @dataclasses.dataclass(frozen=True)
 class BaseConfig(TrainConfig):
@@ -295,9 +310,9 @@ class BaseConfig(TrainConfig):
     """Floating-point operations to train for; -1: from --target_param_data_ratio."""
     target_param_data_ratio: float = flag(20.0, 0, special=-1)
     """Tokens to train on, per parameter of the model (Chinchilla: 20)."""
-    device_batch_size: int = flag(32, 1, free=True)
-    """Rows that a device computes at a time; lower it if memory runs out: the result stays the same up to
-    rounding."""
+    device_batch_size: int = flag(-1, 1, special=-1, free=True)
+    """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it if
+    memory runs out: the result stays the same up to rounding."""
     total_batch_size: int = flag(524288, 1)
     """Tokens in an optimizer step, over all devices."""
     grad_clip: float = flag(1.0, 0)
@@ -345,9 +360,9 @@ class MidConfig(TrainConfig):
     """Number of optimizer steps; -1: one pass over the mixture."""
     max_seq_len: int = flag(-1, 1, special=-1)
     """Tokens in a training row; -1: the model's context length."""
-    device_batch_size: int = flag(32, 1, free=True)
-    """Rows that a device computes at a time; lower it if memory runs out: the result stays the same up to
-    rounding."""
+    device_batch_size: int = flag(-1, 1, special=-1, free=True)
+    """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it if
+    memory runs out: the result stays the same up to rounding."""
     total_batch_size: int = flag(524288, 1)
     """Tokens in an optimizer step, over all devices."""
     init_lr_frac: float = flag(1.0, 0)
@@ -386,9 +401,9 @@ class SFTConfig(TrainConfig):
     """Number of optimizer steps; -1: from --num_epochs."""
     max_seq_len: int = flag(-1, 1, special=-1)
     """Tokens to which longer conversations are cut; -1: the model's context length."""
-    device_batch_size: int = flag(4, 1, free=True)
-    """Rows that a device computes at a time (a row is a conversation, unless they are packed); lower it if
-    memory runs out: the result stays the same up to rounding."""
+    device_batch_size: int = flag(-1, 1, special=-1, free=True)
+    """Rows that a device computes at a time (a row is a conversation, unless they are packed); -1: the largest
+    number up to 4 that divides the step. Lower it if memory runs out: the result stays the same up to rounding."""
     target_examples_per_step: int = flag(32, 1)
     """Conversations in an optimizer step, over all devices."""
     packing: str = flag("padded", choices=("padded", "bestfit"))
@@ -399,7 +414,7 @@ class SFTConfig(TrainConfig):
     eval_every: int = flag(100, -1, free=True)
     """Steps between measurements of the validation loss; 0 or -1: never."""
     eval_steps: int = flag(100, 1, free=True)
-    """Validation batches, of device_batch_size conversations each, that the loss is measured on."""
+    """Size of the validation set that the loss is measured on, in batches of 4 conversations (100: 400)."""
     eval_metrics_every: int = flag(200, -1, free=True)
     """Steps between measurements of MMLU and ARC-Easy accuracy, by letter; 0 or -1: never."""
     eval_metrics_max_problems: int = flag(1024, 1, special=-1, free=True)

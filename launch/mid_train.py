@@ -33,7 +33,7 @@ def run(config: MidConfig):
     with open_run(stage, start) as ready, record.recorded(ready, began, plan):
         train(ready, evaluations)
     if start.checkpoints:
-        cli.next_step(f"python -m launch.chat_sft --model_tag={stage.tag}")
+        cli.next_step(f"python -m launch.chat_sft --model_tag={stage.tag}", tasks_dir=config.tasks_dir)
 
 
 def main(args: list[str] | None = None):

@@ -42,7 +42,14 @@ def flags(folder, devices=8):
     common = ["--eval_every=5", f"--num_iterations={STEPS}", "--seed=3"]
     mixtures = [f"--val_tasks={tasks / 'world_val.jsonl'}", f"--model_tag={TAG}"]
     base = [*batch, *common, "--depth=2", f"--max_seq_len={LENGTH}", "--eval_tokens=600"]
-    mid = [*batch, *common, *mixtures, f"--train_tasks={tasks / 'world_mid.jsonl'}", "--eval_tokens=600"]
+    mid = [
+        *batch,
+        *common,
+        *mixtures,
+        f"--tasks_dir={tasks}",
+        f"--train_tasks={tasks / 'world_mid.jsonl'}",
+        "--eval_tokens=600",
+    ]
     sft = [f"--device_batch_size={8 // devices}", "--target_examples_per_step=8", "--eval_steps=2", *common, *mixtures]
     sft += [f"--train_tasks={tasks / 'world_sft.jsonl'}", "--eval_metrics_every=-1", "--init_lr_frac=0.2"]
     return [*base, "--sample_every=5", f"--data_dir={folder / 'world/base_data'}"], mid, sft
@@ -96,7 +103,8 @@ def test_a_stage_tells_its_plan_its_steps_and_what_comes_next(pipeline, name):
     after = {"base_train": "launch.mid_train", "mid_train": "launch.chat_sft", "chat_sft": "launch.chat_cli"}[name]
     for words in ("8 × cpu", "8 devices × 1 accumulated", f"step {STEPS:>6}/{STEPS}", "tokens/s", "ETA", "saves"):
         assert words in text, words
-    assert text.splitlines()[-1].endswith(f"python -m {after} --model_tag={TAG}")
+    kept = f" --tasks_dir={pipeline[0] / 'world/tasks'}" if name == "mid_train" else ""
+    assert text.splitlines()[-1].endswith(f"python -m {after} --model_tag={TAG}{kept}")
 
 
 def test_metrics_and_checkpoints_are_whole(here):

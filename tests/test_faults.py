@@ -1,6 +1,7 @@
 """Faults, one by one: a damaged checkpoint, a second run, a loss that is not finite, a disk that is full, a stop."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -18,7 +19,8 @@ from conftest import ROOT, THOROUGH, xla_flags
 from jaxchat import checkpoint, seal, store
 from jaxchat.config import STAGES, UserError
 from jaxchat.demo import World, write_world
-from jaxchat.train import loop, saving
+from jaxchat.train import loop, saving, stages
+from jaxchat.train.signals import Stop
 from launch import base_train, chat_sft, tok_train
 
 SMALL = {"base_shards": 2, "base_rows": 300, "base_val_rows": 30, "mid_rows": 1, "sft_rows": 60, "val_rows": 20}
@@ -198,7 +200,7 @@ def test_a_loss_that_is_not_finite(folder, how, capsys):
     run = folder / "base_checkpoints/huge"
     if how == "stop":
         assert "error: step 2: loss nan" in err and "documents of the data read" in err and "--on_nonfinite=skip" in err
-        assert checkpoint.steps_in(run) == [1]
+        assert checkpoint.steps_in(run) == [1, 2]  # as it is with the step left out
         return
     assert [f"step {step}: loss nan" in out for step in range(1, 7)] == [False] + 5 * [True]
     assert out.count("not finite: skipped") == 5 and "skipped 5" in out
@@ -253,8 +255,15 @@ def test_saves_that_all_fail(folder, monkeypatch, capsys):
     assert checkpoint.steps_in(run) == [2] and not list(run.glob("*tmp*"))
 
 
-@pytest.mark.parametrize("command, flags, stage", [(base_train, base, "base"), (chat_sft, sft, "sft")])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "command, flags, stage, number",
+    [
+        (base_train, base, "base", signal.SIGTERM),
+        (base_train, base, "base", signal.SIGINT),
+        (chat_sft, sft, "sft", signal.SIGHUP),
+        (chat_sft, sft, "sft", signal.SIGUSR1),
+    ],
+)
 def test_a_stop_saves_and_can_be_resumed(folder, monkeypatch, capsys, command, flags, stage, number):
     """Asked to stop amid step 3, a run saves after it, leaves with 75, and goes on as if nothing had been."""
     run, count, place = folder / STAGES[stage].folder / "run", 0, loop.place_batch
@@ -266,6 +275,7 @@ def test_a_stop_saves_and_can_be_resumed(folder, monkeypatch, capsys, command, f
             os.kill(os.getpid(), number)
         return place(batch, mesh)
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     wanted, handler = losses(run), signal.getsignal(number)
     monkeypatch.setattr(loop, "place_batch", stopping)
     ends(command, flags("--overwrite"), 75)
@@ -275,6 +285,49 @@ def test_a_stop_saves_and_can_be_resumed(folder, monkeypatch, capsys, command, f
     assert checkpoint.steps_in(run) == [2, 3] and [row[0] for row in losses(run)] == [1, 2, 3]
     ends(command, flags("--resume"), 0)
     assert losses(run) == wanted and checkpoint.steps_in(run)[-1] == STEPS
+
+
+def test_ctrl_c_twice_and_nohup(capfd):
+    """The second Ctrl-C ends the process by the system's own handler; what was ignored stays ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.asked() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.asked() and stop.signal == "SIGINT" and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert capfd.readouterr().err == "stopping after this step, and saving; Ctrl-C again ends at once\n"
+
+
+def test_saves_by_the_clock(folder, monkeypatch, capsys):
+    """It goes 10 minutes a step, so at step 3 it is time; all processes know that a step later."""
+    monkeypatch.setattr(saving, "clock", itertools.count(0, 600).__next__)
+    base_train.main(base("--model_tag=clock", "--save_every=-1"))
+    assert checkpoint.steps_in(folder / "base_checkpoints/clock") == [4, STEPS]
+    assert "<step>, every 30 minutes, and at the end" in capsys.readouterr().out
+
+
+def test_an_error_saves_before_it_ends_the_run(folder, monkeypatch, capsys):
+    """A row that can't be read after three steps: they are saved, and training continues when it can be."""
+    next_batch, run = stages.DataBatches.next_batch, folder / "base_checkpoints/run"
+    wanted = losses(run)
+
+    def failing(self, params, step):
+        if step == 3:
+            raise UserError("row 95 can't be read")
+        return next_batch(self, params, step)
+
+    monkeypatch.setattr(stages.DataBatches, "next_batch", failing)
+    ends(base_train, base("--overwrite", "--save_every=-1"), 2)
+    out, err = capsys.readouterr()
+    assert "step 3 is saved: continue from it with --resume" in out and "error: row 95 can't be read" in err
+    assert checkpoint.steps_in(run) == [3] and [row[0] for row in losses(run)] == [1, 2, 3]
+    monkeypatch.setattr(stages.DataBatches, "next_batch", next_batch)
+    base_train.main(base("--resume", "--save_every=-1"))
+    assert losses(run) == wanted
 
 
 @pytest.mark.parametrize("at", [3, STEPS])
@@ -291,9 +344,21 @@ def test_an_evaluation_costs_no_step(folder, monkeypatch, capsys, at):
     with pytest.raises(ZeroDivisionError):
         base_train.main(base("--overwrite", f"--save_every={at}"))
     assert checkpoint.whole_steps(run) == [at] and (run / str(at) / seal.NAME).exists()
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(folder))
+
+    def undo():
+        monkeypatch.undo()
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("JAXCHAT_BASE_DIR", str(folder))
+
+    undo()
+    measured = []
+    evaluate("failing", lambda params: measured.append(1) or {"late": 4.0})
+    for _ in range(2):  # what was due when it failed happens when the run is resumed, once
+        base_train.main(base("--resume", f"--save_every={at}"))
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows if row.get("evaluation") == "failing"] == list(range(at, STEPS + 1, at))
+    assert len(measured) == STEPS // at
+    undo()
     evaluate("second", lambda params: {"second": 2.0})
     evaluate("first", lambda params: os.kill(os.getpid(), signal.SIGTERM) or {"first": 1.0})
     if at == STEPS:  # a run that is through is not stopped

@@ -314,11 +314,26 @@ def test_epochs_and_seeds_differ():
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-@pytest.mark.parametrize("total, nearest", [(1000, 1024), (700, 512), (1, 512), (0, 512), (1279, 1024), (1281, 1536)])
-def test_impossible_batch_names_the_nearest(total, nearest):
-    with pytest.raises(UserError, match=rf"--total={total} .* the nearest that is: {nearest}$"):
-        pipelines.micro_batches(total, 512, "total", "tokens")
-    assert pipelines.micro_batches(nearest, 512, "total", "tokens") == nearest // 512
+@pytest.mark.parametrize("devices", [1, 8, 16, 64, 256])
+def test_the_default_step_is_cut_for_any_number_of_devices(devices):
+    """The README's commands as they stand: 524,288 tokens in rows of 2,048, and 32 conversations."""
+    rows = pipelines.rows_of_step(524288, 2048)
+    batch, micro = pipelines.cut_step(rows, devices, -1, 32)
+    assert rows == 256 == batch * devices * micro and batch == min(32, 256 // devices)
+    batch, micro = pipelines.cut_step(32, devices, -1, 4, fills=True)
+    assert batch == max(1, min(4, 32 // devices)) and batch * devices * micro == max(32, devices)
+
+
+def test_a_step_that_cannot_be_cut_names_the_device_batch():
+    assert pipelines.cut_step(12, 2, -1, 4) == (3, 2) and pipelines.cut_step(12, 2, 6, 4) == (6, 1)
+    with pytest.raises(UserError, match="--device_batch_size=4 on 2 devices .* 12 rows .* may be 1, 2, 3, 6, or -1"):
+        pipelines.cut_step(12, 2, 4, 32)
+    with pytest.raises(UserError, match="12 rows, which 5 devices cannot share evenly; use a number of devices that"):
+        pipelines.cut_step(12, 5, -1, 32)
+    assert pipelines.cut_step(12, 5, -1, 4, fills=True) == (3, 1)
+    for total, remedy in ((1000, "give 512$"), (1, "give at least one row")):
+        with pytest.raises(UserError, match=f"--total_batch_size={total} tokens are not whole rows of 512; {remedy}"):
+            pipelines.rows_of_step(total, 512)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])

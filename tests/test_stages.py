@@ -2,6 +2,9 @@
 
 import collections
 import dataclasses
+import json
+import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,16 +12,17 @@ import pytest
 from conftest import model_on
 
 from jaxchat import checkpoint, sharding
-from jaxchat.config import BaseConfig, Compute, MidConfig, ModelConfig, UserError
+from jaxchat.config import BaseConfig, Compute, MidConfig, ModelConfig, SFTConfig, UserError
 from jaxchat.data import pipelines
 from jaxchat.data.tasks import load_task
 from jaxchat.demo import World, write_world
+from jaxchat.eval import training
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import stages
 from jaxchat.train.loop import place_batch
 from jaxchat.train.loss import loss_sums
 from jaxchat.train.optimizer import make_optimizer
-from jaxchat.train.run import find_start, plan_of
+from jaxchat.train.run import find_start, plan_of, start_devices
 from jaxchat.train.state import init_state
 from jaxchat.train.step import make_train_step
 from launch import base_train, mid_train
@@ -60,7 +64,8 @@ def test_plan_of_the_first_example(large_vocabulary, one_device):
     assert plan["steps"] == (
         f"14,160; {14_160 * 262_144:,} tokens; tokens : parameters = 20.00; {14_160 * 262_144 * flops:.3e} FLOPs"
     )
-    assert plan["saves"].endswith("base_checkpoints/d12/<step>")
+    assert plan["saves"].endswith("base_checkpoints/d12/<step>, every 30 minutes, and at the end")
+    assert re.fullmatch("about .* of about .* tokens: the data is repeated", plan["epochs"])
 
 
 def test_plan_of_the_second_example(large_vocabulary, one_device, home, monkeypatch):
@@ -179,6 +184,34 @@ def test_packed_conversations_cost_what_they_cost_alone(real, attention):
         np.testing.assert_allclose(got, want, atol=5e-6 * float(np.abs(want).max()))
     seen, _ = sums(params, {name: a for name, a in packed.items() if name != "segments_BT"})
     assert abs(float(seen / nll) - 1) > 1e-4, "without segments they see one another"
+
+
+def test_validation_depends_on_no_other_flag(home):
+    """Neither seed nor device batch changes what is measured; only their own sizes do."""
+    talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": ""}]
+    rows = [[talk[0], talk[1] | {"content": f"answer {i}"}] for i in range(60)]
+    (home / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = Tokenizer.train(iter(["a question and an answer 0123456789"]), 275)
+    model = SimpleNamespace(mesh=sharding.make_mesh(jax.devices()[:1]))
+
+    def supervised(config, device_batch):
+        stage = SimpleNamespace(device_batch=device_batch, model=model, tokenizer=tokenizer, row_length=64)
+        make = training.mid if isinstance(config, MidConfig) else training.sft
+        batches = make(config, stage)[0].measure.keywords["batches"]
+        return sorted(int(t) for b in batches for t in b["targets"][b["weights"] > 0])
+
+    val = {"val_tasks": str(home / "val.jsonl"), "eval_metrics_every": -1}
+    few, more = SFTConfig(eval_steps=5, **val), SFTConfig(eval_steps=6, **val)
+    assert supervised(few, 4) == supervised(dataclasses.replace(few, seed=1), 3) != supervised(more, 4)
+    mid = MidConfig(eval_tokens=500, val_tasks=val["val_tasks"])
+    assert supervised(mid, 4) == supervised(dataclasses.replace(mid, seed=1), 3)
+
+
+def test_float32_is_float32_on_every_device():
+    """Products of float32 numbers would be TF32's on GPUs, bfloat16's on TPUs."""
+    for dtype, precision in (("float32", "highest"), ("bfloat16", None), ("auto", None)):
+        start_devices(BaseConfig(dtype=dtype))
+        assert jax.config.jax_default_matmul_precision == precision
 
 
 def test_packings_by_name(real):

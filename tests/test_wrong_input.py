@@ -9,8 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxchat import checkpoint
+from jaxchat.config import BaseConfig
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import metrics
+from jaxchat.train.run import tokenizer_for
 from launch import base_train, chat_cli, chat_sft, mid_train, tok_train
 
 TEXTS = [f"number {i} is the one after {i - 1}, and the words go on." for i in range(1, 300)]
@@ -141,6 +143,15 @@ def test_checkpoints_keep_their_tokenizer(folder, capsys):
     assert checkpoint.open_model("base").tokenizer.vocab_size == 290
 
 
+def test_a_run_without_a_checkpoint_has_no_tokenizer_of_its_own(folder):
+    """Its first attempt died early, and the tokenizer was trained anew since: --resume takes that one."""
+    shutil.copytree(folder / "tokenizer", folder / "base_checkpoints/new/tokenizer")
+    tok_train.main(["--vocab_size=290", "--overwrite"])
+    resumed = BaseConfig(resume=True)
+    assert tokenizer_for(resumed, "base", "new").vocab_size == 290
+    assert tokenizer_for(resumed, "base", "d1").vocab_size == 280
+
+
 @pytest.mark.parametrize("tag", ["/elsewhere", "..", ".", "a/b"])
 def test_a_tag_is_a_plain_name(folder, tag, capsys):
     for command, args in ((base_train, [*BASE, "--overwrite"]), (mid_train, [])):
@@ -199,11 +210,14 @@ def test_checkpoints_are_neither_lost_nor_mixed(folder, capsys):
     assert "different model" in line and "n_layer=1 (now 2)" in line
 
 
-@pytest.mark.parametrize("total, nearest", [(100, 128), (192, 256), (1000, 1024)])
-def test_total_batch_size(folder, total, nearest, capsys):
-    args = ["--depth=1", "--max_seq_len=16", "--device_batch_size=1", f"--total_batch_size={total}", "--overwrite"]
-    line = refusal(folder, base_train, args, capsys)
-    assert f"--total_batch_size={total} is not a multiple of 128" in line and line.strip().endswith(f"is: {nearest}")
+def test_a_step_that_cannot_be_cut(folder, capsys):
+    args = ["--depth=1", "--max_seq_len=16", "--overwrite"]
+    line = refusal(folder, base_train, [*args, "--total_batch_size=100"], capsys)
+    assert "--total_batch_size=100 tokens are not whole rows of 16; give 96" in line
+    line = refusal(folder, base_train, [*args, "--total_batch_size=256", "--device_batch_size=3"], capsys)
+    assert "--device_batch_size=3 on 8 devices does not divide the 16 rows" in line and "may be 1, 2, or -1" in line
+    line = refusal(folder, base_train, [*args, "--total_batch_size=192"], capsys)
+    assert "12 rows, which 8 devices cannot share evenly" in line
 
 
 @pytest.mark.parametrize("flag", ["--remat=some", "--dtype=float16", "--on_nonfinite=hope", "--device_type=abacus"])
@@ -213,7 +227,8 @@ def test_no_such_choice(folder, flag, capsys):
 
 def test_target_examples(folder, capsys):
     args = [f"--train_tasks={folder / 'talk.jsonl'}", "--device_batch_size=4", "--target_examples_per_step=40"]
-    assert "--target_examples_per_step=40 is not a multiple of 32" in refusal(folder, chat_sft, args, capsys)
+    line = refusal(folder, chat_sft, args, capsys)
+    assert "--device_batch_size=4 on 8 devices does not divide the 40 rows" in line and "may be 1, 5, or -1" in line
 
 
 @pytest.mark.parametrize("command", [mid_train, chat_sft])
@@ -256,6 +271,9 @@ def test_flags(folder, capsys):
     assert "--seed=-1; it must be from 0 to 4294967295" in refusal(folder, base_train, ["--seed=-1"], capsys)
     assert "--eval_steps=0; it must be at least 1" in refusal(folder, chat_sft, ["--eval_steps=0"], capsys)
     assert "--device_batch_size=0; it must be" in refusal(folder, base_train, ["--device_batch_size=0"], capsys)
+    for other in ("--overwrite", "--dry_run"):
+        line = refusal(folder, mid_train, ["--resume", other], capsys)
+        assert f"--resume and {other} contradict each other" in line
     assert "--depth=0; it must be at least 1" in refusal(folder, base_train, ["--depth=0"], capsys)
     assert "n_kv_head=3 does not divide" in refusal(folder, base_train, ["--depth=8", "--n_kv_head=3"], capsys)
     args = ["--target_param_data_ratio=-1", "--depth=1"]
@@ -278,15 +296,15 @@ def test_defaults_are_the_specs():
     common = {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02, "weight_decay": 0.0}
     wanted = {
         **common, "depth": 20, "max_seq_len": 2048, "num_iterations": -1, "target_flops": -1.0,
-        "target_param_data_ratio": 20, "device_batch_size": 32, "total_batch_size": 524288, "grad_clip": 1.0,
+        "target_param_data_ratio": 20, "device_batch_size": -1, "total_batch_size": 524288, "grad_clip": 1.0,
         "warmup_ratio": 0.0, "warmdown_ratio": 0.2, "final_lr_frac": 0.0, "eval_every": 250,
         "eval_tokens": 20 * 524288, "core_metric_every": 2000, "sample_every": 2000, "model_tag": "",
     }  # fmt: skip
     assert wanted.items() <= base.items()
-    wanted = {**common, "device_batch_size": 32, "total_batch_size": 524288, "init_lr_frac": 1.0, "eval_every": 150}
+    wanted = {**common, "device_batch_size": -1, "total_batch_size": 524288, "init_lr_frac": 1.0, "eval_every": 150}
     assert {**wanted, "eval_tokens": 20 * 524288, "dry_run": False, "num_iterations": -1}.items() <= mid.items()
     wanted = {
-        **common, "source": "mid", "num_epochs": 1, "num_iterations": -1, "device_batch_size": 4, "init_lr_frac": 0.02,
+        **common, "source": "mid", "num_epochs": 1, "num_iterations": -1, "device_batch_size": -1, "init_lr_frac": 0.02,
         "target_examples_per_step": 32, "eval_every": 100, "eval_steps": 100, "eval_metrics_every": 200,
         "eval_metrics_max_problems": 1024,
     }  # fmt: skip

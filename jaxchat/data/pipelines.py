@@ -18,15 +18,34 @@ from jaxchat.tokenizer import Tokenizer
 PREFETCH = 2  # batches made ahead, in a thread, while the device computes
 
 
-def micro_batches(total: int, per_micro_batch: int, flag: str, unit: str) -> int:
-    """total ÷ per_micro_batch, or a UserError that names the nearest total that divides."""
-    if total < 1 or total % per_micro_batch:
-        nearest = max(1, round(total / per_micro_batch)) * per_micro_batch
+def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = False) -> tuple[int, int]:
+    """(rows a device computes at a time, micro-batches) of an optimizer step of `rows` rows over `devices` devices.
+
+    asked: the flag device_batch_size; -1: the largest number of rows, at most `most`, that divides the step. fills: a
+    step that no number divides is filled with empty rows. UserError: the step can't be cut like that.
+    """
+    able = [n for n in range(1, rows // devices + 1) if rows % (n * devices) == 0]
+    if asked > 0 and asked not in able and able:
         raise UserError(
-            f"--{flag}={total} is not a multiple of {per_micro_batch} {unit} "
-            f"(device_batch_size × devices); the nearest that is: {nearest}"
+            f"--device_batch_size={asked} on {devices} devices does not divide the {rows} rows of an optimizer step; "
+            f"it may be {', '.join(map(str, able))}, or -1 to choose"
         )
-    return total // per_micro_batch
+    if not able and not fills:
+        raise UserError(
+            f"an optimizer step has {rows} rows, which {devices} devices cannot share evenly; use a number of devices "
+            f"that divides {rows}"
+        )
+    batch = asked if asked > 0 else max((n for n in able if n <= most), default=min(most, -(-rows // devices)))
+    return batch, -(-rows // (batch * devices))
+
+
+def rows_of_step(total_batch_size: int, row_length: int) -> int:
+    """The rows of an optimizer step. UserError: its tokens are no whole rows."""
+    rows, rest = divmod(total_batch_size, row_length)
+    if rest or not rows:
+        instead = f"give {rows * row_length}" if rows else "give at least one row"
+        raise UserError(f"--total_batch_size={total_batch_size} tokens are not whole rows of {row_length}; {instead}")
+    return rows
 
 
 def prefetched(dataset: grain.IterDataset) -> grain.DatasetIterator:

@@ -3,7 +3,7 @@
 from functools import partial
 
 from jaxchat import sharding
-from jaxchat.config import BaseConfig, MidConfig, SFTConfig, UserError
+from jaxchat.config import EVAL_BATCH, BaseConfig, MidConfig, SFTConfig, UserError
 from jaxchat.data import pipelines
 from jaxchat.data.encode import conversation_reader, text_reader
 from jaxchat.data.order import Order
@@ -55,14 +55,14 @@ def mid(config: MidConfig, stage: Stage) -> list[Evaluation]:
     if config.eval_every > 0:
         tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=True)
         sharding.check_same(validation=tasks.fingerprint)
-        order = Order([len(tasks)], config.seed)
+        order = Order([len(tasks)], seed=0)  # whatever --seed is: runs can be compared
         read = conversation_reader(tasks, stage.tokenizer)
         batches = packed_batches(config, stage, read, map(order.index, range(len(tasks))))
     return [Evaluation("validation", config.eval_every, partial(val_bpb, stage=stage, batches=batches), at_start=True)]
 
 
 def packed_batches(config: BaseConfig | MidConfig, stage: Stage, read, documents) -> list[dict]:
-    rows = config.device_batch_size * sharding.data_shards(stage.model.mesh)
+    rows = stage.device_batch * sharding.data_shards(stage.model.mesh)
     size = {"rows": rows, "time": stage.row_length, "max_tokens": config.eval_tokens}
     return pipelines.packed_validation(read, documents, **size)
 
@@ -74,9 +74,9 @@ def sft(config: SFTConfig, stage: Stage) -> list[Evaluation]:
         sharding.check_same(validation=val.fingerprint)
         batches = pipelines.padded_validation(
             conversation_reader(val, stage.tokenizer),
-            Order([len(val)], config.seed),
-            min(len(val), config.eval_steps * config.device_batch_size),
-            rows=config.device_batch_size * sharding.data_shards(stage.model.mesh),
+            Order([len(val)], seed=0),
+            min(len(val), config.eval_steps * EVAL_BATCH),
+            rows=stage.device_batch * sharding.data_shards(stage.model.mesh),
             time=stage.row_length,
         )
     if config.eval_metrics_every > 0:

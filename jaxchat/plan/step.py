@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat import sharding
-from jaxchat.config import REMATS, Compute, Model, ModelConfig
-from jaxchat.data.pipelines import micro_batches
+from jaxchat.config import DEVICE_ROWS, REMATS, Compute, Model, ModelConfig
+from jaxchat.data.pipelines import cut_step, rows_of_step
 from jaxchat.model.flops import flops_per_token
 from jaxchat.plan import hlo, topologies
 from jaxchat.train.fit import fits, memory_needed, memory_refused
@@ -44,14 +44,10 @@ class StepPlan:
         self.model = ModelConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=config.vocab_size)
         sharding.check_fits(self.model, self.mesh)
         self.shards = sharding.data_shards(self.mesh)
-        self.rows = config.total_batch_size // config.max_seq_len
-        micro_batches(self.rows, self.shards, "total_batch_size", f"rows of {config.max_seq_len} = 1 ×")
+        self.rows = rows_of_step(config.total_batch_size, config.max_seq_len)
+        self.batch, _ = cut_step(self.rows, self.shards, config.device_batch_size, DEVICE_ROWS)
         most = self.rows // self.shards
         self.batches = [n for n in range(1, most + 1) if self.rows % (n * self.shards) == 0]
-        self.batch = config.device_batch_size
-        if self.batch < 1:
-            self.batch = max(n for n in self.batches if n <= 32)
-        micro_batches(self.rows, self.batch * self.shards, "total_batch_size", f"rows = {self.batch} ×")
         self.remats = REMATS if config.remat == "auto" else (config.remat,)
 
     @property

@@ -1,5 +1,6 @@
 """The one training loop. What differs between stages is in the Stage of the Run that it is given."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from jaxchat.model.params import Params
 from jaxchat.sharding import agree, place_rows
 from jaxchat.store import Checkpoints
 from jaxchat.train.metrics import MetricsLog
-from jaxchat.train.reporter import Reporter
+from jaxchat.train.reporter import NotFinite, Reporter
 from jaxchat.train.saving import Saver
 from jaxchat.train.signals import Stop
 from jaxchat.train.stages import Stage
@@ -31,11 +32,9 @@ class Evaluation:
     measure: Callable[[Params], dict[str, float]]
     at_start: bool = False
 
-    def due(self, step: int, first: int, finished: bool) -> bool:
-        """Whether to measure after `step` steps, of which `first` were done when this run was resumed."""
-        if self.every <= 0 or (step == first and step > 0):
-            return False
-        return finished or (step % self.every == 0 if step else self.at_start)
+    def due(self, step: int, finished: bool) -> bool:
+        """Whether to measure after `step` steps."""
+        return self.every > 0 and (finished or (step % self.every == 0 if step else self.at_start))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +55,23 @@ def place_batch(batch: dict, mesh: Mesh) -> dict:
 
 
 def train(run: Run, evaluations: list[Evaluation]) -> None:
-    """Train to the end of a stage.
+    """Train to the end of a stage. An error saves what is learnt, where it can, before it ends the run.
 
     Preempted: a signal asked to stop, and what was learnt is saved. UserError: a step was not finite, or the end of the
     run could not be saved.
     """
     with Stop() as stop, MetricsLog.of(run) as log:
-        Loop(run, evaluations, stop, log).train()
+        loop = Loop(run, evaluations, stop, log)
+        try:
+            loop.train()
+        except Preempted:
+            raise
+        except Exception as problem:
+            with contextlib.suppress(Exception):  # it may be this that failed
+                loop.reporter.flush()
+            if not loop.ending:
+                loop.saver.rescue(loop.state, loop.step, alone=not isinstance(problem, NotFinite))
+            raise
 
 
 class Loop:
@@ -73,6 +82,7 @@ class Loop:
         self.reporter, self.saver = Reporter(run.stage, log), Saver(run)
         self.state, self.step = run.state, run.first_step
         self.finished = self.step == run.stage.num_steps
+        self.ending = False  # the last save is under way
         self.schedule = jax.jit(run.stage.schedule)
 
     def train(self):
@@ -85,6 +95,7 @@ class Loop:
             stopping = self.evaluate(stopping)
             if self.finished or stopping:
                 self.reporter.flush()
+                self.ending = True
                 self.saver.finish(self.state, self.step, finished=self.finished)
             if self.finished:
                 return
@@ -96,11 +107,12 @@ class Loop:
     def evaluate(self, stopping: bool) -> bool:
         """Measure what is due, unless the run stops. -> whether it stops."""
         for evaluation in self.evaluations:
-            if not stopping and evaluation.due(self.step, self.run.first_step, self.finished):
+            done = self.step == self.run.first_step and evaluation.name in self.log.measured  # before a resume
+            if not (stopping or done) and evaluation.due(self.step, self.finished):
                 self.reporter.flush()
                 values = evaluation.measure(self.state.params)
+                self.log.write(self.step, values, evaluation.name)
                 if values:
-                    self.log.write(self.step, values)
                     shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
                     print(f"step {self.step:>6}  {evaluation.name}: {shown}", flush=True)
                 self.reporter.restart_clock()
@@ -113,7 +125,8 @@ class Loop:
         asked = time.perf_counter()
         batch = stage.batches.next_batch(self.state.params, self.step)
         waited = time.perf_counter() - asked
-        totals = agree(batch["totals"], mesh)
+        like = next(iter(batch["totals"].values()))
+        totals = agree(batch["totals"] | {"overdue": np.full_like(like, self.saver.overdue())}, mesh)
         if stage.num_steps:
             progress = self.step / stage.num_steps
             multiplier = np.float32(stage.schedule(progress, 1 / stage.num_steps))
@@ -129,7 +142,8 @@ class Loop:
         self.state, metrics = self.run.step_fn(self.state, placed, multiplier)
         self.step += 1
         metrics = metrics | totals | {"progress": progress, "lr_multiplier": multiplier}
-        self.reporter.step(self.step, placed["inputs"].size, waited, metrics, placed["inputs"].shape[-1])
+        size, length = placed["inputs"].size, placed["inputs"].shape[-1]
+        self.saver.agree(self.reporter.step(self.step, size, waited, metrics, length))
         self.finished = self.step == stage.num_steps
         if not stage.num_steps and not batch["totals"]["left"].any():  # this process's rows have run out: all?
             self.finished = not int(totals["left"])

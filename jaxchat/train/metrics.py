@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import secrets
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import jax
 
 from jaxchat import files
 from jaxchat.config import UserError
+from jaxchat.sharding import gather_json
 from jaxchat.store import FULL
 
 
@@ -39,17 +41,20 @@ class MetricsLog:
     def __init__(self, folder: Path | None, config: dict, *, resume_step: int, run: str, tensorboard: bool):
         self._file = self._wandb = self._board = None
         self._unwritten = b""  # what did not fit on a full disk
+        self.measured: list[str] = []  # the evaluations that were done after resume_step
         if jax.process_index() > 0:  # all processes have the same numbers
             return
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
         if run != "dummy":
             import wandb
 
-            self._wandb = wandb.init(project="jaxchat", name=run, config=config)
+            identity = {"id": wandb_id(folder, new=not resume_step), "resume": "allow"} if folder else {}
+            self._wandb = wandb.init(project="jaxchat", name=run, config=config, **identity)
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if path.exists():  # what was logged after the checkpoint that training goes on from will be logged again
+        if path.exists():  # what was logged after the checkpoint that is resumed from will be logged again
             logged = path.read_text().splitlines(keepends=True) if resume_step else []
             kept = [line for line in logged if _step_of(line) <= resume_step]
             files.write_text(path, "".join(kept))
@@ -57,25 +62,29 @@ class MetricsLog:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     @classmethod
     @contextlib.contextmanager
     def of(cls, run):
         """The log of a loop.Run, closed at the end of the context."""
         flags, folder = run.stage.flags, run.checkpoints.folder if run.checkpoints else None
+        done = evaluations_after(run.first_step, folder) if folder and run.first_step else []
         log = cls(folder, run.meta, resume_step=run.first_step, run=flags.run, tensorboard=flags.tensorboard)
+        log.measured = gather_json({"done": done})[0]["done"]  # as the first process sees it
         try:
             yield log
         finally:
             log.close()
 
-    def write(self, step: int, values: dict[str, float]):
+    def write(self, step: int, values: dict[str, float], evaluation: str = ""):
+        """Log the numbers of a step, or of an evaluation after it, which is then known to be done."""
         if self._file:
+            named = {"evaluation": evaluation} if evaluation else {}
             known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self._unwritten += json.dumps({"step": step, **known}).encode() + b"\n"
+            self._unwritten += json.dumps({"step": step, **named, **known}).encode() + b"\n"
             self._write()
-        if self._wandb:
+        if self._wandb and values:
             self._wandb.log(values, step=step)
         if self._board:
             for name, value in values.items():
@@ -103,6 +112,20 @@ class MetricsLog:
                 sink.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def evaluations_after(step: int, folder: Path) -> list[str]:
+    """The evaluations that metrics.jsonl records after so many steps."""
+    rows = files.read_lines(folder / "metrics.jsonl")
+    return [row["evaluation"] for row in rows if row.get("step") == step and "evaluation" in row]
+
+
+def wandb_id(folder: Path, new: bool) -> str:
+    """The id of a run at Weights & Biases, kept in its folder, so that a resumed run continues there too."""
+    path = folder / "wandb_id"
+    if new or not path.exists():
+        files.write_text(path, secrets.token_hex(8))
+    return path.read_text()
 
 
 def _step_of(line: str) -> float:

@@ -1,4 +1,4 @@
-"""What a run tells of its steps: lines and metrics, one step late."""
+"""What a run reports of its steps: lines and metrics, one step late."""
 
 import time
 
@@ -8,7 +8,11 @@ from jaxchat.config import UserError
 from jaxchat.model.flops import flops_per_token, peak_flops
 from jaxchat.train.metrics import MetricsLog, peak_bytes
 
-UNTOLD = ("taken", "left", "targets")  # totals that only the loop needs
+HIDDEN = ("taken", "left", "targets", "overdue")  # totals that only the loop needs
+
+
+class NotFinite(UserError):
+    """A step's loss or gradient was not finite; all processes raise it after the same step."""
 
 
 class Reporter:
@@ -31,32 +35,23 @@ class Reporter:
     def restart_clock(self):
         self._clock = time.perf_counter()
 
-    def step(self, step: int, tokens: int, waited: float, metrics: dict, row_tokens: int):
-        """tokens: of all processes; waited: seconds until the data was there; metrics: arrays still under way;
+    def step(self, step: int, tokens: int, waited: float, metrics: dict, row_tokens: int) -> dict[str, float]:
+        """Report the step before, and return its numbers ({} after the first), while this one is computed.
+
+        tokens: of all processes; waited: seconds until the data was there; metrics: arrays still under way;
         row_tokens: of a row, padding included.
         """
         previous, self._pending = self._pending, (step, tokens, waited, metrics, row_tokens)
-        if previous:
-            self._report(*previous)
+        return self._report(*previous) if previous else {}
 
     def flush(self):
-        if self._pending:
-            self._report(*self._pending, last=True)
-            self._pending = None
+        pending, self._pending = self._pending, None
+        if pending:
+            self._report(*pending, last=True)
 
-    def _report(self, step, tokens, waited, metrics, row_tokens, last=False):
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        where = f"{values['taken']:,.0f} documents of the data read" if "taken" in values else "the data's next batch"
-        values = {name: value for name, value in values.items() if name not in UNTOLD}
-        if values["nonfinite"]:
-            told = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} ({where})"
-            if self._stage.flags.on_nonfinite == "stop":
-                raise UserError(
-                    f"{told}; not finite, so it was not applied, and training stops. Lower the learning rates, or go "
-                    "on from the last checkpoint with --resume --on_nonfinite=skip"
-                )
-            self._skipped += 1
-            print(f"{told}; not finite: skipped", flush=True)
+    def _report(self, step, tokens, waited, metrics, row_tokens, last=False) -> dict[str, float]:
+        fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = self._checked(step, fetched)
         progress = values["progress"]
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
@@ -75,14 +70,36 @@ class Reporter:
         if self._peak:
             values["mfu"] = flops / seconds / self._peak
         self._log.write(step, values)
-        if not last and now - self._shown < 1.0:
-            return
-        self._shown = now
-        of = f"/{self._stage.num_steps}" if self._stage.num_steps else f" ({progress:.0%})"
+        if last or now - self._shown >= 1.0:
+            self._shown = now
+            print(self._line(step, values, eta), flush=True)
+        return fetched
+
+    def _checked(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        """The numbers to log. NotFinite: the step was not, and the run is to stop then."""
+        where = f"{values['taken']:,.0f} documents of the data read" if "taken" in values else "the data's next batch"
+        shown = {name: value for name, value in values.items() if name not in HIDDEN}
+        if values["nonfinite"]:
+            what = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} ({where})"
+            if self._stage.flags.on_nonfinite == "stop":
+                self._log.write(step, shown)
+                raise NotFinite(
+                    f"{what}; not finite, so it was not applied, and training stops. Lower the learning rates, or "
+                    "continue from the last checkpoint with --resume --on_nonfinite=skip"
+                )
+            self._skipped += 1
+            print(f"{what}; not finite: skipped", flush=True)
+        return shown
+
+    def _line(self, step: int, values: dict[str, float], eta: float | None) -> str:
+        seconds, waited = values["step_seconds"], values["data_wait_seconds"]
+        of = f"/{self._stage.num_steps}" if self._stage.num_steps else f" ({values['progress']:.0%})"
         line = f"step {step:>6}{of}  loss {values['loss']:.4f}  lr × {values['lr_multiplier']:.3f}"
-        line += f"  {1000 * seconds:.0f} ms  {tokens_per_s:,.0f} tokens/s"
+        line += f"  {1000 * seconds:.0f} ms  {values['tokens_per_s']:,.0f} tokens/s"
         if self._peak:
             line += f"  MFU {values['mfu']:.1%}"
+        if values.get("cut"):
+            line += f"  conversations cut {values['cut']:.0f}"
         if values["empty_steps"]:
             line += f"  empty steps {values['empty_steps']:.0f}"
         if self._skipped:
@@ -91,7 +108,7 @@ class Reporter:
             line += f"  waited {1000 * waited:.0f} ms for data"
         if eta is not None:
             line += f"  ETA {duration(eta)}"
-        print(line, flush=True)
+        return line
 
     def _eta(self, progress: float) -> float | None:
         """Seconds left after the step that began at `progress`, at the pace of the steps between the first

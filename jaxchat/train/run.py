@@ -41,6 +41,8 @@ def start_devices(config: TrainConfig, asks: bool = True) -> Mesh:
     hosts.start."""
     if config.device_type:
         jax.config.update("jax_platforms", config.device_type)
+    # Else float32 products would be TF32 on GPUs (11 bits of precision), and bfloat16 on TPUs.
+    jax.config.update("jax_default_matmul_precision", "highest" if config.dtype == "float32" else None)
     sharding.keep_compiled()
     sharding.take_memory()
     hosts.start(config, asks=asks)
@@ -62,9 +64,10 @@ def model_for(config: TrainConfig, shape: ModelConfig, mesh: Mesh) -> Model:
 
 
 def tokenizer_for(config: TrainConfig, name: str, tag: str) -> Tokenizer:
-    """The tokenizer of the run that is resumed, or else the base directory's."""
-    kept = checkpoint.run_folder(name, tag) / "tokenizer"
-    return Tokenizer.load(kept if config.resume and kept.is_dir() else None)
+    """The tokenizer of the checkpoints that are resumed from, or else the base directory's."""
+    folder = checkpoint.run_folder(name, tag)
+    kept = folder / "tokenizer"
+    return Tokenizer.load(kept if config.resume and checkpoint.steps_in(folder) and kept.is_dir() else None)
 
 
 def find_start(stage: Stage) -> Start:
@@ -123,13 +126,16 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
     model, compute = stage.model.config, stage.model.compute
     heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
     attention = f"attention by {kernel_for(compute.attention, model.head_dim, stage.row_length)}"
-    every = f", every {stage.flags.save_every:,} steps" if stage.flags.save_every > 0 else ""
+    flags = stage.flags
+    every = [f"{flags.save_every:,} steps"] if flags.save_every > 0 else []
+    every += [f"{flags.save_minutes:g} minutes"] if flags.save_minutes > 0 else []
+    often = f", every {' and '.join(every)}, and at the end" if every else ", at the end"
     rows = [
         ("model", f"{model.n_layer} layers × {model.n_embd}, {heads}, vocabulary {model.vocab_size:,}"),
         ("parameters", f"{num_params(model):,}; {flops_per_token(model, stage.row_length):,} FLOPs a token"),
         ("devices", f"{sharding.describe(stage.model.mesh)}, compute in {compute.dtype}, {attention}"),
         *stage.plan,
-        ("saves", f"{start.checkpoints.folder}/<step>{every}" if start.checkpoints else "nothing (dry run)"),
+        ("saves", f"{start.checkpoints.folder}/<step>{often}" if start.checkpoints else "nothing (dry run)"),
     ]
     if start.step:
         rows.append(("resumes", f"after step {start.step:,}"))

@@ -9,6 +9,7 @@ from jaxchat.checkpoint import first_line
 from jaxchat.config import UserError
 from jaxchat.train.state import TrainState
 
+clock = time.monotonic  # a name of our own, which tests replace
 MOST_STEPS_BETWEEN = 64  # after failures, from one attempt to the next
 LAST_ATTEMPTS = 4  # at the end of a run, with 1, 2 and 4 seconds between
 
@@ -23,6 +24,7 @@ class Saver:
         self._run, self._stage, self._checkpoints = run, run.stage, run.checkpoints
         self._whole = self._begun = run.first_step  # steps whose save is complete, and was begun
         self._failures, self._again = 0, None  # again: the step at which to try once more
+        self._saved_at, self._overdue = clock(), False  # overdue: all processes agree that it is time
 
     def due(self, step: int, last: bool) -> bool:
         """Whether to save now, after `step` steps. Also notices how the save that is under way went."""
@@ -36,7 +38,17 @@ class Saver:
         if step <= self._begun:
             return False
         every = self._stage.flags.save_every
-        return last or (every > 0 and step % every == 0) or (self._again is not None and step >= self._again)
+        by_steps = every > 0 and step % every == 0
+        return last or by_steps or self._overdue or (self._again is not None and step >= self._again)
+
+    def overdue(self) -> bool:
+        """Whether it is time to save, by this process's clock."""
+        minutes = self._stage.flags.save_minutes
+        return bool(self._checkpoints) and 0 < 60 * minutes <= clock() - self._saved_at
+
+    def agree(self, values: dict[str, float]):
+        """Note what all processes together report of a step: it is time to save where one of their clocks says so."""
+        self._overdue = self._overdue or values.get("overdue", 0) > 0
 
     def save(self, state: TrainState, step: int, *, finished: bool):
         """Start a save. What goes wrong is printed, not raised."""
@@ -66,6 +78,22 @@ class Saver:
                 print(f"saving step {step} failed: {first_line(problem)}; trying again", flush=True)
                 time.sleep(2**attempt)
 
+    def rescue(self, state: TrainState, step: int, *, alone: bool):
+        """Save what is learnt before an error ends the run, if that is possible.
+
+        alone: the error is this process's only; several processes can't save then, since all must take part.
+        """
+        if not self._checkpoints or step <= self._begun or alone and jax.process_count() > 1:
+            return
+        try:
+            self._start(state, step, finished=False)
+            self._checkpoints.wait()
+            self._went_well()
+        except Exception as problem:
+            print(f"saving step {step} before the run ends failed too: {first_line(problem)}", flush=True)
+        else:
+            print(f"an error ends the run; step {step} is saved: continue from it with --resume", flush=True)
+
     def describe(self, step: int) -> str:
         """What is saved when the run stops after `step` steps, and how to continue."""
         if not self._checkpoints:
@@ -81,6 +109,7 @@ class Saver:
         keep = self._stage.keep_state or not finished
         rest = {"step": state.step, "empty_steps": state.empty_steps, "opt_state": state.opt_state}
         self._begun, self._again = step, None
+        self._saved_at, self._overdue = clock(), False
         self._checkpoints.save(
             step,
             params=state.params,

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, SIGUSR1, or a notice of preemption."""
+"""Being asked to stop: Ctrl-C, a lost terminal, a scheduler's signal, or a notice of preemption."""
 
 import os
 import signal
@@ -7,13 +7,15 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send one or the other before they take a machine away
+# Schedulers send SIGTERM or SIGUSR1 before they take a machine away, terminals SIGINT (Ctrl-C) and SIGHUP (closed).
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop:
-    """A context in which these signals don't end the process but are told by `asked`.
+    """A context in which these signals don't end the process; `asked` reports them. A second Ctrl-C ends it at once.
 
-    Where several processes run, jax's own service listens for SIGTERM, and agrees on the step at which all stop.
+    A signal that is ignored at the start (SIGHUP under nohup) stays ignored. Where several processes run, jax's own
+    service listens for SIGTERM, and agrees on the step at which all stop.
     """
 
     def __init__(self):
@@ -25,10 +27,14 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
             return self
         for number in SIGNALS if jax.process_count() == 1 else SIGNALS[1:]:
-            self._before[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number, frame):
+        if number == signal.SIGINT:
+            os.write(2, b"stopping after this step, and saving; Ctrl-C again ends at once\n")
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # not Python's handler: native code would have to return first
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)  # to jax's service
         else:
@@ -36,7 +42,7 @@ class Stop:
 
     def asked(self) -> bool:
         """Whether to stop now; the same on all processes, which all must ask at every step."""
-        self._asked += 1  # counts alike on all; jax wants every number in turn, and a resumed run begins late
+        self._asked += 1  # not the run's step: jax wants consecutive numbers that are equal on all processes
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._asked):
             self.signal = "a notice of preemption"
         return bool(self.signal)

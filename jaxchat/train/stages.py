@@ -2,7 +2,8 @@
 saves."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import grain
@@ -11,9 +12,20 @@ import optax
 
 from jaxchat import sharding
 from jaxchat.checkpoint import Found
-from jaxchat.config import STAGES, BaseConfig, MidConfig, Model, ModelConfig, SFTConfig, TrainConfig, UserError
+from jaxchat.config import (
+    DEVICE_CONVERSATIONS,
+    DEVICE_ROWS,
+    STAGES,
+    BaseConfig,
+    MidConfig,
+    Model,
+    ModelConfig,
+    SFTConfig,
+    TrainConfig,
+    UserError,
+)
 from jaxchat.data import pipelines
-from jaxchat.data.encode import conversation_reader
+from jaxchat.data.encode import Reader, conversation_reader, text_reader
 from jaxchat.data.order import Order
 from jaxchat.data.sources import ParquetText
 from jaxchat.data.tasks import Mixture
@@ -21,6 +33,8 @@ from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.schedule import lr_multiplier
+
+SAMPLE = 256  # documents from whose lengths a plan estimates the tokens in all
 
 
 class DataBatches:
@@ -56,6 +70,7 @@ class Stage:
     tokenizer: Tokenizer
     optimizer: optax.GradientTransformation
     batches: DataBatches
+    device_batch: int  # rows that a device computes at a time
     row_length: int  # of the longest batch
     num_steps: int | None  # None: one pass over num_documents
     num_documents: int
@@ -79,14 +94,14 @@ class Stage:
             "model": dataclasses.asdict(self.model.config),
             "settings": self.flags.learnt_from(),
             "tokenizer_hash": self.tokenizer.hash,
-            "device_batch_size": self.flags.device_batch_size,
+            "device_batch_size": self.device_batch,
         }
 
 
 def base(
     config: BaseConfig, tag: str, model: Model, tokenizer: Tokenizer, texts: ParquetText, held_out: ParquetText
 ) -> Stage:
-    rows, micro = rows_of_step(config, config.max_seq_len, model)
+    cut = Cut.of(config, config.max_seq_len, model)
     num_steps = base_steps(config, model.config)
     tokens = num_steps * config.total_batch_size
     flops = f"{tokens * flops_per_token(model.config):.3e} FLOPs"
@@ -105,9 +120,10 @@ def base(
                 time=config.max_seq_len,
                 seed=config.seed,
                 packing=config.packing,
-                **share_of(config, rows, micro, model),
+                **cut.share(config, model),
             )
         ),
+        device_batch=cut.device_batch,
         row_length=config.max_seq_len,
         num_steps=num_steps,
         num_documents=len(texts),
@@ -119,9 +135,10 @@ def base(
         ),
         data=texts.fingerprint | held_out.fingerprint,
         plan=[
-            batch_row(config, rows, config.max_seq_len, micro, model),
+            cut.plan_row(config.max_seq_len, model),
             ("steps", f"{num_steps:,}; {tokens:,} tokens; {ratio}; {flops}"),
             ("data", f"{len(texts):,} documents in {len(texts.paths)} shards; the last shard is for validation"),
+            epochs_row(tokens, text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts)),
         ],
     )
 
@@ -152,16 +169,20 @@ def base_steps(config: BaseConfig, model: ModelConfig) -> int:
 
 def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage:
     time = row_length(config, model.config)
-    rows, micro = rows_of_step(config, time, model)
+    cut = Cut.of(config, time, model)
     num_steps = config.num_iterations if config.num_iterations > 0 else None
+    read, order = conversation_reader(tasks, parent.tokenizer), Order([len(tasks)], seed=0)
+    sample = [order.index(i) for i in range(min(SAMPLE, len(tasks)))]
     plan = [
         parent_row(parent),
-        batch_row(config, rows, time, micro, model),
-        ("steps", f"{num_steps:,}" if num_steps else one_pass(tasks, parent.tokenizer, rows * time)),
+        cut.plan_row(time, model),
+        ("steps", f"{num_steps:,}" if num_steps else one_pass(read, sample, len(tasks), config.total_batch_size)),
         ("learning rates", f"× {config.init_lr_frac:g}"),
         data_row(tasks),
     ]
-    base_rows = parent.meta.get("device_batch_size", config.device_batch_size)
+    if num_steps:
+        plan.append(epochs_row(num_steps * config.total_batch_size, read, sample, len(tasks)))
+    base_rows = parent.meta.get("device_batch_size", cut.device_batch)
     if config.device_batch_size > base_rows:
         more = f"device_batch_size {config.device_batch_size} exceeds base's {base_rows}"
         plan.append(("warning", f"{more}: memory may run out"))
@@ -179,9 +200,10 @@ def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
                 time=time,
                 seed=config.seed,
                 endless=num_steps is not None,
-                **share_of(config, rows, micro, model),
+                **cut.share(config, model),
             )
         ),
+        device_batch=cut.device_batch,
         row_length=time,
         num_steps=num_steps,
         num_documents=len(tasks),
@@ -194,16 +216,17 @@ def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
 
 def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage:
     time = row_length(config, model.config)
-    shards, examples = sharding.data_shards(model.mesh), config.target_examples_per_step
-    unit = f"conversations = {config.device_batch_size} × {shards}"
-    micro = pipelines.micro_batches(examples, config.device_batch_size * shards, "target_examples_per_step", unit)
+    devices, examples = sharding.data_shards(model.mesh), config.target_examples_per_step
+    batch, micro = pipelines.cut_step(examples, devices, config.device_batch_size, DEVICE_CONVERSATIONS, fills=True)
     num_examples = round(config.num_epochs * len(tasks))
     if config.num_iterations > 0:
         num_examples = config.num_iterations * examples
     if num_examples < 1:
         raise UserError(f"--num_epochs={config.num_epochs:g} of {len(tasks)} conversations is less than one")
     num_steps = -(-num_examples // examples)
-    product = f"{config.device_batch_size} rows × {shards} devices × {micro} accumulated"
+    product = f"{batch} rows × {devices} devices × {micro} accumulated"
+    product += "" if batch * devices * micro == examples else ", some empty,"
+    repeated = "" if num_examples <= len(tasks) else f", {num_examples / len(tasks):.2g} epochs"
     return Stage(
         name="sft",
         tag=parent.folder.name,
@@ -216,14 +239,15 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
                 tasks,
                 parent.tokenizer,
                 examples=examples,
-                micro_rows=examples // micro,
+                micro_rows=batch * devices,
                 time=time,
                 seed=config.seed,
                 num_examples=num_examples,
                 packing=config.packing,
-                share=sharding.share_of_rows(model.mesh, examples // micro),
+                share=sharding.share_of_rows(model.mesh, batch * devices),
             )
         ),
+        device_batch=batch,
         row_length=time,
         num_steps=num_steps,
         num_documents=len(tasks),
@@ -232,7 +256,7 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
         plan=[
             parent_row(parent),
             ("batch", f"{product} = {examples} conversations a step, cut at {time} tokens, {config.packing}"),
-            ("steps", f"{num_steps:,}: {num_examples:,} conversations"),
+            ("steps", f"{num_steps:,}: {num_examples:,} conversations{repeated}"),
             ("learning rates", f"× {config.init_lr_frac:g}"),
             data_row(tasks),
         ],
@@ -256,19 +280,29 @@ def optimizer_for(
     )
 
 
-def rows_of_step(config: BaseConfig | MidConfig, time: int, model: Model) -> tuple[int, int]:
-    """(rows of an optimizer step, micro-batches)."""
-    shards = sharding.data_shards(model.mesh)
-    unit = f"tokens = {config.device_batch_size} × {shards} rows of {time}"
-    per_micro = config.device_batch_size * shards * time
-    micro = pipelines.micro_batches(config.total_batch_size, per_micro, "total_batch_size", unit)
-    return config.total_batch_size // time, micro
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How an optimizer step of base or mid is cut into what a device computes at a time."""
 
+    rows: int  # of a step
+    device_batch: int
+    micro_batches: int
 
-def share_of(config: BaseConfig | MidConfig, rows: int, micro: int, model: Model) -> dict:
-    """What of each step this process makes, and by how many workers: arguments of a pipeline."""
-    share = sharding.share_of_rows(model.mesh, rows // micro)
-    return {"rows": rows, "micro_batches": micro, "share": share, "workers": config.data_workers}
+    @classmethod
+    def of(cls, config: BaseConfig | MidConfig, time: int, model: Model):
+        rows, devices = pipelines.rows_of_step(config.total_batch_size, time), sharding.data_shards(model.mesh)
+        return cls(rows, *pipelines.cut_step(rows, devices, config.device_batch_size, DEVICE_ROWS))
+
+    def share(self, config: BaseConfig | MidConfig, model: Model) -> dict:
+        """What of each step this process makes, and by how many workers: arguments of a pipeline."""
+        share = sharding.share_of_rows(model.mesh, self.rows // self.micro_batches)
+        how = {"rows": self.rows, "micro_batches": self.micro_batches}
+        return how | {"share": share, "workers": config.data_workers}
+
+    def plan_row(self, time: int, model: Model) -> tuple[str, str]:
+        devices = sharding.data_shards(model.mesh)
+        product = f"{self.device_batch} rows × {devices} devices × {self.micro_batches} accumulated"
+        return "batch", f"{product} = {self.rows} rows × {time} = {self.rows * time:,} tokens a step"
 
 
 def row_length(config: MidConfig | SFTConfig, model: ModelConfig) -> int:
@@ -278,18 +312,23 @@ def row_length(config: MidConfig | SFTConfig, model: ModelConfig) -> int:
     return config.max_seq_len if config.max_seq_len > 0 else model.sequence_len
 
 
-def one_pass(tasks: Mixture, tokenizer: Tokenizer, tokens_per_step: int, sample: int = 512) -> str:
-    """The number of steps of one pass, estimated from the lengths of `sample` rows."""
-    order = Order([len(tasks)], seed=0)
-    rows = list(conversation_reader(tasks, tokenizer)(order.index(i) for i in range(min(sample, len(tasks)))))
-    tokens = sum(len(ids) for ids, _ in rows) / len(rows) * len(tasks)
+def tokens_in(read: Reader, sample: Sequence[int], num_documents: int) -> float:
+    """Tokens in all documents, estimated from the lengths of a sample of them."""
+    lengths = [len(ids) for ids, _ in read(sample)]
+    return sum(lengths) / len(lengths) * num_documents
+
+
+def one_pass(read: Reader, sample: Sequence[int], num_documents: int, tokens_per_step: int) -> str:
+    tokens = tokens_in(read, sample, num_documents)
     return f"one pass over the mixture: about {tokens / tokens_per_step:,.0f} of about {tokens:,.0f} tokens in all"
 
 
-def batch_row(config: BaseConfig | MidConfig, rows: int, time: int, micro: int, model: Model) -> tuple[str, str]:
-    devices = sharding.data_shards(model.mesh)
-    product = f"{config.device_batch_size} rows × {devices} devices × {micro} accumulated = {rows} rows"
-    return "batch", f"{product} × {time} = {rows * time:,} tokens a step"
+def epochs_row(tokens: int, read: Reader, sample: Sequence[int], num_documents: int) -> tuple[str, str]:
+    """How often the data is gone through, estimated from a sample of it."""
+    there = tokens_in(read, sample, num_documents)
+    epochs = tokens / there if there else math.inf
+    repeated = ": the data is repeated" if epochs > 1 else ""
+    return "epochs", f"about {epochs:.2g} of about {there:,.0f} tokens{repeated}"
 
 
 def parent_row(parent: Found) -> tuple[str, str]:
