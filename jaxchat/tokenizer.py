@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,13 +30,6 @@ SPECIAL_TOKENS = (
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-# The parts of an assistant's message: the specials around each, and whether the assistant learns to say it.
-PARTS = {
-    "text": ("", "", 1),
-    "python": ("<|python_start|>", "<|python_end|>", 1),
-    "python_output": ("<|output_start|>", "<|output_end|>", 0),
-}
-PART_TYPES = tuple(PARTS)
 
 
 class Piece(NamedTuple):
@@ -48,25 +40,32 @@ class Piece(NamedTuple):
     learn: int  # 1: the assistant learns to say it
 
 
-def chat_pieces(conversation: dict) -> Iterator[Piece]:
-    """The chat format: a conversation piece by piece. UserError: it is malformed."""
-    yield Piece("<|bos|>", True, 0)
+BOS = Piece("<|bos|>", True, 0)
+USER_START, USER_END = Piece("<|user_start|>", True, 0), Piece("<|user_end|>", True, 0)
+ASSISTANT_START, ASSISTANT_END = Piece("<|assistant_start|>", True, 0), Piece("<|assistant_end|>", True, 1)
+# The parts of an assistant's message: the pieces around each, and whether the assistant learns to say it.
+PARTS = {
+    "text": ((), (), 1),
+    "python": ((Piece("<|python_start|>", True, 1),), (Piece("<|python_end|>", True, 1),), 1),
+    "python_output": ((Piece("<|output_start|>", True, 0),), (Piece("<|output_end|>", True, 0),), 0),
+}
+PART_TYPES = tuple(PARTS)
+
+
+def chat_pieces(conversation: dict) -> list[Piece]:
+    """The chat format: a conversation as pieces. UserError: it is malformed."""
+    pieces = [BOS]
     for message in _user_first(conversation):
         content = message["content"]
         if message["role"] == "user":
-            yield Piece("<|user_start|>", True, 0)
-            yield Piece(content, False, 0)
-            yield Piece("<|user_end|>", True, 0)
+            pieces += [USER_START, Piece(content, False, 0), USER_END]
             continue
-        yield Piece("<|assistant_start|>", True, 0)
+        pieces.append(ASSISTANT_START)
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            opening, closing, learn = PARTS[part["type"]]
-            if opening:
-                yield Piece(opening, True, learn)
-            yield Piece(part["text"], False, learn)
-            if closing:
-                yield Piece(closing, True, learn)
-        yield Piece("<|assistant_end|>", True, 1)
+            before, after, learn = PARTS[part["type"]]
+            pieces += [*before, Piece(part["text"], False, learn), *after]
+        pieces.append(ASSISTANT_END)
+    return pieces
 
 
 def without_surrogates(text: str) -> str:
@@ -227,12 +226,12 @@ class Tokenizer:
         ids = self.encode_array("".join(piece.text for piece in joined), specials=True)
         is_special = ids >= self.bos  # the first of them
         learn_special, learn_after = [], []  # of each special, and of the text that follows it
-        for piece in joined:
-            if piece.special:
-                learn_special.append(piece.learn)
+        for _, special, learn in joined:
+            if special:
+                learn_special.append(learn)
                 learn_after.append(0)
             else:
-                learn_after[-1] = piece.learn
+                learn_after[-1] = learn
         if is_special.sum() != len(learn_special):  # text so long that it was encoded in halves, cut within a special
             return [_arrays(self._render(pieces)) for pieces in conversations]
         which = np.cumsum(is_special) - 1
@@ -255,9 +254,12 @@ class Tokenizer:
 
 def _may_merge(pieces: list[Piece]) -> bool:
     """Whether pieces encoded as one text could give other tokens than one by one."""
-    if any("<|" in piece.text for piece in pieces if not piece.special):
-        return True
-    return any(not one.special and not other.special for one, other in itertools.pairwise(pieces))
+    after_text = False
+    for text, special, _ in pieces:
+        if not special and (after_text or "<|" in text):
+            return True
+        after_text = not special
+    return False
 
 
 def _arrays(rendered: tuple[list[int], list[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -221,8 +221,8 @@ def test_checks_of_numbers(rows):
     "text, number",
     [
         ("18.00", 18), ("$18", 18), ("1,234", 1234), ("-1,234.50 and", -1234.5), ("-$5", -5), ("$-5", -5), ("−5", -5),
-        ("+7", 7), (".5", 0.5), ("1,23", 1), ("1,234,567", 1234567), ("12,3456", 12), ("€ 20%", 20), ("007", 7),
-        ("1" * 40, int("1" * 40)), ("x", None), ("$", None),
+        ("–5", -5), ("+7", 7), (".5", 0.5), ("1,23", 1), ("1,234,567", 1234567), ("12,3456", 12), ("007", 7),
+        ("1" * 40, int("1" * 40)), ("€ 20%", 20), ("x", None), ("$", None),
     ],
 )  # fmt: skip
 def test_final_numbers(text, number):
@@ -261,6 +261,8 @@ def test_which_code_runs():
     code = "def f(x):\n    return x + 1\n"
     assert chat.code_of(row, f"```bash\npip install x\n```\n```python\n{code}```") == code  # not the first block
     assert chat.code_of(row, f"```js\n{code}```") == code  # no block of Python: the first
+    assert chat.code_of(row, f"```python\nf(1)\n```\nwith\n```python\n{code}```") == code
+    assert chat.code_of(row, "```python\n1\n```\n```python\n2\n```") == "1\n"
     indented = code.replace("def", "   def").replace("    return", "       return")
     assert chat.code_of(row, f"1. Do so:\n   ```python\n{indented}   ```") == code  # in a list
     assert chat.code_of(row, "```python\n    return x + 1\n```") == "    return x + 1\n"  # the body alone

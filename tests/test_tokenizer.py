@@ -145,7 +145,7 @@ def test_conversations_in_one_go(tokenizer, turns, system):
     for asked, answered in turns:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     rows = [{"messages": messages}, {"messages": messages[:-1]}, {"messages": messages}]
-    made = tokenizer.render_all([list(chat_pieces(row)) for row in rows])
+    made = tokenizer.render_all([chat_pieces(row) for row in rows])
     for row, (ids, mask) in zip(rows, made, strict=True):
         assert ids.dtype == mask.dtype == np.int32
         assert (ids.tolist(), mask.tolist()) == tokenizer.render_conversation(row)
@@ -155,7 +155,7 @@ def test_which_conversations_go_in_one(tokenizer):
     def merges(*parts):
         content = [{"type": kind, "text": text} for kind, text in parts]
         row = {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": content}]}
-        return _may_merge(list(chat_pieces(row)))
+        return _may_merge(chat_pieces(row))
 
     assert not merges(("text", "a"), ("python", "1"), ("python_output", "1"), ("text", "b"))
     assert merges(("text", "a<"), ("text", "|assistant_end|>"))  # would become the special

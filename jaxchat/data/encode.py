@@ -86,7 +86,7 @@ def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[n
             if "text" in row:
                 (results[place],) = _text_tokens(tokenizer, [row["text"]])
             else:
-                conversations[place] = list(chat_pieces(row))
+                conversations[place] = chat_pieces(row)
         except UserError as problem:
             raise UserError(f"{tasks.name_of(number)}: {problem}; correct or remove this row") from problem
     for place, result in zip(conversations, tokenizer.render_all([*conversations.values()]), strict=True):

@@ -23,7 +23,7 @@ from jaxchat.sharding import gather_json
 from jaxchat.tokenizer import Tokenizer
 
 # A number after ####, with or without a currency sign, bold type, or commas between thousands.
-FINAL = re.compile(r"####[\s*$€£]*([-−+]?)[\s*$€£]*(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+FINAL = re.compile(r"####[\s*$€£]*([-−–+]?)[\s*$€£]*(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 FENCED = re.compile(r"(```+|~~~+)[ \t]*([^\n`]*)\n(.*?)(?:\1|\Z)", re.DOTALL)
 PYTHON = re.compile(r"\W*(py|python)[\d.]*\b|\s*$", re.IGNORECASE)  # what may follow ``` before Python code
 
@@ -36,7 +36,7 @@ def final_number(text: str) -> Decimal | None:
     if not found:
         return None
     number = Decimal(found[2].replace(",", ""))
-    return -number if found[1] in tuple("-−") else number
+    return -number if found[1] in tuple("-−–") else number
 
 
 def states_the_number(row: dict, text: str) -> bool:
@@ -47,11 +47,16 @@ def states_the_number(row: dict, text: str) -> bool:
 
 
 def code_of(row: dict, text: str) -> str:
-    """The code in an answer: its first fenced block of Python, or else its first block, or all of it."""
-    blocks = [(info, code) for _, info, code in FENCED.findall(text)]
-    code = next((code for info, code in blocks if PYTHON.match(info)), blocks[0][1] if blocks else text)
-    flush = textwrap.dedent(code)  # a block in a list is indented; a function's body alone must stay so
-    return flush if defines(row, flush) else code
+    """The code in an answer: of its fenced blocks of Python (or else of any language, or else the whole
+    answer) the first that defines the function, or else the first.
+    """
+    blocks = [(PYTHON.match(info), code) for _, info, code in FENCED.findall(text)]
+    candidates = [code for is_python, code in blocks if is_python] or [code for _, code in blocks] or [text]
+    for code in candidates:
+        flush = textwrap.dedent(code)  # a block in a list is indented; a function's body alone must stay so
+        if defines(row, flush):
+            return flush
+    return candidates[0]
 
 
 def defines(row: dict, code: str) -> bool:

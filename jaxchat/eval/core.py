@@ -79,8 +79,8 @@ def load_bundle(place: str = "") -> list[CoreTask]:
         path = path.with_suffix(".zip")
     root = zipfile.Path(path) / "eval_bundle" if zipfile.is_zipfile(path) else path
     try:
-        listed = yaml.safe_load((root / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
-        rows = csv.DictReader((root / "eval_meta_data.csv").read_text(encoding="utf-8").splitlines())
+        listed = yaml.safe_load((root / "core.yaml").read_text(encoding="utf-8-sig"))["icl_tasks"]
+        rows = csv.DictReader((root / "eval_meta_data.csv").read_text(encoding="utf-8-sig").splitlines())
         chance = {row["Eval Task"]: 0.01 * float(row["Random baseline"]) for row in rows}
         found = [
             {
@@ -93,7 +93,7 @@ def load_bundle(place: str = "") -> list[CoreTask]:
             }
             for entry in listed
         ]
-        texts = {entry["data"]: entry["data"].read_text(encoding="utf-8") for entry in found}
+        texts = {entry["data"]: entry["data"].read_text(encoding="utf-8-sig") for entry in found}
         if not found:
             raise ValueError("core.yaml lists no tasks")
         for entry in found:
