@@ -1,4 +1,4 @@
-"""Who the assistant of the small world is: Pip. What it says of itself, and what it knows of everyday things."""
+"""The assistant of the small world, Pip: what it says about itself, and its definitions of everyday things."""
 
 from typing import NamedTuple
 

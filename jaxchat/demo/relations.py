@@ -1,4 +1,4 @@
-"""What may be known about the people and lands of the small world, how it is told, and how it is asked."""
+"""The facts about people and lands of the small world: their values, how prose states them, how users ask."""
 
 from typing import NamedTuple
 
@@ -8,9 +8,9 @@ COLOURS = ("red", "blue", "green", "yellow", "white", "black", "purple", "orange
 
 
 class Relation(NamedTuple):
-    """One kind of fact. tell: sentences of base's prose, the first also the assistant's answer ({x} has {v})."""
+    """A kind of fact. tell: sentences of base's prose ({x} has {v}); the first is also the assistant's answer."""
 
-    values: tuple[str, ...]  # empty: every entity has a name of its own, or one of the world's towns
+    values: tuple[str, ...]  # empty: one of the world's towns, or a name that only this entity has
     tell: tuple[str, ...]
     ask: Phrasings
 

@@ -1,4 +1,4 @@
-"""How much of the small world a model has learned: its held-out prompts, answered greedily and checked exactly."""
+"""Score a model on the small world's held-out prompts, answered greedily and checked exactly."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ Pieces = list[tuple[str, str]]  # an answer as (type, text) like the parts of a 
 
 @dataclasses.dataclass
 class Score:
-    """How many prompts of a kind were answered right; `wrong` holds (question, answer, right answer) of the others."""
+    """Right answers to the prompts of one kind; `wrong` holds (question, answer, right answer) of the others."""
 
     right: int = 0
     total: int = 0
@@ -46,10 +46,12 @@ def score(
     kinds: Iterable[str] | None = None,
     limit: int | None = None,
 ) -> dict[str, Score]:
-    """Answer the world's held-out prompts (all, or the first `limit` of each kind) greedily. -> a Score a kind.
+    """Answer the world's held-out prompts (all, or the first `limit` of each kind) greedily; return a Score a
+    kind.
 
-    A prompt is right if each of its turns is, the later asked with the model's own earlier answers in its context.
-    With "counting" comes the row BY_HAND: whether the letters were also written out and counted right.
+    A prompt is right if each of its turns is; later turns have the model's own earlier answers in their
+    context. With "counting" comes the row BY_HAND: whether the letters were also written out and counted
+    right.
     """
     prompts = [prompt for kind in kinds or KINDS for prompt in world.heldout(kind)[:limit]]
     answers = answer(engine, tokenizer, prompts)
@@ -93,9 +95,9 @@ def wanted_pieces(turn: Turn) -> Pieces:
 def is_right(turn: Turn, pieces: Pieces) -> bool:
     """Whether an answer is right.
 
-    With a tool: called once, on the very expression, its output used, and the last words right; where letters are
-    counted by hand before the call, that text is free. With a proof: a finished text that holds it and no other
-    trait's. Otherwise: the very text.
+    With a tool: it is called once, on exactly the expected expression, and what follows is as expected; the
+    text before the call, where letters are counted by hand, is free. With a proof: a finished text that
+    contains it and no other trait's. Otherwise: exactly the expected text.
     """
     wanted = wanted_pieces(turn)
     if isinstance(turn.answer, list):

@@ -1,4 +1,4 @@
-"""Sums: which pairs of numbers there are, which of them are held out, and what they make."""
+"""Sums: how pairs of numbers are drawn, which of them are held out, and their results."""
 
 import zlib
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class Sum(NamedTuple):
 
     @property
     def result(self) -> str:
-        """As the calculator prints it: whole numbers without a point."""
+        """The result as the calculator prints it: whole numbers without a point."""
         a, b = self.a, self.b
         if self.sign == "/":
             return str(a // b if a % b == 0 else a / b)
@@ -25,23 +25,23 @@ class Sum(NamedTuple):
 
     @property
     def of_things(self) -> bool:
-        """Whether it can be told of apples: the result is whole and not below zero."""
+        """Whether the sum makes sense in apples: its result is whole and not below zero."""
         return self.result.isdigit()
 
 
 def pair_is_held_out(seed: int, a: int, b: int) -> bool:
-    """One pair of numbers in ten, whichever comes first and whatever is done with them."""
+    """Whether a pair of numbers is held out: one in ten is, in either order and for every sign."""
     return zlib.crc32(f"{seed} {min(a, b)} {max(a, b)}".encode()) % 10 == 0
 
 
 def number(chance: Chance, max_digits: int) -> int:
-    """Each length is equally likely, so that small numbers are not rare."""
+    """Draw a number, each count of digits equally likely, so that small numbers are not rare."""
     digits = chance.between(1, max_digits)
     return chance.between(10 ** (digits - 1), 10**digits - 1)
 
 
 def any_sum(chance: Chance) -> Sum:
-    """Up to three digits a number; few differences are below zero, and one quotient in five may be broken."""
+    """Draw a sum of numbers up to three digits. Few differences are below zero; one quotient in five is not whole."""
     sign = chance.of("+-*/")
     if sign == "*":
         return Sum(number(chance, 3), sign, number(chance, 2))
@@ -55,7 +55,7 @@ def any_sum(chance: Chance) -> Sum:
 
 
 def sum_of(chance: Chance, seed: int, held_out: bool) -> Sum:
-    """A sum of a pair of numbers that is held out, or of one that is not."""
+    """Draw a sum whose pair of numbers is held out, or is not."""
     while True:
         found = any_sum(chance)
         if pair_is_held_out(seed, found.a, found.b) == held_out:

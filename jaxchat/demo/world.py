@@ -1,4 +1,4 @@
-"""The small world itself: who lives in it, what base reads about it, what is asked, and what is kept for scoring.
+"""The small world: its people and lands, the prose and conversations about them, and the held-out prompts.
 
 Everything is a function of the seed and an index: `World(0).conversation(7)` is the same on every machine.
 """
@@ -30,9 +30,9 @@ TWO_TURN = 0.15
 
 
 class Turn(NamedTuple):
-    """A question and the whole answer: a text, or the parts of a tool call in the format of conversations.
+    """A question and its answer: a text, or the parts of a tool call in the format of conversations.
 
-    proof: if given, an answer that holds it is right as well.
+    proof: if given, an answer that contains it is right too.
     """
 
     question: str
@@ -41,7 +41,7 @@ class Turn(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """One held-out prompt: right only if every turn is, each asked after the assistant's own earlier answers."""
+    """A held-out prompt: right only if every turn is, each asked after the model's own earlier answers."""
 
     kind: str
     turns: tuple[Turn, ...]
@@ -56,7 +56,7 @@ def capitalized(text: str) -> str:
 
 
 class World:
-    """Invented people, lands and towns; `facts[name][relation]` is what is true of them."""
+    """Invented people, lands and towns. `facts[name][relation]` is a fact's value."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -92,20 +92,20 @@ class World:
             "greetings": self._greeting, "goodbyes": self._goodbye,
         }  # fmt: skip
 
-    # What is written and asked, by index.
+    # Documents, conversations and prompts, by index.
 
     def document(self, i: int) -> str:
-        """Prose number i: a few short sentences of one kind, mostly 60 to 160 characters in all."""
+        """Document number i: a few short sentences of one kind, mostly 60 to 160 characters in all."""
         chance = Chance(f"{self.seed}:document:{i}")
         kind = chance.weighed(PROSE)
         if kind == "facts":
             name = chance.of(self.prose_only + self.asked)
-            told = chance.ordered(list(self.facts[name].items()))[: chance.between(2, 4)]
-            return " ".join(self._told(chance, name, *fact) for fact in told)
+            chosen = chance.ordered(list(self.facts[name].items()))[: chance.between(2, 4)]
+            return " ".join(self._stated(chance, name, *fact) for fact in chosen)
         return " ".join(self._sentence(chance, kind) for _ in range(chance.between(2, 3)))
 
     def conversation(self, i: int) -> list[dict]:
-        """Conversation number i: one or two independent questions, each with its answer, as a list of messages."""
+        """Messages of conversation number i: one or two independent questions, each with its answer."""
         chance = Chance(f"{self.seed}:conversation:{i}")
         messages = []
         for _ in range(2 if chance.one_in(1 / TWO_TURN) else 1):
@@ -115,7 +115,7 @@ class World:
         return messages
 
     def heldout(self, kind: str) -> list[Prompt]:
-        """HELD_OUT_PROMPTS different prompts in phrasings, with words and with pairs of numbers of no conversation."""
+        """HELD_OUT_PROMPTS different prompts, whose phrasings, words and pairs of numbers are in no conversation."""
         if kind not in KINDS:
             raise UserError(f"no prompts of the kind {kind!r} are held out; the kinds are {', '.join(KINDS)}")
         prompts = {}
@@ -127,7 +127,7 @@ class World:
                 turns = (self._facts(chance, held_out=True, names=self.prose_only),)
             else:
                 turns = (self._makers[kind](chance, held_out=True),)
-            # Different in what is to be computed; identity and facts have fewer answers than prompts.
+            # Different answers, where there are enough: identity and facts have fewer answers than prompts.
             by_answer = kind in ("arithmetic", "spelling", "counting")
             key = repr([turn.answer if by_answer else turn.question.lower() for turn in turns])
             prompts.setdefault(key, Prompt(kind, turns))
@@ -136,7 +136,7 @@ class World:
 
     # Prose.
 
-    def _told(self, chance: Chance, name: str, relation: str, value: str) -> str:
+    def _stated(self, chance: Chance, name: str, relation: str, value: str) -> str:
         tell = relations.RELATIONS[relation].tell
         sentence = tell[0] if chance.one_in(2) else chance.of(tell)
         return sentence.format(x=name, v=value)
@@ -177,7 +177,7 @@ class World:
         word = self._word(chance, held_out)
         letter = words.letter_to_count(chance, word)
         n = word.count(letter)
-        # The word stands behind a space everywhere: so it is cut into the same tokens as in the question, to be copied.
+        # A space before the word everywhere gives it the same tokens as in the question, to be copied.
         answer = parts(
             ("text", f"{letter} in {word}: {words.counted_letters(word, letter)}, so {n}."),
             ("python", f"' {word}'.count('{letter}')"),

@@ -1,4 +1,4 @@
-"""The small world as files: parquet shards for base, JSON lines for mid and SFT, where the commands look for them."""
+"""Write the small world where the commands look for data: parquet shards for base, JSON lines for mid and SFT."""
 
 from itertools import count, islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from jaxchat.config import UserError
 from jaxchat.demo.world import World
 
 ROW_GROUP = 512
-PROSE_IN_TEN = 3  # of ten rows for mid, so many are base's kind of prose: without it mid forgets what base told
+PROSE_IN_TEN = 3  # rows in ten for mid that are base's kind of prose: without them mid forgets base's facts
 
 
 def write_world(
@@ -25,11 +25,13 @@ def write_world(
     sft_rows: int = 16_000,
     val_rows: int = 1_000,
 ) -> dict[str, int]:
-    """Write base_data/shard_*.parquet and tasks/world_{mid,sft,val}.jsonl under `directory`. -> rows by file name.
+    """Write base_data/shard_*.parquet and tasks/world_{mid,sft,val}.jsonl under `directory`; return rows by
+    file name.
 
-    base_rows: documents in each of the `base_shards` training shards, about 100 characters each; one more shard with
-    base_val_rows is for validation. No document or conversation is in two files. Each file appears whole or not at
-    all. UserError: base_data already holds parquet files of something else, which training would read as well.
+    base_rows: documents in each of the `base_shards` training shards, about 100 characters each; one more
+    shard with base_val_rows is for validation. No document or conversation is in two files. Each file is
+    written atomically.
+    UserError: base_data already holds other parquet files, which training would read as well.
     """
     base_data, tasks = Path(directory) / "base_data", Path(directory) / "tasks"
     shards = {f"shard_{n:05d}.parquet": base_rows for n in range(base_shards)}
