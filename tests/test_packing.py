@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from conftest import THOROUGH
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat.config import UserError
@@ -71,9 +72,11 @@ def assert_resumes(dataset, steps, at):
 
 
 LENGTHS = [3, 0, 11, 1, 2, 0, 7, 30, 1, 1, 5, 4, 0, 9, 2]
+FEW = settings(max_examples=100 if THOROUGH else 40)
 some_lengths = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(lambda lengths: sum(lengths) > 1)
 
 
+@FEW
 @given(some_lengths, st.sampled_from([1, 2, 3, 8, 34]), st.integers(1, 12), st.data())
 def test_one_pass_supervises_every_token_once(lengths, rows, time, data):
     """Each stream's rows, one after the other, are its documents one after the other; the streams are all of them."""
@@ -103,6 +106,7 @@ def test_one_pass_supervises_every_token_once(lengths, rows, time, data):
     assert not next(after)["weights"].any()  # what follows changes nothing
 
 
+@FEW
 @given(some_lengths, st.sampled_from([1, 2, 6]), st.integers(1, 12), st.integers(0, 7))
 def test_endless_packing_goes_on_into_the_next_epoch(lengths, rows, time, at):
     docs = documents([n + 1 for n in lengths])
@@ -118,6 +122,7 @@ def test_endless_packing_goes_on_into_the_next_epoch(lengths, rows, time, at):
     assert_resumes(dataset, 8, at)
 
 
+@FEW
 @given(some_lengths, st.sampled_from([1, 4]), st.integers(2, 30), st.integers(0, 5))
 def test_best_fit_against_a_plain_one(lengths, rows, time, at):
     """Row after row from a buffer in plain lists: the same tokens in the same rows, and the dropped are counted."""

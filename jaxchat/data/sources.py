@@ -183,8 +183,8 @@ def _decoded(path: Path, group: int) -> "InMemory | OnDisk":
     except OSError as problem:
         if file and problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"{path}: row group {group} is too large for memory, and {tempfile.gettempdir()} is full; set TMPDIR "
-                "to a larger disk, or write the shard with smaller row groups (row_group_size=10000)"
+                f"{path}: row group {group} is too large for memory, and {temporary_folder()} is full; set TMPDIR to a "
+                "folder on a larger disk, or write the shard with smaller row groups (row_group_size=10000)"
             ) from problem
         raise
     return file or InMemory(pieces)
@@ -206,6 +206,12 @@ def _pieces(path: Path, group: int) -> Iterable[pa.Array]:
         raise UserError(f"{path}, row group {group}, cannot be read ({line}); download the file again") from problem
 
 
+def temporary_folder() -> str:
+    """$TMPDIR, or else /var/tmp, which is on a disk where /tmp may be in memory."""
+    on_disk = "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
+    return os.environ.get("TMPDIR") or on_disk
+
+
 class InMemory:
     """The texts of a row group as Arrow arrays."""
 
@@ -221,7 +227,7 @@ class OnDisk:
     """The texts of a row group in a temporary file that has no name: it goes when the process does."""
 
     def __init__(self):
-        self._file = tempfile.TemporaryFile(prefix="jaxchat-")  # noqa: SIM115
+        self._file = tempfile.TemporaryFile(prefix="jaxchat-", dir=temporary_folder())  # noqa: SIM115
         self._lengths: list[np.ndarray] = []
 
     def __del__(self):
