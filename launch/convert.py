@@ -1,7 +1,7 @@
-"""To and from PyTorch: python -m launch.convert --source=sft --to=hf --out=my-model"""
+"""Convert to and from PyTorch: python -m launch.convert --source=sft --to=hf --out=my-model"""
 
 import dataclasses
-import functools
+import shlex
 import time
 from pathlib import Path
 
@@ -11,30 +11,30 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Convert a checkpoint to PyTorch, or one of PyTorch's to jaxchat.
+    """Convert a checkpoint to PyTorch, or a PyTorch model to a checkpoint.
 
-    Out: --source=sft --to=hf --out=FOLDER writes a folder for Hugging Face transformers; --to=nanochat adds to a base
-    directory of nanochat's. In: --from=hf --path=FOLDER --as=base --model_tag=NAME makes a checkpoint that can be
-    midtrained, finetuned, evaluated and chatted with. Weights, configuration, tokenizer and metadata go along; the
-    optimizer does not.
+    Export: --source=sft --to=hf --out=FOLDER writes a folder for Hugging Face transformers; --to=nanochat adds the
+    model to a base directory of nanochat. Import: --from=hf --path=FOLDER --as=base --model_tag=NAME writes a
+    checkpoint for midtraining, finetuning, evaluation and chat. Weights, configuration, tokenizer and metadata are
+    converted; the optimizer state is not.
     """
 
     to: str = flag("", choices=("", "hf", "nanochat"))
-    """Write this format: hf or nanochat."""
+    """Format to export to: hf or nanochat."""
     source: str = flag("sft", choices=tuple(STAGES))
-    """Convert a base, mid or sft checkpoint."""
+    """Stage of the checkpoint to export: base, mid or sft."""
     out: str = ""
-    """The folder to write."""
+    """Folder to write."""
     from_format: str = flag("", choices=("", "hf", "nanochat"), name="from")
-    """Read this format: hf or nanochat."""
+    """Format to import: hf or nanochat."""
     path: str = ""
-    """The folder to read: transformers' own; or nanochat's base directory, or one with its model_<step>.pt files."""
+    """Folder to import: one of transformers, a base directory of nanochat, or a folder of model_<step>.pt files."""
     as_stage: str = flag("", choices=("", *STAGES), name="as")
-    """Take it in as a base, mid or sft checkpoint."""
+    """Stage that the imported model counts as: base, mid or sft."""
     model_tag: str = flag("", alias="-g")
-    """Out: which model; empty: the deepest d<N>, or else the newest. In: its name here."""
+    """Export: tag of the model; empty: the deepest d<N>, or else the newest. Import: its tag here."""
     step: int = flag(-1, -1, alias="-s")
-    """Which of its checkpoints; -1: the last."""
+    """Step of the checkpoint; -1: the last."""
 
 
 def run(config: Config):
@@ -45,33 +45,30 @@ def run(config: Config):
         if value:
             raise UserError(f"--{name}={value} does not go with --{'to' if config.to else 'from'}")
     if config.from_format == "hf" and config.step >= 0:
-        raise UserError(f"--step={config.step} does not go with --from=hf: such a folder holds one model")
+        raise UserError(f"--step={config.step} does not go with --from=hf, whose folders hold one model")
     try:
-        from jaxchat.convert import hugging_face, nanochat, weights
+        import jaxchat.convert.hugging_face
+        import jaxchat.convert.nanochat  # noqa: F401
     except ImportError as problem:
-        raise UserError(f"conversion needs {problem.name}; pip install 'jaxchat[convert]'") from problem
-    if config.to:
-        to_hf = functools.partial(hugging_face.export, chat=config.source != "base")
-        export(config, to_hf if config.to == "hf" else nanochat.export)
-    else:
-        take_in(config, hugging_face, nanochat, weights)
+        raise UserError(f"conversion needs {problem.name}; in the checkout: pip install -e '.[convert]'") from problem
+    (export if config.to else take_in)(config)
 
 
 def progress(config: ModelConfig):
-    """A function to call with the name of each stack of weights that is done; it prints how far it has come."""
+    """Return a function to call with the name of each converted weight; it prints how many are left and the ETA."""
     import jax
 
     from jaxchat.model.params import declare
 
-    start, done, stacks = time.perf_counter(), 0, len(jax.tree.leaves(declare(config)))
+    start, done, weights = time.perf_counter(), 0, len(jax.tree.leaves(declare(config)))
 
-    def tell(name: str):
+    def on_weight(name: str):
         nonlocal done
         done += 1
-        left = (time.perf_counter() - start) / done * (stacks - done)
-        print(f"  {done}/{stacks}  {name:<14}  ETA {left:.0f} s", flush=True)
+        left = (time.perf_counter() - start) / done * (weights - done)
+        print(f"  {done}/{weights}  {name:<14}  ETA {left:.0f} s", flush=True)
 
-    return tell
+    return on_weight
 
 
 def shape_rows(model, tokenizer) -> list[tuple[str, str]]:
@@ -83,55 +80,58 @@ def shape_rows(model, tokenizer) -> list[tuple[str, str]]:
         ("parameters", f"{num_params(model):,}; {num_params(model) * 4 / 1e9:.2f} GB in float32"),
     ]
     if tokenizer is None:
-        return [*rows, ("warning", "there is no tokenizer: the weights alone are converted")]
+        return [*rows, ("warning", "there is no tokenizer; only the weights are converted")]
     padding = model.vocab_size - tokenizer.vocab_size
-    more = f"; the model has {padding:,} ids more, which are never text" if padding else ""
+    more = f"; the model has {padding:,} further ids, which are never text" if padding else ""
     return [*rows, ("tokenizer", f"{tokenizer.vocab_size:,} tokens, {tokenizer.hash[:12]}{more}")]
 
 
-def export(config: Config, write):
+def export(config: Config):
     from jaxchat import checkpoint
+    from jaxchat.convert import hugging_face, nanochat
 
     if not config.out:
         raise UserError(f"--to={config.to} needs --out=FOLDER")
     found = checkpoint.open_model(config.source, config.model_tag, config.step, needs_tokenizer=False)
-    rows = [("from", str(found.folder / str(found.step))), *shape_rows(found.config, found.tokenizer)]
-    cli.print_plan(f"Convert {found.name} to {config.to}", [*rows, ("writes", config.out)])
+    rows = [("from", str(found.path)), *shape_rows(found.config, found.tokenizer), ("writes", config.out)]
+    cli.print_plan(f"Convert {found.name} to {config.to}", rows)
+    out, on_weight = Path(config.out).expanduser(), progress(found.config)
     try:
-        written = write(found, Path(config.out).expanduser(), progress(found.config))
+        if config.to == "hf":
+            written = hugging_face.export(found, out, on_weight, chat=config.source != "base")
+        else:
+            written = nanochat.export(found, out, on_weight)
     except OSError as problem:
-        raise UserError(
-            f"{problem.filename or config.out}: {problem.strerror}; mend that, or give another --out"
-        ) from problem
+        name = problem.filename or config.out
+        raise UserError(f"{name}: {problem.strerror or problem}; fix that, or give another --out") from problem
     print(f"wrote {written}")
     if config.to == "hf":
         print(f"next: in Python, transformers.AutoModelForCausalLM.from_pretrained({str(written)!r})")
     else:
-        print(f"next: in nanochat, with NANOCHAT_BASE_DIR={config.out}, python -m scripts.chat_cli -i {config.source}")
+        folder = shlex.quote(str(out.absolute()))
+        print(f"next: in nanochat, NANOCHAT_BASE_DIR={folder} python -m scripts.chat_cli -i {config.source}")
 
 
-def take_in(config: Config, hugging_face, nanochat, weights):
+def take_in(config: Config):
     from jaxchat import checkpoint
+    from jaxchat.convert import hugging_face, nanochat, weights
 
     if not (config.path and config.as_stage and config.model_tag):
         raise UserError(f"--from={config.from_format} needs --path=FOLDER, --as=base|mid|sft and --model_tag=NAME")
     target = checkpoint.run_folder(config.as_stage, config.model_tag)
     if target.exists():
-        raise UserError(f"{target} is there already; choose another --model_tag, or remove it")
+        raise UserError(f"{target} exists; choose another --model_tag, or remove it")
     path = Path(config.path).expanduser()
     if not path.is_dir():
-        raise UserError(f"there is no folder {path}")
+        raise UserError(f"there is no folder {path}; give --path the folder to import")
     if config.from_format == "hf":
         foreign = hugging_face.load(path)
     else:
         foreign = nanochat.load(path, config.as_stage, config.model_tag, config.step)
     weights.check(foreign)
-    told = [("warning", text) for text in foreign.warnings]
-    rows = [("from", str(foreign.path)), *shape_rows(foreign.config, foreign.tokenizer), *told]
-    cli.print_plan(
-        f"Take in a model of {config.from_format}'s as {config.as_stage} {config.model_tag}",
-        [*rows, ("writes", f"{target}/{foreign.step}")],
-    )
+    rows = [("from", str(foreign.path)), *shape_rows(foreign.config, foreign.tokenizer)]
+    title = f"Import a model from {config.from_format} as {config.as_stage} {config.model_tag}"
+    cli.print_plan(title, [*rows, ("writes", f"{target}/{foreign.step}")])
     weights.take_in(foreign, target, config.as_stage, config.from_format, progress(foreign.config))
     print(f"wrote {target}/{foreign.step}")
     if foreign.tokenizer is None:

@@ -140,8 +140,8 @@ def print_next(to: str):
     fits = bool(known) and file_fingerprint(find_shards(to, "train")[0]) in known.values()
     if known is not None and not fits:
         print(f"the tokenizer in {about.parent} was not trained on this text, as far as is known")
-    flag = f" --data_dir={shlex.quote(to)}" if to else ""
-    cli.next_step(f"python -m launch.{'base_train' if fits else 'tok_train'}{flag}")
+    data = f" --data_dir={shlex.quote(to)}" if to else ""
+    cli.next_step(f"python -m launch.{'base_train' if fits else 'tok_train'}{data}")
 
 
 def main(args: list[str] | None = None):

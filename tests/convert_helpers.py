@@ -18,6 +18,8 @@ transformers = pytest.importorskip("transformers")
 load_safetensors = pytest.importorskip("safetensors.torch").load_file
 
 CONFIG = ModelConfig(sequence_len=64, vocab_size=280, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+# nanochat's model_config, as it was in November 2025
+THEIR_SHAPE = {"sequence_len": 64, "vocab_size": 280, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
 TEXT = "It is 12 o'clock and all is well, said the watchman. " * 20
 
 
@@ -67,8 +69,9 @@ def assert_same_weights(found, params):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, loaded), params)
 
 
-def their_checkpoint(folder, *, prefix="", config=CONFIG, dtypes=None, extra=None, told=None):
-    """A file of nanochat's: random tensors, the embedding in bfloat16 as a CUDA run leaves it."""
+def their_checkpoint(folder, *, prefix="", dtypes=None, extra=None, more_config=None):
+    """Write a checkpoint of nanochat: random tensors, the embedding in bfloat16 as a CUDA run leaves it."""
+    config = CONFIG
     kv, d = config.n_kv_head * config.head_dim, config.n_embd
     shapes = {"transformer.wte.weight": (config.vocab_size, d), "lm_head.weight": (config.vocab_size, d)}
     for i in range(config.n_layer):
@@ -82,6 +85,6 @@ def their_checkpoint(folder, *, prefix="", config=CONFIG, dtypes=None, extra=Non
     tensors = {name: torch.randn(shape).to(dtypes.get(name, torch.float32)) for name, shape in shapes.items()}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({prefix + k: v for k, v in tensors.items()} | (extra or {}), folder / "model_000021.pt")
-    meta = {"step": 21, "val_bpb": 0.9, "model_config": config.__dict__ | (told or {}), "user_config": {"depth": 2}}
+    meta = {"step": 21, "val_bpb": 0.9, "model_config": THEIR_SHAPE | (more_config or {}), "user_config": {"depth": 2}}
     (folder / "meta_000021.json").write_text(json.dumps(meta | {"device_batch_size": 8}))
     return tensors

@@ -10,6 +10,7 @@ import pytest
 from convert_helpers import (
     CONFIG,
     TEXT,
+    THEIR_SHAPE,
     assert_same_tensors,
     assert_same_weights,
     hf_tensors,
@@ -72,6 +73,26 @@ def test_round_trip_through_hugging_face(home):
         assert (home / "one" / name).read_bytes() == (home / "two" / name).read_bytes()
 
 
+def test_the_constants_of_an_imported_model(home):
+    """Rotary base, softcap and epsilon of config.json are computed with."""
+    write_checkpoint("base", "d2")
+    convert.main(["--source=base", "--to=hf", f"--out={home / 'out'}"])
+    path = home / "out/config.json"
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    changed = {"rope_parameters": rope, "final_logit_softcapping": 3.0, "rms_norm_eps": 1e-2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    convert.main(["--from=hf", f"--path={home / 'out'}", "--as=base", "--model_tag=other"])
+    found = checkpoint.open_model("base", "other")
+    ids = np.random.default_rng(0).integers(0, 280, (1, 30), dtype=np.int32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(home / "out")
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids).long()).logits
+    np.testing.assert_allclose(forward(found.load(), ids, found.config, Compute()), theirs, atol=2e-5, rtol=0)
+    assert found.config.rotary_base == 500 and abs(theirs).max() > 1
+    with pytest.raises(SystemExit):
+        convert.main(["--source=base", "--model_tag=other", "--to=nanochat", f"--out={home / 'nano'}"])
+
+
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_round_trip_through_nanochat(prefix, home, capsys):
     """In, and out again: every tensor bit for bit, the bfloat16 embedding as bfloat16; tokenizer and metadata too."""
@@ -89,7 +110,7 @@ def test_round_trip_through_nanochat(prefix, home, capsys):
     assert zipfile.ZipFile(folder / "model_000021.pt").testzip() is None  # its checksums are right
     assert_same_tensors(torch.load(folder / "model_000021.pt", weights_only=True), tensors)
     meta = json.loads((folder / "meta_000021.json").read_text())
-    assert meta["model_config"] == CONFIG.__dict__ and meta["step"] == 21 and meta["val_bpb"] == 0.9
+    assert meta["model_config"] == THEIR_SHAPE and meta["step"] == 21 and meta["val_bpb"] == 0.9
     assert meta["user_config"] == {"depth": 2} and meta["device_batch_size"] == 8
     assert tokens.read_pickle(home / "ours/tokenizer/tokenizer.pkl").hash == tokenizer.hash
     token_bytes = torch.load(home / "ours/tokenizer/token_bytes.pt", weights_only=True)
@@ -119,7 +140,7 @@ def test_without_a_tokenizer(kind, home, capsys):
     convert.main(["--source=mid", f"--to={kind}", f"--out={home / 'out'}"])
     convert.main([f"--from={kind}", f"--path={home / 'out'}", "--as=mid", "--model_tag=back"])
     said = capsys.readouterr().out
-    assert said.count("there is no tokenizer: the weights alone are converted") == 2
+    assert said.count("there is no tokenizer; only the weights are converted") == 2
     assert "copy its tokenizer folder" in said
     found = checkpoint.open_model("mid", "back", needs_tokenizer=False)
     assert found.config == odd and found.tokenizer is None

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from convert_helpers import (
-    CONFIG,
+    THEIR_SHAPE,
     refusal,
     their_checkpoint,
     torch,
@@ -42,7 +42,7 @@ def test_a_malicious_pt_runs_nothing(legacy, home, capsys):
 
 
 def test_what_nanochat_wrote_later_is_refused(home, capsys):
-    def told(**changes):
+    def refused(**changes):
         shutil.rmtree(home / "x", ignore_errors=True)
         their_checkpoint(home / "x", **changes)
         return refusal(capsys, "--from=nanochat", f"--path={home / 'x'}", "--as=base", "--model_tag=x")
@@ -56,13 +56,13 @@ def test_what_nanochat_wrote_later_is_refused(home, capsys):
         ),
         ("backout_lambda", "backout"),
     ):
-        assert f"nanochat checkpoint of 2026 (it has {mark})" in told(extra={name: torch.zeros(2)})
-    assert "2026 (it has window_pattern)" in told(told={"window_pattern": "SSSL"})
-    assert "also has transformer.h.0.attn.bias" in told(extra={"transformer.h.0.attn.bias": torch.zeros(2)})
-    assert "'step' is a int, not a tensor" in told(extra={"step": 3})
-    assert "is torch.float64" in told(dtypes={"lm_head.weight": torch.float64})
-    assert "weight is [280, 32], its configuration wants [512, 32]" in told(told={"vocab_size": 512})
-    assert "n_mixers" in told(told={"n_mixers": 3})
+        assert f"nanochat checkpoint of 2026 (it has {mark})" in refused(extra={name: torch.zeros(2)})
+    assert "2026 (it has window_pattern)" in refused(more_config={"window_pattern": "SSSL"})
+    assert "also has transformer.h.0.attn.bias" in refused(extra={"transformer.h.0.attn.bias": torch.zeros(2)})
+    assert "'step' is a int, not a tensor" in refused(extra={"step": 3})
+    assert "is torch.float64" in refused(dtypes={"lm_head.weight": torch.float64})
+    assert "weight is [280, 32], its configuration wants [512, 32]" in refused(more_config={"vocab_size": 512})
+    assert "n_mixers" in refused(more_config={"n_mixers": 3})
 
 
 def test_bad_requests(home, capsys):
@@ -79,10 +79,10 @@ def test_bad_requests(home, capsys):
     out = home / "out"
     convert.main(["--source=base", "--to=hf", f"--out={out}"])
     convert.main(["--source=base", "--to=nanochat", f"--out={home / 'nano'}"])
-    assert "is there already" in refusal(capsys, "--source=base", "--to=hf", f"--out={out}")
-    assert "is there already" in refusal(capsys, "--source=base", "--to=nanochat", f"--out={home / 'nano'}")
+    assert "exists" in refusal(capsys, "--source=base", "--to=hf", f"--out={out}")
+    assert "exists" in refusal(capsys, "--source=base", "--to=nanochat", f"--out={home / 'nano'}")
     take = ["--from=hf", f"--path={out}", "--as=base"]
-    assert "is there already; choose" in refusal(capsys, *take, "--model_tag=d2")
+    assert "exists; choose" in refusal(capsys, *take, "--model_tag=d2")
     assert "no folder" in refusal(capsys, "--from=hf", "--path=/nowhere", "--as=base", "--model_tag=x")
     assert "there is no" in refusal(capsys, "--from=hf", f"--path={home}", "--as=base", "--model_tag=x")
     assert "no model_<step>.pt in" in refusal(capsys, "--from=nanochat", f"--path={out}", "--as=mid", "--model_tag=x")
@@ -98,13 +98,13 @@ def test_bad_requests(home, capsys):
 
     assert "model_type is 'llama'" in changed("model_type", "llama")
     assert "intermediate_size is 99; jaxchat opens 128 only" in changed("intermediate_size", 99)
-    assert "rotary embedding" in changed("rope_parameters", {"rope_theta": 500000.0})
+    assert "rotary embedding" in changed("rope_parameters", {"rope_type": "yarn", "factor": 2.0})
     assert "lacks model.layers.2" in changed("num_hidden_layers", 3)
     assert "weight is [280, 32], its configuration wants [290, 32]" in changed("vocab_size", 290)
     whole = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "model.safetensors cannot be read" in refusal(capsys, *take, "--model_tag=x")
-    assert not (home / "base_checkpoints/x").exists() and list(home.rglob("*unfinished*")) == []
+    assert not (home / "base_checkpoints/x").exists() and list(home.rglob("*.part")) == []
 
 
 def test_a_full_disk_is_told_before_anything_is_written(home, capsys, monkeypatch):
@@ -112,7 +112,7 @@ def test_a_full_disk_is_told_before_anything_is_written(home, capsys, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     for kind in ("hf", "nanochat"):
         line = refusal(capsys, "--source=base", f"--to={kind}", f"--out={home / 'out'}")
-        assert "GB, and its disk has 0.00 GB free" in line and not (home / "out").exists()
+        assert "of disk space, and 0.00 MB are free there" in line and not (home / "out").exists()
 
 
 def test_without_the_extra(home):
@@ -126,7 +126,7 @@ class Hidden:
 sys.meta_path.insert(0, Hidden)
 """
     for code, told in (
-        ("from launch import convert; convert.main(['--to=hf', '--out=x'])", "pip install 'jaxchat[convert]'"),
+        ("from launch import convert; convert.main(['--to=hf', '--out=x'])", "pip install -e '.[convert]'"),
         ("from launch import demo, base_train, mid_train, chat_sft, chat_cli, tok_eval; print('fine')", "fine"),
     ):
         done = subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True)
@@ -164,7 +164,7 @@ def test_damaged_and_odd_files(home, capsys):
     their_checkpoint(theirs)
     path, meta = theirs / "model_000021.pt", theirs / "meta_000021.json"
     good, told = path.read_bytes(), json.loads(meta.read_text())
-    for config in (None, [], 3, {}, CONFIG.__dict__ | {"n_layer": 2.0}, {"n_layer": 2}):
+    for config in (None, [], 3, {}, THEIR_SHAPE | {"n_layer": 2.0}, {"n_layer": 2}):
         meta.write_text(json.dumps(told | {"model_config": config}))
         refusal(capsys, *take_nano)
     meta.write_text(json.dumps(told))
@@ -192,7 +192,7 @@ def test_damaged_and_odd_files(home, capsys):
     (home / "file").write_text("")
     line = refusal(capsys, "--source=base", "--model_tag=d2", "--to=hf", f"--out={home / 'file/sub'}")
     assert "give another --out" in line or "--out another folder" in line
-    assert [p.name for p in home.iterdir() if "unfinished" in p.name] == []
+    assert list(home.rglob("*.part")) == []
 
 
 def test_an_import_that_fails_leaves_nothing(home, capsys, monkeypatch):

@@ -1,19 +1,17 @@
 """Hugging Face's format: a folder that transformers' AutoModelForCausalLM opens as NanoChatForCausalLM, and back."""
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import safetensors
-import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
 
+from jaxchat import files
 from jaxchat.checkpoint import Found
 from jaxchat.config import ModelConfig, UserError
-from jaxchat.convert import files, tokens
-from jaxchat.convert.weights import Foreign, check_space, shareable
+from jaxchat.convert import tokens
+from jaxchat.convert.weights import Foreign, Progress, check_space, shareable, to_torch
 from jaxchat.model.flops import num_params
 
 NAMES = {
@@ -26,13 +24,11 @@ NAMES = {
     "blocks.w_down": "model.layers.{}.mlp.fc2.weight",
     "lm_head": "lm_head.weight",
 }
-OURS = ModelConfig()  # its constants: a model with others is not opened
 SHARD_SIZE = "5GB"
-# What in a config.json must be as jaxchat has it, and transformers' default where the file is silent.
+# What jaxchat computes with, and transformers' default where config.json is silent.
 FIXED = {
     "model_type": ("nanochat", None),
     "hidden_act": ("relu2", "relu2"),
-    "final_logit_softcapping": (OURS.softcap, OURS.softcap),
     "attention_bias": (False, False),
     "tie_word_embeddings": (False, False),
 }
@@ -74,38 +70,27 @@ def padding(tokenizer, chat: bool) -> dict:
     return {"pad_token_id": tokenizer.special(tokens.end_token(chat))} if tokenizer else {}
 
 
-def export(found: Found, out: Path, progress: Callable[[str], None], *, chat: bool) -> Path:
-    """Write the folder `out`, whole or not at all. chat: the model has learnt conversations.
+def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
+    """Write the folder `out`, completely or not at all. chat: the model has learnt conversations.
 
-    UserError: it is there already, or has no room.
+    UserError: it exists, or there is no room.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; give --out another folder, or remove it")
-    check_space(out, int(4.1 * num_params(found.config)) + 10**7)
+        raise UserError(f"{out} exists; give --out another folder, or remove it")
+    check_space(out, found.config)
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=out.parent))
-    fresh = unfinished / out.name
-    fresh.mkdir()
-    try:
-        tensors = files.kinds(found, NAMES)
-        files.fill(files.lay_out_safetensors(fresh, tensors, SHARD_SIZE), found, NAMES, progress)
-        dtypes = {str(dtype).removeprefix("torch.") for _, dtype in tensors.values()}
+    with files.atomic(out) as folder:
+        folder.mkdir()
+        tensors = to_torch(found, NAMES, progress)
+        save_torch_state_dict(tensors, folder, max_shard_size=SHARD_SIZE)
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
         dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-        contents = {
-            "config.json": architecture(found.config, found.tokenizer, dtype, chat),
-            "generation_config.json": end_tokens(found.tokenizer, chat) | padding(found.tokenizer, chat),
-        }
-        for name, content in contents.items():
-            (fresh / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        generation = end_tokens(found.tokenizer, chat) | padding(found.tokenizer, chat)
+        files.write_json(folder / "config.json", architecture(found.config, found.tokenizer, dtype, chat))
+        files.write_json(folder / "generation_config.json", generation)
         if found.tokenizer:
-            tokens.save_hugging_face(found.tokenizer, fresh, found.config.sequence_len, chat)
-        (fresh / "README.md").write_text(model_card(found, chat), encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        os.replace(fresh, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            tokens.save_hugging_face(found.tokenizer, folder, found.config.sequence_len, chat)
+        files.write_text(folder / "README.md", model_card(found, chat))
     return out
 
 
@@ -143,77 +128,57 @@ def model_card(found: Found, chat: bool) -> str:
 
 
 def load(path: Path) -> Foreign:
-    """A folder of config.json, *.safetensors and, maybe, tokenizer.json. UserError: it is none, or another model."""
-    told = _json(path / "config.json")
-    warnings = []
-    config = _model_config(path, told, warnings)
+    """Open a folder of config.json, *.safetensors and, maybe, tokenizer.json. UserError: it is not jaxchat's model."""
+    described = _json(path / "config.json")
+    config = _model_config(path / "config.json", described)
     index = path / "model.safetensors.index.json"
-    if index.is_file() and not (path / "model.safetensors").exists():  # transformers too takes the single file first
+    shards = [path / "model.safetensors"]
+    if index.is_file() and not shards[0].exists():  # transformers too takes the single file first
         weight_map = _json(index).get("weight_map")
         named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
         if not named or any(Path(file).name != file for file in weight_map.values()):
             raise UserError(f"{index} does not name files of its folder")
         shards = sorted({path / file for file in weight_map.values()})
-    else:
-        shards = [path / "model.safetensors"]
-    shapes, file_of = {}, {}
+    tensors = {}
     for file in shards:
         if not file.is_file():
             raise UserError(f"there is no {file}; jaxchat reads safetensors only")
         try:
-            with safetensors.safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (it is no dict)
-                    part = tensors.get_slice(name)
-                    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(part.get_dtype())
-                    shapes[name], file_of[name] = (tuple(part.get_shape()), dtype), file
+            tensors |= load_file(file)
         except safetensors.SafetensorError as problem:
             raise UserError(f"{file} cannot be read: {problem}") from problem
-
-    def read(names: list[str]) -> Iterator[torch.Tensor]:
-        for name in names:  # opened anew each time, so that what was read does not stay mapped
-            with safetensors.safe_open(file_of[name], "pt") as tensors:
-                yield tensors.get_tensor(name)
-
-    tokenizer = None
-    if (path / "tokenizer.json").exists():
-        tokenizer = tokens.from_hugging_face(path / "tokenizer.json")
-    return Foreign(path, config, NAMES, shapes, read, tokenizer, meta={"config": told}, warnings=warnings)
+    tokenizer = tokens.from_hugging_face(path / "tokenizer.json") if (path / "tokenizer.json").exists() else None
+    return Foreign(path, config, NAMES, tensors, tokenizer, meta={"config": described})
 
 
-def _model_config(path: Path, told: dict, warnings: list[str]) -> ModelConfig:
+def _model_config(path: Path, described: dict) -> ModelConfig:
+    def refuse(what: str):
+        raise UserError(f"{path}: {what}")
+
     for name, (wanted, default) in FIXED.items():
-        if told.get(name, default) != wanted:
-            raise UserError(f"{path / 'config.json'}: {name} is {told.get(name)!r}; jaxchat opens {wanted!r} only")
-    rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path / 'config.json'}: rotary embedding {rope!r} is not an object")
-    base = rope.get("rope_theta", told.get("rope_theta", OURS.rotary_base))
-    if (rope.get("rope_type", "default"), base) != ("default", OURS.rotary_base):
-        raise UserError(
-            f"{path / 'config.json'}: rotary embedding {rope}; jaxchat opens base {OURS.rotary_base:g} only"
-        )
+        if described.get(name, default) != wanted:
+            refuse(f"{name} is {described.get(name)!r}; jaxchat opens {wanted!r} only")
+    rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        refuse(f"rotary embedding {rope!r}; jaxchat opens the type 'default' only")
     try:
-        heads = told["num_attention_heads"]
+        heads = described["num_attention_heads"]
         config = ModelConfig(
-            sequence_len=told.get("max_position_embeddings", 2048),
-            vocab_size=told["vocab_size"],
-            n_layer=told["num_hidden_layers"],
+            sequence_len=described.get("max_position_embeddings", 2048),
+            vocab_size=described["vocab_size"],
+            n_layer=described["num_hidden_layers"],
             n_head=heads,
-            n_kv_head=told.get("num_key_value_heads") or heads,
-            n_embd=told["hidden_size"],
+            n_kv_head=described.get("num_key_value_heads") or heads,
+            n_embd=described["hidden_size"],
+            rotary_base=rope.get("rope_theta", described.get("rope_theta", 10_000.0)),
+            softcap=described.get("final_logit_softcapping", 15.0),
+            norm_eps=described.get("rms_norm_eps", 1e-6),
         )
     except (KeyError, TypeError) as problem:
-        raise UserError(f"{path / 'config.json'} does not tell the model's shape: {problem}") from problem
+        raise UserError(f"{path} does not give the model's shape: {problem}") from problem
     for name, wanted in (("intermediate_size", 4 * config.n_embd), ("head_dim", config.head_dim)):
-        if told.get(name, wanted) not in (wanted, None):
-            raise UserError(f"{path / 'config.json'}: {name} is {told[name]}; jaxchat opens {wanted} only")
-    eps = told.get("rms_norm_eps", 1e-6)
-    if not isinstance(eps, int | float) or not 0 <= eps <= 1e-4:
-        raise UserError(f"{path / 'config.json'}: rms_norm_eps is {eps!r}; jaxchat computes with {OURS.norm_eps:g}")
-    if abs(eps - OURS.norm_eps) > 1e-12:
-        warnings.append(
-            f"its rms_norm_eps is {eps:g}; jaxchat computes with {OURS.norm_eps:g}, which moves logits a little"
-        )
+        if described.get(name, wanted) not in (wanted, None):
+            refuse(f"{name} is {described[name]}; jaxchat opens {wanted} only")
     return config
 
 

@@ -1,19 +1,17 @@
 """nanochat's own files, as they were in November 2025: model_<step>.pt, meta_<step>.json, tokenizer.pkl."""
 
 import json
-import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from jaxchat import files
 from jaxchat.checkpoint import Found
 from jaxchat.config import STAGES, ModelConfig, UserError
-from jaxchat.convert import files, tokens
-from jaxchat.convert.weights import Foreign, check_space, shareable
-from jaxchat.model.flops import num_params
+from jaxchat.convert import tokens
+from jaxchat.convert.weights import Foreign, Progress, check_space, shareable, to_torch
 
 NAMES = {
     "wte": "transformer.wte.weight",
@@ -26,57 +24,47 @@ NAMES = {
     "lm_head": "lm_head.weight",
 }
 COMPILED = "_orig_mod."  # what torch.compile puts before every name
+FIELDS = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"}  # of its model_config
 NEWER = ("resid_lambdas", "x0_lambdas", "value_embed", "ve_gate", "smear", "backout", "window_pattern")
 
 
-def export(found: Found, out: Path, progress: Callable[[str], None]) -> Path:
-    """Write into a base directory of nanochat's. UserError: this model is there already, another tokenizer, no room."""
-    folder = out / STAGES[found.meta["stage"]].folder / found.folder.name
-    model, meta = folder / f"model_{found.step:06d}.pt", folder / f"meta_{found.step:06d}.json"
+def export(found: Found, out: Path, progress: Progress) -> Path:
+    """Write a checkpoint into a base directory of nanochat; return its model_<step>.pt.
+
+    UserError: the model exists there, the tokenizer is another one, the model is not nanochat's, or no room.
+    """
+    folder = out / STAGES[found.meta["stage"]].folder / found.tag
+    model, meta_file = folder / f"model_{found.step:06d}.pt", folder / f"meta_{found.step:06d}.json"
     if model.exists():
-        raise UserError(f"{model} is there already; give --out another folder, or remove it")
-    tokenizer_folder = out / "tokenizer"
-    there = tokenizer_folder / "tokenizer.pkl"
-    if found.tokenizer and there.exists() and tokens.read_pickle(there).hash != found.tokenizer.hash:
-        raise UserError(f"{there} is another tokenizer than this model's; give --out another folder")
-    check_space(out, int(4.1 * num_params(found.config)) + 10**7)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def write_model(path: Path):
-        files.fill(files.lay_out_pt(path, files.kinds(found, NAMES)), found, NAMES, progress)
-        files.mend_checksums(path)
-
-    config = {name: getattr(found.config, name) for name in ModelConfig.__dataclass_fields__}
+        raise UserError(f"{model} exists; give --out another folder, or remove it")
+    pickled = out / "tokenizer/tokenizer.pkl"
+    if found.tokenizer and pickled.exists() and tokens.read_pickle(pickled).hash != found.tokenizer.hash:
+        raise UserError(f"{pickled} is another tokenizer than this model's; give --out another folder")
+    shape = {name: getattr(found.config, name) for name in FIELDS}
+    if ModelConfig(**shape) != found.config:
+        raise UserError(f"{found.path} has an architecture that nanochat did not have in November 2025")
+    check_space(out, found.config)
     imported = found.meta.get("imported", {})
-    told = imported["meta"] if imported.get("from") == "nanochat" else {}
-    told = told | {"step": found.step, **found.meta.get("metrics", {}), "model_config": config}
-    told = {"user_config": shareable(found.meta.get("settings", {}))} | told
-    if "device_batch_size" in found.meta:
-        told["device_batch_size"] = found.meta["device_batch_size"]
-    told["max_seq_len"] = found.config.sequence_len
+    meta = {"user_config": shareable(found.meta.get("settings", {}))}
+    meta |= imported["meta"] if imported.get("from") == "nanochat" else {}
+    meta |= {"step": found.step, **found.meta.get("metrics", {}), "model_config": shape}
+    meta |= {name: found.meta[name] for name in ("device_batch_size",) if name in found.meta}
+    meta["max_seq_len"] = found.config.sequence_len
     if found.tokenizer:
-        tokenizer_folder.mkdir(exist_ok=True)
-        lengths = torch.from_numpy(found.tokenizer.token_bytes)
-        _whole(tokenizer_folder / "token_bytes.pt", lambda path: torch.save(lengths, path))
-        _whole(there, lambda path: tokens.write_pickle(found.tokenizer, path))
-    _whole(meta, lambda path: path.write_text(json.dumps(told, indent=2), encoding="utf-8"))
-    _whole(model, write_model)
+        with files.atomic(out / "tokenizer/token_bytes.pt") as part:
+            torch.save(torch.from_numpy(found.tokenizer.token_bytes), part)
+        with files.atomic(pickled) as part:
+            tokens.write_pickle(found.tokenizer, part)
+    files.write_json(meta_file, meta)
+    with files.atomic(model) as part:
+        torch.save(to_torch(found, NAMES, progress), part)
     return model
 
 
-def _whole(path: Path, write: Callable[[Path], object]):
-    fresh = path.with_name(f".unfinished-{path.name}")
-    try:
-        write(fresh)
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
 def load(path: Path, stage: str, tag: str, step: int) -> Foreign:
-    """A checkpoint in a folder of model_<step>.pt files, or in a base directory of nanochat's.
+    """Open a checkpoint in a folder of model_<step>.pt files, or in a base directory of nanochat.
 
-    step −1: the last. UserError: there is none, it is not what jaxchat can compute, or it holds more than tensors.
+    step -1: the last. UserError: there is none, jaxchat cannot compute it, or it holds more than tensors.
     """
     folder = find_folder(path, stage, tag)
     steps = sorted(int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"model_(\d+)\.pt", p.name)))
@@ -86,36 +74,27 @@ def load(path: Path, stage: str, tag: str, step: int) -> Foreign:
     file, meta_file = folder / f"model_{step:06d}.pt", folder / f"meta_{step:06d}.json"
     try:
         meta = json.loads(meta_file.read_text(encoding="utf-8"))
-        told = meta["model_config"]
-        if not isinstance(told, dict):
-            raise TypeError(f"model_config is {told!r}")
+        shape = meta["model_config"]
+        if not isinstance(shape, dict):
+            raise TypeError(f"model_config is {shape!r}")
     except FileNotFoundError as problem:
-        raise UserError(f"there is no {meta_file}; without it the model's shape is unknown") from problem
+        raise UserError(f"there is no {meta_file}, which would give the model's shape") from problem
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as problem:
-        raise UserError(f"{meta_file} does not tell the model's shape: {problem!r}") from problem
+        raise UserError(f"{meta_file} does not give the model's shape: {problem!r}") from problem
     check_archive(file)
     tensors = read_tensors(file)
-    refuse_newer(file, [*tensors, *told])
-    fields = set(ModelConfig.__dataclass_fields__)
-    if told.keys() != fields:
-        odd = ", ".join(sorted(told.keys() ^ fields))
-        raise UserError(f"{meta_file} tells of a model that jaxchat does not know: model_config differs in {odd}")
-    config = ModelConfig(**told)
-    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    del tensors
-
-    def read(names: list[str]) -> Iterator[torch.Tensor]:
-        found = read_tensors(file)  # mapped anew for each stack, so that what was read does not stay mapped
-        for name in names:
-            yield found[name]
-
-    pickled = next((p for p in tokenizer_places(path, folder) if p.exists()), None)
+    refuse_newer(file, [*tensors, *shape])
+    if odd := shape.keys() ^ FIELDS:
+        names = ", ".join(sorted(odd))
+        raise UserError(f"{meta_file} is of a model that jaxchat does not know: model_config differs in {names}")
+    places = (where / "tokenizer/tokenizer.pkl" for where in (path, folder, folder.parent.parent))
+    pickled = next((place for place in places if place.exists()), None)
     tokenizer = tokens.read_pickle(pickled) if pickled else None
-    return Foreign(file, config, NAMES, shapes, read, tokenizer, step=step, meta=meta)
+    return Foreign(file, ModelConfig(**shape), NAMES, tensors, tokenizer, step=step, meta=meta)
 
 
 def find_folder(path: Path, stage: str, tag: str) -> Path:
-    """The folder with the model_<step>.pt files: `path`, or <path>/<stage's folder>/<tag or the only one>."""
+    """Find the folder of the model_<step>.pt files: `path`, or <path>/<stage's folder>/<tag, or the only one>."""
 
     def has_models(folder: Path) -> bool:
         return folder.is_dir() and any(re.fullmatch(r"model_\d+\.pt", p.name) for p in folder.iterdir())
@@ -133,12 +112,8 @@ def find_folder(path: Path, stage: str, tag: str) -> Path:
     return folders[0]
 
 
-def tokenizer_places(path: Path, folder: Path) -> list[Path]:
-    return [where / "tokenizer" / "tokenizer.pkl" for where in (path, folder, folder.parent.parent)]
-
-
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The mapped tensors of a .pt file by name. UserError: it is damaged, or holds anything but tensors."""
+    """Map the tensors of a .pt file, by name. UserError: it is damaged, or holds anything but tensors."""
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as problem:  # a damaged or hostile file raises almost anything
@@ -159,7 +134,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def check_archive(file: Path):
-    """UserError: not a zip archive, as torch.save has written them since 2020, or one whose checksums don't fit."""
+    """Raise UserError unless it is a zip archive, as torch.save writes them since 2020, with matching checksums."""
     if not zipfile.is_zipfile(file):
         raise UserError(f"{file} is refused: it is damaged, or in torch's format before 2020; load and save it anew")
     try:

@@ -8,15 +8,19 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from jaxchat import files
 from jaxchat.config import UserError
 from jaxchat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, byte_characters
 
-# A chat template makes one string of a conversation, in which a special's spelling becomes the special. In what people
-# say it must stay text: the template puts MARK after the "<" of "<|", and the normalizer, which sees only what is no
-# special, takes it out again. BREAK ends a part of text, so that no piece reaches into the next; the pre-tokenizer cuts
-# and drops it. Both are noncharacters, which Unicode keeps for a program's own use: text that has them loses them.
+# A chat template makes one string of a conversation, in which a special's spelling becomes the special. In messages it
+# must stay text: the template puts MARK after the "<" of "<|", and the normalizer, which sees only what is no special,
+# removes it. BREAK stands between two parts of text, so that no piece reaches over; the pre-tokenizer cuts there and
+# drops it. Both are noncharacters, which Unicode keeps for a program's own use: text that has them loses them.
 MARK, BREAK = "\ufdd0", "\ufdd1"
+OLD_NORMALIZER = {"type": "Replace", "pattern": {"String": f"<{MARK}|"}, "content": "<|"}  # of exports until 2026
 
+# {% generation %} surrounds what the assistant learns to say. Each of these ends in a special, where possible: of text
+# that ends in a character of several tokens, transformers would leave all but the first of these tokens out.
 CHAT_TEMPLATE = """\
 {%- macro say(text) -%}
   {%- if text is not string -%}{{- raise_exception('what is said must be text') -}}{%- endif -%}
@@ -37,16 +41,21 @@ CHAT_TEMPLATE = """\
     {{- '<|user_end|>' -}}
   {%- else -%}
     {{- '<|assistant_start|>' -}}
-    {%- if message['content'] is string -%}{{- say(message['content']) -}}
-    {%- else -%}
-      {%- for part in message['content'] -%}
-        {%- if part['type'] == 'text' -%}{{- say(part['text']) + 'BREAK' -}}
-        {%- elif part['type'] == 'python' -%}{{- '<|python_start|>' + say(part['text']) + '<|python_end|>' -}}
-        {%- elif part['type'] == 'python_output' -%}{{- '<|output_start|>' + say(part['text']) + '<|output_end|>' -}}
-        {%- else -%}{{- raise_exception('unknown part: ' + part['type']) -}}{%- endif -%}
-      {%- endfor -%}
-    {%- endif -%}
-    {{- '<|assistant_end|>' -}}
+    {%- set content = message['content'] -%}
+    {%- set learnt = namespace(text='') -%}
+    {%- for part in ([{'type': 'text', 'text': content}] if content is string else content) -%}
+      {%- if part['type'] == 'text' -%}
+        {%- set follows = learnt.text and part['text'] and loop.previtem['type'] == 'text' -%}
+        {%- set learnt.text = learnt.text + ('BREAK' if follows else '') + say(part['text']) -%}
+      {%- elif part['type'] == 'python' -%}
+        {%- set learnt.text = learnt.text + '<|python_start|>' + say(part['text']) + '<|python_end|>' -%}
+      {%- elif part['type'] == 'python_output' -%}
+        {%- if learnt.text -%}{%- generation -%}{{- learnt.text -}}{%- endgeneration -%}{%- endif -%}
+        {%- set learnt.text = '' -%}
+        {{- '<|output_start|>' + say(part['text']) + '<|output_end|>' -}}
+      {%- else -%}{{- raise_exception('unknown part: ' + part['type']) -}}{%- endif -%}
+    {%- endfor -%}
+    {%- generation -%}{{- learnt.text + '<|assistant_end|>' -}}{%- endgeneration -%}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
@@ -74,7 +83,7 @@ def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     pairs = [(text(a), text(b)) for a, b in merges(tokenizer.ranks)]
     # ignore_merges: a whole word that is a piece is one token, even if no merges lead there; tiktoken does so too.
     result = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=True))
-    result.normalizer = normalizers.Replace(f"<{MARK}|", "<|")
+    result.normalizer = normalizers.Replace(MARK, "")
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     result.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(BREAK, "removed"), split, to_bytes])
@@ -104,7 +113,7 @@ def save_hugging_face(tokenizer: Tokenizer, folder: Path, sequence_len: int, cha
     }
     if chat:
         config["chat_template"] = CHAT_TEMPLATE
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    files.write_json(folder / "tokenizer_config.json", config)
 
 
 def from_hugging_face(path: Path) -> Tokenizer:
@@ -128,7 +137,7 @@ def from_hugging_face(path: Path) -> Tokenizer:
     ours = json.loads(to_hugging_face(tokenizer).to_str())
     odd_flags = ("lstrip", "rstrip", "single_word")
     wrong = {
-        "normalizer": content.get("normalizer") not in (None, ours["normalizer"]),
+        "normalizer": content.get("normalizer") not in (None, ours["normalizer"], OLD_NORMALIZER),
         "pre_tokenizer": _steps(content) not in (_steps(ours), _steps(ours)[1:]),  # with our BREAK, or without
         "dropout": model.get("dropout"),
         "continuing_subword_prefix": model.get("continuing_subword_prefix"),
