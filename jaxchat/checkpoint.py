@@ -96,8 +96,8 @@ def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokeni
     if tokenizer and wanted not in (None, tokenizer.hash):
         raise UserError(
             f"{path} was trained with tokenizer {wanted[:12]}, but the one in "
-            f"{own if own.is_dir() else base_dir() / 'tokenizer'} is {tokenizer.hash[:12]}; restore the former, or "
-            "train the model anew"
+            f"{own if own.is_dir() else base_dir() / 'tokenizer'} is {tokenizer.hash[:12]}; "
+            "restore the former, or train the model anew"
         )
     config = ModelConfig(**meta["model"])
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
@@ -214,7 +214,7 @@ _links: dict[Path, Path] = {}
 
 
 def plain_path(folder: Path) -> Path:
-    """An absolute path to a folder for Orbax, which takes * ? [ ] for wildcards: through a symlink if it has any."""
+    """An absolute path to a folder, through a symlink if it has any of * ? [ ], which Orbax takes for wildcards."""
     folder = folder.absolute()
     if not re.search(r"[][*?%]", str(folder)):
         return folder
@@ -231,7 +231,7 @@ def quiet_orbax():
 
 
 def _other_shapes(target: Params, stored: dict) -> str:
-    """'blocks.wq is [1, 64, 1, 64] and not [1, 128, 1, 128]; ...': where stored arrays differ from the target."""
+    """Say where stored arrays differ from the target: "blocks.wq is [1, 64, 1, 64] and not [1, 128, 1, 128]"."""
     want, have = (
         {jax.tree_util.keystr(path, simple=True, separator="."): array for path, array in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (target, stored))

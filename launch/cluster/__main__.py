@@ -1,4 +1,4 @@
-"""Start a command on several machines or in several processes: python -m launch.cluster LAUNCHER -- COMMAND"""
+"""Start a command on several machines or in processes: python -m launch.cluster LAUNCHER -- COMMAND"""
 
 import dataclasses
 import sys

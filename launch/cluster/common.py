@@ -17,7 +17,7 @@ MOUNTED = ("implicit-dirs", "rename-dir-limit=200000")
 
 
 def secret_names(text: str, *, here: bool) -> list[str]:
-    """Split a list of environment variables. UserError: not a name; with `here`, a variable that is not set."""
+    """Split a list of environment variables. UserError: one is not a name or, with `here`, is not set."""
     names = [name for name in text.split(",") if name]
     for name in names:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
@@ -36,7 +36,7 @@ def check_name(flag: str, value: str):
 
 
 def perform(words: list[str], dry_run: bool, check: bool = True) -> int:
-    """Print a command, run it unless this is a dry run, return its exit code. With `check` failing is a UserError."""
+    """Print a command, run it unless this is a dry run, return its exit code. check: UserError if it fails."""
     print(shlex.join(words), flush=True)
     if dry_run:
         return 0

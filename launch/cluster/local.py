@@ -28,7 +28,7 @@ class Config(Flags):
     processes: int = flag(2, 1)
     """Number of processes."""
     gpus_per_process: int = flag(-1, -1)
-    """GPUs that each process gets for itself; -1: an equal share of this machine's; 0: every process sees all."""
+    """GPUs that each process gets for itself; -1: an equal share of all; 0: every process sees all."""
     restarts: int = flag(0, 0)
     """Restarts at most."""
     grace: float = flag(120.0, 0)

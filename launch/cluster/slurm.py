@@ -66,7 +66,7 @@ def script(config: Config, command: list[str]) -> str:
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value != ""]
     lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append", *([] if config.cpus else ["#SBATCH --exclusive"])]
     lines += [f"#SBATCH {word}" for word in shlex.split(config.directives)]
-    codes = "|".join(map(str, RESTARTED))
+    codes, cpus = "|".join(map(str, RESTARTED)), config.cpus or "$SLURM_CPUS_ON_NODE"
     return "\n".join(
         [
             "#!/bin/bash",
@@ -76,11 +76,12 @@ def script(config: Config, command: list[str]) -> str:
             *([config.setup] if config.setup else []),
             # The processes notice by themselves that one failed; Slurm need not kill them. srun does not take
             # over --cpus-per-task from sbatch, and would bind the process to one core.
-            f"srun --kill-on-bad-exit=0 --cpus-per-task={config.cpus or '$SLURM_CPUS_ON_NODE'} {shlex.join(command)}",
+            f"srun --kill-on-bad-exit=0 --cpus-per-task={cpus} {shlex.join(command)}",
             "code=$?",
             "# Queue it again after one of these, unless it was cancelled.",
             'state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)',
-            f"if [[ $code =~ ^({codes})$ && $state == RUNNING && ${{SLURM_RESTART_COUNT:-0}} -lt {config.restarts} ]]",
+            f"again=$(( ${{SLURM_RESTART_COUNT:-0}} < {config.restarts} ))",
+            f"if [[ $code =~ ^({codes})$ && $state == RUNNING && $again == 1 ]]",
             'then scontrol requeue "$SLURM_JOB_ID"',
             "fi",
             "exit $code",

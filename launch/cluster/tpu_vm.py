@@ -17,8 +17,8 @@ STEPS = ("create", "setup", "run", "log", "delete")
 MOUNT = "$HOME/bucket"
 # The images' own Python is older than 3.11; uv brings one.
 INSTALL = (
-    "mkdir -p jaxchat && tar -xzf jaxchat.tar.gz -C jaxchat && cd jaxchat && python3 -m pip install --user --quiet uv"
-    " && python3 -m uv venv --quiet --allow-existing --python=3.12 .venv"
+    "mkdir -p jaxchat && tar -xzf jaxchat.tar.gz -C jaxchat && cd jaxchat"
+    " && python3 -m pip install --user --quiet uv && python3 -m uv venv --quiet --allow-existing --python=3.12 .venv"
     " && python3 -m uv pip install --quiet --constraint=constraints.txt --editable='.[tpu,wandb]'"
 )
 GCSFUSE = (
@@ -86,7 +86,7 @@ def check(config: Config) -> list[str]:
         raise UserError("--zone is missing; give the TPU's zone, such as --zone=us-central2-b")
     if {"run", "delete"} <= set(steps) and not config.bucket:
         raise UserError(
-            "the checkpoints would be deleted with the TPU: give --bucket=NAME, or --steps=create,setup,run,log"
+            "the checkpoints would be deleted with the TPU: give --bucket=NAME or --steps=create,setup,run,log"
         )
     return [step for step in STEPS if step in steps]
 
@@ -137,7 +137,8 @@ def started(config: Config, command: list[str]) -> str:
     loop = (
         f"{base}set -a; [ -f ../jaxchat.env ] && . ../jaxchat.env; set +a; export PATH=$PWD/.venv/bin:$PATH; "
         f'turns() {{ for turn in $(seq 0 {config.restarts}); do "$@"; code=$?; '
-        f"case $code in {codes}) echo started again after exit code $code;; *) break;; esac; done; return $code; }}; "
+        f"case $code in {codes}) echo started again after exit code $code;; *) break;; esac; done; "
+        "return $code; }; "
         f"{turns}; code=$?; {kept}echo $code > run.code"
     )
     background = f"nohup bash -c {shlex.quote(loop)} > run.log 2>&1 < /dev/null &"
