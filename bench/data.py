@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from jaxchat.config import BaseConfig, MidConfig, SFTConfig, UserError, base_dir
+from jaxchat.config import MidConfig, SFTConfig, UserError, base_dir
 from jaxchat.data import pipelines
 from jaxchat.data.order import Order
 from jaxchat.data.sources import ParquetText, find_shards
@@ -85,8 +85,7 @@ def open_pipeline(name: str, config: Config, tokenizer: Tokenizer):
     if name == "mid":
         batches = pipelines.mid_batches(tasks, tokenizer, endless=True, **packed)
     else:
-        examples = BaseConfig.device_batch_size
-        batches = pipelines.sft_batches(tasks, tokenizer, examples=examples, micro_rows=4, num_examples=1 << 40, **how)
+        batches = pipelines.sft_batches(tasks, tokenizer, examples=32, micro_rows=4, num_examples=1 << 40, **how)
     return batches, tasks, lambda row: row["text"] if "text" in row else said(row)
 
 

@@ -10,11 +10,12 @@ import pytest
 from jaxchat.config import MidConfig, SFTConfig, UserError
 from jaxchat.data import pipelines
 from jaxchat.data.sources import file_fingerprint
-from jaxchat.data.tasks import load_mixture, load_task, spelling
+from jaxchat.data.tasks import Mixture, load_mixture, load_task, spelling
 from jaxchat.data.tasks.gsm8k import answer_parts
 from jaxchat.data.tasks.smoltalk import suspects
 from jaxchat.infer.calculator import calculate
 from jaxchat.tokenizer import check_conversation
+from jaxchat.train.stages import data_row
 
 
 @pytest.fixture
@@ -208,6 +209,7 @@ def test_a_wrong_row_late_in_a_table_is_left_out_and_counted(tmp_path, wrong):
     task = load_task("SmolTalk/train", tmp_path)
     assert len(task) == 105 and [len(task[i]["messages"]) for i in (92, 93, 94, 95)] == [2, 3, 3, 2]
     assert task.summary.startswith("SmolTalk/train 105 (1 left out, train.parquet, row 94: ")
+    assert data_row(Mixture([task]))[1].startswith("105 rows: SmolTalk/train 105 (1 left out, ")  # as the plan has it
     batch = pa.RecordBatch.from_pydict({"messages": pa.array(rows, messages_type(pa.string()))})
     assert suspects(batch).tolist() == [94]
 
@@ -223,6 +225,7 @@ def test_mixtures(folder):
     assert len(mixture) == 3 + 3 + 1 + 5
     assert mixture[0] == mixture[3] and mixture[6]["messages"][0]["content"] == "Half of 4?"
     assert mixture.fingerprint != load_mixture("identity", folder).fingerprint
+    assert len(load_mixture("identity:1," * 99, folder)) == 99  # together longer than a file's name may be
     with pytest.raises(IndexError):
         mixture[12]
 

@@ -1,5 +1,6 @@
 """The tasks that conversations come from, by name: `Name[/split][:rows]`, or a .jsonl file."""
 
+import os
 import re
 from pathlib import Path
 
@@ -92,12 +93,12 @@ def load_task(spec: str, tasks_dir: str | Path | None = None) -> Task:
     """Open the task of a spec such as "GSM8K/test:420" or "/path/to/mine.jsonl:1000"."""
     folder = Path(tasks_dir or base_dir() / "tasks").expanduser()
     name, colon, rows = spec.rpartition(":")
-    if not colon or spec.endswith(".jsonl"):  # a path may hold a colon
+    if not colon or spec.lower().endswith(".jsonl"):  # a path may hold a colon
         name, rows = spec, ""
     if rows and not rows.isdecimal():
         raise UserError(f"task {spec!r}: {rows!r} is not a number of rows; write Name[/split][:rows]")
     count = int(rows) if rows else None
-    if name.endswith(".jsonl"):
+    if name.lower().endswith(".jsonl"):
         return Task(name, JsonLines(Path(name).expanduser()), count)
     task, _, split = name.partition("/")
     if task not in TASKS:
@@ -115,7 +116,8 @@ def _parts(spec: str) -> list[str]:
     parts, pieces = [], spec.split(",")
     while pieces:
         joined = (",".join(pieces[:n]).strip() for n in range(2, len(pieces) + 1))
-        path = next((p for p in joined if Path(re.sub(r":\d+$", "", p)).expanduser().is_file()), pieces[0].strip())
-        del pieces[: path.count(",") + 1]
-        parts += [path] if path else []
+        files = (part for part in joined if os.path.isfile(os.path.expanduser(re.sub(r":\d+$", "", part))))
+        part = next(files, pieces[0].strip())
+        del pieces[: part.count(",") + 1]
+        parts += [part] if part else []
     return parts
