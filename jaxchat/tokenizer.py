@@ -98,6 +98,7 @@ class Tokenizer:
         # {shard: fingerprint of its content} of the text it was trained on; {}: not recorded. Not part of the
         # hash.
         self.trained_on: dict[str, str] = {}
+        self.training_seconds = 0.0
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
@@ -149,6 +150,7 @@ class Tokenizer:
         if info is None:
             raise UserError(f"the tokenizer in {folder} is damaged: its ranks don't match its hash; train it anew")
         tokenizer.trained_on = info.get("trained_on", {})
+        tokenizer.training_seconds = info.get("training_seconds", 0.0)
         return tokenizer
 
     def knows(self, fingerprint: dict[str, str]) -> bool:
@@ -166,7 +168,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         pieces = sorted(self.ranks, key=self.ranks.get)
         info = {"hash": self.hash, "vocab_size": self.vocab_size, "pattern": SPLIT_PATTERN, "specials": self._specials}
-        info["trained_on"] = self.trained_on
+        info |= {"trained_on": self.trained_on, "training_seconds": self.training_seconds}
         with files.atomic(folder / "tokenizer.json") as about, files.atomic(folder / "ranks.txt") as ranks:
             ranks.write_text("".join(base64.b64encode(piece).decode() + "\n" for piece in pieces))
             about.write_text(json.dumps(info, indent=1), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Evaluate a base model: python -m launch.base_eval --model_tag=d12"""
 
 import dataclasses
+import time
 from functools import partial
 
 from jaxchat.config import Flags, TrainConfig, flag
@@ -62,6 +63,7 @@ def run(config: Config):
     from jaxchat.infer.engine import Engine
     from jaxchat.train.run import model_for, start_devices
 
+    start = time.perf_counter()
     shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
     mesh = start_devices(shared, asks=False)
     found = checkpoint.open_model("base", config.model_tag, config.step)
@@ -98,6 +100,7 @@ def run(config: Config):
         print(f"CORE {values['core']:.4f}", flush=True)
     cropped = {result.task: result.cropped for result in results if result.cropped}
     more = ({"cropped": cropped} if cropped else {}) | ({"warning": warning} if warning else {})
+    more["seconds"] = time.perf_counter() - start
     save = partial(save_results, found, "base", "base_eval", results, values, "core", settings, **more)
     save()  # before the samples: CORE may have taken hours
     path = save(samples=show_samples(Engine(params, found.config, found.tokenizer, model.compute, batch_size=8)))

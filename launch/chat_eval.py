@@ -1,6 +1,7 @@
 """Evaluate a chat model: python -m launch.chat_eval -i sft -a "GSM8K|MMLU" """
 
 import dataclasses
+import time
 
 from jaxchat.config import STAGES, Flags, TrainConfig, UserError, flag
 from launch import cli
@@ -78,6 +79,7 @@ def run(config: Config):
     from jaxchat.train.fit import device_memory
     from jaxchat.train.run import model_for, start_devices
 
+    start = time.perf_counter()
     if config.num_samples > 1 and config.temperature == 0:
         raise UserError(
             f"--num_samples={config.num_samples} at --temperature=0 would give the same answer each time; give a "
@@ -119,7 +121,8 @@ def run(config: Config):
         scorer = Scorer(params, model)
         engine = Engine(params, found.config, found.tokenizer, model.compute, batch_size=slots)
         for results, values, score in chat.measure(scorer, engine, tasks, config.max_problems, **options):
-            path = save_results(found, config.source, "chat_eval", results, values, score, settings)
+            about = (found, config.source, "chat_eval", results, values, score, settings)
+            path = save_results(*about, seconds=time.perf_counter() - start)
     for line in (left_out and f"WARNING: {left_out}", f"saved {path} and .csv"):
         if line:
             print(line, flush=True)

@@ -53,7 +53,7 @@ def run(config: Config) -> int:
         train(config, folder / "tasks")
         scores = ask(world)
         print(flush=True)
-        report.run(report.Config(model_tag=TAG), beginnings(), questions(world))
+        report.run(report.Config(model_tag=TAG), texts(), questions(world))
         minutes, seconds = divmod(int(time.perf_counter() - start), 60)
         print(f"\n{table(scores)}\n\nin all {minutes} min {seconds:02} s", flush=True)
         cli.next_step('python -m launch.chat_cli -p "What is 23 * 7?"')
@@ -104,12 +104,12 @@ def ask(world) -> dict:
     return scores
 
 
-def beginnings(count: int = 5) -> list[str]:
+def texts(count: int = 5) -> list[str]:
     """The first three words of a few validation documents, for the report to continue."""
     from jaxchat.data.sources import ParquetText, find_shards
 
-    texts = ParquetText(find_shards(None, "val"))
-    return list(dict.fromkeys(" ".join(texts[n].split()[:3]) for n in range(10 * count)))[:count]
+    documents = ParquetText(find_shards(None, "val"))
+    return list(dict.fromkeys(" ".join(documents[n].split()[:3]) for n in range(10 * count)))[:count]
 
 
 def questions(world) -> list[str]:

@@ -23,14 +23,16 @@ class Config(Flags):
     """Generate samples: each checkpoint continues a few texts or answers a few questions."""
 
 
-def run(config: Config, beginnings=(), questions=()):
-    """beginnings, questions: texts to continue and questions to answer instead of the usual ones."""
+def run(config: Config, texts=(), questions=()):
+    """texts, questions: what to continue and to answer instead of the usual samples."""
+    from jaxchat import files
+    from jaxchat.eval.samples import PROMPTS, QUESTIONS
     from jaxchat.report.document import as_html, markdown
     from jaxchat.report.gather import gather
     from jaxchat.report.plots import curves
-    from jaxchat.report.samples import BEGINNINGS, QUESTIONS, sample
+    from jaxchat.report.samples import sample
 
-    beginnings, questions = beginnings or BEGINNINGS, questions or QUESTIONS
+    texts, questions = texts or PROMPTS, questions or QUESTIONS
     found = gather(config.model_tag)
     folder = base_dir() / "report" / found.tag
     cli.print_plan(
@@ -38,19 +40,18 @@ def run(config: Config, beginnings=(), questions=()):
         [
             *((STAGES[name].label, f"{stage.folder}/{stage.step}") for name, stage in found.stages.items()),
             *((title, "no checkpoint, left out") for title in found.lacking),
-            ("samples", f"{len(beginnings)} texts, {len(questions)} questions" if config.samples else "none"),
-            ("saves", f"{folder}"),
+            ("samples", f"{len(texts)} texts, {len(questions)} questions" if config.samples else "none"),
+            ("saves", str(folder)),
         ],
     )
-    samples = sample(found, beginnings, questions) if config.samples else None
+    samples = sample(found, texts, questions) if config.samples else None
     images = curves(found)
     text = markdown(found, images, samples, config.price_per_hour)
     folder.mkdir(parents=True, exist_ok=True)
     for name, (_, png) in images.items():
         (folder / name).write_bytes(png)
-    (folder / "report.md").write_text(text, encoding="utf-8", errors="replace")
-    page = as_html(f"{found.tag}: a run of jaxchat", text, images)
-    (folder / "report.html").write_text(page, encoding="utf-8", errors="replace")
+    files.write_text(folder / "report.md", text)
+    files.write_text(folder / "report.html", as_html(f"{found.tag}: a run of jaxchat", text, images))
     print(f"written: {folder / 'report.md'}, and {folder / 'report.html'} to open in a browser", flush=True)
 
 

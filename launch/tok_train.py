@@ -74,11 +74,11 @@ def run(config: Config):
     start = time.perf_counter()
     with cli.progress(lambda: f"{doing}: {read:,} characters", REPORT_SECONDS):
         tokenizer = Tokenizer.train(counted(), config.vocab_size)
-    tokenizer.trained_on = texts.fingerprint
+    tokenizer.trained_on, tokenizer.training_seconds = texts.fingerprint, time.perf_counter() - start
     if not config.overwrite:
         check_replaceable(runs, tokenizer, folder)
     tokenizer.save()
-    print(f"{read:,} characters read in {time.perf_counter() - start:.1f} s; tokenizer {tokenizer.hash[:12]}")
+    print(f"{read:,} characters read in {tokenizer.training_seconds:.1f} s; tokenizer {tokenizer.hash[:12]}")
     cli.next_step("python -m launch.base_train --depth=12", data_dir=config.data_dir)
 
 

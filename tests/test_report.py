@@ -63,6 +63,7 @@ def whole(tmp_path_factory):
     tasks = {"hellaswag": {"accuracy": 0.3, "centered": 0.0667, "items": 10}}
     for step, bpb in ((40, 1.25), (20, 0.9999)):
         told = {"source": "base", "step": step, "values": {"train_bpb": bpb}, "tasks": tasks, "samples": [["a", "b"]]}
+        told["seconds"] = 54.0
         (home / STAGES["base"].folder / "d2" / f"base_eval_{step}.json").write_text(json.dumps(told))
     (home / STAGES["sft"].folder / "d2" / "40" / "chat_eval.json").write_text(
         '{"metrics": {"ChatCORE": 0.08, "n": "x"}}'
@@ -72,6 +73,7 @@ def whole(tmp_path_factory):
     texts = {"val": {"bytes": 9, "tokens": 2, "bytes_per_token": 4.5, "cl100k_base_bytes_per_token": 5.25}}
     measured = {"tokenizer_hash": "f00", "texts": texts}
     (home / "tokenizer" / "tok_eval.json").write_text(json.dumps(measured))
+    (home / "tokenizer" / "tokenizer.json").write_text('{"hash": "f00", "training_seconds": 36.0}')
     (home / STAGES["mid"].folder / "d2" / "odd.json").write_text(json.dumps({"metrics": {NASTY: 0.5}}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXCHAT_BASE_DIR", str(home))
@@ -90,9 +92,12 @@ def test_numbers(whole):
     assert row_of(text, "FLOPs") == [f"{flops:.2e}"] * 3 + [f"{3 * flops:.2e}"]
     assert row_of(text, "tokens/s, median") == ["2,000", "2,000", "2,000", ""]
     assert row_of(text, "waiting for data") == ["10.0%"] * 3 + [""]
-    # Each stage ran twice, for 36 s: 72 s are 0.02 hours, of 10 each.
-    assert row_of(text, "wall time") == ["1m12s"] * 3 + ["3m36s"]
-    assert row_of(text, "cost, at 10 an hour") == ["0.20"] * 3 + ["0.60"]
+    # Each stage ran twice, for 36 s: 72 s are 0.02 hours, of 10 each. Base's evaluations took 108 s.
+    assert row_of(text, "training") == ["1m12s"] * 3 + ["3m36s"]
+    assert row_of(text, "evaluations") == ["1m48s", "–", "–", "1m48s"]
+    assert row_of(text, "wall time") == ["3m00s", "1m12s", "1m12s", "6m00s"]
+    assert row_of(text, "cost, at 10 an hour") == ["0.50", "0.20", "0.20", "1.00"]
+    assert "36s for the tokenizer" in text
     assert row_of(text, "starts from") == ["random weights", "base d2 40", "mid d2 40", ""]
     # The losses of steps 21 to 40 are 4 − step/20: their mean is 4 − 30.5/20.
     assert row_of(text, "loss") == [f"{4 - 30.5 / 20:.4f}"] * 3
@@ -101,7 +106,7 @@ def test_numbers(whole):
     assert r"| arc\|easy | 0.5000 | – | – |" in text and "| n |" not in text
     assert "Left out of SFT: broken.json, which cannot be read." in text
     assert row_of(text, "train_bpb") == ["1.2500", "–", "–"] and row_of(text, "hellaswag") == ["0.3000", "–", "–"]
-    assert "Left out of base: base_eval_20.json, of step 20." in text and "0.9999" not in text
+    assert "base_eval_20" not in text and "0.9999" not in text  # measured anew since
     assert "|  | ours | cl100k_base |" in text and row_of(text, "val") == ["4.5000", "5.2500"]
     assert "- Machine: a machine\n" in text and "- Code: abc on main (base, SFT); def on main (mid)" in text
     assert "flags: --depth=2" in text and "the last of 2 times" in text and "left out: base" not in text
@@ -152,6 +157,14 @@ def test_evaluations_with_other_settings_are_left_out(home):
     assert stage.measured == {"MMLU": 0.4, "GSM8K": 0.1, "ARC-Easy": 0.5, "ChatCORE": 0.2}
 
 
+def test_an_evaluation_of_an_older_step_is_named_until_there_is_a_newer(home):
+    folder = write_stage(home, "base")
+    (folder / "base_eval_20.json").write_text('{"step": 20, "values": {"core": 0.1}}')
+    assert gather().stages["base"].left_out == ["base_eval_20.json, of step 20"]
+    (folder / "base_eval_40.json").write_text('{"step": 40, "values": {"core": 0.2}}')
+    assert gather().stages["base"].left_out == [] and gather().stages["base"].measured["core"] == 0.2
+
+
 def test_no_run(home):
     with pytest.raises(UserError, match="launch.base_train"):
         gather()
@@ -177,7 +190,7 @@ class Page(HTMLParser):
 
 def test_the_page_stands_alone_and_shows_markup_as_text(whole):
     run, images = whole
-    samples = Samples([(NASTY, {"base": NASTY})], [(NASTY, {"mid": NASTY, "sft": "[python 1+1][output 2]"})])
+    samples = Samples([(NASTY, NASTY)], [(NASTY, {"mid": NASTY, "sft": "[python 1+1][output 2]"})])
     text = document.markdown(run, images, samples)
     page = Page(document.as_html(NASTY, text, images))
     links = [value for name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]

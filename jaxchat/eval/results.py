@@ -75,7 +75,8 @@ def save_results(
 
     source: base, mid or sft. values: all numbers by name. score: the name of the tasks' mean among them,
     which becomes the CSV's last line. settings: what the numbers depend on; if a file with other settings
-    exists, their hash is appended to the name. more: further entries of the JSON.
+    exists, their hash is appended to the name. more: further entries of the JSON; of `seconds`, the wall time
+    so far, the report takes the sum over all files.
     """
     path = found.folder / f"{command}_{found.step}.json"
     if jax.process_index() > 0:

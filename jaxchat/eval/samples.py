@@ -1,6 +1,9 @@
-"""Samples of a base model: its continuations of seven fixed prompts, printed while it trains."""
+"""Samples: how a base model continues fixed texts, and how a chat model answers fixed questions."""
+
+from collections.abc import Sequence
 
 from jaxchat.infer.engine import Engine
+from jaxchat.infer.text import pieces, shown
 
 PROMPTS = (
     "Paris is the capital of",
@@ -11,21 +14,41 @@ PROMPTS = (
     "In my free time I like to",
     "Three times four is",
 )
+QUESTIONS = (
+    "Hello! Who are you?",
+    "What is 23 * 7?",
+    "How many r are in strawberry?",
+    "What is the capital of France?",
+    "Why is the sky blue?",
+)
 
 
-def continuations(engine: Engine, max_tokens: int = 16) -> list[tuple[str, str]]:
-    """The likeliest continuation of each prompt, as (prompt, continuation)."""
+def continuations(engine: Engine, texts: Sequence[str] = PROMPTS, max_tokens: int = 16) -> list[str]:
+    """The likeliest continuation of each text."""
     tokenizer = engine.tokenizer
-    room = max(1, engine.config.sequence_len - max_tokens)
-    prompts = [[tokenizer.bos, *tokenizer.encode(text)][-room:] for text in PROMPTS]
-    found = engine.generate(prompts, max_tokens=max_tokens, temperature=0.0)
-    return [(text, tokenizer.decode(one.tokens)) for text, one in zip(PROMPTS, found, strict=True)]
+    found = greedy(engine, [[tokenizer.bos, *tokenizer.encode(text)] for text in texts], max_tokens)
+    return [tokenizer.decode(generation.tokens) for generation in found]
+
+
+def answers(engine: Engine, questions: Sequence[str] = QUESTIONS, max_tokens: int = 128) -> list[str]:
+    """The likeliest answer to each question, with tool calls and their results in brackets."""
+    tokenizer = engine.tokenizer
+    talks = [[{"role": "user", "content": question}, {"role": "assistant", "content": ""}] for question in questions]
+    prompts = [tokenizer.render_for_completion({"messages": talk}) for talk in talks]
+    return [shown(pieces(generation, tokenizer)) for generation in greedy(engine, prompts, max_tokens)]
+
+
+def greedy(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list:
+    """Generate greedily after the ends of the prompts that leave room for max_tokens, or half of the context."""
+    most = min(max_tokens, engine.config.sequence_len // 2)
+    room = engine.config.sequence_len - most
+    return engine.generate([prompt[-room:] for prompt in prompts], max_tokens=most, temperature=0.0)
 
 
 def show_samples(engine: Engine) -> list[tuple[str, str]]:
-    """Print and return the likeliest continuation of each prompt."""
+    """Print and return (prompt, likeliest continuation) for each of PROMPTS."""
     print("continuations:")
-    samples = continuations(engine)
-    for text, found in samples:
-        print(f"  {text} …{found!r}", flush=True)
+    samples = list(zip(PROMPTS, continuations(engine), strict=True))
+    for text, continuation in samples:
+        print(f"  {text} …{continuation!r}", flush=True)
     return samples

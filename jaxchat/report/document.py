@@ -72,34 +72,38 @@ def tokenizer(run: Run) -> list[str]:
 
 def training(run: Run, price_per_hour: float) -> str:
     stages = list(run.stages.values())
-    tokens, flops, wall = (sum(getattr(s, name) for s in stages) for name in ("tokens", "flops", "wall_seconds"))
+
+    def totalled(show, value, extra: float = 0) -> tuple[list[str], str]:
+        """Each stage's value, "–" where it is 0, and the sum of all and `extra`, as `show` writes them."""
+        values = [value(stage) for stage in stages]
+        return [show(one) if one else "–" for one in values], show(sum(values) + extra)
 
     def cost(seconds: float) -> str:
         return f"{seconds / 3600 * price_per_hour:,.2f}"
 
-    def logged(show) -> list[str]:
-        return [show(stage) if stage.steps else "–" for stage in stages]
+    def seconds(stage: StageRun) -> float:
+        return stage.wall_seconds + stage.eval_seconds
 
     rows = [
         ("last checkpoint", [f"step {s.step:,}" for s in stages], ""),
         ("starts from", [s.parent for s in stages], ""),
-        ("tokens", logged(lambda s: f"{s.tokens:,}"), f"{tokens:,}"),
-        (
-            "tokens : parameters",
-            logged(lambda s: f"{s.tokens / run.parameters:.2f}"),
-            f"{tokens / run.parameters:.2f}",
-        ),
-        ("FLOPs", logged(lambda s: f"{s.flops:.2e}"), f"{flops:.2e}"),
+        ("tokens", *totalled("{:,}".format, lambda s: s.tokens)),
+        ("tokens : parameters", *totalled("{:.2f}".format, lambda s: s.tokens / run.parameters)),
+        ("FLOPs", *totalled("{:.2e}".format, lambda s: s.flops)),
         ("tokens/s, median", [number(s.median("tokens_per_s")) for s in stages], ""),
         ("MFU, median", [percent(s.median("mfu")) for s in stages], ""),
         ("waiting for data", [percent(waiting(s)) for s in stages], ""),
-        ("wall time", logged(lambda s: duration(s.wall_seconds)), duration(wall)),
+        ("training", *totalled(duration, lambda s: s.wall_seconds)),
+        ("evaluations", *totalled(duration, lambda s: s.eval_seconds)),
+        ("wall time", *totalled(duration, seconds, run.tokenizer_seconds)),
     ]
     if price_per_hour:
-        name = f"cost, at {price_per_hour:g} an hour"
-        rows.append((name, logged(lambda s: cost(s.wall_seconds)), cost(wall)))
+        rows.append((f"cost, at {price_per_hour:g} an hour", *totalled(cost, seconds, run.tokenizer_seconds)))
     shown = [[name, *values, total] for name, values, total in rows if {*values} != {"–"}]
-    return table(["", *titles(run), "in all"], shown)
+    text = table(["", *titles(run), "in all"], shown)
+    if run.tokenizer_seconds:
+        text += f"\n\n{duration(run.tokenizer_seconds)} for the tokenizer are part of wall time in all."
+    return text
 
 
 def waiting(stage: StageRun) -> float | None:
@@ -114,7 +118,7 @@ def said(samples: Samples | None) -> list[str]:
     parts = []
     if samples.continued:
         parts.append("## Texts that the base model continues\n\nThe likeliest continuation of each beginning.")
-        parts += [fence(f"{text} … {' '.join(found.values()).strip()}") for text, found in samples.continued]
+        parts += [fence(f"{text} … {continuation.strip()}") for text, continuation in samples.continued]
     if samples.answered:
         parts.append("## Conversations\n\nThe likeliest answers. Tool calls and their results are in brackets.")
         for question, found in samples.answered:

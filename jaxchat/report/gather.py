@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class StageRun:
     runs: list[dict]  # lines of runs.jsonl: one for each time it was trained, unless it was killed
     measured: dict[str, float]  # results of evaluations, during training and afterwards
     left_out: list[str]  # files of evaluations that are not in `measured`, and why
+    eval_seconds: float  # wall time of the evaluations after training, of all checkpoints
 
     @property
     def model(self) -> ModelConfig:
@@ -59,7 +61,7 @@ class StageRun:
 
     @property
     def wall_seconds(self) -> float:
-        """Wall time of all times that it was trained, start-up and evaluations included; at least the steps' sum."""
+        """Wall time of training it, each time from start to end; at least the steps' sum."""
         return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
 
     def median(self, name: str) -> float | None:
@@ -74,6 +76,7 @@ class Run:
     tag: str
     stages: dict[str, StageRun]
     compression: dict[str, dict]  # for each text, what tok_eval measured of this run's tokenizer; {}: not measured
+    tokenizer_seconds: float  # wall time of training the tokenizer; 0: not recorded
 
     @property
     def lacking(self) -> list[str]:
@@ -99,9 +102,12 @@ def gather(model_tag: str = "") -> Run:
         there = sorted({path.name for path in checkpoint.runs()})
         have = f"there are: {', '.join(there)}" if there else "train one with: python -m launch.base_train"
         raise UserError(f"no checkpoint of any stage is named {model_tag}; {have}")
-    measured = read_json(base_dir() / "tokenizer" / "tok_eval.json")
     hashes = {stage.meta.get("tokenizer_hash") for stage in found.values()}
-    return Run(model_tag, found, measured.get("texts", {}) if measured.get("tokenizer_hash") in hashes else {})
+    folder = base_dir() / "tokenizer"
+    measured, trained = (read_json(folder / name) for name in ("tok_eval.json", "tokenizer.json"))
+    compression = measured.get("texts", {}) if measured.get("tokenizer_hash") in hashes else {}
+    seconds = trained.get("training_seconds", 0.0) if trained.get("hash") in hashes else 0.0
+    return Run(model_tag, found, compression, seconds)
 
 
 def read_stage(source: str, tag: str) -> StageRun | None:
@@ -109,34 +115,45 @@ def read_stage(source: str, tag: str) -> StageRun | None:
     steps = checkpoint.whole_steps(folder, ["meta"])
     if not steps:
         return None
-    meta = checkpoint.read_meta(folder, steps[-1])
+    step = steps[-1]
+    meta = checkpoint.read_meta(folder, step)
     rows = read_lines(folder / "metrics.jsonl")
-    measured, evaluated, settings, left_out = {}, {}, {}, []
+    measured = {}
     losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float)][-LAST:]  # None: not finite
     if losses:
         measured["loss"] = statistics.fmean(losses)
     measured |= numbers({"metrics": meta.get("metrics")})
-    files = []
-    for path in sorted(folder.glob("*.json")) + sorted((folder / str(steps[-1])).glob("*.json")):
+    evaluated, left_out, seconds = read_evaluations(folder, step)
+    runs = read_lines(folder / FILE)
+    return StageRun(source, folder, step, meta, rows, runs, measured | evaluated, left_out, seconds)
+
+
+def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[str], float]:
+    """(results of a checkpoint's evaluations, files left out and why, wall time of all evaluations in the folder)."""
+    found, left_out, seconds, older = [], [], 0.0, {}
+    for path in sorted(folder.glob("*.json")) + sorted((folder / str(step)).glob("*.json")):
         try:
             about = json.loads(path.read_text())
-            if about.get("step", steps[-1]) == steps[-1]:
-                files.append((items(about), path, numbers(about), settings_of(about)))
+            seconds += about.get("seconds", 0.0)
+            command = re.sub(r"_\d+(_[0-9a-f]+)?$", "", path.stem)
+            if about.get("step", step) == step:
+                found.append((items(about), command, path.name, numbers(about), settings_of(about)))
             else:
-                left_out.append(f"{path.name}, of step {about['step']}")
+                older[command] = f"{path.name}, of step {about['step']}"
         except (OSError, ValueError, AttributeError, TypeError, OverflowError):
             left_out.append(f"{path.name}, which cannot be read")
-    # Of the files of one command, the one with the most items decides the settings: only equal ones are
-    # comparable.
-    for _, path, found, own in sorted(files, key=lambda file: -file[0]):
-        first = settings.setdefault(path.stem.partition(f"_{steps[-1]}")[0], own)
-        if differ := [name for name in first | own if own.get(name) != first.get(name)]:
-            settings_shown = ", ".join(f"{name}={own.get(name)} (not {first.get(name)})" for name in differ)
-            left_out.append(f"{path.name}, made with {settings_shown}")
+    commands = {command for _, command, *_ in found}
+    left_out += [reason for command, reason in older.items() if command not in commands]
+    # Of one command's files, the one with the most items decides the settings: only equal ones are comparable.
+    evaluated, settings = {}, {}
+    for _, command, name, figures, own in sorted(found, key=lambda file: -file[0]):
+        first = settings.setdefault(command, own)
+        if differ := [key for key in first | own if own.get(key) != first.get(key)]:
+            shown = ", ".join(f"{key}={own.get(key)} (not {first.get(key)})" for key in differ)
+            left_out.append(f"{name}, made with {shown}")
         else:
-            evaluated = found | evaluated
-    measured |= evaluated
-    return StageRun(source, folder, steps[-1], meta, rows, read_lines(folder / FILE), measured, left_out)
+            evaluated = figures | evaluated
+    return evaluated, left_out, seconds
 
 
 def tokens_of(row: dict) -> int:
