@@ -19,6 +19,14 @@ def stage_for(config: BaseConfig):
     return stages.base(config, tag, model, tokenizer, texts, held_out)
 
 
+def about_tokenizer(config: BaseConfig, stage) -> list[tuple[str, str]]:
+    """A row of the plan where the tokenizer was trained on none of the shards that the model will be."""
+    if stage.tokenizer.knows(stage.data):
+        return []
+    command = f"python -m launch.tok_train{f' --data_dir={config.data_dir}' if config.data_dir else ''}"
+    return [("warning", f"the tokenizer was trained on other text; to train one on this: {command}")]
+
+
 def run(config: BaseConfig):
     from jaxchat.eval import training
     from jaxchat.report import record
@@ -29,7 +37,7 @@ def run(config: BaseConfig):
     stage = stage_for(config)
     start = find_start(stage)
     bundle, about_core = training.core_bundle(config)
-    plan = [*plan_of(stage, start), ("CORE", about_core)]
+    plan = [*plan_of(stage, start), ("CORE", about_core), *about_tokenizer(config, stage)]
     cli.print_plan(stage.title, plan)
     evaluations = training.base(config, stage, bundle)
     with open_run(stage, start) as ready, record.recorded(ready, began, plan):

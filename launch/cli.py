@@ -159,7 +159,7 @@ def base_directory(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(message: Callable[[], str], seconds: float) -> Iterator[None]:
-    """While the block runs, print message() and the time passed, every so many `seconds`."""
+    """While the block runs, print message() and the time passed, once in `seconds`."""
     start, done = time.perf_counter(), threading.Event()
 
     def report():

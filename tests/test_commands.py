@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -135,7 +136,8 @@ def test_a_report_of_all_stages(here):
     assert f"written: {here / 'report' / TAG / 'report.md'}" in text
     told = (here / "report" / TAG / "report.md").read_text()
     for stage, name in [("base", "val_bpb"), ("mid", "val_bpb"), ("sft", "val_loss")]:
-        assert f" {metrics(here, stage)[-1][name]:.4f} |" in told
+        value = [row[name] for row in metrics(here, stage) if name in row][-1]
+        assert f" {value:.4f} |" in told
         [ran] = map(json.loads, (here / STAGES[stage].folder / TAG / "runs.jsonl").read_text().splitlines())
         assert ran["seconds"] > sum(row.get("step_seconds", 0) for row in metrics(here, stage))
         assert ran["steps"] == [0, STEPS] and ran["flags"]["num_iterations"] == STEPS and ran["devices"] in told
@@ -190,8 +192,11 @@ def test_tok_train_says_how_far_it_is(here, tmp_path, monkeypatch):
     tokenizer = Tokenizer.load()
     assert tokenizer.trained_on == read.fingerprint and tokenizer.knows(read.fingerprint)
     assert not tokenizer.knows({"shard_00000.parquet": "of other content"})
-    with pytest.raises(SystemExit):
-        tok_train.main(["--max_chars=0"])
+    stage = SimpleNamespace(tokenizer=tokenizer, data=read.fingerprint)
+    assert base_train.about_tokenizer(BaseConfig(), stage) == []
+    stage.data = {"shard_00000.parquet": "of other content"}
+    [(name, text)] = base_train.about_tokenizer(BaseConfig(data_dir="there"), stage)
+    assert name == "warning" and text.endswith("launch.tok_train --data_dir=there")
 
 
 @pytest.mark.parametrize("source", ["base", "mid", "sft"])
