@@ -190,15 +190,16 @@ DEVICE_ROWS, DEVICE_CONVERSATIONS = 32, 4  # the most rows that --device_batch_s
 EVAL_BATCH = 4  # conversations that --eval_steps counts in
 
 
-def flag(default, least=None, most=None, *, special=None, choices=(), free=False, alias="", name=""):
+def flag(default, least=None, most=None, *, special=None, choices=(), free=False, own=False, alias="", name=""):
     """A field of a flags class, with what Flags checks.
 
     least, most: the bounds of a number, inclusive; special: one more value that is allowed. choices: all values of a
     word. free: a resumed run may change it, since it changes what is shown, measured, kept or computed at a time, but
-    not what is learnt. alias: a short form, such as "-p". name: the flag's name where it is not the field's.
+    not what is learnt. own: the processes of a run may differ in it; it is free then. alias: a short form, such
+    as "-p". name: the flag's name where it is not the field's.
     """
-    metadata = {"least": least, "most": most, "special": special, "choices": choices, "free": free}
-    return dataclasses.field(default=default, metadata=metadata | {"alias": alias, "name": name})
+    metadata = {"least": least, "most": most, "special": special, "choices": choices, "free": free or own}
+    return dataclasses.field(default=default, metadata=metadata | {"own": own, "alias": alias, "name": name})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,15 +222,22 @@ class Flags:
 
     def learnt_from(self) -> dict:
         """The flags that affect what is learnt, by name: those that are not free."""
+        return self._but("free")
+
+    def shared(self) -> dict:
+        """The flags that all processes of a run have to agree on, by name."""
+        return self._but("own")
+
+    def _but(self, kind: str) -> dict:
         fields = dataclasses.fields(self)
-        return {field.name: getattr(self, field.name) for field in fields if not field.metadata.get("free")}
+        return {field.name: getattr(self, field.name) for field in fields if not field.metadata.get(kind)}
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Flags):
     """The flags that the three trainers share."""
 
-    run: str = flag("dummy", free=True)
+    run: str = flag("dummy", own=True)
     """Name of the run at Weights & Biases; "dummy": nothing is logged there."""
     device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"), free=True)
     """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
@@ -271,14 +279,14 @@ class TrainConfig(Flags):
     on_nonfinite: str = flag("stop", choices=("stop", "skip"), free=True)
     """What to do when a loss or a gradient is not finite: stop, or skip that step, which then changes
     nothing."""
-    data_workers: int = flag(0, 0, free=True)
+    data_workers: int = flag(0, 0, own=True)
     """Processes per host that tokenize; 0: threads of the trainer. The batches do not depend on it."""
-    coordinator: str = flag("", free=True)
+    coordinator: str = flag("", own=True)
     """HOST:PORT of process 0 where several processes train together; empty: as Slurm, TPUs, Open MPI or a
     JobSet say."""
     num_processes: int = flag(0, 0, free=True)
     """Number of processes that train together; 0: as the launcher says, or else 1."""
-    process_id: int = flag(-1, -1, free=True)
+    process_id: int = flag(-1, -1, own=True)
     """Number of this process, counted from 0; -1: as the launcher says."""
     heartbeat_timeout: int = flag(100, 2, free=True)
     """Seconds without a sign of life after which a process is taken for lost, and all end."""
@@ -331,13 +339,13 @@ class BaseConfig(TrainConfig):
     """Steps between measurements of CORE, if its bundle is there (the plan says); 0 or -1: never."""
     core_metric_max_per_task: int = flag(500, 1, special=-1, free=True)
     """Items of each CORE task to measure on, at most; -1: all."""
-    eval_bundle: str = flag("", free=True)
+    eval_bundle: str = flag("", own=True)
     """CORE's bundle, a folder or a zip; empty: <base directory>/eval_bundle, or else eval_bundle.zip."""
     sample_every: int = flag(2000, -1, free=True)
     """Steps between showing how the model continues seven prompts; 0 or -1: never."""
     model_tag: str = flag("", free=True)
     """Name of the checkpoint folder; empty: d<depth>."""
-    data_dir: str = flag("", free=True)
+    data_dir: str = flag("", own=True)
     """Folder of parquet shards with a column `text`, the last one for validation; empty: <base
     directory>/base_data."""
     packing: str = flag("stream", choices=("stream", "bos_bestfit"))
@@ -380,7 +388,7 @@ class MidConfig(TrainConfig):
     """Training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
     val_tasks: str = flag("SmolTalk/test,MMLU/test:5200,GSM8K/test:420", free=True)
     """Validation mixture, written like --train_tasks."""
-    tasks_dir: str = flag("", free=True)
+    tasks_dir: str = flag("", own=True)
     """Folder of the tasks' files; empty: <base directory>/tasks."""
 
 
@@ -428,5 +436,5 @@ class SFTConfig(TrainConfig):
     """Training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
     val_tasks: str = flag("SmolTalk/test", free=True)
     """Validation mixture, written like --train_tasks."""
-    tasks_dir: str = flag("", free=True)
+    tasks_dir: str = flag("", own=True)
     """Folder of the tasks' files; empty: <base directory>/tasks."""

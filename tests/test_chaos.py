@@ -77,6 +77,12 @@ def losses(run):
     return {row["step"]: (row["loss"], row["grad_norm"], row["lr_multiplier"]) for row in rows if "loss" in row}
 
 
+def hear_signals():
+    """Under nohup, or started in the background, a process ignores these."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Run:
     """One stage's run, in a base directory of its own."""
 
@@ -95,7 +101,7 @@ class Run:
         command = [sys.executable, str(ROOT / "tests/chaos_process.py"), *args]
         self.logs.append(self.home / f"log-{len(self.logs)}")
         with self.logs[-1].open("w") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+            return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, preexec_fn=hear_signals)
 
     def log(self):
         return "".join(path.read_text() for path in self.logs)
@@ -148,7 +154,7 @@ def disturb(run, fault, rng):
     process = run.start(f"full={rng.randrange(500)}" if fault == "full" else "none")  # a checkpoint has 700 kB
     at = base + rng.randrange(*((EVERY + 4, 2 * EVERY + 3) if fault == "full" else (1, 3 * EVERY)))
     assert run.reaches(process, at), run.log()[-3000:]
-    process.send_signal(signal.SIGTERM if stopped else signal.SIGKILL)
+    process.send_signal(rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)) if stopped else signal.SIGKILL)
     assert run.ends(process) == (75 if stopped else -9), run.log()[-3000:]
     whole = steps_in(run.folder)
     if stopped:

@@ -275,13 +275,14 @@ def test_a_stop_saves_and_can_be_resumed(folder, monkeypatch, capsys, command, f
             os.kill(os.getpid(), number)
         return place(batch, mesh)
 
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup, or in the background, it may be ignored
     wanted, handler = losses(run), signal.getsignal(number)
     monkeypatch.setattr(loop, "place_batch", stopping)
     ends(command, flags("--overwrite"), 75)
     told = capsys.readouterr().err
     assert f"stopped by {number.name} after step 3; saved in {run / '3'}" in told and "--resume" in told
     assert signal.getsignal(number) == handler
+    signal.signal(number, before)
     assert checkpoint.steps_in(run) == [2, 3] and [row[0] for row in losses(run)] == [1, 2, 3]
     ends(command, flags("--resume"), 0)
     assert losses(run) == wanted and checkpoint.steps_in(run)[-1] == STEPS
@@ -290,6 +291,7 @@ def test_a_stop_saves_and_can_be_resumed(folder, monkeypatch, capsys, command, f
 def test_ctrl_c_twice_and_nohup(capfd):
     """The second Ctrl-C ends the process by the system's own handler; what was ignored stays ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with Stop() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
@@ -299,6 +301,7 @@ def test_ctrl_c_twice_and_nohup(capfd):
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     finally:
         signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGINT, ours)
     assert capfd.readouterr().err == "stopping after this step, and saving; Ctrl-C again ends at once\n"
 
 

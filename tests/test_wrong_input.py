@@ -161,7 +161,7 @@ def test_a_tag_is_a_plain_name(folder, tag, capsys):
 @pytest.mark.parametrize("flag", ["--run=mine", "--tensorboard"])
 def test_a_logger_that_is_missing_costs_no_checkpoint(folder, flag, capsys, monkeypatch):
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'jaxchat[" in refusal(folder, base_train, [*BASE, "--overwrite", flag], capsys)
+    assert "pip install -e '.[" in refusal(folder, base_train, [*BASE, "--overwrite", flag], capsys)
 
 
 def test_only_overwrite_deletes(folder):

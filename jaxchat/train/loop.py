@@ -24,8 +24,7 @@ from jaxchat.train.step import compile_step
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Something measured while training: every `every` steps (≤ 0: never), at the end, and, if at_start,
-    before all."""
+    """A measurement every `every` steps (≤ 0: never), at the end, and, if at_start, before the first step."""
 
     name: str
     every: int
@@ -105,7 +104,7 @@ class Loop:
             self.take_step()
 
     def evaluate(self, stopping: bool) -> bool:
-        """Measure what is due, unless the run stops. -> whether it stops."""
+        """Run the evaluations that are due, unless the run stops. -> whether it stops."""
         for evaluation in self.evaluations:
             done = self.step == self.run.first_step and evaluation.name in self.log.measured  # before a resume
             if not (stopping or done) and evaluation.due(self.step, self.finished):

@@ -1,5 +1,5 @@
-"""Where a run's numbers go: JSON lines beside the checkpoints; Weights & Biases and TensorBoard where
-asked."""
+"""Write a run's numbers: JSON lines beside its checkpoints, and on request Weights & Biases and
+TensorBoard."""
 
 import contextlib
 import importlib.util
@@ -20,23 +20,22 @@ from jaxchat.store import FULL
 
 
 def check_installed(*, run: str, tensorboard: bool):
-    """UserError unless what the flags ask for can be imported; to be called before anything is written."""
+    """Raise UserError unless the loggers that the flags ask for are installed."""
     for asked, module, extra in ((run != "dummy", "wandb", "wandb"), (tensorboard, "tensorboardX", "tensorboard")):
         if asked and importlib.util.find_spec(module) is None:
             flag = f"--run={run}" if module == "wandb" else "--tensorboard"
-            raise UserError(f"{flag} needs {module}: pip install 'jaxchat[{extra}]'")
+            raise UserError(f"{flag} needs {module}: pip install -e '.[{extra}]' in jaxchat's folder")
 
 
 def peak_bytes() -> int:
-    """The most memory used so far: of the first device here where it keeps count (GPU, TPU), else of the
-    process."""
+    """Peak memory in bytes: of the first local device if it reports one (GPU, TPU), else of the process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run: one object a line, each with its `step`. folder None: nothing is written."""
+    """A run's `metrics.jsonl`, one object with a `step` per line, and other sinks. folder None: no file."""
 
     def __init__(self, folder: Path | None, config: dict, *, resume_step: int, run: str, tensorboard: bool):
         self._file = self._wandb = self._board = None
@@ -91,7 +90,7 @@ class MetricsLog:
                 self._board.add_scalar(name, value, step)
 
     def _write(self):
-        """All that is not written yet, or nothing: a full disk costs no step, and no line is cut."""
+        """Append every buffered line, or none: on a full disk keep buffering and leave no partial line."""
         end = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(self._unwritten) == len(self._unwritten):
@@ -115,7 +114,7 @@ class MetricsLog:
 
 
 def evaluations_after(step: int, folder: Path) -> list[str]:
-    """The evaluations that metrics.jsonl records after so many steps."""
+    """The names of the evaluations that metrics.jsonl records after `step` steps."""
     rows = files.read_lines(folder / "metrics.jsonl")
     return [row["evaluation"] for row in rows if row.get("step") == step and "evaluation" in row]
 
@@ -129,7 +128,7 @@ def wandb_id(folder: Path, new: bool) -> str:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; a line that a kill cut short belongs to no step."""
+    """The step of a line; ∞ for a line that a kill cut short."""
     try:
         return json.loads(line)["step"]
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a run reports of its steps: lines and metrics, one step late."""
+"""Print and log what a run does, one step late."""
 
 import time
 
@@ -16,8 +16,7 @@ class NotFinite(UserError):
 
 
 class Reporter:
-    """Step lines and metrics, one step late: the numbers of a step are fetched when the next one is under
-    way."""
+    """Reports steps one step late: a step's numbers are fetched while the next one is computed."""
 
     def __init__(self, stage, log: MetricsLog):
         self._stage, self._log = stage, log
@@ -111,8 +110,7 @@ class Reporter:
         return line
 
     def _eta(self, progress: float) -> float | None:
-        """Seconds left after the step that began at `progress`, at the pace of the steps between the first
-        and it."""
+        """Seconds left after the step that began at `progress`, by the mean pace since the second step."""
         if self._reported == 1:
             self._first_progress = progress
         steps, done = self._reported - 1, progress - self._first_progress

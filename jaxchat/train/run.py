@@ -22,9 +22,6 @@ from jaxchat.train.stages import Stage
 from jaxchat.train.state import TrainState, abstract_state, init_state, state_from_params
 from jaxchat.train.step import make_train_step
 
-# Flags in which the processes of a run may differ.
-OF_A_PROCESS = ("process_id", "coordinator", "run", "data_dir", "tasks_dir", "eval_bundle", "data_workers")
-
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -74,8 +71,9 @@ def find_start(stage: Stage) -> Start:
     """Find where a run starts. UserError: checkpoints would be lost, or don't fit to the flags."""
     flags = stage.flags
     check_installed(run=flags.run, tensorboard=flags.tensorboard)
-    shared = {name: value for name, value in dataclasses.asdict(flags).items() if name not in OF_A_PROCESS}
-    sharding.check_same(data=stage.data, tokenizers=stage.tokenizer.hash, parents=stage.meta["parent"], flags=shared)
+    sharding.check_same(
+        data=stage.data, tokenizers=stage.tokenizer.hash, parents=stage.meta["parent"], flags=flags.shared()
+    )
     if getattr(flags, "dry_run", False):
         return Start(None, [])
     checkpoints = Checkpoints(checkpoint.run_folder(stage.name, stage.tag))

@@ -1,5 +1,4 @@
-"""When a run saves, and what happens when that fails: the failure is printed, training continues, and it is
-retried."""
+"""When a run saves. A save that fails is printed and retried, while training continues."""
 
 import time
 
@@ -15,14 +14,14 @@ LAST_ATTEMPTS = 4  # at the end of a run, with 1, 2 and 4 seconds between
 
 
 class Saver:
-    """Decides at every step's end whether to save. Without checkpoints (a dry run) it never does.
+    """Decides after every step whether to save. Without checkpoints (a dry run) it never does.
 
-    Any Exception of a save is its failure: Orbax and TensorStore have errors of many kinds for a full disk alone.
+    Any Exception counts as a failed save: Orbax and TensorStore raise many kinds for a full disk alone.
     """
 
     def __init__(self, run):
         self._run, self._stage, self._checkpoints = run, run.stage, run.checkpoints
-        self._whole = self._begun = run.first_step  # steps whose save is complete, and was begun
+        self._saved = self._begun = run.first_step  # steps whose save is complete, and was begun
         self._failures, self._again = 0, None  # again: the step at which to try once more
         self._saved_at, self._overdue = clock(), False  # overdue: all processes agree that it is time
 
@@ -31,7 +30,7 @@ class Saver:
         if not self._checkpoints:
             return False
         try:
-            if self._checkpoints.poll() and self._begun > self._whole:
+            if self._checkpoints.poll() and self._begun > self._saved:
                 self._went_well()
         except Exception as problem:
             self._failed(step, problem)
@@ -47,7 +46,8 @@ class Saver:
         return bool(self._checkpoints) and 0 < 60 * minutes <= clock() - self._saved_at
 
     def agree(self, values: dict[str, float]):
-        """Note what all processes together report of a step: it is time to save where one of their clocks says so."""
+        """Note what all processes together report of a step: it is time to save where one of their clocks
+        says so."""
         self._overdue = self._overdue or values.get("overdue", 0) > 0
 
     def save(self, state: TrainState, step: int, *, finished: bool):
@@ -58,8 +58,7 @@ class Saver:
             self._failed(step, problem)
 
     def finish(self, state: TrainState, step: int, *, finished: bool):
-        """Wait until the state after the run's last step is saved. UserError: it can't be, after several
-        attempts."""
+        """Save the state after the run's last step and wait for it. UserError: several attempts failed."""
         if not self._checkpoints:
             return
         for attempt in range(LAST_ATTEMPTS):
@@ -98,12 +97,12 @@ class Saver:
         """What is saved when the run stops after `step` steps, and how to continue."""
         if not self._checkpoints:
             return "nothing is saved (dry run)"
-        if not self._whole:
+        if not self._saved:
             return "nothing was to be saved yet; start the same command again"
         return f"saved in {self._checkpoints.folder / str(step)}; continue with the same command and --resume"
 
     def _start(self, state: TrainState, step: int, finished: bool):
-        if self._begun > self._whole:
+        if self._begun > self._saved:
             self._checkpoints.wait()
             self._went_well()
         keep = self._stage.keep_state or not finished
@@ -119,11 +118,11 @@ class Saver:
         )
 
     def _went_well(self):
-        self._whole = self._begun
+        self._saved = self._begun
         self._failures = 0
 
     def _failed(self, step: int, problem: Exception, quiet: bool = False):
-        self._begun = self._whole
+        self._begun = self._saved
         self._again = step + min(2**self._failures, MOST_STEPS_BETWEEN)
         self._failures += 1
         if not quiet and jax.process_index() == 0:
@@ -133,4 +132,4 @@ class Saver:
             )
 
     def _from(self) -> str:
-        return f"step {self._whole}" if self._whole else "the start"
+        return f"step {self._saved}" if self._saved else "the start"
