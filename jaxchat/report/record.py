@@ -1,4 +1,5 @@
-"""What a trainer leaves for the report, beside what it logs anyway: a line of `runs.jsonl` for each time it ran."""
+"""What a trainer leaves for the report, beside what it logs anyway: a line of `runs.jsonl` for each time it
+ran."""
 
 import contextlib
 import dataclasses
@@ -83,7 +84,8 @@ def versions() -> str:
 
 
 def git_state() -> str:
-    """The commit that jaxchat's code is at, and whether files differ from it; "" outside a checkout of its own."""
+    """The commit that jaxchat's code is at, and whether files differ from it; "" outside a checkout of its
+    own."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:

@@ -38,7 +38,8 @@ def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
 
 
 def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
-    """The first key of {remat: jitted step} whose step, compiled for `args`, fits in the memory of every device.
+    """The first key of {remat: jitted step} whose step, compiled for `args`, fits in the memory of every
+    device.
 
     Without a memory limit (CPU) that is the first, and nothing is compiled. UserError: none fits.
     """
@@ -76,7 +77,7 @@ def fitting(limit: float, platform: str) -> str:
 def fits(needed: int, limit: float, platform: str, last: bool) -> bool:
     """Whether a compiled program fits; last: no smaller one is left to try.
 
-    On a TPU it always does: libtpu refuses to compile what does not, and counts temporaries that are never alive
-    together (18.9 GB on a v5e of 16.9).
+    On a TPU it always does: libtpu refuses to compile what does not, and counts temporaries that are never
+    alive together (18.9 GB on a v5e of 16.9).
     """
     return platform == "tpu" or needed <= limit * (1 if last else SPARE)

@@ -56,8 +56,8 @@ def place_batch(batch: dict, mesh: Mesh) -> dict:
 def train(run: Run, evaluations: list[Evaluation]) -> None:
     """Train to the end of a stage. An error saves what is learnt, where it can, before it ends the run.
 
-    Preempted: a signal asked to stop, and what was learnt is saved. UserError: a step was not finite, or the end of the
-    run could not be saved.
+    Preempted: a signal asked to stop, and what was learnt is saved. UserError: a step was not finite, or the
+    end of the run could not be saved.
     """
     with Stop() as stop, MetricsLog.of(run) as log:
         loop = Loop(run, evaluations, stop, log)

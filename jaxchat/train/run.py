@@ -103,7 +103,8 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints):
         raise UserError(
             f"--resume: {checkpoints.folder} was imported, without an optimizer; it can be midtrained or finetuned"
         )
-    # A setting or constant that did not exist when the checkpoint was written had the value that is its default now.
+    # A setting or constant that did not exist when the checkpoint was written had the value that is its
+    # default now.
     defaults = type(stage.flags)().learnt_from()
     saved = saved | {
         "model": dataclasses.asdict(ModelConfig(**saved["model"])),
@@ -142,10 +143,11 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def open_run(stage: Stage, start: Start) -> Iterator[Run]:
-    """Prepare a run: look at the data, choose the step that fits, lock the folder, then restore or initialise.
+    """Prepare a run: look at the data, choose the step that fits, lock the folder, then restore or
+    initialise.
 
-    Nothing is written or deleted before all that can refuse has. Leaving the context ends the data pipeline, waits for
-    the save under way, and unlocks the folder.
+    Nothing is written or deleted before all that can refuse has. Leaving the context ends the data pipeline,
+    waits for the save under way, and unlocks the folder.
     """
     checkpoints = start.checkpoints
     try:
@@ -184,7 +186,8 @@ def step_functions(stage: Stage, start: Start) -> dict[str, Callable]:
     compute = stage.model.compute
     remats = [compute.remat]
     if stage.flags.remat == "auto" and fit.device_memory(stage.model.mesh):
-        # A resumed run keeps what it had, to be the same bit for bit; before that was recorded, it was the default.
+        # A resumed run keeps what it had, to be the same bit for bit; before that was recorded, it was the
+        # default.
         first = start.meta.get("remat", compute.remat) if start.step else REMATS[0]
         remats = REMATS[REMATS.index(first) :]
     models = {

@@ -8,10 +8,12 @@ import numpy as np
 def lr_multiplier(
     progress: float | jax.Array, step: float, *, warmup_ratio: float, warmdown_ratio: float, final_lr_frac: float
 ) -> float | jax.Array:
-    """Linear from 0 over the first `warmup_ratio` of a stage, then 1, then linear to `final_lr_frac` at its end.
+    """Linear from 0 over the first `warmup_ratio` of a stage, then 1, then linear to `final_lr_frac` at its
+    end.
 
-    progress: fraction of the stage that is done; step: fraction that this step adds, so that the first step of a
-    warmup has a rate above 0 and its last step the full one. (warmup 0, warmdown 1) is a straight line from 1 down.
+    progress: fraction of the stage that is done; step: fraction that this step adds, so that the first step
+    of a warmup has a rate above 0 and its last step the full one. (warmup 0, warmdown 1) is a straight line
+    from 1 down.
     """
     xp = jnp if isinstance(progress, jax.Array) else np
     up = xp.minimum(1.0, (progress + step) / warmup_ratio) if warmup_ratio else 1.0

@@ -7,15 +7,17 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-# Schedulers send SIGTERM or SIGUSR1 before they take a machine away, terminals SIGINT (Ctrl-C) and SIGHUP (closed).
+# Schedulers send SIGTERM or SIGUSR1 before they take a machine away, terminals SIGINT (Ctrl-C) and SIGHUP
+# (closed).
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop:
-    """A context in which these signals don't end the process; `asked` reports them. A second Ctrl-C ends it at once.
+    """A context in which these signals don't end the process; `asked` reports them. A second Ctrl-C ends it
+    at once.
 
-    A signal that is ignored at the start (SIGHUP under nohup) stays ignored. Where several processes run, jax's own
-    service listens for SIGTERM, and agrees on the step at which all stop.
+    A signal that is ignored at the start (SIGHUP under nohup) stays ignored. Where several processes run,
+    jax's own service listens for SIGTERM, and agrees on the step at which all stop.
     """
 
     def __init__(self):

@@ -40,7 +40,8 @@ SAMPLE = 256  # documents from whose lengths a plan estimates the tokens in all
 class DataBatches:
     """Batches that are read from data, whatever the weights and the step are.
 
-    A batch is {inputs, targets, weights[, segments]} [A, B, T] of this process's rows, and `totals` (data/streams.py).
+    A batch is {inputs, targets, weights[, segments]} [A, B, T] of this process's rows, and `totals`
+    (data/streams.py).
     """
 
     def __init__(self, iterator: grain.DatasetIterator):
