@@ -301,18 +301,6 @@ def test_dry_run_writes_nothing(here):
     assert sorted(path.relative_to(here) for path in here.rglob("*")) == before
 
 
-def test_an_evaluation_that_fails_costs_no_step(here, home):
-    shutil.copytree(here, home, dirs_exist_ok=True)
-    base = cli.parse(BaseConfig, [*flags(home)[0], "--model_tag=broken", "--num_iterations=2"])
-
-    def fail(params):
-        raise RuntimeError("the evaluation is broken")
-
-    with pytest.raises(RuntimeError, match="is broken"):
-        train(base_train, base, [loop.Evaluation("broken", 2, fail)])
-    assert checkpoint.steps_in(home / "base_checkpoints/broken") == [2]
-
-
 def test_multiple_choice_while_finetuning(here, home):
     """MMLU and ARC-Easy from files in the hub's shapes; 3 rows of which the letters are all the same."""
     shutil.copytree(here, home, dirs_exist_ok=True)
