@@ -2,12 +2,15 @@
 
 import os
 import pickle
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 
 from jaxchat.config import UserError
 from jaxchat.data import sources
@@ -67,6 +70,16 @@ def test_memory_is_bounded_whatever_the_row_groups(tmp_path, monkeypatch, codec,
     assert bounded.groups_read == 3 and bounded.bytes_in_memory < sources.GROUP_BYTES
     copy = pickle.loads(pickle.dumps(bounded))  # as Grain's workers get it
     assert copy.bytes_in_memory == 0 and copy[3] == texts[3]
+
+
+def test_a_large_row_group_is_decoded_bit_by_bit(tmp_path):
+    """In Arrow's own count of its memory: far less than the group's 40 MB."""
+    path = write(tmp_path / "a.parquet", [f"{i:07} " * 250 for i in range(20_000)], compression="none")
+    code = "import pyarrow as pa; from jaxchat.data import sources; sources.GROUP_BYTES = 2**20; "
+    code += f"texts = sources.ParquetText([{str(path)!r}]); assert texts[19_999].startswith('0019999 '); "
+    code += "print(pa.default_memory_pool().max_memory())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 12_000_000
 
 
 def test_a_full_disk_names_the_remedy(tmp_path, monkeypatch):

@@ -72,7 +72,8 @@ def file_fingerprint(path: Path) -> str:
 def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
     """An open parquet file that has the columns; else a UserError that names it."""
     try:
-        file = pq.ParquetFile(path, buffer_size=1 << 20)  # buffered: large column chunks are read bit by bit
+        # Else whole column chunks, as long as their row groups, would be read into memory at once.
+        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (OSError, pa.ArrowInvalid) as problem:
         line = str(problem).splitlines()[0]
         raise UserError(f"{path} cannot be read as parquet ({line}); download it again") from problem
