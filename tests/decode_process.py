@@ -1,4 +1,7 @@
-"""Compile generation, of one row, for an H100 that need not be here: python -m tests.decode_process"""
+"""Compile generation, of one row, for an H100 that need not be here: python -m tests.decode_process
+
+The cache must be written in place: it is donated, and no copy of it is in what the program needs beside.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +44,9 @@ def main():
     number, flag = shapes(lambda: zeros()), shapes(lambda: zeros() > 0)
     for top in (None, 5):
         lowered = decode.decode.lower(program, weights, held, turn, number, number, flag, kind=FILTERED, top=top)
-        lowered.compile()
+        memory = lowered.compile().memory_analysis()
+        cache = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(held.cache))
+        assert memory.alias_size_in_bytes > cache > 2 * memory.temp_size_in_bytes
 
 
 if __name__ == "__main__":
