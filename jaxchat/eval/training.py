@@ -39,6 +39,7 @@ def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
     """(CORE's tasks, what the plan says of them); no tasks if no bundle is there and none was named."""
     if config.core_metric_every <= 0:
         return [], "not measured"
+    bundle, why = [], ""
     try:
         bundle = core.load_bundle(config.eval_bundle)
         for task in bundle:  # too few items are found before the training
@@ -46,7 +47,10 @@ def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
     except core.NoBundle as problem:
         if config.eval_bundle:
             raise
-        return [], f"not measured: {problem}"
+        why = f"not measured: {problem}"
+    sharding.check_same(bundles={task.label: len(task.items) for task in bundle})  # all take part, or wait for ever
+    if why:
+        return [], why
     return bundle, f"{len(bundle)} tasks every {config.core_metric_every:,} steps"
 
 
@@ -81,6 +85,7 @@ def sft(config: SFTConfig, stage: Stage) -> list[Evaluation]:
         )
     if config.eval_metrics_every > 0:
         tasks = choice_tasks(config)
+        sharding.check_same(tasks={name: task.fingerprint for name, task in tasks})
     letters = partial(accuracies, stage=stage, tasks=tasks, most=config.eval_metrics_max_problems)
     return [
         Evaluation("validation", config.eval_every, partial(val_loss, stage=stage, batches=batches), at_start=True),
