@@ -186,6 +186,20 @@ def test_packed_conversations_cost_what_they_cost_alone(real, attention):
     assert abs(float(seen / nll) - 1) > 1e-4, "without segments they see one another"
 
 
+@pytest.mark.parametrize("packing", ["padded", "bestfit"])
+def test_a_step_that_devices_cannot_share_is_filled_with_empty_rows(real, packing):
+    """4 conversations a step on 6 devices: the same conversations as without the rows beside them."""
+
+    def supervised(micro_rows):
+        batches = sft_batches(real, 12, micro_rows=micro_rows, time=512, packing=packing)
+        steps = [(b["inputs"].shape[1], sorted(b["targets"][b["weights"] > 0].tolist())) for b in batches]
+        batches.close()
+        return zip(*steps, strict=True)
+
+    (rows, filled), (_, alone) = supervised(6), supervised(1)
+    assert rows == (6, 6, 6) and filled == alone and len(alone) == 3
+
+
 def test_validation_depends_on_no_other_flag(home):
     """Neither seed nor device batch changes what is measured; only their own sizes do."""
     talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": ""}]

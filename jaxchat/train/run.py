@@ -78,7 +78,7 @@ def find_start(stage: Stage) -> Start:
         return Start(None, [])
     checkpoints = Checkpoints(checkpoint.run_folder(stage.name, stage.tag))
     steps = sharding.gather_json({"steps": checkpoints.steps()})[0]["steps"]  # as the first process sees it
-    if not steps or flags.overwrite and not flags.resume:
+    if not steps or flags.overwrite:
         return Start(checkpoints, steps)
     if not flags.resume:
         raise UserError(
