@@ -1,4 +1,4 @@
-"""Every setting of jaxchat, as frozen dataclasses: the stages, the model, the flags, and where files are kept.
+"""Every setting of jaxchat, as frozen dataclasses: stages, models, flags, and where files are kept.
 
 The fields of a flags class are a command's flags, and their docstrings are its help.
 This module imports nothing of jaxchat; everything else may import it.
@@ -53,7 +53,7 @@ class StageInfo:
     command: str  # the module in launch/ that trains it
     label: str  # in reports
     title: str  # of its plan, before the tag
-    parents: tuple[str, ...]  # the stages whose checkpoints it may start from; (): it starts from random weights
+    parents: tuple[str, ...]  # the stages whose checkpoints it may start from; (): random weights
 
 
 STAGES = {
@@ -193,10 +193,10 @@ EVAL_BATCH = 4  # conversations that --eval_steps counts in
 def flag(default, least=None, most=None, *, special=None, choices=(), free=False, own=False, alias="", name=""):
     """A field of a flags class, with what Flags checks.
 
-    least, most: the bounds of a number, inclusive; special: one more value that is allowed. choices: all values of a
-    word. free: a resumed run may change it, since it changes what is shown, measured, kept or computed at a time, but
-    not what is learnt. own: the processes of a run may differ in it; it is free then. alias: a short form, such
-    as "-p". name: the flag's name where it is not the field's.
+    least, most: the bounds of a number, inclusive; special: one more value that is allowed. choices: all
+    values of a word. free: a resumed run may change it, since it changes what is shown, measured, kept or
+    computed at a time, but not what is learnt. own: the processes of a run may differ in it; it is free then.
+    alias: a short form, such as "-p". name: the flag's name where it is not the field's.
     """
     metadata = {"least": least, "most": most, "special": special, "choices": choices, "free": free or own}
     return dataclasses.field(default=default, metadata=metadata | {"own": own, "alias": alias, "name": name})
@@ -235,7 +235,7 @@ class Flags:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Flags):
-    """The flags that the three trainers share."""
+    """Flags that all trainers share"""
 
     run: str = flag("dummy", own=True)
     """Name of the run at Weights & Biases; "dummy": nothing is logged there."""
@@ -243,8 +243,8 @@ class TrainConfig(Flags):
     """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
     mesh: str = flag("", free=True)
     """Devices along each axis, as in data=-1,fsdp=1,tensor=1 (-1: all that remain). data: each device holds
-    all weights; fsdp: each holds a share of every weight; tensor: each computes a share of every layer. Empty:
-    data=-1 on CPUs, fsdp=8 elsewhere."""
+    all weights; fsdp: each holds a share of every weight; tensor: each computes a share of every layer.
+    Empty: data=-1 on CPUs, fsdp=8 elsewhere."""
     dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
     """Number format of activations and matrix products: float32 or bfloat16; auto: float32 on a CPU, bfloat16
     elsewhere. Weights stay float32."""
@@ -264,8 +264,8 @@ class TrainConfig(Flags):
     weight_decay: float = flag(0.0, 0)
     """AdamW weight decay of embedding and head."""
     save_every: int = flag(-1, -1, free=True)
-    """Steps between checkpoints, besides those of --save_minutes; 0 or -1: none. The last step is always saved, and
-    the last three checkpoints are kept."""
+    """Steps between checkpoints, besides those of --save_minutes; 0 or -1: none. The last step is always
+    saved, and the last three checkpoints are kept."""
     save_minutes: float = flag(30.0, 0, free=True)
     """Minutes after which a checkpoint is saved, counted from the one before; 0: none by the clock."""
     resume: bool = flag(False, free=True)
@@ -319,8 +319,8 @@ class BaseConfig(TrainConfig):
     target_param_data_ratio: float = flag(20.0, 0, special=-1)
     """Tokens to train on, per parameter of the model (Chinchilla: 20)."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
-    """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it if
-    memory runs out: the result stays the same up to rounding."""
+    """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it
+    if memory runs out: the result stays the same up to rounding."""
     total_batch_size: int = flag(524288, 1)
     """Tokens in an optimizer step, over all devices."""
     grad_clip: float = flag(1.0, 0)
@@ -369,8 +369,8 @@ class MidConfig(TrainConfig):
     max_seq_len: int = flag(-1, 1, special=-1)
     """Tokens in a training row; -1: the model's context length."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
-    """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it if
-    memory runs out: the result stays the same up to rounding."""
+    """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it
+    if memory runs out: the result stays the same up to rounding."""
     total_batch_size: int = flag(524288, 1)
     """Tokens in an optimizer step, over all devices."""
     init_lr_frac: float = flag(1.0, 0)
@@ -410,8 +410,9 @@ class SFTConfig(TrainConfig):
     max_seq_len: int = flag(-1, 1, special=-1)
     """Tokens to which longer conversations are cut; -1: the model's context length."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
-    """Rows that a device computes at a time (a row is a conversation, unless they are packed); -1: the largest
-    number up to 4 that divides the step. Lower it if memory runs out: the result stays the same up to rounding."""
+    """Rows that a device computes at a time (a row is a conversation, unless they are packed); -1: the
+    largest number up to 4 that divides the step. Lower it if memory runs out: the result stays the same up to
+    rounding."""
     target_examples_per_step: int = flag(32, 1)
     """Conversations in an optimizer step, over all devices."""
     packing: str = flag("padded", choices=("padded", "bestfit"))
