@@ -201,15 +201,12 @@ class _Parser(argparse.ArgumentParser):
         self.names.append(name)
         default = "" if field.type is bool or field.default == "" else f" (default: {field.default})"
         shown = {"dest": field.name, "default": argparse.SUPPRESS, "help": (text + default).replace("%", "%%")}
-        if field.type is bool:
-            group.add_argument(f"--{name}", nargs="?", const=True, type=_boolean, metavar="0|1", **shown)
-            shown |= {"help": argparse.SUPPRESS}
-            group.add_argument(f"--no_{name}", action="store_const", const=False, **shown)
-        else:
-            kind, metavar = {int: (_whole, "INTEGER"), float: (_finite, "NUMBER")}.get(field.type, (str, "TEXT"))
-            alias = field.metadata.get("alias")
-            flags = [f"--{name}", *([alias] if alias else [])]
-            group.add_argument(*flags, type=kind, metavar=metavar, **shown)
+        kind, metavar = KINDS[field.type]
+        switch = {"nargs": "?", "const": True} if field.type is bool else {}
+        alias = field.metadata.get("alias")
+        group.add_argument(f"--{name}", *([alias] if alias else []), type=kind, metavar=metavar, **switch, **shown)
+        if switch:
+            group.add_argument(f"--no_{name}", action="store_const", const=False, **shown | {"help": argparse.SUPPRESS})
 
     def error(self, message: str):
         raise UserError(message.removeprefix("argument "))
@@ -235,28 +232,31 @@ def _field_docs(cls) -> dict[str, str]:
     }
 
 
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r}") from None
+def _converter(convert: Callable, expected: str) -> Callable:
+    """`convert` for argparse: what it raises becomes an error that says what was expected."""
+
+    def converted(text: str):
+        try:
+            return convert(text)
+        except (KeyError, ValueError):
+            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}") from None
+
+    return converted
 
 
 def _finite(text: str) -> float:
-    with_error = argparse.ArgumentTypeError(f"expected a number, not {text!r}")
-    try:
-        value = float(text)
-    except ValueError:
-        raise with_error from None
-    if not math.isfinite(value):
-        raise with_error
+    if not math.isfinite(value := float(text)):
+        raise ValueError
     return value
 
 
-def _boolean(text: str) -> bool:
-    if text.lower() not in BOOLEANS:
-        raise argparse.ArgumentTypeError(f"expected 1 or 0, true or false, not {text!r}")
-    return BOOLEANS[text.lower()]
+# How a field of a type is read, and what --help calls its value.
+KINDS = {
+    str: (str, "TEXT"),
+    int: (_converter(int, "a whole number"), "INTEGER"),
+    float: (_converter(_finite, "a number"), "NUMBER"),
+    bool: (_converter(lambda text: BOOLEANS[text.lower()], "1 or 0, true or false"), "0|1"),
+}
 
 
 def _prog(run) -> str:
