@@ -157,6 +157,20 @@ def test_evaluations_with_other_settings_are_left_out(home):
     assert stage.measured == {"MMLU": 0.4, "GSM8K": 0.1, "ARC-Easy": 0.5, "ChatCORE": 0.2}
 
 
+def test_what_an_evaluation_could_not_measure_is_said(home):
+    """Prompts that were cropped, and a validation shard that was trained on: its bits per byte are no result."""
+    folder = write_stage(home, "base")
+    about = {"step": 40, "settings": {}, "values": {"train_bpb": 1.0, "val_bpb": 0.5, "core": 0.25}}
+    about |= {"warning": "1.parquet was trained on", "cropped": {"squad": 3, "coqa": 1}}
+    (folder / "base_eval_40.json").write_text(json.dumps(about))
+    stage = gather().stages["base"]
+    assert stage.measured["core"] == 0.25 and stage.measured["val_bpb"] != 0.5
+    assert stage.left_out == [
+        "val_bpb of base_eval_40.json: 1.parquet was trained on",
+        "the beginnings of CORE's longest prompts, in squad (3 items), coqa (1 items)",
+    ]
+
+
 def test_an_evaluation_of_an_older_step_is_named_until_there_is_a_newer(home):
     folder = write_stage(home, "base")
     (folder / "base_eval_20.json").write_text('{"step": 20, "values": {"core": 0.1}}')

@@ -137,7 +137,14 @@ def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[st
             seconds += about.get("seconds", 0.0)
             command = re.sub(r"_\d+(_[0-9a-f]+)?$", "", path.stem)
             if about.get("step", step) == step:
-                found.append((items(about), command, path.name, numbers(about), settings_of(about)))
+                figures = numbers(about)
+                if warning := about.get("warning"):  # of base_eval: the validation shard was trained on
+                    figures.pop("val_bpb", None)
+                    left_out.append(f"val_bpb of {path.name}: {warning}")
+                if cropped := about.get("cropped"):
+                    tasks = ", ".join(f"{task} ({count} items)" for task, count in cropped.items())
+                    left_out.append(f"the beginnings of CORE's longest prompts, in {tasks}")
+                found.append((items(about), command, path.name, figures, settings_of(about)))
             else:
                 older[command] = f"{path.name}, of step {about['step']}"
         except (OSError, ValueError, AttributeError, TypeError, OverflowError):
