@@ -4,9 +4,9 @@ A command is a module in launch/ with a flags class, `run(config)` and `main(arg
 only what holds flags (jaxchat.config) and other commands. What needs jax, Orbax or Grain is imported inside
 its functions, so that --help and a mistyped flag answer at once.
 
-Exit codes: 0 done; 2 something the user gave cannot work; 75 asked to stop (SIGTERM, SIGUSR1, SIGHUP, Ctrl-C) and
-saved, to be started again with --resume; 76 other processes cannot be reached, 134 one is lost, both likewise; 130
-interrupted; 141 the reader of stdout left.
+Exit codes: 0 done; 2 something the user gave cannot work; 75 asked to stop (SIGTERM, SIGUSR1, SIGHUP, Ctrl-C)
+and saved, to be started again with --resume; 76 other processes cannot be reached, 134 one is lost, both
+likewise; 130 interrupted; 141 the reader of stdout left.
 """
 
 import argparse
@@ -279,7 +279,7 @@ def _raised_in(error: Exception, file: str) -> bool:
 
 
 def _reader_has_left() -> bool:
-    """Whether stdout is the broken pipe (and not, say, one to a worker). If so, silence what is still buffered."""
+    """Whether stdout is the broken pipe (and not one to a worker). If so, silence what is still buffered."""
     try:
         print(flush=True)  # a flush alone has nothing left to write
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""Compile the training step for devices that are not here: python -m launch.compile_check --topology=v5e:4x4"""
+"""Plan for devices that are not here: python -m launch.compile_check --depth=20 --topology=v5e:4x4"""
 
 import dataclasses
 import json
@@ -10,14 +10,14 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Compile base training's step for a TPU slice or GPUs without having them, and print what it needs of each
-    device: memory, FLOPs, collectives, kernels; and the largest batch that fits."""
+    """Compile base training's step for a TPU slice or GPUs without having them, and print what it needs of
+    each device: memory, FLOPs, collectives, kernels; and the largest batch that fits."""
 
     depth: int = flag(20, 1)
     """Number of layers, as in base_train."""
     topology: str = "v5e:4x4"
-    """Devices to compile for: v4, v5e, v5p, v6e or tpu7x and the chips along each side (v5p:4x4x4); or h100:8,
-    h200:8, h100:2x8 (two hosts of 8)."""
+    """Devices to compile for: v4, v5e, v5p, v6e or tpu7x and the chips along each side (v5p:4x4x4); or
+    h100:8, h200:8, h100:2x8 (two hosts of 8)."""
     num_slices: int = flag(1, 1)
     """Number of slices of that topology, joined by the data centre's network."""
     mesh: str = ""
@@ -132,7 +132,7 @@ def training(config: Config, batch: int) -> str:
 
 
 def remedy(plan, done, largest: int | None) -> str:
-    """The error where a step does not fit. largest: the device batch that does; 0: none; None: not searched."""
+    """The error where a step does not fit. largest: the device batch that fits; 0: none; None: unknown."""
     message = f"a step of {plan.batch} rows a device needs {done.needs / 1e9:.1f} GB of {plan.memory / 1e9:.0f} GB; "
     if done.remat != "full":
         message += "try --remat=full, or "

@@ -13,10 +13,11 @@ TAG = "demo"
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Generate a small world, train a tokenizer and a model on it by the real commands, and ask what it has learned.
+    """Generate a small world, train a tokenizer and a model on it by the real commands, and ask what it has
+    learned.
 
-    All that it writes goes to <base directory>/demo, which it uses as a base directory of its own. Ends with a table
-    of held-out prompts; exit code 1 if one of the scores misses its target.
+    All that it writes goes to <base directory>/demo, which it uses as a base directory of its own. Ends with
+    a table of held-out prompts; exit code 1 if one of the scores misses its target.
     """
 
     seed: int = flag(0, 0, 2**32 - 1)
@@ -28,8 +29,8 @@ class Config(Flags):
     sft_steps: int = flag(250, 1)
     """Steps of chat finetuning, of 64 conversations each."""
     device_batch_size: int = flag(2, 1)
-    """Rows to compute at a time in base and mid, twice as many in SFT. Another number changes speed, memory and
-    rounding, nothing else."""
+    """Rows to compute at a time in base and mid, twice as many in SFT. Another number changes speed, memory
+    and rounding, nothing else."""
 
 
 def run(config: Config) -> int:

@@ -12,8 +12,9 @@ from launch.tok_train import documents
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Compare the average bytes a token with other tokenizers: the more, the more text fits into a row. Measured on
-    the training and the validation text, modules of Python's library, worked mathematics, and fifteen languages.
+    """Compare the average bytes a token with other tokenizers: the more, the more text fits into a row.
+    Measured on the training and the validation text, modules of Python's library, worked mathematics, and
+    fifteen languages.
 
     The results go beside the tokenizer, as tok_eval.csv and .json.
     """
@@ -23,7 +24,7 @@ class Config(Flags):
     max_chars: int = flag(2_000_000, 1, special=-1)
     """Characters of training text, and of validation text, to measure on at most; -1: all."""
     references: str = "gpt2,cl100k_base"
-    """Encodings of tiktoken to compare with, separated by commas; tiktoken downloads each once. Empty: none."""
+    """Encodings of tiktoken to compare with, separated by commas; each is downloaded once. Empty: none."""
 
 
 def texts_of(config: Config) -> dict[str, str]:

@@ -14,7 +14,7 @@ REPORT_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Train a byte-level BPE tokenizer on the text of parquet shards. The last shard, for validation, is left out."""
+    """Train a byte-level BPE tokenizer on the text of parquet shards, without the last, which is for validation."""
 
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
@@ -48,7 +48,7 @@ def run(config: Config):
     texts = ParquetText(find_shards(config.data_dir, "train"))
     folder = base_dir() / "tokenizer"
     runs = [run for run in checkpoint.runs() if not (run / "tokenizer").is_dir()]  # the others keep their own
-    in_use = f" ({len(runs)} runs use the present one: replaced only if identical, or with --overwrite)" if runs else ""
+    in_use = f" ({len(runs)} runs need the present one: only its equal replaces it)" if runs else ""
     most = "all characters" if config.max_chars == -1 else f"at most {config.max_chars:,} characters"
     cli.print_plan(
         "Training the tokenizer",
@@ -83,7 +83,7 @@ def run(config: Config):
 
 
 def check_replaceable(runs: list[Path], tokenizer, folder: Path):
-    """Raise a UserError if one of `runs`, which keep no tokenizer of their own, was trained with another one."""
+    """Raise UserError if one of `runs`, which have no copy of their tokenizer, was trained with another one."""
     from jaxchat import checkpoint
 
     for run in runs:

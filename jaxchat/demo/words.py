@@ -4,8 +4,8 @@ from pathlib import Path
 
 from jaxchat.demo.chance import Chance
 
-# One entry for every syllable that a name may begin with. Names with the same beginning are easily confused by a
-# small model, so a world uses each beginning for one name only.
+# One entry for every syllable that a name may begin with. Names with the same beginning are easily confused
+# by a small model, so a world uses each beginning for one name only.
 ONSETS = (
     "b", "bl", "br", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "kl", "kr", "l", "m", "n", "p", "pl",
     "pr", "r", "s", "sk", "sl", "sm", "sn", "sp", "st", "t", "tr", "v", "w", "y", "z", "sh", "th", "ch", "qu",
@@ -43,11 +43,12 @@ def invented_name(chance: Chance, kind: str, beginning: str) -> str:
 def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
     """A word of 3 to 10 letters that is in no dictionary, made in one of five ways.
 
-    They make spelling a matter of the tokens that a word is cut into, not of knowing it by heart: every token has to
-    come in every place of a word, beside every other, and more than once.
+    They make spelling a matter of the tokens that a word is cut into, not of knowing it by heart: every token
+    has to come in every place of a word, beside every other, and more than once.
 
-    english: the words whose pieces are used. common: words that questions and answers are made of. Their beginnings
-    are tokens of their own, with which other words begin too: the|ory, in|vite, colo|nel (colour), cap|able (capital).
+    english: the words whose pieces are used. common: words that questions and answers are made of. Their
+    beginnings are tokens of their own, with which other words begin too: the|ory, in|vite, colo|nel (colour),
+    cap|able (capital).
     """
     way = chance.weighed({"halves": 3, "pieces": 4, "syllables": 3, "common": 4, "name": 1})
     if way == "halves":

@@ -1,7 +1,7 @@
 """Read what a compiled program does from its text: matrix FLOPs, collectives and their bytes, kernels.
 
-XLA's own cost analysis counts the body of a loop once, and is empty for GPUs. Here a loop counts as often as it
-runs.
+XLA's own cost analysis counts the body of a loop once, and is empty for GPUs. Here a loop counts as often as
+it runs.
 All numbers are one device's.
 """
 
@@ -127,7 +127,7 @@ def read(text: str) -> Program:
 
 
 def trips(loop: Operation, parts, by_name) -> int:
-    """How often a loop runs: XLA's known trip count, or else (on TPUs) its condition's bound ÷ its body's step."""
+    """How often a loop runs: the trip count that XLA knows, or else (TPUs) its condition's bound ÷ its step."""
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text):
         return int(known[1])
 
@@ -203,7 +203,7 @@ def collective(op: Operation, kind: str, by_name, times: int, everyone: int) -> 
 
 
 def group_size(text: str) -> int:
-    """Number of devices in a group: {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}. Pairs: 2; {}, all: 0."""
+    """Devices in a group: {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}. Pairs: 2; {}, all: 0."""
     if "replica_groups={}" in text:
         return 0  # everyone
     if "source_target_pairs=" in text:

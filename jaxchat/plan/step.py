@@ -97,7 +97,8 @@ class StepPlan:
         return done
 
     def largest(self, planned: Compiled) -> Compiled | None:
-        """The step with the largest device batch that fits, searched up or down from the planned one, or None.
+        """The step with the largest device batch that fits, or None: search up or down from
+        the planned one.
 
         More rows never fit with less recomputation; fewer may.
         """

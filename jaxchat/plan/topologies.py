@@ -1,4 +1,4 @@
-"""Describe devices to compile for that are not here: TPU slices by libtpu, H100 and H200 by JAX's CUDA plugin."""
+"""Describe devices that are not here: TPU slices by libtpu, H100 and H200 by JAX's CUDA plugin."""
 
 import importlib.util
 import operator
@@ -33,7 +33,7 @@ GPU_BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}
 
 
 def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
-    """(devices, "tpu" or "gpu", memory of each in bytes) of a topology: v5e:4x4, h100:8. UserError: unknown."""
+    """(devices, "tpu" or "gpu", bytes of memory of each) of a topology such as v5e:4x4 or h100:8."""
     generation, _, shape = topology.partition(":")
     if generation not in HBM or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
         known = ", ".join(HBM)

@@ -42,7 +42,7 @@ def markdown(run: Run, images: dict[str, tuple[str, bytes]], samples: Samples | 
     parts += [f"### {title}\n\n![{title}]({name})" for name, (title, _) in images.items()]
     if not images:
         parts.append("No step was logged.")
-    parts += said(samples)
+    parts += samples_text(samples)
     parts += ["## Where and how", origin(run)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -112,7 +112,7 @@ def waiting(stage: StageRun) -> float | None:
     return sum(waits) / stage.step_seconds if waits else None
 
 
-def said(samples: Samples | None) -> list[str]:
+def samples_text(samples: Samples | None) -> list[str]:
     if samples is None:
         return ["## Samples", "Left out, as asked."]
     parts = []
@@ -130,7 +130,7 @@ def said(samples: Samples | None) -> list[str]:
 
 
 def origin(run: Run) -> str:
-    """Machines, versions, commits, flags and plans, as the trainers recorded them; what all share is listed once."""
+    """Machines, versions, commits, flags and plans, as the trainers recorded them; what all share once."""
     parts, unknown = [], [STAGES[name].label for name, stage in run.stages.items() if not stage.runs]
     last = {STAGES[name].label: stage.runs[-1] for name, stage in run.stages.items() if stage.runs}
     facts = {"machine": "Machine", "devices": "Devices", "versions": "Versions", "git": "Code"}

@@ -75,7 +75,7 @@ class Run:
 
     tag: str
     stages: dict[str, StageRun]
-    compression: dict[str, dict]  # for each text, what tok_eval measured of this run's tokenizer; {}: not measured
+    compression: dict[str, dict]  # for each text, what tok_eval measured of the tokenizer; {}: not measured
     tokenizer_seconds: float  # wall time of training the tokenizer; 0: not recorded
 
     @property
@@ -129,7 +129,7 @@ def read_stage(source: str, tag: str) -> StageRun | None:
 
 
 def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[str], float]:
-    """(results of a checkpoint's evaluations, files left out and why, wall time of all evaluations in the folder)."""
+    """(results of a checkpoint's evaluations, files left out and why, seconds of all evaluations in the folder)."""
     found, left_out, seconds, older = [], [], 0.0, {}
     for path in sorted(folder.glob("*.json")) + sorted((folder / str(step)).glob("*.json")):
         try:
@@ -151,7 +151,7 @@ def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[st
             left_out.append(f"{path.name}, which cannot be read")
     commands = {command for _, command, *_ in found}
     left_out += [reason for command, reason in older.items() if command not in commands]
-    # Of one command's files, the one with the most items decides the settings: only equal ones are comparable.
+    # Of one command's files, the one with the most items decides the settings: only equal ones compare.
     evaluated, settings = {}, {}
     for _, command, name, figures, own in sorted(found, key=lambda file: -file[0]):
         first = settings.setdefault(command, own)
@@ -179,7 +179,7 @@ def settings_of(evaluation: dict) -> dict:
 
 
 def numbers(evaluation: dict) -> dict[str, float]:
-    """The numbers in an evaluation's file, by name: its `metrics` or `values`, and the accuracy of each of `tasks`."""
+    """The numbers in an evaluation's file by name: `metrics` or `values`, and the accuracy of each of `tasks`."""
     accuracies = {name: task.get("accuracy") for name, task in (evaluation.get("tasks") or {}).items()}
     found = (evaluation.get("metrics") or {}) | (evaluation.get("values") or {}) | accuracies
     return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}

@@ -19,7 +19,7 @@ class Samples:
 
 
 def sample(run: Run, texts: Sequence[str], questions: Sequence[str]) -> Samples:
-    """Generate greedily with the last checkpoint of each stage: the one without a parent stage continues texts."""
+    """Generate greedily with each stage's last checkpoint: that without a parent stage continues texts."""
     continued, answered = [], {}
     for name, stage in run.stages.items():
         found = checkpoint.open_model(name, run.tag, stage.step)
