@@ -88,9 +88,18 @@ def test_a_full_disk_names_the_remedy(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sources, "GROUP_BYTES", 100)
+    texts = ParquetText([write(tmp_path / "a.parquet", ["x" * 200])])
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    with pytest.raises(UserError, match=r"missing cannot take it \(No such file or directory\); set TMPDIR"):
+        texts[0]
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert texts[0] == "x" * 200
     monkeypatch.setattr(sources, "OnDisk", Full)
-    with pytest.raises(UserError, match="a.parquet: row group 0 is too large for memory.* TMPDIR .*row_group_size"):
-        ParquetText([write(tmp_path / "a.parquet", ["x" * 200])])[0]
+    texts = ParquetText(texts.paths)
+    with pytest.raises(
+        UserError, match="a.parquet: row group 0 is too large .*No space left.* TMPDIR .*row_group_size"
+    ):
+        texts[0]
 
 
 def test_shards_are_opened_at_once(tmp_path, monkeypatch):

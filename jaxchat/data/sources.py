@@ -1,6 +1,5 @@
 """Text documents in parquet shards, with random access, and fingerprints of files."""
 
-import errno
 import hashlib
 import os
 import tempfile
@@ -181,13 +180,12 @@ def _decoded(path: Path, group: int) -> "InMemory | OnDisk":
                 file = file or OnDisk()
                 file.append(pieces)
                 pieces = []
-    except OSError as problem:
-        if file and problem.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{path}: row group {group} is too large for memory, and {temporary_folder()} is full; set TMPDIR to a "
-                "folder on a larger disk, or write the shard with smaller row groups (row_group_size=10000)"
-            ) from problem
-        raise
+    except OSError as problem:  # of the temporary file; what is wrong with the shard is a UserError
+        raise UserError(
+            f"{path}: row group {group} is too large for memory, and {temporary_folder()} cannot take it "
+            f"({problem.strerror}); set TMPDIR to a folder on a larger disk, or write the shard with smaller row "
+            "groups (row_group_size=10000)"
+        ) from problem
     return file or InMemory(pieces)
 
 
@@ -232,7 +230,8 @@ class OnDisk:
         self._lengths: list[np.ndarray] = []
 
     def __del__(self):
-        self._file.close()
+        if hasattr(self, "_file"):
+            self._file.close()
 
     def append(self, pieces: list[pa.Array]):
         for piece in pieces:
