@@ -136,7 +136,7 @@ def two_processes(folder, fault):
         port = free.getsockname()[1]
     env = os.environ | {"XLA_FLAGS": xla_flags(4), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests/chaos_process.py"), fault, "launch.base_train"]
-    command += base("--model_tag=two", f"--coordinator=localhost:{port}", "--num_processes=2", "--heartbeat_timeout=60")
+    command += base("--model_tag=two", f"--coordinator=localhost:{port}", "--num_processes=2", "--heartbeat_timeout=20")
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen([*command, f"--process_id={n}"], env=env, cwd=folder, **piped) for n in range(2)]
     told = [process.communicate(timeout=240) for process in both]
@@ -145,9 +145,9 @@ def two_processes(folder, fault):
 
 @pytest.mark.slow
 def test_one_of_two_processes_fails_after_a_save(folder):
-    """The other ends with it, and what was saved is whole: neither waits for the other at the end."""
+    """jax ends the other, and what was saved is whole: neither waits for the other at the end."""
     codes, told = two_processes(folder, "data=4")
-    assert codes == [2, 2] and "error: a shard can't be read" in told[1][1], told
+    assert codes == [-signal.SIGABRT, 2] and "error: a shard can't be read" in told[1][1], told
     run = folder / "base_checkpoints/two"
     assert checkpoint.whole_steps(run) == [2] and (run / "2" / seal.NAME).exists() and not seal.damage(run / "2")
 
