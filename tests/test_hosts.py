@@ -164,6 +164,7 @@ def test_a_lost_process_ends_the_others_within_the_heartbeat(what, killed):
     processes[killed].communicate()
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_does_not_wait_for_the_others():
     """jax ends the other, as it does when one is lost."""
     first, second = together("--what=refuse")
