@@ -55,13 +55,13 @@ def load_bundle(config: Config) -> tuple[list, str]:
 def run(config: Config):
     from jaxchat import checkpoint, sharding
     from jaxchat.data.sources import ParquetText, find_shards
+    from jaxchat.devices import model_for, start_devices
     from jaxchat.eval import core
     from jaxchat.eval.bpb import measure_text, trained_on
     from jaxchat.eval.results import TaskResult, check_writable, mean, save_results
     from jaxchat.eval.samples import show_samples
     from jaxchat.eval.scoring import Scorer, out_of_memory
     from jaxchat.infer.engine import Engine
-    from jaxchat.train.run import model_for, start_devices
 
     start = time.perf_counter()
     shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)

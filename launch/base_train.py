@@ -7,8 +7,9 @@ from launch import cli
 def stage_for(config: BaseConfig):
     """Devices, model, data: the stage that the flags describe."""
     from jaxchat.data.sources import ParquetText, find_shards
+    from jaxchat.devices import model_for, start_devices
     from jaxchat.train import stages
-    from jaxchat.train.run import model_for, start_devices, tokenizer_for
+    from jaxchat.train.run import tokenizer_for
 
     mesh = start_devices(config)
     tag = config.model_tag or f"d{config.depth}"

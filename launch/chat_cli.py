@@ -67,10 +67,10 @@ class Conversation:
 
 def run(config: Config):
     from jaxchat import checkpoint
+    from jaxchat.devices import start_devices
     from jaxchat.infer.engine import Engine
-    from jaxchat.train.run import start_devices
 
-    mesh = start_devices(TrainConfig(device_type=config.device_type, dtype=config.dtype), asks=False)
+    mesh = start_devices(TrainConfig(device_type=config.device_type, dtype=config.dtype), alone=True)
     compute = Compute.for_backend(config.dtype)
     model = checkpoint.open_model(config.source, config.model_tag, config.step)
     device = f"{mesh.devices.flat[0].device_kind}, compute in {compute.dtype}"

@@ -72,12 +72,12 @@ def names_in(config: Config) -> tuple[list[str], str]:
 def run(config: Config):
     from jaxchat import checkpoint, sharding
     from jaxchat.data.tasks import load_task
+    from jaxchat.devices import model_for, start_devices
     from jaxchat.eval import chat
     from jaxchat.eval.results import check_writable, save_results
     from jaxchat.eval.scoring import Scorer, out_of_memory
     from jaxchat.infer.engine import Engine
     from jaxchat.train.fit import device_memory
-    from jaxchat.train.run import model_for, start_devices
 
     start = time.perf_counter()
     if config.num_samples > 1 and config.temperature == 0:

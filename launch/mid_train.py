@@ -8,8 +8,8 @@ def stage_for(config: MidConfig):
     """Devices, model, data: the stage that the flags describe."""
     from jaxchat import checkpoint
     from jaxchat.data.pipelines import load_tasks
+    from jaxchat.devices import model_for, start_devices
     from jaxchat.train import stages
-    from jaxchat.train.run import model_for, start_devices
 
     mesh = start_devices(config)
     parent = checkpoint.open_model("base", config.model_tag, config.step)

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, xla_flags
 
-from jaxchat import hosts
+from jaxchat import devices, hosts
 from jaxchat.config import TrainConfig, UserError
 from jaxchat.hosts import Place, detect
 from launch import cli
@@ -130,6 +130,13 @@ def test_a_command_refuses_before_it_connects():
         hosts.start(TrainConfig(coordinator="localhost:1", num_processes=2))
     with pytest.raises(UserError, match="--heartbeat_timeout=1"):
         TrainConfig(heartbeat_timeout=1)
+
+
+def test_a_command_for_one_connects_with_nobody(monkeypatch):
+    """It runs in the first of several processes, and the others have left."""
+    for name, value in (JOBSET | {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JOB_COMPLETION_INDEX": "0"}).items():
+        monkeypatch.setenv(name, value)
+    assert hosts.is_first() and devices.start_devices(TrainConfig(), alone=True).size == 8
 
 
 def together(*flags, count=2):

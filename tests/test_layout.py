@@ -17,7 +17,7 @@ ROWS = [
     {"config"},
     {"files"},
     {"tokenizer", "sharding", "hosts", "model", "data", "seal"},
-    {"checkpoint", "store"},
+    {"checkpoint", "store", "devices"},
     {"train", "infer", "convert"},
     {"eval", "plan", "demo"},
     {"report"},

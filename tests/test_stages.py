@@ -16,13 +16,14 @@ from jaxchat.config import BaseConfig, Compute, MidConfig, ModelConfig, SFTConfi
 from jaxchat.data import pipelines
 from jaxchat.data.tasks import load_task
 from jaxchat.demo import World, write_world
+from jaxchat.devices import start_devices
 from jaxchat.eval import training
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import stages
 from jaxchat.train.loop import place_batch
 from jaxchat.train.loss import loss_sums
 from jaxchat.train.optimizer import make_optimizer
-from jaxchat.train.run import find_start, plan_of, start_devices
+from jaxchat.train.run import find_start, plan_of
 from jaxchat.train.state import init_state
 from jaxchat.train.step import make_train_step
 from launch import base_train, mid_train
