@@ -105,7 +105,7 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(undisturbed, t
     *_, last = whole_steps(tmp_path / STAGES[stage].folder / "run")  # the kill may have come before a seal
     assert last < STEPS
     out, errors = ended(start(undisturbed, tmp_path, stage, then), 0)
-    assert errors == [] and f"from {last}" in out
+    assert errors == [] and f"resumes         after step {last}\n" in out
     check_losses(undisturbed, tmp_path, stage)
 
 
