@@ -1,9 +1,9 @@
 """Time decoding beside what the memory allows: python -m bench.decode --depth=12 --batches=1,8,16,64,128
 
-On one device, with random weights. A token of a batch has to read all weights but the embedding once, and the keys and
-values of every row: the share of that in the time a token takes, at the speed of a large copy, is the MBU (memory
-bandwidth utilization). --rival names another program to time in turn; it takes --depth --seq --vocab --batch
---prompt_tokens --max_tokens, and its last line is a JSON object with tokens_per_s.
+On one device, with random weights. A token of a batch has to read all weights but the embedding once, and the
+keys and values of every row: the share of that in the time a token takes, at the speed of a large copy, is
+the MBU (memory bandwidth utilization). --rival names another program to time in turn; it takes --depth --seq
+--vocab --batch --prompt_tokens --max_tokens, and its last line is a JSON object with tokens_per_s.
 """
 
 import dataclasses

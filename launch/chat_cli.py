@@ -10,7 +10,7 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Chat with a model in the terminal. /clear begins a new conversation, /quit leaves, Ctrl-C stops an answer."""
+    """Chat with a model in the terminal. /clear begins anew, /quit leaves, Ctrl-C stops an answer."""
 
     source: str = flag("sft", choices=tuple(STAGES), alias="-i")
     """Stage to talk to: sft, mid, or base (which only continues text)."""
@@ -74,7 +74,8 @@ def run(config: Config):
     compute = Compute.for_backend(config.dtype)
     model = checkpoint.open_model(config.source, config.model_tag, config.step)
     device = f"{mesh.devices.flat[0].device_kind}, compute in {compute.dtype}"
-    cli.print_plan(f"Chat with {model.tag} ({config.source})", [("model", str(model.path)), ("device", device)])
+    rows = [("model", str(model.path)), ("device", device)]
+    cli.print_plan(f"Chat with {model.tag} ({config.source})", rows)
     if config.source == "base":
         print("this is a base model: it continues text, it doesn't answer\n")
     engine = Engine(model.load(), model.config, model.tokenizer, compute, batch_size=1)

@@ -40,10 +40,10 @@ def main():
     held = shapes(state)
     prompts = shapes(lambda rows: decode.Prompts(zeros(1, 64), zeros(1) + 1, zeros(1), rows), held.rows)
     decode.read_prompts.lower(program, weights, held, prompts, top=None).compile()
-    turn = shapes(lambda: decode.Turn(zeros(1) > 0, zeros(1, decode.FORCED), zeros(1)))
-    number, flag = shapes(lambda: zeros()), shapes(lambda: zeros() > 0)
+    forced = (zeros(1, decode.FORCED), zeros(1))
+    turn = shapes(lambda: decode.Turn(zeros(1) > 0, *forced, zeros(), zeros(), zeros() > 0))
     for top in (None, 5):
-        lowered = decode.decode.lower(program, weights, held, turn, number, number, flag, kind=FILTERED, top=top)
+        lowered = decode.decode.lower(program, weights, held, turn, kind=FILTERED, top=top)
         memory = lowered.compile().memory_analysis()
         cache = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(held.cache))
         assert memory.alias_size_in_bytes > cache > 2 * memory.temp_size_in_bytes

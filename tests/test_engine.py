@@ -47,8 +47,8 @@ def engine(params, config, tokenizer):
 
 @pytest.fixture(scope="module")
 def eager(params, config, tokenizer):
-    """The same, with a head that likes the tool's end and the answer's, and a tool that answers with a number that
-    depends on all that was said so far."""
+    """The same, with a head that likes the tool's end and the answer's, and a tool that answers with a number
+    that depends on all that was said so far."""
     special = tokenizer.special
 
     class Eager(Engine):
@@ -279,8 +279,8 @@ def exact_scores(params, config, tokens):
 
 
 def test_log_probabilities_are_those_of_a_whole_pass(eager, config):
-    """Of sampled and forced tokens, of the one that ends, of the prompt, of the likeliest. 1e-5: a float32 sum of 280
-    exponentials of numbers below 15."""
+    """Of sampled and forced tokens, of the one that ends, of the prompt, of the likeliest. 1e-5: a float32
+    sum of 280 exponentials of numbers below 15."""
     engine, random, ends, forced = eager(), np.random.default_rng(3), 0, 0
     for i, logprobs in enumerate((0, 3, 20, 5, 2, 7)):
         prompt = random.integers(0, 250, int(random.integers(2, 50))).tolist()
@@ -332,8 +332,8 @@ def test_ends(engine, prompts):
 
 
 class Scripted:
-    """A forward pass that says a script whatever it reads: token i of script n at generated position i, where n is the
-    second token of the prompt; the cache's first slot holds it."""
+    """A forward pass that says a script whatever it reads: token i of script n at generated position i, where
+    n is the second token of the prompt; the cache's first slot holds it."""
 
     def __init__(self, monkeypatch, scripts, start, vocab):
         table = np.full((len(scripts), LENGTH + 1), scripts[0][-1])

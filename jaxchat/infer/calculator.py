@@ -4,7 +4,8 @@
     sum     = product (("+" | "-") product)*
     product = signed (("*" | "/" | "//" | "%") signed)*
     signed  = ("+" | "-") signed | number | "(" sum ")"
-    count   = text ".count(" text ")"          text = '…' or "…" without quotes, backslashes or line ends inside
+    count   = text ".count(" text ")"
+    text    = '…' or "…", without quotes, backslashes or line ends inside
 
 Everything is bounded: the text, the nesting, and the size of every number on the way.
 """
@@ -26,7 +27,7 @@ class _Refused(Exception):
 
 
 def calculate(expression: str) -> str | None:
-    """The value as text ("2.50" and "5/2" give "2.5", whole results have no ".0"), or None if it isn't one."""
+    """Compute an expression. -> its value as text ("5/2" gives "2.5", "4/2" gives "2"), None if it has none."""
     if not isinstance(expression, str) or len(expression) > MAX_CHARS:
         return None
     if match := COUNT.fullmatch(expression):
@@ -55,7 +56,7 @@ def _as_text(value: int | float) -> str:
         value = int(value)
     if isinstance(value, int):
         return str(value)
-    # Twelve digits hide the last bits' rounding: 0.1 + 0.2 is 0.3. A large number needs all fifteen that are certain.
+    # Twelve digits hide the last bits' rounding: 0.1 + 0.2 is 0.3. A large number needs all fifteen.
     rounded = f"{value:.{15 if abs(value) >= 1e9 else 12}g}"
     return format(Decimal(rounded), "f")  # no exponent, which the calculator would not read
 

@@ -1,6 +1,7 @@
 """What runs on the devices: reading prompts into slots, and decoding stretches of tokens in all slots.
 
-Letters beside those of model/gpt.py: P prompts read together, N tokens of a stretch, K alternatives, E tokens that end.
+Letters beside those of model/gpt.py: P prompts read together, N tokens of a stretch, K alternatives, E tokens
+that end a row.
 """
 
 import dataclasses
@@ -58,16 +59,23 @@ class Prompts:
 
 @struct.dataclass
 class Turn:
-    """What the host says before a stretch: which slots run, and the tokens to force into them."""
+    """What the host says before a stretch.
 
-    active_B: Any
-    forced_BF: Any
-    num_forced_B: Any
+    It ends when `enough` rows of a device wait for the host, or none is left to decode. A row waits when it has
+    called the tool; one that is done counts as well if count_done.
+    """
+
+    active_B: Any  # which slots run
+    forced_BF: Any  # tokens to force into them,
+    num_forced_B: Any  # and how many
+    stretch: Any  # most tokens a row
+    enough: Any
+    count_done: Any
 
 
 @struct.dataclass
 class Stretch:
-    """What was said in a stretch; tokens are −1 where a row said nothing. The last may be the one that ended it."""
+    """What was said in a stretch. Tokens: −1 where a row said nothing; the last may be what ended it."""
 
     tokens_BN: Any
     forced_BN: Any
@@ -164,32 +172,30 @@ def score(logits_V, token, top: int) -> Scores:
 
 
 @partial(jax.jit, static_argnames=("program", "kind", "top"), donate_argnames="state")
-def decode(
-    program: Program, params, state: State, turn: Turn, stretch, enough, count_done, *, kind: str, top: int | None
-):
-    """Decode up to `stretch` tokens a row, until `enough` rows of a device wait for the host or none is left to decode.
+def decode(program: Program, params, state: State, turn: Turn, *, kind: str, top: int | None):
+    """Decode a stretch of tokens in all rows that run. -> (state, Stretch). kind: see sampling.py.
 
-    A row waits when it has called the tool; one that is done counts as well if count_done. -> (state, Stretch).
+    top: alternatives reported with each token; None: no log-probabilities.
     """
     run = partial(_decode, program=program, kind=kind, top=top)
-    run = _per_device(run, program, (P(), P("rows"), P("rows"), P(), P(), P()), P("rows"))
-    return run(params, state, turn, stretch, enough, count_done)
+    specs = (P(), P("rows"), Turn(P("rows"), P("rows"), P("rows"), P(), P(), P()))
+    return _per_device(run, program, specs, P("rows"))(params, state, turn)
 
 
-def _decode(params, state, turn, stretch, enough, count_done, *, program: Program, kind: str, top: int | None):
+def _decode(params, state: State, turn: Turn, *, program: Program, kind: str, top: int | None):
     config, compute, rows = program.config, program.compute, state.rows
-    batch = state.logits_BV.shape[0]
 
     def more(carry):
         i, state, said = carry
-        waiting = jnp.sum(said.called_B) + jnp.where(count_done, jnp.sum(said.done_B), 0)
-        return (i < stretch) & (waiting < enough) & ~jnp.all(said.done_B | said.called_B)
+        waiting = jnp.sum(said.called_B) + jnp.where(turn.count_done, jnp.sum(said.done_B), 0)
+        return (i < turn.stretch) & (waiting < turn.enough) & ~jnp.all(said.done_B | said.called_B)
 
     def step(carry):
         i, state, said = carry
         sampled_B = sample(state.logits_BV, rows, state.cache.lengths_B, kind)
         is_forced_B = said.used_B < turn.num_forced_B
-        next_forced_B = jnp.sum(jnp.where(said.used_B[:, None] == jnp.arange(FORCED)[None], turn.forced_BF, 0), axis=1)
+        is_next_BF = said.used_B[:, None] == jnp.arange(FORCED)[None]
+        next_forced_B = jnp.sum(jnp.where(is_next_BF, turn.forced_BF, 0), axis=1)
         token_B = jnp.where(is_forced_B, next_forced_B, sampled_B)
         active_B = ~said.done_B & ~said.called_B
         ends_B = active_B & ~is_forced_B & jnp.any(token_B[:, None] == rows.ends_BE, axis=1)
@@ -213,18 +219,28 @@ def _decode(params, state, turn, stretch, enough, count_done, *, program: Progra
 
     # Rows that are done hold nothing: nobody waits for what they would attend to.
     state = state.replace(cache=state.cache.cut(jnp.where(turn.active_B, state.cache.lengths_B, 0)))
-    nothing = jnp.zeros((batch, STRETCH))
-    scores = None
-    if top is not None:
-        tops = jnp.zeros((batch, STRETCH, top))
-        scores = Scores(nothing, tops.astype(jnp.int32), tops)
-    none_B = jnp.zeros(batch, bool)
-    said = Stretch(
-        jnp.full((batch, STRETCH), -1), nothing.astype(bool), scores, none_B, ~turn.active_B, none_B,
-        jnp.zeros(batch, jnp.int32),
-    )  # fmt: skip
+    said = nothing_said(turn, top)
     _, state, said = lax.while_loop(more, step, (jnp.zeros((), jnp.int32), state, said))
     return state, said
+
+
+def nothing_said(turn: Turn, top: int | None) -> Stretch:
+    """A stretch before its first token."""
+    zeros_BN = jnp.zeros((len(turn.active_B), STRETCH))
+    scores = None
+    if top is not None:
+        zeros_BNK = jnp.zeros((*zeros_BN.shape, top))
+        scores = Scores(zeros_BN, zeros_BNK.astype(jnp.int32), zeros_BNK)
+    none_B = jnp.zeros(len(zeros_BN), bool)
+    return Stretch(
+        tokens_BN=jnp.full(zeros_BN.shape, -1),
+        forced_BN=zeros_BN.astype(bool),
+        scores=scores,
+        ended_B=none_B,
+        done_B=~turn.active_B,
+        called_B=none_B,
+        used_B=none_B.astype(jnp.int32),
+    )
 
 
 def _per_device(function, program: Program, in_specs, out_specs):
@@ -253,8 +269,8 @@ def empty_rows(count: int, vocab_size: int) -> Rows:
 
 @partial(jax.jit, static_argnames="dtype")
 def for_decoding(params: Params, dtype: str) -> Params:
-    """Weights as decoding reads them, all of them for every token: an array a layer, in the dtype of the products.
+    """Weights as decoding reads them: an array a layer, in the dtype of the products.
 
-    The embedding stays as it is: a token reads one row of it.
+    Every token needs all of them, but for the embedding: it stays as it is.
     """
     return Params(params.wte, layers_of(params.blocks, dtype), params.lm_head.astype(dtype))

@@ -1,15 +1,17 @@
-"""Generation with a key/value cache: requests that come and go, decoded on the device, with the calculator tool.
+"""Generation with a key/value cache and the calculator: requests that come and go, decoded on the device.
 
-Each device has a fixed number of slots. `step` reads waiting prompts into free slots and decodes a stretch of tokens in
-all slots; between stretches the host sees what was said, forces the tool's results into the streams of those who called
-it, and frees slots. A prompt is read in a batch whose shape depends on that prompt alone, and all slots are decoded in
-one shape: so what a row says depends on its request alone, and few shapes are ever compiled.
+Each device has a fixed number of slots. `step` reads waiting prompts into free slots and decodes a stretch of
+tokens in all slots; between stretches the host sees what was said, forces the tool's results into the streams
+of those who called it, and frees slots. A prompt is read in a batch whose shape depends on that prompt alone,
+and all slots are decoded in one shape: so what a row says depends on its request alone, and few shapes are
+ever compiled.
 
 Of several devices each decodes rows of its own with whole weights; nothing crosses between them.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import numpy as np
@@ -59,8 +61,8 @@ class Running:
 class Engine:
     """Generates with one model. Compiled shapes are shared by all engines.
 
-    batch_size: slots of each device. Several devices: those of compute.mesh that belong to this process. `load`
-    replaces the weights.
+    batch_size: slots of each device. Several devices: those of compute.mesh that belong to this process.
+    `load` replaces the weights.
     """
 
     def __init__(
@@ -73,23 +75,22 @@ class Engine:
         batch_size: int = 64,
         shortest_cache: int = SHORTEST_CACHE,
     ):
-        """shortest_cache: slots that a cache has at least; a server gives the context, so that one shape serves all."""
+        """shortest_cache: fewest slots of a cache; a server gives the context, so that one shape serves all."""
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.compute = compute or Compute.for_backend()
-        self._mesh = self.compute.mesh if self.compute.mesh is not None and self.compute.mesh.size > 1 else None
-        own = None
+        mesh, own = self.compute.mesh, None
+        self._mesh = None if mesh is None or mesh.size == 1 else mesh
         if self._mesh is not None:
-            own = [device for device in self._mesh.devices.flat if device.process_index == jax.process_index()]
-            own = Mesh(np.array(own), ("rows",)) if len(own) > 1 or jax.process_count() > 1 else None
+            own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+            own = Mesh(np.array(own), ("rows",))
         special = tokenizer.special
         alone = dataclasses.replace(self.compute, mesh=None)
         self._program = Program(config, alone, own, special("<|python_end|>"))
         self._ends = (special("<|assistant_end|>"), special("<|bos|>"))
         self._whole_cache = -(-config.sequence_len // SLOT_BLOCK) * SLOT_BLOCK
         self._shortest_cache = min(shortest_cache, self._whole_cache)
-        self._scheduler = Scheduler(
-            config.sequence_len, slots=batch_size, together=max(1, batch_size // 8), devices=own.size if own else 1
-        )
+        devices, together = 1 if own is None else own.size, max(1, batch_size // 8)
+        self._scheduler = Scheduler(config.sequence_len, slots=batch_size, together=together, devices=devices)
         self._running: dict[int, Running] = {}
         self._ended: list[Event] = []  # of requests that ended between two steps
         self._state: State | None = None
@@ -108,16 +109,17 @@ class Engine:
         everywhere = NamedSharding(self._mesh, P())
         if jax.tree.leaves(params)[0].sharding.device_set != everywhere.device_set:
             params = jax.device_put(params, everywhere)
-        prepare = jax.jit(lambda p: for_decoding(p.replace(wte=p.wte.astype(dtype)), dtype), out_shardings=everywhere)
+        here = NamedSharding(self._program.mesh, P())
 
-        def here(array):
+        @partial(jax.jit, out_shardings=everywhere)
+        def prepare(params):
+            return for_decoding(params.replace(wte=params.wte.astype(dtype)), dtype)
+
+        def own(array):
             shards = [shard.data for shard in array.addressable_shards]
-            if self._program.mesh is None:
-                return shards[0]
-            sharding = NamedSharding(self._program.mesh, P())
-            return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+            return jax.make_array_from_single_device_arrays(array.shape, here, shards)
 
-        self._params = jax.tree.map(here, prepare(params))
+        self._params = jax.tree.map(own, prepare(params))
 
     def generate(
         self,
@@ -129,8 +131,9 @@ class Engine:
     ) -> list[Generation]:
         """num_samples continuations of every prompt (those of one prompt stand together).
 
-        settings: fields of Request; a row's `sample` is its number. on_progress: called with how many more have ended.
-        With several processes all must call it, with the same arguments: each generates a part, and all get all.
+        settings: fields of Request; a row's `sample` is its number. on_progress: called with how many more
+        have ended. With several processes all must call it, with the same arguments: each generates a part,
+        and all get all.
         """
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
         mine = range(jax.process_index(), len(rows), jax.process_count())
@@ -146,12 +149,13 @@ class Engine:
         return [found[i] for i in range(len(rows))] if jax.process_count() == 1 else _gather(found, len(rows))
 
     def stream(self, prompt: list[int], **settings) -> Iterator[tuple[int, bool]]:
-        """(token, whether the tool forced it) of one continuation as they come; the same as `generate`'s first."""
-        for _, new in self._until_empty({0: Request(prompt=prompt, **settings)}, SHORT_STRETCH, patient=False):
+        """One continuation as it comes, as (token, whether the tool forced it); the same as `generate`'s first."""
+        request = Request(prompt=prompt, **settings)
+        for _, new in self._until_empty({0: request}, SHORT_STRETCH, patient=False):
             yield from zip(new.tokens, new.forced, strict=True)
 
     def _until_empty(self, requests: dict[int, Request], stretch: int, patient: bool):
-        """Run these requests alone, giving (number, new Generation) as it comes; stopped early, all are cancelled."""
+        """Run requests alone, giving (number, new Generation) as it comes. Stopped early, all are cancelled."""
         if self.busy:
             raise RuntimeError("generate and stream need an engine without other requests")
         ids = {}
@@ -172,7 +176,7 @@ class Engine:
         return bool(self._scheduler.waiting or self._running or self._ended)
 
     def submit(self, request: Request) -> int:
-        """Let a request wait for its turn. -> its id. UserError: its prompt is too long, or has an unknown token."""
+        """Let a request wait for its turn. -> its id. UserError: its prompt is too long or has unknown tokens."""
         if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < self.config.vocab_size:
             raise UserError(
                 f"a prompt has a token outside this model's vocabulary, 0 to {self.config.vocab_size - 1:,}"
@@ -190,8 +194,8 @@ class Engine:
     def step(self, stretch: int = STRETCH, patient: bool = False) -> list[Event]:
         """Read waiting prompts, then decode up to `stretch` tokens of all rows. -> what is new, in no order.
 
-        At most one batch of prompts is read, so that those who read along don't wait long; patient: as many as there is
-        room for, but only whole batches, for throughput.
+        At most one batch of prompts is read, so that those who read along don't wait long; patient: as many
+        as there is room for, but only whole batches, for throughput.
         """
         while ids := self._scheduler.admit(patient):
             self._read(ids)
@@ -222,7 +226,8 @@ class Engine:
             p = device * together + used[device]
             used[device] += 1
             places.append(p)
-            tokens_PT[p, : len(request.prompt)], lengths_P[p], slots_P[p] = request.prompt, len(request.prompt), slot
+            lengths_P[p], slots_P[p] = len(request.prompt), slot
+            tokens_PT[p, : len(request.prompt)] = request.prompt
             self._fill(rows, p, request)
             self._running[id] = Running(request, scheduler.slot_of[id])
         tops = [request.logprobs for request in requests if request.prompt_logprobs]
@@ -265,18 +270,22 @@ class Engine:
 
     def _decode(self, stretch: int, patient: bool):
         slots = self.batch_size * self._scheduler.devices
-        turn = Turn(np.zeros(slots, bool), np.zeros((slots, FORCED), np.int32), np.zeros(slots, np.int32))
+        waiting = bool(self._scheduler.waiting)
+        turn = Turn(
+            active_B=np.zeros(slots, bool),
+            forced_BF=np.zeros((slots, FORCED), np.int32),
+            num_forced_B=np.zeros(slots, np.int32),
+            stretch=np.int32(stretch),
+            enough=np.int32(1 if waiting and not patient else self._scheduler.together),
+            count_done=np.bool_(waiting),
+        )
         for row in self._running.values():
             turn.active_B[row.slot], turn.num_forced_B[row.slot] = True, len(row.forced)
             turn.forced_BF[row.slot, : len(row.forced)] = row.forced
         requests = [row.request for row in self._running.values()]
         tops = [request.logprobs for request in requests if request.logprobs is not None]
-        waiting = bool(self._scheduler.waiting)
-        enough = 1 if waiting and not patient else self._scheduler.together
-        self._state, said = decode(
-            self._program, self._params, self._state, turn, np.int32(stretch), np.int32(enough), np.bool_(waiting),
-            kind=kind_of(requests), top=_tops(tops) if tops else None,
-        )  # fmt: skip
+        kind, top = kind_of(requests), _tops(tops) if tops else None
+        self._state, said = decode(self._program, self._params, self._state, turn, kind=kind, top=top)
         said = jax.device_get(said)
         for id, row in [*self._running.items()]:
             self._take(id, row, jax.tree.map(lambda a, b=row.slot: a[b], said))
@@ -301,7 +310,7 @@ class Engine:
             self._ended.append(Event(id, new))
 
     def _tool_result(self, tokens: list[int]) -> list[int]:
-        """The tokens to force after a python_end that was just emitted; none if its expression has no value."""
+        """Tokens to force after a python_end that was just said; none if its expression has no value."""
         special = self.tokenizer.special
         start = len(tokens) - 1
         while start >= 0 and tokens[start] != special("<|python_start|>"):

@@ -45,10 +45,16 @@ def sample(logits_BV, rows: Rows, positions_B, kind: str):
 def _largest(x_BV):
     """Where each row's largest number is, int32 [B]; the first of equals.
 
-    For CPUs by top_k, which nothing is fused into: XLA would make the noise within the search, number by number, which
-    takes three times as long.
+    For CPUs by top_k, which nothing is fused into: XLA would make the noise within the search, number by
+    number, which takes three times as long.
     """
-    by_top_k, by_argmax = lambda x: lax.top_k(x, 1)[1][:, 0], lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32)
+
+    def by_top_k(x_BV):
+        return lax.top_k(x_BV, 1)[1][:, 0]
+
+    def by_argmax(x_BV):
+        return jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
+
     return lax.platform_dependent(x_BV, cpu=by_top_k, default=by_argmax)
 
 
@@ -66,16 +72,18 @@ def _without_ends(logits_BV, rows: Rows, positions_B):
 
 
 def keep_only(logits_BV, rows: Rows):
-    """−∞ for the tokens that top_k, then top_p, then min_p leave out; tokens as likely as the last one kept are kept.
+    """−∞ for the tokens that top_k, then top_p, then min_p leave out.
 
-    top_p and min_p are of the probabilities at the row's temperature, among what top_k keeps.
+    Tokens as likely as the last one kept are kept. top_p and min_p are of the probabilities at the row's
+    temperature, among what top_k keeps.
     """
     below = -jnp.inf
     largest_B1 = jnp.max(logits_BV, axis=1, keepdims=True)
     temperature_B1 = jnp.where(rows.temperature_B == 0, 1.0, rows.temperature_B)[:, None]
 
     def by_count(logits_BV):
-        least_B = _threshold(logits_BV, jnp.ones_like(logits_BV), jnp.maximum(rows.top_k_B, 1).astype(jnp.float32))
+        count_B = jnp.maximum(rows.top_k_B, 1).astype(jnp.float32)
+        least_B = _threshold(logits_BV, jnp.ones_like(logits_BV), count_B)
         return jnp.where((rows.top_k_B[:, None] > 0) & (logits_BV < least_B[:, None]), below, logits_BV)
 
     def by_mass(logits_BV):

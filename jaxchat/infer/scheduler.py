@@ -1,7 +1,7 @@
-"""Requests and slots: what is asked for, in which order it is begun, which slot of which device it has. No JAX here.
+"""Requests and slots: what is asked for, when it begins, and in which slot of which device. No JAX here.
 
-A request waits, then runs in a slot, then ends: by itself, at its limit, or cancelled. Those that came first begin
-first.
+A request waits, then runs in a slot, then ends: by itself, at its limit, or cancelled. Those that came first
+begin first.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One continuation to generate. Its tokens depend on these fields alone, not on what else is generated beside it.
+    """One continuation to generate. Its tokens depend on these fields alone, not on what runs beside it.
 
     UserError: a field is out of range.
     """
@@ -134,9 +134,10 @@ class Scheduler:
         self._next = 0
 
     def submit(self, request: Request) -> int:
-        """Let a request wait for its turn. -> its id, never used before. UserError: its prompt has a wrong length."""
+        """Let a request wait for its turn. -> its id. UserError: its prompt has a wrong length."""
         if not 1 <= len(request.prompt) <= self.sequence_len:
-            raise UserError(f"a prompt of {len(request.prompt)} tokens; this model takes 1 to {self.sequence_len}")
+            given = f"a prompt of {len(request.prompt)} tokens"
+            raise UserError(f"{given}; this model takes 1 to {self.sequence_len}")
         id, self._next = self._next, self._next + 1
         self.waiting[id] = request
         return id
@@ -159,10 +160,10 @@ class Scheduler:
         return bucket(len(request.prompt), SHORTEST, self.sequence_len)
 
     def admit(self, patient: bool = False) -> list[int]:
-        """Give free slots to the requests that came first, as many as are read in one batch. -> their ids, in order.
+        """Give free slots to the requests that came first, up to one batch of prompts. -> their ids, in order.
 
-        A batch has prompts of one length (see prompt_length). patient: wait until a whole batch has free slots, or all
-        that waits: better throughput, later first tokens.
+        A batch has prompts of one length (see prompt_length). patient: wait until a whole batch has free
+        slots, or all that waits: better throughput, later first tokens.
         """
         free = self._free_slots()
         if patient and sum(map(len, free)) < min(self.together * self.devices, len(self.waiting)):

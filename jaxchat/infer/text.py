@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from jaxchat.tokenizer import Tokenizer
 
-# Kinds of parts, beside "text": "python" (a tool call), "python_output" (the tool's answer, forced), "made up" (output
-# that the model wrote itself) and "unfinished" (the answer was cut off).
+# Kinds of parts, beside "text": "python" (a tool call), "python_output" (the tool's answer, forced), "made
+# up" (output that the model wrote itself) and "unfinished" (the answer was cut off).
 BRACKETS = {"python": ("[python ", "]"), "python_output": ("[output ", "]"), "made up": ("[output? ", "]")}
 
 
@@ -22,9 +22,9 @@ class Delta(NamedTuple):
 class TextReader:
     """Turn an answer's tokens into text as they come.
 
-    Bytes of a character wait until it is complete, text that may be the beginning of a stop string waits until it is
-    decided. A stop string ends the answer just before it, whatever tokens its text came in; it must be within one text
-    part. Of several, the one that is complete first counts.
+    Bytes of a character wait until it is complete, text that may be the beginning of a stop string waits
+    until it is decided. A stop string ends the answer just before it, whatever tokens its text came in; it
+    must be within one text part. Of several, the one that is complete first counts.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()):
@@ -105,10 +105,11 @@ class Writer:
 
 
 def pieces(generation, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """A generation as (kind, text) like the parts of a conversation, with ("unfinished", "…") last where it was cut."""
+    """A generation as (kind, text) like the parts of a conversation; cut off, it ends with ("unfinished", "…")."""
     reader = TextReader(tokenizer)
     found: list[tuple[str, str]] = []
-    deltas = [delta for pair in zip(generation.tokens, generation.forced, strict=True) for delta in reader.feed(*pair)]
+    said = zip(generation.tokens, generation.forced, strict=True)
+    deltas = [delta for pair in said for delta in reader.feed(*pair)]
     for kind, text, starts in [*deltas, *reader.end()]:
         if starts:
             found.append((kind, text))

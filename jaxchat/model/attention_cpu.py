@@ -1,7 +1,9 @@
-"""Attention for CPUs only: plain XLA operations, block after block, so that masked scores are mostly not computed.
+"""Attention for CPUs only: plain XLA operations, block after block, so that masked scores are mostly not
+computed.
 
 A reader who wants to know what the model computes can skip this file: attention.py says it in two lines.
-Queries and keys must be normed: then a score is at most √H (11 at H = 128) and exp needs no maximum subtracted.
+Queries and keys must be normed: then a score is at most √H (11 at H = 128) and exp needs no maximum
+subtracted.
 """
 
 import math
@@ -17,7 +19,8 @@ def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None):
     """Causal attention, one block of queries at a time against the keys up to its last query. -> [B, T, N, H]."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    # Heads before time, contiguous: matrix products over the last two axes. G = N/K query heads share a key head.
+    # Heads before time, contiguous: matrix products over the last two axes. G = N/K query heads share a key
+    # head.
     q_BKGTH = jnp.moveaxis((q_BTNH / math.sqrt(H)).reshape(B, T, K, N // K, H), 1, 3)
     k_BKSH, v_BKSH = jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2)
     blocks = []
@@ -48,12 +51,12 @@ def decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B):
     def add_block(n, sums):
         row = jnp.sum(ends_B <= n)
         slot = (n - ends_B[row] + blocks_B[row]) * block
-        k_1KsH, v_1KsH = (
-            jax.lax.dynamic_slice(a, (row, 0, slot, 0), (1, K, block, H)).astype(jnp.float32) for a in (k_BKSH, v_BKSH)
-        )
+        slots = [jax.lax.dynamic_slice(a, (row, 0, slot, 0), (1, K, block, H)) for a in (k_BKSH, v_BKSH)]
+        k_1KsH, v_1KsH = (a.astype(jnp.float32) for a in slots)
         q_1KGH, *own = (jax.lax.dynamic_slice_in_dim(a, row, 1) for a in (q_BKGH, *sums))
         seen_s = slot + jnp.arange(block) <= positions_B[row]
-        p_1KGs = jnp.where(seen_s[None, None, None], jnp.exp(jnp.einsum("bkgh,bksh->bkgs", q_1KGH, k_1KsH)), 0.0)
+        scores_1KGs = jnp.einsum("bkgh,bksh->bkgs", q_1KGH, k_1KsH)
+        p_1KGs = jnp.where(seen_s[None, None, None], jnp.exp(scores_1KGs), 0.0)
         more = (p_1KGs.sum(-1, keepdims=True), jnp.einsum("bkgs,bksh->bkgh", p_1KGs, v_1KsH))
         put = jax.lax.dynamic_update_slice_in_dim
         return tuple(put(a, x + y, row, 0) for a, x, y in zip(sums, own, more, strict=True))

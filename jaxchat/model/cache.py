@@ -11,9 +11,9 @@ from jaxchat.config import ModelConfig
 class KVCache:
     """Keys and values of the tokens seen so far; each row has a length of its own.
 
-    One array a layer, heads before slots: a token of one row reads contiguous memory, and no layer is copied out of a
-    stack. Slot s of row b holds the token at position s and is valid while s < lengths_B[b]. Slots beyond are never
-    attended to and are overwritten by later tokens.
+    One array a layer, heads before slots: a token of one row reads contiguous memory, and no layer is copied
+    out of a stack. Slot s of row b holds the token at position s and is valid while s < lengths_B[b]. Slots
+    beyond are never attended to and are overwritten by later tokens.
     """
 
     k_BKSH: tuple[jax.Array, ...]
@@ -37,7 +37,7 @@ class KVCache:
         return self.k_BKSH[0].shape[2]
 
     def write(self, layer: int, k_BTKH, v_BTKH, positions_BT) -> "KVCache":
-        """Write one layer's keys and values at these positions; positions beyond the last slot are dropped."""
+        """Write one layer's keys and values at these positions; those beyond the last slot are dropped."""
         rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
 
         def put(arrays, x_BTKH):
@@ -56,7 +56,7 @@ class KVCache:
         return self.replace(lengths_B=lengths_B)
 
     def place(self, other: "KVCache", rows_P) -> "KVCache":
-        """Copy the P rows of another cache, of at most as many slots, into rows_P; a row beyond the last is dropped."""
+        """Copy the rows of a cache of at most as many slots into rows_P; rows beyond the last are dropped."""
 
         def put(array, other):
             return array.at[rows_P, :, : other.shape[2]].set(other, mode="drop")
@@ -74,4 +74,5 @@ class KVCache:
             more = slots - array.shape[2]
             return jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0))) if more > 0 else array[:, :, :slots]
 
-        return self.replace(k_BKSH=jax.tree.map(change, self.k_BKSH), v_BKSH=jax.tree.map(change, self.v_BKSH))
+        k, v = jax.tree.map(change, (self.k_BKSH, self.v_BKSH))
+        return self.replace(k_BKSH=k, v_BKSH=v)
