@@ -31,6 +31,8 @@ def keep_compiled():
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compiled"))
         jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)  # what was used longest ago is dropped
+    if jax.config.jax_compilation_cache_max_size < 0:  # without a bound there are no time stamps
+        return
     # A kill or a full disk may leave an entry without its time stamp, perhaps cut short; with one of these in the
     # folder, jax 0.10 writes no other.
     for entry in Path(jax.config.jax_compilation_cache_dir).glob("*-cache"):

@@ -56,11 +56,16 @@ jax.jit(lambda x: x * 3 + 1)(1.0)
 """
 
 
-def test_an_entry_without_its_time_stamp_stops_no_caching(home, monkeypatch):
-    """What a kill or a full disk leaves in the compilation cache."""
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+@pytest.mark.parametrize("bounded", [True, False])
+def test_an_entry_without_its_time_stamp_stops_no_caching(home, monkeypatch, bounded):
+    """What a kill or a full disk leaves in the compilation cache; a cache without a bound has no time stamps at all."""
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
+        monkeypatch.delenv(name)
+    if not bounded:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "compiled"))
     (home / "compiled").mkdir()
     (home / "compiled/broken-cache").write_bytes(b"x")
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, check=True, capture_output=True, text=True)
     names = {path.name for path in (home / "compiled").iterdir()}
-    assert "broken-cache" not in names and any(name.endswith("-atime") for name in names) and not done.stderr
+    assert ("broken-cache" in names) != bounded and not done.stderr
+    assert any(name.endswith("-atime") for name in names) == bounded and any("jit" in name for name in names)
