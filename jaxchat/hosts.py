@@ -207,7 +207,7 @@ def together():
 
 
 def _may_be_others_fault(problem: BaseException | None) -> bool:
-    """Whether an error, or one that it came of, is one that jax raises when it cannot reach others."""
+    """Whether an error, or a cause of it, is one that jax raises when it cannot reach other processes."""
     unreachable = "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
     while problem and not re.match(unreachable, str(problem)):
         problem = problem.__cause__ or problem.__context__

@@ -49,7 +49,7 @@ def take_memory():
 def make_mesh(devices=None, axes: str = "") -> Mesh:
     """A mesh of all devices (or the given ones), with the sizes that `axes` names ("": see mesh_shape).
 
-    UserError: `axes` names no mesh of so many devices.
+    UserError: `axes` names no mesh of this number of devices.
     """
     if devices is None:  # those of one process side by side: it feeds neighbouring rows
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
@@ -61,10 +61,11 @@ def make_mesh(devices=None, axes: str = "") -> Mesh:
 
 
 def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int, int]:
-    """Sizes of (data, fsdp, tensor) from "data=-1,fsdp=2,tensor=1": -1 takes what is left, as data does unless named.
+    """Sizes of (data, fsdp, tensor) from "data=-1,fsdp=2,tensor=1": -1 takes what is left, as data does
+    unless named.
 
-    "": weights whole on every CPU; elsewhere cut over (up to) 8 neighbours, which costs a few per cent of bandwidth
-    that the step hides, and makes room for eight times the model.
+    "": weights whole on every CPU; elsewhere cut over (up to) 8 neighbours, which costs a few per cent of
+    bandwidth that the step hides, and makes room for eight times the model.
     """
     sizes = dict.fromkeys(AXES, 1) | {"data": -1}
     if not axes and platform != "cpu":
@@ -103,7 +104,7 @@ def check_fits(model: ModelConfig, mesh: Mesh):
 
 
 def constrain(tree, specs, mesh: Mesh | None):
-    """Inside jit: the arrays of a tree lie on the mesh as a tree of PartitionSpec says."""
+    """Constrain, inside jit, the arrays of a tree to the places that a tree of PartitionSpec gives."""
     if mesh is None or mesh.size == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, named(mesh, specs))
@@ -112,8 +113,9 @@ def constrain(tree, specs, mesh: Mesh | None):
 def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool = False):
     """`function` on each device's part of its arguments (shard_map); itself where there is one device.
 
-    Collectives inside must be skipped on one device. always: map over a mesh of one too, as Triton needs: the mesh says
-    what it compiles for. What a spec does not mention is the same on all devices, and nothing checks that.
+    Collectives inside must be skipped on one device. always: map over a mesh of one too, as Triton needs: the
+    mesh says what it compiles for. What a spec does not mention is the same on all devices, and nothing
+    checks that.
     """
     if mesh is None or (mesh.size == 1 and not always):
         return function
@@ -121,12 +123,12 @@ def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool
 
 
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
-    """What so many rows are spread over: ROWS, or nothing (each device has all) where they can't be cut evenly."""
+    """Mesh axes that `rows` rows are spread over: ROWS, or None (each device has all) if they don't divide evenly."""
     return None if rows % data_shards(mesh) else ROWS
 
 
 def data_shards(mesh: Mesh | None) -> int:
-    """Over how many parts of the mesh the rows of a batch are spread."""
+    """Number of parts of the mesh that the rows of a batch are spread over."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 

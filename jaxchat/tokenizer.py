@@ -201,7 +201,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids) -> bytes:
-        """Ids beyond the vocabulary, which a model padded to a round number has, are no bytes."""
+        """The bytes of ids; those beyond the vocabulary, which a padded model has, give none."""
         return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def render_conversation(self, conversation: dict) -> tuple[list[int], list[int]]:

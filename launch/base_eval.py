@@ -17,15 +17,15 @@ class Config(Flags):
     """
 
     model_tag: str = ""
-    """Which base model; empty: the deepest d<N>, or else the newest."""
+    """Tag of the base model; empty: the deepest d<N>, or else the newest."""
     step: int = flag(-1, 0, special=-1)
-    """Which of its checkpoints; -1: the last."""
+    """Step of the checkpoint; -1: the last."""
     device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"))
-    """cpu, cuda or tpu; empty: the best available."""
+    """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
     mesh: str = ""
     """Devices along each axis, as in base_train."""
     dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
-    """Data type of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
+    """Number format of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
     eval_bundle: str = ""
     """CORE's bundle, a folder or a zip; empty: <base directory>/eval_bundle or eval_bundle.zip, if
     present.

@@ -19,7 +19,7 @@ class Config(Flags):
     step: int = flag(-1, 0, special=-1, alias="-s")
     """Step of the checkpoint; -1: the last one."""
     prompt: str = flag("", alias="-p")
-    """Answer this and leave."""
+    """Prompt to answer before leaving; empty: chat in the terminal."""
     temperature: float = flag(0.6, 0.0, alias="-t")
     """Randomness of the answers; 0: always the likeliest token."""
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
@@ -31,7 +31,7 @@ class Config(Flags):
     device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"))
     """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
     dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
-    """Type of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
+    """Number format of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
 
 
 COMMANDS = "/clear begins a new conversation, /quit leaves"

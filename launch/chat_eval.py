@@ -19,13 +19,13 @@ class Config(Flags):
     """
 
     source: str = flag("sft", choices=(*STAGES,), alias="-i")
-    """sft, mid or base."""
+    """Stage to measure: sft, mid or base."""
     task_name: str = flag("", alias="-a")
     """Tasks to measure, separated by |, such as "GSM8K|MMLU"; empty: all six."""
     model_tag: str = flag("", alias="-g")
-    """Which model; empty: the deepest d<N>, or else the newest."""
+    """Tag of the model; empty: the deepest d<N>, or else the newest."""
     step: int = flag(-1, 0, special=-1, alias="-s")
-    """Which of its checkpoints; -1: the last."""
+    """Step of the checkpoint; -1: the last."""
     max_problems: int = flag(-1, 1, special=-1, alias="-x")
     """Problems of each task at most, a fixed random sample; -1: all."""
     num_samples: int = flag(1, 1, alias="-n")
@@ -41,11 +41,11 @@ class Config(Flags):
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed for sampling."""
     device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"))
-    """cpu, cuda or tpu; empty: the best available."""
+    """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
     mesh: str = ""
     """Devices along each axis, as in base_train."""
     dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
-    """Data type of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
+    """Number format of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
     tasks_dir: str = ""
     """Folder of the tasks' files; empty: <base directory>/tasks."""
 
@@ -55,7 +55,7 @@ SETTINGS = ("max_problems", "num_samples", "temperature", "top_k", "max_new_toke
 
 
 def names_in(config: Config) -> tuple[list[str], str]:
-    """(the tasks to measure, why one that was asked for is not among them)."""
+    """Return (the tasks to measure, why a task that was asked for is not among them)."""
     from jaxchat.eval import chat
 
     asked = list(dict.fromkeys(name.strip() for name in config.task_name.split("|") if name.strip())) or [*chat.TASKS]

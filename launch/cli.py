@@ -213,7 +213,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """A flag on one line, what it sets on the next."""
+    """Print each flag on a line of its own and its help on the next."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=8, width=min(100, shutil.get_terminal_size().columns))

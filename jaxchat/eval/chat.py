@@ -40,7 +40,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def states_the_number(row: dict, text: str) -> bool:
-    """Whether an answer ends with the number that the row's own ends with."""
+    """Whether an answer's final number equals that of the row's own answer."""
     content = row["messages"][-1]["content"]
     wanted = content if isinstance(content, str) else "".join(part["text"] for part in content)
     return (number := final_number(text)) is not None and number == final_number(wanted)

@@ -23,7 +23,7 @@ class TaskResult:
 
     @property
     def note(self) -> str:
-        """What else its line says."""
+        """A remark at the end of the task's line."""
         return ""
 
     def show(self):

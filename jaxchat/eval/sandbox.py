@@ -131,7 +131,7 @@ def _ending(child: subprocess.Popen) -> str:
 
 
 def _threads_of(child: subprocess.Popen) -> int:
-    """Its threads; 0 once it has ended. (RLIMIT_NPROC does not bind root.)"""
+    """Number of threads of a child; 0 once it has ended. (RLIMIT_NPROC does not bind root.)"""
     try:
         return len(os.listdir(f"/proc/{child.pid}/task"))
     except OSError:

@@ -118,7 +118,8 @@ def limit(cpu_seconds: int):
 
 
 def guard_files(folder: str, newest: int):
-    """Landlock: files are read where Python and its libraries are, and read, written and deleted in `folder`.
+    """Restrict files by Landlock: Python and its libraries are read; `folder` is read, written and deleted
+    in.
 
     newest: the newest of Landlock's versions to use.
     """
@@ -144,7 +145,7 @@ def guard_files(folder: str, newest: int):
 
 
 def guard_calls():
-    """seccomp: the system calls of the list, threads but no processes, nothing else."""
+    """Restrict system calls by seccomp to those listed: threads, but no processes."""
     machine = MACHINES[platform.machine()]
 
     def argument(n: int) -> int:  # offset of the lower half of a call's argument, on a little-endian machine

@@ -119,7 +119,7 @@ class Scorer:
 
     @property
     def longest(self) -> int:
-        """Tokens of a row that `spans` reads at most."""
+        """Longest row that `spans` reads whole, in tokens."""
         return LONGER * self.model.config.sequence_len
 
     def spans(self, spans: list[Span]) -> list[Score]:

@@ -15,7 +15,7 @@ from decimal import Decimal
 
 MAX_CHARS = 200
 MAX_DEPTH = 20
-LARGEST = 10**15  # beyond it a float no longer tells whole numbers apart
+LARGEST = 10**15  # beyond it neighbouring whole numbers are the same float
 
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"  # commas between thousands only
 TOKEN = re.compile(rf"\s*({NUMBER}|//|[-+*/%()])", re.ASCII)

@@ -22,7 +22,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def begin() -> dict:
-    """When, where and with which code a run begins; to be called before it does."""
+    """Collect when, where and with which code a run begins; to be called first."""
     return {
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "clock": time.monotonic(),

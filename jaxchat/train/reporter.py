@@ -118,7 +118,7 @@ class Reporter:
 
 
 def duration(seconds: float) -> str:
-    """1h02m, 3m20s or 12s."""
+    """Format seconds as 1h02m, 3m20s or 12s."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

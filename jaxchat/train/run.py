@@ -185,7 +185,7 @@ def initial_state(stage: Stage) -> TrainState:
 
 
 def restore(stage: Stage, start: Start) -> TrainState:
-    """The state of the checkpoint that is resumed from; the data pipeline is set to where it was."""
+    """Restore the state of the checkpoint that is resumed from, and set the data pipeline to its place."""
     checkpoints, target = start.checkpoints, abstract_state(stage.model, stage.optimizer)
     if checkpoints.has_state(start.step):
         rest = {"step": target.step, "empty_steps": target.empty_steps, "opt_state": target.opt_state}

@@ -1,4 +1,4 @@
-"""Being asked to stop: Ctrl-C, a lost terminal, a scheduler's signal, or a notice of preemption."""
+"""Notice requests to stop: Ctrl-C, a lost terminal, a scheduler's signal, or a notice of preemption."""
 
 import os
 import signal

@@ -112,7 +112,7 @@ def load_mixture(spec: str, tasks_dir: str | Path | None = None) -> Mixture:
 
 
 def _parts(spec: str) -> list[str]:
-    """The specs of a list; a comma that belongs to the path of a file is none between specs."""
+    """Split a list into specs; a comma in the path of a file that exists does not separate."""
     parts, pieces = [], spec.split(",")
     while pieces:
         joined = (",".join(pieces[:n]).strip() for n in range(2, len(pieces) + 1))

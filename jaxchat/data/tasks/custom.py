@@ -76,7 +76,7 @@ def _plain(message: dict) -> dict:
 
 
 def identity(folder: Path, split: str) -> JsonLines:
-    """Who the assistant is; the file has no splits."""
+    """Conversations about who the assistant is; the file has no splits."""
     del split
     path = folder / "identity" / "identity_conversations.jsonl"
     if not path.is_file():

@@ -9,7 +9,7 @@ COLUMNS = ["prompt", "canonical_solution", "test", "entry_point"]
 
 
 def humaneval(folder: Path, split: str) -> Table:
-    """Rows also have the columns `prompt`, `test` and `entry_point` of the data set."""
+    """Functions to complete; rows have the columns `prompt`, `test` and `entry_point`, too."""
 
     def convert(row: dict) -> dict:
         if not all(isinstance(row[name], str) for name in COLUMNS):

@@ -107,9 +107,8 @@ def pick(chance: random.Random, items):
 
 
 def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> str:
-    """The phrasing, now and then in lower case or without its mark at the end; the word and the letter,
-    now and then with a capital, in capitals, or in quotes.
-    """
+    """Fill in a phrasing, sometimes in lower case or without its final mark, the word and the letter
+    sometimes capitalised, in capitals or in quotes."""
     if chance.random() < 0.2:
         phrasing = phrasing.lower()
     if chance.random() < 0.2:
@@ -124,7 +123,7 @@ def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> s
 
 
 def _spelling(chance: random.Random, word: str, split: str):
-    """No space after the colon: so the first letter is the token that it is after a comma, too."""
+    """Spell a word as "word:w,o,r,d": without a space the first letter is the same token as after a comma."""
     return _ask(chance, pick(chance, SPELL[split]), word), f"{word}:{','.join(word)}"
 
 
