@@ -81,6 +81,8 @@ def put_in(fault: str, number: int):
 
 
 if __name__ == "__main__":
+    for ignored in (signal.SIGINT, signal.SIGHUP):  # as they may be under nohup, or in the background
+        signal.signal(ignored, signal.SIG_DFL)
     fault, _, number = sys.argv[1].partition("=")
     if number:
         put_in(fault, int(number))

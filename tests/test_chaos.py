@@ -77,12 +77,6 @@ def losses(run):
     return {row["step"]: (row["loss"], row["grad_norm"], row["lr_multiplier"]) for row in rows if "loss" in row}
 
 
-def hear_signals():
-    """Under nohup, or started in the background, a process ignores these."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 class Run:
     """One stage's run, in a base directory of its own."""
 
@@ -101,7 +95,7 @@ class Run:
         command = [sys.executable, str(ROOT / "tests/chaos_process.py"), *args]
         self.logs.append(self.home / f"log-{len(self.logs)}")
         with self.logs[-1].open("w") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, preexec_fn=hear_signals)
+            return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
 
     def log(self):
         return "".join(path.read_text() for path in self.logs)
