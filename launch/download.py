@@ -2,8 +2,6 @@
 
 import dataclasses
 import difflib
-import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -131,17 +129,15 @@ def run(config: Config):
 def print_next(to: str):
     """Print the next command: base_train only if the tokenizer that is there was trained on this text."""
     from jaxchat.data.sources import file_fingerprint, find_shards
+    from jaxchat.tokenizer import Tokenizer
 
-    about = base_dir() / "tokenizer/tokenizer.json"
-    try:
-        known = json.loads(about.read_text(encoding="utf-8")).get("trained_on", {})
-    except (OSError, ValueError):
-        known = None
-    fits = bool(known) and file_fingerprint(find_shards(to, "train")[0]) in known.values()
-    if known is not None and not fits:
-        print(f"the tokenizer in {about.parent} was not trained on this text, as far as is known")
-    data = f" --data_dir={shlex.quote(to)}" if to else ""
-    cli.next_step(f"python -m launch.{'base_train' if fits else 'tok_train'}{data}")
+    folder, command = base_dir() / "tokenizer", "tok_train"
+    if folder.is_dir():
+        if file_fingerprint(find_shards(to, "train")[0]) in Tokenizer.load().trained_on.values():
+            command = "base_train"
+        else:
+            print(f"the tokenizer in {folder} was not trained on this text, as far as is known")
+    cli.next_step(f"python -m launch.{command}", data_dir=to)
 
 
 def main(args: list[str] | None = None):

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import io
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from fake_hub import COMMITS, FakeHub
 
 from jaxchat.data import hub
 from jaxchat.data.sources import SOURCE, file_fingerprint
+from jaxchat.tokenizer import Tokenizer
 from launch import download
 
 FINEWEB, CLIMBMIX = "karpathy/fineweb-edu-100b-shuffle", "karpathy/climbmix-400b-shuffle"
@@ -227,25 +227,24 @@ def test_all_tasks_and_the_core_bundle(fetch, home, monkeypatch):
         assert code == 2 and "eval_bundle is incomplete: it has no core.yaml" in err
 
 
-def test_the_next_command(fetch, home, tmp_path):
+def test_the_next_command(fetch, home):
     """base_train only with a tokenizer that was trained on this text."""
-    shard = io.BytesIO()
+    shard, folder = io.BytesIO(), home / "my text"
     pq.write_table(pa.table({"text": ["some text"]}), shard)
-    folder, about = home / "my text", home / "tokenizer/tokenizer.json"
+    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
     with FakeHub({FINEWEB: {f"shard_{i:05d}.parquet": shard.getvalue() for i in range(2)}}) as server:
 
-        def hint(**info):
-            about.parent.mkdir(exist_ok=True)
-            about.write_text(json.dumps({"hash": "0"} | info))
-            return fetch(server, "fineweb-edu", "--shards=2", f"--to={folder}")[1].splitlines()[-2:]
+        def hint() -> str:
+            return fetch(server, "fineweb-edu", "--shards=2", f"--to={folder}")[1]
 
-        other, command = hint(trained_on={"shard_00000.parquet": "0123"})  # the demo's, say
-        assert "was not trained on this text" in other and f"-m launch.tok_train --data_dir='{folder}'" in command
-        assert "launch.tok_train" in hint()[1]
-        _, command = hint(trained_on={"x": file_fingerprint(folder / "shard_00000.parquet")})
-        assert f"-m launch.base_train --data_dir='{folder}'" in command
-        about.unlink()
-        assert "launch.tok_train" in fetch(server, "fineweb-edu", "--shards=2", f"--to={folder}")[1].splitlines()[-1]
+        assert f"-m launch.tok_train --data_dir='{folder}'\n" in hint()
+        for other in ({}, {"shard_00000.parquet": "0123"}):  # not recorded; the demo's, say
+            tokenizer.trained_on = other
+            tokenizer.save()
+            assert "was not trained on this text" in (out := hint()) and "-m launch.tok_train" in out
+        tokenizer.trained_on = {"x": file_fingerprint(folder / "shard_00000.parquet")}
+        tokenizer.save()
+        assert f"-m launch.base_train --data_dir='{folder}'\n" in hint()
 
 
 @pytest.mark.parametrize(

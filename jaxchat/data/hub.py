@@ -130,8 +130,8 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
     if repo.shards and shards > len(stated):
         raise UserError(f"--shards={shards}: {repo.repo} has {len(stated)}")
     there = {path.relative_to(folder).as_posix() for pattern in repo.patterns for path in folder.glob(pattern)}
-    others = {name for name in there if name not in stated and not Path(name).name.startswith(".")}
-    if not recorded:  # a file of this name is somebody's own, unless it has the same size
+    others = {name for name in there - stated.keys() if not Path(name).name.startswith(".")}
+    if not recorded:  # then a file of another size is somebody's own
         others |= {name for name in there & stated.keys() if size_of(folder / name) != stated[name][0]}
     if others:
         raise UserError(
@@ -141,59 +141,49 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
     return Listing(repo.repo, commit, folder, dict(list(stated.items())[: shards if repo.shards else None]))
 
 
-def replace_flock(folder: Path):
-    """Let the library lock by lock files if the folder's file system has no flock; it does so itself on ENOSYS only."""
-
-    def missing(*_):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as problem:
-        if problem.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
-            fcntl.flock = missing
-    finally:
-        os.close(handle)
+def no_flock(*_):
+    """Stand for fcntl.flock where the file system has none: on this error the library locks by lock files."""
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
 def fetch(listing: Listing, parallel: int):
     """Download what a folder lacks of a listing, `parallel` files at a time, and verify it.
 
-    What was there before is downloaded again only if the library sees that it was changed after its download.
+    The library compares by hash, and downloads again, what was changed after it had been downloaded.
     """
     from huggingface_hub import snapshot_download
 
     from jaxchat.data.sources import SOURCE
 
-    folder = listing.folder
-    files.write_text(folder / SOURCE, f"{listing.repo} {len(listing.files)} {listing.commit}\n")
-    replace_flock(folder)
+    folder, source = listing.folder, listing.folder / SOURCE
     for partial in (folder / ".cache/huggingface/download").rglob("*.incomplete"):
         if time.time() - partial.stat().st_mtime > STALE:
             partial.unlink(missing_ok=True)
-    lacking = set(listing.missing())
-    verified = {name: (folder / name).stat().st_mtime_ns for name in listing.files if name not in lacking}
 
-    def is_right(name: str) -> bool:
-        """Verify a file if it was downloaded just now; delete it if it is wrong."""
+    def verify(name: str):
+        """Delete a file of another size, or one downloaded in this attempt that has another hash than stated."""
         (size, kind, digest), path = listing.files[name], folder / name
-        if size_of(path) == size:
-            written = path.stat().st_mtime_ns
-            if verified.get(name) == written or files.file_hash(path, kind) == digest:
-                verified[name] = written
-                return True
-        path.unlink(missing_ok=True)
-        return False
+        is_new = path.is_file() and path.stat().st_mtime_ns >= source.stat().st_mtime_ns
+        if size_of(path) != size or (is_new and files.file_hash(path, kind) != digest):
+            path.unlink(missing_ok=True)
 
     def attempt():
+        files.write_text(source, f"{listing.repo} {len(listing.files)} {listing.commit}\n")
+        try:
+            with source.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as problem:
+            if problem.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+                fcntl.flock = no_flock
         where = {"repo_type": "dataset", "revision": listing.commit, "local_dir": folder}
         names = [glob.escape(name) for name in listing.files]
-        snapshot_download(listing.repo, **where, allow_patterns=names, max_workers=parallel)
-        with ThreadPoolExecutor(parallel) as pool:
-            right = list(pool.map(is_right, listing.files))
-        if wrong := [name for name, is_fine in zip(listing.files, right, strict=True) if not is_fine]:
-            raise OSError(f"{len(wrong)} files did not come as the hub states them ({wrong[0]})")
+        try:
+            snapshot_download(listing.repo, **where, allow_patterns=names, max_workers=parallel)
+        finally:
+            with ThreadPoolExecutor(parallel) as pool:
+                list(pool.map(verify, listing.files))
+        if lacking := listing.missing():
+            raise OSError(f"{len(lacking)} files did not come as the hub states them ({lacking[0]})")
 
     retried(listing.repo, attempt, lambda: -len(listing.missing()))
 
