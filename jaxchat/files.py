@@ -16,10 +16,11 @@ PART = ".part"  # ends the name of what is not complete yet
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a path for the block to write a file or make a folder at; rename it to `path` when the block ends.
+    """Yield a path for the block to write a file or make a folder at; rename it to `path` when the block
+    ends.
 
-    Whenever the process is killed, `path` has its old content or all of the new. If the block raises, the old content
-    stays and the new is deleted. A folder can only replace an empty one.
+    Whenever the process is killed, `path` has its old content or all of the new. If the block raises, the old
+    content stays and the new is deleted. A folder can only replace an empty one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PART)
@@ -79,7 +80,7 @@ def size_text(size: float) -> str:
 
 
 def check_space(folder: Path, needed: int, remedy: str = "free some"):
-    """Raise UserError if the disk of a folder, which need not exist yet, has fewer than `needed` bytes free."""
+    """Raise UserError if a folder's disk has fewer than `needed` bytes free. The folder need not exist yet."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent

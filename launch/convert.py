@@ -13,10 +13,10 @@ from launch import cli
 class Config(Flags):
     """Convert a checkpoint to PyTorch, or a PyTorch model to a checkpoint.
 
-    Export: --source=sft --to=hf --out=FOLDER writes a folder for Hugging Face transformers; --to=nanochat adds the
-    model to a base directory of nanochat. Import: --from=hf --path=FOLDER --as=base --model_tag=NAME writes a
-    checkpoint for midtraining, finetuning, evaluation and chat. Weights, configuration, tokenizer and metadata are
-    converted; the optimizer state is not.
+    Export: --source=sft --to=hf --out=FOLDER writes a folder for Hugging Face transformers; --to=nanochat
+    adds the model to a base directory of nanochat. Import: --from=hf --path=FOLDER --as=base --model_tag=NAME
+    writes a checkpoint for midtraining, finetuning, evaluation and chat. Weights, configuration, tokenizer
+    and metadata are converted; the optimizer state is not.
     """
 
     to: str = flag("", choices=("", "hf", "nanochat"))
@@ -28,7 +28,7 @@ class Config(Flags):
     from_format: str = flag("", choices=("", "hf", "nanochat"), name="from")
     """Format to import: hf or nanochat."""
     path: str = ""
-    """Folder to import: one of transformers, a base directory of nanochat, or a folder of model_<step>.pt files."""
+    """Folder to import: of transformers, a base directory of nanochat, or one of model_<step>.pt files."""
     as_stage: str = flag("", choices=("", *STAGES), name="as")
     """Stage that the imported model counts as: base, mid or sft."""
     model_tag: str = flag("", alias="-g")
@@ -55,7 +55,7 @@ def run(config: Config):
 
 
 def progress(config: ModelConfig):
-    """Return a function to call with the name of each converted weight; it prints how many are left and the ETA."""
+    """Return a function to call with the name of each converted weight; it prints progress and the ETA."""
     import jax
 
     from jaxchat.model.params import declare

@@ -37,12 +37,13 @@ NAMES = (*SETS, "all-tasks")
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Download data sets, several files at a time. Complete files are kept; an interrupted download continues with
-    the missing files when the same command is run again. Files are verified by the size and hash that the hub states.
+    """Download data sets, several files at a time. Complete files are kept; an interrupted download continues
+    with the missing files when the same command is run again. Files are verified by the size and hash that
+    the hub states.
 
-    Names: fineweb-edu, climbmix; smoltalk, mmlu, gsm8k, arc, humaneval, identity, words, or all-tasks for these seven;
-    core-bundle. HF_ENDPOINT names a mirror of the hub, HF_HUB_DOWNLOAD_TIMEOUT the seconds without data after which a
-    connection is given up.
+    Names: fineweb-edu, climbmix; smoltalk, mmlu, gsm8k, arc, humaneval, identity, words, or all-tasks for
+    these seven; core-bundle. HF_ENDPOINT names a mirror of the hub, HF_HUB_DOWNLOAD_TIMEOUT the seconds
+    without data after which a connection is given up.
     """
 
     what: str = ""
@@ -50,11 +51,11 @@ class Config(Flags):
     shards: int = flag(240, 2)
     """Number of files of fineweb-edu or climbmix, from the first on; the last of them is for validation."""
     to: str = ""
-    """Folder to use instead of <base directory>/base_data for fineweb-edu and climbmix, <base directory>/tasks for the
-    tasks, and the base directory for core-bundle."""
+    """Folder to use instead of <base directory>/base_data for fineweb-edu and climbmix, <base
+    directory>/tasks for the tasks, and the base directory for core-bundle."""
     revision: str = ""
-    """Commit, tag or branch of a single data set on the hub. Empty: the commit recorded in the folder's .source file,
-    else the one that jaxchat pins, else the newest; it is recorded for the next time."""
+    """Commit, tag or branch of a single data set on the hub. Empty: the commit recorded in the folder's
+    .source file, else the one that jaxchat pins, else the newest; it is recorded for the next time."""
     parallel: int = flag(8, 1)
     """Number of files downloaded at a time."""
 
@@ -65,7 +66,7 @@ class Config(Flags):
 
 
 def place(folder: str, to: str) -> Path:
-    """Return where base_data/…, tasks/… or the bundle go: --to replaces base_data, tasks, or the bundle's parent."""
+    """Return where base_data/…, tasks/… or the bundle go; --to replaces the first of these names."""
     kind, _, rest = folder.partition("/")
     if kind not in ("base_data", "tasks"):
         return (Path(to).expanduser() if to else base_dir()) / folder

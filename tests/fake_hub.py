@@ -12,8 +12,9 @@ COMMITS = ["0123456789" * 4, "abcdefabcd" * 4]  # the newest is the last of `com
 class FakeHub:
     """files: {"owner/name": {path: content}}, and {"": {path: content}} for files elsewhere, at /plain/path.
 
-    faults: {path or "api": [fault, …]}, one for each request; later ones are answered well. A fault is an HTTP status
-    ("503"), drop (half of the content, then the connection closes) or garbage (other bytes, as many).
+    faults: {path or "api": [fault, …]}, one for each request; later ones are answered well. A fault is an
+    HTTP status ("503"), drop (half of the content, then the connection closes) or garbage (other bytes, as
+    many).
     asked: every path whose content was asked for. newest: the commit of main.
     """
 

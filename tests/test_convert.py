@@ -45,8 +45,8 @@ def test_transformers_opens_what_is_exported(source, home, capsys):
     assert tokenizer("It is 12").input_ids == ours.encode("It is 12") and len(tokenizer) == 280
     end = ours.special("<|assistant_end|>")
     assert model.generation_config.eos_token_id == ([end, ours.bos] if source != "base" else ours.bos)
-    # Padding that is no end would be masked wherever it stands in a prompt, as <|bos|> does at its beginning; here with
-    # the ends that the README gives.
+    # Padding that is no end would be masked wherever it stands in a prompt, as <|bos|> does at its beginning;
+    # here with the ends that the README gives.
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id == (end if source != "base" else ours.bos)
     prompt = torch.tensor([[ours.bos, *ours.encode("It is 12")]])
     ends = [ours.special("<|python_end|>"), end] if source != "base" else ours.bos

@@ -1,4 +1,4 @@
-"""Hugging Face's format: a folder that transformers' AutoModelForCausalLM opens as NanoChatForCausalLM, and back."""
+"""Hugging Face's format: folders that transformers opens as NanoChatForCausalLM."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ FIXED = {
 
 
 def architecture(config: ModelConfig, tokenizer, dtype: str, chat: bool) -> dict:
-    """config.json."""
+    """Return the content of config.json."""
     return {
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",
@@ -66,10 +66,6 @@ def end_tokens(tokenizer, chat: bool) -> dict:
     return {"bos_token_id": tokenizer.bos, "eos_token_id": end}
 
 
-def padding(tokenizer, chat: bool) -> dict:
-    return {"pad_token_id": tokenizer.special(tokens.end_token(chat))} if tokenizer else {}
-
-
 def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
     """Write the folder `out`, completely or not at all. chat: the model has learnt conversations.
 
@@ -85,7 +81,9 @@ def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
         save_torch_state_dict(tensors, folder, max_shard_size=SHARD_SIZE)
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
         dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-        generation = end_tokens(found.tokenizer, chat) | padding(found.tokenizer, chat)
+        generation = end_tokens(found.tokenizer, chat)
+        if found.tokenizer:
+            generation["pad_token_id"] = found.tokenizer.special(tokens.end_token(chat))
         files.write_json(folder / "config.json", architecture(found.config, found.tokenizer, dtype, chat))
         files.write_json(folder / "generation_config.json", generation)
         if found.tokenizer:
@@ -95,26 +93,25 @@ def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
 
 
 def model_card(found: Found, chat: bool) -> str:
-    """README.md: what the model is and what its run measured."""
+    """Return README.md: what the model is and what its run measured."""
     config, meta = found.config, found.meta
-    rows = [
-        ("stage", f"{meta['stage']}, step {found.step:,}"),
-        ("parameters", f"{num_params(config):,}"),
-        ("layers × width", f"{config.n_layer} × {config.n_embd}"),
-        ("heads (key/value)", f"{config.n_head} ({config.n_kv_head}) × {config.head_dim}"),
-        ("context", f"{config.sequence_len:,} tokens"),
-        ("vocabulary", f"{config.vocab_size:,}"),
-    ]
-    if "parent" in meta:
-        rows.append(("trained from", meta["parent"]))
-    if "imported" in meta:
-        rows.append(("imported from", meta["imported"]["from"]))
-    rows += [(name, f"{value:.4f}") for name, value in sorted(meta.get("metrics", {}).items())]
+    imported = meta.get("imported", {}).get("from")
+    rows = {
+        "stage": f"{meta['stage']}, step {found.step:,}",
+        "parameters": f"{num_params(config):,}",
+        "layers × width": f"{config.n_layer} × {config.n_embd}",
+        "heads (key/value)": f"{config.n_head} ({config.n_kv_head}) × {config.head_dim}",
+        "context": f"{config.sequence_len:,} tokens",
+        "vocabulary": f"{config.vocab_size:,}",
+        "trained from": meta.get("parent"),
+        "imported from": imported,
+        **{name: f"{value:.4f}" for name, value in sorted(meta.get("metrics", {}).items())},
+    }
     settings = {k: v for k, v in sorted(shareable(meta.get("settings", {})).items()) if v not in ("", -1)}
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxchat]", "---", ""]
-    origin = "Exported by" if "imported" in meta else "Trained and exported with"
-    lines += [f"# {found.folder.name} ({meta['stage']})", "", f"{origin} jaxchat for transformers.", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
+    origin = "Exported by" if imported else "Trained and exported with"
+    lines += [f"# {found.tag} ({meta['stage']})", "", f"{origin} jaxchat for transformers.", "", "| | |", "|---|---|"]
+    lines += [*(f"| {name} | {value} |" for name, value in rows.items() if value is not None), ""]
     if settings:
         lines += ["Settings of the run:", "", *(f"- `{name}` = {value}" for name, value in settings.items()), ""]
     if chat and found.tokenizer:
@@ -128,7 +125,7 @@ def model_card(found: Found, chat: bool) -> str:
 
 
 def load(path: Path) -> Foreign:
-    """Open a folder of config.json, *.safetensors and, maybe, tokenizer.json. UserError: it is not jaxchat's model."""
+    """Open a folder of config.json, *.safetensors and, maybe, tokenizer.json. UserError: another model."""
     described = _json(path / "config.json")
     config = _model_config(path / "config.json", described)
     index = path / "model.safetensors.index.json"

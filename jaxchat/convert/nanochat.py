@@ -94,7 +94,7 @@ def load(path: Path, stage: str, tag: str, step: int) -> Foreign:
 
 
 def find_folder(path: Path, stage: str, tag: str) -> Path:
-    """Find the folder of the model_<step>.pt files: `path`, or <path>/<stage's folder>/<tag, or the only one>."""
+    """Find the folder of the model_<step>.pt files: `path`, or <path>/<stage's>/<tag, or the only one>."""
 
     def has_models(folder: Path) -> bool:
         return folder.is_dir() and any(re.fullmatch(r"model_\d+\.pt", p.name) for p in folder.iterdir())
@@ -134,7 +134,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def check_archive(file: Path):
-    """Raise UserError unless it is a zip archive, as torch.save writes them since 2020, with matching checksums."""
+    """Raise UserError unless it is a zip archive, as torch.save writes since 2020, with matching checksums."""
     if not zipfile.is_zipfile(file):
         raise UserError(f"{file} is refused: it is damaged, or in torch's format before 2020; load and save it anew")
     try:

@@ -1,4 +1,4 @@
-"""The tokenizer in others' formats: Hugging Face's tokenizer.json with a chat template, nanochat's tokenizer.pkl."""
+"""The tokenizer in other formats: Hugging Face's, with a chat template, and nanochat's tokenizer.pkl."""
 
 import json
 import pickle
@@ -12,15 +12,17 @@ from jaxchat import files
 from jaxchat.config import UserError
 from jaxchat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, byte_characters
 
-# A chat template makes one string of a conversation, in which a special's spelling becomes the special. In messages it
-# must stay text: the template puts MARK after the "<" of "<|", and the normalizer, which sees only what is no special,
-# removes it. BREAK stands between two parts of text, so that no piece reaches over; the pre-tokenizer cuts there and
-# drops it. Both are noncharacters, which Unicode keeps for a program's own use: text that has them loses them.
+# A chat template makes one string of a conversation, in which a special's spelling becomes the special. In
+# messages it must stay text: the template puts MARK after the "<" of "<|", and the normalizer, which sees
+# only what is no special, removes it. BREAK stands between two parts of text, so that no piece reaches over;
+# the pre-tokenizer cuts there and drops it. Both are noncharacters, which Unicode keeps for a program's own
+# use: text that has them loses them.
 MARK, BREAK = "\ufdd0", "\ufdd1"
-OLD_NORMALIZER = {"type": "Replace", "pattern": {"String": f"<{MARK}|"}, "content": "<|"}  # of exports until 2026
+OLD_NORMALIZER = {"type": "Replace", "pattern": {"String": f"<{MARK}|"}, "content": "<|"}  # of older exports
 
-# {% generation %} surrounds what the assistant learns to say. Each of these ends in a special, where possible: of text
-# that ends in a character of several tokens, transformers would leave all but the first of these tokens out.
+# {% generation %} surrounds what the assistant learns to say. Each of these ends in a special, where
+# possible: of text that ends in a character of several tokens, transformers would leave all but the first of
+# these tokens out.
 CHAT_TEMPLATE = """\
 {%- macro say(text) -%}
   {%- if text is not string -%}{{- raise_exception('what is said must be text') -}}{%- endif -%}
@@ -63,7 +65,7 @@ CHAT_TEMPLATE = """\
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs whose merging makes each piece, in rank order: all, as tiktoken joins whatever makes one."""
+    """Return all pairs whose merge makes a piece, in rank order, as tiktoken merges any of them."""
     return [
         (piece[:i], piece[i:])
         for piece in sorted(ranks, key=ranks.get)
@@ -73,7 +75,7 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer for the tokenizers library. By default it reads a special's spelling as the special."""
+    """Build the same tokenizer in the tokenizers library; by default it reads specials' spellings as specials."""
     characters = byte_characters()
 
     def text(piece: bytes) -> str:
@@ -81,7 +83,7 @@ def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
     vocab = {text(piece): rank for piece, rank in tokenizer.ranks.items()}
     pairs = [(text(a), text(b)) for a, b in merges(tokenizer.ranks)]
-    # ignore_merges: a whole word that is a piece is one token, even if no merges lead there; tiktoken does so too.
+    # ignore_merges: a word that is a piece is one token even if no merges lead there, as in tiktoken.
     result = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=True))
     result.normalizer = normalizers.Replace(MARK, "")
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated")
@@ -93,13 +95,16 @@ def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def end_token(chat: bool) -> str:
-    """What ends an answer, or a document. Also the padding: padding that is another token, <|bos|> say, transformers
-    takes for padding wherever it stands in a prompt, and hides it from the model."""
+    """Return the token that ends an answer, or a document.
+
+    It is the padding too: transformers hides the padding token from the model wherever it is in a prompt,
+    such as a <|bos|> at the beginning.
+    """
     return "<|assistant_end|>" if chat else "<|bos|>"
 
 
 def save_hugging_face(tokenizer: Tokenizer, folder: Path, sequence_len: int, chat: bool):
-    """tokenizer.json and tokenizer_config.json, with a chat template if the model chats."""
+    """Write tokenizer.json and tokenizer_config.json, with a chat template if the model chats."""
     to_hugging_face(tokenizer).save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -117,7 +122,7 @@ def save_hugging_face(tokenizer: Tokenizer, folder: Path, sequence_len: int, cha
 
 
 def from_hugging_face(path: Path) -> Tokenizer:
-    """Of a tokenizer.json. UserError: it is damaged, or does anything else than jaxchat's tokenizer would."""
+    """Read a tokenizer.json. UserError: it is damaged, or tokenizes in a way that jaxchat doesn't."""
     try:
         tokenizers.Tokenizer.from_file(str(path))
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -143,18 +148,18 @@ def from_hugging_face(path: Path) -> Tokenizer:
         "continuing_subword_prefix": model.get("continuing_subword_prefix"),
         "end_of_word_suffix": model.get("end_of_word_suffix"),
         "added_tokens": any(token.get(flag) for token in content["added_tokens"] for flag in odd_flags),
-        # Merges must make every piece, and in the order of their ids, which tiktoken goes by.
+        # Merges must make every piece, in the order of the ids, which is tiktoken's.
         "merges": {p for p in ranks if len(p) > 1} != set(made)
         or [ranks[p] for p in made] != sorted(map(ranks.get, made)),
     }
     if any(wrong.values()):
         names = ", ".join(name for name, is_wrong in wrong.items() if is_wrong)
-        raise UserError(f"{path} tokenizes otherwise than jaxchat can ({names}); move it away to convert without it")
+        raise UserError(f"{path} tokenizes in a way that jaxchat can't ({names}); move it away to convert without it")
     return tokenizer
 
 
 def _steps(content: dict) -> list[dict]:
-    """How text is cut before merging; without what only the offsets depend on."""
+    """Return how text is cut before merging, without what affects only the offsets."""
     steps = (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
     return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
 
@@ -173,7 +178,7 @@ def _tokenizer(path: Path, ranks: dict[bytes, int], specials: dict[str, int]) ->
 
 
 class _Recorded:
-    """Stands for a tiktoken Encoding while its pickle is read: keeps the state, builds nothing."""
+    """Stand for a tiktoken Encoding while its pickle is read: keep the state, build nothing."""
 
     def __setstate__(self, state):
         self.state = state
@@ -187,7 +192,7 @@ class _OnlyEncodings(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Tokenizer:
-    """Of nanochat's tokenizer.pkl, without running anything in it. UserError: it holds anything else."""
+    """Read nanochat's tokenizer.pkl without running anything in it. UserError: it holds something else."""
     try:
         with path.open("rb") as file:
             state = getattr(_OnlyEncodings(file).load(), "state", None)
@@ -208,7 +213,7 @@ def read_pickle(path: Path) -> Tokenizer:
 
 
 def write_pickle(tokenizer: Tokenizer, path: Path):
-    """nanochat's tokenizer.pkl: a tiktoken Encoding."""
+    """Write nanochat's tokenizer.pkl: a tiktoken Encoding."""
     specials = {name: tokenizer.special(name) for name in SPECIAL_TOKENS}
     encoding = tiktoken.Encoding(
         "rustbpe", pat_str=SPLIT_PATTERN, mergeable_ranks=tokenizer.ranks, special_tokens=specials

@@ -21,14 +21,15 @@ from jaxchat.model.params import Weight, declare
 from jaxchat.store import Checkpoints
 from jaxchat.tokenizer import Tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # float32 holds them all
+# What is read; float32 holds them all.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[str], None]  # called with the name of each weight that is converted
 Names = dict[str, str]  # weight -> its name in the other format, with {} for the layer
 
 
 @dataclasses.dataclass
 class Foreign:
-    """A model in another format. Its tensors are mapped from its files, not in memory."""
+    """A model in another format."""
 
     path: Path
     config: ModelConfig
@@ -40,19 +41,21 @@ class Foreign:
 
 
 def named(config: ModelConfig) -> dict[str, Weight]:
-    """The declared weights by name."""
+    """Return the declared weights by name."""
     leaves = jax.tree_util.tree_leaves_with_path(declare(config))
     return {jax.tree_util.keystr(path, simple=True, separator="."): weight for path, weight in leaves}
 
 
 def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
-    """Names of a weight's matrices in the other format: one, or one for each layer."""
+    """Return the names of a weight's matrices in the other format: one, or one for each layer."""
     return [names[name].format(i) for i in range(config.n_layer)] if name.startswith("blocks.") else [names[name]]
 
 
-def matrix_shape(name: str, weight: Weight) -> tuple[int, int]:
-    """Shape of a matrix in PyTorch: [out, in]; of the embedding: [vocabulary, width]."""
-    return (weight.fan_in, weight.fan_out) if name == "wte" else (weight.fan_out, weight.fan_in)
+def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
+    """Return {"lm_head.weight": "lm_head.0", …}: for each matrix of the other format its weight and layer."""
+    return {
+        theirs: f"{name}.{i}" for name in named(config) for i, theirs in enumerate(matrix_names(name, names, config))
+    }
 
 
 def to_matrices(name: str, weight: Weight, stack: np.ndarray) -> Iterator[np.ndarray]:
@@ -71,42 +74,38 @@ def to_stack(name: str, weight: Weight, matrices: list[torch.Tensor]) -> np.ndar
 
 
 def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's weights as another format's tensors: float32, or the type they were imported from."""
+    """Return a checkpoint's weights as another format's tensors, in float32 or the type of their import."""
     weights = named(found.config)
     stacks = dict(zip(weights, jax.tree.leaves(found.load()), strict=True))
     narrow = found.meta.get("imported", {}).get("dtypes", {})
-    tensors = {}
+    ours, tensors = our_names(names, found.config), {}
     for name, weight in weights.items():
         matrices = to_matrices(name, weight, np.asarray(stacks.pop(name)))
-        for i, (theirs, matrix) in enumerate(zip(matrix_names(name, names, found.config), matrices, strict=True)):
-            tensors[theirs] = torch.from_numpy(matrix).to(DTYPES[narrow.get(f"{name}.{i}", "float32")])
+        for theirs, matrix in zip(matrix_names(name, names, found.config), matrices, strict=True):
+            tensors[theirs] = torch.from_numpy(matrix).to(DTYPES[narrow.get(ours[theirs], "float32")])
         progress(name)
     return tensors
 
 
 def check(foreign: Foreign):
     """Raise UserError if a tensor is missing, unknown, or of a wrong shape or type."""
-    wanted = {
-        theirs: matrix_shape(name, weight)
-        for name, weight in named(foreign.config).items()
-        for theirs in matrix_names(name, foreign.names, foreign.config)
-    }
-    have = foreign.tensors.keys()
-    for what, names in (("lacks", wanted.keys() - have), ("also has", have - wanted.keys())):
+    weights, ours, have = named(foreign.config), our_names(foreign.names, foreign.config), foreign.tensors.keys()
+    for what, names in (("lacks", ours.keys() - have), ("also has", have - ours.keys())):
         if names:
             some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UserError(f"{foreign.path} {what} {some}; it is not the model that its configuration describes")
-    for name, tensor in foreign.tensors.items():
-        if tuple(tensor.shape) != wanted[name]:
-            raise UserError(
-                f"{foreign.path}: {name} is {list(tensor.shape)}, its configuration wants {list(wanted[name])}"
-            )
+    for theirs, tensor in foreign.tensors.items():
+        name = ours[theirs].rpartition(".")[0]
+        shape = [weights[name].fan_out, weights[name].fan_in]
+        wanted = shape[::-1] if name == "wte" else shape  # the embedding is [vocabulary, width]
+        if list(tensor.shape) != wanted:
+            raise UserError(f"{foreign.path}: {theirs} is {list(tensor.shape)}, its configuration wants {wanted}")
         if tensor.dtype not in DTYPES.values():
-            raise UserError(f"{foreign.path}: {name} is {tensor.dtype}; jaxchat reads {', '.join(DTYPES)}")
+            raise UserError(f"{foreign.path}: {theirs} is {tensor.dtype}; jaxchat reads {', '.join(DTYPES)}")
 
 
 def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Progress):
-    """Save a foreign model as <folder>/<step>, a checkpoint with weights only, and <folder>/tokenizer.
+    """Save a foreign model, whose tensors are gone afterwards, as the checkpoint <folder>/<step> and a tokenizer.
 
     UserError: the folder exists, or its disk is too full.
     """
@@ -126,8 +125,10 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
         meta["device_batch_size"] = rows  # mid warns if it is given more
     stacks = []
     for name, weight in named(foreign.config).items():
-        matrices = [foreign.tensors[theirs] for theirs in matrix_names(name, foreign.names, foreign.config)]
+        # Popped, so that what is converted does not stay in memory.
+        matrices = [foreign.tensors.pop(theirs) for theirs in matrix_names(name, foreign.names, foreign.config)]
         stacks.append(to_stack(name, weight, matrices))
+        del matrices
         progress(name)
     checkpoints = Checkpoints(folder)
     try:
@@ -147,13 +148,9 @@ def shareable(settings: dict) -> dict:
 
 
 def dtypes_of(foreign: Foreign) -> dict[str, str]:
-    """Types of the matrices that are not float32, by our names: {"blocks.wq.0": "bfloat16", …}."""
-    text = {dtype: name for name, dtype in DTYPES.items()}
-    found = {
-        f"{name}.{i}": text[foreign.tensors[theirs].dtype]
-        for name in named(foreign.config)
-        for i, theirs in enumerate(matrix_names(name, foreign.names, foreign.config))
-    }
+    """Return the types of the matrices that are not float32: {"blocks.wq.0": "bfloat16", …}."""
+    ours = our_names(foreign.names, foreign.config)
+    found = {ours[theirs]: str(tensor.dtype).removeprefix("torch.") for theirs, tensor in foreign.tensors.items()}
     return {name: dtype for name, dtype in found.items() if dtype != "float32"}
 
 

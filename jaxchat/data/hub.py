@@ -1,4 +1,4 @@
-"""Download data sets from the hub with huggingface_hub, and single files by URL: atomic, verified, retried."""
+"""Download data sets from the hub with huggingface_hub, and files by URL: atomic, verified, retried."""
 
 import dataclasses
 import errno
@@ -17,7 +17,8 @@ from pathlib import Path
 from jaxchat import files
 from jaxchat.config import UserError
 
-PAUSES = (1, 2, 4, 8, 16, 32, 64, 128, 128)  # seconds between attempts; in all more than the hub's 5-minute rate limit
+# Seconds between attempts, in all more than the 5 minutes of the hub's rate limit.
+PAUSES = (1, 2, 4, 8, 16, 32, 64, 128, 128)
 PERMANENT = (401, 403, 404)  # answers of a server that asking again does not change
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EMFILE)
 STALE = 3600  # seconds after which a partial file counts as left by a kill
@@ -46,7 +47,7 @@ class Link:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The wanted files of a data set at one commit: {path: (bytes, kind of hash, hash)}, as the hub states them."""
+    """The wanted files of a data set at a commit: {path: (bytes, kind of hash, hash)}, as the hub states."""
 
     repo: str
     commit: str
@@ -101,7 +102,7 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
 
 
 def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
-    """List the wanted files of a data set at `revision`; "": at the commit that is recorded in the folder, or pinned.
+    """List the wanted files of a data set at `revision`; "": at the commit recorded in the folder, or pinned.
 
     UserError: the folder has other files of this kind, which would be read with them.
     """
@@ -161,7 +162,7 @@ def fetch(listing: Listing, parallel: int):
             partial.unlink(missing_ok=True)
 
     def verify(name: str):
-        """Delete a file of another size, or one downloaded in this attempt that has another hash than stated."""
+        """Delete a file that has not the stated size or, if it was downloaded just now, not the stated hash."""
         (size, kind, digest), path = listing.files[name], folder / name
         is_new = path.is_file() and path.stat().st_mtime_ns >= source.stat().st_mtime_ns
         if size_of(path) != size or (is_new and files.file_hash(path, kind) != digest):
@@ -223,7 +224,7 @@ def fetch_link(link: Link, path: Path):
 
 
 def show_progress(work: Callable[[], None], listings: list[Listing]):
-    """Run `work` in a thread; print every few seconds how much of the listings is there, and the time left."""
+    """Run `work` in a thread; print every few seconds how much of the listings is there, and the ETA."""
 
     def on_disk() -> int:
         partial = [path for listing in listings for path in (listing.folder / ".cache").rglob("*.incomplete")]
