@@ -107,7 +107,7 @@ def test_bad_requests(home, capsys):
     assert not (home / "base_checkpoints/x").exists() and list(home.rglob("*.part")) == []
 
 
-def test_a_full_disk_is_told_before_anything_is_written(home, capsys, monkeypatch):
+def test_a_full_disk_is_refused_before_anything_is_written(home, capsys, monkeypatch):
     write_checkpoint("base", "d2")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     for kind in ("hf", "nanochat"):
@@ -116,7 +116,7 @@ def test_a_full_disk_is_told_before_anything_is_written(home, capsys, monkeypatc
 
 
 def test_without_the_extra(home):
-    """Told what to install; and nothing else of jaxchat imports torch, whether it is there or not."""
+    """It says what to install; and nothing else of jaxchat imports torch, whether it is there or not."""
     hide = """
 import sys
 class Hidden:
@@ -125,12 +125,12 @@ class Hidden:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Hidden)
 """
-    for code, told in (
+    for code, message in (
         ("from launch import convert; convert.main(['--to=hf', '--out=x'])", "pip install -e '.[convert]'"),
         ("from launch import demo, base_train, mid_train, chat_sft, chat_cli, tok_eval; print('fine')", "fine"),
     ):
         done = subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True)
-        assert told in done.stdout + done.stderr, done.stderr
+        assert message in done.stdout + done.stderr, done.stderr
 
 
 def test_damaged_and_odd_files(home, capsys):
@@ -163,11 +163,11 @@ def test_damaged_and_odd_files(home, capsys):
     take_nano = ["--from=nanochat", f"--path={theirs}", "--as=base", "--model_tag=x"]
     their_checkpoint(theirs)
     path, meta = theirs / "model_000021.pt", theirs / "meta_000021.json"
-    good, told = path.read_bytes(), json.loads(meta.read_text())
+    good, described = path.read_bytes(), json.loads(meta.read_text())
     for config in (None, [], 3, {}, THEIR_SHAPE | {"n_layer": 2.0}, {"n_layer": 2}):
-        meta.write_text(json.dumps(told | {"model_config": config}))
+        meta.write_text(json.dumps(described | {"model_config": config}))
         refusal(capsys, *take_nano)
-    meta.write_text(json.dumps(told))
+    meta.write_text(json.dumps(described))
     for odd in (torch.zeros(2).to_sparse(), torch.zeros(2, device="meta")):
         torch.save(torch.load(path, weights_only=True) | {"lm_head.weight": odd}, path)
         assert "not a plain tensor" in refusal(capsys, *take_nano)

@@ -47,7 +47,7 @@ def exported(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rust(exported):
-    """The exported tokenizer.json in the tokenizers library, told that a special's spelling is text."""
+    """The exported tokenizer.json in the tokenizers library, set to read a special's spelling as text."""
     loaded = tokenizers.Tokenizer.from_file(str(exported / "tokenizer.json"))
     loaded.encode_special_tokens = True
     return loaded
@@ -140,12 +140,12 @@ def test_the_chat_template(tokenizer, exported, shared_data):
         assert (out["input_ids"], out["assistant_masks"]) == tokenizer.render_conversation(row)
         prompt = theirs.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, return_dict=False)
         assert prompt == tokenizer.render_for_completion(row)
-    # Outside a template a special's spelling is the special, as everywhere in transformers, unless told
+    # Outside a template a special's spelling is the special, as everywhere in transformers, unless message
     # otherwise.
     assert theirs("a<|bos|>").input_ids[-1] == tokenizer.bos
     for text in SPELLINGS:
         assert theirs(text, split_special_tokens=True).input_ids == tokenizer.encode(text)
-    for messages, told in (
+    for messages, message in (
         ([{"role": "assistant", "content": "me first"}], "must alternate"),
         ([{"role": "system", "content": "alone"}], "must follow"),
         ([{"role": "user", "content": [{"type": "text", "text": "a<"}]}], "must be text"),
@@ -155,7 +155,7 @@ def test_the_chat_template(tokenizer, exported, shared_data):
             "unknown",
         ),
     ):
-        with pytest.raises(jinja2.TemplateError, match=told):
+        with pytest.raises(jinja2.TemplateError, match=message):
             theirs.apply_chat_template(messages)
 
 
@@ -211,7 +211,7 @@ def encoding_of(ranks, specials) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, message",
     [
         (b"not a pickle", "is refused"),
         (pickle.dumps({"mergeable_ranks": {}}), "no tiktoken Encoding"),
@@ -223,20 +223,20 @@ def encoding_of(ranks, specials) -> bytes:
         (b"\x80\x04\x8c\rtiktoken.core\x8c\x08Encoding\x93)\x81\x8c\x04gpt2b.", "no tiktoken Encoding of its own"),
     ],
 )
-def test_other_pickles_are_refused(content, told, tmp_path):
+def test_other_pickles_are_refused(content, message, tmp_path):
     """The last asks tiktoken for an encoding by name, which would be a download."""
     (tmp_path / "tokenizer.pkl").write_bytes(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         tokens.read_pickle(tmp_path / "tokenizer.pkl")
 
 
 def test_other_tokenizers_are_refused(tokenizer, exported, tmp_path):
-    def refused(change, told):
+    def refused(change, message):
         """Changed so, it is refused for that."""
         content = json.loads((exported / "tokenizer.json").read_text())
         change(content)
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             tokens.from_hugging_face(tmp_path / "tokenizer.json")
 
     refused(lambda c: c["added_tokens"].pop(), "output_end.* is missing; jaxchat wants its nine")

@@ -84,7 +84,7 @@ def test_every_fault_is_survived(fetch, home, faults):
         assert code == 0 and "3 of 3 files" in out and len(server.asked) == asked
 
 
-def test_a_server_that_never_recovers(fetch, home, slept):
+def test_a_server_that_never_recovers(fetch, home, slept, monkeypatch):
     """One line at the end; the other files are there. What can't be is not tried again."""
     files = shards()
     with FakeHub(files, {"shard_00001.parquet": ["garbage"] * 99}) as server:
@@ -95,6 +95,9 @@ def test_a_server_that_never_recovers(fetch, home, slept):
         slept.clear()
         code, _, err = fetch(server, "climbmix", f"--to={home / 'other'}")
         assert code == 2 and "HF_ENDPOINT" in err and not slept
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        code, _, err = fetch(server, "gsm8k")
+        assert code == 2 and "HF_HUB_OFFLINE" in err and not slept
 
 
 @pytest.mark.filterwarnings("ignore:flock not supported")

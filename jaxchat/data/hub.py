@@ -69,6 +69,7 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
 
     progress: a number, such as of complete files; when it grows, the pauses begin again with the shortest.
     """
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, XetDownloadError
 
     expected = (
@@ -90,8 +91,9 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
                 raise
             answers = [error for error in (problem, problem.__cause__) if isinstance(error, HfHubHTTPError)]
             reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
-            if any(answer.response.status_code in PERMANENT for answer in answers):
-                raise UserError(f"{what}: {reason}; check the name, --revision and HF_ENDPOINT") from problem
+            if constants.is_offline_mode() or any(answer.response.status_code in PERMANENT for answer in answers):
+                remedy = "check the name, --revision, HF_ENDPOINT and HF_HUB_OFFLINE"
+                raise UserError(f"{what}: {reason}; {remedy}") from problem
             if progress() > best:
                 tries, best = 0, progress()
             if tries == len(PAUSES):
