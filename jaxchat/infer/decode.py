@@ -98,7 +98,7 @@ class Program:
 
 @partial(jax.jit, static_argnames=("program", "count", "slots"))
 def empty_state(program: Program, count: int, slots: int) -> State:
-    """`count` slots a device that hold nothing."""
+    """A state of `count` slots a device that hold no request."""
     config = program.config
 
     def empty():
@@ -111,7 +111,7 @@ def empty_state(program: Program, count: int, slots: int) -> State:
 
 @partial(jax.jit, static_argnames=("program", "slots"))
 def resize(program: Program, state: State, slots: int) -> State:
-    """The same rows in a cache with another number of slots."""
+    """Move the rows to a cache with another number of slots."""
 
     def change(state):
         return state.replace(cache=state.cache.resize(slots))

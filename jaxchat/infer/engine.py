@@ -351,6 +351,6 @@ def _gather(found: dict[int, Generation], count: int) -> list[Generation]:
 
 
 def _tuples(fields: dict) -> dict:
-    """JSON has no tuples."""
+    """Turn lists, which JSON made of tuples, back into tuples."""
     pairs = {name: [[tuple(pair) for pair in at] for at in fields[name]] for name in ("top", "prompt_top")}
     return fields | pairs | {"end": fields["end"] and tuple(fields["end"])}

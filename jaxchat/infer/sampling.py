@@ -43,7 +43,7 @@ def sample(logits_BV, rows: Rows, positions_B, kind: str):
 
 
 def _largest(x_BV):
-    """Where each row's largest number is, int32 [B]; the first of equals.
+    """Index of each row's largest number, int32 [B]; the first of equals.
 
     For CPUs by top_k, which nothing is fused into: XLA would make the noise within the search, number by
     number, which takes three times as long.
@@ -65,7 +65,7 @@ def _noise(seed, sample, position, size: int):
 
 
 def _without_ends(logits_BV, rows: Rows, positions_B):
-    """−∞ for the tokens that would end a row before its first possible end."""
+    """Set to −∞ the tokens that would end a row before its first possible end."""
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
     ends_BE = jnp.where((positions_B < rows.first_end_B)[:, None], rows.ends_BE, logits_BV.shape[1])
     return logits_BV.at[rows_B1, ends_BE].set(-jnp.inf, mode="drop")
@@ -115,6 +115,6 @@ def _threshold(x_BV, weights_BV, wanted_B):
 
 
 def _in_order(x):
-    """float32 as uint32 in the same order."""
+    """Map float32 numbers to uint32 numbers that sort alike."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 0, bits | jnp.uint32(2**31), ~bits)

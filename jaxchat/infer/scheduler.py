@@ -53,7 +53,7 @@ class Request:
     logprobs: int | None = None
     """Report log-probabilities, with this many of the likeliest alternatives; None: no log-probabilities."""
     prompt_logprobs: bool = False
-    """Report those of the prompt's tokens as well."""
+    """Report the log-probabilities of the prompt's tokens too."""
 
     def __post_init__(self):
         for name, least, most in (
@@ -97,7 +97,7 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        """Whether it ended by itself, not by a limit."""
+        """Whether the generation ended by itself, not by a limit."""
         return self.finish == STOP
 
     def extend(self, more: "Generation"):
@@ -148,7 +148,7 @@ class Scheduler:
         return (self.running.pop(id, None) or self.waiting.pop(id, None)) is not None
 
     def end_of(self, request: Request) -> int:
-        """Most tokens of a request in the end, its prompt's included."""
+        """Tokens of a request at its longest, the prompt's included."""
         return min(len(request.prompt) + request.max_tokens, self.sequence_len)
 
     def longest(self) -> int:

@@ -38,7 +38,7 @@ class TextReader:
         self.stopped = False  # by a stop string
 
     def feed(self, token: int, forced: bool = False) -> list[Delta]:
-        """The text that `token` completes; forced: the tool wrote it. Nothing after a stop string."""
+        """Return the text that `token` completes; forced: the tool wrote it. Nothing after a stop string."""
         if self.stopped:
             return []
         if token in self._openings:
@@ -49,7 +49,7 @@ class TextReader:
         return self._add(self._utf8.decode(self._tokenizer.decode_bytes([token])))
 
     def end(self) -> list[Delta]:
-        """What still waits: an incomplete character becomes U+FFFD."""
+        """Return the text that still waits: an incomplete character becomes U+FFFD."""
         return [] if self.stopped else self._add(self._utf8.decode(b"", final=True), last=True)
 
     def _begin(self, kind: str) -> list[Delta]:
@@ -99,7 +99,7 @@ class Writer:
         return out
 
     def end(self, cut: bool = False) -> str:
-        """What closes the line. cut: the answer was not finished."""
+        """Return what closes the line. cut: the answer was not finished."""
         closing, self._closing = self._closing, ""
         return closing + (" … (cut)" if cut else "")
 

@@ -1,5 +1,4 @@
-"""What a trainer leaves for the report, beside what it logs anyway: a line of `runs.jsonl` for each time it
-ran."""
+"""Record each run of a trainer, for the report, as a line of `runs.jsonl` beside its checkpoints."""
 
 import contextlib
 import dataclasses
