@@ -202,6 +202,7 @@ class _Parser(argparse.ArgumentParser):
         default = "" if field.type is bool or field.default == "" else f" (default: {field.default})"
         shown = {"dest": field.name, "default": argparse.SUPPRESS, "help": (text + default).replace("%", "%%")}
         kind, metavar = KINDS[field.type]
+        metavar = "|".join(filter(None, field.metadata.get("choices") or ())) or metavar
         switch = {"nargs": "?", "const": True} if field.type is bool else {}
         alias = field.metadata.get("alias")
         group.add_argument(f"--{name}", *([alias] if alias else []), type=kind, metavar=metavar, **switch, **shown)
