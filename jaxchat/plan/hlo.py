@@ -13,6 +13,8 @@ from collections import Counter, defaultdict
 SIZES = {1: "pred s8 u8 f8e4m3fn f8e5m2", 2: "bf16 f16 s16 u16", 4: "s32 u32 f32", 8: "s64 u64 f64"}
 BYTES = {kind: size for size, kinds in SIZES.items() for kind in kinds.split()}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Name, type of the result (in parentheses, with commas, where there are several), kind(operands), attributes.
+OPERATION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}\s]+(?:, ?%[\w.-]+)*)")
 
 
@@ -72,25 +74,11 @@ def computations(text: str) -> tuple[dict[str, list[Operation]], str]:
         if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
             current = found.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif current is not None and (parts := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*)$", line)):
-            rest = re.sub(r"/\*.*?\*/", "", parts[3])
-            # The result's type, a tuple's in parentheses, then kind(operands), then attributes.
-            end = closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
-            type_text, rest = rest[:end], rest[end + 1 :]
-            kind, _, arguments = rest.partition("(")
-            operands = tuple(re.findall(r"%([\w.-]+)", arguments.partition("), ")[0]))
-            current.append(Operation(parts[2], kind, shapes_in(type_text), operands, rest, bool(parts[1])))
+        elif current is not None and (parts := OPERATION.match(re.sub(r"/\*.*?\*/", "", line))):
+            root, name, result, kind, rest = parts.groups()
+            operands = tuple(re.findall(r"%([\w.-]+)", rest.partition("), ")[0]))
+            current.append(Operation(name, kind, shapes_in(result), operands, f"{kind}({rest}", bool(root)))
     return found, entry
-
-
-def closing(text: str) -> int:
-    """The index at which the parenthesis that `text` begins with is closed."""
-    depth = 0
-    for end, char in enumerate(text):
-        depth += (char == "(") - (char == ")")
-        if not depth:
-            return end
-    raise ValueError(f"no end of {text[:80]}")
 
 
 def read(text: str) -> Program:
