@@ -14,13 +14,16 @@ from jaxchat.hosts import Place, detect
 from launch.cluster import local as launcher
 
 
-def local(*flags, shell, **kwargs):
-    """The launcher itself, as a process; the command is bash."""
+def local(*flags, shell, hangup=signal.SIG_DFL, **kwargs):
+    """The launcher itself, as a process; the command is bash. hangup: how it takes SIGHUP."""
     command = [sys.executable, "-m", "launch.cluster", "local", *flags, "--", "bash", "-c", shell]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    # As in a terminal, though the tests may run under nohup.
-    signals = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, **(signals | kwargs))
+    # As in a terminal, though the tests may run under nohup. (A preexec_fn would fork, which JAX warns of.)
+    before = signal.signal(signal.SIGHUP, hangup)
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, **kwargs)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 PLACE = '"$JAX_COORDINATOR_ADDRESS" $JAXCHAT_NUM_PROCESSES $JAXCHAT_PROCESS_ID $CUDA_VISIBLE_DEVICES'
@@ -93,8 +96,7 @@ def test_local_passes_signals_on_and_then_starts_nothing(number):
 
 
 def test_local_under_nohup_goes_on():
-    ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
-    process = local(shell="echo up; read; echo down", stdin=subprocess.PIPE, **ignoring)
+    process = local(shell="echo up; read; echo down", stdin=subprocess.PIPE, hangup=signal.SIG_IGN)
     for _ in range(2):
         assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGHUP)
