@@ -1,5 +1,6 @@
 """Download data sets: python -m launch.download fineweb-edu --shards=240, or: … all-tasks core-bundle"""
 
+import contextlib
 import dataclasses
 import difflib
 import sys
@@ -132,12 +133,13 @@ def print_next(to: str):
     from jaxchat.data.sources import file_fingerprint, find_shards
     from jaxchat.tokenizer import Tokenizer
 
-    folder, command = base_dir() / "tokenizer", "tok_train"
-    if folder.is_dir():
-        if file_fingerprint(find_shards(to, "train")[0]) in Tokenizer.load().trained_on.values():
-            command = "base_train"
-        else:
-            print(f"the tokenizer in {folder} was not trained on this text, as far as is known")
+    folder, known = base_dir() / "tokenizer", {}
+    with contextlib.suppress(UserError):  # there is none, or a damaged one
+        known = Tokenizer.load(folder).trained_on
+    fits = file_fingerprint(find_shards(to, "train")[0]) in known.values()
+    if folder.is_dir() and not fits:
+        print(f"the tokenizer in {folder} was not trained on this text, as far as is known")
+    command = "base_train" if fits else "tok_train"
     cli.next_step(f"python -m launch.{command}", data_dir=to)
 
 
