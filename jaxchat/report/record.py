@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from jaxchat import sharding
+from jaxchat import files, sharding
 from jaxchat.train.loop import Run
 
 FILE = "runs.jsonl"
@@ -56,8 +55,8 @@ def append(run: Run, began: dict, plan: list[tuple[str, str]], ended: str) -> No
         "flags": {name: value for name, value in dataclasses.asdict(flags).items() if value != defaults[name]},
         "plan": plan,
     }
-    with contextlib.suppress(OSError), (run.checkpoints.folder / FILE).open("a") as file:  # not worth a run
-        file.write(json.dumps(facts) + "\n")
+    with contextlib.suppress(OSError):  # not worth a run
+        files.append_line(run.checkpoints.folder / FILE, facts)
 
 
 def machine() -> str:
