@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import subprocess
 import sys
 import time
 
@@ -225,3 +226,10 @@ def test_a_full_disk_is_told_as_one(tmp_path, number):
     checkpoints.save(3, params={}, optimizer=None, batches=None, meta={})
     with pytest.raises(ValueError, match="shapes differ"):
         checkpoints.close()
+
+
+def test_a_chat_starts_without_the_libraries_of_training():
+    """They take a second to import (dev/LOG.md): metadata is read without Orbax, which only weights need."""
+    code = "import sys, jaxchat.devices, jaxchat.checkpoint, jaxchat.infer.engine; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"grain", "optax", "orbax", "pyarrow", "matplotlib"} & set(done.stdout.split())
