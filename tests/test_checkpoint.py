@@ -10,7 +10,7 @@ import grain
 import jax
 import numpy as np
 import pytest
-from conftest import model_on
+from conftest import ROOT, model_on
 
 from jaxchat import checkpoint, seal, sharding, store
 from jaxchat.config import STAGES, ModelConfig, UserError
