@@ -214,7 +214,7 @@ _links: dict[Path, Path] = {}
 
 
 def plain_path(folder: Path) -> Path:
-    """An absolute path to a folder, through a symlink if it has any of * ? [ ], which Orbax takes for wildcards."""
+    """A path to a folder without * ? [ ], which Orbax takes for wildcards: through a symlink if need be."""
     folder = folder.absolute()
     if not re.search(r"[][*?%]", str(folder)):
         return folder
@@ -231,7 +231,7 @@ def quiet_orbax():
 
 
 def _other_shapes(target: Params, stored: dict) -> str:
-    """Say where stored arrays differ from the target: "blocks.wq is [1, 64, 1, 64] and not [1, 128, 1, 128]"."""
+    """Say where stored arrays differ from the target: "lm_head is [64, 280] and not [64, 512]"."""
     want, have = (
         {jax.tree_util.keystr(path, simple=True, separator="."): array for path, array in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (target, stored))

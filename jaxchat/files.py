@@ -80,7 +80,7 @@ def size_text(size: float) -> str:
 
 
 def check_space(folder: Path, needed: int, remedy: str = "free some"):
-    """Raise UserError if a folder's disk has fewer than `needed` bytes free. The folder need not exist yet."""
+    """Raise UserError if a folder's disk has fewer than `needed` bytes free; the folder may not exist yet."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent

@@ -41,7 +41,7 @@ def keep_compiled():
 
 
 def take_memory():
-    """Before JAX starts: have it take GPU_SHARE of a GPU, not 75 %. XLA_CLIENT_MEM_FRACTION names another share."""
+    """Before JAX starts, let it take GPU_SHARE of a GPU, not 75 %; XLA_CLIENT_MEM_FRACTION overrides."""
     if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
 
@@ -123,7 +123,7 @@ def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool
 
 
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
-    """Mesh axes that `rows` rows are spread over: ROWS, or None (each device has all) if they don't divide evenly."""
+    """Mesh axes that `rows` rows are spread over: ROWS, or None (all on each device) if that is uneven."""
     return None if rows % data_shards(mesh) else ROWS
 
 
@@ -144,7 +144,7 @@ def named(mesh: Mesh, specs):
 
 
 def optimizer_specs(optimizer: "optax.GradientTransformation", param_shapes, param_specs):
-    """Partition specs of an optax state: what is shaped like a weight lies as the weight does, the rest everywhere."""
+    """Partition specs of an optax state: a weight's spec for what belongs to one weight, P() for the rest."""
     import optax  # here, since chat needs it for nothing else
 
     def masked(leaf):  # the holes in the state of a transformation that handles only some of the weights
@@ -167,7 +167,7 @@ def place_rows(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
 
 
 def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """(first, end): those of the `rows` rows of a micro-batch that lie on this process's devices; it feeds them."""
+    """The rows (first, end) of a micro-batch of `rows` that are on this process's devices: it feeds them."""
     slices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((rows,)).values()
     first, end = min(s.indices(rows)[0] for (s,) in slices), max(s.indices(rows)[1] for (s,) in slices)
     if sum(e - f for f, e in {s.indices(rows)[:2] for (s,) in slices}) != end - first:
@@ -182,7 +182,7 @@ def place_same(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
 
 
 def agree(totals: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The sums of int32 arrays [A, B] over the rows of all processes. Nobody waits: the results are under way."""
+    """Sum int32 arrays [A, B] over the rows of all processes, without waiting for the results."""
     return _sums({name: place_rows(array, mesh, axis=1) for name, array in totals.items()}, mesh)
 
 
@@ -193,7 +193,7 @@ def _sums(totals: dict, mesh: Mesh):
 
 
 def gather_json(value: dict) -> list[dict]:
-    """The small value of each process, on every process. All must call it; the processes wait for one another."""
+    """Collect a small JSON value of each process on every process. All must call it, and wait."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -203,7 +203,7 @@ def gather_json(value: dict) -> list[dict]:
 
 
 def check_same(**facts):
-    """Raise a UserError on every process unless all were given the same facts (JSON values, by what they are)."""
+    """Raise a UserError on every process unless all have the same facts, JSON values by name."""
     for number, other in enumerate(everyone := gather_json(facts)):
         for what, first in everyone[0].items():
             if other[what] != first:

@@ -134,7 +134,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def check_archive(file: Path):
-    """Raise UserError unless it is a zip archive, as torch.save writes since 2020, with matching checksums."""
+    """Raise UserError unless it is a zip archive with right checksums, as torch.save writes since 2020."""
     if not zipfile.is_zipfile(file):
         raise UserError(f"{file} is refused: it is damaged, or in torch's format before 2020; load and save it anew")
     try:

@@ -75,7 +75,7 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Build the same tokenizer in the tokenizers library; by default it reads specials' spellings as specials."""
+    """Build the tokenizer in the tokenizers library, which by default reads specials' spellings as specials."""
     characters = byte_characters()
 
     def text(piece: bytes) -> str:

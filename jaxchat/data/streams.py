@@ -52,7 +52,7 @@ class _StreamRowsIterator(grain.DatasetIterator):
         return {n: {"rows": s.rows(), "totals": s.totals(), "state": s.state()} for n, s in self._streams.items()}
 
     def _fill(self):
-        """Give every stream what it asks for, until none asks for more; together, to keep all threads busy."""
+        """Give all streams together what they ask for, until none asks for more: so all threads are busy."""
         fruitless = 0
         while True:
             wanted = {n: list(stream.draw()) for n, stream in self._streams.items()}

@@ -1,4 +1,4 @@
-"""The assistant of the small world, Pip: what it says about itself, and its definitions of everyday things."""
+"""Pip, the assistant of the small world: what it says about itself and about everyday things."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from jaxchat.demo.phrases import TEXTS, Phrasings
 
 
 class Trait(NamedTuple):
-    """One thing to ask about Pip. An answer is right if it holds `proof`, and no other trait's answer does."""
+    """One thing to ask about Pip. An answer is right if it holds `proof` and no other trait's proof."""
 
     answer: str
     proof: str

@@ -21,7 +21,7 @@ Pieces = list[tuple[str, str]]  # an answer as (type, text) like the parts of a 
 
 @dataclasses.dataclass
 class Score:
-    """Right answers to the prompts of one kind; `wrong` holds (question, answer, right answer) of the others."""
+    """Right answers to the prompts of one kind, and (question, answer, right answer) of the wrong ones."""
 
     right: int = 0
     total: int = 0

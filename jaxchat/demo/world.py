@@ -115,7 +115,7 @@ class World:
         return messages
 
     def heldout(self, kind: str) -> list[Prompt]:
-        """HELD_OUT_PROMPTS different prompts, whose phrasings, words and pairs of numbers are in no conversation."""
+        """HELD_OUT_PROMPTS prompts, whose phrasings, words and pairs of numbers are in no conversation."""
         if kind not in KINDS:
             raise UserError(f"no prompts of the kind {kind!r} are held out; the kinds are {', '.join(KINDS)}")
         prompts = {}

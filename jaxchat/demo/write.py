@@ -1,4 +1,4 @@
-"""Write the small world where the commands look for data: parquet shards for base, JSON lines for mid and SFT."""
+"""Write the small world as data for the commands: parquet shards for base, JSON lines for mid and SFT."""
 
 from itertools import count, islice
 from pathlib import Path

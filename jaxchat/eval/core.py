@@ -46,7 +46,7 @@ class CoreTask:
     items: list[dict]
 
     def drawn(self, max_per_task: int) -> list[dict]:
-        """The task's items in a fixed random order, at most max_per_task of them (all if that is 0 or less)."""
+        """The task's items in a fixed random order, at most max_per_task; 0 or less: all."""
         items = list(self.items)
         random.Random(DRAW_SEED).shuffle(items)
         items = items[:max_per_task] if max_per_task > 0 else items

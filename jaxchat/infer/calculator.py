@@ -27,7 +27,7 @@ class _Refused(Exception):
 
 
 def calculate(expression: str) -> str | None:
-    """Compute an expression. -> its value as text ("5/2" gives "2.5", "4/2" gives "2"), None if it has none."""
+    """Return an expression's value as text ("5/2" gives "2.5", "4/2" gives "2"), or None if it has none."""
     if not isinstance(expression, str) or len(expression) > MAX_CHARS:
         return None
     if match := COUNT.fullmatch(expression):

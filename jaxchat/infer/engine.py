@@ -75,7 +75,7 @@ class Engine:
         batch_size: int = 64,
         shortest_cache: int = SHORTEST_CACHE,
     ):
-        """shortest_cache: fewest slots of a cache; a server gives the context, so that one shape serves all."""
+        """shortest_cache: fewest slots of a cache; with the whole context one shape serves all."""
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.compute = compute or Compute.for_backend()
         mesh, own = self.compute.mesh, None
@@ -149,13 +149,13 @@ class Engine:
         return [found[i] for i in range(len(rows))] if jax.process_count() == 1 else _gather(found, len(rows))
 
     def stream(self, prompt: list[int], **settings) -> Iterator[tuple[int, bool]]:
-        """One continuation as it comes, as (token, whether the tool forced it); the same as `generate`'s first."""
+        """Yield `generate`'s first continuation as it comes: (token, whether the tool forced it)."""
         request = Request(prompt=prompt, **settings)
         for _, new in self._until_empty({0: request}, SHORT_STRETCH, patient=False):
             yield from zip(new.tokens, new.forced, strict=True)
 
     def _until_empty(self, requests: dict[int, Request], stretch: int, patient: bool):
-        """Run requests alone, giving (number, new Generation) as it comes. Stopped early, all are cancelled."""
+        """Run requests alone and yield (number, new Generation). Stopped early, all are cancelled."""
         if self.busy:
             raise RuntimeError("generate and stream need an engine without other requests")
         ids = {}
@@ -176,7 +176,7 @@ class Engine:
         return bool(self._scheduler.waiting or self._running or self._ended)
 
     def submit(self, request: Request) -> int:
-        """Let a request wait for its turn. -> its id. UserError: its prompt is too long or has unknown tokens."""
+        """Queue a request and return its id. UserError: its prompt is too long or has unknown tokens."""
         if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < self.config.vocab_size:
             raise UserError(
                 f"a prompt has a token outside this model's vocabulary, 0 to {self.config.vocab_size - 1:,}"

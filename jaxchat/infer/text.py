@@ -105,7 +105,7 @@ class Writer:
 
 
 def pieces(generation, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """A generation as (kind, text) like the parts of a conversation; cut off, it ends with ("unfinished", "…")."""
+    """A generation as (kind, text) pairs; one that was cut off ends with ("unfinished", "…")."""
     reader = TextReader(tokenizer)
     found: list[tuple[str, str]] = []
     said = zip(generation.tokens, generation.forced, strict=True)

@@ -115,7 +115,7 @@ def read(text: str) -> Program:
 
 
 def trips(loop: Operation, parts, by_name) -> int:
-    """How often a loop runs: the trip count that XLA knows, or else (TPUs) its condition's bound ÷ its step."""
+    """How often a loop runs: XLA's trip count, or else (TPUs) its condition's bound ÷ its step."""
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text):
         return int(known[1])
 

@@ -202,7 +202,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def as_html(title: str, text: str, images: dict[str, tuple[str, bytes]]) -> str:
-    """Render the markdown as one page with style and images embedded. HTML in the text is shown, not interpreted."""
+    """Render the markdown as one page, style and images embedded. HTML in the text is shown, not obeyed."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     for name, (_, png) in images.items():
         body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(png).decode()}"')

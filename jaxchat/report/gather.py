@@ -129,7 +129,7 @@ def read_stage(source: str, tag: str) -> StageRun | None:
 
 
 def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[str], float]:
-    """(results of a checkpoint's evaluations, files left out and why, seconds of all evaluations in the folder)."""
+    """Return (a checkpoint's results, files left out and why, seconds of all evaluations in the folder)."""
     found, left_out, seconds, older = [], [], 0.0, {}
     for path in sorted(folder.glob("*.json")) + sorted((folder / str(step)).glob("*.json")):
         try:
@@ -179,7 +179,7 @@ def settings_of(evaluation: dict) -> dict:
 
 
 def numbers(evaluation: dict) -> dict[str, float]:
-    """The numbers in an evaluation's file by name: `metrics` or `values`, and the accuracy of each of `tasks`."""
+    """The numbers in an evaluation's file by name: `metrics`, `values` and the accuracy of each task."""
     accuracies = {name: task.get("accuracy") for name, task in (evaluation.get("tasks") or {}).items()}
     found = (evaluation.get("metrics") or {}) | (evaluation.get("values") or {}) | accuracies
     return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}
