@@ -100,16 +100,16 @@ class ModelConfig:
 
     @classmethod
     def from_depth(cls, depth: int, *, sequence_len: int, vocab_size: int, n_kv_head: int | None = None):
-        """The model of one dial: `depth` layers, width 64·depth, one head per 128 of width (rounded up).
+        """The model of one dial: `depth` layers, width 64·depth, one head per 128 of width, rounded up.
 
-        Where the rounded-up head count does not divide the width (depth 5, say), the next one that gives an even
-        head dimension is taken.
+        More heads where those don't divide the width into head dimensions that are multiples of 8, which cuDNN's
+        attention needs: depth 5 has 4 heads of 80, depth 17 has 17 of 64.
         """
         if depth < 1:
             raise UserError(f"--depth={depth}: a model needs at least 1 layer")
         width = 64 * depth
         n_head = math.ceil(width / 128)
-        while width % (2 * n_head):
+        while width % (8 * n_head):
             n_head += 1
         return cls(sequence_len, vocab_size, depth, n_head, n_kv_head or n_head, width)
 
@@ -121,22 +121,31 @@ class ModelConfig:
 REMATS = ("none", "dots", "full")  # from the fastest to the one that needs the least memory
 
 
+def gpu_capability() -> float:
+    """Compute capability of this host's first GPU, as 9.0 for a Hopper; 9.0 without a GPU: compiling for a Hopper."""
+    import jax  # here, so that reading a config never starts a backend
+
+    return float(getattr(jax.local_devices()[0], "compute_capability", "9.0"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How a model is computed, never what: none of this is part of a checkpoint, and all choices agree to rounding.
+    """Execution options: they change speed and memory, never the result (up to rounding), and no checkpoint has them.
 
-    dtype: of the activations and matrix products ("float32" or "bfloat16"); weights, norms, softmax and loss stay
-        float32, in training the softmax of what a product in dtype gives.
-    unroll: write the layers one after the other instead of looping over them (`lax.scan`): compiles slower, and runs
-        faster on CPUs, with few layers, and on GPUs.
-    remat: what the backward pass computes again instead of keeping: "none" (keep all), "dots" (keep the results of
-        matrix products only), "full" (keep only each layer's input).
-    attention: "xla", "blocks" (CPU), "cudnn" (GPU, bfloat16; "xla" where it can't) or "splash" (TPU).
-    kernels: norms, rotary embedding and the loss's softmax by kernels of our own, for GPUs (model/kernels.py).
-    loss_chunk_tokens: logits exist for at most this many tokens per device at a time.
-    micro_tokens: a training step takes at most this many tokens of a device's micro-batch at a time, whole rows (one at
-        least); 0: all. On a CPU less is in its caches' way, and in memory.
-    mesh: the jax.sharding.Mesh that weights and batches lie on; None: one device.
+    dtype: of activations and matrix products, "float32" or "bfloat16". Weights, norms, softmax and loss stay float32;
+        in training the logits are rounded to dtype before the softmax.
+    unroll: write the layers one after the other instead of looping over them (`lax.scan`). Compiles slower; runs faster
+        on GPUs, and on CPUs with few layers.
+    remat: what the backward pass computes again instead of keeping: "none" (keeps all), "dots" (all but the results of
+        matrix products) or "full" (all but each layer's input).
+    attention: "xla", "blocks" (CPU), "cudnn" (GPU, bfloat16; "xla" for shapes it refuses) or "splash" (TPU).
+    kernels: norms, rotary embedding and the loss's softmax by our own kernels for GPUs (model/kernels.py).
+    grad_dtype: what gradients of the layers' matrices are summed in, within a device and across devices: "float32", or
+        "bfloat16", which sends half the bytes and loses a little with every device more.
+    loss_chunk_tokens: logits exist for at most this many tokens of a device at a time.
+    micro_tokens: a training step computes at most this many tokens of a device's micro-batch at a time, in whole rows
+        (at least one); 0: all at once. A CPU is faster with what fits into its caches.
+    mesh: the jax.sharding.Mesh that weights and batches are spread over; None: one device.
     """
 
     dtype: str = "float32"
@@ -144,15 +153,16 @@ class Compute:
     remat: str = "none"
     attention: str = "xla"
     kernels: bool = False
+    grad_dtype: str = "float32"
     loss_chunk_tokens: int = 512
     micro_tokens: int = 0
     mesh: Any = None
 
     @classmethod
     def for_backend(cls, dtype: str = "auto", backend: str = "", remat: str = "auto", **changes):
-        """The defaults for the devices at hand (or for "cpu", "gpu", "tpu"); `changes` override single fields.
+        """Choose the defaults for the devices at hand (or for "cpu", "gpu", "tpu"); `changes` override single fields.
 
-        UserError: there is no such remat.
+        UserError: remat is unknown.
         """
         import jax  # here, so that reading a config never starts a backend
 
@@ -164,13 +174,12 @@ class Compute:
         if dtype == "auto":
             dtype = "float32" if backend == "cpu" else "bfloat16"
         if backend == "cpu":
-            chosen = {"unroll": True, "attention": "blocks", "micro_tokens": 1024}  # what is fastest there (dev/LOG.md)
+            chosen = {"unroll": True, "attention": "blocks", "micro_tokens": 1024}  # the fastest there: dev/LOG.md
         else:
             kernel = {"gpu": "cudnn" if dtype == "bfloat16" else "xla", "tpu": "splash"}.get(backend, "xla")
             chosen = {"remat": "dots", "attention": kernel, "loss_chunk_tokens": 4096}
-            if backend == "gpu":  # looped over, what each layer keeps would be copied to and from a stack of all
-                capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")  # none: compiled for a Hopper
-                chosen |= {"unroll": True, "kernels": float(capability) >= 8, "loss_chunk_tokens": 8192}
+            if backend == "gpu":  # a loop would copy what each layer keeps to and from a stack of all layers'
+                chosen |= {"unroll": True, "kernels": gpu_capability() >= 8, "loss_chunk_tokens": 8192}
         return cls(**(chosen | {"dtype": dtype} | changes))
 
 

@@ -47,7 +47,7 @@ def take_memory():
 
 
 def make_mesh(devices=None, axes: str = "") -> Mesh:
-    """A mesh of all devices (or the given ones), with the sizes that `axes` names ("": see mesh_shape).
+    """Make a mesh of all devices (or the given ones), with the sizes that `axes` names ("": see mesh_shape).
 
     UserError: `axes` names no mesh of this number of devices.
     """
@@ -88,7 +88,7 @@ def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int
 
 
 def check_fits(model: ModelConfig, mesh: Mesh):
-    """UserError unless the mesh cuts the model's heads, vocabulary and width into equal parts."""
+    """Raise UserError unless the mesh cuts the model's heads, vocabulary and width into equal parts."""
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     for name, size, parts in (
         ("query heads", model.n_head, tensor),
@@ -99,8 +99,10 @@ def check_fits(model: ModelConfig, mesh: Mesh):
         if size % parts:
             axis = "fsdp" if name == "width" else "tensor"
             fits = model.n_embd if axis == "fsdp" else math.gcd(model.n_head, model.n_kv_head, model.vocab_size)
-            able = ", ".join(str(n) for n in range(1, mesh.size + 1) if mesh.size % n == 0 and fits % n == 0)
-            raise UserError(f"--mesh: {axis}={parts} does not divide the model's {name}, {size:,}; it may be {able}")
+            possible = [str(n) for n in range(1, mesh.size + 1) if mesh.size % n == 0 and fits % n == 0]
+            raise UserError(
+                f"--mesh: {axis}={parts} does not divide the model's {name}, {size:,}; it may be {', '.join(possible)}"
+            )
 
 
 def constrain(tree, specs, mesh: Mesh | None):
@@ -147,7 +149,7 @@ def optimizer_specs(optimizer: "optax.GradientTransformation", param_shapes, par
     """Partition specs of an optax state: a weight's spec for what belongs to one weight, P() for the rest."""
     import optax  # here, since chat needs it for nothing else
 
-    def masked(leaf):  # the holes in the state of a transformation that handles only some of the weights
+    def masked(leaf):  # stands for the weights that a transformation does not handle
         return isinstance(leaf, optax.MaskedNode)
 
     return optax.tree_map_params(
@@ -176,7 +178,7 @@ def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
 
 
 def place_same(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
-    """A global array spread over the mesh along `axis`, where every process has the whole of it."""
+    """A global array, complete on every process, spread over the mesh along `axis`."""
     sharding = NamedSharding(mesh, P(*[None] * axis, ROWS))
     return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
@@ -198,7 +200,8 @@ def gather_json(value: dict) -> list[dict]:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(text)))
-    texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
+    size = 1 << int(lengths.max()).bit_length()  # every length would be a program of its own
+    texts = multihost_utils.process_allgather(np.pad(text, (0, size - len(text))))
     return [json.loads(bytes(text[:length])) for text, length in zip(texts, lengths, strict=True)]
 
 

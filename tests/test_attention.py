@@ -114,16 +114,19 @@ def test_the_kernel_for_tpus():
 
 
 def test_shapes_that_cudnn_refuses():
-    """Head dimension 68, as of depth 17, and an odd time run even here, where there is no cuDNN."""
+    """Head dimension 68 and an odd time run even here, where there is no cuDNN."""
     for arrays in (inputs(4, 2, jnp.bfloat16, head_dim=68), inputs(5, 2, jnp.bfloat16)):
         got, want = (causal_attention(*arrays, kernel) for kernel in ("cudnn", "xla"))
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("depth, kernel", [(5, "cudnn"), (17, "xla"), (20, "cudnn"), (37, "xla")])
-def test_the_kernel_of_a_depth(depth, kernel):
-    model = ModelConfig.from_depth(depth, sequence_len=8, vocab_size=8)
-    assert kernel_for("cudnn", model.head_dim, 8) == kernel and kernel_for("splash", model.head_dim, 8) == "splash"
+def test_every_depth_has_heads_that_cudnn_takes():
+    for depth in range(1, 65):
+        model = ModelConfig.from_depth(depth, sequence_len=8, vocab_size=8)
+        assert model.head_dim % 8 == 0 and model.head_dim <= 128, depth
+        assert kernel_for("cudnn", model.head_dim, 8) == "cudnn"
+    heads = {5: 80, 12: 128, 17: 64, 19: 64, 20: 128, 23: 64, 25: 80}
+    assert {d: ModelConfig.from_depth(d, sequence_len=8, vocab_size=8).head_dim for d in heads} == heads
 
 
 @pytest.mark.parametrize("capability, largest", [("8.0", 128), ("9.0", 256), ("10.3", 256)])

@@ -254,6 +254,25 @@ def test_an_h100(run_command, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @needs("jax_cuda13_plugin", "gpu-plan")
+def test_gradients_cross_h100s_in_float32(run_command, monkeypatch, tmp_path):
+    """Whatever is summed over 8 GPUs is, of every weight; weights are gathered, and updates exchanged, in bfloat16."""
+    vocab, width = 4096, 128
+    shape = {"depth": 2, "topology": "h100:8", "max_seq_len": 512, "device_batch_size": 2, "vocab_size": vocab}
+    flags = [f"--{name}={value}" for name, value in (shape | {"total_batch_size": 8 * 2 * 512}).items()]
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_dump_to={tmp_path}")
+    run_command("launch.compile_check", *flags, "--remat=dots", "--no_find_batch")
+    [text] = tmp_path.glob("*jit_step*after_optimizations.txt")
+    crossing = hlo.read(text.read_text()).collectives
+    sums = [c for c in crossing if c.kind in ("all-reduce", "reduce-scatter")]
+    assert {kind for c in sums for kind, _ in c.shapes} == {"f32"}, sums
+    weights = 2 * 12 * width**2 + 2 * vocab * width
+    assert sum(c.sent * c.times for c in sums if c.kind == "reduce-scatter") == 7 / 8 * 4 * weights
+    gathered = [c for c in crossing if c.kind == "all-gather"]
+    assert {kind for c in gathered for kind, dims in c.shapes if math.prod(dims) > width} == {"bf16"}
+
+
+@pytest.mark.slow
+@needs("jax_cuda13_plugin", "gpu-plan")
 def test_an_h100_generates_one_row(run_command):
     """For a single row the XLA of jax 0.10 and 0.11 made of a gather what it then refused: nobody could chat."""
     run_command("tests.decode_process")

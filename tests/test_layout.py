@@ -1,4 +1,4 @@
-"""The shape of the code: who may import whom, one loop for all stages, no torch outside conversion, short files."""
+"""The shape of the code: who may import whom, no circles, one loop for all stages, no torch outside conversion."""
 
 import ast
 from pathlib import Path
@@ -84,12 +84,56 @@ def test_file(path):
     assert part_of(path.removesuffix(".py").replace("/", ".")) in {*RANK, "__init__"}, "give the new part a row in ROWS"
     assert wrong_imports(path, source) == []
     assert asks_for_stage(path, source) == []
+    assert long_functions(path, source) == []
 
 
-def test_no_file_is_long():
-    lengths = {path: len((ROOT / path).read_text().splitlines()) for path in CODE}
-    lengths |= {path.name: len(path.read_text().splitlines()) for path in (ROOT / "tests").glob("**/*.py")}
-    assert {path: lines for path, lines in lengths.items() if lines > 500} == {}
+def circles(sources: dict[str, str]) -> list[str]:
+    """Circles of imports between files, as "a → b → a", each once. sources: {path: source}."""
+    module_of = {path: path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in sources}
+    modules = set(module_of.values())
+    imports = {
+        module_of[path]: {
+            name if name in modules else name.rpartition(".")[0] for name in modules_imported(path, source)
+        }
+        for path, source in sources.items()
+    }
+    found, done = [], set()
+
+    def visit(module: str, path: list[str]):
+        if module in path:
+            found.append(" → ".join([*path[path.index(module) :], module]))
+        elif module not in done:
+            for name in sorted(imports[module] & modules - {module}):
+                visit(name, [*path, module])
+            done.add(module)
+
+    for module in sorted(modules):
+        visit(module, [])
+    return found
+
+
+def test_no_files_import_each_other():
+    assert circles({path: (ROOT / path).read_text() for path in CODE}) == []
+
+
+def test_a_circle_is_found():
+    sources = {
+        "jaxchat/model/gpt.py": "def f():\n    from jaxchat.model import kernels",
+        "jaxchat/model/kernels.py": "from jaxchat.model.cache import KVCache",
+        "jaxchat/model/cache.py": "import jaxchat.model.gpt",
+        "jaxchat/config.py": "import jaxchat.model.gpt",
+    }
+    around = ["jaxchat.model.cache", "jaxchat.model.gpt", "jaxchat.model.kernels", "jaxchat.model.cache"]
+    assert circles(sources) == [" → ".join(["jaxchat.model.gpt", *around[2:], "jaxchat.model.gpt"])]
+
+
+def long_functions(path: str, source: str) -> list[str]:
+    """Functions that don't fit on a screen of 60 lines."""
+    return [
+        f"{path}:{node.name} {node.end_lineno - node.lineno + 1}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.model import gpt
 from jaxchat.model import params as model_params
 from jaxchat.model.cache import KVCache
 from jaxchat.model.flops import flops_per_token, num_params, peak_flops
-from jaxchat.train.loss import Chunking, loss_sums, weighted_nll
+from jaxchat.train.loss import Chunking, chunk_length, loss_sums, token_nll, weighted_nll
 
 CONFIG = ModelConfig(sequence_len=16, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
 forward = jax.jit(gpt.forward, static_argnums=(2, 3))
@@ -107,6 +108,31 @@ def whole_nll(x_BTD, head_DV, targets_BT, weights_BT, chunking):
     z_BTV = gpt.logits(head_DV, x_BTD, chunking.cap)
     nll_BT = jax.nn.logsumexp(z_BTV, axis=-1) - jnp.take_along_axis(z_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return jnp.sum(weights_BT * nll_BT)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_loss_of_every_token(devices):
+    """token_nll beside all logits at once; its weighted sum is the loss. 12 positions in chunks of 4 and of 5."""
+    mesh = sharding.make_mesh(jax.devices()[:devices], "fsdp=2,tensor=2" if devices > 1 else "")
+    compute = Compute(mesh=mesh, loss_chunk_tokens=4 if devices > 1 else 16)
+    params, inputs, targets = random_params(CONFIG), tokens(CONFIG, batch=4), tokens(CONFIG, batch=4, seed=2)
+    weights = np.random.default_rng(3).normal(size=targets.shape).astype(np.float32)
+    batch = {"inputs_BT": inputs, "targets_BT": targets, "weights_BT": weights}
+    nll_BT = jax.jit(token_nll, static_argnums=(2, 3))(params, batch, CONFIG, compute)
+    log_p = jax.nn.log_softmax(forward(params, inputs, CONFIG, Compute()))
+    want = -np.take_along_axis(np.asarray(log_p), targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(nll_BT, want, atol=TOLERANCE)
+    loss, count = jax.jit(loss_sums, static_argnums=(2, 3))(params, batch, CONFIG, compute)
+    np.testing.assert_allclose([loss, count], [np.sum(weights * want), weights.sum()], atol=48 * TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "batch, time, most, want",
+    [(2, 512, 512, 256), (3, 2048, 512, 128), (1, 2039, 512, 510), (4, 7, 64, 7), (9, 7, 4, 1)],
+)
+def test_chunks_are_never_short(batch, time, most, want):
+    """The longest divisor that fits, 128 of 2048 where 170 do; where that is short, as for a prime, padded chunks."""
+    assert chunk_length(batch, time, Compute(loss_chunk_tokens=most)) == want
 
 
 # 3e-7 and 4.5e-3 are seen. bfloat16 rounds by 2e-3 at most: logits, their gradients, and what the products give.
@@ -232,6 +258,17 @@ def test_init_follows_the_spec():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
+def test_a_new_weight_changes_no_other(monkeypatch):
+    """Initial keys come from names, not from places in the tree."""
+    before, declared = model_params.init(jax.random.key(0), CONFIG), model_params.declare(CONFIG)
+    more = {"a_new_one": declared.wte, "blocks": declared.blocks, "wte": declared.wte, "lm_head": declared.lm_head}
+    monkeypatch.setattr(model_params, "declare", lambda config: more)
+    after = model_params.init(jax.random.key(0), CONFIG)
+    jax.tree.map(np.testing.assert_array_equal, after["blocks"], before.blocks)
+    assert np.array_equal(after["wte"], before.wte) and not np.array_equal(after["a_new_one"], before.wte)
+    assert not np.array_equal(before.blocks.wk, before.blocks.wv)  # of one shape
+
+
 @pytest.mark.parametrize("change", [{"n_kv_head": 3}, {"n_head": 5}, {"vocab_size": 0}])
 def test_impossible_shapes_are_refused(change):
     with pytest.raises(UserError):
@@ -245,5 +282,12 @@ def test_peak_flops_by_name():
     assert peak_flops(Device()) == 989e12
     Device.device_kind = "TPU7x"  # one of a chip's two, of 2,307 TFLOP/s together
     assert peak_flops(Device()) == 1153.5e12
-    Device.device_kind = "cpu"
-    assert peak_flops(Device()) is None
+    kinds = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA L4": 121e12,
+    }
+    for kind, peak in (kinds | {"cpu": None, "NVIDIA H20": None, "NVIDIA GB200": None, "NVIDIA L40G": None}).items():
+        Device.device_kind = kind
+        assert peak_flops(Device()) == peak, kind

@@ -1,5 +1,6 @@
 """Muon and AdamW against plain float64 ones; the schedule."""
 
+import dataclasses
 import operator
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from jaxchat.config import ModelConfig
 from jaxchat.model import params as model_params
-from jaxchat.train.optimizer import make_optimizer, orthogonalize
+from jaxchat.train.optimizer import MuonState, make_optimizer, orthogonalize
 from jaxchat.train.schedule import lr_multiplier
 
 CONFIG = ModelConfig(sequence_len=8, vocab_size=20, n_layer=2, n_head=2, n_kv_head=1, n_embd=16)
@@ -55,7 +56,7 @@ def test_twenty_steps_of_all_three_groups():
     With everything on: clipping (some steps' gradients are above the bound, some below), weight decay, a schedule.
     """
     steps, clip, decay = 20, 40.0, 0.01
-    optimizer = make_optimizer(CONFIG, weight_decay=decay, grad_clip=clip)
+    optimizer = make_optimizer(CONFIG, weight_decay=decay, grad_clip=clip, momentum_warmup=15)
     params = jax.tree.map(lambda w: jnp.asarray(0.01 * w), gradients(99))  # small: the updates are most of the result
     start = params
     state = optimizer.init(params)
@@ -75,7 +76,7 @@ def test_twenty_steps_of_all_three_groups():
         grads = in_float64(scaled_gradients(step))
         norm = np.sqrt(sum(np.sum(g * g) for g in grads.values()))
         clipped += norm > clip
-        momentum = 0.85 + 0.10 * min(step / 300, 1)
+        momentum = 0.85 + 0.10 * min(step / 15, 1)
         for name, g in grads.items():
             g, w = g * min(1.0, clip / norm), weights[name]
             if name in ADAMW:
@@ -95,6 +96,35 @@ def test_twenty_steps_of_all_three_groups():
     errors = {name: np.linalg.norm(PICK[name](params) - w) / np.linalg.norm(w) for name, w in weights.items()}
     print({name: f"{error:.1e}" for name, error in errors.items()})
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("options, first", [({}, 0.85), ({"momentum_warmup": 0}, 0.95)])
+def test_the_momentum_of_the_first_update(options, first):
+    optimizer = make_optimizer(CONFIG, **options)
+    grads = gradients(0)
+    state = jax.jit(optimizer.update)(grads, optimizer.init(grads), grads)[1]
+    [muon] = [s for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, MuonState)) if isinstance(s, MuonState)]
+    np.testing.assert_allclose(muon.momentum.blocks.wq, (1 - first) * grads.blocks.wq, rtol=1e-5)
+
+
+def test_a_weight_without_a_rule_is_refused(monkeypatch):
+    declared = model_params.declare(CONFIG)
+    strange = declared.replace(wte=dataclasses.replace(declared.wte, group="gate"))
+    monkeypatch.setattr("jaxchat.train.optimizer.declare", lambda config: strange)
+    with pytest.raises(ValueError, match="gate"):
+        make_optimizer(CONFIG).init(gradients(0))
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_the_state_of_older_checkpoints(clip):
+    """Checkpoints restore by these names: another tree would not open what earlier versions saved."""
+    muon, adam = "1.inner_states.matrix.inner_state.0", "1.inner_states.{}.inner_state.0.{}"
+    names = [f"{muon}.momentum.blocks.{name}" for name in FANS] + [f"{muon}.count"]
+    for group, weight in (("embedding", "wte"), ("head", "lm_head")):
+        names += [adam.format(group, part) for part in ("count", f"mu.{weight}", f"nu.{weight}")]
+    state = jax.eval_shape(make_optimizer(CONFIG, grad_clip=clip).init, model_params.shapes(CONFIG))
+    found = jax.tree_util.tree_leaves_with_path(state)
+    assert {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in found} == set(names)
 
 
 def test_clipping_bounds_the_norm_over_all_weights():

@@ -9,7 +9,7 @@ from scipy.stats import chi2
 
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.convert.hugging_face import NAMES, architecture
-from jaxchat.convert.weights import named, their_names, to_matrices
+from jaxchat.convert.weights import matrix_names, named, to_matrices
 from jaxchat.infer.engine import Engine
 from jaxchat.model import params as model_params
 from jaxchat.model.gpt import forward
@@ -39,7 +39,7 @@ def matrices(params, config: ModelConfig) -> dict[str, np.ndarray]:
         theirs: matrix
         for (name, weight), leaf in zip(weights.items(), leaves, strict=True)
         for theirs, matrix in zip(
-            their_names(name, NAMES, config), to_matrices(name, weight, np.asarray(leaf)), strict=True
+            matrix_names(name, NAMES, config), to_matrices(name, weight, np.asarray(leaf)), strict=True
         )
     }
 

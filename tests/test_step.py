@@ -108,6 +108,25 @@ def test_what_is_not_supervised_is_not_learnt():
     assert np.abs(supervised_too.params.lm_head - run(batch)[0].params.lm_head).max() > 1e-3
 
 
+def test_signed_weights_over_a_count_of_their_own():
+    """Weights may sum to 0, as centred advantages do. The gradient is linear in them: that of +w plus that of −w."""
+    signs = np.where(np.arange(8)[:, None] % 2, 1.0, -1.0) * np.ones((8, 16))
+    counts = np.zeros((8, 16), np.float32)
+    counts[3, 5] = 64.0  # where it stands makes no difference
+
+    def moved(weights):
+        batch = batch_of(weights) | {"counts": counts}
+        state, metrics = run(batch, micro=4, steps=1)
+        assert metrics["weight"] == 64 and metrics["empty_steps"] == 0
+        start = jax.device_get(init_state(0, model_on(mesh_and_step(1, SGD)[0], CONFIG), SGD).params)
+        return jax.tree.map(lambda a, b: a - b, state.params, start)
+
+    parts = moved(np.maximum(signs, 0)), moved(np.minimum(signs, 0))
+    assert np.abs(moved(signs).lm_head).max() > 1e-4
+    # Weights of about 1 hold steps of 0.01 to 6e-8.
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, b + c, atol=3e-7), moved(signs), *parts)
+
+
 @pytest.mark.parametrize("micro, weights", [pytest.param(1, 0.0, marks=pytest.mark.slow), (4, 0.0), (4, np.inf)])
 def test_a_step_with_nothing_supervised_or_not_finite_changes_nothing(micro, weights):
     optimizer = make_optimizer(CONFIG, grad_clip=1.0)

@@ -17,7 +17,7 @@ from jaxchat import files
 from jaxchat.checkpoint import Found
 from jaxchat.config import ModelConfig, UserError
 from jaxchat.model.flops import num_params
-from jaxchat.model.params import Weight, declare
+from jaxchat.model.params import Weight, declare, named
 from jaxchat.store import Checkpoints
 from jaxchat.tokenizer import Tokenizer
 
@@ -38,12 +38,6 @@ class Foreign:
     tokenizer: Tokenizer | None
     step: int = 0
     meta: dict = dataclasses.field(default_factory=dict)  # what its files say about the run
-
-
-def named(config: ModelConfig) -> dict[str, Weight]:
-    """Return the declared weights by name."""
-    leaves = jax.tree_util.tree_leaves_with_path(declare(config))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): weight for path, weight in leaves}
 
 
 def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxchat.config import gpu_capability
 from jaxchat.model.attention_cpu import block_causal_attention, decoding_attention
 from jaxchat.sharding import per_device, row_axes
 
@@ -18,10 +19,10 @@ SPLASH_BLOCK = 512  # splash: queries and keys per block, where that divides the
 def causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation: str, segments_BT=None, mesh: Mesh | None = None):
     """Each position attends to itself and those before it; softmax in float32, scale 1/√H. -> [B, T, N, H].
 
-    K may divide N: then N/K neighbouring query heads share one key/value head. Queries and keys must be normed.
+    K may divide N: then N/K neighbouring query heads share a key/value head. Queries and keys must be normed.
     segments_BT: a position attends only to positions of its own segment.
-    implementation: "blocks" (attention_cpu.py), "splash" (JAX's kernel for TPUs), "xla" or "cudnn" (jax.nn's); see
-        kernel_for.
+    implementation: "blocks" (attention_cpu.py), "splash" (JAX's kernel for TPUs), "xla" or "cudnn"
+        (jax.nn's); see kernel_for.
     mesh: each device computes its own rows and heads, whatever the kernel; nothing crosses devices.
     """
     attend = KERNELS[kernel_for(implementation, q_BTNH.shape[3], q_BTNH.shape[1])]
@@ -32,7 +33,7 @@ def causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation: str, segments_BT=No
 
 
 def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str):
-    """Attention of new tokens to one layer's cache slots at or before their own positions. -> [B, T, N, H]."""
+    """Attention of new tokens to one layer's cache slots, up to their own positions. -> [B, T, N, H]."""
     if implementation == "blocks" and q_BTNH.shape[1] == 1:
         return decoding_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT[:, 0])
     B, T, N, H = q_BTNH.shape
@@ -47,12 +48,12 @@ def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str):
 def kernel_for(implementation: str, head_dim: int, time: int) -> str:
     """The kernel used: `implementation`, or "xla" for shapes that "cudnn" refuses.
 
-    cuDNN refuses head dimensions that are no multiple of 8 or above 256 (128 before Hopper), and odd times in training.
+    cuDNN refuses head dimensions that are no multiple of 8 or above 256 (128 before Hopper), and odd times
+    in training.
     """
     if implementation != "cudnn":
         return implementation
-    capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")  # no GPU here: compiling for a Hopper
-    largest = 256 if float(capability) >= 9 else 128
+    largest = 256 if gpu_capability() >= 9 else 128
     return "cudnn" if head_dim % 8 == 0 and head_dim <= largest and time % 2 == 0 else "xla"
 
 
@@ -69,8 +70,8 @@ def library_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, implementatio
 def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, interpret: bool = False):
     """JAX's block-sparse kernel for TPUs: what the mask drops is never computed, and no scores reach memory.
 
-    Its lanes want multiples of 128, so arrays are padded with zeros: padded keys come after every query, and padded
-    features add 0 to a score. interpret: run it by XLA operations, on any device.
+    Its lanes want multiples of 128, so arrays are padded with zeros: padded keys come after every query,
+    and padded features add 0 to a score. interpret: run it by XLA operations, on any device.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

@@ -1,9 +1,7 @@
-"""Attention for CPUs only: plain XLA operations, block after block, so that masked scores are mostly not
-computed.
+"""Attention for CPUs only: plain XLA operations, block after block, skipping most of what the mask drops.
 
 A reader who wants to know what the model computes can skip this file: attention.py says it in two lines.
-Queries and keys must be normed: then a score is at most √H (11 at H = 128) and exp needs no maximum
-subtracted.
+Queries and keys must be normed: scores are at most √H then (11 at H = 128); exp needs no maximum subtracted.
 """
 
 import math
@@ -16,11 +14,10 @@ SLOT_BLOCK = 64  # cache slots per block while decoding
 
 
 def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None):
-    """Causal attention, one block of queries at a time against the keys up to its last query. -> [B, T, N, H]."""
+    """Causal attention, each block of queries against the keys up to its last query. -> [B, T, N, H]."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    # Heads before time, contiguous: matrix products over the last two axes. G = N/K query heads share a key
-    # head.
+    # Heads before time: matrix products over the last two axes. G = N/K query heads share a key head.
     q_BKGTH = jnp.moveaxis((q_BTNH / math.sqrt(H)).reshape(B, T, K, N // K, H), 1, 3)
     k_BKSH, v_BKSH = jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2)
     blocks = []

@@ -1,17 +1,24 @@
 """How many parameters and floating-point operations a model has, and what devices can do."""
 
 import math
+import re
 
 import jax
 
 from jaxchat.config import ModelConfig
 from jaxchat.model.params import declare
 
-# Dense bfloat16 peak of one device in FLOP/s, by a part of jax.Device.device_kind; from the vendors' data sheets.
+# Dense bfloat16 peak of one device in FLOP/s, by a part of jax.Device.device_kind; from the vendors' data
+# sheets. The longest name that is found counts, in whole words, so a variant that runs slower needs a line
+# of its own.
 PEAK_FLOPS = {
     "B200": 2250e12,
+    "GH200": 989e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
     "H100": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
     "A100": 312e12,
     "L40S": 362e12,
     "L40": 181e12,
@@ -33,17 +40,19 @@ def num_params(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
-    """Training FLOPs of one token, forward and backward: 6 per weight of a matrix product (the embedding is a
-    look-up), and 12·L·D·T for attention scores and values (PaLM, appendix B; the causal half is not deducted).
+    """Training FLOPs of one token, forward and backward.
+
+    6 per weight that is multiplied with (an embedding is looked up), and 12·L·D·T for attention scores and
+    values (PaLM, appendix B; the causal half is not deducted).
 
     time: tokens of a row, T; None: the model's whole context.
     """
-    matrices = num_params(config) - config.vocab_size * config.n_embd
-    return 6 * matrices + 12 * config.n_layer * config.n_embd * (time or config.sequence_len)
+    multiplied = sum(math.prod(w.shape) for w in jax.tree.leaves(declare(config)) if not w.lookup)
+    return 6 * multiplied + 12 * config.n_layer * config.n_embd * (time or config.sequence_len)
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """Peak bfloat16 FLOP/s of a device, or None where it isn't known (a CPU, say)."""
-    kind = device.device_kind.lower()
-    names = sorted((name for name in PEAK_FLOPS if name.lower() in kind), key=len)
-    return PEAK_FLOPS[names[-1]] if names else None
+    kind = device.device_kind
+    found = [name for name in PEAK_FLOPS if re.search(rf"\b{re.escape(name)}\b", kind, re.IGNORECASE)]
+    return PEAK_FLOPS[max(found, key=len)] if found else None

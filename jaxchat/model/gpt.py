@@ -10,14 +10,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.model.attention import cached_attention, causal_attention
 from jaxchat.model.cache import KVCache
+from jaxchat.model.embedding import embed
+from jaxchat.model.matmul import matmul
 from jaxchat.model.params import Blocks, Params, layers_of
-from jaxchat.sharding import constrain, per_device, row_axes
+from jaxchat.sharding import constrain, row_axes
 
 REMAT_POLICIES = {  # what the backward pass may keep; without remat all is kept
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -51,13 +52,13 @@ def rotate_norm(x_BTNH, tables, eps: float):
 
 
 def residual_norm(x_BTD, y_BTD=None, *, eps: float):
-    """Add y, if given, to the residual stream x. -> (the residual stream, its norm: what a sublayer reads)."""
+    """Add y, if given, to the residual stream x. -> (the stream, its norm: what a sublayer reads)."""
     x_BTD = x_BTD if y_BTD is None else x_BTD + y_BTD
     return x_BTD, rms_norm(x_BTD, eps)
 
 
 def norms(config: ModelConfig, compute: Compute):
-    """(residual_norm, rotate_norm) as above, or their kernels for GPUs, which also fuse what their gradients add."""
+    """(residual_norm, rotate_norm) as above, or as kernels for GPUs that also fuse the sums of gradients."""
     if not compute.kernels:
         return partial(residual_norm, eps=config.norm_eps), partial(rotate_norm, eps=config.norm_eps)
     from jaxchat.model import kernels  # here, so that other devices don't import Pallas
@@ -66,44 +67,26 @@ def norms(config: ModelConfig, compute: Compute):
     return partial(kernels.residual_norm, **options), partial(kernels.rotate_norm, **options)
 
 
-def embed(wte_VD, tokens_BT, dtype, mesh: Mesh | None):
-    """The tokens' rows of the embedding, in `dtype`. -> x_BTD.
-
-    On a mesh each device brings its share of the vocabulary to full width and looks up the tokens that are in it.
-    """
-    if mesh is None or mesh.size == 1:
-        return wte_VD[tokens_BT].astype(dtype)
-    rows = P(row_axes(mesh, tokens_BT.shape[0]))
-
-    def local(wte_VD, tokens_BT):
-        wte_VD = lax.all_gather(wte_VD, "fsdp", axis=1, tiled=True)
-        ids_BT = tokens_BT - lax.axis_index("tensor") * wte_VD.shape[0]
-        near_BT = jnp.clip(ids_BT, 0, wte_VD.shape[0] - 1)
-        x_BTD = jnp.where((ids_BT == near_BT)[..., None], wte_VD[near_BT], 0.0).astype(dtype)
-        return lax.psum(x_BTD, "tensor")
-
-    return per_device(local, mesh, (P("tensor", "fsdp"), rows), rows)(wte_VD, tokens_BT)
-
-
 def block(x_BTD, w: Blocks, tables, attend, config: ModelConfig, compute: Compute):
     """One transformer layer. -> x_BTD.
 
-    w: this layer's slice of the stacked weights, in the activations' dtype.
+    w: this layer's slice of the stacked weights.
     attend(q_BTNH, k_BTKH, v_BTKH) -> y_BTNH: attention over rotated, normed queries and keys.
     """
     residual_norm, rotate_norm = norms(config, compute)
+    product = partial(matmul, compute=compute)
     with jax.named_scope("projections"):  # scopes are for profiles: bench/profile.py
         x_BTD, h_BTD = residual_norm(x_BTD)
-        q_BTNH = rotate_norm(jnp.einsum("btd,dnh->btnh", h_BTD, w.wq), tables)
-        k_BTKH = rotate_norm(jnp.einsum("btd,dkh->btkh", h_BTD, w.wk), tables)
-        v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, w.wv)
+        q_BTNH = rotate_norm(product(h_BTD, w.wq, "btd,dnh->btnh"), tables)
+        k_BTKH = rotate_norm(product(h_BTD, w.wk, "btd,dkh->btkh"), tables)
+        v_BTKH = product(h_BTD, w.wv, "btd,dkh->btkh")
     with jax.named_scope("attention"):
         y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
     with jax.named_scope("projections"):
-        x_BTD, h_BTD = residual_norm(x_BTD, jnp.einsum("btnh,nhd->btd", y_BTNH, w.wo))
+        x_BTD, h_BTD = residual_norm(x_BTD, product(y_BTNH, w.wo, "btnh,nhd->btd"))
     with jax.named_scope("mlp"):
-        h_BTF = jax.nn.relu(jnp.einsum("btd,df->btf", h_BTD, w.w_up))
-        return x_BTD + jnp.einsum("btf,fd->btd", h_BTF * h_BTF, w.w_down)
+        h_BTF = jax.nn.relu(product(h_BTD, w.w_up, "btd,df->btf"))
+        return x_BTD + product(h_BTF * h_BTF, w.w_down, "btf,fd->btd")
 
 
 def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, segments_BT=None):
@@ -111,36 +94,35 @@ def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, s
 
     segments_BT: tokens of one segment don't see another's. Positions run on: only their differences count.
     """
-    dtype, mesh = jnp.dtype(compute.dtype), compute.mesh
+    mesh = compute.mesh
     batch, time = tokens_BT.shape
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
     attend = partial(causal_attention, implementation=compute.attention, segments_BT=segments_BT, mesh=mesh)
     rows = None if mesh is None else P(row_axes(mesh, batch))
 
     def layer(x_BTD, w):
-        w = jax.tree.map(lambda a: a.astype(dtype), w)
         return constrain(block(x_BTD, w, tables, attend, config, compute), rows, mesh), None
 
     if compute.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll)
-    x_BTD = rms_norm(embed(params.wte, tokens_BT, dtype, mesh), config.norm_eps)
+    x_BTD = rms_norm(embed(params.wte, tokens_BT, compute), config.norm_eps)
     x_BTD, _ = lax.scan(layer, x_BTD, params.blocks, unroll=config.n_layer if compute.unroll else 1)
     return rms_norm(x_BTD, config.norm_eps)
 
 
 def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
-    """`features` of prompts, which are padded at their ends, and a cache that holds them. -> (x_BTD, cache)."""
-    dtype, time = jnp.dtype(compute.dtype), tokens_BT.shape[1]
+    """`features` of prompts that are padded at their ends, and a cache that holds them. -> (x_BTD, cache)."""
+    time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
-    plain = dataclasses.replace(compute, kernels=False)
+    plain = dataclasses.replace(compute, kernels=False, mesh=None)
     kept = []
 
     def attend(q, k, v):
         kept.append((k, v))
         return causal_attention(q, k, v, implementation=compute.attention)
 
-    x_BTD = rms_norm(embed(params.wte, tokens_BT, dtype, None), config.norm_eps)
-    for w in layers_of(params.blocks, dtype):
+    x_BTD = rms_norm(embed(params.wte, tokens_BT, plain), config.norm_eps)
+    for w in layers_of(params.blocks, compute.dtype):
         x_BTD = block(x_BTD, w, tables, attend, config, plain)
     return rms_norm(x_BTD, config.norm_eps), KVCache.holding(kept, lengths_B)
 
@@ -148,17 +130,18 @@ def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, c
 def features_cached(params: Params, tokens_BT, cache: KVCache, config: ModelConfig, compute: Compute, counts_B=None):
     """What the head reads, for new tokens of rows whose earlier tokens are in a cache. -> (x_BTD, cache).
 
-    Token t of row b stands at position cache.lengths_B[b] + t: its key and value are written there (dropped beyond the
-    last slot), and it attends to everything at or before it.
-    counts_B: how many of each row's tokens are real; the rest is padding, whose features mean nothing, and the returned
-    cache's rows are so much longer. A row that waits has 0. None: all T.
+    Token t of row b stands at position cache.lengths_B[b] + t: its key and value are written there (dropped
+    beyond the last slot), and it attends to everything at or before it.
+    counts_B: how many of each row's tokens are real; by that many the returned cache's rows are longer. The
+    rest is padding, whose features mean nothing. A row that waits has 0. None: all T.
     """
-    dtype, time = jnp.dtype(compute.dtype), tokens_BT.shape[1]
+    time = tokens_BT.shape[1]
     positions_BT = cache.lengths_B[:, None] + jnp.arange(time)[None, :]
     tables = rotary_tables(positions_BT, config.head_dim, config.rotary_base)
-    plain = dataclasses.replace(compute, kernels=False)  # the kernels take one row of tables for all rows
-    x_BTD = rms_norm(embed(params.wte, tokens_BT, dtype, None), config.norm_eps)
-    for index, w in enumerate(layers_of(params.blocks, dtype)):
+    # The kernels take one row of tables for all rows. Every device holds all weights here.
+    plain = dataclasses.replace(compute, kernels=False, mesh=None)
+    x_BTD = rms_norm(embed(params.wte, tokens_BT, plain), config.norm_eps)
+    for index, w in enumerate(layers_of(params.blocks, compute.dtype)):
 
         def attend(q, k, v, index=index):
             nonlocal cache

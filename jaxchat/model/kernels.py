@@ -1,9 +1,9 @@
-"""For GPUs: parts of the model's layers as kernels that read and write memory once, where XLA takes several passes.
+"""For GPUs: parts of the layers as kernels that read and write memory once, where XLA takes several passes.
 
 Written in Pallas for Triton, whose tiles have powers of two as sides, so masks cut what is beyond an array.
-Each program handles R of the M rows; E is the tile width: half a head or the model width, rounded up to a power of two.
-mesh: each device computes its own rows and heads, and nothing crosses devices. A mesh of one counts too: it tells
-Triton what it compiles for. interpret: run a kernel by XLA operations, on any device.
+Each program handles R of the M rows; E is the tile width: half a head or the model width, rounded up to 2^n.
+mesh: each device computes its own rows and heads, and nothing crosses devices. A mesh of one counts too: it
+tells Triton what it compiles for. interpret: run a kernel by XLA operations, on any device.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""The weights: one declaration gives each its shape, its initialisation and its place on a mesh.
+"""The weights: one declaration gives each its shape, mesh axes, initialisation and optimizer rule.
 
 Letters in names and comments: L layers, D model width, N query heads, K key/value heads, H head dimension,
 F MLP width, V vocabulary. The blocks' weights are stacked over the layers (axis 0).
@@ -6,6 +6,8 @@ F MLP width, V vocabulary. The blocks' weights are stacked over the layers (axis
 
 import dataclasses
 import math
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,15 +35,37 @@ class Params:
     lm_head: Any  # [D, V]
 
 
+def normal(std: float):
+    """Initialise with normal numbers of this standard deviation."""
+    return lambda key, shape: std * jax.random.normal(key, shape)
+
+
+def zeros(key, shape):
+    return jnp.zeros(shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One declared weight. std is that of its normal initialisation (0: all zeros)."""
+    """One declared weight.
+
+    axes: the mesh axis that each dimension is cut over, or None.
+    init: (key, shape) -> the initial values, float32.
+    group: names the optimizer's rule, a key of the table in train/optimizer.py.
+    fan_in, fan_out: of a matrix, or of each matrix of a stack over the layers.
+    lookup: rows are looked up, so a token costs no product with it.
+    """
 
     shape: tuple[int, ...]
-    fan_in: int
-    fan_out: int
-    std: float
-    spec: P
+    axes: tuple[str | None, ...]
+    init: Callable
+    group: str
+    fan_in: int = 0
+    fan_out: int = 0
+    lookup: bool = False
+
+    @property
+    def spec(self) -> P:
+        return P(*self.axes)
 
 
 def declare(config: ModelConfig) -> Params:
@@ -50,22 +74,24 @@ def declare(config: ModelConfig) -> Params:
                         config.vocab_size)  # fmt: skip
     F = 4 * D
 
-    def matrix(shape, fan_in, fan_out, spec, zero=False):
-        # std from spec.md: normal of variance 1/fan_in, made smaller where a matrix narrows.
-        std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
-        return Weight(shape, fan_in, fan_out, 0.0 if zero else std, spec)
+    def stack(inputs, outputs, axes, init=None):
+        """A matrix [*inputs, *outputs] for every layer."""
+        fan_in, fan_out = math.prod(inputs), math.prod(outputs)
+        # Variance 1/fan_in, made smaller where a matrix narrows.
+        init = init or normal(min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
+        return Weight((L, *inputs, *outputs), (None, *axes), init, "matrix", fan_in, fan_out)
 
     return Params(
-        wte=Weight((V, D), V, D, 1.0, P("tensor", "fsdp")),
+        wte=Weight((V, D), ("tensor", "fsdp"), normal(1.0), "embedding", V, D, lookup=True),
         blocks=Blocks(
-            wq=matrix((L, D, N, H), D, N * H, P(None, "fsdp", "tensor", None)),
-            wk=matrix((L, D, K, H), D, K * H, P(None, "fsdp", "tensor", None)),
-            wv=matrix((L, D, K, H), D, K * H, P(None, "fsdp", "tensor", None)),
-            wo=matrix((L, N, H, D), N * H, D, P(None, "tensor", None, "fsdp"), zero=True),
-            w_up=matrix((L, D, F), D, F, P(None, "fsdp", "tensor")),
-            w_down=matrix((L, F, D), F, D, P(None, "tensor", "fsdp"), zero=True),
+            wq=stack([D], [N, H], ("fsdp", "tensor", None)),
+            wk=stack([D], [K, H], ("fsdp", "tensor", None)),
+            wv=stack([D], [K, H], ("fsdp", "tensor", None)),
+            wo=stack([N, H], [D], ("tensor", None, "fsdp"), zeros),
+            w_up=stack([D], [F], ("fsdp", "tensor")),
+            w_down=stack([F], [D], ("tensor", "fsdp"), zeros),
         ),
-        lm_head=matrix((D, V), D, V, P("fsdp", "tensor"), zero=True),
+        lm_head=Weight((D, V), ("fsdp", "tensor"), zeros, "head", D, V),
     )
 
 
@@ -79,15 +105,17 @@ def shapes(config: ModelConfig) -> Params:
     return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32), declare(config))
 
 
+def named(config: ModelConfig) -> dict[str, Weight]:
+    """The declared weights by name: "wte", "blocks.wq", "lm_head"."""
+    leaves = jax.tree_util.tree_leaves_with_path(declare(config))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): weight for path, weight in leaves}
+
+
 def init(key: jax.Array, config: ModelConfig) -> Params:
-    """Fresh float32 weights. The same key gives the same weights on any mesh."""
-    declared, treedef = jax.tree.flatten(declare(config))
-    keys = jax.random.split(key, len(declared))
-    weights = [
-        w.std * jax.random.normal(k, w.shape) if w.std else jnp.zeros(w.shape)
-        for k, w in zip(keys, declared, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, weights)
+    """Fresh float32 weights, the same on any mesh. Each depends on the key and its own declaration only."""
+    keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in named(config)}
+    weights = [weight.init(keys[name], weight.shape) for name, weight in named(config).items()]
+    return jax.tree.unflatten(jax.tree.structure(declare(config)), weights)
 
 
 def layers_of(blocks: Blocks | tuple[Blocks, ...], dtype) -> tuple[Blocks, ...]:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.model.gpt import features, logits, softcap
 from jaxchat.model.params import Params
-from jaxchat.sharding import ROWS, data_shards, per_device
+from jaxchat.sharding import ROWS, constrain, data_shards, per_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Chunking:
 def chunk_length(batch: int, time: int, compute: Compute) -> int:
     """Positions per chunk, such that a device's logits stay within compute.loss_chunk_tokens (or 1).
 
-    The longest divisor of `time`, unless it is half of what is allowed or less; then the last chunk is padded.
+    The longest divisor of `time`, unless that is half of what is allowed or less: then the last is padded.
     """
     rows = max(1, batch // data_shards(compute.mesh))
     most = min(time, max(1, compute.loss_chunk_tokens // rows))
@@ -50,10 +50,11 @@ def chunk_length(batch: int, time: int, compute: Compute) -> int:
 
 
 def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute):
-    """(Σ weight·nll in nats, N), float32, over a batch {inputs_BT, targets_BT, weights_BT[, counts_BT][, segments_BT]}.
+    """(Σ weight·nll in nats, N), float32, of a batch.
 
-    N is what the sum is to be divided by, over a whole optimizer step: Σ counts, or without counts Σ weights. Weights
-    may have any sign; where they are not a mean's, give counts.
+    batch: {inputs_BT, targets_BT, weights_BT[, counts_BT][, segments_BT]}.
+    N is what the sum is to be divided by, over a whole optimizer step: Σ counts, or without counts Σ
+    weights. Weights may have any sign; where they are not a mean's, give counts.
     """
     x_BTD = features(params, batch["inputs_BT"], config, compute, batch.get("segments_BT"))
     chunking = Chunking.of(*batch["inputs_BT"].shape, config, compute)
@@ -63,7 +64,7 @@ def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute
 
 
 def token_nll(params: Params, batch: dict, config: ModelConfig, compute: Compute):
-    """nll_BT in nats of every target of a batch {inputs_BT, targets_BT[, segments_BT]}, float32; of float32 logits."""
+    """nll_BT in nats of every target of a batch {inputs_BT, targets_BT[, segments_BT]}, from float32 logits."""
     x_BTD = features(params, batch["inputs_BT"], config, compute, batch.get("segments_BT"))
     chunking = Chunking.of(*batch["inputs_BT"].shape, config, compute)
     targets_BT = batch["targets_BT"]
@@ -74,12 +75,12 @@ def token_nll(params: Params, batch: dict, config: ModelConfig, compute: Compute
 def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
     """Σ weight·nll of the tokens that follow features x_BTD.
 
-    The positions are cut into chunks along T, so rows stay on their devices. Where gradients are wanted, a chunk's are
-    computed at once, from the very logits of its loss: nothing is computed twice, and the backward pass only scales.
-    There the logits are rounded to the features' dtype before the softmax; without gradients they stay float32. So in
-    bfloat16 the training loss differs a little from the validation loss of the same weights (2e-7 of it was seen).
-    On a mesh only sums over the vocabulary cross the tensor axis, and the head's gradient crosses the others once,
-    after the last chunk.
+    The positions are cut into chunks along T, so rows stay on their devices. Where gradients are wanted, a
+    chunk's are computed at once, from the very logits of its loss: nothing is computed twice, and the
+    backward pass only scales. There the logits are rounded to the features' dtype before the softmax;
+    without gradients they stay float32. So in bfloat16 the training loss differs a little from the
+    validation loss of the same weights (2e-7 of it was seen). On a mesh only sums over the vocabulary cross
+    the tensor axis, and the head's gradient crosses the others once, after the last chunk.
     """
     return _on_mesh(_nll, (P(), P(ROWS)), chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)[0]
 
@@ -89,7 +90,9 @@ def _on_mesh(function, out_specs, chunking: Chunking, x_BTD, lm_head_DV, targets
     in_specs = (P(ROWS), P(None, "tensor"), P(ROWS), P(ROWS))
     local = partial(function, chunking=chunking)
     mapped = per_device(local, chunking.mesh, in_specs, out_specs, always=chunking.kernels)
-    return mapped(x_BTD, lm_head_DV.astype(x_BTD.dtype), targets_BT, weights_BT)
+    # Cast where it is stored: XLA would gather the head in float32 and cast it then.
+    head_DV = constrain(lm_head_DV.astype(x_BTD.dtype), P("fsdp", "tensor"), chunking.mesh)
+    return mapped(x_BTD, head_DV, targets_BT, weights_BT)
 
 
 def _nll(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunking):
@@ -107,7 +110,7 @@ def _nll(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunking):
 def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
     """(logits z_BtV float32, target ids in V, nll_Bt).
 
-    On a mesh V is this device's share of the vocabulary, which ids can lie outside of; the loss is over all of it.
+    On a mesh V is this device's share of the vocabulary, and ids may be outside it; the loss is over all of it.
     """
     z_BtV = logits(head_DV, x_BtD, chunking.cap)
     ids_Bt = local_ids(targets_Bt, z_BtV.shape[-1], chunking.sharded)
@@ -150,8 +153,8 @@ def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunkin
     def add_chunk(carry, chunk):
         nll, d_head_DV = carry
         x_BtD, targets_Bt, weights_Bt = chunk
-        # In bfloat16 the product is rounded, as any is, and then read as logits: half the bytes of what is written and
-        # read most.
+        # In bfloat16 the product is rounded, as any is, and then read as logits: half the bytes of what is
+        # written and read most.
         u_BtV = jnp.einsum("btd,dv->btv", x_BtD, head_DV)
         d_BtV, sum_Bt, nll_Bt = logits_gradient(u_BtV, targets_Bt, chunking)
         scale_Bt1 = (weights_Bt / sum_Bt)[..., None]
@@ -173,7 +176,8 @@ def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunkin
 def logits_gradient(u_BtV, targets_Bt, chunking: Chunking):
     """(d_BtV, sum_Bt, nll_Bt) of the head's outputs u: ∂nll/∂u is d/sum. d is in u's dtype.
 
-    ∂nll/∂u = (exp(z)/sum − 1 at the target)·slope. Scaled by sum it needs no sum, so one pass over the logits does.
+    ∂nll/∂u = (exp(z)/sum − 1 at the target)·slope. Scaled by sum it needs no sum, so one pass over the
+    logits does.
     """
     dtype, size, sharded, cap = u_BtV.dtype, u_BtV.shape[-1], chunking.sharded, chunking.cap
     ids_Bt = local_ids(targets_Bt, size, sharded)

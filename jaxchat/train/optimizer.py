@@ -1,4 +1,4 @@
-"""Muon for the blocks' matrices, AdamW for embedding and head, as one optax transformation."""
+"""One optax transformation for all weights: each declares a group, and a table gives each group its rule."""
 
 import math
 from typing import NamedTuple
@@ -11,37 +11,38 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxchat.config import ModelConfig
-from jaxchat.model.params import Params, Weight, declare
+from jaxchat.model.params import Weight, declare
+from jaxchat.sharding import per_device
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Jordan et al. 2024, "Muon"
-MOMENTUM_START, MOMENTUM_END, MOMENTUM_STEPS = 0.85, 0.95, 300
+MOMENTUM_START, MOMENTUM_END = 0.85, 0.95
 
 
 def orthogonalize(g_Lmn, dtype=jnp.float32):
     """Bring every matrix of a stack near its orthogonal polar factor: singular values to about 1. -> float32.
 
-    Five Newton–Schulz steps on the matrix divided by its Frobenius norm, in `dtype`, over the short side: a step is
-    x ← P(x·xᵀ)·x with P(g) = a + b·g + c·g².
+    Five Newton–Schulz steps on the matrix divided by its Frobenius norm, in `dtype`, over the short side: a
+    step is x ← P(x·xᵀ)·x with P(g) = a + b·g + c·g².
     """
     tall = g_Lmn.shape[-2] > g_Lmn.shape[-1]
     x = jnp.swapaxes(g_Lmn, -1, -2) if tall else g_Lmn
     # The tiny term only guards an all-zero matrix, whose update is zero.
     x = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)).astype(dtype)
 
-    def together(steps, x):
+    def polynomial_steps(steps, x):
         return newton_schulz_factor(x @ jnp.swapaxes(x, -1, -2), steps) @ x
 
     if x.shape[-1] > 1.5 * x.shape[-2]:
-        # The Gram matrix of P·x is P·g·P, so several steps' factors can be multiplied up before x is: fewer FLOPs where
-        # x is wide. All five together would lose small singular values in bfloat16.
-        x = together(2, together(3, x))
-    else:  # a loop compiles faster, and in less memory; but a GPU's copies x at every turn
-        x = lax.fori_loop(0, 5, lambda _, x: together(1, x), x, unroll=x.dtype != jnp.float32)
+        # The Gram matrix of P·x is P·g·P, so the factors of several steps can be multiplied before x is:
+        # fewer FLOPs where x is wide. All five at once would lose small singular values in bfloat16.
+        x = polynomial_steps(2, polynomial_steps(3, x))
+    else:  # a loop compiles faster and in less memory, but on a GPU it copies x at every turn
+        x = lax.fori_loop(0, 5, lambda _, x: polynomial_steps(1, x), x, unroll=x.dtype != jnp.float32)
     return (jnp.swapaxes(x, -1, -2) if tall else x).astype(jnp.float32)
 
 
 def newton_schulz_factor(gram, steps: int):
-    """The matrix by which so many steps multiply an x with this Gram matrix [L, m, m]. P is summed in float32."""
+    """The factor by which `steps` steps multiply an x with this Gram matrix [L, m, m]. P is float32 sums."""
     a, b, c = NEWTON_SCHULZ
     diagonal, factor = a * jnp.eye(gram.shape[-1])[None], None
     for step in range(steps):
@@ -53,16 +54,18 @@ def newton_schulz_factor(gram, steps: int):
 
 
 def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype):
-    """`orthogonalize` of a stack [L, *in, *out] that lies on a mesh as its weight does. -> the same, laid out alike.
+    """`orthogonalize` of a stack [L, *in, *out] that is spread over a mesh as its weight is.
 
-    Each device brings whole matrices together, of L/devices layers (rounded up: zeros fill the stack), orthogonalises
-    them and sends the parts back: one exchange in, one out, none within the iteration. Where there are more devices
-    than layers, neighbours along `data` share the stack and each such group does all of it.
+    Each device gathers whole matrices of L/devices layers (rounded up: zeros fill the stack),
+    orthogonalizes them and sends the parts back: one exchange in, one out, none within the iteration. Where
+    there are more devices than layers, neighbours along `data` share the stack and each such group does all
+    of it.
     """
-    in_axis, out_axis = weight.spec[1], next(axis for axis in weight.spec[2:] if axis)
+    in_axis, out_axis = weight.axes[1], next(axis for axis in weight.axes[2:] if axis)
     data, holders = mesh.shape["data"], mesh.shape["fsdp"] * mesh.shape["tensor"]
-    able = [n for n in range(1, data + 1) if data % n == 0]
-    shares = min(able, key=lambda n: (-(-u.shape[0] // (holders * n)), n))  # fewest layers a device, then fewest copies
+    divisors = [n for n in range(1, data + 1) if data % n == 0]
+    # Fewest layers a device, then fewest copies.
+    shares = min(divisors, key=lambda n: (-(-u.shape[0] // (holders * n)), n))
     groups = np.arange(data).reshape(-1, shares).tolist()
 
     def exchange(a, axis, split, concat):
@@ -81,7 +84,7 @@ def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype):
             y_Lmn = lax.all_gather(y_Lmn, "data", axis_index_groups=groups, tiled=True)
         return y_Lmn[:num_layers].astype(jnp.float32).reshape(u.shape)
 
-    return jax.shard_map(local, mesh=mesh, in_specs=weight.spec, out_specs=weight.spec, check_vma=False)(u)
+    return per_device(local, mesh, weight.spec, weight.spec)(u)
 
 
 class MuonState(NamedTuple):
@@ -89,11 +92,14 @@ class MuonState(NamedTuple):
     momentum: optax.Params
 
 
-def scale_by_muon(fans, dtype=jnp.float32, mesh: Mesh | None = None) -> optax.GradientTransformation:
-    """Nesterov momentum, then orthogonalisation, then the factor √max(1, fan_out/fan_in).
+def scale_by_muon(
+    weights, momentum_warmup: int, dtype=jnp.float32, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    """Nesterov momentum, then orthogonalization, then the factor √max(1, fan_out/fan_in).
 
-    fans: a tree like the weights with a declared `Weight` at every leaf: weights [L, *in, *out] are taken as stacks
-    [L, fan_in, fan_out]. mesh: where they lie by their specs; each device then orthogonalises some layers.
+    weights: the declared `Weight` of every matrix, in a tree like the gradients'. mesh: where they are
+    spread by their axes; each device then orthogonalizes some layers. momentum_warmup: updates in which
+    momentum rises to its final value; 0: it has that from the first.
     """
 
     def init(params):
@@ -101,8 +107,10 @@ def scale_by_muon(fans, dtype=jnp.float32, mesh: Mesh | None = None) -> optax.Gr
 
     def update(grads, state, params=None):
         del params
-        ramp = jnp.minimum(state.count / MOMENTUM_STEPS, 1.0)
-        m = MOMENTUM_START + ramp * (MOMENTUM_END - MOMENTUM_START)
+        m = MOMENTUM_END
+        if momentum_warmup:
+            ramp = jnp.minimum(state.count / momentum_warmup, 1.0)
+            m = MOMENTUM_START + ramp * (MOMENTUM_END - MOMENTUM_START)
         momentum = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, state.momentum, grads)
 
         def direction(weight, buf, g):
@@ -112,7 +120,7 @@ def scale_by_muon(fans, dtype=jnp.float32, mesh: Mesh | None = None) -> optax.Gr
                 return scale * orthogonalize_spread(u, weight, mesh, dtype)
             return scale * orthogonalize(u.reshape(-1, weight.fan_in, weight.fan_out), dtype).reshape(g.shape)
 
-        return jax.tree.map(direction, fans, momentum, grads), MuonState(state.count + 1, momentum)
+        return jax.tree.map(direction, weights, momentum, grads), MuonState(state.count + 1, momentum)
 
     return optax.GradientTransformation(init, update)
 
@@ -125,24 +133,27 @@ def make_optimizer(
     unembedding_lr: float = 0.004,
     weight_decay: float = 0.0,
     grad_clip: float = 0.0,
+    momentum_warmup: int = 300,
     muon_dtype=jnp.float32,
     mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer over `Params`. Its updates are for a schedule multiplier of 1: the step scales them.
 
-    AdamW's rates are × (n_embd/768)^−½. grad_clip bounds the global norm of all gradients; 0 is off. mesh: see
-    scale_by_muon.
+    AdamW's rates are × (n_embd/768)^−½. grad_clip bounds the global norm of all gradients; 0 is off.
+    momentum_warmup and mesh: see scale_by_muon.
     """
+    declared = declare(config)
+    groups = jax.tree.map(lambda weight: weight.group, declared)
+    matrices = jax.tree.map(lambda weight: weight if weight.group == "matrix" else optax.MaskedNode(), declared)
     width_scale = (config.n_embd / 768) ** -0.5
 
     def adamw(lr):
         return optax.adamw(lr * width_scale, b1=0.8, b2=0.95, eps=1e-10, weight_decay=weight_decay)
 
-    declared = declare(config)
-    hole = optax.MaskedNode()  # what optax.partition shows a group in the place of the other groups' weights
-    fans = Params(hole, declared.blocks, hole)
-    muon = optax.chain(scale_by_muon(fans, muon_dtype, mesh), optax.scale(-matrix_lr))
-    labels = Params("embedding", jax.tree.map(lambda _: "matrix", declared.blocks), "head")
-    groups = {"matrix": muon, "embedding": adamw(embedding_lr), "head": adamw(unembedding_lr)}
+    rules = {
+        "matrix": optax.chain(scale_by_muon(matrices, momentum_warmup, muon_dtype, mesh), optax.scale(-matrix_lr)),
+        "embedding": adamw(embedding_lr),
+        "head": adamw(unembedding_lr),
+    }
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip > 0 else optax.identity()
-    return optax.chain(clip, optax.partition(groups, labels))
+    return optax.chain(clip, optax.partition(rules, groups))

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxchat.config import REMATS, Compute, Model, ModelConfig
+from jaxchat.config import REMATS, Compute, Model
 from jaxchat.model import params as model_params
 from jaxchat.sharding import ROWS, constrain, data_shards
 from jaxchat.train.loss import loss_sums
@@ -22,29 +22,32 @@ def train_step(
     batch: dict,
     lr_multiplier: jax.Array,
     *,
-    config: ModelConfig,
-    compute: Compute,
+    model: Model,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict]:
     """One optimizer step over all micro-batches: -> (state, metrics).
 
-    batch: {inputs, targets int32, weights float32[, segments int32]}, each [A, B, T] with A micro-batches. The loss is
-    Σ weight·nll ÷ Σ weight over the whole step, so a token weighs the same in whichever micro-batch or device it is.
-    A step with Σ weight = 0 leaves weights and optimizer as they are and reports loss 0; so does one whose loss or
-    gradient is not finite, with nonfinite = 1. The other metrics are loss, weight, grad_norm and empty_steps.
+    batch: {inputs, targets int32, weights float32[, counts float32][, segments int32]}, each [A, B, T] with
+    A micro-batches. The loss is Σ weight·nll ÷ N over the whole step, so a token weighs the same in
+    whichever micro-batch or device it is. N is Σ counts, or without counts Σ weight (metrics call it
+    "weight"). A step with no weight but 0 leaves weights and optimizer as they are and reports loss 0; so
+    does one whose loss or gradient is not finite, with nonfinite = 1. The other metrics are loss, weight,
+    grad_norm and empty_steps.
     """
+
+    config, compute = model.config, model.compute
 
     def add_micro_batch(sums, micro):
         micro = {f"{name}_BT": array for name, array in micro.items()}
-        (nll, weight), grads = jax.value_and_grad(loss_sums, has_aux=True)(state.params, micro, config, compute)
-        grads = constrain(grads, model_params.specs(config), compute.mesh)  # summed up where they will be used
-        return jax.tree.map(jnp.add, sums, (grads, nll, weight)), None
+        (nll, count), grads = jax.value_and_grad(loss_sums, has_aux=True)(state.params, micro, config, compute)
+        grads = constrain(grads, model_params.specs(config), compute.mesh)  # summed where they will be used
+        return jax.tree.map(jnp.add, sums, (grads, nll, count)), None
 
     zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros(()))
-    (grads, nll, weight), _ = lax.scan(add_micro_batch, zeros, split_rows(batch, compute))
+    (grads, nll, count), _ = lax.scan(add_micro_batch, zeros, split_rows(batch, compute))
 
-    supervised = weight > 0
-    mean = 1.0 / jnp.where(supervised, weight, 1.0)
+    supervised = jnp.sum(jnp.where(batch["weights"] != 0, 1.0, 0.0)) > 0
+    mean = 1.0 / jnp.where(supervised, count, 1.0)
     grads = jax.tree.map(lambda g: g * mean, grads)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -65,7 +68,7 @@ def train_step(
     )
     metrics = {
         "loss": nll * mean,
-        "weight": weight,
+        "weight": count,
         "grad_norm": grad_norm,
         "nonfinite": jnp.where(finite, 0, 1),
         "empty_steps": new_state.empty_steps,
@@ -74,12 +77,16 @@ def train_step(
 
 
 def split_rows(batch: dict, compute: Compute) -> dict:
-    """Arrays [A, B, T] as [A·n, B/n, T], n the least that keeps to compute.micro_tokens; rows stay on their devices."""
+    """Cut arrays [A, B, T] to [A·n, B/n, T], n the least that keeps to compute.micro_tokens.
+
+    Rows stay on their devices.
+    """
     num_micro, rows, time = batch["inputs"].shape
     shards = data_shards(compute.mesh)
-    own = rows // shards  # rows of a device
-    able = [n for n in range(1, own + 1) if own % n == 0]
-    n = next((n for n in able if own // n * time <= compute.micro_tokens), own) if compute.micro_tokens else 1
+    per_shard = rows // shards
+    divisors = [n for n in range(1, per_shard + 1) if per_shard % n == 0]
+    fitting = (n for n in divisors if per_shard // n * time <= compute.micro_tokens)
+    n = next(fitting, per_shard) if compute.micro_tokens else 1
     if n == 1:
         return batch
 
@@ -90,9 +97,9 @@ def split_rows(batch: dict, compute: Compute) -> dict:
 
 
 def compile_step(step, *args):
-    """Compile a jitted step for the arguments of its first call, which then doesn't; give back what compiling took.
+    """Compile a jitted step ahead of its first call, then return the compiler's freed memory to the OS.
 
-    Else a CPU's process keeps some 200 MB of it to its end. Only glibc can be asked to.
+    That is about 200 MB on a CPU; only glibc can be asked to.
     """
     step.lower(*args).compile()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
@@ -105,14 +112,15 @@ def make_train_step(
     """`train_step` jitted for a model on its mesh. The state is donated; a new batch shape compiles anew."""
     options, mesh, compute = None, model.mesh, model.compute
     if mesh.devices.flat[0].platform in ("gpu", "cuda") and compute.remat != REMATS[-1]:
-        # XLA brings a program that is too large under the limit by computing whole products again (depth 32 on 8 H100s:
-        # 18 % more FLOPs). The next remat does it better: train/fit.py takes it where this one is told to be too large.
+        # XLA would bring a program that is too large under the limit by computing whole products again
+        # (depth 32 on 8 H100s: 18 % more FLOPs). The next remat does it better, and train/fit.py takes it
+        # where this one is too large.
         options = {"xla_disable_hlo_passes": "rematerialization"}
     shardings = state_shardings(model, optimizer)
     everywhere = NamedSharding(mesh, P())
 
-    def step(state, batch, lr_multiplier):  # a name of its own, so that traces and profiles show it
-        return train_step(state, batch, lr_multiplier, config=model.config, compute=compute, optimizer=optimizer)
+    def step(state, batch, lr_multiplier):  # a named function, so that traces and profiles show it
+        return train_step(state, batch, lr_multiplier, model=model, optimizer=optimizer)
 
     return jax.jit(
         step,
