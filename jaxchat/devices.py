@@ -25,8 +25,8 @@ def start_devices(config: TrainConfig, *, asks: bool = True, alone: bool = False
     except (RuntimeError, AssertionError) as problem:  # which of them depends on what is installed
         kind = config.device_type or "such"
         raise UserError(
-            f"no {kind} device can be used here; install jaxchat's extra for it (cuda12, cuda13, tpu), or give "
-            "--device_type=cpu"
+            f"no {kind} device can be used here; install jaxchat's extra for it (cuda12, cuda13, tpu), or "
+            "give --device_type=cpu"
         ) from problem
 
 

@@ -206,7 +206,7 @@ def sweep(folder: Path):
 
 @contextmanager
 def full_disk(folder: Path):
-    """Turn what Orbax raises when a disk is full, errors of several kinds and a page long, into an OSError."""
+    """Turn what Orbax raises when a disk is full, errors of several kinds, a page long, into an OSError."""
     try:
         yield
     except Exception as problem:

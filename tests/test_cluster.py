@@ -393,7 +393,7 @@ def test_the_schema_check_refuses():
         (["foo"], "no launcher 'foo'"),
         ([], "which launcher"),
         (["slurm", "--secrets=NOT_SET_HERE"], "NOT_SET_HERE is not set here"),
-        (["slurm", "--secrets=A=b"], "names of environment variables"),
+        (["slurm", "--secrets=A=b"], "is not the name of an environment variable"),
         (["slurm", "--directives=-x"], "--directives"),
         (["slurm", "--nodes=0"], "--nodes=0"),
         (["tpu_vm"], "--zone is missing"),

@@ -21,7 +21,7 @@ def secret_names(text: str, *, here: bool) -> list[str]:
     names = [name for name in text.split(",") if name]
     for name in names:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise UserError(f"--secrets takes names of environment variables, separated by commas; {name!r} is not one")
+            raise UserError(f"--secrets={text}: {name!r} is not the name of an environment variable")
         if here and not os.environ.get(name):
             raise UserError(f"--secrets={name}: {name} is not set here; set it first: export {name}=…")
     return names
@@ -36,7 +36,7 @@ def check_name(flag: str, value: str):
 
 
 def perform(words: list[str], dry_run: bool, check: bool = True) -> int:
-    """Print a command, run it unless this is a dry run, return its exit code. check: UserError if it fails."""
+    """Print a command, run it unless this is a dry run, return its exit code. check: raise if it fails."""
     print(shlex.join(words), flush=True)
     if dry_run:
         return 0

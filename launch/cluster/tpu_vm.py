@@ -18,13 +18,15 @@ MOUNT = "$HOME/bucket"
 # The images' own Python is older than 3.11; uv brings one.
 INSTALL = (
     "mkdir -p jaxchat && tar -xzf jaxchat.tar.gz -C jaxchat && cd jaxchat"
-    " && python3 -m pip install --user --quiet uv && python3 -m uv venv --quiet --allow-existing --python=3.12 .venv"
+    " && python3 -m pip install --user --quiet uv"
+    " && python3 -m uv venv --quiet --allow-existing --python=3.12 .venv"
     " && python3 -m uv pip install --quiet --constraint=constraints.txt --editable='.[tpu,wandb]'"
 )
 GCSFUSE = (
     "if ! command -v gcsfuse; then"
-    " curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/gcsfuse.asc"
-    " >/dev/null && echo deb '[signed-by=/usr/share/keyrings/gcsfuse.asc]' https://packages.cloud.google.com/apt"
+    " curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg"
+    " | sudo tee /usr/share/keyrings/gcsfuse.asc >/dev/null"
+    " && echo deb '[signed-by=/usr/share/keyrings/gcsfuse.asc]' https://packages.cloud.google.com/apt"
     " gcsfuse-$(lsb_release -cs) main | sudo tee /etc/apt/sources.list.d/gcsfuse.list"
     " && sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse; fi"
 )
@@ -85,9 +87,7 @@ def check(config: Config) -> list[str]:
     if not config.zone:
         raise UserError("--zone is missing; give the TPU's zone, such as --zone=us-central2-b")
     if {"run", "delete"} <= set(steps) and not config.bucket:
-        raise UserError(
-            "the checkpoints would be deleted with the TPU: give --bucket=NAME or --steps=create,setup,run,log"
-        )
+        raise UserError("the checkpoints would be deleted with the TPU: give --bucket=NAME or --steps=create,setup,run")
     return [step for step in STEPS if step in steps]
 
 
