@@ -17,11 +17,11 @@ import pytest
 from conftest import ROOT, THOROUGH, xla_flags
 
 from jaxchat import checkpoint, seal, store
-from jaxchat.config import STAGES, UserError
+from jaxchat.config import STAGES, BaseConfig, SFTConfig, UserError
 from jaxchat.demo import World, write_world
 from jaxchat.train import loop, saving, stages
 from jaxchat.train.signals import Stop
-from launch import base_train, chat_sft, tok_train
+from launch import base_train, chat_sft, cli, tok_train
 
 SMALL = {"base_shards": 2, "base_rows": 300, "base_val_rows": 30, "mid_rows": 1, "sft_rows": 60, "val_rows": 20}
 STEPS = 6
@@ -286,6 +286,17 @@ def test_a_stop_saves_and_can_be_resumed(folder, monkeypatch, capsys, command, f
     assert checkpoint.steps_in(run) == [2, 3] and [row[0] for row in losses(run)] == [1, 2, 3]
     ends(command, flags("--resume"), 0)
     assert losses(run) == wanted and checkpoint.steps_in(run)[-1] == STEPS
+
+
+def test_finetuning_for_chat_keeps_the_momentum(folder, monkeypatch):
+    """Base warms Muon's momentum up over 300 steps; SFT, of a few hundred, starts with all of it."""
+    asked, make = [], stages.make_optimizer
+    monkeypatch.setattr(
+        stages, "make_optimizer", lambda *args, **how: asked.append(how["momentum_warmup"]) or make(*args, **how)
+    )
+    base_train.stage_for(cli.parse(BaseConfig, base()))
+    chat_sft.stage_for(cli.parse(SFTConfig, sft()))
+    assert asked == [300, 0]
 
 
 def test_ctrl_c_twice_and_nohup(capfd):

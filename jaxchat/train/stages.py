@@ -234,7 +234,7 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
         flags=config,
         model=model,
         tokenizer=parent.tokenizer,
-        optimizer=optimizer_for(config, model, init_lr_frac=config.init_lr_frac),
+        optimizer=optimizer_for(config, model, init_lr_frac=config.init_lr_frac, momentum_warmup=0),
         batches=DataBatches(
             pipelines.sft_batches(
                 tasks,
@@ -267,8 +267,14 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
 
 
 def optimizer_for(
-    config: TrainConfig, model: Model, *, grad_clip: float = 0.0, init_lr_frac: float = 1.0
+    config: TrainConfig,
+    model: Model,
+    *,
+    grad_clip: float = 0.0,
+    init_lr_frac: float = 1.0,
+    momentum_warmup: int = 300,
 ) -> optax.GradientTransformation:
+    """The optimizer of a stage. momentum_warmup: steps in which Muon's momentum rises from 0.85 to 0.95."""
     return make_optimizer(
         model.config,
         matrix_lr=config.matrix_lr * init_lr_frac,
@@ -276,6 +282,7 @@ def optimizer_for(
         unembedding_lr=config.unembedding_lr * init_lr_frac,
         weight_decay=config.weight_decay,
         grad_clip=grad_clip,
+        momentum_warmup=momentum_warmup,
         muon_dtype=jnp.dtype(model.compute.dtype),
         mesh=model.mesh,
     )
