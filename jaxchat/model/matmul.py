@@ -14,23 +14,28 @@ from jaxchat.config import Compute
 def matmul(x, w, letters: str, compute: Compute):
     """einsum(letters, x, w) in compute.dtype, as in matmul(h_BTD, wq_DNH, "btd,dnh->btnh", compute).
 
-    The gradient of w is summed in compute.grad_dtype, within a device and across devices.
+    The gradient of w, which is float32 in training, is summed in compute.grad_dtype, within a device and
+    across devices.
     """
-    dtype = jnp.dtype(compute.dtype)
-    return jnp.einsum(letters, x.astype(dtype), w.astype(dtype))
+    return forward(x, w, letters, compute)[0]
 
 
-def backward(letters: str, compute: Compute, saved, dy):
-    x, w = saved
+def forward(x, w, letters: str, compute: Compute):
+    # The cast weights are what is kept, so that one gather of them over devices does for both passes.
+    x_and_w = x.astype(compute.dtype), w.astype(compute.dtype)
+    return jnp.einsum(letters, *x_and_w), x_and_w
+
+
+def backward(letters: str, compute: Compute, x_and_w, dy):
+    x, w = x_and_w
     of_x, of_w, of_y = re.split(",|->", letters)
-    dtype = jnp.dtype(compute.dtype)
-    dx = product(dy, w.astype(dtype), f"{of_y},{of_w}->{of_x}", dtype)
+    dx = product(dy, w, f"{of_y},{of_w}->{of_x}", x.dtype)
     # In bfloat16, sums over many devices would lose what makes them better than one device's.
-    dw = product(dy, x.astype(dtype), f"{of_y},{of_x}->{of_w}", jnp.dtype(compute.grad_dtype))
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    dw = product(dy, x, f"{of_y},{of_x}->{of_w}", jnp.dtype(compute.grad_dtype))
+    return dx, dw.astype(jnp.float32)
 
 
-matmul.defvjp(lambda x, w, letters, compute: (matmul(x, w, letters, compute), (x, w)), backward)
+matmul.defvjp(forward, backward)
 
 
 def product(a, b, letters: str, dtype):
