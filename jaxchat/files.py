@@ -79,12 +79,17 @@ def size_text(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
 
 
-def check_space(folder: Path, needed: int, remedy: str = "free some"):
-    """Raise UserError if a folder's disk has fewer than `needed` bytes free; the folder may not exist yet."""
+def free_space(folder: Path) -> int:
+    """Bytes free on a folder's disk. The folder need not exist yet."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
+    return shutil.disk_usage(place).free
+
+
+def check_space(folder: Path, needed: int, remedy: str = "free some"):
+    """Raise UserError if a folder's disk has fewer than `needed` bytes free."""
+    free = free_space(folder)
     if free < needed:
         raise UserError(
             f"{folder} needs {size_text(needed)} of disk space, and {size_text(free)} are free there; {remedy}"

@@ -1,5 +1,7 @@
 """Pretrain a base model: python -m launch.base_train --depth=12"""
 
+import shlex
+
 from jaxchat.config import BaseConfig
 from launch import cli
 
@@ -20,11 +22,11 @@ def stage_for(config: BaseConfig):
     return stages.base(config, tag, model, tokenizer, texts, held_out)
 
 
-def about_tokenizer(config: BaseConfig, stage) -> list[tuple[str, str]]:
-    """A row of the plan where the tokenizer was trained on none of the shards that the model will be."""
-    if stage.tokenizer.knows(stage.data):
+def about_tokenizer(config: BaseConfig, tokenizer, data: dict[str, str]) -> list[tuple[str, str]]:
+    """A row of the plan where the tokenizer was trained on none of the shards (`data`: their fingerprints)."""
+    if tokenizer.knows(data):
         return []
-    command = f"python -m launch.tok_train{f' --data_dir={config.data_dir}' if config.data_dir else ''}"
+    command = f"python -m launch.tok_train{f' --data_dir={shlex.quote(config.data_dir)}' if config.data_dir else ''}"
     return [("warning", f"the tokenizer was trained on other text; to train one on this: {command}")]
 
 
@@ -38,7 +40,7 @@ def run(config: BaseConfig):
     stage = stage_for(config)
     start = find_start(stage)
     bundle, about_core = training.core_bundle(config)
-    plan = [*plan_of(stage, start), ("CORE", about_core), *about_tokenizer(config, stage)]
+    plan = [*plan_of(stage, start), ("CORE", about_core), *about_tokenizer(config, stage.tokenizer, stage.data)]
     cli.print_plan(stage.title, plan)
     evaluations = training.base(config, stage, bundle)
     with open_run(stage, start) as ready, record.recorded(ready, began, plan):

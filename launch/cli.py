@@ -133,13 +133,18 @@ def next_step(command: str, **flags: str) -> None:
 
     Example: next_step("python -m launch.base_train --depth=12", data_dir=config.data_dir)
     """
+    print("next:", runnable(command, **flags), flush=True)
+
+
+def runnable(command: str, **flags: str) -> str:
+    """A command as it can be run from here: with this Python, the base directory, and the flags that are not
+    empty."""
     found = shutil.which("python")
     if not found or os.path.dirname(found) != os.path.dirname(sys.executable):  # `python` would be another one
         near = os.path.relpath(sys.executable)
         command = command.replace("python", sys.executable if near.startswith("..") else near, 1)
     before = [f"JAXCHAT_BASE_DIR={shlex.quote(folder)}" for folder in _base[-1:]]
-    given = [f"--{name}={shlex.quote(value)}" for name, value in flags.items() if value]
-    print("next:", *before, command, *given, flush=True)
+    return " ".join([*before, command, *(f"--{name}={shlex.quote(value)}" for name, value in flags.items() if value)])
 
 
 @contextlib.contextmanager

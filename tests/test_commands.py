@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -192,10 +191,9 @@ def test_tok_train_says_how_far_it_is(here, tmp_path, monkeypatch):
     tokenizer = Tokenizer.load()
     assert tokenizer.trained_on == read.fingerprint and tokenizer.knows(read.fingerprint)
     assert not tokenizer.knows({"shard_00000.parquet": "of other content"})
-    stage = SimpleNamespace(tokenizer=tokenizer, data=read.fingerprint)
-    assert base_train.about_tokenizer(BaseConfig(), stage) == []
-    stage.data = {"shard_00000.parquet": "of other content"}
-    [(name, text)] = base_train.about_tokenizer(BaseConfig(data_dir="there"), stage)
+    assert base_train.about_tokenizer(BaseConfig(), tokenizer, read.fingerprint) == []
+    other = {"shard_00000.parquet": "of other content"}
+    [(name, text)] = base_train.about_tokenizer(BaseConfig(data_dir="there"), tokenizer, other)
     assert name == "warning" and text.endswith("launch.tok_train --data_dir=there")
 
 

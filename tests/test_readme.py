@@ -27,6 +27,7 @@ RUN_BY = {
     "launch.chat_cli": "tests/test_commands.py",
     "launch.chat_eval": "tests/test_eval_commands.py",
     "launch.chat_sft": "tests/test_commands.py",
+    "launch.check": "tests/test_check.py",
     "launch.cluster": "tests/test_local_training.py",
     "launch.compile_check": "tests/test_compile_check.py",
     "launch.convert": "tests/test_convert.py",

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -31,7 +32,8 @@ def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False)
     """
     folder = Path(data_dir or base_dir() / "base_data").expanduser()
     shards = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
-    remedy = f"fetch some: python -m launch.download fineweb-edu --shards=8{f' --to={data_dir}' if data_dir else ''}"
+    to = f" --to={shlex.quote(str(data_dir))}" if data_dir else ""
+    remedy = f"fetch some: python -m launch.download fineweb-edu --shards=8{to}"
     if not shards:
         raise UserError(
             f"no .parquet file in {folder}; {remedy}; or put shards with a column `text` there, or name --data_dir"

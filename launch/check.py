@@ -1,0 +1,217 @@
+"""Check what a run will need before it begins: python -m launch.check --depth=20"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from pathlib import Path
+
+from jaxchat.config import STAGES, BaseConfig, MidConfig, SFTConfig, UserError
+from launch import base_train, cli, download, tok_train
+
+BYTES_A_TOKEN = 4.8  # of English web text with 65,536 tokens: an estimate until there is a tokenizer
+SHARD_BYTES = 250e6  # of text in a shard of fineweb-edu
+DRIVER = Path("/proc/driver/nvidia/version")
+OLDEST_DRIVER = {12: 525, 13: 580}  # by version of CUDA
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(BaseConfig):
+    """Check in seconds what base_train, mid_train, chat_sft and the evaluations will need: text, tokenizer,
+    tasks, CORE's bundle, disk, devices, driver and kernel.
+
+    Takes base_train's flags; the other stages are checked with their defaults. Prints a line for each thing,
+    ok, warning or missing, then what to run next. Exit code 2 if something that a stage needs is missing.
+    """
+
+    tasks_dir: str = ""
+    """Folder of the tasks' files; empty: <base directory>/tasks."""
+
+
+class Checklist(list):
+    """Lines of (state, name, text, command); the command brings what is missing, if one can."""
+
+    def add(self, name: str, text: str, state: str = "ok", **flags: str):
+        """Add a line. A command in its text is printed so that it runs, with the flags that are not empty."""
+        found = re.search(r"python -m launch\.[^;]+", text)
+        command = cli.runnable(found[0], **flags) if found else ""
+        text = text.replace(found[0], command) if found else text
+        self.append((state, name, " ".join(text.split()), command))
+
+    @contextlib.contextmanager
+    def expecting(self, name: str, state: str = "missing", **flags: str):
+        """Make a UserError of the block a line in this state. flags: those of the command that it names."""
+        try:
+            yield
+        except UserError as problem:
+            self.add(name, str(problem), state, **flags)
+
+
+def run(config: Config) -> int:
+    from jaxchat.devices import model_for
+    from jaxchat.train import stages
+    from jaxchat.train.run import tokenizer_for
+
+    tag, checks, tokenizer = config.model_tag or f"d{config.depth}", Checklist(), None
+    check_driver(checks)
+    mesh = check_devices(config, checks)
+    with contextlib.suppress(UserError):
+        tokenizer = tokenizer_for(config, "base", tag)
+    vocab_size = tokenizer.vocab_size if tokenizer else tok_train.Config.vocab_size
+    model = model_for(config, stages.base_model(config, vocab_size), mesh)
+    check_model(config, model, tag, checks)
+    data = check_text(config, tokenizer, model, checks)
+    with checks.expecting("tokenizer", data_dir=config.data_dir):
+        tokenizer = tokenizer or tokenizer_for(config, "base", tag)
+        warning = data and base_train.about_tokenizer(config, tokenizer, data)
+        known = "trained on these shards" if data and tokenizer.trained_on else "on which text is not known"
+        text = warning[0][1] if warning else f"{tokenizer.vocab_size:,} tokens, {known}"
+        checks.add("tokenizer", text, "warning" if warning else "ok")
+    check_tasks(config, checks)
+    cli.print_plan(f"Check of {tag}", [(f"{state:<7}  {name}", text) for state, name, text, _ in checks])
+    missing = [command for state, *_, command in checks if state == "missing"]
+    if any(missing):
+        print("next:", " && ".join(dict.fromkeys(filter(None, missing))), flush=True)
+    elif not missing:
+        given = {field.name: getattr(config, field.name) for field in dataclasses.fields(BaseConfig)}
+        changed = {name: str(value) for name, value in given.items() if value != getattr(BaseConfig, name)}
+        cli.next_step("python -m launch.base_train", **changed)
+    return 2 if missing else 0
+
+
+def check_driver(checks: Checklist):
+    """NVIDIA's driver, against the CUDA plugin that is installed."""
+    cudas = [cuda for cuda in OLDEST_DRIVER if importlib.util.find_spec(f"jax_cuda{cuda}_plugin")]
+    text = " and ".join(f"the plugin for CUDA {cuda}" for cuda in cudas) or "no CUDA plugin"
+    found = re.search(r"\s(\d{3,})\.\d", DRIVER.read_text()) if DRIVER.is_file() else None
+    if not found:
+        return checks.add("driver", f"no NVIDIA driver, {text}", "warning" if cudas else "ok")
+    able = [cuda for cuda, oldest in OLDEST_DRIVER.items() if int(found[1]) >= oldest]
+    other = f"make setup EXTRAS=cuda{able[-1]} VENV=.venv-cuda{able[-1]}" if able else "update the driver"
+    text = f"NVIDIA driver {found[1]}, {text}"
+    if len(cudas) != 1:
+        return checks.add("driver", f"{text}, where one is needed: {other}", "warning")
+    needs = "" if cudas[0] in able else f", which needs {OLDEST_DRIVER[cudas[0]]} or newer: {other}"
+    checks.add("driver", text + needs, "missing" if needs else "ok")
+
+
+def check_devices(config: Config, checks: Checklist):
+    """Return a mesh of the devices, or of CPUs, to continue with, if there are none of the kind asked for."""
+    import jax
+
+    from jaxchat import devices, hosts, sharding
+
+    with checks.expecting("devices"):
+        mesh, note = devices.start_devices(config, alone=True), ""
+        if hosts.detect(config.coordinator, config.num_processes, config.process_id):
+            note = ", of this process alone: memory and batch are checked on these"
+        elif DRIVER.is_file() and mesh.devices.flat[0].platform == "cpu" != config.device_type:
+            note = ": JAX found no GPU, although there is a driver"
+        checks.add("devices", sharding.describe(mesh) + note, "warning" if note else "ok")
+        return mesh
+    jax.config.update("jax_platforms", "cpu")
+    return sharding.make_mesh()
+
+
+def check_model(config: Config, model, tag: str, checks: Checklist):
+    """The devices' memory, the disk for the stages' checkpoints, and whether the devices can share a step."""
+    import jax
+
+    from jaxchat import checkpoint, files
+    from jaxchat.store import KEEP
+    from jaxchat.train import fit, stages
+    from jaxchat.train.state import abstract_state
+
+    state = abstract_state(model, stages.optimizer_for(config, model, grad_clip=config.grad_clip))
+    arrays = jax.tree.leaves(state)
+    on_device = [math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays]
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // model.mesh.size
+    memory, needed = fit.device_memory(model.mesh) or host, sum(on_device)
+    text = f"{files.size_text(memory)} a device; weights and optimizer take {files.size_text(needed)}"
+    more = ": lower --depth, or use more devices (--mesh)" if needed > memory else ""
+    checks.add("memory", text + more, "missing" if more else "ok")
+    # mid_train can be given another --total_batch_size; SFT's step fits on any number of devices.
+    for name, flags, bad in (("base", config, "missing"), ("mid", MidConfig(), "warning")):
+        with checks.expecting(f"{name} batch", bad):
+            cut = stages.Cut.of(flags, config.max_seq_len, model)
+            checks.add(f"{name} batch", cut.plan_row(config.max_seq_len, model)[1])
+    size = needed = sum(a.size * a.dtype.itemsize for a in arrays)  # one more is written before the oldest goes
+    for stage in STAGES.values():
+        folder, name = checkpoint.run_folder(stage.name, tag), f"{stage.label} disk"
+        steps = checkpoint.steps_in(folder)
+        needed += max(0, KEEP - len(steps)) * size
+        with checks.expecting(name):
+            files.check_space(folder, needed)
+            text = f"{KEEP} checkpoints of {files.size_text(size)}, in all {files.size_text(needed)} of "
+            text += f"{files.size_text(files.free_space(folder))} free"
+            refused = steps and not (config.resume or config.overwrite)
+            text += f"; step {steps[-1]} is there: add --resume or --overwrite" if refused else ""
+            checks.add(name, text, "warning" if refused else "ok")
+
+
+def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str, str]:
+    """How much text there is, and how often base goes through it. Return the shards' fingerprints."""
+    from jaxchat.data.encode import text_reader
+    from jaxchat.data.sources import SOURCE, ParquetText, find_shards, open_parquet
+    from jaxchat.train.stages import SAMPLE, base_steps, tokens_in
+
+    tokens = base_steps(config, model.config) * config.total_batch_size
+    try:
+        texts = ParquetText(find_shards(config.data_dir, "train", whole=True))
+        held_out = ParquetText(find_shards(config.data_dir, "val"))
+    except UserError as problem:
+        shards = max(2, math.ceil(tokens * BYTES_A_TOKEN / SHARD_BYTES) + 1)
+        checks.add("text", str(problem).replace("--shards=8", f"--shards={shards}"), "missing")
+        return {}
+    if tokenizer:
+        there = tokens_in(text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts))
+    else:
+        about = [open_parquet(path, ["text"]).metadata for path in texts.paths]
+        sizes = [m.row_group(i).total_byte_size for m in about for i in range(m.num_row_groups)]
+        there = sum(sizes) / BYTES_A_TOKEN
+    shards, epochs = len(texts.paths), tokens / max(1, there)
+    text = f"{shards:,} shards and one for validation, about {there:,.0f} tokens; base reads {tokens:,}: "
+    text += f"{epochs:.2g} epochs"
+    if epochs > 1:
+        source = texts.paths[0].parent / SOURCE
+        repo = source.read_text().split()[0] if source.is_file() else ""
+        names = [name for name, known in download.SETS.items() if getattr(known, "repo", None) == repo]
+        command = f"python -m launch.download {names[0]}" if names else "add some"
+        text += f"; to repeat no text: {command} --shards={math.ceil(shards * epochs) + 1}"
+    checks.add("text", text, "warning" if epochs > 1 else "ok", to=config.data_dir)
+    return texts.fingerprint | held_out.fingerprint
+
+
+def check_tasks(config: Config, checks: Checklist):
+    """The tasks of mid, SFT and chat_eval, opened as their stage will; CORE's bundle; HumanEval's sandbox."""
+    from jaxchat.data.tasks import load_task
+    from jaxchat.eval.chat import TASKS, why_not
+    from jaxchat.eval.training import core_bundle
+
+    uses = [("mid", MidConfig.train_tasks), ("mid", MidConfig.val_tasks), ("SFT", SFTConfig.train_tasks)]
+    uses += [("SFT", SFTConfig.val_tasks), *(("chat_eval", task.spec) for task in TASKS.values())]
+    needed: dict[str, dict[str, tuple[str, str]]] = {}  # {task: {split: (spec, the first that needs it)}}
+    for stage, specs in uses:
+        for spec in specs.split(","):
+            split = spec.partition(":")[0]
+            needed.setdefault(split.partition("/")[0], {}).setdefault(split, (spec, stage))
+    for name, splits in needed.items():
+        with checks.expecting(name, to=config.tasks_dir):
+            found = [(load_task(spec, config.tasks_dir), stage) for spec, stage in splits.values()]
+            checks.add(name, ", ".join(f"{task.summary} ({stage})" for task, stage in found))
+    with checks.expecting("CORE"):
+        bundle, about = core_bundle(config)
+        checks.add("CORE", about, "ok" if bundle else "warning")
+    why = why_not("HumanEval")
+    about = f"HumanEval is not measured: {why}" if why else "HumanEval's answers can run here"
+    checks.add("sandbox", about, "warning" if why else "ok")
+
+
+def main(args: list[str] | None = None):
+    cli.main(Config, run, args)
+
+
+if __name__ == "__main__":
+    main()
