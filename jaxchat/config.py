@@ -46,7 +46,7 @@ def check_local(name: str, paths: str):
 
 @dataclasses.dataclass(frozen=True)
 class StageInfo:
-    """How one stage of training is called, wherever it is named."""
+    """The names of one stage of training: in flags, folders, commands and reports."""
 
     name: str  # in flags and metadata
     folder: str  # of its checkpoints, in the base directory
@@ -253,7 +253,7 @@ class TrainConfig(Flags):
     mesh: str = flag("", free=True)
     """Devices along each axis, as in data=-1,fsdp=1,tensor=1 (-1: all that remain). data: each device holds
     all weights; fsdp: each holds a share of every weight; tensor: each computes a share of every layer.
-    Empty: data=-1 on CPUs, fsdp=8 elsewhere."""
+    Empty: data=-1 on CPUs; elsewhere fsdp=8, or 4, 2 or 1 if 8 does not divide the devices."""
     dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
     """Number format of activations and matrix products: float32 or bfloat16; auto: float32 on a CPU, bfloat16
     elsewhere. Weights stay float32."""

@@ -29,7 +29,7 @@ _connected: tuple[int, int] | None = None  # (this process, --heartbeat_timeout)
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where this process stands among others. jax finds out by itself what is None."""
+    """The place of this process among others. jax finds by itself the fields that are None."""
 
     found_by: str  # flags, environment, slurm, ompi, kubernetes or tpu
     coordinator: str | None = None
@@ -98,7 +98,7 @@ def _has_tpu() -> bool:
 
 
 def is_first(environ=os.environ) -> bool:
-    """Whether this is the one process, of all that a launcher started, in which a command for a single
+    """Return whether this is the one process, of all that a launcher started, in which a command for a single
     process runs.
 
     On one of several TPU hosts such a command computes on the CPU: libtpu would wait for the other hosts.
@@ -116,7 +116,7 @@ def is_first(environ=os.environ) -> bool:
 
 
 def _metadata(name: str, environ) -> str:
-    """What Google's metadata server knows of this TPU host; "" where there is none."""
+    """An attribute of this TPU host, from Google's metadata server; "" where there is no server."""
     if "TPU_SKIP_MDS_QUERY" in environ:
         return ""
     import urllib.request  # here, since few need it
@@ -207,7 +207,7 @@ def together():
 
 
 def _may_be_others_fault(problem: BaseException | None) -> bool:
-    """Whether an error, or a cause of it, is one that jax raises when it cannot reach other processes."""
+    """Return whether an error, or a cause of it, is jax's for other processes that it cannot reach."""
     unreachable = "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
     while problem and not re.match(unreachable, str(problem)):
         problem = problem.__cause__ or problem.__context__

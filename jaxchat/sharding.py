@@ -113,7 +113,7 @@ def constrain(tree, specs, mesh: Mesh | None):
 
 
 def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool = False):
-    """`function` on each device's part of its arguments (shard_map); itself where there is one device.
+    """Map `function` over each device's part of its arguments (shard_map); on one device return it as it is.
 
     Collectives inside must be skipped on one device. always: map over a mesh of one too, as Triton needs: the
     mesh says what it compiles for. What a spec does not mention is the same on all devices, and nothing
@@ -218,7 +218,7 @@ def check_same(**facts):
 
 
 def difference(one, other, form: str = " (now {})") -> str:
-    """Where two values differ: "name=one (now other)" for each entry of dicts, the first three of them."""
+    """Say where two values differ: "name=one (now other)" for entries of dicts, at most three."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return f"{one}{form.format(other)}"
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]

@@ -70,7 +70,7 @@ class Checkpoints:
         sharding.gather_json({})  # the others write nothing before it is empty
 
     def keep_tokenizer(self, tokenizer: Tokenizer):
-        """Write the run's tokenizer beside its checkpoints: they stay usable whatever else is trained."""
+        """Write the run's tokenizer beside its checkpoints, which stay usable whatever else is trained."""
         if jax.process_index() == 0:
             tokenizer.save(self.folder / "tokenizer")
 
@@ -103,7 +103,7 @@ class Checkpoints:
         self._on_all(begin)
 
     def poll(self) -> bool:
-        """Whether no save is under way, without waiting; raises what went wrong in the background."""
+        """Return whether no save is under way, without waiting; raises what went wrong in the background."""
         # With several processes, only when all wait for the save together.
         if self._pending is not None and jax.process_count() == 1 and self._pending.done():
             self.wait()
@@ -134,7 +134,7 @@ class Checkpoints:
         return restored["params"], restored["optimizer"]
 
     def has_state(self, step: int) -> bool:
-        """Whether a checkpoint can be trained on: it holds optimizer and data position."""
+        """Return whether a checkpoint can be trained on: it holds optimizer and data position."""
         return (self.folder / str(step) / "optimizer").is_dir()
 
     def meta(self, step: int) -> dict:

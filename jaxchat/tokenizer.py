@@ -154,9 +154,7 @@ class Tokenizer:
         return tokenizer
 
     def knows(self, fingerprint: dict[str, str]) -> bool:
-        """Whether it was trained on some of these shards ({file name: fingerprint}), or nothing says on
-        which.
-        """
+        """Return whether it was trained on one of these shards {file name: fingerprint}, or on unknown ones."""
         return not self.trained_on or not set(self.trained_on.values()).isdisjoint(fingerprint.values())
 
     def save(self, directory: Path | None = None) -> Path:
@@ -205,7 +203,7 @@ class Tokenizer:
         return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def render_conversation(self, conversation: dict) -> tuple[list[int], list[int]]:
-        """(ids, mask) of a conversation; mask 1 where the assistant is to learn to say them."""
+        """Return (ids, mask) of a conversation; mask 1 where the assistant is to learn to say them."""
         return self._render(chat_pieces(conversation))
 
     def _render(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
@@ -217,11 +215,10 @@ class Tokenizer:
         return ids, mask
 
     def render_all(self, conversations: list[list[Piece]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, mask) int32 of each conversation, the same as rendered alone; encoded as one text, which is
-        faster.
+        """Return int32 (ids, mask) of each conversation, the same as render_conversation's, but faster.
 
-        Rendered alone are those whose text may spell a special, or has two parts side by side that could
-        merge.
+        They are encoded as one text, except those that may spell a special or have two parts side by side
+        that could merge.
         """
         alone = [_may_merge(pieces) for pieces in conversations]
         joined = [piece for pieces, apart in zip(conversations, alone, strict=True) if not apart for piece in pieces]
@@ -255,7 +252,7 @@ class Tokenizer:
 
 
 def _may_merge(pieces: list[Piece]) -> bool:
-    """Whether pieces encoded as one text could give other tokens than one by one."""
+    """Return whether pieces encoded as one text could give other tokens than one by one."""
     after_text = False
     for text, special, _ in pieces:
         if not special and (after_text or "<|" in text):

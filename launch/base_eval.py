@@ -27,11 +27,9 @@ class Config(Flags):
     dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
     """Number format of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
     eval_bundle: str = ""
-    """CORE's bundle, a folder or a zip; empty: <base directory>/eval_bundle or eval_bundle.zip, if
-    present.
-    """
+    """CORE's bundle, a folder or a zip; empty: <base directory>/eval_bundle, or else eval_bundle.zip."""
     max_per_task: int = flag(-1, 1, special=-1)
-    """Items of each of CORE's tasks at most; -1: all."""
+    """Items of each CORE task to measure on, at most; -1: all."""
     data_dir: str = ""
     """Folder of the parquet shards, the last one for validation; empty: <base directory>/base_data."""
     device_batch_size: int = flag(32, 1)
@@ -41,7 +39,8 @@ class Config(Flags):
 
 
 def load_bundle(config: Config) -> tuple[list, str]:
-    """(CORE's tasks, why there are none). UserError: a bundle that was named, or nothing else to measure."""
+    """Return (CORE's tasks, why there are none). UserError: a missing bundle was named, or is all to
+    measure."""
     from jaxchat.eval import core
 
     try:

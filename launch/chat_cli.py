@@ -15,19 +15,19 @@ class Config(Flags):
     source: str = flag("sft", choices=tuple(STAGES), alias="-i")
     """Stage to talk to: sft, mid, or base (which only continues text)."""
     model_tag: str = flag("", alias="-g")
-    """Name of the model; empty: the deepest d<N>, or else the newest."""
+    """Tag of the model; empty: the deepest d<N>, or else the newest."""
     step: int = flag(-1, 0, special=-1, alias="-s")
-    """Step of the checkpoint; -1: the last one."""
+    """Step of the checkpoint; -1: the last."""
     prompt: str = flag("", alias="-p")
     """Prompt to answer before leaving; empty: chat in the terminal."""
     temperature: float = flag(0.6, 0.0, alias="-t")
-    """Randomness of the answers; 0: always the likeliest token."""
+    """Sampling temperature of the answers; 0: always the likeliest token."""
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
-    """Draw from this many likeliest tokens; 0 or -1: from all."""
+    """Number of likeliest tokens to sample from; 0 or -1: all."""
     max_tokens: int = flag(256, 1)
-    """Most tokens of an answer."""
+    """Largest number of tokens in an answer."""
     seed: int = flag(0, 0, 2**32 - 1)
-    """Seed of the draws; each further answer of a conversation takes the next one."""
+    """Random seed of the first answer; each further answer of a conversation takes the next number."""
     device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"))
     """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
     dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
@@ -38,7 +38,7 @@ COMMANDS = "/clear begins a new conversation, /quit leaves"
 
 
 class Conversation:
-    """What was said so far, as tokens, with room left for an answer: the oldest exchanges leave first."""
+    """The conversation so far, as tokens, with room left for an answer: the oldest exchanges leave first."""
 
     def __init__(self, bos: int, context: int, max_tokens: int):
         self.reserved = min(max_tokens, context // 2)  # for an answer

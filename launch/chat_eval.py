@@ -27,15 +27,15 @@ class Config(Flags):
     step: int = flag(-1, 0, special=-1, alias="-s")
     """Step of the checkpoint; -1: the last."""
     max_problems: int = flag(-1, 1, special=-1, alias="-x")
-    """Problems of each task at most, a fixed random sample; -1: all."""
+    """Problems of each task to measure on, at most, as a fixed random sample; -1: all."""
     num_samples: int = flag(1, 1, alias="-n")
     """Written answers to each problem; its score is the share that is right. Several give pass@k too."""
     temperature: float = flag(0.0, 0.0, alias="-t")
     """Sampling temperature of written answers; 0: always the likeliest token."""
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
-    """Sample from the top_k likeliest tokens; 0 or -1: from all."""
+    """Number of likeliest tokens to sample from; 0 or -1: all."""
     max_new_tokens: int = flag(512, 1, alias="-m")
-    """Longest written answer, in tokens."""
+    """Largest number of tokens in a written answer."""
     batch_size: int = flag(-1, 1, special=-1, alias="-b")
     """Answers that a device writes at a time (same results); -1: as many as its memory holds, at most 64."""
     seed: int = flag(0, 0, 2**32 - 1)

@@ -1,4 +1,4 @@
-"""What every command shares: flags from a frozen dataclass, one-line errors, exit codes, plans, "next: …".
+"""Parts of every command: flags from a frozen dataclass, one-line errors, exit codes, plans, "next: …".
 
 A command is a module in launch/ with a flags class, `run(config)` and `main(args)`. At its top it imports
 only what holds flags (jaxchat.config) and other commands. What needs jax, Orbax or Grain is imported inside
@@ -226,7 +226,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def _field_docs(cls) -> dict[str, str]:
-    """{name of a field: the string below it}, read from the class's source, where there is any."""
+    """Return {name of a field: the string below it}, read from the class's source, where there is any."""
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     except (OSError, TypeError):
@@ -266,7 +266,7 @@ KINDS = {
 
 
 def _prog(run) -> str:
-    """How the command is called: python -m launch.base_train, or what `run.command` says."""
+    """The command's name in messages: python -m launch.base_train, or as `run.command` says."""
     if command := getattr(run, "command", None):
         return f"python -m {command}"
     spec = sys.modules[run.__module__].__spec__
@@ -279,13 +279,13 @@ def _fail(message: str, code: int) -> typing.NoReturn:
 
 
 def _raised_in(error: Exception, file: str) -> bool:
-    """Whether the innermost frame of an error's traceback is in `file`."""
+    """Return whether the innermost frame of an error's traceback is in `file`."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return os.path.basename(frame.f_code.co_filename) == file
 
 
 def _reader_has_left() -> bool:
-    """Whether stdout is the broken pipe (and not one to a worker). If so, silence what is still buffered."""
+    """Return whether stdout is the broken pipe (not one to a worker); if so, silence what is buffered."""
     try:
         print(flush=True)  # a flush alone has nothing left to write
     except BrokenPipeError:

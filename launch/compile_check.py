@@ -73,7 +73,7 @@ def run(config: Config):
 
 
 def rows_of(plan, done) -> list[tuple[str, str]]:
-    """What a compiled step needs and does, as rows of a plan."""
+    """The needs and the work of a compiled step, as rows of a plan."""
     from jaxchat.model.flops import peak_flops
 
     rows = [("memory", memory(plan, done)), ("remat", done.remat)]
@@ -101,7 +101,7 @@ def memory(plan, done) -> str:
 
 
 def figures_of(plan, done) -> dict:
-    """The figures of --json."""
+    """The figures that --json prints, by name."""
     config = plan.config
     figures = {
         "depth": config.depth,

@@ -32,7 +32,7 @@ class Config(Flags):
     as_stage: str = flag("", choices=("", *STAGES), name="as")
     """Stage that the imported model counts as: base, mid or sft."""
     model_tag: str = flag("", alias="-g")
-    """Export: tag of the model; empty: the deepest d<N>, or else the newest. Import: its tag here."""
+    """Tag of the model to export (empty: the deepest d<N>, or else the newest), or to import as."""
     step: int = flag(-1, -1, alias="-s")
     """Step of the checkpoint; -1: the last."""
 

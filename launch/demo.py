@@ -87,7 +87,7 @@ def train(config: Config, tasks: Path):
 
 
 def ask(world) -> dict:
-    """{kind: Score} of the held-out prompts; also saved beside the checkpoint, for the report."""
+    """Return {kind: Score} of the held-out prompts; also saved beside the checkpoint, for the report."""
     from jaxchat import checkpoint
     from jaxchat.demo.score import score
     from jaxchat.infer.engine import Engine

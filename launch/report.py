@@ -24,7 +24,7 @@ class Config(Flags):
 
 
 def run(config: Config, texts=(), questions=()):
-    """texts, questions: what to continue and to answer instead of the usual samples."""
+    """Write the report. texts, questions: what to continue and to answer instead of the usual samples."""
     from jaxchat import files
     from jaxchat.eval.samples import PROMPTS, QUESTIONS
     from jaxchat.report.document import as_html, markdown

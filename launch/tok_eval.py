@@ -22,7 +22,7 @@ class Config(Flags):
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
     max_chars: int = flag(2_000_000, 1, special=-1)
-    """Characters of training text, and of validation text, to measure on at most; -1: all."""
+    """Characters of training text, and of validation text, to measure on, at most; -1: all."""
     references: str = "gpt2,cl100k_base"
     """Encodings of tiktoken to compare with, separated by commas; each is downloaded once. Empty: none."""
 
@@ -44,7 +44,7 @@ def texts_of(config: Config) -> dict[str, str]:
 
 
 def references(names: str) -> dict:
-    """{name: tiktoken.Encoding}; one that cannot be had is left out, with a line that says so."""
+    """Return {name: tiktoken.Encoding}; one that cannot be had is left out, with a line that says so."""
     import tiktoken
 
     found = {}

@@ -21,9 +21,9 @@ class Config(Flags):
     vocab_size: int = flag(65536, 1)
     """Size of the vocabulary, the nine special tokens included."""
     max_chars: int = flag(2_000_000_000, 1, special=-1)
-    """Characters to read at most; -1: all."""
+    """Characters of text to train on, at most; -1: all."""
     doc_cap: int = flag(10_000, 1, special=-1)
-    """Characters of one document to read at most; -1: all."""
+    """Characters of each document to train on, at most; -1: all."""
     overwrite: bool = False
     """Replace a tokenizer even if checkpoints need it; those that keep no copy of it become unusable."""
 

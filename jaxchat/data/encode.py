@@ -23,7 +23,7 @@ CHUNKS_AHEAD = 8  # chunks that wait or are done, for each thread
 
 @cache
 def _threads() -> tuple[ThreadPoolExecutor, int]:
-    """(a pool of threads, their number). A worker process has one thread, since it is one of several."""
+    """Return (a pool of threads, their number): one thread in a worker process, which is one of several."""
     count = 1 if multiprocessing.parent_process() else min(8, os.cpu_count() or 1)
     return ThreadPoolExecutor(count, "tokenize"), count
 

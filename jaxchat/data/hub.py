@@ -38,7 +38,7 @@ class Repo:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A file elsewhere. With `needs` it is a zip, unpacked to the folder `path`, where these must be."""
+    """A file at a URL. With `needs` it is a zip, unpacked to the folder `path`, and must hold these names."""
 
     url: str
     path: str
@@ -55,7 +55,7 @@ class Listing:
     files: dict[str, tuple[int, str, str]]
 
     def missing(self) -> list[str]:
-        """Files that are not there in the stated size."""
+        """Names of the files that are missing, or of another size than stated."""
         return [name for name, (size, *_) in self.files.items() if size_of(self.folder / name) != size]
 
 
@@ -145,7 +145,7 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
 
 
 def no_flock(*_):
-    """Stand for fcntl.flock where the file system has none: on this error the library locks by lock files."""
+    """Raise the error of a file system without fcntl.flock, on which the library uses lock files instead."""
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 

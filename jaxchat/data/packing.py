@@ -42,7 +42,7 @@ class Concatenated:
         self._unread += sum(map(len, documents))
 
     def rows(self) -> dict[str, np.ndarray]:
-        """{tokens [rows, T+1], weights [rows, T]}: the next windows."""
+        """Return {tokens [rows, T+1], weights [rows, T]}: the next windows."""
         wanted, self._taken = self._rows * self._time, self._first
         stream = np.zeros(wanted + 1, np.int32)
         filled, offset = 0, self._offset
@@ -138,7 +138,7 @@ class BestFit:
             self._row, self._filled, self._segment = self._row + 1, 0, 0
 
     def rows(self) -> dict[str, np.ndarray]:
-        """{tokens [rows, T+1], weights [rows, T], segments [rows, T]}: the rows of a step."""
+        """Return {tokens [rows, T+1], weights [rows, T], segments [rows, T]}: the rows of a step."""
         weights = np.ones((self._rows, self._time), np.float32)
         rows = {"tokens": self._tokens, "weights": weights, "segments": self._segments[:, :-1]}
         self._last_cut = self._cut_tokens

@@ -85,14 +85,14 @@ def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this Arrow type holds text, in any layout; bytes count as UTF-8."""
+    """Return whether a column of this Arrow type holds text, in any layout; bytes count as UTF-8."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
     return any(getattr(pa.types, f"is_{name}")(kind) for name in tests)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """(bytes, time of the last change): cheap to compare; (0, 0) if the file is gone."""
+    """Return (bytes, time of the last change): cheap to compare; (0, 0) if the file is gone."""
     try:
         stat = path.stat()
         return stat.st_size, stat.st_mtime_ns
@@ -101,7 +101,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _inspect_shard(path: Path) -> tuple[list[int], str, tuple[int, int]]:
-    """(rows of each row group, fingerprint, stamp) of a shard."""
+    """Return (rows of each row group, fingerprint, stamp) of a shard."""
     stamp = _stamp(path)
     file = open_parquet(path, ["text"])
     kind = file.schema_arrow.field("text").type

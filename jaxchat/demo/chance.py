@@ -19,7 +19,7 @@ class Chance(random.Random):
         return low + self.below(high - low + 1)
 
     def of(self, items: Sequence):
-        """One of `items`, each equally likely."""
+        """Draw one of `items`, each equally likely."""
         return items[self.below(len(items))]
 
     def one_in(self, n: float) -> bool:
@@ -27,7 +27,7 @@ class Chance(random.Random):
         return self.random() * n < 1.0
 
     def weighed(self, weights: dict):
-        """One of the keys, each as likely as its weight."""
+        """Draw a key of {key: weight}, each as likely as its weight."""
         left = self.random() * sum(weights.values())
         for key, weight in weights.items():
             left -= weight

@@ -1,4 +1,4 @@
-"""How users ask for sums, spelling, letters and definitions, and how they greet: read from texts.toml."""
+"""Phrasings of users: questions on sums, spelling, letters and definitions, greetings; from texts.toml."""
 
 import tomllib
 from pathlib import Path
@@ -39,7 +39,7 @@ ALL = (OPENERS, SIGNS, SUM_FRAMES, SUM_WORDS, SPELLING, COUNTING, DEFINITIONS, G
 
 
 def in_case(chance: Chance, text: str) -> str:
-    """As people type: the first letter is a capital in two of three texts."""
+    """A text as people type it: the first letter is a capital in two of three."""
     return text[0].upper() + text[1:] if chance.one_in(1.5) else text
 
 

@@ -93,7 +93,7 @@ def wanted_pieces(turn: Turn) -> Pieces:
 
 
 def is_right(turn: Turn, pieces: Pieces) -> bool:
-    """Whether an answer is right.
+    """Return whether an answer is right.
 
     With a tool: it is called once, on exactly the expected expression, and what follows is as expected; the
     text before the call, where letters are counted by hand, is free. With a proof: a finished text that
@@ -109,7 +109,7 @@ def is_right(turn: Turn, pieces: Pieces) -> bool:
 
 
 def passed(scores: dict[str, Score], targets: dict[str, float] = TARGETS) -> bool:
-    """Whether every kind that was scored and has a target reaches it."""
+    """Return whether every kind that was scored and has a target reaches it."""
     return all(scores[kind].share >= target for kind, target in targets.items() if kind in scores)
 
 

@@ -17,7 +17,7 @@ class Sum(NamedTuple):
 
     @property
     def result(self) -> str:
-        """The result as the calculator prints it: whole numbers without a point."""
+        """The sum's result as the calculator prints it: whole numbers without a point."""
         a, b = self.a, self.b
         if self.sign == "/":
             return str(a // b if a % b == 0 else a / b)
@@ -25,12 +25,12 @@ class Sum(NamedTuple):
 
     @property
     def of_things(self) -> bool:
-        """Whether the sum makes sense in apples: its result is whole and not below zero."""
+        """Return whether the sum makes sense in apples: its result is whole and not below zero."""
         return self.result.isdigit()
 
 
 def pair_is_held_out(seed: int, a: int, b: int) -> bool:
-    """Whether a pair of numbers is held out: one in ten is, in either order and for every sign."""
+    """Return whether a pair of numbers is held out: one in ten is, in either order and for every sign."""
     return zlib.crc32(f"{seed} {min(a, b)} {max(a, b)}".encode()) % 10 == 0
 
 

@@ -80,7 +80,7 @@ def _piece(chance: Chance, english: list[str]) -> str:
 
 
 def letters(word: str) -> str:
-    """apple -> a p p l e."""
+    """The letters of a word, apart: apple -> a p p l e."""
     return " ".join(word)
 
 
@@ -94,12 +94,12 @@ def counted_letters(word: str, letter: str) -> str:
 
 
 def letter_to_count(chance: Chance, word: str) -> str:
-    """Mostly a letter of the word (one that comes twice is twice as likely), sometimes any other."""
+    """Draw a letter to count: mostly one of the word's, each place equally likely, sometimes any."""
     return chance.of("abcdefghijklmnopqrstuvwxyz") if chance.one_in(6) else chance.of(word)
 
 
 def in_words(n: int) -> str:
-    """0 to 999 in English: 342 -> "three hundred forty-two"."""
+    """A number from 0 to 999 in English: 342 -> "three hundred forty-two"."""
     if n < 20:
         return ONES[n]
     if n < 100:

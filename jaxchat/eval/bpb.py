@@ -25,8 +25,9 @@ def _sums(params, batch, model: Model):
 
 
 def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]:
-    """(Σ weight·nll in nats, Σ weight) of batches {inputs, targets, weights} [B, T] that every process
-    has.
+    """Return (Σ weight·nll in nats, Σ weight) of batches {inputs, targets, weights} [B, T].
+
+    Every process has all of each batch.
     """
     sums = []
     for batch in batches:

@@ -40,15 +40,16 @@ def final_number(text: str) -> Decimal | None:
 
 
 def states_the_number(row: dict, text: str) -> bool:
-    """Whether an answer's final number equals that of the row's own answer."""
+    """Return whether an answer's final number equals that of the row's own answer."""
     content = row["messages"][-1]["content"]
     wanted = content if isinstance(content, str) else "".join(part["text"] for part in content)
     return (number := final_number(text)) is not None and number == final_number(wanted)
 
 
 def code_of(row: dict, text: str) -> str:
-    """The code in an answer: of its fenced blocks of Python (or else of any language, or else the whole
-    answer) the first that defines the function, or else the first.
+    """The code in an answer: the first block that defines the function, or else the first block.
+
+    The blocks are the fenced ones of Python, or else those of any language, or else the whole answer.
     """
     blocks = [(PYTHON.match(info), code) for _, info, code in FENCED.findall(text)]
     candidates = [code for is_python, code in blocks if is_python] or [code for _, code in blocks] or [text]
@@ -74,7 +75,7 @@ def program_of(row: dict, text: str) -> str:
 
 
 def passes_its_tests(row: dict, text: str) -> bool:
-    """Whether a HumanEval answer passes; it runs in the sandbox."""
+    """Return whether a HumanEval answer passes; it runs in the sandbox."""
     return sandbox.run(program_of(row, text)).passed
 
 
@@ -103,7 +104,7 @@ def drawn(task: Sequence[dict], max_problems: int) -> list[dict]:
 
 
 def why_not(name: str) -> str:
-    """Why a task cannot be measured on this machine; "" if it can."""
+    """The reason why a task cannot be measured on this machine; "" if it can."""
     if name != "HumanEval":
         return ""
     try:
@@ -129,7 +130,7 @@ def batch_size_for(model: ModelConfig, compute: Compute, memory: int | None) -> 
 
 
 def choose_letters(scorer: Scorer, tokenizer: Tokenizer, rows: list[dict]) -> list[bool]:
-    """For each choice problem, whether the right letter is the likeliest.
+    """Return, for each choice problem, whether the right letter is the likeliest.
 
     A problem is rendered as in training, up to where the assistant's letter follows, and only the letters of
     its choices compete. A problem longer than the model's context keeps its end.
@@ -150,7 +151,7 @@ def letter_accuracy(scorer: Scorer, tokenizer: Tokenizer, task: Sequence[dict], 
 def write_answers(
     engine: Engine, rows: list[dict], check: Callable[[dict, str], bool], *, quiet: bool = False, **options
 ) -> list[list[bool]]:
-    """For each problem, whether each of its written answers is right.
+    """Return, for each problem, whether each of its written answers is right.
 
     A long problem keeps its end, at least half of the context; an answer gets what is left. options:
     Engine.generate's. quiet: print no progress.
@@ -182,7 +183,7 @@ def pass_at(k: int, right: list[list[bool]]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ChatResult(TaskResult):
-    """accuracy: mean share of a problem's answers that are right, which is pass@1."""
+    """The result of a chat task. accuracy: mean share of a problem's answers that are right, pass@1."""
 
     right: list[list[bool]]  # for each problem, for each of its answers
 

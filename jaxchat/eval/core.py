@@ -184,7 +184,7 @@ def common_length(rows: list[np.ndarray]) -> int:
 
 
 def is_right(task: CoreTask, item: dict, scores: list[Score]) -> bool:
-    """Whether the right option has the lowest mean loss (the first one wins a tie), or, for language
+    """Return whether the right option has the lowest mean loss (the first one wins a tie), or, for language
     modeling, whether every token of the answer is the likeliest."""
     if task.kind == "language_modeling":
         return len(scores[0].right) > 0 and bool(scores[0].right.all())

@@ -41,14 +41,14 @@ NEWEST_LANDLOCK = 6  # the newest version to use; tests lower it
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Whether a program ran to its end, and if not, why, such as "AssertionError: 1"."""
+    """How a program ended: whether it ran to its end, and if not, why, such as "AssertionError: 1"."""
 
     passed: bool
     reason: str
 
 
 def missing() -> list[str]:
-    """What the sandbox needs and this machine's kernel lacks; [] if nothing. UserError: not on Linux."""
+    """Parts of the sandbox that this machine's kernel lacks; [] if none. UserError: not on Linux."""
     if platform.system() != "Linux":
         raise UserError(
             f"the sandbox needs Linux (Landlock, seccomp), and this is {platform.system()}; evaluate on Linux, or "

@@ -76,7 +76,7 @@ def _libc():
 
 
 def missing() -> list[str]:
-    """What the sandbox needs and this kernel lacks; [] if nothing. Changes nothing."""
+    """Parts of the sandbox that this kernel lacks; [] if none. Changes nothing."""
     libc, lacks = _libc(), []
     if libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1) < 1:  # asks for its version
         lacks.append("Landlock (Linux 5.13 or newer, enabled)")

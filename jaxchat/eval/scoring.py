@@ -35,7 +35,7 @@ CANDIDATES = 16  # at most, for each row
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """tokens[start:end] are to be scored, each given all tokens before it; 1 ≤ start."""
+    """Tokens to score: tokens[start:end], each given all tokens before it; 1 ≤ start."""
 
     tokens: np.ndarray  # int32
     start: int
@@ -109,7 +109,7 @@ def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
 
 
 class Scorer:
-    """Scores rows with one model; every process of the mesh passes the same rows and gets all the scores."""
+    """A scorer of rows by one model; every process of the mesh passes the same rows and gets all scores."""
 
     def __init__(self, params: Params, model: Model, *, device_tokens: int | None = None, quiet: bool = False):
         """device_tokens: tokens a device computes at a time, at least a row. quiet: print no progress."""
@@ -143,7 +143,7 @@ class Scorer:
         return scores
 
     def choose(self, prompts: list[list[int]], candidates: list[list[int]]) -> list[int]:
-        """For each prompt, the index of the likeliest of its candidates for the next token.
+        """Return, for each prompt, the index of the likeliest of its candidates for the next token.
 
         A prompt longer than the model's context keeps its end.
         """
@@ -207,7 +207,7 @@ def out_of_memory(remedy: str):
 
 
 class Progress:
-    """Prints progress and the remaining time, at most every five seconds, on process 0."""
+    """A printer of progress and the remaining time, at most every five seconds, on process 0."""
 
     def __init__(self, total: int, done: str, *, quiet: bool = False):
         self._total, self._word, self._quiet = total, done, quiet or jax.process_index() > 0

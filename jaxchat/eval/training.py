@@ -1,4 +1,4 @@
-"""What each stage measures while it trains."""
+"""The evaluations that each stage runs while it trains."""
 
 from functools import partial
 
@@ -36,7 +36,8 @@ def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[
 
 
 def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
-    """(CORE's tasks, what the plan says of them); no tasks if no bundle is there and none was named."""
+    """Return (CORE's tasks, a description for the plan); no tasks if no bundle is there and none was
+    named."""
     if config.core_metric_every <= 0:
         return [], "not measured"
     bundle, why = [], ""

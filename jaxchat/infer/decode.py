@@ -1,4 +1,4 @@
-"""What runs on the devices: reading prompts into slots, and decoding stretches of tokens in all slots.
+"""The programs on the devices: reading prompts into slots, decoding stretches of tokens in all slots.
 
 Letters beside those of model/gpt.py: P prompts read together, N tokens of a stretch, K alternatives, E tokens
 that end a row.
@@ -31,7 +31,7 @@ PROMPT_CHUNK = 128  # positions of a prompt that have logits at a time
 
 @struct.dataclass
 class State:
-    """What the slots hold, on the devices that decode them."""
+    """The content of the slots, on the devices that decode them."""
 
     cache: KVCache
     logits_BV: Any  # of each slot's next token, float32
@@ -59,7 +59,7 @@ class Prompts:
 
 @struct.dataclass
 class Turn:
-    """What the host says before a stretch.
+    """The host's instructions for a stretch.
 
     It ends when `enough` rows of a device wait for the host, or none is left to decode. A row waits when it has
     called the tool; one that is done counts as well if count_done.
@@ -75,7 +75,7 @@ class Turn:
 
 @struct.dataclass
 class Stretch:
-    """What was said in a stretch. Tokens: −1 where a row said nothing; the last may be what ended it."""
+    """The tokens of a stretch: −1 where a row generated none; a row's last may be the one that ended it."""
 
     tokens_BN: Any
     forced_BN: Any
@@ -88,7 +88,7 @@ class Stretch:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is compiled for: everything else is an argument."""
+    """The constants that a program is compiled for: everything else is an argument."""
 
     config: ModelConfig
     compute: Compute
@@ -225,7 +225,7 @@ def _decode(params, state: State, turn: Turn, *, program: Program, kind: str, to
 
 
 def nothing_said(turn: Turn, top: int | None) -> Stretch:
-    """A stretch before its first token."""
+    """An empty stretch, before its first token."""
     zeros_BN = jnp.zeros((len(turn.active_B), STRETCH))
     scores = None
     if top is not None:

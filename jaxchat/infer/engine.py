@@ -59,7 +59,7 @@ class Running:
 
 
 class Engine:
-    """Generates with one model. Compiled shapes are shared by all engines.
+    """A generator of text by one model. Compiled shapes are shared by all engines.
 
     batch_size: slots of each device. Several devices: those of compute.mesh that belong to this process.
     `load` replaces the weights.
@@ -98,7 +98,7 @@ class Engine:
         self.load(params)
 
     def load(self, params: Params):
-        """Use these weights from now on. What runs goes on with them; nothing is compiled anew.
+        """Use these weights from now on. Running requests continue with them; nothing is compiled anew.
 
         With several processes all must call it: weights that are cut over devices cross once, here.
         """
@@ -172,7 +172,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request waits, runs, or has an event to come."""
+        """Return whether a request waits, runs, or has an event to come."""
         return bool(self._scheduler.waiting or self._running or self._ended)
 
     def submit(self, request: Request) -> int:
@@ -192,7 +192,7 @@ class Engine:
             self._end(id, Generation(finish=CANCELLED))
 
     def step(self, stretch: int = STRETCH, patient: bool = False) -> list[Event]:
-        """Read waiting prompts, then decode up to `stretch` tokens of all rows. -> what is new, in no order.
+        """Read waiting prompts, then decode up to `stretch` tokens of all rows. -> the new events, unordered.
 
         At most one batch of prompts is read, so that those who read along don't wait long; patient: as many
         as there is room for, but only whole batches, for throughput.
@@ -338,7 +338,7 @@ def _tops(wanted: list[int]) -> int:
 
 
 def _lists(scores: Scores, top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
-    """(log-probabilities, alternatives) of tokens [n], as a Generation has them."""
+    """Return (log-probabilities, alternatives) of tokens [n], as a Generation has them."""
     ids, values = scores.top_ids[:, :top].tolist(), scores.top_logprob[:, :top].tolist()
     return scores.logprob.tolist(), [list(zip(*both, strict=True)) for both in zip(ids, values, strict=True)]
 

@@ -59,7 +59,7 @@ def _largest(x_BV):
 
 
 def _noise(seed, sample, position, size: int):
-    """What jax.random.categorical adds to the logits before it takes the largest."""
+    """The noise that jax.random.categorical adds to the logits before it takes the largest."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
     return jax.random.gumbel(key, (size,))
 
@@ -72,7 +72,7 @@ def _without_ends(logits_BV, rows: Rows, positions_B):
 
 
 def keep_only(logits_BV, rows: Rows):
-    """−∞ for the tokens that top_k, then top_p, then min_p leave out.
+    """Set the logits of the tokens that top_k, then top_p, then min_p leave out to −∞.
 
     Tokens as likely as the last one kept are kept. top_p and min_p are of the probabilities at the row's
     temperature, among what top_k keeps.

@@ -29,7 +29,7 @@ class Request:
     prompt: Sequence[int]
     """Token ids, at least one."""
     max_tokens: int
-    """Most tokens to generate, those that the tool forces included; the context may allow fewer."""
+    """Largest number of tokens to generate, the tool's included; the context may allow fewer."""
     temperature: float = 1.0
     """Divides the logits before drawing; 0: always the likeliest token."""
     top_k: int = 0
@@ -39,7 +39,7 @@ class Request:
     min_p: float = 0.0
     """Draw from tokens at least this fraction as likely as the likeliest."""
     seed: int = 0
-    """Seed of the draws, 0 to 2³² − 1."""
+    """Random seed, 0 to 2³² − 1."""
     sample: int = 0
     """Number of this continuation among those of one seed: a draw depends on (seed, sample, position)."""
     min_tokens: int = 0
@@ -81,7 +81,7 @@ class Request:
 
 @dataclasses.dataclass
 class Generation:
-    """What was generated after a prompt, without the token that ended it; or a part of that.
+    """Tokens generated after a prompt, without the one that ended them; or a part of these.
 
     With log-probabilities: logprobs has one a token, top the likeliest (token, log-probability) at its place.
     """
@@ -97,7 +97,7 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        """Whether the generation ended by itself, not by a limit."""
+        """Return whether the generation ended by itself, not by a limit."""
         return self.finish == STOP
 
     def extend(self, more: "Generation"):

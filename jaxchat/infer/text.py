@@ -119,7 +119,7 @@ def pieces(generation, tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 
 def shown(parts: Iterable[tuple[str, str]]) -> str:
-    """(kind, text) pairs as one line, tool calls and outputs in brackets."""
+    """Return (kind, text) pairs as one line, tool calls and outputs in brackets."""
     writer, parts = Writer(), list(parts)
     cut = bool(parts) and parts[-1][0] == "unfinished"
     line = writer.write(Delta(kind, text, True) for kind, text in (parts[:-1] if cut else parts))

@@ -17,7 +17,7 @@ SPLASH_BLOCK = 512  # splash: queries and keys per block, where that divides the
 
 
 def causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation: str, segments_BT=None, mesh: Mesh | None = None):
-    """Each position attends to itself and those before it; softmax in float32, scale 1/√H. -> [B, T, N, H].
+    """Attention of each position to itself and those before; softmax in float32, scale 1/√H. -> [B, T, N, H].
 
     K may divide N: then N/K neighbouring query heads share a key/value head. Queries and keys must be normed.
     segments_BT: a position attends only to positions of its own segment.

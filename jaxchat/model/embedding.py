@@ -1,4 +1,4 @@
-"""Looking tokens up in the embedding table, on one device or on a mesh that the table is spread over."""
+"""Look tokens up in the embedding table, on one device or on a mesh that the table is spread over."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ def embed(wte_VD, tokens_BT, compute: Compute):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed_sharded(wte_VD, tokens_BT, dtype, mesh: Mesh):
-    """Each device gathers its share of the vocabulary at full width, in `dtype`, and looks up tokens in it."""
+    """Look tokens up on a mesh: each device gathers its share of the vocabulary at full width, in `dtype`."""
     rows = P(row_axes(mesh, tokens_BT.shape[0]))
 
     def local(wte_Vd, tokens_BT):
@@ -57,7 +57,7 @@ embed_sharded.defvjp(
 
 
 def local_rows(tokens_BT, size: int):
-    """(ids_BT, here_BT): the tokens' ids within this device's share of the vocabulary; whether they are in it."""
+    """Return (ids_BT, here_BT): ids within this device's share of the vocabulary, whether they are in it."""
     ids_BT = tokens_BT - lax.axis_index("tensor") * size
     near_BT = jnp.clip(ids_BT, 0, size - 1)
     return near_BT, ids_BT == near_BT

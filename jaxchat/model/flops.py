@@ -1,4 +1,4 @@
-"""How many parameters and floating-point operations a model has, and what devices can do."""
+"""Count a model's parameters and floating-point operations; peak rates of devices."""
 
 import math
 import re

@@ -33,7 +33,7 @@ def rms_norm(x, eps: float):
 
 
 def rotary_tables(positions_BT, head_dim: int, base: float):
-    """(cos, sin) [B, T, 1, H/2] of the rotary angles position · base^(−2i/H) (Su et al. 2021), float32."""
+    """Return float32 (cos, sin) [B, T, 1, H/2] of the angles position · base^(−2i/H) (Su et al. 2021)."""
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
@@ -47,7 +47,7 @@ def rotate(x_BTNH, tables):
 
 
 def rotate_norm(x_BTNH, tables, eps: float):
-    """Rotated, then normed: queries and keys."""
+    """Rotate, then norm: for queries and keys."""
     return rms_norm(rotate(x_BTNH, tables), eps)
 
 
@@ -58,7 +58,7 @@ def residual_norm(x_BTD, y_BTD=None, *, eps: float):
 
 
 def norms(config: ModelConfig, compute: Compute):
-    """(residual_norm, rotate_norm) as above, or as kernels for GPUs that also fuse the sums of gradients."""
+    """Return (residual_norm, rotate_norm): this file's, or GPU kernels that also fuse sums of gradients."""
     if not compute.kernels:
         return partial(residual_norm, eps=config.norm_eps), partial(rotate_norm, eps=config.norm_eps)
     from jaxchat.model import kernels  # here, so that other devices don't import Pallas
@@ -90,7 +90,7 @@ def block(x_BTD, w: Blocks, tables, attend, config: ModelConfig, compute: Comput
 
 
 def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, segments_BT=None):
-    """What the head reads: normed activations x_BTD in the compute dtype. tokens_BT is int32.
+    """The head's input: normed activations x_BTD in the compute dtype. tokens_BT is int32.
 
     segments_BT: tokens of one segment don't see another's. Positions run on: only their differences count.
     """
@@ -128,7 +128,7 @@ def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, c
 
 
 def features_cached(params: Params, tokens_BT, cache: KVCache, config: ModelConfig, compute: Compute, counts_B=None):
-    """What the head reads, for new tokens of rows whose earlier tokens are in a cache. -> (x_BTD, cache).
+    """The head's input, for new tokens of rows whose earlier tokens are in a cache. -> (x_BTD, cache).
 
     Token t of row b stands at position cache.lengths_B[b] + t: its key and value are written there (dropped
     beyond the last slot), and it attends to everything at or before it.

@@ -1,4 +1,4 @@
-"""For GPUs: parts of the layers as kernels that read and write memory once, where XLA takes several passes.
+"""Kernels for GPUs: parts of the layers that read and write memory once, where XLA takes several passes.
 
 Written in Pallas for Triton, whose tiles have powers of two as sides, so masks cut what is beyond an array.
 Each program handles R of the M rows; E is the tile width: half a head or the model width, rounded up to 2^n.
@@ -60,9 +60,10 @@ residual_norm.defvjp(residual_norm_forward, residual_norm_backward)
 
 
 def softcap_exp(u_MV, softcap: float, interpret: bool = False):
-    """(exp(z)·(1 − (z/softcap)²) in u's dtype [M, V], Σ exp(z) float32 [M]) of z = softcap·tanh(u/softcap).
+    """Return (exp(z)·(1 − (z/softcap)²) in u's dtype [M, V], Σ exp(z) float32 [M]).
 
-    A program handles one row. Not differentiable. Call it on a device's own part of an array.
+    z = softcap·tanh(u/softcap). A program handles one row. Not differentiable. Call it on a device's own part
+    of an array.
     """
     M, V = u_MV.shape
     out = jax.ShapeDtypeStruct(u_MV.shape, u_MV.dtype), jax.ShapeDtypeStruct((M,), jnp.float32)
@@ -98,7 +99,7 @@ def call_rows(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
 
 
 def by_rows(kernel, arrays, outputs: int, columns: int, interpret: bool):
-    """kernel(mask_RE, rows_R1, columns_1E, refs of the arrays and of the outputs) for all rows of arrays[0].
+    """Run kernel(mask_RE, rows_R1, columns_1E, refs of arrays and outputs) for all rows of arrays[0].
 
     -> a list of the outputs, arrays like that one.
     """
@@ -127,7 +128,7 @@ def store(ref, rows, columns, mask, value):
 
 
 def rotate_kernel(mask, rows, columns, x_ref, cos_ref, sin_ref, y_ref, *, heads: int, eps: float):
-    """A rotation keeps the norm, so y is scaled by x's norm."""
+    """Rotate rows and norm them: a rotation keeps the norm, so y is scaled by x's norm."""
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
     cos, sin = (load(table, rows // heads % table.shape[0], columns, mask) for table in (cos_ref, sin_ref))
@@ -137,7 +138,7 @@ def rotate_kernel(mask, rows, columns, x_ref, cos_ref, sin_ref, y_ref, *, heads:
 
 
 def rotate_backward_kernel(mask, rows, columns, x_ref, dy_ref, cos_ref, sin_ref, dx_ref, *, heads: int, eps: float):
-    """g is dy rotated back: the gradient of x·r."""
+    """Gradient of x from that of y (dy). g is dy rotated back: the gradient of x·r."""
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
     dy1, dy2 = load(dy_ref, rows, columns, mask), load(dy_ref, rows, half, mask)

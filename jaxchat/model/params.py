@@ -119,7 +119,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
 
 def layers_of(blocks: Blocks | tuple[Blocks, ...], dtype) -> tuple[Blocks, ...]:
-    """Each layer's weights in `dtype`, of stacked blocks or of what this function gave."""
+    """Each layer's weights in `dtype`, from stacked blocks or from an earlier result of this function."""
     if isinstance(blocks, Blocks):
         count = jax.tree.leaves(blocks)[0].shape[0]
         blocks = tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(count))

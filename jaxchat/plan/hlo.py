@@ -49,7 +49,7 @@ class Program:
     kernels: Counter  # how often each kernel of a library or of Pallas runs, by name
 
     def sent(self) -> dict[str, float]:
-        """{kind of collective: bytes that leave a device}."""
+        """Return {kind of collective: bytes that leave a device}."""
         total = defaultdict(float)
         for c in self.collectives:
             total[c.kind] += c.sent * c.times
@@ -68,7 +68,7 @@ def size_of(shapes: Shapes) -> int:
 
 
 def computations(text: str) -> tuple[dict[str, list[Operation]], str]:
-    """({name of a computation: its operations}, name of the entry)."""
+    """Return ({name of a computation: its operations}, name of the entry)."""
     found, entry, current = {}, "", None
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
@@ -115,7 +115,7 @@ def read(text: str) -> Program:
 
 
 def trips(loop: Operation, parts, by_name) -> int:
-    """How often a loop runs: XLA's trip count, or else (TPUs) its condition's bound ÷ its step."""
+    """Number of times a loop runs: XLA's trip count, or else (TPUs) its condition's bound ÷ its step."""
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text):
         return int(known[1])
 

@@ -33,7 +33,7 @@ GPU_BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}
 
 
 def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
-    """(devices, "tpu" or "gpu", bytes of memory of each) of a topology such as v5e:4x4 or h100:8."""
+    """Return (devices, "tpu" or "gpu", bytes of memory of each) of a topology such as v5e:4x4 or h100:8."""
     generation, _, shape = topology.partition(":")
     if generation not in HBM or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
         known = ", ".join(HBM)

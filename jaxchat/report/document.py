@@ -74,7 +74,7 @@ def training(run: Run, price_per_hour: float) -> str:
     stages = list(run.stages.values())
 
     def totalled(show, value, extra: float = 0) -> tuple[list[str], str]:
-        """Each stage's value, "–" where it is 0, and the sum of all and `extra`, as `show` writes them."""
+        """Format each stage's value, "–" where it is 0, and the sum of all and `extra`, by `show`."""
         values = [value(stage) for stage in stages]
         return [show(one) if one else "–" for one in values], show(sum(values) + extra)
 

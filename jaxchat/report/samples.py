@@ -1,4 +1,4 @@
-"""What the models of a run say: continuations by the base model, answers by those that chat."""
+"""Samples from the models of a run: continuations by the base model, answers by those that chat."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from jaxchat.report.gather import Run
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """continued: (text, what follows); answered: (question, {stage: answer})."""
+    """Samples of a run. continued: (text, what follows); answered: (question, {stage: answer})."""
 
     continued: list[tuple[str, str]]
     answered: list[tuple[str, dict[str, str]]]

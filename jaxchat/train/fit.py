@@ -67,15 +67,14 @@ def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
 
 
 def fitting(limit: float, platform: str) -> str:
-    """The end of a message about a program that fits; on a TPU without `limit`, which does not decide
-    there."""
+    """The end of a message on a program that fits; on a TPU without `limit`, which does not decide."""
     if platform == "tpu":
         return ", which on TPUs can be more than it takes; it compiled, so it fits"
     return f" of a device's {limit / 1e9:.1f} GB: it fits"
 
 
 def fits(needed: int, limit: float, platform: str, last: bool) -> bool:
-    """Whether a compiled program fits; last: no smaller one is left to try.
+    """Return whether a compiled program fits; last: no smaller one is left to try.
 
     On a TPU it always does: libtpu refuses to compile what does not, and counts temporaries that are never
     alive together (18.9 GB on a v5e of 16.9).

@@ -32,13 +32,13 @@ class Evaluation:
     at_start: bool = False
 
     def due(self, step: int, finished: bool) -> bool:
-        """Whether to measure after `step` steps."""
+        """Return whether to measure after `step` steps."""
         return self.every > 0 and (finished or (step % self.every == 0 if step else self.at_start))
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A stage that is ready to be trained: what run.open_run has prepared."""
+    """A stage that is ready to be trained, as run.open_run prepares it."""
 
     stage: Stage
     state: TrainState  # train consumes it
@@ -74,7 +74,7 @@ def train(run: Run, evaluations: list[Evaluation]) -> None:
 
 
 class Loop:
-    """The state of the loop: where it is, and those who watch it."""
+    """The training loop: its position, evaluations, reporter and saver."""
 
     def __init__(self, run: Run, evaluations: list[Evaluation], stop: Stop, log: MetricsLog):
         self.run, self.stage, self.evaluations, self.stop, self.log = run, run.stage, evaluations, stop, log

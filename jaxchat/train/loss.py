@@ -17,7 +17,7 @@ from jaxchat.sharding import ROWS, constrain, data_shards, per_device
 
 @dataclasses.dataclass(frozen=True)
 class Chunking:
-    """How the loss is computed: logits exist for `length` positions of every row at a time.
+    """The chunks in which the loss is computed: logits exist for `length` positions of every row at a time.
 
     cap: the model's softcap, which bounds logits, so exp needs no maximum subtracted.
     mesh: each device computes its rows' logits for its share of the vocabulary; None: one device.
@@ -50,7 +50,7 @@ def chunk_length(batch: int, time: int, compute: Compute) -> int:
 
 
 def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute):
-    """(Σ weight·nll in nats, N), float32, of a batch.
+    """Return (Σ weight·nll in nats, N), float32, of a batch.
 
     batch: {inputs_BT, targets_BT, weights_BT[, counts_BT][, segments_BT]}.
     N is what the sum is to be divided by, over a whole optimizer step: Σ counts, or without counts Σ
@@ -96,7 +96,7 @@ def _on_mesh(function, out_specs, chunking: Chunking, x_BTD, lm_head_DV, targets
 
 
 def _nll(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunking):
-    """(Σ weight·nll, nll_BT)."""
+    """Return (Σ weight·nll, nll_BT)."""
 
     def add_chunk(nll, chunk):
         x_BtD, targets_Bt, weights_Bt = chunk
@@ -108,7 +108,7 @@ def _nll(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunking):
 
 
 def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
-    """(logits z_BtV float32, target ids in V, nll_Bt).
+    """Return (logits z_BtV float32, target ids in V, nll_Bt).
 
     On a mesh V is this device's share of the vocabulary, and ids may be outside it; the loss is over all of it.
     """
@@ -174,7 +174,7 @@ def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunkin
 
 
 def logits_gradient(u_BtV, targets_Bt, chunking: Chunking):
-    """(d_BtV, sum_Bt, nll_Bt) of the head's outputs u: ∂nll/∂u is d/sum. d is in u's dtype.
+    """Return (d_BtV, sum_Bt, nll_Bt) of the head's outputs u: ∂nll/∂u is d/sum. d is in u's dtype.
 
     ∂nll/∂u = (exp(z)/sum − 1 at the target)·slope. Scaled by sum it needs no sum, so one pass over the
     logits does.

@@ -16,7 +16,7 @@ class NotFinite(UserError):
 
 
 class Reporter:
-    """Reports steps one step late: a step's numbers are fetched while the next one is computed."""
+    """A reporter that is one step late: a step's numbers are fetched while the next one is computed."""
 
     def __init__(self, stage, log: MetricsLog):
         self._stage, self._log = stage, log

@@ -1,5 +1,4 @@
-"""From flags to a run: the devices, the model on them, where training starts, and the state it starts
-with."""
+"""Prepare a run from flags: where training starts, its plan, the step that fits, and the first state."""
 
 import contextlib
 import dataclasses
@@ -24,7 +23,7 @@ from jaxchat.train.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run starts: the checkpoint that it resumes from, or step 0."""
+    """The start of a run: the checkpoint that it resumes from, or step 0."""
 
     checkpoints: Checkpoints | None  # of the run's folder; None: nothing is written
     steps: list[int]  # of the checkpoints that are there
@@ -40,7 +39,7 @@ def tokenizer_for(config: TrainConfig, name: str, tag: str) -> Tokenizer:
 
 
 def find_start(stage: Stage) -> Start:
-    """Find where a run starts. UserError: checkpoints would be lost, or don't fit to the flags."""
+    """Find where a run starts. UserError: checkpoints would be lost, or don't fit the flags."""
     flags = stage.flags
     check_installed(run=flags.run, tensorboard=flags.tensorboard)
     sharding.check_same(
@@ -70,7 +69,7 @@ def find_start(stage: Stage) -> Start:
 
 
 def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints):
-    """UserError unless a checkpoint's run learnt from what this one does."""
+    """Raise UserError unless a checkpoint is of the same run: model, settings, data, tokenizer and parent."""
     if "imported" in saved:
         raise UserError(
             f"--resume: {checkpoints.folder} was imported, without an optimizer; it can be midtrained or finetuned"
@@ -93,7 +92,7 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints):
 
 
 def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
-    """What a run will do, as (name, value) rows."""
+    """The plan of a run, as (name, value) rows."""
     model, compute = stage.model.config, stage.model.compute
     heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
     attention = f"attention by {kernel_for(compute.attention, model.head_dim, stage.row_length)}"
@@ -169,7 +168,7 @@ def step_functions(stage: Stage, start: Start) -> dict[str, Callable]:
 
 
 def arguments_of_step(stage: Stage, batch: dict) -> tuple:
-    """What a step is compiled for to see whether it fits: rows as long as they can get."""
+    """Abstract arguments of a step, to compile it and see whether it fits: rows of the greatest length."""
     longest = {
         name: jax.ShapeDtypeStruct((*a.shape[:-1], stage.row_length), a.dtype, sharding=a.sharding)
         for name, a in batch.items()

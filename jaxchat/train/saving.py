@@ -1,4 +1,4 @@
-"""When a run saves. A save that fails is printed and retried, while training continues."""
+"""Decide when a run saves. A save that fails is printed and retried, while training continues."""
 
 import time
 
@@ -14,7 +14,7 @@ LAST_ATTEMPTS = 4  # at the end of a run, with 1, 2 and 4 seconds between
 
 
 class Saver:
-    """Decides after every step whether to save. Without checkpoints (a dry run) it never does.
+    """The saves of a run, decided on after every step. Without checkpoints (a dry run) there are none.
 
     Any Exception counts as a failed save: Orbax and TensorStore raise many kinds for a full disk alone.
     """
@@ -26,7 +26,7 @@ class Saver:
         self._saved_at, self._overdue = clock(), False  # overdue: all processes agree that it is time
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether to save now, after `step` steps. Also notices how the save that is under way went."""
+        """Return whether to save now, after `step` steps; also notice how the save under way went."""
         if not self._checkpoints:
             return False
         try:
@@ -41,7 +41,7 @@ class Saver:
         return last or by_steps or self._overdue or (self._again is not None and step >= self._again)
 
     def overdue(self) -> bool:
-        """Whether it is time to save, by this process's clock."""
+        """Return whether it is time to save, by this process's clock."""
         minutes = self._stage.flags.save_minutes
         return bool(self._checkpoints) and 0 < 60 * minutes <= clock() - self._saved_at
 
@@ -94,7 +94,7 @@ class Saver:
             print(f"an error ends the run; step {step} is saved: continue from it with --resume", flush=True)
 
     def describe(self, step: int) -> str:
-        """What is saved when the run stops after `step` steps, and how to continue."""
+        """Say what is saved when the run stops after `step` steps, and how to continue."""
         if not self._checkpoints:
             return "nothing is saved (dry run)"
         if not self._saved:

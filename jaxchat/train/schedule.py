@@ -8,8 +8,7 @@ import numpy as np
 def lr_multiplier(
     progress: float | jax.Array, step: float, *, warmup_ratio: float, warmdown_ratio: float, final_lr_frac: float
 ) -> float | jax.Array:
-    """Linear from 0 over the first `warmup_ratio` of a stage, then 1, then linear to `final_lr_frac` at its
-    end.
+    """The multiplier: linear from 0 over the first `warmup_ratio`, then 1, then linear to `final_lr_frac`.
 
     progress: fraction of the stage that is done; step: fraction that this step adds, so that the first step
     of a warmup has a rate above 0 and its last step the full one. (warmup 0, warmdown 1) is a straight line

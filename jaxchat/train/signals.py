@@ -43,7 +43,7 @@ class Stop:
             self.signal = signal.Signals(number).name
 
     def asked(self) -> bool:
-        """Whether to stop now; the same on all processes, which all must ask at every step."""
+        """Return whether to stop now; the same on all processes, which all must ask at every step."""
         self._asked += 1  # not the run's step: jax wants consecutive numbers that are equal on all processes
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._asked):
             self.signal = "a notice of preemption"

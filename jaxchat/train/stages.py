@@ -87,7 +87,7 @@ class Stage:
 
     @property
     def meta(self) -> dict:
-        """What a checkpoint says of itself, beside its step and how the backward pass was computed."""
+        """A checkpoint's metadata, but for its step and how the backward pass was computed."""
         return {
             "stage": self.name,
             "data": self.data,
@@ -290,7 +290,7 @@ def optimizer_for(
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How an optimizer step of base or mid is cut into what a device computes at a time."""
+    """The cut of an optimizer step of base or mid into the rows that a device computes at a time."""
 
     rows: int  # of a step
     device_batch: int
@@ -302,7 +302,7 @@ class Cut:
         return cls(rows, *pipelines.cut_step(rows, devices, config.device_batch_size, DEVICE_ROWS))
 
     def share(self, config: BaseConfig | MidConfig, model: Model) -> dict:
-        """What of each step this process makes, and by how many workers: arguments of a pipeline."""
+        """Arguments of a pipeline: the rows of each step that this process makes, and its workers."""
         share = sharding.share_of_rows(model.mesh, self.rows // self.micro_batches)
         how = {"rows": self.rows, "micro_batches": self.micro_batches}
         return how | {"share": share, "workers": config.data_workers}
@@ -332,7 +332,7 @@ def one_pass(read: Reader, sample: Sequence[int], num_documents: int, tokens_per
 
 
 def epochs_row(tokens: int, read: Reader, sample: Sequence[int], num_documents: int) -> tuple[str, str]:
-    """How often the data is gone through, estimated from a sample of it."""
+    """The plan's row of epochs: passes over the data, estimated from a sample of it."""
     there = tokens_in(read, sample, num_documents)
     epochs = tokens / there if there else math.inf
     repeated = ": the data is repeated" if epochs > 1 else ""

@@ -1,4 +1,4 @@
-"""What the launchers share: checks of flags, running or printing a command, exit codes that restart a run."""
+"""Parts of all launchers: checks of flags, running or printing a command, exit codes that restart a run."""
 
 import os
 import re

@@ -66,13 +66,13 @@ class Config(Flags):
     secrets: str = ""
     """Keys of the Secret `jaxchat` that the command gets as environment variables: WANDB_API_KEY,HF_TOKEN."""
     restarts: int = flag(20, 0)
-    """Restarts of the run at most."""
+    """Largest number of restarts of the run."""
     dry_run: bool = False
     """Print the file and the command, and do nothing."""
 
 
 def hardware(config: Config) -> tuple[int, dict, dict]:
-    """(hosts of a slice, node labels to select, resources of a pod)."""
+    """Return (hosts of a slice, node labels to select, resources of a pod)."""
     if bool(config.tpu) == bool(config.gpu):
         raise UserError("give either --tpu=v5e:4x4 or --gpu=nvidia-h100-80gb")
     if config.gpu:

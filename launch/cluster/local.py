@@ -30,9 +30,9 @@ class Config(Flags):
     gpus_per_process: int = flag(-1, -1)
     """GPUs that each process gets for itself; -1: an equal share of all; 0: every process sees all."""
     restarts: int = flag(0, 0)
-    """Restarts at most."""
+    """Largest number of restarts of the run."""
     grace: float = flag(120.0, 0)
-    """Seconds to end in after a signal or another's failure; more than the trainers' --heartbeat_timeout."""
+    """Seconds that processes have to end after a signal or a failure; more than --heartbeat_timeout."""
     dry_run: bool = False
     """Print the commands and do nothing."""
 

@@ -42,7 +42,7 @@ class Config(Flags):
     secrets: str = ""
     """Environment variables that must be set here, separated by commas: WANDB_API_KEY,HF_TOKEN."""
     restarts: int = flag(20, 0)
-    """Times at most that the job is queued again."""
+    """Largest number of times that the job is queued again."""
     dry_run: bool = False
     """Print the file and the command, and do nothing."""
 

@@ -71,9 +71,9 @@ class Config(Flags):
     secrets: str = ""
     """Environment variables that must be set here, separated by commas: WANDB_API_KEY,HF_TOKEN."""
     restarts: int = flag(20, 0)
-    """Restarts of the command at most."""
+    """Largest number of restarts of a command."""
     steps: str = ",".join(STEPS)
-    """Steps to do, of create,setup,run,log,delete."""
+    """Steps to do, separated by commas: any of create,setup,run,log,delete."""
     dry_run: bool = False
     """Print the commands and do nothing."""
 

@@ -9,7 +9,7 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def choice_conversation(question: str, choices: list[str], answer: int) -> dict:
-    """{"messages", "letters"}: the question with lettered choices, and the right letter as the answer.
+    """Return {"messages", "letters"}: the question with lettered choices, and the right letter as the answer.
 
     UserError: something is not text, or the answer is none of the choices.
     """

@@ -50,7 +50,7 @@ def _text_of(path: Path) -> str:
 
 
 def row_of(line: str) -> dict:
-    """{"messages": …} or {"text": …} of a line. ValueError: it is neither."""
+    """Return {"messages": …} or {"text": …} of a line. ValueError: it is neither."""
     value = json.loads(line)
     if isinstance(value, dict):  # as OpenAI's fine-tuning takes them; other keys say nothing about the text
         value = value.get("messages", value.get("text"))

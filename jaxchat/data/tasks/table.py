@@ -74,7 +74,7 @@ class Table:
         return self._convert(cells)
 
     def _problem(self, batch: pa.RecordBatch, row: int) -> str:
-        """Why a row is no conversation; "" if it is one."""
+        """The reason why a row is no conversation; "" if it is one."""
         try:
             check_conversation(self._converted(batch, row))
         except UserError as problem:
