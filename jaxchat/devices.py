@@ -1,10 +1,17 @@
 """The devices of a command, and a model on them."""
 
+import importlib.util
+import re
+from pathlib import Path
+
 import jax
 from jax.sharding import Mesh
 
 from jaxchat import hosts, sharding
 from jaxchat.config import Compute, Model, ModelConfig, TrainConfig, UserError
+
+DRIVER = Path("/proc/driver/nvidia/version")
+OLDEST_DRIVER = {12: 525, 13: 580}  # by version of CUDA
 
 
 def start_devices(config: TrainConfig, *, asks: bool = True, alone: bool = False) -> Mesh:
@@ -35,3 +42,20 @@ def model_for(config: TrainConfig, shape: ModelConfig, mesh: Mesh) -> Model:
     way."""
     sharding.check_fits(shape, mesh)
     return Model(shape, Compute.for_backend(config.dtype, remat=config.remat, mesh=mesh))
+
+
+def about_driver() -> tuple[str, str]:
+    """(NVIDIA's driver and the installed CUDA plugin, whether they fit: ok, warning or missing)."""
+    cudas = [cuda for cuda in OLDEST_DRIVER if importlib.util.find_spec(f"jax_cuda{cuda}_plugin")]
+    text = " and ".join(f"the plugin for CUDA {cuda}" for cuda in cudas) or "no CUDA plugin"
+    found = re.search(r"\s(\d{3,})\.\d", DRIVER.read_text()) if DRIVER.is_file() else None
+    if not found:
+        return f"no NVIDIA driver, {text}", "warning" if cudas else "ok"
+    able = [cuda for cuda, oldest in OLDEST_DRIVER.items() if int(found[1]) >= oldest]
+    other = f"make setup EXTRAS=cuda{able[-1]} VENV=.venv-cuda{able[-1]}" if able else "update the driver"
+    text = f"NVIDIA driver {found[1]}, {text}"
+    if len(cudas) != 1:
+        return f"{text}, where one is needed: {other}", "warning"
+    if cudas[0] not in able:
+        return f"{text}, which needs {OLDEST_DRIVER[cudas[0]]} or newer: {other}", "missing"
+    return text, "ok"

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import os
 import re
@@ -13,8 +12,6 @@ from launch import base_train, cli, download, tok_train
 
 BYTES_A_TOKEN = 4.8  # of English web text with 65,536 tokens: an estimate until there is a tokenizer
 SHARD_BYTES = 250e6  # of text in a shard of fineweb-edu
-DRIVER = Path("/proc/driver/nvidia/version")
-OLDEST_DRIVER = {12: 525, 13: 580}  # by version of CUDA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Checklist(list):
 
     def add(self, name: str, text: str, state: str = "ok", **flags: str):
         """Add a line. A command in its text is printed so that it runs, with the flags that are not empty."""
-        found = re.search(r"python -m launch\.[^;]+", text)
+        found = re.search(r"(python -m launch\.|make setup )[^;]+", text)
         command = cli.runnable(found[0], **flags) if found else ""
         text = text.replace(found[0], command) if found else text
         self.append((state, name, " ".join(text.split()), command))
@@ -55,7 +52,6 @@ def run(config: Config) -> int:
     from jaxchat.train.run import tokenizer_for
 
     tag, checks, tokenizer = config.model_tag or f"d{config.depth}", Checklist(), None
-    check_driver(checks)
     mesh = check_devices(config, checks)
     with contextlib.suppress(UserError):
         tokenizer = tokenizer_for(config, "base", tag)
@@ -66,8 +62,8 @@ def run(config: Config) -> int:
     with checks.expecting("tokenizer", data_dir=config.data_dir):
         tokenizer = tokenizer or tokenizer_for(config, "base", tag)
         warning = data and base_train.about_tokenizer(config, tokenizer, data)
-        known = "trained on these shards" if data and tokenizer.trained_on else "on which text is not known"
-        text = warning[0][1] if warning else f"{tokenizer.vocab_size:,} tokens, {known}"
+        known = (", trained on these shards" if data else "") if tokenizer.trained_on else ", of unknown text"
+        text = warning[0][1] if warning else f"{tokenizer.vocab_size:,} tokens{known}"
         checks.add("tokenizer", text, "warning" if warning else "ok")
     check_tasks(config, checks)
     cli.print_plan(f"Check of {tag}", [(f"{state:<7}  {name}", text) for state, name, text, _ in checks])
@@ -81,33 +77,18 @@ def run(config: Config) -> int:
     return 2 if missing else 0
 
 
-def check_driver(checks: Checklist):
-    """NVIDIA's driver, against the CUDA plugin that is installed."""
-    cudas = [cuda for cuda in OLDEST_DRIVER if importlib.util.find_spec(f"jax_cuda{cuda}_plugin")]
-    text = " and ".join(f"the plugin for CUDA {cuda}" for cuda in cudas) or "no CUDA plugin"
-    found = re.search(r"\s(\d{3,})\.\d", DRIVER.read_text()) if DRIVER.is_file() else None
-    if not found:
-        return checks.add("driver", f"no NVIDIA driver, {text}", "warning" if cudas else "ok")
-    able = [cuda for cuda, oldest in OLDEST_DRIVER.items() if int(found[1]) >= oldest]
-    other = f"make setup EXTRAS=cuda{able[-1]} VENV=.venv-cuda{able[-1]}" if able else "update the driver"
-    text = f"NVIDIA driver {found[1]}, {text}"
-    if len(cudas) != 1:
-        return checks.add("driver", f"{text}, where one is needed: {other}", "warning")
-    needs = "" if cudas[0] in able else f", which needs {OLDEST_DRIVER[cudas[0]]} or newer: {other}"
-    checks.add("driver", text + needs, "missing" if needs else "ok")
-
-
 def check_devices(config: Config, checks: Checklist):
-    """Return a mesh of the devices, or of CPUs, to continue with, if there are none of the kind asked for."""
+    """Driver and devices. Return their mesh; of CPUs, to continue with, if there are none as asked for."""
     import jax
 
     from jaxchat import devices, hosts, sharding
 
+    checks.add("driver", *devices.about_driver())
     with checks.expecting("devices"):
         mesh, note = devices.start_devices(config, alone=True), ""
         if hosts.detect(config.coordinator, config.num_processes, config.process_id):
             note = ", of this process alone: memory and batch are checked on these"
-        elif DRIVER.is_file() and mesh.devices.flat[0].platform == "cpu" != config.device_type:
+        elif devices.DRIVER.is_file() and jax.default_backend() == "cpu" and not jax.config.jax_platforms:
             note = ": JAX found no GPU, although there is a driver"
         checks.add("devices", sharding.describe(mesh) + note, "warning" if note else "ok")
         return mesh
@@ -137,7 +118,7 @@ def check_model(config: Config, model, tag: str, checks: Checklist):
         with checks.expecting(f"{name} batch", bad):
             cut = stages.Cut.of(flags, config.max_seq_len, model)
             checks.add(f"{name} batch", cut.plan_row(config.max_seq_len, model)[1])
-    size = needed = sum(a.size * a.dtype.itemsize for a in arrays)  # one more is written before the oldest goes
+    size = needed = sum(a.size * a.dtype.itemsize for a in arrays)  # one is written before the oldest goes
     for stage in STAGES.values():
         folder, name = checkpoint.run_folder(stage.name, tag), f"{stage.label} disk"
         steps = checkpoint.steps_in(folder)
@@ -163,7 +144,7 @@ def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str,
         held_out = ParquetText(find_shards(config.data_dir, "val"))
     except UserError as problem:
         shards = max(2, math.ceil(tokens * BYTES_A_TOKEN / SHARD_BYTES) + 1)
-        checks.add("text", str(problem).replace("--shards=8", f"--shards={shards}"), "missing")
+        checks.add("text", str(problem).replace("edu --shards=8", f"edu --shards={shards}"), "missing")
         return {}
     if tokenizer:
         there = tokens_in(text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts))
@@ -201,7 +182,8 @@ def check_tasks(config: Config, checks: Checklist):
         with checks.expecting(name, to=config.tasks_dir):
             found = [(load_task(spec, config.tasks_dir), stage) for spec, stage in splits.values()]
             checks.add(name, ", ".join(f"{task.summary} ({stage})" for task, stage in found))
-    with checks.expecting("CORE"):
+    place = Path(config.eval_bundle)
+    with checks.expecting("CORE", to=str(place.parent) if place.name == "eval_bundle" else ""):
         bundle, about = core_bundle(config)
         checks.add("CORE", about, "ok" if bundle else "warning")
     why = why_not("HumanEval")

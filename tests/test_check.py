@@ -1,4 +1,4 @@
-"""launch.check: a line for all that a run needs, the numbers in it, and commands that bring what is missing."""
+"""launch.check: a line for each thing that a run needs, with numbers, and commands for what is missing."""
 
 import re
 import shlex
@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_eval_commands import TEXTS, write_bundle, write_lines, write_tasks
 
+from jaxchat import devices
 from jaxchat.config import STAGES, BaseConfig, UserError
 from jaxchat.data.sources import ParquetText, find_shards
 from jaxchat.eval import sandbox
@@ -23,13 +24,18 @@ TASKS = {"SmolTalk", "MMLU", "GSM8K", "identity", "SimpleSpelling", "SpellingBee
 TASKS |= {"ARC-Easy", "ARC-Challenge"}
 
 
+def write_shards(home, shards):
+    for i, texts in enumerate(shards):
+        pq.write_table(pa.table({"text": texts}), home / f"base_data/shard_{i:05}.parquet")
+
+
 @pytest.fixture(scope="module")
-def complete(tmp_path_factory, devices):
+def complete(tmp_path_factory, request):
     """A base directory with all that a run needs, but checkpoints."""
+    request.getfixturevalue("devices")  # there must be 8
     home = tmp_path_factory.mktemp("complete")
     (home / "base_data").mkdir()
-    for i in range(3):
-        pq.write_table(pa.table({"text": TEXTS[50 * i : 50 * i + 50]}), home / f"base_data/shard_{i:05}.parquet")
+    write_shards(home, [TEXTS[:50], TEXTS[50:100], TEXTS[100:150]])
     tasks = home / "tasks"
     write_tasks(tasks)
     for name in ("arc/ARC-Easy", "arc/ARC-Challenge", "gsm8k/main"):
@@ -51,7 +57,7 @@ def complete(tmp_path_factory, devices):
 def here(complete, home, monkeypatch):
     """A copy of it as base directory, on a machine without a GPU whose kernel has the sandbox."""
     monkeypatch.setattr(sandbox, "missing", lambda: [])
-    monkeypatch.setattr(check, "DRIVER", home / "no driver")
+    monkeypatch.setattr(devices, "DRIVER", home / "no driver")
     return shutil.copytree(complete, home, dirs_exist_ok=True)
 
 
@@ -94,9 +100,8 @@ def test_all_is_there(here, checked):
     embedding, layers = 2 * 300 * 64, 12 * 64 * 64  # with two moments, and with one
     size = 12 * embedding + 8 * layers + 20  # and a few counters
     for stage, count in (("base", 4), ("mid", 7), ("SFT", 10)):
-        assert (
-            f"3 checkpoints of {size / 1e6:.2f} MB, in all {count * size / 1e6:.2f} MB of" in lines[f"{stage} disk"][1]
-        )
+        text = f"3 checkpoints of {size / 1e6:.2f} MB, in all {count * size / 1e6:.2f} MB of"
+        assert text in lines[f"{stage} disk"][1]
     assert f"weights and optimizer take {size / 1e6:.2f} MB" in lines["memory"][1]
     assert lines["SmolTalk"][1] == "SmolTalk/train 7 (mid), SmolTalk/test 3 (mid)"
     assert lines["MMLU"][1] == "MMLU/auxiliary_train 5 (mid), MMLU/test 5 (mid)"
@@ -127,7 +132,8 @@ def test_nothing_is_there(home, checked, monkeypatch):
         words = shlex.split(command)
         {"launch.download": download, "launch.tok_train": tok_train}[words[2]].main(words[3:])
     text, tokenizer, *others = configs
-    assert (text.what, text.shards, text.to) == ("fineweb-edu", 2, str(data)) and tokenizer.data_dir == str(data)
+    assert (text.what, text.shards, text.to) == ("fineweb-edu", 2, str(data))
+    assert tokenizer.data_dir == str(data)
     assert {config.to for config in others} == {str(tasks)}
     assert {name for config in others for name in download.names_in(config.what)} == set(download.TASKS)
 
@@ -164,8 +170,7 @@ def test_a_single_shard(here, checked):
 
 def test_text_that_is_repeated_and_a_tokenizer_of_other_text(here, checked):
     (here / "base_data/.source").write_text("karpathy/climbmix-400b-shuffle 3 abc\n")
-    for i in range(3):
-        pq.write_table(pa.table({"text": [f"{i} " + "abc" * 500] * 9}), here / f"base_data/shard_{i:05}.parquet")
+    write_shards(here, [[f"{i} " + "abc" * 500] * 9 for i in range(3)])
     code, lines, last = checked("--num_iterations=1000")
     assert code == 0 and states(lines) == {"text": "warning", "tokenizer": "warning"} and "base_train" in last
     found = re.search(r"about ([\d,]+) tokens; base reads 256,000: ([\d.]+) epochs", lines["text"][1])
@@ -179,10 +184,7 @@ def test_text_that_is_repeated_and_a_tokenizer_of_other_text(here, checked):
 def test_tokens_without_a_tokenizer_are_estimated_from_bytes(here, checked):
     shutil.rmtree(here / "tokenizer")
     text = "".join(chr(97 + i % 26) for i in range(10_000))
-    for i in range(3):
-        pq.write_table(
-            pa.table({"text": [f"{i}{j}{text}" for j in range(48)]}), here / f"base_data/shard_{i:05}.parquet"
-        )
+    write_shards(here, [[f"{i}{j}{text}" for j in range(48)] for i in range(3)])
     about = int(re.search(r"about ([\d,]+) tokens", checked()[1]["text"][1])[1].replace(",", ""))
     assert about == pytest.approx(2 * 48 * 10_000 / 4.8, rel=0.02)  # and what parquet adds to a row
 
@@ -198,7 +200,7 @@ def test_devices_memory_disk_and_kernel(here, checked, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sandbox, "missing", lambda: ["Landlock"])
         code, lines, _ = checked()
-        assert (code, states(lines)) == (0, {"sandbox": "warning"}) and "lacks Landlock" in lines["sandbox"][1]
+        assert (code, states(lines)) == (0, {"sandbox": "warning"}) and "Landlock" in lines["sandbox"][1]
 
     def no_devices(*_, **__):
         raise UserError("no cuda device can be used here")
@@ -210,11 +212,32 @@ def test_devices_memory_disk_and_kernel(here, checked, monkeypatch):
     assert (code, states(lines)) == (2, {"devices": "missing"})
 
 
+def test_a_driver_that_is_too_old(here, checked, monkeypatch):
+    make = "make setup EXTRAS=cuda12 VENV=.venv-cuda12"
+    monkeypatch.setattr(devices, "about_driver", lambda: (f"NVIDIA driver 535, too old: {make}", "missing"))
+    code, lines, last = checked()
+    assert (code, states(lines), last) == (2, {"driver": "missing"}, f"next: {make}")
+
+
+def test_a_download_that_is_not_finished(here, checked):
+    (here / "base_data/.source").write_text("karpathy/climbmix-400b-shuffle 83 abc\n")
+    code, lines, _ = checked()
+    assert (code, states(lines)) == (2, {"text": "missing"}) and "3 of the 83 shards" in lines["text"][1]
+    assert lines["text"][1].endswith("--shards=3") and lines["tokenizer"][1] == "300 tokens"
+
+
+def test_a_bundle_that_was_named(here, checked):
+    (here / "eval_bundle").rename(here / "kept")
+    assert states(checked(f"--eval_bundle={here}/kept")[1]) == {}
+    code, lines, last = checked(f"--eval_bundle={here}/else where/eval_bundle")
+    assert (code, states(lines)) == (2, {"CORE": "missing"})
+    assert last.endswith(f"launch.download core-bundle --to='{here}/else where'")
+
+
 def test_a_step_that_the_devices_cannot_share(here, checked):
     code, lines, _ = checked("--total_batch_size=96")
-    assert (code, states(lines)) == (2, {"base batch": "missing"}) and "8 devices cannot share" in lines["base batch"][
-        1
-    ]
+    assert (code, states(lines)) == (2, {"base batch": "missing"})
+    assert "8 devices cannot share" in lines["base batch"][1]
     code, lines, _ = checked("--max_seq_len=48", "--total_batch_size=384")
     assert (code, states(lines)) == (0, {"mid batch": "warning"}) and "give 524256" in lines["mid batch"][1]
 
@@ -224,8 +247,9 @@ def test_checkpoints_that_are_there(here, checked):
         (here / STAGES["mid"].folder / f"d1/{step}/meta").mkdir(parents=True)
     code, lines, _ = checked()
     assert (code, states(lines)) == (0, {"mid disk": "warning"}) and "step 9 is there" in lines["mid disk"][1]
-    count = {name: re.search(r"in all ([\d.]+) MB", text)[1] for name, (_, text) in lines.items() if "disk" in name}
-    assert [round(float(size) / 0.854) for size in count.values()] == [4, 5, 8]  # two of mid's need no more room
+    texts = [lines[f"{stage} disk"][1] for stage in ("base", "mid", "SFT")]
+    sizes = [re.search(r"in all ([\d.]+) MB", text)[1] for text in texts]
+    assert [round(float(size) / 0.854) for size in sizes] == [4, 5, 8]  # two of mid's need no more room
     assert states(checked("--overwrite")[1]) == {}
 
 
@@ -234,27 +258,27 @@ def test_checkpoints_that_are_there(here, checked):
     [
         ("", (), "ok", "no NVIDIA driver, no CUDA plugin"),
         ("", (13,), "warning", "no NVIDIA driver, the plugin for CUDA 13"),
-        ("UNIX Open Kernel Module for x86_64  580.95.05  Release Build", (13,), "ok", "driver 580, the plugin"),
-        ("UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024", (12,), "ok", "driver 535"),
-        ("UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024", (13,), "missing", "EXTRAS=cuda12 "),
+        ("Open Kernel Module for x86_64  580.95.05  Release Build", (13,), "ok", "driver 580, the plugin"),
+        ("x86_64 Kernel Module  535.183.01  Sun May 12 2024", (12,), "ok", "driver 535"),
+        ("x86_64 Kernel Module  535.183.01  Sun May 12 2024", (13,), "missing", "EXTRAS=cuda12 "),
         (
-            "UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021",
+            "x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021",
             (12,),
             "missing",
             "525 or newer: update",
         ),
-        ("UNIX Open Kernel Module for aarch64  580.65.06  Release Build", (), "warning", "make setup EXTRAS=cuda13 "),
-        ("UNIX Open Kernel Module for x86_64  580.95.05  Release Build", (12, 13), "warning", "where one is needed"),
+        ("Open Kernel Module for aarch64  580.65.06  Release Build", (), "warning", "setup EXTRAS=cuda13 "),
+        ("Open Kernel Module for x86_64  580.95.05  Release Build", (12, 13), "warning", "one is needed"),
     ],
 )
 def test_driver(version, plugins, state, words, tmp_path, monkeypatch):
-    (path := tmp_path / "version").write_text(f"NVRM version: NVIDIA {version}\nGCC version:  gcc version 12.3.0\n")
-    monkeypatch.setattr(check, "DRIVER", path if version else tmp_path / "none")
+    path = tmp_path / "version"
+    path.write_text(f"NVRM version: NVIDIA UNIX {version}\nGCC version:  gcc 12.3.0\n")
+    monkeypatch.setattr(devices, "DRIVER", path if version else tmp_path / "none")
     modules = {f"jax_cuda{cuda}_plugin" for cuda in plugins}
-    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: name in modules or None)
-    check.check_driver(checks := check.Checklist())
-    [(found, name, text, _)] = checks
-    assert (found, name) == (state, "driver") and words in text
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: name in modules or None)
+    text, found = devices.about_driver()
+    assert found == state and words in text
 
 
 def test_tokenizer_row_quotes_its_folder():
