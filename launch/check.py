@@ -159,8 +159,9 @@ def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str,
         source = texts.paths[0].parent / SOURCE
         repo = source.read_text().split()[0] if source.is_file() else ""
         names = [name for name, known in download.SETS.items() if getattr(known, "repo", None) == repo]
-        command = f"python -m launch.download {names[0]}" if names else "add some"
-        text += f"; to repeat no text: {command} --shards={math.ceil(shards * epochs) + 1}"
+        count = math.ceil(shards * epochs) + 1
+        more = f"python -m launch.download {names[0]} --shards={count}" if names else f"{count:,} shards"
+        text += f"; to repeat no text: {more}"
     checks.add("text", text, "warning" if epochs > 1 else "ok", to=config.data_dir)
     return texts.fingerprint | held_out.fingerprint
 

@@ -179,6 +179,8 @@ def test_text_that_is_repeated_and_a_tokenizer_of_other_text(here, checked):
     shards = -(-2 * 256_000 // there) + 1  # of the size of the two that are there
     assert abs(int(re.search(r"launch.download climbmix --shards=(\d+)$", lines["text"][1])[1]) - shards) <= 1
     assert lines["tokenizer"][1].endswith("launch.tok_train")
+    (here / "base_data/.source").unlink()
+    assert re.search(r"to repeat no text: \d+ shards$", checked("--num_iterations=1000")[1]["text"][1])
 
 
 def test_tokens_without_a_tokenizer_are_estimated_from_bytes(here, checked):
