@@ -132,7 +132,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    """CI proves the model against PyTorch: there, tests that need it must not skip."""
+    """Clean the compilation cache after a session that was killed; check that what CI must have is there."""
+    if not hasattr(config, "workerinput"):  # once, before the workers of pytest-xdist use it
+        from jaxchat.sharding import keep_compiled
+
+        keep_compiled()
+    # CI proves the model against PyTorch: there, tests that need it must not skip.
     if os.environ.get("JAXCHAT_REQUIRE_TORCH", "0") not in ("", "0"):
         import torch  # noqa: F401
         import transformers  # noqa: F401
