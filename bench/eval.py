@@ -36,7 +36,7 @@ class Config:
     prompts: int = 256
     """Prompts of GSM8K to answer all at once; 0: none."""
     alone: int = 8
-    """How many of them to answer one at a time as well."""
+    """Number of prompts to answer one at a time as well."""
     max_tokens: int = 128
     """Tokens of each answer."""
     batch_size: int = 128

@@ -13,7 +13,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the user gave cannot work. The message is one line: what was given, what is expected, what to do.
+    """Something the user gave cannot work. The message says in one line what is wrong and what to do.
 
     Commands print it and leave with exit code 2 (`launch.cli.main`); nothing has been written by then.
     """
@@ -70,7 +70,8 @@ STAGES = {
 class ModelConfig:
     """Shape and constants of a model. Two checkpoints with equal ModelConfig have interchangeable weights.
 
-    A field that is added later takes as its default what was computed before, so that older checkpoints stay the same.
+    A field that is added later takes as its default what was computed before, so that older checkpoints stay
+    the same.
     """
 
     sequence_len: int = 2048
@@ -102,8 +103,8 @@ class ModelConfig:
     def from_depth(cls, depth: int, *, sequence_len: int, vocab_size: int, n_kv_head: int | None = None):
         """The model of one dial: `depth` layers, width 64·depth, one head per 128 of width, rounded up.
 
-        More heads where those don't divide the width into head dimensions that are multiples of 8, which cuDNN's
-        attention needs: depth 5 has 4 heads of 80, depth 17 has 17 of 64.
+        More heads where those don't divide the width into head dimensions that are multiples of 8, which
+        cuDNN's attention needs: depth 5 has 4 heads of 80, depth 17 has 17 of 64.
         """
         if depth < 1:
             raise UserError(f"--depth={depth}: a model needs at least 1 layer")
@@ -122,7 +123,7 @@ REMATS = ("none", "dots", "full")  # from the fastest to the one that needs the 
 
 
 def gpu_capability() -> float:
-    """Compute capability of this host's first GPU, as 9.0 for a Hopper; 9.0 without a GPU: compiling for a Hopper."""
+    """Compute capability of this host's first GPU, such as 9.0 for a Hopper; without a GPU 9.0."""
     import jax  # here, so that reading a config never starts a backend
 
     return float(getattr(jax.local_devices()[0], "compute_capability", "9.0"))
@@ -130,21 +131,21 @@ def gpu_capability() -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """Execution options: they change speed and memory, never the result (up to rounding), and no checkpoint has them.
+    """Execution options: they change speed and memory, never the result (up to rounding); in no checkpoint.
 
-    dtype: of activations and matrix products, "float32" or "bfloat16". Weights, norms, softmax and loss stay float32;
-        in training the logits are rounded to dtype before the softmax.
-    unroll: write the layers one after the other instead of looping over them (`lax.scan`). Compiles slower; runs faster
-        on GPUs, and on CPUs with few layers.
-    remat: what the backward pass computes again instead of keeping: "none" (keeps all), "dots" (all but the results of
-        matrix products) or "full" (all but each layer's input).
+    dtype: of activations and matrix products, "float32" or "bfloat16". Weights, norms, softmax and loss stay
+        float32; in training the logits are rounded to dtype before the softmax.
+    unroll: write the layers one after the other instead of looping over them (`lax.scan`). Compiles slower;
+        runs faster on GPUs, and on CPUs with few layers.
+    remat: what the backward pass computes again instead of keeping: "none" (keeps all), "dots" (all but the
+        results of matrix products) or "full" (all but each layer's input).
     attention: "xla", "blocks" (CPU), "cudnn" (GPU, bfloat16; "xla" for shapes it refuses) or "splash" (TPU).
     kernels: norms, rotary embedding and the loss's softmax by our own kernels for GPUs (model/kernels.py).
-    grad_dtype: what gradients of the layers' matrices are summed in, within a device and across devices: "float32", or
-        "bfloat16", which sends half the bytes and loses a little with every device more.
+    grad_dtype: what gradients of the layers' matrices are summed in, within a device and across devices:
+        "float32", or "bfloat16", which sends half the bytes and loses a little with every device more.
     loss_chunk_tokens: logits exist for at most this many tokens of a device at a time.
-    micro_tokens: a training step computes at most this many tokens of a device's micro-batch at a time, in whole rows
-        (at least one); 0: all at once. A CPU is faster with what fits into its caches.
+    micro_tokens: a training step computes at most this many tokens of a device's micro-batch at a time, in
+        whole rows (at least one); 0: all at once. A CPU is faster with what fits into its caches.
     mesh: the jax.sharding.Mesh that weights and batches are spread over; None: one device.
     """
 
@@ -160,7 +161,7 @@ class Compute:
 
     @classmethod
     def for_backend(cls, dtype: str = "auto", backend: str = "", remat: str = "auto", **changes):
-        """Choose the defaults for the devices at hand (or for "cpu", "gpu", "tpu"); `changes` override single fields.
+        """Choose defaults for the devices at hand (or for "cpu", "gpu", "tpu"); `changes` override fields.
 
         UserError: remat is unknown.
         """

@@ -45,7 +45,7 @@ def model_for(config: TrainConfig, shape: ModelConfig, mesh: Mesh) -> Model:
 
 
 def about_driver() -> tuple[str, str]:
-    """(NVIDIA's driver and the installed CUDA plugin, whether they fit: ok, warning or missing)."""
+    """Return (NVIDIA's driver and the installed CUDA plugin, whether they fit: ok, warning or missing)."""
     cudas = [cuda for cuda in OLDEST_DRIVER if importlib.util.find_spec(f"jax_cuda{cuda}_plugin")]
     text = " and ".join(f"the plugin for CUDA {cuda}" for cuda in cudas) or "no CUDA plugin"
     found = re.search(r"\s(\d{3,})\.\d", DRIVER.read_text()) if DRIVER.is_file() else None

@@ -33,8 +33,8 @@ def keep_compiled():
         jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)  # what was used longest ago is dropped
     if jax.config.jax_compilation_cache_max_size < 0:  # without a bound there are no time stamps
         return
-    # A kill or a full disk may leave an entry without its time stamp, perhaps cut short; with one of these in the
-    # folder, jax 0.10 writes no other.
+    # A kill or a full disk may leave an entry without its time stamp, perhaps cut short; with one of these in
+    # the folder, jax 0.10 writes no other.
     for entry in Path(jax.config.jax_compilation_cache_dir).glob("*-cache"):
         if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
             entry.unlink(missing_ok=True)

@@ -154,7 +154,7 @@ class Tokenizer:
         return tokenizer
 
     def knows(self, fingerprint: dict[str, str]) -> bool:
-        """Return whether it was trained on one of these shards {file name: fingerprint}, or on unknown ones."""
+        """Return whether it was trained on one of these shards {name: fingerprint}, or on unknown ones."""
         return not self.trained_on or not set(self.trained_on.values()).isdisjoint(fingerprint.values())
 
     def save(self, directory: Path | None = None) -> Path:
@@ -180,9 +180,7 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str, *, specials: bool = False) -> np.ndarray:
-        """`encode` as int32 [tokens], without a Python object a token. specials: their spellings do become
-        them.
-        """
+        """Ids of text as int32 [tokens], faster than `encode`. specials: a special's spelling becomes it."""
         allowed = self._specials.keys() if specials else frozenset()
         try:
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(allowed), disallowed_special=())

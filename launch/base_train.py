@@ -23,7 +23,7 @@ def stage_for(config: BaseConfig):
 
 
 def about_tokenizer(config: BaseConfig, tokenizer, data: dict[str, str]) -> list[tuple[str, str]]:
-    """A row of the plan where the tokenizer was trained on none of the shards (`data`: their fingerprints)."""
+    """A row of the plan where the tokenizer was trained on none of the shards (fingerprints in `data`)."""
     if tokenizer.knows(data):
         return []
     command = f"python -m launch.tok_train{f' --data_dir={shlex.quote(config.data_dir)}' if config.data_dir else ''}"

@@ -239,7 +239,7 @@ def _field_docs(cls) -> dict[str, str]:
 
 
 def _converter(convert: Callable, expected: str) -> Callable:
-    """`convert` for argparse: what it raises becomes an error that says what was expected."""
+    """Wrap `convert` for argparse: what it raises becomes an error that says what was expected."""
 
     def converted(text: str):
         try:

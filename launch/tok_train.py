@@ -14,7 +14,8 @@ REPORT_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Train a byte-level BPE tokenizer on the text of parquet shards, without the last, which is for validation."""
+    """Train a byte-level BPE tokenizer on the text of parquet shards, without the last, which is for
+    validation."""
 
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
@@ -83,7 +84,7 @@ def run(config: Config):
 
 
 def check_replaceable(runs: list[Path], tokenizer, folder: Path):
-    """Raise UserError if one of `runs`, which have no copy of their tokenizer, was trained with another one."""
+    """Raise UserError if one of `runs`, which keep no copy of their tokenizer, was trained with another."""
     from jaxchat import checkpoint
 
     for run in runs:

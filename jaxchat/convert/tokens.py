@@ -75,7 +75,7 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Build the tokenizer in the tokenizers library, which by default reads specials' spellings as specials."""
+    """Build the tokenizers library's tokenizer, which by default reads specials' spellings as specials."""
     characters = byte_characters()
 
     def text(piece: bytes) -> str:

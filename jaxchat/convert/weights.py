@@ -99,7 +99,8 @@ def check(foreign: Foreign):
 
 
 def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Progress):
-    """Save a foreign model, whose tensors are gone afterwards, as the checkpoint <folder>/<step> and a tokenizer.
+    """Save a foreign model, whose tensors are gone afterwards, as the checkpoint <folder>/<step> and a
+    tokenizer.
 
     UserError: the folder exists, or its disk is too full.
     """

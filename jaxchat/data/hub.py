@@ -164,7 +164,7 @@ def fetch(listing: Listing, parallel: int):
             partial.unlink(missing_ok=True)
 
     def verify(name: str):
-        """Delete a file that has not the stated size or, if it was downloaded just now, not the stated hash."""
+        """Delete a file without the stated size or, if it was downloaded just now, the stated hash."""
         (size, kind, digest), path = listing.files[name], folder / name
         is_new = path.is_file() and path.stat().st_mtime_ns >= source.stat().st_mtime_ns
         if size_of(path) != size or (is_new and files.file_hash(path, kind) != digest):

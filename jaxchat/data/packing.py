@@ -30,7 +30,7 @@ class Concatenated:
         return [self._first, self._offset, self._empty]
 
     def draw(self) -> range:
-        """The places of the documents wanted next; none if the next rows are ready or the stream has ended."""
+        """The places of the documents wanted next; none if the next rows are ready or the stream ended."""
         place = self._first + len(self._queue)
         # One token more than the windows need, to know whether another step will have a target.
         if self._unread >= self._rows * self._time + 2:

@@ -21,8 +21,9 @@ PREFETCH = 2  # batches made ahead, in a thread, while the device computes
 def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = False) -> tuple[int, int]:
     """Cut a step of `rows` rows over `devices` devices. -> (rows a device computes at a time, micro-batches).
 
-    asked: the flag device_batch_size; -1: the largest number of rows, at most `most`, that divides the step. fills: a
-    step that no number divides is filled with empty rows. UserError: the step can't be cut like that.
+    asked: the flag device_batch_size; -1: the largest number of rows, at most `most`, that divides the step.
+    fills: a step that no number divides is filled with empty rows. UserError: the step can't be cut like
+    that.
     """
     able = [n for n in range(1, rows // devices + 1) if rows % (n * devices) == 0]
     if asked > 0 and asked not in able and able:

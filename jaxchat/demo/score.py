@@ -46,8 +46,7 @@ def score(
     kinds: Iterable[str] | None = None,
     limit: int | None = None,
 ) -> dict[str, Score]:
-    """Answer the world's held-out prompts (all, or the first `limit` of each kind) greedily; return a Score a
-    kind.
+    """Score greedy answers to the world's held-out prompts, by kind: all, or the first `limit` of each.
 
     A prompt is right if each of its turns is; later turns have the model's own earlier answers in their
     context. With "counting" comes the row BY_HAND: whether the letters were also written out and counted

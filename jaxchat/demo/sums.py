@@ -41,7 +41,7 @@ def number(chance: Chance, max_digits: int) -> int:
 
 
 def any_sum(chance: Chance) -> Sum:
-    """Draw a sum of numbers up to three digits; few differences are negative, one quotient in five is broken."""
+    """Draw a sum of numbers up to three digits: few differences negative, one quotient in five not whole."""
     sign = chance.of("+-*/")
     if sign == "*":
         return Sum(number(chance, 3), sign, number(chance, 2))

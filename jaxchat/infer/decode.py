@@ -61,8 +61,8 @@ class Prompts:
 class Turn:
     """The host's instructions for a stretch.
 
-    It ends when `enough` rows of a device wait for the host, or none is left to decode. A row waits when it has
-    called the tool; one that is done counts as well if count_done.
+    It ends when `enough` rows of a device wait for the host, or none is left to decode. A row waits when it
+    has called the tool; one that is done counts as well if count_done.
     """
 
     active_B: Any  # which slots run

@@ -160,7 +160,7 @@ class Scheduler:
         return bucket(len(request.prompt), SHORTEST, self.sequence_len)
 
     def admit(self, patient: bool = False) -> list[int]:
-        """Give free slots to the requests that came first, up to one batch of prompts. -> their ids, in order.
+        """Give free slots to the requests that came first, up to one batch of prompts. -> their ids.
 
         A batch has prompts of one length (see prompt_length). patient: wait until a whole batch has free
         slots, or all that waits: better throughput, later first tokens.

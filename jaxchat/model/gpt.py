@@ -27,7 +27,7 @@ REMAT_POLICIES = {  # what the backward pass may keep; without remat all is kept
 
 
 def rms_norm(x, eps: float):
-    """x over its root mean square along the last axis, computed in float32, without a learned scale."""
+    """Divide x by its root mean square along the last axis, in float32, without a learned scale."""
     x32 = x.astype(jnp.float32)
     return (x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)).astype(x.dtype)
 
@@ -111,7 +111,7 @@ def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, s
 
 
 def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
-    """`features` of prompts that are padded at their ends, and a cache that holds them. -> (x_BTD, cache)."""
+    """The head's input for prompts padded at their ends, and a cache that holds them. -> (x_BTD, cache)."""
     time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
     plain = dataclasses.replace(compute, kernels=False, mesh=None)

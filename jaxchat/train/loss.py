@@ -64,7 +64,7 @@ def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute
 
 
 def token_nll(params: Params, batch: dict, config: ModelConfig, compute: Compute):
-    """nll_BT in nats of every target of a batch {inputs_BT, targets_BT[, segments_BT]}, from float32 logits."""
+    """Loss nll_BT in nats of every target of a batch {inputs_BT, targets_BT[, segments_BT]}, in float32."""
     x_BTD = features(params, batch["inputs_BT"], config, compute, batch.get("segments_BT"))
     chunking = Chunking.of(*batch["inputs_BT"].shape, config, compute)
     targets_BT = batch["targets_BT"]
@@ -110,7 +110,8 @@ def _nll(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunking):
 def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
     """Return (logits z_BtV float32, target ids in V, nll_Bt).
 
-    On a mesh V is this device's share of the vocabulary, and ids may be outside it; the loss is over all of it.
+    On a mesh V is this device's share of the vocabulary, and ids may be outside it; the loss is over all of
+    it.
     """
     z_BtV = logits(head_DV, x_BtD, chunking.cap)
     ids_Bt = local_ids(targets_Bt, z_BtV.shape[-1], chunking.sharded)
@@ -137,7 +138,7 @@ def logit_of(z_BtV, ids_Bt, sharded: bool):
 
 
 def slope(z, cap: float):
-    """d softcap(u)/du, in terms of z = softcap(u)."""
+    """Derivative of softcap(u) with respect to u, from z = softcap(u)."""
     return 1 - (z / cap) ** 2
 
 

@@ -54,7 +54,7 @@ def newton_schulz_factor(gram, steps: int):
 
 
 def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype):
-    """`orthogonalize` of a stack [L, *in, *out] that is spread over a mesh as its weight is.
+    """Orthogonalize a stack [L, *in, *out] that is spread over a mesh as its weight is.
 
     Each device gathers whole matrices of L/devices layers (rounded up: zeros fill the stack),
     orthogonalizes them and sends the parts back: one exchange in, one out, none within the iteration. Where

@@ -74,8 +74,7 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints):
         raise UserError(
             f"--resume: {checkpoints.folder} was imported, without an optimizer; it can be midtrained or finetuned"
         )
-    # A setting or constant that did not exist when the checkpoint was written had the value that is its
-    # default now.
+    # A setting or constant that a checkpoint lacks was computed as its default does now.
     defaults = type(stage.flags)().learnt_from()
     saved = saved | {
         "model": dataclasses.asdict(ModelConfig(**saved["model"])),
@@ -153,11 +152,11 @@ def look_at_data(stage: Stage) -> dict:
 
 
 def step_functions(stage: Stage, start: Start) -> dict[str, Callable]:
-    """The training step by what it recomputes (flag --remat), from the fastest that may be taken on."""
+    """The jitted training steps to choose from, by their remat (flag --remat), the fastest first."""
     compute = stage.model.compute
     remats = [compute.remat]
     if stage.flags.remat == "auto" and fit.device_memory(stage.model.mesh):
-        # A resumed run keeps what it had, to be the same bit for bit; before that was recorded, it was the
+        # A resumed run keeps its remat, to be the same bit for bit; a checkpoint that lacks it had the
         # default.
         first = start.meta.get("remat", compute.remat) if start.step else REMATS[0]
         remats = REMATS[REMATS.index(first) :]

@@ -109,7 +109,7 @@ def compile_step(step, *args):
 def make_train_step(
     model: Model, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, dict, float], tuple[TrainState, dict]]:
-    """`train_step` jitted for a model on its mesh. The state is donated; a new batch shape compiles anew."""
+    """Jit `train_step` for a model on its mesh. The state is donated; a new batch shape compiles anew."""
     options, mesh, compute = None, model.mesh, model.compute
     if mesh.devices.flat[0].platform in ("gpu", "cuda") and compute.remat != REMATS[-1]:
         # XLA would bring a program that is too large under the limit by computing whole products again

@@ -30,7 +30,7 @@ TASKS = {
 
 
 class Task:
-    """Conversations by index: {"messages": …}, for choice tasks also "letters", and for documents {"text": …}.
+    """Conversations by index: {"messages": …}, with "letters" for choice tasks, or documents: {"text": …}.
 
     count: how many rows, drawn by a fixed shuffle where there are more, since files may be sorted by subject
     or source.

@@ -77,7 +77,7 @@ def is_test_word(word: str) -> bool:
 
 
 class Generated:
-    """`count` rows, each made from its number when it is read: the same on every machine."""
+    """Generated rows, each made from its number when it is read: the same on every machine."""
 
     def __init__(self, folder: Path, split: str, task: str, make):
         path = folder / "words" / "words_alpha.txt"
