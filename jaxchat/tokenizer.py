@@ -154,7 +154,7 @@ class Tokenizer:
         return tokenizer
 
     def knows(self, fingerprint: dict[str, str]) -> bool:
-        """Return whether it was trained on one of these shards {name: fingerprint}, or on unknown ones."""
+        """Return whether the tokenizer was trained on one of {shard: fingerprint}, or on unknown shards."""
         return not self.trained_on or not set(self.trained_on.values()).isdisjoint(fingerprint.values())
 
     def save(self, directory: Path | None = None) -> Path:
@@ -201,7 +201,7 @@ class Tokenizer:
         return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def render_conversation(self, conversation: dict) -> tuple[list[int], list[int]]:
-        """Return (ids, mask) of a conversation; mask 1 where the assistant is to learn to say them."""
+        """Return (ids, mask) of a conversation; the mask is 1 where the assistant learns to say a token."""
         return self._render(chat_pieces(conversation))
 
     def _render(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:

@@ -78,7 +78,7 @@ def run(config: Config) -> int:
 
 
 def check_devices(config: Config, checks: Checklist):
-    """Driver and devices. Return their mesh; of CPUs, to continue with, if there are none as asked for."""
+    """Check driver and devices; return their mesh, or one of CPUs if there are none of the kind asked for."""
     import jax
 
     from jaxchat import devices, hosts, sharding
@@ -97,7 +97,7 @@ def check_devices(config: Config, checks: Checklist):
 
 
 def check_model(config: Config, model, tag: str, checks: Checklist):
-    """The devices' memory, the disk for the stages' checkpoints, and whether the devices can share a step."""
+    """Check the devices' memory, the disk for all checkpoints, and whether the devices can share a step."""
     import jax
 
     from jaxchat import checkpoint, files
@@ -133,7 +133,7 @@ def check_model(config: Config, model, tag: str, checks: Checklist):
 
 
 def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str, str]:
-    """How much text there is, and how often base goes through it. Return the shards' fingerprints."""
+    """Check how much text there is and how often base goes through it; return the shards' fingerprints."""
     from jaxchat.data.encode import text_reader
     from jaxchat.data.sources import SOURCE, ParquetText, find_shards, open_parquet
     from jaxchat.train.stages import SAMPLE, base_steps, tokens_in
@@ -167,7 +167,7 @@ def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str,
 
 
 def check_tasks(config: Config, checks: Checklist):
-    """The tasks of mid, SFT and chat_eval, opened as their stage will; CORE's bundle; HumanEval's sandbox."""
+    """Check the tasks of mid, SFT and chat_eval, by opening them; CORE's bundle; HumanEval's sandbox."""
     from jaxchat.data.tasks import load_task
     from jaxchat.eval.chat import TASKS, why_not
     from jaxchat.eval.training import core_bundle

@@ -21,7 +21,7 @@ def length_buckets(max_len: int) -> list[int]:
 
 
 def best_fit(lengths: list[int], room: int) -> list[tuple[int, int]]:
-    """Pack texts of these lengths into rows of `room` tokens: (row, offset) of each, by best-fit decreasing.
+    """Pack texts of given lengths into rows of `room` tokens: (row, offset) of each, by best-fit decreasing.
 
     The longest text comes first, and each goes to the fullest row that has room for it, or to a new row.
     """

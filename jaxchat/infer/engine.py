@@ -325,7 +325,7 @@ class Engine:
 
 
 def kind_of(requests: list[Request]) -> str:
-    """The simplest kind of sampling that serves these requests."""
+    """The simplest kind of sampling that serves all of the requests."""
     hot = [request for request in requests if request.temperature > 0]
     filters = any(request.top_k or request.top_p < 1 or request.min_p for request in hot)
     if filters or any(request.min_tokens for request in requests):

@@ -31,17 +31,17 @@ class Request:
     max_tokens: int
     """Largest number of tokens to generate, the tool's included; the context may allow fewer."""
     temperature: float = 1.0
-    """Divides the logits before drawing; 0: always the likeliest token."""
+    """Sampling temperature, which divides the logits; 0: always the likeliest token."""
     top_k: int = 0
-    """Draw from this many likeliest tokens; 0: from all."""
+    """Number of likeliest tokens to sample from; 0: all."""
     top_p: float = 1.0
-    """Draw from the fewest likeliest tokens whose probabilities sum up to at least this."""
+    """Probability to sample from: that of the fewest likeliest tokens that reach it; 1: all tokens."""
     min_p: float = 0.0
-    """Draw from tokens at least this fraction as likely as the likeliest."""
+    """Least probability of the tokens to sample from, as a fraction of the likeliest's; 0: all tokens."""
     seed: int = 0
     """Random seed, 0 to 2³² − 1."""
     sample: int = 0
-    """Number of this continuation among those of one seed: a draw depends on (seed, sample, position)."""
+    """Number of the continuation among those of one seed: a token depends on (seed, sample, position)."""
     min_tokens: int = 0
     """Tokens to generate before the answer may end by itself."""
     stop_tokens: Sequence[int] = ()

@@ -38,7 +38,7 @@ class TextReader:
         self.stopped = False  # by a stop string
 
     def feed(self, token: int, forced: bool = False) -> list[Delta]:
-        """Return the text that `token` completes; forced: the tool wrote it. Nothing after a stop string."""
+        """Return the text that `token` completes; none after a stop string. forced: the tool wrote it."""
         if self.stopped:
             return []
         if token in self._openings:

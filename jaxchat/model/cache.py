@@ -37,7 +37,7 @@ class KVCache:
         return self.k_BKSH[0].shape[2]
 
     def write(self, layer: int, k_BTKH, v_BTKH, positions_BT) -> "KVCache":
-        """Write one layer's keys and values at these positions; those beyond the last slot are dropped."""
+        """Write one layer's keys and values at positions_BT; those beyond the last slot are dropped."""
         rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
 
         def put(arrays, x_BTKH):
@@ -52,7 +52,7 @@ class KVCache:
         return self.replace(lengths_B=self.lengths_B + counts_B)
 
     def cut(self, lengths_B) -> "KVCache":
-        """Cut rows back to these lengths, which must not exceed their own; 0 empties a row."""
+        """Cut rows back to lengths that must not exceed their own; 0 empties a row."""
         return self.replace(lengths_B=lengths_B)
 
     def place(self, other: "KVCache", rows_P) -> "KVCache":

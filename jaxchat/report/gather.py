@@ -51,7 +51,7 @@ class StageRun:
 
     @property
     def flops(self) -> float:
-        """FLOPs of its steps. Where an old log lacks them, all rows count as long as the model's context."""
+        """FLOPs of the stage's steps; where the log lacks them, rows count as long as the model's context."""
         per_token = flops_per_token(self.model)
         return sum(row.get("step_flops", tokens_of(row) * per_token) for row in self.steps)
 
@@ -61,7 +61,7 @@ class StageRun:
 
     @property
     def wall_seconds(self) -> float:
-        """Wall time of training it, each time from start to end; at least the steps' sum."""
+        """Wall time of training the stage, each run of it from start to end; at least the steps' sum."""
         return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
 
     def median(self, name: str) -> float | None:

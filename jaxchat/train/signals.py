@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop:
-    """A context in which these signals don't end the process; `asked` reports them. A second Ctrl-C ends it
+    """A context in which SIGNALS don't end the process; `asked` reports them. A second Ctrl-C ends it
     at once.
 
     A signal that is ignored at the start (SIGHUP under nohup) stays ignored. Where several processes run,

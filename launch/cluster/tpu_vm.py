@@ -122,8 +122,8 @@ def on(config: Config, workers: str, shell: str) -> list[str]:
 
 
 def started(config: Config, command: list[str]) -> str:
-    """Shell text: run the commands in turn in the background, restart one when due, write the exit code to
-    run.code.
+    """Shell text that runs the commands in turn in the background, restarts one when due, and writes the exit
+    code to run.code.
 
     command: its words, and a -- before each further command.
     """
