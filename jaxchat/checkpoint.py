@@ -214,9 +214,9 @@ _links: dict[Path, Path] = {}
 
 
 def plain_path(folder: Path) -> Path:
-    """A path to a folder without * ? [ ], which Orbax takes for wildcards: through a symlink if need be."""
+    r"""A path to a folder without * ? [ ] % \, which Orbax and TensorStore take for syntax: a symlink if need be."""
     folder = folder.absolute()
-    if not re.search(r"[][*?%]", str(folder)):
+    if not re.search(r"[][*?%\\]", str(folder)):
         return folder
     if folder not in _links or not _links[folder].exists():
         _links[folder] = Path(tempfile.mkdtemp(prefix="jaxchat-")) / "run"

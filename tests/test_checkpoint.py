@@ -136,7 +136,7 @@ def test_a_model_is_opened_without_its_optimizer(home, capsys):
     assert f"{folder / '5'} is damaged and passed over: params/" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["my models [1] 50% é", "a*b?c", "x%41 {y} #z $HOME 'q' \"r\" ~", "[", "日本"])
+@pytest.mark.parametrize("name", ["my models [1] 50% é", "a*b?c", "x%41 {y} #z $HOME 'q' \"r\" ~", "[", "a\\b", "日本"])
 def test_every_name_of_a_folder(tmp_path, monkeypatch, name):
     """Saved, sealed, replaced, restored and opened below it; a neighbour that * would match is not touched."""
     (tmp_path / "aXbYc/base_checkpoints/d1/3/params/ocdbt.process_7").mkdir(parents=True)
