@@ -28,6 +28,8 @@ def base_dir() -> Path:
     """The directory everything is kept under: $JAXCHAT_BASE_DIR, or ~/.cache/jaxchat."""
     given = os.environ.get("JAXCHAT_BASE_DIR") or "~/.cache/jaxchat"
     check_local("JAXCHAT_BASE_DIR", given)
+    if re.search("[\ud800-\udfff]", given):
+        raise UserError(f"JAXCHAT_BASE_DIR={given!r} is not UTF-8, which JAX needs; rename it, or set LC_ALL=C.UTF-8")
     try:
         return Path(given).expanduser()
     except RuntimeError:
@@ -37,11 +39,13 @@ def base_dir() -> Path:
 def check_local(name: str, paths: str):
     """Raise UserError if one of the comma-separated paths is an address such as gs://bucket/folder."""
     for path in paths.split(","):
-        if address := re.match(r"\s*[A-Za-z][A-Za-z0-9+.-]*://([^/]*)", path):
-            raise UserError(
-                f"{name}={path.strip()}: an address can't be used as a folder; mount it and give the folder, such as: "
-                f"gcsfuse --implicit-dirs --rename-dir-limit=200000 {address[1] or 'BUCKET'} FOLDER"
-            )
+        # pathlib and shells' completion leave one slash of an address
+        address = re.match(r"\s*(gs|s3|hf|file):/+([^/]*)", path) or re.match(r"\s*([A-Za-z][\w+.-]*)://([^/]*)", path)
+        if address:
+            mount = f"gcsfuse --implicit-dirs --rename-dir-limit=200000 {address[2] or 'BUCKET'} FOLDER"
+            how = {"gs": f"mount it and give the folder, such as: {mount}", "file": "give the path after it alone"}
+            how = how.get(address[1], "mount it or copy it, and give the folder")
+            raise UserError(f"{name}={path.strip()}: an address can't be used as a folder; {how}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,14 +10,25 @@ from jaxchat.config import BaseConfig, MidConfig, UserError, base_dir, check_loc
 from launch import chat_cli, chat_eval, cli, convert, download
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/x", "s3://b", "file:///data", " hf://datasets/x", "tasks/a,gs://b/c"])
-def test_an_address_is_no_folder(monkeypatch, path):
-    with pytest.raises(UserError, match="--data_dir=.*mount it.*gcsfuse"):
+@pytest.mark.parametrize(
+    "path, advice",
+    [("gs://bucket/x", "mount it.*gcsfuse.* bucket FOLDER"), ("gs:/bucket/x", "gcsfuse.* bucket FOLDER")]
+    + [("tasks/a,gs://b/c", "gcsfuse.* b FOLDER"), ("s3://b", "mount it or copy it"), (" hf://datasets/x", "copy it")]
+    + [("file:///data", "give the path after it alone"), ("https://x.org/a", "mount it or copy it")],
+)
+def test_an_address_is_no_folder(monkeypatch, path, advice):
+    with pytest.raises(UserError, match=f"--data_dir=.*{advice}"):
         check_local("--data_dir", path)
     if "," not in path:
         monkeypatch.setenv("JAXCHAT_BASE_DIR", path)
-        with pytest.raises(UserError, match="JAXCHAT_BASE_DIR=.*mount it"):
+        with pytest.raises(UserError, match=f"JAXCHAT_BASE_DIR=.*{advice}"):
             base_dir()
+
+
+def test_a_base_directory_that_is_not_utf8(monkeypatch):
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", "/tmp/b\udcff")
+    with pytest.raises(UserError, match="not UTF-8.*rename it"):
+        base_dir()
 
 
 @pytest.mark.parametrize(
