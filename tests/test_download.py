@@ -181,6 +181,14 @@ def test_a_full_disk(fetch, home, monkeypatch, slept):
     assert not slept
 
 
+def test_a_file_where_the_folder_should_be(fetch, home, slept):
+    """What the network has no part in is not tried again."""
+    (home / "taken").write_text("x")
+    with FakeHub(shards()) as server:
+        code, _, err = fetch(server, "words", f"--to={home / 'taken'}")
+    assert code == 2 and "taken" in err and "trying again" not in err and not slept
+
+
 TASK_FILES = {
     "HuggingFaceTB/smol-smoltalk": ["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"],
     "cais/mmlu": ["all/test-00000-of-00001.parquet", "abstract_algebra/test-00000-of-00001.parquet"],

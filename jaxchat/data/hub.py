@@ -20,7 +20,8 @@ from jaxchat.config import UserError
 # Seconds between attempts, in all more than the 5 minutes of the hub's rate limit.
 PAUSES = (1, 2, 4, 8, 16, 32, 64, 128, 128)
 PERMANENT = (401, 403, 404)  # answers of a server that asking again does not change
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EMFILE)
+# Errors of this machine's folders and disks, which trying again does not change.
+DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS ENOTDIR EISDIR EEXIST EMFILE".split()}
 STALE = 3600  # seconds after which a partial file counts as left by a kill
 SHOW = 5  # seconds between lines about progress
 
