@@ -21,7 +21,7 @@ from jaxchat.config import UserError
 PAUSES = (1, 2, 4, 8, 16, 32, 64, 128, 128)
 PERMANENT = (401, 403, 404)  # answers of a server that asking again does not change
 # Errors of this machine's folders and disks, which trying again does not change.
-DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS ENOTDIR EISDIR EEXIST EMFILE".split()}
+DISK = ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "EMFILE")
 STALE = 3600  # seconds after which a partial file counts as left by a kill
 SHOW = 5  # seconds between lines about progress
 
@@ -88,7 +88,7 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
         try:
             return attempt()
         except expected as problem:
-            if isinstance(problem, OSError) and problem.errno in DISK:
+            if isinstance(problem, OSError) and errno.errorcode.get(problem.errno) in DISK:
                 raise
             answers = [error for error in (problem, problem.__cause__) if isinstance(error, HfHubHTTPError)]
             reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
