@@ -186,7 +186,10 @@ def test_a_file_where_the_folder_should_be(fetch, home, slept):
     (home / "taken").write_text("x")
     with FakeHub(shards()) as server:
         code, _, err = fetch(server, "words", f"--to={home / 'taken'}")
-    assert code == 2 and "taken" in err and "trying again" not in err and not slept
+    assert code == 2 and "taken" in err and "trying again" not in err
+    with pytest.raises(FileExistsError):
+        hub.retried("x", (home / "taken").mkdir)
+    assert not slept
 
 
 TASK_FILES = {
