@@ -27,13 +27,19 @@ def run(command: list[str]) -> dict:
         lines = out.read().strip().splitlines()
     if process.returncode or not lines:
         raise SystemExit(f"error: {shlex.join(command)} exited {process.returncode}")
-    return json.loads(lines[-1]) | {"process_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    return json.loads(lines[-1]) | {
+        "process_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rival", help="the command, in quotes")
-    parser.add_argument("--ours", default=f"{shlex.quote(sys.executable)} -m bench.step --json", help="our command")
+    parser.add_argument(
+        "--ours", default=f"{shlex.quote(sys.executable)} -m bench.step --json", help="our command"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     for flag, default in (("depth", 4), ("seq", 512), ("batch", 8), ("vocab", 8192), ("steps", 10)):
         parser.add_argument(f"--{flag}", type=int, default=default)
@@ -51,8 +57,9 @@ def main():
         for name in commands:
             shown = got[name]
             print(
-                f"  {name:<5} {shown['framework']:<14} {1000 * shown['step_s']:9.1f} ms {shown['tokens_per_s']:11,.0f} "
-                f"tokens/s  {shown['flops_per_s'] / 1e12:7.3f} TFLOP/s  {shown[field] / 1e9:.2f} GB",
+                f"  {name:<5} {shown['framework']:<14} {1000 * shown['step_s']:9.1f} ms "
+                f"{shown['tokens_per_s']:11,.0f} tokens/s  {shown['flops_per_s'] / 1e12:7.3f} TFLOP/s  "
+                f"{shown[field] / 1e9:.2f} GB",
                 flush=True,
             )
     for name, values in (("tokens/s", ratios), ("memory", memory)):

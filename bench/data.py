@@ -85,7 +85,9 @@ def open_pipeline(name: str, config: Config, tokenizer: Tokenizer):
     if name == "mid":
         batches = pipelines.mid_batches(tasks, tokenizer, endless=True, **packed)
     else:
-        batches = pipelines.sft_batches(tasks, tokenizer, examples=32, micro_rows=4, num_examples=1 << 40, **how)
+        batches = pipelines.sft_batches(
+            tasks, tokenizer, examples=32, micro_rows=4, num_examples=1 << 40, **how
+        )
     return batches, tasks, lambda row: row["text"] if "text" in row else said(row)
 
 
@@ -119,7 +121,9 @@ def measure(name: str, config: Config) -> dict:
         # A high-water mark: before the other side's first turn, whose lists are not to count.
         memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         spent, used, tokens = 0.0, 0.0, 0
-        batches.set_state(batches.get_state())  # stops reading ahead, which would take the cores from tiktoken
+        batches.set_state(
+            batches.get_state()
+        )  # stops reading ahead, which would take the cores from tiktoken
         while spent < config.seconds:
             texts = [text_of(source[order.index(i)]) for i in range(place, place + 512)]
             place += 512
@@ -157,7 +161,12 @@ def measure_memory(config: Config) -> dict:
     restored = time.perf_counter() - start
     fresh.close()
     half = [resident for read, resident in seen if read >= config.documents / 10]
-    return {"state_bytes": len(state), "restore_s": restored, "growth": max(half) / half[0] - 1, "mib": max(half)}
+    return {
+        "state_bytes": len(state),
+        "restore_s": restored,
+        "growth": max(half) / half[0] - 1,
+        "mib": max(half),
+    }
 
 
 def table_row(name: str, figures: dict) -> tuple[str, dict]:
@@ -174,7 +183,9 @@ def alone(name: str, config: Config) -> tuple[str, dict]:
     """The same of a pipeline in a process of its own."""
     given = dataclasses.asdict(config) | {"pipelines": name}
     flags = [f"--{flag}={value}" for flag, value in given.items() if flag != "json"]
-    done = subprocess.run([sys.executable, "-m", "bench.data", *flags, "--json"], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.data", *flags, "--json"], stdout=subprocess.PIPE, text=True
+    )
     if done.returncode:  # it has printed why
         sys.exit(done.returncode)
     *_, line, figures = done.stdout.splitlines()
@@ -185,9 +196,13 @@ def run(config: Config):
     if config.documents:
         figures = measure_memory(config)
         print(
-            f"from a tenth of them on, memory grew by at most {figures['growth']:.1%} (peak {figures['mib']:,.0f} MiB)"
+            f"from a tenth of them on, memory grew by at most {figures['growth']:.1%} (peak "
+            f"{figures['mib']:,.0f} MiB)"
         )
-        print(f"state {figures['state_bytes']:,} bytes, first batch {figures['restore_s']:.2f} s after it was restored")
+        print(
+            f"state {figures['state_bytes']:,} bytes, first batch {figures['restore_s']:.2f} s after it was "
+            "restored"
+        )
         if config.json:
             print(json.dumps(figures))
         return
@@ -195,12 +210,18 @@ def run(config: Config):
     if not set(names) <= set(PIPELINES):
         raise UserError(f"--pipelines={config.pipelines}; they are {', '.join(PIPELINES)}")
     print(
-        f"{os.cpu_count()} cores; {config.rows} rows × {config.seq}; {config.turns} turns of {config.seconds:g} s each"
+        f"{os.cpu_count()} cores; {config.rows} rows × {config.seq}; {config.turns} turns of "
+        f"{config.seconds:g} s each"
     )
-    print(f"{'':6} {'ours':>12} {'tiktoken':>12}  ratio  {'ratios of turns':>15}  of CPU time  peak memory", flush=True)
+    print(
+        f"{'':6} {'ours':>12} {'tiktoken':>12}  ratio  {'ratios of turns':>15}  of CPU time  peak memory",
+        flush=True,
+    )
     results = {}
     for name in names:
-        line, results[name] = table_row(name, measure(name, config)) if len(names) == 1 else alone(name, config)
+        line, results[name] = (
+            table_row(name, measure(name, config)) if len(names) == 1 else alone(name, config)
+        )
         print(line, flush=True)
     if config.json:
         print(json.dumps(results))

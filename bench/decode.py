@@ -64,7 +64,11 @@ class NoText:
         self._vocab = vocab
 
     def special(self, name: str) -> int:
-        return self._vocab - 1 - ("<|python_end|>", "<|assistant_end|>", "<|bos|>", "<|python_start|>").index(name)
+        return (
+            self._vocab
+            - 1
+            - ("<|python_end|>", "<|assistant_end|>", "<|bos|>", "<|python_start|>").index(name)
+        )
 
     def decode(self, tokens) -> str:
         return ""
@@ -111,7 +115,10 @@ def measure_in_turn(config: Config, model: ModelConfig, compute: Compute, params
     shape = (batch, config.prompt_tokens)
     prompts = np.random.default_rng(0).integers(0, model.vocab_size - 9, shape).tolist()
     _, compiled = timed(lambda: measure(engine, prompts, config))
-    command = [f"--{name}={getattr(config, name)}" for name in ("depth", "seq", "vocab", "prompt_tokens", "max_tokens")]
+    command = [
+        f"--{name}={getattr(config, name)}"
+        for name in ("depth", "seq", "vocab", "prompt_tokens", "max_tokens")
+    ]
     command = [*shlex.split(config.rival), *command, f"--batch={batch}"]
     ours, rivals = [], []
     for round_ in range(config.rounds):
@@ -136,7 +143,8 @@ def run(config: Config):
     model = ModelConfig.from_depth(config.depth, sequence_len=config.seq, vocab_size=config.vocab)
     compute, params = Compute.for_backend(mesh=mesh, **parse_way(config.way)), random_params(model)
     weights, speed = weight_bytes(model, compute), copy_speed()
-    floor = f"{weights / 1e9:.2f} GB of weights at {speed / 1e12:.2f} TB/s: {1e3 * weights / speed:.2f} ms a token"
+    floor = f"{weights / 1e9:.2f} GB of weights at {speed / 1e12:.2f} TB/s: "
+    floor += f"{1e3 * weights / speed:.2f} ms a token"
     shape = f"{model.n_layer} layers × {model.n_embd}, vocabulary {model.vocab_size:,}, in {compute.dtype}"
     cli.print_plan("Decoding", [("model", shape), ("devices", sharding.describe(mesh)), ("floor", floor)])
     table = []
@@ -144,7 +152,8 @@ def run(config: Config):
         found = measure_in_turn(config, model, compute, params, batch)
         middle = min(config.prompt_tokens + config.max_tokens / 2, config.seq)
         found["mbu"] = (weights + batch * row_bytes(model, compute, middle)) / speed / found["token_s"]
-        line = f"batch {batch:>4}  {found['tokens_per_s']:10,.0f} tokens/s, {1e3 * found['token_s']:.2f} ms a token, "
+        line = f"batch {batch:>4}  {found['tokens_per_s']:10,.0f} tokens/s, "
+        line += f"{1e3 * found['token_s']:.2f} ms a token, "
         line += f"first tokens after {1e3 * found['ttft_s']:.0f} ms, MBU {found['mbu']:.0%}"
         if config.rival:
             line += f"; rival {found['rival_tokens_per_s']:,.0f} tokens/s, ours / rival {found['ratio']:.2f}"

@@ -1,8 +1,9 @@
-"""Run the demo with several seeds and roundings and tabulate its scores: python -m bench.demo_runs --seeds=0,1,2,3,4,5
+"""Run the demo with several seeds and roundings and tabulate its scores: python -m bench.demo_runs
 
-Whether a prompt is answered right can hang on how sums are rounded, which differs between machines. Computing another
-number of rows at a time rounds differently on one machine, so each seed runs once for every --device_batch_sizes. By
-default that is 12 runs, about two hours on two cores. Exit code 1 if a run misses a target.
+Whether a prompt is answered right can hang on how sums are rounded, which differs between machines. Computing
+another number of rows at a time rounds differently on one machine, so each seed runs once for every
+--device_batch_sizes. By default that is 12 runs, about two hours on two cores. Exit code 1 if a run misses a
+target.
 """
 
 import argparse
@@ -34,17 +35,26 @@ def demo(seed: int, rows: int, folder: Path) -> dict:
 
 def line(run: dict, width: int) -> str:
     scores = " ".join(f"{100 * score:{width}.1f}" for score in run["scores"].values())
-    return (
-        f"{run['seed']:4} {run['rows']:4} {scores}  {run['minutes']:5.1f} min  {'ok' if run['code'] == 0 else 'MISS'}"
-    )
+    outcome = "MISS" if run["code"] else "ok"
+    return f"{run['seed']:4} {run['rows']:4} {scores}  {run['minutes']:5.1f} min  {outcome}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0,1,2,3,4,5", help="seeds of the world, the weights and the data's order")
-    parser.add_argument("--device_batch_sizes", default="2,4", help="rows computed at a time: each rounds differently")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; more than 1 spoils the minutes")
-    parser.add_argument("--out", default="", help="folder to keep the runs and their logs in; default: a temporary one")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seeds", default="0,1,2,3,4,5", help="seeds of the world, the weights and the data's order"
+    )
+    parser.add_argument(
+        "--device_batch_sizes", default="2,4", help="rows computed at a time: each rounds differently"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at the same time; more than 1 spoils the minutes"
+    )
+    parser.add_argument(
+        "--out", default="", help="folder to keep the runs and their logs in; default: a temporary one"
+    )
     flags = parser.parse_args()
     cases = [(int(s), int(r)) for s in flags.seeds.split(",") for r in flags.device_batch_sizes.split(",")]
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(flags.jobs) as pool:

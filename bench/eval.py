@@ -71,7 +71,10 @@ def time_core(config: Config, model: ModelConfig, params, tokenizer: Tokenizer, 
     began = time.perf_counter()
 
     def on_result(result):
-        print(f"  {result.task:<34}{result.items:>5} items, {time.perf_counter() - began:6.1f} s so far", flush=True)
+        print(
+            f"  {result.task:<34}{result.items:>5} items, {time.perf_counter() - began:6.1f} s so far",
+            flush=True,
+        )
 
     results, seconds = timed(lambda: core.evaluate(scorer, tokenizer, bundle, config.max_per_task, on_result))
     compiled = span_losses._cache_size() - before
@@ -101,8 +104,9 @@ def time_answers(config: Config, model: ModelConfig, params, tokenizer: Tokenize
         tokens = sum(len(one.tokens) for group in answers for one in group)
         rates[name] = tokens / seconds
         print(
-            f"{name}: {len(asked)} prompts of {np.mean([len(p) for p in asked]):.0f} tokens, {tokens:,} tokens in "
-            f"{seconds:.1f} s, {rates[name]:,.0f} tokens/s ({compiled} compilations before, {cold:.1f} s)",
+            f"{name}: {len(asked)} prompts of {np.mean([len(p) for p in asked]):.0f} tokens, {tokens:,} "
+            f"tokens in {seconds:.1f} s, {rates[name]:,.0f} tokens/s ({compiled} compilations before, "
+            f"{cold:.1f} s)",
             flush=True,
         )
     print(f"all at once / one at a time: {rates['all at once'] / rates['one at a time']:.1f} ×")

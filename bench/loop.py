@@ -68,8 +68,15 @@ def run(config: Config):
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAXCHAT_BASE_DIR"] = folder
         tok_train.main([f"--data_dir={data}", f"--vocab_size={config.vocab}", "--max_chars=2000000"])
-        size = {"depth": config.depth, "max_seq_len": config.seq, "total_batch_size": config.batch * config.seq}
-        size |= {"device_batch_size": max(1, config.batch // jax.device_count()), "num_iterations": config.steps}
+        size = {
+            "depth": config.depth,
+            "max_seq_len": config.seq,
+            "total_batch_size": config.batch * config.seq,
+        }
+        size |= {
+            "device_batch_size": max(1, config.batch // jax.device_count()),
+            "num_iterations": config.steps,
+        }
         stage = base_train.stage_for(BaseConfig(data_dir=data, **size))
         with open_run(stage, find_start(stage)) as ready:
             looped, bare = Timed(ready.step_fn), Timed(ready.step_fn)

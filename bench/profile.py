@@ -43,7 +43,9 @@ def part_of(op_name: str) -> str:
 
 def operations(hlo: str) -> dict[str, str]:
     """{operation: its path} of a compiled program's text."""
-    found = re.findall(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?metadata=\{[^}]*op_name=\"([^\"]*)\"", hlo, re.MULTILINE)
+    found = re.findall(
+        r"^\s*(?:ROOT )?%?([\w.-]+) = .*?metadata=\{[^}]*op_name=\"([^\"]*)\"", hlo, re.MULTILINE
+    )
     return dict(found)
 
 
@@ -51,9 +53,13 @@ def device_events(folder: str):
     """(operation, nanoseconds) of what ran on devices while the profile was taken."""
     path = max(Path(folder).rglob("*.xplane.pb"))
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
-    on_device = [plane for plane in planes if plane.name.startswith("/device:")] or planes  # a CPU is the host
+    on_device = [
+        plane for plane in planes if plane.name.startswith("/device:")
+    ] or planes  # a CPU is the host
     for plane in on_device:
-        lines = [line for line in plane.lines if line.name == "XLA Ops"] or plane.lines  # a TPU has lines of others too
+        lines = [
+            line for line in plane.lines if line.name == "XLA Ops"
+        ] or plane.lines  # a TPU has lines of others too
         for event in (event for line in lines for event in line.events):
             yield str(dict(event.stats).get("hlo_op", event.name)), event.duration_ns
 

@@ -84,15 +84,20 @@ def prepare(config: Shape, changes: dict, micro_rows: int, make_state: Callable 
     mesh = sharding.make_mesh()
     model = ModelConfig.from_depth(config.depth, sequence_len=config.seq, vocab_size=config.vocab)
     compute = Compute.for_backend(mesh=mesh, **changes)
-    optimizer = make_optimizer(model, grad_clip=GRAD_CLIP[config.stage], muon_dtype=jnp.dtype(compute.dtype), mesh=mesh)
+    optimizer = make_optimizer(
+        model, grad_clip=GRAD_CLIP[config.stage], muon_dtype=jnp.dtype(compute.dtype), mesh=mesh
+    )
     batch = place_batch(batch_of(config, micro_rows, np.random.default_rng(0)), mesh)
     remats = REMATS if fit.device_memory(mesh) and "remat" not in changes else (compute.remat,)
     steps = {
-        remat: make_train_step(Model(model, dataclasses.replace(compute, remat=remat)), optimizer) for remat in remats
+        remat: make_train_step(Model(model, dataclasses.replace(compute, remat=remat)), optimizer)
+        for remat in remats
     }
     if len(steps) > 1:
         remats = [
-            fit.first_that_fits(steps, mesh, abstract_state(Model(model, compute), optimizer), batch, np.float32(1.0))
+            fit.first_that_fits(
+                steps, mesh, abstract_state(Model(model, compute), optimizer), batch, np.float32(1.0)
+            )
         ]
     make_state = make_state or partial(init_state, 0)
     return steps[remats[0]], make_state(Model(model, compute), optimizer), batch, model
@@ -114,15 +119,23 @@ def run(config: Config):
     runs = {}
     for way in config.ways.split(","):
         for micro in micros:
-            runs[f"{way.strip() or 'defaults'}, {micro} rows at a time"] = prepare(config, parse_way(way), micro)
-    states = {name: run[1] for name, run in runs.items()}  # donated to each step, and replaced by what it returns
+            runs[f"{way.strip() or 'defaults'}, {micro} rows at a time"] = prepare(
+                config, parse_way(way), micro
+            )
+    states = {
+        name: run[1] for name, run in runs.items()
+    }  # donated to each step, and replaced by what it returns
     for step, state, batch, _ in runs.values():
         compile_step(step, state, batch, np.float32(1.0))
     times, losses = {name: [] for name in runs}, {}
     model = next(iter(runs.values()))[3]
     cli.print_plan(
         "Training step",
-        [("model", str(model)), ("devices", sharding.describe(sharding.make_mesh())), ("jax", jax.__version__)],
+        [
+            ("model", str(model)),
+            ("devices", sharding.describe(sharding.make_mesh())),
+            ("jax", jax.__version__),
+        ],
     )
     for turn in range(config.warmup + config.steps):
         for name, (step, _, batch, *_) in runs.items():

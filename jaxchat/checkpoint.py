@@ -56,7 +56,9 @@ class Found:
         mesh = mesh or sharding.make_mesh(jax.local_devices()[:1])
         specs = sharding.named(mesh, model_params.specs(self.config))
         target = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), model_params.shapes(self.config), specs
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            model_params.shapes(self.config),
+            specs,
         )
         path = plain_path(self.folder) / str(self.step) / "params"
         quiet_orbax()
@@ -69,7 +71,9 @@ class Found:
                     raise ValueError(wrong)
                 return reader.restore(path, target)
         except (ValueError, OSError) as problem:
-            message = f"{self.path} does not hold the weights that its metadata describes: {first_line(problem)}"
+            message = (
+                f"{self.path} does not hold the weights that its metadata describes: {first_line(problem)}"
+            )
             raise UserError(message) from problem
 
 
@@ -84,7 +88,9 @@ def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokeni
         folder = Path(name)
     path, own = folder / str(step), folder / "tokenizer"
     meta = read_meta(folder, step)
-    wanted = meta["tokenizer_hash"]  # None: it was imported without a tokenizer; one put beside it later is taken
+    wanted = meta[
+        "tokenizer_hash"
+    ]  # None: it was imported without a tokenizer; one put beside it later is taken
     if own.is_dir():
         tokenizer = Tokenizer.load(own)
     elif wanted is not None:
@@ -106,7 +112,9 @@ def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokeni
     return Found(folder, step, meta, config, tokenizer)
 
 
-def find(source: str, model_tag: str = "", step: int = -1, items: Collection[str] | None = None) -> tuple[Path, int]:
+def find(
+    source: str, model_tag: str = "", step: int = -1, items: Collection[str] | None = None
+) -> tuple[Path, int]:
     """Return (folder, step) of a stage's checkpoint: of the tag, else the deepest d<N>, else the newest; the
     last step.
 
@@ -132,7 +140,9 @@ def find(source: str, model_tag: str = "", step: int = -1, items: Collection[str
     if step >= 0 and step not in steps:
         raise UserError(f"no step {step} in {folder}; there are: {', '.join(map(str, steps))}")
     if step >= 0 and (wrong := seal.damage(folder / str(step), items)):
-        raise UserError(f"{folder / str(step)} is damaged: {wrong}; take another step: {', '.join(map(str, steps))}")
+        raise UserError(
+            f"{folder / str(step)} is damaged: {wrong}; take another step: {', '.join(map(str, steps))}"
+        )
     if step < 0 and not (steps := whole_steps(folder, items)):
         raise UserError(f"all checkpoints in {folder} are damaged; {train}")
     return folder, step if step >= 0 else steps[-1]
@@ -153,7 +163,11 @@ def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]
         return "it was never finished" if unsealed else seal.damage(folder / str(step), items)
 
     while steps and (wrong := wrong_with(steps[-1])):
-        print(f"checkpoint {folder / str(steps[-1])} is damaged and passed over: {wrong}", file=sys.stderr, flush=True)
+        print(
+            f"checkpoint {folder / str(steps[-1])} is damaged and passed over: {wrong}",
+            file=sys.stderr,
+            flush=True,
+        )
         steps.pop()
     return steps
 
@@ -168,7 +182,9 @@ def steps_in(folder: Path) -> list[int]:
 def run_folder(source: str, tag: str) -> Path:
     """The folder of a stage's run. UserError: the tag is not a plain name."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", tag):
-        raise UserError(f"--model_tag={tag} must be a plain name: letters, digits and . _ - after a letter or digit")
+        raise UserError(
+            f"--model_tag={tag} must be a plain name: letters, digits and . _ - after a letter or digit"
+        )
     return base_dir() / STAGES[source].folder / tag
 
 
@@ -191,7 +207,11 @@ def measured(folder: Path, step: int) -> dict[str, float]:
     for row in files.read_lines(folder / "metrics.jsonl"):
         if row.get("step", step + 1) <= step and "step_seconds" not in row:
             found |= row
-    return {name: value for name, value in found.items() if name not in ("step", "evaluation") and value is not None}
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in ("step", "evaluation") and value is not None
+    }
 
 
 @contextmanager
@@ -200,7 +220,9 @@ def readable(path: Path):
     try:
         yield
     except (ValueError, OSError) as problem:
-        raise UserError(f"{path} can't be read ({first_line(problem)}); delete it to take the one before") from problem
+        raise UserError(
+            f"{path} can't be read ({first_line(problem)}); delete it to take the one before"
+        ) from problem
 
 
 def first_line(problem: Exception) -> str:
@@ -214,7 +236,7 @@ _links: dict[Path, Path] = {}
 
 
 def plain_path(folder: Path) -> Path:
-    r"""A path to a folder without * ? [ ] % \, which Orbax and TensorStore take for syntax: a symlink if need be."""
+    r"""A path to a folder without * ? [ ] % \, which Orbax and TensorStore take for syntax."""
     folder = folder.absolute()
     if not re.search(r"[][*?%\\]", str(folder)):
         return folder

@@ -29,21 +29,30 @@ def base_dir() -> Path:
     given = os.environ.get("JAXCHAT_BASE_DIR") or "~/.cache/jaxchat"
     check_local("JAXCHAT_BASE_DIR", given)
     if re.search("[\ud800-\udfff]", given):
-        raise UserError(f"JAXCHAT_BASE_DIR={given!r} is not UTF-8, which JAX needs; rename it, or set LC_ALL=C.UTF-8")
+        raise UserError(
+            f"JAXCHAT_BASE_DIR={given!r} is not UTF-8, which JAX needs; rename it, or set LC_ALL=C.UTF-8"
+        )
     try:
         return Path(given).expanduser()
     except RuntimeError:
-        raise UserError(f"{given}: no home directory is known here; set HOME, or JAXCHAT_BASE_DIR=FOLDER") from None
+        raise UserError(
+            f"{given}: no home directory is known here; set HOME, or JAXCHAT_BASE_DIR=FOLDER"
+        ) from None
 
 
 def check_local(name: str, paths: str):
     """Raise UserError if one of the comma-separated paths is an address such as gs://bucket/folder."""
     for path in paths.split(","):
         # pathlib and shells' completion leave one slash of an address
-        address = re.match(r"\s*(gs|s3|hf|file):/+([^/]*)", path) or re.match(r"\s*([A-Za-z][\w+.-]*)://([^/]*)", path)
+        address = re.match(r"\s*(gs|s3|hf|file):/+([^/]*)", path) or re.match(
+            r"\s*([A-Za-z][\w+.-]*)://([^/]*)", path
+        )
         if address:
             mount = f"gcsfuse --implicit-dirs --rename-dir-limit=200000 {address[2] or 'BUCKET'} FOLDER"
-            how = {"gs": f"mount it and give the folder, such as: {mount}", "file": "give the path after it alone"}
+            how = {
+                "gs": f"mount it and give the folder, such as: {mount}",
+                "file": "give the path after it alone",
+            }
             how = how.get(address[1], "mount it or copy it, and give the folder")
             raise UserError(f"{name}={path.strip()}: an address can't be used as a folder; {how}")
 
@@ -95,11 +104,15 @@ class ModelConfig:
                 if type(value) not in (int, float) or not 0 < value < math.inf:
                     raise UserError(f"model {field.name} is {value!r}; it must be a positive number")
             elif type(value) is not int or not 1 <= value < 2**31:
-                raise UserError(f"model {field.name} is {value!r}; it must be a whole number from 1 to {2**31 - 1:,}")
+                raise UserError(
+                    f"model {field.name} is {value!r}; it must be a whole number from 1 to {2**31 - 1:,}"
+                )
         if self.n_embd % self.n_head:
             raise UserError(f"model width n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.head_dim % 2:
-            raise UserError(f"head dimension {self.head_dim} is odd; rotary embedding turns pairs, choose it even")
+            raise UserError(
+                f"head dimension {self.head_dim} is odd; rotary embedding turns pairs, choose it even"
+            )
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
 
@@ -179,7 +192,11 @@ class Compute:
         if dtype == "auto":
             dtype = "float32" if backend == "cpu" else "bfloat16"
         if backend == "cpu":
-            chosen = {"unroll": True, "attention": "blocks", "micro_tokens": 1024}  # the fastest there: dev/LOG.md
+            chosen = {
+                "unroll": True,
+                "attention": "blocks",
+                "micro_tokens": 1024,
+            }  # the fastest there: dev/LOG.md
         else:
             kernel = {"gpu": "cudnn" if dtype == "bfloat16" else "xla", "tpu": "splash"}.get(backend, "xla")
             chosen = {"remat": "dots", "attention": kernel, "loss_chunk_tokens": 4096}
@@ -204,7 +221,9 @@ DEVICE_ROWS, DEVICE_CONVERSATIONS = 32, 4  # the most rows that --device_batch_s
 EVAL_BATCH = 4  # conversations that --eval_steps counts in
 
 
-def flag(default, least=None, most=None, *, special=None, choices=(), free=False, own=False, alias="", name=""):
+def flag(
+    default, least=None, most=None, *, special=None, choices=(), free=False, own=False, alias="", name=""
+):
     """A field of a flags class, with what Flags checks.
 
     least, most: the bounds of a number, inclusive; special: one more value that is allowed. choices: all
@@ -228,7 +247,11 @@ class Flags:
             if choices and value not in choices:
                 words = ", ".join(word for word in choices[:-1] if word)
                 raise UserError(f"--{name}={value}; it is {words} or {choices[-1]}")
-            if least is None or value == m["special"] or least <= value <= (math.inf if most is None else most):
+            if (
+                least is None
+                or value == m["special"]
+                or least <= value <= (math.inf if most is None else most)
+            ):
                 continue
             allowed = f"at least {least}" if most is None else f"from {least} to {most}"
             allowed += "" if m["special"] is None else f", or {m['special']}"

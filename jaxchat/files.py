@@ -92,7 +92,8 @@ def check_space(folder: Path, needed: int, remedy: str = "free some"):
     free = free_space(folder)
     if free < needed:
         raise UserError(
-            f"{folder} needs {size_text(needed)} of disk space, and {size_text(free)} are free there; {remedy}"
+            f"{folder} needs {size_text(needed)} of disk space, and {size_text(free)} are free there; "
+            f"{remedy}"
         )
 
 

@@ -35,10 +35,14 @@ class Place:
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
-    alone_on_host: bool = True  # it takes all devices of its host; under Slurm and Open MPI jax would give it one
+    alone_on_host: bool = (
+        True  # it takes all devices of its host; under Slurm and Open MPI jax would give it one
+    )
 
 
-def detect(coordinator: str = "", num_processes: int = 0, process_id: int = -1, environ=os.environ) -> Place | None:
+def detect(
+    coordinator: str = "", num_processes: int = 0, process_id: int = -1, environ=os.environ
+) -> Place | None:
     """Return this process's place, by flags (which come first) or by what a launcher has set; None: it is
     alone.
 
@@ -55,7 +59,9 @@ def detect(coordinator: str = "", num_processes: int = 0, process_id: int = -1, 
     given = {name: value for name, value in flags.items() if value is not None}
     own = dataclasses.replace(found or Place("flags"), **given)
     if missing := [f"--{name}" for name in flags if getattr(own, name) is None]:
-        raise UserError(f"--coordinator, --num_processes and --process_id go together; {missing[0]} is missing")
+        raise UserError(
+            f"--coordinator, --num_processes and --process_id go together; {missing[0]} is missing"
+        )
     if not own.coordinator.rpartition(":")[0] or not own.coordinator.rpartition(":")[2].isdigit():
         raise UserError(f"--coordinator={own.coordinator}; it is process 0's HOST:PORT")
     if not 0 <= own.process_id < own.num_processes:
@@ -70,7 +76,9 @@ def _by_environment(environ) -> Place | None:
         if int(count) == 1:
             return None
         if address is None or index is None:
-            raise UserError("JAXCHAT_NUM_PROCESSES needs JAX_COORDINATOR_ADDRESS and JAXCHAT_PROCESS_ID beside it")
+            raise UserError(
+                "JAXCHAT_NUM_PROCESSES needs JAX_COORDINATOR_ADDRESS and JAXCHAT_PROCESS_ID beside it"
+            )
         return Place("environment", address, int(count), int(index))
     if all(name in environ for name in SLURM):
         tasks, hosts = int(environ["SLURM_NTASKS"]), int(environ.get("SLURM_STEP_NUM_NODES", "1"))
@@ -110,7 +118,9 @@ def is_first(environ=os.environ) -> bool:
         index = place.process_id if place else None
     if index is None and on_tpu:
         index = environ.get("TPU_WORKER_ID") or _metadata("agent-worker-number", environ)
-    if on_tpu and "," in (environ.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints", environ)):
+    if on_tpu and "," in (
+        environ.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints", environ)
+    ):
         environ.setdefault("JAX_PLATFORMS", "cpu")
     return int(index or 0) == int(environ.get("MEGASCALE_SLICE_ID", 0)) == 0
 
@@ -142,7 +152,9 @@ def start(config: TrainConfig, *, asks: bool = True):
         return
     if place.found_by == "ompi" and not place.coordinator and "OMPI_MCA_orte_hnp_uri" not in os.environ:
         raise UserError("Open MPI 5 does not say where process 0 is: give --coordinator=HOST:PORT")
-    method = "deactivate" if place.coordinator else place.found_by if place.found_by in ("slurm", "ompi") else None
+    method = (
+        "deactivate" if place.coordinator else place.found_by if place.found_by in ("slurm", "ompi") else None
+    )
     own_device = not place.alone_on_host and bool(place.coordinator)
     local = os.environ.get("SLURM_LOCALID", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK"))
     if not asks:  # jax's service would catch SIGTERM, and keep it to itself
@@ -160,7 +172,9 @@ def start(config: TrainConfig, *, asks: bool = True):
         )
     except ValueError as problem:
         flags = "--coordinator, --num_processes and --process_id"
-        raise UserError(f"the other processes cannot be found ({problem}); name them with {flags}") from problem
+        raise UserError(
+            f"the other processes cannot be found ({problem}); name them with {flags}"
+        ) from problem
     except RuntimeError as problem:  # they did not come in time: some may still be at the command before
         print(f"error: not all processes have come: {problem}", file=sys.stderr, flush=True)
         raise SystemExit(UNREACHABLE) from None
@@ -199,7 +213,9 @@ def together():
         if _may_be_others_fault(problem):
             time.sleep(1.5 * timeout)
             code = UNREACHABLE
-        elif process == 0:  # it holds the connections: those that fail alike shall say so, and end by themselves
+        elif (
+            process == 0
+        ):  # it holds the connections: those that fail alike shall say so, and end by themselves
             time.sleep(min(10, timeout / 10))
         for child in multiprocessing.active_children():
             child.kill()

@@ -56,7 +56,9 @@ def make_mesh(devices=None, axes: str = "") -> Mesh:
     shape = mesh_shape(axes, len(devices), devices[0].platform)
     per_process = sum(device.process_index == devices[0].process_index for device in devices)
     if per_process % shape[2]:  # a row's parts would lie in two processes
-        raise UserError(f"--mesh={axes}: tensor={shape[2]} does not divide the {per_process} devices of a process")
+        raise UserError(
+            f"--mesh={axes}: tensor={shape[2]} does not divide the {per_process} devices of a process"
+        )
     return Mesh(np.array(devices).reshape(shape), AXES)
 
 
@@ -73,7 +75,9 @@ def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int
     for part in axes.split(",") if axes else ():
         name, _, size = part.strip().partition("=")
         if name not in AXES or not (size == "-1" or size.isdecimal() and int(size) > 0):
-            raise UserError(f"--mesh={axes}: {part!r} is no axis; write data=-1,fsdp=1,tensor=1 (-1: what is left)")
+            raise UserError(
+                f"--mesh={axes}: {part!r} is no axis; write data=-1,fsdp=1,tensor=1 (-1: what is left)"
+            )
         sizes[name] = int(size)
     fixed = {name: size for name, size in sizes.items() if size > 0}
     if len(fixed) < 2:
@@ -98,10 +102,13 @@ def check_fits(model: ModelConfig, mesh: Mesh):
     ):
         if size % parts:
             axis = "fsdp" if name == "width" else "tensor"
-            fits = model.n_embd if axis == "fsdp" else math.gcd(model.n_head, model.n_kv_head, model.vocab_size)
+            fits = (
+                model.n_embd if axis == "fsdp" else math.gcd(model.n_head, model.n_kv_head, model.vocab_size)
+            )
             possible = [str(n) for n in range(1, mesh.size + 1) if mesh.size % n == 0 and fits % n == 0]
             raise UserError(
-                f"--mesh: {axis}={parts} does not divide the model's {name}, {size:,}; it may be {', '.join(possible)}"
+                f"--mesh: {axis}={parts} does not divide the model's {name}, {size:,}; it may be "
+                f"{', '.join(possible)}"
             )
 
 
@@ -212,8 +219,8 @@ def check_same(**facts):
             if other[what] != first:
                 differs = difference(first, other[what], f" (process {number} has {{}})")
                 raise UserError(
-                    f"the processes were started with different {what}: process 0 has {differs}; give all of them the "
-                    "same flags, files and tokenizer"
+                    f"the processes were started with different {what}: process 0 has {differs}; give all "
+                    "of them the same flags, files and tokenizer"
                 )
 
 

@@ -74,7 +74,15 @@ class Checkpoints:
         if jax.process_index() == 0:
             tokenizer.save(self.folder / "tokenizer")
 
-    def save(self, step: int, *, params: Params, optimizer: Any, batches: "grain.DatasetIterator | None", meta: dict):
+    def save(
+        self,
+        step: int,
+        *,
+        params: Params,
+        optimizer: Any,
+        batches: "grain.DatasetIterator | None",
+        meta: dict,
+    ):
         """Start saving, after the save before is complete. optimizer and batches None: weights and metadata
         only.
 
@@ -86,10 +94,14 @@ class Checkpoints:
             items["optimizer"] = ocp.args.StandardSave(optimizer)
         if batches is not None:  # one dict, of the streams of all processes
             states = sharding.gather_json(batches.get_state())
-            items["data"] = ocp.args.JsonSave({name: value for state in states for name, value in state.items()})
+            items["data"] = ocp.args.JsonSave(
+                {name: value for state in states for name, value in state.items()}
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            sweep(self.folder)  # again: a save that failed may have gone on writing when its folder was deleted
+            sweep(
+                self.folder
+            )  # again: a save that failed may have gone on writing when its folder was deleted
 
         def begin():
             checkpoint.quiet_orbax()
@@ -230,7 +242,8 @@ def lock(folder: Path) -> int:
             holder = os.read(held, 200).decode(errors="replace").strip() or "another process"
             os.close(held)
             raise UserError(
-                f"{folder} is being written by {holder}; wait for that run, end it, or choose another --model_tag"
+                f"{folder} is being written by {holder}; wait for that run, end it, or choose another "
+                "--model_tag"
             ) from None
         return held  # a file system without locks
     with suppress(OSError):  # a full disk: the lock holds without a name in it

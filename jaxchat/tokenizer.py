@@ -28,7 +28,8 @@ SPECIAL_TOKENS = (
 )
 # GPT-4's way of cutting text into pieces that merges stay within, but with digits in groups of at most two.
 SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"  # contractions, words, numbers
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"  # punctuation, space
 )
 
 
@@ -109,7 +110,9 @@ class Tokenizer:
                 f"--vocab_size={vocab_size} is below {smallest}: 256 bytes and {len(SPECIAL_TOKENS)} specials"
             )
         bpe = tokenizers.Tokenizer(models.BPE(byte_fallback=False, unk_token=None, fuse_unk=False))
-        split = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN.replace("?+", "?").replace("++", "+")), "isolated")
+        split = pre_tokenizers.Split(
+            tokenizers.Regex(SPLIT_PATTERN.replace("?+", "?").replace("++", "+")), "isolated"
+        )
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
         bpe.decoder = decoders.ByteLevel()
@@ -126,8 +129,8 @@ class Tokenizer:
         wanted = vocab_size - len(SPECIAL_TOKENS)
         if len(ranks) < wanted:
             raise UserError(
-                f"the text gives only {len(ranks)} different pieces, and --vocab_size={vocab_size} wants {wanted}; "
-                f"give more text, or at most --vocab_size={len(ranks) + len(SPECIAL_TOKENS)}"
+                f"the text gives only {len(ranks)} different pieces, and --vocab_size={vocab_size} wants "
+                f"{wanted}; give more text, or at most --vocab_size={len(ranks) + len(SPECIAL_TOKENS)}"
             )
         # tiktoken merges by rank and needs the single bytes too; the trainer numbers these first.
         return cls(ranks)
@@ -145,10 +148,14 @@ class Tokenizer:
             paths = [folder / "tokenizer.json", folder / f"tokenizer.json{files.PART}"]
             infos = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
         except (OSError, ValueError) as problem:
-            raise UserError(f"the tokenizer in {folder} cannot be read ({problem}); train it anew") from problem
+            raise UserError(
+                f"the tokenizer in {folder} cannot be read ({problem}); train it anew"
+            ) from problem
         info = next((info for info in infos if info.get("hash") == tokenizer.hash), None)
         if info is None:
-            raise UserError(f"the tokenizer in {folder} is damaged: its ranks don't match its hash; train it anew")
+            raise UserError(
+                f"the tokenizer in {folder} is damaged: its ranks don't match its hash; train it anew"
+            )
         tokenizer.trained_on = info.get("trained_on", {})
         tokenizer.training_seconds = info.get("training_seconds", 0.0)
         return tokenizer
@@ -165,7 +172,12 @@ class Tokenizer:
         folder = Path(directory or base_dir() / "tokenizer")
         folder.mkdir(parents=True, exist_ok=True)
         pieces = sorted(self.ranks, key=self.ranks.get)
-        info = {"hash": self.hash, "vocab_size": self.vocab_size, "pattern": SPLIT_PATTERN, "specials": self._specials}
+        info = {
+            "hash": self.hash,
+            "vocab_size": self.vocab_size,
+            "pattern": SPLIT_PATTERN,
+            "specials": self._specials,
+        }
         info |= {"trained_on": self.trained_on, "training_seconds": self.training_seconds}
         with files.atomic(folder / "tokenizer.json") as about, files.atomic(folder / "ranks.txt") as ranks:
             ranks.write_text("".join(base64.b64encode(piece).decode() + "\n" for piece in pieces))
@@ -190,7 +202,9 @@ class Tokenizer:
             if len(text) < 1000:
                 raise
             half = len(text) // 2
-            return np.concatenate([self.encode_array(part, specials=specials) for part in (text[:half], text[half:])])
+            return np.concatenate(
+                [self.encode_array(part, specials=specials) for part in (text[:half], text[half:])]
+            )
         return ids.view(np.int32)
 
     def decode(self, ids) -> str:
@@ -219,7 +233,9 @@ class Tokenizer:
         that could merge.
         """
         alone = [_may_merge(pieces) for pieces in conversations]
-        joined = [piece for pieces, apart in zip(conversations, alone, strict=True) if not apart for piece in pieces]
+        joined = [
+            piece for pieces, apart in zip(conversations, alone, strict=True) if not apart for piece in pieces
+        ]
         ids = self.encode_array("".join(piece.text for piece in joined), specials=True)
         is_special = ids >= self.bos  # the first of them
         learn_special, learn_after = [], []  # of each special, and of the text that follows it
@@ -229,7 +245,9 @@ class Tokenizer:
                 learn_after.append(0)
             else:
                 learn_after[-1] = learn
-        if is_special.sum() != len(learn_special):  # text so long that it was encoded in halves, cut within a special
+        if is_special.sum() != len(
+            learn_special
+        ):  # text so long that it was encoded in halves, cut within a special
             return [_arrays(self._render(pieces)) for pieces in conversations]
         which = np.cumsum(is_special) - 1
         mask = np.where(is_special, np.int32(learn_special)[which], np.int32(learn_after)[which])
@@ -271,7 +289,9 @@ def check_conversation(conversation: dict):
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
-            raise UserError(f"message {i} has the unknown role {role!r}; it is system (first only), user or assistant")
+            raise UserError(
+                f"message {i} has the unknown role {role!r}; it is system (first only), user or assistant"
+            )
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if not turns:
         raise UserError("a conversation has a system message only; a user's message must follow")
@@ -279,15 +299,21 @@ def check_conversation(conversation: dict):
         role, content = message["role"], message.get("content")
         expected = ("user", "assistant")[i % 2]
         if role != expected:
-            raise UserError(f"turn {i} is the {role}'s, but user and assistant alternate: it must be the {expected}'s")
+            raise UserError(
+                f"turn {i} is the {role}'s, but user and assistant alternate: it must be the {expected}'s"
+            )
         if isinstance(content, str):
             continue
         if role == "user" or not isinstance(content, list):
-            raise UserError(f"turn {i} ({role}) has content of type {type(content).__name__}; it must be text")
+            raise UserError(
+                f"turn {i} ({role}) has content of type {type(content).__name__}; it must be text"
+            )
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else part
             if kind not in PART_TYPES:
-                raise UserError(f"turn {i} has a part of unknown type {kind!r}; it is one of {', '.join(PART_TYPES)}")
+                raise UserError(
+                    f"turn {i} has a part of unknown type {kind!r}; it is one of {', '.join(PART_TYPES)}"
+                )
             if not isinstance(part.get("text"), str):
                 raise UserError(f"turn {i} has a part of type {kind!r} without a `text` that is a string")
     if messages[0]["role"] == "system" and not isinstance(messages[0].get("content"), str):

@@ -80,13 +80,20 @@ def run(config: Config):
         [
             ("model", str(found.folder / str(found.step))),
             ("devices", f"{sharding.describe(mesh)}, compute in {model.compute.dtype}"),
-            ("bits per byte", f"on {config.eval_tokens:,} tokens of each split" if splits else "not measured"),
+            (
+                "bits per byte",
+                f"on {config.eval_tokens:,} tokens of each split" if splits else "not measured",
+            ),
             ("CORE", no_core or f"{len(bundle)} tasks, {items:,} items"),
             *([("WARNING", warning)] if warning else []),
         ],
     )
     params = found.load(mesh)
-    settings = {"max_per_task": config.max_per_task, "eval_tokens": config.eval_tokens, "dtype": model.compute.dtype}
+    settings = {
+        "max_per_task": config.max_per_task,
+        "eval_tokens": config.eval_tokens,
+        "dtype": model.compute.dtype,
+    }
     with out_of_memory(f"lower --device_batch_size (it was {config.device_batch_size})"):
         values = measure_text(found, params, texts, config.device_batch_size, config.eval_tokens, model)
     results = []
@@ -102,8 +109,14 @@ def run(config: Config):
     more["seconds"] = time.perf_counter() - start
     save = partial(save_results, found, "base", "base_eval", results, values, "core", settings, **more)
     save()  # before the samples: CORE may have taken hours
-    path = save(samples=show_samples(Engine(params, found.config, found.tokenizer, model.compute, batch_size=8)))
-    for line in (warning and f"WARNING: {warning}", no_core and f"CORE was {no_core}", f"saved {path} and .csv"):
+    path = save(
+        samples=show_samples(Engine(params, found.config, found.tokenizer, model.compute, batch_size=8))
+    )
+    for line in (
+        warning and f"WARNING: {warning}",
+        no_core and f"CORE was {no_core}",
+        f"saved {path} and .csv",
+    ):
         if line:
             print(line, flush=True)
     cli.next_step(f"python -m launch.mid_train --model_tag={found.folder.name}")

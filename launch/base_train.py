@@ -26,7 +26,8 @@ def about_tokenizer(config: BaseConfig, tokenizer, data: dict[str, str]) -> list
     """A row of the plan where the tokenizer was trained on none of the shards (fingerprints in `data`)."""
     if tokenizer.knows(data):
         return []
-    command = f"python -m launch.tok_train{f' --data_dir={shlex.quote(config.data_dir)}' if config.data_dir else ''}"
+    where = f" --data_dir={shlex.quote(config.data_dir)}" if config.data_dir else ""
+    command = f"python -m launch.tok_train{where}"
     return [("warning", f"the tokenizer was trained on other text; to train one on this: {command}")]
 
 
@@ -40,7 +41,11 @@ def run(config: BaseConfig):
     stage = stage_for(config)
     start = find_start(stage)
     bundle, about_core = training.core_bundle(config)
-    plan = [*plan_of(stage, start), ("CORE", about_core), *about_tokenizer(config, stage.tokenizer, stage.data)]
+    plan = [
+        *plan_of(stage, start),
+        ("CORE", about_core),
+        *about_tokenizer(config, stage.tokenizer, stage.data),
+    ]
     cli.print_plan(stage.title, plan)
     evaluations = training.base(config, stage, bundle)
     with open_run(stage, start) as ready, record.recorded(ready, began, plan):

@@ -58,10 +58,14 @@ def names_in(config: Config) -> tuple[list[str], str]:
     """Return (the tasks to measure, why a task that was asked for is not among them)."""
     from jaxchat.eval import chat
 
-    asked = list(dict.fromkeys(name.strip() for name in config.task_name.split("|") if name.strip())) or [*chat.TASKS]
+    asked = list(dict.fromkeys(name.strip() for name in config.task_name.split("|") if name.strip())) or [
+        *chat.TASKS
+    ]
     for name in asked:
         if name not in chat.TASKS:
-            raise UserError(f"-a {config.task_name}: unknown task {name!r}; it is one of {', '.join(chat.TASKS)}")
+            raise UserError(
+                f"-a {config.task_name}: unknown task {name!r}; it is one of {', '.join(chat.TASKS)}"
+            )
     left_out = {name: why for name in asked if (why := chat.why_not(name))}
     names, why = [name for name in asked if name not in left_out], "; ".join(left_out.values())
     if not names:
@@ -82,8 +86,8 @@ def run(config: Config):
     start = time.perf_counter()
     if config.num_samples > 1 and config.temperature == 0:
         raise UserError(
-            f"--num_samples={config.num_samples} at --temperature=0 would give the same answer each time; give a "
-            "temperature such as 0.8"
+            f"--num_samples={config.num_samples} at --temperature=0 would give the same answer each time; "
+            "give a temperature such as 0.8"
         )
     names, left_out = names_in(config)
     shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
@@ -92,11 +96,16 @@ def run(config: Config):
     model = model_for(shared, found.config, mesh)
     check_writable(found.folder)
     tasks = {name: load_task(chat.TASKS[name].spec, config.tasks_dir or None) for name in names}
-    sharding.check_same(checkpoints=found.name, tasks={name: task.fingerprint for name, task in tasks.items()})
+    sharding.check_same(
+        checkpoints=found.name, tasks={name: task.fingerprint for name, task in tasks.items()}
+    )
     slots = config.batch_size
     if slots < 0:
         slots = chat.batch_size_for(found.config, model.compute, device_memory(mesh))
-    counts = [min(len(task), config.max_problems) if config.max_problems > 0 else len(task) for task in tasks.values()]
+    counts = [
+        min(len(task), config.max_problems) if config.max_problems > 0 else len(task)
+        for task in tasks.values()
+    ]
     how = f"at temperature {config.temperature:g}" if config.temperature else "greedily"
     longest = min(config.max_new_tokens, found.config.sequence_len)  # it shares the context with the problem
     cli.print_plan(
@@ -107,14 +116,18 @@ def run(config: Config):
             ("tasks", ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))),
             (
                 "written answers",
-                f"{config.num_samples} a problem, {how}, at most {longest} tokens, {slots} a device at a time",
+                f"{config.num_samples} a problem, {how}, at most {longest} tokens, {slots} a device at a "
+                "time",
             ),
             *[("rows", f"{task.name}: {task.left_out}") for task in tasks.values() if task.left_out],
             *([("WARNING", left_out)] if left_out else []),
         ],
     )
     params = found.load(mesh)
-    settings = {name: getattr(config, name) for name in SETTINGS} | {"tasks": names, "dtype": model.compute.dtype}
+    settings = {name: getattr(config, name) for name in SETTINGS} | {
+        "tasks": names,
+        "dtype": model.compute.dtype,
+    }
     options = {name: getattr(config, name) for name in ("temperature", "seed", "num_samples")}
     options |= {"max_tokens": config.max_new_tokens, "top_k": max(0, config.top_k)}
     with out_of_memory(f"lower -b (it was {slots}), or -m, the length of answers"):

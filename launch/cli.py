@@ -70,7 +70,9 @@ def _parse_and_run(config_class, run, args: list[str], several: bool) -> None:
     try:
         config = parse(config_class, args, _prog(run))
         if not several and not hosts.is_first():
-            return print("nothing to do here: this command runs in the first process only", file=sys.stderr, flush=True)
+            return print(
+                "nothing to do here: this command runs in the first process only", file=sys.stderr, flush=True
+            )
         code = run(config)
         sys.stdout.flush()  # here, so that a reader who has left is noticed where it is handled
     except UserError as error:
@@ -90,7 +92,10 @@ def _parse_and_run(config_class, run, args: list[str], several: bool) -> None:
         platforms = os.environ.get("JAX_PLATFORMS")
         if not platforms or not _raised_in(error, "xla_bridge.py"):
             raise
-        _fail(f"JAX_PLATFORMS={platforms}: no such device can be used here; unset it, or set JAX_PLATFORMS=cpu", 2)
+        _fail(
+            f"JAX_PLATFORMS={platforms}: no such device can be used here; unset it, or set JAX_PLATFORMS=cpu",
+            2,
+        )
     if code:
         raise SystemExit(code)
 
@@ -140,11 +145,15 @@ def runnable(command: str, **flags: str) -> str:
     """A command as it can be run from here: with this Python, the base directory, and the flags that are not
     empty."""
     found = shutil.which("python")
-    if not found or os.path.dirname(found) != os.path.dirname(sys.executable):  # `python` would be another one
+    if not found or os.path.dirname(found) != os.path.dirname(
+        sys.executable
+    ):  # `python` would be another one
         near = os.path.relpath(sys.executable)
         command = command.replace("python", sys.executable if near.startswith("..") else near, 1)
     before = [f"JAXCHAT_BASE_DIR={shlex.quote(folder)}" for folder in _base[-1:]]
-    return " ".join([*before, command, *(f"--{name}={shlex.quote(value)}" for name, value in flags.items() if value)])
+    return " ".join(
+        [*before, command, *(f"--{name}={shlex.quote(value)}" for name, value in flags.items() if value)]
+    )
 
 
 @contextlib.contextmanager
@@ -196,7 +205,9 @@ class _Parser(argparse.ArgumentParser):
         for cls in config_class.__mro__:
             own = [fields[name] for name in cls.__dict__.get("__annotations__", ()) if name in fields]
             if own:
-                group = self if cls is config_class else self.add_argument_group(inspect.cleandoc(cls.__doc__))
+                group = (
+                    self if cls is config_class else self.add_argument_group(inspect.cleandoc(cls.__doc__))
+                )
                 docs = _field_docs(cls)
                 for field in own:
                     self.add_flag(group, field, docs.get(field.name, ""))
@@ -205,14 +216,22 @@ class _Parser(argparse.ArgumentParser):
         name = field.metadata.get("name") or field.name
         self.names.append(name)
         default = "" if field.type is bool or field.default == "" else f" (default: {field.default})"
-        shown = {"dest": field.name, "default": argparse.SUPPRESS, "help": (text + default).replace("%", "%%")}
+        shown = {
+            "dest": field.name,
+            "default": argparse.SUPPRESS,
+            "help": (text + default).replace("%", "%%"),
+        }
         kind, metavar = KINDS[field.type]
         metavar = "|".join(filter(None, field.metadata.get("choices") or ())) or metavar
         switch = {"nargs": "?", "const": True} if field.type is bool else {}
         alias = field.metadata.get("alias")
-        group.add_argument(f"--{name}", *([alias] if alias else []), type=kind, metavar=metavar, **switch, **shown)
+        group.add_argument(
+            f"--{name}", *([alias] if alias else []), type=kind, metavar=metavar, **switch, **shown
+        )
         if switch:
-            group.add_argument(f"--no_{name}", action="store_const", const=False, **shown | {"help": argparse.SUPPRESS})
+            group.add_argument(
+                f"--no_{name}", action="store_const", const=False, **shown | {"help": argparse.SUPPRESS}
+            )
 
     def error(self, message: str):
         raise UserError(message.removeprefix("argument "))
@@ -234,7 +253,9 @@ def _field_docs(cls) -> dict[str, str]:
     return {
         field.target.id: " ".join(below.value.value.split())
         for field, below in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
     }
 
 

@@ -40,18 +40,24 @@ class Config(Flags):
 
 
 def run(config: Config):
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX reads it: only descriptions of devices are used
+    os.environ.setdefault(
+        "JAX_PLATFORMS", "cpu"
+    )  # before JAX reads it: only descriptions of devices are used
     from jaxchat import sharding
     from jaxchat.model.flops import flops_per_token, num_params
     from jaxchat.plan import step, topologies
 
     topologies.compile_only()
     plan = step.StepPlan(config)
-    batch = f"{plan.batch} rows × {plan.shards} devices × {plan.accumulated} accumulated × {config.max_seq_len} tokens"
+    batch = f"{plan.batch} rows × {plan.shards} devices × {plan.accumulated} accumulated"
+    batch += f" × {config.max_seq_len} tokens"
     cli.print_plan(
         f"Compiling the step of d{config.depth} for {config.topology}",
         [
-            ("model", f"{num_params(plan.model):,} parameters; {flops_per_token(plan.model):,} FLOPs a token"),
+            (
+                "model",
+                f"{num_params(plan.model):,} parameters; {flops_per_token(plan.model):,} FLOPs a token",
+            ),
             ("devices", f"{sharding.describe(plan.mesh)}, {plan.memory / 1e9:.0f} GB each"),
             ("batch", batch),
             ("takes", "some minutes a compilation (one for GPUs)"),
@@ -63,7 +69,9 @@ def run(config: Config):
     if config.find_batch:
         best = plan.largest(done)
         figures["largest_device_batch"] = best.batch if best else 0
-        found = f"largest device batch that fits: {best.batch} rows, with --remat={best.remat}" if best else ""
+        found = (
+            f"largest device batch that fits: {best.batch} rows, with --remat={best.remat}" if best else ""
+        )
         print(found or "no device batch fits, not even one row")
     if config.json:
         print(json.dumps(figures))
@@ -84,7 +92,10 @@ def rows_of(plan, done) -> list[tuple[str, str]]:
         at_peak = f", {program.flops / peak:.2f} s at peak" if peak else ""
         sent = [f"{name} {size / 1e9:.2f} GB" for name, size in program.sent().items() if size]
         rows += [
-            ("FLOPs", f"{program.flops:.3e} a device without kernels; by the formula {plan.flops:.3e}{at_peak}"),
+            (
+                "FLOPs",
+                f"{program.flops:.3e} a device without kernels; by the formula {plan.flops:.3e}{at_peak}",
+            ),
             ("collectives", ", ".join(sent) or "none"),
             ("kernels", ", ".join(f"{name} × {n}" for name, n in program.kernels.most_common(8)) or "none"),
         ]
@@ -133,7 +144,8 @@ def training(config: Config, batch: int) -> str:
 
 def remedy(plan, done, largest: int | None) -> str:
     """The error where a step does not fit. largest: the device batch that fits; 0: none; None: unknown."""
-    message = f"a step of {plan.batch} rows a device needs {done.needs / 1e9:.1f} GB of {plan.memory / 1e9:.0f} GB; "
+    sizes = f"{done.needs / 1e9:.1f} GB of {plan.memory / 1e9:.0f} GB"
+    message = f"a step of {plan.batch} rows a device needs {sizes}; "
     if done.remat != "full":
         message += "try --remat=full, or "
     if largest:

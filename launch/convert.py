@@ -39,7 +39,9 @@ class Config(Flags):
 
 def run(config: Config):
     if bool(config.to) == bool(config.from_format):
-        raise UserError("give either --to=hf|nanochat --out=FOLDER, or --from=hf|nanochat --path=FOLDER --as=STAGE")
+        raise UserError(
+            "give either --to=hf|nanochat --out=FOLDER, or --from=hf|nanochat --path=FOLDER --as=STAGE"
+        )
     others = (("path", config.path), ("as", config.as_stage)) if config.to else (("out", config.out),)
     for name, value in others:
         if value:
@@ -50,7 +52,9 @@ def run(config: Config):
         import jaxchat.convert.hugging_face
         import jaxchat.convert.nanochat  # noqa: F401
     except ImportError as problem:
-        raise UserError(f"conversion needs {problem.name}; in the checkout: pip install -e '.[convert]'") from problem
+        raise UserError(
+            f"conversion needs {problem.name}; in the checkout: pip install -e '.[convert]'"
+        ) from problem
     (export if config.to else take_in)(config)
 
 
@@ -103,7 +107,9 @@ def export(config: Config):
             written = nanochat.export(found, out, on_weight)
     except OSError as problem:
         name = problem.filename or config.out
-        raise UserError(f"{name}: {problem.strerror or problem}; fix that, or give another --out") from problem
+        raise UserError(
+            f"{name}: {problem.strerror or problem}; fix that, or give another --out"
+        ) from problem
     print(f"wrote {written}")
     if config.to == "hf":
         print(f"next: in Python, transformers.AutoModelForCausalLM.from_pretrained({str(written)!r})")
@@ -117,7 +123,9 @@ def take_in(config: Config):
     from jaxchat.convert import hugging_face, nanochat, weights
 
     if not (config.path and config.as_stage and config.model_tag):
-        raise UserError(f"--from={config.from_format} needs --path=FOLDER, --as=base|mid|sft and --model_tag=NAME")
+        raise UserError(
+            f"--from={config.from_format} needs --path=FOLDER, --as=base|mid|sft and --model_tag=NAME"
+        )
     target = checkpoint.run_folder(config.as_stage, config.model_tag)
     if target.exists():
         raise UserError(f"{target} exists; choose another --model_tag, or remove it")
@@ -135,7 +143,10 @@ def take_in(config: Config):
     weights.take_in(foreign, target, config.as_stage, config.from_format, progress(foreign.config))
     print(f"wrote {target}/{foreign.step}")
     if foreign.tokenizer is None:
-        print(f"to train or chat with it, copy its tokenizer folder (ranks.txt, tokenizer.json) to {target}/tokenizer")
+        print(
+            "to train or chat with it, copy its tokenizer folder (ranks.txt, tokenizer.json) to "
+            f"{target}/tokenizer"
+        )
     elif config.as_stage == "base":
         cli.next_step(f"python -m launch.mid_train --model_tag={config.model_tag}")
     else:

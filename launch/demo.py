@@ -81,7 +81,12 @@ def train(config: Config, tasks: Path):
     chat_sft.main(
         [f"--train_tasks={tasks / 'world_sft.jsonl'}", validation, f"--num_iterations={config.sft_steps}"]
         + [f"--device_batch_size={2 * config.device_batch_size}", "--max_seq_len=128", "--packing=bestfit"]
-        + ["--target_examples_per_step=64", "--init_lr_frac=0.4", "--eval_steps=10", "--eval_metrics_every=-1"]
+        + [
+            "--target_examples_per_step=64",
+            "--init_lr_frac=0.4",
+            "--eval_steps=10",
+            "--eval_metrics_every=-1",
+        ]
         + common
     )
 

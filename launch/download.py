@@ -18,8 +18,12 @@ SETS: dict[str, Repo | Link] = {
     "climbmix": Repo("karpathy/climbmix-400b-shuffle", ("*.parquet",), "base_data", shards=True),
     "smoltalk": Repo("HuggingFaceTB/smol-smoltalk", ("data/*.parquet",), "tasks/smoltalk"),
     "mmlu": Repo("cais/mmlu", ("all/*.parquet",), "tasks/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe"),
-    "gsm8k": Repo("openai/gsm8k", ("main/*.parquet",), "tasks/gsm8k", "740312add88f781978c0658806c59bc2815b9866"),
-    "arc": Repo("allenai/ai2_arc", ("ARC-*/*.parquet",), "tasks/arc", "210d026faf9955653af8916fad021475a3f00453"),
+    "gsm8k": Repo(
+        "openai/gsm8k", ("main/*.parquet",), "tasks/gsm8k", "740312add88f781978c0658806c59bc2815b9866"
+    ),
+    "arc": Repo(
+        "allenai/ai2_arc", ("ARC-*/*.parquet",), "tasks/arc", "210d026faf9955653af8916fad021475a3f00453"
+    ),
     "humaneval": Repo(
         "openai/openai_humaneval",
         ("openai_humaneval/*.parquet",),
@@ -62,7 +66,9 @@ class Config(Flags):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.revision and not (len(names := names_in(self.what)) == 1 and isinstance(SETS[names[0]], Repo)):
+        if self.revision and not (
+            len(names := names_in(self.what)) == 1 and isinstance(SETS[names[0]], Repo)
+        ):
             raise UserError(f"--revision={self.revision} needs one data set of the hub, not {self.what}")
 
 
@@ -85,7 +91,8 @@ def names_in(what: str) -> list[str]:
         raise UserError(f"no data set was named; give one or several of {', '.join(NAMES)}")
     if {"fineweb-edu", "climbmix"} <= set(names):
         raise UserError(
-            "fineweb-edu and climbmix name their shards alike; download one, and the other with a --to of its own"
+            "fineweb-edu and climbmix name their shards alike; download one, and the other with a --to of "
+            "its own"
         )
     return list(dict.fromkeys(names))
 
@@ -101,7 +108,9 @@ def run(config: Config):
     names = names_in(config.what)
     repos = {repo: place(repo.folder, config.to) for name in names if isinstance(repo := SETS[name], Repo)}
     links = {link: place(link.path, config.to) for name in names if isinstance(link := SETS[name], Link)}
-    listings = [hub.list_files(repo, folder, config.revision, config.shards) for repo, folder in repos.items()]
+    listings = [
+        hub.list_files(repo, folder, config.revision, config.shards) for repo, folder in repos.items()
+    ]
     missing = [listing.files[name][0] for listing in listings for name in listing.missing()]
     wanted = {link: path for link, path in links.items() if not hub.is_complete(link, path)}
     rows = [(listing.repo, f"commit {listing.commit[:12]}, to {listing.folder}") for listing in listings]

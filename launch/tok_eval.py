@@ -73,7 +73,10 @@ def run(config: Config):
         ],
     )
     others = references(config.references)
-    print(f"\n{'':<10}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}" + "".join(f"{name:>22}" for name in others))
+    print(
+        f"\n{'':<10}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}"
+        + "".join(f"{name:>22}" for name in others)
+    )
     found = {}
     for name, text in texts_of(config).items():
         size, tokens = len(text.encode("utf-8", "replace")), len(tokenizer.encode(text))

@@ -62,7 +62,9 @@ def run(config: Config):
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise UserError(f"{folder.parent} cannot be created ({problem.strerror}); set JAXCHAT_BASE_DIR") from problem
+        raise UserError(
+            f"{folder.parent} cannot be created ({problem.strerror}); set JAXCHAT_BASE_DIR"
+        ) from problem
     read, doing = 0, "reading"
 
     def counted() -> Iterator[str]:
@@ -91,8 +93,9 @@ def check_replaceable(runs: list[Path], tokenizer, folder: Path):
         needed = checkpoint.read_meta(run, checkpoint.steps_in(run)[-1])["tokenizer_hash"]
         if needed not in (None, tokenizer.hash):
             raise UserError(
-                f"{run} was trained with another tokenizer ({needed[:12]}) than this ({tokenizer.hash[:12]}); keep "
-                f"that one in {folder}, set JAXCHAT_BASE_DIR to another folder, or replace it with --overwrite"
+                f"{run} was trained with another tokenizer ({needed[:12]}) than this "
+                f"({tokenizer.hash[:12]}); keep that one in {folder}, set JAXCHAT_BASE_DIR to another "
+                "folder, or replace it with --overwrite"
             )
 
 

@@ -108,12 +108,31 @@ def model_card(found: Found, chat: bool) -> str:
         **{name: f"{value:.4f}" for name, value in sorted(meta.get("metrics", {}).items())},
     }
     settings = {k: v for k, v in sorted(shareable(meta.get("settings", {})).items()) if v not in ("", -1)}
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxchat]", "---", ""]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [jaxchat]",
+        "---",
+        "",
+    ]
     origin = "Exported by" if imported else "Trained and exported with"
-    lines += [f"# {found.tag} ({meta['stage']})", "", f"{origin} jaxchat for transformers.", "", "| | |", "|---|---|"]
+    lines += [
+        f"# {found.tag} ({meta['stage']})",
+        "",
+        f"{origin} jaxchat for transformers.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
     lines += [*(f"| {name} | {value} |" for name, value in rows.items() if value is not None), ""]
     if settings:
-        lines += ["Settings of the run:", "", *(f"- `{name}` = {value}" for name, value in settings.items()), ""]
+        lines += [
+            "Settings of the run:",
+            "",
+            *(f"- `{name}` = {value}" for name, value in settings.items()),
+            "",
+        ]
     if chat and found.tokenizer:
         lines += [
             "It chats through `tokenizer.apply_chat_template`. What it writes between `<|python_start|>` and",
@@ -144,7 +163,9 @@ def load(path: Path) -> Foreign:
             tensors |= load_file(file)
         except safetensors.SafetensorError as problem:
             raise UserError(f"{file} cannot be read: {problem}") from problem
-    tokenizer = tokens.from_hugging_face(path / "tokenizer.json") if (path / "tokenizer.json").exists() else None
+    tokenizer = (
+        tokens.from_hugging_face(path / "tokenizer.json") if (path / "tokenizer.json").exists() else None
+    )
     return Foreign(path, config, NAMES, tensors, tokenizer, meta={"config": described})
 
 

@@ -86,7 +86,9 @@ def load(path: Path, stage: str, tag: str, step: int) -> Foreign:
     refuse_newer(file, [*tensors, *shape])
     if odd := shape.keys() ^ FIELDS:
         names = ", ".join(sorted(odd))
-        raise UserError(f"{meta_file} is of a model that jaxchat does not know: model_config differs in {names}")
+        raise UserError(
+            f"{meta_file} is of a model that jaxchat does not know: model_config differs in {names}"
+        )
     places = (where / "tokenizer/tokenizer.pkl" for where in (path, folder, folder.parent.parent))
     pickled = next((place for place in places if place.exists()), None)
     tokenizer = tokens.read_pickle(pickled) if pickled else None
@@ -118,7 +120,9 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as problem:  # a damaged or hostile file raises almost anything
         lines = str(problem).splitlines()
-        asked = next((line.strip() for line in lines if "GLOBAL" in line), lines[0] if lines else repr(problem))
+        asked = next(
+            (line.strip() for line in lines if "GLOBAL" in line), lines[0] if lines else repr(problem)
+        )
         raise UserError(f"{file} is refused, nothing in it was run: {asked}") from problem
     if not isinstance(content, dict):
         raise UserError(f"{file} is refused: it holds a {type(content).__name__}, not tensors by name")
@@ -126,17 +130,23 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(f"{file} is refused: {name!r} is a {type(value).__name__}, not a tensor")
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-            raise UserError(f"{file} is refused: {name} is not a plain tensor ({value.layout}, {value.device})")
+            raise UserError(
+                f"{file} is refused: {name} is not a plain tensor ({value.layout}, {value.device})"
+            )
     tensors = {name.removeprefix(COMPILED): tensor.detach() for name, tensor in content.items()}
     if len(tensors) < len(content):
-        raise UserError(f"{file} is refused: it has tensors both with and without {COMPILED!r} before their names")
+        raise UserError(
+            f"{file} is refused: it has tensors both with and without {COMPILED!r} before their names"
+        )
     return tensors
 
 
 def check_archive(file: Path):
     """Raise UserError unless it is a zip archive with right checksums, as torch.save writes since 2020."""
     if not zipfile.is_zipfile(file):
-        raise UserError(f"{file} is refused: it is damaged, or in torch's format before 2020; load and save it anew")
+        raise UserError(
+            f"{file} is refused: it is damaged, or in torch's format before 2020; load and save it anew"
+        )
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()

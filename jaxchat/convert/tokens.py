@@ -90,7 +90,9 @@ def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     result.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(BREAK, "removed"), split, to_bytes])
     result.decoder = decoders.ByteLevel()
-    result.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
+    result.add_special_tokens(
+        [tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS]
+    )
     return result
 
 
@@ -143,7 +145,8 @@ def from_hugging_face(path: Path) -> Tokenizer:
     odd_flags = ("lstrip", "rstrip", "single_word")
     wrong = {
         "normalizer": content.get("normalizer") not in (None, ours["normalizer"], OLD_NORMALIZER),
-        "pre_tokenizer": _steps(content) not in (_steps(ours), _steps(ours)[1:]),  # with our BREAK, or without
+        "pre_tokenizer": _steps(content)
+        not in (_steps(ours), _steps(ours)[1:]),  # with our BREAK, or without
         "dropout": model.get("dropout"),
         "continuing_subword_prefix": model.get("continuing_subword_prefix"),
         "end_of_word_suffix": model.get("end_of_word_suffix"),
@@ -154,7 +157,9 @@ def from_hugging_face(path: Path) -> Tokenizer:
     }
     if any(wrong.values()):
         names = ", ".join(name for name, is_wrong in wrong.items() if is_wrong)
-        raise UserError(f"{path} tokenizes in a way that jaxchat can't ({names}); move it away to convert without it")
+        raise UserError(
+            f"{path} tokenizes in a way that jaxchat can't ({names}); move it away to convert without it"
+        )
     return tokenizer
 
 
@@ -173,7 +178,9 @@ def _tokenizer(path: Path, ranks: dict[bytes, int], specials: dict[str, int]) ->
     if specials != wanted:
         odd = sorted(dict(specials.items() ^ wanted.items()))[0]
         where = f"is {specials[odd]}" if odd in specials else "is missing"
-        raise UserError(f"{path}: the special {odd} {where}; jaxchat wants its nine, from id {len(ranks):,} on")
+        raise UserError(
+            f"{path}: the special {odd} {where}; jaxchat wants its nine, from id {len(ranks):,} on"
+        )
     return Tokenizer(ranks)
 
 
@@ -199,16 +206,22 @@ def read_pickle(path: Path) -> Tokenizer:
     except OSError:
         raise
     except Exception as problem:  # a damaged pickle raises almost anything
-        raise UserError(f"{path} is refused: {problem}; a tokenizer.pkl may hold a tiktoken Encoding only") from problem
+        raise UserError(
+            f"{path} is refused: {problem}; a tokenizer.pkl may hold a tiktoken Encoding only"
+        ) from problem
     if not isinstance(state, dict):
         raise UserError(f"{path} is refused: it holds no tiktoken Encoding of its own")
     ranks, specials = state.get("mergeable_ranks"), state.get("special_tokens")
     well_formed = isinstance(ranks, dict) and isinstance(specials, dict)
     kinds = ((ranks, bytes), (specials, str))
-    if not well_formed or not all(type(k) is kind and type(v) is int for d, kind in kinds for k, v in d.items()):
+    if not well_formed or not all(
+        type(k) is kind and type(v) is int for d, kind in kinds for k, v in d.items()
+    ):
         raise UserError(f"{path} is refused: its ranks or specials are not names and numbers")
     if state.get("pat_str") != SPLIT_PATTERN:
-        raise UserError(f"{path} splits text by another pattern than jaxchat's: {str(state.get('pat_str'))[:60]!r}")
+        raise UserError(
+            f"{path} splits text by another pattern than jaxchat's: {str(state.get('pat_str'))[:60]!r}"
+        )
     return _tokenizer(path, ranks, specials)
 
 

@@ -42,13 +42,19 @@ class Foreign:
 
 def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
     """Return the names of a weight's matrices in the other format: one, or one for each layer."""
-    return [names[name].format(i) for i in range(config.n_layer)] if name.startswith("blocks.") else [names[name]]
+    return (
+        [names[name].format(i) for i in range(config.n_layer)]
+        if name.startswith("blocks.")
+        else [names[name]]
+    )
 
 
 def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
     """Return {"lm_head.weight": "lm_head.0", …}: for each matrix of the other format its weight and layer."""
     return {
-        theirs: f"{name}.{i}" for name in named(config) for i, theirs in enumerate(matrix_names(name, names, config))
+        theirs: f"{name}.{i}"
+        for name in named(config)
+        for i, theirs in enumerate(matrix_names(name, names, config))
     }
 
 
@@ -83,17 +89,25 @@ def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.
 
 def check(foreign: Foreign):
     """Raise UserError if a tensor is missing, unknown, or of a wrong shape or type."""
-    weights, ours, have = named(foreign.config), our_names(foreign.names, foreign.config), foreign.tensors.keys()
+    weights, ours, have = (
+        named(foreign.config),
+        our_names(foreign.names, foreign.config),
+        foreign.tensors.keys(),
+    )
     for what, names in (("lacks", ours.keys() - have), ("also has", have - ours.keys())):
         if names:
             some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise UserError(f"{foreign.path} {what} {some}; it is not the model that its configuration describes")
+            raise UserError(
+                f"{foreign.path} {what} {some}; it is not the model that its configuration describes"
+            )
     for theirs, tensor in foreign.tensors.items():
         name = ours[theirs].rpartition(".")[0]
         shape = [weights[name].fan_out, weights[name].fan_in]
         wanted = shape[::-1] if name == "wte" else shape  # the embedding is [vocabulary, width]
         if list(tensor.shape) != wanted:
-            raise UserError(f"{foreign.path}: {theirs} is {list(tensor.shape)}, its configuration wants {wanted}")
+            raise UserError(
+                f"{foreign.path}: {theirs} is {list(tensor.shape)}, its configuration wants {wanted}"
+            )
         if tensor.dtype not in DTYPES.values():
             raise UserError(f"{foreign.path}: {theirs} is {tensor.dtype}; jaxchat reads {', '.join(DTYPES)}")
 
@@ -112,8 +126,15 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
         "step": foreign.step,
         "model": dataclasses.asdict(foreign.config),
         "tokenizer_hash": foreign.tokenizer.hash if foreign.tokenizer else None,
-        "metrics": {k: v for k, v in foreign.meta.items() if k.startswith("val_") and isinstance(v, int | float)},
-        "imported": {"from": kind, "path": str(foreign.path), "dtypes": dtypes_of(foreign), "meta": foreign.meta},
+        "metrics": {
+            k: v for k, v in foreign.meta.items() if k.startswith("val_") and isinstance(v, int | float)
+        },
+        "imported": {
+            "from": kind,
+            "path": str(foreign.path),
+            "dtypes": dtypes_of(foreign),
+            "meta": foreign.meta,
+        },
     }
     rows = foreign.meta.get("device_batch_size")
     if isinstance(rows, int):
@@ -121,7 +142,9 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
     stacks = []
     for name, weight in named(foreign.config).items():
         # Popped, so that what is converted does not stay in memory.
-        matrices = [foreign.tensors.pop(theirs) for theirs in matrix_names(name, foreign.names, foreign.config)]
+        matrices = [
+            foreign.tensors.pop(theirs) for theirs in matrix_names(name, foreign.names, foreign.config)
+        ]
         stacks.append(to_stack(name, weight, matrices))
         del matrices
         progress(name)
@@ -145,7 +168,9 @@ def shareable(settings: dict) -> dict:
 def dtypes_of(foreign: Foreign) -> dict[str, str]:
     """Return the types of the matrices that are not float32: {"blocks.wq.0": "bfloat16", …}."""
     ours = our_names(foreign.names, foreign.config)
-    found = {ours[theirs]: str(tensor.dtype).removeprefix("torch.") for theirs, tensor in foreign.tensors.items()}
+    found = {
+        ours[theirs]: str(tensor.dtype).removeprefix("torch.") for theirs, tensor in foreign.tensors.items()
+    }
     return {name: dtype for name, dtype in found.items() if dtype != "float32"}
 
 

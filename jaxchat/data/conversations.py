@@ -61,7 +61,13 @@ class ConversationRows(grain.IterDataset):
         share: tuple[int, int] | None = None,
     ):
         super().__init__()
-        self.read, self.order, self.examples, self.micro_rows, self.time = read, order, examples, micro_rows, time
+        self.read, self.order, self.examples, self.micro_rows, self.time = (
+            read,
+            order,
+            examples,
+            micro_rows,
+            time,
+        )
         self.num_examples, self.packed, self.share = num_examples, packed, share or (0, micro_rows)
 
     def __iter__(self):
@@ -94,17 +100,22 @@ class _ConversationRowsIterator(grain.DatasetIterator):
         self._state = {
             "next": end,
             "cut": self._state["cut"] + sum(len(ids) > p.time + 1 for ids, _ in rendered),
-            "nothing_supervised": self._state["nothing_supervised"] + sum(not mask[1:].any() for _, mask in pairs),
+            "nothing_supervised": self._state["nothing_supervised"]
+            + sum(not mask[1:].any() for _, mask in pairs),
         }
         rows = self._arrange(pairs)
         num_rows = len(rows["inputs"])
         counts = {"taken": first, "left": end < p.num_examples} | self._state
-        totals = {name: np.zeros(num_rows, np.int32) for name in ("taken", "left", "cut", "nothing_supervised")}
+        totals = {
+            name: np.zeros(num_rows, np.int32) for name in ("taken", "left", "cut", "nothing_supervised")
+        }
         for name in totals:  # a count of the whole step is noted in its first row
             totals[name][0] = counts[name]
         micro_batches = num_rows // p.micro_rows
         mine = slice(p.share[0] * micro_batches, p.share[1] * micro_batches)  # see as_batch
-        return as_batch({k: a[mine] for k, a in rows.items()}, {k: a[mine] for k, a in totals.items()}, micro_batches)
+        return as_batch(
+            {k: a[mine] for k, a in rows.items()}, {k: a[mine] for k, a in totals.items()}, micro_batches
+        )
 
     def _arrange(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         """The step's rows, of all processes, from the (ids, mask) of its conversations."""
@@ -118,7 +129,11 @@ class _ConversationRowsIterator(grain.DatasetIterator):
             where = (row, slice(start, start + len(ids)))
             tokens[where], masks[where], segments[where] = ids, mask, number
         # A target counts if its own mask says so; the bos of a conversation that follows another never does.
-        rows = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": masks[:, 1:].astype(np.float32)}
+        rows = {
+            "inputs": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "weights": masks[:, 1:].astype(np.float32),
+        }
         if p.packed:  # a conversation alone in its row sees nothing but itself
             rows["segments"] = segments[:, :-1]
         return rows

@@ -92,13 +92,17 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
                 raise
             answers = [error for error in (problem, problem.__cause__) if isinstance(error, HfHubHTTPError)]
             reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
-            if constants.is_offline_mode() or any(answer.response.status_code in PERMANENT for answer in answers):
+            if constants.is_offline_mode() or any(
+                answer.response.status_code in PERMANENT for answer in answers
+            ):
                 remedy = "check the name, --revision, HF_ENDPOINT and HF_HUB_OFFLINE"
                 raise UserError(f"{what}: {reason}; {remedy}") from problem
             if progress() > best:
                 tries, best = 0, progress()
             if tries == len(PAUSES):
-                raise UserError(f"{what}: {reason} ({tries + 1} attempts); run the same command again") from problem
+                raise UserError(
+                    f"{what}: {reason} ({tries + 1} attempts); run the same command again"
+                ) from problem
             print(f"{what}: {reason}; trying again in {PAUSES[tries]} s", file=sys.stderr, flush=True)
             time.sleep(PAUSES[tries])
             tries += 1
@@ -126,21 +130,25 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
         if any(fnmatch.fnmatch(file.path, pattern) for pattern in repo.patterns)
     }
     if not stated:
-        raise UserError(f"{repo.repo} has no {' or '.join(repo.patterns)} at {commit}; choose another --revision")
+        raise UserError(
+            f"{repo.repo} has no {' or '.join(repo.patterns)} at {commit}; choose another --revision"
+        )
     if outside := [name for name in stated if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise UserError(
             f"{repo.repo} at this endpoint has a file {outside[0]!r}, outside of its folder; don't trust it"
         )
     if repo.shards and shards > len(stated):
         raise UserError(f"--shards={shards}: {repo.repo} has {len(stated)}")
-    there = {path.relative_to(folder).as_posix() for pattern in repo.patterns for path in folder.glob(pattern)}
+    there = {
+        path.relative_to(folder).as_posix() for pattern in repo.patterns for path in folder.glob(pattern)
+    }
     others = {name for name in there - stated.keys() if not Path(name).name.startswith(".")}
     if not recorded:  # then a file of another size is somebody's own
         others |= {name for name in there & stated.keys() if size_of(folder / name) != stated[name][0]}
     if others:
         raise UserError(
-            f"{folder} has {len(others)} files that are not of {repo.repo} ({min(others)}) and would be read with it; "
-            "move them away, or give --to=FOLDER"
+            f"{folder} has {len(others)} files that are not of {repo.repo} ({min(others)}) and would be "
+            "read with it; move them away, or give --to=FOLDER"
         )
     return Listing(repo.repo, commit, folder, dict(list(stated.items())[: shards if repo.shards else None]))
 
@@ -196,7 +204,9 @@ def is_complete(link: Link, path: Path) -> bool:
     """Return whether a link's file or folder is there. UserError: its folder is there, but not complete."""
     lacking = [name for name in link.needs if not (path / name).exists()]
     if lacking and path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{path} is incomplete: it has no {lacking[0]}; delete it, and run the same command again")
+        raise UserError(
+            f"{path} is incomplete: it has no {lacking[0]}; delete it, and run the same command again"
+        )
     return not lacking if link.needs else size_of(path) > 0
 
 

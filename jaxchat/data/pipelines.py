@@ -28,15 +28,17 @@ def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = Fa
     able = [n for n in range(1, rows // devices + 1) if rows % (n * devices) == 0]
     if asked > 0 and asked not in able and able:
         raise UserError(
-            f"--device_batch_size={asked} on {devices} devices does not divide the {rows} rows of an optimizer step; "
-            f"it may be {', '.join(map(str, able))}, or -1 to choose"
+            f"--device_batch_size={asked} on {devices} devices does not divide the {rows} rows of an "
+            f"optimizer step; it may be {', '.join(map(str, able))}, or -1 to choose"
         )
     if not able and not fills:
         raise UserError(
-            f"an optimizer step has {rows} rows, which {devices} devices cannot share evenly; use a number of devices "
-            f"that divides {rows}"
+            f"an optimizer step has {rows} rows, which {devices} devices cannot share evenly; use a number "
+            f"of devices that divides {rows}"
         )
-    batch = asked if asked > 0 else max((n for n in able if n <= most), default=min(most, -(-rows // devices)))
+    batch = (
+        asked if asked > 0 else max((n for n in able if n <= most), default=min(most, -(-rows // devices)))
+    )
     return batch, -(-rows // (batch * devices))
 
 
@@ -45,7 +47,9 @@ def rows_of_step(total_batch_size: int, row_length: int) -> int:
     rows, rest = divmod(total_batch_size, row_length)
     if rest or not rows:
         instead = f"give {rows * row_length}" if rows else "give at least one row"
-        raise UserError(f"--total_batch_size={total_batch_size} tokens are not whole rows of {row_length}; {instead}")
+        raise UserError(
+            f"--total_batch_size={total_batch_size} tokens are not whole rows of {row_length}; {instead}"
+        )
     return rows
 
 
@@ -69,19 +73,42 @@ def base_batches(
     if packing not in PACKINGS:
         raise UserError(f"--packing={packing}; it is {' or '.join(PACKINGS)}")
     deal = Deal(Order(texts.block_sizes, seed), rows)
-    how = {"micro_batches": micro_batches, "time": time, "packing": packing, "share": share, "workers": workers}
+    how = {
+        "micro_batches": micro_batches,
+        "time": time,
+        "packing": packing,
+        "share": share,
+        "workers": workers,
+    }
     return prefetched(PackedRows(text_reader(texts, tokenizer), deal, **how))
 
 
-def mid_batches(tasks, tokenizer: Tokenizer, *, rows, micro_batches, time, seed, endless: bool, share=None, workers=0):
+def mid_batches(
+    tasks, tokenizer: Tokenizer, *, rows, micro_batches, time, seed, endless: bool, share=None, workers=0
+):
     """Packed conversations, shuffled over all tasks: one pass, or endless. share, workers: see PackedRows."""
     deal = Deal(Order([len(tasks)], seed), rows)
-    how = {"micro_batches": micro_batches, "time": time, "once": not endless, "share": share, "workers": workers}
+    how = {
+        "micro_batches": micro_batches,
+        "time": time,
+        "once": not endless,
+        "share": share,
+        "workers": workers,
+    }
     return prefetched(PackedRows(conversation_reader(tasks, tokenizer), deal, **how))
 
 
 def sft_batches(
-    tasks, tokenizer: Tokenizer, *, examples, micro_rows, time, seed, num_examples: int, packing="padded", share=None
+    tasks,
+    tokenizer: Tokenizer,
+    *,
+    examples,
+    micro_rows,
+    time,
+    seed,
+    num_examples: int,
+    packing="padded",
+    share=None,
 ):
     """num_examples conversations, shuffled over all tasks, one a row or packed. See ConversationRows."""
     if packing not in ("padded", "bestfit"):
@@ -89,7 +116,9 @@ def sft_batches(
     how = {"examples": examples, "micro_rows": micro_rows, "time": time, "num_examples": num_examples}
     order = Order([len(tasks)], seed)
     return prefetched(
-        ConversationRows(conversation_reader(tasks, tokenizer), order, **how, packed=packing == "bestfit", share=share)
+        ConversationRows(
+            conversation_reader(tasks, tokenizer), order, **how, packed=packing == "bestfit", share=share
+        )
     )
 
 
@@ -106,7 +135,9 @@ def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
     return tasks
 
 
-def packed_validation(read: Reader, documents: Iterable[int], *, rows: int, time: int, max_tokens: int) -> list[dict]:
+def packed_validation(
+    read: Reader, documents: Iterable[int], *, rows: int, time: int, max_tokens: int
+) -> list[dict]:
     """Concatenate documents and cut them into windows, `rows` a batch, until there are max_tokens targets.
 
     What is supervised does not depend on `rows`: the last batch is filled with weight 0. Each batch is
@@ -138,7 +169,9 @@ def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: in
 
     UserError: none of them has anything that is supervised.
     """
-    batches = ConversationRows(read, order, examples=rows, micro_rows=rows, time=time, num_examples=num_examples)
+    batches = ConversationRows(
+        read, order, examples=rows, micro_rows=rows, time=time, num_examples=num_examples
+    )
     made = [{name: batch[name][0] for name in ("inputs", "targets", "weights")} for batch in batches]
     if not any(batch["weights"].any() for batch in made):
         raise UserError(

@@ -36,18 +36,20 @@ def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False)
     remedy = f"fetch some: python -m launch.download fineweb-edu --shards=8{to}"
     if not shards:
         raise UserError(
-            f"no .parquet file in {folder}; {remedy}; or put shards with a column `text` there, or name --data_dir"
+            f"no .parquet file in {folder}; {remedy}; or put shards with a column `text` there, or name "
+            "--data_dir"
         )
     if len(shards) == 1:
         raise UserError(
-            f"only one .parquet file in {folder}; at least two are needed, as the last is for validation; {remedy}"
+            f"only one .parquet file in {folder}; at least two are needed, as the last is for validation; "
+            f"{remedy}"
         )
     source = folder / SOURCE
     wanted = int(source.read_text().split()[1]) if source.is_file() else 0
     if whole and len(shards) < wanted:
         raise UserError(
-            f"{folder} holds {len(shards)} of the {wanted} shards that were asked for; let the download finish "
-            f"(the same command resumes it), or settle for fewer: --shards={len(shards)}"
+            f"{folder} holds {len(shards)} of the {wanted} shards that were asked for; let the download "
+            f"finish (the same command resumes it), or settle for fewer: --shards={len(shards)}"
         )
     return shards[-1:] if split == "val" else shards[:-1]
 
@@ -132,7 +134,9 @@ class ParquetText:
         self._stamps = [stamp for _, _, stamp in shards]
         self._ends = np.cumsum(self.block_sizes, dtype=np.int64)
         if not self.block_sizes:
-            raise UserError(f"{', '.join(map(str, self.paths))}: no rows; a data set needs at least one document")
+            raise UserError(
+                f"{', '.join(map(str, self.paths))}: no rows; a data set needs at least one document"
+            )
         self._cache: OrderedDict[int, InMemory | OnDisk] = OrderedDict()
         self.groups_read = 0  # how often a row group was decoded
 
@@ -185,8 +189,8 @@ def _decoded(path: Path, group: int) -> "InMemory | OnDisk":
     except OSError as problem:  # of the temporary file; what is wrong with the shard is a UserError
         raise UserError(
             f"{path}: row group {group} is too large for memory, and {temporary_folder()} cannot take it "
-            f"({problem.strerror}); set TMPDIR to a folder on a larger disk, or write the shard with smaller row "
-            "groups (row_group_size=10000)"
+            f"({problem.strerror}); set TMPDIR to a folder on a larger disk, or write the shard with "
+            "smaller row groups (row_group_size=10000)"
         ) from problem
     return file or InMemory(pieces)
 
@@ -204,7 +208,9 @@ def _pieces(path: Path, group: int) -> Iterable[pa.Array]:
             yield column.cast(pa.large_binary())  # Arrow does not check that a column of strings holds UTF-8
     except (OSError, pa.ArrowException) as problem:
         line = str(problem).splitlines()[0]
-        raise UserError(f"{path}, row group {group}, cannot be read ({line}); download the file again") from problem
+        raise UserError(
+            f"{path}, row group {group}, cannot be read ({line}); download the file again"
+        ) from problem
 
 
 def temporary_folder() -> str:

@@ -49,7 +49,9 @@ class _StreamRowsIterator(grain.DatasetIterator):
 
     def __next__(self):
         self._fill()
-        return {n: {"rows": s.rows(), "totals": s.totals(), "state": s.state()} for n, s in self._streams.items()}
+        return {
+            n: {"rows": s.rows(), "totals": s.totals(), "state": s.state()} for n, s in self._streams.items()
+        }
 
     def _fill(self):
         """Give all streams together what they ask for, until none asks for more: so all threads are busy."""
@@ -83,7 +85,16 @@ class PackedRows(grain.IterDataset):
     """
 
     def __init__(
-        self, read: Reader, deal: Deal, *, micro_batches, time, packing="stream", once=False, share=None, workers=0
+        self,
+        read: Reader,
+        deal: Deal,
+        *,
+        micro_batches,
+        time,
+        packing="stream",
+        once=False,
+        share=None,
+        workers=0,
     ):
         super().__init__()
         self.read, self.deal, self.micro_batches = read, deal, micro_batches
@@ -153,9 +164,13 @@ class _PackedRowsIterator(grain.DatasetIterator):
             totals[name][:: p.deal.rows_each] = [of[name] for of in counts]
         # But this one in each row, so that a process without the first row need not wait for the sum.
         totals["left"] = np.repeat(totals["left"][:: p.deal.rows_each], p.deal.rows_each)
-        first = p.streams[0] * p.deal.rows_each  # a stream at either end may belong to another process in part
+        first = (
+            p.streams[0] * p.deal.rows_each
+        )  # a stream at either end may belong to another process in part
         mine = slice(p.rows[0] - first, p.rows[1] - first)
-        return as_batch({k: a[mine] for k, a in rows.items()}, {k: a[mine] for k, a in totals.items()}, p.micro_batches)
+        return as_batch(
+            {k: a[mine] for k, a in rows.items()}, {k: a[mine] for k, a in totals.items()}, p.micro_batches
+        )
 
 
 def as_batch(rows: dict[str, np.ndarray], totals: dict[str, np.ndarray], micro_batches: int) -> dict:
@@ -168,4 +183,6 @@ def as_batch(rows: dict[str, np.ndarray], totals: dict[str, np.ndarray], micro_b
     def split(a):
         return np.ascontiguousarray(a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1))
 
-    return {name: split(a) for name, a in rows.items()} | {"totals": {name: split(a) for name, a in totals.items()}}
+    return {name: split(a) for name, a in rows.items()} | {
+        "totals": {name: split(a) for name, a in totals.items()}
+    }

@@ -27,11 +27,15 @@ def tuples(table: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(texts) for name, texts in table.items()}
 
 
-OPENERS, QUESTION_ENDS, REQUEST_ENDS = (tuple(TEXTS[name]) for name in ("openers", "question_ends", "request_ends"))
+OPENERS, QUESTION_ENDS, REQUEST_ENDS = (
+    tuple(TEXTS[name]) for name in ("openers", "question_ends", "request_ends")
+)
 SIGNS = tuples(TEXTS["signs"])
 SUM_FRAMES = Phrasings.of(TEXTS["sum_frames"])
 SUM_WORDS = {sign: Phrasings.of(table) for sign, table in TEXTS["sum_words"].items()}
-SPELLING, COUNTING, DEFINITIONS = (Phrasings.of(TEXTS[name]) for name in ("spelling", "counting", "definitions"))
+SPELLING, COUNTING, DEFINITIONS = (
+    Phrasings.of(TEXTS[name]) for name in ("spelling", "counting", "definitions")
+)
 GREETINGS, GOODBYES, PROSE = (tuples(TEXTS[name]) for name in ("greetings", "goodbyes", "prose"))
 
 # Every text of this module that a conversation may hold.

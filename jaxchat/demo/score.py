@@ -62,7 +62,9 @@ def score(
             " / ".join(shown(wanted_pieces(turn)) for turn in prompt.turns),
         )
         pairs = list(zip(prompt.turns, given, strict=True))
-        scores.setdefault(prompt.kind, Score()).add(all(is_right(turn, answered) for turn, answered in pairs), example)
+        scores.setdefault(prompt.kind, Score()).add(
+            all(is_right(turn, answered) for turn, answered in pairs), example
+        )
         if prompt.kind == "counting":
             by_hand = all(answered[:1] == wanted_pieces(turn)[:1] for turn, answered in pairs)
             scores.setdefault(BY_HAND, Score()).add(by_hand, example)
@@ -123,5 +125,6 @@ def table(scores: dict[str, Score], targets: dict[str, float] = TARGETS) -> str:
         rows.append((kind, f"{found.right}/{found.total}", f"{100 * found.share:.1f}%", target, verdict))
     kind, right, share, target, _ = [max(len(row[column]) for row in rows) for column in range(5)]
     return "\n".join(
-        f"{row[0]:<{kind}}  {row[1]:>{right}}  {row[2]:>{share}}  {row[3]:>{target}}  {row[4]}".rstrip() for row in rows
+        f"{row[0]:<{kind}}  {row[1]:>{right}}  {row[2]:>{share}}  {row[3]:>{target}}  {row[4]}".rstrip()
+        for row in rows
     )

@@ -7,8 +7,9 @@ from jaxchat.demo.chance import Chance
 # One entry for every syllable that a name may begin with. Names with the same beginning are easily confused
 # by a small model, so a world uses each beginning for one name only.
 ONSETS = (
-    "b", "bl", "br", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "kl", "kr", "l", "m", "n", "p", "pl",
-    "pr", "r", "s", "sk", "sl", "sm", "sn", "sp", "st", "t", "tr", "v", "w", "y", "z", "sh", "th", "ch", "qu",
+    "b", "bl", "br", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "kl", "kr", "l", "m", "n",
+    "p", "pl", "pr", "r", "s", "sk", "sl", "sm", "sn", "sp", "st", "t", "tr", "v", "w", "y", "z", "sh",
+    "th", "ch", "qu",
 )  # fmt: skip
 VOWELS = "aeiou"
 CODAS = ["", "", "", "n", "l", "r", "s", "m", "t", "ck", "nd", "st", "sk", "x", "ng", "mp"]
@@ -53,14 +54,18 @@ def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
     way = chance.weighed({"halves": 3, "pieces": 4, "syllables": 3, "common": 4, "name": 1})
     if way == "halves":
         first, second = chance.of(english), chance.of(english)
-        word = first[: chance.between(2, max(2, len(first) - 1))] + second[chance.between(1, len(second) - 2) :]
+        word = (
+            first[: chance.between(2, max(2, len(first) - 1))] + second[chance.between(1, len(second) - 2) :]
+        )
     elif way == "pieces":  # in one of three words one of them comes twice
         pieces = [_piece(chance, english) for _ in range(chance.between(2, 4))]
         if chance.one_in(3):
             pieces.insert(chance.below(len(pieces) + 1), chance.of(pieces))
         word = "".join(pieces)
     elif way == "syllables":
-        word = "".join(chance.of(ONSETS) + chance.of(VOWELS) + chance.of(CODAS) for _ in range(chance.between(1, 3)))
+        word = "".join(
+            chance.of(ONSETS) + chance.of(VOWELS) + chance.of(CODAS) for _ in range(chance.between(1, 3))
+        )
     elif way == "common":
         beginning = chance.of(common)[: chance.between(2, 6)]
         word = beginning + (chance.of(english)[1:] if chance.one_in(2) else _piece(chance, english))

@@ -21,10 +21,17 @@ HELD_OUT_PROMPTS = 120  # of each kind
 KINDS = ("identity", "arithmetic", "spelling", "counting", "two-turn", "facts", "prose-only facts")
 TURN_KINDS = KINDS[:4] + ("facts",)
 
-PROSE = {"facts": 0.48, "spelling": 0.25, "counting": 0.17, "sums": 0.04, "numbers": 0.02, "definitions": 0.04}
+PROSE = {
+    "facts": 0.48,
+    "spelling": 0.25,
+    "counting": 0.17,
+    "sums": 0.04,
+    "numbers": 0.02,
+    "definitions": 0.04,
+}
 CONVERSATIONS = {
-    "counting": 0.31, "facts": 0.12, "arithmetic": 0.18, "spelling": 0.24, "identity": 0.09, "greetings": 0.03,
-    "definitions": 0.02, "goodbyes": 0.01,
+    "counting": 0.31, "facts": 0.12, "arithmetic": 0.18, "spelling": 0.24, "identity": 0.09,
+    "greetings": 0.03, "definitions": 0.02, "goodbyes": 0.01,
 }  # fmt: skip
 TWO_TURN = 0.15
 
@@ -150,7 +157,9 @@ class World:
             return sentence.format(w=word, letters=spelled, c=letter, counted=counted, n=word.count(letter))
         if kind == "definitions":
             thing = chance.of(list(persona.THINGS))
-            return chance.of(persona.THING_SENTENCES).format(t=thing, T=capitalized(thing), v=persona.THINGS[thing])
+            return chance.of(persona.THING_SENTENCES).format(
+                t=thing, T=capitalized(thing), v=persona.THINGS[thing]
+            )
         if kind == "numbers":
             n = chance.below(1000)
             return capitalized(chance.of(phrases.PROSE[kind]).format(n=n, words=words.in_words(n)))
@@ -165,7 +174,9 @@ class World:
             return chance.of(self.held_out_words)
         while True:
             pool = self.trained_words
-            word = chance.of(pool) if chance.one_in(3) else words.invented_word(chance, pool, self.common_words)
+            word = (
+                chance.of(pool) if chance.one_in(3) else words.invented_word(chance, pool, self.common_words)
+            )
             if word not in self._kept:
                 return word
 
@@ -189,12 +200,16 @@ class World:
     def _arithmetic(self, chance: Chance, held_out: bool) -> Turn:
         found = sum_of(chance, self.seed, held_out)
         if found.of_things and chance.one_in(2):
-            question = phrases.phrased(chance, phrases.SUM_WORDS[found.sign].pick(held_out), a=found.a, b=found.b)
+            question = phrases.phrased(
+                chance, phrases.SUM_WORDS[found.sign].pick(held_out), a=found.a, b=found.b
+            )
         else:
             expression = self._written(chance, found)
             question = phrases.phrased(chance, phrases.SUM_FRAMES.pick(held_out), e=expression)
         answer = parts(
-            ("python", found.expression), ("python_output", found.result), ("text", f" The answer is {found.result}.")
+            ("python", found.expression),
+            ("python_output", found.result),
+            ("text", f" The answer is {found.result}."),
         )
         return Turn(question, answer)
 

@@ -39,8 +39,8 @@ def write_world(
     others = sorted(path.name for path in base_data.glob("*.parquet") if path.name not in shards)
     if others:
         raise UserError(
-            f"{base_data} already holds {len(others)} other parquet files ({others[0]}, …), which training would read "
-            "too; choose an empty base directory"
+            f"{base_data} already holds {len(others)} other parquet files ({others[0]}, …), which training "
+            "would read too; choose an empty base directory"
         )
     base_data.mkdir(parents=True, exist_ok=True)
     tasks.mkdir(parents=True, exist_ok=True)

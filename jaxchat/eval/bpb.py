@@ -42,15 +42,23 @@ def bits_per_byte(params, batches: list[dict], token_bytes, model: Model) -> flo
     sized = [b | {"weights": b["weights"] * (token_bytes[b["targets"]] > 0)} for b in batches]
     num_bytes = sum(float((b["weights"] * token_bytes[b["targets"]]).sum(dtype=np.float64)) for b in sized)
     if not num_bytes:
-        raise UserError("bits per byte cannot be measured: all documents are empty; check the validation data")
+        raise UserError(
+            "bits per byte cannot be measured: all documents are empty; check the validation data"
+        )
     nll, _ = total_loss(params, sized, model)
     return nll / (math.log(2) * num_bytes)
 
 
-def measure_text(found: Found, params, texts: dict[str, ParquetText], rows: int, max_tokens: int, model: Model):
+def measure_text(
+    found: Found, params, texts: dict[str, ParquetText], rows: int, max_tokens: int, model: Model
+):
     """Measure and print bits per byte of each split's first tokens: {"train_bpb": …, "val_bpb": …}."""
     values = {}
-    size = {"rows": rows * data_shards(model.mesh), "time": found.config.sequence_len, "max_tokens": max_tokens}
+    size = {
+        "rows": rows * data_shards(model.mesh),
+        "time": found.config.sequence_len,
+        "max_tokens": max_tokens,
+    }
     for split, text in texts.items():
         batches = packed_validation(text_reader(text, found.tokenizer), range(len(text)), **size)
         value = bits_per_byte(params, batches, found.tokenizer.token_bytes, model)
@@ -66,7 +74,7 @@ def trained_on(found: Found, validation: ParquetText) -> str:
     for name, fingerprint in validation.fingerprint.items():
         if fingerprint in trained:
             return (
-                f"{name}, now the last shard, is one that {found.folder.name} was trained on, so val_bpb measures "
-                "training text; put back the shard that came after it"
+                f"{name}, now the last shard, is one that {found.folder.name} was trained on, so val_bpb "
+                "measures training text; put back the shard that came after it"
             )
     return ""

@@ -111,7 +111,9 @@ def why_not(name: str) -> str:
         lacks = sandbox.missing()
     except UserError as problem:
         return str(problem)
-    return f"this kernel lacks {' and '.join(lacks)}, which running what the model wrote needs" if lacks else ""
+    return (
+        f"this kernel lacks {' and '.join(lacks)}, which running what the model wrote needs" if lacks else ""
+    )
 
 
 def batch_size_for(model: ModelConfig, compute: Compute, memory: int | None) -> int:
@@ -123,7 +125,10 @@ def batch_size_for(model: ModelConfig, compute: Compute, memory: int | None) -> 
     if memory is None:
         return SLOTS
     size = 4 if compute.dtype == "float32" else 2
-    slot = 2 * model.n_layer * model.sequence_len * model.n_kv_head * model.head_dim * size + 4 * model.vocab_size
+    slot = (
+        2 * model.n_layer * model.sequence_len * model.n_kv_head * model.head_dim * size
+        + 4 * model.vocab_size
+    )
     room = 0.9 * memory - (4 + size) * num_params(model)
     fitting = max(1, int(room // (2 * slot)))
     return min(SLOTS, 1 << (fitting.bit_length() - 1))
@@ -142,7 +147,9 @@ def choose_letters(scorer: Scorer, tokenizer: Tokenizer, rows: list[dict]) -> li
     return [row["letters"][c] == row["messages"][-1]["content"] for row, c in zip(rows, chosen, strict=True)]
 
 
-def letter_accuracy(scorer: Scorer, tokenizer: Tokenizer, task: Sequence[dict], max_problems: int = -1) -> float:
+def letter_accuracy(
+    scorer: Scorer, tokenizer: Tokenizer, task: Sequence[dict], max_problems: int = -1
+) -> float:
     """Accuracy on a choice task, or on a fixed sample of max_problems of it."""
     right = choose_letters(scorer, tokenizer, drawn(task, max_problems))
     return sum(right) / max(1, len(right))

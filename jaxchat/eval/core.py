@@ -52,8 +52,8 @@ class CoreTask:
         items = items[:max_per_task] if max_per_task > 0 else items
         if len(items) <= self.shots:
             raise UserError(
-                f"CORE's {self.label} needs {self.shots} examples besides the question, but has only {len(items)} "
-                f"items; ask for at least {self.shots + 1} a task"
+                f"CORE's {self.label} needs {self.shots} examples besides the question, but has only "
+                f"{len(items)} items; ask for at least {self.shots + 1} a task"
             )
         return items
 
@@ -100,15 +100,24 @@ def load_bundle(place: str = "") -> list[CoreTask]:
             if entry["shots"] < 0 or not isinstance(entry["delimiter"], str) or not 0 <= entry["chance"] < 1:
                 values = {name: entry[name] for name in ("shots", "delimiter", "chance")}
                 raise ValueError(f"{entry['label']} has {values}")
-    except (OSError, KeyError, ValueError, TypeError, IndexError, yaml.YAMLError, zipfile.BadZipFile) as problem:
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        IndexError,
+        yaml.YAMLError,
+        zipfile.BadZipFile,
+    ) as problem:
         missing = isinstance(problem, FileNotFoundError | NotADirectoryError)
         why = f" ({type(problem).__name__}: {problem})" if path.exists() else ""
         raise (NoBundle if missing else UserError)(
-            f"no CORE bundle can be read in {path}{why}; fetch it: python -m launch.download core-bundle; or name its "
-            "folder with --eval_bundle"
+            f"no CORE bundle can be read in {path}{why}; fetch it: python -m launch.download core-bundle; "
+            "or name its folder with --eval_bundle"
         ) from problem
     return [
-        CoreTask(items=read_items(texts[data := entry.pop("data")], entry["kind"], data), **entry) for entry in found
+        CoreTask(items=read_items(texts[data := entry.pop("data")], entry["kind"], data), **entry)
+        for entry in found
     ]
 
 
@@ -160,7 +169,9 @@ def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
     if task.kind == "multiple_choice":
         return [before + item["query"] + task.delimiter + choice for choice in item["choices"]]
     if task.kind == "schema":
-        return [before + context + task.delimiter + item["continuation"] for context in item["context_options"]]
+        return [
+            before + context + task.delimiter + item["continuation"] for context in item["context_options"]
+        ]
     asked = before + item["context"].strip() + task.delimiter
     return [asked.strip(), asked + item["continuation"]]
 
@@ -168,7 +179,10 @@ def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
 def spans_of(task: CoreTask, prompts: list[str], tokenizer: Tokenizer) -> list[Span]:
     """The tokens to score: where the options differ (multiple choice), the ending they share (schema), or the
     answer (language modeling)."""
-    rows = [np.concatenate([[tokenizer.bos], tokenizer.encode_array(prompt)]).astype(np.int32) for prompt in prompts]
+    rows = [
+        np.concatenate([[tokenizer.bos], tokenizer.encode_array(prompt)]).astype(np.int32)
+        for prompt in prompts
+    ]
     if task.kind == "schema":
         shared = common_length([row[::-1] for row in rows])
         return [Span(row, len(row) - shared, len(row)) for row in rows]
@@ -205,7 +219,10 @@ def evaluate(
     for task, items in zip(bundle, drawn, strict=True):
         asked = [spans_of(task, prompts_of(task, items, i), tokenizer) for i in range(len(items))]
         scores = iter(scorer.spans([span for spans in asked for span in spans]))
-        right = [is_right(task, item, [next(scores) for _ in spans]) for item, spans in zip(items, asked, strict=True)]
+        right = [
+            is_right(task, item, [next(scores) for _ in spans])
+            for item, spans in zip(items, asked, strict=True)
+        ]
         accuracy = sum(right) / len(right)
         centered = (accuracy - task.chance) / (1 - task.chance)
         cropped = sum(any(len(span.tokens) > scorer.longest for span in spans) for spans in asked)

@@ -27,8 +27,8 @@ class TaskResult:
         return ""
 
     def show(self):
-        line = f"  {self.task:<34}{self.items:>7,} items  {self.accuracy:8.4f}  centred {self.centered:8.4f}{self.note}"
-        print(line, flush=True)
+        scores = f"{self.accuracy:8.4f}  centred {self.centered:8.4f}{self.note}"
+        print(f"  {self.task:<34}{self.items:>7,} items  {scores}", flush=True)
 
 
 def mean(results: list[TaskResult]) -> float:

@@ -51,8 +51,8 @@ def missing() -> list[str]:
     """Parts of the sandbox that this machine's kernel lacks; [] if none. UserError: not on Linux."""
     if platform.system() != "Linux":
         raise UserError(
-            f"the sandbox needs Linux (Landlock, seccomp), and this is {platform.system()}; evaluate on Linux, or "
-            "leave HumanEval out"
+            f"the sandbox needs Linux (Landlock, seccomp), and this is {platform.system()}; evaluate on "
+            "Linux, or leave HumanEval out"
         )
     return sandbox_child.missing()
 
@@ -65,8 +65,8 @@ def run(program: str, *, seconds: float = 5.0) -> Outcome:
     """
     if lacks := missing():
         raise UserError(
-            f"this kernel lacks {' and '.join(lacks)}, which the sandbox for programs that a model wrote needs; use a "
-            "newer kernel, or leave HumanEval out"
+            f"this kernel lacks {' and '.join(lacks)}, which the sandbox for programs that a model wrote "
+            "needs; use a newer kernel, or leave HumanEval out"
         )
     arguments = [str(math.ceil(seconds)), str(NEWEST_LANDLOCK)]
     nonce = secrets.token_hex(16).encode()  # the child alone knows it, and returns it after the program's end

@@ -21,7 +21,8 @@ LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15}
 
 # Of linux/landlock.h, linux/prctl.h, linux/seccomp.h and linux/filter.h; the same on every machine.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
-READ_FILE, READ_DIR, WRITE_FILE, REMOVE_FILE, MAKE_REG, TRUNCATE = 1 << 2, 1 << 3, 1 << 1, 1 << 5, 1 << 8, 1 << 14
+READ_FILE, READ_DIR, WRITE_FILE = 1 << 2, 1 << 3, 1 << 1
+REMOVE_FILE, MAKE_REG, TRUNCATE = 1 << 5, 1 << 8, 1 << 14
 SET_PDEATHSIG, SET_SECCOMP, SET_NO_NEW_PRIVS, FILTER_MODE = 1, 22, 38, 2
 LOAD, EQUAL, GREATER, ANY_BIT, AND, RETURN = 0x20, 0x15, 0x25, 0x45, 0x54, 0x06
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -38,33 +39,35 @@ MACHINES = {
         "allowed": {
             "read": 0, "write": 1, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8,
             "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14,
-            "rt_sigreturn": 15, "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "access": 21, "pipe": 22,
-            "select": 23, "sched_yield": 24, "mremap": 25, "madvise": 28, "dup": 32, "dup2": 33, "nanosleep": 35,
-            "getpid": 39, "exit": 60, "uname": 63, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getcwd": 79,
-            "chdir": 80, "rename": 82, "unlink": 87, "readlink": 89, "gettimeofday": 96, "getrusage": 98,
-            "sysinfo": 99, "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110,
-            "sigaltstack": 131, "gettid": 186, "time": 201, "futex": 202, "sched_getaffinity": 204, "getdents64": 217,
-            "restart_syscall": 219, "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230,
-            "exit_group": 231, "newfstatat": 262, "unlinkat": 263, "renameat": 264, "readlinkat": 267,
-            "faccessat": 269, "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "dup3": 292, "pipe2": 293,
-            "renameat2": 316, "getrandom": 318, "membarrier": 324, "statx": 332, "rseq": 334, "close_range": 436,
-            "faccessat2": 439,
+            "rt_sigreturn": 15, "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "access": 21,
+            "pipe": 22, "select": 23, "sched_yield": 24, "mremap": 25, "madvise": 28, "dup": 32, "dup2": 33,
+            "nanosleep": 35, "getpid": 39, "exit": 60, "uname": 63, "fsync": 74, "fdatasync": 75,
+            "ftruncate": 77, "getcwd": 79, "chdir": 80, "rename": 82, "unlink": 87, "readlink": 89,
+            "gettimeofday": 96, "getrusage": 98, "sysinfo": 99, "times": 100, "getuid": 102, "getgid": 104,
+            "geteuid": 107, "getegid": 108, "getppid": 110, "sigaltstack": 131, "gettid": 186, "time": 201,
+            "futex": 202, "sched_getaffinity": 204, "getdents64": 217, "restart_syscall": 219,
+            "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231,
+            "newfstatat": 262, "unlinkat": 263, "renameat": 264, "readlinkat": 267, "faccessat": 269,
+            "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "dup3": 292, "pipe2": 293,
+            "renameat2": 316, "getrandom": 318, "membarrier": 324, "statx": 332, "rseq": 334,
+            "close_range": 436, "faccessat2": 439,
         },
     },
     "aarch64": {
         "audit": 0xC00000B7, "clone": 220, "fcntl": 25, "ioctl": 29, "capset": 91, "openat": 56,
         "allowed": {
-            "getcwd": 17, "dup": 23, "dup3": 24, "unlinkat": 35, "renameat": 38, "ftruncate": 46, "faccessat": 48,
-            "chdir": 49, "close": 57, "pipe2": 59, "getdents64": 61, "lseek": 62, "read": 63,
-            "write": 64, "readv": 65, "writev": 66, "pread64": 67, "pwrite64": 68, "pselect6": 72, "ppoll": 73,
-            "readlinkat": 78, "newfstatat": 79, "fstat": 80, "fsync": 82, "fdatasync": 83, "exit": 93,
-            "exit_group": 94, "futex": 98, "set_robust_list": 99, "nanosleep": 101, "clock_gettime": 113,
-            "clock_getres": 114, "clock_nanosleep": 115, "sched_getaffinity": 123, "sched_yield": 124,
-            "restart_syscall": 128, "sigaltstack": 132, "rt_sigaction": 134, "rt_sigprocmask": 135,
-            "rt_sigreturn": 139, "times": 153, "uname": 160, "getrusage": 165, "gettimeofday": 169, "getpid": 172,
-            "getppid": 173, "getuid": 174, "geteuid": 175, "getgid": 176, "getegid": 177, "gettid": 178,
-            "sysinfo": 179, "brk": 214, "munmap": 215, "mremap": 216, "mmap": 222, "mprotect": 226, "madvise": 233,
-            "renameat2": 276, "getrandom": 278, "membarrier": 283, "statx": 291, "rseq": 293, "close_range": 436,
+            "getcwd": 17, "dup": 23, "dup3": 24, "unlinkat": 35, "renameat": 38, "ftruncate": 46,
+            "faccessat": 48, "chdir": 49, "close": 57, "pipe2": 59, "getdents64": 61, "lseek": 62,
+            "read": 63, "write": 64, "readv": 65, "writev": 66, "pread64": 67, "pwrite64": 68,
+            "pselect6": 72, "ppoll": 73, "readlinkat": 78, "newfstatat": 79, "fstat": 80, "fsync": 82,
+            "fdatasync": 83, "exit": 93, "exit_group": 94, "futex": 98, "set_robust_list": 99,
+            "nanosleep": 101, "clock_gettime": 113, "clock_getres": 114, "clock_nanosleep": 115,
+            "sched_getaffinity": 123, "sched_yield": 124, "restart_syscall": 128, "sigaltstack": 132,
+            "rt_sigaction": 134, "rt_sigprocmask": 135, "rt_sigreturn": 139, "times": 153, "uname": 160,
+            "getrusage": 165, "gettimeofday": 169, "getpid": 172, "getppid": 173, "getuid": 174,
+            "geteuid": 175, "getgid": 176, "getegid": 177, "gettid": 178, "sysinfo": 179, "brk": 214,
+            "munmap": 215, "mremap": 216, "mmap": 222, "mprotect": 226, "madvise": 233, "renameat2": 276,
+            "getrandom": 278, "membarrier": 283, "statx": 291, "rseq": 293, "close_range": 436,
             "faccessat2": 439,
         },
     },
@@ -131,7 +134,15 @@ def guard_files(folder: str, newest: int):
     ruleset = struct.pack("QQQ", handled, 3, 3)[: 24 if version >= 6 else 8]
     rules = _call(libc.syscall(CREATE_RULESET, ruleset, ctypes.c_size_t(len(ruleset)), 0))
     read, write = READ_FILE | READ_DIR, WRITE_FILE | TRUNCATE
-    libraries = {*sys.path, f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"}
+    libraries = {
+        *sys.path,
+        f"{sys.base_prefix}/lib",
+        "/lib",
+        "/lib64",
+        "/usr/lib",
+        "/usr/lib64",
+        "/usr/share/zoneinfo",
+    }
     granted = {path: read for path in libraries if os.path.isdir(path)}
     granted |= {"/etc/ld.so.cache": READ_FILE, "/dev/urandom": READ_FILE, "/dev/null": READ_FILE | write}
     granted[folder] = read | write | MAKE_REG | REMOVE_FILE
@@ -160,15 +171,18 @@ def guard_calls():
             program += [
                 (EQUAL, 0, 8, machine[name]), (LOAD, 0, 0, argument(flags)),
                 (ANY_BIT, 1, 0, os.O_TRUNC), (RETURN, 0, 0, ALLOW),
-                (AND, 0, 0, os.O_ACCMODE), (EQUAL, 1, 0, os.O_WRONLY), (EQUAL, 0, 1, os.O_RDWR), (RETURN, 0, 0, ALLOW),
+                (AND, 0, 0, os.O_ACCMODE),
+                (EQUAL, 1, 0, os.O_WRONLY), (EQUAL, 0, 1, os.O_RDWR), (RETURN, 0, 0, ALLOW),
                 (RETURN, 0, 0, ERRNO | EACCES),
             ]  # fmt: skip
     program += [
         (EQUAL, 0, 1, machine["ioctl"]), (RETURN, 0, 0, ERRNO | ENOTTY),  # so that isatty() says no
         (EQUAL, 0, 4, machine["clone"]),
-        (LOAD, 0, 0, argument(0)), (ANY_BIT, 0, 1, CLONE_THREAD), (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, ERRNO | ENOSYS),
+        (LOAD, 0, 0, argument(0)), (ANY_BIT, 0, 1, CLONE_THREAD),
+        (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, ERRNO | ENOSYS),
         (EQUAL, 0, 4, machine["fcntl"]),  # without F_SETOWN and F_SETSIG, which let the kernel signal others
-        (LOAD, 0, 0, argument(1)), (EQUAL, 1, 0, F_DUPFD_CLOEXEC), (GREATER, 1, 0, F_SETLKW), (RETURN, 0, 0, ALLOW),
+        (LOAD, 0, 0, argument(1)),
+        (EQUAL, 1, 0, F_DUPFD_CLOEXEC), (GREATER, 1, 0, F_SETLKW), (RETURN, 0, 0, ALLOW),
         (RETURN, 0, 0, ERRNO | ENOSYS),  # what libraries take for an older kernel's answer, and fall back
     ]  # fmt: skip
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)

@@ -29,7 +29,9 @@ def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[
         batches = packed_batches(config, stage, read, range(len(texts)))
     of_core = partial(core_metric, stage=stage, bundle=bundle, max_per_task=config.core_metric_max_per_task)
     return [
-        Evaluation("validation", config.eval_every, partial(val_bpb, stage=stage, batches=batches), at_start=True),
+        Evaluation(
+            "validation", config.eval_every, partial(val_bpb, stage=stage, batches=batches), at_start=True
+        ),
         Evaluation("CORE", config.core_metric_every if bundle else -1, of_core),
         Evaluation("samples", config.sample_every, partial(samples, stage=stage)),
     ]
@@ -49,7 +51,9 @@ def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
         if config.eval_bundle:
             raise
         why = f"not measured: {problem}"
-    sharding.check_same(bundles={task.label: len(task.items) for task in bundle})  # all take part, or wait for ever
+    sharding.check_same(
+        bundles={task.label: len(task.items) for task in bundle}
+    )  # all take part, or wait for ever
     if why:
         return [], why
     return bundle, f"{len(bundle)} tasks every {config.core_metric_every:,} steps"
@@ -63,7 +67,11 @@ def mid(config: MidConfig, stage: Stage) -> list[Evaluation]:
         order = Order([len(tasks)], seed=0)  # whatever --seed is: runs can be compared
         read = conversation_reader(tasks, stage.tokenizer)
         batches = packed_batches(config, stage, read, map(order.index, range(len(tasks))))
-    return [Evaluation("validation", config.eval_every, partial(val_bpb, stage=stage, batches=batches), at_start=True)]
+    return [
+        Evaluation(
+            "validation", config.eval_every, partial(val_bpb, stage=stage, batches=batches), at_start=True
+        )
+    ]
 
 
 def packed_batches(config: BaseConfig | MidConfig, stage: Stage, read, documents) -> list[dict]:
@@ -89,7 +97,9 @@ def sft(config: SFTConfig, stage: Stage) -> list[Evaluation]:
         sharding.check_same(tasks={name: task.fingerprint for name, task in tasks})
     letters = partial(accuracies, stage=stage, tasks=tasks, most=config.eval_metrics_max_problems)
     return [
-        Evaluation("validation", config.eval_every, partial(val_loss, stage=stage, batches=batches), at_start=True),
+        Evaluation(
+            "validation", config.eval_every, partial(val_loss, stage=stage, batches=batches), at_start=True
+        ),
         Evaluation("multiple choice", config.eval_metrics_every, letters),
     ]
 

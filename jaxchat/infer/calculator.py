@@ -19,7 +19,9 @@ LARGEST = 10**15  # beyond it neighbouring whole numbers are the same float
 
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"  # commas between thousands only
 TOKEN = re.compile(rf"\s*({NUMBER}|//|[-+*/%()])", re.ASCII)
-COUNT = re.compile(r"""\s*(?:'([^'\\\r\n]*)'|"([^"\\\r\n]*)")\.count\((?:'([^'\\\r\n]*)'|"([^"\\\r\n]*)")\)\s*""")
+COUNT = re.compile(
+    r"""\s*(?:'([^'\\\r\n]*)'|"([^"\\\r\n]*)")\.count\((?:'([^'\\\r\n]*)'|"([^"\\\r\n]*)")\)\s*"""
+)
 
 
 class _Refused(Exception):

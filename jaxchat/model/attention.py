@@ -39,7 +39,9 @@ def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str):
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum("btkgh,bksh->bkgts", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32) / math.sqrt(H)
+    scores_BKGTS = jnp.einsum(
+        "btkgh,bksh->bkgts", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
+    ) / math.sqrt(H)
     seen_BTS = jnp.arange(S)[None, None, :] <= positions_BT[:, :, None]
     p_BKGTS = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1)
     return jnp.einsum("bkgts,bksh->btkgh", p_BKGTS.astype(q_BTNH.dtype), v_BKSH).reshape(B, T, N, H)

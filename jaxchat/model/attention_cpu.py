@@ -23,7 +23,9 @@ def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None):
     blocks = []
     for start in range(0, T, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, T)
-        seen = (jnp.arange(end)[None, :] <= jnp.arange(start, end)[:, None])[None, None, None]  # [B, K, G, t, s]
+        seen = (jnp.arange(end)[None, :] <= jnp.arange(start, end)[:, None])[
+            None, None, None
+        ]  # [B, K, G, t, s]
         if segments_BT is not None:
             seen = seen & (segments_BT[:, start:end, None] == segments_BT[:, None, :end])[:, None, None]
         q_BKGtH, k_BKsH = q_BKGTH[..., start:end, :], k_BKSH[:, :, :end]

@@ -43,7 +43,9 @@ def embed_backward(dtype, mesh: Mesh, saved, dx_BTD):
         dx_BTD = jnp.where(here_BT[..., None], dx_BTD.astype(jnp.float32), 0)
         d_VD = jnp.zeros((size, dx_BTD.shape[-1])).at[ids_BT].add(dx_BTD)
         if not axes:  # all devices have all rows, so each already has the sum
-            return lax.dynamic_slice_in_dim(d_VD, lax.axis_index("fsdp") * wte_Vd.shape[1], wte_Vd.shape[1], axis=1)
+            return lax.dynamic_slice_in_dim(
+                d_VD, lax.axis_index("fsdp") * wte_Vd.shape[1], wte_Vd.shape[1], axis=1
+            )
         return lax.psum(lax.psum_scatter(d_VD, "fsdp", scatter_dimension=1, tiled=True), "data")
 
     table, rows = P("tensor", "fsdp"), P(axes)

@@ -54,7 +54,9 @@ def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
 def peak_flops(device: jax.Device) -> float | None:
     """Peak bfloat16 FLOP/s of a device, or None where it isn't known (a CPU, say)."""
     kind = device.device_kind
-    if re.search(r"\b(MIG|Laptop|Max-Q|4090 D|v4 lite)\b", kind):  # slower: a share, or less power, or fewer cores
+    if re.search(
+        r"\b(MIG|Laptop|Max-Q|4090 D|v4 lite)\b", kind
+    ):  # slower: a share, or less power, or fewer cores
         return None
     found = [name for name in PEAK_FLOPS if re.search(rf"\b{re.escape(name)}\b", kind, re.IGNORECASE)]
     return PEAK_FLOPS[max(found, key=len)] if found else None

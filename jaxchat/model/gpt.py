@@ -127,7 +127,9 @@ def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, c
     return rms_norm(x_BTD, config.norm_eps), KVCache.holding(kept, lengths_B)
 
 
-def features_cached(params: Params, tokens_BT, cache: KVCache, config: ModelConfig, compute: Compute, counts_B=None):
+def features_cached(
+    params: Params, tokens_BT, cache: KVCache, config: ModelConfig, compute: Compute, counts_B=None
+):
     """The head's input, for new tokens of rows whose earlier tokens are in a cache. -> (x_BTD, cache).
 
     Token t of row b stands at position cache.lengths_B[b] + t: its key and value are written there (dropped
@@ -146,7 +148,9 @@ def features_cached(params: Params, tokens_BT, cache: KVCache, config: ModelConf
         def attend(q, k, v, index=index):
             nonlocal cache
             cache = cache.write(index, k, v, positions_BT)
-            return cached_attention(q, cache.k_BKSH[index], cache.v_BKSH[index], positions_BT, compute.attention)
+            return cached_attention(
+                q, cache.k_BKSH[index], cache.v_BKSH[index], positions_BT, compute.attention
+            )
 
         x_BTD = block(x_BTD, w, tables, attend, config, plain)
     return rms_norm(x_BTD, config.norm_eps), cache.advance(time if counts_B is None else counts_B)

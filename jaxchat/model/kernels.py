@@ -29,11 +29,14 @@ def rotate_norm(x_BTNH, tables, eps: float, mesh: Mesh | None = None, interpret:
 
 def rotate_norm_backward(eps, mesh, interpret, saved, dy_BTNH):
     x_BTNH, tables = saved
-    return call_rotated(partial(rotate_backward_kernel, eps=eps), tables, (x_BTNH, dy_BTNH), mesh, interpret), None
+    return call_rotated(
+        partial(rotate_backward_kernel, eps=eps), tables, (x_BTNH, dy_BTNH), mesh, interpret
+    ), None
 
 
 rotate_norm.defvjp(
-    lambda x_BTNH, tables, *options: (rotate_norm(x_BTNH, tables, *options), (x_BTNH, tables)), rotate_norm_backward
+    lambda x_BTNH, tables, *options: (rotate_norm(x_BTNH, tables, *options), (x_BTNH, tables)),
+    rotate_norm_backward,
 )
 
 
@@ -116,7 +119,9 @@ def by_rows(kernel, arrays, outputs: int, columns: int, interpret: bool):
     # These parameters also choose Triton, where JAX has another way to compile for GPUs.
     params = triton.CompilerParams(num_warps=4, num_stages=1)
     grid = (pl.cdiv(M, R),)
-    return pl.pallas_call(program, out_shape=like, grid=grid, compiler_params=params, interpret=interpret)(*arrays)
+    return pl.pallas_call(program, out_shape=like, grid=grid, compiler_params=params, interpret=interpret)(
+        *arrays
+    )
 
 
 def load(ref, rows, columns, mask):
@@ -137,7 +142,9 @@ def rotate_kernel(mask, rows, columns, x_ref, cos_ref, sin_ref, y_ref, *, heads:
     store(y_ref, rows, half, mask, (x2 * cos - x1 * sin) * r)
 
 
-def rotate_backward_kernel(mask, rows, columns, x_ref, dy_ref, cos_ref, sin_ref, dx_ref, *, heads: int, eps: float):
+def rotate_backward_kernel(
+    mask, rows, columns, x_ref, dy_ref, cos_ref, sin_ref, dx_ref, *, heads: int, eps: float
+):
     """Gradient of x from that of y (dy). g is dy rotated back: the gradient of x·r."""
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)

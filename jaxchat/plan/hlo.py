@@ -59,7 +59,9 @@ class Program:
 def shapes_in(text: str) -> Shapes:
     found = re.findall(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]", text)
     return tuple(
-        (kind, tuple(int(n.strip("<=")) for n in dims.split(",") if n)) for kind, dims in found if kind in BYTES
+        (kind, tuple(int(n.strip("<=")) for n in dims.split(",") if n))
+        for kind, dims in found
+        if kind in BYTES
     )
 
 
@@ -163,7 +165,11 @@ def convolution_flops(op: Operation, by_name) -> float:
     lhs_dilate, rhs_dilate = field("lhs_dilate", "1"), field("rhs_dilate", "1")
     pairs = 1
     for i, label in enumerate(spatial):
-        size, kernel, results = lhs[labels[1].index(label)], rhs[labels[2].index(label)], out[labels[3].index(label)]
+        size, kernel, results = (
+            lhs[labels[1].index(label)],
+            rhs[labels[2].index(label)],
+            out[labels[3].index(label)],
+        )
         low, stride = int(pads[i].split("_")[0]), int(strides[i])
         inner, outer = int(lhs_dilate[i]), int(rhs_dilate[i])
         places = (o * stride + k * outer - low for o in range(results) for k in range(kernel))

@@ -41,7 +41,9 @@ class StepPlan:
         devices, self.backend, self.memory = topologies.devices_of(config.topology, config.num_slices)
         self.config = config
         self.mesh = sharding.make_mesh(devices, config.mesh)
-        self.model = ModelConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=config.vocab_size)
+        self.model = ModelConfig.from_depth(
+            config.depth, sequence_len=config.max_seq_len, vocab_size=config.vocab_size
+        )
         sharding.check_fits(self.model, self.mesh)
         self.shards = sharding.data_shards(self.mesh)
         self.rows = rows_of_step(config.total_batch_size, config.max_seq_len)
@@ -91,7 +93,9 @@ class StepPlan:
         for remat in self.remats[self.remats.index(first) if first in self.remats else 0 :]:
             done = self.compile(batch, remat)
             verdict = "" if done.fits else ", too much"
-            print(f"  {batch} rows at a time, --remat={remat}: {done.needs / 1e9:.1f} GB{verdict}", flush=True)
+            print(
+                f"  {batch} rows at a time, --remat={remat}: {done.needs / 1e9:.1f} GB{verdict}", flush=True
+            )
             if done.fits:
                 break
         return done

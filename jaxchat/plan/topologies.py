@@ -37,7 +37,9 @@ def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
     generation, _, shape = topology.partition(":")
     if generation not in HBM or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
         known = ", ".join(HBM)
-        raise UserError(f"--topology={topology}; it is GENERATION:SHAPE, as in v5e:4x4, v5p:4x4x4 or h100:8 ({known})")
+        raise UserError(
+            f"--topology={topology}; it is GENERATION:SHAPE, as in v5e:4x4, v5p:4x4x4 or h100:8 ({known})"
+        )
     find = gpus if generation in GPU_BANDWIDTH else tpus
     return find(topology, generation, shape, num_slices), "gpu" if find is gpus else "tpu", HBM[generation]
 
@@ -46,14 +48,20 @@ def tpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu (and no TPU): pip install -e '.[tpu]'")
     # Let two compilations run side by side, and keep libtpu from looking for chips.
-    defaults = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    defaults = {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
     for name, value in (defaults | {"TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}).items():
         os.environ.setdefault(name, value)
     more = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
     except Exception as problem:  # of several kinds, from a C++ library
-        raise UserError(f"--topology={topology}: libtpu refuses it: {str(problem).splitlines()[0]}") from problem
+        raise UserError(
+            f"--topology={topology}: libtpu refuses it: {str(problem).splitlines()[0]}"
+        ) from problem
     key = operator.attrgetter("process_index", "id")
     return sorted(described.devices, key=lambda device: (getattr(device, "slice_index", 0), *key(device)))
 

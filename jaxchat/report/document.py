@@ -15,30 +15,41 @@ from jaxchat.report.samples import Samples
 from jaxchat.train.reporter import duration
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 62rem; margin: 2rem auto;
+  padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; margin: 1.8em 0 .6em; } h1 { margin-top: 0; }
 h2 { border-bottom: 1px solid #d5dbe3; padding-bottom: .2em; }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25em .9em; border-bottom: 1px solid #e3e7ed; text-align: left; overflow-wrap: anywhere; }
 th { border-bottom: 2px solid #b6c0cd; white-space: nowrap; }
 img { max-width: 100%; height: auto; }
-pre { background: #f4f6f9; padding: .7em 1em; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: #f4f6f9; padding: .7em 1em; border-radius: 6px; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 code { font: 14px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
 """
 
 
-def markdown(run: Run, images: dict[str, tuple[str, bytes]], samples: Samples | None, price_per_hour: float = 0) -> str:
+def markdown(
+    run: Run, images: dict[str, tuple[str, bytes]], samples: Samples | None, price_per_hour: float = 0
+) -> str:
     """The report as markdown. images: {file name: (title, PNG)}, shown by name."""
     model = next(iter(run.stages.values())).model
     shape = f"{model.n_layer} layers × {model.n_embd}, {model.n_head} heads ({model.n_kv_head} key/value)"
     parts = [
         f"# {escape(run.tag)}: a run of jaxchat",
-        f"{run.parameters:,} parameters: {shape}, vocabulary {model.vocab_size:,}, {model.sequence_len:,} tokens of "
-        f"context; {flops_per_token(model):,} FLOPs a token.",
+        f"{run.parameters:,} parameters: {shape}, vocabulary {model.vocab_size:,}, {model.sequence_len:,} "
+        f"tokens of context; {flops_per_token(model):,} FLOPs a token.",
     ]
     if run.lacking:
         parts.append(f"No checkpoint with this tag, so left out: {', '.join(run.lacking)}.")
-    parts += ["## Results", results(run), *tokenizer(run), "## Training", training(run, price_per_hour), "## Curves"]
+    parts += [
+        "## Results",
+        results(run),
+        *tokenizer(run),
+        "## Training",
+        training(run, price_per_hour),
+        "## Curves",
+    ]
     parts += [f"### {title}\n\n![{title}]({name})" for name, (title, _) in images.items()]
     if not images:
         parts.append("No step was logged.")
@@ -117,10 +128,14 @@ def samples_text(samples: Samples | None) -> list[str]:
         return ["## Samples", "Left out, as asked."]
     parts = []
     if samples.continued:
-        parts.append("## Texts that the base model continues\n\nThe likeliest continuation of each beginning.")
+        parts.append(
+            "## Texts that the base model continues\n\nThe likeliest continuation of each beginning."
+        )
         parts += [fence(f"{text} … {continuation.strip()}") for text, continuation in samples.continued]
     if samples.answered:
-        parts.append("## Conversations\n\nThe likeliest answers. Tool calls and their results are in brackets.")
+        parts.append(
+            "## Conversations\n\nThe likeliest answers. Tool calls and their results are in brackets."
+        )
         for question, found in samples.answered:
             width = max(map(len, [*(stage.label for stage in STAGES.values()), "user"])) + 1
             lines = [f"{'user:':<{width}} {question}"]
@@ -156,8 +171,11 @@ def last_run(title: str, runs: list[dict]) -> str:
     width = max((len(name) for name, _ in plan), default=0)
     lines = [f"{name:<{width}}  {value}" for name, value in plan]
     flags = " ".join(f"--{name}={value}" for name, value in about.get("flags", {}).items())
-    lines.append(textwrap.fill(f"flags: {flags or 'none'}", 96, subsequent_indent=7 * " ", break_on_hyphens=False))
-    began = f"{title}, begun {about.get('began', 'at a time not known').replace('T', ' ').replace('+00:00', ' UTC')}"
+    lines.append(
+        textwrap.fill(f"flags: {flags or 'none'}", 96, subsequent_indent=7 * " ", break_on_hyphens=False)
+    )
+    when = about.get("began", "at a time not known").replace("T", " ").replace("+00:00", " UTC")
+    began = f"{title}, begun {when}"
     if len(runs) > 1:
         began += f", the last of {len(runs)} times"
     if about.get("ended", "done") != "done":
@@ -181,7 +199,9 @@ def percent(share: float | None) -> str:
 
 def escape(text: str) -> str:
     """Escape text so that markdown shows it literally, on one line, in a table cell too."""
-    return re.sub(r"([\\`*\[\]<>|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(printable(text).split()))
+    return re.sub(
+        r"([\\`*\[\]<>|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(printable(text).split())
+    )
 
 
 def fence(text: str) -> str:
@@ -193,11 +213,17 @@ def fence(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c in "\n\t\N{NO-BREAK SPACE}" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        c if c.isprintable() or c in "\n\t\N{NO-BREAK SPACE}" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *([escape(cell) for cell in row] for row in rows)]
+    lines = [
+        header,
+        ["---", *["---:"] * (len(header) - 1)],
+        *([escape(cell) for cell in row] for row in rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -52,7 +52,9 @@ def append(run: Run, began: dict, plan: list[tuple[str, str]], ended: str) -> No
         "ended": ended,
         "steps": [run.first_step, *run.checkpoints.steps()[-1:]],
         "devices": sharding.describe(run.stage.model.mesh),
-        "flags": {name: value for name, value in dataclasses.asdict(flags).items() if value != defaults[name]},
+        "flags": {
+            name: value for name, value in dataclasses.asdict(flags).items() if value != defaults[name]
+        },
         "plan": plan,
     }
     with contextlib.suppress(OSError):  # not worth a run
@@ -64,7 +66,11 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        named = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        named = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if "model name" in line
+        ]
         model = named[0] if named else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} × {model}, {memory:.0f} GiB"
@@ -92,7 +98,9 @@ def git_state() -> str:
         ).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != root:  # another project's checkout, which ours is installed in
+        if (
+            Path(git("rev-parse", "--show-toplevel")) != root
+        ):  # another project's checkout, which ours is installed in
             return ""
         changed = len(git("status", "--porcelain").splitlines())
         branch = git("rev-parse", "--abbrev-ref", "HEAD")

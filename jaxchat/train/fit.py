@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from jaxchat.config import UserError
 from jaxchat.sharding import gather_json
 
-SPARE = 0.95  # fraction to fill while a smaller program is left to try: pools leave gaps, batches wait beside a step
+# Fraction to fill while a smaller program is left to try: pools leave gaps, batches wait beside a step.
+SPARE = 0.95
 
 
 def device_memory(mesh: Mesh) -> int | None:

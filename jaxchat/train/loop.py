@@ -87,7 +87,9 @@ class Loop:
     def train(self):
         while True:
             stopping = not self.finished and self.stop.asked()
-            if self.saver.due(self.step, self.finished or stopping):  # first: an evaluation may fail, or take too long
+            if self.saver.due(
+                self.step, self.finished or stopping
+            ):  # first: an evaluation may fail, or take too long
                 self.reporter.flush()
                 self.saver.save(self.state, self.step, finished=self.finished)
                 self.reporter.restart_clock()
@@ -106,7 +108,9 @@ class Loop:
     def evaluate(self, stopping: bool) -> bool:
         """Run the evaluations that are due, unless the run stops. -> whether it stops."""
         for evaluation in self.evaluations:
-            done = self.step == self.run.first_step and evaluation.name in self.log.measured  # before a resume
+            done = (
+                self.step == self.run.first_step and evaluation.name in self.log.measured
+            )  # before a resume
             if not (stopping or done) and evaluation.due(self.step, self.finished):
                 self.reporter.flush()
                 values = evaluation.measure(self.state.params)
@@ -144,5 +148,7 @@ class Loop:
         size, length = placed["inputs"].size, placed["inputs"].shape[-1]
         self.saver.agree(self.reporter.step(self.step, size, waited, metrics, length))
         self.finished = self.step == stage.num_steps
-        if not stage.num_steps and not batch["totals"]["left"].any():  # this process's rows have run out: all?
+        if (
+            not stage.num_steps and not batch["totals"]["left"].any()
+        ):  # this process's rows have run out: all?
             self.finished = not int(totals["left"])

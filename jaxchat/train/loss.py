@@ -68,7 +68,9 @@ def token_nll(params: Params, batch: dict, config: ModelConfig, compute: Compute
     x_BTD = features(params, batch["inputs_BT"], config, compute, batch.get("segments_BT"))
     chunking = Chunking.of(*batch["inputs_BT"].shape, config, compute)
     targets_BT = batch["targets_BT"]
-    return _on_mesh(_nll, (P(), P(ROWS)), chunking, x_BTD, params.lm_head, targets_BT, jnp.ones(targets_BT.shape))[1]
+    return _on_mesh(
+        _nll, (P(), P(ROWS)), chunking, x_BTD, params.lm_head, targets_BT, jnp.ones(targets_BT.shape)
+    )[1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

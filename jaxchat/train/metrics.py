@@ -21,7 +21,10 @@ from jaxchat.store import FULL
 
 def check_installed(*, run: str, tensorboard: bool):
     """Raise UserError unless the loggers that the flags ask for are installed."""
-    for asked, module, extra in ((run != "dummy", "wandb", "wandb"), (tensorboard, "tensorboardX", "tensorboard")):
+    for asked, module, extra in (
+        (run != "dummy", "wandb", "wandb"),
+        (tensorboard, "tensorboardX", "tensorboard"),
+    ):
         if asked and importlib.util.find_spec(module) is None:
             flag = f"--run={run}" if module == "wandb" else "--tensorboard"
             raise UserError(f"{flag} needs {module}: pip install -e '.[{extra}]' in jaxchat's folder")

@@ -46,7 +46,9 @@ def newton_schulz_factor(gram, steps: int):
     a, b, c = NEWTON_SCHULZ
     diagonal, factor = a * jnp.eye(gram.shape[-1])[None], None
     for step in range(steps):
-        p = (diagonal + b * gram.astype(jnp.float32) + c * (gram @ gram).astype(jnp.float32)).astype(gram.dtype)
+        p = (diagonal + b * gram.astype(jnp.float32) + c * (gram @ gram).astype(jnp.float32)).astype(
+            gram.dtype
+        )
         factor = p if factor is None else p @ factor
         if step < steps - 1:
             gram = p @ gram @ p
@@ -78,7 +80,9 @@ def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype):
         part = u_Lmn.shape[0] // shares
         u_lmn = lax.dynamic_slice_in_dim(u_Lmn, lax.axis_index("data") % shares * part, part)
         u_lmn = exchange(exchange(u_lmn, in_axis, 0, 1), out_axis, 0, 2)
-        y_lmn = orthogonalize(u_lmn, dtype).astype(dtype)  # its values are dtype's: nothing is lost on the way
+        y_lmn = orthogonalize(u_lmn, dtype).astype(
+            dtype
+        )  # its values are dtype's: nothing is lost on the way
         y_Lmn = exchange(exchange(y_lmn, out_axis, 2, 0), in_axis, 1, 0)
         if shares > 1:
             y_Lmn = lax.all_gather(y_Lmn, "data", axis_index_groups=groups, tiled=True)
@@ -144,14 +148,18 @@ def make_optimizer(
     """
     declared = declare(config)
     groups = jax.tree.map(lambda weight: weight.group, declared)
-    matrices = jax.tree.map(lambda weight: weight if weight.group == "matrix" else optax.MaskedNode(), declared)
+    matrices = jax.tree.map(
+        lambda weight: weight if weight.group == "matrix" else optax.MaskedNode(), declared
+    )
     width_scale = (config.n_embd / 768) ** -0.5
 
     def adamw(lr):
         return optax.adamw(lr * width_scale, b1=0.8, b2=0.95, eps=1e-10, weight_decay=weight_decay)
 
     rules = {
-        "matrix": optax.chain(scale_by_muon(matrices, momentum_warmup, muon_dtype, mesh), optax.scale(-matrix_lr)),
+        "matrix": optax.chain(
+            scale_by_muon(matrices, momentum_warmup, muon_dtype, mesh), optax.scale(-matrix_lr)
+        ),
         "embedding": adamw(embedding_lr),
         "head": adamw(unembedding_lr),
     }

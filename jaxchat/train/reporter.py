@@ -58,7 +58,10 @@ class Reporter:
         if self._reported:
             self._spent += seconds
         self._reported += 1
-        tokens_per_s, flops = tokens / seconds, float(tokens * flops_per_token(self._stage.model.config, row_tokens))
+        tokens_per_s, flops = (
+            tokens / seconds,
+            float(tokens * flops_per_token(self._stage.model.config, row_tokens)),
+        )
         values |= {
             "step_seconds": seconds,
             "tokens_per_s": tokens_per_s,
@@ -76,15 +79,19 @@ class Reporter:
 
     def _checked(self, step: int, values: dict[str, float]) -> dict[str, float]:
         """The numbers to log. NotFinite: the step was not, and the run is to stop then."""
-        where = f"{values['taken']:,.0f} documents of the data read" if "taken" in values else "the data's next batch"
+        where = (
+            f"{values['taken']:,.0f} documents of the data read"
+            if "taken" in values
+            else "the data's next batch"
+        )
         shown = {name: value for name, value in values.items() if name not in HIDDEN}
         if values["nonfinite"]:
             what = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} ({where})"
             if self._stage.flags.on_nonfinite == "stop":
                 self._log.write(step, shown)
                 raise NotFinite(
-                    f"{what}; not finite, so it was not applied, and training stops. Lower the learning rates, or "
-                    "continue from the last checkpoint with --resume --on_nonfinite=skip"
+                    f"{what}; not finite, so it was not applied, and training stops. Lower the learning "
+                    "rates, or continue from the last checkpoint with --resume --on_nonfinite=skip"
                 )
             self._skipped += 1
             print(f"{what}; not finite: skipped", flush=True)

@@ -60,8 +60,8 @@ def find_start(stage: Stage) -> Start:
     last = sharding.gather_json({"last": last})[0]["last"]
     if not last:
         raise UserError(
-            f"--resume: all checkpoints in {checkpoints.folder} are damaged; start anew with --overwrite, or choose "
-            "another --model_tag"
+            f"--resume: all checkpoints in {checkpoints.folder} are damaged; start anew with --overwrite, "
+            "or choose another --model_tag"
         )
     meta = checkpoints.meta(last[0])
     check_same_run(stage, meta, checkpoints)
@@ -72,7 +72,8 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints):
     """Raise UserError unless a checkpoint is of the same run: model, settings, data, tokenizer and parent."""
     if "imported" in saved:
         raise UserError(
-            f"--resume: {checkpoints.folder} was imported, without an optimizer; it can be midtrained or finetuned"
+            f"--resume: {checkpoints.folder} was imported, without an optimizer; it can be midtrained or "
+            "finetuned"
         )
     # A setting or constant that a checkpoint lacks was computed as its default does now.
     defaults = type(stage.flags)().learnt_from()
@@ -85,8 +86,8 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints):
         if saved.get(what) != meta.get(what):
             raise UserError(
                 f"--resume: {checkpoints.folder} was trained with different {what}: "
-                f"{sharding.difference(saved.get(what), meta.get(what))}; give what it was trained with, or another "
-                "--model_tag for a new run"
+                f"{sharding.difference(saved.get(what), meta.get(what))}; give what it was trained with, or "
+                "another --model_tag for a new run"
             )
 
 
@@ -161,7 +162,8 @@ def step_functions(stage: Stage, start: Start) -> dict[str, Callable]:
         first = start.meta.get("remat", compute.remat) if start.step else REMATS[0]
         remats = REMATS[REMATS.index(first) :]
     models = {
-        remat: dataclasses.replace(stage.model, compute=dataclasses.replace(compute, remat=remat)) for remat in remats
+        remat: dataclasses.replace(stage.model, compute=dataclasses.replace(compute, remat=remat))
+        for remat in remats
     }
     return {remat: make_train_step(model, stage.optimizer) for remat, model in models.items()}
 
@@ -187,12 +189,14 @@ def restore(stage: Stage, start: Start) -> TrainState:
     checkpoints, target = start.checkpoints, abstract_state(stage.model, stage.optimizer)
     if checkpoints.has_state(start.step):
         rest = {"step": target.step, "empty_steps": target.empty_steps, "opt_state": target.opt_state}
-        params, rest = checkpoints.restore(start.step, params=target.params, optimizer=rest, batches=stage.batches)
+        params, rest = checkpoints.restore(
+            start.step, params=target.params, optimizer=rest, batches=stage.batches
+        )
         return TrainState(params=params, **rest)
     if start.step != stage.num_steps:  # weights only: it must be the last of its run
         raise UserError(
-            f"--resume: {checkpoints.folder / str(start.step)} holds weights only, so training can't continue from "
-            "it; start anew with --overwrite"
+            f"--resume: {checkpoints.folder / str(start.step)} holds weights only, so training can't "
+            "continue from it; start anew with --overwrite"
         )
     params, _ = checkpoints.restore(start.step, params=target.params, optimizer=None, batches=None)
     return state_from_params(params, stage.model, stage.optimizer)

@@ -71,8 +71,8 @@ class Saver:
                 self._failed(step, problem, quiet=True)
                 if attempt == LAST_ATTEMPTS - 1:
                     raise UserError(
-                        f"{self._checkpoints.folder / str(step)} could not be saved: {first_line(problem)}; make room "
-                        f"or repair it, then continue with --resume from {self._from()}"
+                        f"{self._checkpoints.folder / str(step)} could not be saved: {first_line(problem)}; "
+                        f"make room or repair it, then continue with --resume from {self._from()}"
                     ) from problem
                 print(f"saving step {step} failed: {first_line(problem)}; trying again", flush=True)
                 time.sleep(2**attempt)
@@ -127,7 +127,8 @@ class Saver:
         self._failures += 1
         if not quiet and jax.process_index() == 0:
             print(
-                f"saving failed: {first_line(problem)}; training continues, next attempt after step {self._again}",
+                f"saving failed: {first_line(problem)}; training continues, next attempt after step "
+                f"{self._again}",
                 flush=True,
             )
 

@@ -6,7 +6,12 @@ import numpy as np
 
 
 def lr_multiplier(
-    progress: float | jax.Array, step: float, *, warmup_ratio: float, warmdown_ratio: float, final_lr_frac: float
+    progress: float | jax.Array,
+    step: float,
+    *,
+    warmup_ratio: float,
+    warmdown_ratio: float,
+    final_lr_frac: float,
 ) -> float | jax.Array:
     """The multiplier: linear from 0 over the first `warmup_ratio`, then 1, then linear to `final_lr_frac`.
 

@@ -100,7 +100,12 @@ class Stage:
 
 
 def base(
-    config: BaseConfig, tag: str, model: Model, tokenizer: Tokenizer, texts: ParquetText, held_out: ParquetText
+    config: BaseConfig,
+    tag: str,
+    model: Model,
+    tokenizer: Tokenizer,
+    texts: ParquetText,
+    held_out: ParquetText,
 ) -> Stage:
     cut = Cut.of(config, config.max_seq_len, model)
     num_steps = base_steps(config, model.config)
@@ -138,7 +143,10 @@ def base(
         plan=[
             cut.plan_row(config.max_seq_len, model),
             ("steps", f"{num_steps:,}; {tokens:,} tokens; {ratio}; {flops}"),
-            ("data", f"{len(texts):,} documents in {len(texts.paths)} shards; the last shard is for validation"),
+            (
+                "data",
+                f"{len(texts):,} documents in {len(texts.paths)} shards; the last shard is for validation",
+            ),
             epochs_row(tokens, text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts)),
         ],
     )
@@ -147,7 +155,9 @@ def base(
 def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
     """The model that the flags describe."""
     heads = config.n_kv_head if config.n_kv_head > 0 else None
-    return ModelConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=vocab_size, n_kv_head=heads)
+    return ModelConfig.from_depth(
+        config.depth, sequence_len=config.max_seq_len, vocab_size=vocab_size, n_kv_head=heads
+    )
 
 
 def base_steps(config: BaseConfig, model: ModelConfig) -> int:
@@ -161,7 +171,9 @@ def base_steps(config: BaseConfig, model: ModelConfig) -> int:
         steps = int(config.target_param_data_ratio * num_params(model)) // config.total_batch_size
         given = f"--target_param_data_ratio={config.target_param_data_ratio:g}"
     else:
-        raise UserError("how long to train? give --num_iterations, --target_flops or --target_param_data_ratio")
+        raise UserError(
+            "how long to train? give --num_iterations, --target_flops or --target_param_data_ratio"
+        )
     if steps < 1:
         batch = f"one step of {config.total_batch_size:,} tokens"
         raise UserError(f"{given} is less than {batch}; lower --total_batch_size")
@@ -177,7 +189,10 @@ def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
     plan = [
         parent_row(parent),
         cut.plan_row(time, model),
-        ("steps", f"{num_steps:,}" if num_steps else one_pass(read, sample, len(tasks), config.total_batch_size)),
+        (
+            "steps",
+            f"{num_steps:,}" if num_steps else one_pass(read, sample, len(tasks), config.total_batch_size),
+        ),
         ("learning rates", f"× {config.init_lr_frac:g}"),
         data_row(tasks),
     ]
@@ -218,7 +233,9 @@ def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
 def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage:
     time = row_length(config, model.config)
     devices, examples = sharding.data_shards(model.mesh), config.target_examples_per_step
-    batch, micro = pipelines.cut_step(examples, devices, config.device_batch_size, DEVICE_CONVERSATIONS, fills=True)
+    batch, micro = pipelines.cut_step(
+        examples, devices, config.device_batch_size, DEVICE_CONVERSATIONS, fills=True
+    )
     num_examples = round(config.num_epochs * len(tasks))
     if config.num_iterations > 0:
         num_examples = config.num_iterations * examples
@@ -298,7 +315,10 @@ class Cut:
 
     @classmethod
     def of(cls, config: BaseConfig | MidConfig, time: int, model: Model):
-        rows, devices = pipelines.rows_of_step(config.total_batch_size, time), sharding.data_shards(model.mesh)
+        rows, devices = (
+            pipelines.rows_of_step(config.total_batch_size, time),
+            sharding.data_shards(model.mesh),
+        )
         return cls(rows, *pipelines.cut_step(rows, devices, config.device_batch_size, DEVICE_ROWS))
 
     def share(self, config: BaseConfig | MidConfig, model: Model) -> dict:
@@ -316,7 +336,9 @@ class Cut:
 def row_length(config: MidConfig | SFTConfig, model: ModelConfig) -> int:
     """Tokens in a row."""
     if config.max_seq_len > model.sequence_len:
-        raise UserError(f"--max_seq_len={config.max_seq_len} is longer than the model's {model.sequence_len}; lower it")
+        raise UserError(
+            f"--max_seq_len={config.max_seq_len} is longer than the model's {model.sequence_len}; lower it"
+        )
     return config.max_seq_len if config.max_seq_len > 0 else model.sequence_len
 
 
@@ -328,7 +350,8 @@ def tokens_in(read: Reader, sample: Sequence[int], num_documents: int) -> float:
 
 def one_pass(read: Reader, sample: Sequence[int], num_documents: int, tokens_per_step: int) -> str:
     tokens = tokens_in(read, sample, num_documents)
-    return f"one pass over the mixture: about {tokens / tokens_per_step:,.0f} of about {tokens:,.0f} tokens in all"
+    steps = f"about {tokens / tokens_per_step:,.0f} of about {tokens:,.0f} tokens in all"
+    return f"one pass over the mixture: {steps}"
 
 
 def epochs_row(tokens: int, read: Reader, sample: Sequence[int], num_documents: int) -> tuple[str, str]:

@@ -38,14 +38,18 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> Tra
     """ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
     shapes = jax.eval_shape(lambda: fresh(model_params.init(jax.random.key(0), model.config), optimizer))
     return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state_shardings(model, optimizer)
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        shapes,
+        state_shardings(model, optimizer),
     )
 
 
 def init_state(seed: int, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
     """A TrainState with random weights, created in place on the mesh; the same on any mesh."""
     shardings = state_shardings(model, optimizer)
-    make = jax.jit(lambda key: fresh(model_params.init(key, model.config), optimizer), out_shardings=shardings)
+    make = jax.jit(
+        lambda key: fresh(model_params.init(key, model.config), optimizer), out_shardings=shardings
+    )
     return make(jax.random.key(seed))
 
 

@@ -39,7 +39,9 @@ def train_step(
 
     def add_micro_batch(sums, micro):
         micro = {f"{name}_BT": array for name, array in micro.items()}
-        (nll, count), grads = jax.value_and_grad(loss_sums, has_aux=True)(state.params, micro, config, compute)
+        (nll, count), grads = jax.value_and_grad(loss_sums, has_aux=True)(
+            state.params, micro, config, compute
+        )
         grads = constrain(grads, model_params.specs(config), compute.mesh)  # summed where they will be used
         return jax.tree.map(jnp.add, sums, (grads, nll, count)), None
 

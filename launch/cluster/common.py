@@ -43,7 +43,9 @@ def perform(words: list[str], dry_run: bool, check: bool = True) -> int:
     try:
         code = subprocess.run(words).returncode
     except FileNotFoundError:
-        raise UserError(f"there is no {words[0]} here; install it, or print the commands with --dry_run") from None
+        raise UserError(
+            f"there is no {words[0]} here; install it, or print the commands with --dry_run"
+        ) from None
     if code and check:
         raise UserError(f"{words[0]} failed with exit code {code}; its own message is above")
     return code

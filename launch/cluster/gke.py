@@ -82,7 +82,11 @@ def hardware(config: Config) -> tuple[int, dict, dict]:
     kind, _, topology = config.tpu.partition(":")
     sides = topology.split("x")
     flat = kind in EIGHT
-    if kind not in TPUS or len(sides) != (2 if flat else 3) or not all(s.isdigit() and int(s) > 0 for s in sides):
+    if (
+        kind not in TPUS
+        or len(sides) != (2 if flat else 3)
+        or not all(s.isdigit() and int(s) > 0 for s in sides)
+    ):
         kinds = ", ".join(f"{name}:{'4x4' if name in EIGHT else '2x2x4'}" for name in TPUS)
         raise UserError(f"--tpu={config.tpu}; expected a form such as {kinds}")
     label, on_host = TPUS[kind]
@@ -148,7 +152,9 @@ def jobset(config: Config, command: list[str]) -> dict:
         },
         "template": {"metadata": {"annotations": annotations}, "spec": pod},
     }
-    together = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"} if config.tpu else {}
+    together = (
+        {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"} if config.tpu else {}
+    )
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -157,7 +163,9 @@ def jobset(config: Config, command: list[str]) -> dict:
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "failurePolicy": {
                 "maxRestarts": config.restarts,
-                "rules": [{"name": "broken", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+                "rules": [
+                    {"name": "broken", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+                ],
             },
             "replicatedJobs": [{"name": "workers", "replicas": config.slices, "template": {"spec": job}}],
         },

@@ -64,7 +64,11 @@ def script(config: Config, command: list[str]) -> str:
         "export": "ALL" if config.secrets else "",
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value != ""]
-    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append", *([] if config.cpus else ["#SBATCH --exclusive"])]
+    lines += [
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        *([] if config.cpus else ["#SBATCH --exclusive"]),
+    ]
     lines += [f"#SBATCH {word}" for word in shlex.split(config.directives)]
     codes, cpus = "|".join(map(str, RESTARTED)), config.cpus or "$SLURM_CPUS_ON_NODE"
     return "\n".join(
@@ -96,7 +100,9 @@ def run(config: Config, command: list[str]):
             raise UserError(f"--directives: {word!r} is not an option of the form --name or --name=value")
     for name in ("job_name", "time", "partition", "account", "mem"):
         if any(c.isspace() or c in "/'\"" for c in getattr(config, name)):
-            raise UserError(f"--{name}={getattr(config, name)!r}; it must not contain spaces, quotes or slashes")
+            raise UserError(
+                f"--{name}={getattr(config, name)!r}; it must not contain spaces, quotes or slashes"
+            )
     secret_names(config.secrets, here=True)
     file, text = f"{config.job_name}.sbatch", script(config, command)
     print(f"# {file}\n{text}", flush=True)

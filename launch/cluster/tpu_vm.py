@@ -87,7 +87,9 @@ def check(config: Config) -> list[str]:
     if not config.zone:
         raise UserError("--zone is missing; give the TPU's zone, such as --zone=us-central2-b")
     if {"run", "delete"} <= set(steps) and not config.bucket:
-        raise UserError("the checkpoints would be deleted with the TPU: give --bucket=NAME or --steps=create,setup,run")
+        raise UserError(
+            "the checkpoints would be deleted with the TPU: give --bucket=NAME or --steps=create,setup,run"
+        )
     return [step for step in STEPS if step in steps]
 
 
@@ -155,7 +157,9 @@ def secret_file(names: list[str], dry_run: bool):
     if dry_run:
         yield f"<a file with {', '.join(names)}>"
         return
-    with tempfile.NamedTemporaryFile("w", prefix="jaxchat-", suffix=".env") as file:  # mode 600, which scp keeps
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="jaxchat-", suffix=".env"
+    ) as file:  # mode 600, which scp keeps
         file.writelines(f"{name}={shlex.quote(os.environ[name])}\n" for name in names)
         file.flush()
         yield file.name
@@ -188,7 +192,9 @@ def wait(config: Config):
         if now == "ACTIVE":
             return
         if now in ("FAILED", "SUSPENDED"):
-            raise UserError(f"the queued resource {config.name} is {now}; delete it with --queued --steps=delete")
+            raise UserError(
+                f"the queued resource {config.name} is {now}; delete it with --queued --steps=delete"
+            )
         time.sleep(30)
 
 
@@ -200,7 +206,9 @@ def follow(config: Config) -> int:
         return 0
     code = subprocess.run(on(config, "0", CODE), stdout=subprocess.PIPE, text=True).stdout.strip()
     if not code.isdigit():
-        raise UserError("the connection was lost, or the command was killed; --steps=log,delete follows the log again")
+        raise UserError(
+            "the connection was lost, or the command was killed; --steps=log,delete follows the log again"
+        )
     return int(code)
 
 

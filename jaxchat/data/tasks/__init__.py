@@ -45,7 +45,9 @@ class Task:
         self.has_documents = getattr(rows, "has_documents", False)
         self.left_out = getattr(rows, "left_out", "")
         files = "".join(file_fingerprint(path)[:8] for path in rows.paths)
-        self.fingerprint = f"{files}{getattr(rows, 'edition', '')}{'' if self._drawn is None else ', shuffled'}"
+        self.fingerprint = (
+            f"{files}{getattr(rows, 'edition', '')}{'' if self._drawn is None else ', shuffled'}"
+        )
 
     def __len__(self) -> int:
         return len(self._rows if self._drawn is None else self._drawn)

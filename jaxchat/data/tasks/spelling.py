@@ -86,9 +86,13 @@ class Generated:
         if split not in LARGEST:
             raise UserError(f"{task} has no split {split!r}; it is train or test")
         words = dict.fromkeys(path.read_bytes().decode("utf-8", "replace").lower().split())
-        self._words = [w for w in words if w.isascii() and w.isalpha() and is_test_word(w) == (split == "test")]
+        self._words = [
+            w for w in words if w.isascii() and w.isalpha() and is_test_word(w) == (split == "test")
+        ]
         if not self._words:
-            raise UserError(f"{path} has no word for {split}: none of ASCII letters alone among its {len(words)}")
+            raise UserError(
+                f"{path} has no word for {split}: none of ASCII letters alone among its {len(words)}"
+            )
         self.paths, self.edition = [path], EDITION
         self.count, self.largest = ROWS, LARGEST[split]
         self._task, self._split, self._make = task, split, make
@@ -135,7 +139,11 @@ def _bee(chance: random.Random, word: str, split: str):
     for i, c in enumerate(word, 1):
         seen += c == letter
         lines.append(f"{i}:{c}" + (f" (number {seen})" if c == letter else ""))  # no space: as in _spelling
-    text = f"I go through {word} letter by letter:\n" + "\n".join(lines) + f"\nThat makes {seen}. Let me check:\n"
+    text = (
+        f"I go through {word} letter by letter:\n"
+        + "\n".join(lines)
+        + f"\nThat makes {seen}. Let me check:\n"
+    )
     return question, [
         {"type": "text", "text": text},
         {"type": "python", "text": f"'{word}'.count('{letter}')"},

@@ -52,8 +52,8 @@ class Table:
         example = next(iter(problems.values()), "")
         if len(problems) > MOST_LEFT_OUT * count:
             raise UserError(
-                f"{folder}, {example}; {len(problems)} of its {count:,} rows cannot be used, and at most 1 in 100 is "
-                "left out; correct the file"
+                f"{folder}, {example}; {len(problems)} of its {count:,} rows cannot be used, and at most 1 "
+                "in 100 is left out; correct the file"
             )
         self.left_out = f"{len(problems)} left out, {example}" if problems else ""
 
@@ -84,7 +84,11 @@ class Table:
 
 def _batches_of(path: Path, columns: list[str]) -> list[pa.RecordBatch]:
     try:
-        return [batch for batch in open_parquet(path, columns).iter_batches(ROWS_READ, columns=columns) if len(batch)]
+        return [
+            batch
+            for batch in open_parquet(path, columns).iter_batches(ROWS_READ, columns=columns)
+            if len(batch)
+        ]
     except (OSError, pa.ArrowException) as problem:
         line = str(problem).splitlines()[0]
         raise UserError(f"{path} cannot be read ({line}); download it again") from problem
@@ -98,10 +102,13 @@ def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False
     ("train-00000-of-00004.parquet"). in_folders: look in folders of the folder too.
     """
     found = folder.glob(f"{'**/' if in_folders else ''}{escape(split)}*.parquet")
-    paths = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    paths = sorted(
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     if not paths:
         raise UserError(
-            f"no {split}*.parquet in {folder}; fetch them: python -m launch.download {name}; or name --tasks_dir"
+            f"no {split}*.parquet in {folder}; fetch them: python -m launch.download {name}; or name "
+            "--tasks_dir"
         )
     sets: dict[tuple, dict[Path, str]] = {}
     for path in paths:
@@ -110,12 +117,14 @@ def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False
         sets.setdefault((path.parent, base, of), {})[path] = number
     if len(sets) > 1:
         one, other = (str(next(iter(files)).relative_to(folder)) for files in list(sets.values())[:2])
-        raise UserError(f"{folder} holds {one} beside {other}, which may be the same rows twice; move one of them away")
+        raise UserError(
+            f"{folder} holds {one} beside {other}, which may be the same rows twice; move one of them away"
+        )
     ((_, _, of), files), *_ = sets.items()
     if of and sorted(map(int, files.values())) != list(range(int(of))):
         raise UserError(
-            f"{folder} holds {len(paths)} files {split}-…-of-{of}.parquet, not one each from 0 to {int(of) - 1}; fetch "
-            f"the rest: python -m launch.download {name}"
+            f"{folder} holds {len(paths)} files {split}-…-of-{of}.parquet, not one each from 0 to "
+            f"{int(of) - 1}; fetch the rest: python -m launch.download {name}"
         )
     seen: dict[str, Path] = {}
     for path in paths:
