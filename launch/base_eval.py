@@ -75,25 +75,20 @@ def run(config: Config):
     data = {split: list(text.fingerprint.values()) for split, text in texts.items()}
     sharding.check_same(checkpoints=found.name, data=data | {"CORE items": items})
     warning = trained_on(found, texts["val"]) if texts else ""
+    text_size = f"on {config.eval_tokens:,} tokens of each split"
     cli.print_plan(
         f"Evaluation of {found.folder.name} (base)",
         [
             ("model", str(found.folder / str(found.step))),
             ("devices", f"{sharding.describe(mesh)}, compute in {model.compute.dtype}"),
-            (
-                "bits per byte",
-                f"on {config.eval_tokens:,} tokens of each split" if splits else "not measured",
-            ),
+            ("bits per byte", text_size if splits else "not measured"),
             ("CORE", no_core or f"{len(bundle)} tasks, {items:,} items"),
             *([("WARNING", warning)] if warning else []),
         ],
     )
     params = found.load(mesh)
-    settings = {
-        "max_per_task": config.max_per_task,
-        "eval_tokens": config.eval_tokens,
-        "dtype": model.compute.dtype,
-    }
+    settings = {name: getattr(config, name) for name in ("max_per_task", "eval_tokens")}
+    settings["dtype"] = model.compute.dtype
     with out_of_memory(f"lower --device_batch_size (it was {config.device_batch_size})"):
         values = measure_text(found, params, texts, config.device_batch_size, config.eval_tokens, model)
     results = []
@@ -109,16 +104,11 @@ def run(config: Config):
     more["seconds"] = time.perf_counter() - start
     save = partial(save_results, found, "base", "base_eval", results, values, "core", settings, **more)
     save()  # before the samples: CORE may have taken hours
-    path = save(
-        samples=show_samples(Engine(params, found.config, found.tokenizer, model.compute, batch_size=8))
-    )
-    for line in (
-        warning and f"WARNING: {warning}",
-        no_core and f"CORE was {no_core}",
-        f"saved {path} and .csv",
-    ):
-        if line:
-            print(line, flush=True)
+    engine = Engine(params, found.config, found.tokenizer, model.compute, batch_size=8)
+    path = save(samples=show_samples(engine))
+    notes = (warning and f"WARNING: {warning}", no_core and f"CORE was {no_core}")
+    for line in (*filter(None, notes), f"saved {path} and .csv"):
+        print(line, flush=True)
     cli.next_step(f"python -m launch.mid_train --model_tag={found.folder.name}")
 
 

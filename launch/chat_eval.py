@@ -49,6 +49,14 @@ class Config(Flags):
     tasks_dir: str = ""
     """Folder of the tasks' files; empty: <base directory>/tasks."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_samples > 1 and self.temperature == 0:
+            raise UserError(
+                f"--num_samples={self.num_samples} at --temperature=0 would give the same answer each time; "
+                "give a temperature such as 0.8"
+            )
+
 
 # What scores depend on.
 SETTINGS = ("max_problems", "num_samples", "temperature", "top_k", "max_new_tokens", "seed")
@@ -84,11 +92,6 @@ def run(config: Config):
     from jaxchat.train.fit import device_memory
 
     start = time.perf_counter()
-    if config.num_samples > 1 and config.temperature == 0:
-        raise UserError(
-            f"--num_samples={config.num_samples} at --temperature=0 would give the same answer each time; "
-            "give a temperature such as 0.8"
-        )
     names, left_out = names_in(config)
     shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
     mesh = start_devices(shared, asks=False)
@@ -107,6 +110,7 @@ def run(config: Config):
         for task in tasks.values()
     ]
     how = f"at temperature {config.temperature:g}" if config.temperature else "greedily"
+    answers = f"{config.num_samples} a problem, {how}"
     longest = min(config.max_new_tokens, found.config.sequence_len)  # it shares the context with the problem
     cli.print_plan(
         f"Evaluation of {found.folder.name} ({config.source})",
@@ -114,20 +118,14 @@ def run(config: Config):
             ("model", str(found.folder / str(found.step))),
             ("devices", f"{sharding.describe(mesh)}, compute in {model.compute.dtype}"),
             ("tasks", ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))),
-            (
-                "written answers",
-                f"{config.num_samples} a problem, {how}, at most {longest} tokens, {slots} a device at a "
-                "time",
-            ),
+            ("written answers", f"{answers}, at most {longest} tokens, {slots} a device at a time"),
             *[("rows", f"{task.name}: {task.left_out}") for task in tasks.values() if task.left_out],
             *([("WARNING", left_out)] if left_out else []),
         ],
     )
     params = found.load(mesh)
-    settings = {name: getattr(config, name) for name in SETTINGS} | {
-        "tasks": names,
-        "dtype": model.compute.dtype,
-    }
+    settings = {name: getattr(config, name) for name in SETTINGS} | {"tasks": names}
+    settings["dtype"] = model.compute.dtype
     options = {name: getattr(config, name) for name in ("temperature", "seed", "num_samples")}
     options |= {"max_tokens": config.max_new_tokens, "top_k": max(0, config.top_k)}
     with out_of_memory(f"lower -b (it was {slots}), or -m, the length of answers"):

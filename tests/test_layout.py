@@ -85,6 +85,7 @@ def test_file(path):
     assert wrong_imports(path, source) == []
     assert asks_for_stage(path, source) == []
     assert long_functions(path, source) == []
+    assert [line for line in source.splitlines() if len(line) > 110] == []
 
 
 def circles(sources: dict[str, str]) -> list[str]:
