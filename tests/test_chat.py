@@ -11,6 +11,7 @@ from plain_scorer import PlainModel
 from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.data.tasks import load_task
+from jaxchat.data.tasks.answers import final_number
 from jaxchat.eval import chat, scoring
 from jaxchat.eval.results import mean
 from jaxchat.eval.scoring import Scorer
@@ -207,7 +208,7 @@ def test_long_problems_keep_their_end(rows, tokenizer, limit, most, kept):
 def test_checks_of_numbers(rows):
     """Numbers are compared as numbers; of several after #### the first counts."""
     row = rows["GSM8K"][0]
-    answer = chat.final_number("".join(part["text"] for part in row["messages"][1]["content"]))
+    answer = final_number("".join(part["text"] for part in row["messages"][1]["content"]))
     for text, right in [
         (f"so\n#### {answer}", True), (f"#### {answer}.", True), (f"#### {answer}0", False), (f"{answer}", False),
         (f"#### {answer} #### 7", True), ("####", False), ("", False), (f"####{answer}", True),
@@ -221,12 +222,22 @@ def test_checks_of_numbers(rows):
     "text, number",
     [
         ("18.00", 18), ("$18", 18), ("1,234", 1234), ("-1,234.50 and", -1234.5), ("-$5", -5), ("$-5", -5), ("−5", -5),
-        ("–5", -5), ("+7", 7), (".5", 0.5), ("1,23", 1), ("1,234,567", 1234567), ("12,3456", 12), ("007", 7),
-        ("1" * 40, int("1" * 40)), ("€ 20%", 20), ("x", None), ("$", None),
+        ("–5", -5), ("+7", 7), (".5", 0.5), ("1,234,567", 1234567), ("007", 7), ("1" * 40, int("1" * 40)),
+        ("€ 20%", 20), (r"\boxed{18}", 18), (r"$\boxed{\$18}$", 18), (r"\(-18\)", -18), ("1e3", 1000), ("5E-1", 0.5),
+        ("(18)", 18), ("[18]", 18), ("`18`", 18), ("“18”", 18), ("₹18", 18), ("¥1,00,000", 100_000), ("_18_", 18),
+        ("**18**", 18), ("**-18**", -18), ("18 dollars", 18), ("18kg", 18), ("$1,000.00", 1000), ("18/1", 18),
+        ("3 / 4 cup", 0.75), ("-1/2", -0.5), ("18/day", 18), ("5%", 5), ("18.", 18), ("18!\n1 2 3", 18), ("\n18", 18),
+        ("18 m²", 18), ("18\u00a0€", 18),
+        # not one number, or words before it
+        ("x", None), ("$", None), ("1,23", None), ("12,3456", None), ("1.234,56", None), ("1 000", None),
+        ("3 + 4 = 7", None), ("3*6", None), ("18-5", None), ("18 or 19", None), ("17 18 19", None), ("18/0", None),
+        ("1/2/3", None), ("1 1/2", None), ("10:30", None), ("2^3", None), ("1e999", None), ("--5", None),
+        ("the answer is 18", None), ("x = 18", None), ("= 18", None), ("about 18", None), ("~18", None), ("<18", None),
+        ("eighteen", None), ("boxed 18", None), (r"\frac{1}{2}", None), ("18" * 5000, None), ("١٨", None),
     ],
 )  # fmt: skip
 def test_final_numbers(text, number):
-    with_space, without = chat.final_number(f"#### {text}"), chat.final_number(f"so ####{text}")
+    with_space, without = final_number(f"#### {text}"), final_number(f"so ####{text}")
     assert with_space == without == number
 
 

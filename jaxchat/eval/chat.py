@@ -7,13 +7,13 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from decimal import Decimal
 
 import jax
 import numpy as np
 
 from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.data.tasks import Task
+from jaxchat.data.tasks.answers import states_the_number
 from jaxchat.eval import sandbox
 from jaxchat.eval.results import TaskResult, mean
 from jaxchat.eval.scoring import Progress, Scorer
@@ -22,28 +22,10 @@ from jaxchat.model.flops import num_params
 from jaxchat.sharding import gather_json
 from jaxchat.tokenizer import Tokenizer
 
-# A number after ####, with or without a currency sign, bold type, or commas between thousands.
-FINAL = re.compile(r"####[\s*$€£]*([-−–+]?)[\s*$€£]*(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 FENCED = re.compile(r"(```+|~~~+)[ \t]*([^\n`]*)\n(.*?)(?:\1|\Z)", re.DOTALL)
 PYTHON = re.compile(r"\W*(py|python)[\d.]*\b|\s*$", re.IGNORECASE)  # what may follow ``` before Python code
 
 SLOTS = 64  # answers written at a time, where memory is no question
-
-
-def final_number(text: str) -> Decimal | None:
-    """The number after the first ####. "18.00", "$18" and "1,234" are 18, 18 and 1234."""
-    found = FINAL.search(text)
-    if not found:
-        return None
-    number = Decimal(found[2].replace(",", ""))
-    return -number if found[1] in tuple("-−–") else number
-
-
-def states_the_number(row: dict, text: str) -> bool:
-    """Return whether an answer's final number equals that of the row's own answer."""
-    content = row["messages"][-1]["content"]
-    wanted = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return (number := final_number(text)) is not None and number == final_number(wanted)
 
 
 def code_of(row: dict, text: str) -> str:
