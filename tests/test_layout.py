@@ -20,6 +20,7 @@ ROWS = [
     {"checkpoint", "store", "devices"},
     {"train", "infer", "convert"},
     {"eval", "plan", "demo"},
+    {"rl"},
     {"report"},
     {"launch"},
 ]

@@ -1,0 +1,1 @@
+"""Reinforcement learning: answers are sampled, rewarded, and made likelier or less likely by the one loss."""

@@ -1,0 +1,35 @@
+"""Advantages: how much better each answer did than the others to the same problem.
+
+Letters: E problems of a step, G answers to each (a group).
+"""
+
+import numpy as np
+
+EPSILON = 1e-6  # beside a standard deviation that is divided by
+
+
+def mixed_groups(rewards_EG: np.ndarray) -> np.ndarray:
+    """Return, for each group, whether its rewards differ: only such groups teach anything. bool [E].
+
+    Rewards are compared with each other, since a standard deviation of equal numbers need not be 0.
+    """
+    return (rewards_EG != rewards_EG[:, :1]).any(axis=1)
+
+
+def advantages(rewards_EG: np.ndarray, kind: str) -> np.ndarray:
+    """Advantages in float64 [E, G]; exactly 0 in groups whose rewards are all the same.
+
+    kind: "mean": reward − mean of its group (nanochat, Dr. GRPO). "loo": reward − mean of the others, which
+    makes the gradient unbiased (RLOO). "std": "mean" ÷ the group's standard deviation (GRPO). "batch_std":
+    "mean" ÷ the standard deviation of all rewards of the step.
+    """
+    rewards_EG = np.asarray(rewards_EG, np.float64)
+    group = rewards_EG.shape[1]
+    centred_EG = rewards_EG - rewards_EG.mean(axis=1, keepdims=True)
+    scale = {
+        "mean": 1.0,
+        "loo": group / (group - 1),
+        "std": 1 / (rewards_EG.std(axis=1, ddof=1, keepdims=True) + EPSILON),
+        "batch_std": 1 / (rewards_EG.std() + EPSILON),
+    }[kind]
+    return np.where(mixed_groups(rewards_EG)[:, None], centred_EG * scale, 0.0)

@@ -1,0 +1,101 @@
+"""Policy-gradient losses as weights of the one loss.
+
+The training loss is Σ w·nll with constant weights w of any sign, so its gradient is −Σ w·∇log π. Every loss
+here has such a gradient; only the weights differ. All functions are of NumPy arrays, in float64.
+
+Letters: R rows (answers of a step), T positions; a position belongs to the token that follows it.
+"""
+
+import dataclasses
+
+import numpy as np
+
+MOST_LOG_RATIO = 20.0  # log-ratios are clipped here before exp
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A loss and its constants; docs/rl.md has the formulas.
+
+    loss: "reinforce", "ppo", "cispo" or "gspo". clip_low, clip_high: the ratio of the new policy to the old
+    may fall to 1 − clip_low and rise to 1 + clip_high. dual_clip: PPO's bound on the ratio where the
+    advantage is negative; 0: none. tis: bound of the factor that corrects for a sampler that is not quite the
+    trainer; 0: no factor. kl_coef: weight of KL(policy ‖ reference).
+    """
+
+    loss: str = "reinforce"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 3.0
+    tis: float = 0.0
+    kl_coef: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LogProbs:
+    """Log-probabilities [R, T] of the tokens, as far as a Policy needs them.
+
+    now: by the weights that are trained. old: by those that the answers were sampled with. sampler: by the
+    sampler, as it reported them. reference: by the model that the policy is to stay near.
+    """
+
+    now: np.ndarray | None = None
+    old: np.ndarray | None = None
+    sampler: np.ndarray | None = None
+    reference: np.ndarray | None = None
+
+
+def row_scales(kind: str, mask_RT: np.ndarray, mixed_R: np.ndarray, max_tokens: int) -> np.ndarray:
+    """The factor of each row's weights [R, 1], of the whole step, however it is cut into micro-batches.
+
+    "tokens": 1 ÷ sampled tokens in groups with different rewards (mixed). "all_tokens": 1 ÷ sampled tokens in
+    all rows. "rows": 1 ÷ (tokens of the row · rows in mixed groups), so rows count alike. "constant": 1 ÷
+    (rows · max_tokens).
+    """
+    counts_R1 = mask_RT.sum(axis=1, keepdims=True).astype(np.float64)
+    mixed_counts = counts_R1[mixed_R]
+    number = {
+        "tokens": mixed_counts.sum(),
+        "all_tokens": counts_R1.sum(),
+        "rows": np.maximum(1, counts_R1) * (mixed_counts > 0).sum(),
+        "constant": len(mask_RT) * max_tokens,
+    }[kind]
+    return np.broadcast_to(1 / np.maximum(1.0, number), counts_R1.shape)
+
+
+def policy_weights(
+    policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray, logprobs: LogProbs, scales_R1: np.ndarray
+) -> np.ndarray:
+    """The weights [R, T] of the loss, float64.
+
+    mask_RT: 1 where the model sampled the token that follows, in a group that teaches something; prompts,
+    padding and what the tool forced weigh 0. scales_R1: row_scales; GSPO is over rows, whatever is asked for.
+    """
+    a_R1, m_RT = np.asarray(advantages_R, np.float64)[:, None], np.asarray(mask_RT, np.float64)
+    weights_RT = m_RT * a_R1 * _ratio(policy, a_R1, m_RT, logprobs)
+    if policy.tis:
+        weights_RT *= np.minimum(_exp(logprobs.old - logprobs.sampler), policy.tis)
+    if policy.kl_coef:
+        # The gradient of ½(log π − log π_ref)² is, in expectation, that of KL(π ‖ π_ref): arXiv 2506.09477.
+        weights_RT -= policy.kl_coef * m_RT * (logprobs.now - logprobs.reference)
+    return weights_RT * scales_R1
+
+
+def _ratio(policy: Policy, a_R1, m_RT, logprobs: LogProbs):
+    """The factor of the advantages: the ratio of the new policy to the old, or 0 where it is clipped."""
+    if policy.loss == "reinforce":
+        return 1.0
+    log_ratio_RT = logprobs.now - logprobs.old
+    if policy.loss == "gspo":  # one ratio a row: the geometric mean of its tokens'
+        log_ratio_RT = (m_RT * log_ratio_RT).sum(1, keepdims=True) / np.maximum(1, m_RT.sum(1, keepdims=True))
+    ratio = _exp(log_ratio_RT)
+    if policy.loss == "cispo":  # bounded, but never without a gradient
+        return np.minimum(ratio, 1 + policy.clip_high)
+    clipped = (a_R1 > 0) & (ratio > 1 + policy.clip_high) | (a_R1 < 0) & (ratio < 1 - policy.clip_low)
+    if policy.loss == "ppo" and policy.dual_clip:
+        clipped |= (a_R1 < 0) & (ratio > policy.dual_clip)
+    return np.where(clipped, 0.0, ratio)
+
+
+def _exp(log_ratio):
+    return np.exp(np.clip(log_ratio, -MOST_LOG_RATIO, MOST_LOG_RATIO))
