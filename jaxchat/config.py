@@ -160,6 +160,8 @@ class Compute:
     kernels: norms, rotary embedding and the loss's softmax by our own kernels for GPUs (model/kernels.py).
     grad_dtype: what gradients of the layers' matrices are summed in, within a device and across devices:
         "float32", or "bfloat16", which sends half the bytes and loses a little with every device more.
+    matmul: operands of the layers' products in training: "" as they come, "fp8" rounded to float8 in the MLP,
+        "fp8-all" in all six (model/matmul.py). Unlike the rest, it changes what is learnt.
     loss_chunk_tokens: logits exist for at most this many tokens of a device at a time.
     micro_tokens: a training step computes at most this many tokens of a device's micro-batch at a time, in
         whole rows (at least one); 0: all at once. A CPU is faster with what fits into its caches.
@@ -172,6 +174,7 @@ class Compute:
     attention: str = "xla"
     kernels: bool = False
     grad_dtype: str = "float32"
+    matmul: str = ""
     loss_chunk_tokens: int = 512
     micro_tokens: int = 0
     mesh: Any = None
@@ -215,6 +218,10 @@ class Model:
     @property
     def mesh(self):
         return self.compute.mesh
+
+    def without_fp8(self) -> "Model":
+        """Return this model with products in compute.dtype, for evaluations and generation."""
+        return dataclasses.replace(self, compute=dataclasses.replace(self.compute, matmul=""))
 
 
 DEVICE_ROWS, DEVICE_CONVERSATIONS = 32, 4  # the most rows that --device_batch_size=-1 takes; SFT's
@@ -285,6 +292,10 @@ class TrainConfig(Flags):
     dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
     """Number format of activations and matrix products: float32 or bfloat16; auto: float32 on a CPU, bfloat16
     elsewhere. Weights stay float32."""
+    matmul: str = flag("", choices=("", "fp8", "fp8-all"))
+    """Operands of the layers' matrix products while training, on GPUs such as H100 and H200: fp8 (float8 in
+    the MLP), fp8-all (in all layers' products); empty: as --dtype. Evaluations compute in --dtype, and show
+    how far the loss is from it."""
     remat: str = flag("auto", free=True)
     """What the backward pass recomputes instead of keeping: none, dots (all but the results of matrix
     products) or full (everything within a layer). Each needs less memory than the one before, and more time.

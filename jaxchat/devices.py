@@ -39,9 +39,16 @@ def start_devices(config: TrainConfig, *, asks: bool = True, alone: bool = False
 
 def model_for(config: TrainConfig, shape: ModelConfig, mesh: Mesh) -> Model:
     """A model on a mesh, computed as the flags and the kind of device ask. UserError: it cannot be cut that
-    way."""
+    way, or the devices have no float8 products."""
     sharding.check_fits(shape, mesh)
-    return Model(shape, Compute.for_backend(config.dtype, remat=config.remat, mesh=mesh))
+    device = mesh.devices.flat[0]
+    if config.matmul and device.platform != "cpu" and float(getattr(device, "compute_capability", 0)) < 8.9:
+        raise UserError(
+            f"--matmul={config.matmul} needs GPUs with float8 products (compute capability 8.9 or more, as "
+            f"H100 and H200), or a CPU, which emulates them; this is {device.device_kind}; leave it out"
+        )
+    compute = Compute.for_backend(config.dtype, remat=config.remat, mesh=mesh, matmul=config.matmul)
+    return Model(shape, compute)
 
 
 def about_driver() -> tuple[str, str]:

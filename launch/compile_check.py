@@ -30,6 +30,8 @@ class Config(Flags):
     """Tokens in a training row."""
     vocab_size: int = flag(65536, 1)
     """Tokens in the vocabulary."""
+    matmul: str = flag("", choices=("", "fp8", "fp8-all"))
+    """Operands of the layers' matrix products, as in base_train; fp8 and fp8-all are for GPUs."""
     remat: str = flag("auto", choices=("auto", *REMATS))
     """What the backward pass recomputes, as in base_train: none, dots or full; auto: the first of these that
     fits, a compilation each try."""
@@ -99,6 +101,8 @@ def rows_of(plan, done) -> list[tuple[str, str]]:
             ("collectives", ", ".join(sent) or "none"),
             ("kernels", ", ".join(f"{name} × {n}" for name, n in program.kernels.most_common(8)) or "none"),
         ]
+        if plan.config.matmul:
+            rows.append(("float8", f"{program.float8_products} products"))
     return [*rows, ("compiled in", f"{done.seconds:.0f} s")]
 
 
@@ -130,13 +134,14 @@ def figures_of(plan, done) -> dict:
     if done.program:
         program = done.program
         figures |= {"flops": program.flops, "sent": program.sent(), "kernels": dict(program.kernels)}
+        figures["float8_products"] = program.float8_products
     return figures
 
 
 def training(config: Config, batch: int) -> str:
     """The command that trains what was compiled, with `batch` rows a device."""
     words = [f"--depth={config.depth}", f"--device_batch_size={batch}"]
-    for name in ("total_batch_size", "max_seq_len", "mesh", "remat"):
+    for name in ("total_batch_size", "max_seq_len", "mesh", "matmul", "remat"):
         if (value := getattr(config, name)) != getattr(BaseConfig, name):
             words.append(f"--{name}={value}")
     return " ".join(["python -m launch.base_train", *words])

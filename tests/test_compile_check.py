@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+from collections import Counter
 
 import pytest
 
@@ -276,3 +277,29 @@ def test_gradients_cross_h100s_in_float32(run_command, monkeypatch, tmp_path):
 def test_an_h100_generates_one_row(run_command):
     """For a single row the XLA of jax 0.10 and 0.11 made of a gather what it then refused: nobody could chat."""
     run_command("tests.decode_process")
+
+
+@pytest.mark.slow
+@needs("jax_cuda13_plugin", "gpu-plan")
+def test_float8_products_on_h100s(run_command, monkeypatch, tmp_path):
+    """Three a product of each layer, all counted in FLOPs. The MLP's weights are gathered once, a byte each."""
+    vocab, width = 4096, 128
+    shape = {"depth": 2, "topology": "h100:8", "max_seq_len": 512, "device_batch_size": 2, "vocab_size": vocab}
+    flags = [f"--{name}={value}" for name, value in (shape | {"total_batch_size": 8 * 2 * 512}).items()]
+    flops = set()
+    for matmul, products, gathered in (("fp8-all", 2 * 6 * 3, None), ("fp8", 2 * 2 * 3, 2 * 8 * width**2)):
+        dump = tmp_path / matmul
+        monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_dump_to={dump}")
+        done = run_command("launch.compile_check", *flags, "--no_find_batch", "--json", f"--matmul={matmul}")
+        figures = json.loads(done.stdout.splitlines()[-2])
+        assert figures["float8_products"] == products
+        flops.add(figures["flops"])
+        [text] = dump.glob("*jit_step*after_optimizations.txt")
+        sent = Counter()
+        for c in hlo.read(text.read_text()).collectives:
+            if c.kind == "all-gather":
+                for kind, dims in c.shapes:
+                    sent[kind] += math.prod(dims) * c.times
+        if gathered:
+            assert sent["f8e4m3fn"] == gathered
+    assert len(flops) == 1 and flops.pop() > 0

@@ -3,7 +3,7 @@
 from functools import partial
 
 from jaxchat import sharding
-from jaxchat.config import EVAL_BATCH, BaseConfig, MidConfig, SFTConfig, UserError
+from jaxchat.config import EVAL_BATCH, BaseConfig, MidConfig, SFTConfig, TrainConfig, UserError
 from jaxchat.data import pipelines
 from jaxchat.data.encode import conversation_reader, text_reader
 from jaxchat.data.order import Order
@@ -19,6 +19,8 @@ from jaxchat.infer.engine import Engine
 from jaxchat.train.loop import Evaluation
 from jaxchat.train.stages import Stage
 
+MOST_DRIFT = 0.01  # of the loss by float8 products; beyond it a warning is printed
+
 
 def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[Evaluation]:
     batches = []
@@ -32,6 +34,7 @@ def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[
         Evaluation(
             "validation", config.eval_every, partial(val_bpb, stage=stage, batches=batches), at_start=True
         ),
+        *fp8_evaluations(config, stage, batches),
         Evaluation("CORE", config.core_metric_every if bundle else -1, of_core),
         Evaluation("samples", config.sample_every, partial(samples, stage=stage)),
     ]
@@ -70,7 +73,8 @@ def mid(config: MidConfig, stage: Stage) -> list[Evaluation]:
     return [
         Evaluation(
             "validation", config.eval_every, partial(val_bpb, stage=stage, batches=batches), at_start=True
-        )
+        ),
+        *fp8_evaluations(config, stage, batches),
     ]
 
 
@@ -100,6 +104,7 @@ def sft(config: SFTConfig, stage: Stage) -> list[Evaluation]:
         Evaluation(
             "validation", config.eval_every, partial(val_loss, stage=stage, batches=batches), at_start=True
         ),
+        *fp8_evaluations(config, stage, batches),
         Evaluation("multiple choice", config.eval_metrics_every, letters),
     ]
 
@@ -112,17 +117,43 @@ def choice_tasks(config: SFTConfig) -> list:
         raise UserError(f"{problem}; or do without this evaluation: --eval_metrics_every=-1") from problem
 
 
+def fp8_evaluations(config: TrainConfig, stage: Stage, batches: list[dict]) -> list[Evaluation]:
+    """The check of training with float8 products, where it is done."""
+    if not (stage.model.compute.matmul and batches):
+        return []
+    return [Evaluation("float8", config.eval_every, partial(fp8_drift, stage=stage, batches=batches))]
+
+
+def fp8_drift(params, stage: Stage, batches: list[dict]) -> dict[str, float]:
+    """How far float8 products move the loss of the first validation batch: a fraction of the loss without."""
+    (with_fp8, _), (without, _) = (
+        total_loss(params, batches[:1], model) for model in (stage.model, stage.model.without_fp8())
+    )
+    drift = with_fp8 / without - 1
+    if abs(drift) > MOST_DRIFT:
+        print(
+            f"WARNING: --matmul={stage.model.compute.matmul} moves the validation loss by {drift:+.1%}, "
+            f"beyond {MOST_DRIFT:.0%}; --resume can't change it, so consider a new run without it",
+            flush=True,
+        )
+    return {"fp8_drift": drift}
+
+
 def val_bpb(params, stage: Stage, batches: list[dict]) -> dict[str, float]:
-    return {"val_bpb": bits_per_byte(params, batches, stage.tokenizer.token_bytes, stage.model)}
+    return {"val_bpb": bits_per_byte(params, batches, stage.tokenizer.token_bytes, stage.model.without_fp8())}
 
 
 def val_loss(params, stage: Stage, batches: list[dict]) -> dict[str, float]:
-    nll, weight = total_loss(params, batches, stage.model)
+    nll, weight = total_loss(params, batches, stage.model.without_fp8())
     return {"val_loss": nll / weight}
 
 
 def core_metric(params, stage: Stage, bundle: list[core.CoreTask], max_per_task: int) -> dict[str, float]:
-    return {"core": mean(core.evaluate(Scorer(params, stage.model), stage.tokenizer, bundle, max_per_task))}
+    return {
+        "core": mean(
+            core.evaluate(Scorer(params, stage.model.without_fp8()), stage.tokenizer, bundle, max_per_task)
+        )
+    }
 
 
 def samples(params, stage: Stage) -> dict[str, float]:
@@ -131,5 +162,5 @@ def samples(params, stage: Stage) -> dict[str, float]:
 
 
 def accuracies(params, stage: Stage, tasks: list, most: int) -> dict[str, float]:
-    scorer = Scorer(params, stage.model)
+    scorer = Scorer(params, stage.model.without_fp8())
     return {f"{name}_acc": letter_accuracy(scorer, stage.tokenizer, task, most) for name, task in tasks}

@@ -114,7 +114,7 @@ def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, c
     """The head's input for prompts padded at their ends, and a cache that holds them. -> (x_BTD, cache)."""
     time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
-    plain = dataclasses.replace(compute, kernels=False, mesh=None)
+    plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")
     kept = []
 
     def attend(q, k, v):
@@ -141,7 +141,7 @@ def features_cached(
     positions_BT = cache.lengths_B[:, None] + jnp.arange(time)[None, :]
     tables = rotary_tables(positions_BT, config.head_dim, config.rotary_base)
     # The kernels take one row of tables for all rows. Every device holds all weights here.
-    plain = dataclasses.replace(compute, kernels=False, mesh=None)
+    plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")
     x_BTD = rms_norm(embed(params.wte, tokens_BT, plain), config.norm_eps)
     for index, w in enumerate(layers_of(params.blocks, compute.dtype)):
 

@@ -9,33 +9,64 @@ from jax import lax
 
 from jaxchat.config import Compute
 
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2  # more precision, for values; more range, for gradients
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x, w, letters: str, compute: Compute):
     """einsum(letters, x, w) in compute.dtype, as in matmul(h_BTD, wq_DNH, "btd,dnh->btnh", compute).
 
     The gradient of w, which is float32 in training, is summed in compute.grad_dtype, within a device and
-    across devices.
+    across devices. By compute.matmul, operands are rounded to float8 first: x and w to e4m3, and in the
+    backward pass the gradient of the result to e5m2.
     """
     return forward(x, w, letters, compute)[0]
 
 
 def forward(x, w, letters: str, compute: Compute):
+    if in_fp8(letters, compute):
+        (x, x_scale), (w, w_scale) = quantize(x, E4M3), quantize(w, E4M3)
+        y = product(x, w, letters, jnp.dtype(compute.dtype)) * (x_scale * w_scale).astype(compute.dtype)
+        return y, (x, w, x_scale, w_scale)
     # The cast weights are what is kept, so that one gather of them over devices does for both passes.
-    x_and_w = x.astype(compute.dtype), w.astype(compute.dtype)
-    return jnp.einsum(letters, *x_and_w), x_and_w
+    x, w = x.astype(compute.dtype), w.astype(compute.dtype)
+    return jnp.einsum(letters, x, w), (x, w, None, None)
 
 
-def backward(letters: str, compute: Compute, x_and_w, dy):
-    x, w = x_and_w
+def backward(letters: str, compute: Compute, kept, dy):
+    x, w, x_scale, w_scale = kept
     of_x, of_w, of_y = re.split(",|->", letters)
-    dx = product(dy, w, f"{of_y},{of_w}->{of_x}", x.dtype)
+    if fp8 := in_fp8(letters, compute):
+        dtype = dy.dtype
+        dy, dy_scale = quantize(dy, E5M2)
+    dx = product(dy, w, f"{of_y},{of_w}->{of_x}", dtype if fp8 else x.dtype)
     # In bfloat16, sums over many devices would lose what makes them better than one device's.
-    dw = product(dy, x, f"{of_y},{of_x}->{of_w}", jnp.dtype(compute.grad_dtype))
-    return dx, dw.astype(jnp.float32)
+    dw = product(dy, x, f"{of_y},{of_x}->{of_w}", jnp.dtype(compute.grad_dtype)).astype(jnp.float32)
+    if fp8:
+        return dx * (dy_scale * w_scale).astype(dtype), dw * (dy_scale * x_scale)
+    return dx, dw
 
 
 matmul.defvjp(forward, backward)
+
+
+def in_fp8(letters: str, compute: Compute) -> bool:
+    """Return whether this product's operands are float8: the MLP's, which have the letter f, or all."""
+    return compute.matmul == "fp8-all" or (compute.matmul == "fp8" and "f" in letters)
+
+
+def quantize(a, dtype):
+    """Round a / scale to a float8 dtype. -> (the quotient, scale), scale a float32 power of two.
+
+    The scale brings the largest |a| to within a factor of two of the dtype's largest number. Multiplying by
+    a power of two is exact in every format, so XLA may do it within the product. What is not finite in `a`
+    makes the scale, and so every result, not finite.
+    """
+    most = float(jnp.finfo(dtype).max)
+    least = jnp.maximum(jnp.max(jnp.abs(a)).astype(jnp.float32), 1e-30) / most  # of zeros: not 0
+    scale = lax.reduce_precision(least, exponent_bits=8, mantissa_bits=0)  # the nearest power of two
+    scale = jnp.where(scale < least, 2 * scale, scale)
+    return jnp.clip(a.astype(jnp.float32) / scale, -most, most).astype(dtype), scale
 
 
 def product(a, b, letters: str, dtype):

@@ -48,6 +48,11 @@ class Program:
     collectives: list[Collective]
     kernels: Counter  # how often each kernel of a library or of Pallas runs, by name
 
+    @property
+    def float8_products(self) -> int:
+        """How many matrix products of library kernels have float8 operands."""
+        return sum(times for name, times in self.kernels.items() if name.endswith("$f8"))
+
     def sent(self) -> dict[str, float]:
         """Return {kind of collective: bytes that leave a device}."""
         total = defaultdict(float)
@@ -106,6 +111,8 @@ def read(text: str) -> Program:
                     program.kernels[re.sub(r"[.\d]+$", "", op.name)] += times
                 elif target.startswith("__"):  # a library's kernel, not one of XLA's own helpers
                     program.kernels[target] += times
+                if "matmul" in target or "gemm" in target:
+                    program.flops += times * gemm_flops(op, by_name)
             inner = times * trips(op, parts, by_name) if op.kind == "while" else times
             if kind not in COLLECTIVES:  # what a collective calls is an addition
                 for names in CALLED.findall(op.text):
@@ -144,6 +151,14 @@ def dot_flops(op: Operation, by_name) -> float:
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.text)
     lhs = by_name[op.operands[0]].shapes[0][1]
     return 2 * math.prod(op.shapes[0][1]) * math.prod(lhs[int(n)] for n in contracted[1].split(",") if n)
+
+
+def gemm_flops(op: Operation, by_name) -> float:
+    """FLOPs of a product by cuBLAS or cuBLASLt; its first result is the product."""
+    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.text)
+    lhs = by_name[op.operands[0]].shapes[0][1]
+    summed = math.prod(lhs[int(n)] for n in re.findall(r"\d+", contracted[1]))
+    return 2 * math.prod(op.shapes[0][1]) * summed
 
 
 def convolution_flops(op: Operation, by_name) -> float:

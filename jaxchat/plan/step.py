@@ -63,7 +63,9 @@ class StepPlan:
         return flops_per_token(self.model) * self.config.total_batch_size / self.mesh.size
 
     def compile(self, batch: int, remat: str) -> Compiled:
-        compute = Compute.for_backend("bfloat16", self.backend, remat, mesh=self.mesh)
+        compute = Compute.for_backend(
+            "bfloat16", self.backend, remat, mesh=self.mesh, matmul=self.config.matmul
+        )
         optimizer = make_optimizer(self.model, grad_clip=1.0, muon_dtype=jnp.bfloat16, mesh=self.mesh)
         model = Model(self.model, compute)
         state = abstract_state(model, optimizer)

@@ -96,6 +96,7 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
     model, compute = stage.model.config, stage.model.compute
     heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
     attention = f"attention by {kernel_for(compute.attention, model.head_dim, stage.row_length)}"
+    numbers = compute.dtype + (f" with {compute.matmul} products" if compute.matmul else "")
     flags = stage.flags
     every = [f"{flags.save_every:,} steps"] if flags.save_every > 0 else []
     every += [f"{flags.save_minutes:g} minutes"] if flags.save_minutes > 0 else []
@@ -103,7 +104,7 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
     rows = [
         ("model", f"{model.n_layer} layers × {model.n_embd}, {heads}, vocabulary {model.vocab_size:,}"),
         ("parameters", f"{num_params(model):,}; {flops_per_token(model, stage.row_length):,} FLOPs a token"),
-        ("devices", f"{sharding.describe(stage.model.mesh)}, compute in {compute.dtype}, {attention}"),
+        ("devices", f"{sharding.describe(stage.model.mesh)}, compute in {numbers}, {attention}"),
         *stage.plan,
         ("saves", f"{start.checkpoints.folder}/<step>{often}" if start.checkpoints else "nothing (dry run)"),
     ]

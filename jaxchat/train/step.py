@@ -112,12 +112,17 @@ def make_train_step(
     model: Model, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, dict, float], tuple[TrainState, dict]]:
     """Jit `train_step` for a model on its mesh. The state is donated; a new batch shape compiles anew."""
-    options, mesh, compute = None, model.mesh, model.compute
-    if mesh.devices.flat[0].platform in ("gpu", "cuda") and compute.remat != REMATS[-1]:
+    options, mesh, compute = {}, model.mesh, model.compute
+    on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    if on_gpu and compute.remat != REMATS[-1]:
         # XLA would bring a program that is too large under the limit by computing whole products again
         # (depth 32 on 8 H100s: 18 % more FLOPs). The next remat does it better, and train/fit.py takes it
         # where this one is too large.
-        options = {"xla_disable_hlo_passes": "rematerialization"}
+        options["xla_disable_hlo_passes"] = "rematerialization"
+    if (
+        on_gpu and compute.matmul
+    ):  # XLA gives float8 products to cuBLASLt only where Triton does not take them
+        options["xla_gpu_enable_triton_gemm"] = False
     shardings = state_shardings(model, optimizer)
     everywhere = NamedSharding(mesh, P())
 
@@ -129,5 +134,5 @@ def make_train_step(
         in_shardings=(shardings, NamedSharding(mesh, P(None, ROWS)), everywhere),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
-        compiler_options=options,
+        compiler_options=options or None,
     )
