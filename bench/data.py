@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from jaxchat.config import MidConfig, SFTConfig, UserError, base_dir
+from jaxchat.config import MidConfig, SFTConfig, UserError, base_dir, user_path
 from jaxchat.data import pipelines
 from jaxchat.data.order import Order
 from jaxchat.data.sources import ParquetText, find_shards
@@ -79,7 +79,7 @@ def open_pipeline(name: str, config: Config, tokenizer: Tokenizer):
         return pipelines.base_batches(texts, tokenizer, **packed), texts, lambda text: text
     tasks_dir = config.tasks_dir
     if not tasks_dir and config.data_dir and not (base_dir() / "tasks").is_dir():
-        tasks_dir = str(Path(config.data_dir).expanduser().absolute().parent)
+        tasks_dir = str(user_path(config.data_dir).absolute().parent)
     spec = config.train_tasks if name == "mid" else config.sft_tasks
     tasks = pipelines.load_tasks(spec, tasks_dir, "train_tasks", documents=True)
     if name == "mid":

@@ -32,12 +32,33 @@ def base_dir() -> Path:
         raise UserError(
             f"JAXCHAT_BASE_DIR={given!r} is not UTF-8, which JAX needs; rename it, or set LC_ALL=C.UTF-8"
         )
+    check_folder("JAXCHAT_BASE_DIR", given)
+    return user_path(given)
+
+
+def user_path(given: str | Path) -> Path:
+    """A path that the user gave, with the home directory for a ~ at its start. UserError: there is none."""
+    home = os.environ.get("HOME", "/")
+    remedy = "set HOME, or JAXCHAT_BASE_DIR=FOLDER, or give full paths"
+    if str(given).startswith("~") and not os.path.isabs(home):
+        raise UserError(f"{given}: HOME={home!r} is no full path; {remedy}")
     try:
         return Path(given).expanduser()
     except RuntimeError:
-        raise UserError(
-            f"{given}: no home directory is known here; set HOME, or JAXCHAT_BASE_DIR=FOLDER"
-        ) from None
+        raise UserError(f"{given}: no home directory is known here; {remedy}") from None
+
+
+def no_platform() -> str:
+    """The message where JAX_PLATFORMS names a kind of device that is not here."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    return f"JAX_PLATFORMS={platforms}: no such device can be used here; unset it, or set JAX_PLATFORMS=cpu"
+
+
+def check_folder(name: str, path: str):
+    """Raise UserError if a path is a file."""
+    if os.path.isfile(user_path(path)):
+        folder = Path(path).parent
+        raise UserError(f"{name}={path} is a file; give a folder, such as the one it is in: {name}={folder}")
 
 
 def check_local(name: str, paths: str):
@@ -278,20 +299,43 @@ class Flags:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(Flags):
-    """Flags that all trainers share"""
+class DeviceFlags(Flags):
+    """Flags of devices"""
 
-    run: str = flag("dummy", own=True)
-    """Name of the run at Weights & Biases; "dummy": nothing is logged there."""
+    mesh = matmul = ""  # flags of the classes below
+    remat = "auto"
     device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"), free=True)
     """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
+    dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
+    """Number format of activations and matrix products: float32 or bfloat16; auto: float32 on a CPU, bfloat16
+    elsewhere. Weights stay float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshFlags(DeviceFlags):
+    """Flags of several devices and processes"""
+
     mesh: str = flag("", free=True)
     """Devices along each axis, as in data=-1,fsdp=1,tensor=1 (-1: all that remain). data: each device holds
     all weights; fsdp: each holds a share of every weight; tensor: each computes a share of every layer.
     Empty: data=-1 on CPUs; elsewhere fsdp=8, or 4, 2 or 1 if 8 does not divide the devices."""
-    dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
-    """Number format of activations and matrix products: float32 or bfloat16; auto: float32 on a CPU, bfloat16
-    elsewhere. Weights stay float32."""
+    coordinator: str = flag("", own=True)
+    """HOST:PORT of process 0 where several processes work together; empty: as Slurm, TPUs, Open MPI or a
+    JobSet say."""
+    num_processes: int = flag(0, 0, free=True)
+    """Number of processes that work together; 0: as the launcher says, or else 1."""
+    process_id: int = flag(-1, -1, own=True)
+    """Number of this process, counted from 0; -1: as the launcher says."""
+    heartbeat_timeout: int = flag(100, 2, free=True)
+    """Seconds without a sign of life after which a process is taken for lost, and all end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(MeshFlags):
+    """Flags that all trainers share"""
+
+    run: str = flag("dummy", own=True)
+    """Name of the run at Weights & Biases; "dummy": nothing is logged there."""
     matmul: str = flag("", choices=("", "fp8", "fp8-all"))
     """Operands of the layers' matrix products while training, on GPUs such as H100 and H200: fp8 (float8 in
     the MLP), fp8-all (in all layers' products); empty: as --dtype. Evaluations compute in --dtype, and show
@@ -329,15 +373,6 @@ class TrainConfig(Flags):
     nothing."""
     data_workers: int = flag(0, 0, own=True)
     """Processes per host that tokenize; 0: threads of the trainer. The batches do not depend on it."""
-    coordinator: str = flag("", own=True)
-    """HOST:PORT of process 0 where several processes train together; empty: as Slurm, TPUs, Open MPI or a
-    JobSet say."""
-    num_processes: int = flag(0, 0, free=True)
-    """Number of processes that train together; 0: as the launcher says, or else 1."""
-    process_id: int = flag(-1, -1, own=True)
-    """Number of this process, counted from 0; -1: as the launcher says."""
-    heartbeat_timeout: int = flag(100, 2, free=True)
-    """Seconds without a sign of life after which a process is taken for lost, and all end."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -400,6 +435,14 @@ class BaseConfig(TrainConfig):
     """How documents fill rows. stream: rows are cut from one stream of documents. bos_bestfit: each row
     begins with a document, few documents are cut, what is cut off is dropped, and documents don't see each
     other."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.warmup_ratio + self.warmdown_ratio > 1 + 1e-9:  # 0.1 + 0.9 may be rounded up
+            raise UserError(
+                f"--warmup_ratio={self.warmup_ratio:g} and --warmdown_ratio={self.warmdown_ratio:g} are "
+                f"{self.warmup_ratio + self.warmdown_ratio:g} together; lower one: they may be 1 at most"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

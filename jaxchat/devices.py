@@ -1,6 +1,7 @@
 """The devices of a command, and a model on them."""
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -8,13 +9,13 @@ import jax
 from jax.sharding import Mesh
 
 from jaxchat import hosts, sharding
-from jaxchat.config import Compute, Model, ModelConfig, TrainConfig, UserError
+from jaxchat.config import Compute, DeviceFlags, Model, ModelConfig, UserError, no_platform
 
 DRIVER = Path("/proc/driver/nvidia/version")
 OLDEST_DRIVER = {12: 525, 13: 580}  # by version of CUDA
 
 
-def start_devices(config: TrainConfig, *, asks: bool = True, alone: bool = False) -> Mesh:
+def start_devices(config: DeviceFlags, *, asks: bool = True, alone: bool = False) -> Mesh:
     """Choose the kind of device, connect with the other processes, and put all devices on a mesh.
 
     asks: see hosts.start. alone: connect with nobody, as in a command for one process.
@@ -30,14 +31,15 @@ def start_devices(config: TrainConfig, *, asks: bool = True, alone: bool = False
     try:
         return sharding.make_mesh(axes=config.mesh)
     except (RuntimeError, AssertionError) as problem:  # which of them depends on what is installed
-        kind = config.device_type or "such"
+        if os.environ.get("JAX_PLATFORMS") and not config.device_type:
+            raise UserError(no_platform()) from problem
         raise UserError(
-            f"no {kind} device can be used here; install jaxchat's extra for it (cuda12, cuda13, tpu), or "
-            "give --device_type=cpu"
+            f"no {config.device_type or 'such'} device can be used here; install jaxchat's extra for it "
+            "(cuda12, cuda13, tpu), or give --device_type=cpu"
         ) from problem
 
 
-def model_for(config: TrainConfig, shape: ModelConfig, mesh: Mesh) -> Model:
+def model_for(config: DeviceFlags, shape: ModelConfig, mesh: Mesh) -> Model:
     """A model on a mesh, computed as the flags and the kind of device ask. UserError: it cannot be cut that
     way, or the devices have no float8 products."""
     sharding.check_fits(shape, mesh)

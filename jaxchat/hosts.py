@@ -16,7 +16,7 @@ import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
-from jaxchat.config import TrainConfig, UserError
+from jaxchat.config import MeshFlags, UserError
 
 TOGETHER = (None, 0, 75)  # exit codes that all processes have agreed on
 UNREACHABLE = 76  # exit code: the processes cannot reach one another, though none is lost
@@ -139,7 +139,7 @@ def _metadata(name: str, environ) -> str:
         return ""
 
 
-def start(config: TrainConfig, *, asks: bool = True):
+def start(config: MeshFlags, *, asks: bool = True):
     """Connect with the other processes, if there are any. To be called before the first use of a device.
 
     From then on, only process 0 prints to stdout. asks: the command asks after every step if it is to stop

@@ -4,12 +4,12 @@ import dataclasses
 import time
 from functools import partial
 
-from jaxchat.config import Flags, TrainConfig, flag
+from jaxchat.config import MeshFlags, flag
 from launch import cli
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Flags):
+class Config(MeshFlags):
     """Measure a base model: bits per byte of training and validation text, CORE over 22 tasks, and samples.
 
     Without a CORE bundle the rest is measured. The results are written beside the checkpoint, as
@@ -20,12 +20,6 @@ class Config(Flags):
     """Tag of the base model; empty: the deepest d<N>, or else the newest."""
     step: int = flag(-1, 0, special=-1)
     """Step of the checkpoint; -1: the last."""
-    device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"))
-    """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
-    mesh: str = ""
-    """Devices along each axis, as in base_train."""
-    dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
-    """Number format of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
     eval_bundle: str = ""
     """CORE's bundle, a folder or a zip; empty: <base directory>/eval_bundle, or else eval_bundle.zip."""
     max_per_task: int = flag(-1, 1, special=-1)
@@ -63,10 +57,9 @@ def run(config: Config):
     from jaxchat.infer.engine import Engine
 
     start = time.perf_counter()
-    shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
-    mesh = start_devices(shared, asks=False)
+    mesh = start_devices(config, asks=False)
     found = checkpoint.open_model("base", config.model_tag, config.step)
-    model = model_for(shared, found.config, mesh)
+    model = model_for(config, found.config, mesh)
     check_writable(found.folder)
     bundle, no_core = load_bundle(config)
     items = sum(len(task.drawn(config.max_per_task)) for task in bundle)

@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import sys
 
-from jaxchat.config import STAGES, Compute, Flags, TrainConfig, base_dir, flag
+from jaxchat.config import STAGES, Compute, DeviceFlags, base_dir, flag
 from launch import cli
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Flags):
+class Config(DeviceFlags):
     """Chat with a model in the terminal. /clear begins anew, /quit leaves, Ctrl-C stops an answer."""
 
     source: str = flag("sft", choices=tuple(STAGES), alias="-i")
@@ -28,10 +28,6 @@ class Config(Flags):
     """Largest number of tokens in an answer."""
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed of the first answer; each further answer of a conversation takes the next number."""
-    device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"))
-    """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
-    dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
-    """Number format of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
 
 
 COMMANDS = "/clear begins a new conversation, /quit leaves"
@@ -70,7 +66,7 @@ def run(config: Config):
     from jaxchat.devices import start_devices
     from jaxchat.infer.engine import Engine
 
-    mesh = start_devices(TrainConfig(device_type=config.device_type, dtype=config.dtype), alone=True)
+    mesh = start_devices(config, alone=True)
     compute = Compute.for_backend(config.dtype)
     model = checkpoint.open_model(config.source, config.model_tag, config.step)
     device = f"{mesh.devices.flat[0].device_kind}, compute in {compute.dtype}"

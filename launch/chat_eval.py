@@ -3,12 +3,12 @@
 import dataclasses
 import time
 
-from jaxchat.config import STAGES, Flags, TrainConfig, UserError, flag
+from jaxchat.config import STAGES, MeshFlags, UserError, flag
 from launch import cli
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Flags):
+class Config(MeshFlags):
     """Measure a chat model on six tasks: ARC-Easy, ARC-Challenge and MMLU by the likeliest letter; GSM8K,
     HumanEval and SpellingBee by written answers, with the calculator. With all of them comes ChatCORE, their
     mean.
@@ -40,12 +40,6 @@ class Config(Flags):
     """Answers that a device writes at a time (same results); -1: as many as its memory holds, at most 64."""
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed for sampling."""
-    device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"))
-    """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
-    mesh: str = ""
-    """Devices along each axis, as in base_train."""
-    dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
-    """Number format of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
     tasks_dir: str = ""
     """Folder of the tasks' files; empty: <base directory>/tasks."""
 
@@ -93,10 +87,9 @@ def run(config: Config):
 
     start = time.perf_counter()
     names, left_out = names_in(config)
-    shared = TrainConfig(device_type=config.device_type, mesh=config.mesh, dtype=config.dtype)
-    mesh = start_devices(shared, asks=False)
+    mesh = start_devices(config, asks=False)
     found = checkpoint.open_model(config.source, config.model_tag, config.step)
-    model = model_for(shared, found.config, mesh)
+    model = model_for(config, found.config, mesh)
     check_writable(found.folder)
     tasks = {name: load_task(chat.TASKS[name].spec, config.tasks_dir or None) for name in names}
     sharding.check_same(

@@ -5,6 +5,8 @@ import dataclasses
 import math
 import os
 import re
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from jaxchat.config import STAGES, BaseConfig, MidConfig, SFTConfig, UserError
@@ -69,12 +71,29 @@ def run(config: Config) -> int:
     cli.print_plan(f"Check of {tag}", [(f"{state:<7}  {name}", text) for state, name, text, _ in checks])
     missing = [command for state, *_, command in checks if state == "missing"]
     if any(missing):
-        print("next:", " && ".join(dict.fromkeys(filter(None, missing))), flush=True)
+        print("next:", " && ".join(in_one(filter(None, missing))), flush=True)
     elif not missing:
         given = {field.name: getattr(config, field.name) for field in dataclasses.fields(BaseConfig)}
         changed = {name: str(value) for name, value in given.items() if value != getattr(BaseConfig, name)}
         cli.next_step("python -m launch.base_train", **changed)
     return 2 if missing else 0
+
+
+def in_one(commands: Iterable[str]) -> list[str]:
+    """The commands, each once; those that download to the same place as one."""
+    joined: dict[
+        tuple, dict[str, None]
+    ] = {}  # {(what is before the names, the folder): names and other flags}
+    for command in commands:
+        before, download, after = command.partition("launch.download ")
+        words = shlex.split(after)
+        to = [word for word in words if word.startswith("--to=")]
+        rest = dict.fromkeys(word for word in words if word not in to)
+        joined.setdefault((before + download, *to), {}).update(rest)
+    return [
+        before + shlex.join([*sorted(rest, key=lambda word: word.startswith("-")), *to])
+        for (before, *to), rest in joined.items()
+    ]
 
 
 def check_devices(config: Config, checks: Checklist):

@@ -32,9 +32,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxchat import hosts
-from jaxchat.config import Preempted, UserError, check_local
+from jaxchat.config import Preempted, UserError, check_folder, check_local, no_platform
 
 PATHS = {"data_dir", "tasks_dir", "eval_bundle", "train_tasks", "val_tasks", "sft_tasks", "to", "out", "path"}
+FOLDERS = {"data_dir", "tasks_dir", "out", "path"}
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 
 # An OSError with one of these is something the user can fix; any other is ours, and keeps its traceback.
@@ -47,6 +48,7 @@ REMEDIES = {
     errno.EROFS: "set JAXCHAT_BASE_DIR to a folder that can be written",
     errno.ENOTDIR: "a file is where a folder should be: move it, or set JAXCHAT_BASE_DIR to another folder",
     errno.EEXIST: "move what is there, or set JAXCHAT_BASE_DIR to another folder",
+    errno.ENAMETOOLONG: "give a shorter name, or set JAXCHAT_BASE_DIR to a folder with a shorter path",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
 
@@ -89,13 +91,9 @@ def _parse_and_run(config_class, run, args: list[str], several: bool) -> None:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror}; {REMEDIES[error.errno]}", 2)
     except (RuntimeError, AssertionError) as error:  # jax raises one or the other, by what is installed
-        platforms = os.environ.get("JAX_PLATFORMS")
-        if not platforms or not _raised_in(error, "xla_bridge.py"):
+        if not os.environ.get("JAX_PLATFORMS") or not _raised_in(error, "xla_bridge.py"):
             raise
-        _fail(
-            f"JAX_PLATFORMS={platforms}: no such device can be used here; unset it, or set JAX_PLATFORMS=cpu",
-            2,
-        )
+        _fail(no_platform(), 2)
     if code:
         raise SystemExit(code)
 
@@ -120,6 +118,8 @@ def parse(config_class, args: list[str], prog: str = "command"):
         raise UserError(f"unexpected {rest[0]!r}: every argument is a flag, --name=value (--help lists all)")
     for name in PATHS & vars(values).keys():
         check_local(f"--{name}", getattr(values, name))
+    for name in FOLDERS & vars(values).keys():
+        check_folder(f"--{name}", getattr(values, name))
     return config_class(**vars(values))
 
 

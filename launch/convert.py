@@ -3,9 +3,8 @@
 import dataclasses
 import shlex
 import time
-from pathlib import Path
 
-from jaxchat.config import STAGES, Flags, ModelConfig, UserError, flag
+from jaxchat.config import STAGES, Flags, ModelConfig, UserError, flag, user_path
 from launch import cli
 
 
@@ -99,7 +98,7 @@ def export(config: Config):
     found = checkpoint.open_model(config.source, config.model_tag, config.step, needs_tokenizer=False)
     rows = [("from", str(found.path)), *shape_rows(found.config, found.tokenizer), ("writes", config.out)]
     cli.print_plan(f"Convert {found.name} to {config.to}", rows)
-    out, on_weight = Path(config.out).expanduser(), progress(found.config)
+    out, on_weight = user_path(config.out), progress(found.config)
     try:
         if config.to == "hf":
             written = hugging_face.export(found, out, on_weight, chat=config.source != "base")
@@ -129,7 +128,7 @@ def take_in(config: Config):
     target = checkpoint.run_folder(config.as_stage, config.model_tag)
     if target.exists():
         raise UserError(f"{target} exists; choose another --model_tag, or remove it")
-    path = Path(config.path).expanduser()
+    path = user_path(config.path)
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; give --path the folder to import")
     if config.from_format == "hf":

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from jaxchat import files
-from jaxchat.config import Flags, UserError, base_dir, flag
+from jaxchat.config import Flags, UserError, base_dir, check_folder, flag, user_path
 from jaxchat.data.hub import Link, Repo
 from launch import cli
 
@@ -66,6 +66,7 @@ class Config(Flags):
 
     def __post_init__(self):
         super().__post_init__()
+        check_folder("--to", self.to)
         if self.revision and not (
             len(names := names_in(self.what)) == 1 and isinstance(SETS[names[0]], Repo)
         ):
@@ -76,8 +77,8 @@ def place(folder: str, to: str) -> Path:
     """Return where base_data/…, tasks/… or the bundle go; --to replaces the first of these names."""
     kind, _, rest = folder.partition("/")
     if kind not in ("base_data", "tasks"):
-        return (Path(to).expanduser() if to else base_dir()) / folder
-    return (Path(to).expanduser() if to else base_dir() / kind) / rest
+        return (user_path(to) if to else base_dir()) / folder
+    return (user_path(to) if to else base_dir() / kind) / rest
 
 
 def names_in(what: str) -> list[str]:

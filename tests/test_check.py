@@ -131,11 +131,19 @@ def test_nothing_is_there(home, checked, monkeypatch):
     for command in last.removeprefix("next: ").split(" && "):
         words = shlex.split(command)
         {"launch.download": download, "launch.tok_train": tok_train}[words[2]].main(words[3:])
-    text, tokenizer, *others = configs
+    text, tokenizer, tasks_of_all = configs
     assert (text.what, text.shards, text.to) == ("fineweb-edu", 2, str(data))
     assert tokenizer.data_dir == str(data)
-    assert {config.to for config in others} == {str(tasks)}
-    assert {name for config in others for name in download.names_in(config.what)} == set(download.TASKS)
+    assert tasks_of_all.to == str(tasks) and set(download.names_in(tasks_of_all.what)) == set(download.TASKS)
+
+
+def test_downloads_are_one_command():
+    """Those to one place; the commands between keep their place."""
+    commands = ["python -m launch.download fineweb-edu --shards=9", "python -m launch.tok_train"]
+    commands += [f"python -m launch.download {name}" for name in ("arc", "arc", "words")]
+    commands += ["python -m launch.download arc --to='my tasks'"]
+    joined = "python -m launch.download fineweb-edu arc words --shards=9"
+    assert check.in_one(commands) == [joined, commands[1], "python -m launch.download arc '--to=my tasks'"]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +241,7 @@ def test_a_bundle_that_was_named(here, checked):
     assert states(checked(f"--eval_bundle={here}/kept")[1]) == {}
     code, lines, last = checked(f"--eval_bundle={here}/else where/eval_bundle")
     assert (code, states(lines)) == (2, {"CORE": "missing"})
-    assert last.endswith(f"launch.download core-bundle --to='{here}/else where'")
+    assert shlex.split(last)[-2:] == ["core-bundle", f"--to={here}/else where"]
 
 
 def test_a_step_that_the_devices_cannot_share(here, checked):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxchat.config import UserError
-from launch import cli
+from jaxchat import devices, sharding
+from jaxchat.config import BaseConfig, UserError
+from launch import base_eval, chat_cli, chat_eval, check, cli
 from launch.cluster import __main__ as cluster
 
 LAUNCH = Path(cli.__file__).parent
@@ -275,3 +276,18 @@ def test_a_platform_that_is_not_here(capsys, monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     with pytest.raises(AssertionError):
         cli.main(Config, run, [])
+
+
+@pytest.mark.parametrize("config", [BaseConfig, base_eval.Config, chat_eval.Config, chat_cli.Config, check.Config])
+def test_a_platform_that_is_not_here_in_every_command(config, monkeypatch):
+    """Where devices are started, the variable is named unless a flag chose the kind of device."""
+
+    def no_devices(**_):
+        raise RuntimeError("Unable to initialize backend 'tpu'")
+
+    monkeypatch.setattr(sharding, "make_mesh", no_devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    with pytest.raises(UserError, match="^JAX_PLATFORMS=tpu: no such device can be used here"):
+        devices.start_devices(config(), alone=True)
+    with pytest.raises(UserError, match="^no cpu device can be used here"):
+        devices.start_devices(config(device_type="cpu"), alone=True)

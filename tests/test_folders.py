@@ -7,7 +7,10 @@ import pytest
 from conftest import ROOT
 
 from jaxchat.config import BaseConfig, MidConfig, UserError, base_dir, check_local
-from launch import chat_cli, chat_eval, cli, convert, download
+from jaxchat.data.sources import find_shards
+from jaxchat.data.tasks import load_task
+from jaxchat.eval.core import load_bundle
+from launch import base_eval, chat_cli, chat_eval, check, cli, convert, download, tok_eval, tok_train
 
 
 @pytest.mark.parametrize(
@@ -80,3 +83,36 @@ def test_an_entry_without_its_time_stamp_stops_no_caching(home, monkeypatch, bou
     names = {path.name for path in (home / "compiled").iterdir()}
     assert ("broken-cache" in names) != bounded and not done.stderr
     assert any(name.endswith("-atime") for name in names) == bounded and any("jit" in name for name in names)
+
+
+@pytest.mark.parametrize("home", ["", "somewhere"])
+@pytest.mark.parametrize(
+    "asked",
+    [base_dir, lambda: find_shards("~/text", "val"), lambda: load_task("~/mine.jsonl"), lambda: load_bundle("~/core")]
+    + [lambda: load_task("GSM8K", "~/tasks"), lambda: download.place("tasks", "~/x")],
+)
+def test_a_home_that_is_no_full_path(monkeypatch, home, asked):
+    """Else an empty HOME would make ~/.cache the folder /.cache."""
+    monkeypatch.delenv("JAXCHAT_BASE_DIR", raising=False)
+    monkeypatch.setenv("HOME", home)
+    with pytest.raises(UserError, match=f"^~/.*: HOME='{home}' is no full path; set HOME, or JAXCHAT_BASE_DIR"):
+        asked()
+
+
+@pytest.mark.parametrize(
+    "config, flag",
+    [(BaseConfig, "data_dir"), (MidConfig, "tasks_dir"), (chat_eval.Config, "tasks_dir"), (check.Config, "tasks_dir")]
+    + [(tok_train.Config, "data_dir"), (tok_eval.Config, "data_dir"), (base_eval.Config, "data_dir")]
+    + [(convert.Config, "out"), (convert.Config, "path")],
+)
+def test_a_file_is_no_folder(tmp_path, monkeypatch, config, flag):
+    (tmp_path / "x.parquet").touch()
+    monkeypatch.chdir(tmp_path)
+    for path, parent in ((tmp_path / "x.parquet", tmp_path), ("x.parquet", ".")):
+        with pytest.raises(UserError, match=rf"^--{flag}={path} is a file; give a folder, .*: --{flag}={parent}$"):
+            cli.parse(config, [f"--{flag}={path}"])
+    with pytest.raises(UserError, match=r"--to=x.parquet is a file"):
+        cli.parse(download.Config, ["--what=words", "--to=x.parquet"])
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", "x.parquet")
+    with pytest.raises(UserError, match=r"JAXCHAT_BASE_DIR=x.parquet is a file"):
+        base_dir()

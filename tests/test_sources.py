@@ -17,6 +17,7 @@ from jaxchat.data import sources
 from jaxchat.data.order import Deal, Order
 from jaxchat.data.sources import ParquetText, file_fingerprint, find_shards
 from jaxchat.data.streams import PackedRows
+from jaxchat.data.tasks import load_task
 
 
 def write(path, texts, **options):
@@ -53,6 +54,20 @@ def test_hidden_files_are_no_shards(tmp_path):
         write(tmp_path / f"{name}.parquet", ["x"]) if name in "01" else (tmp_path / f"{name}.parquet").write_bytes(b"?")
     assert [path.name for path in find_shards(tmp_path, "train")] == ["0.parquet"]
     assert [path.name for path in find_shards(tmp_path, "val")] == ["1.parquet"]
+
+
+def test_ends_of_names_in_capitals(tmp_path):
+    for name in ("a.PARQUET", "b.Parquet", "c.parquet"):
+        write(tmp_path / name, ["x"])
+    assert [path.name for path in find_shards(tmp_path, "train")] == ["a.PARQUET", "b.Parquet"]
+    (tmp_path / "smoltalk/data").mkdir(parents=True)
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    for name in ("test.PARQUET", "test.parquet"):
+        pq.write_table(pa.table({"messages": [talk]}), tmp_path / "smoltalk/data" / name)
+        if name == "test.PARQUET":
+            assert load_task("SmolTalk/test", tmp_path)[0]["messages"] == talk
+    with pytest.raises(UserError, match="holds test.PARQUET beside test.parquet"):
+        load_task("SmolTalk/test", tmp_path)
 
 
 @pytest.mark.parametrize("codec, dictionary", [("none", False), ("zstd", True)])
@@ -197,6 +212,10 @@ def test_row_groups_without_rows(tmp_path):
 
 def test_no_shard_and_one_shard(tmp_path):
     with pytest.raises(UserError, match=f"no .parquet file in {tmp_path}.*--data_dir"):
+        find_shards(tmp_path, "train")
+    for name in ("b.csv", "a.txt", "c.csv", "d.csv", ".hidden"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"no .parquet file in {tmp_path}, only a.txt, b.csv, c.csv, …; fetch some"):
         find_shards(tmp_path, "train")
     write(tmp_path / "a.parquet", ["x"])
     with pytest.raises(UserError, match="only one .parquet file .* at least two are needed"):

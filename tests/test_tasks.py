@@ -303,6 +303,47 @@ def test_files_as_programs_write_them(tmp_path, data):
     assert [len(task) for task in mixture.tasks] == [1, 1, 1] and mixture[2] == {"messages": HI}
 
 
+@pytest.mark.parametrize("end", ["jsonl", "json", "JSONL", "ndjson"])
+@pytest.mark.parametrize(
+    "rows, text",
+    [
+        (2, json.dumps([HI, HI], indent=2)),
+        (2, json.dumps([{"messages": HI}, {"messages": HI}], indent=2)),
+        (2, json.dumps([HI, HI])),
+        (2, json.dumps([{"messages": HI}] * 2) + "\n"),
+        (1, json.dumps(HI, indent=2)),
+        (2, "\n".join(json.dumps({"messages": HI}, indent=2) for _ in range(2))),
+        (2, json.dumps(HI) + "\n\n" + json.dumps({"messages": HI})),
+    ],
+)
+def test_json_that_is_not_a_row_a_line(tmp_path, rows, text, end):
+    """An array of rows, or rows that go over several lines; an array of messages is one row, as on a line."""
+    path = tmp_path / f"mine.{end}"
+    path.write_text(text)
+    task = load_task(str(path))
+    assert len(task) == rows and all(task[i] == {"messages": HI} for i in range(rows))
+    assert len(load_task(f"{path}:1")) == 1
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (json.dumps([HI, [{"role": "robot", "content": "x"}]], indent=1), "row 2: .*unknown role 'robot'"),
+        (json.dumps([HI, 3]), "row 2: it must be a JSON array of messages"),
+        ('{"data": ' + json.dumps([HI], indent=1) + "}", "row 1: it must be a JSON array of messages"),
+        ("question,answer\nx,y\n", r"line 1: it is not JSON \(Expecting value, column 1\); it should hold"),
+        (json.dumps([HI, HI], indent=1)[:-9], "line 1: it is not JSON"),
+        (json.dumps(HI) + '\n{"a": ', "line 2: it is not JSON"),
+        ("[" * 100_000, "line 1: it is nested too deeply"),
+    ],
+)
+def test_files_that_hold_something_else(tmp_path, text, words):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"mine.jsonl, {words}"):
+        load_task(str(path))
+
+
 def test_openai_lines(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(OPENAI) + "\n" + json.dumps({"text": "a document"}) + "\n")
     task = load_task(str(tmp_path / "a.jsonl"))

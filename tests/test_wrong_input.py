@@ -263,6 +263,10 @@ def test_flags(folder, capsys):
     assert "did you mean --depth?" in refusal(folder, base_train, ["--dept=3"], capsys)
     assert "--source=rl; it is mid or base" in refusal(folder, chat_sft, ["--source=rl"], capsys)
     assert "--warmup_ratio=2.0; it must be from 0 to 1" in refusal(folder, base_train, ["--warmup_ratio=2"], capsys)
+    line = refusal(folder, base_train, ["--warmup_ratio=0.5", "--warmdown_ratio=0.7"], capsys)
+    assert "--warmup_ratio=0.5 and --warmdown_ratio=0.7 are 1.2 together" in line
+    assert "--warmdown_ratio=0.2 are 1.1 together" in refusal(folder, base_train, ["--warmup_ratio=0.9"], capsys)
+    assert "Name too long" in refusal(folder, base_train, [f"--model_tag={'x' * 300}"], capsys).replace("name", "Name")
     assert "--temperature=-1.0" in refusal(folder, chat_cli, ["-t", "-1"], capsys)
     assert "--max_tokens=0" in refusal(folder, chat_cli, ["--max_tokens=0"], capsys)
     for seed in (-1, 2**32):

@@ -115,7 +115,7 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
     """
     from huggingface_hub import HfApi
 
-    from jaxchat.data.sources import SOURCE
+    from jaxchat.data.sources import SOURCE, parquet_files
 
     recorded = (folder / SOURCE).read_text(encoding="utf-8").split() if (folder / SOURCE).is_file() else []
     if recorded and recorded[0] != repo.repo:
@@ -139,10 +139,10 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
         )
     if repo.shards and shards > len(stated):
         raise UserError(f"--shards={shards}: {repo.repo} has {len(stated)}")
-    there = {
-        path.relative_to(folder).as_posix() for pattern in repo.patterns for path in folder.glob(pattern)
-    }
-    others = {name for name in there - stated.keys() if not Path(name).name.startswith(".")}
+    local = [path.relative_to(folder).as_posix() for path in parquet_files(folder, in_folders=True)]
+    wanted = [pattern.lower() for pattern in repo.patterns]
+    there = {name for name in local if any(fnmatch.fnmatch(name.lower(), pattern) for pattern in wanted)}
+    others = there - stated.keys()
     if not recorded:  # then a file of another size is somebody's own
         others |= {name for name in there & stated.keys() if size_of(folder / name) != stated[name][0]}
     if others:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxchat.config import UserError, base_dir
+from jaxchat.config import UserError, base_dir, user_path
 
 SOURCE = ".source"  # launch.download notes in a folder of shards where they are from, and how many are wanted
 CACHED_GROUPS = 32  # decoded row groups kept: each of up to 16 streams reads one, or two at a border
@@ -24,20 +24,33 @@ HASHED_WHOLE = 16 << 20  # bytes up to which a file's fingerprint is of all its 
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # that of a larger file is of samples, 1 MiB in all
 
 
+def parquet_files(folder: Path, start: str = "", *, in_folders: bool = False) -> list[Path]:
+    """The sorted parquet files of a folder whose names begin with `start`, in capitals or not (.PARQUET).
+
+    Hidden files, such as macOS's `._x.parquet`, are ignored. in_folders: also those of the folders in it.
+    """
+    paths = folder.glob("**/*" if in_folders else "*")
+    found = (path for path in paths if path.suffix.lower() == ".parquet" and path.name.startswith(start))
+    return sorted(
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
 def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False) -> list[Path]:
     """The sorted parquet shards of a folder: all but the last for "train", the last for "val".
 
-    Hidden files, such as macOS's `._x.parquet`, are ignored. whole: raise a UserError while launch.download
-    has fetched only a part of what it was asked for.
+    whole: raise a UserError while launch.download has fetched only a part of what it was asked for.
     """
-    folder = Path(data_dir or base_dir() / "base_data").expanduser()
-    shards = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+    folder = user_path(data_dir or base_dir() / "base_data")
+    shards = parquet_files(folder)
     to = f" --to={shlex.quote(str(data_dir))}" if data_dir else ""
     remedy = f"fetch some: python -m launch.download fineweb-edu --shards=8{to}"
     if not shards:
+        others = sorted(path.name for path in folder.glob("[!.]*"))
+        only = f", only {', '.join(others[:3])}{', …' if len(others) > 3 else ''}" if others else ""
         raise UserError(
-            f"no .parquet file in {folder}; {remedy}; or put shards with a column `text` there, or name "
-            "--data_dir"
+            f"no .parquet file in {folder}{only}; {remedy}; or put shards with a column `text` there, or "
+            "name --data_dir"
         )
     if len(shards) == 1:
         raise UserError(

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from jaxchat import files
 from jaxchat.config import UserError
+from jaxchat.data.sources import parquet_files
 from jaxchat.demo.world import World
 
 ROW_GROUP = 512
@@ -36,7 +37,7 @@ def write_world(
     base_data, tasks = Path(directory) / "base_data", Path(directory) / "tasks"
     shards = {f"shard_{n:05d}.parquet": base_rows for n in range(base_shards)}
     shards[f"shard_{base_shards:05d}.parquet"] = base_val_rows
-    others = sorted(path.name for path in base_data.glob("*.parquet") if path.name not in shards)
+    others = [path.name for path in parquet_files(base_data) if path.name not in shards]
     if others:
         raise UserError(
             f"{base_data} already holds {len(others)} other parquet files ({others[0]}, …), which training "

@@ -13,12 +13,11 @@ import os
 import random
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import yaml
 
-from jaxchat.config import UserError, base_dir
+from jaxchat.config import UserError, base_dir, user_path
 from jaxchat.eval.results import TaskResult
 from jaxchat.eval.scoring import Score, Scorer, Span
 from jaxchat.tokenizer import Tokenizer
@@ -74,7 +73,7 @@ def load_bundle(place: str = "") -> list[CoreTask]:
 
     UserError: something is missing or malformed; the message names the file and the line.
     """
-    path = Path(place).expanduser() if place else base_dir() / "eval_bundle"
+    path = user_path(place) if place else base_dir() / "eval_bundle"
     if not place and not path.is_dir():
         path = path.with_suffix(".zip")
     root = zipfile.Path(path) / "eval_bundle" if zipfile.is_zipfile(path) else path

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxchat.config import UserError, base_dir
+from jaxchat.config import UserError, base_dir, user_path
 from jaxchat.data.sources import file_fingerprint
 from jaxchat.data.tasks.choice import arc, mmlu
 from jaxchat.data.tasks.custom import JsonLines, identity
@@ -15,6 +15,7 @@ from jaxchat.data.tasks.humaneval import humaneval
 from jaxchat.data.tasks.smoltalk import smoltalk
 from jaxchat.data.tasks.spelling import simple_spelling, spelling_bee
 
+JSON = (".jsonl", ".json", ".ndjson")  # ends of names of files of conversations
 DRAW_SEED = 42
 TASKS = {
     "SmolTalk": smoltalk,
@@ -93,15 +94,15 @@ class Mixture:
 
 def load_task(spec: str, tasks_dir: str | Path | None = None) -> Task:
     """Open the task of a spec such as "GSM8K/test:420" or "/path/to/mine.jsonl:1000"."""
-    folder = Path(tasks_dir or base_dir() / "tasks").expanduser()
+    folder = user_path(tasks_dir or base_dir() / "tasks")
     name, colon, rows = spec.rpartition(":")
-    if not colon or spec.lower().endswith(".jsonl"):  # a path may hold a colon
+    if not colon or spec.lower().endswith(JSON):  # a path may hold a colon
         name, rows = spec, ""
     if rows and not rows.isdecimal():
         raise UserError(f"task {spec!r}: {rows!r} is not a number of rows; write Name[/split][:rows]")
     count = int(rows) if rows else None
-    if name.lower().endswith(".jsonl"):
-        return Task(name, JsonLines(Path(name).expanduser()), count)
+    if name.lower().endswith(JSON):
+        return Task(name, JsonLines(user_path(name)), count)
     task, _, split = name.partition("/")
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; it is one of {', '.join(TASKS)}, or a .jsonl file")
@@ -118,7 +119,7 @@ def _parts(spec: str) -> list[str]:
     parts, pieces = [], spec.split(",")
     while pieces:
         joined = (",".join(pieces[:n]).strip() for n in range(2, len(pieces) + 1))
-        files = (part for part in joined if os.path.isfile(os.path.expanduser(re.sub(r":\d+$", "", part))))
+        files = (part for part in joined if os.path.isfile(user_path(re.sub(r":\d+$", "", part))))
         part = next(files, pieces[0].strip())
         del pieces[: part.count(",") + 1]
         parts += [part] if part else []

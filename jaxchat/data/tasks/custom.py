@@ -2,16 +2,18 @@
 
 import codecs
 import json
+import re
 from pathlib import Path
 
 from jaxchat.config import UserError
 from jaxchat.tokenizer import check_conversation
 
+DECODER, SPACE = json.JSONDecoder(), re.compile(r"\s*")
 LINES = "a JSON array of messages, an object with `messages`, or a JSON string for a plain document"
 
 
 class JsonLines:
-    """Rows of a .jsonl file, all checked when it is opened. Each line holds what LINES says."""
+    """Rows of a file of JSON lines, all checked when it is opened. Each holds what LINES says."""
 
     def __init__(self, path: Path):
         if not path.is_file():
@@ -19,7 +21,8 @@ class JsonLines:
         self.paths = [path]
         self._lines: list[str] = []
         self.has_documents = False
-        for number, line in enumerate(_text_of(path).split("\n"), 1):
+        kind, lines = _rows_in(_text_of(path))
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
@@ -28,8 +31,8 @@ class JsonLines:
                     self.has_documents = True
                 else:
                     check_conversation(row)
-            except (ValueError, UserError) as problem:
-                raise UserError(f"{path}, line {number}: {problem}") from problem
+            except (ValueError, RecursionError, UserError) as problem:
+                raise UserError(f"{path}, {kind} {number}: {_reason(problem)}") from problem
             self._lines.append(line)
 
     def __len__(self) -> int:
@@ -37,6 +40,41 @@ class JsonLines:
 
     def __getitem__(self, index: int) -> dict:
         return row_of(self._lines[index])
+
+
+def _rows_in(text: str) -> tuple[str, list[str]]:
+    """Return ("line", the lines of a file), or ("row", its rows as JSON) where they are no lines.
+
+    Then they are the items of one array, or values that go over several lines.
+    """
+    lines = text.split("\n")
+    try:
+        if not _is_array_of_rows(json.loads(next(filter(str.strip, lines), '""'))):
+            return "line", lines
+    except (ValueError, RecursionError):
+        pass  # it goes over several lines
+    values, text, end = [], text.strip(), 0
+    try:
+        while end < len(text):
+            value, end = DECODER.raw_decode(text, end)
+            values.append(value)
+            end = SPACE.match(text, end).end()
+    except (ValueError, RecursionError):
+        return "line", lines
+    if len(values) == 1 and _is_array_of_rows(values[0]):
+        values = values[0]
+    return "row", [json.dumps(value) for value in values]
+
+
+def _is_array_of_rows(value) -> bool:
+    """Return whether a JSON value is an array, but not of messages, which would be one row."""
+    return isinstance(value, list) and not any(isinstance(item, dict) and "role" in item for item in value)
+
+
+def _reason(problem: Exception) -> str:
+    if isinstance(problem, json.JSONDecodeError):
+        return f"it is not JSON ({problem.msg}, column {problem.colno}); it should hold {LINES}"
+    return "it is nested too deeply" if isinstance(problem, RecursionError) else str(problem)
 
 
 def _text_of(path: Path) -> str:

@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Callable
-from glob import escape
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from jaxchat.config import UserError
-from jaxchat.data.sources import file_fingerprint, open_parquet
+from jaxchat.data.sources import file_fingerprint, open_parquet, parquet_files
 from jaxchat.tokenizer import check_conversation
 
 ROWS_READ = 10_000  # at a time; Arrow cannot hold more than 2 GiB of nested text in one piece
@@ -101,10 +100,7 @@ def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False
     They are one file ("train.parquet"), numbered ("train-00000.parquet"), or numbered as on the hub
     ("train-00000-of-00004.parquet"). in_folders: look in folders of the folder too.
     """
-    found = folder.glob(f"{'**/' if in_folders else ''}{escape(split)}*.parquet")
-    paths = sorted(
-        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    paths = parquet_files(folder, split, in_folders=in_folders)
     if not paths:
         raise UserError(
             f"no {split}*.parquet in {folder}; fetch them: python -m launch.download {name}; or name "
@@ -114,13 +110,13 @@ def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False
     for path in paths:
         stem = re.sub(r"-[0-9a-f]{16}$", "", path.stem)  # a hash that the hub once added
         base, number, of = re.fullmatch(r"(.*?)(\d*)(?:-of-(\d+))?", stem).groups()
-        sets.setdefault((path.parent, base, of), {})[path] = number
+        sets.setdefault((path.parent, base, of, path.suffix), {})[path] = number
     if len(sets) > 1:
         one, other = (str(next(iter(files)).relative_to(folder)) for files in list(sets.values())[:2])
         raise UserError(
             f"{folder} holds {one} beside {other}, which may be the same rows twice; move one of them away"
         )
-    ((_, _, of), files), *_ = sets.items()
+    ((_, _, of, _), files), *_ = sets.items()
     if of and sorted(map(int, files.values())) != list(range(int(of))):
         raise UserError(
             f"{folder} holds {len(paths)} files {split}-…-of-{of}.parquet, not one each from 0 to "
