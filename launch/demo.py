@@ -58,6 +58,7 @@ def run(config: Config) -> int:
         minutes, seconds = divmod(int(time.perf_counter() - start), 60)
         print(f"\n{table(scores)}\n\nin all {minutes} min {seconds:02} s", flush=True)
         cli.next_step('python -m launch.chat_cli -p "What is 23 * 7?"')
+        cli.next_step("python -m launch.serve --open_browser")
     return 0 if passed(scores) else 1
 
 

@@ -19,7 +19,7 @@ ROWS = [
     {"tokenizer", "sharding", "hosts", "model", "data", "seal"},
     {"checkpoint", "store", "devices"},
     {"train", "infer", "convert"},
-    {"eval", "plan", "demo"},
+    {"eval", "plan", "demo", "serve"},
     {"rl"},
     {"report"},
     {"launch"},

@@ -35,6 +35,7 @@ RUN_BY = {
     "launch.download": "tests/test_download.py",
     "launch.mid_train": "tests/test_commands.py",
     "launch.report": "tests/test_commands.py",
+    "launch.serve": "tests/test_serve_command.py",
     "launch.tok_eval": "tests/test_commands.py",
     "launch.tok_train": "tests/test_commands.py",
 }

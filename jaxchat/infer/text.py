@@ -34,8 +34,14 @@ class TextReader:
         self._closings = {special("<|python_end|>"), special("<|output_end|>")}
         self._stop = tuple(stop)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._kind, self._starts, self._held = "text", True, ""
+        self._starts = True
+        self.kind, self.held = "text", ""  # of the part that is being read; text that still waits
         self.stopped = False  # by a stop string
+
+    @property
+    def waits(self) -> bool:
+        """Return whether text waits that may be the beginning of a character or of a stop string."""
+        return bool(self.held or self._utf8.getstate()[0])
 
     def feed(self, token: int, forced: bool = False) -> list[Delta]:
         """Return the text that `token` completes; none after a stop string. forced: the tool wrote it."""
@@ -57,24 +63,24 @@ class TextReader:
         if self.stopped:
             return found
         self._utf8.reset()
-        self._kind, self._starts = kind, True
+        self.kind, self._starts = kind, True
         # An empty text between two marks is no part; an empty tool call is one.
         return found if kind == "text" else [*found, *self._emit("")]
 
     def _add(self, text: str, last: bool = False) -> list[Delta]:
-        text, self._held = self._held + text, ""
-        if self._kind == "text" and self._stop:
+        text, self.held = self.held + text, ""
+        if self.kind == "text" and self._stop:
             ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
             if ends:
                 self.stopped, text = True, text[: min(ends)[1]]
             elif not last:
                 keep = max(_overlap(text, stop) for stop in self._stop)
-                text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+                text, self.held = text[: len(text) - keep], text[len(text) - keep :]
         return self._emit(text) if text else []
 
     def _emit(self, text: str) -> list[Delta]:
         starts, self._starts = self._starts, False
-        return [Delta(self._kind, text, starts)]
+        return [Delta(self.kind, text, starts)]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,0 +1,168 @@
+"""What every request passes first: its id, host and origin, the key, CORS; and the reading of bodies. Pure ASGI."""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+import ipaddress
+import logging
+import re
+import secrets
+import time
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from jaxchat.serve.protocol import ApiError
+
+MAX_BODY = 4 * 2**20  # bytes
+BODY_SECONDS = 30.0  # in which a body has to arrive
+LINGER = 2.0  # seconds in which what a client still sends is thrown away, so that it reads the answer
+OPEN = {"/", "/health"}  # paths that need no key
+
+log = logging.getLogger("jaxchat.serve")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Who may ask. origins: of pages that may, "*": of all; local: only names of this machine are hosts."""
+
+    keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    local: bool = True
+
+
+def is_local(host: str) -> bool:
+    """Return whether a host name or address is this machine's own."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Guard:
+    """ASGI middleware: refuse what the rules don't allow, name and log every request, catch every error."""
+
+    def __init__(self, app, rules: Rules, metrics, error_response):
+        self._rules, self._metrics, self._error_response = rules, metrics, error_response
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in rules.keys]
+        self._app = self._checked(app)
+        if rules.origins:
+            self._app = CORSMiddleware(
+                self._app, allow_origins=rules.origins, allow_methods=["*"], allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )  # fmt: skip
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)  # its lifespan
+        given = Headers(scope=scope).get("x-request-id", "")
+        id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else f"req-{secrets.token_hex(12)}"
+        status, began = 0, time.monotonic()
+
+        async def named(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, named)
+        except Exception:
+            log.exception("request %s failed", id)
+            if status:
+                raise  # uvicorn closes the connection
+            error = ApiError(500, f"an error of the server, which its log has under {id}")
+            await self._error_response(error)(scope, receive, named)
+        finally:
+            endpoint = getattr(scope.get("endpoint"), "__name__", "none")  # the router has put it there
+            self._metrics.requests.labels(endpoint, status).inc()
+            log.info('%s "%s %s" %d, %.0f ms', id, scope["method"], scope["path"][:200], status,
+                     1000 * (time.monotonic() - began))  # fmt: skip
+
+    def _checked(self, app):
+        async def checked(scope, receive, send):
+            try:
+                response = self._refusal(scope)
+            except ApiError as error:
+                response = self._error_response(error)
+            await (response or app)(scope, receive, send)
+
+        return checked
+
+    def _refusal(self, scope) -> Response | None:
+        """The answer to a request that goes no further; None: it may."""
+        if scope["type"] != "http":
+            return None
+        headers = Headers(scope=scope)
+        self._check_host(headers.get("host", ""))
+        if scope["method"] == "OPTIONS":
+            return Response(status_code=204, headers={"allow": "GET, HEAD, POST, OPTIONS"})
+        self._check_origin(headers.get("origin"), headers.get("host", ""), scope["method"])
+        if self._keys and scope["path"] not in OPEN:
+            self._check_key(headers.get("authorization", ""))
+        return None
+
+    def _check_host(self, host: str):
+        """Refuse names that are not ours on a server for this machine alone: a page's name may lead here."""
+        name = urlsplit(f"//{host}").hostname or ""
+        allowed = {urlsplit(origin).hostname for origin in self._rules.origins}
+        if self._rules.local and not (is_local(name) or name in allowed or "*" in self._rules.origins):
+            raise ApiError(403, f"this server doesn't answer for the host {name!r}; "
+                                f"start it with --cors_origins=http://{name or 'HOST'} if it should")  # fmt: skip
+
+    def _check_origin(self, origin: str | None, host: str, method: str):
+        """Refuse what pages of other sites send, but for those that are allowed."""
+        allowed = origin is None or urlsplit(origin).netloc == host or {origin, "*"} & {*self._rules.origins}
+        if method == "POST" and not allowed:
+            raise ApiError(403, f"pages of {origin} may not ask this server; --cors_origins={origin} allows it")
+
+    def _check_key(self, authorization: str):
+        kind, _, key = authorization.partition(" ")
+        digest = hashlib.sha256(key.strip().encode()).digest()
+        same = [hmac.compare_digest(digest, own) for own in self._keys]  # all of them: it takes the same time
+        if kind.lower() != "bearer" or not any(same):
+            message = "wrong API key" if key else "no API key; send the header Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key")
+
+
+async def read_body(request: HTTPRequest) -> bytes:
+    """A request's body. ApiError: it is too large, or too slow."""
+    length, body, more = int(request.headers.get("content-length", "0")), bytearray(), True
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while more and max(length, len(body)) <= MAX_BODY:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(400, "the client left before its request was complete")
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
+    if max(length, len(body)) > MAX_BODY:
+        raise ApiError(413, f"the body is larger than {MAX_BODY:,} bytes")
+    return bytes(body)
+
+
+class Farewell(Response):
+    """A last answer to a client that may still be sending.
+
+    What it sends is thrown away for a moment: were the connection closed at once, the answer would be lost.
+    """
+
+    async def __call__(self, scope, receive, send):
+        self.headers["connection"] = "close"
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                while (await receive()).get("more_body"):
+                    pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

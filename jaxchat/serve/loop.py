@@ -1,0 +1,240 @@
+"""Engines that work in threads of their own, and the event loop's side of them.
+
+Only an engine's thread touches it, and JAX. The event loop sends it requests by a queue and gets back what
+was generated, once a stretch for all rows, by `call_soon_threadsafe`. Neither ever waits for the other.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+from jaxchat.infer.scheduler import CANCELLED, Generation, Request
+from jaxchat.serve.metrics import Metrics
+from jaxchat.serve.protocol import ApiError
+
+# Seconds that a stretch may take: while somebody reads along, and otherwise. So long does a cancelled row keep
+# its slot, and so long does one who comes wait.
+HASTY, PATIENT = 0.04, 0.25
+STRETCH = 64  # most tokens of a stretch
+
+clock = time.perf_counter
+
+
+class Stopped(Exception):
+    """Rows will get no more tokens: the server shuts down, or an engine has failed."""
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """One answer that is asked of an engine, and when what happened, by `clock`; 0: not yet."""
+
+    request: Request
+    index: int  # of the answer in its job
+    hasty: bool  # somebody reads along, or looks for stop strings
+    job: "Job"
+    worker: "Worker"
+    asked: float
+    began: float = 0.0
+    first: float = 0.0  # token
+    last: float = 0.0
+    said: int = 0  # tokens, the tool's included
+    over: bool = False
+    id: int = -1  # the engine's, of its thread alone
+
+
+class Worker(threading.Thread):
+    """An engine in a thread of its own.
+
+    rows: the number of its rows that have not ended; only the event loop counts them. `ready` is done once
+    there is an engine; `failed` holds what ended it.
+    """
+
+    def __init__(self, open_engine: Callable, loop: asyncio.AbstractEventLoop, metrics: Metrics, model: str):
+        """open_engine: called in the thread, gives a context manager of an engine with its shapes compiled."""
+        super().__init__(name=f"engine of {model}", daemon=True)
+        self._open, self._loop, self._metrics, self._model = open_engine, loop, metrics, model
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._pace, self._seen = 0.01, set()  # seconds a token of all rows; ids in the last stretch
+        self.ready: asyncio.Future = loop.create_future()
+        self.failed: BaseException | None = None
+        self.live: set[Row] = set()
+
+    @property
+    def rows(self) -> int:
+        return len(self.live)
+
+    def submit(self, row: Row):
+        self.live.add(row)
+        self._inbox.put(("submit", row))
+
+    def cancel(self, row: Row):
+        self._inbox.put(("cancel", row))
+
+    def stop(self):
+        """End the thread after the stretch it is in."""
+        self._inbox.put(("stop", None))
+
+    # What follows runs in the thread.
+
+    def run(self):
+        try:
+            with self._open() as engine:
+                self._call(self._set_ready, engine)
+                self._work(engine)
+        except BaseException as problem:
+            if self.ready.done():  # else it is raised where the engine is awaited
+                traceback.print_exc()
+            self._call(self._fail, problem)
+
+    def _work(self, engine):
+        rows: dict[int, Row] = {}
+        while self._obey(engine, rows):
+            began = clock()
+            events = engine.step(self._stretch(rows))
+            ended = clock()
+            news = [(rows[id], new) for id, new in events]
+            self._measure(news, ended - began)
+            for id, new in events:
+                if new.finish:
+                    del rows[id]
+            self._call(self._deliver, news, began, ended)
+
+    def _obey(self, engine, rows: dict[int, Row]) -> bool:
+        """Do what the event loop asked for; wait for it while there is nothing to generate. -> go on"""
+        while True:
+            try:
+                what, row = self._inbox.get(block=not engine.busy)
+            except queue.Empty:
+                return True
+            if what == "stop":
+                return False
+            if what == "submit":
+                row.id = engine.submit(row.request)
+                rows[row.id] = row
+            else:
+                engine.cancel(row.id)
+
+    def _stretch(self, rows: dict[int, Row]) -> int:
+        seconds = HASTY if any(row.hasty for row in rows.values()) else PATIENT
+        return max(1, min(STRETCH, int(seconds / self._pace)))
+
+    def _measure(self, news: list[tuple[Row, Generation]], seconds: float):
+        """Learn how long a token takes, from stretches in which no prompt was read."""
+        tokens = max((len(new.tokens) + bool(new.end) for _, new in news), default=0)
+        if tokens and all(row.id in self._seen for row, _ in news):
+            self._pace += 0.3 * (seconds / tokens - self._pace)
+        self._seen = {row.id for row, _ in news}
+
+    def _call(self, function: Callable, *args):
+        with contextlib.suppress(RuntimeError):  # the event loop is gone, and with it everybody who waited
+            self._loop.call_soon_threadsafe(function, *args)
+
+    # What follows runs in the event loop.
+
+    def _set_ready(self, engine):
+        if not self.ready.done():
+            self.ready.set_result(engine)
+
+    def _deliver(self, news: list[tuple[Row, Generation]], began: float, ended: float):
+        for row, new in news:
+            row.began = row.began or began
+            if new.tokens:
+                self._metrics.tokens(self._model, row, len(new.tokens), ended)
+                row.first, row.last, row.said = row.first or ended, ended, row.said + len(new.tokens)
+            if new.finish:
+                row.over, row.last = True, row.last or ended
+                self.live.discard(row)
+            row.job.put(row, new)
+
+    def _fail(self, problem: BaseException):
+        self.failed = problem
+        if not self.ready.done():
+            self.ready.set_exception(problem)
+        for job in {row.job for row in self.live}:
+            job.stop("the engine failed; the server's log says why")
+        self.live.clear()
+
+
+class Job:
+    """The rows of one request, and what has come for them."""
+
+    def __init__(self):
+        self.rows: list[Row] = []
+        self._news: asyncio.Queue = asyncio.Queue()
+
+    def put(self, row: Row, new: Generation):
+        if new.finish != CANCELLED:
+            self._news.put_nowait((row, new))
+
+    def stop(self, why: str):
+        """End the job with an error: `news` raises Stopped."""
+        self._news.put_nowait(Stopped(why))
+
+    async def news(self, seconds: float | None = None) -> list[tuple[Row, Generation]]:
+        """All that has come since, at least something; [] if nothing came for so many seconds."""
+        try:
+            async with asyncio.timeout(seconds):
+                found = [await self._news.get()]
+        except TimeoutError:
+            return []
+        while not self._news.empty():
+            found.append(self._news.get_nowait())
+        for one in found:
+            if isinstance(one, Stopped):
+                raise one
+        return found
+
+    def cancel(self):
+        """Free what the rows hold, at the end of the stretch at the latest."""
+        for row in self.rows:
+            self.cancel_row(row)
+
+    def cancel_row(self, row: Row):
+        if not row.over:
+            row.over = True
+            row.worker.cancel(row)
+
+
+class Pool:
+    """The engines of one model, an engine a device: every row goes to the one with the fewest."""
+
+    def __init__(self, workers: list[Worker], slots: int, context: int, max_waiting: int):
+        """slots: of each engine; context: most tokens of a row; max_waiting: most rows that wait for a slot."""
+        self.workers, self._slots, self._max_waiting = workers, slots, max_waiting
+        self.positions = self.slots * context  # of the caches
+
+    @property
+    def slots(self) -> int:
+        return self._slots * len(self.workers)
+
+    @property
+    def live(self) -> list[Row]:
+        """The rows that have not ended."""
+        return [row for worker in self.workers for row in worker.live]
+
+    @property
+    def failed(self) -> bool:
+        return any(worker.failed for worker in self.workers)
+
+    def submit(self, requests: list[Request], hasty: bool) -> Job:
+        """Ask for answers. ApiError: too many wait, or an engine has failed."""
+        if self.failed:
+            raise ApiError(500, "the engine failed; the server's log says why")
+        most, rows = self.slots + self._max_waiting, len(self.live)
+        if len(requests) > most:
+            raise ApiError(400, f"{len(requests)} answers at once; this server takes at most {most}", param="n")
+        if rows + len(requests) > most:
+            raise ApiError(429, f"{rows} answers are running or waiting, the most this server takes; try again later",
+                           code="rate_limit_exceeded", retry=1)  # fmt: skip
+        job, now = Job(), clock()
+        for index, request in enumerate(requests):
+            worker = min(self.workers, key=lambda worker: worker.rows)
+            row = Row(request, index, hasty, job, worker, now)
+            job.rows.append(row)
+            worker.submit(row)
+        return job

@@ -1,0 +1,369 @@
+"""Requests of OpenAI's API, read from JSON with errors that name the field. Neither JAX nor HTTP here.
+
+Fields that this server cannot honour are errors unless they ask for what happens anyway; fields that nobody
+knows are ignored.
+"""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from jaxchat.config import UserError
+from jaxchat.infer.scheduler import MAX_LOGPROBS, MAX_STOP_TOKENS
+from jaxchat.tokenizer import PART_TYPES, check_conversation
+
+MAX_ANSWERS = 16  # largest n
+MAX_PROMPTS = 128  # of one request for completions
+MAX_STOPS, MAX_STOP_CHARS = 16, 1000
+COMPLETION_TOKENS = 16  # max_tokens of completions when the request has none, as OpenAI's
+TOOL_DISPLAYS = ("hidden", "inline", "events")
+
+# Values of fields that are not supported which ask for nothing; null is one for all.
+ASKS_NOTHING = {
+    "suffix": [""],
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "functions": [[]],
+    "function_call": ["none", "auto"],
+    "response_format": [{"type": "text"}],
+    "logit_bias": [{}],
+    "frequency_penalty": [0],
+    "presence_penalty": [0],
+    "repetition_penalty": [1],
+    "use_beam_search": [False],
+    "modalities": [["text"]],
+    "audio": [],
+    "prediction": [],
+    "web_search_options": [],
+}
+IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "reasoning_effort", "verbosity",
+           "prompt_cache_key", "safety_identifier"}  # fmt: skip
+
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+
+
+class ApiError(Exception):
+    """An answer that is an error, in OpenAI's form. retry: seconds after which to try again."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int = 0):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = {"retry-after": str(retry)} if retry else {}
+        if status == 401:
+            self.headers["www-authenticate"] = "Bearer"
+
+    def body(self) -> dict:
+        kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def wrong(param: str, expected: str, got: Any) -> ApiError:
+    """An error about a field's value."""
+    shown = repr(got) if isinstance(got, bool | int | float | str) else f"a value of type {type(got).__name__}"
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
+    return ApiError(400, f"{param}: expected {expected}; got {shown}", param=param)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What both kinds of requests ask for. None: as the server's own default."""
+
+    model: str
+    n: int
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float
+    top_k: int | None
+    min_p: float
+    seed: int | None
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    min_tokens: int
+    stream: bool
+    include_usage: bool
+    top: int | None  # alternatives reported with each token; None: no log-probabilities
+    tool_display: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat(Sampling):
+    """A request to /v1/chat/completions."""
+
+    messages: list[dict]  # {"role": "system" | "user" | "assistant", "content": text or a list of parts}
+    continue_last: bool  # the last message is the assistant's, to be continued
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion(Sampling):
+    """A request to /v1/completions."""
+
+    prompts: list[str | list[int]]
+    add_bos: bool  # before prompts that are text
+    echo: bool
+
+
+class Fields:
+    """The fields of a JSON object, read one by one. ApiError names the one that is wrong."""
+
+    def __init__(self, body: dict):
+        self._body, self._read = body, set(IGNORED)
+
+    def get(self, name: str) -> Any:
+        self._read.add(name)
+        return self._body.get(name)
+
+    def unknown(self) -> list[str]:
+        """The names that nobody has asked for."""
+        return [name for name in self._body if name not in self._read]
+
+    def number(self, name: str, default, least: float, most: float = math.inf, *, above: bool = False):
+        """A number from least (above: without it) to most; null: default."""
+        return self._number(name, default, (least, most), above, whole=False)
+
+    def whole(self, name: str, default, least: int, most: float = math.inf):
+        return self._number(name, default, (least, most), False, whole=True)
+
+    def _number(self, name: str, default, bounds: tuple, above: bool, whole: bool):
+        value, (least, most) = self.get(name), bounds
+        if value is None:
+            return default
+        number = type(value) in (int, float) and least <= value <= most and not (above and value == least)
+        if not number or value == math.inf or (whole and value != int(value)):
+            bound = f"above {least}" if above else f"at least {least}"
+            kind = "a whole number" if whole else "a number"
+            raise wrong(name, f"{kind} {bound}" + (f" and at most {most}" if most < math.inf else ""), value)
+        return int(value) if whole else float(value)
+
+    def switch(self, name: str, default: bool = False) -> bool:
+        value = self.get(name)
+        if value is not None and type(value) is not bool:
+            raise wrong(name, "true or false", value)
+        return default if value is None else value
+
+    def text(self, name: str, default: str = "") -> str:
+        value = self.get(name)
+        if value is not None and not isinstance(value, str):
+            raise wrong(name, "a string", value)
+        return default if value is None else value
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        value = self.get(name)
+        if value is not None and value not in choices:
+            raise wrong(name, " or ".join(map(json.dumps, choices)), value)
+        return choices[0] if value is None else value
+
+    def refuse_unsupported(self):
+        """Raise ApiError for a field that asks for something this server does not do."""
+        for name, nothing in ASKS_NOTHING.items():
+            value = self.get(name)
+            if value is not None and value not in nothing:
+                allowed = " or ".join(json.dumps(one) for one in nothing)
+                message = f"{name} is not supported by this server; leave it out"
+                message += f", or send {allowed}" if allowed else ""
+                raise ApiError(400, message, param=name, code="unsupported_parameter")
+
+
+def read_json(body: bytes) -> dict:
+    """The object that a request's body is."""
+    try:
+        found = json.loads(body.decode("utf-8"))
+    except UnicodeDecodeError as problem:
+        raise ApiError(400, f"the body is not UTF-8: {problem.reason} at byte {problem.start}") from None
+    except (ValueError, RecursionError) as problem:
+        raise ApiError(400, f"the body is not JSON: {str(problem)[:200] or 'nested too deeply'}") from None
+    if not isinstance(found, dict):
+        raise ApiError(400, f"the body must be a JSON object, not {type(found).__name__}")
+    return found
+
+
+def read_chat(fields: Fields) -> Chat:
+    last = fields.switch("continue_final_message")
+    if last and fields.switch("add_generation_prompt"):
+        raise ApiError(400, "continue_final_message and add_generation_prompt exclude each other",
+                       param="continue_final_message")  # fmt: skip
+    fields.switch("add_generation_prompt", True)
+    logprobs, top = fields.switch("logprobs"), fields.whole("top_logprobs", None, 0, MAX_LOGPROBS)
+    if top and not logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    messages = read_messages(fields.get("messages"))
+    if last != (messages[-1]["role"] == "assistant"):
+        expected = "the assistant's, since continue_final_message is true" if last else "the user's"
+        raise ApiError(400, f"messages: the last message must be {expected}", param="messages")
+    common = _sampling(fields, least=1)
+    return Chat(messages=messages, continue_last=last, top=(top or 0) if logprobs else None, **common)
+
+
+def read_completion(fields: Fields) -> Completion:
+    echo = fields.switch("echo")
+    common = _sampling(fields, least=0 if echo else 1)
+    if common["max_tokens"] is None:
+        common["max_tokens"] = COMPLETION_TOKENS
+    best_of = fields.whole("best_of", None, 1)
+    if best_of not in (None, common["n"]):
+        raise ApiError(400, f"best_of must be equal to n, which is {common['n']}, or left out", param="best_of")
+    return Completion(
+        prompts=read_prompts(fields.get("prompt")),
+        add_bos=fields.switch("add_special_tokens", True),
+        echo=echo,
+        top=fields.whole("logprobs", None, 0, MAX_LOGPROBS),
+        **common,
+    )
+
+
+def _sampling(fields: Fields, least: int) -> dict:
+    """The fields of Sampling but for `top`; least: smallest max_tokens."""
+    fields.refuse_unsupported()
+    longest = fields.whole("max_tokens", None, least)
+    other = fields.whole("max_completion_tokens", None, least)
+    if None not in (longest, other) and longest != other:
+        message = f"max_tokens is {longest} and max_completion_tokens {other}; send one of them"
+        raise ApiError(400, message, param="max_completion_tokens")
+    stream, options = fields.switch("stream"), fields.get("stream_options")
+    if options is not None and not (isinstance(options, dict) and stream):
+        raise ApiError(400, "stream_options is an object, and needs stream: true", param="stream_options")
+    seed = fields.whole("seed", None, -(2**63), 2**64 - 1)
+    return {
+        "model": fields.text("model"),
+        "n": fields.whole("n", 1, 1, MAX_ANSWERS),
+        "max_tokens": other if longest is None else longest,
+        "temperature": fields.number("temperature", None, 0, 2),
+        "top_p": fields.number("top_p", 1.0, 0, 1, above=True),
+        "top_k": _top_k(fields),
+        "min_p": fields.number("min_p", 0.0, 0, 1),
+        "seed": None if seed is None else seed % 2**32,
+        "stop": read_stop(fields.get("stop")),
+        "stop_token_ids": _stop_tokens(fields.get("stop_token_ids")),
+        "ignore_eos": fields.switch("ignore_eos"),
+        "min_tokens": fields.whole("min_tokens", 0, 0, 2**31 - 1),
+        "stream": stream,
+        "include_usage": stream and Fields(options or {}).switch("include_usage"),
+        "tool_display": fields.choice("tool_display", TOOL_DISPLAYS),
+    }
+
+
+def _top_k(fields: Fields) -> int | None:
+    top_k = fields.whole("top_k", None, -1, 2**31 - 1)
+    return 0 if top_k == -1 else top_k  # vLLM's way of writing "all"
+
+
+def read_stop(value) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    expected = f"a string, or a list of at most {MAX_STOPS}, each of 1 to {MAX_STOP_CHARS} characters"
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
+        raise wrong("stop", expected, value)
+    for stop in stops:
+        if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARS:
+            raise wrong("stop", expected, stop)
+    return tuple(stops)
+
+
+def _stop_tokens(value) -> tuple[int, ...]:
+    ids = [] if value is None else value
+    most = 2**31 - 1
+    if not isinstance(ids, list) or len(ids) > MAX_STOP_TOKENS:
+        raise wrong("stop_token_ids", f"a list of at most {MAX_STOP_TOKENS} token ids", value)
+    for id in ids:
+        if type(id) is not int or not 0 <= id <= most:
+            raise wrong("stop_token_ids", "token ids", id)
+    return tuple(ids)
+
+
+def read_prompts(value) -> list[str | list[int]]:
+    """The prompts of a request for completions: a string, ids, or a list of either."""
+    expected = "a string, a list of strings, a list of token ids, or a list of such lists, none of them empty"
+    prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
+    if len(prompts) > MAX_PROMPTS:
+        raise ApiError(400, f"prompt: {len(prompts)} prompts; at most {MAX_PROMPTS} are possible", param="prompt")
+    for prompt in prompts:
+        ids = isinstance(prompt, list) and prompt and all(type(id) is int for id in prompt)
+        if not (ids or isinstance(prompt, str)) or type(prompt) is not type(prompts[0]):
+            raise wrong("prompt", expected, value)
+    return prompts
+
+
+def read_messages(value) -> list[dict]:
+    """The messages of a chat, checked one by one."""
+    if not isinstance(value, list) or not value:
+        raise wrong("messages", "a list with at least one message", value)
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
+
+
+def _message(message, at: str) -> dict:
+    if not isinstance(message, dict):
+        raise wrong(at, "an object with role and content", message)
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "developer", "user", "assistant"):
+        raise wrong(f"{at}.role", "system, developer, user or assistant", role)
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise ApiError(400, f"{at}.{name} is not supported by this server", param=f"{at}.{name}")
+    if role == "assistant" and content is None:
+        content = ""
+    if isinstance(content, list):
+        known = PART_TYPES if role == "assistant" else ("text",)
+        for i, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else part
+            if not isinstance(kind, str) or kind not in known:
+                raise wrong(f"{at}.content[{i}].type", " or ".join(known), kind)
+            if not isinstance(part.get("text"), str):
+                raise wrong(f"{at}.content[{i}].text", "a string", part.get("text"))
+        if role != "assistant":
+            content = "".join(part["text"] for part in content)
+    elif not isinstance(content, str):
+        raise wrong(f"{at}.content", "a string or a list of parts", content)
+    return {"role": "system" if role == "developer" else role, "content": content}
+
+
+def chat_prompt(tokenizer, chat: Chat, *, only_continues: bool) -> list[int]:
+    """A chat as tokens, up to where the model is to speak.
+
+    only_continues: the model knows no turns, it continues text: it gets the messages' texts one after another.
+    """
+    if only_continues:
+        texts = [message["content"] for message in chat.messages]
+        texts = [text if isinstance(text, str) else "".join(part["text"] for part in text) for text in texts]
+        return [tokenizer.bos, *(token for text in texts for token in tokenizer.encode(text))]
+    conversation = {"messages": chat.messages}
+    try:
+        check_conversation(conversation)
+    except UserError as problem:
+        raise ApiError(400, f"messages: {problem}", param="messages") from None
+    if chat.continue_last:
+        return tokenizer.render_conversation(conversation)[0][:-1]
+    return tokenizer.render_for_completion(conversation)
+
+
+def completion_prompts(tokenizer, completion: Completion, vocab_size: int) -> list[list[int]]:
+    found = []
+    for prompt in completion.prompts:
+        if isinstance(prompt, str):
+            prompt = [tokenizer.bos] * completion.add_bos + tokenizer.encode(prompt)
+            if not prompt:
+                raise ApiError(400, "prompt: it is empty, and add_special_tokens is false", param="prompt")
+        elif not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise wrong(
+                "prompt", f"token ids from 0 to {vocab_size - 1}", min(prompt) if min(prompt) < 0 else max(prompt)
+            )
+        found.append(prompt)
+    return found
+
+
+def text_length(asked: Chat | Completion) -> int:
+    """Bytes of the longest text that has to become tokens within one prompt, at least."""
+    if isinstance(asked, Completion):
+        return max((len(prompt) for prompt in asked.prompts if isinstance(prompt, str)), default=0)
+    contents = [message["content"] for message in asked.messages]
+    parts = [[{"text": text}] if isinstance(text, str) else text for text in contents]
+    return sum(len(part["text"]) for each in parts for part in each)
+
+
+def too_long(tokens: str, context: int, param: str) -> ApiError:
+    message = f"{tokens}, but this model's context is {context:,} tokens; shorten {param}, or lower max_tokens"
+    return ApiError(400, message, param=param, code="context_length_exceeded")

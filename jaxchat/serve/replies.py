@@ -1,0 +1,234 @@
+"""What is sent back: tokens as they come become text, log-probabilities, tool calls, and OpenAI's objects."""
+
+import codecs
+import dataclasses
+from typing import Any
+
+from jaxchat.infer.scheduler import STOP, Generation
+from jaxchat.infer.text import Delta, TextReader, Writer
+from jaxchat.serve.protocol import Completion, Sampling
+
+LEAST_LOGPROB = -9999.0  # JSON has no −∞
+
+
+class Entry:
+    """A token and its log-probability. offset: characters of the answer before it."""
+
+    __slots__ = ("logprob", "offset", "token", "top")
+
+    def __init__(self, token: int, logprob: float | None, top: list[tuple[int, float]], offset: int):
+        self.token, self.logprob, self.top, self.offset = token, logprob, top, offset
+
+
+@dataclasses.dataclass
+class Piece:
+    """What is new of an answer: text, the tokens it came in, and what the tool was asked and said."""
+
+    text: str = ""
+    entries: list[Entry] = dataclasses.field(default_factory=list)
+    tools: list[dict] = dataclasses.field(default_factory=list)
+
+    def extend(self, more: "Piece"):
+        self.text += more.text
+        self.entries += more.entries
+        self.tools += more.tools
+
+
+class Answer:
+    """One answer as it grows.
+
+    `add` takes what an engine generates and returns what can be shown of it. `finish` is "" until the end,
+    then "stop" or "length".
+    """
+
+    def __init__(self, index: int, asked: Sampling, tokenizer, prompt: list[int]):
+        self.index, self.asked, self.prompt, self._tokenizer = index, asked, prompt, tokenizer
+        self.finish, self.sampled, self.forced, self.length = "", 0, 0, 0
+        self.tools: list[dict] = []  # {"id", "code", "output", "made_up"}; the last two once there is an output
+        self._reader, self._writer = TextReader(tokenizer, asked.stop), Writer()
+        self._all_tokens = isinstance(asked, Completion)  # or those of the text only
+        self._echoes = self._all_tokens and asked.echo
+        self._waiting: list[Entry] = []  # for the end of their text
+        self._part: Delta | None = None  # of the tool, that is being read
+
+    def add(self, new: Generation) -> Piece:
+        piece = Piece()
+        if self._echoes:
+            self._echo(new, piece)
+        for i, (token, forced) in enumerate(zip(new.tokens, new.forced, strict=True)):
+            if self.finish:
+                break
+            self.sampled, self.forced = self.sampled + (not forced), self.forced + forced
+            scores = (new.logprobs[i], new.top[i]) if new.logprobs else None
+            self._token(token, forced, scores, piece)
+            if self._reader.stopped:
+                self._end(STOP, piece)
+        if new.finish and not self.finish:
+            self._show(self._reader.end(), piece)
+            if new.end and self._all_tokens and self.asked.top is not None:
+                token, logprob = new.end
+                self._waiting.append(Entry(token, logprob, [], self.length))
+            self._end(STOP if self._reader.stopped else new.finish, piece)
+        return piece
+
+    def _token(self, token: int, forced: bool, scores: tuple | None, piece: Piece):
+        before, offset = self._reader.kind, self.length + len(self._reader.held)
+        self._show(self._reader.feed(token, forced), piece)
+        if scores and (self._all_tokens or before == self._reader.kind == "text"):
+            self._waiting.append(Entry(token, *scores, offset))
+        if not self._reader.waits and not self._reader.stopped:
+            piece.entries += self._waiting
+            self._waiting = []
+
+    def _show(self, deltas: list[Delta], piece: Piece):
+        for delta in deltas:
+            if delta.starts:
+                self._end_part(piece)
+            if delta.kind != "text":
+                text = self._part.text + delta.text if self._part else delta.text
+                self._part = Delta(delta.kind, text, True)
+            if self.asked.tool_display == "inline":
+                self._say(self._writer.write([delta]), piece)
+            elif delta.kind == "text":
+                self._say(delta.text, piece)
+
+    def _say(self, text: str, piece: Piece):
+        piece.text, self.length = piece.text + text, self.length + len(text)
+
+    def _end_part(self, piece: Piece):
+        """Report what the tool was asked, or said, now that it is complete."""
+        part, self._part = self._part, None
+        if part is None:
+            return
+        if part.kind == "python":
+            self.tools.append({"id": f"tool-{self.index}-{len(self.tools)}", "code": part.text})
+            event = dict(self.tools[-1])
+        else:
+            if not self.tools or "output" in self.tools[-1]:  # the model made it up without a call
+                self.tools.append({"id": f"tool-{self.index}-{len(self.tools)}", "code": ""})
+            answer = {"output": part.text, "made_up": part.kind != "python_output"}
+            self.tools[-1] |= answer
+            event = {"id": self.tools[-1]["id"]} | answer
+        if self.asked.tool_display == "events":
+            piece.tools.append(event)
+
+    def _end(self, finish: str, piece: Piece):
+        self._end_part(piece)
+        if self.asked.tool_display == "inline":
+            self._say(self._writer.end(), piece)
+        # Of the tokens around a stop string, those count whose text began before it.
+        stopped = self._reader.stopped
+        piece.entries += [entry for entry in self._waiting if not stopped or entry.offset < self.length]
+        self._waiting, self.finish = [], finish
+
+    def _echo(self, new: Generation, piece: Piece):
+        """Begin with the prompt: its text, and its tokens with their log-probabilities."""
+        self._echoes, decoder = False, codecs.getincrementaldecoder("utf-8")("replace")
+        unwritten = self.asked.add_bos and isinstance(self.asked.prompts[0], str)  # the prompt's <|bos|>
+        logprobs, top = [None, *new.prompt_logprobs], [[], *new.prompt_top]
+        for i, token in enumerate(self.prompt):
+            if self.asked.top is not None:
+                piece.entries.append(Entry(token, logprobs[i], top[i], self.length))
+            if i or not unwritten:
+                self._say(decoder.decode(self._tokenizer.decode_bytes([token])), piece)
+        self._say(decoder.decode(b"", final=True), piece)
+
+
+def shown_token(tokenizer, token: int) -> str:
+    """A token as text; one that is a part of a character as "bytes:\\xe2\\x80", as OpenAI writes it."""
+    piece = tokenizer.decode_bytes([token])
+    try:
+        return piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def completion_logprobs(tokenizer, entries: list[Entry]) -> dict:
+    """Log-probabilities in the form of completions. The token itself has the very number of its place."""
+    found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for entry in entries:
+        name, logprob = shown_token(tokenizer, entry.token), entry.logprob
+        found["tokens"].append(name)
+        found["text_offset"].append(entry.offset)
+        if logprob is None:  # the first token of all, which nothing predicts
+            found["token_logprobs"].append(None)
+            found["top_logprobs"].append(None)
+            continue
+        logprob, top = max(LEAST_LOGPROB, logprob), {}
+        for token, other in entry.top:  # the likeliest first
+            top.setdefault(shown_token(tokenizer, token), max(LEAST_LOGPROB, other))
+        found["token_logprobs"].append(logprob)
+        found["top_logprobs"].append(top | {name: logprob})
+    return found
+
+
+def chat_logprobs(tokenizer, entries: list[Entry]) -> dict:
+    """Log-probabilities in the form of chats."""
+
+    def one(token: int, logprob: float) -> dict:
+        name = shown_token(tokenizer, token)
+        return {"token": name, "logprob": max(LEAST_LOGPROB, logprob), "bytes": [*tokenizer.decode_bytes([token])]}
+
+    content = []
+    for entry in entries:
+        top = sorted(entry.top, key=lambda pair, own=entry.token: (-pair[1], pair[0] != own))
+        content.append(one(entry.token, entry.logprob) | {"top_logprobs": [one(*pair) for pair in top]})
+    return {"content": content, "refusal": None}
+
+
+class Form:
+    """The objects of one reply, all with one id and time: as a whole, or in chunks."""
+
+    def __init__(self, id: str, created: int, model: str, fingerprint: str, asked: Sampling, tokenizer):
+        self.chat = not isinstance(asked, Completion)
+        self.id, self._asked, self._tokenizer = id, asked, tokenizer
+        name = "chat.completion" if self.chat else "text_completion"
+        self._common = {"id": id, "object": name, "created": created, "model": model}
+        self._common["system_fingerprint"] = fingerprint
+
+    def whole(self, answers: list[Answer], pieces: list[Piece], usage: dict, extra: dict) -> dict:
+        choices = []
+        for answer, piece in zip(answers, pieces, strict=True):
+            choice: dict[str, Any] = {"index": answer.index}
+            if self.chat:
+                choice["message"] = {"role": "assistant", "content": piece.text, "refusal": None}
+            else:
+                choice["text"] = piece.text
+            choices.append(choice | {"logprobs": self._logprobs(piece), "finish_reason": answer.finish})
+        return self._common | {"choices": choices, "usage": usage, "jaxchat": extra}
+
+    def role(self, index: int, **extra) -> dict:
+        """The first chunk of a chat's answer."""
+        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None}, None, extra)
+
+    def news(self, answer: Answer, piece: Piece) -> list[dict]:
+        """Chunks of what is new, tool calls first."""
+        chunks = []
+        if self.chat:
+            for tool in piece.tools:
+                delta = {"delta": {"jaxchat": {"tool": tool}}, "logprobs": None}
+                chunks.append(self._chunk(answer.index, delta, None, {}))
+        if piece.text or piece.entries:
+            text = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
+            chunks.append(self._chunk(answer.index, text | {"logprobs": self._logprobs(piece)}, None, {}))
+        return chunks
+
+    def last(self, answer: Answer, **extra) -> dict:
+        nothing = {"delta": {}} if self.chat else {"text": ""}
+        return self._chunk(answer.index, nothing | {"logprobs": None}, answer.finish, extra)
+
+    def usage(self, usage: dict) -> dict:
+        return self._stream_common() | {"choices": [], "usage": usage}
+
+    def _chunk(self, index: int, content: dict, finish: str | None, extra: dict) -> dict:
+        choice = {"index": index} | content | {"finish_reason": finish}
+        usage = {"usage": None} if self._asked.include_usage else {}
+        return self._stream_common() | {"choices": [choice]} | usage | extra
+
+    def _stream_common(self) -> dict:
+        return self._common | ({"object": "chat.completion.chunk"} if self.chat else {})
+
+    def _logprobs(self, piece: Piece) -> dict | None:
+        if self._asked.top is None:
+            return None
+        return (chat_logprobs if self.chat else completion_logprobs)(self._tokenizer, piece.entries)

@@ -1,0 +1,119 @@
+"""The HTTP server: uvicorn with a time limit on headers, errors in OpenAI's form, and a shutdown that drains."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+from collections.abc import Awaitable
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from jaxchat.config import UserError
+from jaxchat.serve.app import Service
+from jaxchat.serve.protocol import ApiError
+
+HEADER_SECONDS = 15.0  # in which a request's headers have to arrive
+CLOSE_SECONDS = 5  # for connections to close once all is said
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 whose clients have to say what they want in time."""
+
+    _headers_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self._watch_headers()
+
+    def data_received(self, data: bytes):
+        super().data_received(data)
+        self._watch_headers()
+
+    def connection_lost(self, exc):
+        self._forget_headers()
+        super().connection_lost(exc)
+
+    def _watch_headers(self):
+        """Start the clock where headers are awaited, stop it where they are complete."""
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            self._forget_headers()
+        elif self._headers_due is None:
+            self._headers_due = self.loop.call_later(HEADER_SECONDS, self._too_slow)
+
+    def _forget_headers(self):
+        if self._headers_due is not None:
+            self._headers_due.cancel()
+            self._headers_due = None
+
+    def _too_slow(self):
+        self._headers_due = None
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.transport.close()
+
+    def send_400_response(self, msg: str):
+        body = json.dumps(ApiError(400, msg).body()).encode()
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            for part in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(part))
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Uvicorn that leaves signals to `serve`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. UserError: the address can't be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise UserError(f"--host={host} --port={port}: {reason}; give another --port, or 0 for any") from None
+
+
+def stops_by_signal() -> asyncio.Queue:
+    """A queue that gets an item whenever this process is asked to stop."""
+    stops, loop = asyncio.Queue(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stops.put_nowait, number)
+    return stops
+
+
+async def serve(app, service: Service, sock: socket.socket, load: Awaitable, drain: float, stops: asyncio.Queue):
+    """Answer until `stops` has an item; then finish what has begun, for `drain` seconds at most.
+
+    load: makes the models ready, while health already says "loading"; what it raises is raised here. A second
+    item in `stops` ends all answers at once.
+    """
+    config = uvicorn.Config(
+        app, http=Protocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+        timeout_keep_alive=75, timeout_graceful_shutdown=CLOSE_SECONDS, proxy_headers=False,
+    )  # fmt: skip
+    server = Server(config)
+    running, loading = asyncio.create_task(server.serve(sockets=[sock])), asyncio.ensure_future(load)
+    stop = asyncio.create_task(stops.get())
+    try:
+        await asyncio.wait([loading, stop, running], return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            service.state = "ok"
+            await asyncio.wait([stop, running], return_when=asyncio.FIRST_COMPLETED)
+        again, draining = asyncio.create_task(stops.get()), asyncio.create_task(service.drain(drain))
+        await asyncio.wait([again, draining], return_when=asyncio.FIRST_COMPLETED)
+        again.cancel()
+        draining.cancel()
+        await service.drain(0)
+    finally:
+        loading.cancel()
+        stop.cancel()
+        server.should_exit = True
+        await running

@@ -1,0 +1,213 @@
+"""A server in this process with an engine that says what it is told to, and plain clients of it."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import threading
+import time
+from types import SimpleNamespace
+
+from jaxchat.infer.scheduler import CANCELLED, LENGTH, STOP, Event, Generation, Request, Scheduler
+from jaxchat.serve import server
+from jaxchat.serve.app import Defaults, Served, Service, make_app
+from jaxchat.serve.guard import Rules
+from jaxchat.serve.loop import Pool, Worker
+from jaxchat.serve.metrics import Metrics
+
+CONTEXT = 96
+
+
+class FakeEngine:
+    """What an Engine is to a server.
+
+    script: .say(request) gives the tokens of an answer, as (token, forced) pairs; .seconds and .longest are the
+    time of a stretch and its most tokens.
+    """
+
+    def __init__(self, script, *, slots: int = 4):
+        self._script, self.tokenizer = script, script.tokenizer
+        self.scheduler = Scheduler(CONTEXT, slots=slots, together=slots)
+        self._left, self._ended, self.requests = {}, [], []
+
+    @property
+    def busy(self):
+        return bool(self.scheduler.waiting or self.scheduler.running or self._ended)
+
+    def submit(self, request: Request) -> int:
+        self.requests.append(request)
+        return self.scheduler.submit(request)
+
+    def cancel(self, id: int):
+        if id in self.scheduler.waiting or id in self.scheduler.running:
+            self._end(id, Generation(finish=CANCELLED))
+
+    def _end(self, id, last):
+        self.scheduler.remove(id)
+        self._left.pop(id, None)
+        self._ended.append(Event(id, last))
+
+    def step(self, stretch: int = 64, patient: bool = False):
+        events = []
+        for id in self.scheduler.admit():
+            request = self.scheduler.running[id]
+            self._left[id] = list(self._script.say(request))[: self.scheduler.end_of(request) - len(request.prompt)]
+            whole = len(self._left[id]) == len(list(self._script.say(request)))
+            self._left[id].append(STOP if whole else LENGTH)
+            if request.prompt_logprobs:
+                events.append(Event(id, self._scored(Generation(), request, "prompt_", request.prompt[1:])))
+        time.sleep(self._script.seconds)
+        for id, left in [*self._left.items()]:
+            request, said = self.scheduler.running[id], []
+            while len(said) < min(stretch, self._script.longest) and isinstance(left[0], tuple):
+                said.append(left.pop(0))
+            new = Generation([token for token, _ in said], [forced for _, forced in said])
+            if request.logprobs is not None:
+                self._scored(new, request, "", new.tokens)
+            if isinstance(left[0], str):
+                new.finish = left[0]
+                if new.finish == STOP:
+                    new.end = (
+                        self.tokenizer.special("<|assistant_end|>"),
+                        -0.5 if request.logprobs is not None else None,
+                    )
+                self._end(id, new)
+            else:
+                events.append(Event(id, new))
+        events, self._ended = events + self._ended, []
+        return events
+
+    def _scored(self, new, request, prefix, tokens):
+        """Each token is the second likeliest, with a number of its own."""
+        setattr(new, f"{prefix}logprobs", [-1.0 - token / 1000 for token in tokens])
+        top = [[(0, -0.25), (token, -1.0 - token / 1000)][: request.logprobs] for token in tokens]
+        setattr(new, f"{prefix}top", top)
+        return new
+
+
+class Running:
+    """A running server. `open_engine`: see Worker."""
+
+    def __init__(
+        self,
+        tokenizer,
+        open_engine,
+        *,
+        slots=4,
+        max_waiting=8,
+        rules=None,
+        drain=5.0,
+        engines=1,
+        context=CONTEXT,
+        vocab_size=None,
+    ):
+        self.stages = ("sft", "base")
+        self._args = tokenizer, open_engine, slots, max_waiting, rules or Rules(), drain, engines, context, vocab_size
+        self._started, self.problem = threading.Event(), None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self):
+        try:
+            asyncio.run(self._serve())
+        except BaseException as problem:
+            self.problem = problem
+        finally:
+            self._started.set()
+
+    async def _serve(self):
+        tokenizer, open_engine, slots, max_waiting, rules, drain, engines, context, vocab_size = self._args
+        self.loop, self.stops, metrics = asyncio.get_running_loop(), asyncio.Queue(), Metrics()
+        config = SimpleNamespace(sequence_len=context, vocab_size=vocab_size or tokenizer.vocab_size)
+        models = {}
+        for stage in self.stages:
+            id = f"toy-{stage}"
+            workers = [Worker(open_engine, self.loop, metrics, id) for _ in range(engines)]
+            models[id] = Served(
+                id=id, stage=stage, step=7, created=1, fingerprint="jaxchat-test", only_continues=stage == "base",
+                config=config, tokenizer=tokenizer, pool=Pool(workers, slots, context, max_waiting),
+            )  # fmt: skip
+        self.service = Service(models, Defaults(), metrics)
+        self.workers = [worker for model in models.values() for worker in model.pool.workers]
+        sock = server.listen("127.0.0.1", 0)
+        self.port = sock.getsockname()[1]
+
+        async def load():
+            for worker in self.workers:
+                worker.start()
+            await asyncio.gather(*(worker.ready for worker in self.workers))
+
+        self._started.set()
+        try:
+            await server.serve(make_app(self.service, rules), self.service, sock, load(), drain, self.stops)
+        finally:
+            for worker in self.workers:
+                worker.stop()
+
+    def __enter__(self):
+        self.thread.start()
+        self._started.wait(60)
+        return self
+
+    def __exit__(self, *_):
+        if self.thread.is_alive():
+            self.stop()
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+    def stop(self):
+        self.loop.call_soon_threadsafe(self.stops.put_nowait, "stop")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_until_ok(self) -> "Running":
+        until(lambda: self.ask("GET", "/health").status == 200)
+        return self
+
+    def ask(self, method: str, path: str, body=None, headers=(), timeout: float = 60):
+        """One request. -> .status, .headers, .body (bytes), .json"""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        with contextlib.closing(connection):
+            data = body if isinstance(body, bytes | str | None) else json.dumps(body, separators=(",", ":"))
+            connection.request(method, path, data, dict(headers))
+            return received(connection.getresponse())
+
+    def chat(self, text: str = "hi", **fields):
+        return self.ask("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": text}]} | fields)
+
+    def complete(self, prompt="hi", **fields):
+        return self.ask("POST", "/v1/completions", {"prompt": prompt} | fields)
+
+    def metric(self, name: str, **labels) -> float:
+        """The sum of a metric's samples that have these labels."""
+        found = 0.0
+        for family in self.service.metrics.registry.collect():
+            for sample in family.samples:
+                if sample.name == f"jaxchat_{name}" and labels.items() <= sample.labels.items():
+                    found += sample.value
+        return found
+
+
+def received(response):
+    body = response.read()
+    found = SimpleNamespace(status=response.status, headers=response.headers, body=body)
+    if body and "json" in (response.headers["content-type"] or ""):
+        found.json = json.loads(body)
+    return found
+
+
+def events_of(body: bytes) -> list:
+    """The JSON of a stream's events; its last, "[DONE]", as a string. Comments are left out."""
+    assert body.endswith(b"\n\n")
+    lines = [line for line in body.decode().split("\n\n") if line and not line.startswith(":")]
+    assert all(line.startswith("data: ") for line in lines)
+    return [line[6:] if line[6:] == "[DONE]" else json.loads(line[6:]) for line in lines]
+
+
+def until(condition, seconds: float = 30.0):
+    """Wait until condition() holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
