@@ -39,8 +39,8 @@ class Config(Flags):
     """Origins of other sites' pages that may use the server, separated by commas, as in
     https://chat.example.com; *: all. Their hosts are also accepted as names of this server."""
     slots: int = flag(-1, 1, special=-1)
-    """Answers that a device generates at a time for each model; -1: 8 on a CPU, 64 elsewhere. Each holds memory
-    for a whole context."""
+    """Answers that a device generates at a time for each model; -1: 8 on a CPU, 64 elsewhere. Each holds
+    memory for a whole context."""
     max_waiting: int = flag(256, 0)
     """Answers that may wait for a slot; more are refused with status 429."""
     max_tokens: int = flag(-1, 1, special=-1)
@@ -55,8 +55,8 @@ class Config(Flags):
     open_browser: bool = False
     """Open the page in a browser once the model is ready."""
     device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"))
-    """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found. With several devices each has
-    its own copy of the model."""
+    """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found. With several devices each
+    has its own copy of the model."""
     dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
     """Number format of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
 
@@ -115,7 +115,7 @@ async def serve(config: Config, found: dict, devices: list, compute: Compute, sl
             step=model.step,
             created=int(model.path.stat().st_mtime),
             fingerprint=fingerprint(model),
-            only_continues=stage == "base",
+            only_continues=not STAGES[stage].parents,
             config=model.config,
             tokenizer=model.tokenizer,
             pool=pool,
@@ -131,7 +131,10 @@ async def serve(config: Config, found: dict, devices: list, compute: Compute, sl
             worker.start()
         await asyncio.gather(*(worker.ready for worker in workers))
         address = address_of(config.host, sock.getsockname()[1])
-        print(f"ready after {time.perf_counter() - began:.1f} s: {address} (page), {address}/v1 (API)", flush=True)
+        print(
+            f"ready after {time.perf_counter() - began:.1f} s: {address} (page), {address}/v1 (API)",
+            flush=True,
+        )
         if config.open_browser:
             import webbrowser
 
@@ -191,9 +194,13 @@ def stages_of(config: Config) -> list[str]:
     stages = config.source.split(",")
     for stage in stages:
         if stage not in STAGES or stages.count(stage) > 1:
-            raise UserError(f"--source={config.source}; it is one or several of {', '.join(STAGES)}, each once")
+            raise UserError(
+                f"--source={config.source}; it is one or several of {', '.join(STAGES)}, each once"
+            )
     if config.step >= 0 and len(stages) > 1:
-        raise UserError(f"--step={config.step} is of one stage, and --source={config.source} has {len(stages)}")
+        raise UserError(
+            f"--step={config.step} is of one stage, and --source={config.source} has {len(stages)}"
+        )
     return stages
 
 

@@ -345,7 +345,8 @@ def test_the_demo_from_end_to_end(home, monkeypatch):
     assert table.startswith("held-out prompts") and table.count("MISS") == 7
     page = home / "demo" / "report" / "demo" / "report.html"
     assert f"and {page} to open" in out.getvalue() and "world: two-turn" in page.read_text()
-    total, following = end.splitlines()
+    total, following, page = end.splitlines()
+    assert page.endswith("-m launch.serve --open_browser")
     assert total.startswith("in all ") and following.endswith('-m launch.chat_cli -p "What is 23 * 7?"')
     # All that it wrote is in its own base directory, which the printed command names.
     assert {path.name for path in home.iterdir()} == {"demo"} and f"JAXCHAT_BASE_DIR={home / 'demo'} " in following

@@ -48,7 +48,12 @@ class Served:
 
     def about(self) -> dict:
         """The model in the form of /v1/models, with what only jaxchat has under "jaxchat"."""
-        ours = {"stage": self.stage, "step": self.step, "chat": not self.only_continues, "slots": self.pool.slots}
+        ours = {
+            "stage": self.stage,
+            "step": self.step,
+            "chat": not self.only_continues,
+            "slots": self.pool.slots,
+        }
         common = {"id": self.id, "object": "model", "created": self.created, "owned_by": "jaxchat"}
         return common | {"max_model_len": self.config.sequence_len, "jaxchat": ours}
 
@@ -150,7 +155,9 @@ def room(service: Service, asked: Chat | Completion, length: int, context: int, 
     return min(context - length, service.defaults.max_tokens or context) if wanted is None else wanted
 
 
-def _request(defaults: Defaults, asked: Chat | Completion, prompt: list[int], seed: int, sample: int, limit: int):
+def _request(
+    defaults: Defaults, asked: Chat | Completion, prompt: list[int], seed: int, sample: int, limit: int
+):
     return Request(
         prompt=prompt,
         max_tokens=limit,
@@ -226,7 +233,9 @@ class Reply:
                 answer, piece = one
                 chunks = form.news(answer, piece)
                 if answer.finish:
-                    ours = {} if any(not other.finish for other in self.answers) else {"jaxchat": self._ours()}
+                    ours = (
+                        {} if any(not other.finish for other in self.answers) else {"jaxchat": self._ours()}
+                    )
                     chunks.append(form.last(answer, **ours))
                 if chunks:
                     yield b"".join(map(event, chunks))
@@ -240,7 +249,11 @@ class Reply:
         asked = self._asked
         prompt = sum(len(request.prompt) for request in asked.requests[:: asked.fields.n])
         completion = sum(answer.sampled for answer in self.answers)
-        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
         return usage | {"prompt_tokens_details": {"cached_tokens": 0}}
 
     def _ours(self) -> dict:
@@ -330,7 +343,9 @@ class Endpoints:
         self._page_headers = page_headers(html) | {"etag": self._tag}
 
     async def models(self, request: HTTPRequest) -> Response:
-        return json_response({"object": "list", "data": [one.about() for one in self._service.models.values()]})
+        return json_response(
+            {"object": "list", "data": [one.about() for one in self._service.models.values()]}
+        )
 
     async def model(self, request: HTTPRequest) -> Response:
         return json_response(self._service.model(request.path_params["id"]).about())
@@ -370,7 +385,9 @@ class Endpoints:
         model = self._service.model(request.query_params.get("model", ""))
         names = {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "pad_token": "<|assistant_end|>"}
         info = {"tokenizer_class": "jaxchat", "vocab_size": model.config.vocab_size, "chat_template": None}
-        return json_response(names | info | {"model_max_length": model.config.sequence_len, "add_bos_token": True})
+        return json_response(
+            names | info | {"model_max_length": model.config.sequence_len, "add_bos_token": True}
+        )
 
     async def health(self, request: HTTPRequest) -> Response:
         state = self._service.state
@@ -403,7 +420,9 @@ def tokenized(service: Service, body: bytes) -> dict:
         text = fields.get("prompt")
         if not isinstance(text, str):
             raise protocol.wrong("prompt", "a string", text)
-        tokens = [model.tokenizer.bos] * fields.switch("add_special_tokens", True) + model.tokenizer.encode(text)
+        tokens = [model.tokenizer.bos] * fields.switch("add_special_tokens", True) + model.tokenizer.encode(
+            text
+        )
     return {"count": len(tokens), "max_model_len": model.config.sequence_len, "tokens": tokens}
 
 
@@ -425,8 +444,8 @@ def page_headers(html: bytes) -> dict[str, str]:
         return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
 
     policy = (
-        f"default-src 'none'; script-src {hashes(b'script')}; style-src {hashes(b'style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {hashes(b'script')}; style-src {hashes(b'style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return {
         "content-security-policy": policy,
@@ -439,7 +458,11 @@ def page_headers(html: bytes) -> dict[str, str]:
 def make_app(service: Service, rules: Rules):
     """The ASGI application."""
     endpoints = Endpoints(service, Path(__file__).with_name("page.html"))
-    routes = [Route("/", endpoints.page), Route("/health", endpoints.health), Route("/metrics", endpoints.metrics)]
+    routes = [
+        Route("/", endpoints.page),
+        Route("/health", endpoints.health),
+        Route("/metrics", endpoints.metrics),
+    ]
     for path, function, method in (
         ("/models", endpoints.models, "GET"),
         ("/models/{id}", endpoints.model, "GET"),
@@ -457,7 +480,9 @@ def make_app(service: Service, rules: Rules):
             error = ApiError(405, f"{request.method} is not possible here; it is {problem.headers['Allow']}")
             error.headers["allow"] = problem.headers["Allow"]
         else:
-            error = ApiError(404, f"nothing at {request.url.path}; there are: {', '.join(paths)} (also under /v1)")
+            error = ApiError(
+                404, f"nothing at {request.url.path}; there are: {', '.join(paths)} (also under /v1)"
+            )
         return error_response(error)
 
     async def wrong(request: HTTPRequest, error: ApiError) -> Response:

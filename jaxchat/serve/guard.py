@@ -1,4 +1,4 @@
-"""What every request passes first: its id, host and origin, the key, CORS; and the reading of bodies. Pure ASGI."""
+"""What every request passes first: id, host and origin, the key, CORS; the reading of bodies. Pure ASGI."""
 
 import asyncio
 import contextlib
@@ -115,14 +115,16 @@ class Guard:
         name = urlsplit(f"//{host}").hostname or ""
         allowed = {urlsplit(origin).hostname for origin in self._rules.origins}
         if self._rules.local and not (is_local(name) or name in allowed or "*" in self._rules.origins):
-            raise ApiError(403, f"this server doesn't answer for the host {name!r}; "
-                                f"start it with --cors_origins=http://{name or 'HOST'} if it should")  # fmt: skip
+            message = f"this server doesn't answer for the host {name!r}"
+            raise ApiError(403, f"{message}; --cors_origins=http://{name or 'HOST'} allows it")
 
     def _check_origin(self, origin: str | None, host: str, method: str):
         """Refuse what pages of other sites send, but for those that are allowed."""
         allowed = origin is None or urlsplit(origin).netloc == host or {origin, "*"} & {*self._rules.origins}
         if method == "POST" and not allowed:
-            raise ApiError(403, f"pages of {origin} may not ask this server; --cors_origins={origin} allows it")
+            raise ApiError(
+                403, f"pages of {origin} may not ask this server; --cors_origins={origin} allows it"
+            )
 
     def _check_key(self, authorization: str):
         kind, _, key = authorization.partition(" ")

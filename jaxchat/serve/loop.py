@@ -17,8 +17,8 @@ from jaxchat.infer.scheduler import CANCELLED, Generation, Request
 from jaxchat.serve.metrics import Metrics
 from jaxchat.serve.protocol import ApiError
 
-# Seconds that a stretch may take: while somebody reads along, and otherwise. So long does a cancelled row keep
-# its slot, and so long does one who comes wait.
+# Seconds that a stretch may take: while somebody reads along, and otherwise. As long does a cancelled row
+# keep its slot, and a new one wait.
 HASTY, PATIENT = 0.04, 0.25
 STRETCH = 64  # most tokens of a stretch
 
@@ -55,7 +55,7 @@ class Worker(threading.Thread):
     """
 
     def __init__(self, open_engine: Callable, loop: asyncio.AbstractEventLoop, metrics: Metrics, model: str):
-        """open_engine: called in the thread, gives a context manager of an engine with its shapes compiled."""
+        """open_engine: called in the thread; a context manager of an engine with its shapes compiled."""
         super().__init__(name=f"engine of {model}", daemon=True)
         self._open, self._loop, self._metrics, self._model = open_engine, loop, metrics, model
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
@@ -204,7 +204,7 @@ class Pool:
     """The engines of one model, an engine a device: every row goes to the one with the fewest."""
 
     def __init__(self, workers: list[Worker], slots: int, context: int, max_waiting: int):
-        """slots: of each engine; context: most tokens of a row; max_waiting: most rows that wait for a slot."""
+        """slots: of each engine; context: of a row; max_waiting: most rows without a slot."""
         self.workers, self._slots, self._max_waiting = workers, slots, max_waiting
         self.positions = self.slots * context  # of the caches
 
@@ -227,10 +227,12 @@ class Pool:
             raise ApiError(500, "the engine failed; the server's log says why")
         most, rows = self.slots + self._max_waiting, len(self.live)
         if len(requests) > most:
-            raise ApiError(400, f"{len(requests)} answers at once; this server takes at most {most}", param="n")
+            raise ApiError(
+                400, f"{len(requests)} answers at once; this server takes at most {most}", param="n"
+            )
         if rows + len(requests) > most:
-            raise ApiError(429, f"{rows} answers are running or waiting, the most this server takes; try again later",
-                           code="rate_limit_exceeded", retry=1)  # fmt: skip
+            message = f"{rows} answers are running or waiting, the most this server takes; try again later"
+            raise ApiError(429, message, code="rate_limit_exceeded", retry=1)
         job, now = Job(), clock()
         for index, request in enumerate(requests):
             worker = min(self.workers, key=lambda worker: worker.rows)

@@ -27,7 +27,9 @@ class Metrics:
 
         self.requests = counter("requests", "HTTP requests answered", "endpoint", "code")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of the prompts of answers", *model)
-        self.generation_tokens = counter("generation_tokens", "Tokens sampled for answers that were sent", *model)
+        self.generation_tokens = counter(
+            "generation_tokens", "Tokens sampled for answers that were sent", *model
+        )
         self.forced_tokens = counter("forced_tokens", "Tokens that the calculator put in", *model)
         self.success = counter("request_success", "Answers by how they ended", *model, "finished_reason")
         self.tool_calls = counter("tool_calls", "Calls of the calculator", *model, "result")
@@ -89,7 +91,9 @@ class _State:
             "slots": "Answers that can be generated at a time",
             "cache_usage_ratio": "Fraction of the cache's positions that answers fill",
         }
-        families = {name: GaugeMetricFamily(f"jaxchat_{name}", texts[name], labels=["model_name"]) for name in texts}
+        families = {
+            name: GaugeMetricFamily(f"jaxchat_{name}", texts[name], labels=["model_name"]) for name in texts
+        }
         for model, pool in self._pools.items():
             running = [row for row in pool.live if row.began]
             filled = sum(len(row.request.prompt) + row.said for row in running)

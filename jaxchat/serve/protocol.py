@@ -37,8 +37,10 @@ ASKS_NOTHING = {
     "prediction": [],
     "web_search_options": [],
 }
-IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "reasoning_effort", "verbosity",
-           "prompt_cache_key", "safety_identifier"}  # fmt: skip
+IGNORED = {
+    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "reasoning_effort", "verbosity",
+    "prompt_cache_key", "safety_identifier",
+}  # fmt: skip
 
 KINDS = {
     400: "invalid_request_error",
@@ -51,7 +53,9 @@ KINDS = {
 class ApiError(Exception):
     """An answer that is an error, in OpenAI's form. retry: seconds after which to try again."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int = 0):
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int = 0
+    ):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = {"retry-after": str(retry)} if retry else {}
@@ -65,7 +69,9 @@ class ApiError(Exception):
 
 def wrong(param: str, expected: str, got: Any) -> ApiError:
     """An error about a field's value."""
-    shown = repr(got) if isinstance(got, bool | int | float | str) else f"a value of type {type(got).__name__}"
+    shown = (
+        repr(got) if isinstance(got, bool | int | float | str) else f"a value of type {type(got).__name__}"
+    )
     shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
     return ApiError(400, f"{param}: expected {expected}; got {shown}", param=param)
 
@@ -207,7 +213,9 @@ def read_completion(fields: Fields) -> Completion:
         common["max_tokens"] = COMPLETION_TOKENS
     best_of = fields.whole("best_of", None, 1)
     if best_of not in (None, common["n"]):
-        raise ApiError(400, f"best_of must be equal to n, which is {common['n']}, or left out", param="best_of")
+        raise ApiError(
+            400, f"best_of must be equal to n, which is {common['n']}, or left out", param="best_of"
+        )
     return Completion(
         prompts=read_prompts(fields.get("prompt")),
         add_bos=fields.switch("add_special_tokens", True),
@@ -280,7 +288,9 @@ def read_prompts(value) -> list[str | list[int]]:
     expected = "a string, a list of strings, a list of token ids, or a list of such lists, none of them empty"
     prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
     if len(prompts) > MAX_PROMPTS:
-        raise ApiError(400, f"prompt: {len(prompts)} prompts; at most {MAX_PROMPTS} are possible", param="prompt")
+        raise ApiError(
+            400, f"prompt: {len(prompts)} prompts; at most {MAX_PROMPTS} are possible", param="prompt"
+        )
     for prompt in prompts:
         ids = isinstance(prompt, list) and prompt and all(type(id) is int for id in prompt)
         if not (ids or isinstance(prompt, str)) or type(prompt) is not type(prompts[0]):
@@ -324,7 +334,7 @@ def _message(message, at: str) -> dict:
 def chat_prompt(tokenizer, chat: Chat, *, only_continues: bool) -> list[int]:
     """A chat as tokens, up to where the model is to speak.
 
-    only_continues: the model knows no turns, it continues text: it gets the messages' texts one after another.
+    only_continues: the model knows no turns, it only continues text: the messages' texts are joined.
     """
     if only_continues:
         texts = [message["content"] for message in chat.messages]
@@ -349,7 +359,9 @@ def completion_prompts(tokenizer, completion: Completion, vocab_size: int) -> li
                 raise ApiError(400, "prompt: it is empty, and add_special_tokens is false", param="prompt")
         elif not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise wrong(
-                "prompt", f"token ids from 0 to {vocab_size - 1}", min(prompt) if min(prompt) < 0 else max(prompt)
+                "prompt",
+                f"token ids from 0 to {vocab_size - 1}",
+                min(prompt) if min(prompt) < 0 else max(prompt),
             )
         found.append(prompt)
     return found
@@ -365,5 +377,7 @@ def text_length(asked: Chat | Completion) -> int:
 
 
 def too_long(tokens: str, context: int, param: str) -> ApiError:
-    message = f"{tokens}, but this model's context is {context:,} tokens; shorten {param}, or lower max_tokens"
+    message = (
+        f"{tokens}, but this model's context is {context:,} tokens; shorten {param}, or lower max_tokens"
+    )
     return ApiError(400, message, param=param, code="context_length_exceeded")

@@ -44,7 +44,9 @@ class Answer:
     def __init__(self, index: int, asked: Sampling, tokenizer, prompt: list[int]):
         self.index, self.asked, self.prompt, self._tokenizer = index, asked, prompt, tokenizer
         self.finish, self.sampled, self.forced, self.length = "", 0, 0, 0
-        self.tools: list[dict] = []  # {"id", "code", "output", "made_up"}; the last two once there is an output
+        self.tools: list[
+            dict
+        ] = []  # {"id", "code", "output", "made_up"}; the last two once there is an output
         self._reader, self._writer = TextReader(tokenizer, asked.stop), Writer()
         self._all_tokens = isinstance(asked, Completion)  # or those of the text only
         self._echoes = self._all_tokens and asked.echo
@@ -167,7 +169,11 @@ def chat_logprobs(tokenizer, entries: list[Entry]) -> dict:
 
     def one(token: int, logprob: float) -> dict:
         name = shown_token(tokenizer, token)
-        return {"token": name, "logprob": max(LEAST_LOGPROB, logprob), "bytes": [*tokenizer.decode_bytes([token])]}
+        return {
+            "token": name,
+            "logprob": max(LEAST_LOGPROB, logprob),
+            "bytes": [*tokenizer.decode_bytes([token])],
+        }
 
     content = []
     for entry in entries:
@@ -199,7 +205,9 @@ class Form:
 
     def role(self, index: int, **extra) -> dict:
         """The first chunk of a chat's answer."""
-        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None}, None, extra)
+        return self._chunk(
+            index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None}, None, extra
+        )
 
     def news(self, answer: Answer, piece: Piece) -> list[dict]:
         """Chunks of what is new, tool calls first."""

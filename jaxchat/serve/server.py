@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn with a time limit on headers, errors in OpenAI's form, and a shutdown that drains."""
+"""The HTTP server: uvicorn with a time limit on headers, errors in OpenAI's form, a shutdown that drains."""
 
 import asyncio
 import contextlib
@@ -57,7 +57,11 @@ class Protocol(H11Protocol):
         body = json.dumps(ApiError(400, msg).body()).encode()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            for part in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            for part in (
+                h11.Response(status_code=400, headers=headers),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
                 self.transport.write(self.conn.send(part))
         self.transport.close()
 
@@ -73,7 +77,9 @@ class Server(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. UserError: the address can't be had."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as problem:
         reason = problem.strerror or problem
@@ -88,7 +94,9 @@ def stops_by_signal() -> asyncio.Queue:
     return stops
 
 
-async def serve(app, service: Service, sock: socket.socket, load: Awaitable, drain: float, stops: asyncio.Queue):
+async def serve(
+    app, service: Service, sock: socket.socket, load: Awaitable, drain: float, stops: asyncio.Queue
+):
     """Answer until `stops` has an item; then finish what has begun, for `drain` seconds at most.
 
     load: makes the models ready, while health already says "loading"; what it raises is raised here. A second

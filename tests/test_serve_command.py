@@ -1,0 +1,151 @@
+"""launch.serve as a user calls it, on a small model: addresses, signals, one-line errors."""
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, random_params, xla_flags
+
+from jaxchat import checkpoint
+from jaxchat.config import ModelConfig
+from jaxchat.store import Checkpoints
+from jaxchat.tokenizer import Tokenizer
+from launch import serve
+
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base directory with a base and an SFT model."""
+    home = tmp_path_factory.mktemp("served")
+    tokenizer = Tokenizer.train(iter(["the cat and the hat, 12 + 34 = 46. "] * 50), 280)
+    config = ModelConfig(64, tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)
+    meta = {"model": dataclasses.asdict(config), "tokenizer_hash": tokenizer.hash}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXCHAT_BASE_DIR", str(home))
+        for seed, stage in enumerate(("base", "sft")):
+            checkpoints = Checkpoints(checkpoint.run_folder(stage, "d1"))
+            checkpoints.keep_tokenizer(tokenizer)
+            params = random_params(config, seed, scale=0.4)
+            checkpoints.save(3, params=params, optimizer=None, batches=None, meta=meta | {"stage": stage})
+            checkpoints.close()
+    return home
+
+
+@contextlib.contextmanager
+def command(folder, *args, devices: int = 1):
+    """Start the server. -> (process, port), once it is ready"""
+    env = os.environ | {"JAXCHAT_BASE_DIR": str(folder), "XLA_FLAGS": xla_flags(devices)}
+    words = [sys.executable, "-m", "launch.serve", "--port=0", "--slots=2", *args]
+    with subprocess.Popen(
+        words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            seen = ""
+            while not (ready := re.search(r"ready after .*http://127.0.0.1:(\d+) ", seen)):
+                line = process.stdout.readline()
+                assert line, seen
+                seen += line
+            yield process, int(ready[1])
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+@contextlib.contextmanager
+def asked(port: int, method: str, path: str, body=None):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as connection:
+        connection.request(method, path, None if body is None else json.dumps(body))
+        yield connection.getresponse()
+
+
+def ask(*args) -> dict:
+    with asked(*args) as response:
+        return json.load(response)
+
+
+@pytest.mark.slow
+def test_two_stages_on_two_devices_until_sigterm(folder):
+    with command(folder, "--source=sft,base", devices=2) as (process, port):
+        models = ask(port, "GET", "/v1/models")["data"]
+        assert [model["id"] for model in models] == ["d1-sft", "d1-base"]
+        assert {model["jaxchat"]["slots"] for model in models} == {4}
+        texts = []
+        for model in models:
+            body = {"model": model["id"], "messages": [{"role": "user", "content": "hi"}], "n": 4, "seed": 1}
+            found = ask(port, "POST", "/v1/chat/completions", body | {"max_tokens": 8})
+            texts.append([choice["message"]["content"] for choice in found["choices"]])
+        assert texts[0] != texts[1] and len(set(texts[0])) > 1
+        body |= {"stream": True, "ignore_eos": True, "max_tokens": 40}
+        with asked(port, "POST", "/v1/chat/completions", body) as stream:
+            process.send_signal(signal.SIGTERM)
+            assert stream.read().endswith(b"data: [DONE]\n\n")
+        assert process.wait(60) == 0 and process.stdout.read().endswith("stopped\n")
+
+
+def refusal(folder, monkeypatch, capsys, *args) -> str:
+    """The one line that the command answers with."""
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(folder))
+    with pytest.raises(SystemExit) as stop:
+        serve.main([*args])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def test_what_cannot_be_served_is_one_line(folder, monkeypatch, capsys, tmp_path):
+    def refused(*args):
+        return refusal(folder, monkeypatch, capsys, *args)
+
+    assert "base, mid, sft" in refused("--source=best")
+    assert "each once" in refused("--source=sft,sft")
+    assert "no mid checkpoint" in refused("--source=mid")
+    assert "one stage" in refused("--source=sft,base", "--step=3")
+    assert "--slots=0" in refused("--slots=0") and "--port=70000" in refused("--port=70000")
+    with serve_socket() as port:
+        assert f"--port={port}: Address already in use" in refused(f"--port={port}")
+    assert "no sft checkpoint" in refusal(tmp_path, monkeypatch, capsys)
+
+
+@contextlib.contextmanager
+def serve_socket():
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield sock.getsockname()[1]
+
+
+def test_without_the_extra_it_says_what_to_install(folder, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "LIBRARIES", ("json", "no_such_library"))
+    line = refusal(folder, monkeypatch, capsys)
+    assert "needs no_such_library" in line and "EXTRAS=serve" in line
+
+
+def test_addresses_and_keys(monkeypatch):
+    assert [serve.is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "box")] == [
+        True, True, True, False, False, False,
+    ]  # fmt: skip
+    monkeypatch.setenv("JAXCHAT_API_KEY", "a, b")
+    assert serve.keys_of(serve.Config()) == ("a", "b") and serve.keys_of(serve.Config(api_key="c")) == ("c",)
+    assert serve.address_of("::1", 80) == "http://[::1]:80"
+
+
+def test_a_host_for_all_without_a_key_warns(folder, monkeypatch, capsys):
+    async def nothing(*args):
+        args[-1].close()  # the socket
+
+    monkeypatch.setattr(serve, "serve", nothing)
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(folder))
+    for args, warns in (["--host=0.0.0.0"], True), (["--host=0.0.0.0", "--api_key=x"], False), ([], False):
+        serve.main(["--port=0", *args])
+        said = capsys.readouterr()
+        assert ("warning: everybody who reaches 0.0.0.0" in said.err) == warns
+        assert "Serve d1-sft" in said.out and "slots    8 a device" in said.out
