@@ -23,7 +23,12 @@ def security_policy(page: str) -> str:
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
-    rules = ["default-src 'none'", f"script-src {digest('script')}", f"style-src {digest('style')}", "connect-src 'self'"]
+    rules = [
+        "default-src 'none'",
+        f"script-src {digest('script')}",
+        f"style-src {digest('style')}",
+        "connect-src 'self'",
+    ]
     return "; ".join([*rules, "img-src data:", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
 
 
@@ -115,10 +120,8 @@ def _handler(fake: FakeChatServer):
             pass
 
         def handle(self):
-            try:
+            with contextlib.suppress(OSError, ValueError):  # the connection was broken, by either side
                 super().handle()
-            except (OSError, ValueError):  # the connection was broken, by either side
-                pass
 
         def do_GET(self):
             if self.path == "/":

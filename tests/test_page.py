@@ -135,7 +135,7 @@ def test_answer_is_streamed_and_said_at_its_end(open_page, fake):
 def test_stream_cut_at_every_byte(open_page):
     page = open_page()
     events = [chunk({"content": "é😀\u0301"}), chunk({"content": "\r\n\n"}, "stop")]
-    data = ": ping\n\n".encode() + stream(events).replace(b"}\n\ndata", b"}\r\n\r\ndata")
+    data = b": ping\n\n" + stream(events).replace(b"}\n\ndata", b"}\r\n\r\ndata")
     found = page.evaluate(
         """async (bytes) => {
             const read = async (pieces) => {
@@ -187,6 +187,7 @@ def test_hostile_text_stays_text(open_page, fake):
     expect(page.locator(".tool output")).to_have_text(HOSTILE[0])
 
 
+AWAY = 'target="_blank" rel="noopener noreferrer"'
 MARKDOWN = {
     "a **bold** and *it* `x*y`": "<p>a <strong>bold</strong> and <em>it</em> <code>x*y</code></p>",
     "2*3*4, 2**3**2, __init__, a_b_c": "<p>2*3*4, 2**3**2, __init__, a_b_c</p>",
@@ -199,8 +200,8 @@ MARKDOWN = {
     "It was\n1986. A year": "<p>It was<br>1986. A year</p>",
     "> a\n> b": "<blockquote><p>a<br>b</p></blockquote>",
     "---": "<hr>",
-    "see http://a.b/c_d.": '<p>see <a href="http://a.b/c_d" target="_blank" rel="noopener noreferrer">http://a.b/c_d</a>.</p>',
-    "[x](mailto:a@b.c) [y](/z)": '<p><a href="mailto:a@b.c" target="_blank" rel="noopener noreferrer">x</a> [y](/z)</p>',
+    "see http://a.b/c_d.": f'<p>see <a href="http://a.b/c_d" {AWAY}>http://a.b/c_d</a>.</p>',
+    "[x](mailto:a@b.c) [y](/z)": f'<p><a href="mailto:a@b.c" {AWAY}>x</a> [y](/z)</p>',
     "``a`b`` `open": "<p><code>a`b</code> `open</p>",
 }
 
@@ -222,7 +223,16 @@ def test_markdown(open_page):
 @BROWSER_TESTS
 def test_markdown_of_any_text_ends_soon(open_page):
     page = open_page()
-    texts = ["*" * 20000, "[" * 20000, "`a" * 10000, "> " * 5000, "**a " * 5000, "- " * 5000 + "x", "|" * 9000 + "\n|-|", "_a *b " * 4000]
+    texts = [
+        "*" * 20000,
+        "[" * 20000,
+        "`a" * 10000,
+        "> " * 5000,
+        "**a " * 5000,
+        "- " * 5000 + "x",
+        "|" * 9000 + "\n|-|",
+        "_a *b " * 4000,
+    ]
     times = page.evaluate(
         """(texts) => texts.map((text) => {
             const began = performance.now();
@@ -329,7 +339,9 @@ def test_tool_calls_are_cards(open_page, fake):
     ask(page, "sum?", wait=False)
     expect(page.locator(".tool")).to_contain_text("…")
     cards = page.locator(".tool")
-    expect(cards).to_have_text([re.compile(r"calculator\s*23\*7\s*=\s*161$"), re.compile(r"9\*9\s*=\s*80\s*made-up output")])
+    expect(cards).to_have_text(
+        [re.compile(r"calculator\s*23\*7\s*=\s*161$"), re.compile(r"9\*9\s*=\s*80\s*made-up output")]
+    )
     assert fake.requests[0]["tool_display"] == "events"
 
 
@@ -558,7 +570,9 @@ def test_colours_by_system_and_by_switch(open_page):
 
 @BROWSER_TESTS
 def test_phone(open_page, fake):
-    fake.reply = lambda body: [stream(answer("| a | b |\n|---|---|\n| " + "wide " * 30 + " | c |\n\n```\n" + "x" * 300 + "\n```"))]
+    fake.reply = lambda body: [
+        stream(answer("| a | b |\n|---|---|\n| " + "wide " * 30 + " | c |\n\n```\n" + "x" * 300 + "\n```"))
+    ]
     page = open_page(viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True)
     page.fill("#box", "one")
     page.press("#box", "Enter")  # a line
@@ -621,11 +635,13 @@ def test_keyboard_alone(open_page, fake):
 
 
 @BROWSER_TESTS
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [320, 1280])
-def test_accessibility(open_page, fake, scheme, width):
+@pytest.mark.parametrize("width, scheme", [(320, "dark"), (1280, "light")])
+def test_accessibility(open_page, fake, width, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed: extra page-tests")
-    parts = ["# A\n\n> b\n\n- c `d`\n\n```py\ne\n```\n\n|f|g|\n|-|-|\n|h|i|\n\nhttps://j.k", {"id": "t", "code": "1", "output": "2", "made_up": True}]
+    parts = [
+        "# A\n\n> b\n\n- c `d`\n\n```py\ne\n```\n\n|f|g|\n|-|-|\n|h|i|\n\nhttps://j.k",
+        {"id": "t", "code": "1", "output": "2", "made_up": True},
+    ]
     fake.reply = lambda body: [stream(answer(*parts, finish="length"))]
     page = open_page(color_scheme=scheme, viewport={"width": width, "height": 800})
 
