@@ -132,7 +132,7 @@ def run(config: Config):
         for link, path in wanted.items():
             hub.fetch_link(link, path)
 
-    hub.show_progress(work, listings)
+    hub.show_progress(work, listings, wanted.values())
     print("all files are present and verified", flush=True)
     if not set(names) <= {*TASKS, "core-bundle"}:
         print_next(config.to)

@@ -4,11 +4,13 @@ import errno
 import fcntl
 import io
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +100,37 @@ def test_a_server_that_never_recovers(fetch, home, slept, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         code, _, err = fetch(server, "gsm8k")
         assert code == 2 and "HF_HUB_OFFLINE" in err and not slept
+
+
+@pytest.mark.parametrize("name, what", [("gsm8k", "openai/gsm8k"), ("words", "words_alpha.txt")])
+def test_a_server_that_is_not_there(fetch, slept, monkeypatch, name, what):
+    """Every attempt says what comes: the pause, the attempts that are left, and the longest wait in all."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        nobody = SimpleNamespace(url=f"http://localhost:{free.getsockname()[1]}")
+        monkeypatch.setitem(download.SETS, "words", hub.Link(f"{nobody.url}/words", download.SETS["words"].path))
+        code, _, err = fetch(nobody, name)
+    *tries, end = err.splitlines()
+    assert code == 2 and slept == [*hub.PAUSES] and len(tries) == len(slept)
+    left = sum(slept)
+    for number, (line, pause) in enumerate(zip(tries, slept, strict=True), 2):
+        again = f"trying again in {pause} s (attempt {number} of 10, for {left} s at most)"
+        assert line.startswith(f"{what}: ") and "refused" in line and line.endswith(again)
+        left -= pause
+    assert end.startswith(f"error: {what}: ") and "(10 attempts); check the network, HF_ENDPOINT" in end
+
+
+def test_progress_of_a_link(tmp_path, monkeypatch, capsys):
+    """Its size is not known; nothing is printed before something has come."""
+    monkeypatch.setattr(hub, "SHOW", 0.01)
+    path, part = tmp_path / "words", tmp_path / "words.part"
+
+    def work():
+        while "MB" not in (text := capsys.readouterr().out):
+            part.write_bytes(bytes(20_000))
+        assert text.startswith("0.02 MB, ")
+
+    hub.show_progress(work, [], [path])
 
 
 @pytest.mark.filterwarnings("ignore:flock not supported")

@@ -207,7 +207,7 @@ def test_validation_depends_on_no_other_flag(home):
     rows = [[talk[0], talk[1] | {"content": f"answer {i}"}] for i in range(60)]
     (home / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = Tokenizer.train(iter(["a question and an answer 0123456789"]), 275)
-    model = SimpleNamespace(mesh=sharding.make_mesh(jax.devices()[:1]))
+    model = model_on(sharding.make_mesh(jax.devices()[:1]), ModelConfig())
 
     def supervised(config, device_batch):
         stage = SimpleNamespace(device_batch=device_batch, model=model, tokenizer=tokenizer, row_length=64)

@@ -151,6 +151,30 @@ def test_validation_without_an_answer_is_refused(tmp_path, tokenizer):
         pipelines.padded_validation(read, order, 2, rows=2, time=32)
 
 
+def test_nothing_to_learn_is_refused(tmp_path, tokenizer):
+    """Else a run would print a loss of 0 to its end. What counts is the first part of the rows that it reads."""
+    late = [{"role": "user", "content": "x" * 99}, TALK[1]]
+    tasks = conversations(tmp_path, [[TALK[0]]] * 20 + [late])
+    how = {"time": 32, "seed": 0, "num_examples": 21}
+    with pytest.raises(UserError, match="within the first 32 tokens of the 21 training .*--train_tasks.*--max_seq_len"):
+        pipelines.check_supervised(tasks, tokenizer, **how)
+    pipelines.check_supervised(tasks, tokenizer, **how | {"time": 256, "num_examples": 99})
+    order = Order([21], 0)
+    place = next(i for i in range(21) if order.index(i) == 20)
+    pipelines.check_supervised(tasks, tokenizer, **how | {"time": 256, "num_examples": place + 1})
+    with pytest.raises(UserError, match=f"of the {place} training"):
+        pipelines.check_supervised(tasks, tokenizer, **how | {"time": 256, "num_examples": place})
+
+
+def test_a_task_without_rows_is_refused(tmp_path):
+    """Else its accuracy would be 0 of 0."""
+    (tmp_path / "gsm8k/main").mkdir(parents=True)
+    empty = pa.table({"question": pa.array([], pa.string()), "answer": pa.array([], pa.string())})
+    pq.write_table(empty, tmp_path / "gsm8k/main/test.parquet")
+    with pytest.raises(UserError, match="gsm8k/main/test.parquet holds no rows; download it again: .* gsm8k"):
+        pipelines.load_tasks("GSM8K/test", str(tmp_path), "val_tasks", documents=False)
+
+
 def test_a_panic_while_tokenizing_ends_the_run(tmp_path, tokenizer, monkeypatch):
     """What tiktoken's Rust raises is no Exception; Grain's thread would end, and the run wait for ever."""
 

@@ -248,6 +248,17 @@ def test_tasks(folder, command, capsys):
     assert "has no rows" in refusal(folder, command, [f"--train_tasks={empty}"], capsys)
 
 
+def test_nothing_to_learn(folder, capsys):
+    """In training and in validation: no loss of 0.0000 is printed, and nothing is written."""
+    mute = f"{write_lines(folder / 'mute.jsonl', [TALK[:1]] * 40)}"
+    never = "--eval_metrics_every=-1"
+    line = refusal(folder, chat_sft, [f"--train_tasks={mute}", "--eval_every=-1", never], capsys)
+    assert "nothing the assistant says" in line and "the 40 training conversations; give other --train_tasks" in line
+    args = [f"--train_tasks={folder / 'talk.jsonl'}", f"--val_tasks={mute}", never]
+    line = refusal(folder, chat_sft, args, capsys)
+    assert "nothing the assistant says" in line and "the 40 validation conversations; give other --val_tasks" in line
+
+
 @pytest.mark.parametrize("command", [mid_train, chat_sft])
 def test_rows_longer_than_the_model(folder, command, capsys):
     line = refusal(folder, command, ["--max_seq_len=17", f"--train_tasks={folder / 'talk.jsonl'}"], capsys)

@@ -10,7 +10,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -100,10 +100,12 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
             if progress() > best:
                 tries, best = 0, progress()
             if tries == len(PAUSES):
-                raise UserError(
-                    f"{what}: {reason} ({tries + 1} attempts); run the same command again"
-                ) from problem
-            print(f"{what}: {reason}; trying again in {PAUSES[tries]} s", file=sys.stderr, flush=True)
+                remedy = "check the network, HF_ENDPOINT and the proxy, then run the same command again"
+                raise UserError(f"{what}: {reason} ({tries + 1} attempts); {remedy}") from problem
+            left = f"attempt {tries + 2} of {len(PAUSES) + 1}, for {sum(PAUSES[tries:])} s at most"
+            print(
+                f"{what}: {reason}; trying again in {PAUSES[tries]} s ({left})", file=sys.stderr, flush=True
+            )
             time.sleep(PAUSES[tries])
             tries += 1
 
@@ -122,7 +124,9 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
         raise UserError(f"{folder} holds files of {recorded[0]}; give --to=FOLDER for {repo.repo}")
     api, where = HfApi(), {"repo_id": repo.repo, "repo_type": "dataset"}
     commit = "" if revision else (*recorded[2:], repo.commit)[0]
-    commit = commit or retried(repo.repo, lambda: api.repo_info(**where, revision=revision or None).sha)
+    # Asked for even if known: unlike what follows, it fails at once where no server answers.
+    info = retried(repo.repo, lambda: api.repo_info(**where, revision=commit or revision or None))
+    commit = commit or info.sha
     tree = retried(repo.repo, lambda: list(api.list_repo_tree(**where, recursive=True, revision=commit)))
     stated = {
         file.path: (file.size, "sha256", file.lfs.sha256) if file.lfs else (file.size, "git", file.blob_id)
@@ -236,11 +240,13 @@ def fetch_link(link: Link, path: Path):
     print(f"{path} downloaded", flush=True)
 
 
-def show_progress(work: Callable[[], None], listings: list[Listing]):
-    """Run `work` in a thread; print every few seconds how much of the listings is there, and the ETA."""
+def show_progress(work: Callable[[], None], listings: list[Listing], links: Iterable[Path] = ()):
+    """Run `work` in a thread; print every few seconds how much of the listings and links is there, and the
+    ETA."""
 
     def on_disk() -> int:
         partial = [path for listing in listings for path in (listing.folder / ".cache").rglob("*.incomplete")]
+        partial += [path.with_name(path.name + files.PART) for path in links]
         complete = [listing.folder / name for listing in listings for name in listing.files]
         return sum(max(0, size_of(path)) for path in [*partial, *complete])
 
@@ -253,8 +259,9 @@ def show_progress(work: Callable[[], None], listings: list[Listing]):
                 have = on_disk()
                 rate = max(0, have - before) / (time.perf_counter() - start)
                 left = f", ETA {(total - have) / rate:,.0f} s" if rate and total > have else ""
-                done = f"{files.size_text(have)} of {files.size_text(total)}"
-                print(f"{done}, {rate / 1e6:.1f} MB/s{left}", flush=True)
+                of = f" of {files.size_text(total)}" if total else ""  # a link's size is not known
+                if have:
+                    print(f"{files.size_text(have)}{of}, {rate / 1e6:.1f} MB/s{left}", flush=True)
         except KeyboardInterrupt:  # the library's threads would finish their files first
             print("interrupted; run the same command to continue", file=sys.stderr, flush=True)
             os._exit(130)

@@ -174,8 +174,21 @@ def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: in
     )
     made = [{name: batch[name][0] for name in ("inputs", "targets", "weights")} for batch in batches]
     if not any(batch["weights"].any() for batch in made):
-        raise UserError(
-            f"nothing the assistant says is within the first {time} tokens of the {num_examples} validation "
-            "conversations; give other --val_tasks, or a larger --max_seq_len"
-        )
+        raise nothing_said(time, num_examples, "validation")
     return made
+
+
+def check_supervised(tasks, tokenizer: Tokenizer, *, time, seed, num_examples: int):
+    """Raise UserError if nothing is supervised in what sft_batches makes of the tasks."""
+    count, order = min(num_examples, len(tasks)), Order([len(tasks)], seed)
+    rows = conversation_reader(tasks, tokenizer)(map(order.index, range(count)))
+    if not any(mask[1 : time + 1].any() for _, mask in rows):
+        raise nothing_said(time, count, "training")
+
+
+def nothing_said(time: int, count: int, kind: str) -> UserError:
+    flag = {"training": "--train_tasks", "validation": "--val_tasks"}[kind]
+    return UserError(
+        f"nothing the assistant says is within the first {time} tokens of the {count:,} {kind} "
+        f"conversations; give other {flag}, or a larger --max_seq_len"
+    )

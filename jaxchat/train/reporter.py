@@ -106,6 +106,8 @@ class Reporter:
             line += f"  MFU {values['mfu']:.1%}"
         if values.get("cut"):
             line += f"  conversations cut {values['cut']:.0f}"
+        if values.get("nothing_supervised"):
+            line += f"  without an answer {values['nothing_supervised']:.0f}"
         if values["empty_steps"]:
             line += f"  empty steps {values['empty_steps']:.0f}"
         if self._skipped:

@@ -241,6 +241,8 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
         num_examples = config.num_iterations * examples
     if num_examples < 1:
         raise UserError(f"--num_epochs={config.num_epochs:g} of {len(tasks)} conversations is less than one")
+    all_rows = {"time": time, "seed": config.seed, "num_examples": num_examples}
+    pipelines.check_supervised(tasks, parent.tokenizer, **all_rows)
     num_steps = -(-num_examples // examples)
     product = f"{batch} rows × {devices} devices × {micro} accumulated"
     product += "" if batch * devices * micro == examples else ", some empty,"
@@ -258,9 +260,7 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
                 parent.tokenizer,
                 examples=examples,
                 micro_rows=batch * devices,
-                time=time,
-                seed=config.seed,
-                num_examples=num_examples,
+                **all_rows,
                 packing=config.packing,
                 share=sharding.share_of_rows(model.mesh, batch * devices),
             )

@@ -48,6 +48,10 @@ class Table:
         self._ends = np.cumsum([len(batch) for batch in self._batches], dtype=np.int64)
         count = sum(map(len, self._batches))
         self._rows = np.delete(np.arange(count), [*problems])
+        if not count:
+            raise UserError(
+                f"{self.paths[0]} holds no rows; download it again: python -m launch.download {name}"
+            )
         example = next(iter(problems.values()), "")
         if len(problems) > MOST_LEFT_OUT * count:
             raise UserError(
