@@ -88,6 +88,7 @@ class StageInfo:
     label: str  # in reports
     title: str  # of its plan, before the tag
     parents: tuple[str, ...]  # the stages whose checkpoints it may start from; (): random weights
+    optional: bool = False  # a model is complete without it
 
 
 STAGES = {
@@ -96,6 +97,15 @@ STAGES = {
         StageInfo("base", "base_checkpoints", "base_train", "base", "Base pretraining of", ()),
         StageInfo("mid", "mid_checkpoints", "mid_train", "mid", "Midtraining of", ("base",)),
         StageInfo("sft", "chatsft_checkpoints", "chat_sft", "SFT", "Chat finetuning of", ("mid", "base")),
+        StageInfo(
+            "rl",
+            "chatrl_checkpoints",
+            "chat_rl",
+            "RL",
+            "Reinforcement learning of",
+            ("sft", "mid", "base"),
+            optional=True,
+        ),
     )
 }
 
@@ -530,3 +540,119 @@ class SFTConfig(TrainConfig):
     """Validation mixture, written like --train_tasks."""
     tasks_dir: str = flag("", own=True)
     """Folder of the tasks' files; empty: <base directory>/tasks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig(TrainConfig):
+    """Improve a chat model by reinforcement learning: in each step it writes several answers to each of some
+    problems, a checker rewards the right ones, and answers better than the others to the same problem become
+    likelier.
+
+    The defaults are nanochat's: REINFORCE with the group's mean as baseline, one update a step, no KL. Unlike
+    there, the token that ends an answer is learnt too, and answers are sampled from all tokens (--top_k=0).
+    """
+
+    source: str = flag("sft", choices=STAGES["rl"].parents)
+    """Stage whose checkpoint to start from: sft, mid or base."""
+    model_tag: str = flag("", free=True)
+    """Tag of the model to start from, under which the result is saved too; empty: the deepest d<N>, or else
+    the newest."""
+    step: int = flag(-1, -1, free=True)
+    """Step of the checkpoint to start from; -1: the last."""
+    num_epochs: float = flag(1.0, 0)
+    """Passes over the problems."""
+    num_iterations: int = flag(-1, 1, special=-1)
+    """Number of times that answers are sampled; -1: from --num_epochs."""
+    examples_per_step: int = flag(16, 1)
+    """Problems in a step, over all devices."""
+    num_samples: int = flag(16)
+    """Answers to each problem; at least 2, since they are compared with each other."""
+    max_new_tokens: int = flag(256, 1)
+    """Largest number of tokens in an answer, the tool's included."""
+    temperature: float = flag(1.0)
+    """Sampling temperature of the answers, above 0. With another than 1 the answers come from another
+    distribution than the one that is trained."""
+    top_k: int = flag(0, 0, 2**31 - 1)
+    """Number of likeliest tokens to sample from; 0: all. With another than 0 the answers come from another
+    distribution than the one that is trained."""
+    reward: str = "answer"
+    """What an answer is rewarded for, as name:weight separated by commas: answer (the checker finds it
+    right), format (it states a number after ####), finished (it ends by itself), tool (a tool call had a
+    value). Beside answer the others count only where some answers to a problem are right and some are not."""
+    advantage: str = flag("mean", choices=("mean", "loo", "std", "batch_std"))
+    """What a reward is compared with. mean: the mean of its problem's answers. loo: the mean of the others.
+    std: as mean, divided by the problem's standard deviation. batch_std: as mean, divided by the step's."""
+    loss: str = flag("reinforce", choices=("reinforce", "ppo", "cispo", "gspo"))
+    """Policy-gradient loss. Unless --updates is above 1 all are the same, but gspo counts answers alike."""
+    loss_norm: str = flag("tokens", choices=("tokens", "all_tokens", "rows", "constant"))
+    """What a step's loss is divided by. tokens: sampled tokens of problems with different rewards.
+    all_tokens: all sampled tokens. rows: each answer counts alike. constant: answers × --max_new_tokens."""
+    updates: int = flag(1, 1)
+    """Optimizer steps on the same answers."""
+    clip_low: float = flag(-1.0, 0, special=-1)
+    """Fall of the probability ratio at which a loss with several updates stops lowering it; -1: 0.2, or
+    0.0003 for gspo."""
+    clip_high: float = flag(-1.0, 0, special=-1)
+    """Rise of the probability ratio at which a loss with several updates stops raising it; -1: 0.28, or 4 for
+    cispo, 0.0004 for gspo."""
+    tis: float = flag(0.0, 0)
+    """Bound of the factor (probability by the trainer ÷ by the sampler) that corrects for different rounding;
+    0: no factor. 2 is usual. Costs a forward pass."""
+    kl_coef: float = flag(0.0, 0)
+    """Weight of the KL divergence from the model that training starts from. Costs forward passes of both."""
+    mask_truncated: bool = False
+    """Learn nothing from answers that were cut off; their rewards still count in their group's baseline."""
+    min_groups: int = flag(2, 1)
+    """Problems with different rewards that a step needs; with fewer it changes nothing, and is counted."""
+    resample: bool = False
+    """Draw further problems until --examples_per_step of them have answers with different rewards, at most
+    three times."""
+    device_batch_size: int = flag(8, 1, free=True)
+    """Answers that a device trains on at a time. Lower it if memory runs out: the result stays the same up to
+    rounding."""
+    init_lr_frac: float = flag(0.05, 0)
+    """Factor on all learning rates."""
+    lr_schedule: str = flag("linear", choices=("linear", "cosine", "constant"))
+    """Course of the learning rates: linear or cosine from full to 0, or constant."""
+    grad_clip: float = flag(1.0, 0)
+    """Largest global norm of the gradients, to which longer ones are scaled; 0: no bound."""
+    eval_every: int = flag(60, -1, free=True)
+    """Steps between evaluations; also before the first step and after the last. 0 or -1: never."""
+    eval_examples: int = flag(400, 1, special=-1, free=True)
+    """Problems of --val_tasks to evaluate on, a fixed sample, and half as many of --train_tasks; -1: all."""
+    eval_others: int = flag(256, -1, free=True)
+    """Problems of each of ARC-Easy, ARC-Challenge and MMLU, where they are there, to measure before the first
+    step and after the last: what is forgotten. 0: none, -1: all."""
+    sample_every: int = flag(20, -1, free=True)
+    """Steps between writing a problem's answers, rewards and advantages to samples.jsonl; 0 or -1: never."""
+    save_every: int = flag(60, -1, free=True)
+    """Steps between checkpoints, besides those of --save_minutes; 0 or -1: none. The last step is always
+    saved; the last three checkpoints are kept, and the best by evaluation."""
+    dry_run: bool = flag(False, free=True)
+    """Train, but write no checkpoint, no metrics and no samples."""
+    train_tasks: str = "GSM8K/train"
+    """Problems: Name[/split][:rows] or .jsonl files of conversations, separated by commas. An answer is right
+    if its number after #### is that of the conversation's last message, or its text if that has no such
+    number."""
+    val_tasks: str = flag("GSM8K/test", free=True)
+    """Problems to evaluate on, written like --train_tasks."""
+    tasks_dir: str = flag("", own=True)
+    """Folder of the tasks' files; empty: <base directory>/tasks."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_samples < 2:
+            raise UserError(
+                f"--num_samples={self.num_samples}: answers are compared with the others to their problem; "
+                "it must be at least 2"
+            )
+        if self.temperature <= 0:
+            raise UserError(
+                f"--temperature={self.temperature:g}: all answers to a problem would be the same; "
+                "it must be above 0"
+            )
+        if self.min_groups > self.examples_per_step:
+            raise UserError(
+                f"--min_groups={self.min_groups} is more than the {self.examples_per_step} problems of a "
+                "step; lower it, or raise --examples_per_step"
+            )

@@ -36,6 +36,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
+        self.kept = 0  # a step whose checkpoint stays, however old; 0: none
         self._writer = None
         self._pending: Future | None = None  # done when the save under way is complete and sealed
         self._lock = None
@@ -182,7 +183,8 @@ class Checkpoints:
         seal.seal(self.folder / str(step))
         sweep(self.folder)
         for old in self.steps()[:-KEEP]:
-            shutil.rmtree(self.folder / str(old), ignore_errors=True)
+            if old != self.kept:
+                shutil.rmtree(self.folder / str(old), ignore_errors=True)
 
     def _finish(self):
         self._pending.result()

@@ -13,7 +13,7 @@ class Config(DeviceFlags):
     """Chat with a model in the terminal. /clear begins anew, /quit leaves, Ctrl-C stops an answer."""
 
     source: str = flag("sft", choices=tuple(STAGES), alias="-i")
-    """Stage to talk to: sft, mid, or base (which only continues text)."""
+    """Stage to talk to: rl, sft, mid, or base (which only continues text)."""
     model_tag: str = flag("", alias="-g")
     """Tag of the model; empty: the deepest d<N>, or else the newest."""
     step: int = flag(-1, 0, special=-1, alias="-s")

@@ -19,7 +19,7 @@ class Config(MeshFlags):
     """
 
     source: str = flag("sft", choices=(*STAGES,), alias="-i")
-    """Stage to measure: sft, mid or base."""
+    """Stage to measure: rl, sft, mid or base."""
     task_name: str = flag("", alias="-a")
     """Tasks to measure, separated by |, such as "GSM8K|MMLU"; empty: all six."""
     model_tag: str = flag("", alias="-g")

@@ -138,7 +138,7 @@ def check_model(config: Config, model, tag: str, checks: Checklist):
             cut = stages.Cut.of(flags, config.max_seq_len, model)
             checks.add(f"{name} batch", cut.plan_row(config.max_seq_len, model)[1])
     size = needed = sum(a.size * a.dtype.itemsize for a in arrays)  # one is written before the oldest goes
-    for stage in STAGES.values():
+    for stage in (stage for stage in STAGES.values() if not stage.optional):
         folder, name = checkpoint.run_folder(stage.name, tag), f"{stage.label} disk"
         steps = checkpoint.steps_in(folder)
         needed += max(0, KEEP - len(steps)) * size

@@ -203,7 +203,8 @@ class _Parser(argparse.ArgumentParser):
         self.names = []
         fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
         for cls in config_class.__mro__:
-            own = [fields[name] for name in cls.__dict__.get("__annotations__", ()) if name in fields]
+            names = fields.keys() & cls.__dict__.get("__annotations__", {}).keys()
+            own = [fields.pop(name) for name in list(fields) if name in names]  # once, if it is overridden
             if own:
                 group = (
                     self if cls is config_class else self.add_argument_group(inspect.cleandoc(cls.__doc__))

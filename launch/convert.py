@@ -21,7 +21,7 @@ class Config(Flags):
     to: str = flag("", choices=("", "hf", "nanochat"))
     """Format to export to: hf or nanochat."""
     source: str = flag("sft", choices=tuple(STAGES))
-    """Stage of the checkpoint to export: base, mid or sft."""
+    """Stage of the checkpoint to export: base, mid, sft or rl."""
     out: str = ""
     """Folder to write."""
     from_format: str = flag("", choices=("", "hf", "nanochat"), name="from")
@@ -29,7 +29,7 @@ class Config(Flags):
     path: str = ""
     """Folder to import: of transformers, a base directory of nanochat, or one of model_<step>.pt files."""
     as_stage: str = flag("", choices=("", *STAGES), name="as")
-    """Stage that the imported model counts as: base, mid or sft."""
+    """Stage that the imported model counts as: base, mid, sft or rl."""
     model_tag: str = flag("", alias="-g")
     """Tag of the model to export (empty: the deepest d<N>, or else the newest), or to import as."""
     step: int = flag(-1, -1, alias="-s")

@@ -26,6 +26,7 @@ RUN_BY = {
     "launch.base_train": "tests/test_commands.py",
     "launch.chat_cli": "tests/test_commands.py",
     "launch.chat_eval": "tests/test_eval_commands.py",
+    "launch.chat_rl": "tests/test_rl_stage.py",
     "launch.chat_sft": "tests/test_commands.py",
     "launch.check": "tests/test_check.py",
     "launch.cluster": "tests/test_local_training.py",

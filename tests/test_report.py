@@ -53,7 +53,7 @@ def row_of(text, name):
 def whole(tmp_path_factory):
     """(run, its images) of three stages with evaluations, one of which cannot be read."""
     home = tmp_path_factory.mktemp("whole")
-    for source, parent in zip(STAGES, (None, "base d2 40", "mid d2 40"), strict=True):
+    for source, parent in zip(("base", "mid", "sft"), (None, "base d2 40", "mid d2 40"), strict=True):
         folder = write_stage(home, source, tokenizer_hash="f00", **({"parent": parent} if parent else {}))
         write_record(folder, git="def on main" if source == "mid" else "abc on main")
         write_record(folder, git="def on main" if source == "mid" else "abc on main")

@@ -10,6 +10,7 @@ from jaxchat.config import ModelConfig
 from jaxchat.model.flops import flops_per_token
 from jaxchat.train.metrics import MetricsLog
 from jaxchat.train.reporter import Reporter
+from jaxchat.train.stages import loss_text
 
 
 @pytest.mark.parametrize("row_tokens", [256, 2048])
@@ -20,6 +21,7 @@ def test_flops_are_of_the_rows_as_long_as_they_are(row_tokens, capsys):
     mesh = SimpleNamespace(devices=devices, size=2)
     flags = SimpleNamespace(on_nonfinite="stop")
     stage = SimpleNamespace(model=SimpleNamespace(config=model, mesh=mesh), num_steps=9, flags=flags)
+    stage.headline = loss_text
     reporter = Reporter(stage, SimpleNamespace(write=lambda step, values: written.append(values)))
     metrics = {"loss": 3.0, "progress": 0.0, "nonfinite": 0.0, "lr_multiplier": 1.0, "empty_steps": 0.0}
     assert reporter.step(1, 1024, 0.0, metrics | {"cut": 3, "nothing_supervised": 5, "overdue": 1}, row_tokens) == {}

@@ -98,22 +98,25 @@ def why_not(name: str) -> str:
     )
 
 
-def batch_size_for(model: ModelConfig, compute: Compute, memory: int | None) -> int:
-    """Answers to write at a time on devices of `memory` bytes (None: unknown): a power of two, at most SLOTS.
+def batch_size_for(
+    model: ModelConfig, compute: Compute, memory: int | None, *, most: int = SLOTS, each: int = 4
+) -> int:
+    """Answers to write at a time on devices of `memory` bytes (None: unknown): a power of two up to `most`.
 
-    A slot holds the keys and values of a whole context; twice that is counted, as are the weights in float32
-    and in the compute dtype. The answers do not depend on it.
+    each: bytes that are kept for every parameter, beside the copy in the compute dtype.
+    A slot holds the keys and values of a whole context, of which twice the size is counted. The answers do
+    not depend on it.
     """
     if memory is None:
-        return SLOTS
+        return min(SLOTS, most)
     size = 4 if compute.dtype == "float32" else 2
     slot = (
         2 * model.n_layer * model.sequence_len * model.n_kv_head * model.head_dim * size
         + 4 * model.vocab_size
     )
-    room = 0.9 * memory - (4 + size) * num_params(model)
+    room = 0.9 * memory - (each + size) * num_params(model)
     fitting = max(1, int(room // (2 * slot)))
-    return min(SLOTS, 1 << (fitting.bit_length() - 1))
+    return min(most, 1 << (fitting.bit_length() - 1))
 
 
 def choose_letters(scorer: Scorer, tokenizer: Tokenizer, rows: list[dict]) -> list[bool]:

@@ -80,7 +80,7 @@ class Run:
 
     @property
     def lacking(self) -> list[str]:
-        return [stage.label for name, stage in STAGES.items() if name not in self.stages]
+        return [s.label for name, s in STAGES.items() if name not in self.stages and not s.optional]
 
     @property
     def parameters(self) -> int:

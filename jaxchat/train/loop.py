@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from jaxchat.config import Preempted
 from jaxchat.model.params import Params
-from jaxchat.sharding import agree, place_rows
+from jaxchat.sharding import agree, gather_json, place_rows
 from jaxchat.store import Checkpoints
-from jaxchat.train.metrics import MetricsLog
+from jaxchat.train.metrics import MetricsLog, best_step
 from jaxchat.train.reporter import NotFinite, Reporter
 from jaxchat.train.saving import Saver
 from jaxchat.train.signals import Stop
@@ -24,12 +24,16 @@ from jaxchat.train.step import compile_step
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A measurement every `every` steps (≤ 0: never), at the end, and, if at_start, before the first step."""
+    """A measurement every `every` steps (≤ 0: never), at the end, and, if at_start, before the first step.
+
+    best: the name of a value; the checkpoint of the step at which it is largest is kept.
+    """
 
     name: str
     every: int
     measure: Callable[[Params], dict[str, float]]
     at_start: bool = False
+    best: str = ""
 
     def due(self, step: int, finished: bool) -> bool:
         """Return whether to measure after `step` steps."""
@@ -50,7 +54,8 @@ class Run:
 
 def place_batch(batch: dict, mesh: Mesh) -> dict:
     """The arrays of a batch on the mesh, its rows spread over the devices."""
-    return {name: place_rows(array, mesh, axis=1) for name, array in batch.items() if name != "totals"}
+    arrays = {name: array for name, array in batch.items() if name not in ("totals", "numbers")}
+    return {name: place_rows(array, mesh, axis=1) for name, array in arrays.items()}
 
 
 def train(run: Run, evaluations: list[Evaluation]) -> None:
@@ -79,6 +84,12 @@ class Loop:
     def __init__(self, run: Run, evaluations: list[Evaluation], stop: Stop, log: MetricsLog):
         self.run, self.stage, self.evaluations, self.stop, self.log = run, run.stage, evaluations, stop, log
         self.reporter, self.saver = Reporter(run.stage, log), Saver(run)
+        for evaluation in evaluations if run.checkpoints and run.first_step else ():
+            if evaluation.best:
+                found = best_step(run.checkpoints.folder, evaluation.best, run.first_step)
+                self.saver.restore_best(
+                    gather_json({"best": found})[0]["best"]
+                )  # as the first process sees it
         self.state, self.step = run.state, run.first_step
         self.finished = self.step == run.stage.num_steps
         self.ending = False  # the last save is under way
@@ -118,6 +129,8 @@ class Loop:
                 if values:
                     shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
                     print(f"step {self.step:>6}  {evaluation.name}: {shown}", flush=True)
+                if evaluation.best:
+                    self.saver.keep_best(self.state, self.step, values[evaluation.best], self.finished)
                 self.reporter.restart_clock()
                 stopping = not self.finished and self.stop.asked()
         return stopping
@@ -127,7 +140,8 @@ class Loop:
         stage, mesh, first = self.stage, self.stage.model.mesh, self.step == self.run.first_step
         asked = time.perf_counter()
         batch = stage.batches.next_batch(self.state.params, self.step)
-        waited = time.perf_counter() - asked
+        numbers = batch.get("numbers", {})  # what it logs of itself, known to the host
+        waited = numbers.get("data_wait_seconds", time.perf_counter() - asked)
         like = next(iter(batch["totals"].values()))
         totals = agree(batch["totals"] | {"overdue": np.full_like(like, self.saver.overdue())}, mesh)
         if stage.num_steps:
@@ -144,8 +158,9 @@ class Loop:
             compile_step(self.run.step_fn, self.state, placed, multiplier)
         self.state, metrics = self.run.step_fn(self.state, placed, multiplier)
         self.step += 1
-        metrics = metrics | totals | {"progress": progress, "lr_multiplier": multiplier}
-        size, length = placed["inputs"].size, placed["inputs"].shape[-1]
+        metrics = metrics | totals | numbers | {"progress": progress, "lr_multiplier": multiplier}
+        size = int(numbers.get("computed_tokens", placed["inputs"].size))
+        length = placed["inputs"].shape[-1]
         self.saver.agree(self.reporter.step(self.step, size, waited, metrics, length))
         self.finished = self.step == stage.num_steps
         if (

@@ -122,6 +122,13 @@ def evaluations_after(step: int, folder: Path) -> list[str]:
     return [row["evaluation"] for row in rows if row.get("step") == step and "evaluation" in row]
 
 
+def best_step(folder: Path, name: str, last: int) -> tuple[int, float] | None:
+    """Return (step, value) of an evaluation's largest value, up to step `last`; None: never measured."""
+    rows = [row for row in files.read_lines(folder / "metrics.jsonl") if "evaluation" in row]
+    found = [(row["step"], row[name]) for row in rows if row["step"] <= last and row.get(name) is not None]
+    return max(found, key=lambda one: one[1]) if found else None
+
+
 def wandb_id(folder: Path, new: bool) -> str:
     """The id of a run at Weights & Biases, kept in its folder, so that a resumed run continues there too."""
     path = folder / "wandb_id"

@@ -100,7 +100,7 @@ class Reporter:
     def _line(self, step: int, values: dict[str, float], eta: float | None) -> str:
         seconds, waited = values["step_seconds"], values["data_wait_seconds"]
         of = f"/{self._stage.num_steps}" if self._stage.num_steps else f" ({values['progress']:.0%})"
-        line = f"step {step:>6}{of}  loss {values['loss']:.4f}  lr × {values['lr_multiplier']:.3f}"
+        line = f"step {step:>6}{of}  {self._stage.headline(values)}  lr × {values['lr_multiplier']:.3f}"
         line += f"  {1000 * seconds:.0f} ms  {values['tokens_per_s']:,.0f} tokens/s"
         if self._peak:
             line += f"  MFU {values['mfu']:.1%}"

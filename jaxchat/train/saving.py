@@ -1,5 +1,6 @@
 """Decide when a run saves. A save that fails is printed and retried, while training continues."""
 
+import math
 import time
 
 import jax
@@ -24,6 +25,7 @@ class Saver:
         self._saved = self._begun = run.first_step  # steps whose save is complete, and was begun
         self._failures, self._again = 0, None  # again: the step at which to try once more
         self._saved_at, self._overdue = clock(), False  # overdue: all processes agree that it is time
+        self._best = -math.inf  # of the evaluation that decides which checkpoint is kept
 
     def due(self, step: int, last: bool) -> bool:
         """Return whether to save now, after `step` steps; also notice how the save under way went."""
@@ -56,6 +58,21 @@ class Saver:
             self._start(state, step, finished)
         except Exception as problem:
             self._failed(step, problem)
+
+    def keep_best(self, state: TrainState, step: int, value: float, finished: bool):
+        """Keep the checkpoint of this step, saved now if need be, if its value is the largest so far."""
+        if not self._checkpoints or not value > self._best:
+            return
+        self._best = value
+        if step:
+            self._checkpoints.kept = step
+            if self._begun < step and not finished:  # then the end of the run saves it
+                self.save(state, step, finished=finished)
+
+    def restore_best(self, found: tuple[int, float] | None):
+        """Take over (step, value) of the best checkpoint, of the run that is resumed."""
+        if self._checkpoints and found:
+            self._checkpoints.kept, self._best = found
 
     def finish(self, state: TrainState, step: int, *, finished: bool):
         """Save the state after the run's last step and wait for it. UserError: several attempts failed."""

@@ -23,3 +23,10 @@ def lr_multiplier(
     up = xp.minimum(1.0, (progress + step) / warmup_ratio) if warmup_ratio else 1.0
     fraction = xp.minimum(1.0, xp.maximum(0.0, 1.0 - progress) / warmdown_ratio) if warmdown_ratio else 1.0
     return xp.where(progress < warmup_ratio, up, fraction + (1.0 - fraction) * final_lr_frac)
+
+
+def cosine(progress: float | jax.Array, step: float) -> float | jax.Array:
+    """The multiplier of half a cosine: 1 at progress 0, 0 at progress 1."""
+    del step
+    xp = jnp if isinstance(progress, jax.Array) else np
+    return 0.5 * (1.0 + xp.cos(np.pi * progress))

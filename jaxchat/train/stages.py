@@ -1,4 +1,4 @@
-"""The three stages as data: where each starts, what it reads, how long, by which schedule, and what it
+"""The stages as data: where each starts, what it reads, how long, by which schedule, and what it
 saves."""
 
 import dataclasses
@@ -20,6 +20,7 @@ from jaxchat.config import (
     MidConfig,
     Model,
     ModelConfig,
+    RLConfig,
     SFTConfig,
     TrainConfig,
     UserError,
@@ -32,16 +33,25 @@ from jaxchat.data.tasks import Mixture
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.optimizer import make_optimizer
-from jaxchat.train.schedule import lr_multiplier
+from jaxchat.train.schedule import cosine, lr_multiplier
 
+LR_SCHEDULES = {
+    "linear": partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=1.0, final_lr_frac=0.0),
+    "cosine": cosine,
+    "constant": partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=0.0, final_lr_frac=1.0),
+}
 SAMPLE = 256  # documents from whose lengths a plan estimates the tokens in all
+
+
+def loss_text(values: dict[str, float]) -> str:
+    return f"loss {values['loss']:.4f}"
 
 
 class DataBatches:
     """Batches that are read from data, whatever the weights and the step are.
 
     A batch is {inputs, targets, weights[, segments]} [A, B, T] of this process's rows, and `totals`
-    (data/streams.py).
+    (data/streams.py). Those of RL (rl/batches.py) depend on both, and hold `numbers` to log too.
     """
 
     def __init__(self, iterator: grain.DatasetIterator):
@@ -70,7 +80,7 @@ class Stage:
     model: Model
     tokenizer: Tokenizer
     optimizer: optax.GradientTransformation
-    batches: DataBatches
+    batches: DataBatches  # or what has its methods
     device_batch: int  # rows that a device computes at a time
     row_length: int  # of the longest batch
     num_steps: int | None  # None: one pass over num_documents
@@ -80,6 +90,7 @@ class Stage:
     plan: list[tuple[str, str]]  # what is this stage's own in the plan
     parent: Found | None = None  # the checkpoint it starts from; None: random weights, by flags.seed
     keep_state: bool = True  # the last checkpoint, too, holds optimizer and data position
+    headline: Callable[[dict], str] = loss_text  # of a step's numbers: what its line begins with
 
     @property
     def title(self) -> str:
@@ -281,6 +292,57 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
         parent=parent,
         keep_state=False,
     )
+
+
+def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -> Stage:
+    """batches: rl/batches.py's, whose answers are a function of the weights and the step."""
+    rollouts = int(config.num_epochs * len(tasks)) // config.examples_per_step
+    if config.num_iterations > 0:
+        rollouts = config.num_iterations
+    if rollouts < 1:
+        raise UserError(
+            f"--num_epochs={config.num_epochs:g} of {len(tasks)} problems is less than one step of "
+            f"{config.examples_per_step}; lower --examples_per_step"
+        )
+    num_steps = rollouts * config.updates
+    seen = rollouts * config.examples_per_step
+    updates = f", {config.updates} updates each" if config.updates > 1 else ""
+    return Stage(
+        name="rl",
+        tag=parent.folder.name,
+        flags=config,
+        model=model,
+        tokenizer=parent.tokenizer,
+        optimizer=optimizer_for(
+            config,
+            model,
+            grad_clip=config.grad_clip,
+            init_lr_frac=config.init_lr_frac,
+            momentum_warmup=0,
+        ),
+        batches=batches,
+        device_batch=config.device_batch_size,
+        row_length=model.config.sequence_len,
+        num_steps=num_steps,
+        num_documents=len(tasks),
+        schedule=LR_SCHEDULES[config.lr_schedule],
+        data=tasks.fingerprint,
+        plan=[
+            parent_row(parent),
+            ("steps", f"{num_steps:,}{updates}: {seen:,} problems, {seen / len(tasks):.2g} epochs"),
+            ("learning rates", f"× {config.init_lr_frac:g}, {config.lr_schedule}"),
+            data_row(tasks),
+            *batches.plan,
+        ],
+        parent=parent,
+        keep_state=False,
+        headline=reward_text,
+    )
+
+
+def reward_text(values: dict[str, float]) -> str:
+    """What tells progress: the rewards. The loss of policy gradients says nothing."""
+    return f"reward {values['reward']:.3f}  mixed groups {values['groups_mixed']:.0%}"
 
 
 def optimizer_for(

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import REMATS, Compute, Model
 from jaxchat.model import params as model_params
+from jaxchat.model.params import Params
 from jaxchat.sharding import ROWS, constrain, data_shards
 from jaxchat.train.loss import loss_sums
 from jaxchat.train.state import TrainState, state_shardings
@@ -27,26 +28,15 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """One optimizer step over all micro-batches: -> (state, metrics).
 
-    batch: {inputs, targets int32, weights float32[, counts float32][, segments int32]}, each [A, B, T] with
-    A micro-batches. The loss is Σ weight·nll ÷ N over the whole step, so a token weighs the same in
-    whichever micro-batch or device it is. N is Σ counts, or without counts Σ weight (metrics call it
-    "weight"). A step with no weight but 0 leaves weights and optimizer as they are and reports loss 0; so
-    does one whose loss or gradient is not finite, with nonfinite = 1. The other metrics are loss, weight,
-    grad_norm and empty_steps.
+    batch: {inputs, targets int32, weights float32[, counts float32][, segments int32][, sampler float32]},
+    each [A, B, T] with A micro-batches; for sampler see add_answers. The loss is Σ weight·nll ÷ N over the
+    whole step, so a token weighs the same in whichever micro-batch or device it is. N is Σ counts, or without
+    counts Σ weight (metrics call it "weight"). A step with no weight but 0 leaves weights and optimizer as
+    they are and reports loss 0; so does one whose loss or gradient is not finite, with nonfinite = 1. The
+    other metrics are loss, weight, grad_norm and empty_steps.
     """
-
-    config, compute = model.config, model.compute
-
-    def add_micro_batch(sums, micro):
-        micro = {f"{name}_BT": array for name, array in micro.items()}
-        (nll, count), grads = jax.value_and_grad(loss_sums, has_aux=True)(
-            state.params, micro, config, compute
-        )
-        grads = constrain(grads, model_params.specs(config), compute.mesh)  # summed where they will be used
-        return jax.tree.map(jnp.add, sums, (grads, nll, count)), None
-
-    zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros(()))
-    (grads, nll, count), _ = lax.scan(add_micro_batch, zeros, split_rows(batch, compute))
+    add = add_answers if "sampler" in batch else add_rows
+    (grads, nll, count), differences = add(state.params, batch, model)
 
     supervised = jnp.sum(jnp.where(batch["weights"] != 0, 1.0, 0.0)) > 0
     mean = 1.0 / jnp.where(supervised, count, 1.0)
@@ -75,7 +65,67 @@ def train_step(
         "nonfinite": jnp.where(finite, 0, 1),
         "empty_steps": new_state.empty_steps,
     }
-    return new_state, metrics
+    return new_state, metrics | differences
+
+
+def no_sums(params: Params) -> tuple:
+    """Gradients, Σ weight·nll and N of nothing."""
+    return jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(())
+
+
+def add_rows(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
+    """Return the sums over all micro-batches (see no_sums), and no other metrics."""
+    config, compute = model.config, model.compute
+
+    def add_micro_batch(sums, micro):
+        micro = {f"{name}_BT": array for name, array in micro.items()}
+        (nll, count), grads = jax.value_and_grad(loss_sums, has_aux=True)(params, micro, config, compute)
+        grads = constrain(grads, model_params.specs(config), compute.mesh)  # summed where they will be used
+        return jax.tree.map(jnp.add, sums, (grads, nll, count)), None
+
+    return lax.scan(add_micro_batch, no_sums(params), split_rows(batch, compute))[0], {}
+
+
+def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
+    """Return add_rows' sums over sampled answers, and how the sampler's log-probabilities differ.
+
+    sampler [A, B, T]: log-probabilities of the targets by the sampler. They are compared with the trainer's
+    where a target has a weight: the mean and the largest |difference|, and the mean of e^d − 1 − d, an
+    estimate of KL(sampler ‖ trainer). A micro-batch in which nothing has a weight is skipped.
+    """
+    config, compute = model.config, model.compute
+
+    def add(carry, micro):
+        sums, (tokens, total, estimate, largest) = carry
+        micro = {f"{name}_BT": array for name, array in micro.items()}
+
+        def loss(params, weights_BT):
+            return loss_sums(params, micro | {"weights_BT": weights_BT}, config, compute)
+
+        weights_BT = micro["weights_BT"]
+        # The loss is Σ weight·nll, so its derivative with respect to a weight is that token's nll.
+        (nll, count), (grads, nll_BT) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+            params, weights_BT
+        )
+        grads = constrain(grads, model_params.specs(config), compute.mesh)
+        d_BT = jnp.where(weights_BT != 0, -nll_BT - micro["sampler_BT"], 0.0)
+        differences = (
+            tokens + jnp.sum(jnp.where(weights_BT != 0, 1.0, 0.0)),
+            total + jnp.sum(jnp.abs(d_BT)),
+            estimate + jnp.sum(jnp.expm1(d_BT) - d_BT),
+            jnp.maximum(largest, jnp.max(jnp.abs(d_BT))),
+        )
+        return jax.tree.map(jnp.add, sums, (grads, nll, count)), differences
+
+    def add_or_skip(carry, micro):
+        weighs = jnp.any(micro["weights"] != 0)
+        return lax.cond(weighs, lambda carry: add(carry, micro), lambda carry: carry, carry), None
+
+    start = (no_sums(params), (jnp.zeros(()),) * 4)
+    (sums, (tokens, total, estimate, largest)), _ = lax.scan(add_or_skip, start, split_rows(batch, compute))
+    tokens = jnp.maximum(tokens, 1.0)
+    names = ("logprob_difference", "logprob_difference_max", "sampler_kl")
+    return sums, dict(zip(names, (total / tokens, largest, estimate / tokens), strict=True))
 
 
 def split_rows(batch: dict, compute: Compute) -> dict:

@@ -82,6 +82,9 @@ class Mixture:
         which = int(np.searchsorted(self._ends, index, side="right"))
         return self.tasks[which], index - int(self._ends[which]) + len(self.tasks[which])
 
+    def task_of(self, index: int) -> Task:
+        return self._find(index)[0]
+
     def name_of(self, index: int) -> str:
         """The task and row of an index, for messages."""
         task, row = self._find(index)

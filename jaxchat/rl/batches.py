@@ -1,0 +1,302 @@
+"""The batches of reinforcement learning: answers sampled with the weights that are being trained."""
+
+import contextlib
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from jaxchat import files, sharding
+from jaxchat.checkpoint import Found, run_folder
+from jaxchat.config import Model, RLConfig
+from jaxchat.data.conversations import length_buckets
+from jaxchat.data.order import Order
+from jaxchat.data.tasks import Mixture
+from jaxchat.eval.chat import SLOTS, batch_size_for
+from jaxchat.eval.scoring import Scorer, Span
+from jaxchat.infer.engine import Engine
+from jaxchat.infer.text import shown
+from jaxchat.model.params import Params
+from jaxchat.rl.advantages import advantages, mixed_groups
+from jaxchat.rl.problems import Problems
+from jaxchat.rl.rollout import Rollout, numbers_of
+from jaxchat.rl.weights import LogProbs, Policy, policy_weights, row_scales
+from jaxchat.train.fit import device_memory
+
+ROUNDS = 4  # of problems drawn for a step, at most, with --resample
+ALIKE = 20  # steps without a mixed group after which a warning is printed
+TRAINING_BYTES = 20  # a parameter's weight, moments, gradient and sum of gradients, beside sampling
+# Clips by loss, where the flags leave them open.
+CLIPS = {"reinforce": (0.2, 0.28), "ppo": (0.2, 0.28), "cispo": (0.2, 4.0), "gspo": (3e-4, 4e-4)}
+
+
+class RolloutBatches:
+    """The batch of a step: answers to its problems and their weights, as train_step takes them.
+
+    It is a function of the flags, the weights and the step: problems come from an endless order, and a token
+    of an answer depends on (seed, step, number of the answer, position) and the weights alone. So a run
+    resumes exactly from the place in the order; between two updates on the same answers, from these too.
+    """
+
+    def __init__(self, config: RLConfig, model: Model, parent: Found, tasks: Mixture):
+        self.config, self.model, self.parent = config, model, parent
+        self.problems = Problems(config, tasks, parent.tokenizer)
+        self.policy = policy_of(config)
+        self._order = Order([len(tasks)], config.seed)
+        self._drawn = 0  # problems of the order
+        self._rollout: Rollout | None = None
+        self._engine: Engine | None = None
+        self._reference: Params | None = None
+        self._alike = 0  # steps in a row without a mixed group
+
+    def get_state(self) -> dict:
+        more = self._rollout is not None and self.config.updates > 1
+        return {"drawn": self._drawn, "rollout": dataclasses.asdict(self._rollout) if more else None}
+
+    def set_state(self, state: dict):
+        self._drawn = state["drawn"]
+        self._rollout = Rollout(**state["rollout"]) if state["rollout"] else None
+
+    def close(self):
+        self._engine = None
+
+    def peek(self) -> dict:
+        """A batch without any weight, in the shape of all: nothing can be sampled yet."""
+        return arrange(Rollout(), np.zeros((0, 1)), self._shape(), self.model)
+
+    def engine(self, params: Params) -> Engine:
+        """The engine, with these weights."""
+        if self._engine is None:
+            slots = slots_for(self.config, self.model)
+            c = self.model.config
+            self._engine = Engine(params, c, self.parent.tokenizer, self.model.compute, batch_size=slots)
+        else:
+            self._engine.load(params)
+        return self._engine
+
+    def next_batch(self, params: Params, step: int) -> dict:
+        jax.block_until_ready(params)  # so that the seconds below are of sampling, not of the step before
+        number, update = divmod(step, self.config.updates)
+        numbers = {"data_wait_seconds": 0.0}
+        if update == 0:
+            numbers |= self._roll_out(params, number, step)
+        weights_RT, more = self._weigh(params)
+        batch = arrange(self._rollout, weights_RT, self._shape(), self.model)
+        batch["numbers"] = numbers | more | batch["numbers"]
+        return batch
+
+    @property
+    def plan(self) -> list[tuple[str, str]]:
+        """Rows of the plan."""
+        c, tasks = self.config, self.problems.checked
+        micro_batches, rows = self._shape()
+        devices = sharding.data_shards(self.model.mesh)
+        reward = ", ".join(f"{name} × {weight:g}" for name, weight in self.problems.reward.items())
+        found = [
+            (
+                "answers",
+                f"{c.examples_per_step} problems × {c.num_samples} = {c.examples_per_step * c.num_samples} a "
+                f"step, at most {c.max_new_tokens} tokens, {slots_for(c, self.model)} a device at a time",
+            ),
+            ("batch", f"{rows // devices} rows × {devices} devices × {micro_batches} accumulated, or fewer"),
+            (
+                "reward",
+                f"{reward}; right by " + ", ".join(f"{what} ({name})" for name, what in tasks.items()),
+            ),
+            ("loss", f"{c.loss}, advantages by {c.advantage}, divided by {c.loss_norm}"),
+        ]
+        if c.temperature != 1 or c.top_k:
+            how = f"temperature {c.temperature:g}" if c.temperature != 1 else f"top_k {c.top_k}"
+            found.append(
+                ("warning", f"{how}: answers come from another distribution than the one that is trained")
+            )
+        return found
+
+    def _shape(self) -> tuple[int, int]:
+        """(micro-batches, rows of each, of all processes) of a step."""
+        rows = self.config.device_batch_size * sharding.data_shards(self.model.mesh)
+        return -(-self.config.examples_per_step * self.config.num_samples // rows), rows
+
+    def _roll_out(self, params: Params, number: int, step: int) -> dict[str, float]:
+        """Sample answers and judge them. -> seconds of each."""
+        config, began = self.config, time.perf_counter()
+        engine, judging = self.engine(params), 0.0
+        rollout, answers, right = Rollout(), [], []
+        for attempt in range(ROUNDS if config.resample else 1):
+            first, self._drawn = self._drawn, self._drawn + config.examples_per_step
+            problems = [self._order.index(i) for i in range(first, self._drawn)]
+            how = {"temperature": config.temperature, "top_k": config.top_k, "logprobs": 0}
+            how["seed"] = seed_of(config.seed, number, attempt)
+            prompts, generations = self.problems.sample(engine, problems, config.num_samples, **how)
+            judged = time.perf_counter()
+            said, right_EG, rewards_EG = self.problems.judge(problems, generations)
+            judging += time.perf_counter() - judged
+            rollout.add(problems, prompts, generations, rewards_EG)
+            answers, right = answers + said, right + right_EG.tolist()
+            if mixed_groups(rollout.rewards_EG).sum() >= config.examples_per_step:
+                break
+        seconds = time.perf_counter() - began - judging
+        rollout.numbers = numbers_of(rollout, answers, np.array(right))
+        self._warn(rollout)
+        if config.sample_every > 0 and number % config.sample_every == 0 and not config.dry_run:
+            self._write_sample(rollout, answers, step + 1)
+        self._rollout = rollout.best_groups(config.examples_per_step)
+        tokens = rollout.numbers["answer_tokens"] * len(answers)
+        rates = {"rollout_tokens_per_s": tokens / seconds, "problems_drawn": float(len(rollout.problems))}
+        return {"rollout_seconds": seconds, "reward_seconds": judging} | rates
+
+    def _weigh(self, params: Params) -> tuple[np.ndarray, dict[str, float]]:
+        """Return (the weights [R, T] of the step's targets, what to log of them)."""
+        config, rollout = self.config, self._rollout
+        sampled_RT = rollout.positions(rollout.sampled) > 0
+        mixed_E = mixed_groups(rollout.rewards_EG)
+        numbers = {"advantage": 0.0} | rollout.numbers
+        if mixed_E.sum() < config.min_groups:
+            return np.zeros(sampled_RT.shape), numbers
+        if config.mask_truncated:
+            sampled_RT &= np.array(rollout.finished)[:, None]
+        mixed_R = np.repeat(mixed_E, config.num_samples)
+        advantages_R = advantages(rollout.rewards_EG, config.advantage).reshape(-1)
+        mask_RT, began = sampled_RT & mixed_R[:, None], time.perf_counter()
+        logprobs = self._logprobs(params, mask_RT)
+        norm = "rows" if config.loss == "gspo" else config.loss_norm
+        scales_R1 = row_scales(norm, sampled_RT, mixed_R, config.max_new_tokens)
+        weights_RT = policy_weights(self.policy, advantages_R, mask_RT, logprobs, scales_R1)
+        numbers |= {
+            "advantage": float(np.abs(advantages_R).mean()),
+            "logprob_seconds": time.perf_counter() - began,
+            "clipped": float(1 - np.count_nonzero(weights_RT) / max(1, mask_RT.sum())),
+        }
+        return weights_RT, numbers
+
+    def _logprobs(self, params: Params, mask_RT: np.ndarray) -> LogProbs:
+        """The log-probabilities that the loss needs; with one update the ratio is 1, and costs nothing."""
+        policy, rollout = self.policy, self._rollout
+        ratio = policy.loss != "reinforce" and self.config.updates > 1
+        if not (ratio or policy.tis or policy.kl_coef):
+            zeros_RT = np.zeros(mask_RT.shape)
+            return LogProbs(zeros_RT, zeros_RT)
+        now = self._score(params, mask_RT)
+        if rollout.old is None:
+            rollout.old = now
+        reference = now
+        if policy.kl_coef:
+            reference = self._score(self.reference(), mask_RT)
+        return LogProbs(*map(rollout.positions, (now, rollout.old, rollout.sampler, reference)))
+
+    def reference(self) -> Params:
+        """The weights of the model that training starts from."""
+        if self._reference is None:
+            self._reference = self.parent.load(self.model.mesh)
+        return self._reference
+
+    def _score(self, params: Params, mask_RT: np.ndarray) -> list[list[float]]:
+        """Log-probabilities of the tokens of the rows that are in the mask; 0 in the others."""
+        found = [[0.0] * len(tokens) for tokens in self._rollout.tokens]
+        rows = [int(row) for row in np.flatnonzero(mask_RT.any(axis=1))]
+        tokens = [np.array(self._rollout.tokens[row], np.int32) for row in rows]
+        spans = [Span(row, 1, len(row)) for row in tokens]
+        for row, score in zip(rows, Scorer(params, self.model, quiet=True).spans(spans), strict=True):
+            found[row] = [0.0, *(-score.nll).tolist()]
+        return found
+
+    def _warn(self, rollout: Rollout):
+        """Print what to change when nothing has been learnt for long."""
+        self._alike = 0 if mixed_groups(rollout.rewards_EG).any() else self._alike + 1
+        if self._alike and self._alike % ALIKE == 0 and jax.process_index() == 0:
+            reward = rollout.numbers["reward"]
+            how = (
+                "easier problems, a longer SFT or a larger --num_samples"
+                if not rollout.numbers["right"]
+                else ("harder problems or a higher --temperature")
+            )
+            print(
+                f"WARNING: for {self._alike} steps all answers to each problem were equally good (reward "
+                f"{reward:.3f}), so nothing was learnt; try {how}",
+                flush=True,
+            )
+
+    def _write_sample(self, rollout: Rollout, answers: list, step: int):
+        """Write all answers to one problem, with different rewards if there is one, to samples.jsonl."""
+        if jax.process_index() > 0:
+            return
+        mixed_E = mixed_groups(rollout.rewards_EG)
+        group, samples = int(np.argmax(mixed_E)), self.config.num_samples
+        problem = self.problems.tasks[rollout.problems[group]]
+        advantages_G = advantages(rollout.rewards_EG, self.config.advantage)[group]
+        about = {
+            "step": step,
+            "problem": self.problems.tasks.name_of(rollout.problems[group]),
+            "messages": problem["messages"],
+            "answers": [
+                {"text": shown(answer.parts), "reward": reward, "advantage": float(advantage)}
+                for answer, reward, advantage in zip(
+                    answers[group * samples : (group + 1) * samples],
+                    rollout.rewards[group],
+                    advantages_G,
+                    strict=True,
+                )
+            ],
+        }
+        path = run_folder("rl", self.parent.folder.name) / "samples.jsonl"
+        with contextlib.suppress(OSError):  # a full disk: not worth a run
+            # Of the steps after the checkpoint that is resumed from, what was written is written again.
+            files.write_lines(path, [*(row for row in files.read_lines(path) if row["step"] < step), about])
+
+
+def policy_of(config: RLConfig) -> Policy:
+    low, high = CLIPS[config.loss]
+    return Policy(
+        loss=config.loss,
+        clip_low=low if config.clip_low < 0 else config.clip_low,
+        clip_high=high if config.clip_high < 0 else config.clip_high,
+        tis=config.tis,
+        kl_coef=config.kl_coef,
+    )
+
+
+def seed_of(*parts: int) -> int:
+    """A seed of sampling, 0 to 2³² − 1, that depends on all parts."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def slots_for(config: RLConfig, model: Model) -> int:
+    """Answers that a device samples at a time: all of its share, if they fit. They don't depend on it."""
+    share = -(-config.examples_per_step * config.num_samples // model.mesh.size)
+    memory = device_memory(model.mesh)
+    most = max(SLOTS, share) if memory else SLOTS
+    return min(share, batch_size_for(model.config, model.compute, memory, most=most, each=TRAINING_BYTES))
+
+
+def arrange(rollout: Rollout, weights_RT: np.ndarray, shape: tuple[int, int], model: Model) -> dict:
+    """Return the batch [A, B, T] of this process: rows with a weight first, the others left blank.
+
+    So micro-batches that are blank cost nothing. T is the bucket of the longest row with a weight.
+    """
+    context, (micro_batches, rows) = model.config.sequence_len, shape
+    chosen = np.flatnonzero(weights_RT.any(axis=1))
+    longest = max((len(rollout.tokens[row]) - 1 for row in chosen), default=1)
+    time = next(n for n in length_buckets(context) if n >= longest)
+    tokens = np.zeros((micro_batches * rows, time + 1), np.int32)
+    weights, sampler, counts = np.zeros((3, micro_batches * rows, time), np.float32)
+    for place, row in enumerate(chosen):
+        of_row = rollout.tokens[row]
+        tokens[place, : len(of_row)] = of_row
+        sampler[place, : len(of_row) - 1] = rollout.sampler[row][1:]
+        weights[place, : len(of_row) - 1] = weights_RT[row, : len(of_row) - 1]
+    counts[0, 0] = 1.0  # the weights are divided already, so the step's N is 1
+    arrays = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+    arrays |= {"counts": counts, "sampler": sampler}
+    first, end = sharding.share_of_rows(model.mesh, rows)
+
+    def mine(array):
+        whole = array.reshape(micro_batches, rows, *array.shape[1:])
+        return np.ascontiguousarray(whole[:, first:end])
+
+    trained = (weights != 0).sum(axis=1, dtype=np.int32)
+    computed = -(-len(chosen) // rows) * rows * time
+    return {name: mine(array) for name, array in arrays.items()} | {
+        "totals": {"trained_tokens": mine(trained)},
+        "numbers": {"computed_tokens": float(computed)},
+    }

@@ -1,0 +1,59 @@
+"""Problems: conversations whose last answer is to be found, and the checkers that judge answers to them."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxchat.config import RLConfig
+from jaxchat.data.tasks import Mixture
+from jaxchat.infer.engine import Engine
+from jaxchat.infer.scheduler import Generation
+from jaxchat.rl.rewards import TERMS, Answer, checker_for, combine, parse_reward
+from jaxchat.sharding import gather_json
+from jaxchat.tokenizer import Tokenizer
+
+
+class Problems:
+    """The problems of tasks, by index."""
+
+    def __init__(self, config: RLConfig, tasks: Mixture, tokenizer: Tokenizer):
+        """UserError: a task has no checker, or --reward is wrong."""
+        self.config, self.tasks, self.tokenizer = config, tasks, tokenizer
+        self.reward = parse_reward(config.reward)
+        checkers = {task.name: checker_for(task) for task in tasks.tasks}
+        self.checked = {name: what for name, (_, what) in checkers.items()}  # for the plan
+        self._checkers = {name: check for name, (check, _) in checkers.items()}
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def sample(
+        self, engine: Engine, problems: Sequence[int], num_samples: int, **settings
+    ) -> tuple[list[list[int]], list[Generation]]:
+        """Return (prompts, generations): num_samples answers to each problem. A long prompt keeps its end."""
+        context, most = engine.config.sequence_len, self.config.max_new_tokens
+        room = context - min(most, context // 2)
+        prompts = [self.tokenizer.render_for_completion(self.tasks[i])[-room:] for i in problems]
+        generations = engine.generate(prompts, num_samples=num_samples, max_tokens=most, **settings)
+        return prompts, generations
+
+    def judge(self, problems: Sequence[int], generations: list[Generation]):
+        """Return (answers [R], right bool [E, G], rewards [E, G]) of the answers to problems.
+
+        The first process judges for all: a checker may run programs, whose outcome may differ.
+        """
+        samples = len(generations) // len(problems)
+        answers = [Answer.of(generation, self.tokenizer) for generation in generations]
+        judged = {}
+        if jax.process_index() == 0:
+            checks = [self._checkers[self.tasks.task_of(i).name] for i in problems for _ in range(samples)]
+            rows = [row for i in problems for row in [self.tasks[i]] * samples]
+            right = [check(row, answer) for check, row, answer in zip(checks, rows, answers, strict=True)]
+            judged = {"answer": right} | {name: [term(a) for a in answers] for name, term in TERMS.items()}
+            judged = {name: list(map(float, values)) for name, values in judged.items()}
+        terms = {
+            name: np.array(values, np.float64).reshape(-1, samples)
+            for name, values in gather_json(judged)[0].items()
+        }
+        return answers, terms["answer"] > 0, combine(terms, self.reward)

@@ -1,0 +1,132 @@
+"""Rewards: named terms of an answer, and their weighted sum."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from jaxchat.config import UserError
+from jaxchat.data.tasks import Task
+from jaxchat.data.tasks.answers import final_number, states_the_number
+from jaxchat.eval import chat
+from jaxchat.infer.scheduler import Generation
+from jaxchat.infer.text import pieces
+from jaxchat.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer to a problem, as text."""
+
+    text: str  # all of it, special tokens spelled out, as evaluation reads it
+    parts: list[tuple[str, str]]  # (kind, text) of text, tool calls and their results: infer/text.py
+    finished: bool  # by itself
+
+    @classmethod
+    def of(cls, generation: Generation, tokenizer: Tokenizer) -> "Answer":
+        return cls(tokenizer.decode(generation.tokens), pieces(generation, tokenizer), generation.finished)
+
+    def kinds(self) -> list[str]:
+        return [kind for kind, _ in self.parts]
+
+
+Checker = Callable[[dict, Answer], bool]  # whether an answer to a row's problem is right
+
+# Terms of a reward, beside "answer", which is the checker's.
+TERMS: dict[str, Callable[[Answer], bool]] = {
+    "format": lambda answer: final_number(answer.text) is not None,
+    "finished": lambda answer: answer.finished,
+    "tool": lambda answer: "python_output" in answer.kinds(),
+}
+
+
+def parse_reward(spec: str) -> dict[str, float]:
+    """Return {term: weight} of a flag such as "answer" or "answer:1,format:0.1". UserError: it is none."""
+    known, weights = ("answer", *TERMS), {}
+    for part in spec.split(","):
+        name, colon, weight = part.strip().partition(":")
+        try:
+            value = float(weight) if colon else 1.0
+        except ValueError:
+            value = np.nan
+        if name not in known or name in weights or not np.isfinite(value):
+            raise UserError(
+                f"--reward={spec}: {part.strip()!r} is no term; write name:weight, separated by commas, "
+                f"each of {', '.join(known)} at most once"
+            )
+        weights[name] = value
+    if not any(weight > 0 for weight in weights.values()):
+        raise UserError(f"--reward={spec} rewards nothing; give at least one term a weight above 0")
+    return weights
+
+
+def checker_for(task: Task) -> tuple[Checker, str]:
+    """Return (a task's checker, what it looks at). UserError: it has none, or none that can run here."""
+    name = task.name.partition("/")[0]
+    known = chat.TASKS.get(name)
+    if known and known.check is states_the_number:
+        return states_number, "the number after ####"
+    if known and known.check:
+        if why := chat.why_not(name):
+            raise UserError(f"{task.name}: {why}; train on another task")
+        return lambda row, answer: known.check(row, answer.text), "its tests"
+    if task.name.lower().endswith(".jsonl"):
+        wanted = [_wanted(task, row) for row in range(len(task))]
+        by_number = all(final_number(text) is not None for text in wanted)
+        return (states_number, "the number after ####") if by_number else (states_text, "the text")
+    if known or name == "SimpleSpelling":  # letters of multiple choice are texts too
+        return states_text, "the text"
+    able = [*chat.TASKS, "SimpleSpelling"]
+    raise UserError(
+        f"{task.name} has no checker, so nothing says which answers are right; train on "
+        f"{', '.join(able)}, or on a .jsonl file of conversations that end with the right answer"
+    )
+
+
+def _wanted(task: Task, row: int) -> str:
+    last = task[row]["messages"][-1]
+    if last["role"] != "assistant" or not text_of(last["content"]):
+        raise UserError(
+            f"{task.name}, row {row} does not end with an answer to compare with; add one, or remove it"
+        )
+    return text_of(last["content"])
+
+
+def text_of(content: str | list[dict]) -> str:
+    """The text of a message without tool calls and their results, its spaces joined."""
+    if not isinstance(content, str):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    return " ".join(content.split())
+
+
+def states_number(row: dict, answer: Answer) -> bool:
+    """Return what evaluation does: whether the answer's number after #### is the row's."""
+    return states_the_number(row, answer.text)
+
+
+def states_text(row: dict, answer: Answer) -> bool:
+    """Return whether the answer's text is the row's, tool calls and their results aside."""
+    said = "".join(text for kind, text in answer.parts if kind == "text")
+    return " ".join(said.split()) == text_of(row["messages"][-1]["content"])
+
+
+def combine(terms: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """The rewards [E, G] of answers: Σ weight · term. UserError: one is not finite.
+
+    Beside "answer" the other terms count only in groups of which some are right and some wrong: where all
+    are wrong, they would teach form at the cost of the answer.
+    """
+    rewards_EG = np.zeros(next(iter(terms.values())).shape)
+    for name, weight in weights.items():
+        term_EG = np.asarray(terms[name], np.float64)
+        if name != "answer" and "answer" in weights:
+            right_EG = terms["answer"]
+            term_EG = np.where((right_EG != right_EG[:, :1]).any(1, keepdims=True), term_EG, 0.0)
+        rewards_EG += weight * term_EG
+    if not np.isfinite(rewards_EG).all():
+        group, sample = np.argwhere(~np.isfinite(rewards_EG))[0]
+        raise UserError(
+            f"the reward of answer {sample} to problem {group} of the step is {rewards_EG[group, sample]}; "
+            "it must be a number: correct the checker"
+        )
+    return rewards_EG

@@ -1,0 +1,113 @@
+"""The answers of a step, and what they say about the run: plain lists and NumPy arrays, no JAX.
+
+Letters: E problems, G answers to each, R = E·G rows in this order, T positions.
+"""
+
+import dataclasses
+from dataclasses import field
+
+import numpy as np
+
+from jaxchat.infer.scheduler import Generation
+from jaxchat.rl.rewards import Answer
+
+
+@dataclasses.dataclass
+class Rollout:
+    """The rows of a step: each a prompt, the answer sampled to it, and the token that ended it, if one did.
+
+    It is JSON, so that a checkpoint between two updates on the same answers can hold it.
+    """
+
+    problems: list[int] = field(default_factory=list)  # E: rows of the tasks
+    tokens: list[list[int]] = field(default_factory=list)  # R
+    sampled: list[list[bool]] = field(default_factory=list)  # R: by the model, not by prompt or tool
+    sampler: list[list[float]] = field(default_factory=list)  # R: log-probabilities; 0 if not sampled
+    rewards: list[list[float]] = field(default_factory=list)  # E, G
+    finished: list[bool] = field(default_factory=list)  # R: ended by itself
+    old: list[list[float]] | None = None  # R: as sampler, by the trainer before the first update
+    numbers: dict[str, float] = field(default_factory=dict)  # to log
+
+    @property
+    def rewards_EG(self) -> np.ndarray:
+        return np.array(self.rewards, np.float64)
+
+    def positions(self, values: list[list]) -> np.ndarray:
+        """Values of tokens as an array [R, T], each at the position that its token is the target of."""
+        found_RT = np.zeros((len(values), max(map(len, self.tokens)) - 1), np.float64)
+        for row, of_row in enumerate(values):
+            found_RT[row, : len(of_row) - 1] = of_row[1:]
+        return found_RT
+
+    def add(self, problems: list[int], prompts: list[list[int]], generations: list[Generation], rewards_EG):
+        """Add groups of answers."""
+        samples = len(generations) // len(problems)
+        for row, generation in enumerate(generations):
+            tokens, sampled, logprobs = row_of(prompts[row // samples], generation)
+            self.tokens.append(tokens)
+            self.sampled.append(sampled)
+            self.sampler.append(logprobs)
+            self.finished.append(generation.finished)
+        self.problems += problems
+        self.rewards += rewards_EG.tolist()
+
+    def best_groups(self, count: int) -> "Rollout":
+        """The first `count` groups, those whose rewards differ before the others."""
+        samples = len(self.rewards[0])
+        groups = sorted(range(len(self.rewards)), key=lambda e: len(set(self.rewards[e])) == 1)[:count]
+        rows = [e * samples + g for e in groups for g in range(samples)]
+
+        def of(values: list, which: list[int]) -> list:
+            return [values[i] for i in which]
+
+        return Rollout(
+            of(self.problems, groups),
+            *(of(values, rows) for values in (self.tokens, self.sampled, self.sampler)),
+            of(self.rewards, groups),
+            of(self.finished, rows),
+            numbers=self.numbers,
+        )
+
+
+def row_of(prompt: list[int], generation: Generation) -> tuple[list[int], list[bool], list[float]]:
+    """Return (tokens, which of them were sampled, log-probabilities) of a prompt and its answer.
+
+    The token that ended the answer is one of them: else nothing would teach a model to stop.
+    """
+    before = len(prompt)
+    tokens, sampled = [*prompt, *generation.tokens], [False] * before + [not by for by in generation.forced]
+    logprobs = [0.0] * before + generation.logprobs
+    if generation.end:
+        token, logprob = generation.end
+        tokens, sampled, logprobs = [*tokens, token], [*sampled, True], [*logprobs, logprob]
+    return tokens, sampled, [p if own else 0.0 for p, own in zip(logprobs, sampled, strict=True)]
+
+
+def numbers_of(rollout: Rollout, answers: list[Answer], right_EG: np.ndarray) -> dict[str, float]:
+    """What is logged of a step's answers. right_EG: which are right."""
+    rewards_EG, right_R = rollout.rewards_EG, right_EG.reshape(-1)
+    mixed_E = (rewards_EG != rewards_EG[:, :1]).any(axis=1)
+    lengths_R = np.array([sum(row) for row in rollout.sampled])
+    logprobs = np.array([p for row in rollout.sampler for p in row])
+    kinds = [answer.kinds() for answer in answers]
+    calls, values = (sum(one.count(kind) for one in kinds) for kind in ("python", "python_output"))
+    found = {
+        "reward": rewards_EG.mean(),
+        "reward_std": rewards_EG.std(),
+        "right": right_R.mean(),
+        "groups_mixed": mixed_E.mean(),
+        "groups_right": (~mixed_E & right_EG.all(axis=1)).mean(),
+        "groups_wrong": (~mixed_E & ~right_EG.any(axis=1)).mean(),
+        "answer_tokens": lengths_R.mean(),
+        "answer_tokens_max": lengths_R.max(),
+        "finished": np.mean(rollout.finished),
+        "tool_calls": calls / len(kinds),
+        "made_up_outputs": sum(one.count("made up") for one in kinds) / len(kinds),
+        "entropy": -logprobs.sum() / max(1, lengths_R.sum()),
+    }
+    if calls:
+        found["tool_values"] = values / calls
+    for name, which_R in (("answer_tokens_right", right_R), ("answer_tokens_wrong", ~right_R)):
+        if which_R.any():
+            found[name] = lengths_R[which_R].mean()
+    return {name: float(value) for name, value in found.items()}

@@ -1,0 +1,50 @@
+"""Improve a chat model by reinforcement learning: python -m launch.chat_rl --model_tag=d12"""
+
+from jaxchat.config import RLConfig
+from launch import cli
+
+
+def stage_for(config: RLConfig):
+    """Devices, model, problems: the stage that the flags describe."""
+    from jaxchat import checkpoint
+    from jaxchat.data.pipelines import load_tasks
+    from jaxchat.devices import model_for, start_devices
+    from jaxchat.rl.batches import RolloutBatches
+    from jaxchat.train import stages
+
+    mesh = start_devices(config)
+    parent = checkpoint.open_model(config.source, config.model_tag, config.step)
+    model = model_for(config, parent.config, mesh)
+    tasks = load_tasks(config.train_tasks, config.tasks_dir, "train_tasks", documents=False)
+    return stages.rl(config, model, parent, tasks, RolloutBatches(config, model, parent, tasks))
+
+
+def run(config: RLConfig):
+    from jaxchat.report import record
+    from jaxchat.rl.evaluation import evaluations
+    from jaxchat.train.loop import train
+    from jaxchat.train.metrics import best_step
+    from jaxchat.train.run import find_start, open_run, plan_of
+
+    began = record.begin()
+    stage = stage_for(config)
+    start = find_start(stage)
+    plan = plan_of(stage, start)
+    cli.print_plan(stage.title, plan)
+    measured = evaluations(config, stage)
+    with open_run(stage, start) as ready, record.recorded(ready, began, plan):
+        train(ready, measured)
+    if start.checkpoints:
+        best = best_step(start.checkpoints.folder, "reward", stage.num_steps)
+        step = str(best[0]) if best and 0 < best[0] < stage.num_steps else ""
+        if best:
+            print(f"best: reward {best[1]:.4f} on --val_tasks, after step {best[0]}", flush=True)
+        cli.next_step(f"python -m launch.chat_eval -i rl --model_tag={stage.tag}", step=step)
+
+
+def main(args: list[str] | None = None):
+    cli.main(RLConfig, run, args, several=True)
+
+
+if __name__ == "__main__":
+    main()
