@@ -8,8 +8,8 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Report on a model: results of the base, mid, SFT and RL stages side by side, curves, samples, and where and
-    how each was trained. Missing stages are named and left out.
+    """Report on a model: results of its stages side by side, curves, samples, and where and how each was
+    trained. Missing stages are named and left out.
 
     Every evaluation's JSON file beside the checkpoints is included. Nothing is trained or evaluated; only
     samples are generated.
