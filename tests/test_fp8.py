@@ -51,6 +51,20 @@ def test_products_and_gradients(letters):
     assert max(errors(x, w, dy, letters, Compute(dtype="bfloat16"))) < 0.004
 
 
+def test_bfloat16_gradients_on_cpus():
+    """The CPU's compiler refuses a product of bfloat16 numbers that is float32 and transposed: here it is asked
+    for none. Sums of 64 products, each exact in float32, then: rounding of float32 only."""
+    random = np.random.default_rng(0)
+    x, dy = (jnp.asarray(random.normal(size=(1, 64, n)), jnp.bfloat16) for n in (32, 64))
+
+    @jax.jit
+    def gradient(x, w, dy):
+        return jax.vjp(lambda w: matmul(x, w, "btd,df->btf", Compute(dtype="bfloat16")), w)[1](dy)[0]
+
+    exact = np.einsum("btd,btf->df", np.float64(x), np.float64(dy))
+    np.testing.assert_allclose(gradient(x, np.zeros((32, 64), np.float32), dy), exact, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype, most", [(E4M3, 448), (E5M2, 57344)])
 def test_scales_are_powers_of_two(dtype, most):
     """So scaling loses nothing: numbers that float8 holds come back bit for bit, and the largest is never clipped."""

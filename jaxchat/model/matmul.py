@@ -74,6 +74,15 @@ def product(a, b, letters: str, dtype):
     of_a, of_b, of_c = re.split(",|->", letters)
     summed = [letter for letter in of_a if letter not in of_c]
     axes = [of_a.index(letter) for letter in summed], [of_b.index(letter) for letter in summed]
-    c = lax.dot_general(a, b, (axes, ([], [])), preferred_element_type=dtype)
+
+    def dot(a, b):
+        return lax.dot_general(a, b, (axes, ([], [])), preferred_element_type=dtype)
+
+    def dot_of_wider(a, b):
+        return dot(a.astype(dtype), b.astype(dtype))
+
+    # CPUs refuse some products of bfloat16 numbers that are to be float32 ("unsupported element type").
+    mixed = a.dtype == jnp.bfloat16 and dtype == jnp.float32
+    c = lax.platform_dependent(a, b, cpu=dot_of_wider, default=dot) if mixed else dot(a, b)
     kept = [letter for letter in of_a + of_b if letter in of_c]
     return jnp.transpose(c, [kept.index(letter) for letter in of_c])
