@@ -8,6 +8,7 @@ VENV ?= .venv
 EXTRAS ?= dev
 WORKERS ?= 2
 SLOW ?=
+PRESET ?= cpu
 ARGS ?=
 
 python := $(VENV)/bin/python
@@ -23,7 +24,7 @@ renew := renew
 endif
 endif
 
-.PHONY: help setup demo test lint format clean renew
+.PHONY: help setup demo speedrun test lint format clean renew
 
 help:  ## list the targets
 	@echo "EXTRAS=cuda13 installs for an accelerator, PYTHON=python3.12 takes another Python, VENV=DIR another folder"
@@ -33,6 +34,9 @@ setup: $(installed)  ## make .venv, install the pinned versions; EXTRAS=cuda13 (
 
 demo: $(installed)  ## train a tiny chat model from nothing and score it (minutes on a CPU)
 	$(python) -m launch.demo $(ARGS)
+
+speedrun: $(installed)  ## a whole run, resumable; PRESET=cpu (laptop, h100, 8xh100 …), ARGS="--dry_run"
+	$(python) -m launch.speedrun --preset=$(PRESET) $(ARGS)
 
 test: $(installed)  ## the fast tests; SLOW=1 for all tests, ARGS="-k tokenizer" to choose
 	$(python) -m pytest $(if $(SLOW),,-m "not slow") -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -1,6 +1,8 @@
-"""Files: atomic writes, lines of JSON, free disk space, hashes."""
+"""Files: atomic writes, lines of JSON, free disk space, hashes, locks."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -51,6 +53,15 @@ def write_lines(path: Path, values: Iterable):
         file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; {} if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
 def append_line(path: Path, value: Any):
     """Append one JSON value as a line."""
     with path.open("a", encoding="utf-8", newline="\n") as file:
@@ -77,6 +88,13 @@ def delete(path: Path):
 
 def size_text(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as 1h02m, 3m20s or 12s."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
 def free_space(folder: Path) -> int:
@@ -106,3 +124,28 @@ def file_hash(path: Path, kind: str = "sha256") -> str:
         while block := file.read(1 << 22):
             digest.update(block)
         return digest.hexdigest()
+
+
+class Held(Exception):
+    """Another process holds a lock; the message is what it wrote into the file."""
+
+
+def lock(path: Path, holder: str) -> int:
+    """Hold a file, and write `holder` into it, until the returned descriptor is closed or its processes die.
+
+    Held: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        if problem.errno in (errno.EAGAIN, errno.EACCES):
+            other = os.read(held, 200).decode(errors="replace").strip()
+            os.close(held)
+            raise Held(other) from None
+        return held  # a file system without locks
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+        os.ftruncate(held, 0)
+        os.pwrite(held, holder.encode(), 0)
+    return held

@@ -20,6 +20,10 @@ from jaxchat.config import MeshFlags, UserError
 
 TOGETHER = (None, 0, 75)  # exit codes that all processes have agreed on
 UNREACHABLE = 76  # exit code: the processes cannot reach one another, though none is lost
+# The exit codes on which every launcher starts a run again (it continues with --resume): stopped and saved;
+# processes cannot reach one another; ended by jax, another process being lost; killed (preempted, or out of
+# memory).
+RESTARTED = (75, UNREACHABLE, 134, 137)
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 TPU_HOSTS = {"TPU_PROCESS_ADDRESSES_PATH", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"}  # set on GKE
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"

@@ -5,7 +5,6 @@ Orbax gives a step's folder its name only when everything in it is written; then
 """
 
 import errno
-import fcntl
 import os
 import shutil
 import socket
@@ -235,20 +234,10 @@ def lock(folder: Path) -> int:
 
     UserError: another run holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as problem:
-        if problem.errno in (errno.EAGAIN, errno.EACCES):
-            holder = os.read(held, 200).decode(errors="replace").strip() or "another process"
-            os.close(held)
-            raise UserError(
-                f"{folder} is being written by {holder}; wait for that run, end it, or choose another "
-                "--model_tag"
-            ) from None
-        return held  # a file system without locks
-    with suppress(OSError):  # a full disk: the lock holds without a name in it
-        os.ftruncate(held, 0)
-        os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return held
+        return files.lock(folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}\n")
+    except files.Held as other:
+        raise UserError(
+            f"{folder} is being written by {other or 'another process'}; wait for that run, end it, or "
+            "choose another --model_tag"
+        ) from None

@@ -10,10 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jaxchat.config import STAGES, BaseConfig, MidConfig, SFTConfig, UserError
+from jaxchat.speedrun.estimate import BYTES_A_TOKEN, SHARD_BYTES
 from launch import base_train, cli, download, tok_train
-
-BYTES_A_TOKEN = 4.8  # of English web text with 65,536 tokens: an estimate until there is a tokenizer
-SHARD_BYTES = 250e6  # of text in a shard of fineweb-edu
 
 
 @dataclasses.dataclass(frozen=True)

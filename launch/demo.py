@@ -6,9 +6,8 @@ import time
 from pathlib import Path
 
 from jaxchat.config import Flags, base_dir, flag
+from jaxchat.speedrun.demo import STEPS, TAG, commands
 from launch import base_train, chat_sft, cli, mid_train, report, tok_train
-
-TAG = "demo"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,21 +21,27 @@ class Config(Flags):
 
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed of the world, the initial weights and the order of the data."""
-    base_steps: int = flag(110, 1)
+    base_steps: int = flag(STEPS["base"], 1)
     """Steps of pretraining, of 4,096 tokens each."""
-    mid_steps: int = flag(640, 1)
+    mid_steps: int = flag(STEPS["mid"], 1)
     """Steps of midtraining, of 4,096 tokens each."""
-    sft_steps: int = flag(250, 1)
+    sft_steps: int = flag(STEPS["sft"], 1)
     """Steps of chat finetuning, of 64 conversations each."""
     device_batch_size: int = flag(2, 1)
     """Rows to compute at a time in base and mid, twice as many in SFT. Another number changes speed, memory
     and rounding, nothing else."""
+    part: str = flag("all", choices=("all", "world", "score"))
+    """What to do: all; or, in the base directory itself, write the world or ask and report, as the steps of
+    launch.speedrun do."""
 
 
 def run(config: Config) -> int:
-    from jaxchat.demo import World, write_world
-    from jaxchat.demo.score import passed, table
-
+    if config.part == "world":
+        cli.print_plan("The demo's world", [("seed", str(config.seed)), ("saves", str(base_dir()))])
+        write(config.seed, base_dir())
+        return 0
+    if config.part == "score":
+        return score_and_report(config.seed)
     start, folder = time.perf_counter(), base_dir() / "demo"
     cli.print_plan(
         "Demo: tokenizer, base, mid, SFT and chat on a generated world",
@@ -47,49 +52,49 @@ def run(config: Config) -> int:
             ("saves", f"{folder}, as model_tag {TAG}"),
         ],
     )
-    world = World(config.seed)
-    rows = write_world(world, folder)
-    print("written: " + ", ".join(f"{name} {count:,}" for name, count in rows.items()), flush=True)
+    write(config.seed, folder)
     with cli.base_directory(folder):
         train(config, folder / "tasks")
-        scores = ask(world)
-        print(flush=True)
-        report.run(report.Config(model_tag=TAG), texts(), questions(world))
-        minutes, seconds = divmod(int(time.perf_counter() - start), 60)
-        print(f"\n{table(scores)}\n\nin all {minutes} min {seconds:02} s", flush=True)
-        cli.next_step('python -m launch.chat_cli -p "What is 23 * 7?"')
-        cli.next_step("python -m launch.serve --open_browser")
-    return 0 if passed(scores) else 1
+        return score_and_report(config.seed, start)
+
+
+def write(seed: int, folder: Path):
+    """Write the world's data under a folder."""
+    from jaxchat.demo import World, write_world
+
+    rows = write_world(World(seed), folder)
+    print("written: " + ", ".join(f"{name} {count:,}" for name, count in rows.items()), flush=True)
 
 
 def train(config: Config, tasks: Path):
     """Train the tokenizer and the three stages, each by its command."""
-    common = [f"--model_tag={TAG}", f"--seed={config.seed}", "--overwrite", "--device_type=cpu"]
-    batch = [f"--device_batch_size={config.device_batch_size}", "--total_batch_size=4096"]
-    batch += ["--eval_every=80", "--eval_tokens=32768"]
-    rate = ["--matrix_lr=0.04"]  # twice the default: learns faster in so few steps (dev/LOG.md)
-    validation = f"--val_tasks={tasks / 'world_val.jsonl'}"
+    steps = {"base": config.base_steps, "mid": config.mid_steps, "sft": config.sft_steps}
+    modules = (tok_train, base_train, mid_train, chat_sft)
+    flags = commands(tasks, seed=config.seed, rows=config.device_batch_size, steps=steps)
+    for module in modules:
+        again = [] if module is tok_train else ["--overwrite"]
+        module.main([*flags[module.__name__.rpartition(".")[2]], *again])
 
-    tok_train.main(["--vocab_size=512", "--max_chars=2000000", "--overwrite"])
-    base_train.main(
-        ["--depth=3", "--max_seq_len=256", f"--num_iterations={config.base_steps}", "--warmdown_ratio=0.5"]
-        + ["--sample_every=-1", *batch, *common, *rate]
-    )
-    mid_train.main(
-        [f"--train_tasks={tasks / 'world_mid.jsonl'}", validation, f"--num_iterations={config.mid_steps}"]
-        + [*batch, *common, *rate]
-    )
-    chat_sft.main(
-        [f"--train_tasks={tasks / 'world_sft.jsonl'}", validation, f"--num_iterations={config.sft_steps}"]
-        + [f"--device_batch_size={2 * config.device_batch_size}", "--max_seq_len=128", "--packing=bestfit"]
-        + [
-            "--target_examples_per_step=64",
-            "--init_lr_frac=0.4",
-            "--eval_steps=10",
-            "--eval_metrics_every=-1",
-        ]
-        + common
-    )
+
+def score_and_report(seed: int, start: float | None = None) -> int:
+    """Ask the held-out prompts, write the report, and print the table; 1 if a score misses its target.
+
+    start: when the demo began; None: not known.
+    """
+    from jaxchat.demo import World
+    from jaxchat.demo.score import passed, table
+
+    world = World(seed)
+    scores = ask(world)
+    print(flush=True)
+    report.run(report.Config(model_tag=TAG), texts(), questions(world))
+    print(f"\n{table(scores)}\n")
+    if start is not None:
+        minutes, seconds = divmod(int(time.perf_counter() - start), 60)
+        print(f"in all {minutes} min {seconds:02} s")
+    cli.next_step('python -m launch.chat_cli -p "What is 23 * 7?"')
+    cli.next_step("python -m launch.serve --open_browser")
+    return 0 if passed(scores) else 1
 
 
 def ask(world) -> dict:

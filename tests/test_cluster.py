@@ -13,8 +13,9 @@ import yaml
 from conftest import ROOT
 
 from jaxchat.config import UserError
+from jaxchat.hosts import RESTARTED
 from launch.cluster import __main__ as cluster
-from launch.cluster import common, gke, local, slurm, tpu_vm
+from launch.cluster import gke, local, slurm, tpu_vm
 
 TRAIN = ["python", "-m", "launch.base_train", "--run=a b", "--resume"]
 SECRET = "it's $ecret"
@@ -372,7 +373,7 @@ def test_gke(here, capsys, flags, hosts, takes):
     assert pod["restartPolicy"] == "Never"
     exits = [rule["onExitCodes"] for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
     assert [(e["containerName"], e["operator"], e["values"]) for e in exits] == [
-        (container["name"], "NotIn", list(common.RESTARTED))
+        (container["name"], "NotIn", list(RESTARTED))
     ]
     options = [volume["csi"]["volumeAttributes"]["mountOptions"] for volume in pod["volumes"] if "csi" in volume]
     assert options == (["implicit-dirs,rename-dir-limit=200000"] if "--bucket=b" in flags else [])
@@ -435,4 +436,4 @@ def test_the_image_is_built_from_what_there_is():
     assert {"tpu", "cuda12", "cuda13", "wandb"} <= set(project["optional-dependencies"]) and "tpu" in named
     assert set(project["license-files"]) <= set(copied)
     for config in (cluster.Config, gke.Config, local.Config):
-        assert all(str(code) in config.__doc__ for code in common.RESTARTED)
+        assert all(str(code) in config.__doc__ for code in RESTARTED)

@@ -11,9 +11,8 @@ from conftest import ROOT, xla_flags
 
 from jaxchat import devices, hosts
 from jaxchat.config import TrainConfig, UserError
-from jaxchat.hosts import Place, detect
+from jaxchat.hosts import RESTARTED, Place, detect
 from launch import cli
-from launch.cluster.common import RESTARTED
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
 SLURM |= {"SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "4"}

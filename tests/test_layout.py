@@ -22,6 +22,7 @@ ROWS = [
     {"eval", "plan", "demo", "serve"},
     {"rl"},
     {"report"},
+    {"speedrun"},
     {"launch"},
 ]
 ALSO = {("data", "tokenizer"), ("model", "sharding"), ("store", "checkpoint")}

@@ -37,6 +37,7 @@ RUN_BY = {
     "launch.mid_train": "tests/test_commands.py",
     "launch.report": "tests/test_commands.py",
     "launch.serve": "tests/test_serve_command.py",
+    "launch.speedrun": "tests/test_speedrun.py",
     "launch.tok_eval": "tests/test_commands.py",
     "launch.tok_train": "tests/test_commands.py",
 }

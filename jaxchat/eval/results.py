@@ -12,6 +12,7 @@ import jax
 
 from jaxchat import files
 from jaxchat.checkpoint import Found
+from jaxchat.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +35,6 @@ class TaskResult:
 def mean(results: list[TaskResult]) -> float:
     """Mean centred accuracy of the tasks, as CORE and ChatCORE take it."""
     return sum(result.centered for result in results) / len(results)
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; {} if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
-    return found if isinstance(found, dict) else {}
 
 
 def write_both(path: Path, rows: list[list], whole: dict):

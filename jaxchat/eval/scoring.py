@@ -22,11 +22,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat import sharding
 from jaxchat.config import Model, UserError
+from jaxchat.files import duration
 from jaxchat.model.gpt import features, logits
 from jaxchat.model.params import Params
 from jaxchat.sharding import ROWS
 from jaxchat.train.loss import Chunking, chunk_nll, pad_time
-from jaxchat.train.reporter import duration
 
 SHORTEST = 32  # tokens in a row of the smallest batches
 LONGER = 4  # rows may be this many times longer than the trained context: rotary positions go on

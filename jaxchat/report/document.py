@@ -9,10 +9,10 @@ import textwrap
 from markdown_it import MarkdownIt
 
 from jaxchat.config import STAGES
+from jaxchat.files import duration
 from jaxchat.model.flops import flops_per_token
 from jaxchat.report.gather import LAST, Run, StageRun
 from jaxchat.report.samples import Samples
-from jaxchat.train.reporter import duration
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 62rem; margin: 2rem auto;

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from jaxchat import checkpoint
 from jaxchat.config import STAGES, ModelConfig, UserError, base_dir
-from jaxchat.eval.results import read_json
-from jaxchat.files import read_lines
+from jaxchat.files import read_json, read_lines
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.report.record import FILE
 

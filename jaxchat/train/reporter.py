@@ -5,6 +5,7 @@ import time
 import jax
 
 from jaxchat.config import UserError
+from jaxchat.files import duration
 from jaxchat.model.flops import flops_per_token, peak_flops
 from jaxchat.train.metrics import MetricsLog, peak_bytes
 
@@ -124,10 +125,3 @@ class Reporter:
             self._first_progress = progress
         steps, done = self._reported - 1, progress - self._first_progress
         return self._spent / done * max(0.0, 1 - progress - done / steps) if steps > 0 and done > 0 else None
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as 1h02m, 3m20s or 12s."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

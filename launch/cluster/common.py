@@ -7,10 +7,6 @@ import subprocess
 
 from jaxchat.config import UserError
 
-# The exit codes on which every launcher starts a run again (it continues with --resume): stopped and saved;
-# processes cannot reach one another; ended by jax, another process being lost; killed (preempted, or out of
-# memory).
-RESTARTED = (75, 76, 134, 137)
 # Options of gcsfuse. A checkpoint is completed by renaming its folder; by default gcsfuse refuses if it holds
 # files.
 MOUNTED = ("implicit-dirs", "rename-dir-limit=200000")

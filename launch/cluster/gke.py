@@ -7,7 +7,8 @@ from pathlib import Path
 import yaml
 
 from jaxchat.config import Flags, UserError, flag
-from launch.cluster.common import MOUNTED, RESTARTED, check_name, perform, secret_names
+from jaxchat.hosts import RESTARTED
+from launch.cluster.common import MOUNTED, check_name, perform, secret_names
 
 PORT = 8476
 # GKE's name of each kind of TPU, and the chips of one host of a slice with several hosts.

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from jaxchat.config import Flags, UserError, flag
-from launch.cluster.common import RESTARTED
+from jaxchat.hosts import RESTARTED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ import shlex
 from pathlib import Path
 
 from jaxchat.config import Flags, UserError, flag
-from launch.cluster.common import RESTARTED, perform, secret_names
+from jaxchat.hosts import RESTARTED
+from launch.cluster.common import perform, secret_names
 
 
 @dataclasses.dataclass(frozen=True)

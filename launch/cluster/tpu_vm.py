@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from jaxchat.config import Flags, UserError, flag
-from launch.cluster.common import MOUNTED, RESTARTED, check_name, perform, secret_names
+from jaxchat.hosts import RESTARTED
+from launch.cluster.common import MOUNTED, check_name, perform, secret_names
 
 STEPS = ("create", "setup", "run", "log", "delete")
 MOUNT = "$HOME/bucket"

@@ -1,0 +1,36 @@
+"""The commands of the demo: the list that launch.demo runs in its process, and launch.speedrun as steps."""
+
+from pathlib import Path
+
+TAG = "demo"
+VOCAB_SIZE, DEPTH, LENGTH = 512, 3, 256
+STEP_TOKENS = 4096
+STEPS = {"base": 110, "mid": 640, "sft": 250}
+
+
+def commands(tasks: Path, *, seed: int, rows: int, steps: dict[str, int]) -> dict[str, list[str]]:
+    """{module in launch: flags}, in order. tasks: the world's folder; rows: to compute at a time; steps: of
+    each stage.
+    """
+    common = [f"--model_tag={TAG}", f"--seed={seed}", "--device_type=cpu"]
+    batch = [f"--device_batch_size={rows}", f"--total_batch_size={STEP_TOKENS}"]
+    batch += ["--eval_every=80", "--eval_tokens=32768"]
+    rate = ["--matrix_lr=0.04"]  # twice the default: learns faster in so few steps (dev/LOG.md)
+    validation = f"--val_tasks={tasks / 'world_val.jsonl'}"
+    return {
+        "tok_train": [f"--vocab_size={VOCAB_SIZE}", "--max_chars=2000000", "--overwrite"],
+        "base_train": [
+            *[f"--depth={DEPTH}", f"--max_seq_len={LENGTH}", f"--num_iterations={steps['base']}"],
+            *["--warmdown_ratio=0.5", "--sample_every=-1", *batch, *common, *rate],
+        ],
+        "mid_train": [
+            *[f"--train_tasks={tasks / 'world_mid.jsonl'}", validation, f"--num_iterations={steps['mid']}"],
+            *[*batch, *common, *rate],
+        ],
+        "chat_sft": [
+            *[f"--train_tasks={tasks / 'world_sft.jsonl'}", validation, f"--num_iterations={steps['sft']}"],
+            *[f"--device_batch_size={2 * rows}", "--max_seq_len=128", "--packing=bestfit"],
+            *["--target_examples_per_step=64", "--init_lr_frac=0.4", "--eval_steps=10"],
+            *["--eval_metrics_every=-1", *common],
+        ],
+    }

@@ -1,0 +1,89 @@
+"""Estimates of a run before it begins: tokens, time, memory, disk. Measured times replace them as it goes."""
+
+import dataclasses
+import math
+
+from jaxchat.config import BaseConfig, MidConfig, ModelConfig, SFTConfig
+
+BYTES_A_TOKEN = 4.8  # of English web text with 65,536 tokens: an estimate until there is a tokenizer
+SHARD_BYTES = 250e6  # of text in a shard of fineweb-edu
+SHARD_FILE = 100e6  # bytes of its file
+TASK_FILES = 2e9  # bytes of all tasks and of CORE's bundle
+NETWORK = 50e6  # bytes a second of a download
+MID_TOKENS = 420e6  # of one pass over mid's default mixture
+SFT_CONVERSATIONS = 22_500  # of SFT's default mixture
+SFT_TOKENS = 600  # of one of them, in a row as long as the longest of its batch
+CORE_TOKENS, CORE_ITEMS = 220e6, 90_000  # of all of CORE's prompts
+CHAT_EVAL = 6.0  # minutes
+TOKENIZER_CHARS = 3e6  # a second
+START = 1.0  # minutes until a command computes: compiling, mostly
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The devices of a preset. flops: what all of them sustain in training; memory: bytes of each; price: of
+    an hour.
+    """
+
+    title: str
+    devices: int
+    flops: float
+    memory: float = 0.0  # 0: the host's
+    price: float = 0.0  # 0: not known
+    topology: str = ""  # for launch.compile_check
+    measured: str = ""  # where `flops` is from
+
+
+def mid_tokens(config: MidConfig, model: ModelConfig) -> float:
+    """Tokens of midtraining; 0: not known."""
+    if config.num_iterations > 0:
+        return config.num_iterations * config.total_batch_size
+    return MID_TOKENS if config.train_tasks == MidConfig.train_tasks else 0.0
+
+
+def sft_tokens(config: SFTConfig, model: ModelConfig) -> float:
+    """Tokens of chat finetuning, padding included; 0: not known."""
+    length = min(SFT_TOKENS, config.max_seq_len if config.max_seq_len > 0 else model.sequence_len)
+    if config.num_iterations > 0:
+        return config.num_iterations * config.target_examples_per_step * length
+    standard = config.train_tasks == SFTConfig.train_tasks
+    return SFT_CONVERSATIONS * config.num_epochs * length if standard else 0.0
+
+
+def eval_tokens(config) -> float:
+    """Tokens that base_eval reads. config: its flags."""
+    items = 22 * config.max_per_task
+    share = min(1.0, items / CORE_ITEMS) if items > 0 else 1.0
+    return 2 * config.eval_tokens + share * CORE_TOKENS
+
+
+def train_minutes(tokens: float, model: ModelConfig, machine: Machine) -> float:
+    """Minutes to train on `tokens`; 0: not known."""
+    from jaxchat.model.flops import flops_per_token
+
+    return START + tokens * flops_per_token(model) / machine.flops / 60 if tokens else 0.0
+
+
+def read_minutes(tokens: float, model: ModelConfig, machine: Machine) -> float:
+    """Minutes to read tokens without learning from them: a third of the FLOPs, at half the pace."""
+    from jaxchat.model.flops import flops_per_token
+
+    return START + 2 / 3 * tokens * flops_per_token(model) / machine.flops / 60
+
+
+def state_bytes(model: ModelConfig) -> int:
+    """Bytes of weights and optimizer: float32, Adam keeps two moments, Muon one."""
+    import jax
+
+    from jaxchat.model.params import declare
+
+    weights = jax.tree.leaves(declare(model))
+    return sum(math.prod(w.shape) * (8 if w.group == "matrix" else 12) for w in weights)
+
+
+def shards_for(config: BaseConfig, model: ModelConfig) -> int:
+    """Shards of text to train on without repeating any, a tenth to spare, and one for validation."""
+    from jaxchat.train.stages import base_steps
+
+    tokens = base_steps(config, model) * config.total_batch_size
+    return max(2, math.ceil(1.1 * tokens * BYTES_A_TOKEN / SHARD_BYTES) + 1)

@@ -1,0 +1,119 @@
+"""The plan of a run before it begins: what it trains, how long, at what cost, and what it needs."""
+
+import dataclasses
+
+from jaxchat import files
+from jaxchat.config import BaseConfig, Flags, ModelConfig, base_dir
+from jaxchat.speedrun import estimate
+from jaxchat.speedrun.presets import Preset
+from jaxchat.speedrun.steps import Checkpoint, Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run as the flags describe it. flags: of the steps that have a flags class, parsed, by their name."""
+
+    preset: Preset
+    tag: str
+    steps: list[Step]
+    flags: dict[str, Flags]
+    price: float  # an hour; 0: not known
+    shards: int = 0  # to download
+
+    @property
+    def model(self) -> ModelConfig:
+        from jaxchat.train.stages import base_model  # here, since it imports jax
+
+        return base_model(self.flags["base"], self.flags["tokenizer"].vocab_size)
+
+    def tokens(self, name: str) -> float:
+        """Tokens that a step trains on; 0: not known, or none."""
+        from jaxchat.train.stages import base_steps
+
+        flags = self.flags.get(name)
+        if isinstance(flags, BaseConfig):
+            return base_steps(flags, self.model) * flags.total_batch_size
+        count = {"mid": estimate.mid_tokens, "sft": estimate.sft_tokens}.get(name)
+        return count(flags, self.model) if count else 0.0
+
+    def minutes(self, step: Step) -> float:
+        """Estimated minutes of a step; 0: not known."""
+        machine, model, flags = self.preset.machine, self.model, self.flags.get(step.name)
+        if step.resumes:
+            return estimate.train_minutes(self.tokens(step.name), model, machine)
+        if step.lane == "network":
+            return estimate.START + self.download(step) / estimate.NETWORK / 60
+        if step.name == "tokenizer":
+            return estimate.START + flags.max_chars / estimate.TOKENIZER_CHARS / 60
+        if step.name == "base-eval":
+            return estimate.read_minutes(estimate.eval_tokens(flags), model, machine)
+        return estimate.CHAT_EVAL if step.name.startswith("chat-eval") else estimate.START
+
+    @staticmethod
+    def download(step: Step) -> float:
+        """Bytes that a step downloads if nothing is there; those of the bundle count with the tasks."""
+        if step.lane != "network" or step.name == "bundle":
+            return 0.0
+        shards = [word.partition("=")[2] for word in step.argv if word.startswith("--shards=")]
+        return int(shards[0]) * estimate.SHARD_FILE if shards else estimate.TASK_FILES
+
+    def disk(self, todo: list[Step]) -> float:
+        """Bytes that the steps still write: downloads and, of each stage, the checkpoints that are kept."""
+        from jaxchat import checkpoint
+        from jaxchat.store import KEEP
+
+        size, names = estimate.state_bytes(self.model), {step.name for step in todo}
+        there = sum(path.stat().st_size for path in (base_dir() / "base_data").glob("*.parquet"))
+        text = max(0.0, self.shards * estimate.SHARD_FILE - there) if "text" in names else 0.0
+        needed = text + (estimate.TASK_FILES if "tasks" in names else 0.0)
+        for made in [made for step in todo for made in step.makes if isinstance(made, Checkpoint)]:
+            needed += max(0, KEEP - len(checkpoint.steps_in(made.folder))) * size
+        return needed + size  # a checkpoint is written before the oldest goes
+
+    def rows(self, todo: list[Step]) -> list[tuple[str, str]]:
+        from jaxchat.model.flops import num_params
+
+        machine, model, size = self.preset.machine, self.model, files.size_text
+        needed, free = self.disk(todo), files.free_space(base_dir())
+        minutes = sum(step.minutes for step in todo if step.lane == "devices")
+        unknown = [step.name for step in todo if not step.minutes]
+        more = f", and what {', '.join(unknown)} takes" if unknown else ""
+        counts = {name: self.tokens(name) for name in ("base", "mid", "sft")}
+        tokens = [f"{name} {count:,.0f}" if count else f"{name} ?" for name, count in counts.items()]
+        cost = f"about {minutes / 60 * self.price:,.2f} at {self.price:g} an hour" if self.price else ""
+        rows = [
+            ("model", f"{model.n_layer} layers × {model.n_embd}, {num_params(model):,} parameters"),
+            ("tokens", ", ".join(tokens)),
+            ("machine", machine.title),
+            ("time", f"about {files.duration(60 * minutes)}{more} (estimated by {machine.measured})"),
+            ("cost", cost or "give --price_per_hour"),
+            ("memory", self.memory()),
+            ("disk", f"{size(needed)} more; {size(free)} are free{'' if needed <= free else ': TOO LITTLE'}"),
+            ("saves", f"{base_dir()}, as {self.tag}; logs in {base_dir() / 'speedrun' / self.tag}"),
+        ]
+        if self.shards:
+            text = f"{self.shards} shards of fineweb-edu, {size(self.shards * estimate.SHARD_FILE)}"
+            rows.insert(2, ("text", f"{text}, downloaded while the tokenizer trains"))
+        return rows
+
+    def memory(self) -> str:
+        """What the devices must hold, by the formula; the step itself is compiled where it runs."""
+        machine, state = self.preset.machine, estimate.state_bytes(self.model)
+        needed = f"weights and optimizer take {files.size_text(state / machine.devices)} of each device"
+        if not machine.memory:
+            return f"weights and optimizer take {files.size_text(state)}"
+        flags = f"--depth={self.model.n_layer} --topology={machine.topology}"
+        compiled = f"python -m launch.compile_check {flags}"
+        return f"{needed}'s {files.size_text(machine.memory)}; to compile the step: {compiled}"
+
+
+def table(steps: list[Step], why: dict[str, str]) -> list[str]:
+    """Lines about the steps: name, state, estimated time, command. why: of those that are to do."""
+    names = max(len(step.name) for step in steps)
+    lines = [f"  {'step':<{names}}  {'state':<5}  {'time':>7}  command"]
+    for step in steps:
+        state = "to do" if step.name in why else "done"
+        time = files.duration(60 * step.minutes) if step.minutes else "?"
+        note = f"  ({why[step.name]})" if why.get(step.name) else ""
+        lines.append(f"  {step.name:<{names}}  {state:<5}  {time:>7}  {step.shown}{note}")
+    return lines

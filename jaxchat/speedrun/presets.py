@@ -1,0 +1,187 @@
+"""The runs that launch.speedrun knows: for each kind of machine a depth, flags, and the steps in order."""
+
+import dataclasses
+import os
+
+from jaxchat.config import base_dir
+from jaxchat.speedrun.demo import STEPS, TAG, commands
+from jaxchat.speedrun.estimate import Machine
+from jaxchat.speedrun.runner import python
+from jaxchat.speedrun.steps import Checkpoint, Files, Results, Step
+
+NONE = "none"  # for --eval_bundle: do without CORE
+TASKS = ("smoltalk", "mmlu", "gsm8k", "arc", "humaneval", "identity", "words")  # folders of launch.download's
+# The pieces, which decide what a text becomes; and what else is known.
+TOKENIZER = (Files("tokenizer/ranks.txt"), Files("tokenizer/tokenizer.json"))
+COMPARED = Files("tokenizer/tok_eval.json")
+TOKENIZER_SHARDS = 10  # hold more text than tok_train reads, however many more are there
+CORE_FLOPS = 40e9  # that a CPU's core sustains in training: of the demo on two cores
+CPU = Machine(f"{os.cpu_count()} CPU cores", 1, CORE_FLOPS * (os.cpu_count() or 1), measured="2 cores' demo")
+H100, V5E, V6E = 989e12, 197e12, 918e12  # peak FLOP/s
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A run for a kind of machine. flags: of its steps, by their name, besides those that all runs have."""
+
+    about: str
+    machine: Machine
+    depth: int
+    flags: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+GPU = "one H100's 52 % MFU at depths 12 and 20"
+PRESETS = {
+    "cpu": Preset("the demo's small generated world, on a CPU in minutes", CPU, 3),
+    "laptop": Preset(
+        "a small model of real text, on a laptop's CPU in a night",
+        CPU,
+        4,
+        {
+            "tokenizer": "--vocab_size=16384 --max_chars=200000000",
+            "base": "--max_seq_len=512 --total_batch_size=32768 --device_batch_size=8 --eval_tokens=524288 "
+            "--core_metric_every=-1",
+            "base-eval": "--max_per_task=100 --eval_tokens=1048576",
+            "mid": "--total_batch_size=32768 --device_batch_size=8 --num_iterations=1500 "
+            "--eval_tokens=524288",
+            "sft": "--eval_metrics_every=-1",
+            "chat-eval-mid": "--max_problems=100 --max_new_tokens=256",
+            "chat-eval": "--max_problems=100 --max_new_tokens=256",
+        },
+    ),
+    "h100": Preset(
+        "depth 12 on one H100, in an evening",
+        Machine("1 × H100", 1, 0.52 * H100, 80e9, 3.0, "h100:1", GPU),
+        12,
+    ),
+    "8xh100": Preset(
+        "nanochat's depth 20 of 2025",
+        Machine("8 × H100", 8, 8 * 0.5 * H100, 80e9, 24.0, "h100:8", f"{GPU}; eight were not timed"),
+        20,
+    ),
+    "v5e-8": Preset(
+        "depth 12 on eight TPU v5e chips",
+        Machine("8 × TPU v5e", 8, 8 * 0.4 * V5E, 16.9e9, 0.0, "v5e:2x4", "a guess: 40 % MFU"),
+        12,
+    ),
+    "v6e-8": Preset(
+        "depth 20 on eight TPU v6e chips",
+        Machine("8 × TPU v6e", 8, 8 * 0.35 * V6E, 33.6e9, 0.0, "v6e:2x4", "a guess: 35 % MFU"),
+        20,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where a run's data are: the folders that the commands are given, "" for the base directory's own."""
+
+    data_dir: str = ""
+    tasks_dir: str = ""
+    eval_bundle: str = ""
+
+    @property
+    def text(self) -> Files:
+        return Files(f"{absolute(self.data_dir) if self.data_dir else 'base_data'}/*.parquet", least=2)
+
+    @property
+    def tasks(self) -> tuple[Files, ...]:
+        root = absolute(self.tasks_dir) if self.tasks_dir else "tasks"
+        return tuple(Files(f"{root}/{name}/**/*") for name in TASKS)
+
+    @property
+    def bundle(self) -> tuple[Files, ...]:
+        if self.eval_bundle == NONE:
+            return ()
+        place = absolute(self.eval_bundle) if self.eval_bundle else "eval_bundle"
+        return (Files(place if place.endswith(".zip") else f"{place}/*"),)
+
+    def flags(self, *names: str) -> list[str]:
+        """The named ones that are given, as flags."""
+        given = {name: getattr(self, name) for name in names}
+        return [f"--{name}={value}" for name, value in given.items() if value not in ("", NONE)]
+
+
+def absolute(folder: str) -> str:
+    return os.path.abspath(os.path.expanduser(folder))
+
+
+def demo_steps(seed: int = 0, steps: dict[str, int] = STEPS) -> list[Step]:
+    """The demo as steps, in a base directory of its own."""
+    flags = commands(base_dir() / "tasks", seed=seed, rows=2, steps=steps)
+    text, world = Files("base_data/*.parquet", least=5), Files("tasks/world_*.jsonl", least=3)
+    base, mid, sft = (Checkpoint(stage, TAG) for stage in ("base", "mid", "sft"))
+
+    def train(name: str, command: str, made: Checkpoint, *needs) -> Step:
+        return Step(name, python(f"launch.{command}", *flags[command]), (made,), needs, resumes=True)
+
+    return [
+        Step("world", python("launch.demo", "--part=world", f"--seed={seed}"), (text, world)),
+        Step("tokenizer", python("launch.tok_train", *flags["tok_train"]), TOKENIZER, (text,)),
+        train("base", "base_train", base, text, TOKENIZER[0]),
+        train("mid", "mid_train", mid, base, world),
+        train("sft", "chat_sft", sft, mid, world),
+        Step("score", python("launch.demo", "--part=score", f"--seed={seed}"), (), (text, base, mid, sft)),
+    ]
+
+
+def downloads(places: Places, shards: int) -> list[Step]:
+    """Steps that fetch what is not given. The tokenizer can begin when the first shards are there."""
+
+    def fetch(name: str, *words: str, **about) -> Step:
+        return Step(name, python("launch.download", *words), lane="network", **about)
+
+    steps = []
+    if not places.data_dir:
+        first = min(TOKENIZER_SHARDS, shards)
+        some = Files("base_data/*.parquet", least=first, first=first)
+        steps.append(fetch("first-text", "fineweb-edu", f"--shards={first}", makes=(some,)))
+    if not places.tasks_dir:
+        steps.append(fetch("tasks", "all-tasks", makes=places.tasks))
+    if not places.eval_bundle:
+        steps.append(fetch("bundle", "core-bundle", makes=places.bundle))
+    if not places.data_dir:
+        steps.append(fetch("text", "fineweb-edu", f"--shards={shards}", makes=(text_of(places, shards),)))
+    return steps
+
+
+def text_of(places: Places, shards: int) -> Files:
+    """All text, complete with so many shards; what is given is complete with two."""
+    return places.text if places.data_dir else dataclasses.replace(places.text, least=shards)
+
+
+def real_steps(tag: str, depth: int, places: Places, shards: int) -> list[Step]:
+    """The steps of a run on real data, without what a preset or the user adds to their flags."""
+    first = min(TOKENIZER_SHARDS, shards)
+    text = text_of(places, shards)
+    some = text if places.data_dir else Files("base_data/*.parquet", least=first, first=first)
+    base, mid, sft = (Checkpoint(stage, tag) for stage in ("base", "mid", "sft"))
+    of_base = Results("base", tag, "base_eval")
+    of_mid, of_sft = (Results(stage, tag, "chat_eval") for stage in ("mid", "sft"))
+    tasks = places.tasks
+    tagged = f"--model_tag={tag}"
+    shard_flags, text_flags = places.flags("data_dir"), [tagged, *places.flags("data_dir", "eval_bundle")]
+    task_flags = [tagged, *places.flags("tasks_dir")]
+
+    def step(name: str, command: str, flags: list[str], makes: tuple, needs: tuple, resumes=False) -> Step:
+        return Step(name, python(f"launch.{command}", *flags), makes, needs, resumes=resumes)
+
+    return [
+        *downloads(places, shards),
+        step("tokenizer", "tok_train", shard_flags, TOKENIZER, (some,)),
+        step("tokenizer-eval", "tok_eval", shard_flags, (COMPARED,), (some, TOKENIZER[0])),
+        step(
+            "base",
+            "base_train",
+            [f"--depth={depth}", *text_flags],
+            (base,),
+            (text, TOKENIZER[0], *places.bundle),
+            resumes=True,
+        ),
+        step("base-eval", "base_eval", text_flags, (of_base,), (text, base, *places.bundle)),
+        step("mid", "mid_train", task_flags, (mid,), (base, *tasks), resumes=True),
+        step("chat-eval-mid", "chat_eval", ["--source=mid", *task_flags], (of_mid,), (mid, *tasks)),
+        step("sft", "chat_sft", task_flags, (sft,), (mid, *tasks), resumes=True),
+        step("chat-eval", "chat_eval", ["--source=sft", *task_flags], (of_sft,), (sft, *tasks)),
+        step("report", "report", [tagged], (), (base, mid, sft, of_base, of_mid, of_sft)),
+    ]

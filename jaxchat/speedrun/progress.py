@@ -1,0 +1,150 @@
+"""How far a run is: a line for people, status.json for programs, and the time left, by what was measured."""
+
+import dataclasses
+import json
+import time
+
+from jaxchat import files
+from jaxchat.files import duration
+from jaxchat.speedrun.runner import Runner, show
+from jaxchat.speedrun.steps import Checkpoint, Step
+
+SECONDS = 60.0  # between two lines
+STATUS_SECONDS = 5.0  # between two writes of status.json
+TAIL = 1 << 16  # bytes of metrics.jsonl to read, from its end
+RECENT = 50  # steps whose mean pace counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """A trainer's place: the fraction that is done, and the seconds left at the recent pace."""
+
+    fraction: float
+    left: float
+
+
+def pace_of(step: Step) -> Pace | None:
+    """The pace of a trainer by its metrics.jsonl; None: it trains nothing, or has not begun."""
+    paths = [artifact.folder / "metrics.jsonl" for artifact in step.makes if isinstance(artifact, Checkpoint)]
+    if not paths or not paths[0].exists():
+        return None
+    with paths[0].open("rb") as file:
+        file.seek(max(0, paths[0].stat().st_size - TAIL))
+        rows = []
+        for line in file.read().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut by the tail, or by a kill
+                continue
+            if {"progress", "step_seconds"} <= row.keys():
+                rows.append(row)
+    rows = rows[-RECENT:]
+    if len(rows) < 2:
+        return None
+    first, last = rows[0], rows[-1]
+    each = (last["progress"] - first["progress"]) / (len(rows) - 1)
+    seconds = sum(row["step_seconds"] for row in rows[1:]) / (len(rows) - 1)
+    if each <= 0:
+        return None
+    done = min(1.0, last["progress"] + each)  # a row has the progress before its step
+    return Pace(done, (1 - done) / each * seconds)
+
+
+class Progress:
+    """The progress of a Runner."""
+
+    def __init__(self, runner: Runner, steps: list[Step], price_per_hour: float = 0.0):
+        self.runner, self.steps, self.price = runner, steps, price_per_hour
+        self.began = self.shown = self.written = time.monotonic()
+        runner.on_tick, runner.on_change = self.tick, self.change
+
+    def tick(self):
+        now = time.monotonic()
+        if now - self.shown >= SECONDS:
+            self.shown = now
+            show(self.line())
+        if now - self.written >= STATUS_SECONDS:
+            self.write("running")
+
+    def change(self):
+        """A step has started or ended."""
+        if self.runner.running:
+            self.shown = time.monotonic()
+            show(self.line())
+        self.write("running")
+
+    def left_of(self, step: Step, scale: float) -> float | None:
+        """Seconds that a step still takes; 0: it is done; None: not known."""
+        if step.name in self.runner.done:
+            return 0.0
+        planned = 60 * step.minutes * scale
+        running = self.runner.running.get(step.name)
+        if running is None:
+            return planned or None
+        if pace := pace_of(step):
+            return pace.left
+        left = planned - (time.monotonic() - running.began)
+        return left if left > 0 else None  # it takes longer than was planned
+
+    def scale(self) -> float:
+        """Measured ÷ planned time of the steps on the devices that are done or train; 1: none is."""
+        measured = planned = 0.0
+        for step in self.steps:
+            if step.lane != "devices" or not step.minutes:
+                continue
+            pace = pace_of(step) if step.name in self.runner.running else None
+            if step.name in self.runner.done:
+                measured, planned = measured + self.runner.done[step.name], planned + 60 * step.minutes
+            elif pace and pace.fraction < 1:
+                measured += pace.left
+                planned += 60 * step.minutes * (1 - pace.fraction)
+        return measured / planned if planned and measured else 1.0
+
+    def left(self) -> tuple[float, bool]:
+        """Seconds until all steps are done, and whether every step's time is known."""
+        scale, lanes, known = self.scale(), {}, True
+        for step in self.steps:
+            left = self.left_of(step, scale if step.lane == "devices" else 1.0)
+            known = known and left is not None
+            lanes[step.lane] = lanes.get(step.lane, 0.0) + (left or 0.0)
+        return max(lanes.values(), default=0.0), known
+
+    def line(self) -> str:
+        """ "speedrun: base 12 %, 3 of 11 steps done; 40m00s so far, about 3h10m left"."""
+        at = []
+        for name, running in self.runner.running.items():
+            pace = pace_of(running.step)
+            at.append(f"{name} {pace.fraction:.0%}" if pace else name)
+        left, known = self.left()
+        passed = time.monotonic() - self.began
+        text = f"speedrun: {' + '.join(at)}, {len(self.runner.done)} of {len(self.steps)} steps done; "
+        text += f"{duration(passed)} so far, {'about' if known else 'more than'} {duration(left)} left"
+        if self.price:
+            text += f", cost about {(self.spent() + left) / 3600 * self.price:,.2f} in all"
+        return text
+
+    def spent(self) -> float:
+        """Seconds that the devices were held for these steps, earlier runs included."""
+        done = sum(self.runner.done.get(step.name, 0.0) for step in self.steps if step.lane == "devices")
+        return done + sum(time.monotonic() - running.began for running in self.runner.running.values())
+
+    def write(self, state: str):
+        """Write status.json: what runs, what is done, and the time left."""
+        self.written = time.monotonic()
+        left, known = self.left()
+        steps = []
+        for step in self.steps:
+            is_done, runs = step.name in self.runner.done, step.name in self.runner.running
+            pace = pace_of(step) if runs else None
+            steps.append(
+                {
+                    "name": step.name,
+                    "state": "done" if is_done else "running" if runs else "to do",
+                    "fraction": 1.0 if is_done else pace.fraction if pace else 0.0,
+                    "seconds": self.runner.done.get(step.name),
+                    "planned_seconds": 60 * step.minutes or None,
+                }
+            )
+        about = {"state": state, "updated": time.time(), "seconds": time.monotonic() - self.began}
+        about |= {"seconds_left": left, "all_known": known, "steps": steps}
+        files.write_json(self.runner.state.folder / "status.json", about)

@@ -1,0 +1,214 @@
+"""Run steps as subprocesses: leave out what is done, continue what was interrupted, stop at a failure."""
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from jaxchat import files
+from jaxchat.hosts import RESTARTED
+from jaxchat.speedrun.state import State, refuse
+from jaxchat.speedrun.steps import Step
+
+LAST_LINES = 20  # of a step's output, shown where it failed
+PAUSE = 1.0  # seconds before a step is started again
+
+
+class Running:
+    """A step that runs. on_end is called in a thread with (this, exit code as a shell's)."""
+
+    def __init__(self, step: Step, log, words: list[str], lock: int, more: dict):
+        self.step, self.began, self.last = step, time.monotonic(), deque(maxlen=LAST_LINES)
+        self.log = log
+        # A session of its own: Ctrl-C in a terminal reaches it once, through us.
+        self.process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[lock],  # it holds the lock if we are killed
+            env=os.environ | more,
+        )
+        os.pwrite(lock, f"{self.process.pid}\n".encode(), 0)
+        os.close(lock)
+
+    def follow(self, show: Callable[[str], None]) -> int:
+        """Copy the output to the log and to `show` until the end; return the exit code, as a shell's."""
+        reader = threading.Thread(target=self.read, args=[show], daemon=True)
+        reader.start()
+        code = self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # what it has left behind
+        reader.join()
+        return code if code >= 0 else 128 - code
+
+    def read(self, show: Callable[[str], None]):
+        with self.process.stdout as output:
+            for raw in output:
+                line = raw.decode(errors="replace").rstrip("\n")
+                self.last.append(line)
+                with contextlib.suppress(OSError):  # a full disk is the step's to report
+                    self.log.write(line + "\n")
+                    self.log.flush()
+                show(line)
+
+
+class Runner:
+    """Runs steps in order; those of different lanes, and as many of one as it has slots, at the same time."""
+
+    def __init__(self, steps: list[Step], state: State, *, restarts: int, places: tuple[dict, ...] = ({},)):
+        """places: environment variables for each of the steps that the devices take at the same time."""
+        self.steps, self.state, self.restarts = steps, state, restarts
+        self.free = {"devices": list(places), "network": [{}]}
+        self.parallel = len(self.free["devices"]) > 1
+        self.waiting, self.running, self.places = list(steps), {}, {}
+        self.tries = dict.fromkeys((step.name for step in steps), 0)
+        self.done: dict[str, float] = {}  # seconds that each step took in all
+        self.events: queue.SimpleQueue = queue.SimpleQueue()
+        self.stopped = self.failed = 0  # the signal that asked to stop; the exit code of a step that failed
+        self.on_change = lambda: None
+        self.on_tick = lambda: None
+
+    def run(self) -> int:
+        """Run all steps; return the exit code: 0, 75 after a signal, or that of the step that failed."""
+        with self.hearing():
+            try:
+                self.start_ready()
+                while self.running:
+                    self.wait()
+                    self.start_ready()
+            except BaseException:  # inputs that have changed, say: what runs beside shall save and end
+                self.failed = 1
+                self.send(signal.SIGTERM)
+                while self.running:
+                    self.wait()
+                raise
+        return os.EX_TEMPFAIL if self.stopped else self.failed
+
+    def wait(self):
+        """Wait until a step ends, or half a second."""
+        try:
+            name, code = self.events.get(timeout=0.5)
+        except queue.Empty:
+            return self.on_tick()
+        self.ended(self.running.pop(name), code)
+
+    def start_ready(self):
+        """Start every step whose inputs are made and whose lane has a free slot."""
+        for step in list(self.waiting):
+            if self.stopped or self.failed:
+                return
+            ahead = self.waiting[: self.waiting.index(step)]
+            ahead = [*ahead, *(running.step for running in self.running.values())]
+            blocked = {artifact for other in ahead for artifact in other.makes} & set(step.needs)
+            if blocked or not self.free[step.lane]:
+                continue
+            verdict = self.state.verdict(step)
+            refuse(step, verdict)
+            self.waiting.remove(step)
+            if verdict.done:
+                self.done[step.name] = self.state.record(step.name).get("seconds", 0.0)
+            else:
+                self.start(step)
+            self.on_change()
+
+    def start(self, step: Step):
+        lock = self.claim(step)
+        if self.stopped:
+            return os.close(lock) if lock else None
+        self.state.begin(step)
+        self.places[step.name] = place = self.free[step.lane].pop(0)
+        words = [*step.argv, *(["--resume"] if step.resumes else [])]
+        log = self.state.path(step.name, "log").open("a", encoding="utf-8")
+        log.write(f"$ {' '.join(words)}\n")
+        self.running[step.name] = running = Running(step, log, words, lock, place)
+        if self.stopped:  # the signal came while it started
+            running.process.send_signal(signal.SIGTERM)
+        threading.Thread(target=self.follow, args=[running], daemon=True).start()
+
+    def claim(self, step: Step) -> int | None:
+        """Hold a step's lock. A process that a killed run has left at it is asked to stop and waited for.
+
+        None: a signal came meanwhile.
+        """
+        asked = ""
+        while not self.stopped:
+            try:
+                return files.lock(self.state.path(step.name, "lock"), "")
+            except files.Held as other:
+                if (pid := str(other)).isdigit() and pid != asked:
+                    asked = pid
+                    show(f"step {step.name}: waiting for process {pid} of an earlier run to save and end")
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGTERM)
+                time.sleep(0.05)
+        return None
+
+    def follow(self, running: Running):
+        prefix = f"[{running.step.name}] " if self.parallel or running.step.lane == "network" else ""
+        code = running.follow(lambda line: show(prefix + line))
+        self.events.put((running.step.name, code))
+
+    def ended(self, running: Running, code: int):
+        """Note how a step ended: done, to be started again, or a failure that ends the run."""
+        step, seconds = running.step, time.monotonic() - running.began
+        running.log.close()
+        self.state.end(step, seconds, code)
+        self.free[step.lane].append(self.places.pop(step.name))
+        if not code:
+            self.done[step.name] = self.state.record(step.name)["seconds"]
+        elif self.stopped or self.failed:
+            pass
+        elif code in RESTARTED and self.tries[step.name] < self.restarts:
+            self.tries[step.name] += 1
+            left = self.restarts - self.tries[step.name]
+            show(f"step {step.name} ended with exit code {code}: starting again, {left} restarts left")
+            time.sleep(PAUSE)
+            self.waiting.insert(0, step)
+        else:
+            self.failed = code
+            lines = "\n".join(f"  | {line}" for line in running.last)
+            show(f"step {step.name} failed with exit code {code}; its last lines:\n{lines}")
+            show(f"its whole output is in {self.state.path(step.name, 'log')}")
+            self.send(signal.SIGTERM)
+        self.on_change()
+
+    def send(self, number: int):
+        for running in list(self.running.values()):
+            running.process.send_signal(number)  # does nothing where it has ended
+
+    @contextlib.contextmanager
+    def hearing(self):
+        """Pass SIGTERM, SIGINT and SIGHUP (as SIGTERM) on to what runs, and start nothing more."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def heard(number, frame):
+            self.stopped = number
+            self.send(signal.SIGTERM if number == signal.SIGHUP else number)
+
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # as nohup sets it
+        before = {number: signal.signal(number, heard) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def show(line: str):
+    print(line, flush=True)
+
+
+def python(module: str, *flags: str) -> tuple[str, ...]:
+    """The words that run a command with this Python."""
+    return (sys.executable, "-m", module, *flags)

@@ -1,0 +1,168 @@
+"""What is known of a run's steps: which command made what, from which inputs, and whether it still holds.
+
+<base directory>/speedrun/<tag>/<step>.json has a step's command and the fingerprints of its inputs, written
+before it starts, and those of its outputs, added after it ended with exit code 0. A step is done if all of
+them are what they were.
+"""
+
+import dataclasses
+import datetime
+from pathlib import Path
+
+from jaxchat import files
+from jaxchat.config import UserError
+from jaxchat.files import read_json
+from jaxchat.speedrun.steps import Artifact, Step, dependents, makers
+
+REDO = "redo"  # the file with what --redo has thrown away in a run that is not complete yet
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether a step is done, and if not, why. changed: what differs from an earlier run, in one line."""
+
+    done: bool
+    why: str
+    changed: str = ""
+
+
+class State:
+    """The records of a run's steps, in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, name: str, ending: str = "json") -> Path:
+        return self.folder / f"{name}.{ending}"
+
+    def record(self, name: str) -> dict:
+        return read_json(self.path(name))
+
+    def begin(self, step: Step):
+        """Record a step's command and inputs, before it starts."""
+        old = self.record(step.name)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        inputs = {artifact.title: artifact.found() for artifact in step.needs}
+        same = not self.differences(step, old, skip=())
+        seconds = old.get("seconds", 0.0) if same else 0.0
+        record = {"argv": list(step.argv), "inputs": inputs, "began": now, "seconds": seconds}
+        files.write_json(self.path(step.name), record)
+
+    def end(self, step: Step, seconds: float, code: int):
+        """Record the time a step took and, if it went well, its outputs."""
+        record = self.record(step.name)
+        record |= {"seconds": record.get("seconds", 0.0) + seconds, "code": code}
+        if not code:
+            record["outputs"] = found_in(step.makes)
+        files.write_json(self.path(step.name), record)
+
+    def verdict(self, step: Step, remade: frozenset[Artifact] = frozenset()) -> Verdict:
+        """Judge a step by its record and what is there. remade: what will be made again before it."""
+        record = self.record(step.name)
+        if not step.makes:
+            return Verdict(False, "")
+        if not record:
+            return Verdict(False, "continues what is there" if begun(step) else "")
+        if (outputs := record.get("outputs")) is None:
+            why = "was interrupted" if not record.get("code") else f"failed with exit code {record['code']}"
+            changed = self.differences(step, record, remade) if begun(step) else ""
+            return Verdict(False, f"{why}, continues" if begun(step) else why, changed)
+        if changed := self.differences(step, record, remade):
+            return Verdict(False, "", changed)
+        wrong = damage(step, outputs)
+        return Verdict(not wrong, wrong)
+
+    def differences(self, step: Step, record: dict, skip) -> str:
+        """Say which flags and inputs of a step differ from its record; "": none."""
+        now, then = step.fixed, dataclasses.replace(step, argv=tuple(record.get("argv", step.argv))).fixed
+        parts = []
+        if now != then:
+            gone, new = [word for word in then if word not in now], [word for word in now if word not in then]
+            was = " ".join(gone) or f"no {' '.join(word.partition('=')[0] for word in new)}"
+            parts.append(f"it was run with {was}, and is now to run with {' '.join(new) or 'its default'}")
+        for artifact in step.needs:
+            before = record.get("inputs", {}).get(artifact.title)
+            if before is None or artifact in skip:
+                continue
+            found = artifact.found()
+            if odd := sorted(name for name in before | found if found.get(name) != before.get(name)):
+                more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+                parts.append(f"its input {odd[0]}{more} is not what it was")
+        return "; ".join(parts)
+
+    def again(self, steps: list[Step], names: set[str]) -> set[str]:
+        """The steps that --redo=names means: these and all that need them.
+
+        None while the run for which they were forgotten is not complete: there the same command continues.
+        """
+        found = dependents(steps, names)
+        return found if read_json(self.path(REDO)) != commands_of(steps, found) else set()
+
+    def forget(self, steps: list[Step], names: set[str]):
+        """Delete what the named steps made, and their records."""
+        for step in reversed(steps):
+            if step.name in names:
+                for artifact in step.makes:
+                    artifact.delete()
+                files.delete(self.path(step.name))
+        files.write_json(self.path(REDO), commands_of(steps, names))
+
+    def complete(self):
+        """Note that the whole run is complete: --redo means a new one from now on."""
+        files.delete(self.path(REDO))
+
+
+def commands_of(steps: list[Step], names: set[str]) -> dict[str, list[str]]:
+    return {step.name: list(step.argv) for step in steps if step.name in names}
+
+
+def plan(state: State, steps: list[Step]) -> dict[str, Verdict]:
+    """The verdict on each step. UserError: flags or inputs of one differ from those it was run with."""
+    verdicts, remade = {}, frozenset()
+    for step in steps:
+        verdicts[step.name] = verdict = state.verdict(step, remade)
+        refuse(step, verdict)
+        if not verdict.done:
+            remade |= frozenset(step.makes)
+    return verdicts
+
+
+def refuse(step: Step, verdict: Verdict):
+    """Raise UserError if a step's flags or inputs have changed."""
+    if verdict.changed:
+        raise UserError(
+            f"step {step.name}: {verdict.changed}; give what it was run with, or --redo={step.name} to run "
+            "it and what needs it again"
+        )
+
+
+def check_inputs(steps: list[Step], selected: list[Step]):
+    """Raise UserError if a chosen step needs what is not there and no chosen step makes."""
+    made, makes = makers(selected), makers(steps)
+    for step in selected:
+        for artifact in step.needs:
+            if artifact not in made and not artifact.found():
+                maker = makes.get(artifact)
+                how = f"step {maker.name} makes it: choose that too" if maker else "put it there first"
+                raise UserError(f"step {step.name} needs {artifact.title}, which is not there; {how}")
+
+
+def found_in(artifacts: tuple[Artifact, ...]) -> dict[str, str]:
+    return {name: value for artifact in artifacts for name, value in artifact.found().items()}
+
+
+def begun(step: Step) -> bool:
+    return any(artifact.begun() for artifact in step.makes)
+
+
+def damage(step: Step, outputs: dict[str, str]) -> str:
+    """What is wrong with a step's outputs; "": nothing."""
+    for artifact in step.makes:
+        found = artifact.found()
+        if not found:
+            return f"{artifact.title} is missing"
+        if wrong := artifact.damage():
+            return f"{artifact.title} is damaged: {wrong}"
+    found = found_in(step.makes)
+    odd = sorted(name for name, value in outputs.items() if found.get(name) != value)
+    return f"{odd[0]} is not what was made" if odd else ""

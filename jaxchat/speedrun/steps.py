@@ -1,0 +1,211 @@
+"""Steps of a run as data: the command of each, what it needs and what it makes.
+
+What steps need and make are files, checkpoints and results of evaluations: each says what is there now, as
+{path: fingerprint}. A step that needs what another makes comes after it.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from jaxchat import files
+from jaxchat.config import STAGES, UserError, base_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The files that match a pattern, in the base directory or (an absolute pattern) elsewhere.
+
+    least: a smaller number of files is not complete. first: only so many, in the order of their names; 0:
+    all.
+    """
+
+    pattern: str
+    least: int = 1
+    first: int = 0
+
+    @property
+    def title(self) -> str:
+        return self.pattern + (f" (the first {self.first})" if self.first else "")
+
+    def found(self) -> dict[str, str]:
+        """{path: fingerprint} of the files; {}: too few are there."""
+        from jaxchat.data.sources import file_fingerprint
+
+        root, pattern = base_dir(), self.pattern
+        if Path(pattern).is_absolute():
+            root = Path(Path(pattern).anchor)
+            pattern = str(Path(pattern).relative_to(root))
+        names = sorted(path.relative_to(root) for path in root.glob(pattern) if path.is_file())
+        names = [name for name in names if not hidden(name)][: self.first or None]
+        if len(names) < self.least:
+            return {}
+        return {name.as_posix(): file_fingerprint(root / name) for name in names}
+
+    def damage(self) -> str:
+        """What is wrong beyond what fingerprints show: nothing."""
+        return ""
+
+    def begun(self) -> bool:
+        """Whether a run that was interrupted has left something worth keeping: no."""
+        return False
+
+    def delete(self):
+        """Files are replaced by the command that makes them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The last checkpoint of a stage under a tag."""
+
+    stage: str
+    tag: str
+
+    @property
+    def title(self) -> str:
+        return f"{STAGES[self.stage].folder}/{self.tag}"
+
+    @property
+    def folder(self) -> Path:
+        return base_dir() / STAGES[self.stage].folder / self.tag
+
+    def last(self) -> int | None:
+        """The last step; None: there is no checkpoint."""
+        from jaxchat import checkpoint  # here, since it imports jax
+
+        return next(reversed(checkpoint.steps_in(self.folder)), None)
+
+    def found(self) -> dict[str, str]:
+        from jaxchat import seal
+
+        step = self.last()
+        if step is None:
+            return {}
+        sealed = self.folder / str(step) / seal.NAME
+        return {f"{self.title}/{step}": files.file_hash(sealed)[:16] if sealed.exists() else "not sealed"}
+
+    def damage(self) -> str:
+        """What is wrong with the weights, which are read for it; "": nothing."""
+        from jaxchat import seal
+
+        return seal.damage(self.folder / str(self.last()), ("params", "meta"))
+
+    def begun(self) -> bool:
+        return self.last() is not None
+
+    def delete(self):
+        """Delete the run's folder, all of it or nothing. UserError: a trainer is at work there."""
+        if not self.folder.is_dir():
+            return
+        from jaxchat import store
+
+        gone = self.folder.parent / ".deleted" / self.tag  # where nothing looks for checkpoints
+        with open(store.lock(self.folder), "rb"):
+            files.delete(gone)
+            gone.parent.mkdir(exist_ok=True)
+            self.folder.replace(gone)
+        files.delete(gone.parent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What a command has measured of a stage's last checkpoint."""
+
+    stage: str
+    tag: str
+    command: str
+
+    @property
+    def title(self) -> str:
+        return f"{STAGES[self.stage].folder}/{self.tag}/{self.command}_<step>.json"
+
+    def found(self) -> dict[str, str]:
+        run = Checkpoint(self.stage, self.tag)
+        return Files(f"{run.title}/{self.command}_{run.last()}*.json").found()
+
+    def damage(self) -> str:
+        return ""
+
+    def begun(self) -> bool:
+        return False
+
+    def delete(self):
+        """Results are replaced by the command that makes them."""
+
+
+Artifact = Files | Checkpoint | Results
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A command of a run.
+
+    argv: its words. makes: what it leaves, (): nothing that lasts, so it runs each time. needs: what it
+    reads. minutes: an estimate, 0: unknown. lane: steps of one lane take turns; "network" runs beside the
+    others. resumes: the command takes --resume. free: flags that may differ from those of an earlier start.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    makes: tuple[Artifact, ...] = ()
+    needs: tuple[Artifact, ...] = ()
+    minutes: float = 0.0
+    lane: str = "devices"
+    resumes: bool = False
+    free: frozenset[str] = frozenset()
+
+    @property
+    def fixed(self) -> list[str]:
+        """The words that a later start must repeat."""
+        return [word for word in self.argv if word.partition("=")[0].lstrip("-") not in self.free]
+
+    @property
+    def shown(self) -> str:
+        """The command as a user would type it, without quoting."""
+        words = ["python" if word == sys.executable else word for word in self.argv]
+        return " ".join(words)
+
+
+def hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts) or name.name.endswith(files.PART)
+
+
+def makers(steps: list[Step]) -> dict[Artifact, Step]:
+    return {artifact: step for step in steps for artifact in step.makes}
+
+
+def dependents(steps: list[Step], names: set[str]) -> set[str]:
+    """The named steps, and all that need what these make, directly or not."""
+    found = set(names)
+    for step in steps:  # a step comes after those it needs
+        made = {artifact for other in steps if other.name in found for artifact in other.makes}
+        if made & set(step.needs):
+            found.add(step.name)
+    return found
+
+
+def named(steps: list[Step], flag: str, text: str) -> set[str]:
+    """The names in a list that is separated by commas. UserError: one is no step."""
+    names = {name.strip() for name in text.split(",") if name.strip()}
+    known = [step.name for step in steps]
+    if unknown := sorted(names - set(known)):
+        raise UserError(f"--{flag}={text}: there is no step {unknown[0]!r}; the steps are {', '.join(known)}")
+    return names
+
+
+def chosen(steps: list[Step], first: str = "", last: str = "", only: str = "") -> list[Step]:
+    """The steps from `first` until `last`, or `only` those named. UserError: none, or an unknown name."""
+    if only and (first or last):
+        raise UserError("--only contradicts --from and --until; leave them out")
+    if only:
+        names = named(steps, "only", only)
+        return [step for step in steps if step.name in names]
+    known = [step.name for step in steps]
+    for flag, name in (("from", first), ("until", last)):
+        if name and name not in known:
+            raise UserError(f"--{flag}={name}: there is no step {name!r}; the steps are {', '.join(known)}")
+    start = known.index(first) if first else 0
+    end = known.index(last) if last else len(known) - 1
+    if end < start:
+        raise UserError(f"--from={first} comes after --until={last}; the order is {', '.join(known)}")
+    return steps[start : end + 1]

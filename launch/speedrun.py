@@ -1,0 +1,291 @@
+"""From nothing to a chat by one command: python -m launch.speedrun --preset=8xh100"""
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+from jaxchat import files, hosts
+from jaxchat.config import BaseConfig, Flags, MidConfig, SFTConfig, UserError, base_dir, flag
+from jaxchat.speedrun import estimate, presets, state, steps
+from jaxchat.speedrun.demo import TAG
+from jaxchat.speedrun.estimate import Machine
+from jaxchat.speedrun.plan import Plan, table
+from jaxchat.speedrun.presets import PRESETS, Places
+from jaxchat.speedrun.progress import Progress
+from jaxchat.speedrun.runner import Runner, python
+from jaxchat.speedrun.state import State
+from jaxchat.speedrun.steps import Files, Step
+from launch import base_eval, chat_eval, cli, tok_train
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Flags):
+    """Do all steps of a run, each by its own command: download, tokenizer, base, mid and SFT training, their
+    evaluations, the report; print how to chat with the result.
+
+    Interrupted anywhere, the same command continues. A step is done if its output is complete and was made
+    with these flags from these inputs; else it runs. If its flags or inputs have changed, the command says
+    which, and does nothing: --redo=STEP throws away what was made with the old ones.
+
+    --dry_run prints the plan: steps, time, cost, disk, memory. Everything is kept in the base directory, with
+    each step's output in speedrun/<tag>/<step>.log, and the state of the run in status.json there.
+    """
+
+    preset: str = flag("", choices=("", *PRESETS))
+    """Kind of machine: cpu (the demo), laptop, h100, 8xh100, v5e-8 or v6e-8."""
+    depth: int = flag(-1, 1, special=-1)
+    """Number of layers, the one dial of the model's size, data and time; -1: the preset's."""
+    model_tag: str = ""
+    """Name of the run; empty: d<depth>."""
+    data_dir: str = ""
+    """Folder of parquet shards to train on, the last one for validation; empty: downloads fineweb-edu."""
+    tasks_dir: str = ""
+    """Folder of the tasks' files; empty: downloads them."""
+    eval_bundle: str = ""
+    """CORE's bundle, a folder or a zip; none: does without CORE; empty: downloads it."""
+    tokenizer: str = ""
+    """More flags for launch.tok_train, separated by spaces: --tokenizer="--vocab_size=32768"."""
+    base: str = ""
+    """More flags for launch.base_train: --base="--num_iterations=100 --eval_every=20"."""
+    mid: str = ""
+    """More flags for launch.mid_train."""
+    sft: str = ""
+    """More flags for launch.chat_sft."""
+    base_eval: str = ""
+    """More flags for launch.base_eval."""
+    chat_eval: str = ""
+    """More flags for launch.chat_eval, which runs after midtraining and after SFT."""
+    price_per_hour: float = flag(-1.0, 0, special=-1)
+    """Price of the machine per hour, in any currency; -1: the preset's, if it has one."""
+    first: str = flag("", name="from")
+    """First step to do; what it needs must be there. Empty: the first of all."""
+    until: str = ""
+    """Last step to do; empty: the last of all."""
+    only: str = ""
+    """Steps to do, separated by commas; empty: all."""
+    redo: str = ""
+    """Steps to do again, separated by commas, with all that need what they make, which is deleted first."""
+    restarts: int = flag(3, 0)
+    """Largest number of restarts of a step that was stopped, killed or lost another process."""
+    check: bool = True
+    """Run launch.check first, on this machine's devices, driver, kernel and disk."""
+    dry_run: bool = False
+    """Print the plan and do nothing."""
+    serve: bool = False
+    """Start the server at the end, instead of printing its command."""
+
+
+# Of a step: its flags class, the flag here that adds to them, and those that do not change its result (None:
+# those with which a trainer may be resumed).
+SAME = {"device_type", "mesh", "batch_size", "device_batch_size"}
+ADDED = {
+    "tokenizer": (tok_train.Config, "tokenizer", {"overwrite"}),
+    "base": (BaseConfig, "base", None),
+    "base-eval": (base_eval.Config, "base_eval", SAME),
+    "mid": (MidConfig, "mid", None),
+    "chat-eval-mid": (chat_eval.Config, "chat_eval", SAME),
+    "sft": (SFTConfig, "sft", None),
+    "chat-eval": (chat_eval.Config, "chat_eval", SAME),
+}
+# Flags that launch.speedrun itself gives, or has.
+OWN = {"resume", "overwrite", "dry_run", "model_tag", "source", "step", "depth", "data_dir", "tasks_dir"}
+
+
+def main(args: list[str] | None = None):
+    cli.main(Config, run, args)
+
+
+def run(config: Config) -> int:
+    if hosts.detect():
+        raise UserError("launch.speedrun is for one host; on several, start each command by launch.cluster")
+    if config.preset == "cpu":
+        with cli.base_directory(base_dir() / "demo"):
+            code = plan_and_perform(config)
+    else:
+        code = plan_and_perform(config)
+    if code:
+        print("to continue, once it can:" if code != os.EX_TEMPFAIL else "stopped and saved; to continue:")
+        cli.next_step(f"python -m launch.speedrun {shlex.join(words_of(config))}")
+    return code
+
+
+def plan_and_perform(config: Config) -> int:
+    plan = described(config)
+    known = State(base_dir() / "speedrun" / plan.tag)
+    chosen = steps.chosen(plan.steps, config.first, config.until, config.only)
+    redo = steps.named(plan.steps, "redo", config.redo)
+    again = known.again(plan.steps, redo) if redo else set()
+    verdicts = state.plan(known, [step for step in chosen if step.name not in again])
+    why = {name: verdict.why for name, verdict in verdicts.items() if not verdict.done}
+    why |= {step.name: "again" for step in chosen if step.name in again}
+    todo = [step for step in chosen if step.name in why]
+    cli.print_plan(f"Run {plan.tag}: {plan.preset.about}", plan.rows(todo))
+    print("\n".join(table(chosen, why)), flush=True)
+    missing = check(plan, todo) if config.check and "base" in why and config.preset != "cpu" else []
+    if config.dry_run:
+        print("nothing was done: --dry_run")
+        return 0
+    if missing:
+        raise UserError(f"missing: {'; '.join(missing)}. Nothing was started; --no_check starts all the same")
+    files.check_space(base_dir(), int(plan.disk(todo)), "free some, or set JAXCHAT_BASE_DIR to a larger disk")
+    try:
+        held = files.lock(known.path("run", "lock"), f"process {os.getpid()}")
+    except files.Held as other:
+        raise UserError(f"{plan.tag} is under way in {other}; see {known.path('status')}") from None
+    with open(held, "rb"):
+        if again:
+            known.forget(plan.steps, again)
+        state.check_inputs(plan.steps, chosen)
+        return perform(config, plan, known, chosen)
+
+
+def perform(config: Config, plan: Plan, known: State, chosen: list[Step]) -> int:
+    """Run the chosen steps, then say how it went and what comes next."""
+    runner = Runner(chosen, known, restarts=config.restarts)
+    progress = Progress(runner, chosen, plan.price)
+    code = runner.run()
+    progress.write("stopped" if runner.stopped else "failed" if code else "done")
+    if code:
+        return code
+    if len(chosen) == len(plan.steps):
+        known.complete()
+    print(f"all {len(chosen)} steps are done")
+    chat = ["launch.chat_cli", f"--model_tag={plan.tag}"]
+    if importlib.util.find_spec("launch.serve"):
+        chat[0] = "launch.serve"
+        if config.serve:
+            return subprocess.run([sys.executable, "-m", *chat]).returncode
+    cli.next_step(f"python -m {' '.join(chat)}")
+    return 0
+
+
+def described(config: Config) -> Plan:
+    """The plan that the flags ask for. UserError: they cannot work."""
+    if not config.preset:
+        known = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
+        raise UserError(f"which machine? give --preset=NAME ({known})")
+    preset = PRESETS[config.preset]
+    price = preset.machine.price if config.price_per_hour < 0 else config.price_per_hour
+    if config.preset == "cpu":
+        for name in ("depth", "model_tag", "data_dir", "tasks_dir", "eval_bundle", "base_eval", "chat_eval"):
+            if getattr(config, name) != getattr(Config, name):
+                raise UserError(
+                    f"--{name} does not go with --preset=cpu, whose world is generated; leave it out"
+                )
+        return estimated(Plan(preset, TAG, *with_flags(presets.demo_steps(), config), price))
+    from jaxchat import checkpoint
+
+    depth = config.depth if config.depth > 0 else preset.depth
+    tag = config.model_tag or f"d{depth}"
+    checkpoint.run_folder("base", tag)  # a UserError if no folder can be named so
+    places = Places(config.data_dir, config.tasks_dir, config.eval_bundle)
+    plan = Plan(preset, tag, *with_flags(presets.real_steps(tag, depth, places, 2), config), price)
+    if not config.data_dir:
+        shards = estimate.shards_for(plan.flags["base"], plan.model)
+        listed, flags = with_flags(presets.real_steps(tag, depth, places, shards), config)
+        plan = dataclasses.replace(plan, steps=listed, flags=flags, shards=shards)
+    priced = [f"--price_per_hour={price:g}"] if price else []
+    listed = [
+        dataclasses.replace(s, argv=(*s.argv, *priced)) if s.name == "report" else s for s in plan.steps
+    ]
+    return estimated(dataclasses.replace(plan, steps=[*fit_step(plan), *listed]))
+
+
+def estimated(plan: Plan) -> Plan:
+    listed = [dataclasses.replace(step, minutes=plan.minutes(step)) for step in plan.steps]
+    return dataclasses.replace(plan, steps=listed)
+
+
+def fit_step(plan: Plan) -> list[Step]:
+    """A step that compiles base's step before anything else, where a compiler for its GPUs is installed."""
+    machine, base = plan.preset.machine, plan.flags["base"]
+    if not machine.topology.startswith("h") or importlib.util.find_spec("jax_cuda13_plugin") is None:
+        return []
+    names = ("depth", "device_batch_size", "total_batch_size", "max_seq_len", "mesh", "remat")
+    words = [f"--{name}={value}" for name in names if (value := getattr(base, name)) != ""]
+    words += [f"--topology={machine.topology}", f"--vocab_size={plan.model.vocab_size}", "--find_batch=0"]
+    return [Step("fit", python("launch.compile_check", *words), (Files(f"speedrun/{plan.tag}/fit.log"),))]
+
+
+def with_flags(listed: list[Step], config: Config) -> tuple[list[Step], dict[str, Flags]]:
+    """Return the steps with the preset's and the user's flags, and these, parsed. UserError: one is wrong."""
+    found, parsed = [], {}
+    for step in listed:
+        if step.name in ADDED:
+            kind, name, free = ADDED[step.name]
+            given = getattr(config, name)
+            try:
+                extra = shlex.split(given)
+                preset = shlex.split(PRESETS[config.preset].flags.get(step.name, ""))
+                words = [*step.argv[3:], *preset, *extra]
+                parsed[step.name] = flags = cli.parse(kind, words)
+            except (UserError, ValueError) as problem:
+                raise UserError(f"--{name}={given!r}: {problem}") from None
+            if own := sorted(names_in(extra) & OWN):
+                raise UserError(f"--{name}={given!r}: launch.speedrun itself gives --{own[0]}; leave it out")
+            if free is None:
+                free = {field.name for field in dataclasses.fields(kind) if field.metadata.get("free")}
+            argv = (*step.argv[:3], *words_of(flags, names_in(words)))
+            step = dataclasses.replace(step, argv=argv, free=frozenset(free - OWN))
+        found.append(step)
+    return found, parsed
+
+
+def names_in(words: list[str]) -> set[str]:
+    """The names of the flags among words."""
+    return {w.partition("=")[0][2:].replace("-", "_") for w in words if w.startswith("--")}
+
+
+def words_of(flags: Flags, given: set[str] = frozenset()) -> list[str]:
+    """The flags that were given or differ from their defaults, each once, as words."""
+    words = []
+    for field in dataclasses.fields(flags):
+        value, name = getattr(flags, field.name), field.metadata.get("name") or field.name
+        if value != field.default or name in given:
+            words.append(f"--{name}={int(value) if isinstance(value, bool) else value}")
+    return words
+
+
+def check(plan: Plan, todo: list[Step]) -> list[str]:
+    """Show what launch.check says of this machine; return what is missing and no step brings."""
+    names = {step.name for step in todo}
+    tasks = [word for word in plan_flags(plan, "mid") if word.startswith("--tasks_dir=")]
+    words = [*plan_flags(plan, "base"), *tasks, "--resume"]
+    done = subprocess.run([sys.executable, "-m", "launch.check", *words], capture_output=True, text=True)
+    found = re.findall(r"^  (ok|warning|missing) +(\S+(?: \S+)?)  +(.*)$", done.stdout, re.M)
+    if not found:
+        raise UserError(f"launch.check failed: {done.stderr.strip()[-500:]}; --no_check does without it")
+    brought = {"text", "tokenizer"} if "text" in names else {"tokenizer"} if "tokenizer" in names else set()
+    if names & {"tasks", "bundle"}:
+        brought |= {name for _, name, text in found if "launch.download" in text}
+    found = [wrong_devices(plan.preset.machine, line) if line[1] == "devices" else line for line in found]
+    shown = [line for line in found if line[1] not in brought]
+    cli.print_plan("This machine", [(f"{state:<7}  {name}", text) for state, name, text in shown])
+    return [f"{name}: {text}" for state, name, text in shown if state == "missing"]
+
+
+def wrong_devices(machine: Machine, line: tuple[str, str, str]) -> tuple[str, str, str]:
+    """The line about devices, as missing where they are not those that a preset is for."""
+    state, name, text = line
+    if (
+        state == "missing"
+        or not machine.topology
+        or text.startswith(f"{machine.devices} × ")
+        and "cpu" not in text
+    ):
+        return line
+    return "missing", name, f"{text}, where the preset is for {machine.title}"
+
+
+def plan_flags(plan: Plan, name: str) -> list[str]:
+    [step] = [step for step in plan.steps if step.name == name]
+    return list(step.argv[3:])
+
+
+if __name__ == "__main__":
+    main()
