@@ -155,12 +155,10 @@ def perform(config: Config, plan: Plan, known: State, chosen: list[Step]) -> int
     if len(chosen) == len(plan.steps):
         known.complete()
     print(f"all {len(chosen)} steps are done")
-    chat = ["launch.chat_cli", f"--model_tag={plan.tag}"]
-    if importlib.util.find_spec("launch.serve"):
-        chat[0] = "launch.serve"
-        if config.serve:
-            return subprocess.run([sys.executable, "-m", *chat]).returncode
-    cli.next_step(f"python -m {' '.join(chat)}")
+    server = ["launch.serve", f"--model_tag={plan.tag}"]
+    if config.serve:
+        return subprocess.run([sys.executable, "-m", *server]).returncode
+    cli.next_step(f"python -m {' '.join(server)} --open_browser")
     return 0
 
 
