@@ -110,12 +110,42 @@ STAGES = {
 }
 
 
+# The constants of nanochat's model as it was in November 2025 (the fields' defaults) and in July 2026.
+ARCHITECTURES = {
+    "2025": {},
+    "2026": {
+        "rotary_base": 100_000.0,
+        "qk_scale": 1.2,
+        "window_pattern": "SSSL",
+        "value_gate_channels": 12,
+        "value_gate_bound": 3.0,
+        "layer_scales": True,
+        "smear_channels": 24,
+        "backout": True,
+        "vocab_multiple": 64,
+        "embedding_std": 0.8,
+        "head_std": 0.001,
+        "uniform_init": True,
+        "up_scale": 0.4,
+    },
+}
+
+
+def constant(default, *, zero: bool = False, most: float = math.inf):
+    """A number of ModelConfig; zero: it may be 0. most: its largest value."""
+    return dataclasses.field(default=default, metadata={"zero": zero, "most": most})
+
+
+def rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape and constants of a model. Two checkpoints with equal ModelConfig have interchangeable weights.
 
     A field that is added later takes as its default what was computed before, so that older checkpoints stay
-    the same.
+    the same. docs/architecture.md says what each of the mechanisms computes.
     """
 
     sequence_len: int = 2048
@@ -127,17 +157,41 @@ class ModelConfig:
     rotary_base: float = 10_000.0
     softcap: float = 15.0  # bound of the logits: softcap·tanh(u/softcap)
     norm_eps: float = 1.1920929e-07  # float32's machine epsilon, torch's default for rms_norm
+    qk_scale: float = constant(1.0, most=2.0)  # factor on normed queries and on normed keys
+    # Letters of the layers, repeated; the last layer is L. S: a query sees short_window positions back. L: it
+    # sees sequence_len back. "": all of them.
+    window_pattern: str = ""
+    short_window: int = constant(0, zero=True)
+    # Every other layer, the last included, adds to its values an embedding of the token, times a gate.
+    value_gate_channels: int = constant(0, zero=True)  # features that the gate reads; 0: no layer does
+    value_gate_bound: float = 2.0  # the gate is bound·sigmoid(…)
+    layer_scales: bool = False  # a layer reads a·x + b·(the embedding), a and b learnt
+    smear_channels: int = constant(
+        0, zero=True
+    )  # features that the gate on the previous token reads; 0: no smear
+    backout: bool = False  # the middle layer's result, times a learnt number, is taken off at the end
+    vocab_multiple: int = (
+        1  # tables and head have a multiple of this many rows; what is beyond vocab_size is unused
+    )
+    table_dtype: str = "float32"  # of the embedding and the value embeddings as stored: float32 or bfloat16
+    embedding_std: float = 1.0  # of the embedding's initial values
+    head_std: float = constant(0.0, zero=True)
+    uniform_init: bool = False  # initial matrices are uniform, not normal
+    up_scale: float = 1.0  # factor on the initial w_up
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is float:
-                if type(value) not in (int, float) or not 0 < value < math.inf:
-                    raise UserError(f"model {field.name} is {value!r}; it must be a positive number")
-            elif type(value) is not int or not 1 <= value < 2**31:
-                raise UserError(
-                    f"model {field.name} is {value!r}; it must be a whole number from 1 to {2**31 - 1:,}"
-                )
+            check_constant(field, getattr(self, field.name))
+        if set(self.window_pattern) - set("SL"):
+            raise UserError(
+                f"model window_pattern is {self.window_pattern!r}; it is made of the letters S and L"
+            )
+        if "S" in self.window_pattern and not self.short_window:
+            raise UserError("model window_pattern has layers S; short_window must be 1 or more")
+        if max(self.value_gate_channels, self.smear_channels) > self.n_embd:
+            raise UserError(f"a gate reads more features than the model's width n_embd={self.n_embd}")
+        if self.table_dtype not in ("float32", "bfloat16"):
+            raise UserError(f"model table_dtype is {self.table_dtype!r}; it is float32 or bfloat16")
         if self.n_embd % self.n_head:
             raise UserError(f"model width n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.head_dim % 2:
@@ -148,15 +202,32 @@ class ModelConfig:
             raise UserError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
 
     @classmethod
-    def from_depth(cls, depth: int, *, sequence_len: int, vocab_size: int, n_kv_head: int | None = None):
+    def from_depth(
+        cls,
+        depth: int,
+        *,
+        sequence_len: int,
+        vocab_size: int,
+        n_kv_head: int | None = None,
+        arch: str = "2025",
+    ):
         """The model of one dial: `depth` layers, width 64·depth, one head per 128 of width, rounded up.
 
         More heads where those don't divide the width into head dimensions that are multiples of 8, which
-        cuDNN's attention needs: depth 5 has 4 heads of 80, depth 17 has 17 of 64.
+        cuDNN's attention needs: depth 5 has 4 heads of 80, depth 17 has 17 of 64. In the architecture of
+        2026 the width is rounded up instead, to a multiple of 128, and layers S see a quarter of the context.
         """
         if depth < 1:
             raise UserError(f"--depth={depth}: a model needs at least 1 layer")
+        if arch not in ARCHITECTURES:
+            raise UserError(f"--arch={arch}; it is {' or '.join(ARCHITECTURES)}")
         width = 64 * depth
+        if constants := ARCHITECTURES[arch]:
+            width = rounded_up(width, 128)
+            window = rounded_up(rounded_up(sequence_len, 4) // 4, 128)
+            n_head = width // 128
+            shape = (sequence_len, vocab_size, depth, n_head, n_kv_head or n_head, width)
+            return cls(*shape, short_window=window, **constants)
         n_head = math.ceil(width / 128)
         while width % (8 * n_head):
             n_head += 1
@@ -165,6 +236,29 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding tables and columns of the head."""
+        return rounded_up(self.vocab_size, self.vocab_multiple)
+
+
+def check_constant(field: dataclasses.Field, value):
+    """Raise UserError unless a value is one that a field of ModelConfig can have."""
+    zero, most = field.metadata.get("zero", False), field.metadata.get("most", math.inf)
+    if field.type is float:
+        fine = type(value) in (int, float) and 0 <= value <= most and value < math.inf and (value > 0 or zero)
+        expected = ("a positive number" if not zero else "0 or more") + (
+            f" up to {most}" if most < math.inf else ""
+        )
+    elif field.type is int:
+        least = 0 if zero else 1
+        fine = type(value) is int and least <= value < 2**31
+        expected = f"a whole number from {least} to {2**31 - 1:,}"
+    else:
+        fine, expected = type(value) is field.type, {bool: "true or false", str: "a word"}[field.type]
+    if not fine:
+        raise UserError(f"model {field.name} is {value!r}; it must be {expected}")
 
 
 REMATS = ("none", "dots", "full")  # from the fastest to the one that needs the least memory

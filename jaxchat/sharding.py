@@ -5,7 +5,6 @@ import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -14,9 +13,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import ModelConfig, UserError, base_dir
-
-if TYPE_CHECKING:
-    import optax
 
 AXES = ("data", "fsdp", "tensor")
 GPU_SHARE = 0.92  # of a GPU's memory: CUDA's contexts, cuBLAS and NCCL need the rest
@@ -97,14 +93,15 @@ def check_fits(model: ModelConfig, mesh: Mesh):
     for name, size, parts in (
         ("query heads", model.n_head, tensor),
         ("key/value heads", model.n_kv_head, tensor),
-        ("vocabulary", model.vocab_size, tensor),
+        ("vocabulary", model.padded_vocab, tensor),
         ("width", model.n_embd, fsdp),
+        # A value embedding's features are cut over fsdp.
+        *([("width of a head", model.head_dim, fsdp)] if model.value_gate_channels else []),
     ):
         if size % parts:
-            axis = "fsdp" if name == "width" else "tensor"
-            fits = (
-                model.n_embd if axis == "fsdp" else math.gcd(model.n_head, model.n_kv_head, model.vocab_size)
-            )
+            axis = "fsdp" if name.startswith("width") else "tensor"
+            widths = math.gcd(model.n_embd, model.head_dim if model.value_gate_channels else 0)
+            fits = widths if axis == "fsdp" else math.gcd(model.n_head, model.n_kv_head, model.padded_vocab)
             possible = [str(n) for n in range(1, mesh.size + 1) if mesh.size % n == 0 and fits % n == 0]
             raise UserError(
                 f"--mesh: {axis}={parts} does not divide the model's {name}, {size:,}; it may be "
@@ -152,21 +149,21 @@ def named(mesh: Mesh, specs):
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda s: isinstance(s, P))
 
 
-def optimizer_specs(optimizer: "optax.GradientTransformation", param_shapes, param_specs):
-    """Partition specs of an optax state: a weight's spec for what belongs to one weight, P() for the rest."""
-    import optax  # here, since chat needs it for nothing else
+def optimizer_specs(state, weights: dict):
+    """Partition specs of an optimizer's state (its shapes): what ends in a weight's name lies as the weight does.
 
-    def masked(leaf):  # stands for the weights that a transformation does not handle
-        return isinstance(leaf, optax.MaskedNode)
+    weights: the declared weights by name. A dimension that the state has summed away is not cut.
+    """
 
-    return optax.tree_map_params(
-        optimizer,
-        lambda leaf, spec: leaf if masked(leaf) else spec,
-        jax.eval_shape(optimizer.init, param_shapes),
-        param_specs,
-        transform_non_params=lambda _: P(),
-        is_leaf=masked,
-    )
+    def spec(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        weight = next((w for own, w in weights.items() if name == own or name.endswith(f".{own}")), None)
+        if weight is None:
+            return P()
+        sizes = zip(weight.axes, leaf.shape, weight.shape, strict=True)
+        return P(*(axis if size == full else None for axis, size, full in sizes))
+
+    return jax.tree_util.tree_map_with_path(spec, state)
 
 
 def place_rows(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:

@@ -21,7 +21,14 @@ NAMES = {
     "blocks.wo": "transformer.h.{}.attn.c_proj.weight",
     "blocks.w_up": "transformer.h.{}.mlp.c_fc.weight",
     "blocks.w_down": "transformer.h.{}.mlp.c_proj.weight",
+    "blocks.stream_scale": "resid_lambdas",
+    "blocks.embedding_scale": "x0_lambdas",
+    "blocks.value_table": "value_embeds.{}.weight",
+    "blocks.value_gate": "transformer.h.{}.attn.ve_gate.weight",
     "lm_head": "lm_head.weight",
+    "smear_gate": "smear_gate.weight",
+    "smear_scale": "smear_lambda",
+    "backout_scale": "backout_lambda",
 }
 COMPILED = "_orig_mod."  # what torch.compile puts before every name
 FIELDS = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"}  # of its model_config

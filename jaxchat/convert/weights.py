@@ -1,7 +1,8 @@
 """Weights between jaxchat's stacks and PyTorch's matrices.
 
 A weight's name is its path in `Params`: "wte", "blocks.wq", "lm_head". PyTorch keeps each matrix alone, as
-[out, in]; jaxchat stacks a block's matrices over the layers, as [in, out] with heads apart.
+[out, in]; jaxchat stacks a block's matrices over the layers, as [in, out] with heads apart. Tables of
+embeddings are [vocabulary, width] in both, and so are vectors the same.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -17,6 +19,7 @@ from jaxchat import files
 from jaxchat.checkpoint import Found
 from jaxchat.config import ModelConfig, UserError
 from jaxchat.model.flops import num_params
+from jaxchat.model.layers import layers
 from jaxchat.model.params import Weight, declare, named
 from jaxchat.store import Checkpoints
 from jaxchat.tokenizer import Tokenizer
@@ -41,12 +44,11 @@ class Foreign:
 
 
 def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
-    """Return the names of a weight's matrices in the other format: one, or one for each layer."""
-    return (
-        [names[name].format(i) for i in range(config.n_layer)]
-        if name.startswith("blocks.")
-        else [names[name]]
-    )
+    """Return the names of a weight's matrices in the other format: one, or one for each layer that has it."""
+    if "{}" not in names[name]:
+        return [names[name]]
+    some = name.startswith("blocks.value_")
+    return [names[name].format(i) for i, layer in enumerate(layers(config)) if layer.values or not some]
 
 
 def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
@@ -60,29 +62,45 @@ def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
 
 def to_matrices(name: str, weight: Weight, stack: np.ndarray) -> Iterator[np.ndarray]:
     """Yield PyTorch's matrices of a weight, each a contiguous copy."""
+    if not weight.fan_in:
+        yield np.array(stack)
+        return
     for matrix in stack.reshape(-1, weight.fan_in, weight.fan_out):
-        yield np.array(matrix if name == "wte" else matrix.T, order="C")
+        yield np.array(matrix if weight.lookup else matrix.T, order="C")
 
 
 def to_stack(name: str, weight: Weight, matrices: list[torch.Tensor]) -> np.ndarray:
-    """Return jaxchat's float32 array of a weight."""
-    stack = np.empty(weight.shape, np.float32)
-    layers = stack.reshape(-1, weight.fan_in, weight.fan_out)
-    for layer, matrix in zip(layers, matrices, strict=True):
-        layer[:] = matrix.float().numpy() if name == "wte" else matrix.float().numpy().T
+    """Return jaxchat's array of a weight."""
+    stack = np.empty(weight.shape, jnp.dtype(weight.dtype))
+    if not weight.fan_in:
+        stack[:] = matrices[0].float().numpy()
+        return stack
+    parts = stack.reshape(-1, weight.fan_in, weight.fan_out)
+    for part, matrix in zip(parts, matrices, strict=True):
+        part[:] = matrix.float().numpy() if weight.lookup else matrix.float().numpy().T
     return stack
 
 
+def shape_of(weight: Weight) -> list[int]:
+    """The shape of each of PyTorch's matrices of a weight."""
+    if not weight.fan_in:
+        return list(weight.shape)
+    shape = [weight.fan_out, weight.fan_in]
+    return shape[::-1] if weight.lookup else shape
+
+
 def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's weights as another format's tensors, in float32 or the type of their import."""
+    """Return a checkpoint's weights as another format's tensors, in their type or the type of their import."""
     weights = named(found.config)
     stacks = dict(zip(weights, jax.tree.leaves(found.load()), strict=True))
     narrow = found.meta.get("imported", {}).get("dtypes", {})
     ours, tensors = our_names(names, found.config), {}
     for name, weight in weights.items():
-        matrices = to_matrices(name, weight, np.asarray(stacks.pop(name)))
-        for theirs, matrix in zip(matrix_names(name, names, found.config), matrices, strict=True):
-            tensors[theirs] = torch.from_numpy(matrix).to(DTYPES[narrow.get(ours[theirs], "float32")])
+        stack = np.asarray(stacks.pop(name)).astype(np.float32)  # which holds all that is read
+        for theirs, matrix in zip(
+            matrix_names(name, names, found.config), to_matrices(name, weight, stack), strict=True
+        ):
+            tensors[theirs] = torch.from_numpy(matrix).to(DTYPES[narrow.get(ours[theirs], weight.dtype)])
         progress(name)
     return tensors
 
@@ -102,8 +120,7 @@ def check(foreign: Foreign):
             )
     for theirs, tensor in foreign.tensors.items():
         name = ours[theirs].rpartition(".")[0]
-        shape = [weights[name].fan_out, weights[name].fan_in]
-        wanted = shape[::-1] if name == "wte" else shape  # the embedding is [vocabulary, width]
+        wanted = shape_of(weights[name])
         if list(tensor.shape) != wanted:
             raise UserError(
                 f"{foreign.path}: {theirs} is {list(tensor.shape)}, its configuration wants {wanted}"

@@ -267,10 +267,12 @@ def empty_rows(count: int, vocab_size: int) -> Rows:
     )
 
 
-@partial(jax.jit, static_argnames="dtype")
-def for_decoding(params: Params, dtype: str) -> Params:
+@partial(jax.jit, static_argnames=("dtype", "vocab_size"))
+def for_decoding(params: Params, dtype: str, vocab_size: int) -> Params:
     """Weights as decoding reads them: an array a layer, in the dtype of the products.
 
-    Every token needs all of them, but for the embedding: it stays as it is.
+    Every token needs all of them, but for the embedding: it stays as it is. Columns of the head beyond the
+    vocabulary are left out.
     """
-    return Params(params.wte, layers_of(params.blocks, dtype), params.lm_head.astype(dtype))
+    head_DV = params.lm_head[:, :vocab_size].astype(dtype)
+    return params.replace(blocks=layers_of(params.blocks, dtype), lm_head=head_DV)

@@ -104,7 +104,7 @@ class Engine:
         """
         dtype = self.compute.dtype
         if self._mesh is None:
-            self._params = for_decoding(params, dtype)
+            self._params = for_decoding(params, dtype, self.config.vocab_size)
             return
         everywhere = NamedSharding(self._mesh, P())
         if jax.tree.leaves(params)[0].sharding.device_set != everywhere.device_set:
@@ -113,7 +113,7 @@ class Engine:
 
         @partial(jax.jit, out_shardings=everywhere)
         def prepare(params):
-            return for_decoding(params.replace(wte=params.wte.astype(dtype)), dtype)
+            return for_decoding(params.replace(wte=params.wte.astype(dtype)), dtype, self.config.vocab_size)
 
         def own(array):
             shards = [shard.data for shard in array.addressable_shards]

@@ -16,26 +16,40 @@ LANES = 128  # splash: time and (above 64) head dimension are padded to a multip
 SPLASH_BLOCK = 512  # splash: queries and keys per block, where that divides the time
 
 
-def causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation: str, segments_BT=None, mesh: Mesh | None = None):
+def causal_attention(
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    implementation: str,
+    segments_BT=None,
+    mesh: Mesh | None = None,
+    window: int | None = None,
+):
     """Attention of each position to itself and those before; softmax in float32, scale 1/√H. -> [B, T, N, H].
 
     K may divide N: then N/K neighbouring query heads share a key/value head. Queries and keys must be normed.
     segments_BT: a position attends only to positions of its own segment.
+    window: the number of positions before its own that a position attends to, at most; None: all of them.
     implementation: "blocks" (attention_cpu.py), "splash" (JAX's kernel for TPUs), "xla" or "cudnn"
         (jax.nn's); see kernel_for.
     mesh: each device computes its own rows and heads, whatever the kernel; nothing crosses devices.
     """
     attend = KERNELS[kernel_for(implementation, q_BTNH.shape[3], q_BTNH.shape[1])]
+    if window is not None and window < q_BTNH.shape[1] - 1:
+        attend = partial(attend, window=window)
     rows = None if mesh is None else row_axes(mesh, q_BTNH.shape[0])
     heads = P(rows, None, "tensor")
     attend = per_device(attend, mesh, (heads, heads, heads, P(rows)), heads)
     return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
-def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str):
-    """Attention of new tokens to one layer's cache slots, up to their own positions. -> [B, T, N, H]."""
+def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, window: int | None = None):
+    """Attention of new tokens to one layer's cache slots, up to their own positions. -> [B, T, N, H].
+
+    window: see causal_attention.
+    """
     if implementation == "blocks" and q_BTNH.shape[1] == 1:
-        return decoding_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT[:, 0])
+        return decoding_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT[:, 0], window)
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -43,6 +57,8 @@ def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str):
         "btkgh,bksh->bkgts", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
     ) / math.sqrt(H)
     seen_BTS = jnp.arange(S)[None, None, :] <= positions_BT[:, :, None]
+    if window is not None and window < S - 1:
+        seen_BTS &= jnp.arange(S)[None, None, :] >= positions_BT[:, :, None] - window
     p_BKGTS = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1)
     return jnp.einsum("bkgts,bksh->btkgh", p_BKGTS.astype(q_BTNH.dtype), v_BKSH).reshape(B, T, N, H)
 
@@ -59,17 +75,28 @@ def kernel_for(implementation: str, head_dim: int, time: int) -> str:
     return "cudnn" if head_dim % 8 == 0 and head_dim <= largest and time % 2 == 0 else "xla"
 
 
-def library_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, implementation: str):
+def library_attention(
+    q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, implementation: str, window: int | None = None
+):
     """jax.nn's attention. Segments are a mask [B, 1, T, S], which cuDNN reads as a bias: T² numbers a row."""
     same_B1TS = None
     if segments_BT is not None:
         same_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    sides = None if window is None else (window, 0)
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, implementation=implementation
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        mask=same_B1TS,
+        is_causal=True,
+        local_window_size=sides,
+        implementation=implementation,
     )
 
 
-def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, interpret: bool = False):
+def splash_attention(
+    q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: int | None = None, interpret: bool = False
+):
     """JAX's block-sparse kernel for TPUs: what the mask drops is never computed, and no scores reach memory.
 
     Its lanes want multiples of 128, so arrays are padded with zeros: padded keys come after every query,
@@ -87,7 +114,9 @@ def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, interpret: boo
         block_q=size, block_kv=size, block_kv_compute=size, block_q_dkv=size, block_kv_dkv=size,
         block_kv_dkv_compute=size, use_fused_bwd_kernel=True,
     )  # fmt: skip
-    mask = masks.MultiHeadMask([masks.CausalMask((T + more_T, T + more_T))] * N)
+    size_TT = (T + more_T, T + more_T)
+    mask = masks.CausalMask(size_TT) if window is None else masks.LocalMask(size_TT, (window, 0), 0)
+    mask = masks.MultiHeadMask([mask] * N)
     with jax.ensure_compile_time_eval():  # the kernel's tables of blocks are constants
         kernel = kernels.make_splash_mha(
             mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret

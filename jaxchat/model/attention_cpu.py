@@ -1,7 +1,8 @@
 """Attention for CPUs only: plain XLA operations, block after block, skipping most of what the mask drops.
 
 A reader who wants to know what the model computes can skip this file: attention.py says it in two lines.
-Queries and keys must be normed: scores are at most √H then (11 at H = 128); exp needs no maximum subtracted.
+Queries and keys must be normed: scores are at most √H then (11 at H = 128), times qk_scale² (at most 4); exp
+needs no maximum subtracted.
 """
 
 import math
@@ -13,8 +14,11 @@ QUERY_BLOCK = 128  # queries per block; a smaller block skips more of the mask, 
 SLOT_BLOCK = 64  # cache slots per block while decoding
 
 
-def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None):
-    """Causal attention, each block of queries against the keys up to its last query. -> [B, T, N, H]."""
+def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: int | None = None):
+    """Causal attention, each block of queries against the keys up to its last query. -> [B, T, N, H].
+
+    window: see causal_attention; the keys before all of the block's windows are skipped too.
+    """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     # Heads before time: matrix products over the last two axes. G = N/K query heads share a key head.
@@ -22,38 +26,43 @@ def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None):
     k_BKSH, v_BKSH = jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2)
     blocks = []
     for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
-        seen = (jnp.arange(end)[None, :] <= jnp.arange(start, end)[:, None])[
-            None, None, None
-        ]  # [B, K, G, t, s]
+        end, first = min(start + QUERY_BLOCK, T), 0 if window is None else max(0, start - window)
+        s, t = jnp.arange(first, end)[None, :], jnp.arange(start, end)[:, None]
+        seen = s <= t if window is None else (s <= t) & (s >= t - window)
+        seen = seen[None, None, None]  # [B, K, G, t, s]
         if segments_BT is not None:
-            seen = seen & (segments_BT[:, start:end, None] == segments_BT[:, None, :end])[:, None, None]
-        q_BKGtH, k_BKsH = q_BKGTH[..., start:end, :], k_BKSH[:, :, :end]
+            seen = seen & (segments_BT[:, start:end, None] == segments_BT[:, None, first:end])[:, None, None]
+        q_BKGtH, k_BKsH = q_BKGTH[..., start:end, :], k_BKSH[:, :, first:end]
         scores_BKGts = jnp.einsum("bkgth,bksh->bkgts", q_BKGtH, k_BKsH, preferred_element_type=jnp.float32)
         p_BKGts = jnp.where(seen, jnp.exp(scores_BKGts), 0.0)
-        y_BKGtH = jnp.einsum("bkgts,bksh->bkgth", p_BKGts.astype(v_BKSH.dtype), v_BKSH[:, :, :end])
+        y_BKGtH = jnp.einsum("bkgts,bksh->bkgth", p_BKGts.astype(v_BKSH.dtype), v_BKSH[:, :, first:end])
         blocks.append((y_BKGtH / p_BKGts.sum(-1, keepdims=True)).astype(q_BTNH.dtype))
     return jnp.moveaxis(jnp.concatenate(blocks, axis=3), 3, 1).reshape(B, T, N, H)
 
 
-def decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B):
+def decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None):
     """Attention of one new token per row to the cache slots up to its own position. -> [B, 1, N, H].
 
-    One block of one row's slots at a time, as far as that row reaches: nothing depends on the other rows.
+    One block of one row's slots at a time, as far as that row sees: nothing depends on the other rows.
+    window: see causal_attention.
     """
     (B, _, N, H), (_, K, S, _) = q_B1NH.shape, k_BKSH.shape
     block = math.gcd(S, SLOT_BLOCK)
     q_BKGH = (q_B1NH.astype(jnp.float32) / math.sqrt(H)).reshape(B, K, N // K, H)
-    blocks_B = jnp.minimum(positions_B // block + 1, S // block)
+    first_B = jnp.zeros_like(positions_B) if window is None else jnp.maximum(positions_B - window, 0) // block
+    blocks_B = jnp.minimum(positions_B // block + 1, S // block) - first_B
     ends_B = jnp.cumsum(blocks_B)
 
     def add_block(n, sums):
         row = jnp.sum(ends_B <= n)
-        slot = (n - ends_B[row] + blocks_B[row]) * block
+        slot = (n - ends_B[row] + blocks_B[row] + first_B[row]) * block
         slots = [jax.lax.dynamic_slice(a, (row, 0, slot, 0), (1, K, block, H)) for a in (k_BKSH, v_BKSH)]
         k_1KsH, v_1KsH = (a.astype(jnp.float32) for a in slots)
         q_1KGH, *own = (jax.lax.dynamic_slice_in_dim(a, row, 1) for a in (q_BKGH, *sums))
-        seen_s = slot + jnp.arange(block) <= positions_B[row]
+        slots_s = slot + jnp.arange(block)
+        seen_s = slots_s <= positions_B[row]
+        if window is not None:
+            seen_s &= slots_s >= positions_B[row] - window
         scores_1KGs = jnp.einsum("bkgh,bksh->bkgs", q_1KGH, k_1KsH)
         p_1KGs = jnp.where(seen_s[None, None, None], jnp.exp(scores_1KGs), 0.0)
         more = (p_1KGs.sum(-1, keepdims=True), jnp.einsum("bkgs,bksh->bkgh", p_1KGs, v_1KsH))

@@ -19,18 +19,20 @@ class KVCache:
     k_BKSH: tuple[jax.Array, ...]
     v_BKSH: tuple[jax.Array, ...]
     lengths_B: jax.Array  # int32
+    tokens_BS: jax.Array | None = None  # int32, where the model mixes in the token before (smear)
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, max_len: int, dtype):
         shape = (batch, config.n_kv_head, max_len, config.head_dim)
         k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer)) for _ in "kv")
-        return cls(k, v, jnp.zeros(batch, jnp.int32))
+        tokens_BS = jnp.zeros((batch, max_len), jnp.int32) if config.smear_channels else None
+        return cls(k, v, jnp.zeros(batch, jnp.int32), tokens_BS)
 
     @classmethod
-    def holding(cls, layers: list[tuple[jax.Array, jax.Array]], lengths_B):
-        """A cache of each layer's (k_BTKH, v_BTKH), with T slots."""
+    def holding(cls, layers: list[tuple[jax.Array, jax.Array]], lengths_B, tokens_BT=None):
+        """A cache of each layer's (k_BTKH, v_BTKH), with T slots. tokens_BT: where the model smears."""
         k, v = (tuple(jnp.swapaxes(x_BTKH, 1, 2) for x_BTKH in each) for each in zip(*layers, strict=True))
-        return cls(k, v, lengths_B)
+        return cls(k, v, lengths_B, tokens_BT)
 
     @property
     def slots(self) -> int:
@@ -47,6 +49,17 @@ class KVCache:
 
         return self.replace(k_BKSH=put(self.k_BKSH, k_BTKH), v_BKSH=put(self.v_BKSH, v_BTKH))
 
+    def write_tokens(self, tokens_BT, positions_BT) -> "KVCache":
+        """Write the tokens at positions_BT, where they are kept; those beyond the last slot are dropped."""
+        if self.tokens_BS is None:
+            return self
+        rows_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
+        return self.replace(tokens_BS=self.tokens_BS.at[rows_B1, positions_BT].set(tokens_BT, mode="drop"))
+
+    def last_tokens(self):
+        """Each row's last token, B; of an empty row any."""
+        return jnp.take_along_axis(self.tokens_BS, jnp.maximum(self.lengths_B - 1, 0)[:, None], axis=1)[:, 0]
+
     def advance(self, counts_B) -> "KVCache":
         """Make each row `counts_B` tokens longer; their keys and values have been written."""
         return self.replace(lengths_B=self.lengths_B + counts_B)
@@ -61,10 +74,14 @@ class KVCache:
         def put(array, other):
             return array.at[rows_P, :, : other.shape[2]].set(other, mode="drop")
 
+        tokens_BS = self.tokens_BS
+        if tokens_BS is not None:
+            tokens_BS = tokens_BS.at[rows_P, : other.slots].set(other.tokens_BS, mode="drop")
         return KVCache(
             jax.tree.map(put, self.k_BKSH, other.k_BKSH),
             jax.tree.map(put, self.v_BKSH, other.v_BKSH),
             self.lengths_B.at[rows_P].set(other.lengths_B, mode="drop"),
+            tokens_BS,
         )
 
     def resize(self, slots: int) -> "KVCache":
@@ -75,4 +92,5 @@ class KVCache:
             return jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0))) if more > 0 else array[:, :, :slots]
 
         k, v = jax.tree.map(change, (self.k_BKSH, self.v_BKSH))
-        return self.replace(k_BKSH=k, v_BKSH=v)
+        tokens_BS = None if self.tokens_BS is None else change(self.tokens_BS[:, None, :, None])[:, 0, :, 0]
+        return self.replace(k_BKSH=k, v_BKSH=v, tokens_BS=tokens_BS)

@@ -1,4 +1,4 @@
-"""Look tokens up in the embedding table, on one device or on a mesh that the table is spread over."""
+"""Look tokens up in embedding tables, on one device or on a mesh that the tables are spread over."""
 
 from functools import partial
 
@@ -15,8 +15,89 @@ from jaxchat.sharding import per_device, row_axes
 def embed(wte_VD, tokens_BT, compute: Compute):
     """The tokens' rows of the embedding, in compute.dtype. -> x_BTD."""
     if compute.mesh is None or compute.mesh.size == 1:
-        return wte_VD[tokens_BT].astype(compute.dtype)
+        return look_up(wte_VD, tokens_BT, compute.dtype)
     return embed_sharded(wte_VD, tokens_BT, jnp.dtype(compute.dtype), compute.mesh)
+
+
+def look_up(table, tokens_BT, dtype):
+    """Rows of a table that is not spread, in dtype. Their gradients are summed in float32."""
+    if table.dtype == jnp.float32:
+        return table[tokens_BT].astype(dtype)
+    return look_up_narrow(table, tokens_BT, jnp.dtype(dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up_narrow(table, tokens_BT, dtype):
+    return table[tokens_BT].astype(dtype)
+
+
+def look_up_backward(dtype, saved, d_rows):
+    table, tokens_BT = saved
+    return sum_rows(table, tokens_BT, d_rows).astype(table.dtype), None
+
+
+look_up_narrow.defvjp(
+    lambda table, tokens_BT, dtype: (look_up_narrow(table, tokens_BT, dtype), (table, tokens_BT)),
+    look_up_backward,
+)
+
+
+def sum_rows(table, ids_BT, d_rows):
+    """Sum the gradients of rows that were looked up, in float32, into an array of a table's shape."""
+    return jnp.zeros(table.shape).at[ids_BT].add(d_rows.astype(jnp.float32))
+
+
+def embed_values(table_VKH, tokens_BT, compute: Compute):
+    """The tokens' value embeddings, in compute.dtype. -> v_BTKH."""
+    if compute.mesh is None or compute.mesh.size == 1:
+        return look_up(table_VKH, tokens_BT, compute.dtype)
+    return embed_columns(table_VKH, tokens_BT, jnp.dtype(compute.dtype), compute.mesh)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def embed_columns(table_VKH, tokens_BT, dtype, mesh: Mesh):
+    """Look tokens up in a table whose columns are spread, heads over `tensor`, features over `fsdp`.
+
+    No device ever holds more of the table: along `fsdp` each looks up its columns for the tokens of all, and
+    sends every other the rows that are that one's.
+    """
+    axes = row_axes(mesh, tokens_BT.shape[0])
+
+    def local(table_Vkh, tokens_BT):
+        if not axes:  # all devices have all tokens
+            return lax.all_gather(table_Vkh[tokens_BT].astype(dtype), "fsdp", axis=3, tiled=True)
+        everyones_BT = lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
+        return lax.all_to_all(table_Vkh[everyones_BT].astype(dtype), "fsdp", 0, 3, tiled=True)
+
+    specs = (P(None, "tensor", "fsdp"), P(axes))
+    return per_device(local, mesh, specs, P(axes, None, "tensor"))(table_VKH, tokens_BT)
+
+
+def embed_columns_backward(dtype, mesh: Mesh, saved, d_BTKH):
+    table_VKH, tokens_BT = saved
+    axes = row_axes(mesh, tokens_BT.shape[0])
+
+    def local(table_Vkh, tokens_BT, d_BTkH):
+        if not axes:  # all devices have all rows, so each already has the sum
+            size = table_Vkh.shape[2]
+            d_BTkh = lax.dynamic_slice_in_dim(d_BTkH, lax.axis_index("fsdp") * size, size, axis=3)
+            return sum_rows(table_Vkh, tokens_BT, d_BTkh).astype(table_Vkh.dtype)
+        everyones_BT = lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
+        d_BTkh = lax.all_to_all(d_BTkH, "fsdp", 3, 0, tiled=True)
+        return lax.psum(sum_rows(table_Vkh, everyones_BT, d_BTkh), "data").astype(table_Vkh.dtype)
+
+    table = P(None, "tensor", "fsdp")
+    specs = (table, P(axes), P(axes, None, "tensor"))
+    return per_device(local, mesh, specs, table)(table_VKH, tokens_BT, d_BTKH), None
+
+
+embed_columns.defvjp(
+    lambda table_VKH, tokens_BT, *options: (
+        embed_columns(table_VKH, tokens_BT, *options),
+        (table_VKH, tokens_BT),
+    ),
+    embed_columns_backward,
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -43,10 +124,12 @@ def embed_backward(dtype, mesh: Mesh, saved, dx_BTD):
         dx_BTD = jnp.where(here_BT[..., None], dx_BTD.astype(jnp.float32), 0)
         d_VD = jnp.zeros((size, dx_BTD.shape[-1])).at[ids_BT].add(dx_BTD)
         if not axes:  # all devices have all rows, so each already has the sum
-            return lax.dynamic_slice_in_dim(
+            d_VD = lax.dynamic_slice_in_dim(
                 d_VD, lax.axis_index("fsdp") * wte_Vd.shape[1], wte_Vd.shape[1], axis=1
             )
-        return lax.psum(lax.psum_scatter(d_VD, "fsdp", scatter_dimension=1, tiled=True), "data")
+            return d_VD.astype(wte_Vd.dtype)
+        d_Vd = lax.psum(lax.psum_scatter(d_VD, "fsdp", scatter_dimension=1, tiled=True), "data")
+        return d_Vd.astype(wte_Vd.dtype)
 
     table, rows = P("tensor", "fsdp"), P(axes)
     return per_device(local, mesh, (table, rows, rows), table)(wte_VD, tokens_BT, dx_BTD), None

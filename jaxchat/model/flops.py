@@ -6,6 +6,7 @@ import re
 import jax
 
 from jaxchat.config import ModelConfig
+from jaxchat.model.layers import layers
 from jaxchat.model.params import declare
 
 # Dense bfloat16 peak of one device in FLOP/s, by a part of jax.Device.device_kind; from the vendors' data
@@ -42,13 +43,24 @@ def num_params(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
     """Training FLOPs of one token, forward and backward.
 
-    6 per weight that is multiplied with (an embedding is looked up), and 12·L·D·T for attention scores and
-    values (PaLM, appendix B; the causal half is not deducted).
+    6 per weight of a matrix (an embedding is looked up, and costs none), and 12·D·T for each layer's attention
+    scores and values (PaLM, appendix B; the causal half is not deducted). In a layer with a window that is
+    shorter, T is the window.
 
     time: tokens of a row, T; None: the model's whole context.
     """
-    multiplied = sum(math.prod(w.shape) for w in jax.tree.leaves(declare(config)) if not w.lookup)
-    return 6 * multiplied + 12 * config.n_layer * config.n_embd * (time or config.sequence_len)
+    multiplied = sum(
+        math.prod(w.shape) for w in jax.tree.leaves(declare(config)) if w.fan_in and not w.lookup
+    )
+    time = time or config.sequence_len
+    seen = sum(time if layer.window is None else min(time, layer.window) for layer in layers(config))
+    return 6 * multiplied + 12 * config.n_embd * seen
+
+
+def scaling_params(config: ModelConfig) -> int:
+    """Weights of the blocks' matrices and the head: the count by which nanochat scales tokens and batch."""
+    kinds = ("matrix", "head")
+    return sum(math.prod(w.shape) for w in jax.tree.leaves(declare(config)) if w.group in kinds)
 
 
 def peak_flops(device: jax.Device) -> float | None:

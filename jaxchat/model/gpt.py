@@ -1,7 +1,7 @@
 """The forward pass: a pure function of the weights and the tokens.
 
 Names carry their shapes: B batch, T time, S cache slots, D model width, N query heads, K key/value heads,
-H head dimension, F MLP width, V vocabulary.
+H head dimension, F MLP width, V vocabulary, C features that a gate reads.
 """
 
 import dataclasses
@@ -9,21 +9,18 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.model.attention import cached_attention, causal_attention
 from jaxchat.model.cache import KVCache
-from jaxchat.model.embedding import embed
+from jaxchat.model.embedding import embed, embed_values
+from jaxchat.model.layers import layers, middle, through_layers
 from jaxchat.model.matmul import matmul
 from jaxchat.model.params import Blocks, Params, layers_of
 from jaxchat.sharding import constrain, row_axes
-
-REMAT_POLICIES = {  # what the backward pass may keep; without remat all is kept
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 def rms_norm(x, eps: float):
@@ -46,9 +43,10 @@ def rotate(x_BTNH, tables):
     return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def rotate_norm(x_BTNH, tables, eps: float):
-    """Rotate, then norm: for queries and keys."""
-    return rms_norm(rotate(x_BTNH, tables), eps)
+def rotate_norm(x_BTNH, tables, eps: float, scale: float = 1.0):
+    """Rotate, then norm, then multiply by scale: for queries and keys."""
+    y_BTNH = rms_norm(rotate(x_BTNH, tables), eps)
+    return y_BTNH if scale == 1 else scale * y_BTNH
 
 
 def residual_norm(x_BTD, y_BTD=None, *, eps: float):
@@ -59,27 +57,45 @@ def residual_norm(x_BTD, y_BTD=None, *, eps: float):
 
 def norms(config: ModelConfig, compute: Compute):
     """Return (residual_norm, rotate_norm): this file's, or GPU kernels that also fuse sums of gradients."""
+    eps, scale = config.norm_eps, config.qk_scale
     if not compute.kernels:
-        return partial(residual_norm, eps=config.norm_eps), partial(rotate_norm, eps=config.norm_eps)
+        return partial(residual_norm, eps=eps), partial(rotate_norm, eps=eps, scale=scale)
     from jaxchat.model import kernels  # here, so that other devices don't import Pallas
 
-    options = {"eps": config.norm_eps, "mesh": compute.mesh}
-    return partial(kernels.residual_norm, **options), partial(kernels.rotate_norm, **options)
+    return (
+        partial(kernels.residual_norm, eps=eps, mesh=compute.mesh),
+        partial(kernels.rotate_norm, eps=eps, mesh=compute.mesh, scale=scale),
+    )
 
 
-def block(x_BTD, w: Blocks, tables, attend, config: ModelConfig, compute: Compute):
+@struct.dataclass
+class Inputs:
+    """What every layer reads beside the residual stream."""
+
+    tokens_BT: jax.Array
+    embedded_BTD: jax.Array  # the first layer's input
+    tables: tuple  # of rotary_tables
+
+
+def block(x_BTD, w: Blocks, inputs: Inputs, attend, config: ModelConfig, compute: Compute):
     """One transformer layer. -> x_BTD.
 
-    w: this layer's slice of the stacked weights.
+    w: this layer's weights; those that it lacks are None.
     attend(q_BTNH, k_BTKH, v_BTKH) -> y_BTNH: attention over rotated, normed queries and keys.
     """
     residual_norm, rotate_norm = norms(config, compute)
     product = partial(matmul, compute=compute)
     with jax.named_scope("projections"):  # scopes are for profiles: bench/profile.py
+        if w.stream_scale is not None:
+            x_BTD = weighted_sum(w.stream_scale, x_BTD, w.embedding_scale, inputs.embedded_BTD)
         x_BTD, h_BTD = residual_norm(x_BTD)
-        q_BTNH = rotate_norm(product(h_BTD, w.wq, "btd,dnh->btnh"), tables)
-        k_BTKH = rotate_norm(product(h_BTD, w.wk, "btd,dkh->btkh"), tables)
+        q_BTNH = rotate_norm(product(h_BTD, w.wq, "btd,dnh->btnh"), inputs.tables)
+        k_BTKH = rotate_norm(product(h_BTD, w.wk, "btd,dkh->btkh"), inputs.tables)
         v_BTKH = product(h_BTD, w.wv, "btd,dkh->btkh")
+        if w.value_table is not None:
+            e_BTKH = embed_values(w.value_table, inputs.tokens_BT, compute)
+            gate_BTK = value_gate(h_BTD, w, config, compute)
+            v_BTKH = weighted_sum(1.0, v_BTKH, gate_BTK[..., None], e_BTKH)
     with jax.named_scope("attention"):
         y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
     with jax.named_scope("projections"):
@@ -87,6 +103,49 @@ def block(x_BTD, w: Blocks, tables, attend, config: ModelConfig, compute: Comput
     with jax.named_scope("mlp"):
         h_BTF = jax.nn.relu(product(h_BTD, w.w_up, "btd,df->btf"))
         return x_BTD + product(h_BTF * h_BTF, w.w_down, "btf,fd->btd")
+
+
+def weighted_sum(a, x, b, y):
+    """a·x + b·y in float32, rounded once, to x's dtype."""
+    return (a * x.astype(jnp.float32) + b * y.astype(jnp.float32)).astype(x.dtype)
+
+
+def value_gate(h_BTD, w: Blocks, config: ModelConfig, compute: Compute):
+    """The gate on a layer's value embeddings, from 0 to config.value_gate_bound: float32 [B, T, K]."""
+    h_BTC = h_BTD[..., : config.value_gate_channels]
+    gate_BTK = matmul(h_BTC, w.value_gate, "btc,ck->btk", compute)
+    return config.value_gate_bound * jax.nn.sigmoid(gate_BTK.astype(jnp.float32))
+
+
+def embedded(params: Params, tokens_BT, config: ModelConfig, compute: Compute):
+    """The normed embedding of tokens: x_BTD in the compute dtype."""
+    return rms_norm(embed(params.wte, tokens_BT, compute), config.norm_eps)
+
+
+def smear(params: Params, x_BTD, before_BTD, config: ModelConfig, compute: Compute):
+    """Add to each token's embedding that of the token before (zeros: none), times a gate of the former."""
+    if not config.smear_channels:
+        return x_BTD
+    gate_BT = matmul(x_BTD[..., : config.smear_channels], params.smear_gate, "btc,c->bt", compute)
+    gate_BT = params.smear_scale[0] * jax.nn.sigmoid(gate_BT.astype(jnp.float32))
+    return weighted_sum(1.0, x_BTD, gate_BT[..., None], before_BTD)
+
+
+def before(x_BTD, first_B1D=None, segments_BT=None):
+    """The array moved one token on: at the first its x, or zeros; zeros at the first of each later segment."""
+    first_B1D = jnp.zeros_like(x_BTD[:, :1]) if first_B1D is None else first_B1D
+    moved_BTD = jnp.concatenate([first_B1D, x_BTD[:, :-1]], axis=1)
+    if segments_BT is None:
+        return moved_BTD
+    same_BT = jnp.pad(segments_BT[:, 1:] == segments_BT[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(same_BT[..., None], moved_BTD, 0)
+
+
+def last_norm(params: Params, x_BTD, middle_BTD, config: ModelConfig):
+    """The head's input: the norm of the last layer's result, less a share of the middle layer's (backout)."""
+    if middle_BTD is not None:
+        x_BTD = weighted_sum(1.0, x_BTD, -params.backout_scale[0], middle_BTD)
+    return rms_norm(x_BTD, config.norm_eps)
 
 
 def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, segments_BT=None):
@@ -97,17 +156,19 @@ def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, s
     mesh = compute.mesh
     batch, time = tokens_BT.shape
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
-    attend = partial(causal_attention, implementation=compute.attention, segments_BT=segments_BT, mesh=mesh)
     rows = None if mesh is None else P(row_axes(mesh, batch))
+    x_BTD = embedded(params, tokens_BT, config, compute)
+    if config.smear_channels:
+        x_BTD = smear(params, x_BTD, before(x_BTD, segments_BT=segments_BT), config, compute)
+    inputs = Inputs(tokens_BT, x_BTD, tables)
 
-    def layer(x_BTD, w):
-        return constrain(block(x_BTD, w, tables, attend, config, compute), rows, mesh), None
+    def layer(x_BTD, w, kind):
+        options = {"segments_BT": segments_BT, "mesh": mesh, "window": kind.window}
+        attend = partial(causal_attention, implementation=compute.attention, **options)
+        return constrain(block(x_BTD, w, inputs, attend, config, compute), rows, mesh)
 
-    if compute.remat != "none":
-        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[compute.remat], prevent_cse=compute.unroll)
-    x_BTD = rms_norm(embed(params.wte, tokens_BT, compute), config.norm_eps)
-    x_BTD, _ = lax.scan(layer, x_BTD, params.blocks, unroll=config.n_layer if compute.unroll else 1)
-    return rms_norm(x_BTD, config.norm_eps)
+    x_BTD, middle_BTD = through_layers(layer, x_BTD, params.blocks, config, compute)
+    return last_norm(params, x_BTD, middle_BTD, config)
 
 
 def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
@@ -116,15 +177,21 @@ def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, c
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
     plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")
     kept = []
+    x_BTD = embedded(params, tokens_BT, config, plain)
+    x_BTD = smear(params, x_BTD, before(x_BTD), config, plain)
+    inputs, middle_BTD = Inputs(tokens_BT, x_BTD, tables), None
+    for index, (w, kind) in enumerate(
+        zip(layers_of(params.blocks, compute.dtype), layers(config), strict=True)
+    ):
 
-    def attend(q, k, v):
-        kept.append((k, v))
-        return causal_attention(q, k, v, implementation=compute.attention)
+        def attend(q, k, v, window=kind.window):
+            kept.append((k, v))
+            return causal_attention(q, k, v, implementation=compute.attention, window=window)
 
-    x_BTD = rms_norm(embed(params.wte, tokens_BT, plain), config.norm_eps)
-    for w in layers_of(params.blocks, compute.dtype):
-        x_BTD = block(x_BTD, w, tables, attend, config, plain)
-    return rms_norm(x_BTD, config.norm_eps), KVCache.holding(kept, lengths_B)
+        x_BTD = block(x_BTD, w, inputs, attend, config, plain)
+        middle_BTD = x_BTD if index == middle(config) else middle_BTD
+    cache = KVCache.holding(kept, lengths_B, tokens_BT if config.smear_channels else None)
+    return last_norm(params, x_BTD, middle_BTD, config), cache
 
 
 def features_cached(
@@ -133,7 +200,7 @@ def features_cached(
     """The head's input, for new tokens of rows whose earlier tokens are in a cache. -> (x_BTD, cache).
 
     Token t of row b stands at position cache.lengths_B[b] + t: its key and value are written there (dropped
-    beyond the last slot), and it attends to everything at or before it.
+    beyond the last slot), and it attends to everything at or before it that its layer's window has.
     counts_B: how many of each row's tokens are real; by that many the returned cache's rows are longer. The
     rest is padding, whose features mean nothing. A row that waits has 0. None: all T.
     """
@@ -142,18 +209,26 @@ def features_cached(
     tables = rotary_tables(positions_BT, config.head_dim, config.rotary_base)
     # The kernels take one row of tables for all rows. Every device holds all weights here.
     plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")
-    x_BTD = rms_norm(embed(params.wte, tokens_BT, plain), config.norm_eps)
-    for index, w in enumerate(layers_of(params.blocks, compute.dtype)):
+    x_BTD = embedded(params, tokens_BT, config, plain)
+    if config.smear_channels:
+        last_B1D = embedded(params, cache.last_tokens()[:, None], config, plain)
+        last_B1D = jnp.where(cache.lengths_B[:, None, None] > 0, last_B1D, 0)
+        x_BTD = smear(params, x_BTD, before(x_BTD, last_B1D), config, plain)
+        cache = cache.write_tokens(tokens_BT, positions_BT)
+    inputs, middle_BTD = Inputs(tokens_BT, x_BTD, tables), None
+    for index, (w, kind) in enumerate(
+        zip(layers_of(params.blocks, compute.dtype), layers(config), strict=True)
+    ):
 
-        def attend(q, k, v, index=index):
+        def attend(q, k, v, index=index, window=kind.window):
             nonlocal cache
             cache = cache.write(index, k, v, positions_BT)
-            return cached_attention(
-                q, cache.k_BKSH[index], cache.v_BKSH[index], positions_BT, compute.attention
-            )
+            k_BKSH, v_BKSH = cache.k_BKSH[index], cache.v_BKSH[index]
+            return cached_attention(q, k_BKSH, v_BKSH, positions_BT, compute.attention, window)
 
-        x_BTD = block(x_BTD, w, tables, attend, config, plain)
-    return rms_norm(x_BTD, config.norm_eps), cache.advance(time if counts_B is None else counts_B)
+        x_BTD = block(x_BTD, w, inputs, attend, config, plain)
+        middle_BTD = x_BTD if index == middle(config) else middle_BTD
+    return last_norm(params, x_BTD, middle_BTD, config), cache.advance(time if counts_B is None else counts_B)
 
 
 def softcap(u, cap: float):
@@ -169,4 +244,5 @@ def logits(lm_head_DV, x_BTD, cap: float):
 
 def forward(params: Params, tokens_BT, config: ModelConfig, compute: Compute):
     """logits_BTV float32 for every position."""
-    return logits(params.lm_head, features(params, tokens_BT, config, compute), config.softcap)
+    head_DV = params.lm_head[:, : config.vocab_size]
+    return logits(head_DV, features(params, tokens_BT, config, compute), config.softcap)

@@ -21,17 +21,18 @@ from jaxchat.sharding import per_device, row_axes
 TILE = 2048  # numbers in a tile: 16 a thread, of bfloat16 two loads of 16 bytes each
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def rotate_norm(x_BTNH, tables, eps: float, mesh: Mesh | None = None, interpret: bool = False):
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def rotate_norm(
+    x_BTNH, tables, eps: float, mesh: Mesh | None = None, interpret: bool = False, scale: float = 1.0
+):
     """gpt.py's rotate_norm with one rounding. tables: [1, T, 1, H/2], constants. -> [B, T, N, H]."""
-    return call_rotated(partial(rotate_kernel, eps=eps), tables, (x_BTNH,), mesh, interpret)
+    return call_rotated(partial(rotate_kernel, eps=eps, scale=scale), tables, (x_BTNH,), mesh, interpret)
 
 
-def rotate_norm_backward(eps, mesh, interpret, saved, dy_BTNH):
+def rotate_norm_backward(eps, mesh, interpret, scale, saved, dy_BTNH):
     x_BTNH, tables = saved
-    return call_rotated(
-        partial(rotate_backward_kernel, eps=eps), tables, (x_BTNH, dy_BTNH), mesh, interpret
-    ), None
+    kernel = partial(rotate_backward_kernel, eps=eps, scale=scale)
+    return call_rotated(kernel, tables, (x_BTNH, dy_BTNH), mesh, interpret), None
 
 
 rotate_norm.defvjp(
@@ -132,18 +133,21 @@ def store(ref, rows, columns, mask, value):
     triton.store(ref.at[rows, columns], value.astype(ref.dtype), mask=mask)
 
 
-def rotate_kernel(mask, rows, columns, x_ref, cos_ref, sin_ref, y_ref, *, heads: int, eps: float):
-    """Rotate rows and norm them: a rotation keeps the norm, so y is scaled by x's norm."""
+def rotate_kernel(
+    mask, rows, columns, x_ref, cos_ref, sin_ref, y_ref, *, heads: int, eps: float, scale: float
+):
+    """Rotate rows and norm them to `scale`: a rotation keeps the norm, so y is scaled by x's norm."""
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
     cos, sin = (load(table, rows // heads % table.shape[0], columns, mask) for table in (cos_ref, sin_ref))
     r = lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, 1, keepdims=True) / H + eps)
+    r = r if scale == 1 else scale * r
     store(y_ref, rows, columns, mask, (x1 * cos + x2 * sin) * r)
     store(y_ref, rows, half, mask, (x2 * cos - x1 * sin) * r)
 
 
 def rotate_backward_kernel(
-    mask, rows, columns, x_ref, dy_ref, cos_ref, sin_ref, dx_ref, *, heads: int, eps: float
+    mask, rows, columns, x_ref, dy_ref, cos_ref, sin_ref, dx_ref, *, heads: int, eps: float, scale: float
 ):
     """Gradient of x from that of y (dy). g is dy rotated back: the gradient of x·r."""
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
@@ -153,6 +157,7 @@ def rotate_backward_kernel(
     g1, g2 = dy1 * cos - dy2 * sin, dy2 * cos + dy1 * sin
     r = lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, 1, keepdims=True) / H + eps)
     m = jnp.sum(x1 * g1 + x2 * g2, 1, keepdims=True) / H * r * r
+    r = r if scale == 1 else scale * r
     store(dx_ref, rows, columns, mask, r * (g1 - x1 * m))
     store(dx_ref, rows, half, mask, r * (g2 - x2 * m))
 

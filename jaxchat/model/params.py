@@ -1,7 +1,8 @@
 """The weights: one declaration gives each its shape, mesh axes, initialisation and optimizer rule.
 
 Letters in names and comments: L layers, D model width, N query heads, K key/value heads, H head dimension,
-F MLP width, V vocabulary. The blocks' weights are stacked over the layers (axis 0).
+F MLP width, V vocabulary, C features that a gate reads, E layers with value embeddings. The blocks' weights are
+stacked over the layers that have them (axis 0). A weight that a model lacks is None.
 """
 
 import dataclasses
@@ -12,32 +13,73 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import GetAttrKey
 
 from jaxchat.config import ModelConfig
 
 
-@struct.dataclass
+def tree(cls):
+    """Make a class a frozen dataclass, and a pytree of those of its fields that are not None.
+
+    A checkpoint holds what is not None, so a field that is added, None by default, leaves older ones valid.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+
+    def flatten(self):
+        present = vars(self).get("_present") or tuple(
+            name for name in names if getattr(self, name) is not None
+        )
+        return [(GetAttrKey(name), getattr(self, name)) for name in present], present
+
+    def unflatten(present, values):
+        self = cls(**dict(zip(present, values, strict=True)))
+        vars(self)["_present"] = present  # JAX also makes trees of None, which must keep their structure
+        return self
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    cls.replace = dataclasses.replace
+    return cls
+
+
+@tree
 class Blocks:
-    wq: Any  # [L, D, N, H]
-    wk: Any  # [L, D, K, H]
-    wv: Any  # [L, D, K, H]
-    wo: Any  # [L, N, H, D]
-    w_up: Any  # [L, D, F]
-    w_down: Any  # [L, F, D]
+    wq: Any = None  # [L, D, N, H]
+    wk: Any = None  # [L, D, K, H]
+    wv: Any = None  # [L, D, K, H]
+    wo: Any = None  # [L, N, H, D]
+    w_up: Any = None  # [L, D, F]
+    w_down: Any = None  # [L, F, D]
+    stream_scale: Any = None  # [L] factor on the residual stream before a layer
+    embedding_scale: Any = None  # [L] factor on the embedding that is added to it
+    value_table: Any = None  # [E, V, K, H] value embeddings
+    value_gate: Any = None  # [E, C, K]
 
 
-@struct.dataclass
+@tree
 class Params:
-    wte: Any  # [V, D] token embedding
-    blocks: Blocks
-    lm_head: Any  # [D, V]
+    wte: Any = None  # [V, D] token embedding
+    blocks: Any = None  # Blocks, or a tuple of each layer's
+    lm_head: Any = None  # [D, V]
+    smear_gate: Any = None  # [C]
+    smear_scale: Any = None  # [1]
+    backout_scale: Any = None  # [1]
 
 
 def normal(std: float):
     """Initialise with normal numbers of this standard deviation."""
     return lambda key, shape: std * jax.random.normal(key, shape)
+
+
+def uniform(low: float, high: float):
+    """Initialise with numbers spread evenly between two."""
+    return lambda key, shape: jax.random.uniform(key, shape, minval=low, maxval=high)
+
+
+def line(first: float, last: float):
+    """Initialise a weight of each layer with numbers on a straight line over the layers."""
+    return lambda key, shape: jnp.linspace(first, last, shape[0], dtype=jnp.float32)
 
 
 def zeros(key, shape):
@@ -51,8 +93,9 @@ class Weight:
     axes: the mesh axis that each dimension is cut over, or None.
     init: (key, shape) -> the initial values, float32.
     group: names the optimizer's rule, a key of the table in train/optimizer.py.
-    fan_in, fan_out: of a matrix, or of each matrix of a stack over the layers.
+    fan_in, fan_out: of a matrix, or of each matrix of a stack over the layers; 0: it is no matrix.
     lookup: rows are looked up, so a token costs no product with it.
+    dtype: what it is stored in.
     """
 
     shape: tuple[int, ...]
@@ -62,6 +105,7 @@ class Weight:
     fan_in: int = 0
     fan_out: int = 0
     lookup: bool = False
+    dtype: str = "float32"
 
     @property
     def spec(self) -> P:
@@ -70,29 +114,66 @@ class Weight:
 
 def declare(config: ModelConfig) -> Params:
     """A Params of `Weight`: every weight of the model, with `Params`' shapes."""
-    L, D, N, K, H, V = (config.n_layer, config.n_embd, config.n_head, config.n_kv_head, config.head_dim,
-                        config.vocab_size)  # fmt: skip
+    D, V = config.n_embd, config.padded_vocab
+    wte = Weight(
+        (V, D), ("tensor", "fsdp"), normal(config.embedding_std), "embedding", V, D, True, config.table_dtype
+    )
+    head = normal(config.head_std) if config.head_std else zeros
+    smear = backout = {}
+    if C := config.smear_channels:
+        gate = Weight((C,), (None,), uniform(0.0, 0.02), "mixing", C, 1)
+        smear = {"smear_gate": gate, "smear_scale": Weight((1,), (None,), zeros, "mixing")}
+    if config.backout:
+        backout = {"backout_scale": Weight((1,), (None,), line(0.2, 0.2), "mixing")}
+    lm_head = Weight((D, V), ("fsdp", "tensor"), head, "head", D, V)
+    return Params(wte=wte, blocks=declare_blocks(config), lm_head=lm_head, **smear, **backout)
+
+
+def declare_blocks(config: ModelConfig) -> Blocks:
+    L, D, N, K, H = config.n_layer, config.n_embd, config.n_head, config.n_kv_head, config.head_dim
     F = 4 * D
 
-    def stack(inputs, outputs, axes, init=None):
-        """A matrix [*inputs, *outputs] for every layer."""
+    def stack(inputs, outputs, axes, init=None, scale=1.0):
+        """A matrix [*inputs, *outputs] for every layer. scale: factor on the usual initial values."""
         fan_in, fan_out = math.prod(inputs), math.prod(outputs)
+        if config.uniform_init:  # of variance 1/D
+            bound = scale * math.sqrt(3 / D)
+            init = init or uniform(-bound, bound)
         # Variance 1/fan_in, made smaller where a matrix narrows.
-        init = init or normal(min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
+        init = init or normal(scale * min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
         return Weight((L, *inputs, *outputs), (None, *axes), init, "matrix", fan_in, fan_out)
 
-    return Params(
-        wte=Weight((V, D), ("tensor", "fsdp"), normal(1.0), "embedding", V, D, lookup=True),
-        blocks=Blocks(
-            wq=stack([D], [N, H], ("fsdp", "tensor", None)),
-            wk=stack([D], [K, H], ("fsdp", "tensor", None)),
-            wv=stack([D], [K, H], ("fsdp", "tensor", None)),
-            wo=stack([N, H], [D], ("tensor", None, "fsdp"), zeros),
-            w_up=stack([D], [F], ("fsdp", "tensor")),
-            w_down=stack([F], [D], ("tensor", "fsdp"), zeros),
-        ),
-        lm_head=Weight((D, V), ("fsdp", "tensor"), zeros, "head", D, V),
+    return Blocks(
+        wq=stack([D], [N, H], ("fsdp", "tensor", None)),
+        wk=stack([D], [K, H], ("fsdp", "tensor", None)),
+        wv=stack([D], [K, H], ("fsdp", "tensor", None)),
+        wo=stack([N, H], [D], ("tensor", None, "fsdp"), zeros),
+        w_up=stack([D], [F], ("fsdp", "tensor"), scale=config.up_scale),
+        w_down=stack([F], [D], ("tensor", "fsdp"), zeros),
+        **declare_mixing(config),
     )
+
+
+def declare_mixing(config: ModelConfig) -> dict[str, Weight]:
+    """The weights with which layers mix in embeddings, by their names in Blocks."""
+    L, D, K, H, V = config.n_layer, config.n_embd, config.n_kv_head, config.head_dim, config.padded_vocab
+    found = {}
+    if config.layer_scales:
+        found["stream_scale"] = Weight((L,), (None,), line(1.15, 1.05), "stream_scale")
+        found["embedding_scale"] = Weight((L,), (None,), line(0.20, 0.05), "embedding_scale")
+    if C := config.value_gate_channels:
+        E, bound = (L + 1) // 2, math.sqrt(3 / D)
+        found["value_table"] = Weight(
+            (E, V, K, H), (None, None, "tensor", "fsdp"), uniform(-bound, bound), "value_table", V, K * H, True,
+            config.table_dtype,
+        )  # fmt: skip
+        found["value_gate"] = Weight((E, C, K), (None, None, None), uniform(0.0, 0.02), "matrix", C, K)
+    return found
+
+
+def has_values(layer: int, num_layers: int) -> bool:
+    """Whether a layer has a value embedding, in a model with any: every other one, the last included."""
+    return layer % 2 == (num_layers - 1) % 2
 
 
 def specs(config: ModelConfig) -> Params:
@@ -101,8 +182,8 @@ def specs(config: ModelConfig) -> Params:
 
 
 def shapes(config: ModelConfig) -> Params:
-    """The float32 ShapeDtypeStruct of every weight."""
-    return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32), declare(config))
+    """The ShapeDtypeStruct of every weight."""
+    return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), declare(config))
 
 
 def named(config: ModelConfig) -> dict[str, Weight]:
@@ -112,15 +193,27 @@ def named(config: ModelConfig) -> dict[str, Weight]:
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
-    """Fresh float32 weights, the same on any mesh. Each depends on the key and its own declaration only."""
+    """Fresh weights, the same on any mesh. Each depends on the key and its own declaration only."""
     keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in named(config)}
-    weights = [weight.init(keys[name], weight.shape) for name, weight in named(config).items()]
+    weights = [
+        weight.init(keys[name], weight.shape).astype(weight.dtype) for name, weight in named(config).items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(declare(config)), weights)
 
 
+def layer_of(blocks: Blocks, layer: int, with_values: bool) -> Blocks:
+    """One layer's weights, of blocks stacked over layers; the value embeddings' are of every other layer."""
+    tables = ("value_table", "value_gate")
+    stacks = {field.name: getattr(blocks, field.name) for field in dataclasses.fields(blocks)}
+    one = {name: a[layer] for name, a in stacks.items() if a is not None and name not in tables}
+    if with_values:
+        one |= {name: getattr(blocks, name)[layer // 2] for name in tables}
+    return Blocks(**one)
+
+
 def layers_of(blocks: Blocks | tuple[Blocks, ...], dtype) -> tuple[Blocks, ...]:
-    """Each layer's weights in `dtype`, from stacked blocks or from an earlier result of this function."""
+    """Each layer's weights, the matrices in `dtype`, from stacked blocks or an earlier result of this function."""
     if isinstance(blocks, Blocks):
-        count = jax.tree.leaves(blocks)[0].shape[0]
-        blocks = tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(count))
-    return jax.tree.map(lambda a: a.astype(dtype), blocks)
+        count, any_values = blocks.wq.shape[0], blocks.value_table is not None
+        blocks = tuple(layer_of(blocks, i, any_values and has_values(i, count)) for i in range(count))
+    return jax.tree.map(lambda a: a.astype(dtype) if a.ndim else a, blocks)

@@ -22,16 +22,19 @@ class Chunking:
     cap: the model's softcap, which bounds logits, so exp needs no maximum subtracted.
     mesh: each device computes its rows' logits for its share of the vocabulary; None: one device.
     kernels: the softmax by model/kernels.py, where gradients are wanted.
+    words: the number of the head's columns that are words, where it is padded; None: all.
     """
 
     length: int
     cap: float
     mesh: Mesh | None = None
     kernels: bool = False
+    words: int | None = None
 
     @classmethod
     def of(cls, batch: int, time: int, config: ModelConfig, compute: Compute):
-        return cls(chunk_length(batch, time, compute), config.softcap, compute.mesh, compute.kernels)
+        words = None if config.padded_vocab == config.vocab_size else config.vocab_size
+        return cls(chunk_length(batch, time, compute), config.softcap, compute.mesh, compute.kernels, words)
 
     @property
     def sharded(self) -> bool:
@@ -116,6 +119,8 @@ def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
     it.
     """
     z_BtV = logits(head_DV, x_BtD, chunking.cap)
+    if chunking.words:
+        z_BtV = jnp.where(is_word(z_BtV.shape[-1], chunking), z_BtV, -jnp.inf)
     ids_Bt = local_ids(targets_Bt, z_BtV.shape[-1], chunking.sharded)
     sum_Bt, target_Bt = jnp.sum(jnp.exp(z_BtV), axis=-1), logit_of(z_BtV, ids_Bt, chunking.sharded)
     if chunking.sharded:
@@ -126,6 +131,12 @@ def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
 def local_ids(targets_Bt, size: int, sharded: bool):
     """Target ids relative to this device's vocabulary shard of `size` words."""
     return targets_Bt - lax.axis_index("tensor") * size if sharded else targets_Bt
+
+
+def is_word(size: int, chunking: Chunking):
+    """Which of the columns of a head, or of a device's share of it, are words: bool [1, 1, V]."""
+    first = lax.axis_index("tensor") * size if chunking.sharded else 0
+    return (first + jnp.arange(size) < chunking.words)[None, None]
 
 
 def logit_of(z_BtV, ids_Bt, sharded: bool):
@@ -185,7 +196,7 @@ def logits_gradient(u_BtV, targets_Bt, chunking: Chunking):
     dtype, size, sharded, cap = u_BtV.dtype, u_BtV.shape[-1], chunking.sharded, chunking.cap
     ids_Bt = local_ids(targets_Bt, size, sharded)
     target_Bt = softcap(logit_of(u_BtV, ids_Bt, sharded), cap)
-    if chunking.kernels:
+    if chunking.kernels and not chunking.words:
         from jaxchat.model import kernels  # here, so that other devices don't import Pallas
 
         d_MV, sum_M = kernels.softcap_exp(u_BtV.reshape(-1, size), cap)
@@ -193,6 +204,8 @@ def logits_gradient(u_BtV, targets_Bt, chunking: Chunking):
     else:
         z_BtV = softcap(u_BtV, cap)
         exp_BtV = jnp.exp(z_BtV)
+        if chunking.words:
+            exp_BtV = jnp.where(is_word(size, chunking), exp_BtV, 0.0)
         d_BtV, sum_Bt = (exp_BtV * slope(z_BtV, cap)).astype(dtype), jnp.sum(exp_BtV, axis=-1)
     if sharded:
         sum_Bt, target_Bt = lax.psum((sum_Bt, target_Bt), "tensor")

@@ -30,7 +30,8 @@ def fresh(params: Params, optimizer: optax.GradientTransformation) -> TrainState
 def state_shardings(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
     """The NamedSharding of every array of a TrainState, from the specs declared beside the weights."""
     specs = model_params.specs(model.config)
-    opt_specs = sharding.optimizer_specs(optimizer, model_params.shapes(model.config), specs)
+    opt_state = jax.eval_shape(optimizer.init, model_params.shapes(model.config))
+    opt_specs = sharding.optimizer_specs(opt_state, model_params.named(model.config))
     return sharding.named(model.mesh, TrainState(P(), P(), specs, opt_specs))
 
 

@@ -1,0 +1,94 @@
+"""What sets one layer apart from another, by the configuration alone; and the loop over all of them."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxchat.config import Compute, ModelConfig
+from jaxchat.model.params import Blocks, has_values, layer_of
+
+REMAT_POLICIES = {  # what the backward pass may keep; without remat all is kept
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """window: positions before its own that a query sees; None: all. values: it has a value embedding."""
+
+    window: int | None
+    values: bool
+
+
+def layers(config: ModelConfig) -> tuple[Layer, ...]:
+    """Each layer's window and whether it has a value embedding."""
+    windows = {"S": config.short_window, "L": config.sequence_len, "": None}
+    count, pattern = config.n_layer, config.window_pattern
+    letters = [pattern[i % len(pattern)] if pattern else "" for i in range(count - 1)] + [pattern and "L"]
+    valued = [bool(config.value_gate_channels) and has_values(i, count) for i in range(count)]
+    return tuple(Layer(windows[letter], values) for letter, values in zip(letters, valued, strict=True))
+
+
+def middle(config: ModelConfig) -> int | None:
+    """The layer whose result is taken off the last one's (backout); None: none."""
+    return config.n_layer // 2 if config.backout else None
+
+
+def periods(kinds: tuple[Layer, ...]) -> tuple[int, int]:
+    """Return (layers of the shortest repeated period, how often it is repeated); layers may follow.
+
+    Value embeddings are of every other layer, so where there are any a period has an even number of layers.
+    """
+    count, step = len(kinds), 2 if any(kind.values for kind in kinds) else 1
+    for size in range(step, count + 1, step):
+        whole = count // size * size
+        if all(kinds[i] == kinds[i % size] for i in range(whole)) and (size == 1 or whole > size):
+            return size, count // size
+    return count, 0
+
+
+def through_layers(step: Callable, x_BTD, blocks: Blocks, config: ModelConfig, compute: Compute):
+    """Call step(x_BTD, a layer's weights, its Layer) -> x_BTD for one layer after the other.
+
+    -> (x_BTD, what the middle layer returned, or None without backout). Whole periods of layers are a loop,
+    so that a deep model compiles as fast as a shallow one; compute.unroll writes them one after the other.
+    """
+    kinds, mid = layers(config), middle(config)
+    size, repeats = periods(kinds)
+    looped = size * repeats
+
+    def one(carry, w, kind, index, in_loop):
+        x_BTD, kept_BTD = carry
+        call = partial(step, kind=kind)
+        if compute.remat != "none":
+            prevent = compute.unroll or not in_loop
+            call = jax.checkpoint(call, policy=REMAT_POLICIES[compute.remat], prevent_cse=prevent)
+        x_BTD = call(x_BTD, w)
+        return x_BTD, None if mid is None else jnp.where(index == mid, x_BTD, kept_BTD)
+
+    def one_period(carry, start_and_weights):
+        start, stacked = start_and_weights
+        for i in range(size):
+            carry = one(carry, layer_of(stacked, i, kinds[i].values), kinds[i], start + i, in_loop=True)
+        return carry, None
+
+    carry = x_BTD, None if mid is None else x_BTD
+    if repeats:
+        # What a slice copies is copied in every step: depths that the period divides have no layer left.
+        whole = jax.tree.map(lambda a: split_periods(a, repeats, looped * a.shape[0] // len(kinds)), blocks)
+        starts = size * jnp.arange(repeats)
+        carry, _ = lax.scan(one_period, carry, (starts, whole), unroll=repeats if compute.unroll else 1)
+    for i in range(looped, len(kinds)):
+        carry = one(carry, layer_of(blocks, i, kinds[i].values), kinds[i], i, in_loop=False)
+    return carry
+
+
+def split_periods(stack, repeats: int, count: int):
+    """The first `count` entries of a stack over layers, cut into `repeats` equal parts."""
+    stack = stack if count == stack.shape[0] else stack[:count]
+    return stack.reshape(repeats, count // repeats, *stack.shape[1:])
