@@ -150,9 +150,9 @@ def named(mesh: Mesh, specs):
 
 
 def optimizer_specs(state, weights: dict):
-    """Partition specs of an optimizer's state (its shapes): what ends in a weight's name lies as the weight does.
+    """Partition specs of an optimizer's state: an array whose name ends in a weight's lies as it does.
 
-    weights: the declared weights by name. A dimension that the state has summed away is not cut.
+    state: its shapes. weights: the declared weights by name. A dimension that is summed away is not cut.
     """
 
     def spec(path, leaf):

@@ -90,7 +90,7 @@ def shape_of(weight: Weight) -> list[int]:
 
 
 def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's weights as another format's tensors, in their type or the type of their import."""
+    """Return a checkpoint's weights as another format's tensors, in the type of their import or their own."""
     weights = named(found.config)
     stacks = dict(zip(weights, jax.tree.leaves(found.load()), strict=True))
     narrow = found.meta.get("imported", {}).get("dtypes", {})

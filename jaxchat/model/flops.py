@@ -43,8 +43,8 @@ def num_params(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
     """Training FLOPs of one token, forward and backward.
 
-    6 per weight of a matrix (an embedding is looked up, and costs none), and 12·D·T for each layer's attention
-    scores and values (PaLM, appendix B; the causal half is not deducted). In a layer with a window that is
+    6 per weight of a matrix (an embedding is looked up, and costs none), and 12·D·T for the scores and values
+    of each layer's attention (PaLM, appendix B; the causal half is not deducted). In a layer whose window is
     shorter, T is the window.
 
     time: tokens of a row, T; None: the model's whole context.

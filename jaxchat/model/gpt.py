@@ -132,7 +132,7 @@ def smear(params: Params, x_BTD, before_BTD, config: ModelConfig, compute: Compu
 
 
 def before(x_BTD, first_B1D=None, segments_BT=None):
-    """The array moved one token on: at the first its x, or zeros; zeros at the first of each later segment."""
+    """The array moved one token on. The first gets first_B1D or zeros, that of a later segment zeros."""
     first_B1D = jnp.zeros_like(x_BTD[:, :1]) if first_B1D is None else first_B1D
     moved_BTD = jnp.concatenate([first_B1D, x_BTD[:, :-1]], axis=1)
     if segments_BT is None:

@@ -1,8 +1,8 @@
 """The weights: one declaration gives each its shape, mesh axes, initialisation and optimizer rule.
 
 Letters in names and comments: L layers, D model width, N query heads, K key/value heads, H head dimension,
-F MLP width, V vocabulary, C features that a gate reads, E layers with value embeddings. The blocks' weights are
-stacked over the layers that have them (axis 0). A weight that a model lacks is None.
+F MLP width, V vocabulary, C features that a gate reads, E layers with value embeddings. The blocks' weights
+are stacked over the layers that have them (axis 0). A weight that a model lacks is None.
 """
 
 import dataclasses
@@ -163,10 +163,8 @@ def declare_mixing(config: ModelConfig) -> dict[str, Weight]:
         found["embedding_scale"] = Weight((L,), (None,), line(0.20, 0.05), "embedding_scale")
     if C := config.value_gate_channels:
         E, bound = (L + 1) // 2, math.sqrt(3 / D)
-        found["value_table"] = Weight(
-            (E, V, K, H), (None, None, "tensor", "fsdp"), uniform(-bound, bound), "value_table", V, K * H, True,
-            config.table_dtype,
-        )  # fmt: skip
+        shape, axes, init = (E, V, K, H), (None, None, "tensor", "fsdp"), uniform(-bound, bound)
+        found["value_table"] = Weight(shape, axes, init, "value_table", V, K * H, True, config.table_dtype)
         found["value_gate"] = Weight((E, C, K), (None, None, None), uniform(0.0, 0.02), "matrix", C, K)
     return found
 
@@ -212,7 +210,7 @@ def layer_of(blocks: Blocks, layer: int, with_values: bool) -> Blocks:
 
 
 def layers_of(blocks: Blocks | tuple[Blocks, ...], dtype) -> tuple[Blocks, ...]:
-    """Each layer's weights, the matrices in `dtype`, from stacked blocks or an earlier result of this function."""
+    """Each layer's weights, from stacked blocks or this function's earlier result; matrices in `dtype`."""
     if isinstance(blocks, Blocks):
         count, any_values = blocks.wq.shape[0], blocks.value_table is not None
         blocks = tuple(layer_of(blocks, i, any_values and has_values(i, count)) for i in range(count))

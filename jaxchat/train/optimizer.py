@@ -1,7 +1,10 @@
 """One optax transformation for all weights: each declares a group, and a table gives each group its rule."""
 
+import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,51 +14,104 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxchat.config import ModelConfig
-from jaxchat.model.params import Weight, declare
+from jaxchat.model.params import Weight, declare, tree
 from jaxchat.sharding import per_device
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Jordan et al. 2024, "Muon"
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # quintic coefficients of Jordan et al. 2024, "Muon"
+POLAR_EXPRESS = (  # of Amsel et al. 2025, for five steps
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 MOMENTUM_START, MOMENTUM_END = 0.85, 0.95
 
 
-def orthogonalize(g_Lmn, dtype=jnp.float32):
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    """The rule of a group of matrices: momentum, orthogonalization, and what has been added to these since.
+
+    momentum, decay: functions of the number of finished updates. decay: weight decay, where it points as the
+    update does (cautious); None: none.
+    steps: coefficients of each step's polynomial; safety, tiny: factor on the norm before them, and addend.
+    equal: each output neuron's gradients are brought to the same norm before (MuonEq).
+    exact: the result is brought to the norm of an orthogonal matrix (Muon+).
+    neuron_beta: decay of the mean squares by which each neuron's updates are divided (NorMuon); 0: off.
+    """
+
+    lr: float
+    momentum: Callable
+    steps: tuple = NEWTON_SCHULZ
+    safety: float = 1.0
+    tiny: float = 1e-7
+    equal: bool = False
+    exact: bool = False
+    neuron_beta: float = 0.0
+    decay: Callable | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """The rule of a group of other weights."""
+
+    lr: float
+    b1: float = 0.8
+    b2: float = 0.95
+    decay: float = 0.0
+
+
+def orthogonalize(g_Lmn, dtype=jnp.float32, rule: Muon | None = None):
     """Bring every matrix of a stack near its orthogonal polar factor: singular values to about 1. -> float32.
 
-    Five Newton–Schulz steps on the matrix divided by its Frobenius norm, in `dtype`, over the short side: a
-    step is x ← P(x·xᵀ)·x with P(g) = a + b·g + c·g².
+    Five steps on the matrix divided by its Frobenius norm, in `dtype`, over the short side: a step is
+    x ← P(x·xᵀ)·x with P(g) = a + b·g + c·g². rule: Newton–Schulz's without one.
     """
+    rule = rule or Muon(lr=0.0, momentum=None)
+    steps = rule.steps
+    g_Lmn = equal_columns(g_Lmn.astype(dtype).astype(jnp.float32)) if rule.equal else g_Lmn
     tall = g_Lmn.shape[-2] > g_Lmn.shape[-1]
     x = jnp.swapaxes(g_Lmn, -1, -2) if tall else g_Lmn
     # The tiny term only guards an all-zero matrix, whose update is zero.
-    x = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)).astype(dtype)
+    x = (x / (rule.safety * jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + rule.tiny)).astype(dtype)
 
     def polynomial_steps(steps, x):
         return newton_schulz_factor(x @ jnp.swapaxes(x, -1, -2), steps) @ x
 
-    if x.shape[-1] > 1.5 * x.shape[-2]:
+    if len(set(steps)) > 1:  # the first step multiplies by 8: what the Gram matrix rounds off would be seen
+        for step in steps:
+            x = polynomial_steps([step], x)
+    elif x.shape[-1] > 1.5 * x.shape[-2]:
         # The Gram matrix of P·x is P·g·P, so the factors of several steps can be multiplied before x is:
         # fewer FLOPs where x is wide. All five at once would lose small singular values in bfloat16.
-        x = polynomial_steps(2, polynomial_steps(3, x))
+        x = polynomial_steps(steps[:2], polynomial_steps(steps[:3], x))
     else:  # a loop compiles faster and in less memory, but on a GPU it copies x at every turn
-        x = lax.fori_loop(0, 5, lambda _, x: polynomial_steps(1, x), x, unroll=x.dtype != jnp.float32)
+        x = lax.fori_loop(0, 5, lambda _, x: polynomial_steps(steps[:1], x), x, unroll=x.dtype != jnp.float32)
     return (jnp.swapaxes(x, -1, -2) if tall else x).astype(jnp.float32)
 
 
-def newton_schulz_factor(gram, steps: int):
-    """The factor by which `steps` steps multiply an x with this Gram matrix [L, m, m]. P is float32 sums."""
-    a, b, c = NEWTON_SCHULZ
-    diagonal, factor = a * jnp.eye(gram.shape[-1])[None], None
-    for step in range(steps):
+def equal_columns(x_Lmn):
+    """Scale the columns, which are output neurons, to equal norms; a matrix of equal ones stays as it is."""
+    norm = jnp.linalg.norm(x_Lmn, axis=(-2, -1), keepdims=True)
+    columns = jnp.linalg.norm(x_Lmn, axis=-2, keepdims=True)
+    return x_Lmn * (norm / math.sqrt(x_Lmn.shape[-1]) / jnp.maximum(columns, 1e-6))
+
+
+def newton_schulz_factor(gram, steps):
+    """The factor by which some steps multiply an x with this Gram matrix [L, m, m]. P is float32 sums."""
+    factor = None
+    for i, (a, b, c) in enumerate(steps):
+        diagonal = a * jnp.eye(gram.shape[-1])[None]
         p = (diagonal + b * gram.astype(jnp.float32) + c * (gram @ gram).astype(jnp.float32)).astype(
             gram.dtype
         )
         factor = p if factor is None else p @ factor
-        if step < steps - 1:
+        if i < len(steps) - 1:
             gram = p @ gram @ p
     return factor
 
 
-def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype):
+def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype, rule: Muon):
     """Orthogonalize a stack [L, *in, *out] that is spread over a mesh as its weight is.
 
     Each device gathers whole matrices of L/devices layers (rounded up: zeros fill the stack),
@@ -80,9 +136,7 @@ def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype):
         part = u_Lmn.shape[0] // shares
         u_lmn = lax.dynamic_slice_in_dim(u_Lmn, lax.axis_index("data") % shares * part, part)
         u_lmn = exchange(exchange(u_lmn, in_axis, 0, 1), out_axis, 0, 2)
-        y_lmn = orthogonalize(u_lmn, dtype).astype(
-            dtype
-        )  # its values are dtype's: nothing is lost on the way
+        y_lmn = orthogonalize(u_lmn, dtype, rule).astype(dtype)  # its values are dtype's: nothing is lost
         y_Lmn = exchange(exchange(y_lmn, out_axis, 2, 0), in_axis, 1, 0)
         if shares > 1:
             y_Lmn = lax.all_gather(y_Lmn, "data", axis_index_groups=groups, tiled=True)
@@ -91,77 +145,187 @@ def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype):
     return per_device(local, mesh, weight.spec, weight.spec)(u)
 
 
-class MuonState(NamedTuple):
-    count: jax.Array  # finished updates
-    momentum: optax.Params
+@tree
+class MuonState:
+    count: Any = None  # finished updates
+    momentum: Any = None
+    second: Any = None  # NorMuon's mean squares
 
 
 def scale_by_muon(
-    weights, momentum_warmup: int, dtype=jnp.float32, mesh: Mesh | None = None
+    weights, rule: Muon, dtype=jnp.float32, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    """Nesterov momentum, then orthogonalization, then the factor √max(1, fan_out/fan_in).
+    """Nesterov momentum, then orthogonalization, then the factor √max(1, fan_out/fan_in), by a rule.
 
     weights: the declared `Weight` of every matrix, in a tree like the gradients'. mesh: where they are
-    spread by their axes; each device then orthogonalizes some layers. momentum_warmup: updates in which
-    momentum rises to its final value; 0: it has that from the first.
+    spread by their axes; each device then orthogonalizes some layers.
     """
 
     def init(params):
-        return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+        second = None
+        if rule.neuron_beta:
+            second = jax.tree.map(lambda w, p: jnp.zeros(neuron_shape(w), p.dtype), weights, params)
+        return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), second)
+
+    def direction(weight, buf, g, m):
+        u = (1 - m) * g + m * buf
+        if mesh is not None and mesh.size > 1 and any(weight.axes):
+            return orthogonalize_spread(u, weight, mesh, dtype, rule)
+        return orthogonalize(u.reshape(-1, weight.fan_in, weight.fan_out), dtype, rule).reshape(g.shape)
 
     def update(grads, state, params=None):
-        del params
-        m = MOMENTUM_END
-        if momentum_warmup:
-            ramp = jnp.minimum(state.count / momentum_warmup, 1.0)
-            m = MOMENTUM_START + ramp * (MOMENTUM_END - MOMENTUM_START)
+        m = rule.momentum(state.count)
         momentum = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, state.momentum, grads)
-
-        def direction(weight, buf, g):
-            u = (1 - m) * g + m * buf
-            scale = math.sqrt(max(1.0, weight.fan_out / weight.fan_in))
-            if mesh is not None and mesh.size > 1:
-                return scale * orthogonalize_spread(u, weight, mesh, dtype)
-            return scale * orthogonalize(u.reshape(-1, weight.fan_in, weight.fan_out), dtype).reshape(g.shape)
-
-        return jax.tree.map(direction, weights, momentum, grads), MuonState(state.count + 1, momentum)
+        x = jax.tree.map(partial(direction, m=m), weights, momentum, grads)
+        if rule.exact:
+            x = jax.tree.map(to_exact_norm, weights, x)
+        second = state.second
+        if rule.neuron_beta:
+            squares = jax.tree.map(mean_squares, weights, x)
+            second = jax.tree.map(lambda v, s: v + (1 - rule.neuron_beta) * (s - v), second, squares)
+            x = jax.tree.map(even_neurons, x, squares, second)
+        if rule.decay is not None:
+            decay = rule.decay(state.count)
+            x = jax.tree.map(lambda x, p: x + decay * jnp.where(x * p >= 0, p, 0), x, params)
+        x = jax.tree.map(lambda w, x: math.sqrt(max(1.0, w.fan_out / w.fan_in)) * x, weights, x)
+        return x, MuonState(state.count + 1, momentum, second)
 
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(
+def to_exact_norm(weight: Weight, x):
+    """Scale each matrix to the norm of an orthogonal one, √min(fan_in, fan_out) (Muon+)."""
+    norm = jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))
+    return x * (math.sqrt(min(weight.fan_in, weight.fan_out)) / jnp.maximum(norm, 1e-6))
+
+
+def neuron_axes(weight: Weight) -> tuple[int, ...]:
+    """The axes that NorMuon averages over: the inputs', or the outputs' where these are fewer."""
+    inputs = next(
+        n for n in range(1, len(weight.shape)) if math.prod(weight.shape[1 : n + 1]) == weight.fan_in
+    )
+    first, last = (1, inputs + 1) if weight.fan_out >= weight.fan_in else (inputs + 1, len(weight.shape))
+    return tuple(range(first, last))
+
+
+def neuron_shape(weight: Weight) -> tuple[int, ...]:
+    return tuple(1 if axis in neuron_axes(weight) else size for axis, size in enumerate(weight.shape))
+
+
+def mean_squares(weight: Weight, x):
+    return jnp.mean(x * x, axis=neuron_axes(weight), keepdims=True)
+
+
+def even_neurons(x, squares, second):
+    """Divide each neuron's update by the root of its mean squares; the whole keeps its norm (NorMuon)."""
+    rates = lax.rsqrt(jnp.maximum(second, 1e-10))
+    each = tuple(range(1, x.ndim))  # of a layer; squares stand for equally many numbers
+    norm = jnp.sqrt(jnp.sum(squares, axis=each, keepdims=True))
+    new_norm = jnp.sqrt(jnp.sum(squares * rates * rates, axis=each, keepdims=True))
+    return x * rates * (norm / jnp.maximum(new_norm, 1e-10))
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Compute a transformation in float32 and keep its state in the weights' type."""
+
+    def widen(tree):
+        return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, tree)
+
+    def update(grads, state, params=None):
+        updates, new = inner.update(widen(grads), widen(state), widen(params))
+        return updates, jax.tree.map(lambda n, o: n.astype(o.dtype), new, state)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def table_2025(
     config: ModelConfig,
     *,
     matrix_lr: float = 0.02,
     embedding_lr: float = 0.2,
     unembedding_lr: float = 0.004,
     weight_decay: float = 0.0,
-    grad_clip: float = 0.0,
     momentum_warmup: int = 300,
+) -> dict[str, Muon | AdamW]:
+    """Each group's rule as in November 2025. momentum_warmup: updates in which momentum rises; 0: none."""
+
+    def momentum(count):
+        if not momentum_warmup:
+            return MOMENTUM_END
+        ramp = jnp.minimum(count / momentum_warmup, 1.0)
+        return MOMENTUM_START + ramp * (MOMENTUM_END - MOMENTUM_START)
+
+    width_scale = (config.n_embd / 768) ** -0.5
+    return {
+        "matrix": Muon(matrix_lr, momentum),
+        "embedding": AdamW(embedding_lr * width_scale, decay=weight_decay),
+        "head": AdamW(unembedding_lr * width_scale, decay=weight_decay),
+    }
+
+
+def table_2026(
+    config: ModelConfig,
+    *,
+    matrix_lr: float = 0.02,
+    embedding_lr: float = 0.3,
+    unembedding_lr: float = 0.008,
+    scalar_lr: float = 0.5,
+    mixing_lr: float = 0.2,
+    momentum: Callable | None = None,
+    decay: Callable | None = None,
+) -> dict[str, Muon | AdamW]:
+    """Each group's rule as in July 2026. Rates are peaks. momentum, decay: see Muon; None: 2025's, none."""
+    momentum = momentum or table_2025(config)["matrix"].momentum
+    width_scale = (config.n_embd / 768) ** -0.5
+    return {
+        "matrix": Muon(
+            matrix_lr,
+            momentum,
+            POLAR_EXPRESS,
+            safety=1.01,
+            tiny=1e-6,
+            equal=True,
+            exact=True,
+            neuron_beta=0.9,
+            decay=decay,
+        ),
+        "head": AdamW(unembedding_lr * width_scale, b2=0.96, decay=0.01),
+        "embedding": AdamW(embedding_lr * width_scale, b2=0.995, decay=0.001),
+        "value_table": AdamW(0.5 * embedding_lr * width_scale, b2=0.995, decay=0.01),
+        "stream_scale": AdamW(0.01 * scalar_lr, decay=0.05),
+        "embedding_scale": AdamW(scalar_lr, b1=0.96),
+        "mixing": AdamW(mixing_lr),
+    }
+
+
+def make_optimizer(
+    config: ModelConfig,
+    *,
+    table: dict[str, Muon | AdamW] | None = None,
+    grad_clip: float = 0.0,
     muon_dtype=jnp.float32,
     mesh: Mesh | None = None,
+    **rates,
 ) -> optax.GradientTransformation:
     """The optimizer over `Params`. Its updates are for a schedule multiplier of 1: the step scales them.
 
-    AdamW's rates are × (n_embd/768)^−½. grad_clip bounds the global norm of all gradients; 0 is off.
-    momentum_warmup and mesh: see scale_by_muon.
+    table: the rule of each group; None: table_2025 with these rates. AdamW's rates are × (n_embd/768)^−½.
+    grad_clip bounds the global norm of all gradients; 0 is off. mesh: see scale_by_muon.
     """
     declared = declare(config)
+    table = table or table_2025(config, **rates)
     groups = jax.tree.map(lambda weight: weight.group, declared)
-    matrices = jax.tree.map(
-        lambda weight: weight if weight.group == "matrix" else optax.MaskedNode(), declared
-    )
-    width_scale = (config.n_embd / 768) ** -0.5
+    if missing := set(jax.tree.leaves(groups)) - table.keys():
+        raise ValueError(f"no rule for weights of {', '.join(sorted(missing))}")
 
-    def adamw(lr):
-        return optax.adamw(lr * width_scale, b1=0.8, b2=0.95, eps=1e-10, weight_decay=weight_decay)
+    def matrices(group):
+        return jax.tree.map(lambda weight: weight if weight.group == group else optax.MaskedNode(), declared)
 
-    rules = {
-        "matrix": optax.chain(
-            scale_by_muon(matrices, momentum_warmup, muon_dtype, mesh), optax.scale(-matrix_lr)
-        ),
-        "embedding": adamw(embedding_lr),
-        "head": adamw(unembedding_lr),
-    }
+    def transformation(group, rule):
+        if isinstance(rule, Muon):
+            return optax.chain(scale_by_muon(matrices(group), rule, muon_dtype, mesh), optax.scale(-rule.lr))
+        return in_float32(optax.adamw(rule.lr, b1=rule.b1, b2=rule.b2, eps=1e-10, weight_decay=rule.decay))
+
+    used = {group: transformation(group, table[group]) for group in sorted(set(jax.tree.leaves(groups)))}
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip > 0 else optax.identity()
-    return optax.chain(clip, optax.partition(rules, groups))
+    return optax.chain(clip, optax.partition(used, groups))

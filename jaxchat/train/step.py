@@ -43,7 +43,7 @@ def train_step(
     grads = jax.tree.map(lambda g: g * mean, grads)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p + lr_multiplier * u, state.params, updates)
+        params = jax.tree.map(lambda p, u: (p + lr_multiplier * u).astype(p.dtype), state.params, updates)
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(nll) & jnp.isfinite(grad_norm)
@@ -69,8 +69,8 @@ def train_step(
 
 
 def no_sums(params: Params) -> tuple:
-    """Gradients, Σ weight·nll and N of nothing."""
-    return jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(())
+    """Gradients (float32), Σ weight·nll and N of nothing."""
+    return jax.tree.map(lambda p: jnp.zeros(p.shape), params), jnp.zeros(()), jnp.zeros(())
 
 
 def add_rows(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
