@@ -5,20 +5,22 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable
 
-from jaxchat.config import STAGES, Compute, Flags, TrainConfig, UserError, flag
+from jaxchat.config import STAGES, Compute, DeviceFlags, UserError, flag
 from launch import cli
 
 LIBRARIES = ("starlette", "uvicorn", "prometheus_client")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Flags):
+class Config(DeviceFlags):
     """Serve one or several stages of a model over HTTP: OpenAI's API under /v1, a page to chat under /.
 
-    Many requests are answered at a time. SIGTERM or Ctrl-C lets the answers that have begun finish; a second
-    one ends them.
+    Many requests are answered at a time; of several devices, each has its own copy of the model. SIGTERM or
+    Ctrl-C lets the answers that have begun finish; a second one ends them.
     """
 
     source: str = flag("sft", alias="-i")
@@ -54,109 +56,113 @@ class Config(Flags):
     """Seconds that running answers get to finish when the server is asked to stop."""
     open_browser: bool = False
     """Open the page in a browser once the model is ready."""
-    device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"))
-    """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found. With several devices each
-    has its own copy of the model."""
-    dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
-    """Number format of the computation: float32 or bfloat16; auto: float32 on a CPU, bfloat16 elsewhere."""
 
 
 def run(config: Config):
     check_installed()
     stages = stages_of(config)
     import asyncio
+    import logging
 
     from jaxchat import checkpoint
     from jaxchat.devices import start_devices
     from jaxchat.serve.server import listen
 
-    found = {stage: checkpoint.open_model(stage, config.model_tag, config.step) for stage in stages}
+    first = checkpoint.open_model(stages[0], config.model_tag, config.step)
+    found = [first, *(checkpoint.open_model(stage, first.tag) for stage in stages[1:])]
     sock = listen(config.host, config.port)
-    mesh = start_devices(TrainConfig(device_type=config.device_type, dtype=config.dtype), alone=True)
-    devices = [*mesh.devices.flat]
-    address = address_of(config.host, sock.getsockname()[1])
-    compute = Compute.for_backend(config.dtype)
-    slots = config.slots if config.slots > 0 else 8 if devices[0].platform == "cpu" else 64
-    rows = [(name_of(model), str(model.path)) for model in found.values()]
+    devices = [*start_devices(config, alone=True).devices.flat]
+    compute, slots = Compute.for_backend(config.dtype), slots_of(config, devices)
+    rows = [(name_of(model), str(model.path)) for model in found]
     rows += [
         ("devices", f"{len(devices)} × {devices[0].device_kind}, compute in {compute.dtype}"),
         ("slots", f"{slots} a device and model, {config.max_waiting} more answers may wait"),
-        ("address", address),
+        ("address", address_of(config.host, sock.getsockname()[1])),
     ]
-    cli.print_plan("Serve " + ", ".join(map(name_of, found.values())), rows)
+    cli.print_plan("Serve " + ", ".join(map(name_of, found)), rows)
     if not keys_of(config) and not is_loopback(config.host):
-        print(f"warning: everybody who reaches {config.host}:{config.port} can use the model; --api_key=… or "
-              "$JAXCHAT_API_KEY asks for a key", file=sys.stderr, flush=True)  # fmt: skip
-    asyncio.run(serve(config, found, devices, compute, slots, sock))
+        who = f"everybody who reaches {config.host} can use the model"
+        print(f"warning: {who}; --api_key=… or $JAXCHAT_API_KEY asks for a key", file=sys.stderr, flush=True)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("jaxchat.serve").setLevel(logging.INFO)
+    asyncio.run(serve(config, found, devices, compute, sock))
     print("stopped", flush=True)
+    if any(thread.name.startswith("engine of") for thread in threading.enumerate()):
+        os._exit(0)  # one that still compiles, which nothing can interrupt
 
 
-async def serve(config: Config, found: dict, devices: list, compute: Compute, slots: int, sock):
+async def serve(config: Config, found: list, devices: list, compute: Compute, sock):
     """Load the models while the server already says so, then answer until it is asked to stop."""
+    from jaxchat.serve import server
+    from jaxchat.serve.app import make_app
+    from jaxchat.serve.guard import Rules
+
+    service = make_service(config, found, devices, compute)
+    origins = tuple(filter(None, config.cors_origins.split(",")))
+    app = make_app(service, Rules(keys_of(config), origins, is_loopback(config.host)))
+    loading = load(service, address_of(config.host, sock.getsockname()[1]), config.open_browser)
+    try:
+        await server.serve(app, service, sock, loading, config.drain, server.stops_by_signal())
+    finally:
+        await service.close()
+
+
+async def load(service, address: str, open_browser: bool):
+    """Load and compile all models, and say where they are."""
     import asyncio
 
-    from jaxchat.serve import server
-    from jaxchat.serve.app import Defaults, Served, Service, make_app
-    from jaxchat.serve.guard import Rules
+    began = time.perf_counter()
+    with cli.progress(service.progress, 5):
+        for worker in service.workers:
+            worker.start()
+        await asyncio.gather(*(worker.ready for worker in service.workers))
+    seconds = time.perf_counter() - began
+    print(f"ready after {seconds:.0f} s: {address} (page), {address}/v1 (API)", flush=True)
+    if open_browser:
+        import webbrowser
+
+        await asyncio.to_thread(webbrowser.open, address)
+
+
+def make_service(config: Config, found: list, devices: list, compute: Compute):
+    """The models, each with an engine a device that waits to be started. Called in the event loop."""
+    from jaxchat.serve.app import Defaults, Served, Service
     from jaxchat.serve.loop import Pool, Worker
     from jaxchat.serve.metrics import Metrics
 
-    metrics, models, began = Metrics(), {}, time.perf_counter()
-    for stage, model in found.items():
-        id = name_of(model)
-        workers = [
-            Worker(engine_opener(model, device, compute, slots), asyncio.get_running_loop(), metrics, id)
-            for device in devices
-        ]
-        pool = Pool(workers, slots, model.config.sequence_len, config.max_waiting)
-        models[id] = Served(
-            id=id,
-            stage=stage,
+    metrics, models, slots = Metrics(), [], slots_of(config, devices)
+    locks = {device: threading.Lock() for device in devices}
+    for model in found:
+        openers = [engine_opener(model, device, compute, slots, locks[device]) for device in devices]
+        workers = [Worker(opener, metrics, name_of(model)) for opener in openers]
+        served = Served(
+            id=name_of(model),
+            stage=model.meta["stage"],
+            tag=model.tag,
             step=model.step,
             created=int(model.path.stat().st_mtime),
             fingerprint=fingerprint(model),
-            only_continues=not STAGES[stage].parents,
+            only_continues=not STAGES[model.meta["stage"]].parents,
             config=model.config,
             tokenizer=model.tokenizer,
-            pool=pool,
+            pool=Pool(workers, slots, model.config.sequence_len, config.max_waiting),
         )
+        models.append(served)
     limit = config.max_tokens if config.max_tokens > 0 else None
-    service = Service(models, Defaults(config.temperature, max(0, config.top_k), limit), metrics)
-    origins = tuple(filter(None, config.cors_origins.split(",")))
-    app = make_app(service, Rules(keys_of(config), origins, is_loopback(config.host)))
-    workers = [worker for model in models.values() for worker in model.pool.workers]
-
-    async def load():
-        for worker in workers:
-            worker.start()
-        await asyncio.gather(*(worker.ready for worker in workers))
-        address = address_of(config.host, sock.getsockname()[1])
-        print(
-            f"ready after {time.perf_counter() - began:.1f} s: {address} (page), {address}/v1 (API)",
-            flush=True,
-        )
-        if config.open_browser:
-            import webbrowser
-
-            await asyncio.to_thread(webbrowser.open, address)
-
-    try:
-        await server.serve(app, service, sock, load(), config.drain, server.stops_by_signal())
-    finally:
-        for worker in workers:
-            worker.stop()
-        for worker in workers:
-            if worker.is_alive():
-                await asyncio.to_thread(worker.join, 10.0)
+    return Service(models, Defaults(config.temperature, max(0, config.top_k), limit), metrics)
 
 
-def engine_opener(model, device, compute: Compute, slots: int):
-    """A function that opens the model's engine on a device, with its shapes compiled."""
+def engine_opener(model, device, compute: Compute, slots: int, lock):
+    """A function that opens the model's engine on a device, with its shapes compiled.
+
+    lock: held while it compiles, so that models of one shape compile it once.
+    """
 
     @contextlib.contextmanager
-    def opened():
+    def opened(on_progress):
         import jax
 
+        from jaxchat.eval.scoring import out_of_memory
         from jaxchat.infer.engine import Engine
         from jaxchat.sharding import make_mesh
 
@@ -164,23 +170,29 @@ def engine_opener(model, device, compute: Compute, slots: int):
         # One length of the cache: a longer one would be compiled while somebody waits.
         options = {"batch_size": slots, "shortest_cache": context}
         with jax.default_device(device):
-            params = model.load(make_mesh([device]))
-            engine = Engine(params, model.config, model.tokenizer, compute, **options)
-            compile_shapes(engine, context)
+            with lock, out_of_memory(f"give fewer than --slots={slots}, or serve fewer stages"):
+                params = model.load(make_mesh([device]))
+                engine = Engine(params, model.config, model.tokenizer, compute, **options)
+                compile_shapes(engine, context, on_progress)
             yield engine
 
     return opened
 
 
-def compile_shapes(engine, context: int):
-    """Generate a token in each way that is common, so that nobody waits for a compilation."""
+def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None] = lambda done, total: None):
+    """Generate a token in each common way, so that nobody waits for a compilation.
+
+    on_progress: called with the number of ways that are done, and of all.
+    """
     from jaxchat.infer.scheduler import SHORTEST, bucket
 
-    lengths = {bucket(n, SHORTEST, context) for n in range(1, context + 1)}
-    for length in sorted(lengths):
-        engine.generate([[0] * min(length, context - 1)], max_tokens=1, temperature=0.0)
-    for settings in ({"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}):
-        engine.generate([[0]], max_tokens=2, **settings)
+    lengths = sorted({bucket(n, SHORTEST, context) for n in range(1, context + 1)})
+    ways = [{"prompts": [[0] * min(length, context - 1)], "temperature": 0.0} for length in lengths]
+    ways += [{"prompts": [[0]], "temperature": 1.0, "top_k": top_k} for top_k in (0, 5)]
+    for done, settings in enumerate(ways):
+        on_progress(done, len(ways))
+        engine.generate(**settings, max_tokens=1)
+    on_progress(len(ways), len(ways))
 
 
 def check_installed():
@@ -194,14 +206,16 @@ def stages_of(config: Config) -> list[str]:
     stages = config.source.split(",")
     for stage in stages:
         if stage not in STAGES or stages.count(stage) > 1:
-            raise UserError(
-                f"--source={config.source}; it is one or several of {', '.join(STAGES)}, each once"
-            )
+            known = ", ".join(STAGES)
+            raise UserError(f"--source={config.source}; it is one or several of {known}, each once")
     if config.step >= 0 and len(stages) > 1:
-        raise UserError(
-            f"--step={config.step} is of one stage, and --source={config.source} has {len(stages)}"
-        )
+        count = len(stages)
+        raise UserError(f"--step={config.step} is of one stage, and --source={config.source} has {count}")
     return stages
+
+
+def slots_of(config: Config, devices: list) -> int:
+    return config.slots if config.slots > 0 else 8 if devices[0].platform == "cpu" else 64
 
 
 def name_of(model) -> str:

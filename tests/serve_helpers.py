@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -86,23 +87,17 @@ class FakeEngine:
 
 
 class Running:
-    """A running server. `open_engine`: see Worker."""
+    """A running server with one model a stage. open_engine: see Worker; options: those of OPTIONS."""
 
-    def __init__(
-        self,
-        tokenizer,
-        open_engine,
-        *,
-        slots=4,
-        max_waiting=8,
-        rules=None,
-        drain=5.0,
-        engines=1,
-        context=CONTEXT,
-        vocab_size=None,
-    ):
-        self.stages = ("sft", "base")
-        self._args = tokenizer, open_engine, slots, max_waiting, rules or Rules(), drain, engines, context, vocab_size
+    OPTIONS = {
+        "stages": ("sft", "base"), "engines": 1, "slots": 4, "max_waiting": 8, "context": CONTEXT, "vocab_size": None,
+        "rules": Rules(), "drain": 5.0,
+    }  # fmt: skip
+
+    def __init__(self, tokenizer, open_engine, **options):
+        assert options.keys() <= self.OPTIONS.keys()
+        self.options = SimpleNamespace(**self.OPTIONS | options)
+        self._tokenizer, self._open = tokenizer, open_engine
         self._started, self.problem = threading.Event(), None
         self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -115,33 +110,34 @@ class Running:
             self._started.set()
 
     async def _serve(self):
-        tokenizer, open_engine, slots, max_waiting, rules, drain, engines, context, vocab_size = self._args
-        self.loop, self.stops, metrics = asyncio.get_running_loop(), asyncio.Queue(), Metrics()
-        config = SimpleNamespace(sequence_len=context, vocab_size=vocab_size or tokenizer.vocab_size)
-        models = {}
-        for stage in self.stages:
+        self.loop, self.stops, metrics, options = asyncio.get_running_loop(), asyncio.Queue(), Metrics(), self.options
+        vocab_size = options.vocab_size or self._tokenizer.vocab_size
+        models = []
+        for stage in options.stages:
             id = f"toy-{stage}"
-            workers = [Worker(open_engine, self.loop, metrics, id) for _ in range(engines)]
-            models[id] = Served(
-                id=id, stage=stage, step=7, created=1, fingerprint="jaxchat-test", only_continues=stage == "base",
-                config=config, tokenizer=tokenizer, pool=Pool(workers, slots, context, max_waiting),
+            workers = [Worker(self._open, metrics, id) for _ in range(options.engines)]
+            served = Served(
+                id=id, stage=stage, tag="toy", step=7, created=1, fingerprint="jaxchat-test",
+                only_continues=stage == "base", tokenizer=self._tokenizer,
+                config=SimpleNamespace(sequence_len=options.context, vocab_size=vocab_size),
+                pool=Pool(workers, options.slots, options.context, options.max_waiting),
             )  # fmt: skip
+            models.append(served)
         self.service = Service(models, Defaults(), metrics)
-        self.workers = [worker for model in models.values() for worker in model.pool.workers]
         sock = server.listen("127.0.0.1", 0)
         self.port = sock.getsockname()[1]
 
         async def load():
-            for worker in self.workers:
+            for worker in self.service.workers:
                 worker.start()
-            await asyncio.gather(*(worker.ready for worker in self.workers))
+            await asyncio.gather(*(worker.ready for worker in self.service.workers))
 
         self._started.set()
         try:
-            await server.serve(make_app(self.service, rules), self.service, sock, load(), drain, self.stops)
+            app = make_app(self.service, options.rules)
+            await server.serve(app, self.service, sock, load(), options.drain, self.stops)
         finally:
-            for worker in self.workers:
-                worker.stop()
+            await self.service.close()
 
     def __enter__(self):
         self.thread.start()
@@ -187,6 +183,20 @@ class Running:
                 if sample.name == f"jaxchat_{name}" and labels.items() <= sample.labels.items():
                     found += sample.value
         return found
+
+
+def open_request(running, body: dict) -> socket.socket:
+    """Send a request for a chat and read nothing."""
+    data = json.dumps({"messages": [{"role": "user", "content": "hi"}]} | body).encode()
+    client = socket.create_connection(("127.0.0.1", running.port), timeout=60)
+    head = [
+        "POST /v1/chat/completions HTTP/1.1",
+        "host: localhost",
+        "connection: close",
+        f"content-length: {len(data)}",
+    ]
+    client.sendall("\r\n".join([*head, "", ""]).encode() + data)
+    return client
 
 
 def received(response):

@@ -6,12 +6,15 @@ import socket
 import time
 
 import pytest
-from serve_helpers import CONTEXT, FakeEngine, Running, events_of, until
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serve_helpers import CONTEXT, FakeEngine, Running, events_of, open_request, until
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from jaxchat.serve import guard, server  # noqa: E402
+from jaxchat.serve import guard, protocol, server  # noqa: E402
 from jaxchat.serve.guard import Rules  # noqa: E402
+from jaxchat.serve.protocol import Sampling  # noqa: E402
 from jaxchat.tokenizer import Tokenizer  # noqa: E402
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -50,7 +53,7 @@ class Script:
         return [request for engine in self.engines for request in engine.requests]
 
     @contextlib.contextmanager
-    def open(self):
+    def open(self, on_progress):
         engine = FakeEngine(self)
         self.engines.append(engine)
         yield engine
@@ -550,14 +553,6 @@ def test_clients_that_are_too_slow(serving, monkeypatch):
         assert answer.startswith(b"HTTP/1.1 400") and b'{"error"' in answer
 
 
-def open_request(running, body: dict) -> socket.socket:
-    data = json.dumps({"messages": USER} | body).encode()
-    client = socket.create_connection(("127.0.0.1", running.port), timeout=60)
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {len(data)}\r\n\r\n"
-    client.sendall(head.encode() + data)
-    return client
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot(serving, stream):
     serving.script.tokens, serving.script.seconds = [(5, False)] * 90, 0.05
@@ -654,9 +649,9 @@ def test_while_it_loads_it_says_so(tokenizer):
     goes_on, script = threading.Event(), Script(tokenizer)
 
     @contextlib.contextmanager
-    def slowly():
+    def slowly(on_progress):
         goes_on.wait(60)
-        with script.open() as engine:
+        with script.open(on_progress) as engine:
             yield engine
 
     with Running(tokenizer, slowly) as running:
@@ -683,3 +678,82 @@ def test_pipelined_requests(serving):
     with socket.create_connection(("127.0.0.1", serving.port), timeout=20) as client:
         client.sendall(wanted * 2 + last)
         assert read_all(client).count(b"HTTP/1.1 200") == 3
+
+
+def test_what_it_keeps_of_bad_clients_is_nothing(serving):
+    """Clients that leave at random moments, and readers that don't read: slots, jobs and tasks are as before."""
+    import asyncio
+    import random
+
+    def tasks():
+        return asyncio.run_coroutine_threadsafe(counted(), serving.loop).result(20)
+
+    async def counted():
+        return len(asyncio.all_tasks())
+
+    before, chance = tasks(), random.Random(0)
+    serving.script.tokens, serving.script.seconds = [(5, False)] * 80, 0.002
+    slow = []
+    for i in range(60):
+        client = open_request(serving, {"stream": i % 3 > 0, "n": chance.randint(1, 4)})
+        if i % 10:
+            time.sleep(chance.random() * 0.01)
+            client.close()
+        else:
+            slow.append(client)
+    good = serving.chat(max_tokens=20)
+    assert good.status == 429 or good.json["usage"]["completion_tokens"] == 20
+    until(lambda: serving.metric("num_requests_running") + serving.metric("num_requests_waiting") == 0)
+    for client in slow:
+        client.close()
+    until(lambda: not serving.service.jobs and tasks() <= before)
+    assert all(engine.scheduler.slot_of == {} == engine.scheduler.waiting for engine in serving.script.engines)
+    assert serving.chat(max_tokens=20).status == 200
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = [*protocol.ASKS_NOTHING, *protocol.IGNORED, *Sampling.__dataclass_fields__] + [
+    "messages", "prompt", "logprobs", "top_logprobs", "echo", "max_completion_tokens", "stream_options", "best_of",
+    "continue_final_message", "add_special_tokens", "tokens", "",
+]  # fmt: skip
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": st.text(max_size=9) | json_values}
+    ),
+    min_size=1, max_size=3,
+)  # fmt: skip
+BODIES = st.fixed_dictionaries(
+    {}, optional={name: json_values for name in FIELDS} | {"messages": MESSAGES, "prompt": st.text() | json_values}
+)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/tokenize", "/detokenize"])
+def test_no_body_makes_an_error_of_the_server(serving, path):
+    """Valid or not: an answer, or an error in OpenAI's form that is the client's."""
+
+    @settings(max_examples=150, suppress_health_check=[*HealthCheck])
+    @given(BODIES | json_values, st.booleans())
+    def ask(body, whole):
+        if isinstance(body, dict) and whole:  # most bodies have some field that is wrong: here, only one
+            body = {"messages": USER, "prompt": "hi", "max_tokens": 5, "tokens": [1]} | dict([*body.items()][:1])
+        reply = serving.ask("POST", path, json.dumps(body))
+        if reply.status != 200:
+            assert 400 <= reply.status < 500, reply.body
+            assert set(reply.json["error"]) == {"message", "type", "param", "code"}
+
+    ask()
+
+
+@settings(max_examples=100, suppress_health_check=[*HealthCheck])
+@given(
+    st.sampled_from(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"]),
+    st.text("abcdefghijklmnopqrstuvwxyz/{}%1~._-", max_size=20) | st.sampled_from(["v1/models/", "v1/", "/", "v1//models"]),
+    st.dictionaries(st.sampled_from(["host", "origin", "authorization", "content-type", "if-none-match", "accept"]),
+                    st.text("abc:/[]@*, 0%", max_size=9), max_size=3),
+)  # fmt: skip
+def test_no_path_and_no_header_makes_an_error_of_the_server(shared, method, path, headers):
+    assert shared.ask(method, f"/{path}", headers=headers).status < 500

@@ -85,9 +85,13 @@ def test_two_stages_on_two_devices_until_sigterm(folder):
             texts.append([choice["message"]["content"] for choice in found["choices"]])
         assert texts[0] != texts[1] and len(set(texts[0])) > 1
         body |= {"stream": True, "ignore_eos": True, "max_tokens": 40}
-        with asked(port, "POST", "/v1/chat/completions", body) as stream:
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(asked(port, "POST", "/v1/chat/completions", body)) for _ in range(50)]
             process.send_signal(signal.SIGTERM)
-            assert stream.read().endswith(b"data: [DONE]\n\n")
+            for stream in streams:
+                text = stream.read()
+                assert text.endswith(b"data: [DONE]\n\n")
+                assert text.count(b'"finish_reason":"length"') == 4 or b'{"error"' in text
         assert process.wait(60) == 0 and process.stdout.read().endswith("stopped\n")
 
 

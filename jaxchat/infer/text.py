@@ -32,6 +32,7 @@ class TextReader:
         special = tokenizer.special
         self._openings = {special("<|python_start|>"): "python", special("<|output_start|>"): "python_output"}
         self._closings = {special("<|python_end|>"), special("<|output_end|>")}
+        self.marks = self._closings | {*self._openings}  # tokens that are no text
         self._stop = tuple(stop)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._starts = True

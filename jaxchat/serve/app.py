@@ -21,11 +21,12 @@ from starlette.routing import Route
 from jaxchat.infer.scheduler import Request
 from jaxchat.serve import protocol
 from jaxchat.serve.guard import Farewell, Guard, Rules, read_body
-from jaxchat.serve.loop import Job, Pool, Stopped
+from jaxchat.serve.loop import Job, Pool, Stopped, Worker
 from jaxchat.serve.metrics import Metrics
 from jaxchat.serve.protocol import ApiError, Chat, Completion, Fields
 from jaxchat.serve.replies import Answer, Form, Piece
 
+CLOSING = 5.0  # seconds to wait for an engine's last stretch
 PING = 15.0  # seconds of silence after which a stream shows that it lives
 LARGE = 20_000  # bytes of a body that is read in a thread, since the event loop never waits
 
@@ -38,6 +39,7 @@ class Served:
 
     id: str
     stage: str
+    tag: str
     step: int
     created: int  # seconds since 1970
     fingerprint: str
@@ -48,12 +50,8 @@ class Served:
 
     def about(self) -> dict:
         """The model in the form of /v1/models, with what only jaxchat has under "jaxchat"."""
-        ours = {
-            "stage": self.stage,
-            "step": self.step,
-            "chat": not self.only_continues,
-            "slots": self.pool.slots,
-        }
+        ours = {"stage": self.stage, "tag": self.tag, "step": self.step, "chat": not self.only_continues}
+        ours |= {"sequence_len": self.config.sequence_len, "slots": self.pool.slots}
         common = {"id": self.id, "object": "model", "created": self.created, "owned_by": "jaxchat"}
         return common | {"max_model_len": self.config.sequence_len, "jaxchat": ours}
 
@@ -70,12 +68,31 @@ class Defaults:
 class Service:
     """All that the endpoints share. state: "loading", "ok" or "draining"."""
 
-    def __init__(self, models: dict[str, Served], defaults: Defaults, metrics: Metrics):
-        self.models, self.defaults, self.metrics = models, defaults, metrics
+    def __init__(self, models: list[Served], defaults: Defaults, metrics: Metrics):
+        """models: the first is the default."""
+        self.models = {model.id: model for model in models}
+        self.defaults, self.metrics = defaults, metrics
         self.state = "loading"
         self.jobs: set[Job] = set()  # that are being answered
         self._unknown: set[str] = set()
-        metrics.watch({id: model.pool for id, model in models.items()})
+        metrics.watch({model.id: model.pool for model in models})
+
+    @property
+    def workers(self) -> list[Worker]:
+        return [worker for model in self.models.values() for worker in model.pool.workers]
+
+    def progress(self) -> str:
+        """What is done of the compilations."""
+        done, total = (sum(getattr(one, name) for one in self.workers) for name in ("compiled", "to_compile"))
+        return f"{done} of {total} shapes compiled" if total else "loading"
+
+    async def close(self):
+        """Stop the engines; one that is compiling is left to itself."""
+        for worker in self.workers:
+            worker.stop()
+        for worker in self.workers:
+            if worker.is_alive():
+                await asyncio.to_thread(worker.join, CLOSING)
 
     def model(self, name: str) -> Served:
         """The model of a name; "": the first. ApiError: there is none."""
@@ -209,6 +226,7 @@ class Reply:
                     open_answers -= 1
                     self.job.cancel_row(row)  # which goes on after a stop string
                     self._service.metrics.ended(self._asked.model.id, row, answer)
+                    self._asked.model.pool.took(row.last - row.began)
                 yield answer, piece
 
     async def whole(self) -> dict:

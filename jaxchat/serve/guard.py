@@ -46,6 +46,13 @@ def is_local(host: str) -> bool:
         return False
 
 
+def host_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return "?"  # which is nobody's
+
+
 class Guard:
     """ASGI middleware: refuse what the rules don't allow, name and log every request, catch every error."""
 
@@ -84,8 +91,9 @@ class Guard:
         finally:
             endpoint = getattr(scope.get("endpoint"), "__name__", "none")  # the router has put it there
             self._metrics.requests.labels(endpoint, status).inc()
-            log.info('%s "%s %s" %d, %.0f ms', id, scope["method"], scope["path"][:200], status,
-                     1000 * (time.monotonic() - began))  # fmt: skip
+            level = logging.INFO if scope["method"] == "POST" or status >= 400 else logging.DEBUG
+            path, seconds = scope["raw_path"].decode("ascii", "replace"), time.monotonic() - began
+            log.log(level, "%s %s %.100s %d, %.3f s", id, scope["method"], path, status, seconds)
 
     def _checked(self, app):
         async def checked(scope, receive, send):
@@ -112,15 +120,16 @@ class Guard:
 
     def _check_host(self, host: str):
         """Refuse names that are not ours on a server for this machine alone: a page's name may lead here."""
-        name = urlsplit(f"//{host}").hostname or ""
-        allowed = {urlsplit(origin).hostname for origin in self._rules.origins}
+        name = host_of(f"//{host}")  # "": not from a browser
+        allowed = {"", *map(host_of, self._rules.origins)}
         if self._rules.local and not (is_local(name) or name in allowed or "*" in self._rules.origins):
             message = f"this server doesn't answer for the host {name!r}"
             raise ApiError(403, f"{message}; --cors_origins=http://{name or 'HOST'} allows it")
 
     def _check_origin(self, origin: str | None, host: str, method: str):
         """Refuse what pages of other sites send, but for those that are allowed."""
-        allowed = origin is None or urlsplit(origin).netloc == host or {origin, "*"} & {*self._rules.origins}
+        same = origin is not None and origin.partition("://")[2] == host
+        allowed = origin is None or same or {origin, "*"} & {*self._rules.origins}
         if method == "POST" and not allowed:
             raise ApiError(
                 403, f"pages of {origin} may not ask this server; --cors_origins={origin} allows it"
@@ -143,7 +152,7 @@ async def read_body(request: HTTPRequest) -> bytes:
             while more and max(length, len(body)) <= MAX_BODY:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
-                    raise ApiError(400, "the client left before its request was complete")
+                    raise ApiError(499, "the client left before its request was complete")
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
     except TimeoutError:

@@ -54,13 +54,19 @@ class Worker(threading.Thread):
     there is an engine; `failed` holds what ended it.
     """
 
-    def __init__(self, open_engine: Callable, loop: asyncio.AbstractEventLoop, metrics: Metrics, model: str):
-        """open_engine: called in the thread; a context manager of an engine with its shapes compiled."""
+    def __init__(self, open_engine: Callable, metrics: Metrics, model: str):
+        """Is made in the event loop, and starts with `start`.
+
+        open_engine(on_progress): called in the thread; a context manager of an engine with its shapes
+        compiled. on_progress: called with the number of shapes that are compiled, and of all.
+        """
         super().__init__(name=f"engine of {model}", daemon=True)
-        self._open, self._loop, self._metrics, self._model = open_engine, loop, metrics, model
+        self._open, self._metrics, self._model = open_engine, metrics, model
+        self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._pace, self._seen = 0.01, set()  # seconds a token of all rows; ids in the last stretch
-        self.ready: asyncio.Future = loop.create_future()
+        self.ready: asyncio.Future = self._loop.create_future()
+        self.compiled, self.to_compile = 0, 0  # shapes
         self.failed: BaseException | None = None
         self.live: set[Row] = set()
 
@@ -83,13 +89,16 @@ class Worker(threading.Thread):
 
     def run(self):
         try:
-            with self._open() as engine:
+            with self._open(self._on_progress) as engine:
                 self._call(self._set_ready, engine)
                 self._work(engine)
         except BaseException as problem:
             if self.ready.done():  # else it is raised where the engine is awaited
                 traceback.print_exc()
             self._call(self._fail, problem)
+
+    def _on_progress(self, done: int, total: int):
+        self.compiled, self.to_compile = done, total
 
     def _work(self, engine):
         rows: dict[int, Row] = {}
@@ -206,6 +215,7 @@ class Pool:
     def __init__(self, workers: list[Worker], slots: int, context: int, max_waiting: int):
         """slots: of each engine; context: of a row; max_waiting: most rows without a slot."""
         self.workers, self._slots, self._max_waiting = workers, slots, max_waiting
+        self._seconds = 1.0  # that an answer takes
         self.positions = self.slots * context  # of the caches
 
     @property
@@ -232,7 +242,7 @@ class Pool:
             )
         if rows + len(requests) > most:
             message = f"{rows} answers are running or waiting, the most this server takes; try again later"
-            raise ApiError(429, message, code="rate_limit_exceeded", retry=1)
+            raise ApiError(429, message, code="rate_limit_exceeded", retry=self._retry())
         job, now = Job(), clock()
         for index, request in enumerate(requests):
             worker = min(self.workers, key=lambda worker: worker.rows)
@@ -240,3 +250,11 @@ class Pool:
             job.rows.append(row)
             worker.submit(row)
         return job
+
+    def took(self, seconds: float):
+        """Note how long an answer took, from its slot to its end."""
+        self._seconds += 0.1 * (seconds - self._seconds)
+
+    def _retry(self) -> int:
+        """Seconds after which half of those that wait may have a slot."""
+        return max(1, min(60, round(self._seconds * self._max_waiting / self.slots / 2)))

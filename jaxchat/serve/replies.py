@@ -76,7 +76,8 @@ class Answer:
     def _token(self, token: int, forced: bool, scores: tuple | None, piece: Piece):
         before, offset = self._reader.kind, self.length + len(self._reader.held)
         self._show(self._reader.feed(token, forced), piece)
-        if scores and (self._all_tokens or before == self._reader.kind == "text"):
+        is_text = before == self._reader.kind == "text" and token not in self._reader.marks
+        if scores and (self._all_tokens or is_text):
             self._waiting.append(Entry(token, *scores, offset))
         if not self._reader.waits and not self._reader.stopped:
             piece.entries += self._waiting
