@@ -731,11 +731,12 @@ BODIES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/tokenize", "/detokenize"])
 def test_no_body_makes_an_error_of_the_server(serving, path):
     """Valid or not: an answer, or an error in OpenAI's form that is the client's."""
 
-    @settings(max_examples=150, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=100, suppress_health_check=[*HealthCheck])
     @given(BODIES | json_values, st.booleans())
     def ask(body, whole):
         if isinstance(body, dict) and whole:  # most bodies have some field that is wrong: here, only one
@@ -748,12 +749,16 @@ def test_no_body_makes_an_error_of_the_server(serving, path):
     ask()
 
 
+@pytest.mark.slow
 @settings(max_examples=100, suppress_health_check=[*HealthCheck])
 @given(
     st.sampled_from(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"]),
-    st.text("abcdefghijklmnopqrstuvwxyz/{}%1~._-", max_size=20) | st.sampled_from(["v1/models/", "v1/", "/", "v1//models"]),
-    st.dictionaries(st.sampled_from(["host", "origin", "authorization", "content-type", "if-none-match", "accept"]),
-                    st.text("abc:/[]@*, 0%", max_size=9), max_size=3),
-)  # fmt: skip
+    st.text("abcdefghijklmnopqrstuvwxyz/{}%1~._-", max_size=20) | st.sampled_from(["v1/models/", "v1/", "/", "v1//"]),
+    st.dictionaries(
+        st.sampled_from(["host", "origin", "authorization", "content-type", "if-none-match", "accept"]),
+        st.text("abc:/[]@*, 0%", max_size=9),
+        max_size=3,
+    ),
+)
 def test_no_path_and_no_header_makes_an_error_of_the_server(shared, method, path, headers):
     assert shared.ask(method, f"/{path}", headers=headers).status < 500
