@@ -215,7 +215,7 @@ def events_of(body: bytes) -> list:
     return [line[6:] if line[6:] == "[DONE]" else json.loads(line[6:]) for line in lines]
 
 
-def until(condition, seconds: float = 30.0):
+def until(condition, seconds: float = 120.0):
     """Wait until condition() holds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -99,7 +99,7 @@ class Service:
         if not name:
             return next(iter(self.models.values()))
         if name not in self.models:
-            message = f"no model {name!r} here; there are: {', '.join(self.models)}"
+            message = f"no model {name[:80]!r} here; there are: {', '.join(self.models)}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return self.models[name]
 
@@ -159,12 +159,13 @@ def prepare(service: Service, body: bytes, chat: bool) -> Asked:
     for prompt in prompts:
         limit = room(service, asked, len(prompt), context, param)
         for _ in range(asked.n):
-            requests.append(_request(service.defaults, asked, prompt, seed, len(requests), limit))
+            own = {"prompt": prompt, "max_tokens": limit, "seed": seed, "sample": len(requests)}
+            requests.append(_request(service.defaults, asked, **own))
     return Asked(model, asked, requests, seed)
 
 
 def room(service: Service, asked: Chat | Completion, length: int, context: int, param: str) -> int:
-    """Most tokens of an answer to a prompt of so many tokens."""
+    """Most tokens of an answer to a prompt of `length` tokens."""
     wanted = asked.max_tokens
     if length + (1 if wanted is None else wanted) > context:
         answer = "" if wanted is None else f" and max_tokens is {wanted:,}"
@@ -172,18 +173,14 @@ def room(service: Service, asked: Chat | Completion, length: int, context: int, 
     return min(context - length, service.defaults.max_tokens or context) if wanted is None else wanted
 
 
-def _request(
-    defaults: Defaults, asked: Chat | Completion, prompt: list[int], seed: int, sample: int, limit: int
-):
+def _request(defaults: Defaults, asked: Chat | Completion, **fields) -> Request:
+    """The engine's request for one answer. fields: those of Request that differ from answer to answer."""
     return Request(
-        prompt=prompt,
-        max_tokens=limit,
+        **fields,
         temperature=defaults.temperature if asked.temperature is None else asked.temperature,
         top_k=defaults.top_k if asked.top_k is None else asked.top_k,
         top_p=asked.top_p,
         min_p=asked.min_p,
-        seed=seed,
-        sample=sample,
         min_tokens=asked.min_tokens,
         stop_tokens=asked.stop_token_ids,
         ignore_end=asked.ignore_eos,
@@ -211,7 +208,7 @@ class Reply:
         self._service.jobs.discard(self.job)
 
     async def pieces(self, seconds: float | None = None) -> AsyncIterator[tuple[Answer, Piece] | None]:
-        """Yield what is new of each answer, till all have ended; None after so many silent seconds."""
+        """Yield what is new of each answer, till all have ended; None after `seconds` of silence."""
         open_answers = len(self.answers)
         while open_answers:
             news = await self.job.news(seconds)
@@ -251,10 +248,8 @@ class Reply:
                 answer, piece = one
                 chunks = form.news(answer, piece)
                 if answer.finish:
-                    ours = (
-                        {} if any(not other.finish for other in self.answers) else {"jaxchat": self._ours()}
-                    )
-                    chunks.append(form.last(answer, **ours))
+                    last = all(other.finish for other in self.answers)
+                    chunks.append(form.last(answer, **({"jaxchat": self._ours()} if last else {})))
                 if chunks:
                     yield b"".join(map(event, chunks))
             if self._asked.fields.include_usage:
@@ -499,7 +494,7 @@ def make_app(service: Service, rules: Rules):
             error.headers["allow"] = problem.headers["Allow"]
         else:
             error = ApiError(
-                404, f"nothing at {request.url.path}; there are: {', '.join(paths)} (also under /v1)"
+                404, f"nothing at {request.url.path[:80]}; there are: {', '.join(paths)} (also under /v1)"
             )
         return error_response(error)
 

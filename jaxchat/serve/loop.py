@@ -185,7 +185,7 @@ class Job:
         self._news.put_nowait(Stopped(why))
 
     async def news(self, seconds: float | None = None) -> list[tuple[Row, Generation]]:
-        """All that has come since, at least something; [] if nothing came for so many seconds."""
+        """All that has come since, at least something; [] after `seconds` without anything."""
         try:
             async with asyncio.timeout(seconds):
                 found = [await self._news.get()]
