@@ -1,7 +1,7 @@
 """A command with a fault put in: python chaos_process.py {full=N | kill=N | seal=N | data=N | none} MODULE FLAGS…
 
 full: the first two saves meet a disk with N kB left, or a limit on files; kill: the process dies amid the N-th save;
-seal: the N-th seal of a checkpoint finds no room; data: process 1 alone can't read what its N-th step needs.
+seal: the N-th seal of a checkpoint finds no room; data: process 1 alone can't read what step N needs.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from jaxchat import seal
 from jaxchat.config import UserError
-from jaxchat.train import loop
+from jaxchat.train import stages
 
 
 def fill(folder: Path, left: int):
@@ -65,17 +65,15 @@ def put_in(fault: str, number: int):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         seal(folder)
 
-    def unreadable(batch, mesh, place=loop.place_batch):
-        nonlocal count
-        count += 1
-        if count == number and jax.process_index() == 1:
+    def unreadable(self, params, step, next_batch=stages.DataBatches.next_batch):
+        if step + 1 == number and jax.process_index() == 1:
             raise UserError("a shard can't be read")
-        return place(batch, mesh)
+        return next_batch(self, params, step)
 
     if fault == "seal":
         seal.seal = sealed
     elif fault == "data":
-        loop.place_batch = unreadable
+        stages.DataBatches.next_batch = unreadable
     else:
         ocp.AsyncCheckpointer.save = faulty
 

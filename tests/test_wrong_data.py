@@ -96,7 +96,10 @@ def test_a_shard_that_breaks_in_the_midst(tmp_path, tokenizer, workers):
     batches = base_batches([path], tokenizer, workers=workers)
     with pytest.raises(UserError, match="a.parquet, row group 7, cannot be read .* download the file again"):
         for _ in range(100_000):
+            place = batches.get_state()
             next(batches)
+    batches.set_state(place)  # where a run that ends by it is saved
+    assert batches.get_state() == place
     batches.close()
 
 

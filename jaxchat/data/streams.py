@@ -109,7 +109,8 @@ class PackedRows(grain.IterDataset):
 
 
 class _PackedRowsIterator(grain.DatasetIterator):
-    """Its state is {stream: its state}, {} at the start. set_state ignores streams of other processes."""
+    """Its state is {stream: its state}, {} at the start, of the process's streams; set_state takes that, or
+    the state of all processes."""
 
     def __init__(self, packing: PackedRows):
         super().__init__()
@@ -121,10 +122,11 @@ class _PackedRowsIterator(grain.DatasetIterator):
         return dict(self._state)
 
     def set_state(self, state):
-        if state and len(state) != self._p.deal.streams:
+        own = [str(n) for n in self._p.streams]
+        if state and len(state) != self._p.deal.streams and [*state] != own:
             raise ValueError(f"state of {len(state)} streams for a step of {self._p.deal.streams}")
         self._stop()
-        self._state = {str(n): state[str(n)] for n in self._p.streams if state}
+        self._state = {name: state[name] for name in own if state}
 
     def close(self):
         super().close()

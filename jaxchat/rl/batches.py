@@ -39,6 +39,8 @@ class RolloutBatches:
     resumes exactly from the place in the order; between two updates on the same answers, from these too.
     """
 
+    alone = False  # process 0 rewards the answers of all
+
     def __init__(self, config: RLConfig, model: Model, parent: Found, tasks: Mixture):
         self.config, self.model, self.parent = config, model, parent
         self.problems = Problems(config, tasks, parent.tokenizer)

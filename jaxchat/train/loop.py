@@ -14,7 +14,7 @@ from jaxchat.model.params import Params
 from jaxchat.sharding import agree, gather_json, place_rows
 from jaxchat.store import Checkpoints
 from jaxchat.train.metrics import MetricsLog, best_step
-from jaxchat.train.reporter import NotFinite, Reporter
+from jaxchat.train.reporter import NotFinite, Reporter, Unread
 from jaxchat.train.saving import Saver
 from jaxchat.train.signals import Stop
 from jaxchat.train.stages import Stage
@@ -73,8 +73,12 @@ def train(run: Run, evaluations: list[Evaluation]) -> None:
         except Exception as problem:
             with contextlib.suppress(Exception):  # it may be this that failed
                 loop.reporter.flush()
+            if isinstance(problem, Unread):
+                loop.go_back(problem.step - 1)
             if not loop.ending:
-                loop.saver.rescue(loop.state, loop.step, alone=not isinstance(problem, NotFinite))
+                loop.saver.rescue(loop.state, loop.step, alone=not isinstance(problem, NotFinite | Unread))
+            if loop.problem:
+                raise loop.problem from problem
             raise
 
 
@@ -94,6 +98,9 @@ class Loop:
         self.finished = self.step == run.stage.num_steps
         self.ending = False  # the last save is under way
         self.schedule = jax.jit(run.stage.schedule)
+        self.batch: dict = {}  # of the last step
+        self.places = []  # of the data before the last two steps, where several processes train
+        self.problem: Exception | None = None  # why this process, of several, can't read its rows
 
     def train(self):
         while True:
@@ -135,15 +142,44 @@ class Loop:
                 stopping = not self.finished and self.stop.asked()
         return stopping
 
+    def next_batch(self) -> dict:
+        """The batch of the next step.
+
+        If one of several processes can't read its rows, it takes part with rows that make the loss not
+        finite, so that no process applies the step, until all know of it by `unread` among the totals.
+        """
+        batches = self.stage.batches
+        several = batches.alone and jax.process_count() > 1
+        if several:
+            self.places = [*self.places[-1:], batches.get_state()]
+        try:
+            if not self.problem:
+                self.batch = batches.next_batch(self.state.params, self.step)
+        except Exception as problem:
+            if not several or not self.batch:
+                raise
+            self.problem = problem
+            self.batch = self.batch | {"weights": np.full_like(self.batch["weights"], np.nan)}
+        return self.batch
+
+    def go_back(self, step: int):
+        """Return to the state after `step` steps, of which the one or two that followed changed no weight."""
+        self.stage.batches.set_state(self.places[step - self.step])
+        self.state = self.state.replace(step=self.state.step - (self.step - step))
+        self.step = step
+
     def take_step(self):
         """Train one step. Nothing here waits for the devices: they still compute the step before."""
         stage, mesh, first = self.stage, self.stage.model.mesh, self.step == self.run.first_step
         asked = time.perf_counter()
-        batch = stage.batches.next_batch(self.state.params, self.step)
+        batch = self.next_batch()
         numbers = batch.get("numbers", {})  # what it logs of itself, known to the host
         waited = numbers.get("data_wait_seconds", time.perf_counter() - asked)
         like = next(iter(batch["totals"].values()))
-        totals = agree(batch["totals"] | {"overdue": np.full_like(like, self.saver.overdue())}, mesh)
+        own = {"overdue": self.saver.overdue(), "unread": bool(self.problem)}
+        totals = agree(
+            batch["totals"] | {name: np.full_like(like, value) for name, value in own.items()}, mesh
+        )
         if stage.num_steps:
             progress = self.step / stage.num_steps
             multiplier = np.float32(stage.schedule(progress, 1 / stage.num_steps))

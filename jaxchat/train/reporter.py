@@ -9,11 +9,19 @@ from jaxchat.files import duration
 from jaxchat.model.flops import flops_per_token, peak_flops
 from jaxchat.train.metrics import MetricsLog, peak_bytes
 
-HIDDEN = ("taken", "left", "targets", "overdue")  # totals that only the loop needs
+HIDDEN = ("taken", "left", "targets", "overdue", "unread")  # totals that only the loop needs
 
 
 class NotFinite(UserError):
     """A step's loss or gradient was not finite; all processes raise it after the same step."""
+
+
+class Unread(UserError):
+    """A process could not read its rows of a step; all processes raise it, and none has applied that step."""
+
+    def __init__(self, step: int):
+        super().__init__(f"another process can't read its rows of step {step}; its own message says why")
+        self.step = step
 
 
 class Reporter:
@@ -79,7 +87,9 @@ class Reporter:
         return fetched
 
     def _checked(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        """The numbers to log. NotFinite: the step was not, and the run is to stop then."""
+        """The numbers to log. Unread; NotFinite: the step was not, and the run is to stop then."""
+        if values.get("unread"):
+            raise Unread(step)
         where = (
             f"{values['taken']:,.0f} documents of the data read"
             if "taken" in values

@@ -54,6 +54,8 @@ class DataBatches:
     (data/streams.py). Those of RL (rl/batches.py) depend on both, and hold `numbers` to log too.
     """
 
+    alone = True  # a process makes its rows without the others
+
     def __init__(self, iterator: grain.DatasetIterator):
         self._iterator = iterator
         self.get_state, self.set_state, self.close = iterator.get_state, iterator.set_state, iterator.close
