@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxchat.infer import sampling
 from jaxchat.infer.decode import empty_rows
-from jaxchat.infer.sampling import FILTERED, PLAIN, sample
+from jaxchat.infer.sampling import FILTERED, GREEDY, PLAIN, sample
 
 
 def exact_distribution(logits_V, temperature, top_k, top_p, min_p):
@@ -63,3 +64,15 @@ def test_a_draw_is_what_jax_draws():
         least = np.sort(logits_BV[b])[-sizes[b]] if sizes[b] else -np.inf
         want = jax.random.categorical(key, jnp.where(logits_BV[b] < least, -jnp.inf, logits_BV[b]) / np.float32(0.8))
         assert got[b] == want
+        noise_V = sampling._noise(rows.seed_B[b], rows.sample_B[b], jnp.int32(b), 50)
+        np.testing.assert_array_equal(noise_V, jax.random.gumbel(key, (50,)))
+
+
+@pytest.mark.parametrize("vocab", [7, 280, 1536])
+def test_the_first_of_equals(vocab):
+    """Whatever the sizes of the blocks that a CPU searches; logits are often equal, at the bounds of the softcap."""
+    logits_BV = np.random.default_rng(vocab).integers(0, 4, (20, vocab)).astype(np.float32)
+    logits_BV[0], logits_BV[1, :] = -np.inf, np.arange(vocab)
+    rows, positions = empty_rows(20, vocab), np.zeros(20, np.int32)
+    for kind in (GREEDY, PLAIN):
+        np.testing.assert_array_equal(sample(logits_BV, rows, positions, kind), logits_BV.argmax(1))
