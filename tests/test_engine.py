@@ -91,6 +91,14 @@ def test_greedy_is_what_whole_passes_give(params, engine, prompts):
         assert got.tokens == by_whole_passes(params, engine, prompt, 30)
 
 
+def test_rows_that_a_gpu_adds_change_nothing(params, engine, prompts, config, tokenizer):
+    """Products of few rows get more there (Compute.kernels; here no kernel reads it while decoding)."""
+    compute = dataclasses.replace(COMPUTE, attention="xla", kernels=True)
+    few = Engine(params, config, tokenizer, compute, batch_size=2)
+    for prompt, got in zip(prompts, few.generate(prompts, max_tokens=9, temperature=0.0), strict=True):
+        assert got.tokens == by_whole_passes(params, engine, prompt, 9)
+
+
 def test_a_row_does_not_depend_on_its_batch(engine, prompts):
     together = engine.generate(prompts, max_tokens=20, temperature=0.0)
     for prompt, want in zip(prompts, together, strict=True):

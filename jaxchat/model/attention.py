@@ -14,6 +14,8 @@ from jaxchat.sharding import per_device, row_axes
 
 LANES = 128  # splash: time and (above 64) head dimension are padded to a multiple
 SPLASH_BLOCK = 512  # splash: queries and keys per block, where that divides the time
+SPLIT = 128  # decoding on GPUs and TPUs: cache slots that are read together
+PAGES = 4  # TPUs: as many of them are on their way at a time
 
 
 def causal_attention(
@@ -46,12 +48,13 @@ def causal_attention(
 def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, window: int | None = None):
     """Attention of new tokens to one layer's cache slots, up to their own positions. -> [B, T, N, H].
 
-    window: see causal_attention.
+    implementation, window: see causal_attention. One new token a row is decoded by the kernel of DECODING,
+    if there is one, which reads each row's slots only as far as the row reaches.
     """
-    if implementation == "blocks" and q_BTNH.shape[1] == 1:
-        return decoding_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT[:, 0], window)
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
+    if T == 1 and (kernel := DECODING.get(decoding_kernel_for(implementation, H, window))):
+        return kernel(q_BTNH, k_BKSH, v_BKSH, positions_BT[:, 0], window)
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores_BKGTS = jnp.einsum(
         "btkgh,bksh->bkgts", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
@@ -61,6 +64,50 @@ def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, 
         seen_BTS &= jnp.arange(S)[None, None, :] >= positions_BT[:, :, None] - window
     p_BKGTS = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1)
     return jnp.einsum("bkgts,bksh->btkgh", p_BKGTS.astype(q_BTNH.dtype), v_BKSH).reshape(B, T, N, H)
+
+
+def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) -> str:
+    """The key of DECODING for one new token a row; "xla", which it lacks, for what no kernel computes."""
+    computes = {
+        "cudnn": head_dim >= 16 and head_dim & (head_dim - 1) == 0,  # the sides of Triton's tiles
+        "splash": head_dim % LANES == 0 and window is None,
+    }
+    return implementation if computes.get(implementation, True) else "xla"
+
+
+def gpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None, *, interpret=False):
+    """JAX's flash decoding for GPUs: a program for each SPLIT slots of a row's head, idle beyond its length.
+
+    cuDNN would want the slots before the heads. interpret: run it by XLA operations, on any device.
+    """
+    from jax.experimental.pallas.ops.gpu.decode_attention import gqa
+
+    S = k_BKSH.shape[2]
+    split = math.gcd(S, SPLIT)
+    # It swaps the axes back, so nothing is copied.
+    k_BSKH, v_BSKH = jnp.swapaxes(k_BKSH, 1, 2), jnp.swapaxes(v_BKSH, 1, 2)
+    first_B = None if window is None else jnp.maximum(positions_B - window, 0)
+    y_BNH = gqa(
+        q_B1NH[:, 0], k_BSKH, v_BSKH, first_B, jnp.minimum(positions_B + 1, S), block_k=split,
+        k_splits=S // split, interpret=interpret,
+    )  # fmt: skip
+    return y_BNH[:, None].astype(q_B1NH.dtype)
+
+
+def tpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: None = None):
+    """JAX's paged attention for TPUs. Each row's head is a sequence whose pages follow one another."""
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    (B, _, N, H), (_, K, S, _) = q_B1NH.shape, k_BKSH.shape
+    page = math.gcd(S, SPLIT)
+    pages = S // page
+    k_1PpH, v_1PpH = (a.reshape(1, B * K * pages, page, H) for a in (k_BKSH, v_BKSH))
+    lengths_BK = jnp.repeat(jnp.minimum(positions_B + 1, S), K)
+    y = paged_attention(
+        (q_B1NH / math.sqrt(H)).astype(q_B1NH.dtype).reshape(B * K, N // K, H), k_1PpH, v_1PpH, lengths_BK,
+        jnp.arange(B * K * pages).reshape(B * K, pages), pages_per_compute_block=math.gcd(pages, PAGES),
+    )  # fmt: skip
+    return y.reshape(B, 1, N, H).astype(q_B1NH.dtype)
 
 
 def kernel_for(implementation: str, head_dim: int, time: int) -> str:
@@ -135,3 +182,4 @@ KERNELS = {
     "xla": partial(library_attention, implementation="xla"),
     "cudnn": partial(library_attention, implementation="cudnn"),
 }
+DECODING = {"blocks": decoding_attention, "cudnn": gpu_decoding_attention, "splash": tpu_decoding_attention}

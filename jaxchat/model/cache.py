@@ -40,11 +40,13 @@ class KVCache:
 
     def write(self, layer: int, k_BTKH, v_BTKH, positions_BT) -> "KVCache":
         """Write one layer's keys and values at positions_BT; those beyond the last slot are dropped."""
-        rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
+        B, _, K, _ = k_BTKH.shape
+        # Every index is spelled out: with a slice for the heads XLA would lay the cache out anew on a TPU.
+        at_BKT = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None], positions_BT[:, None, :]
 
         def put(arrays, x_BTKH):
             array = arrays[layer]
-            array = array.at[rows_B1, :, positions_BT].set(x_BTKH.astype(array.dtype), mode="drop")
+            array = array.at[at_BKT].set(jnp.swapaxes(x_BTKH, 1, 2).astype(array.dtype), mode="drop")
             return (*arrays[:layer], array, *arrays[layer + 1 :])
 
         return self.replace(k_BKSH=put(self.k_BKSH, k_BTKH), v_BKSH=put(self.v_BKSH, v_BTKH))

@@ -22,6 +22,8 @@ from jaxchat.model.matmul import matmul
 from jaxchat.model.params import Blocks, Params, layers_of
 from jaxchat.sharding import constrain, row_axes
 
+GPU_ROWS = 16  # while decoding: products of fewer are written out, number by number, and then summed
+
 
 def rms_norm(x, eps: float):
     """Divide x by its root mean square along the last axis, in float32, without a learned scale."""
@@ -204,9 +206,12 @@ def features_cached(
     counts_B: how many of each row's tokens are real; by that many the returned cache's rows are longer. The
     rest is padding, whose features mean nothing. A row that waits has 0. None: all T.
     """
-    time = tokens_BT.shape[1]
+    rows, time = tokens_BT.shape
     positions_BT = cache.lengths_B[:, None] + jnp.arange(time)[None, :]
-    tables = rotary_tables(positions_BT, config.head_dim, config.rotary_base)
+
+    def pad(a):  # with rows that only the layers' products see
+        return jnp.pad(a, ((0, max(0, GPU_ROWS - rows) if compute.kernels else 0), *[(0, 0)] * (a.ndim - 1)))
+
     # The kernels take one row of tables for all rows. Every device holds all weights here.
     plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")
     x_BTD = embedded(params, tokens_BT, config, plain)
@@ -215,20 +220,23 @@ def features_cached(
         last_B1D = jnp.where(cache.lengths_B[:, None, None] > 0, last_B1D, 0)
         x_BTD = smear(params, x_BTD, before(x_BTD, last_B1D), config, plain)
         cache = cache.write_tokens(tokens_BT, positions_BT)
-    inputs, middle_BTD = Inputs(tokens_BT, x_BTD, tables), None
+    tables = rotary_tables(pad(positions_BT), config.head_dim, config.rotary_base)
+    x_BTD = pad(x_BTD)
+    inputs, middle_BTD = Inputs(pad(tokens_BT), x_BTD, tables), None
     for index, (w, kind) in enumerate(
         zip(layers_of(params.blocks, compute.dtype), layers(config), strict=True)
     ):
 
         def attend(q, k, v, index=index, window=kind.window):
             nonlocal cache
-            cache = cache.write(index, k, v, positions_BT)
+            cache = cache.write(index, k[:rows], v[:rows], positions_BT)
             k_BKSH, v_BKSH = cache.k_BKSH[index], cache.v_BKSH[index]
-            return cached_attention(q, k_BKSH, v_BKSH, positions_BT, compute.attention, window)
+            return pad(cached_attention(q[:rows], k_BKSH, v_BKSH, positions_BT, compute.attention, window))
 
         x_BTD = block(x_BTD, w, inputs, attend, config, plain)
         middle_BTD = x_BTD if index == middle(config) else middle_BTD
-    return last_norm(params, x_BTD, middle_BTD, config), cache.advance(time if counts_B is None else counts_B)
+    x_BTD = last_norm(params, x_BTD, middle_BTD, config)[:rows]
+    return x_BTD, cache.advance(time if counts_B is None else counts_B)
 
 
 def softcap(u, cap: float):
