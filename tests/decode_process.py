@@ -1,7 +1,10 @@
-"""Compile generation, of one row, for an H100 that need not be here: python -m tests.decode_process
+"""Compile generation for an H100 that need not be here: python -m tests.decode_process
 
-The cache must be written in place: it is donated, and no copy of it is in what the program needs beside.
+Two layers of depth 20. The last line is JSON: {rows: what the compiled loop of decoding is}.
 """
+
+import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +17,23 @@ from jaxchat.infer import decode
 from jaxchat.infer.sampling import FILTERED
 from jaxchat.model import params
 from jaxchat.model.cache import KVCache
+from jaxchat.plan import hlo
 from jaxchat.plan.topologies import compile_only, devices_of
+
+CONFIG = dataclasses.replace(ModelConfig.from_depth(20, sequence_len=2048, vocab_size=65536), n_layer=2)
+NO_KERNELS = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
 
 
 def main():
     compile_only()
     [device], *_ = devices_of("h100:1")
     here = NamedSharding(Mesh(np.array([device]), "x"), P())
-    config = ModelConfig.from_depth(4, sequence_len=2048, vocab_size=65536)
-    program = decode.Program(config, Compute.for_backend(backend="gpu"), None, call=1)
+    print(json.dumps({1: compiled(1, here, prompt=64), 64: compiled(64, here)}))
+
+
+def compiled(rows: int, here: NamedSharding, prompt: int = 0) -> dict:
+    """Compile decoding, with the slowest kind of sampling, and reading one prompt, if asked for."""
+    program = decode.Program(CONFIG, Compute.for_backend(backend="gpu"), None, call=1)
 
     def shapes(make, *args):
         """What make(*args) would give, on that device."""
@@ -30,23 +41,44 @@ def main():
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), tree)
 
     def state():
-        rows = jax.tree.map(jnp.asarray, decode.empty_rows(1, config.vocab_size))
-        return decode.State(KVCache.empty(config, 1, 2048, jnp.bfloat16), jnp.zeros((1, config.vocab_size)), rows)
+        settings = jax.tree.map(jnp.asarray, decode.empty_rows(rows, CONFIG.vocab_size))
+        cache = KVCache.empty(CONFIG, rows, CONFIG.sequence_len, jnp.bfloat16)
+        return decode.State(cache, jnp.zeros((rows, CONFIG.vocab_size)), settings)
 
     def zeros(*shape):
         return jnp.zeros(shape, jnp.int32)
 
-    weights = shapes(lambda p: decode.for_decoding(p, "bfloat16"), params.shapes(config))
+    weights = shapes(lambda p: decode.for_decoding(p, "bfloat16"), params.shapes(CONFIG))
     held = shapes(state)
-    prompts = shapes(lambda rows: decode.Prompts(zeros(1, 64), zeros(1) + 1, zeros(1), rows), held.rows)
-    decode.read_prompts.lower(program, weights, held, prompts, top=None).compile()
-    forced = (zeros(1, decode.FORCED), zeros(1))
-    turn = shapes(lambda: decode.Turn(zeros(1) > 0, *forced, zeros(), zeros(), zeros() > 0))
-    for top in (None, 5):
-        lowered = decode.decode.lower(program, weights, held, turn, kind=FILTERED, top=top)
-        memory = lowered.compile().memory_analysis()
-        cache = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(held.cache))
-        assert memory.alias_size_in_bytes > cache > 2 * memory.temp_size_in_bytes
+    if prompt:
+        asked = shapes(
+            lambda settings: decode.Prompts(zeros(rows, prompt), zeros(rows) + 1, zeros(rows), settings), held.rows
+        )
+        decode.read_prompts.lower(program, weights, held, asked, top=None).compile()
+    forced = (zeros(rows, decode.FORCED), zeros(rows))
+    turn = shapes(lambda: decode.Turn(zeros(rows) > 0, *forced, zeros(), zeros(), zeros() > 0))
+    done = decode.decode.lower(program, weights, held, turn, kind=FILTERED, top=5 if prompt else None).compile()
+    memory, (parts, _) = done.memory_analysis(), hlo.computations(done.as_text())
+    [loop] = [part for part in parts.values() if any(map(attends, part))]
+    return {
+        "cache": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(held.cache)),
+        "written_in_place": memory.alias_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "attention": sum(map(attends, loop)),
+        "copied": sum(hlo.size_of(op.shapes) for op in loop if op.kind == "copy"),
+        "largest": max(hlo.size_of(op.shapes) for op in loop if op.kind not in NO_KERNELS and not holds(op, held)),
+        "kernels": sum(op.kind not in NO_KERNELS for op in loop),
+    }
+
+
+def attends(op) -> bool:
+    """Whether it is Pallas' kernel for decoding."""
+    return op.kind == "custom-call" and "xla.gpu.triton" in op.text and "attention" in op.text
+
+
+def holds(op, held) -> bool:
+    """Whether the result is a layer's part of the cache, which is written in place."""
+    return op.shapes == (("bf16", held.cache.k_BKSH[0].shape),) and "scatter" in op.text
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.infer.engine import Engine
+from jaxchat.infer.scheduler import Generation, Request
 from jaxchat.model import params as model_params
 from jaxchat.tokenizer import Tokenizer
 
@@ -28,6 +29,17 @@ def generate(mesh=None, processes: int = 1):
     how = {"max_tokens": 12, "temperature": 1.3, "top_k": 90, "seed": 7, "logprobs": 2}
     found = engine.generate(prompts, **how, prompt_logprobs=True, on_progress=reached.append)
     assert sum(reached) == len(range(jax.process_index(), 11, processes))  # its own part
+    # Among neighbours that are cancelled, all in this process, the same.
+    more = {"prompt_logprobs": True, **how}
+    ids = {engine.submit(Request(prompt, sample=i, **more)): i for i, prompt in enumerate(prompts)}
+    again, doomed = [Generation() for _ in prompts], [engine.submit(Request([n] * 5, 40)) for n in range(9)]
+    while engine.busy:
+        if doomed:
+            engine.cancel(doomed.pop())
+        for id, new in engine.step(3):
+            if id in ids:
+                again[ids[id]].extend(new)
+    assert again == found
     return json.loads(json.dumps([dataclasses.asdict(one) for one in found]))
 
 

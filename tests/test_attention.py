@@ -10,7 +10,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxchat.config import ModelConfig
 from jaxchat.model.attention import (
-    causal_attention, decoding_kernel_for, gpu_decoding_attention, kernel_for, splash_attention, tpu_decoding_attention,
+    causal_attention,
+    decoding_kernel_for,
+    gpu_decoding_attention,
+    kernel_for,
+    splash_attention,
+    tpu_decoding_attention,
 )  # fmt: skip
 from jaxchat.model.attention_cpu import QUERY_BLOCK, block_causal_attention
 from jaxchat.model.gpt import rms_norm
@@ -139,31 +144,37 @@ def test_the_largest_head_of_a_gpu(monkeypatch, capability, largest):
     assert [kernel_for("cudnn", 64, time) for time in (8, 9)] == ["cudnn", "xla"]
 
 
-@pytest.mark.parametrize("kernel, heads", [("gpu", 2), ("tpu", 2)])
-def test_decoding_kernels_read_what_a_row_has(kernel, heads):
-    """Run by XLA operations here; against the whole row's attention in float64. What lies beyond a row is poison.
+@pytest.mark.parametrize("kernel, window", [("gpu", None), ("gpu", 50), ("tpu", None)])
+def test_decoding_kernels_read_what_a_row_sees(kernel, window):
+    """Run by XLA operations here; against the row's attention in float64. What it must not see is poison.
 
     A row may stand beyond the last slot: it is done, and its token is not written.
     """
-    time, kv_heads, head_dim = 192, 2, 128 if kernel == "tpu" else 16
-    q, k, v = inputs(time, kv_heads, heads=heads, head_dim=head_dim)
+    time, head_dim = 192, 128 if kernel == "tpu" else 16
+    q, k, v = inputs(time, 2, heads=2, head_dim=head_dim)
     positions_B = np.array([70, time])
     q_B1NH = q[np.arange(2), np.minimum(positions_B, time - 1)][:, None]
-    beyond_BS = np.arange(time) > positions_B[:, None]
-    k_BKSH, v_BKSH = (jnp.swapaxes(jnp.where(beyond_BS[..., None, None], 1e4, a), 1, 2) for a in (k, v))
+    first_B = np.maximum(positions_B - (window or time), 0)
+    slots_1S = np.arange(time)[None]
+    hidden_BS = (slots_1S > positions_B[:, None]) | (slots_1S < first_B[:, None])
+    k_BKSH, v_BKSH = (jnp.swapaxes(jnp.where(hidden_BS[..., None, None], 1e4, a), 1, 2) for a in (k, v))
     if kernel == "gpu":
-        got = gpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, interpret=True)
+        got = gpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window, interpret=True)
     else:
         with pltpu.force_tpu_interpret_mode():
             got = tpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, jnp.asarray(positions_B, jnp.int32))
-    exact = plain_attention(q, k, v)
     # A TPU's products round their operands to bfloat16: 0.4 % of values below 0.4; a key too few changes 0.01.
     atol = 1e-5 if kernel == "gpu" else 4e-3
     for b in range(2):
-        np.testing.assert_allclose(got[b, 0], exact[b, min(positions_B[b], time - 1)], atol=atol)
+        seen = slice(first_B[b], min(positions_B[b], time - 1) + 1)
+        want = plain_attention(*(a[b : b + 1, seen] for a in (q, k, v)))[0, -1]
+        np.testing.assert_allclose(got[b, 0], want, atol=atol)
 
 
 def test_heads_that_decoding_kernels_have_no_tiles_for():
-    found = {name: [decoding_kernel_for(name, h) for h in (64, 80, 128)] for name in ("cudnn", "splash", "blocks")}
+    found = {
+        name: [decoding_kernel_for(name, h, None) for h in (64, 80, 128)] for name in ("cudnn", "splash", "blocks")
+    }
     assert found["cudnn"] == ["cudnn", "xla", "cudnn"]
     assert found["splash"] == ["xla", "xla", "splash"] and found["blocks"] == ["blocks"] * 3
+    assert [decoding_kernel_for(name, 128, 50) for name in found] == ["cudnn", "xla", "blocks"]

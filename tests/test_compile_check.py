@@ -274,9 +274,20 @@ def test_gradients_cross_h100s_in_float32(run_command, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @needs("jax_cuda13_plugin", "gpu-plan")
-def test_an_h100_generates_one_row(run_command):
-    """For a single row the XLA of jax 0.10 and 0.11 made of a gather what it then refused: nobody could chat."""
-    run_command("tests.decode_process")
+def test_an_h100_decodes(run_command):
+    """Two layers of depth 20, 1 row and 64. The loop writes the cache in place, copies none of it, and attends
+    by the kernel that reads rows as far as they reach; for one row no product is written out number by number.
+
+    (For a single row the XLA of jax 0.10 and 0.11 made of a gather what it then refused: nobody could chat.)
+    """
+    found = json.loads(run_command("tests.decode_process", timeout=1200).stdout.splitlines()[-1])
+    weight = 1280 * 5120 * 2
+    for rows, loop in found.items():
+        assert loop["written_in_place"] > loop["cache"] == 2 * 2 * int(rows) * 2048 * 1280 * 2 + 4 * int(rows)
+        assert loop["copied"] < loop["cache"] / 32 and loop["attention"] == 2, loop  # copies logits, at most
+        assert loop["temporary"] < loop["cache"] / 2
+    assert found["1"]["largest"] < weight / 4
+    assert found["1"]["kernels"] < 80 and found["64"]["kernels"] < 80
 
 
 @pytest.mark.slow

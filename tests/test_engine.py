@@ -1,15 +1,19 @@
 """Generation: the cache against whole forward passes, rows alone against rows together, the tool, sampling."""
 
 import dataclasses
+import gc
+import tracemalloc
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import THOROUGH, random_params
 
 from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig, UserError
+from jaxchat.eval import chat
 from jaxchat.infer import decode as decode_module
 from jaxchat.infer import engine as engine_module
 from jaxchat.infer.calculator import calculate
@@ -169,9 +173,10 @@ def test_what_a_row_says_among_neighbours_that_come_and_go(eager):
         assert one == alone(engine, requests[number]), requests[number]
 
 
-def test_several_devices_say_what_one_says(eager, devices):
+@pytest.mark.parametrize("axes", [pytest.param("fsdp=2", marks=pytest.mark.slow), "data=2,fsdp=2"])
+def test_several_devices_say_what_one_says(eager, devices, axes):
     """Each decodes rows of its own in a program of its own, with weights that were cut over them: the same bits."""
-    mesh = sharding.make_mesh(devices[:4], "data=2,fsdp=2")
+    mesh = sharding.make_mesh(devices[: 2 * axes.count("2")], axes)
     one, several, random = eager(), eager(mesh=mesh), np.random.default_rng(2)
     several.load(jax.device_put(eager.params, sharding.named(mesh, model_params.specs(one.config))))
     assert several._program.mesh.size == mesh.size
@@ -181,6 +186,29 @@ def test_several_devices_say_what_one_says(eager, devices):
     assert several._params.lm_head.sharding.is_fully_replicated
     checked = [number for number in found if number % 4 == 0]
     assert {number: found[number] for number in checked} == {n: alone(one, requests[n]) for n in checked}
+
+
+@pytest.mark.slow
+def test_each_of_8_devices_writes_an_eighth_of_the_answers(eager, devices):
+    """As chat_eval writes them; the answers are one device's."""
+    one, several, texts = eager(), eager(mesh=sharding.make_mesh(devices)), []
+    several.load(jax.device_put(eager.params, sharding.named(several.compute.mesh, model_params.specs(one.config))))
+    rows = [{"messages": [{"role": "user", "content": f"{n} + {n % 7}?"}, {"role": "assistant", "content": ""}]}
+            for n in range(64)]  # fmt: skip
+    admit, written = several._scheduler.admit, Counter()
+
+    def counted(patient):
+        ids = admit(patient)
+        written.update(several._scheduler.slot_of[id] // several.batch_size for id in ids)
+        return ids
+
+    several._scheduler.admit = counted
+    for engine in (one, several):
+        texts.append([])
+        chat.write_answers(engine, rows, lambda row, text: texts[-1].append((row["messages"][0]["content"], text)),
+                           quiet=True, max_tokens=16, temperature=0.0)  # fmt: skip
+    assert written == dict.fromkeys(range(8), 8)
+    assert sorted(texts[0]) == sorted(texts[1]) and len({text for _, text in texts[0]}) > 30
 
 
 def test_shapes_are_few(engine, prompts):
@@ -259,6 +287,31 @@ def test_nothing_is_kept_of_what_has_ended(engine):
     while engine.busy:
         engine.step()
     assert not (engine.busy or engine._running or engine._scheduler.running or engine._scheduler.slot_of)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(engine):
+    """Over 1,000 requests, with JAXCHAT_THOROUGH=1 10,000. A request that stays is more than 1,000 bytes."""
+    random = np.random.default_rng(4)
+
+    def serve(count):
+        for n in range(count):
+            id = engine.submit(Request([n % 250] * int(random.integers(1, 9)), int(random.integers(1, 4)), seed=n))
+            if random.random() < 0.1:
+                engine.cancel(id)
+            if n % 16 == 15:
+                engine.step()
+        while engine.busy:
+            engine.step()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0], len(jax.live_arrays())
+
+    tracemalloc.start()
+    try:
+        (before, arrays), (after, arrays_after) = serve(300), serve(10_000 if THOROUGH else 1_000)
+    finally:
+        tracemalloc.stop()
+    assert arrays_after == arrays and after - before < 100_000
 
 
 def test_samples_differ_and_repeat_by_seed(engine, prompts):

@@ -80,7 +80,7 @@ def _noise(seed, sample, position, size: int):
 
 
 def _threefry(key, a, b):
-    """Threefry-2x32 in 20 rounds (Salmon et al. 2011), which jax.random's default keys use: two uint32 of two."""
+    """Threefry-2x32 in 20 rounds (Salmon et al. 2011), as jax.random uses it: two uint32 of two."""
     keys = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     a, b = a + keys[0], b + keys[1]
     for i in range(5):

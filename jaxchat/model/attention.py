@@ -75,7 +75,9 @@ def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) 
     return implementation if computes.get(implementation, True) else "xla"
 
 
-def gpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None, *, interpret=False):
+def gpu_decoding_attention(
+    q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None, *, interpret: bool = False
+):
     """JAX's flash decoding for GPUs: a program for each SPLIT slots of a row's head, idle beyond its length.
 
     cuDNN would want the slots before the heads. interpret: run it by XLA operations, on any device.
