@@ -112,6 +112,7 @@ async def load(service, address: str, open_browser: bool):
     import asyncio
 
     began = time.perf_counter()
+    sys.setswitchinterval(0.001)  # else an engine would wait five times as long for the event loop's turns
     with cli.progress(service.progress, 5):
         for worker in service.workers:
             worker.start()
@@ -134,7 +135,7 @@ def make_service(config: Config, found: list, devices: list, compute: Compute):
     locks = {device: threading.Lock() for device in devices}
     for model in found:
         openers = [engine_opener(model, device, compute, slots, locks[device]) for device in devices]
-        workers = [Worker(opener, metrics, name_of(model)) for opener in openers]
+        workers = [Worker(opener, slots, metrics, name_of(model)) for opener in openers]
         served = Served(
             id=name_of(model),
             stage=model.meta["stage"],
@@ -145,7 +146,7 @@ def make_service(config: Config, found: list, devices: list, compute: Compute):
             only_continues=not STAGES[model.meta["stage"]].parents,
             config=model.config,
             tokenizer=model.tokenizer,
-            pool=Pool(workers, slots, model.config.sequence_len, config.max_waiting),
+            pool=Pool(workers, model.config.sequence_len, config.max_waiting),
         )
         models.append(served)
     limit = config.max_tokens if config.max_tokens > 0 else None

@@ -115,12 +115,12 @@ class Running:
         models = []
         for stage in options.stages:
             id = f"toy-{stage}"
-            workers = [Worker(self._open, metrics, id) for _ in range(options.engines)]
+            workers = [Worker(self._open, options.slots, metrics, id) for _ in range(options.engines)]
             served = Served(
                 id=id, stage=stage, tag="toy", step=7, created=1, fingerprint="jaxchat-test",
                 only_continues=stage == "base", tokenizer=self._tokenizer,
                 config=SimpleNamespace(sequence_len=options.context, vocab_size=vocab_size),
-                pool=Pool(workers, options.slots, options.context, options.max_waiting),
+                pool=Pool(workers, options.context, options.max_waiting),
             )  # fmt: skip
             models.append(served)
         self.service = Service(models, Defaults(), metrics)

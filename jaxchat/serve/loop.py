@@ -18,8 +18,9 @@ from jaxchat.serve.metrics import Metrics
 from jaxchat.serve.protocol import ApiError
 
 # Seconds that a stretch may take: while somebody reads along, and otherwise. As long does a cancelled row
-# keep its slot, and a new one wait.
+# keep its slot, and a new one wait. Sending takes time a row: with many rows a stretch is longer.
 HASTY, PATIENT = 0.04, 0.25
+HASTY_ROWS = 16  # rows up to which HASTY holds; beyond, it grows with their number
 STRETCH = 64  # most tokens of a stretch
 
 clock = time.perf_counter
@@ -54,17 +55,18 @@ class Worker(threading.Thread):
     there is an engine; `failed` holds what ended it.
     """
 
-    def __init__(self, open_engine: Callable, metrics: Metrics, model: str):
-        """Is made in the event loop, and starts with `start`.
+    def __init__(self, open_engine: Callable, slots: int, metrics: Metrics, model: str):
+        """Is made in the event loop, and starts with `start`. slots: of the engine.
 
         open_engine(on_progress): called in the thread; a context manager of an engine with its shapes
         compiled. on_progress: called with the number of shapes that are compiled, and of all.
         """
         super().__init__(name=f"engine of {model}", daemon=True)
-        self._open, self._metrics, self._model = open_engine, metrics, model
+        self._open, self.slots, self._metrics, self._model = open_engine, slots, metrics, model
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self._pace, self._seen = 0.01, set()  # seconds a token of all rows; ids in the last stretch
+        self._pace = 0.01  # seconds a token of all rows
+        self._begun: set[int] = set()  # ids of rows that have a slot
         self.ready: asyncio.Future = self._loop.create_future()
         self.compiled, self.to_compile = 0, 0  # shapes
         self.failed: BaseException | None = None
@@ -109,8 +111,9 @@ class Worker(threading.Thread):
             news = [(rows[id], new) for id, new in events]
             self._measure(news, ended - began)
             for id, new in events:
+                self._begun.add(id)
                 if new.finish:
-                    del rows[id]
+                    self._begun.discard(rows.pop(id).id)
             self._call(self._deliver, news, began, ended)
 
     def _obey(self, engine, rows: dict[int, Row]) -> bool:
@@ -129,15 +132,17 @@ class Worker(threading.Thread):
                 engine.cancel(row.id)
 
     def _stretch(self, rows: dict[int, Row]) -> int:
-        seconds = HASTY if any(row.hasty for row in rows.values()) else PATIENT
+        if len(self._begun) < min(len(rows), self.slots):
+            return 1  # prompts are read one batch a step, and slots are free for more
+        hasty = sum(row.hasty for row in rows.values())
+        seconds = min(PATIENT, HASTY * max(1, hasty / HASTY_ROWS)) if hasty else PATIENT
         return max(1, min(STRETCH, int(seconds / self._pace)))
 
     def _measure(self, news: list[tuple[Row, Generation]], seconds: float):
         """Learn how long a token takes, from stretches in which no prompt was read."""
         tokens = max((len(new.tokens) + bool(new.end) for _, new in news), default=0)
-        if tokens and all(row.id in self._seen for row, _ in news):
+        if tokens and all(row.id in self._begun for row, _ in news):
             self._pace += 0.3 * (seconds / tokens - self._pace)
-        self._seen = {row.id for row, _ in news}
 
     def _call(self, function: Callable, *args):
         with contextlib.suppress(RuntimeError):  # the event loop is gone, and with it everybody who waited
@@ -212,15 +217,15 @@ class Job:
 class Pool:
     """The engines of one model, an engine a device: every row goes to the one with the fewest."""
 
-    def __init__(self, workers: list[Worker], slots: int, context: int, max_waiting: int):
-        """slots: of each engine; context: of a row; max_waiting: most rows without a slot."""
-        self.workers, self._slots, self._max_waiting = workers, slots, max_waiting
+    def __init__(self, workers: list[Worker], context: int, max_waiting: int):
+        """context: most tokens of a row; max_waiting: most rows that wait for a slot."""
+        self.workers, self._max_waiting = workers, max_waiting
         self._seconds = 1.0  # that an answer takes
         self.positions = self.slots * context  # of the caches
 
     @property
     def slots(self) -> int:
-        return self._slots * len(self.workers)
+        return sum(worker.slots for worker in self.workers)
 
     @property
     def live(self) -> list[Row]:
