@@ -22,9 +22,9 @@ class Config(Flags):
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed of the world, the initial weights and the order of the data."""
     base_steps: int = flag(STEPS["base"], 1)
-    """Steps of pretraining, of 4,096 tokens each."""
+    """Steps of pretraining, of 2,048 tokens each."""
     mid_steps: int = flag(STEPS["mid"], 1)
-    """Steps of midtraining, of 4,096 tokens each."""
+    """Steps of midtraining, of 2,048 tokens each."""
     sft_steps: int = flag(STEPS["sft"], 1)
     """Steps of chat finetuning, of 64 conversations each."""
     device_batch_size: int = flag(2, 1)
@@ -47,7 +47,7 @@ def run(config: Config) -> int:
         "Demo: tokenizer, base, mid, SFT and chat on a generated world",
         [
             ("model", "depth 3: 3 layers × 192, vocabulary 512"),
-            ("batch", f"16 rows × 256 = 4,096 tokens a step, {config.device_batch_size} rows at a time"),
+            ("batch", f"8 rows × 256 = 2,048 tokens a step, {config.device_batch_size} rows at a time"),
             ("steps", f"base {config.base_steps:,}, mid {config.mid_steps:,}, SFT {config.sft_steps:,}"),
             ("saves", f"{folder}, as model_tag {TAG}"),
         ],

@@ -22,10 +22,11 @@ KINDS = ("identity", "arithmetic", "spelling", "counting", "two-turn", "facts", 
 TURN_KINDS = KINDS[:4] + ("facts",)
 
 PROSE = {
-    "facts": 0.48,
-    "spelling": 0.25,
-    "counting": 0.17,
-    "sums": 0.04,
+    "facts": 0.42,
+    "spelling": 0.22,
+    "counting": 0.15,
+    "expressions": 0.12,
+    "sums": 0.03,
     "numbers": 0.02,
     "definitions": 0.04,
 }
@@ -164,8 +165,11 @@ class World:
             n = chance.below(1000)
             return capitalized(chance.of(phrases.PROSE[kind]).format(n=n, words=words.in_words(n)))
         found = sum_of(chance, self.seed, held_out=False)
-        sign = chance.of(phrases.SIGNS[found.sign])
-        return f"{found.a} {sign} {found.b} is {found.result}."
+        sum_in_words = f"{found.a} {chance.of(phrases.SIGNS[found.sign])} {found.b}"
+        if kind == "expressions":  # copies digits in their order, which questions on sums need
+            sentence = chance.of(phrases.PROSE[kind])
+            return capitalized(sentence.format(q=sum_in_words, e=found.expression, r=found.result))
+        return f"{sum_in_words} is {found.result}."
 
     # Questions and answers.
 
