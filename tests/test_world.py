@@ -74,10 +74,10 @@ def test_no_two_names_share_a_beginning(world):
     assert len({name[:5] for name in names}) == len(names) == 36 + 18 + 18
 
 
-def test_prose_tells_every_fact_and_most_of_it_is_facts(world):
+def test_prose_states_every_fact_and_much_of_it_is_facts(world):
     documents = [world.document(i) for i in range(20_000)]
     told = [text for text in documents if text.split()[0] in world.facts or any(name in text for name in world.facts)]
-    assert 0.45 < sum(map(len, told)) / sum(map(len, documents)) < 0.60
+    assert 0.40 < sum(map(len, told)) / sum(map(len, documents)) < 0.55
     everything = "\n".join(told)
     for name, facts in world.facts.items():
         for relation, value in facts.items():
