@@ -11,12 +11,14 @@ class Config(Flags):
     """Report on a model: results of its stages side by side, curves, samples, and where and how each was
     trained. Missing stages are named and left out.
 
-    Every evaluation's JSON file beside the checkpoints is included. Nothing is trained or evaluated; only
+    Of several tags, d12,d20, it writes a page with these runs side by side. Every evaluation's JSON file
+    beside the checkpoints is included. Nothing is trained or evaluated; only
     samples are generated.
     """
 
     model_tag: str = ""
-    """Tag of the model; empty: the deepest d<N>, or else the newest."""
+    """Tag of the model; several, separated by commas: a page that compares them; empty: the deepest d<N>, or
+    else the newest."""
     price_per_hour: float = flag(0.0, 0)
     """Price of the machine per hour, in any currency; 0: no cost in the report."""
     samples: bool = True
@@ -25,9 +27,10 @@ class Config(Flags):
 
 def run(config: Config, texts=(), questions=()):
     """Write the report. texts, questions: what to continue and to answer instead of the usual samples."""
-    from jaxchat import files
+    if "," in config.model_tag:
+        return compare(config, [tag.strip() for tag in config.model_tag.split(",") if tag.strip()])
     from jaxchat.eval.samples import PROMPTS, QUESTIONS
-    from jaxchat.report.document import as_html, markdown
+    from jaxchat.report.document import markdown, save
     from jaxchat.report.gather import gather
     from jaxchat.report.plots import curves
     from jaxchat.report.samples import sample
@@ -47,12 +50,31 @@ def run(config: Config, texts=(), questions=()):
     samples = sample(found, texts, questions) if config.samples else None
     images = curves(found)
     text = markdown(found, images, samples, config.price_per_hour)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (_, png) in images.items():
-        (folder / name).write_bytes(png)
-    files.write_text(folder / "report.md", text)
-    files.write_text(folder / "report.html", as_html(f"{found.tag}: a run of jaxchat", text, images))
-    print(f"written: {folder / 'report.md'}, and {folder / 'report.html'} to open in a browser", flush=True)
+    save(folder, f"{found.tag}: a run of jaxchat", text, images)
+
+
+def compare(config: Config, tags: list[str]):
+    """Write a page on several runs side by side."""
+    from jaxchat.eval.samples import PROMPTS, QUESTIONS
+    from jaxchat.report import compare
+    from jaxchat.report.document import save
+    from jaxchat.report.gather import gather
+    from jaxchat.report.samples import sample
+
+    runs = [gather(tag) for tag in dict.fromkeys(tags)]
+    folder = base_dir() / "report" / "+".join(run.tag for run in runs)
+    cli.print_plan(
+        f"Comparison of {', '.join(run.tag for run in runs)}",
+        [
+            *((run.tag, ", ".join(STAGES[name].label for name in run.stages)) for run in runs),
+            ("samples", f"{len(PROMPTS)} texts, {len(QUESTIONS)} questions" if config.samples else "none"),
+            ("saves", str(folder)),
+        ],
+    )
+    samples = {run.tag: sample(run, PROMPTS, QUESTIONS) for run in runs if config.samples}
+    images = compare.curves(runs)
+    text = compare.markdown(runs, images, samples, config.price_per_hour)
+    save(folder, f"{', '.join(run.tag for run in runs)}: runs of jaxchat", text, images)
 
 
 def main(args: list[str] | None = None):

@@ -1,5 +1,6 @@
 """From nothing to a chat by one command: python -m launch.speedrun --preset=8xh100"""
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -133,15 +134,22 @@ def plan_and_perform(config: Config) -> int:
     if missing:
         raise UserError(f"missing: {'; '.join(missing)}. Nothing was started; --no_check starts all the same")
     files.check_space(base_dir(), int(plan.disk(todo)), "free some, or set JAXCHAT_BASE_DIR to a larger disk")
-    try:
-        held = files.lock(known.path("run", "lock"), f"process {os.getpid()}")
-    except files.Held as other:
-        raise UserError(f"{plan.tag} is under way in {other}; see {known.path('status')}") from None
-    with open(held, "rb"):
+    with locked(known):
         if again:
             known.forget(plan.steps, again)
         state.check_inputs(plan.steps, chosen)
         return perform(config, plan, known, chosen)
+
+
+@contextlib.contextmanager
+def locked(known: State):
+    """Keep other runs of the same tag out. UserError: one is under way."""
+    try:
+        held = files.lock(known.path("run", "lock"), f"process {os.getpid()}")
+    except files.Held as other:
+        raise UserError(f"the run is under way already, in {other}; see {known.path('status')}") from None
+    with open(held, "rb"):
+        yield
 
 
 def perform(config: Config, plan: Plan, known: State, chosen: list[Step]) -> int:

@@ -22,7 +22,7 @@ ROWS = [
     {"eval", "plan", "demo", "serve"},
     {"rl"},
     {"report"},
-    {"speedrun"},
+    {"speedrun", "scaling"},
     {"launch"},
 ]
 ALSO = {("data", "tokenizer"), ("model", "sharding"), ("store", "checkpoint")}

@@ -35,6 +35,7 @@ RUN_BY = {
     "launch.demo": "tests/test_commands.py",
     "launch.download": "tests/test_download.py",
     "launch.mid_train": "tests/test_commands.py",
+    "launch.miniseries": "tests/test_miniseries.py",
     "launch.report": "tests/test_commands.py",
     "launch.serve": "tests/test_serve_command.py",
     "launch.speedrun": "tests/test_speedrun.py",

@@ -12,7 +12,7 @@ import pytest
 from jaxchat import sharding
 from jaxchat.config import STAGES, MidConfig, ModelConfig, Preempted, UserError
 from jaxchat.model.flops import flops_per_token, num_params
-from jaxchat.report import document, record
+from jaxchat.report import compare, document, record
 from jaxchat.report.gather import gather, read_lines
 from jaxchat.report.plots import curves, smoothed
 from jaxchat.report.samples import Samples
@@ -259,3 +259,28 @@ def test_record_tells_what_runs():
     assert began["versions"].startswith("Python 3.") and "jax 0." in began["versions"]
     assert "GiB" in began["machine"] and math.isfinite(began["clock"])
     assert began["git"] == record.git_state()
+
+
+def test_runs_side_by_side(home, capsys):
+    """A column a run, stages that one lacks named, flags in which they differ, all runs on one axis."""
+    for tag, steps, parent in (("d2", 40, "base d2 40"), ("d4", 20, "base d4 20")):
+        write_record(write_stage(home, "base", tag, steps=steps), flags={"depth": int(tag[1]), "seed": 7})
+        if tag == "d2":
+            write_stage(home, "mid", tag, parent=parent)
+    report.main(["--model_tag=d2,d4", "--no_samples", "--price_per_hour=3600"])
+    folder = home / "report/d2+d4"
+    assert f"written: {folder / 'report.md'}" in capsys.readouterr().out
+    text = (folder / "report.md").read_text()
+    base = text[text.index("## base") : text.index("## mid")]
+    assert row_of(base, "last checkpoint") == ["step 40", "step 20"]
+    assert row_of(base, "tokens") == ["40,000", "20,000"]
+    assert row_of(base, "loss") == [f"{4 - 30.5 / 20:.4f}", f"{4 - 10.5 / 20:.4f}"]  # means of the last 20 steps
+    assert row_of(base, "--depth") == ["2", "4"] and "--seed" not in base
+    assert row_of(base, "cost, at 3600 an hour") == ["36.00", "36.00"]
+    assert "Without a checkpoint: d4." in text[text.index("## mid") :] and "## SFT" not in text
+    assert {path.name for path in folder.iterdir()} >= {"report.html", "loss.png", "bpb.png", "tokens_per_s.png"}
+    xy = compare.by_tokens(gather("d4").stages["base"], "val_bpb")
+    assert xy.tolist() == [[0, 3.25], [20_000, 1.5]]
+    said = {"d2": Samples([("The", "cat")], [("Hi?", {"mid": "Hello."})]), "d4": Samples([("The", "dog")], [])}
+    shown = "\n".join(compare.samples_text(said))
+    assert "The …\nd2: cat\nd4: dog" in shown and "user: Hi?\nd2, mid: Hello." in shown

@@ -180,6 +180,11 @@ def test_a_failed_step_ends_the_run(home, capsys):
     assert ran(home) == ["b --better=1", "c", "d"]
 
 
+def test_a_step_that_makes_nothing_has_failed(home, capsys):
+    assert run(home, [fake("a", makes=(output("other"),)), fake("b")]) == 1 and ran(home) == ["a"]
+    assert "step a ended well, but other.out is not there" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "ends, code, starts",
     [("exit 75", 75, 3), ("exit 76", 76, 3), ("kill -ABRT $$", 134, 3), ("kill -KILL $$", 137, 3)]

@@ -5,9 +5,11 @@ import html
 import math
 import re
 import textwrap
+from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+from jaxchat import files
 from jaxchat.config import STAGES
 from jaxchat.files import duration
 from jaxchat.model.flops import flops_per_token
@@ -234,3 +236,13 @@ def as_html(title: str, text: str, images: dict[str, tuple[str, bytes]]) -> str:
         body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(png).decode()}"')
     head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}</body>\n</html>\n'
+
+
+def save(folder: Path, title: str, text: str, images: dict[str, tuple[str, bytes]]):
+    """Write report.md, report.html and the images to a folder, and say where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (_, png) in images.items():
+        (folder / name).write_bytes(png)
+    files.write_text(folder / "report.md", text)
+    files.write_text(folder / "report.html", as_html(title, text, images))
+    print(f"written: {folder / 'report.md'}, and {folder / 'report.html'} to open in a browser", flush=True)

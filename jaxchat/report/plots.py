@@ -59,14 +59,23 @@ def figure(panels: list, *, from_zero: bool) -> bytes:
                 axis.plot(xy[:, 0], xy[:, 1], color="#c2571a", marker="o", markersize=3.5, label="validation")
         if len(lines) > 1:
             axis.legend(frameon=False, fontsize=8)
-        if from_zero:
-            axis.set_ylim(bottom=0)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.tick_params(labelsize=8)
+        finish(axis, title, "step", from_zero=from_zero)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+    return png_of(drawing)
+
+
+def finish(axis, title: str, unit: str, *, from_zero: bool):
+    """Give a panel its title, unit and grid."""
+    if from_zero:
+        axis.set_ylim(bottom=0)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(unit, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def png_of(drawing: Figure) -> bytes:
     png = io.BytesIO()
     drawing.savefig(png, format="png", dpi=144, metadata={"Software": None})
     return png.getvalue()

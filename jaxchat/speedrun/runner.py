@@ -160,6 +160,10 @@ class Runner:
         """Note how a step ended: done, to be started again, or a failure that ends the run."""
         step, seconds = running.step, time.monotonic() - running.began
         running.log.close()
+        lacking = [] if code else [made.title for made in step.makes if not made.found()]
+        if lacking:
+            code = 1
+            show(f"step {step.name} ended well, but {lacking[0]} is not there")
         self.state.end(step, seconds, code)
         self.free[step.lane].append(self.places.pop(step.name))
         if not code:

@@ -1,0 +1,232 @@
+"""Scaling laws fitted to a series of runs: isoFLOP minima, power laws, and the loss as a function of both.
+
+Hoffmann et al. 2022 (Chinchilla), approaches 2 and 3. Intervals are of 95 %: each fit is repeated on losses
+drawn from the fit itself, with the noise that the runs show around it.
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy import optimize, stats
+
+DRAWS = 400  # of losses, for an interval
+LEVEL = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A trained model: parameters N, tokens D, FLOPs C, loss in bits per byte, CORE if it was measured."""
+
+    name: str
+    parameters: float
+    tokens: float
+    flops: float
+    loss: float
+    core: float | None = None
+    budget: float = 0.0  # FLOPs that were asked for; 0: none were
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A fitted number and its interval; NaN: too few runs to say."""
+
+    value: float
+    low: float = np.nan
+    high: float = np.nan
+
+    @classmethod
+    def of(cls, value: float, draws: np.ndarray):
+        low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(draws) else (np.nan, np.nan)
+        return cls(float(value), float(low), float(high))
+
+
+@dataclasses.dataclass(frozen=True)
+class Minimum:
+    """The lowest point of a budget's parabola in log N. inside: between the smallest and largest model."""
+
+    budget: float
+    parabola: np.ndarray  # coefficients of the loss in log N, highest power first
+    parameters: float
+    tokens: float
+    loss: float
+    inside: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class IsoFlop:
+    """N ∝ C^a and D ∝ C^b of the best models of each budget. lines: (slope, intercept) of both, in logs."""
+
+    minima: list[Minimum]
+    a: Estimate
+    b: Estimate
+    lines: tuple[np.ndarray, np.ndarray]
+    noise: float  # standard deviation of the losses around the parabolas; NaN: not known
+
+
+@dataclasses.dataclass(frozen=True)
+class Surface:
+    """loss = E + A/N^alpha + B/D^beta, and the exponents a, b of the best N and D that follow from it."""
+
+    E: Estimate
+    A: Estimate
+    alpha: Estimate
+    B: Estimate
+    beta: Estimate
+    a: Estimate
+    b: Estimate
+    noise: float  # standard deviation of log loss around the fit
+
+    def loss(self, parameters, tokens):
+        parts = self.A.value * parameters**-self.alpha.value, self.B.value * tokens**-self.beta.value
+        return self.E.value + parts[0] + parts[1]
+
+
+def power_law(x, y) -> np.ndarray:
+    """(slope, intercept) of log y in log x."""
+    return np.polyfit(np.log(x), np.log(y), 1)
+
+
+def slope_of(x, y) -> Estimate:
+    """The exponent of y in x, with Student's interval from the residuals; NaN with fewer than 3 points."""
+    slope, intercept = power_law(x, y)
+    if len(x) < 3:
+        return Estimate(float(slope))
+    log_x = np.log(x)
+    left = np.log(y) - slope * log_x - intercept
+    error = np.sqrt(left @ left / (len(x) - 2) / np.sum((log_x - log_x.mean()) ** 2))
+    half = stats.t.ppf((1 + LEVEL) / 2, len(x) - 2) * error
+    return Estimate(float(slope), float(slope - half), float(slope + half))
+
+
+def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
+    """The best model of a budget; None: the parabola has no lowest point.
+
+    losses: other losses of the points than their own.
+    """
+    log_n, log_d = np.log([p.parameters for p in points]), np.log([p.tokens for p in points])
+    parabola = np.polyfit(log_n, [p.loss for p in points] if losses is None else losses, 2)
+    if parabola[0] <= 0:
+        return None
+    at = -parabola[1] / (2 * parabola[0])
+    tokens = np.polyval(np.polyfit(log_n, log_d, 1 if len(points) < 3 else 2), at)
+    inside = log_n.min() <= at <= log_n.max()
+    return Minimum(budget, parabola, np.exp(at), np.exp(tokens), np.polyval(parabola, at), bool(inside))
+
+
+def by_budget(points: list[Point]) -> dict[float, list[Point]]:
+    """The points of each budget that has three or more, by its FLOPs, in order of size."""
+    found: dict[float, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.parameters):
+        found.setdefault(point.budget, []).append(point)
+    return {budget: found[budget] for budget in sorted(found) if budget and len(found[budget]) >= 3}
+
+
+def iso_flop(points: list[Point], seed: int = 0) -> IsoFlop | None:
+    """Fit a parabola for each budget, then power laws to their minima; None: fewer than two have a minimum.
+
+    With four models a budget or more, the noise around the parabolas gives the intervals; with three, the
+    minima's distances from the power laws.
+    """
+    groups = {budget: of for budget, of in by_budget(points).items() if minimum(budget, of)}
+    if len(groups) < 2:
+        return None
+    minima = [minimum(budget, of) for budget, of in groups.items()]
+    budgets = np.array([m.budget for m in minima])
+    lines = power_law(budgets, [m.parameters for m in minima]), power_law(budgets, [m.tokens for m in minima])
+    left, free = 0.0, 0
+    for found, of in zip(minima, groups.values(), strict=True):
+        fitted = np.polyval(found.parabola, np.log([p.parameters for p in of]))
+        left += float(np.sum((fitted - [p.loss for p in of]) ** 2))
+        free += len(of) - 3
+    if not free:
+        a, b = (slope_of(budgets, [getattr(m, name) for m in minima]) for name in ("parameters", "tokens"))
+        return IsoFlop(minima, a, b, lines, np.nan)
+    noise = np.sqrt(left / free)
+    random, slopes = np.random.default_rng(seed), []
+    for _ in range(DRAWS):
+        scale = noise * np.sqrt(free / random.chisquare(free))  # the noise itself is known only so well
+        drawn = []
+        for found, of in zip(minima, groups.values(), strict=True):
+            fitted = np.polyval(found.parabola, np.log([p.parameters for p in of]))
+            drawn.append(minimum(found.budget, of, fitted + scale * random.standard_normal(len(of))))
+        if all(drawn):
+            slopes.append(
+                [power_law(budgets, [getattr(m, n) for m in drawn])[0] for n in ("parameters", "tokens")]
+            )
+    slopes = np.array(slopes).reshape(-1, 2)
+    a, b = Estimate.of(lines[0][0], slopes[:, 0]), Estimate.of(lines[1][0], slopes[:, 1])
+    return IsoFlop(minima, a, b, lines, float(noise))
+
+
+def surface(points: list[Point], seed: int = 0) -> Surface | None:
+    """Fit loss = E + A/N^alpha + B/D^beta; None: fewer than seven runs, or all of one N : D ratio."""
+    n, d, loss = (np.array([getattr(p, name) for p in points]) for name in ("parameters", "tokens", "loss"))
+    if len(points) < 7 or np.std(np.log(n / d)) < 0.1:
+        return None
+    start = grid_start(n, d, loss)
+    best = refined(start, n, d, loss)
+    fitted = np.exp(log_loss(best, n, d))
+    free = len(points) - len(best)
+    noise = np.sqrt(np.sum(np.log(loss / fitted) ** 2) / free)
+    random, draws = np.random.default_rng(seed), []
+    for _ in range(DRAWS // 4):
+        scale = noise * np.sqrt(free / random.chisquare(free))
+        draws.append(refined(best, n, d, fitted * np.exp(scale * random.standard_normal(len(points)))))
+    draws = np.array(draws)
+
+    def estimate(of) -> Estimate:
+        return Estimate.of(of(best), of(draws.T))
+
+    return Surface(
+        E=estimate(lambda p: np.exp(p[0])),
+        A=estimate(lambda p: np.exp(p[1])),
+        alpha=estimate(lambda p: p[2]),
+        B=estimate(lambda p: np.exp(p[3])),
+        beta=estimate(lambda p: p[4]),
+        a=estimate(lambda p: p[4] / (p[2] + p[4])),
+        b=estimate(lambda p: p[2] / (p[2] + p[4])),
+        noise=float(noise),
+    )
+
+
+def log_parts(p, n, d) -> np.ndarray:
+    """Logs of E, A/N^alpha and B/D^beta [3, points], of p = (log E, log A, alpha, log B, beta)."""
+    return np.stack([np.full(len(n), p[0]), p[1] - p[2] * np.log(n), p[3] - p[4] * np.log(d)])
+
+
+def log_loss(p, n, d) -> np.ndarray:
+    return np.logaddexp.reduce(log_parts(p, n, d))
+
+
+def refined(start, n, d, loss) -> np.ndarray:
+    """The fit from a start: the least Huber loss of log loss, in which an odd run weighs less."""
+    bounds = [-20, -20, 0.0, -20, 0.0], [5, 60, 3.0, 60, 3.0]
+
+    def slopes(p):
+        parts = log_parts(p, n, d)
+        e, a, b = np.exp(parts - np.logaddexp.reduce(parts))  # shares of the loss
+        return np.stack([e, a, -a * np.log(n), b, -b * np.log(d)], axis=1)
+
+    found = optimize.least_squares(
+        lambda p: log_loss(p, n, d) - np.log(loss),
+        np.clip(start, *bounds),
+        jac=slopes,
+        loss="huber",
+        f_scale=0.01,
+        bounds=bounds,
+        x_scale="jac",
+    )
+    return found.x
+
+
+def grid_start(n, d, loss) -> np.ndarray:
+    """The best of a grid of exponents; for each of them E, A and B follow by least squares, none negative."""
+    best, start = np.inf, None
+    for alpha in np.arange(0.1, 1.01, 0.1):
+        for beta in np.arange(0.1, 1.01, 0.1):
+            columns = np.stack([np.ones(len(n)), (n / n.max()) ** -alpha, (d / d.max()) ** -beta], axis=1)
+            parts, left = optimize.nnls(columns, loss)
+            if left < best:
+                E, A, B = np.log(np.maximum(parts, 1e-6))
+                best, start = left, (E, A + alpha * np.log(n.max()), alpha, B + beta * np.log(d.max()), beta)
+    return np.array(start)

@@ -1,0 +1,211 @@
+"""A series of small models and the scaling laws they follow: python -m launch.miniseries --depths=4,6,8,10"""
+
+import dataclasses
+import shlex
+
+from jaxchat import files
+from jaxchat.config import BaseConfig, Flags, UserError, base_dir, flag
+from jaxchat.speedrun import state
+from jaxchat.speedrun.estimate import START
+from jaxchat.speedrun.plan import table
+from jaxchat.speedrun.presets import CPU, H100, TOKENIZER, Places
+from jaxchat.speedrun.progress import Progress
+from jaxchat.speedrun.runner import Runner, python
+from jaxchat.speedrun.state import State
+from jaxchat.speedrun.steps import Checkpoint, Results, Step
+from launch import base_eval, cli
+from launch.cluster.local import visible_gpus
+from launch.speedrun import locked, names_in, words_of
+
+# Flags of base_train that the series gives: it measures at the beginning and the end only.
+QUIET = ("--eval_every=1000000", "--core_metric_every=-1", "--sample_every=-1")
+OWN = {"depth", "model_tag", "target_flops", "num_iterations", "resume", "overwrite", "data_dir"}
+FREE = frozenset(f.name for f in dataclasses.fields(BaseConfig) if f.metadata.get("free")) - OWN
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Flags):
+    """Train base models of several depths, and fit scaling laws to their losses.
+
+    With --depths alone each is trained on its share of tokens (--target_param_data_ratio): one dial. With
+    --budgets too, each depth is trained for each number of FLOPs; the best size for a budget is a minimum
+    between models that are too small and too large.
+
+    A tokenizer and text must be there. The same command continues, and leaves out the runs that are done. It
+    ends with a page of the runs, fits with intervals, and plots, in report/<name>.
+    """
+
+    depths: str = "4,6,8,10,12"
+    """Depths to train, separated by commas."""
+    budgets: str = ""
+    """FLOPs to train each of the depths for, separated by commas: 1e17,3e17,1e18. Empty: as many as each
+    depth's share of tokens takes."""
+    name: str = "miniseries"
+    """Name of the series; its runs are <name>-d<depth>, and <name>-d<depth>-<FLOPs>."""
+    base: str = ""
+    """More flags for launch.base_train, separated by spaces: --base="--max_seq_len=512"."""
+    core: bool = False
+    """Measure CORE of each model too, by launch.base_eval."""
+    base_eval: str = ""
+    """More flags for launch.base_eval, with --core."""
+    data_dir: str = ""
+    """Folder of the parquet shards, the last one for validation; empty: <base directory>/base_data."""
+    parallel: int = flag(0, 0)
+    """Runs on this host at the same time; 0: one a GPU, or one in all. Several share the GPUs out."""
+    redo: str = ""
+    """Runs to train again, separated by commas: d4,d6-1e17. What they made is deleted first."""
+    restarts: int = flag(3, 0)
+    """Largest number of restarts of a run that was stopped, killed or lost another process."""
+    dry_run: bool = False
+    """Print the plan and do nothing."""
+
+
+def main(args: list[str] | None = None):
+    cli.main(Config, run, args)
+
+
+def run(config: Config) -> int:
+    listed, flags = described(config)
+    known = State(base_dir() / "speedrun" / config.name)
+    redo = {name.strip() for name in config.redo.split(",") if name.strip()}
+    if unknown := sorted(redo - {step.name for step in listed}):
+        raise UserError(f"--redo={config.redo}: no run is named {unknown[0]!r}; the runs: {', '.join(flags)}")
+    again = known.again(listed, redo) if redo else set()
+    verdicts = state.plan(known, [step for step in listed if step.name not in again])
+    why = {name: verdict.why for name, verdict in verdicts.items() if not verdict.done}
+    why |= dict.fromkeys(again, "again")
+    places = places_of(config)
+    minutes = sum(step.minutes for step in listed if step.name in why) / len(places)
+    cli.print_plan(
+        f"Series {config.name}: {len(flags)} base models",
+        [
+            *sizes(flags),
+            ("at a time", f"{len(places)}"),
+            ("time", f"about {files.duration(60 * minutes)}, a rough estimate"),
+            ("saves", f"{base_dir()}; page in {base_dir() / 'report' / config.name}"),
+        ],
+    )
+    print("\n".join(table(listed, why)), flush=True)
+    if config.dry_run:
+        print("nothing was done: --dry_run")
+        return 0
+    state.check_inputs(listed, listed)
+    with locked(known):
+        if again:
+            known.forget(listed, again)
+        runner = Runner(listed, known, restarts=config.restarts, places=places)
+        progress = Progress(runner, listed)
+        code = runner.run()
+        progress.write("stopped" if runner.stopped else "failed" if code else "done")
+    if code:
+        print("to continue:")
+        cli.next_step(f"python -m launch.miniseries {shlex.join(words_of(config))}")
+        return code
+    known.complete()
+    report(config, flags)
+    return 0
+
+
+def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
+    """Return (the steps, {name of a run: flags of base_train}). UserError: something given cannot work."""
+    from jaxchat.checkpoint import run_folder
+
+    run_folder("base", config.name)  # a UserError if no folder can be named so
+    depths = [int(depth) for depth in numbers("depths", config.depths)]
+    budgets = numbers("budgets", config.budgets) if config.budgets else [0.0]
+    given = shlex.split(config.base)
+    own = OWN if config.budgets else OWN - {"num_iterations"}
+    if own := sorted(names_in(given) & own):
+        raise UserError(f"--base={config.base!r}: launch.miniseries itself gives --{own[0]}; leave it out")
+    places, listed, flags = Places(config.data_dir), [], {}
+    for budget in budgets:
+        for depth in depths:
+            name = f"d{depth}-{budget:g}".replace("+", "") if budget else f"d{depth}"
+            tag = f"{config.name}-{name}"
+            words = [f"--depth={depth}", f"--model_tag={tag}", *places.flags("data_dir"), *QUIET]
+            words += [*([f"--target_flops={budget:g}"] if budget else []), *given]
+            flags[name] = parsed = cli.parse(BaseConfig, words)
+            argv = python("launch.base_train", *words_of(parsed, names_in(words)))
+            made, needs = (Checkpoint("base", tag),), (places.text, TOKENIZER[0])
+            listed.append(Step(name, argv, made, needs, minutes_of(parsed), resumes=True, free=FREE))
+            if config.core:
+                words = [f"--model_tag={tag}", *places.flags("data_dir"), *shlex.split(config.base_eval)]
+                cli.parse(base_eval.Config, words)  # a UserError if one is wrong
+                argv, results = python("launch.base_eval", *words), Results("base", tag, "base_eval")
+                listed.append(Step(f"core-{name}", argv, (results,), made, START))
+    return listed, flags
+
+
+def minutes_of(flags: BaseConfig) -> float:
+    """Minutes of a run, by what CPUs or, at 40 % of their peak, H100s sustain."""
+    from jaxchat.model.flops import flops_per_token
+    from jaxchat.train.stages import base_steps
+
+    model, rate = model_of(flags), len(visible_gpus()) * 0.4 * H100 or CPU.flops
+    return START + base_steps(flags, model) * flags.total_batch_size * flops_per_token(model) / rate / 60
+
+
+def model_of(flags: BaseConfig):
+    from jaxchat.tokenizer import Tokenizer
+    from jaxchat.train.stages import base_model
+
+    return base_model(flags, Tokenizer.load().vocab_size)
+
+
+def numbers(name: str, text: str) -> list[float]:
+    """The numbers in a list that is separated by commas. UserError: something is none, or not positive."""
+    try:
+        found = [float(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        found = []
+    if not found or min(found) <= 0 or (name == "depths" and any(value != int(value) for value in found)):
+        kind = "whole numbers" if name == "depths" else "numbers"
+        raise UserError(f"--{name}={text}; it must be positive {kind} separated by commas")
+    return sorted(set(found))
+
+
+def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
+    """The parameters and steps of each run, as rows of a plan."""
+    from jaxchat.model.flops import num_params
+    from jaxchat.train.stages import base_steps
+
+    models = {name: model_of(given) for name, given in flags.items()}
+    return [
+        (name, f"{num_params(model):,} parameters, {base_steps(flags[name], model):,} steps")
+        for name, model in models.items()
+    ]
+
+
+def places_of(config: Config) -> tuple[dict, ...]:
+    """Environment variables for each of the runs that go on at the same time: the GPUs it sees."""
+    gpus = visible_gpus()
+    count = config.parallel or max(1, len(gpus))
+    each = len(gpus) // count
+    if gpus and not each:
+        raise UserError(f"--parallel={config.parallel} is more than the {len(gpus)} GPUs there are")
+    shares = [gpus[i * each : (i + 1) * each] for i in range(count)]
+    return tuple({"CUDA_VISIBLE_DEVICES": ",".join(share)} if share else {} for share in shares)
+
+
+def report(config: Config, flags: dict[str, BaseConfig]):
+    """Write the page of the series, and print its fits."""
+    from jaxchat.report import document
+    from jaxchat.scaling import fits, page, plots
+
+    found = [page.point_of(name, own.model_tag, max(0.0, own.target_flops)) for name, own in flags.items()]
+    points = [point for point in found if point]
+    for name, point in zip(flags, found, strict=True):
+        if point is None:
+            print(f"{name} is left out: its validation bits per byte were not measured")
+    if not points:
+        raise UserError("none of the runs has validation bits per byte; leave --eval_every out of --base")
+    folder, iso = base_dir() / "report" / config.name, fits.iso_flop(points)
+    images, lines = plots.plots(points, iso), page.said(points, iso, fits.surface(points))
+    text = page.markdown(config.name, points, images, lines)
+    print("\n".join(lines).replace("**", ""))
+    document.save(folder, f"{config.name}: a series of jaxchat", text, images)
+    files.write_lines(folder / "points.jsonl", [dataclasses.asdict(point) for point in points])
+
+
+if __name__ == "__main__":
+    main()
