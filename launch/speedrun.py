@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from jaxchat import files, hosts
-from jaxchat.config import BaseConfig, Flags, MidConfig, SFTConfig, UserError, base_dir, flag
+from jaxchat.config import BaseConfig, Flags, MidConfig, RLConfig, SFTConfig, UserError, base_dir, flag
 from jaxchat.speedrun import estimate, presets, state, steps
 from jaxchat.speedrun.demo import TAG
 from jaxchat.speedrun.estimate import Machine
@@ -61,6 +61,10 @@ class Config(Flags):
     """More flags for launch.base_eval."""
     chat_eval: str = ""
     """More flags for launch.chat_eval, which runs after midtraining and after SFT."""
+    rl: bool = False
+    """Improve the result by launch.chat_rl too, and evaluate that."""
+    chat_rl: str = ""
+    """More flags for launch.chat_rl, with --rl."""
     price_per_hour: float = flag(-1.0, 0, special=-1)
     """Price of the machine per hour, in any currency; -1: the preset's, if it has one."""
     first: str = flag("", name="from")
@@ -92,6 +96,8 @@ ADDED = {
     "chat-eval-mid": (chat_eval.Config, "chat_eval", SAME),
     "sft": (SFTConfig, "sft", None),
     "chat-eval": (chat_eval.Config, "chat_eval", SAME),
+    "rl": (RLConfig, "chat_rl", None),
+    "chat-eval-rl": (chat_eval.Config, "chat_eval", SAME),
 }
 # Flags that launch.speedrun itself gives, or has.
 OWN = {"resume", "overwrite", "dry_run", "model_tag", "source", "step", "depth", "data_dir", "tasks_dir"}
@@ -178,7 +184,16 @@ def described(config: Config) -> Plan:
     preset = PRESETS[config.preset]
     price = preset.machine.price if config.price_per_hour < 0 else config.price_per_hour
     if config.preset == "cpu":
-        for name in ("depth", "model_tag", "data_dir", "tasks_dir", "eval_bundle", "base_eval", "chat_eval"):
+        for name in (
+            "depth",
+            "model_tag",
+            "data_dir",
+            "tasks_dir",
+            "eval_bundle",
+            "base_eval",
+            "chat_eval",
+            "rl",
+        ):
             if getattr(config, name) != getattr(Config, name):
                 raise UserError(
                     f"--{name} does not go with --preset=cpu, whose world is generated; leave it out"
@@ -190,10 +205,10 @@ def described(config: Config) -> Plan:
     tag = config.model_tag or f"d{depth}"
     checkpoint.run_folder("base", tag)  # a UserError if no folder can be named so
     places = Places(config.data_dir, config.tasks_dir, config.eval_bundle)
-    plan = Plan(preset, tag, *with_flags(presets.real_steps(tag, depth, places, 2), config), price)
+    plan = Plan(preset, tag, *with_flags(presets.real_steps(tag, depth, places, rl=config.rl), config), price)
     if not config.data_dir:
         shards = estimate.shards_for(plan.flags["base"], plan.model)
-        listed, flags = with_flags(presets.real_steps(tag, depth, places, shards), config)
+        listed, flags = with_flags(presets.real_steps(tag, depth, places, shards, rl=config.rl), config)
         plan = dataclasses.replace(plan, steps=listed, flags=flags, shards=shards)
     priced = [f"--price_per_hour={price:g}"] if price else []
     listed = [

@@ -554,3 +554,14 @@ def test_a_machine_that_is_not_the_presets(home, monkeypatch, capsys):
     assert "GSM8K" not in str(refusal.value) and "--no_check starts all the same" in str(refusal.value)
     assert speedrun.run(cli.parse(speedrun.Config, ["--preset=h100", "--dry_run"])) == 0
     assert not list(home.iterdir())
+
+
+def test_reinforcement_learning_is_a_step_that_is_asked_for(home):
+    plan = described("--preset=h100", "--rl", "--chat_rl=--num_iterations=5 --save_every=2")
+    names = [step.name for step in plan.steps]
+    assert names[-4:] == ["chat-eval", "rl", "chat-eval-rl", "report"]
+    step = plan.steps[-3]
+    assert step.argv[2:4] == ("launch.chat_rl", "--save_every=2") and "--num_iterations=5" in step.argv
+    assert "save_every" in step.free and "num_iterations" not in step.free
+    assert artifacts.dependents(plan.steps, {"sft"}) == {"sft", *names[-4:]}
+    assert "rl" not in [step.name for step in described("--preset=h100").steps]

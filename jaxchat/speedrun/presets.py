@@ -47,6 +47,7 @@ PRESETS = {
             "sft": "--eval_metrics_every=-1",
             "chat-eval-mid": "--max_problems=100 --max_new_tokens=256",
             "chat-eval": "--max_problems=100 --max_new_tokens=256",
+            "chat-eval-rl": "--max_problems=100 --max_new_tokens=256",
         },
     ),
     "h100": Preset(
@@ -150,7 +151,7 @@ def text_of(places: Places, shards: int) -> Files:
     return places.text if places.data_dir else dataclasses.replace(places.text, least=shards)
 
 
-def real_steps(tag: str, depth: int, places: Places, shards: int) -> list[Step]:
+def real_steps(tag: str, depth: int, places: Places, shards: int = 2, rl: bool = False) -> list[Step]:
     """The steps of a run on real data, without what a preset or the user adds to their flags."""
     first = min(TOKENIZER_SHARDS, shards)
     text = text_of(places, shards)
@@ -166,7 +167,7 @@ def real_steps(tag: str, depth: int, places: Places, shards: int) -> list[Step]:
     def step(name: str, command: str, flags: list[str], makes: tuple, needs: tuple, resumes=False) -> Step:
         return Step(name, python(f"launch.{command}", *flags), makes, needs, resumes=resumes)
 
-    return [
+    steps = [
         *downloads(places, shards),
         step("tokenizer", "tok_train", shard_flags, TOKENIZER, (some,)),
         step("tokenizer-eval", "tok_eval", shard_flags, (COMPARED,), (some, TOKENIZER[0])),
@@ -183,5 +184,13 @@ def real_steps(tag: str, depth: int, places: Places, shards: int) -> list[Step]:
         step("chat-eval-mid", "chat_eval", ["--source=mid", *task_flags], (of_mid,), (mid, *tasks)),
         step("sft", "chat_sft", task_flags, (sft,), (mid, *tasks), resumes=True),
         step("chat-eval", "chat_eval", ["--source=sft", *task_flags], (of_sft,), (sft, *tasks)),
-        step("report", "report", [tagged], (), (base, mid, sft, of_base, of_mid, of_sft)),
     ]
+    made = [base, mid, sft, of_base, of_mid, of_sft]
+    if rl:
+        improved, of_rl = Checkpoint("rl", tag), Results("rl", tag, "chat_eval")
+        steps += [
+            step("rl", "chat_rl", task_flags, (improved,), (sft, *tasks), resumes=True),
+            step("chat-eval-rl", "chat_eval", ["--source=rl", *task_flags], (of_rl,), (improved, *tasks)),
+        ]
+        made += [improved, of_rl]
+    return [*steps, step("report", "report", [tagged], (), tuple(made))]
