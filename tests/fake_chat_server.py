@@ -68,13 +68,15 @@ class Error(Exception):
 
 
 class FakeChatServer:
-    """reply: takes a request's JSON, returns the pieces of bytes to send, or floats: seconds to wait.
+    """reply: takes a request's JSON, returns bytes to send, seconds to wait (float) and events to wait for.
 
     requests: the bodies of all requests so far. gone: set when a client has closed its connection early.
     """
 
     def __init__(self, port: int = 0):
-        self.reply: Callable[[dict], Iterable[bytes | float]] = lambda body: [stream(answer("Hello."))]
+        self.reply: Callable[[dict], Iterable[bytes | float | threading.Event]] = lambda body: [
+            stream(answer("Hello."))
+        ]
         self.models, self.key = [f"d12-{stage}" for stage in STAGES], ""
         self.requests: list[dict] = []
         self.gone, self._open = threading.Event(), set()
@@ -154,6 +156,8 @@ def _handler(fake: FakeChatServer):
                 for piece in pieces:
                     if isinstance(piece, float):
                         time.sleep(piece)
+                    elif isinstance(piece, threading.Event):
+                        piece.wait(60)
                     else:
                         self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
                 self.wfile.write(b"0\r\n\r\n")

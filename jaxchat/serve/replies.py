@@ -26,12 +26,12 @@ class Piece:
 
     text: str = ""
     entries: list[Entry] = dataclasses.field(default_factory=list)
-    tools: list[dict] = dataclasses.field(default_factory=list)
+    tools: list[tuple[int, dict]] = dataclasses.field(default_factory=list)  # (text before, event)
 
     def extend(self, more: "Piece"):
+        self.tools += [(len(self.text) + at, tool) for at, tool in more.tools]
         self.text += more.text
         self.entries += more.entries
-        self.tools += more.tools
 
 
 class Answer:
@@ -113,7 +113,7 @@ class Answer:
             self.tools[-1] |= answer
             event = {"id": self.tools[-1]["id"]} | answer
         if self.asked.tool_display == "events":
-            piece.tools.append(event)
+            piece.tools.append((len(piece.text), event))
 
     def _end(self, finish: str, piece: Piece):
         self._end_part(piece)
@@ -211,14 +211,19 @@ class Form:
         )
 
     def news(self, answer: Answer, piece: Piece) -> list[dict]:
-        """Chunks of what is new, tool calls first."""
-        chunks = []
+        """Chunks of what is new, tool calls and the text around them in their order."""
+        chunks, done = [], 0
         if self.chat:
-            for tool in piece.tools:
+            for at, tool in piece.tools:
+                if at > done:
+                    delta = {"delta": {"content": piece.text[done:at]}, "logprobs": None}
+                    chunks.append(self._chunk(answer.index, delta, None, {}))
                 delta = {"delta": {"jaxchat": {"tool": tool}}, "logprobs": None}
                 chunks.append(self._chunk(answer.index, delta, None, {}))
-        if piece.text or piece.entries:
-            text = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
+                done = at
+        rest = piece.text[done:]
+        if rest or piece.entries:
+            text = {"delta": {"content": rest}} if self.chat else {"text": rest}
             chunks.append(self._chunk(answer.index, text | {"logprobs": self._logprobs(piece)}, None, {}))
         return chunks
 
