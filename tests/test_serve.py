@@ -459,8 +459,9 @@ def test_tokens_of_text_and_back(serving):
     assert found["tokens"] == [tokenizer.bos, *tokenizer.encode("the <|bos|>")] and found["count"] == len(
         found["tokens"]
     )
-    plain = serving.ask("POST", "/v1/tokenize", {"prompt": "the", "add_special_tokens": False}).json["tokens"]
-    assert plain == tokenizer.encode("the")
+    for text, ids in (("the", tokenizer.encode("the")), ("<|bos|>", [tokenizer.bos])):
+        plain = serving.ask("POST", "/v1/tokenize", {"prompt": text, "add_special_tokens": False}).json["tokens"]
+        assert plain == ids
     chat = serving.ask("POST", "/tokenize", {"messages": USER}).json["tokens"]
     assert chat == tokenizer.render_for_completion({"messages": USER})
     assert serving.ask("POST", "/detokenize", {"tokens": tokenizer.encode("é a")}).json == {"prompt": "é a"}

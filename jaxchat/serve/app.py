@@ -25,6 +25,7 @@ from jaxchat.serve.loop import Job, Pool, Stopped, Worker
 from jaxchat.serve.metrics import Metrics
 from jaxchat.serve.protocol import ApiError, Chat, Completion, Fields
 from jaxchat.serve.replies import Answer, Form, Piece
+from jaxchat.tokenizer import SPECIAL_TOKENS
 
 CLOSING = 5.0  # seconds to wait for an engine's last stretch
 PING = 15.0  # seconds of silence after which a stream shows that it lives
@@ -74,7 +75,7 @@ class Service:
         self.defaults, self.metrics = defaults, metrics
         self.state = "loading"
         self.jobs: set[Job] = set()  # that are being answered
-        self._unknown: set[str] = set()
+        self._unknown, self._made = set(), time.monotonic()
         metrics.watch({model.id: model.pool for model in models})
 
     @property
@@ -82,9 +83,10 @@ class Service:
         return [worker for model in self.models.values() for worker in model.pool.workers]
 
     def progress(self) -> str:
-        """What is done of the compilations."""
+        """How many shapes are compiled, and how long the others may take."""
         done, total = (sum(getattr(one, name) for one in self.workers) for name in ("compiled", "to_compile"))
-        return f"{done} of {total} shapes compiled" if total else "loading"
+        left = f", about {(time.monotonic() - self._made) * (total / done - 1):.0f} s to go" if done else ""
+        return f"{done} of {total} shapes compiled{left}" if total else "loading"
 
     async def close(self):
         """Stop the engines; one that is compiling is left to itself."""
@@ -423,7 +425,10 @@ async def _aside(size: int, function: Callable, *args):
 
 
 def tokenized(service: Service, body: bytes) -> dict:
-    """The tokens of {"prompt": text} or {"messages": […]}."""
+    """The tokens of {"prompt": text} or {"messages": […]}.
+
+    A text that is nothing but the name of a special token is that token: so clients learn its id.
+    """
     fields = Fields(protocol.read_json(body))
     model = service.model(fields.text("model"))
     if fields.get("messages") is not None:
@@ -433,9 +438,8 @@ def tokenized(service: Service, body: bytes) -> dict:
         text = fields.get("prompt")
         if not isinstance(text, str):
             raise protocol.wrong("prompt", "a string", text)
-        tokens = [model.tokenizer.bos] * fields.switch("add_special_tokens", True) + model.tokenizer.encode(
-            text
-        )
+        known = [model.tokenizer.special(text)] if text in SPECIAL_TOKENS else model.tokenizer.encode(text)
+        tokens = [model.tokenizer.bos] * fields.switch("add_special_tokens", True) + known
     return {"count": len(tokens), "max_model_len": model.config.sequence_len, "tokens": tokens}
 
 
