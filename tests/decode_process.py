@@ -48,7 +48,7 @@ def compiled(rows: int, here: NamedSharding, prompt: int = 0) -> dict:
     def zeros(*shape):
         return jnp.zeros(shape, jnp.int32)
 
-    weights = shapes(lambda p: decode.for_decoding(p, "bfloat16"), params.shapes(CONFIG))
+    weights = shapes(lambda p: decode.for_decoding(p, "bfloat16", CONFIG.vocab_size), params.shapes(CONFIG))
     held = shapes(state)
     if prompt:
         asked = shapes(
