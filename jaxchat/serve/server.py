@@ -83,7 +83,8 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as problem:
         reason = problem.strerror or problem
-        raise UserError(f"--host={host} --port={port}: {reason}; give another --host, or another --port (0: any)") from None
+        hint = "give another --host, or another --port (0: any)"
+        raise UserError(f"--host={host} --port={port}: {reason}; {hint}") from None
 
 
 def stops_by_signal() -> asyncio.Queue:
