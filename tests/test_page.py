@@ -54,7 +54,9 @@ def fake():
 
 @pytest.fixture
 def open_page(browser, fake):
-    """Return a function that opens the page in a new browser profile; options: Playwright's, of a context.
+    """Return a function that opens the page in a new browser profile.
+
+    init: a script to run first. options: Playwright's, of a context.
 
     At the end, there must have been no error in the page and no request to another server.
     """
@@ -64,8 +66,9 @@ def open_page(browser, fake):
         if not request.url.startswith((fake.url, "data:", "blob:")):
             problems.append(f"outside request: {request.url}")
 
-    def open_page(**options):
+    def open_page(init: str = "", **options):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | options)
+        context.add_init_script(init)
         contexts.append(context)
         context.set_default_timeout(1000 * PATIENCE)
         page = context.new_page()
@@ -443,6 +446,19 @@ def test_draft_is_kept(open_page, fake):
     expect(page.locator("#box")).to_have_value("another")
     page.click(".item .cut")
     expect(page.locator("#box")).to_have_value("half a th")
+
+
+@BROWSER_TESTS
+@pytest.mark.parametrize(
+    "value", ["get() { throw new Error('blocked'); }", "value: { setItem() { throw new Error('full'); } }"]
+)
+def test_browser_that_keeps_nothing(open_page, fake, value):
+    page = open_page(init=f"Object.defineProperty(window, 'localStorage', {{ {value} }})")
+    ask(page, "hi")
+    expect(last(page)).to_have_text("Hello.")
+    expect(page.locator("#toast")).to_contain_text("keeps no more")
+    page.click("[aria-label^=Delete]")
+    expect(page.locator(".item")).to_have_count(0)
 
 
 @BROWSER_TESTS
