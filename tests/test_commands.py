@@ -336,7 +336,7 @@ def test_the_demo_from_end_to_end(home, monkeypatch):
     """The demo itself with two steps a stage: all commands run, and what is not learnt is told."""
     monkeypatch.setattr(jaxchat.demo, "write_world", lambda world, folder: write_world(world, folder, **SMALL))
     monkeypatch.setattr(jaxchat.demo.score, "score", lambda *args: score(*args, limit=2))
-    args = ["--base_steps=2", "--mid_steps=2", "--sft_steps=2"]
+    args = ["--base_steps=2", "--mid_steps=2", "--sft_steps=2", "--device_batch_size=1"]  # 8 rows on 8 devices
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
         demo.main(args)
