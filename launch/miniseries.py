@@ -92,7 +92,7 @@ def run(config: Config) -> int:
     state.check_inputs(listed, listed)
     with locked(known):
         if again:
-            known.forget(listed, again)
+            known.forget(listed, redo)
         runner = Runner(listed, known, restarts=config.restarts, places=places)
         progress = Progress(runner, listed)
         code = runner.run()

@@ -116,7 +116,11 @@ def run(config: Config) -> int:
     else:
         code = plan_and_perform(config)
     if code:
-        print("to continue, once it can:" if code != os.EX_TEMPFAIL else "stopped and saved; to continue:")
+        print(
+            "to continue, once that is resolved:"
+            if code != os.EX_TEMPFAIL
+            else "stopped and saved; to continue:"
+        )
         cli.next_step(f"python -m launch.speedrun {shlex.join(words_of(config))}")
     return code
 
@@ -142,7 +146,7 @@ def plan_and_perform(config: Config) -> int:
     files.check_space(base_dir(), int(plan.disk(todo)), "free some, or set JAXCHAT_BASE_DIR to a larger disk")
     with locked(known):
         if again:
-            known.forget(plan.steps, again)
+            known.forget(plan.steps, redo)
         state.check_inputs(plan.steps, chosen)
         return perform(config, plan, known, chosen)
 

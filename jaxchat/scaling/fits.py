@@ -108,8 +108,8 @@ def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
     if parabola[0] <= 0:
         return None
     at = -parabola[1] / (2 * parabola[0])
-    tokens = np.polyval(np.polyfit(log_n, log_d, 1 if len(points) < 3 else 2), at)
     inside = log_n.min() <= at <= log_n.max()
+    tokens = np.polyval(np.polyfit(log_n, log_d, 2 if inside else 1), at)  # a line is safer to extend
     return Minimum(budget, parabola, np.exp(at), np.exp(tokens), np.polyval(parabola, at), bool(inside))
 
 

@@ -58,6 +58,7 @@ def said(points: list[Point], iso: IsoFlop | None, law: Surface | None) -> list[
         parts.append("The best model of each budget, by a parabola of the loss in log N:")
         parts.append(table(["budget, FLOPs", "N", "D", "D : N", "bits per byte", ""], rows))
         of = "no interval" if math.isnan(iso.a.low) else "95 % intervals"
+        of += "" if all(found.inside for found in iso.minima) else "; extrapolated, so not to be trusted"
         noise = "" if math.isnan(iso.noise) else f"; the runs scatter by {iso.noise:.4f} around the parabolas"
         parts.append(f"**N ∝ C^a with a = {shown(iso.a)}, D ∝ C^b with b = {shown(iso.b)}** ({of}{noise}).")
     elif fits.by_budget(points):

@@ -27,7 +27,8 @@ def draw(what, *about) -> bytes:
     for axis in figure.axes:
         axis.grid(alpha=0.25, which="both")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which="both", labelsize=7)
+        axis.tick_params(axis="x", which="both", labelrotation=30)
     return png_of(figure)
 
 

@@ -96,12 +96,13 @@ class State:
         None while the run for which they were forgotten is not complete: there the same command continues.
         """
         found = dependents(steps, names)
-        return found if read_json(self.path(REDO)) != commands_of(steps, found) else set()
+        return found if read_json(self.path(REDO)) != commands_of(steps, names) else set()
 
     def forget(self, steps: list[Step], names: set[str]):
-        """Delete what the named steps made, and their records."""
+        """Delete what the named steps and all that need them have made, and their records."""
+        again = dependents(steps, names)
         for step in reversed(steps):
-            if step.name in names:
+            if step.name in again:
                 for artifact in step.makes:
                     artifact.delete()
                 files.delete(self.path(step.name))
