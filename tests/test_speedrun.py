@@ -566,3 +566,22 @@ def test_reinforcement_learning_is_a_step_that_is_asked_for(home):
     assert "save_every" in step.free and "num_iterations" not in step.free
     assert artifacts.dependents(plan.steps, {"sft"}) == {"sft", *names[-4:]}
     assert "rl" not in [step.name for step in described("--preset=h100").steps]
+
+
+@pytest.mark.slow
+def test_the_command_on_real_text(run_command, home, shared_data):
+    """The tokenizer alone, as a user calls it: trained once, trained again if damaged, refused with other flags."""
+    flags = ["--preset=laptop", f"--data_dir={shared_data / 'pretrain'}", f"--tasks_dir={shared_data}", "--no_check"]
+    flags += ["--eval_bundle=none", "--until=tokenizer", "--tokenizer=--vocab_size=300 --max_chars=100000"]
+    first = run_command("launch.speedrun", *flags).stdout
+    assert "100,000 characters read" in first and "all 1 steps are done" in first
+    ranks = (home / "tokenizer/ranks.txt").read_bytes()
+    again = run_command("launch.speedrun", *flags).stdout
+    assert "characters read" not in again and "tokenizer  done" in again
+    (home / "tokenizer/ranks.txt").write_text("damaged")
+    assert "ranks.txt is not what was made" in run_command("launch.speedrun", *flags, "--dry_run").stdout
+    assert "characters read" in run_command("launch.speedrun", *flags).stdout
+    assert (home / "tokenizer/ranks.txt").read_bytes() == ranks
+    other = [*flags[:-1], "--tokenizer=--vocab_size=301 --max_chars=100000"]
+    refused = run_command("launch.speedrun", *other, check=False)
+    assert refused.returncode == 2 and "--vocab_size=300, and is now to run with --vocab_size=301" in refused.stderr
