@@ -21,7 +21,7 @@ def stage_for(config: RLConfig):
 
 def run(config: RLConfig):
     from jaxchat.report import record
-    from jaxchat.rl.evaluation import evaluations
+    from jaxchat.rl.evaluation import BEST, evaluations
     from jaxchat.train.loop import train
     from jaxchat.train.metrics import best_step
     from jaxchat.train.run import find_start, open_run, plan_of
@@ -35,10 +35,10 @@ def run(config: RLConfig):
     with open_run(stage, start) as ready, record.recorded(ready, began, plan):
         train(ready, measured)
     if start.checkpoints:
-        best = best_step(start.checkpoints.folder, "reward", stage.num_steps)
+        best = best_step(start.checkpoints.folder, BEST, stage.num_steps)
         step = str(best[0]) if best and 0 < best[0] < stage.num_steps else ""
         if best:
-            print(f"best: reward {best[1]:.4f} on --val_tasks, after step {best[0]}", flush=True)
+            print(f"best: {BEST} {best[1]:.4f}, after step {best[0]}", flush=True)
         cli.next_step(f"python -m launch.chat_eval -i rl --model_tag={stage.tag}", step=step)
 
 

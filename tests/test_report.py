@@ -49,6 +49,37 @@ def row_of(text, name):
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
+def test_reinforcement_learning(home):
+    """A column of its own, rewards instead of a loss, the answers that were compared."""
+    for source in ("sft", "rl"):
+        folder = write_stage(home, source)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
+    for row in rows:
+        if "loss" in row:
+            row |= {"reward": row["step"] / 40, "groups_mixed": 0.5, "rollout_seconds": 0.25, "data_wait_seconds": 0.0}
+        else:
+            row |= {"evaluation": "problems", "val_reward": 0.25, "pass@1": 0.25}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = [{"text": NASTY, "reward": 1.0, "advantage": 0.5}, {"text": "wrong", "reward": 0.0, "advantage": -0.5}]
+    asked = [{"role": "user", "content": NASTY}, {"role": "assistant", "content": "right"}]
+    sample = {"step": 1, "problem": "x", "messages": asked, "answers": answers}
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample | {"step": n}) + "\n" for n in (1, 21, 41)))
+    run = gather("d2")
+    images = curves(run)
+    assert {"reward.png", "groups.png"} <= set(images)
+    text = document.markdown(run, images, None)
+    assert row_of(text, "pass@1") == ["–", "0.2500"] and row_of(text, "loss")[1] == "–"
+    assert row_of(text, "reward") == ["–", f"{np.mean(np.arange(21, 41)) / 40:.4f}"]
+    assert row_of(text, "sampling answers") == ["–", "50.0%", ""]
+    assert (
+        "  0.00  -0.50  wrong" in text
+        and "After step 0:" in text
+        and "After step 40:" in text
+        and "After step 20" not in text
+    )
+    assert "<script>" not in document.as_html("x", text, images)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(run, its images) of three stages with evaluations, one of which cannot be read."""

@@ -138,7 +138,7 @@ def test_the_command_trains_saves_evaluates_and_resumes(here, capsys):
     rows, whole = rows_of_metrics(here), learnt(here)
     assert [row[0] for row in whole] == [1, 2, 3, 4, 5, 6] and len({row[1] for row in whole}) > 1
     assert [row["step"] for row in rows if "pass@8" in row] == [0, 3, 6]
-    best = max((row for row in rows if row.get("evaluation")), key=lambda row: row["reward"])["step"]
+    best = max((row for row in rows if row.get("evaluation")), key=lambda row: row["val_reward"])["step"]
     assert checkpoint.steps_in(run) == sorted({4, 5, 6} | ({best} if best else set()))
     assert [sample["step"] for sample in map(json.loads, (run / "samples.jsonl").read_text().splitlines())] == [1, 5]
 

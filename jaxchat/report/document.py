@@ -16,6 +16,7 @@ from jaxchat.model.flops import flops_per_token
 from jaxchat.report.gather import LAST, Run, StageRun
 from jaxchat.report.samples import Samples
 
+ANSWERS = 8  # shown of one problem, at most
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 62rem; margin: 2rem auto;
   padding: 0 1rem; }
@@ -56,6 +57,7 @@ def markdown(
     if not images:
         parts.append("No step was logged.")
     parts += samples_text(samples)
+    parts += [part for stage in run.stages.values() for part in answers_text(stage)]
     parts += ["## Where and how", origin(run)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -64,8 +66,9 @@ def results(run: Run) -> str:
     names = list(dict.fromkeys(name for stage in run.stages.values() for name in stage.measured))
     rows = [[name, *(number(stage.measured.get(name)) for stage in run.stages.values())] for name in names]
     text = table(["", *titles(run)], rows)
-    if "loss" in names:
-        text += f"\n\n`loss` is that of training, a mean of the last {LAST} steps."
+    for name in ("loss", "reward"):
+        if name in names:
+            text += f"\n\n`{name}` is that of training, a mean of the last {LAST} steps."
     for stage in run.stages.values():
         for reason in stage.left_out:
             text += f"\n\nLeft out of {STAGES[stage.name].label}: {escape(reason)}."
@@ -105,7 +108,8 @@ def training(run: Run, price_per_hour: float) -> str:
         ("FLOPs", *totalled("{:.2e}".format, lambda s: s.flops)),
         ("tokens/s, median", [number(s.median("tokens_per_s")) for s in stages], ""),
         ("MFU, median", [percent(s.median("mfu")) for s in stages], ""),
-        ("waiting for data", [percent(waiting(s)) for s in stages], ""),
+        ("waiting for data", [percent(s.share("data_wait_seconds")) for s in stages], ""),
+        ("sampling answers", [percent(s.share("rollout_seconds")) for s in stages], ""),
         ("training", *totalled(duration, lambda s: s.wall_seconds)),
         ("evaluations", *totalled(duration, lambda s: s.eval_seconds)),
         ("wall time", *totalled(duration, seconds, run.tokenizer_seconds)),
@@ -117,12 +121,6 @@ def training(run: Run, price_per_hour: float) -> str:
     if run.tokenizer_seconds:
         text += f"\n\n{duration(run.tokenizer_seconds)} for the tokenizer are part of wall time in all."
     return text
-
-
-def waiting(stage: StageRun) -> float | None:
-    """Fraction of a stage's step time that was spent waiting for data."""
-    waits = [row["data_wait_seconds"] for row in stage.steps if "data_wait_seconds" in row]
-    return sum(waits) / stage.step_seconds if waits else None
 
 
 def samples_text(samples: Samples | None) -> list[str]:
@@ -143,6 +141,21 @@ def samples_text(samples: Samples | None) -> list[str]:
             lines = [f"{'user:':<{width}} {question}"]
             lines += [f"{STAGES[name].label + ':':<{width}} {text}" for name, text in found.items()]
             parts.append(fence("\n".join(lines)))
+    return parts
+
+
+def answers_text(stage: StageRun) -> list[str]:
+    """The answers to one problem that were compared with each other, early and late in training."""
+    parts = []
+    for sample in stage.answers[:1] + stage.answers[1:][-1:]:
+        lines = [f"user: {sample['messages'][-2]['content']}"]
+        for answer in sample["answers"][:ANSWERS]:
+            lines.append(f"{answer['reward']:6.2f} {answer['advantage']:+6.2f}  {answer['text']}")
+        parts.append(f"After step {sample['step'] - 1}:\n\n{fence(chr(10).join(lines))}")
+    if parts:
+        label = STAGES[stage.name].label
+        about = "Rewards, advantages and answers to one problem, as they were compared with each other."
+        parts.insert(0, f"## Answers that {label} learnt from\n\n{about}")
     return parts
 
 

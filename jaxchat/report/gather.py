@@ -29,6 +29,7 @@ class StageRun:
     measured: dict[str, float]  # results of evaluations, during training and afterwards
     left_out: list[str]  # files of evaluations that are not in `measured`, and why
     eval_seconds: float  # wall time of the evaluations after training, of all checkpoints
+    answers: list[dict]  # lines of samples.jsonl, of reinforcement learning
 
     @property
     def model(self) -> ModelConfig:
@@ -62,6 +63,11 @@ class StageRun:
     def wall_seconds(self) -> float:
         """Wall time of training the stage, each run of it from start to end; at least the steps' sum."""
         return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
+
+    def share(self, name: str) -> float | None:
+        """Fraction of the steps' time that was spent on something, which their rows name."""
+        spent = [row[name] for row in self.steps if name in row]
+        return sum(spent) / self.step_seconds if spent else None
 
     def median(self, name: str) -> float | None:
         values = [row[name] for row in self.steps if isinstance(row.get(name), float)]
@@ -117,14 +123,19 @@ def read_stage(source: str, tag: str) -> StageRun | None:
     step = steps[-1]
     meta = checkpoint.read_meta(folder, step)
     rows = read_lines(folder / "metrics.jsonl")
+    for row in rows:
+        if "reward" in row:  # the loss of a policy gradient says nothing
+            row.pop("loss", None)
     measured = {}
-    losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float)][-LAST:]  # None: not finite
-    if losses:
-        measured["loss"] = statistics.fmean(losses)
+    for name in ("loss", "reward"):
+        values = [row[name] for row in rows if isinstance(row.get(name), float)][-LAST:]  # None: not finite
+        if values:
+            measured[name] = statistics.fmean(values)
     measured |= numbers({"metrics": meta.get("metrics")})
     evaluated, left_out, seconds = read_evaluations(folder, step)
     runs = read_lines(folder / FILE)
-    return StageRun(source, folder, step, meta, rows, runs, measured | evaluated, left_out, seconds)
+    answers = [row for row in read_lines(folder / "samples.jsonl") if row.get("answers")]
+    return StageRun(source, folder, step, meta, rows, runs, measured | evaluated, left_out, seconds, answers)
 
 
 def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[str], float]:

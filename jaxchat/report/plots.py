@@ -15,11 +15,16 @@ POINTS = 2000  # of a line; more would not be visible
 # file name → (title, name in the steps' rows, name in the evaluations' rows)
 CURVES = {
     "loss": ("Loss, nats per token", "loss", "val_loss"),
+    "reward": ("Reward of sampled answers, and pass@1", "reward", "pass@1"),
+    "groups": ("Problems with right and wrong answers, share", "groups_mixed", None),
+    "answer_tokens": ("Sampled tokens of an answer", "answer_tokens", None),
+    "entropy": ("Entropy, nats per sampled token", "entropy", None),
     "lr": ("Learning rate multiplier", "lr_multiplier", None),
     "bpb": ("Validation, bits per byte", None, "val_bpb"),
     "core": ("CORE", None, "core"),
     "tokens_per_s": ("Tokens per second", "tokens_per_s", None),
 }
+FROM_ZERO = ("reward", "groups", "answer_tokens", "lr", "tokens_per_s")
 
 
 def curves(run: Run) -> dict[str, tuple[str, bytes]]:
@@ -33,7 +38,7 @@ def curves(run: Run) -> dict[str, tuple[str, bytes]]:
             if lines:
                 drawn.append((STAGES[stage.name].label, lines))
         if drawn:
-            images[f"{name}.png"] = title, figure(drawn, from_zero=name in ("lr", "tokens_per_s"))
+            images[f"{name}.png"] = title, figure(drawn, from_zero=name in FROM_ZERO)
     return images
 
 

@@ -18,6 +18,7 @@ from jaxchat.train.stages import Stage
 
 SAMPLES = 8  # answers to a problem, from which pass@1, 2, 4 and 8 are estimated
 KL_ROWS = 64  # answers that the divergence from the parent is estimated on
+BEST = "val_reward"  # the value whose best checkpoint is kept
 OTHERS = ("ARC-Easy", "ARC-Challenge", "MMLU")
 
 
@@ -28,13 +29,13 @@ def evaluations(config: RLConfig, stage: Stage) -> list[Evaluation]:
     tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=False)
     val, train = Problems(config, tasks, stage.tokenizer), stage.batches.problems
     half = config.eval_examples if config.eval_examples < 0 else -(-config.eval_examples // 2)
-    sets = {"": (val, config.eval_examples), "train ": (train, half)}
+    sets = {"": (val, config.eval_examples), "train_": (train, half)}
     found = {name: task for name in OTHERS if config.eval_others and (task := _find(name, config))}
     sharding.check_same(
         validation=tasks.fingerprint, others={name: task.fingerprint for name, task in found.items()}
     )
     of_sets = partial(measure, stage=stage, config=config, sets=sets)
-    listed = [Evaluation("problems", config.eval_every, of_sets, at_start=True, best="reward")]
+    listed = [Evaluation("problems", config.eval_every, of_sets, at_start=True, best=BEST)]
     if found:
         of_others = partial(others, stage=stage, tasks=found, most=config.eval_others)
         listed.append(Evaluation("other tasks", stage.num_steps + 1, of_others, at_start=True))
@@ -61,8 +62,8 @@ def measure(params, stage: Stage, config: RLConfig, sets: dict) -> dict[str, flo
         how = {"temperature": config.temperature, "top_k": config.top_k}
         prompts, generations = problems.sample(engine, chosen, SAMPLES, logprobs=0, **how)
         _, right_EG, rewards_EG = problems.judge(chosen, generations)
-        values[f"{prefix}reward"] = float(rewards_EG.mean())
-        values[f"{prefix}finished"] = float(np.mean([one.finished for one in generations]))
+        values[f"{prefix or 'val_'}reward"] = float(rewards_EG.mean())
+        values[f"{prefix or 'val_'}finished"] = float(np.mean([one.finished for one in generations]))
         for k in (1, 2, 4, 8):
             values[f"{prefix}pass@{k}"] = chat.pass_at(k, right_EG.tolist())
         _, greedy = problems.sample(engine, chosen, 1, temperature=0.0)
