@@ -1,5 +1,6 @@
-"""Base, mid and SFT under kills, notices to stop, damaged checkpoints and a full disk: the same losses, bit for bit.
+"""Stages under kills, notices to stop, damaged checkpoints and a full disk: the same losses, bit for bit.
 
+RL is among them if JAXCHAT_THOROUGH.
 JAXCHAT_CHAOS_ROUNDS: rounds in all (6). One round is one start of a command with one fault; JAXCHAT_CHAOS_SEED draws.
 """
 
@@ -14,7 +15,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, xla_flags
+from conftest import ROOT, THOROUGH, xla_flags
 
 from jaxchat.checkpoint import steps_in
 from jaxchat.config import STAGES
@@ -23,7 +24,7 @@ from launch import base_train, tok_train
 
 ROUNDS = int(os.environ.get("JAXCHAT_CHAOS_ROUNDS", "6"))
 SEED = int(os.environ.get("JAXCHAT_CHAOS_SEED", "0"))
-MODULES = {"base": "launch.base_train", "mid": "launch.mid_train", "sft": "launch.chat_sft"}
+MODULES = {"base": "launch.base_train", "mid": "launch.mid_train", "sft": "launch.chat_sft", "rl": "launch.chat_rl"}
 SMALL = {"base_shards": 2, "base_rows": 800, "base_val_rows": 60, "mid_rows": 800, "sft_rows": 200, "val_rows": 20}
 EVERY = 5
 FAULTS = ("kill", "term", "kill in a save", "truncate", "flip", "full")
@@ -37,6 +38,9 @@ def flags(home, stage, steps):
         return [*args, f"--data_dir={home / 'world/base_data'}"]
     if stage == "mid":
         return [*args, "--total_batch_size=128", f"--train_tasks={tasks / 'world_mid.jsonl'}"]
+    if stage == "rl":
+        rl = ["--source=base", "--examples_per_step=2", "--num_samples=4", "--max_new_tokens=8", "--reward=finished"]
+        return [*args, *rl, "--min_groups=1", "--init_lr_frac=0.01", f"--train_tasks={tasks / 'world_sft.jsonl'}"]
     sft = ["--source=base", "--target_examples_per_step=2", "--eval_metrics_every=-1", "--packing=bestfit"]
     return [*args, *sft, f"--train_tasks={tasks / 'world_sft.jsonl'}"]
 
@@ -167,7 +171,7 @@ def disturb(run, fault, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", list(MODULES))
+@pytest.mark.parametrize("stage", list(MODULES)[: 4 if THOROUGH else 3])
 def test_chaos(data, disk, tmp_path, stage):
     index = list(MODULES).index(stage)
     rounds = ROUNDS // 3 + (index < ROUNDS % 3)

@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import pytest
-from conftest import model_on, random_params
+from conftest import ROOT, model_on, random_params, xla_flags
 
 from jaxchat import checkpoint, sharding, store
 from jaxchat.config import ModelConfig, RLConfig, UserError
@@ -441,3 +446,69 @@ def test_wrong_input(here, flags, words, capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1
     assert re.search(words, err), err
+
+
+def evaluated(*flags):
+    """Run the command. -> the rows of its first and last evaluation."""
+    chat_rl.main([*FLAGS, "--eval_every=1000", "--min_groups=1", "--init_lr_frac=1.0", "--sample_every=-1", *flags])
+    rows = [row for row in rows_of_metrics(Path.cwd()) if "evaluation" in row]
+    return rows[0], rows[-1]
+
+
+@pytest.mark.slow
+def test_stopping_by_itself_is_learnt(here):
+    first, last = evaluated("--num_iterations=10")
+    assert first["val_finished"] < 0.45 and last["val_finished"] > 0.95
+    assert last["kl"] > 0.1 > abs(first["kl"])
+
+
+@pytest.mark.slow
+def test_shuffled_rewards_teach_nothing(here, monkeypatch):
+    judge, random = Problems.judge, np.random.default_rng(0)
+
+    def shuffled(problems, chosen, generations):
+        answers, right, rewards = judge(problems, chosen, generations)
+        return answers, right, random.permuted(rewards, axis=1)
+
+    monkeypatch.setattr(Problems, "judge", shuffled)
+    first, last = evaluated("--num_iterations=10")
+    assert last["val_finished"] < first["val_finished"] + 0.3
+
+
+@pytest.mark.slow
+def test_a_bandit_finds_the_best_arm(here):
+    """Four arms: the likeliest tokens after one prompt, of which one is right."""
+    batches, params = batches_of()
+    tokenizer, row = batches.problems.tokenizer, [{"role": "user", "content": "which?"}]
+    prompt = tokenizer.render_for_completion({"messages": row})
+    [found] = batches.engine(params).generate([prompt], max_tokens=1, temperature=0.0, logprobs=20)
+    arms = [token for token, _ in found.top[0][:4]]
+    best = next(
+        token for token in arms[1:] if tokenizer.decode([token]).strip().isprintable() and token < tokenizer.bos
+    )
+    answer = {"role": "assistant", "content": tokenizer.decode([best])}
+    Path("arms.jsonl").write_text(json.dumps([*row, answer]) + "\n")
+    one = ["--train_tasks=arms.jsonl", "--val_tasks=arms.jsonl", "--reward=answer", "--top_k=4", "--max_new_tokens=1"]
+    first, last = evaluated(*one, "--num_iterations=12")
+    assert first["pass@1"] < 0.6 and last["pass@1"] > 0.95 and last["greedy"] == 1
+
+
+@pytest.mark.slow
+def test_gsm8k_killed_and_resumed(here, shared_data, run_command):
+    """On its real rows, with a model that babbles: killed by kill -9, then resumed: bit for bit the undisturbed run."""
+    args = ["--train_tasks=GSM8K/train", "--val_tasks=GSM8K/test", f"--tasks_dir={shared_data}", "--num_iterations=10"]
+    args = [*FLAGS, *args, "--eval_every=-1", "--save_every=1"]
+    run_command("launch.chat_rl", *args)
+    run, whole = here / "chatrl_checkpoints" / TAG, learnt(here)
+    assert len(whole) == 10
+    shutil.rmtree(run)
+    env = os.environ | {"XLA_FLAGS": xla_flags(1)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.chat_rl", *args], cwd=ROOT, env=env, stdout=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (run.is_dir() and (checkpoint.steps_in(run) or [0])[-1] >= 3):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9
+    done = run_command("launch.chat_rl", *args, "--resume")
+    assert "resumes" in done.stdout and learnt(here) == whole
