@@ -457,8 +457,8 @@ def evaluated(*flags):
 
 @pytest.mark.slow
 def test_stopping_by_itself_is_learnt(here):
-    first, last = evaluated("--num_iterations=10")
-    assert first["val_finished"] < 0.45 and last["val_finished"] > 0.95
+    first, last = evaluated("--num_iterations=24")
+    assert first["val_finished"] < 0.3 and last["val_finished"] > 0.95
     assert last["kl"] > 0.1 > abs(first["kl"])
 
 
@@ -479,13 +479,16 @@ def test_shuffled_rewards_teach_nothing(here, monkeypatch):
 def test_a_bandit_finds_the_best_arm(here):
     """Four arms: the likeliest tokens after one prompt, of which one is right."""
     batches, params = batches_of()
-    tokenizer, row = batches.problems.tokenizer, [{"role": "user", "content": "which?"}]
-    prompt = tokenizer.render_for_completion({"messages": row})
-    [found] = batches.engine(params).generate([prompt], max_tokens=1, temperature=0.0, logprobs=20)
-    arms = [token for token, _ in found.top[0][:4]]
-    best = next(
-        token for token in arms[1:] if tokenizer.decode([token]).strip().isprintable() and token < tokenizer.bos
-    )
+    engine, tokenizer = batches.engine(params), batches.problems.tokenizer
+    for n in range(40):  # a prompt with four different texts among the arms
+        row = [{"role": "user", "content": f"which {n}?"}]
+        prompt = tokenizer.render_for_completion({"messages": row})
+        [found] = engine.generate([prompt], max_tokens=1, temperature=0.0, logprobs=20, ignore_end=True)
+        arms = [token for token, _ in found.top[0][:4]]
+        texts = [tokenizer.decode([token]).strip() for token in arms]
+        if max(arms) < tokenizer.bos and all(map(str.isalnum, texts)) and len({*texts}) == 4:
+            break
+    best = arms[2]
     answer = {"role": "assistant", "content": tokenizer.decode([best])}
     Path("arms.jsonl").write_text(json.dumps([*row, answer]) + "\n")
     one = ["--train_tasks=arms.jsonl", "--val_tasks=arms.jsonl", "--reward=answer", "--top_k=4", "--max_new_tokens=1"]
