@@ -476,27 +476,6 @@ def test_shuffled_rewards_teach_nothing(here, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_bandit_finds_the_best_arm(here):
-    """Four arms: the likeliest tokens after one prompt, of which one is right."""
-    batches, params = batches_of()
-    engine, tokenizer = batches.engine(params), batches.problems.tokenizer
-    for n in range(40):  # a prompt with four different texts among the arms
-        row = [{"role": "user", "content": f"which {n}?"}]
-        prompt = tokenizer.render_for_completion({"messages": row})
-        [found] = engine.generate([prompt], max_tokens=1, temperature=0.0, logprobs=20, ignore_end=True)
-        arms = [token for token, _ in found.top[0][:4]]
-        texts = [tokenizer.decode([token]).strip() for token in arms]
-        if max(arms) < tokenizer.bos and all(map(str.isalnum, texts)) and len({*texts}) == 4:
-            break
-    best = arms[2]
-    answer = {"role": "assistant", "content": tokenizer.decode([best])}
-    Path("arms.jsonl").write_text(json.dumps([*row, answer]) + "\n")
-    one = ["--train_tasks=arms.jsonl", "--val_tasks=arms.jsonl", "--reward=answer", "--top_k=4", "--max_new_tokens=1"]
-    first, last = evaluated(*one, "--num_iterations=12")
-    assert first["pass@1"] < 0.6 and last["pass@1"] > 0.95 and last["greedy"] == 1
-
-
-@pytest.mark.slow
 def test_gsm8k_killed_and_resumed(here, shared_data, run_command):
     """On its real rows, with a model that babbles: killed by kill -9, then resumed: bit for bit the undisturbed run."""
     args = ["--train_tasks=GSM8K/train", "--val_tasks=GSM8K/test", f"--tasks_dir={shared_data}", "--num_iterations=10"]
