@@ -238,6 +238,11 @@ class ModelConfig:
         return self.n_embd // self.n_head
 
     @property
+    def plain(self) -> bool:
+        """Whether the model has the weights of November 2025's and no others."""
+        return not (self.value_gate_channels or self.layer_scales or self.smear_channels or self.backout)
+
+    @property
     def padded_vocab(self) -> int:
         """Rows of the embedding tables and columns of the head."""
         return rounded_up(self.vocab_size, self.vocab_multiple)
@@ -488,10 +493,33 @@ class TrainConfig(MeshFlags):
                 raise UserError(f"--{one} and --{other} contradict each other: {why}; leave one out")
 
 
+# What base_train's flags are unless given, where an architecture's recipe differs from the flags' defaults.
+BASE_RECIPES = {
+    "2025": {},
+    "2026": {
+        "embedding_lr": 0.3,
+        "unembedding_lr": 0.008,
+        "weight_decay": 0.28,
+        "target_param_data_ratio": 12.0,
+        "total_batch_size": -1,
+        "grad_clip": 0.0,
+        "warmup_steps": 40,
+        "warmdown_ratio": 0.65,
+        "final_lr_frac": 0.05,
+        "eval_tokens": 80 * 524288,
+    },
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class BaseConfig(TrainConfig):
     """Pretrain a model from random weights on the text of parquet shards."""
 
+    arch: str = flag("2025", choices=tuple(ARCHITECTURES))
+    """Architecture, optimizer and recipe: nanochat's of November 2025 or of July 2026. 2026 means, unless
+    given otherwise: --embedding_lr=0.3 --unembedding_lr=0.008 --weight_decay=0.28 (Muon's)
+    --target_param_data_ratio=12 --total_batch_size=-1 --grad_clip=0 --warmup_steps=40 --warmdown_ratio=0.65
+    --final_lr_frac=0.05 --eval_tokens=41943040."""
     depth: int = flag(20, 1)
     """Number of layers, the one dial of the model's size: the width is 64 × depth."""
     n_kv_head: int = flag(-1, 1, special=-1)
@@ -504,16 +532,19 @@ class BaseConfig(TrainConfig):
     target_flops: float = flag(-1.0, 0, special=-1)
     """Floating-point operations to train for; -1: from --target_param_data_ratio."""
     target_param_data_ratio: float = flag(20.0, 0, special=-1)
-    """Tokens to train on, per parameter of the model (Chinchilla: 20)."""
+    """Tokens to train on, per parameter of the model (Chinchilla: 20). With --arch=2026 per weight of the
+    layers' matrices and the head."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
     """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it
     if memory runs out: the result stays the same up to rounding."""
-    total_batch_size: int = flag(524288, 1)
-    """Tokens in an optimizer step, over all devices."""
+    total_batch_size: int = flag(524288, 1, special=-1)
+    """Tokens in an optimizer step, over all devices; -1, with --arch=2026: by the tokens in all."""
     grad_clip: float = flag(1.0, 0)
     """Largest global norm of the gradients, to which longer ones are scaled; 0: no bound."""
     warmup_ratio: float = flag(0.0, 0, 1)
     """Fraction of steps spent warming the learning rates up from 0."""
+    warmup_steps: int = flag(0, 0)
+    """Number of steps spent warming the learning rates up; 0: by --warmup_ratio."""
     warmdown_ratio: float = flag(0.2, 0, 1)
     """Fraction of steps at the end spent cooling the learning rates down."""
     final_lr_frac: float = flag(0.0, 0)
@@ -535,13 +566,23 @@ class BaseConfig(TrainConfig):
     data_dir: str = flag("", own=True)
     """Folder of parquet shards with a column `text`, the last one for validation; empty: <base
     directory>/base_data."""
+    table_dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"), free=True)
+    """Number format in which embedding tables and their optimizer state are kept: float32 or bfloat16; auto:
+    bfloat16 with --arch=2026 where activations are, else float32."""
     packing: str = flag("stream", choices=("stream", "bos_bestfit"))
     """How documents fill rows. stream: rows are cut from one stream of documents. bos_bestfit: each row
     begins with a document, few documents are cut, what is cut off is dropped, and documents don't see each
     other."""
 
+    @classmethod
+    def given(cls, **flags):
+        """The flags that a command line gives; the others are as the recipe of its --arch says."""
+        return cls(**(BASE_RECIPES.get(flags.get("arch"), {}) | flags))
+
     def __post_init__(self):
         super().__post_init__()
+        if self.total_batch_size < 0 and not BASE_RECIPES[self.arch]:
+            raise UserError(f"--total_batch_size=-1 needs --arch=2026; with --arch={self.arch} give a number")
         if self.warmup_ratio + self.warmdown_ratio > 1 + 1e-9:  # 0.1 + 0.9 may be rounded up
             raise UserError(
                 f"--warmup_ratio={self.warmup_ratio:g} and --warmdown_ratio={self.warmdown_ratio:g} are "

@@ -56,7 +56,9 @@ def run(config: Config) -> int:
     with contextlib.suppress(UserError):
         tokenizer = tokenizer_for(config, "base", tag)
     vocab_size = tokenizer.vocab_size if tokenizer else tok_train.Config.vocab_size
-    model = model_for(config, stages.base_model(config, vocab_size), mesh)
+    model, given = model_for(config, stages.base_model(config, vocab_size), mesh), config
+    with checks.expecting("horizon"):
+        config = stages.with_horizon(config, model.config)
     check_model(config, model, tag, checks)
     data = check_text(config, tokenizer, model, checks)
     with checks.expecting("tokenizer", data_dir=config.data_dir):
@@ -71,9 +73,11 @@ def run(config: Config) -> int:
     if any(missing):
         print("next:", " && ".join(in_one(filter(None, missing))), flush=True)
     elif not missing:
-        given = {field.name: getattr(config, field.name) for field in dataclasses.fields(BaseConfig)}
-        changed = {name: str(value) for name, value in given.items() if value != getattr(BaseConfig, name)}
-        cli.next_step("python -m launch.base_train", **changed)
+        values = {field.name: getattr(given, field.name) for field in dataclasses.fields(BaseConfig)}
+        usual = BaseConfig.given(arch=config.arch)
+        changed = {name: str(value) for name, value in values.items() if value != getattr(usual, name)}
+        more = "" if config.arch == BaseConfig.arch else f" --arch={config.arch}"
+        cli.next_step(f"python -m launch.base_train{more}", **changed)
     return 2 if missing else 0
 
 

@@ -120,7 +120,7 @@ def parse(config_class, args: list[str], prog: str = "command"):
         check_local(f"--{name}", getattr(values, name))
     for name in FOLDERS & vars(values).keys():
         check_folder(f"--{name}", getattr(values, name))
-    return config_class(**vars(values))
+    return getattr(config_class, "given", config_class)(**vars(values))
 
 
 def print_plan(title: str, rows: list[tuple[str, str]]) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 
-from jaxchat.config import REMATS, BaseConfig, Flags, UserError, flag
+from jaxchat.config import ARCHITECTURES, REMATS, BaseConfig, Flags, UserError, flag
 from launch import cli
 
 
@@ -13,6 +13,8 @@ class Config(Flags):
     """Compile base training's step for a TPU slice or GPUs without having them, and print what it needs of
     each device: memory, FLOPs, collectives, kernels; and the largest batch that fits."""
 
+    arch: str = flag("2025", choices=tuple(ARCHITECTURES))
+    """Architecture and optimizer, as in base_train: 2025 or 2026."""
     depth: int = flag(20, 1)
     """Number of layers, as in base_train."""
     topology: str = "v5e:4x4"
@@ -141,8 +143,11 @@ def figures_of(plan, done) -> dict:
 def training(config: Config, batch: int) -> str:
     """The command that trains what was compiled, with `batch` rows a device."""
     words = [f"--depth={config.depth}", f"--device_batch_size={batch}"]
+    if config.arch != BaseConfig.arch:
+        words.insert(0, f"--arch={config.arch}")
+    usual = BaseConfig.given(arch=config.arch)
     for name in ("total_batch_size", "max_seq_len", "mesh", "matmul", "remat"):
-        if (value := getattr(config, name)) != getattr(BaseConfig, name):
+        if (value := getattr(config, name)) != getattr(usual, name):
             words.append(f"--{name}={value}")
     return " ".join(["python -m launch.base_train", *words])
 

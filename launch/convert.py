@@ -34,6 +34,9 @@ class Config(Flags):
     """Tag of the model to export (empty: the deepest d<N>, or else the newest), or to import as."""
     step: int = flag(-1, -1, alias="-s")
     """Step of the checkpoint; -1: the last."""
+    softcap: int = flag(0, 0)
+    """Bound of the logits of a nanochat checkpoint of January 18 to March 9, 2026, which does not say it: 15,
+    or 20 from March 2 on; 0: it is known."""
 
 
 def run(config: Config):
@@ -45,6 +48,8 @@ def run(config: Config):
     for name, value in others:
         if value:
             raise UserError(f"--{name}={value} does not go with --{'to' if config.to else 'from'}")
+    if config.softcap not in (0, 15, 20) or (config.softcap and config.from_format != "nanochat"):
+        raise UserError(f"--softcap={config.softcap}: it is 15 or 20, with --from=nanochat")
     if config.from_format == "hf" and config.step >= 0:
         raise UserError(f"--step={config.step} does not go with --from=hf, whose folders hold one model")
     try:
@@ -134,7 +139,7 @@ def take_in(config: Config):
     if config.from_format == "hf":
         foreign = hugging_face.load(path)
     else:
-        foreign = nanochat.load(path, config.as_stage, config.model_tag, config.step)
+        foreign = nanochat.load(path, config.as_stage, config.model_tag, config.step, config.softcap)
     weights.check(foreign)
     rows = [("from", str(foreign.path)), *shape_rows(foreign.config, foreign.tokenizer)]
     title = f"Import a model from {config.from_format} as {config.as_stage} {config.model_tag}"

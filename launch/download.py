@@ -15,7 +15,13 @@ PUBLIC = "https://karpathy-public.s3.us-west-2.amazonaws.com"
 WORDS = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
 SETS: dict[str, Repo | Link] = {
     "fineweb-edu": Repo("karpathy/fineweb-edu-100b-shuffle", ("*.parquet",), "base_data", shards=True),
-    "climbmix": Repo("karpathy/climbmix-400b-shuffle", ("*.parquet",), "base_data", shards=True),
+    "climbmix": Repo(
+        "karpathy/climbmix-400b-shuffle",
+        ("*.parquet",),
+        "base_data",
+        shards=True,
+        held_out="shard_06542.parquet",
+    ),
     "smoltalk": Repo("HuggingFaceTB/smol-smoltalk", ("data/*.parquet",), "tasks/smoltalk"),
     "mmlu": Repo("cais/mmlu", ("all/*.parquet",), "tasks/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe"),
     "gsm8k": Repo(
@@ -54,7 +60,8 @@ class Config(Flags):
     what: str = ""
     """Names, separated by commas; they may also stand before the flags, separated by spaces."""
     shards: int = flag(240, 2)
-    """Number of files of fineweb-edu or climbmix, from the first on; the last of them is for validation."""
+    """Number of files of fineweb-edu or climbmix, from the first on; the last is for validation, and of
+    climbmix it is always shard_06542."""
     to: str = ""
     """Folder to use instead of <base directory>/base_data for fineweb-edu and climbmix, <base
     directory>/tasks for the tasks, and the base directory for core-bundle."""

@@ -64,7 +64,7 @@ def test_twenty_steps_of_all_groups():
     """Each weight is what the page's formulas give in float64, to 1e-5 of its norm."""
     table = table_2026(
         CONFIG,
-        momentum=momentum_2026(STEPS, warmup=8),
+        momentum=momentum_2026(STEPS, round(0.65 * STEPS), warmup=8),
         decay=decay_2026(0.28, STEPS),
     )
     optimizer = make_optimizer(CONFIG, table=table)

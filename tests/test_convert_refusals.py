@@ -41,23 +41,21 @@ def test_a_malicious_pt_runs_nothing(legacy, home, capsys):
     assert (home / "it-ran").exists()  # it is a weapon indeed
 
 
-def test_what_nanochat_wrote_later_is_refused(home, capsys):
+def test_what_no_generation_of_nanochat_wrote_is_refused(home, capsys):
     def refused(**changes):
         shutil.rmtree(home / "x", ignore_errors=True)
         their_checkpoint(home / "x", **changes)
         return refusal(capsys, "--from=nanochat", f"--path={home / 'x'}", "--as=base", "--model_tag=x")
 
-    for name, mark in (
-        *(("resid_lambdas", "resid_lambdas"), ("x0_lambdas", "x0_lambdas"), ("value_embeds.1.weight", "value_embed")),
-        *(
-            ("transformer.h.1.attn.ve_gate.weight", "ve_gate"),
-            ("smear_gate.weight", "smear"),
-            ("smear_lambda", "smear"),
-        ),
-        ("backout_lambda", "backout"),
-    ):
-        assert f"nanochat checkpoint of 2026 (it has {mark})" in refused(extra={name: torch.zeros(2)})
-    assert "2026 (it has window_pattern)" in refused(more_config={"window_pattern": "SSSL"})
+    gate = {"transformer.h.1.attn.ve_gate.weight": torch.zeros(1, 12)}
+    scales = {"resid_lambdas": torch.zeros(2), "x0_lambdas": torch.zeros(2)}
+    assert "lacks x0_lambdas" in refused(extra={"resid_lambdas": torch.zeros(2)})
+    for name in ("x0_lambdas", "value_embeds.1.weight", "smear_lambda", "backout_lambda"):
+        assert f"also has {name}" in refused(extra={name: torch.zeros(2)})
+    assert "also has transformer.h.1.attn.ve_gate.weight" in refused(extra=gate)
+    assert "lacks" in refused(extra=scales | gate | {"value_embeds.1.weight": torch.zeros(280, 16)})
+    assert "has bigram_lambdas: nanochat had it for three days" in refused(extra={"bigram_lambdas": torch.zeros(2)})
+    assert "window_pattern without resid_lambdas" in refused(more_config={"window_pattern": "SSSL"})
     assert "also has transformer.h.0.attn.bias" in refused(extra={"transformer.h.0.attn.bias": torch.zeros(2)})
     assert "'step' is a int, not a tensor" in refused(extra={"step": 3})
     assert "is torch.float64" in refused(dtypes={"lm_head.weight": torch.float64})

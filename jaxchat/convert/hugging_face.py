@@ -1,5 +1,6 @@
 """Hugging Face's format: folders that transformers opens as NanoChatForCausalLM."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -32,6 +33,17 @@ FIXED = {
     "attention_bias": (False, False),
     "tie_word_embeddings": (False, False),
 }
+
+
+# Fields of ModelConfig that change what is computed and have no place in config.json.
+MECHANISMS = (
+    "qk_scale",
+    "window_pattern",
+    "value_gate_channels",
+    "layer_scales",
+    "smear_channels",
+    "backout",
+)
 
 
 def architecture(config: ModelConfig, tokenizer, dtype: str, chat: bool) -> dict:
@@ -73,6 +85,7 @@ def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists; give --out another folder, or remove it")
+    check_expressible(found)
     check_space(out, found.config)
     out = out.resolve()
     with files.atomic(out) as folder:
@@ -90,6 +103,17 @@ def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
             tokens.save_hugging_face(found.tokenizer, folder, found.config.sequence_len, chat)
         files.write_text(folder / "README.md", model_card(found, chat))
     return out
+
+
+def check_expressible(found: Found):
+    """Raise UserError unless transformers' NanoChatForCausalLM (November 2025's) can compute the model."""
+    usual = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    more = [name for name in MECHANISMS if getattr(found.config, name) != usual[name]]
+    if more or found.config.padded_vocab != found.config.vocab_size:
+        raise UserError(
+            f"{found.path} has {', '.join(more) or 'a padded vocabulary'}, which transformers' "
+            "NanoChatForCausalLM cannot express; export it with --to=nanochat"
+        )
 
 
 def model_card(found: Found, chat: bool) -> str:

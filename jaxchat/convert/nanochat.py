@@ -1,4 +1,7 @@
-"""nanochat's own files, as they were in November 2025: model_<step>.pt, meta_<step>.json, tokenizer.pkl."""
+"""nanochat's own files, from November 2025 to July 2026: model_<step>.pt, meta_<step>.json, tokenizer.pkl.
+
+A checkpoint does not say which constants it was trained with; the names of its tensors do (`generation`).
+"""
 
 import json
 import re
@@ -9,7 +12,7 @@ import torch
 
 from jaxchat import files
 from jaxchat.checkpoint import Found
-from jaxchat.config import STAGES, ModelConfig, UserError
+from jaxchat.config import ARCHITECTURES, STAGES, ModelConfig, UserError, rounded_up
 from jaxchat.convert import tokens
 from jaxchat.convert.weights import Foreign, Progress, check_space, shareable, to_torch
 
@@ -30,9 +33,10 @@ NAMES = {
     "smear_scale": "smear_lambda",
     "backout_scale": "backout_lambda",
 }
+PADDING = 64  # nanochat rounds the rows of its tables up to a multiple of it
 COMPILED = "_orig_mod."  # what torch.compile puts before every name
 FIELDS = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"}  # of its model_config
-NEWER = ("resid_lambdas", "x0_lambdas", "value_embed", "ve_gate", "smear", "backout", "window_pattern")
+GENERATIONS = "the generations that docs/architecture.md lists"
 
 
 def export(found: Found, out: Path, progress: Progress) -> Path:
@@ -47,9 +51,7 @@ def export(found: Found, out: Path, progress: Progress) -> Path:
     pickled = out / "tokenizer/tokenizer.pkl"
     if found.tokenizer and pickled.exists() and tokens.read_pickle(pickled).hash != found.tokenizer.hash:
         raise UserError(f"{pickled} is another tokenizer than this model's; give --out another folder")
-    shape = {name: getattr(found.config, name) for name in FIELDS}
-    if ModelConfig(**shape) != found.config:
-        raise UserError(f"{found.path} has an architecture that nanochat did not have in November 2025")
+    shape = shape_in_nanochat(found)
     check_space(out, found.config)
     imported = found.meta.get("imported", {})
     meta = {"user_config": shareable(found.meta.get("settings", {}))}
@@ -68,10 +70,11 @@ def export(found: Found, out: Path, progress: Progress) -> Path:
     return model
 
 
-def load(path: Path, stage: str, tag: str, step: int) -> Foreign:
+def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Foreign:
     """Open a checkpoint in a folder of model_<step>.pt files, or in a base directory of nanochat.
 
-    step -1: the last. UserError: there is none, jaxchat cannot compute it, or it holds more than tensors.
+    step -1: the last. softcap: see generation. UserError: there is none, jaxchat cannot compute it, or it
+    holds more than tensors.
     """
     folder = find_folder(path, stage, tag)
     steps = sorted(int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"model_(\d+)\.pt", p.name)))
@@ -90,16 +93,16 @@ def load(path: Path, stage: str, tag: str, step: int) -> Foreign:
         raise UserError(f"{meta_file} does not give the model's shape: {problem!r}") from problem
     check_archive(file)
     tensors = read_tensors(file)
-    refuse_newer(file, [*tensors, *shape])
-    if odd := shape.keys() ^ FIELDS:
+    if odd := (shape.keys() - {"window_pattern"}) ^ FIELDS:
         names = ", ".join(sorted(odd))
         raise UserError(
             f"{meta_file} is of a model that jaxchat does not know: model_config differs in {names}"
         )
+    config = generation(file, shape, tensors, softcap)
     places = (where / "tokenizer/tokenizer.pkl" for where in (path, folder, folder.parent.parent))
     pickled = next((place for place in places if place.exists()), None)
     tokenizer = tokens.read_pickle(pickled) if pickled else None
-    return Foreign(file, ModelConfig(**shape), NAMES, tensors, tokenizer, step=step, meta=meta)
+    return Foreign(file, config, NAMES, tensors, tokenizer, step=step, meta=meta)
 
 
 def find_folder(path: Path, stage: str, tag: str) -> Path:
@@ -163,10 +166,85 @@ def check_archive(file: Path):
         raise UserError(f"{file} is damaged: {damaged}")
 
 
-def refuse_newer(file: Path, names: list[str]):
-    newer = sorted({mark for mark in NEWER for name in names if mark in name})
-    if newer:
+def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softcap: int) -> ModelConfig:
+    """The model of a checkpoint, with the constants that nanochat computed with when it had these tensors.
+
+    softcap: 15 or 20, where the tensors don't tell; 0: not given. UserError: it has to be, or must not be, or
+    there never was such a model.
+    """
+    names = set(tensors)
+    pattern, context = str(shape.get("window_pattern", "L")).upper(), shape["sequence_len"]
+    values = any(name.startswith("value_embeds.") for name in names)
+    gates = sorted(name for name in names if name.endswith(".attn.ve_gate.weight"))
+    channels = tensors[gates[0]].shape[-1] if gates else 0
+    smears = "smear_gate.weight" in names
+    if found := sorted(name for name in names if "bigram" in name):
         raise UserError(
-            f"{file} is a nanochat checkpoint of 2026 (it has {', '.join(newer)}); "
-            "jaxchat opens those of November 2025 only, for now"
+            f"{file} has {found[0]}: nanochat had it for three days in January 2026, jaxchat has not"
         )
+    if "resid_lambdas" not in names:
+        constants, kind = {}, "2025"
+    elif not values:
+        constants = {"layer_scales": True, "short_window": context // 2}
+        kind = "January"
+    elif channels == 32 and not smears:
+        constants = {"layer_scales": True, "short_window": context // 2}
+        constants |= {"value_gate_channels": 32, "value_gate_bound": 2.0}
+        kind = "softcap"
+    elif channels == 12:
+        constants = dict(ARCHITECTURES["2026"])
+        third = {"qk_scale": 1.15, "smear_channels": 0, "backout": False}
+        constants |= {} if smears else third
+        constants["short_window"] = rounded_up(
+            rounded_up(context, 4 if smears else 3) // (4 if smears else 3), 128
+        )
+        kind = "2026"
+    else:
+        raise UserError(f"{file} has gates on {channels} features; that is none of {GENERATIONS}")
+    if (kind == "softcap") != bool(softcap):
+        if softcap:
+            raise UserError(f"--softcap={softcap}: this checkpoint's is known; leave the flag out")
+        raise UserError(
+            f"{file} is of January 18 to March 9, 2026: its softcap is 15, or 20 from March 2 on; nothing "
+            "in it says which; give --softcap=15 or --softcap=20"
+        )
+    if kind == "2025" and "window_pattern" in shape:
+        raise UserError(f"{file} has a window_pattern without resid_lambdas; that is none of {GENERATIONS}")
+    constants |= {"softcap": float(softcap)} if softcap else {}
+    constants |= {"window_pattern": pattern} if kind != "2025" else {}
+    return ModelConfig(**({name: shape[name] for name in FIELDS} | constants | stored_as(shape, tensors)))
+
+
+def stored_as(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
+    """The fields of ModelConfig that say how a checkpoint's tables are stored."""
+    tables = [t for name, t in tensors.items() if "wte" in name or name.startswith("value_embeds.")]
+    rows, size = (len(tables[0]) if tables else 0), shape["vocab_size"]
+    padded = "resid_lambdas" in tensors or rows == rounded_up(size, PADDING) != size
+    narrow = len(tables) > 1 and all(table.dtype == torch.bfloat16 for table in tables)
+    dtype = {"table_dtype": "bfloat16"} if narrow else {}
+    return dtype | ({"vocab_multiple": PADDING} if padded else {})
+
+
+def shape_in_nanochat(found: Found) -> dict:
+    """Return the model_config of a model. UserError: nanochat at its head would compute it otherwise."""
+    config = found.config
+    shape = {name: getattr(config, name) for name in sorted(FIELDS)}
+    initial = (
+        "embedding_std",
+        "head_std",
+        "uniform_init",
+        "up_scale",
+        "table_dtype",
+    )  # nothing computes them
+    fields = {name: getattr(config, name) for name in initial}
+    padding = {"vocab_multiple": config.vocab_multiple}
+    if ModelConfig(**shape, **fields, **padding) == config and padding["vocab_multiple"] in (1, PADDING):
+        return shape
+    quarter = rounded_up(rounded_up(config.sequence_len, 4) // 4, 128)
+    newest = ARCHITECTURES["2026"] | {"window_pattern": config.window_pattern, "short_window": quarter}
+    if config == ModelConfig(**shape, **(newest | fields)):
+        return shape | {"window_pattern": config.window_pattern}
+    raise UserError(
+        f"{found.path} has constants that nanochat had neither in November 2025 nor since March 14, 2026; it "
+        "would compute something else"
+    )

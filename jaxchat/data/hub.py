@@ -35,6 +35,7 @@ class Repo:
     folder: str
     commit: str = ""  # "": the newest one at the first download
     shards: bool = False  # whether --shards limits the number of files
+    held_out: str = ""  # the file that is always the last, for validation; "": the last of those asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,10 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
             f"{folder} has {len(others)} files that are not of {repo.repo} ({min(others)}) and would be "
             "read with it; move them away, or give --to=FOLDER"
         )
-    return Listing(repo.repo, commit, folder, dict(list(stated.items())[: shards if repo.shards else None]))
+    names = list(stated)[: shards if repo.shards else None]
+    if repo.held_out in stated and repo.held_out not in names:
+        names[-1] = repo.held_out
+    return Listing(repo.repo, commit, folder, {name: stated[name] for name in names})
 
 
 def no_flock(*_):

@@ -15,7 +15,7 @@ from jaxchat.data.pipelines import cut_step, rows_of_step
 from jaxchat.model.flops import flops_per_token
 from jaxchat.plan import hlo, topologies
 from jaxchat.train.fit import fits, memory_needed, memory_refused
-from jaxchat.train.optimizer import make_optimizer
+from jaxchat.train.optimizer import make_optimizer, table_2026
 from jaxchat.train.state import abstract_state
 from jaxchat.train.step import make_train_step
 
@@ -41,9 +41,10 @@ class StepPlan:
         devices, self.backend, self.memory = topologies.devices_of(config.topology, config.num_slices)
         self.config = config
         self.mesh = sharding.make_mesh(devices, config.mesh)
-        self.model = ModelConfig.from_depth(
-            config.depth, sequence_len=config.max_seq_len, vocab_size=config.vocab_size
-        )
+        shape = {"sequence_len": config.max_seq_len, "vocab_size": config.vocab_size}
+        model = ModelConfig.from_depth(config.depth, arch=config.arch, **shape)
+        # As base_train keeps tables where activations are bfloat16.
+        self.model = model if model.plain else dataclasses.replace(model, table_dtype="bfloat16")
         sharding.check_fits(self.model, self.mesh)
         self.shards = sharding.data_shards(self.mesh)
         self.rows = rows_of_step(config.total_batch_size, config.max_seq_len)
@@ -66,7 +67,8 @@ class StepPlan:
         compute = Compute.for_backend(
             "bfloat16", self.backend, remat, mesh=self.mesh, matmul=self.config.matmul
         )
-        optimizer = make_optimizer(self.model, grad_clip=1.0, muon_dtype=jnp.bfloat16, mesh=self.mesh)
+        how = {"grad_clip": 1.0} if self.model.plain else {"table": table_2026(self.model)}
+        optimizer = make_optimizer(self.model, muon_dtype=jnp.bfloat16, mesh=self.mesh, **how)
         model = Model(self.model, compute)
         state = abstract_state(model, optimizer)
         shape = (self.rows // (batch * self.shards), batch * self.shards, self.config.max_seq_len)

@@ -83,7 +83,7 @@ def state_bytes(model: ModelConfig) -> int:
 
 def shards_for(config: BaseConfig, model: ModelConfig) -> int:
     """Shards of text to train on without repeating any, a tenth to spare, and one for validation."""
-    from jaxchat.train.stages import base_steps
+    from jaxchat.train.stages import horizon_of
 
-    tokens = base_steps(config, model) * config.total_batch_size
+    tokens = horizon_of(config, model).tokens
     return max(2, math.ceil(1.1 * tokens * BYTES_A_TOKEN / SHARD_BYTES) + 1)

@@ -28,11 +28,11 @@ class Plan:
 
     def tokens(self, name: str) -> float:
         """Tokens that a step trains on; 0: not known, or none."""
-        from jaxchat.train.stages import base_steps
+        from jaxchat.train.stages import horizon_of
 
         flags = self.flags.get(name)
         if isinstance(flags, BaseConfig):
-            return base_steps(flags, self.model) * flags.total_batch_size
+            return horizon_of(flags, self.model).tokens
         count = {"mid": estimate.mid_tokens, "sft": estimate.sft_tokens}.get(name)
         return count(flags, self.model) if count else 0.0
 

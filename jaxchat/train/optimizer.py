@@ -26,6 +26,7 @@ POLAR_EXPRESS = (  # of Amsel et al. 2025, for five steps
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 MOMENTUM_START, MOMENTUM_END = 0.85, 0.95
+SCALAR_LR, MIXING_LR = 0.5, 0.2  # peaks of 2026's factors on the embedding, and of smear and backout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,8 +270,8 @@ def table_2026(
     matrix_lr: float = 0.02,
     embedding_lr: float = 0.3,
     unembedding_lr: float = 0.008,
-    scalar_lr: float = 0.5,
-    mixing_lr: float = 0.2,
+    scalar_lr: float = SCALAR_LR,
+    mixing_lr: float = MIXING_LR,
     momentum: Callable | None = None,
     decay: Callable | None = None,
 ) -> dict[str, Muon | AdamW]:

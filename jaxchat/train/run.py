@@ -11,6 +11,7 @@ from jaxchat import checkpoint, sharding
 from jaxchat.config import REMATS, ModelConfig, TrainConfig, UserError
 from jaxchat.model.attention import kernel_for
 from jaxchat.model.flops import flops_per_token, num_params
+from jaxchat.model.layers import layers
 from jaxchat.store import Checkpoints
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import fit
@@ -91,6 +92,19 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints):
             )
 
 
+def about_mechanisms(model: ModelConfig) -> list[tuple[str, str]]:
+    """A row of the plan on what a model has beyond November 2025's; none where that is nothing."""
+    parts = []
+    if model.window_pattern:
+        parts.append(f"windows {model.window_pattern} (S {model.short_window:,}, L {model.sequence_len:,})")
+    if count := sum(layer.values for layer in layers(model)):
+        parts.append(f"value embeddings in {count} layers")
+    parts += ["scales of each layer"] if model.layer_scales else []
+    parts += ["smear"] if model.smear_channels else []
+    parts += ["backout"] if model.backout else []
+    return [("mechanisms", ", ".join([*parts, f"tables in {model.table_dtype}"]))] if parts else []
+
+
 def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
     """The plan of a run, as (name, value) rows."""
     model, compute = stage.model.config, stage.model.compute
@@ -103,6 +117,7 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
     often = f", every {' and '.join(every)}, and at the end" if every else ", at the end"
     rows = [
         ("model", f"{model.n_layer} layers × {model.n_embd}, {heads}, vocabulary {model.vocab_size:,}"),
+        *about_mechanisms(model),
         ("parameters", f"{num_params(model):,}; {flops_per_token(model, stage.row_length):,} FLOPs a token"),
         ("devices", f"{sharding.describe(stage.model.mesh)}, compute in {numbers}, {attention}"),
         *stage.plan,

@@ -13,10 +13,12 @@ import optax
 from jaxchat import sharding
 from jaxchat.checkpoint import Found
 from jaxchat.config import (
+    BASE_RECIPES,
     DEVICE_CONVERSATIONS,
     DEVICE_ROWS,
     STAGES,
     BaseConfig,
+    Compute,
     MidConfig,
     Model,
     ModelConfig,
@@ -32,7 +34,14 @@ from jaxchat.data.sources import ParquetText
 from jaxchat.data.tasks import Mixture
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.train.optimizer import make_optimizer
+from jaxchat.train.horizon import (
+    REFERENCE_DEPTH,
+    Horizon,
+    decay_2026,
+    horizon_2026,
+    momentum_2026,
+)
+from jaxchat.train.optimizer import MIXING_LR, SCALAR_LR, make_optimizer, table_2025, table_2026
 from jaxchat.train.schedule import cosine, lr_multiplier
 
 LR_SCHEDULES = {
@@ -120,9 +129,11 @@ def base(
     texts: ParquetText,
     held_out: ParquetText,
 ) -> Stage:
+    horizon = horizon_of(config, model.config)
+    config = dataclasses.replace(config, total_batch_size=horizon.batch)
     cut = Cut.of(config, config.max_seq_len, model)
-    num_steps = base_steps(config, model.config)
-    tokens = num_steps * config.total_batch_size
+    num_steps = horizon.steps
+    tokens = horizon.tokens
     flops = f"{tokens * flops_per_token(model.config):.3e} FLOPs"
     ratio = f"tokens : parameters = {tokens / num_params(model.config):.2f}"
     return Stage(
@@ -131,7 +142,7 @@ def base(
         flags=config,
         model=model,
         tokenizer=tokenizer,
-        optimizer=optimizer_for(config, model, grad_clip=config.grad_clip),
+        optimizer=optimizer_for(config, model, grad_clip=config.grad_clip, horizon=horizon),
         batches=DataBatches(
             pipelines.base_batches(
                 texts,
@@ -148,14 +159,15 @@ def base(
         num_documents=len(texts),
         schedule=partial(
             lr_multiplier,
-            warmup_ratio=config.warmup_ratio,
-            warmdown_ratio=config.warmdown_ratio,
+            warmup_ratio=config.warmup_steps / num_steps if config.warmup_steps else config.warmup_ratio,
+            warmdown_ratio=horizon.cooling / num_steps if horizon.cooling else config.warmdown_ratio,
             final_lr_frac=config.final_lr_frac,
         ),
         data=texts.fingerprint | held_out.fingerprint,
         plan=[
             cut.plan_row(config.max_seq_len, model),
             ("steps", f"{num_steps:,}; {tokens:,} tokens; {ratio}; {flops}"),
+            *horizon.plan,
             (
                 "data",
                 f"{len(texts):,} documents in {len(texts.paths)} shards; the last shard is for validation",
@@ -168,9 +180,27 @@ def base(
 def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
     """The model that the flags describe."""
     heads = config.n_kv_head if config.n_kv_head > 0 else None
-    return ModelConfig.from_depth(
-        config.depth, sequence_len=config.max_seq_len, vocab_size=vocab_size, n_kv_head=heads
+    shape = {"sequence_len": config.max_seq_len, "vocab_size": vocab_size, "n_kv_head": heads}
+    model, narrow = ModelConfig.from_depth(config.depth, arch=config.arch, **shape), config.table_dtype
+    if narrow == "auto":
+        dtype = Compute.for_backend(config.dtype).dtype
+        narrow = "float32" if model.plain else dtype
+    return dataclasses.replace(model, table_dtype=narrow)
+
+
+def horizon_of(config: BaseConfig, model: ModelConfig) -> Horizon:
+    """How long base training is, with which batch, by the recipe of the flags' --arch."""
+    if not BASE_RECIPES[config.arch]:
+        return Horizon(base_steps(config, model), config.total_batch_size)
+    reference = ModelConfig.from_depth(
+        REFERENCE_DEPTH, sequence_len=model.sequence_len, vocab_size=model.vocab_size, arch=config.arch
     )
+    return horizon_2026(config, model, reference)
+
+
+def with_horizon(config: BaseConfig, model: ModelConfig) -> BaseConfig:
+    """The flags with the number of tokens in a step."""
+    return dataclasses.replace(config, total_batch_size=horizon_of(config, model).batch)
 
 
 def base_steps(config: BaseConfig, model: ModelConfig) -> int:
@@ -354,19 +384,28 @@ def optimizer_for(
     grad_clip: float = 0.0,
     init_lr_frac: float = 1.0,
     momentum_warmup: int = 300,
+    horizon: Horizon | None = None,
 ) -> optax.GradientTransformation:
-    """The optimizer of a stage. momentum_warmup: steps in which Muon's momentum rises from 0.85 to 0.95."""
-    return make_optimizer(
-        model.config,
-        matrix_lr=config.matrix_lr * init_lr_frac,
-        embedding_lr=config.embedding_lr * init_lr_frac,
-        unembedding_lr=config.unembedding_lr * init_lr_frac,
-        weight_decay=config.weight_decay,
-        grad_clip=grad_clip,
-        momentum_warmup=momentum_warmup,
-        muon_dtype=jnp.dtype(model.compute.dtype),
-        mesh=model.mesh,
-    )
+    """The optimizer of a stage: of 2025, or of 2026 if the model has any weight that 2025's has not.
+
+    momentum_warmup: steps in which Muon's momentum rises from 0.85 to 0.95. horizon: base training's, which
+    in 2026 says what momentum and decay are.
+    """
+    scale = init_lr_frac * (horizon.lr_scale if horizon else 1.0)
+    names = ("matrix_lr", "embedding_lr", "unembedding_lr")
+    rates = {name: getattr(config, name) * scale for name in names}
+    old = table_2025(model.config, weight_decay=config.weight_decay, momentum_warmup=momentum_warmup, **rates)
+    table, momentum, decay = old, old["matrix"].momentum, None
+    if not model.config.plain:
+        if horizon:
+            momentum = momentum_2026(horizon.steps, horizon.cooling)
+            decay = decay_2026(horizon.decay, horizon.steps)
+        elif config.weight_decay:
+            decay = optax.constant_schedule(config.weight_decay)
+        mixing = {"scalar_lr": SCALAR_LR * scale, "mixing_lr": MIXING_LR * init_lr_frac}
+        table = table_2026(model.config, momentum=momentum, decay=decay, **rates, **mixing)
+    dtype = jnp.dtype(model.compute.dtype)
+    return make_optimizer(model.config, table=table, grad_clip=grad_clip, muon_dtype=dtype, mesh=model.mesh)
 
 
 @dataclasses.dataclass(frozen=True)

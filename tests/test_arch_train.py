@@ -1,0 +1,88 @@
+"""--arch=2026 on base_train: its recipe, the horizon's numbers, and a small run by the command."""
+
+import dataclasses
+
+import pytest
+
+from jaxchat.config import BaseConfig, ModelConfig, UserError
+from jaxchat.train import stages
+from jaxchat.train.horizon import decay_2026, momentum_2026
+from jaxchat.train.schedule import lr_multiplier
+from launch import cli
+
+
+def flags(*args) -> BaseConfig:
+    return cli.parse(BaseConfig, ["--arch=2026", *args])
+
+
+def model(depth: int, **changes) -> ModelConfig:
+    shape = {"sequence_len": 2048, "vocab_size": 32768, "arch": "2026"}
+    return ModelConfig.from_depth(depth, **(shape | changes))
+
+
+def test_the_recipe_is_what_is_not_given():
+    got = flags("--embedding_lr=0.1")
+    assert (got.embedding_lr, got.unembedding_lr, got.warmup_steps, got.grad_clip) == (0.1, 0.008, 40, 0.0)
+    assert cli.parse(BaseConfig, []) == BaseConfig() and BaseConfig().embedding_lr == 0.2
+    assert cli.parse(BaseConfig, ["--arch=2025"]) == BaseConfig()
+    with pytest.raises(UserError, match="--total_batch_size=-1 needs --arch=2026"):
+        cli.parse(BaseConfig, ["--total_batch_size=-1"])
+
+
+# The table of spec-2026, 1.6: tokens a step, steps, factor on rates, Muon's decay.
+@pytest.mark.parametrize(
+    "depth, batch, steps, scale, decay",
+    [
+        (4, 262_144, 528, 0.7071, 1.890),
+        (12, 524_288, 2520, 1.0, 0.280),
+        (20, 1_048_576, 4980, 1.4142, 0.1002),
+        (24, 1_048_576, 8352, 1.4142, 0.0597),
+        (32, 2_097_152, 9600, 2.0, 0.0368),
+    ],
+)
+def test_the_horizon(depth, batch, steps, scale, decay):
+    got = stages.horizon_of(flags(), model(depth))
+    assert (got.batch, got.steps) == (batch, steps)
+    assert (got.lr_scale, got.decay) == (pytest.approx(scale, abs=5e-5), pytest.approx(decay, rel=2e-3))
+    assert got.cooling == round(0.65 * steps)
+    speedrun = stages.horizon_of(flags("--target_param_data_ratio=8"), model(24))
+    assert (speedrun.batch, speedrun.steps) == (1_048_576, 5568)
+    named = dict(got.plan)
+    assert f"{batch:,} tokens" in named["batch size"] and "12 tokens for each of" in named["horizon"]
+    again = stages.horizon_of(stages.with_horizon(flags(), model(depth)), model(depth))
+    assert (again.batch, again.steps) == (batch, steps)
+
+
+def test_a_horizon_can_be_given():
+    assert stages.horizon_of(flags("--num_iterations=7"), model(12)).steps == 7
+    flops = stages.horizon_of(flags("--target_flops=1e18"), model(12))
+    assert flops.steps == round(1e18 / (7.597e8 * 524288)) and "--target_flops=1e+18" in dict(flops.plan)["horizon"]
+    with pytest.raises(UserError, match="less than one step of 524,288 tokens"):
+        stages.horizon_of(flags("--target_param_data_ratio=0.001"), model(12))
+    with pytest.raises(UserError, match="how long to train"):
+        stages.horizon_of(flags("--target_param_data_ratio=-1"), model(12))
+
+
+def test_schedules():
+    """spec-2026, 3.4 to 3.6, of 1,000 steps, 650 of which cool down."""
+    n, w = 1000, 650
+
+    def rate(it):
+        return float(lr_multiplier(it / n, 1 / n, warmup_ratio=40 / n, warmdown_ratio=w / n, final_lr_frac=0.05))
+
+    assert [rate(it) for it in (0, 19, 39, 40, 350)] == pytest.approx([1 / 40, 0.5, 1, 1, 1])
+    assert rate(675) == pytest.approx(0.5 + 0.5 * 0.05) and rate(999) == pytest.approx(1 / w + (1 - 1 / w) * 0.05)
+    momentum, decay = momentum_2026(n, w), decay_2026(0.28, n)
+    assert [float(momentum(it)) for it in (0, 200, 399)] == pytest.approx([0.85, 0.91, 0.85 + 0.12 * 399 / 400])
+    assert [float(momentum(it)) for it in (400, 675, 1000)] == pytest.approx([0.97 - 0.07 * 50 / w, 0.935, 0.90])
+    assert [float(decay(it)) for it in (0, 500, 1000)] == pytest.approx([0.28, 0.14, 0.0], abs=1e-6)
+
+
+def test_tables_are_narrow_where_activations_are():
+    base = flags("--max_seq_len=64", "--depth=2")
+    assert stages.base_model(base, 300).table_dtype == "float32"  # on a CPU
+    narrow = stages.base_model(dataclasses.replace(base, dtype="bfloat16"), 300)
+    assert narrow.table_dtype == "bfloat16" and narrow.window_pattern == "SSSL" and narrow.n_embd == 128
+    wide = dataclasses.replace(base, dtype="bfloat16", table_dtype="float32")
+    assert stages.base_model(wide, 300).table_dtype == "float32"
+    assert stages.base_model(BaseConfig(dtype="bfloat16"), 300).table_dtype == "float32"
