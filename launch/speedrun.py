@@ -170,9 +170,12 @@ def perform(config: Config, plan: Plan, known: State, chosen: list[Step]) -> int
     progress.write("stopped" if runner.stopped else "failed" if code else "done")
     if code:
         return code
-    if len(chosen) == len(plan.steps):
-        known.complete()
+    known.complete()
     print(f"all {len(chosen)} steps are done")
+    if len(chosen) < len(plan.steps):
+        rest = dataclasses.replace(config, first="", until="", only="", redo="")
+        cli.next_step(f"python -m launch.speedrun {shlex.join(words_of(rest))}")
+        return 0
     server = ["launch.serve", f"--model_tag={plan.tag}"]
     if config.serve:
         return subprocess.run([sys.executable, "-m", *server]).returncode
