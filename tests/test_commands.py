@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
-from conftest import ROOT, THOROUGH
+from conftest import ROOT
 
 import jaxchat.demo.score
 from jaxchat import checkpoint, store
@@ -210,32 +210,8 @@ def test_stages_are_found_by_tag_and_step(here):
     assert checkpoint.open_model("sft").meta["parent"] == f"mid {TAG} {STEPS}"
 
 
-@pytest.mark.slow
-def test_one_device_computes_what_eight_do(here, home, run_command):
-    """Stages again on one device, each from the very checkpoint that the eight started from: base, and with
-    JAXCHAT_THOROUGH=1 mid and SFT (tests/test_mesh.py has ten steps of all of them).
-
-    Both sum the same numbers in another order. A difference of one rounding grows from step to step: Newton–Schulz
-    brings small directions of a gradient up to the size of the large. After 10 steps 1e-5 was seen.
-    """
-    for part in ("world", "tokenizer", "base_checkpoints", "mid_checkpoints"):
-        shutil.copytree(here / part, home / part)
-    commands = ["base_train", "mid_train", "chat_sft"]
-    again = list(zip(("base", "mid", "sft"), commands, flags(home, devices=1), strict=True))
-    for stage, command, args in again if THOROUGH else again[:1]:
-        tag = [f"--model_tag={TAG}"] if stage == "base" else []
-        if stage == "base":
-            shutil.rmtree(home / "base_checkpoints")
-        run_command(f"launch.{command}", *args, *tag, "--overwrite", devices=1)
-        one, eight = losses(home, stage), losses(here, stage)
-        assert [step for step, _ in one] == [step for step, _ in eight]
-        np.testing.assert_allclose([x for _, x in one], [x for _, x in eight], rtol=1e-4, err_msg=stage)
-        if stage != "sft":  # the next stage is to start from the same weights
-            shutil.rmtree(home / STAGES[stage].folder)
-            shutil.copytree(here / STAGES[stage].folder, home / STAGES[stage].folder)
-
-
 def test_the_step_compiles_once_or_once_a_bucket(here, home):
+    """Base and mid have one shape of batch; SFT, which is trained here to see it, as many programs as buckets."""
     shutil.copytree(here, home, dirs_exist_ok=True)
     base, mid, sft = flags(home)
     parsed = [cli.parse(BaseConfig, base), cli.parse(MidConfig, mid), cli.parse(SFTConfig, sft)]
@@ -244,10 +220,11 @@ def test_the_step_compiles_once_or_once_a_bucket(here, home):
         stage = command.stage_for(dataclasses.replace(config, overwrite=True))
         began = stage.batches.get_state()
         shapes = {stage.batches.next_batch(None, step)["inputs"].shape for step in range(stage.num_steps)}
+        assert len(shapes) <= most
         stage.batches.set_state(began)
-        with run.open_run(stage, run.find_start(stage)) as ready:
-            loop.train(ready, [])
-            assert ready.step_fn._cache_size() == len(shapes) <= most
+    with run.open_run(stage, run.find_start(stage)) as ready:
+        loop.train(ready, [])
+        assert ready.step_fn._cache_size() == len(shapes)
 
 
 def test_a_device_that_tells_its_memory(here, home, monkeypatch, capsys):

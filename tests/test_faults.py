@@ -19,7 +19,7 @@ from conftest import ROOT, THOROUGH, xla_flags
 from jaxchat import checkpoint, seal, store
 from jaxchat.config import STAGES, BaseConfig, SFTConfig, UserError
 from jaxchat.demo import World, write_world
-from jaxchat.train import loop, saving, stages
+from jaxchat.train import loop, saving, signals, stages
 from jaxchat.train.signals import Stop
 from launch import base_train, chat_sft, cli, tok_train
 
@@ -90,14 +90,18 @@ def largest(folder):
     return max(files, key=lambda path: path.stat().st_size)
 
 
-@pytest.mark.parametrize("spoil", [truncate, turn_a_bit, os.remove])
-def test_a_damaged_checkpoint_is_passed_over(folder, spoil, capsys):
+def test_a_damaged_checkpoint_is_passed_over(folder, capsys):
     run = folder / "base_checkpoints/run"
     assert not any(seal.damage(run / step) for step in "246")
-    spoil(largest(run / "6"))
-    assert checkpoint.find("base", "run") == (run, 4)
-    err = capsys.readouterr().err
-    assert err.startswith(f"checkpoint {run / '6'} is damaged and passed over: ") and err.count("\n") == 1
+    for spoil in (os.remove, turn_a_bit, truncate):
+        shutil.copytree(run / "6", folder / "kept", dirs_exist_ok=True)
+        spoil(largest(run / "6"))
+        assert checkpoint.find("base", "run") == (run, 4)
+        err = capsys.readouterr().err
+        assert err.startswith(f"checkpoint {run / '6'} is damaged and passed over: ") and err.count("\n") == 1
+        if spoil != truncate:  # the last one stays
+            shutil.copytree(folder / "kept", run / "6", dirs_exist_ok=True)
+            assert not seal.damage(run / "6")
     with pytest.raises(UserError, match="is damaged: .*take another step: 2, 4, 6"):
         checkpoint.find("base", "run", 6)
     wanted = losses(run)
@@ -269,12 +273,7 @@ def test_saves_that_all_fail(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "command, flags, stage, number",
-    [
-        (base_train, base, "base", signal.SIGTERM),
-        (base_train, base, "base", signal.SIGINT),
-        (chat_sft, sft, "sft", signal.SIGHUP),
-        (chat_sft, sft, "sft", signal.SIGUSR1),
-    ],
+    [(base_train, base, "base", signal.SIGINT), (chat_sft, sft, "sft", signal.SIGHUP)],
 )
 def test_a_stop_saves_and_can_be_resumed(folder, monkeypatch, capsys, command, flags, stage, number):
     """Asked to stop amid step 3, a run saves after it, leaves with 75, and goes on as if nothing had been."""
@@ -309,6 +308,20 @@ def test_finetuning_for_chat_keeps_the_momentum(folder, monkeypatch):
     base_train.stage_for(cli.parse(BaseConfig, base()))
     chat_sft.stage_for(cli.parse(SFTConfig, sft()))
     assert asked == [300, 0]
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_every_signal_is_noted(number):
+    """SIGTERM and SIGUSR1 of schedulers, SIGINT and SIGHUP of terminals; afterwards they do what they did before."""
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup, or in the background, it may be ignored
+    try:
+        with Stop() as stop:
+            assert not stop.asked()
+            os.kill(os.getpid(), number)
+            assert stop.asked() and stop.signal == number.name
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_ctrl_c_twice_and_nohup(capfd):

@@ -264,6 +264,8 @@ def test_empty_mixture(folder):
         ("[]", "no messages"),
         ('[{"role": "assistant", "content": "x"}]', "alternate"),
         ('[{"role": "robot", "content": "x"}]', "unknown role 'robot'"),
+        ('[{"role":"user","content":"x"},{"role":"user","content":"x"}]', "alternate"),
+        ('[{"role":"user","content":"x"},{"role":"assistant","content":[{"type":"text"}]}]', "without a `text`"),
         (
             '[{"role":"user","content":"x"},{"role":"assistant","content":[{"type":"image","text":"x"}]}]',
             "unknown type",

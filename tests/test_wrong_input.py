@@ -233,17 +233,11 @@ def test_target_examples(folder, capsys):
 
 @pytest.mark.parametrize("command", [mid_train, chat_sft])
 def test_tasks(folder, command, capsys):
-    def told(row):
-        path = write_lines(folder / "bad.jsonl", [TALK, row])
-        return refusal(folder, command, [f"--train_tasks={path}"], capsys)
-
+    """What can be wrong with a line: test_tasks.py, test_bad_lines_are_named."""
     assert "unknown task 'Poems'" in refusal(folder, command, ["--train_tasks=Poems"], capsys)
-    assert "unknown role 'robot'" in told([{"role": "robot", "content": "x"}])
-    assert "alternate" in told([TALK[0], TALK[0]])
-    part = {"role": "assistant", "content": [{"type": "text"}]}
-    assert "type 'text' without a `text`" in told([TALK[0], part])
-    assert "unknown type 'gif'" in told([TALK[0], {"role": "assistant", "content": [{"type": "gif", "text": "x"}]}])
-    assert "bad.jsonl, line 2" in told({"role": "user"})
+    bad = write_lines(folder / "bad.jsonl", [TALK, [{"role": "robot", "content": "x"}]])
+    line = refusal(folder, command, [f"--train_tasks={bad}"], capsys)
+    assert "bad.jsonl, line 2" in line and "unknown role 'robot'" in line
     empty = write_lines(folder / "empty.jsonl", [])
     assert "has no rows" in refusal(folder, command, [f"--train_tasks={empty}"], capsys)
 
