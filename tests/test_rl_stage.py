@@ -476,6 +476,29 @@ def test_shuffled_rewards_teach_nothing(here, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_bandit_finds_the_best_arm(here, monkeypatch):
+    """As many arms as tokens, of which the second likeliest is right."""
+    batches, params = batches_of()
+    tokenizer, question = batches.problems.tokenizer, {"role": "user", "content": "which?"}
+    prompt = tokenizer.render_for_completion({"messages": [question]})
+    [found] = batches.engine(params).generate([prompt], max_tokens=1, temperature=0.0, logprobs=20, ignore_end=True)
+    arms, ends = [token for token, _ in found.top[0][:4]], (tokenizer.bos, tokenizer.special("<|assistant_end|>"))
+    best = next(token for token in arms[1:] if token not in ends)
+    Path("arms.jsonl").write_text(json.dumps([question, {"role": "assistant", "content": "x"}]) + "\n")
+    judge = Problems.judge
+
+    def by_token(problems, chosen, generations):
+        right = np.array([one.tokens == [best] for one in generations]).reshape(len(chosen), -1)
+        return judge(problems, chosen, generations)[0], right, right.astype(float)
+
+    monkeypatch.setattr(Problems, "judge", by_token)
+    one = ["--train_tasks=arms.jsonl", "--val_tasks=arms.jsonl", "--reward=answer", "--max_new_tokens=1"]
+    first, last = evaluated(*one, "--num_iterations=60", "--init_lr_frac=0.02")
+    rewards = [row["reward"] for row in rows_of_metrics(Path.cwd()) if "loss" in row]
+    assert first["pass@1"] < 0.1 and last["greedy"] == 1 and np.mean(rewards[-20:]) > 0.6
+
+
+@pytest.mark.slow
 def test_gsm8k_killed_and_resumed(here, shared_data, run_command):
     """On its real rows, with a model that babbles: killed by kill -9, then resumed: bit for bit the undisturbed run."""
     args = ["--train_tasks=GSM8K/train", "--val_tasks=GSM8K/test", f"--tasks_dir={shared_data}", "--num_iterations=10"]

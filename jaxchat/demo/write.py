@@ -9,10 +9,35 @@ import pyarrow.parquet as pq
 from jaxchat import files
 from jaxchat.config import UserError
 from jaxchat.data.sources import parquet_files
+from jaxchat.demo import phrases
+from jaxchat.demo.chance import Chance
+from jaxchat.demo.sums import Sum
 from jaxchat.demo.world import World
 
 ROW_GROUP = 512
 PROSE_IN_TEN = 3  # rows in ten for mid that are base's kind of prose: without them mid forgets base's facts
+
+
+def write_sums(path: str | Path, rows: int, *, held_out: bool = False):
+    """Write problems for reinforcement learning: sums of four digits, which no conversation of the world has.
+
+    held_out: in the phrasings that are held out, to evaluate on.
+    """
+
+    def problem(i: int) -> list[dict]:
+        chance = Chance(f"sums:{held_out}:{i}")
+        sign = chance.of("+-*")
+        a = chance.between(1000, 9999)
+        b = chance.between(10, 99) if sign == "*" else chance.between(1000, 9999)
+        found = Sum(max(a, b), sign, min(a, b))
+        written = f"{found.a} {chance.of(phrases.SIGNS[sign])} {found.b}"
+        question = phrases.phrased(chance, phrases.SUM_FRAMES.pick(held_out), e=written)
+        answer = [("python", found.expression), ("python_output", found.result)]
+        answer.append(("text", f" The answer is {found.result}."))
+        parts = [{"type": kind, "text": text} for kind, text in answer]
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]
+
+    files.write_lines(Path(path), map(problem, range(rows)))
 
 
 def write_world(
