@@ -51,13 +51,8 @@ matmul.defvjp(forward, backward)
 
 
 def in_fp8(letters: str, compute: Compute) -> bool:
-    """Return whether this product's operands are float8: the MLP's, which have the letter f, or all.
-
-    Never a gate's, which reads some features, c.
-    """
-    return "c" not in letters and (
-        compute.matmul == "fp8-all" or (compute.matmul == "fp8" and "f" in letters)
-    )
+    """Return whether this product's operands are float8: the MLP's, whose width is f, or all but gates'."""
+    return compute.matmul == "fp8-all" and "d" in letters or compute.matmul == "fp8" and "f" in letters
 
 
 def quantize(a, dtype):
