@@ -700,11 +700,11 @@ class RLConfig(TrainConfig):
     """Number of times that answers are sampled; -1: from --num_epochs."""
     examples_per_step: int = flag(16, 1)
     """Problems in a step, over all devices."""
-    num_samples: int = flag(16)
+    num_samples: int = flag(16, 1)
     """Answers to each problem; at least 2, since they are compared with each other."""
     max_new_tokens: int = flag(256, 1)
     """Largest number of tokens in an answer, the tool's included."""
-    temperature: float = flag(1.0)
+    temperature: float = flag(1.0, 0)
     """Sampling temperature of the answers, above 0. With another than 1 the answers come from another
     distribution than the one that is trained."""
     top_k: int = flag(0, 0, 2**31 - 1)

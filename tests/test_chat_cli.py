@@ -79,5 +79,5 @@ def test_a_device_that_is_not_there_is_one_line(home):
     command = [sys.executable, "-m", "launch.chat_cli", "-p", "hi"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert done.returncode == 2 and len(lines) == 1 and "--device_type=cpu" in lines[0]
+    assert done.returncode == 2 and len(lines) == 1 and "JAX_PLATFORMS=cuda: no such device" in lines[0]
     assert "Traceback" not in done.stderr

@@ -302,12 +302,15 @@ def test_a_stop_saves_and_can_be_resumed(folder, monkeypatch, capsys, command, f
 def test_finetuning_for_chat_keeps_the_momentum(folder, monkeypatch):
     """Base warms Muon's momentum up over 300 steps; SFT, of a few hundred, starts with all of it."""
     asked, make = [], stages.make_optimizer
-    monkeypatch.setattr(
-        stages, "make_optimizer", lambda *args, **how: asked.append(how["momentum_warmup"]) or make(*args, **how)
-    )
+
+    def noted(*args, **how):
+        asked.append([float(how["table"]["matrix"].momentum(count)) for count in (0, 300)])
+        return make(*args, **how)
+
+    monkeypatch.setattr(stages, "make_optimizer", noted)
     base_train.stage_for(cli.parse(BaseConfig, base()))
     chat_sft.stage_for(cli.parse(SFTConfig, sft()))
-    assert asked == [300, 0]
+    np.testing.assert_allclose(asked, [[0.85, 0.95], [0.95, 0.95]])
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
