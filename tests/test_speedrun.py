@@ -230,9 +230,7 @@ def test_several_at_a_time(home):
 def start_chain(home, **more):
     words = [sys.executable, str(ROOT / "tests/speedrun_process.py")]
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAXCHAT_BASE_DIR": str(home)}
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # jobs in the background ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     try:
         return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True, **more)
     finally:
