@@ -1,4 +1,4 @@
-"""A server in this process with an engine that says what it is told to, and plain clients of it."""
+"""A server in this process with a scripted engine, and plain clients of it."""
 
 import asyncio
 import contextlib

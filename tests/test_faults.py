@@ -129,8 +129,8 @@ def test_one_that_was_never_finished(folder, capsys):
         if path.is_file():
             os.truncate(path, path.stat().st_size // 2)
     ends(base_train, base("--resume"), 2)
-    told = capsys.readouterr().err
-    assert f"{run / '6'} can't be read" in told and "delete it" in told and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert f"{run / '6'} can't be read" in printed and "delete it" in printed and printed.count("\n") == 1
 
 
 def two_processes(folder, fault, *more):
@@ -145,24 +145,24 @@ def two_processes(folder, fault, *more):
     )
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen([*command, f"--process_id={n}"], env=env, cwd=folder, **piped) for n in range(2)]
-    told = [process.communicate(timeout=240) for process in both]
-    return [process.returncode for process in both], told
+    printed = [process.communicate(timeout=240) for process in both]
+    return [process.returncode for process in both], printed
 
 
 @pytest.mark.slow
 def test_one_of_two_processes_cannot_read_its_rows(folder):
     """Both save the step before and end, each with one line; resumed, they train on as if nothing had been."""
-    codes, told = two_processes(folder, "data=4")
-    assert codes == [2, 2], told
-    assert "step 3 is saved: continue from it with --resume" in told[0][0]
-    (first,), (second,) = ([line for line in err.splitlines() if "error" in line] for _, err in told)
+    codes, printed = two_processes(folder, "data=4")
+    assert codes == [2, 2], printed
+    assert "step 3 is saved: continue from it with --resume" in printed[0][0]
+    (first,), (second,) = ([line for line in err.splitlines() if "error" in line] for _, err in printed)
     assert first == "error: another process can't read its rows of step 4; its own message says why"
     assert second == "error: a shard can't be read"
     run = folder / "base_checkpoints/two"
     assert checkpoint.steps_in(run) == [2, 3] and not seal.damage(run / "3")
     assert [row[0] for row in losses(run)] == [1, 2, 3]
-    codes, told = two_processes(folder, "none", "--resume")
-    assert codes == [0, 0] and "resumes     after step 3" in told[0][0], told
+    codes, printed = two_processes(folder, "none", "--resume")
+    assert codes == [0, 0] and "resumes     after step 3" in printed[0][0], printed
     # The same rows on the same 8 devices, summed by two processes: to rounding.
     for got, want in zip(losses(run), losses(folder / "base_checkpoints/run"), strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-5)
@@ -173,9 +173,9 @@ def test_one_of_two_processes_cannot_read_its_rows(folder):
 def test_a_save_that_fails_on_one_of_two_processes(folder, at):
     """Both know it and neither waits for the other; at the end of the run (the third save) it is tried again."""
     wanted, run = losses(folder / "base_checkpoints/run"), folder / "base_checkpoints/two"
-    codes, told = two_processes(folder, f"seal={at}")
-    assert codes == [0, 0], told
-    assert ("training continues" if at == 1 else "saving step 6 failed: ") in told[0][0] and not told[1][0]
+    codes, printed = two_processes(folder, f"seal={at}")
+    assert codes == [0, 0], printed
+    assert ("training continues" if at == 1 else "saving step 6 failed: ") in printed[0][0] and not printed[1][0]
     assert not seal.damage(run / "6") and (run / "6" / seal.NAME).exists()
     # The same rows on the same 8 devices, summed by two processes: to rounding.
     for got, want in zip(losses(run), wanted, strict=True):
@@ -197,8 +197,8 @@ def test_two_runs_cannot_write_one_folder(folder, capsys):
     before = sorted(run.rglob("*"))
     for more in ("--resume", "--overwrite"):
         ends(base_train, base(more), 2)
-        told = capsys.readouterr().err
-        assert f"{run} is being written by process {os.getpid()} on " in told and told.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert f"{run} is being written by process {os.getpid()} on " in printed and printed.count("\n") == 1
     assert sorted(run.rglob("*")) == before
     os.close(held)
     ends(base_train, base("--resume"), 0)
@@ -290,8 +290,8 @@ def test_a_stop_saves_and_can_be_resumed(folder, monkeypatch, capsys, command, f
     wanted, handler = losses(run), signal.getsignal(number)
     monkeypatch.setattr(loop, "place_batch", stopping)
     ends(command, flags("--overwrite"), 75)
-    told = capsys.readouterr().err
-    assert f"stopped by {number.name} after step 3; saved in {run / '3'}" in told and "--resume" in told
+    printed = capsys.readouterr().err
+    assert f"stopped by {number.name} after step 3; saved in {run / '3'}" in printed and "--resume" in printed
     assert signal.getsignal(number) == handler
     signal.signal(number, before)
     assert checkpoint.steps_in(run) == [2, 3] and [row[0] for row in losses(run)] == [1, 2, 3]

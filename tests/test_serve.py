@@ -1,4 +1,4 @@
-"""The server's protocol, with an engine that says what it is told to: no JAX, a real uvicorn on a free port."""
+"""The server's protocol, with a scripted engine: no JAX, a real uvicorn on a free port."""
 
 import contextlib
 import json

@@ -76,9 +76,11 @@ def test_no_two_names_share_a_beginning(world):
 
 def test_prose_states_every_fact_and_much_of_it_is_facts(world):
     documents = [world.document(i) for i in range(20_000)]
-    told = [text for text in documents if text.split()[0] in world.facts or any(name in text for name in world.facts)]
-    assert 0.40 < sum(map(len, told)) / sum(map(len, documents)) < 0.55
-    everything = "\n".join(told)
+    stating = [
+        text for text in documents if text.split()[0] in world.facts or any(name in text for name in world.facts)
+    ]
+    assert 0.40 < sum(map(len, stating)) / sum(map(len, documents)) < 0.55
+    everything = "\n".join(stating)
     for name, facts in world.facts.items():
         for relation, value in facts.items():
             assert relations.RELATIONS[relation].tell[0].format(x=name, v=value) in everything

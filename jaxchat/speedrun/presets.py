@@ -147,7 +147,7 @@ def downloads(places: Places, shards: int) -> list[Step]:
 
 
 def text_of(places: Places, shards: int) -> Files:
-    """All text, complete with so many shards; what is given is complete with two."""
+    """The text: complete with at least `shards` files, or with two where the user named a folder."""
     return places.text if places.data_dir else dataclasses.replace(places.text, least=shards)
 
 

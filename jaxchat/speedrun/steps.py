@@ -16,8 +16,8 @@ from jaxchat.config import STAGES, UserError, base_dir
 class Files:
     """The files that match a pattern, in the base directory or (an absolute pattern) elsewhere.
 
-    least: a smaller number of files is not complete. first: only so many, in the order of their names; 0:
-    all.
+    least: fewest files of a complete output. first: number of files to look at, in the order of their
+    names; 0: all.
     """
 
     pattern: str

@@ -373,7 +373,7 @@ def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -
 
 
 def reward_text(values: dict[str, float]) -> str:
-    """What tells progress: the rewards. The loss of policy gradients says nothing."""
+    """The progress that a step prints: rewards, since the loss of policy gradients measures none."""
     return f"reward {values['reward']:.3f}  mixed groups {values['groups_mixed']:.0%}"
 
 
