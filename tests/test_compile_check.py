@@ -290,6 +290,19 @@ def test_an_h100_decodes(run_command):
     assert found["1"]["kernels"] < 80 and found["64"]["kernels"] < 80
 
 
+def test_products_of_a_library_are_counted():
+    """2·M·K·N FLOPs, from the text that XLA writes for cuBLASLt: its first result is the product."""
+    dims = '{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}'
+    program = hlo.read(f"""HloModule m, num_partitions=1
+ENTRY %main (a: f8e4m3fn[64,32], b: f8e4m3fn[32,16]) -> bf16[64,16] {{
+  %a = f8e4m3fn[64,32]{{1,0}} parameter(0)
+  %b = f8e4m3fn[32,16]{{1,0}} parameter(1)
+  ROOT %g = (bf16[64,16]{{1,0}}, s8[99]{{0}}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul$f8", \
+backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{dims}}}}}
+}}""")
+    assert (program.flops, program.float8_products) == (2 * 64 * 32 * 16, 1)
+
+
 @pytest.mark.slow
 @needs("jax_cuda13_plugin", "gpu-plan")
 def test_float8_products_on_h100s(run_command, monkeypatch, tmp_path):

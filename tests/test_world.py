@@ -74,6 +74,19 @@ def test_no_two_names_share_a_beginning(world):
     assert len({name[:5] for name in names}) == len(names) == 36 + 18 + 18
 
 
+def test_prose_writes_sums_as_expressions(world):
+    """The numbers of the sum in words stand in the expression, in their order; a result is the expression's."""
+    sentence = re.compile(
+        r"(\d+) (\+|-|\*|/|x|plus|minus|times|divided by) (\d+)\D+?(\d+)([-+*/])(\d+)(?: is (-?[\d.]+))?\.( |$)"
+    )
+    signs = {"plus": "+", "minus": "-", "times": "*", "x": "*", "divided by": "/"}
+    found = [match for i in range(3_000) for match in sentence.findall(world.document(i))]
+    assert len(found) > 500
+    for a, word, b, left, sign, right, result, _ in found:
+        assert (a, signs.get(word, word), b) == (left, sign, right)
+        assert not result or float(result) == pytest.approx(eval(f"{left}{sign}{right}"), abs=1e-9)
+
+
 def test_prose_states_every_fact_and_much_of_it_is_facts(world):
     documents = [world.document(i) for i in range(20_000)]
     stating = [
