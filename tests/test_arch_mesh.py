@@ -25,9 +25,9 @@ MODEL = ModelConfig(
 )
 MODEL = dataclasses.replace(MODEL, **(ARCHITECTURES["2026"] | {"vocab_multiple": 1, "window_pattern": "SL"}))
 MESHES = ["data=2,fsdp=2,tensor=2", "fsdp=8", "data=2,fsdp=4"]
-RTOL = 1e-5  # the most seen: 1e-7 of losses and gradient norms, 1.4e-6 of updates
-# For gradients: Polar Express lets rounding grow, by 4e-5 of the loss after one step.
-SGD = optax.sgd(0.1)
+RTOL = 5e-5  # the most seen: 7e-6, of the value tables, which move little beside their size; 1.4e-6 of updates
+# For gradients: after one step of Polar Express rounding has grown to 4e-5 of the loss.
+SGD = optax.sgd(1.0)
 
 
 def mesh_of(axes: str):
@@ -45,14 +45,28 @@ def compiled(axes: str):
     return model, batch, make_train_step(model, SGD).lower(*args).compile()
 
 
+def moved(w):
+    """Weights of which none is 0: fresh ones stop gradients, of the value embeddings for one."""
+    noise = 0.05 * np.cos(np.arange(w.size)).reshape(w.shape)
+    return jax.device_put((np.asarray(w) + noise).astype(w.dtype), w.sharding)
+
+
+def by_name(params) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
+
+
 @functools.cache
-def losses(axes: str) -> np.ndarray:
+def trained(axes: str) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Losses of three steps by SGD, and how far each weight moved: its gradients, summed."""
     model, batch, step = compiled(axes)
-    state, found = init_state(0, model, SGD), []
+    state, losses = init_state(0, model, SGD), []
+    state = state.replace(params=jax.tree.map(moved, state.params))
+    before = by_name(state.params)
     for _ in range(3):
         state, metrics = step(state, batch, np.float32(1.0))
-        found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-    return np.array(found)
+        losses.append(float(metrics["loss"]))
+    return losses, {name: after - before[name] for name, after in by_name(state.params).items()}
 
 
 @functools.cache
@@ -69,25 +83,29 @@ def updates(axes: str) -> dict[str, np.ndarray]:
             lambda w: jax.device_put(random.normal(size=w.shape).astype(w.dtype), w.sharding), state.params
         )
         found, opt_state = update(grads, opt_state, state.params)
-    leaves = jax.tree_util.tree_leaves_with_path(found)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    return by_name(found)
+
+
+def most_different(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> tuple[float, str]:
+    """The largest error of a weight's array, as a fraction of its norm, and the weight's name."""
+    return max((np.linalg.norm(got[name] - a) / np.linalg.norm(a), name) for name, a in want.items())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES)
 def test_training_is_one_devices(devices, axes):
-    """Losses and gradient norms of three steps, to rounding."""
-    np.testing.assert_allclose(losses(axes), losses("1"), rtol=RTOL)
-    assert losses("1")[-1, 0] < losses("1")[0, 0]
+    """Losses of three steps, and what each weight learns in them, to rounding."""
+    (losses, learnt), (want, learnt_by_one) = trained(axes), trained("1")
+    np.testing.assert_allclose(losses, want, rtol=1e-6)
+    assert most_different(learnt, learnt_by_one) < (RTOL,)
+    assert want[-1] < want[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES)
 def test_the_optimizer_is_one_devices(devices, axes):
     """Each weight's update, as a fraction of its norm, to rounding."""
-    for name, want in updates("1").items():
-        error = np.linalg.norm(updates(axes)[name] - want) / np.linalg.norm(want)
-        assert error < RTOL, name
+    assert most_different(updates(axes), updates("1")) < (RTOL,)
 
 
 @pytest.mark.slow
