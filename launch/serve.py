@@ -127,9 +127,9 @@ async def load(service, address: str, open_browser: bool):
 
 def make_service(config: Config, found: list, devices: list, compute: Compute):
     """The models, each with an engine a device that waits to be started. Called in the event loop."""
-    from jaxchat.serve.app import Defaults, Served, Service
     from jaxchat.serve.loop import Pool, Worker
     from jaxchat.serve.metrics import Metrics
+    from jaxchat.serve.service import Defaults, Served, Service
 
     metrics, models, slots = Metrics(), [], slots_of(config, devices)
     locks = {device: threading.Lock() for device in devices}

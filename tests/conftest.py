@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # JAXCHAT_THOROUGH=1 tries every mesh, stage and number of processes and workers, and 200 items of each of CORE's tasks;
 # else, as in CI, some of them.
 THOROUGH = os.environ.get("JAXCHAT_THOROUGH", "0") not in ("", "0")
+LENGTH = 96  # context of the small model that tests of generation share
 DEVICES_FLAG = "--xla_force_host_platform_device_count"
 # Compiling is most of what the tests do. Without LLVM's optimizations, and without MLIR for fusions, it takes a sixth
 # of the time, and models as small as here don't feel that. Where XLA_FLAGS has one of these flags, that stays: with
@@ -75,6 +76,28 @@ def sandbox_is_whole() -> bool:
         return not sandbox.missing()
     except UserError:
         return False
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tokenizer of the model below: bytes, some words, the special tokens."""
+    from jaxchat.tokenizer import Tokenizer
+
+    return Tokenizer.train(iter(["the cat and the hat, 12 + 34 = 46. "] * 50), 280)
+
+
+@pytest.fixture(scope="session")
+def config(tokenizer):
+    """A model small enough to compile in a moment. Tests that generate share it, and so its shapes."""
+    from jaxchat.config import ModelConfig
+
+    return ModelConfig(LENGTH, tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+
+
+@pytest.fixture(scope="session")
+def params(config):
+    """Its weights, which are random: it babbles, and now and then emits special tokens."""
+    return random_params(config, seed=5, scale=0.4)
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,31 @@
-"""A server in this process with a scripted engine, and plain clients of it."""
+"""A server in this process with a scripted engine, launch.serve in another, and plain clients of them."""
 
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import json
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
 
+import pytest
+from conftest import ROOT, random_params, xla_flags
+
+from jaxchat.config import ModelConfig
 from jaxchat.infer.scheduler import CANCELLED, LENGTH, STOP, Event, Generation, Request, Scheduler
 from jaxchat.serve import server
-from jaxchat.serve.app import Defaults, Served, Service, make_app
+from jaxchat.serve.app import make_app
 from jaxchat.serve.guard import Rules
 from jaxchat.serve.loop import Pool, Worker
 from jaxchat.serve.metrics import Metrics
+from jaxchat.serve.service import Defaults, Served, Service
+from jaxchat.tokenizer import Tokenizer
 
 CONTEXT = 96
 
@@ -185,10 +196,48 @@ class Running:
         return found
 
 
-def open_request(running, body: dict) -> socket.socket:
+def save_models(home, *stages: str):
+    """Write a small model of each stage into the base directory `home`. Its tag is d1."""
+    from jaxchat import checkpoint
+    from jaxchat.store import Checkpoints
+
+    tokenizer = Tokenizer.train(iter(["the cat and the hat, 12 + 34 = 46. "] * 50), 280)
+    config = ModelConfig(64, tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)
+    meta = {"model": dataclasses.asdict(config), "tokenizer_hash": tokenizer.hash}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXCHAT_BASE_DIR", str(home))
+        for seed, stage in enumerate(stages):
+            checkpoints = Checkpoints(checkpoint.run_folder(stage, "d1"))
+            checkpoints.keep_tokenizer(tokenizer)
+            params = random_params(config, seed, scale=0.4)
+            checkpoints.save(3, params=params, optimizer=None, batches=None, meta=meta | {"stage": stage})
+            checkpoints.close()
+
+
+@contextlib.contextmanager
+def serve_command(home, *args, devices: int = 1, port: int = 0):
+    """Start launch.serve for the models in `home`. -> (process, port), once it is ready"""
+    env = os.environ | {"JAXCHAT_BASE_DIR": str(home), "XLA_FLAGS": xla_flags(devices)}
+    words = [sys.executable, "-m", "launch.serve", f"--port={port}", "--slots=2", *args]
+    with subprocess.Popen(
+        words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            seen = ""
+            while not (ready := re.search(r"ready after .*http://127.0.0.1:(\d+) ", seen)):
+                line = process.stdout.readline()
+                assert line, seen
+                seen += line
+            yield process, int(ready[1])
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def open_request(port: int, body: dict) -> socket.socket:
     """Send a request for a chat and read nothing."""
     data = json.dumps({"messages": [{"role": "user", "content": "hi"}]} | body).encode()
-    client = socket.create_connection(("127.0.0.1", running.port), timeout=60)
+    client = socket.create_connection(("127.0.0.1", port), timeout=60)
     head = [
         "POST /v1/chat/completions HTTP/1.1",
         "host: localhost",

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import THOROUGH, random_params
+from conftest import LENGTH, THOROUGH
 
 from jaxchat import sharding
-from jaxchat.config import Compute, ModelConfig, UserError
+from jaxchat.config import Compute, UserError
 from jaxchat.eval import chat
 from jaxchat.infer import decode as decode_module
 from jaxchat.infer import engine as engine_module
@@ -21,31 +21,13 @@ from jaxchat.infer.engine import Engine
 from jaxchat.infer.scheduler import Request
 from jaxchat.model import gpt
 from jaxchat.model import params as model_params
-from jaxchat.tokenizer import Tokenizer
 
-LENGTH = 96
 COMPUTE = Compute(attention="blocks")
 forward = jax.jit(gpt.forward, static_argnums=(2, 3))
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(iter(["the cat and the hat, 12 + 34 = 46. "] * 50), 280)
-
-
-@pytest.fixture(scope="module")
-def config(tokenizer):
-    return ModelConfig(LENGTH, tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
-
-
-@pytest.fixture(scope="module")
-def params(config):
-    return random_params(config, seed=5, scale=0.4)
-
-
-@pytest.fixture(scope="module")
 def engine(params, config, tokenizer):
-    """A model with random weights: it babbles, and now and then emits special tokens."""
     return Engine(params, config, tokenizer, COMPUTE, batch_size=16)
 
 

@@ -12,7 +12,7 @@ from serve_helpers import CONTEXT, FakeEngine, Running, events_of, open_request,
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from jaxchat.serve import guard, protocol, server  # noqa: E402
+from jaxchat.serve import guard, protocol, replies, server  # noqa: E402
 from jaxchat.serve.guard import Rules  # noqa: E402
 from jaxchat.serve.protocol import Sampling  # noqa: E402
 from jaxchat.tokenizer import Tokenizer  # noqa: E402
@@ -192,6 +192,7 @@ WRONG = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": "9"}, "max_tokens"),
     ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 10**4000}, "max_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
     ({"max_tokens": CONTEXT}, "messages"),
     ({"temperature": 2.1}, "temperature"),
@@ -281,6 +282,8 @@ def test_what_asks_for_nothing_is_accepted_and_what_nobody_knows_ignored(serving
     )  # fmt: skip
     assert reply.status == 200 and reply.json["choices"][0]["message"]["content"] == TEXT
     assert "no_such_field" in serving.service._unknown and "user" not in serving.service._unknown
+    assert serving.chat(**{"long" * 10**5: 1}).status == 200
+    assert max(map(len, serving.service._unknown)) <= 80  # what is kept of them is bounded
 
 
 def test_messages_of_all_forms(serving):
@@ -559,7 +562,7 @@ def test_clients_that_are_too_slow(serving, monkeypatch):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot(serving, stream):
     serving.script.tokens, serving.script.seconds = [(5, False)] * 90, 0.05
-    with open_request(serving, {"stream": stream, "n": 3}):
+    with open_request(serving.port, {"stream": stream, "n": 3}):
         until(lambda: serving.metric("num_requests_running", model_name="toy-sft") == 3)
     began = time.monotonic()
     until(lambda: serving.metric("num_requests_running") == 0)
@@ -570,7 +573,7 @@ def test_a_client_that_leaves_frees_its_slot(serving, stream):
 
 def test_more_than_can_wait_are_refused(serving):
     serving.script.tokens, serving.script.seconds = [(5, False)] * 90, 0.05
-    clients = [open_request(serving, {"n": 4, "stream": True}) for _ in range(3)]  # 4 slots, 8 may wait
+    clients = [open_request(serving.port, {"n": 4, "stream": True}) for _ in range(3)]  # 4 slots, 8 may wait
     until(lambda: serving.metric("num_requests_waiting") == 8)
     reply = serving.chat()
     assert reply.status == 429 and reply.json["error"]["code"] == "rate_limit_exceeded"
@@ -608,8 +611,8 @@ def test_metrics_add_up_with_what_clients_saw(another):
 def test_streams_end_properly_when_the_server_stops(another):
     running = another(drain=0.5)
     running.script.tokens, running.script.seconds = [(5, False)] * 90, 0.05
-    clients = [open_request(running, {"stream": True, "max_tokens": tokens}) for tokens in (3, 90, 90, 90, 90)]
-    whole = open_request(running, {})
+    clients = [open_request(running.port, {"stream": True, "max_tokens": tokens}) for tokens in (3, 90, 90, 90, 90)]
+    whole = open_request(running.port, {})
     until(lambda: len(running.service.jobs) == 6)
     running.stop()
     until(lambda: running.service.state == "draining")
@@ -637,7 +640,7 @@ def read_all(client: socket.socket) -> bytes:
 def test_an_engine_that_fails_says_so(another, capfd):
     running = another()
     running.script.seconds = 0.05
-    with contextlib.closing(open_request(running, {"stream": True, "max_tokens": 20})) as client:
+    with contextlib.closing(open_request(running.port, {"stream": True, "max_tokens": 20})) as client:
         until(lambda: running.metric("num_requests_running") == 1)
         running.script.broken = True
         assert running.chat().status == 503
@@ -667,9 +670,7 @@ def test_while_it_loads_it_says_so(tokenizer):
 
 
 def test_a_silent_stream_shows_that_it_lives(serving, monkeypatch):
-    from jaxchat.serve import app
-
-    monkeypatch.setattr(app, "PING", 0.05)
+    monkeypatch.setattr(replies, "PING", 0.05)
     serving.script.seconds = 0.2
     body = serving.chat(stream=True, max_tokens=3).body
     assert b"\n\n: ping\n\n" in body and events_of(body)[-1] == "[DONE]"
@@ -698,7 +699,7 @@ def test_what_it_keeps_of_bad_clients_is_nothing(serving):
     serving.script.tokens, serving.script.seconds = [(5, False)] * 80, 0.002
     slow = []
     for i in range(60):
-        client = open_request(serving, {"stream": i % 3 > 0, "n": chance.randint(1, 4)})
+        client = open_request(serving.port, {"stream": i % 3 > 0, "n": chance.randint(1, 4)})
         if i % 10:
             time.sleep(chance.random() * 0.01)
             client.close()

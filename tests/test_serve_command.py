@@ -1,63 +1,25 @@
 """launch.serve as a user calls it, on a small model: addresses, signals, one-line errors."""
 
 import contextlib
-import dataclasses
 import http.client
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, random_params, xla_flags
-
-from jaxchat import checkpoint
-from jaxchat.config import ModelConfig
-from jaxchat.store import Checkpoints
-from jaxchat.tokenizer import Tokenizer
-from launch import serve
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+from serve_helpers import save_models, serve_command  # noqa: E402
+
+from launch import serve  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A base directory with a base and an SFT model."""
     home = tmp_path_factory.mktemp("served")
-    tokenizer = Tokenizer.train(iter(["the cat and the hat, 12 + 34 = 46. "] * 50), 280)
-    config = ModelConfig(64, tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)
-    meta = {"model": dataclasses.asdict(config), "tokenizer_hash": tokenizer.hash}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXCHAT_BASE_DIR", str(home))
-        for seed, stage in enumerate(("base", "sft")):
-            checkpoints = Checkpoints(checkpoint.run_folder(stage, "d1"))
-            checkpoints.keep_tokenizer(tokenizer)
-            params = random_params(config, seed, scale=0.4)
-            checkpoints.save(3, params=params, optimizer=None, batches=None, meta=meta | {"stage": stage})
-            checkpoints.close()
+    save_models(home, "base", "sft")
     return home
-
-
-@contextlib.contextmanager
-def command(folder, *args, devices: int = 1):
-    """Start the server. -> (process, port), once it is ready"""
-    env = os.environ | {"JAXCHAT_BASE_DIR": str(folder), "XLA_FLAGS": xla_flags(devices)}
-    words = [sys.executable, "-m", "launch.serve", "--port=0", "--slots=2", *args]
-    with subprocess.Popen(
-        words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        try:
-            seen = ""
-            while not (ready := re.search(r"ready after .*http://127.0.0.1:(\d+) ", seen)):
-                line = process.stdout.readline()
-                assert line, seen
-                seen += line
-            yield process, int(ready[1])
-        finally:
-            if process.poll() is None:
-                process.kill()
 
 
 @contextlib.contextmanager
@@ -74,7 +36,7 @@ def ask(*args) -> dict:
 
 @pytest.mark.slow
 def test_two_stages_on_two_devices_until_sigterm(folder):
-    with command(folder, "--source=sft,base", devices=2) as (process, port):
+    with serve_command(folder, "--source=sft,base", devices=2) as (process, port):
         models = ask(port, "GET", "/v1/models")["data"]
         assert [model["id"] for model in models] == ["d1-sft", "d1-base"]
         assert {model["jaxchat"]["slots"] for model in models} == {4}

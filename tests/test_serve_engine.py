@@ -1,6 +1,11 @@
-"""The server around a real engine, and real clients of it: what they get is what Engine.generate says."""
+"""The server around a real engine, and real clients of it: what they get is what Engine.generate says.
+
+The model is the small one of conftest.py. With JAXCHAT_TEST_BASE_DIR=DIR it is the SFT model in that base
+directory, as of the demo: JAXCHAT_TEST_BASE_DIR=~/.cache/jaxchat/demo pytest tests/test_serve_engine.py
+"""
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -9,34 +14,38 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import random_params
 from serve_helpers import Running, events_of, until
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from jaxchat.config import Compute, ModelConfig  # noqa: E402
+from jaxchat import checkpoint  # noqa: E402
+from jaxchat.config import Compute  # noqa: E402
 from jaxchat.infer.engine import Engine  # noqa: E402
 from jaxchat.infer.text import pieces  # noqa: E402
-from jaxchat.tokenizer import Tokenizer  # noqa: E402
 
-LENGTH, SLOTS = 96, 16
+SLOTS = 16
 COMPUTE = Compute(attention="blocks")  # shapes of tests/test_engine.py, compiled once for both
 QUESTION = [{"role": "user", "content": "the cat"}]
 
+if os.environ.get("JAXCHAT_TEST_BASE_DIR"):
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(iter(["the cat and the hat, 12 + 34 = 46. "] * 50), 280)
+    @pytest.fixture(scope="module")
+    def model():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("JAXCHAT_BASE_DIR", os.path.expanduser(os.environ["JAXCHAT_TEST_BASE_DIR"]))
+            yield checkpoint.open_model("sft")
 
+    @pytest.fixture(scope="module")
+    def tokenizer(model):
+        return model.tokenizer
 
-@pytest.fixture(scope="module")
-def config(tokenizer):
-    return ModelConfig(LENGTH, tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+    @pytest.fixture(scope="module")
+    def config(model):
+        return model.config
 
-
-@pytest.fixture(scope="module")
-def params(config):
-    return random_params(config, seed=5, scale=0.4)
+    @pytest.fixture(scope="module")
+    def params(model):
+        return model.load()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,8 @@ def serving(params, config, tokenizer):
     def opened(on_progress):
         yield Engine(params, config, tokenizer, COMPUTE, batch_size=SLOTS)
 
-    with Running(tokenizer, opened, slots=SLOTS, max_waiting=64, context=LENGTH, stages=("sft",)) as running:
+    options = {"slots": SLOTS, "max_waiting": 64, "context": config.sequence_len, "stages": ("sft",)}
+    with Running(tokenizer, opened, **options) as running:
         yield running.wait_until_ok()
 
 
@@ -119,7 +129,7 @@ def test_several_engines_share_the_rows(params, config, tokenizer, engine):
         engines.append(Engine(params, config, tokenizer, COMPUTE, batch_size=SLOTS))
         yield engines[-1]
 
-    with Running(tokenizer, opened, slots=SLOTS, engines=2, context=LENGTH, stages=("sft",)) as running:
+    with Running(tokenizer, opened, slots=SLOTS, engines=2, context=config.sequence_len, stages=("sft",)) as running:
         running.wait_until_ok()
         reply = running.complete([5, 6, 7], n=6, max_tokens=9, seed=3, ignore_eos=True)
         want = engine.generate(
@@ -150,7 +160,7 @@ def test_log_probabilities_of_prompts_are_the_scorer_s(serving, engine, params, 
         found = choice["logprobs"]
         logprobs, tops = found["token_logprobs"][1:-1], found["top_logprobs"][1:-1]
         assert len(logprobs) == len(prompt) - 1
-        np.testing.assert_allclose(logprobs, -score.nll, atol=1e-5)
+        np.testing.assert_allclose(logprobs, -score.nll, rtol=1e-6, atol=1e-5)  # float32, of logits up to 15
         assert sum(logprobs) == pytest.approx(-float(score.nll.sum()), abs=1e-4)
         greedy = [logprob == max(top.values()) for logprob, top in zip(logprobs, tops, strict=True)]
         assert greedy == score.right.tolist()
@@ -184,7 +194,14 @@ def test_openai_python(client):
     assert completion.choices[0].text.startswith("the") and len(completion.choices[0].logprobs.tokens) > 5
 
 
-def test_openai_python_stops_across_tokens_and_log_probabilities(client, tokenizer):
+def across_tokens(text: str, entries) -> str:
+    """Two characters of an answer that no one of its tokens has both. entries: its log-probabilities."""
+    tokens = [bytes(entry.bytes).decode("utf-8", "replace") for entry in entries]
+    pairs = map("".join, itertools.pairwise(text))
+    return next(pair for pair in pairs if not any(pair in token for token in tokens))
+
+
+def test_openai_python_stops_across_tokens_and_log_probabilities(client):
     settings = {
         "model": "toy-sft",
         "messages": QUESTION,
@@ -195,8 +212,7 @@ def test_openai_python_stops_across_tokens_and_log_probabilities(client, tokeniz
     choice = client.chat.completions.create(**settings, logprobs=True, top_logprobs=2).choices[0]
     text, entries = choice.message.content, choice.logprobs.content
     assert b"".join(bytes(entry.bytes) for entry in entries).decode("utf-8", "replace") == text and len(text) > 9
-    stop = text[4:7]  # of several tokens: the vocabulary has hardly more than bytes
-    assert len(tokenizer.encode(stop)) > 1
+    stop = across_tokens(text, entries)
     cut = text[: text.index(stop)]
     assert client.chat.completions.create(**settings, stop=[stop]).choices[0].message.content == cut
     streamed = client.chat.completions.create(**settings, stop=stop, stream=True)
@@ -224,7 +240,7 @@ def test_openai_python_tries_again_after_429(serving, client):
     """All slots and places to wait are taken; the client's own retry finds room once they have gone."""
     from serve_helpers import open_request
 
-    busy = [open_request(serving, {"n": 16, "stream": True, "ignore_eos": True}) for _ in range(5)]
+    busy = [open_request(serving.port, {"n": 16, "stream": True, "ignore_eos": True}) for _ in range(5)]
     until(lambda: len(serving.service.jobs) == 5)
     seen = serving.metric("requests_total", code="429")
     with ThreadPoolExecutor(1) as pool:
@@ -255,7 +271,7 @@ def test_llm(serving, tmp_path):
 def test_a_real_engine_frees_what_was_left(serving):
     from serve_helpers import open_request
 
-    clients = [open_request(serving, {"stream": i % 2 == 0, "n": 4, "ignore_eos": True}) for i in range(6)]
+    clients = [open_request(serving.port, {"stream": i % 2 == 0, "n": 4, "ignore_eos": True}) for i in range(6)]
     until(lambda: serving.metric("num_requests_running") > 0 or not serving.service.jobs)
     for client in clients:
         client.close()

@@ -69,9 +69,7 @@ class ApiError(Exception):
 
 def wrong(param: str, expected: str, got: Any) -> ApiError:
     """An error about a field's value."""
-    shown = (
-        repr(got) if isinstance(got, bool | int | float | str) else f"a value of type {type(got).__name__}"
-    )
+    shown = json.dumps(got)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
     return ApiError(400, f"{param}: expected {expected}; got {shown}", param=param)
 
@@ -133,7 +131,7 @@ class Fields:
         """A number from least (above: without it) to most; null: default."""
         return self._number(name, default, (least, most), above, whole=False)
 
-    def whole(self, name: str, default, least: int, most: float = math.inf):
+    def integer(self, name: str, default, least: int, most: float = math.inf):
         return self._number(name, default, (least, most), False, whole=True)
 
     def _number(self, name: str, default, bounds: tuple, above: bool, whole: bool):
@@ -195,7 +193,7 @@ def read_chat(fields: Fields) -> Chat:
         raise ApiError(400, "continue_final_message and add_generation_prompt exclude each other",
                        param="continue_final_message")  # fmt: skip
     fields.switch("add_generation_prompt", True)
-    logprobs, top = fields.switch("logprobs"), fields.whole("top_logprobs", None, 0, MAX_LOGPROBS)
+    logprobs, top = fields.switch("logprobs"), fields.integer("top_logprobs", None, 0, MAX_LOGPROBS)
     if top and not logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     messages = read_messages(fields.get("messages"))
@@ -211,7 +209,7 @@ def read_completion(fields: Fields) -> Completion:
     common = _sampling(fields, least=0 if echo else 1)
     if common["max_tokens"] is None:
         common["max_tokens"] = COMPLETION_TOKENS
-    best_of = fields.whole("best_of", None, 1)
+    best_of = fields.integer("best_of", None, 1)
     if best_of not in (None, common["n"]):
         raise ApiError(
             400, f"best_of must be equal to n, which is {common['n']}, or left out", param="best_of"
@@ -220,7 +218,7 @@ def read_completion(fields: Fields) -> Completion:
         prompts=read_prompts(fields.get("prompt")),
         add_bos=fields.switch("add_special_tokens", True),
         echo=echo,
-        top=fields.whole("logprobs", None, 0, MAX_LOGPROBS),
+        top=fields.integer("logprobs", None, 0, MAX_LOGPROBS),
         **common,
     )
 
@@ -228,18 +226,18 @@ def read_completion(fields: Fields) -> Completion:
 def _sampling(fields: Fields, least: int) -> dict:
     """The fields of Sampling but for `top`; least: smallest max_tokens."""
     fields.refuse_unsupported()
-    longest = fields.whole("max_tokens", None, least)
-    other = fields.whole("max_completion_tokens", None, least)
+    longest = fields.integer("max_tokens", None, least, 2**31 - 1)
+    other = fields.integer("max_completion_tokens", None, least, 2**31 - 1)
     if None not in (longest, other) and longest != other:
         message = f"max_tokens is {longest} and max_completion_tokens {other}; send one of them"
         raise ApiError(400, message, param="max_completion_tokens")
     stream, options = fields.switch("stream"), fields.get("stream_options")
     if options is not None and not (isinstance(options, dict) and stream):
         raise ApiError(400, "stream_options is an object, and needs stream: true", param="stream_options")
-    seed = fields.whole("seed", None, -(2**63), 2**64 - 1)
+    seed = fields.integer("seed", None, -(2**63), 2**64 - 1)
     return {
         "model": fields.text("model"),
-        "n": fields.whole("n", 1, 1, MAX_ANSWERS),
+        "n": fields.integer("n", 1, 1, MAX_ANSWERS),
         "max_tokens": other if longest is None else longest,
         "temperature": fields.number("temperature", None, 0, 2),
         "top_p": fields.number("top_p", 1.0, 0, 1, above=True),
@@ -249,7 +247,7 @@ def _sampling(fields: Fields, least: int) -> dict:
         "stop": read_stop(fields.get("stop")),
         "stop_token_ids": _stop_tokens(fields.get("stop_token_ids")),
         "ignore_eos": fields.switch("ignore_eos"),
-        "min_tokens": fields.whole("min_tokens", 0, 0, 2**31 - 1),
+        "min_tokens": fields.integer("min_tokens", 0, 0, 2**31 - 1),
         "stream": stream,
         "include_usage": stream and Fields(options or {}).switch("include_usage"),
         "tool_display": fields.choice("tool_display", TOOL_DISPLAYS),
@@ -257,7 +255,7 @@ def _sampling(fields: Fields, least: int) -> dict:
 
 
 def _top_k(fields: Fields) -> int | None:
-    top_k = fields.whole("top_k", None, -1, 2**31 - 1)
+    top_k = fields.integer("top_k", None, -1, 2**31 - 1)
     return 0 if top_k == -1 else top_k  # vLLM's way of writing "all"
 
 

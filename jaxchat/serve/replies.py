@@ -2,13 +2,20 @@
 
 import codecs
 import dataclasses
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 from jaxchat.infer.scheduler import STOP, Generation
 from jaxchat.infer.text import Delta, TextReader, Writer
-from jaxchat.serve.protocol import Completion, Sampling
+from jaxchat.serve.loop import Stopped
+from jaxchat.serve.protocol import ApiError, Completion, Sampling
+from jaxchat.serve.service import Asked, Service
 
 LEAST_LOGPROB = -9999.0  # JSON has no −∞
+PING = 15.0  # seconds of silence after which a stream shows that it lives
 
 
 class Entry:
@@ -44,9 +51,8 @@ class Answer:
     def __init__(self, index: int, asked: Sampling, tokenizer, prompt: list[int]):
         self.index, self.asked, self.prompt, self._tokenizer = index, asked, prompt, tokenizer
         self.finish, self.sampled, self.forced, self.length = "", 0, 0, 0
-        self.tools: list[
-            dict
-        ] = []  # {"id", "code", "output", "made_up"}; the last two once there is an output
+        # {"id", "code", "output", "made_up"} each; the last two once there is an output.
+        self.tools: list[dict] = []
         self._reader, self._writer = TextReader(tokenizer, asked.stop), Writer()
         self._all_tokens = isinstance(asked, Completion)  # or those of the text only
         self._echoes = self._all_tokens and asked.echo
@@ -184,7 +190,7 @@ def chat_logprobs(tokenizer, entries: list[Entry]) -> dict:
 
 
 class Form:
-    """The objects of one reply, all with one id and time: as a whole, or in chunks."""
+    """The objects of one reply, all with one id and time: the complete one, or chunks."""
 
     def __init__(self, id: str, created: int, model: str, fingerprint: str, asked: Sampling, tokenizer):
         self.chat = not isinstance(asked, Completion)
@@ -193,7 +199,7 @@ class Form:
         self._common = {"id": id, "object": name, "created": created, "model": model}
         self._common["system_fingerprint"] = fingerprint
 
-    def whole(self, answers: list[Answer], pieces: list[Piece], usage: dict, extra: dict) -> dict:
+    def complete(self, answers: list[Answer], pieces: list[Piece], usage: dict, extra: dict) -> dict:
         choices = []
         for answer, piece in zip(answers, pieces, strict=True):
             choice: dict[str, Any] = {"index": answer.index}
@@ -246,3 +252,109 @@ class Form:
         if self._asked.top is None:
             return None
         return (chat_logprobs if self.chat else completion_logprobs)(self._tokenizer, piece.entries)
+
+
+class Reply:
+    """One request on its way: its answers as they grow, and what is sent of them."""
+
+    def __init__(self, service: Service, asked: Asked, chat: bool):
+        model = asked.model
+        self._service, self._asked, self.chat = service, asked, chat
+        self.job = model.pool.submit(asked.requests, asked.hasty)
+        service.jobs.add(self.job)
+        id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
+        self._form = Form(id, int(time.time()), model.id, model.fingerprint, asked.fields, model.tokenizer)
+        self.answers = [
+            Answer(row.index, asked.fields, model.tokenizer, [*row.request.prompt]) for row in self.job.rows
+        ]
+
+    def close(self):
+        self.job.cancel()
+        self._service.jobs.discard(self.job)
+
+    async def pieces(self, seconds: float | None = None) -> AsyncIterator[tuple[Answer, Piece] | None]:
+        """Yield what is new of each answer until all have ended, and None after `seconds` of silence."""
+        open_answers = len(self.answers)
+        while open_answers:
+            news = await self.job.news(seconds)
+            if not news:
+                yield None
+            for row, new in news:
+                answer = self.answers[row.index]
+                if answer.finish:
+                    continue
+                piece = answer.add(new)
+                if answer.finish:
+                    open_answers -= 1
+                    self.job.cancel_row(row)  # after a stop string the engine would continue it
+                    self._service.metrics.ended(self._asked.model.id, row, answer)
+                    self._asked.model.pool.took(row.last - row.began)
+                yield answer, piece
+
+    async def complete(self) -> dict:
+        """The reply as one object, once all answers have ended."""
+        found = [Piece() for _ in self.answers]
+        async for one in self.pieces():
+            answer, piece = one
+            found[answer.index].extend(piece)
+        return self._form.complete(self.answers, found, self._usage(), self._ours())
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The reply as server-sent events."""
+        form = self._form
+        if self.chat:
+            for answer in self.answers:  # in order: clients number choices by it
+                yield event(form.role(answer.index, jaxchat={"seed": self._asked.seed}))
+        try:
+            async for one in self.pieces(PING):
+                if one is None:
+                    yield b": ping\n\n"
+                    continue
+                answer, piece = one
+                chunks = form.news(answer, piece)
+                if answer.finish:
+                    last = all(other.finish for other in self.answers)
+                    chunks.append(form.last(answer, **({"jaxchat": self._ours()} if last else {})))
+                if chunks:
+                    yield b"".join(map(event, chunks))
+            if self._asked.fields.include_usage:
+                yield event(form.usage(self._usage()))
+        except Stopped as stop:
+            yield event(ApiError(503, str(stop)).body())
+        yield b"data: [DONE]\n\n"
+
+    def _usage(self) -> dict:
+        asked = self._asked
+        prompt = sum(len(request.prompt) for request in asked.requests[:: asked.fields.n])
+        completion = sum(answer.sampled for answer in self.answers)
+        usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+        return usage | {"prompt_tokens_details": {"cached_tokens": 0}}
+
+    def _ours(self) -> dict:
+        """What only jaxchat sends: the seed, what the tool was asked, and times."""
+        rows, sampled = self.job.rows, sum(answer.sampled for answer in self.answers)
+        asked, began = rows[0].asked, min(row.began for row in rows)
+        first, last = min(row.first or row.last for row in rows), max(row.last for row in rows)
+        times = {"queue_ms": began - asked, "prefill_ms": first - began, "decode_ms": last - first}
+        timings = {name: round(1000 * seconds, 2) for name, seconds in times.items()}
+        timings["tokens_per_second"] = round(sampled / max(last - began, 1e-6), 2)
+        calls = [
+            {"index": answer.index, "output": None, "made_up": False} | tool
+            for answer in self.answers
+            for tool in answer.tools
+        ]
+        forced = sum(answer.forced for answer in self.answers)
+        return {"seed": self._asked.seed, "tool_calls": calls, "forced_tokens": forced, "timings": timings}
+
+
+def event(content: dict) -> bytes:
+    """A server-sent event. In ASCII: some clients take Unicode's other line ends for the end of an event."""
+    return b"data: " + json_bytes(content) + b"\n\n"
+
+
+def json_bytes(content: dict) -> bytes:
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()

@@ -12,8 +12,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jaxchat.config import UserError
-from jaxchat.serve.app import Service
 from jaxchat.serve.protocol import ApiError
+from jaxchat.serve.service import Service
 
 HEADER_SECONDS = 15.0  # in which a request's headers have to arrive
 CLOSE_SECONDS = 5  # for connections to close once all is said

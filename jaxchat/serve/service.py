@@ -1,0 +1,174 @@
+"""The models that are served, the state they share, and requests made ready for them."""
+
+import asyncio
+import dataclasses
+import logging
+import secrets
+import time
+
+from jaxchat.infer.scheduler import Request
+from jaxchat.serve import protocol
+from jaxchat.serve.loop import Job, Pool, Worker
+from jaxchat.serve.metrics import Metrics
+from jaxchat.serve.protocol import ApiError, Chat, Completion, Fields
+
+CLOSING = 5.0  # seconds to wait for an engine's last stretch
+
+log = logging.getLogger("jaxchat.serve")
+
+
+@dataclasses.dataclass
+class Served:
+    """A model that is served. config: its ModelConfig; pool: its engines."""
+
+    id: str
+    stage: str
+    tag: str
+    step: int
+    created: int  # seconds since 1970
+    fingerprint: str
+    only_continues: bool  # text: it knows no turns
+    config: object
+    tokenizer: object
+    pool: Pool
+
+    def about(self) -> dict:
+        """The model in the form of /v1/models, with what only jaxchat has under "jaxchat"."""
+        ours = {"stage": self.stage, "tag": self.tag, "step": self.step, "chat": not self.only_continues}
+        ours |= {"sequence_len": self.config.sequence_len, "slots": self.pool.slots}
+        common = {"id": self.id, "object": "model", "created": self.created, "owned_by": "jaxchat"}
+        return common | {"max_model_len": self.config.sequence_len, "jaxchat": ours}
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """Settings of requests that have none of their own."""
+
+    temperature: float = 0.6
+    top_k: int = 50
+    max_tokens: int | None = None  # of chats; None: what the context leaves
+
+
+class Service:
+    """All that the endpoints share. state: "loading", "ok" or "draining"."""
+
+    def __init__(self, models: list[Served], defaults: Defaults, metrics: Metrics):
+        """models: the first is the default."""
+        self.models = {model.id: model for model in models}
+        self.defaults, self.metrics = defaults, metrics
+        self.state = "loading"
+        self.jobs: set[Job] = set()  # that are being answered
+        self._unknown, self._made = set(), time.monotonic()
+        metrics.watch({model.id: model.pool for model in models})
+
+    @property
+    def workers(self) -> list[Worker]:
+        return [worker for model in self.models.values() for worker in model.pool.workers]
+
+    def progress(self) -> str:
+        """How many shapes are compiled, and how long the others may take."""
+        done, total = (sum(getattr(one, name) for one in self.workers) for name in ("compiled", "to_compile"))
+        left = f", about {(time.monotonic() - self._made) * (total / done - 1):.0f} s to go" if done else ""
+        return f"{done} of {total} shapes compiled{left}" if total else "loading"
+
+    async def close(self):
+        """Stop the engines; one that is compiling is left to itself."""
+        for worker in self.workers:
+            worker.stop()
+        for worker in self.workers:
+            if worker.is_alive():
+                await asyncio.to_thread(worker.join, CLOSING)
+
+    def model(self, name: str) -> Served:
+        """The model of a name; "": the first. ApiError: there is none."""
+        if not name:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            message = f"no model {name[:80]!r} here; there are: {', '.join(self.models)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return self.models[name]
+
+    def check_open(self):
+        """Raise ApiError unless answers are generated now."""
+        if self.state == "loading":
+            raise ApiError(503, "the model is being loaded; try again later", retry=5)
+        if self.state == "draining":
+            raise ApiError(503, "the server is shutting down", retry=10)
+
+    def note_unknown(self, names: list[str]):
+        """Log the first of each field that nobody knows."""
+        for name in {name[:80] for name in names} - self._unknown:
+            if len(self._unknown) < 1000:
+                self._unknown.add(name)
+                log.info("a request has the unknown field %r, which is ignored", name)
+
+    async def drain(self, seconds: float):
+        """Answer what has begun, for so long at most; then end what is left with an error."""
+        self.state, end = "draining", time.monotonic() + seconds
+        while self.jobs and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        for job in [*self.jobs]:
+            job.stop("the server is shutting down")
+
+
+@dataclasses.dataclass
+class Asked:
+    """A request that can be given to a model."""
+
+    model: Served
+    fields: Chat | Completion
+    requests: list[Request]
+    seed: int
+
+    @property
+    def hasty(self) -> bool:
+        return self.fields.stream or bool(self.fields.stop)
+
+
+def prepare(service: Service, body: bytes, chat: bool) -> Asked:
+    """Read a request's body. ApiError: it is wrong, and where."""
+    fields = Fields(protocol.read_json(body))
+    asked = protocol.read_chat(fields) if chat else protocol.read_completion(fields)
+    service.note_unknown(fields.unknown())
+    model = service.model(asked.model)
+    param, context = "messages" if chat else "prompt", model.config.sequence_len
+    longest_token = int(model.tokenizer.token_bytes.max())
+    if (least := protocol.text_length(asked) // longest_token) > context:
+        raise protocol.too_long(f"{param} has at least {least:,} tokens", context, param)
+    if chat:
+        prompts = [protocol.chat_prompt(model.tokenizer, asked, only_continues=model.only_continues)]
+    else:
+        prompts = protocol.completion_prompts(model.tokenizer, asked, model.config.vocab_size)
+    seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
+    requests = []
+    for prompt in prompts:
+        limit = room(service, asked, len(prompt), context, param)
+        for _ in range(asked.n):
+            own = {"prompt": prompt, "max_tokens": limit, "seed": seed, "sample": len(requests)}
+            requests.append(_request(service.defaults, asked, **own))
+    return Asked(model, asked, requests, seed)
+
+
+def room(service: Service, asked: Chat | Completion, length: int, context: int, param: str) -> int:
+    """Most tokens of an answer to a prompt of `length` tokens."""
+    wanted = asked.max_tokens
+    if length + (1 if wanted is None else wanted) > context:
+        answer = "" if wanted is None else f" and max_tokens is {wanted:,}"
+        raise protocol.too_long(f"{param} has {length:,} tokens{answer}", context, param)
+    return min(context - length, service.defaults.max_tokens or context) if wanted is None else wanted
+
+
+def _request(defaults: Defaults, asked: Chat | Completion, **fields) -> Request:
+    """The engine's request for one answer. fields: those of Request that differ from answer to answer."""
+    return Request(
+        **fields,
+        temperature=defaults.temperature if asked.temperature is None else asked.temperature,
+        top_k=defaults.top_k if asked.top_k is None else asked.top_k,
+        top_p=asked.top_p,
+        min_p=asked.min_p,
+        min_tokens=asked.min_tokens,
+        stop_tokens=asked.stop_token_ids,
+        ignore_end=asked.ignore_eos,
+        logprobs=asked.top,
+        prompt_logprobs=isinstance(asked, Completion) and asked.echo and asked.top is not None,
+    )
