@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import urllib.request
 from pathlib import Path
 from threading import Event
 
@@ -52,38 +53,63 @@ def fake():
     fake.stop()
 
 
-@pytest.fixture
-def open_page(browser, fake):
-    """Return a function that opens the page in a new browser profile.
+@pytest.fixture(scope="module")
+def problems():
+    """What pages did that they must not do: errors, dialogs, requests to other machines."""
+    return []
 
-    init: a script to run first. options: Playwright's, of a context.
 
-    At the end, there must have been no error in the page and no request to another server.
+@pytest.fixture(scope="module")
+def common_page(browser, problems):
+    """A page for all tests that need no profile of their own.
+
+    Each test's server has a port of its own, and so an origin: what the page keeps is not seen by the next test.
     """
-    contexts, problems = [], []
+    return new_page(browser, problems)
 
-    def watch(request):
-        if not request.url.startswith((fake.url, "data:", "blob:")):
-            problems.append(f"outside request: {request.url}")
 
-    def open_page(init: str = "", **options):
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | options)
-        context.add_init_script(init)
-        contexts.append(context)
-        context.set_default_timeout(1000 * PATIENCE)
-        page = context.new_page()
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if is_error(message) else None)
-        page.on("dialog", lambda dialog: problems.append(f"dialog: {dialog.message}"))
-        page.on("request", watch)
-        page.goto(fake.url)
+@pytest.fixture
+def open_page(browser, fake, problems, common_page):
+    """Return a function that opens the page of a server, by default the fake one.
+
+    init: a script to run first. options: Playwright's, of a context. With either, the page has a new browser profile.
+
+    At the end, there must have been no error in the page and no request to another machine.
+    """
+    contexts = []
+
+    def open_page(init: str = "", url: str = fake.url, **options):
+        page = new_page(browser, problems, init, **options) if init or options else common_page
+        contexts.append(page.context)
+        page.goto(url)
         page.locator(".station").first.wait_for()
         return page
 
     yield open_page
-    for context in contexts:
+    for context in {*contexts} - {common_page.context}:
         context.close()
-    assert problems == []
+    common_page.goto("about:blank")  # which ends what it still asks for
+    found = [*problems]
+    problems.clear()
+    assert found == []
+
+
+def new_page(browser, problems: list, init: str = "", **options):
+    """Open a page in a new browser profile. problems: gets a line for each."""
+
+    def watch(request):
+        if not request.url.startswith(("http://127.0.0.1:", "data:", "blob:", "about:blank")):
+            problems.append(f"outside request: {request.url}")
+
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | options)
+    context.add_init_script(init)
+    context.set_default_timeout(1000 * PATIENCE)
+    page = context.new_page()
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if is_error(message) else None)
+    page.on("dialog", lambda dialog: problems.append(f"dialog: {dialog.message}"))
+    page.on("request", watch)
+    return page
 
 
 def is_error(message) -> bool:
@@ -489,14 +515,57 @@ def test_server_that_is_killed_and_restarted(open_page, fake):
     fake.stop()
     expect(page.locator(".failed")).to_contain_text("before the answer was complete")
     expect(last(page)).to_contain_text("word word")
-    page.click("text=Retry")
-    expect(page.locator(".failed").last).to_have_text("The server can't be reached.")
     expect(page.locator("#notice")).to_contain_text("The server can't be reached.")
+    page.click("#turns >> text=Retry")
+    expect(page.locator(".failed").last).to_have_text("The server can't be reached.")
     fake.reply = lambda body: [stream(answer("Back."))]
     fake.restart()
     expect(page.locator("#notice")).to_be_hidden()  # it looks for the server by itself
-    page.locator("text=Retry").last.click()
+    page.locator("#turns >> text=Retry").last.click()
     expect(last(page)).to_have_text("Back.")
+
+
+def waiting(url: str) -> float:
+    """Answers that wait for a slot, by the server's metrics."""
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        return sum(map(float, re.findall(r"num_requests_waiting{.*} (.*)", response.read().decode())))
+
+
+@BROWSER_TESTS
+def test_real_server_that_is_killed_and_restarted(open_page, tmp_path):
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    from serve_helpers import open_request, save_models, serve_command, until
+
+    save_models(tmp_path, "base", "sft")
+    with serve_command(tmp_path, "--source=sft,base") as (process, port):
+        page = open_page(url=f"http://127.0.0.1:{port}")
+        page.click("#compare")
+        page.click("#settings-button")
+        page.fill("#seed", "5")
+        ask(page, "the cat")
+        said = page.locator(".answer .body").all_inner_texts()
+        assert len({*said}) == 2 and all(said)
+        page.click("#compare")
+        # So many answers wait before the next that it has hardly begun when the server dies.
+        busy = [open_request(port, {"model": f"d1-{stage}", "n": 16, "stream": True, "ignore_eos": True})
+                for stage in ("base", "sft") for _ in range(15)]  # fmt: skip
+        until(lambda: waiting(f"http://127.0.0.1:{port}") > 200)
+        with page.expect_response("**/chat/completions"):
+            ask(page, "the cat and", wait=False)
+        process.kill()
+        for client in busy:
+            client.close()
+        expect(page.locator(".failed:visible")).to_have_text("The connection broke before the answer was complete.")
+        expect(page.locator("#notice")).to_contain_text("The server can't be reached.")
+    with serve_command(tmp_path, "--source=sft,base", port=port):
+        expect(page.locator("#notice")).to_be_hidden()
+        page.click("#turns >> text=Retry")
+        expect(page.locator("[aria-busy=true]")).to_have_count(0)
+        expect(page.locator(".failed:visible")).to_have_count(0)
+        page.click("#new")
+        page.click("#compare")
+        ask(page, "the cat")
+        assert page.locator(".answer .body").all_inner_texts() == said  # by the same seed
 
 
 @BROWSER_TESTS
@@ -543,7 +612,7 @@ def test_export_and_import(open_page, fake, tmp_path):
     assert conversation["turns"][0]["question"] == "keep me"
     assert [one["parts"][0]["text"] for one in conversation["turns"][0]["answers"]["d12-rl"]] == ["Hello."]
 
-    other = open_page()
+    other = open_page(locale="en")
     bad = {"format": "jaxchat-conversations", "conversations": [{"turns": [{"question": "q", "answers": {"m": [3]}}]}]}
     for name, text in {"bad.json": json.dumps(bad), "not.json": "{"}.items():
         (tmp_path / name).write_text(text)
