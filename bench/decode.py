@@ -1,13 +1,14 @@
 """Time decoding beside what the memory allows: python -m bench.decode --depth=12 --batches=1,8,16,64,128
 
-On one device, with random weights. A token of a batch has to read all weights but the embedding once, and the
-keys and values of every row: the share of that in the time a token takes, at the speed of a large copy, is
-the MBU (memory bandwidth utilization). --rival names another program to time in turn; it takes --depth --seq
---vocab --batch --prompt_tokens --max_tokens, and its last line is a JSON object with tokens_per_s.
+With random weights. A token of a batch has to read all weights but the embedding once, and the keys and
+values of every row: the share of that in the time a token takes, at the speed of a large copy, is the MBU
+(memory bandwidth utilization) of a device. --rival names another program to time in turn; it takes --depth
+--seq --vocab --batch --prompt_tokens --max_tokens, and its last line is a JSON object with tokens_per_s.
 """
 
 import dataclasses
 import json
+import math
 import shlex
 import statistics
 import time
@@ -20,7 +21,7 @@ from bench.compare import run as run_rival
 from bench.eval import random_params, timed
 from bench.step import parse_way
 from jaxchat import sharding
-from jaxchat.config import Compute, Flags, ModelConfig, flag
+from jaxchat.config import Compute, Flags, ModelConfig, UserError, flag
 from jaxchat.infer.engine import STRETCH, Engine
 from jaxchat.infer.scheduler import Request
 from jaxchat.model.flops import num_params
@@ -47,6 +48,9 @@ class Config(Flags):
     """Randomness; 0: always the likeliest token."""
     top_k: int = flag(0, 0)
     """Draw from this many likeliest tokens; 0: from all."""
+    devices: int = flag(1, 1)
+    """Devices that rows are spread over, at most one a row. A CPU is cut into as many: each attends by one
+    thread, so one a core is faster for many rows."""
     way: str = ""
     """Fields of Compute that differ from this device's defaults, as in "attention=xla dtype=float32"."""
     rounds: int = flag(3, 1)
@@ -111,7 +115,10 @@ def measure(engine: Engine, prompts: list[list[int]], config: Config) -> dict:
 
 def measure_in_turn(config: Config, model: ModelConfig, compute: Compute, params, batch: int) -> dict:
     """Medians of the rounds for one batch, of ours and, in turn with it, of a rival's."""
-    engine = Engine(params, model, NoText(model.vocab_size), compute, batch_size=batch)
+    devices = min(config.devices, batch)
+    compute = dataclasses.replace(compute, mesh=sharding.make_mesh(jax.devices()[:devices]))
+    slots = math.ceil(batch / devices)
+    engine = Engine(params, model, NoText(model.vocab_size), compute, batch_size=slots)
     shape = (batch, config.prompt_tokens)
     prompts = np.random.default_rng(0).integers(0, model.vocab_size - 9, shape).tolist()
     _, compiled = timed(lambda: measure(engine, prompts, config))
@@ -129,6 +136,8 @@ def measure_in_turn(config: Config, model: ModelConfig, compute: Compute, params
                 rivals.append(run_rival(command)["tokens_per_s"])
     found = {name: statistics.median(one[name] for one in ours) for name in ours[0]} | {"batch": batch}
     found["first_time_s"] = compiled
+    middle = min(config.prompt_tokens + config.max_tokens / 2, model.sequence_len)
+    found["read_bytes"] = weight_bytes(model, compute) + slots * row_bytes(model, compute, middle)
     if rivals:
         found["rival_tokens_per_s"] = statistics.median(rivals)
         pairs = zip(ours, rivals, strict=True)
@@ -139,7 +148,10 @@ def measure_in_turn(config: Config, model: ModelConfig, compute: Compute, params
 def run(config: Config):
     sharding.keep_compiled()
     sharding.take_memory()
-    mesh = sharding.make_mesh(jax.devices()[:1])
+    jax.config.update("jax_num_cpu_devices", config.devices)
+    if jax.device_count() < config.devices:
+        raise UserError(f"--devices={config.devices}: there are {jax.device_count()} here")
+    mesh = sharding.make_mesh(jax.devices()[: config.devices])
     model = ModelConfig.from_depth(config.depth, sequence_len=config.seq, vocab_size=config.vocab)
     compute, params = Compute.for_backend(mesh=mesh, **parse_way(config.way)), random_params(model)
     weights, speed = weight_bytes(model, compute), copy_speed()
@@ -150,8 +162,7 @@ def run(config: Config):
     table = []
     for batch in map(int, config.batches.split(",")):
         found = measure_in_turn(config, model, compute, params, batch)
-        middle = min(config.prompt_tokens + config.max_tokens / 2, config.seq)
-        found["mbu"] = (weights + batch * row_bytes(model, compute, middle)) / speed / found["token_s"]
+        found["mbu"] = found["read_bytes"] / speed / found["token_s"]
         line = f"batch {batch:>4}  {found['tokens_per_s']:10,.0f} tokens/s, "
         line += f"{1e3 * found['token_s']:.2f} ms a token, "
         line += f"first tokens after {1e3 * found['ttft_s']:.0f} ms, MBU {found['mbu']:.0%}"
