@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxchat.config import STAGES, BaseConfig, MidConfig, SFTConfig, UserError
+from jaxchat.config import STAGES, BaseConfig, MidConfig, SFTConfig, UserError, flag
 from jaxchat.speedrun.estimate import BYTES_A_TOKEN, SHARD_BYTES
 from launch import base_train, cli, download, tok_train
 
@@ -25,6 +25,8 @@ class Config(BaseConfig):
 
     tasks_dir: str = ""
     """Folder of the tasks' files; empty: <base directory>/tasks."""
+    vocab_size: int = flag(tok_train.Config.vocab_size, 1)
+    """Vocabulary size to count with while there is no tokenizer."""
 
 
 class Checklist(list):
@@ -55,7 +57,7 @@ def run(config: Config) -> int:
     mesh = check_devices(config, checks)
     with contextlib.suppress(UserError):
         tokenizer = tokenizer_for(config, "base", tag)
-    vocab_size = tokenizer.vocab_size if tokenizer else tok_train.Config.vocab_size
+    vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size
     model, given = model_for(config, stages.base_model(config, vocab_size), mesh), config
     with checks.expecting("horizon"):
         config = stages.with_horizon(config, model.config)

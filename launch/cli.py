@@ -244,6 +244,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=8, width=min(100, shutil.get_terminal_size().columns))
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)  # flags in examples stay in one piece
+
 
 def _field_docs(cls) -> dict[str, str]:
     """Return {name of a field: the string below it}, read from the class's source, where there is any."""

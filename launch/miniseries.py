@@ -5,17 +5,15 @@ import shlex
 
 from jaxchat import files
 from jaxchat.config import BaseConfig, Flags, UserError, base_dir, flag
-from jaxchat.speedrun import state
-from jaxchat.speedrun.estimate import START
+from jaxchat.speedrun import state, steps
 from jaxchat.speedrun.plan import table
 from jaxchat.speedrun.presets import CPU, H100, TOKENIZER, Places
-from jaxchat.speedrun.progress import Progress
 from jaxchat.speedrun.runner import Runner, python
 from jaxchat.speedrun.state import State
 from jaxchat.speedrun.steps import Checkpoint, Results, Step
 from launch import base_eval, cli
 from launch.cluster.local import visible_gpus
-from launch.speedrun import locked, names_in, words_of
+from launch.speedrun import carry_out, how_to_continue, names_in, words_of
 
 # Flags of base_train that the series gives: it measures at the beginning and the end only.
 QUIET = ("--eval_every=1000000", "--core_metric_every=-1", "--sample_every=-1")
@@ -67,13 +65,8 @@ def main(args: list[str] | None = None):
 def run(config: Config) -> int:
     listed, flags = described(config)
     known = State(base_dir() / "speedrun" / config.name)
-    redo = {name.strip() for name in config.redo.split(",") if name.strip()}
-    if unknown := sorted(redo - {step.name for step in listed}):
-        raise UserError(f"--redo={config.redo}: no run is named {unknown[0]!r}; the runs: {', '.join(flags)}")
-    again = known.again(listed, redo) if redo else set()
-    verdicts = state.plan(known, [step for step in listed if step.name not in again])
-    why = {name: verdict.why for name, verdict in verdicts.items() if not verdict.done}
-    why |= dict.fromkeys(again, "again")
+    redo = steps.named(listed, "redo", config.redo)
+    why = state.to_do(known, listed, listed, redo)
     places = places_of(config)
     minutes = sum(step.minutes for step in listed if step.name in why) / len(places)
     cli.print_plan(
@@ -85,23 +78,14 @@ def run(config: Config) -> int:
             ("saves", f"{base_dir()}; page in {base_dir() / 'report' / config.name}"),
         ],
     )
-    print("\n".join(table(listed, why)), flush=True)
+    print("\n".join(table(listed, why, flags=config.dry_run)), flush=True)
     if config.dry_run:
         print("nothing was done: --dry_run")
         return 0
-    state.check_inputs(listed, listed)
-    with locked(known):
-        if again:
-            known.forget(listed, redo)
-        runner = Runner(listed, known, restarts=config.restarts, places=places)
-        progress = Progress(runner, listed)
-        code = runner.run()
-        progress.write("stopped" if runner.stopped else "failed" if code else "done")
+    code = carry_out(Runner(listed, known, restarts=config.restarts, places=places), listed, redo)
+    how_to_continue(code, "miniseries", config)
     if code:
-        print("to continue:")
-        cli.next_step(f"python -m launch.miniseries {shlex.join(words_of(config))}")
         return code
-    known.complete()
     report(config, flags)
     return 0
 
@@ -132,7 +116,7 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
                 words = [f"--model_tag={tag}", *places.flags("data_dir"), *shlex.split(config.base_eval)]
                 cli.parse(base_eval.Config, words)  # a UserError if one is wrong
                 argv, results = python("launch.base_eval", *words), Results("base", tag, "base_eval")
-                listed.append(Step(f"core-{name}", argv, (results,), made, START))
+                listed.append(Step(f"core-{name}", argv, (results,), made, CPU.start))
     return listed, flags
 
 
@@ -142,7 +126,7 @@ def minutes_of(flags: BaseConfig) -> float:
     from jaxchat.train.stages import base_steps
 
     model, rate = model_of(flags), len(visible_gpus()) * 0.4 * H100 or CPU.flops
-    return START + base_steps(flags, model) * flags.total_batch_size * flops_per_token(model) / rate / 60
+    return CPU.start + base_steps(flags, model) * flags.total_batch_size * flops_per_token(model) / rate / 60
 
 
 def model_of(flags: BaseConfig):

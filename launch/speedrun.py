@@ -1,6 +1,5 @@
 """From nothing to a chat by one command: python -m launch.speedrun --preset=8xh100"""
 
-import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -21,7 +20,7 @@ from jaxchat.speedrun.progress import Progress
 from jaxchat.speedrun.runner import Runner, python
 from jaxchat.speedrun.state import State
 from jaxchat.speedrun.steps import Files, Step
-from launch import base_eval, chat_eval, cli, tok_train
+from launch import base_eval, chat_eval, cli, serve, tok_train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,28 +114,21 @@ def run(config: Config) -> int:
             code = plan_and_perform(config)
     else:
         code = plan_and_perform(config)
-    if code:
-        print(
-            "to continue, once that is resolved:"
-            if code != os.EX_TEMPFAIL
-            else "stopped and saved; to continue:"
-        )
-        cli.next_step(f"python -m launch.speedrun {shlex.join(words_of(config))}")
+    how_to_continue(code, "speedrun", config)
     return code
 
 
 def plan_and_perform(config: Config) -> int:
     plan = described(config)
+    if config.serve:
+        serve.check_installed()
     known = State(base_dir() / "speedrun" / plan.tag)
     chosen = steps.chosen(plan.steps, config.first, config.until, config.only)
     redo = steps.named(plan.steps, "redo", config.redo)
-    again = known.again(plan.steps, redo) if redo else set()
-    verdicts = state.plan(known, [step for step in chosen if step.name not in again])
-    why = {name: verdict.why for name, verdict in verdicts.items() if not verdict.done}
-    why |= {step.name: "again" for step in chosen if step.name in again}
+    why = state.to_do(known, plan.steps, chosen, redo)
     todo = [step for step in chosen if step.name in why]
     cli.print_plan(f"Run {plan.tag}: {plan.preset.about}", plan.rows(todo))
-    print("\n".join(table(chosen, why)), flush=True)
+    print("\n".join(table(chosen, why, flags=config.dry_run)), flush=True)
     missing = check(plan, todo) if config.check and "base" in why and config.preset != "cpu" else []
     if config.dry_run:
         print("nothing was done: --dry_run")
@@ -144,43 +136,54 @@ def plan_and_perform(config: Config) -> int:
     if missing:
         raise UserError(f"missing: {'; '.join(missing)}. Nothing was started; --no_check starts all the same")
     files.check_space(base_dir(), int(plan.disk(todo)), "free some, or set JAXCHAT_BASE_DIR to a larger disk")
-    with locked(known):
-        if again:
-            known.forget(plan.steps, redo)
-        state.check_inputs(plan.steps, chosen)
-        return perform(config, plan, known, chosen)
-
-
-@contextlib.contextmanager
-def locked(known: State):
-    """Keep other runs of the same tag out. UserError: one is under way."""
-    try:
-        held = files.lock(known.path("run", "lock"), f"process {os.getpid()}")
-    except files.Held as other:
-        raise UserError(f"the run is under way already, in {other}; see {known.path('status')}") from None
-    with open(held, "rb"):
-        yield
-
-
-def perform(config: Config, plan: Plan, known: State, chosen: list[Step]) -> int:
-    """Run the chosen steps, then say how it went and what comes next."""
     runner = Runner(chosen, known, restarts=config.restarts)
-    progress = Progress(runner, chosen, plan.price)
-    code = runner.run()
-    progress.write("stopped" if runner.stopped else "failed" if code else "done")
-    if code:
+    return perform(config, plan, runner, redo)
+
+
+def perform(config: Config, plan: Plan, runner: Runner, redo: set[str]) -> int:
+    """Run the chosen steps, then print what comes next, or start the server."""
+    if code := carry_out(runner, plan.steps, redo, plan.price):
         return code
-    known.complete()
+    chosen = runner.steps
     print(f"all {len(chosen)} steps are done")
     if len(chosen) < len(plan.steps):
         rest = dataclasses.replace(config, first="", until="", only="", redo="")
         cli.next_step(f"python -m launch.speedrun {shlex.join(words_of(rest))}")
         return 0
-    server = ["launch.serve", f"--model_tag={plan.tag}"]
-    if config.serve:
-        return subprocess.run([sys.executable, "-m", *server]).returncode
-    cli.next_step(f"python -m {' '.join(server)} --open_browser")
+    server = f"python -m launch.serve --model_tag={plan.tag}"
+    cli.next_step(server if config.serve else f"{server} --open_browser")
+    if config.serve:  # in place of this process, which signals then reach
+        os.execv(sys.executable, [sys.executable, *server.split()[1:]])
     return 0
+
+
+def carry_out(runner: Runner, listed: list[Step], redo: set[str], price: float = 0.0) -> int:
+    """Run a runner's steps, of all that are listed, and return the exit code. redo: what --redo gave.
+
+    UserError: the run is under way in another process, or an input is missing.
+    """
+    known = runner.state
+    try:
+        held = files.lock(known.path("run", "lock"), f"process {os.getpid()}")
+    except files.Held as other:
+        raise UserError(f"the run is under way already, in {other}; see {known.path('status')}") from None
+    with open(held, "rb"):
+        if known.again(listed, redo):
+            known.forget(listed, redo)
+        progress = Progress(runner, runner.steps, price)
+        code = runner.run()
+        progress.write("stopped" if runner.stopped else "failed" if code else "done")
+        if not code:
+            known.complete()
+    return code
+
+
+def how_to_continue(code: int, command: str, config: Flags):
+    """Print the command that continues a run which has ended with an exit code; nothing after 0."""
+    if code:
+        outcome = "stopped and saved" if code == os.EX_TEMPFAIL else "once that is resolved"
+        print(f"{outcome}; to continue:")
+        cli.next_step(f"python -m launch.{command} {shlex.join(words_of(config))}")
 
 
 def described(config: Config) -> Plan:
@@ -191,20 +194,9 @@ def described(config: Config) -> Plan:
     preset = PRESETS[config.preset]
     price = preset.machine.price if config.price_per_hour < 0 else config.price_per_hour
     if config.preset == "cpu":
-        for name in (
-            "depth",
-            "model_tag",
-            "data_dir",
-            "tasks_dir",
-            "eval_bundle",
-            "base_eval",
-            "chat_eval",
-            "rl",
-        ):
+        for name in ("depth", "model_tag", "data_dir", "tasks_dir", "eval_bundle", "rl"):
             if getattr(config, name) != getattr(Config, name):
-                raise UserError(
-                    f"--{name} does not go with --preset=cpu, whose world is generated; leave it out"
-                )
+                raise UserError(f"--{name} does not go with --preset=cpu, a generated world; leave it out")
         return estimated(Plan(preset, TAG, *with_flags(presets.demo_steps(), config), price))
     from jaxchat import checkpoint
 
@@ -261,6 +253,11 @@ def with_flags(listed: list[Step], config: Config) -> tuple[list[Step], dict[str
             argv = (*step.argv[:3], *words_of(flags, names_in(words)))
             step = dataclasses.replace(step, argv=argv, free=frozenset(free - OWN))
         found.append(step)
+    used = {ADDED[name][1] for name in parsed}
+    for _, name, _ in ADDED.values():
+        if getattr(config, name) and name not in used:
+            more = "; it needs --rl" if name == "chat_rl" else ""
+            raise UserError(f"--{name}={getattr(config, name)!r}: this run has no such step{more}")
     return found, parsed
 
 
@@ -284,15 +281,18 @@ def check(plan: Plan, todo: list[Step]) -> list[str]:
     names = {step.name for step in todo}
     tasks = [word for word in plan_flags(plan, "mid") if word.startswith("--tasks_dir=")]
     words = [*plan_flags(plan, "base"), *tasks, "--resume"]
+    words.append(f"--vocab_size={plan.flags['tokenizer'].vocab_size}")
     done = subprocess.run([sys.executable, "-m", "launch.check", *words], capture_output=True, text=True)
     found = re.findall(r"^  (ok|warning|missing) +(\S+(?: \S+)?)  +(.*)$", done.stdout, re.M)
     if not found:
         raise UserError(f"launch.check failed: {done.stderr.strip()[-500:]}; --no_check does without it")
-    brought = {"text", "tokenizer"} if "text" in names else {"tokenizer"} if "tokenizer" in names else set()
-    if names & {"tasks", "bundle"}:
-        brought |= {name for _, name, text in found if "launch.download" in text}
+    brought = names & {"text", "tokenizer"} | ({"CORE"} if "bundle" in names else set())
+    if "tasks" in names:
+        brought |= {name for _, name, text in found if "launch.download" in text} - {"text", "CORE"}
     found = [wrong_devices(plan.preset.machine, line) if line[1] == "devices" else line for line in found]
     shown = [line for line in found if line[1] not in brought]
+    # Of the others the plan above has the figures, with all flags.
+    shown = [line for line in shown if line[0] != "ok" or not line[1].endswith(("batch", "disk"))]
     cli.print_plan("This machine", [(f"{state:<7}  {name}", text) for state, name, text in shown])
     return [f"{name}: {text}" for state, name, text in shown if state == "missing"]
 

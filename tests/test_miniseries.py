@@ -199,7 +199,7 @@ def test_one_dial_and_redo(prepared, capsys):
         (["--budgets=10"], "--target_flops=10 is less than one step"),
         (["--base=--depth=3"], "launch.miniseries itself gives --depth"),
         (["--budgets=1e12", "--base=--num_iterations=3"], "itself gives --num_iterations"),
-        (["--depths=2", "--redo=d9", *SMALL], "no run is named 'd9'; the runs: d2"),
+        (["--depths=2", "--redo=d9", *SMALL], "there is no step 'd9'; the steps are d2"),
         (["--name=a/b"], "must be a plain name"),
     ],
 )

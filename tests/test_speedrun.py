@@ -23,6 +23,7 @@ from jaxchat.speedrun import presets
 from jaxchat.speedrun import runner as runners
 from jaxchat.speedrun import state as states
 from jaxchat.speedrun import steps as artifacts
+from jaxchat.speedrun.plan import Plan
 from jaxchat.speedrun.presets import PRESETS
 from jaxchat.speedrun.progress import Progress, pace_of
 from jaxchat.speedrun.runner import Runner
@@ -237,7 +238,7 @@ def start_chain(home, **more):
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_passed_on_and_the_same_command_continues(home, number):
     process = start_chain(home)
     while not (home / "c.saved").exists():  # so a and b are done
@@ -283,8 +284,8 @@ def test_what_a_killed_run_left_is_waited_for(home, capsys):
     """It is asked to stop, and nothing starts before it has."""
     lock = home / "speedrun/a.lock"
     lock.parent.mkdir()
-    shell = f"""exec 9<>{lock}; flock -n 9; echo $$ > {lock}; touch {home}/holds
-        trap "sleep 0.2; touch {home}/saved; exit" TERM; while :; do sleep 0.05; done"""
+    shell = f"""exec 9<>{lock}; flock -n 9; echo $$ > {lock}; trap "sleep 0.2; touch {home}/saved; exit" TERM
+        touch {home}/holds; while :; do sleep 0.05; done"""
     held = subprocess.Popen(["sh", "-c", shell])
     while not (home / "holds").exists():
         time.sleep(0.01)
@@ -398,12 +399,28 @@ def test_choosing_steps():
 def test_what_a_chosen_step_needs_must_be_there(home):
     steps = abc()
     with pytest.raises(UserError, match="step c needs b.out, which is not there; step b makes it"):
-        states.check_inputs(steps, steps[2:])
-    states.check_inputs(steps, steps[1:2] + steps[:1])
+        states.check_inputs(State(home / "speedrun"), steps, steps[2:])
+    states.check_inputs(State(home / "speedrun"), steps, steps[1:2] + steps[:1])
     with pytest.raises(UserError, match="needs text.out, which is not there; put it there"):
-        states.check_inputs([fake("a", "text")], [fake("a", "text")])
+        states.check_inputs(State(home / "speedrun"), [fake("a", "text")], [fake("a", "text")])
     run(home, steps)
-    states.check_inputs(steps, steps[2:])
+    states.check_inputs(State(home / "speedrun"), steps, steps[2:])
+    with pytest.raises(UserError, match="step c needs b.out, which is not complete"):  # before it is deleted
+        states.to_do(State(home / "speedrun"), steps, steps[2:], {"b"})
+    State(home / "speedrun").begin(steps[1])
+    with pytest.raises(UserError, match="step c needs b.out, which is not complete; step b makes it"):
+        states.check_inputs(State(home / "speedrun"), steps, steps[2:])
+
+
+def test_the_server_takes_the_commands_place(home, monkeypatch):
+    """So that a signal reaches it."""
+    started = []
+    monkeypatch.setattr(speedrun.os, "execv", lambda path, words: started.append(words))
+    for flags in ({"serve": True}, {}):
+        plan = Plan(PRESETS["cpu"], "demo", [fake("a")], {}, 0.0)
+        runner = Runner(plan.steps, State(home / "speedrun"), restarts=0)
+        assert speedrun.perform(speedrun.Config(preset="cpu", **flags), plan, runner, set()) == 0
+    assert started == [[sys.executable, "-m", "launch.serve", "--model_tag=demo"]]
 
 
 def test_files_of_a_pattern(home):
@@ -426,6 +443,8 @@ def test_progress(home, monkeypatch):
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 26, "prog')
     pace = pace_of(base)
     assert pace.fraction == pytest.approx(0.25) and pace.left == pytest.approx(75 * 9)
+    (home / "speedrun").mkdir()
+    (home / "speedrun/tok.json").write_text('{"seconds": 60.0}')  # of an earlier start
     runner = Runner(steps, State(home / "speedrun"), restarts=0)
     progress = Progress(runner, steps, price_per_hour=10.0)
     runner.done["tok"], runner.running["base"] = 60.0, runners_stub(base)
@@ -526,6 +545,8 @@ def test_the_cpu_preset_is_the_demo(home, monkeypatch):
         (["--preset=laptop", "--mid=--num_iterations='3"], "--mid=.*No closing quotation"),
         (["--preset=laptop", "--model_tag=../x"], "must be a plain name"),
         (["--preset=cpu", "--depth=5"], "--depth does not go with --preset=cpu"),
+        (["--preset=cpu", "--chat_eval=-x 3"], "--chat_eval='-x 3': this run has no such step"),
+        (["--preset=laptop", "--chat_rl=--num_samples=3"], "this run has no such step; it needs --rl"),
     ],
 )
 def test_wrong_flags_are_refused(flags, words, home):

@@ -63,16 +63,24 @@ def markdown(
 
 
 def results(run: Run) -> str:
-    names = list(dict.fromkeys(name for stage in run.stages.values() for name in stage.measured))
-    rows = [[name, *(number(stage.measured.get(name)) for stage in run.stages.values())] for name in names]
-    text = table(["", *titles(run)], rows)
+    stages = list(run.stages.values())
+    text = measured(titles(run), stages)
     for name in ("loss", "reward"):
-        if name in names:
+        if any(name in stage.measured for stage in stages):
             text += f"\n\n`{name}` is that of training, a mean of the last {LAST} steps."
-    for stage in run.stages.values():
+    for stage in stages:
         for reason in stage.left_out:
             text += f"\n\nLeft out of {STAGES[stage.name].label}: {escape(reason)}."
     return text
+
+
+def measured(columns: list[str], stages: list[StageRun]) -> str:
+    """A table of what was measured, a column for each stage."""
+    names = dict.fromkeys(name for stage in stages for name in stage.measured)
+    return table(
+        ["", *columns],
+        [[name, *(number(stage.measured.get(name)) for stage in stages)] for name in names],
+    )
 
 
 def tokenizer(run: Run) -> list[str]:
@@ -87,10 +95,23 @@ def tokenizer(run: Run) -> list[str]:
 
 
 def training(run: Run, price_per_hour: float) -> str:
-    stages = list(run.stages.values())
+    stages, seconds = list(run.stages.values()), run.tokenizer_seconds
+    rows = trained(stages, price_per_hour, run.parameters, seconds)
+    text = table(["", *titles(run), "in all"], rows)
+    if seconds:
+        text += f"\n\n{duration(seconds)} for the tokenizer are part of wall time in all."
+    return text
+
+
+def trained(
+    stages: list[StageRun], price_per_hour: float, parameters: float = math.inf, extra: float = 0
+) -> list:
+    """Rows of how the stages were trained, a column for each and one for all of them; "–": 0 or not known.
+
+    parameters: of the stages' models, inf if they differ. extra: seconds in all besides the stages'.
+    """
 
     def totalled(show, value, extra: float = 0) -> tuple[list[str], str]:
-        """Format each stage's value, "–" where it is 0, and the sum of all and `extra`, by `show`."""
         values = [value(stage) for stage in stages]
         return [show(one) if one else "–" for one in values], show(sum(values) + extra)
 
@@ -104,7 +125,10 @@ def training(run: Run, price_per_hour: float) -> str:
         ("last checkpoint", [f"step {s.step:,}" for s in stages], ""),
         ("starts from", [s.parent for s in stages], ""),
         ("tokens", *totalled("{:,}".format, lambda s: s.tokens)),
-        ("tokens : parameters", *totalled("{:.2f}".format, lambda s: s.tokens / run.parameters)),
+        (
+            "tokens : parameters",
+            *totalled("{:.2f}".format, lambda s: s.tokens / parameters),
+        ),
         ("FLOPs", *totalled("{:.2e}".format, lambda s: s.flops)),
         ("tokens/s, median", [number(s.median("tokens_per_s")) for s in stages], ""),
         ("MFU, median", [percent(s.median("mfu")) for s in stages], ""),
@@ -112,15 +136,11 @@ def training(run: Run, price_per_hour: float) -> str:
         ("sampling answers", [percent(s.share("rollout_seconds")) for s in stages], ""),
         ("training", *totalled(duration, lambda s: s.wall_seconds)),
         ("evaluations", *totalled(duration, lambda s: s.eval_seconds)),
-        ("wall time", *totalled(duration, seconds, run.tokenizer_seconds)),
+        ("wall time", *totalled(duration, seconds, extra)),
     ]
     if price_per_hour:
-        rows.append((f"cost, at {price_per_hour:g} an hour", *totalled(cost, seconds, run.tokenizer_seconds)))
-    shown = [[name, *values, total] for name, values, total in rows if {*values} != {"–"}]
-    text = table(["", *titles(run), "in all"], shown)
-    if run.tokenizer_seconds:
-        text += f"\n\n{duration(run.tokenizer_seconds)} for the tokenizer are part of wall time in all."
-    return text
+        rows.append((f"cost, at {price_per_hour:g} an hour", *totalled(cost, seconds, extra)))
+    return [[name, *values, total] for name, values, total in rows if {*values} != {"–"}]
 
 
 def samples_text(samples: Samples | None) -> list[str]:

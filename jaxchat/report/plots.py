@@ -1,5 +1,6 @@
 """Plot the curves of a run as PNG images: one a quantity, with a panel for each stage that has it."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -27,18 +28,28 @@ CURVES = {
 FROM_ZERO = ("reward", "groups", "answer_tokens", "lr", "tokens_per_s")
 
 
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A curve of a panel. of_steps: a point a step, to be smoothed. color: None for a run by itself."""
+
+    label: str
+    xy: np.ndarray  # [N, 2]
+    of_steps: bool
+    color: np.ndarray | None = None
+
+
 def curves(run: Run) -> dict[str, tuple[str, bytes]]:
     """Plot every quantity that some stage has: {file name: (title, PNG)}."""
     images = {}
     for name, (title, trained, measured) in CURVES.items():
         drawn = []
         for stage in run.stages.values():
-            lines = [(points(stage, key), key == trained) for key in (trained, measured) if key]
-            lines = [(xy, of_steps) for xy, of_steps in lines if len(xy)]
-            if lines:
+            lines = [Line("training", points(stage, trained), True)] if trained else []
+            lines += [Line("validation", points(stage, measured), False)] if measured else []
+            if lines := [line for line in lines if len(line.xy)]:
                 drawn.append((STAGES[stage.name].label, lines))
         if drawn:
-            images[f"{name}.png"] = title, figure(drawn, from_zero=name in FROM_ZERO)
+            images[f"{name}.png"] = title, figure(drawn, "step", from_zero=name in FROM_ZERO)
     return images
 
 
@@ -49,35 +60,37 @@ def points(stage: StageRun, key: str) -> np.ndarray:
     return array[np.isfinite(array[:, 1])]
 
 
-def figure(panels: list, *, from_zero: bool) -> bytes:
-    """Draw panels, each (title, [(points [N, 2], whether a point a step)]), as one PNG."""
+def figure(panels: list[tuple[str, list[Line]]], unit: str, *, from_zero: bool) -> bytes:
+    """Draw panels, each a title and its lines over `unit`, as one PNG."""
     drawing = Figure(figsize=(10, 2.7), layout="constrained")
     axes = drawing.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, lines) in zip(axes, panels, strict=True):
-        for xy, of_steps in lines:
-            if of_steps:
-                thin = xy[:: -(-len(xy) // POINTS)]
-                axis.plot(thin[:, 0], thin[:, 1], color="#9db7d5", linewidth=0.8)
-                smooth = smoothed(xy)[:: -(-len(xy) // POINTS)]
-                axis.plot(smooth[:, 0], smooth[:, 1], color="#1f4e8c", linewidth=1.5, label="training")
-            else:
-                axis.plot(xy[:, 0], xy[:, 1], color="#c2571a", marker="o", markersize=3.5, label="validation")
-        if len(lines) > 1:
+        for line in lines:
+            draw(axis, line)
+        if len(lines) > 1 or lines[0].color is not None:
             axis.legend(frameon=False, fontsize=8)
-        finish(axis, title, "step", from_zero=from_zero)
+        if from_zero:
+            axis.set_ylim(bottom=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(unit, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return png_of(drawing)
 
 
-def finish(axis, title: str, unit: str, *, from_zero: bool):
-    """Give a panel its title, unit and grid."""
-    if from_zero:
-        axis.set_ylim(bottom=0)
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel(unit, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+def draw(axis, line: Line):
+    thin = slice(None, None, max(1, -(-len(line.xy) // POINTS)))
+    own = line.color is None
+    if line.of_steps:
+        if own:  # with several runs it would hide their lines
+            axis.plot(*line.xy[thin].T, color="#9db7d5", linewidth=0.8)
+        color = "#1f4e8c" if own else line.color
+        axis.plot(*smoothed(line.xy)[thin].T, color=color, linewidth=1.4, label=line.label)
+    else:
+        color = "#c2571a" if own else line.color
+        axis.plot(*line.xy.T, color=color, marker="o", markersize=3.5, linewidth=1, label=line.label)
 
 
 def png_of(drawing: Figure) -> bytes:

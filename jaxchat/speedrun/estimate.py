@@ -16,7 +16,6 @@ SFT_TOKENS = 600  # of one of them, in a row as long as the longest of its batch
 CORE_TOKENS, CORE_ITEMS = 220e6, 90_000  # of all of CORE's prompts
 CHAT_EVAL = 6.0  # minutes
 TOKENIZER_CHARS = 3e6  # a second
-START = 1.0  # minutes until a command computes: compiling, mostly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Machine:
     price: float = 0.0  # 0: not known
     topology: str = ""  # for launch.compile_check
     measured: str = ""  # where `flops` is from
+    start: float = 1.0  # minutes until a command computes: compiling, mostly
 
 
 def mid_tokens(config: MidConfig, model: ModelConfig) -> float:
@@ -44,6 +44,8 @@ def mid_tokens(config: MidConfig, model: ModelConfig) -> float:
 def sft_tokens(config: SFTConfig, model: ModelConfig) -> float:
     """Tokens of chat finetuning, padding included; 0: not known."""
     length = min(SFT_TOKENS, config.max_seq_len if config.max_seq_len > 0 else model.sequence_len)
+    if config.packing == "bestfit":  # rows without padding
+        length //= 2
     if config.num_iterations > 0:
         return config.num_iterations * config.target_examples_per_step * length
     standard = config.train_tasks == SFTConfig.train_tasks
@@ -61,14 +63,14 @@ def train_minutes(tokens: float, model: ModelConfig, machine: Machine) -> float:
     """Minutes to train on `tokens`; 0: not known."""
     from jaxchat.model.flops import flops_per_token
 
-    return START + tokens * flops_per_token(model) / machine.flops / 60 if tokens else 0.0
+    return machine.start + tokens * flops_per_token(model) / machine.flops / 60 if tokens else 0.0
 
 
 def read_minutes(tokens: float, model: ModelConfig, machine: Machine) -> float:
     """Minutes to read tokens without learning from them: a third of the FLOPs, at half the pace."""
     from jaxchat.model.flops import flops_per_token
 
-    return START + 2 / 3 * tokens * flops_per_token(model) / machine.flops / 60
+    return machine.start + 2 / 3 * tokens * flops_per_token(model) / machine.flops / 60
 
 
 def state_bytes(model: ModelConfig) -> int:

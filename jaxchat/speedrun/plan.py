@@ -42,12 +42,12 @@ class Plan:
         if step.resumes:
             return estimate.train_minutes(self.tokens(step.name), model, machine)
         if step.lane == "network":
-            return estimate.START + self.download(step) / estimate.NETWORK / 60
+            return machine.start + self.download(step) / estimate.NETWORK / 60
         if step.name == "tokenizer":
-            return estimate.START + flags.max_chars / estimate.TOKENIZER_CHARS / 60
+            return machine.start + flags.max_chars / estimate.TOKENIZER_CHARS / 60
         if step.name == "base-eval":
             return estimate.read_minutes(estimate.eval_tokens(flags), model, machine)
-        return estimate.CHAT_EVAL if step.name.startswith("chat-eval") else estimate.START
+        return estimate.CHAT_EVAL if step.name.startswith("chat-eval") else machine.start
 
     @staticmethod
     def download(step: Step) -> float:
@@ -107,13 +107,16 @@ class Plan:
         return f"{needed}'s {files.size_text(machine.memory)}; to compile the step: {compiled}"
 
 
-def table(steps: list[Step], why: dict[str, str]) -> list[str]:
-    """Lines about the steps: name, state, estimated time, command. why: of those that are to do."""
+def table(steps: list[Step], why: dict[str, str], flags: bool = True) -> list[str]:
+    """Lines about the steps: name, state, estimated time, command, with its flags or without. why: of those
+    that are to do.
+    """
     names = max(len(step.name) for step in steps)
     lines = [f"  {'step':<{names}}  {'state':<5}  {'time':>7}  command"]
     for step in steps:
         state = "to do" if step.name in why else "done"
         time = files.duration(60 * step.minutes) if step.minutes else "?"
         note = f"  ({why[step.name]})" if why.get(step.name) else ""
-        lines.append(f"  {step.name:<{names}}  {state:<5}  {time:>7}  {step.shown}{note}")
+        command = step.shown if flags else " ".join(step.shown.split()[:3])
+        lines.append(f"  {step.name:<{names}}  {state:<5}  {time:>7}  {command}{note}")
     return lines

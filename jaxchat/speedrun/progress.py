@@ -1,5 +1,6 @@
 """How far a run is: a line for people, status.json for programs, and the time left, by what was measured."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -56,6 +57,8 @@ class Progress:
     def __init__(self, runner: Runner, steps: list[Step], price_per_hour: float = 0.0):
         self.runner, self.steps, self.price = runner, steps, price_per_hour
         self.began = self.shown = self.written = time.monotonic()
+        records = [runner.state.record(step.name) for step in steps if step.lane == "devices"]
+        self.before = sum(record.get("seconds", 0.0) for record in records)  # spent by earlier starts
         runner.on_tick, runner.on_change = self.tick, self.change
 
     def tick(self):
@@ -110,23 +113,23 @@ class Progress:
         return max(lanes.values(), default=0.0), known
 
     def line(self) -> str:
-        """ "speedrun: base 12 %, 3 of 11 steps done; 40m00s so far, about 3h10m left"."""
+        """ "d20: base 12%, 3 of 11 steps done; 40m00s so far, about 3h10m left"."""
         at = []
         for name, running in self.runner.running.items():
             pace = pace_of(running.step)
             at.append(f"{name} {pace.fraction:.0%}" if pace else name)
         left, known = self.left()
         passed = time.monotonic() - self.began
-        text = f"speedrun: {' + '.join(at)}, {len(self.runner.done)} of {len(self.steps)} steps done; "
+        run, done = self.runner.state.folder.name, len(self.runner.done)
+        text = f"{run}: {' + '.join(at)}, {done} of {len(self.steps)} steps done; "
         text += f"{duration(passed)} so far, {'about' if known else 'more than'} {duration(left)} left"
         if self.price:
             text += f", cost about {(self.spent() + left) / 3600 * self.price:,.2f} in all"
         return text
 
     def spent(self) -> float:
-        """Seconds that the devices were held for these steps, earlier runs included."""
-        done = sum(self.runner.done.get(step.name, 0.0) for step in self.steps if step.lane == "devices")
-        return done + sum(time.monotonic() - running.began for running in self.runner.running.values())
+        """Seconds that these steps have taken, in earlier starts too."""
+        return self.before + time.monotonic() - self.began
 
     def write(self, state: str):
         """Write status.json: what runs, what is done, and the time left."""
@@ -147,4 +150,5 @@ class Progress:
             )
         about = {"state": state, "updated": time.time(), "seconds": time.monotonic() - self.began}
         about |= {"seconds_left": left, "all_known": known, "steps": steps}
-        files.write_json(self.runner.state.folder / "status.json", about)
+        with contextlib.suppress(OSError):  # on a full disk the steps decide what to do
+            files.write_json(self.runner.state.folder / "status.json", about)

@@ -57,7 +57,8 @@ class Running:
                 with contextlib.suppress(OSError):  # a full disk is the step's to report
                     self.log.write(line + "\n")
                     self.log.flush()
-                show(line)
+                if not line.startswith("next: "):  # what comes next is ours to say
+                    show(line)
 
 
 class Runner:
@@ -128,6 +129,7 @@ class Runner:
         words = [*step.argv, *(["--resume"] if step.resumes else [])]
         log = self.state.path(step.name, "log").open("a", encoding="utf-8")
         log.write(f"$ {' '.join(words)}\n")
+        show(f"step {step.name}: {step.shown}")
         self.running[step.name] = running = Running(step, log, words, lock, place)
         if self.stopped:  # the signal came while it started
             running.process.send_signal(signal.SIGTERM)
@@ -190,16 +192,16 @@ class Runner:
 
     @contextlib.contextmanager
     def hearing(self):
-        """Pass SIGTERM, SIGINT and SIGHUP (as SIGTERM) on to what runs, and start nothing more."""
+        """Pass a request to stop on to what runs, SIGINT as itself, others as SIGTERM; start nothing more."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def heard(number, frame):
             self.stopped = number
-            self.send(signal.SIGTERM if number == signal.SIGHUP else number)
+            self.send(number if number == signal.SIGINT else signal.SIGTERM)
 
-        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]  # as the trainers
         numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # as nohup sets it
         before = {number: signal.signal(number, heard) for number in numbers}
         try:

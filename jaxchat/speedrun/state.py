@@ -38,6 +38,11 @@ class State:
     def record(self, name: str) -> dict:
         return read_json(self.path(name))
 
+    def incomplete(self, step: Step) -> bool:
+        """Whether a step was begun and has not ended well."""
+        record = self.record(step.name)
+        return bool(record) and "outputs" not in record
+
     def begin(self, step: Step):
         """Record a step's command and inputs, before it starts."""
         old = self.record(step.name)
@@ -117,6 +122,18 @@ def commands_of(steps: list[Step], names: set[str]) -> dict[str, list[str]]:
     return {step.name: list(step.argv) for step in steps if step.name in names}
 
 
+def to_do(state: State, steps: list[Step], chosen: list[Step], redo: set[str]) -> dict[str, str]:
+    """{name: why} of the chosen steps that are not done. redo: the names that --redo gave.
+
+    UserError: flags or inputs of one differ from those it was run with, or an input is missing.
+    """
+    again = state.again(steps, redo)
+    check_inputs(state, steps, chosen, again)
+    verdicts = plan(state, [step for step in chosen if step.name not in again])
+    why = {name: verdict.why for name, verdict in verdicts.items() if not verdict.done}
+    return why | {step.name: "again" for step in chosen if step.name in again}
+
+
 def plan(state: State, steps: list[Step]) -> dict[str, Verdict]:
     """The verdict on each step. UserError: flags or inputs of one differ from those it was run with."""
     verdicts, remade = {}, frozenset()
@@ -137,15 +154,25 @@ def refuse(step: Step, verdict: Verdict):
         )
 
 
-def check_inputs(steps: list[Step], selected: list[Step]):
-    """Raise UserError if a chosen step needs what is not there and no chosen step makes."""
+def check_inputs(state: State, steps: list[Step], selected: list[Step], again: set[str] = frozenset()):
+    """Raise UserError if a chosen step needs what no chosen step makes and is not there, or not complete.
+
+    again: steps whose output --redo is going to delete.
+    """
     made, makes = makers(selected), makers(steps)
     for step in selected:
         for artifact in step.needs:
-            if artifact not in made and not artifact.found():
-                maker = makes.get(artifact)
-                how = f"step {maker.name} makes it: choose that too" if maker else "put it there first"
-                raise UserError(f"step {step.name} needs {artifact.title}, which is not there; {how}")
+            maker = makes.get(artifact)
+            if artifact in made:
+                continue
+            if not artifact.found():
+                lacks = "is not there"
+            elif maker and (maker.name in again or state.incomplete(maker)):
+                lacks = "is not complete"
+            else:
+                continue
+            how = f"step {maker.name} makes it: choose that too" if maker else "put it there first"
+            raise UserError(f"step {step.name} needs {artifact.title}, which {lacks}; {how}")
 
 
 def found_in(artifacts: tuple[Artifact, ...]) -> dict[str, str]:

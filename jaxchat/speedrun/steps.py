@@ -1,7 +1,7 @@
 """Steps of a run as data: the command of each, what it needs and what it makes.
 
-What steps need and make are files, checkpoints and results of evaluations: each says what is there now, as
-{path: fingerprint}. A step that needs what another makes comes after it.
+What steps need and make are files, checkpoints and results of evaluations. A step that needs what another
+makes comes after it.
 """
 
 import dataclasses
@@ -12,8 +12,27 @@ from jaxchat import files
 from jaxchat.config import STAGES, UserError, base_dir
 
 
+class Artifact:
+    """What a step makes or needs. Its `title` names it in records and messages."""
+
+    def found(self) -> dict[str, str]:
+        """{path: fingerprint} of what is there; {}: it is not there, or not complete."""
+        raise NotImplementedError
+
+    def damage(self) -> str:
+        """What is wrong with it beyond what fingerprints show; "": nothing."""
+        return ""
+
+    def begun(self) -> bool:
+        """Whether an interrupted run has left something of it that is worth keeping."""
+        return False
+
+    def delete(self):
+        """Delete it. Nothing to do where the command that makes it replaces it."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Files:
+class Files(Artifact):
     """The files that match a pattern, in the base directory or (an absolute pattern) elsewhere.
 
     least: fewest files of a complete output. first: number of files to look at, in the order of their
@@ -29,7 +48,6 @@ class Files:
         return self.pattern + (f" (the first {self.first})" if self.first else "")
 
     def found(self) -> dict[str, str]:
-        """{path: fingerprint} of the files; {}: too few are there."""
         from jaxchat.data.sources import file_fingerprint
 
         root, pattern = base_dir(), self.pattern
@@ -42,20 +60,9 @@ class Files:
             return {}
         return {name.as_posix(): file_fingerprint(root / name) for name in names}
 
-    def damage(self) -> str:
-        """What is wrong beyond what fingerprints show: nothing."""
-        return ""
-
-    def begun(self) -> bool:
-        """Whether a run that was interrupted has left something worth keeping: no."""
-        return False
-
-    def delete(self):
-        """Files are replaced by the command that makes them."""
-
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Artifact):
     """The last checkpoint of a stage under a tag."""
 
     stage: str
@@ -85,7 +92,7 @@ class Checkpoint:
         return {f"{self.title}/{step}": files.file_hash(sealed)[:16] if sealed.exists() else "not sealed"}
 
     def damage(self) -> str:
-        """What is wrong with the weights, which are read for it; "": nothing."""
+        """What is wrong with the weights, which are read for it."""
         from jaxchat import seal
 
         return seal.damage(self.folder / str(self.last()), ("params", "meta"))
@@ -108,7 +115,7 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Results:
+class Results(Artifact):
     """What a command has measured of a stage's last checkpoint."""
 
     stage: str
@@ -121,19 +128,7 @@ class Results:
 
     def found(self) -> dict[str, str]:
         run = Checkpoint(self.stage, self.tag)
-        return Files(f"{run.title}/{self.command}_{run.last()}*.json").found()
-
-    def damage(self) -> str:
-        return ""
-
-    def begun(self) -> bool:
-        return False
-
-    def delete(self):
-        """Results are replaced by the command that makes them."""
-
-
-Artifact = Files | Checkpoint | Results
+        return Files(f"{run.title}/{self.command}_{run.last()}[!0-9]*json").found()
 
 
 @dataclasses.dataclass(frozen=True)
