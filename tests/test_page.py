@@ -129,7 +129,13 @@ def ask(page, question: str, *, wait: bool = True):
     page.fill("#box", question)
     page.press("#box", "Enter")
     if wait:
-        expect(page.locator("[aria-busy=true]")).to_have_count(0)
+        wait_for_end(page)
+
+
+def wait_for_end(page):
+    """Wait until all answers have ended and are shown. What is new of them is drawn in the next frame."""
+    expect(page.locator("#send")).to_have_attribute("aria-label", "Send")
+    page.evaluate("new Promise(requestAnimationFrame)")
 
 
 def last(page):
@@ -404,6 +410,7 @@ def test_settings_are_sent_and_kept(open_page, fake):
     page.click("text=seed 7")  # the answer's seed, for what comes
     ask(page, "third")
     assert fake.requests[-1]["seed"] == 7
+    expect(page.locator("#summary")).to_have_text("temperature 0 · top-k 7 · seed 7")
 
 
 @BROWSER_TESTS
@@ -495,7 +502,7 @@ def test_error_can_be_retried(open_page, fake):
     fake.reply = refuse
     page = open_page()
     ask(page, "hello?")
-    expect(page.locator(".failed")).to_have_text("the queue is full Try again in 2 s.")
+    expect(page.locator(".failed")).to_have_text("the queue is full. Try again in 2 s.")
     expect(page.locator(".turn h2")).to_have_text("You: hello?")
     fake.reply = lambda body: [stream(answer("Hello.")[:2] + [{"error": {"message": "server shutting down"}}])]
     page.click("text=Retry")
@@ -560,7 +567,7 @@ def test_real_server_that_is_killed_and_restarted(open_page, tmp_path):
     with serve_command(tmp_path, "--source=sft,base", port=port):
         expect(page.locator("#notice")).to_be_hidden()
         page.click("#turns >> text=Retry")
-        expect(page.locator("[aria-busy=true]")).to_have_count(0)
+        wait_for_end(page)
         expect(page.locator(".failed:visible")).to_have_count(0)
         page.click("#new")
         page.click("#compare")
@@ -677,11 +684,11 @@ def test_phone(open_page, fake):
     page.keyboard.type("two")
     page.tap("#send")
     expect(page.locator(".turn h2")).to_have_text("You: one\ntwo")
-    expect(page.locator("[aria-busy=true]")).to_have_count(0)
+    wait_for_end(page)
     page.tap("#compare")
     page.fill("#box", "a" * 300)
     page.tap("#send")
-    expect(page.locator("[aria-busy=true]")).to_have_count(0)
+    wait_for_end(page)
     assert page.evaluate("document.documentElement.scrollWidth") == 320
     assert page.evaluate("document.getElementById('scroll').scrollWidth") <= 320
     for name in ("list", "settings"):

@@ -246,7 +246,7 @@ class Pool:
                 400, f"{len(requests)} answers at once; this server takes at most {most}", param="n"
             )
         if rows + len(requests) > most:
-            message = f"{rows} answers are running or waiting, the most this server takes; try again later"
+            message = f"{rows} answers are running or waiting; this server takes at most {most}"
             raise ApiError(429, message, code="rate_limit_exceeded", retry=self._retry())
         job, now = Job(), clock()
         for index, request in enumerate(requests):

@@ -91,7 +91,7 @@ class Service:
     def check_open(self):
         """Raise ApiError unless answers are generated now."""
         if self.state == "loading":
-            raise ApiError(503, "the model is being loaded; try again later", retry=5)
+            raise ApiError(503, "the model is still being loaded", retry=5)
         if self.state == "draining":
             raise ApiError(503, "the server is shutting down", retry=10)
 
