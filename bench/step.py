@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import sharding
-from jaxchat.config import REMATS, Compute, Model, ModelConfig, UserError
+from jaxchat.config import Compute, Model, ModelConfig, UserError
 from jaxchat.model.flops import flops_per_token, num_params, peak_flops
 from jaxchat.train import fit
 from jaxchat.train.loop import place_batch
@@ -88,7 +88,8 @@ def prepare(config: Shape, changes: dict, micro_rows: int, make_state: Callable 
         model, grad_clip=GRAD_CLIP[config.stage], muon_dtype=jnp.dtype(compute.dtype), mesh=mesh
     )
     batch = place_batch(batch_of(config, micro_rows, np.random.default_rng(0)), mesh)
-    remats = REMATS if fit.device_memory(mesh) and "remat" not in changes else (compute.remat,)
+    auto = fit.device_memory(mesh) and "remat" not in changes
+    remats = fit.remats_to_try(batch, mesh) if auto else (compute.remat,)
     steps = {
         remat: make_train_step(Model(model, dataclasses.replace(compute, remat=remat)), optimizer)
         for remat in remats

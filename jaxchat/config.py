@@ -267,6 +267,7 @@ def check_constant(field: dataclasses.Field, value):
 
 
 REMATS = ("none", "dots", "full")  # from the fastest to the one that needs the least memory
+ALL_REMATS = (*REMATS, "step")  # step: for several devices and micro-batches (model/parts.py)
 
 
 def gpu_capability() -> float:
@@ -285,7 +286,9 @@ class Compute:
     unroll: write the layers one after the other instead of looping over them (`lax.scan`). Compiles slower;
         runs faster on GPUs, and on CPUs with few layers.
     remat: what the backward pass computes again instead of keeping: "none" (keeps all), "dots" (all but the
-        results of matrix products) or "full" (all but each layer's input).
+        results of matrix products), "full" (all but each layer's input) or "step" (as full, and a layer
+        computes all micro-batches of a step before the next layer does: model/parts.py).
+    parts: equal parts in which a layer computes a device's rows, one after the other. train_step sets it.
     attention: "xla", "blocks" (CPU), "cudnn" (GPU, bfloat16; "xla" for shapes it refuses) or "splash" (TPU).
     kernels: norms, rotary embedding and the loss's softmax by our own kernels for GPUs (model/kernels.py).
     grad_dtype: what gradients of the layers' matrices are summed in, within a device and across devices:
@@ -301,6 +304,7 @@ class Compute:
     dtype: str = "float32"
     unroll: bool = False
     remat: str = "none"
+    parts: int = 1
     attention: str = "xla"
     kernels: bool = False
     grad_dtype: str = "float32"
@@ -318,8 +322,8 @@ class Compute:
         import jax  # here, so that reading a config never starts a backend
 
         backend = backend or jax.default_backend()
-        if remat not in ("auto", *REMATS):
-            raise UserError(f"--remat={remat}; it is auto or one of {', '.join(REMATS)}")
+        if remat not in ("auto", *ALL_REMATS):
+            raise UserError(f"--remat={remat}; it is auto or one of {', '.join(ALL_REMATS)}")
         if remat != "auto":
             changes["remat"] = remat
         if dtype == "auto":
@@ -451,7 +455,9 @@ class TrainConfig(MeshFlags):
     how far the loss is from it."""
     remat: str = flag("auto", free=True)
     """What the backward pass recomputes instead of keeping: none, dots (all but the results of matrix
-    products) or full (everything within a layer). Each needs less memory than the one before, and more time.
+    products), full (everything within a layer) or step (as full; on several devices, each layer computes all
+    micro-batches before the next layer does, so gradients are summed over devices once a step). Each but
+    step needs less memory than the one before, and more time.
     auto: none on a CPU; elsewhere the first whose compiled step fits in memory, and for a resumed run the one
     it had."""
     seed: int = flag(0, 0, 2**32 - 1)

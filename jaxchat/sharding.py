@@ -47,15 +47,47 @@ def make_mesh(devices=None, axes: str = "") -> Mesh:
 
     UserError: `axes` names no mesh of this number of devices.
     """
-    if devices is None:  # those of one process side by side: it feeds neighbouring rows
-        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if devices is None:  # those of a slice, and of one process, side by side: it feeds neighbouring rows
+        devices = sorted(jax.devices(), key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
     shape = mesh_shape(axes, len(devices), devices[0].platform)
     per_process = sum(device.process_index == devices[0].process_index for device in devices)
     if per_process % shape[2]:  # a row's parts would lie in two processes
         raise UserError(
             f"--mesh={axes}: tensor={shape[2]} does not divide the {per_process} devices of a process"
         )
+    if shape[2] == 1 and hasattr(devices[0], "coords"):
+        devices = [device for group in batched(devices, shape[1]) for device in along_links(group)]
     return Mesh(np.array(devices).reshape(shape), AXES)
+
+
+def batched(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def along_links(devices: list) -> list:
+    """Order a few TPUs as a ring in which neighbours share a link, with those of each process side by side.
+
+    As they are where there is no such ring.
+    """
+
+    def linked(a, b) -> bool:
+        return sum(abs(i - j) for i, j in zip(a.coords, b.coords, strict=True)) == 1
+
+    def complete(path: list, rest: list) -> list | None:
+        if not rest:
+            return path if linked(path[-1], path[0]) else None
+        same = [device for device in rest if device.process_index == path[-1].process_index]
+        for device in same or rest:
+            if linked(path[-1], device):
+                others = [other for other in rest if other is not device]
+                if found := complete([*path, device], others):
+                    return found
+        return None
+
+    if len(devices) > 16:  # a search through all paths: for groups of 8, as mesh_shape makes them
+        return devices
+    rings = (complete([first], [other for other in devices if other is not first]) for first in devices)
+    return next((ring for ring in rings if ring), devices)
 
 
 def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int, int]:

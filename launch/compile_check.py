@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 
-from jaxchat.config import ARCHITECTURES, REMATS, BaseConfig, Flags, UserError, flag
+from jaxchat.config import ALL_REMATS, ARCHITECTURES, BaseConfig, Flags, UserError, flag
 from launch import cli
 
 
@@ -34,8 +34,8 @@ class Config(Flags):
     """Tokens in the vocabulary."""
     matmul: str = flag("", choices=("", "fp8", "fp8-all"))
     """Operands of the layers' matrix products, as in base_train; fp8 and fp8-all are for GPUs."""
-    remat: str = flag("auto", choices=("auto", *REMATS))
-    """What the backward pass recomputes, as in base_train: none, dots or full; auto: the first of these that
+    remat: str = flag("auto", choices=("auto", *ALL_REMATS))
+    """What the backward pass recomputes, as in base_train: none, dots, full or step; auto: the first that
     fits, a compilation each try."""
     find_batch: bool = True
     """Also search for the largest device batch that fits, a compilation each try."""
@@ -103,9 +103,23 @@ def rows_of(plan, done) -> list[tuple[str, str]]:
             ("collectives", ", ".join(sent) or "none"),
             ("kernels", ", ".join(f"{name} × {n}" for name, n in program.kernels.most_common(8)) or "none"),
         ]
+        if found := plan.bounds(done):
+            rows += at_best(found, plan.flops / peak)
         if plan.config.matmul:
             rows.append(("float8", f"{program.float8_products} products"))
     return [*rows, ("compiled in", f"{done.seconds:.0f} s")]
+
+
+def at_best(found: dict, model_seconds: float) -> list[tuple[str, str]]:
+    """The bounds of a step's parts and of the step. model_seconds: its formula's FLOPs, at peak."""
+    parts = sorted(found.items(), key=lambda item: -item[1].seconds)
+    sending = found["collectives"].seconds
+    computing = sum(bound.seconds for bound in found.values()) - sending
+    hidden, apart = max(computing, sending), computing + sending
+    texts = [f"{name} {1e3 * bound.seconds:.0f} ms ({bound.limit})" for name, bound in parts]
+    step = f"{1e3 * hidden:.0f} ms ({model_seconds / hidden:.0%} MFU) where collectives hide behind the rest"
+    apart = f"{1e3 * apart:.0f} ms ({model_seconds / apart:.0%}) where they do not"
+    return [("at best", ", ".join(texts)), ("", f"{step}, {apart}")]
 
 
 def memory(plan, done) -> str:
@@ -137,6 +151,7 @@ def figures_of(plan, done) -> dict:
         program = done.program
         figures |= {"flops": program.flops, "sent": program.sent(), "kernels": dict(program.kernels)}
         figures["float8_products"] = program.float8_products
+        figures["least_seconds"] = {name: bound.seconds for name, bound in plan.bounds(done).items()}
     return figures
 
 

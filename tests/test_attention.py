@@ -15,6 +15,7 @@ from jaxchat.model.attention import (
     gpu_decoding_attention,
     kernel_for,
     splash_attention,
+    splash_block,
     tpu_decoding_attention,
 )  # fmt: skip
 from jaxchat.model.attention_cpu import QUERY_BLOCK, block_causal_attention
@@ -169,6 +170,12 @@ def test_decoding_kernels_read_what_a_row_sees(kernel, window):
         seen = slice(first_B[b], min(positions_B[b], time - 1) + 1)
         want = plain_attention(*(a[b : b + 1, seen] for a in (q, k, v)))[0, -1]
         np.testing.assert_allclose(got[b, 0], want, atol=atol)
+
+
+def test_blocks_of_splash():
+    """A quarter of what a query sees, from 256 to 1,024, or less where that does not divide the time."""
+    sizes = {(512, None): 256, (2048, None): 512, (8192, None): 1024, (2048, 1024): 256, (384, None): 128}
+    assert {case: splash_block(*case) for case in sizes} == sizes
 
 
 def test_heads_that_decoding_kernels_have_no_tiles_for():

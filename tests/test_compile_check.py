@@ -4,12 +4,13 @@ import importlib.util
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import pytest
 
-from jaxchat.config import REMATS, Compute, UserError
-from jaxchat.plan import hlo, topologies
+from jaxchat.config import REMATS, Compute, ModelConfig, UserError
+from jaxchat.plan import hlo, roofline, topologies
 from jaxchat.plan.step import Compiled, StepPlan
 from jaxchat.train.fit import fits
 from launch.compile_check import Config, memory, training
@@ -149,7 +150,7 @@ def test_what_to_train_with():
 def plan_where(fitting, batch: int, **fields) -> StepPlan:
     """A plan of 8 rows on one device whose step fits where `fitting(batch, remat)` says so: nothing is compiled."""
     plan = StepPlan.__new__(StepPlan)  # no topology: its compiler may not be here
-    plan.batches, plan.batch, plan.remats = [1, 2, 4, 8], batch, REMATS
+    plan.batches, plan.batch, plan.remats = [1, 2, 4, 8], batch, lambda batch: REMATS
     plan.compile = lambda batch, remat: Compiled(batch, remat, 1e9, fitting(batch, remat), 0.0)
     vars(plan).update(fields)
     return plan
@@ -288,6 +289,51 @@ def test_an_h100_decodes(run_command):
         assert loop["temporary"] < loop["cache"] / 2
     assert found["1"]["largest"] < weight / 4
     assert found["1"]["kernels"] < 80 and found["64"]["kernels"] < 80
+
+
+def test_the_work_of_each_part():
+    """Bytes of arrays that are read and written, of a slice only the slice, by the scope in the operation's name."""
+    text = """HloModule m
+%fused (p: f32[4,8,32], i: s32[], w: f32[32,16]) -> f32[8,16] {
+  %p = f32[4,8,32]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %w = f32[32,16]{1,0} parameter(2)
+  %slice = f32[1,8,32]{2,1,0} dynamic-slice(%p, %i), dynamic_slice_sizes={1,8,32}
+  %x = f32[8,32]{1,0} bitcast(%slice)
+  ROOT %dot = f32[8,16]{1,0} dot(%x, %w), lhs_contracting_dims={1}, metadata={op_name="jit(step)/transpose(mlp)/dot"}
+}
+
+ENTRY %main (a: f32[4,8,32], n: s32[], b: f32[32,16]) -> f32[8,16] {
+  %a = f32[4,8,32]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %b = f32[32,16]{1,0} parameter(2)
+  %near = f32[32,16]{1,0:T(8,128)S(1)} copy(%b), metadata={op_name="jit(step)/optimizer/copy"}
+  %y = f32[8,16]{1,0} fusion(%a, %n, %near), kind=kOutput, calls=%fused
+  ROOT %z = f32[8,16]{1,0} negate(%y)
+}
+"""
+    parts = hlo.read(text).parts
+    row, weight, result = 8 * 32 * 4, 32 * 16 * 4, 8 * 16 * 4
+    assert {name: work.bytes for name, work in parts.items() if work.bytes} == {
+        "optimizer": weight, "mlp": row + 4 + result, "rest": 2 * result
+    }  # fmt: skip
+    assert {name: work.flops for name, work in parts.items() if work.flops} == {"mlp": 2 * 8 * 32 * 16}
+
+
+def test_bounds_of_parts():
+    """A v5e computes 197 TFLOP/s, moves 0.82 TB/s and sends 90 GB/s; attention of one layer, 2 tokens in 4 rows."""
+    device = SimpleNamespace(device_kind="TPU v5 lite")
+    sent = [hlo.Collective("all-gather", (), 8, 9e9, 2), hlo.Collective("all-reduce", (), 2, 9e9, 1)]
+    work = {"mlp": hlo.Work(197e12, 0.41e12), "optimizer": hlo.Work(0.0, 1.64e12), "attention": hlo.Work()}
+    program = hlo.Program(sent, Counter(), defaultdict(hlo.Work, work))
+    found = roofline.bounds(program, device, attention=19.7e12)
+    want = {"mlp": (1, "FLOPs"), "optimizer": (2, "memory"), "attention": (0.1, "FLOPs"), "collectives": (0.3, "links")}
+    assert {name: (pytest.approx(bound.seconds), bound.limit) for name, bound in found.items()} == want
+    apart = roofline.bounds(program, device, attention=0.0, far=True)["collectives"].seconds
+    assert apart == pytest.approx(0.2 + 9e9 / 6.25e9)
+    assert roofline.bounds(program, SimpleNamespace(device_kind="cpu"), 0.0) == {}
+    model = ModelConfig(sequence_len=64, vocab_size=8, n_layer=3, n_head=2, n_kv_head=2, n_embd=32)
+    assert roofline.attention_flops(model, 128, 64, again=False) == 3 * 4 * 32 * 32 * 128 * 3.5
 
 
 def test_products_of_a_library_are_counted():

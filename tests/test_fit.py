@@ -57,6 +57,25 @@ def test_the_first_that_fits(steps, monkeypatch, capsys):
         )
 
 
+@pytest.mark.parametrize(
+    "axes, shape, more, want",
+    [
+        ("fsdp=8", (2, 64, 2048), (), "none dots step full"),
+        ("fsdp=8", (2, 16, 2048), (), "step none dots full"),
+        ("data=8", (2, 8, 64), (), "step none dots full"),
+        ("fsdp=8", (1, 16, 2048), (), "none dots full"),
+        ("fsdp=4,tensor=2", (2, 16, 2048), (), "none dots full"),
+        ("fsdp=8", (2, 12, 2048), (), "none dots full"),
+        ("fsdp=8", (2, 16, 2048), ("sampler",), "none dots full"),
+    ],
+)
+def test_which_remats_are_tried(devices, axes, shape, more, want):
+    """`step` with several micro-batches on several devices; before all others where they have few tokens."""
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("inputs", *more)}
+    assert fit.remats_to_try(batch, sharding.make_mesh(devices, axes)) == tuple(want.split())
+    assert fit.remats_to_try(batch, sharding.make_mesh(devices[:1])) == REMATS
+
+
 def test_a_tpu_is_not_compared(monkeypatch, capsys):
     """18.9 GB, by a count of its own, that compiled for 16.9."""
     m = dict.fromkeys(("argument", "output", "alias", "generated_code"), 0) | {"temp": 18.9e9}

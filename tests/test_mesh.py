@@ -1,11 +1,13 @@
 """Meshes: the flag, the same training on any of them, and what the compiled step sends between devices."""
 
 import functools
+import itertools
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import THOROUGH, model_on
 
@@ -84,6 +86,27 @@ def test_a_mesh_that_does_not_fit_the_model(devices, shape, axes, told):
     model = ModelConfig(16, vocabulary, 1, n_head, n_kv_head, width)
     with pytest.raises(UserError, match=told):
         sharding.check_fits(model, sharding.make_mesh(devices, axes))
+
+
+@pytest.mark.parametrize("size", [(4, 2, 1), (2, 4, 1), (2, 2, 2), (2, 2, 1), (4, 4, 1)])
+def test_rings_along_links(size):
+    """Hosts of 2 × 2 TPUs: neighbours in a ring are one link apart, and those of a host are side by side."""
+    found = [types.SimpleNamespace(coords=(x, y, z), process_index=(x // 2, y // 2, z))
+             for x in range(size[0]) for y in range(size[1]) for z in range(size[2])]  # fmt: skip
+    found.sort(key=lambda device: device.process_index)
+    ring = sharding.along_links(found)
+    assert sorted(map(id, ring)) == sorted(map(id, found))
+    hops = [np.abs(np.subtract(a.coords, b.coords)).sum() for a, b in zip(ring, ring[1:] + ring[:1], strict=True)]
+    assert hops == [1] * len(ring)
+    hosts = [host for host, _ in itertools.groupby(ring, lambda device: device.process_index)]
+    assert len(hosts) == len(set(hosts))
+
+
+def test_no_ring():
+    """Three in a row have none, and 32 are not searched."""
+    row = [types.SimpleNamespace(coords=(x, 0, 0), process_index=0) for x in range(32)]
+    assert sharding.along_links(row[:3]) == row[:3]
+    assert sharding.along_links(row) == row
 
 
 def test_a_trainer_refuses_an_impossible_mesh(run_command):
@@ -192,6 +215,44 @@ def test_what_crosses_devices(devices, axes):
     assert seen >= 8
     # Gradients and updates of all weights cross at least once, so this reads what it should.
     assert sum(program.sent().values()) > 4 * num_params(MODEL) / 8
+
+
+MERGED = ["fsdp=8", "data=2,fsdp=4"]
+
+
+@pytest.mark.parametrize("axes", [pytest.param(MERGED[0], marks=slow), MERGED[1]])
+def test_gradients_cross_once_a_step(devices, axes):
+    """--remat=step with four micro-batches of packed conversations: the loss and gradients of --remat=full on one
+    device, to rounding. What crosses is twice the weights (gathered in both passes) and once the gradients, and no
+    more with more micro-batches.
+
+    Gradients are sums of 4 × 8 × 12 tokens' in another order: 1e-5 of their norm was seen, by full as well.
+    """
+    random = np.random.default_rng(3)
+    shape = (4, ROWS, T)
+    batch = {name: random.integers(0, V, shape, dtype=np.int32) for name in ("inputs", "targets")}
+    supervised = random.random(shape) < random.choice([0.0, 0.1, 0.9], (4, ROWS, 1))
+    batch |= {"weights": supervised.astype(np.float32)}
+    batch |= {"segments": np.broadcast_to(np.arange(T) // 5, shape).astype(np.int32)}
+    sgd, found = optax.sgd(1.0), []
+    for remat, mesh in (
+        ("full", sharding.make_mesh(devices[:1])),
+        ("step", sharding.make_mesh(devices, axes)),
+    ):
+        model, placed = model_on(mesh, MODEL, remat=remat, loss_chunk_tokens=4), place_batch(batch, mesh)
+        step = make_train_step(model, sgd).lower(abstract_state(model, sgd), placed, np.float32(1.0)).compile()
+        state = init_state(0, model, sgd)
+        noise = jax.tree.map(lambda w: 0.05 * np.cos(np.arange(w.size)).reshape(w.shape), state.params)
+        state = state.replace(params=jax.tree.map(lambda w, n: jax.device_put(w + n, w.sharding), state.params, noise))
+        before = jax.tree.map(np.asarray, state.params)
+        state, metrics = step(state, placed, np.float32(1.0))
+        moved = jax.tree.map(lambda new, old: np.asarray(new, np.float64) - old, state.params, before)
+        found.append((float(metrics["loss"]), jax.tree.leaves(moved)))
+    (loss, gradients), (got_loss, got) = found
+    assert got_loss == pytest.approx(loss, rel=1e-6)
+    errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(got, gradients, strict=True)]
+    assert max(errors) < 5e-5, errors
+    assert sum(hlo.read(step.as_text()).sent().values()) < 3.5 * 4 * num_params(MODEL)
 
 
 def test_newton_schulz_is_divided(devices):

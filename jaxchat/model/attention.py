@@ -13,7 +13,7 @@ from jaxchat.model.attention_cpu import block_causal_attention, decoding_attenti
 from jaxchat.sharding import per_device, row_axes
 
 LANES = 128  # splash: time and (above 64) head dimension are padded to a multiple
-SPLASH_BLOCK = 512  # splash: queries and keys per block, where that divides the time
+SPLASH_BLOCKS = (1024, 512, 256, LANES)  # splash: queries and keys per block
 SPLIT = 128  # decoding on GPUs and TPUs: cache slots that are read together
 PAGES = 4  # TPUs: as many of them are on their way at a time
 
@@ -143,6 +143,15 @@ def library_attention(
     )
 
 
+def splash_block(time: int, window: int | None) -> int:
+    """Queries and keys per block: a quarter of what a query sees, so that a fifth of the products is masked.
+
+    Blocks below 256 would keep the matrix units waiting: only where no larger one divides the time.
+    """
+    most = max(256, min(time, time if window is None else window) // 4)
+    return next(size for size in SPLASH_BLOCKS if size <= most and time % size == 0)
+
+
 def splash_attention(
     q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: int | None = None, interpret: bool = False
 ):
@@ -158,7 +167,7 @@ def splash_attention(
     more_T, more_H = -T % LANES, -H % (LANES if H > 64 else 64)
     scaled = (q_BTNH / math.sqrt(H)).astype(q_BTNH.dtype)
     padded = [jnp.pad(a, ((0, 0), (0, more_T), (0, 0), (0, more_H))) for a in (scaled, k_BTKH, v_BTKH)]
-    size = next(n for n in (SPLASH_BLOCK, SPLASH_BLOCK // 2, LANES) if (T + more_T) % n == 0)
+    size = splash_block(T + more_T, window)
     sizes = kernels.BlockSizes(
         block_q=size, block_kv=size, block_kv_compute=size, block_q_dkv=size, block_kv_dkv=size,
         block_kv_dkv_compute=size, use_fused_bwd_kernel=True,

@@ -17,9 +17,10 @@ from jaxchat.config import Compute, ModelConfig
 from jaxchat.model.attention import cached_attention, causal_attention
 from jaxchat.model.cache import KVCache
 from jaxchat.model.embedding import embed, embed_values
-from jaxchat.model.layers import layers, middle, through_layers
+from jaxchat.model.layers import Layer, layers, middle, through_layers
 from jaxchat.model.matmul import matmul
 from jaxchat.model.params import Blocks, Params, layers_of
+from jaxchat.model.parts import in_parts
 from jaxchat.sharding import constrain, row_axes
 
 GPU_ROWS = 16  # while decoding: products of fewer are written out, number by number, and then summed
@@ -77,6 +78,8 @@ class Inputs:
     tokens_BT: jax.Array
     embedded_BTD: jax.Array  # the first layer's input
     tables: tuple  # of rotary_tables
+    segments_BT: jax.Array | None = None  # tokens of one segment don't see another's
+    values_BTKH: jax.Array | None = None  # the layer's value embeddings, where they were looked up before
 
 
 def block(x_BTD, w: Blocks, inputs: Inputs, attend, config: ModelConfig, compute: Compute):
@@ -94,8 +97,10 @@ def block(x_BTD, w: Blocks, inputs: Inputs, attend, config: ModelConfig, compute
         q_BTNH = rotate_norm(product(h_BTD, w.wq, "btd,dnh->btnh"), inputs.tables)
         k_BTKH = rotate_norm(product(h_BTD, w.wk, "btd,dkh->btkh"), inputs.tables)
         v_BTKH = product(h_BTD, w.wv, "btd,dkh->btkh")
-        if w.value_table is not None:
-            e_BTKH = embed_values(w.value_table, inputs.tokens_BT, compute)
+        if w.value_gate is not None:
+            e_BTKH = inputs.values_BTKH
+            if e_BTKH is None:
+                e_BTKH = embed_values(w.value_table, inputs.tokens_BT, compute)
             gate_BTK = value_gate(h_BTD, w, config, compute)
             v_BTKH = weighted_sum(1.0, v_BTKH, gate_BTK[..., None], e_BTKH)
     with jax.named_scope("attention"):
@@ -155,22 +160,29 @@ def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, s
 
     segments_BT: tokens of one segment don't see another's. Positions run on: only their differences count.
     """
-    mesh = compute.mesh
-    batch, time = tokens_BT.shape
+    time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
-    rows = None if mesh is None else P(row_axes(mesh, batch))
     x_BTD = embedded(params, tokens_BT, config, compute)
     if config.smear_channels:
         x_BTD = smear(params, x_BTD, before(x_BTD, segments_BT=segments_BT), config, compute)
-    inputs = Inputs(tokens_BT, x_BTD, tables)
+    inputs = Inputs(tokens_BT, x_BTD, tables, segments_BT)
 
     def layer(x_BTD, w, kind):
-        options = {"segments_BT": segments_BT, "mesh": mesh, "window": kind.window}
-        attend = partial(causal_attention, implementation=compute.attention, **options)
-        return constrain(block(x_BTD, w, inputs, attend, config, compute), rows, mesh)
+        if compute.parts > 1:
+            return in_parts(partial(training_block, kind=kind), x_BTD, w, inputs, config, compute)
+        return training_block(x_BTD, w, inputs, config, compute, kind)
 
     x_BTD, middle_BTD = through_layers(layer, x_BTD, params.blocks, config, compute)
     return last_norm(params, x_BTD, middle_BTD, config)
+
+
+def training_block(x_BTD, w: Blocks, inputs: Inputs, config: ModelConfig, compute: Compute, kind: Layer):
+    """`block` with attention within complete rows."""
+    mesh = compute.mesh
+    options = {"segments_BT": inputs.segments_BT, "mesh": mesh, "window": kind.window}
+    attend = partial(causal_attention, implementation=compute.attention, **options)
+    rows = None if mesh is None else P(row_axes(mesh, x_BTD.shape[0]))
+    return constrain(block(x_BTD, w, inputs, attend, config, compute), rows, mesh)
 
 
 def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):

@@ -14,6 +14,7 @@ from jaxchat.model.params import Blocks, has_values, layer_of
 REMAT_POLICIES = {  # what the backward pass may keep; without remat all is kept
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "step": jax.checkpoint_policies.nothing_saveable,
 }
 
 

@@ -15,6 +15,13 @@ BYTES = {kind: size for size, kinds in SIZES.items() for kind in kinds.split()}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Name, type of the result (in parentheses, with commas, where there are several), kind(operands), attributes.
 OPERATION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+SCOPES = ("projections", "mlp", "attention", "loss", "optimizer")  # named in the model and the step
+# What moves no bytes of its own: names for arrays, and calls whose operations are counted one by one.
+FREE = frozenset(
+    ["parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"]
+    + ["after-all", "partition-id", "replica-id", "opt-barrier", "copy-done"]
+    + ["async-start", "async-update", "async-done"]
+)
 CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}\s]+(?:, ?%[\w.-]+)*)")
 
 
@@ -29,6 +36,7 @@ class Operation:
     operands: tuple[str, ...]  # their names
     text: str
     root: bool
+    fast: bool = False  # the result is in a TPU's vector memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +51,22 @@ class Collective:
 
 
 @dataclasses.dataclass
+class Work:
+    """What a part of a program computes, and moves between a device and its memory."""
+
+    flops: float = 0.0  # of matrix products
+    bytes: float = 0.0
+
+
+@dataclasses.dataclass
 class Program:
-    flops: float
     collectives: list[Collective]
     kernels: Counter  # how often each kernel of a library or of Pallas runs, by name
+    parts: dict[str, Work]  # by the scope (SCOPES) that operations were written in, and "rest"
+
+    @property
+    def flops(self) -> float:
+        return sum(part.flops for part in self.parts.values())
 
     @property
     def float8_products(self) -> int:
@@ -84,7 +104,8 @@ def computations(text: str) -> tuple[dict[str, list[Operation]], str]:
         elif current is not None and (parts := OPERATION.match(re.sub(r"/\*.*?\*/", "", line))):
             root, name, result, kind, rest = parts.groups()
             operands = tuple(re.findall(r"%([\w.-]+)", rest.partition("), ")[0]))
-            current.append(Operation(name, kind, shapes_in(result), operands, f"{kind}({rest}", bool(root)))
+            text, fast = f"{kind}({rest}", "S(1)" in result and not result.startswith("(")
+            current.append(Operation(name, kind, shapes_in(result), operands, text, bool(root), fast))
     return found, entry
 
 
@@ -92,17 +113,21 @@ def read(text: str) -> Program:
     """Read a Program from the text of a compiled step (`compiled.as_text()`)."""
     parts, entry = computations(text)
     by_name = {op.name: op for ops in parts.values() for op in ops}
-    program = Program(0.0, [], Counter())
+    program = Program([], Counter(), defaultdict(Work))
     partitions = re.search(r"num_partitions=(\d+)", text)
     everyone = int(partitions[1]) if partitions else 1
 
-    def visit(computation: str, times: int, sends: bool = True):
+    def visit(computation: str, times: int, sends: bool = True, within: str = ""):
+        # within: the part that the fusion which calls this computation is counted in.
         # TPUs spread one collective over several fusions, and name it in each: count it where it starts.
         sends = sends and not computation.startswith("async_collective_fusion")
         for op in parts.get(computation, ()):
+            work = program.parts[scope(op, within, parts)]
             if op.kind in ("dot", "convolution"):
-                program.flops += times * (dot_flops if op.kind == "dot" else convolution_flops)(op, by_name)
+                work.flops += times * (dot_flops if op.kind == "dot" else convolution_flops)(op, by_name)
             kind = op.kind.removesuffix("-start")
+            if not within and kind.removesuffix("-done") not in COLLECTIVES and op.kind not in FREE:
+                work.bytes += times * moved(op, parts, by_name)
             if kind in COLLECTIVES and sends:
                 program.collectives.append(collective(op, kind, by_name, times, everyone))
             if op.kind == "custom-call":
@@ -112,15 +137,68 @@ def read(text: str) -> Program:
                 elif target.startswith("__"):  # a library's kernel, not one of XLA's own helpers
                     program.kernels[target] += times
                 if "matmul" in target or "gemm" in target:
-                    program.flops += times * gemm_flops(op, by_name)
+                    work.flops += times * gemm_flops(op, by_name)
             inner = times * trips(op, parts, by_name) if op.kind == "while" else times
             if kind not in COLLECTIVES:  # what a collective calls is an addition
+                fused = within if op.kind in FREE else scope(op, within, parts)
                 for names in CALLED.findall(op.text):
                     for name in re.findall(r"%?([\w.-]+)", names):
-                        visit(name, inner, sends and not op.name.startswith("async-collective-done"))
+                        visit(name, inner, sends and not op.name.startswith("async-collective-done"), fused)
 
     visit(entry, 1)
     return program
+
+
+def scope(op: Operation, within: str, parts) -> str:
+    """The part of the program that an operation belongs to, by its own name or a name within its fusion."""
+    candidates = [op, *(fused for fused in called_by(op, parts) if fused.kind in ("dot", "convolution"))]
+    for candidate in candidates:
+        path = re.search(r'op_name="([^"]*)"', candidate.text)
+        for name in reversed(re.split(r"[/()]", path[1]) if path else ()):
+            if name in SCOPES:
+                return name
+    return within or "rest"
+
+
+def called_by(op: Operation, parts) -> list[Operation]:
+    """The operations of a fusion."""
+    name = re.search(r"\bcalls=%?([\w.-]+)", op.text) if op.kind == "fusion" else None
+    return parts.get(name[1], []) if name else []
+
+
+def moved(op: Operation, parts, by_name) -> int:
+    """Bytes that an operation reads and writes: of an array of which it needs a slice, the slice's."""
+    if op.kind == "dynamic-slice":
+        return 2 * size_of(op.shapes)
+    if op.kind == "dynamic-update-slice":
+        return 2 * size_of(by_name[op.operands[1]].shapes)
+    reads = [by_name[name] for name in op.operands if name in by_name]
+    if op.kind == "copy-start":  # between memories, of which one is the fast one
+        return size_of(reads[0].shapes)
+    fused = called_by(op, parts)
+    if not fused:
+        return memory_size(op) + sum(map(memory_size, reads))
+    users, total = defaultdict(list), 0
+    for inner in fused:
+        for place, name in enumerate(inner.operands):
+            users[name].append((inner, place))
+    given = {inner.text: inner for inner in fused if inner.kind == "parameter"}
+    for number, read in enumerate(reads):
+        inner = next((a for text, a in given.items() if text.startswith(f"parameter({number})")), None)
+        kinds = {(user.kind, place) for user, place in users[inner.name]} if inner else set()
+        if kinds == {("dynamic-slice", 0)}:
+            total += sum(size_of(user.shapes) for user, _ in users[inner.name])
+        elif kinds != {("dynamic-update-slice", 0)}:
+            total += memory_size(read)
+    updates = [inner for inner in fused if inner.kind == "dynamic-update-slice"]
+    if updates:  # in place
+        return total + sum(size_of(by_name[inner.operands[1]].shapes) for inner in updates)
+    return total + memory_size(op)
+
+
+def memory_size(op: Operation) -> int:
+    """Bytes of an operation's result in a device's memory; TPUs keep some arrays in their fast one."""
+    return 0 if op.fast else size_of(op.shapes)
 
 
 def trips(loop: Operation, parts, by_name) -> int:

@@ -10,11 +10,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat import sharding
-from jaxchat.config import DEVICE_ROWS, REMATS, Compute, Model, ModelConfig
+from jaxchat.config import DEVICE_ROWS, Compute, Model, ModelConfig
 from jaxchat.data.pipelines import cut_step, rows_of_step
 from jaxchat.model.flops import flops_per_token
-from jaxchat.plan import hlo, topologies
-from jaxchat.train.fit import fits, memory_needed, memory_refused
+from jaxchat.plan import hlo, roofline, topologies
+from jaxchat.train.fit import fits, memory_needed, memory_refused, remats_to_try
 from jaxchat.train.optimizer import make_optimizer, table_2026
 from jaxchat.train.state import abstract_state
 from jaxchat.train.step import make_train_step
@@ -51,7 +51,21 @@ class StepPlan:
         self.batch, _ = cut_step(self.rows, self.shards, config.device_batch_size, DEVICE_ROWS)
         most = self.rows // self.shards
         self.batches = [n for n in range(1, most + 1) if self.rows % (n * self.shards) == 0]
-        self.remats = REMATS if config.remat == "auto" else (config.remat,)
+
+    def remats(self, batch: int) -> tuple[str, ...]:
+        """The remats to try with `batch` rows a device, as the trainers do."""
+        return (
+            (self.config.remat,)
+            if self.config.remat != "auto"
+            else remats_to_try(self.rows_of(batch), self.mesh)
+        )
+
+    def rows_of(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """A step's rows, with `batch` of them a device at a time."""
+        shape = (self.rows // (batch * self.shards), batch * self.shards, self.config.max_seq_len)
+        by_rows = NamedSharding(self.mesh, P(None, sharding.ROWS))
+        kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=by_rows) for name, kind in kinds.items()}
 
     @property
     def accumulated(self) -> int:
@@ -71,30 +85,38 @@ class StepPlan:
         optimizer = make_optimizer(self.model, muon_dtype=jnp.bfloat16, mesh=self.mesh, **how)
         model = Model(self.model, compute)
         state = abstract_state(model, optimizer)
-        shape = (self.rows // (batch * self.shards), batch * self.shards, self.config.max_seq_len)
-        by_rows, everywhere = (NamedSharding(self.mesh, spec) for spec in (P(None, sharding.ROWS), P()))
-        kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-        rows = {name: jax.ShapeDtypeStruct(shape, kind, sharding=by_rows) for name, kind in kinds.items()}
-        lr_multiplier = jax.ShapeDtypeStruct((), np.float32, sharding=everywhere)
+        lr_multiplier = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(self.mesh, P()))
         step = make_train_step(model, optimizer)
         start = time.perf_counter()
         try:
-            compiled = step.lower(state, rows, lr_multiplier).compile()
+            compiled = step.lower(state, self.rows_of(batch), lr_multiplier).compile()
         except jax.errors.JaxRuntimeError as problem:
             return Compiled(batch, remat, memory_refused(problem), False, time.perf_counter() - start)
         seconds, sizes = time.perf_counter() - start, compiled.memory_analysis()
         needs, temporary = memory_needed(compiled), sizes.temp_size_in_bytes
-        enough = fits(needs, self.memory, self.backend, last=remat == self.remats[-1])
+        enough = fits(needs, self.memory, self.backend, last=remat == self.remats(batch)[-1])
         arguments = needs - temporary - sizes.generated_code_size_in_bytes
         program = hlo.read(compiled.as_text())
         return Compiled(batch, remat, needs, enough, seconds, arguments, temporary, program)
 
-    def fit(self, batch: int, first: str = REMATS[0]) -> Compiled:
+    def bounds(self, done: Compiled) -> dict[str, roofline.Bound]:
+        """The least time of each part of a compiled step."""
+        tokens = self.config.total_batch_size / self.mesh.size
+        again = done.remat != "none"
+        attention = roofline.attention_flops(self.model, tokens, self.config.max_seq_len, again)
+        hosts = {
+            getattr(d, "slice_index", 0) if self.backend == "tpu" else d.id // 8
+            for d in self.mesh.devices.flat
+        }
+        return roofline.bounds(done.program, self.mesh.devices.flat[0], attention, len(hosts) > 1)
+
+    def fit(self, batch: int, first: str = "") -> Compiled:
         """The step by the first remat that fits, as the trainers choose it; where none does, by the last.
 
         first: leave out the remats before this one.
         """
-        for remat in self.remats[self.remats.index(first) if first in self.remats else 0 :]:
+        remats = self.remats(batch)
+        for remat in remats[remats.index(first) if first in remats else 0 :]:
             done = self.compile(batch, remat)
             verdict = "" if done.fits else ", too much"
             print(
@@ -112,7 +134,7 @@ class StepPlan:
         """
         at, best = self.batches.index(planned.batch), planned if planned.fits else None
         for batch in self.batches[at + 1 :] if planned.fits else reversed(self.batches[:at]):
-            tried = self.fit(batch, best.remat if best else REMATS[0])
+            tried = self.fit(batch, best.remat if best and best.remat != "step" else "")
             if tried.fits:
                 best = tried
             if tried.fits != planned.fits:

@@ -7,11 +7,25 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
-from jaxchat.config import UserError
-from jaxchat.sharding import gather_json
+from jaxchat.config import REMATS, UserError
+from jaxchat.sharding import data_shards, gather_json
+from jaxchat.train.step import can_merge
 
 # Fraction to fill while a smaller program is left to try: pools leave gaps, batches wait beside a step.
 SPARE = 0.95
+# Tokens of a device's micro-batch up to which computing the layers again takes no longer than sending all
+# weights and gradients between devices: 3,900 (v5p) to 10,400 (v6e) by arithmetic, docs/performance.md.
+FEW_TOKENS = 4096
+
+
+def remats_to_try(batch: dict, mesh: Mesh) -> tuple[str, ...]:
+    """The values of --remat that make sense for batches of this shape [A, B, T], the fastest first."""
+    if not can_merge(batch, mesh):
+        return REMATS
+    _, rows, time = batch["inputs"].shape
+    if rows // data_shards(mesh) * time <= FEW_TOKENS:
+        return "step", *REMATS
+    return *REMATS[:-1], "step", REMATS[-1]
 
 
 def device_memory(mesh: Mesh) -> int | None:

@@ -138,10 +138,11 @@ def open_run(stage: Stage, start: Start) -> Iterator[Run]:
     """
     checkpoints = start.checkpoints
     try:
-        steps = step_functions(stage, start)
+        looked_at = not start.step or fit.device_memory(stage.model.mesh)
+        first = look_at_data(stage) if looked_at else None
+        steps = step_functions(stage, start, first)
         remat = next(iter(steps))
-        if not start.step or fit.device_memory(stage.model.mesh):
-            first = look_at_data(stage)
+        if looked_at:
             remat = fit.first_that_fits(steps, stage.model.mesh, *arguments_of_step(stage, first))
         if start.step:
             checkpoints.lock(start.steps)
@@ -168,15 +169,20 @@ def look_at_data(stage: Stage) -> dict:
     return place_batch(batch, stage.model.mesh)
 
 
-def step_functions(stage: Stage, start: Start) -> dict[str, Callable]:
-    """The jitted training steps to choose from, by their remat (flag --remat), the fastest first."""
-    compute = stage.model.compute
+def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callable]:
+    """The jitted training steps to choose from, by their remat (flag --remat), the fastest first.
+
+    batch: of the shape of all.
+    """
+    compute, mesh = stage.model.compute, stage.model.mesh
     remats = [compute.remat]
-    if stage.flags.remat == "auto" and fit.device_memory(stage.model.mesh):
-        # A resumed run keeps its remat, to be the same bit for bit; a checkpoint that lacks it had the
-        # default.
-        first = start.meta.get("remat", compute.remat) if start.step else REMATS[0]
-        remats = REMATS[REMATS.index(first) :]
+    if stage.flags.remat == "auto" and fit.device_memory(mesh):
+        remats = fit.remats_to_try(batch, mesh)
+        if start.step:
+            # A resumed run keeps its remat, to be the same bit for bit; a checkpoint that lacks it had the
+            # default.
+            first = start.meta.get("remat", compute.remat)
+            remats = remats[remats.index(first) :] if first in remats else REMATS[-1:]
     models = {
         remat: dataclasses.replace(stage.model, compute=dataclasses.replace(compute, remat=remat))
         for remat in remats

@@ -1,13 +1,14 @@
 """The one training step."""
 
 import ctypes
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import REMATS, Compute, Model
@@ -35,6 +36,8 @@ def train_step(
     they are and reports loss 0; so does one whose loss or gradient is not finite, with nonfinite = 1. The
     other metrics are loss, weight, grad_norm and empty_steps.
     """
+    if model.compute.remat == "step" and can_merge(batch, model.mesh):
+        batch, model = merge_rows(batch, model)
     add = add_answers if "sampler" in batch else add_rows
     (grads, nll, count), differences = add(state.params, batch, model)
 
@@ -128,6 +131,29 @@ def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]
     return sums, dict(zip(names, (total / tokens, largest, estimate / tokens), strict=True))
 
 
+def can_merge(batch: dict, mesh: Mesh) -> bool:
+    """Return whether several micro-batches can be computed layer by layer (model/parts.py): on several
+    devices without a tensor axis, and not in RL, which skips micro-batches without weights.
+    """
+    num_micro, rows, _ = batch["inputs"].shape
+    spread = mesh is not None and mesh.shape["tensor"] == 1 < data_shards(mesh)
+    return num_micro > 1 and spread and rows % data_shards(mesh) == 0 and "sampler" not in batch
+
+
+def merge_rows(batch: dict, model: Model) -> tuple[dict, Model]:
+    """Join arrays [A, B, T] to [1, A·B, T] for a model that computes them in A parts.
+
+    Rows stay on their devices.
+    """
+    num_micro, shards = len(batch["inputs"]), data_shards(model.mesh)
+
+    def merge(a):
+        return a.reshape(num_micro, shards, -1, a.shape[-1]).swapaxes(0, 1).reshape(1, -1, a.shape[-1])
+
+    compute = dataclasses.replace(model.compute, parts=num_micro, micro_tokens=0)
+    return jax.tree.map(merge, batch), dataclasses.replace(model, compute=compute)
+
+
 def split_rows(batch: dict, compute: Compute) -> dict:
     """Cut arrays [A, B, T] to [A·n, B/n, T], n the least that keeps to compute.micro_tokens.
 
@@ -164,7 +190,7 @@ def make_train_step(
     """Jit `train_step` for a model on its mesh. The state is donated; a new batch shape compiles anew."""
     options, mesh, compute = {}, model.mesh, model.compute
     on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
-    if on_gpu and compute.remat != REMATS[-1]:
+    if on_gpu and compute.remat in REMATS[:-1]:
         # XLA would bring a program that is too large under the limit by computing whole products again
         # (depth 32 on 8 H100s: 18 % more FLOPs). The next remat does it better, and train/fit.py takes it
         # where this one is too large.

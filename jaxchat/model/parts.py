@@ -1,0 +1,67 @@
+"""A layer that computes its rows in parts, on weights that cross devices once for all of them (--remat=step).
+
+Micro-batches are there to save memory. Computed one after the other through all layers, each of them gathers
+every weight twice and sums every gradient over devices. Here a layer computes all micro-batches before the
+next layer begins: a weight is gathered twice a step, its gradient is summed over devices once, and a device
+holds one layer's complete weights and gradients at a time. In exchange the inputs of all layers are kept for
+the rows of a whole step.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from jaxchat.config import Compute, ModelConfig
+from jaxchat.model.embedding import embed_values
+from jaxchat.model.params import Blocks, declare
+from jaxchat.sharding import ROWS, per_device
+
+
+def in_parts(layer, x_BTD, w: Blocks, inputs, config: ModelConfig, compute: Compute):
+    """layer(x_BTD, w, inputs, config, compute), with a device's rows in compute.parts equal parts.
+
+    The backward pass keeps each part's input. No device holds more than its share of a value embedding: those
+    are looked up for all rows at once.
+    """
+    axes = {field.name: getattr(declare(config).blocks, field.name) for field in dataclasses.fields(w)}
+    axes = {name: weight.axes[1:] for name, weight in axes.items() if weight is not None}
+    one_device = dataclasses.replace(compute, mesh=None, parts=1)
+    if w.value_table is not None:
+        inputs = inputs.replace(values_BTKH=embed_values(w.value_table, inputs.tokens_BT, compute))
+        w = w.replace(value_table=None)
+    w = {name: a for name, a in vars(w).items() if name in axes and a is not None}
+    tables, by_row = inputs.tables, inputs.replace(tables=None)
+
+    def local(x_BTD, w, by_row, tables):
+        w = Blocks(**{name: gathered(a, axes[name], jnp.dtype(compute.dtype)) for name, a in w.items()})
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def one(part):
+            x_bTD, by_row = part
+            return layer(x_bTD, w, by_row.replace(tables=tables), config, one_device)
+
+        parts = jax.tree.map(lambda a: a.reshape(compute.parts, -1, *a.shape[1:]), (x_BTD, by_row))
+        return lax.map(one, parts).reshape(x_BTD.shape)
+
+    specs = {name: P(*axes[name]) for name in w}
+    return per_device(local, compute.mesh, (P(ROWS), specs, P(ROWS), P()), P(ROWS))(x_BTD, w, by_row, tables)
+
+
+def gathered(w, axes: tuple, dtype):
+    """A weight's parts along fsdp, rounded to dtype, joined. -> float32, for a gradient in float32."""
+    return gather(w, axes.index("fsdp"), dtype) if "fsdp" in axes else w
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(w, axis: int, dtype):
+    return lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True).astype(w.dtype)
+
+
+gather.defvjp(
+    lambda w, axis, dtype: (gather(w, axis, dtype), None),
+    lambda axis, dtype, _, dw: (lax.psum_scatter(dw, "fsdp", scatter_dimension=axis, tiled=True),),
+)

@@ -1,0 +1,61 @@
+"""The least time that a compiled step takes on a device, by part, from its FLOPs, bytes and collectives."""
+
+import dataclasses
+import re
+
+import jax
+
+from jaxchat.config import ModelConfig
+from jaxchat.model.flops import peak_flops
+from jaxchat.model.layers import layers
+from jaxchat.plan.hlo import Program
+
+# Bytes a second, by a part of jax.Device.device_kind, from the vendors' data sheets: of memory, and that one
+# device sends over the links of one ring within a slice or host (both directions of one axis for TPUs).
+MEMORY = {"H200": 4.8e12, "H100": 3.35e12, "v4": 1.2e12, "v5 lite": 0.82e12, "v5": 2.77e12, "v6": 1.64e12}
+RING = {"H200": 450e9, "H100": 450e9, "v4": 90e9, "v5 lite": 90e9, "v5": 180e9, "v6": 180e9}
+
+# The same between hosts of GPUs (a network card of 400 Gbit/s each) and between slices of TPUs.
+NETWORK = {"H200": 50e9, "H100": 50e9, "v": 6.25e9}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """Seconds that one part takes at least; limit: what bounds it, "FLOPs", "memory" or "links"."""
+
+    seconds: float
+    limit: str
+
+
+def rate(table: dict[str, float], device: jax.Device) -> float | None:
+    return next((value for name, value in table.items() if re.search(rf"\b{name}", device.device_kind)), None)
+
+
+def attention_flops(model: ModelConfig, tokens: float, time: int, again: bool) -> float:
+    """FLOPs of a step's attention kernels, the causal half only: 1 forward pass, 2.5 backward.
+
+    again: the forward pass is computed again in the backward pass.
+    """
+    windows = [min(time, layer.window or time) for layer in layers(model)]
+    seen = sum(window * (1 - window / (2 * time)) for window in windows)  # keys of a query, on average
+    return 4 * model.n_embd * seen * tokens * (4.5 if again else 3.5)
+
+
+def bounds(program: Program, device: jax.Device, attention: float, far: bool = False) -> dict[str, Bound]:
+    """Each part's bound, or nothing where the device's rates are unknown.
+
+    attention: FLOPs of the attention kernels, which the program's text does not show. far: sums over all
+    devices (all-reduce: the axis data) leave hosts of GPUs or slices of TPUs; the rest stays within.
+    """
+    peak, memory, ring = peak_flops(device), rate(MEMORY, device), rate(RING, device)
+    if not (peak and memory and ring):
+        return {}
+    sent = program.sent()
+    summed = sent.pop("all-reduce", 0.0)
+    sending = sum(sent.values()) / ring + summed / (rate(NETWORK, device) if far else ring)
+    found = {}
+    for name, work in program.parts.items():
+        flops = work.flops + (attention if name == "attention" else 0)
+        computed, moved = flops / peak, work.bytes / memory
+        found[name] = Bound(max(computed, moved), "FLOPs" if computed > moved else "memory")
+    return found | {"collectives": Bound(sending, "links")}
