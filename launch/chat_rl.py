@@ -20,6 +20,7 @@ def stage_for(config: RLConfig):
 
 
 def run(config: RLConfig):
+    from jaxchat.eval.chat import TASKS
     from jaxchat.report import record
     from jaxchat.rl.evaluation import BEST, evaluations
     from jaxchat.train.loop import train
@@ -39,7 +40,10 @@ def run(config: RLConfig):
         step = str(best[0]) if best and 0 < best[0] < stage.num_steps else ""
         if best:
             print(f"best: {BEST} {best[1]:.4f}, after step {best[0]}", flush=True)
-        cli.next_step(f"python -m launch.chat_eval -i rl --model_tag={stage.tag}", step=step)
+        # Evaluation asks all six tasks: of use where one of them was trained on.
+        evaluated = any(name.partition("/")[0] in TASKS for name in stage.batches.problems.checked)
+        command = "chat_eval" if evaluated else "chat_cli"
+        cli.next_step(f"python -m launch.{command} -i rl --model_tag={stage.tag}", step=step)
 
 
 def main(args: list[str] | None = None):

@@ -1,6 +1,7 @@
 """The stage of reinforcement learning: answers, weights, resuming, invariances, faults on purpose and wrong input."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -28,7 +29,8 @@ from jaxchat.rl.rewards import checker_for, combine, parse_reward
 from jaxchat.rl.rollout import Rollout
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.loop import place_batch
-from jaxchat.train.state import state_from_params
+from jaxchat.train.reporter import Unread
+from jaxchat.train.state import state_from_params, state_shardings
 from jaxchat.train.step import make_train_step
 from launch import chat_rl
 from launch.cli import parse
@@ -49,7 +51,7 @@ def made(tmp_path_factory):
     ]
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = Tokenizer.train(iter([TEXT] * 50), 280)
-    config = ModelConfig(LENGTH, tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)
+    config = ModelConfig(LENGTH, tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
     params = random_params(config, seed=5, scale=0.3)
     likes = np.array([tokenizer.special(f"<|{name}_end|>") for name in ("python", "assistant")])
     params = params.replace(lm_head=params.lm_head.at[:, likes].multiply(2.0))
@@ -94,19 +96,25 @@ def config_of(*flags) -> RLConfig:
     return parse(RLConfig, [*FLAGS, *flags])
 
 
-def batches_of(*flags, devices=1) -> tuple[RolloutBatches, object]:
+def batches_of(*flags, devices=1, axes="") -> tuple[RolloutBatches, object]:
     """-> (the batches, the weights they start from)."""
     config, found = config_of(*flags), checkpoint.open_model("sft", TAG)
-    mesh = sharding.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(jax.devices()[:devices], axes)
     model = model_on(mesh, found.config, attention="blocks")
     tasks = Mixture([load_task(config.train_tasks)])
     return RolloutBatches(config, model, found, tasks), found.load(mesh)
 
 
+@functools.cache
+def sgd_step(model):
+    """(SGD, its step): one program for all batches of a shape."""
+    optimizer = optax.sgd(1.0)
+    return optimizer, make_train_step(model, optimizer)
+
+
 def stepped(batches: RolloutBatches, batch: dict, params):
     """-> (weights after one step of SGD on a batch, which compares gradients; metrics)."""
-    optimizer = optax.sgd(1.0)
-    step = make_train_step(batches.model, optimizer)
+    optimizer, step = sgd_step(batches.model)
     state, metrics = step(
         state_from_params(jax.tree.map(jax.numpy.copy, params), batches.model, optimizer),
         place_batch(batch, batches.model.mesh),
@@ -138,12 +146,13 @@ def test_the_command_trains_saves_evaluates_and_resumes(here, capsys):
         "6, 2 updates",
     ):
         assert words in text, words
-    assert text.splitlines()[-1].split("python")[-1].strip().startswith(f"-m launch.chat_eval -i rl --model_tag={TAG}")
+    assert text.splitlines()[-1].split("python")[-1].strip().startswith(f"-m launch.chat_cli -i rl --model_tag={TAG}")
     run = here / "chatrl_checkpoints" / TAG
     rows, whole = rows_of_metrics(here), learnt(here)
     assert [row[0] for row in whole] == [1, 2, 3, 4, 5, 6] and len({row[1] for row in whole}) > 1
     assert [row["step"] for row in rows if "pass@8" in row] == [0, 3, 6]
-    best = max((row for row in rows if row.get("evaluation")), key=lambda row: row["val_reward"])["step"]
+    # The last evaluation follows the last save, at which the best of those before was kept.
+    best = max((row for row in rows if "pass@8" in row and row["step"] < 6), key=lambda row: row["val_reward"])["step"]
     assert checkpoint.steps_in(run) == sorted({4, 5, 6} | ({best} if best else set()))
     assert [sample["step"] for sample in map(json.loads, (run / "samples.jsonl").read_text().splitlines())] == [1, 5]
 
@@ -240,15 +249,25 @@ def test_the_sampler_and_the_trainer_agree(rolled):
     assert metrics["sampler_kl"] < 1e-9
 
 
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 24), (2, 3))]
+def assert_same_step(got, want, before):
+    """To float32's rounding, of sums in another order. got, want: (weights, metrics)."""
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(got[1][name], want[1][name], rtol=1e-5)
+
+    def compare(got, want, before):
+        np.testing.assert_allclose(got - before, want - before, atol=1e-5 * np.abs(want - before).max())
+
+    jax.tree.map(compare, got[0], want[0], jax.device_get(before))
 
 
-@pytest.mark.parametrize("devices, rows", [(1, 1), (8, 1), *SLOW])
-def test_devices_and_micro_batches_change_nothing(rolled, devices, rows):
-    """To rounding: the same rollout, cut another way. Its normaliser is of the whole step."""
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "", 24), (2, "fsdp=2", 3), (8, "", 1))]
+
+
+@pytest.mark.parametrize("devices, axes, rows", [(1, "", 1), (8, "data=2,fsdp=2,tensor=2", 1), *SLOW])
+def test_devices_and_micro_batches_change_nothing(rolled, devices, axes, rows):
+    """The same rollout, cut another way, also with weights that are cut. Its normaliser is of the whole step."""
     batches, params, batch, rollout = rolled
-    want, metrics = stepped(batches, batch, params)
-    mesh = sharding.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(jax.devices()[:devices], axes)
     model = model_on(mesh, batches.model.config, attention="blocks")
     other = RolloutBatches(
         dataclasses.replace(batches.config, device_batch_size=rows), model, batches.parent, batches.problems.tasks
@@ -256,23 +275,32 @@ def test_devices_and_micro_batches_change_nothing(rolled, devices, rows):
     other._rollout = rollout
     weights_RT, _ = other._weigh(params)
     cut = arrange(rollout, weights_RT, other._shape(), model)
-    assert cut["inputs"].shape[:2] == (-(-E * G // (rows * devices)), rows * devices)
-    placed = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    got, cut_metrics = stepped(other, cut, placed)
-    # float32's rounding: sums in another order.
-    np.testing.assert_allclose(cut_metrics["loss"], metrics["loss"], rtol=1e-5)
-    np.testing.assert_allclose(cut_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-5)
-    before = jax.device_get(params)
+    rows *= sharding.data_shards(mesh)
+    assert cut["inputs"].shape[:2] == (-(-E * G // rows), rows)
+    placed = jax.device_put(params, state_shardings(model, sgd_step(model)[0]).params)
+    assert_same_step(stepped(other, cut, placed), stepped(batches, batch, params), params)
 
-    def compare(got, want, before):
-        np.testing.assert_allclose(got - before, want - before, atol=1e-5 * np.abs(want - before).max())
 
-    jax.tree.map(compare, got, want, before)
+def test_the_order_of_rows_changes_nothing(rolled):
+    """Problems in another order, and the answers to each."""
+    batches, params, batch, rollout = rolled
+    random = np.random.default_rng(0)
+    groups, answers = random.permutation(E), [random.permutation(G) for _ in range(E)]
+    rows = [e * G + g for e in groups for g in answers[e]]
+    assert rows != sorted(rows)
+    other = Rollout(*[[getattr(rollout, n)[r] for r in rows] for n in ("tokens", "tokens", "sampled", "sampler")])
+    other.problems, other.finished = [rollout.problems[e] for e in groups], [rollout.finished[r] for r in rows]
+    other.rewards = [[rollout.rewards[e][g] for g in answers[e]] for e in groups]
+    moved = arrange(other, weights_of(rolled, other), batches._shape(), batches.model)
+    assert not np.array_equal(moved["inputs"], batch["inputs"])
+    assert_same_step(stepped(batches, moved, params), stepped(batches, batch, params), params)
 
 
 def test_answers_do_not_depend_on_devices(rolled, here):
+    """Nor on how the weights are cut: each device samples with whole ones."""
     batches, _, _, rollout = rolled
-    other, params = batches_of(devices=2)
+    other, params = batches_of(devices=2, axes="tensor=2")
+    params = jax.device_put(params, state_shardings(other.model, sgd_step(other.model)[0]).params)
     other.next_batch(params, 0)
     assert (other._rollout.tokens, other._rollout.sampled) == (rollout.tokens, rollout.sampled)
 
@@ -446,6 +474,39 @@ def test_wrong_input(here, flags, words, capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1
     assert re.search(words, err), err
+
+
+def test_problems_that_one_process_cannot_read(here, monkeypatch, capsys):
+    """All save the step before and end with one line; the draw of the step is not in what is saved."""
+    flags = [*FLAGS, "--num_iterations=2", "--eval_every=-1", "--sample_every=-1"]
+    gather, calls = sharding.gather_json, []
+
+    def of_two(value):
+        if "unread" in value:
+            calls.append(value)
+            return [value, {"unread": len(calls) == 2}]
+        return gather(value)
+
+    run = here / "chatrl_checkpoints" / TAG
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "gather_json", of_two)
+        with pytest.raises(SystemExit, match="2"):
+            chat_rl.main(flags)
+    out, err = capsys.readouterr()
+    assert "step 1 is saved: continue from it with --resume" in out and checkpoint.steps_in(run) == [1]
+    assert err == "error: another process can't read its rows of step 2; its own message says why\n"
+
+    def unreadable(tasks, row):
+        raise UserError(f"row {row} can't be read")
+
+    monkeypatch.setattr(Mixture, "__getitem__", unreadable)
+    with pytest.raises(SystemExit, match="2"):
+        chat_rl.main([*flags, "--resume"])
+    assert re.fullmatch("error: row [0-9]+ can't be read\n", capsys.readouterr().err)
+    batches, params = batches_of()
+    with pytest.raises(Unread):
+        batches.next_batch(params, 0)
+    assert batches.get_state()["drawn"] == 0
 
 
 def evaluated(*flags):

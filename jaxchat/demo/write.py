@@ -18,17 +18,19 @@ ROW_GROUP = 512
 PROSE_IN_TEN = 3  # rows in ten for mid that are base's kind of prose: without them mid forgets base's facts
 
 
-def write_sums(path: str | Path, rows: int, *, held_out: bool = False):
-    """Write problems for reinforcement learning: sums of four digits, which no conversation of the world has.
+def write_sums(path: str | Path, rows: int, *, held_out: bool = False, digits: int = 4):
+    """Write problems for reinforcement learning: sums of numbers of four digits, which no conversation of the
+    world has, or of fewer.
 
     held_out: in the phrasings that are held out, to evaluate on.
     """
+    smallest, largest = 10 ** (digits - 1), 10**digits - 1
 
     def problem(i: int) -> list[dict]:
         chance = Chance(f"sums:{held_out}:{i}")
         sign = chance.of("+-*")
-        a = chance.between(1000, 9999)
-        b = chance.between(10, 99) if sign == "*" else chance.between(1000, 9999)
+        a = chance.between(smallest, largest)
+        b = chance.between(10, 99) if sign == "*" else chance.between(smallest, largest)
         found = Sum(max(a, b), sign, min(a, b))
         written = f"{found.a} {chance.of(phrases.SIGNS[sign])} {found.b}"
         question = phrases.phrased(chance, phrases.SUM_FRAMES.pick(held_out), e=written)

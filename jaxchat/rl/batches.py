@@ -23,6 +23,7 @@ from jaxchat.rl.problems import Problems
 from jaxchat.rl.rollout import Rollout, numbers_of
 from jaxchat.rl.weights import LogProbs, Policy, policy_weights, row_scales
 from jaxchat.train.fit import device_memory
+from jaxchat.train.reporter import Unread
 
 ROUNDS = 4  # of problems drawn for a step, at most, with --resample
 ALIKE = 20  # steps without a mixed group after which a warning is printed
@@ -82,7 +83,12 @@ class RolloutBatches:
         number, update = divmod(step, self.config.updates)
         numbers = {"data_wait_seconds": 0.0}
         if update == 0:
-            numbers |= self._roll_out(params, number, step)
+            drawn = self._drawn
+            try:
+                numbers |= self._roll_out(params, number, step)
+            except Exception:
+                self._drawn = drawn  # the step is saved as not taken
+                raise
         weights_RT, more = self._weigh(params)
         batch = arrange(self._rollout, weights_RT, self._shape(), self.model)
         batch["numbers"] = numbers | more | batch["numbers"]
@@ -128,6 +134,7 @@ class RolloutBatches:
         for attempt in range(ROUNDS if config.resample else 1):
             first, self._drawn = self._drawn, self._drawn + config.examples_per_step
             problems = [self._order.index(i) for i in range(first, self._drawn)]
+            self._read(problems, step)
             how = {"temperature": config.temperature, "top_k": config.top_k, "logprobs": 0}
             how["seed"] = seed_of(config.seed, number, attempt)
             prompts, generations = self.problems.sample(engine, problems, config.num_samples, **how)
@@ -147,6 +154,17 @@ class RolloutBatches:
         tokens = rollout.numbers["answer_tokens"] * len(answers)
         rates = {"rollout_tokens_per_s": tokens / seconds, "problems_drawn": float(len(rollout.problems))}
         return {"rollout_seconds": seconds, "reward_seconds": judging} | rates
+
+    def _read(self, problems: list[int], step: int):
+        """Read problems. Unread, on all processes together: one of them can't."""
+        own = None
+        try:
+            for problem in problems:
+                self.problems.tasks[problem]
+        except Exception as problem:
+            own = problem
+        if any(one["unread"] for one in sharding.gather_json({"unread": own is not None})):
+            raise Unread(step + 1) from own
 
     def _weigh(self, params: Params) -> tuple[np.ndarray, dict[str, float]]:
         """Return (the weights [R, T] of the step's targets, what to log of them)."""

@@ -73,7 +73,7 @@ def train(run: Run, evaluations: list[Evaluation]) -> None:
         except Exception as problem:
             with contextlib.suppress(Exception):  # it may be this that failed
                 loop.reporter.flush()
-            if isinstance(problem, Unread):
+            if isinstance(problem, Unread) and problem.step <= loop.step:
                 loop.go_back(problem.step - 1)
             if not loop.ending:
                 loop.saver.rescue(loop.state, loop.step, alone=not isinstance(problem, NotFinite | Unread))
@@ -147,6 +147,7 @@ class Loop:
 
         If one of several processes can't read its rows, it takes part with rows that make the loss not
         finite, so that no process applies the step, until all know of it by `unread` among the totals.
+        Where the processes make a batch together, all raise Unread, before the step.
         """
         batches = self.stage.batches
         several = batches.alone and jax.process_count() > 1
@@ -155,6 +156,9 @@ class Loop:
         try:
             if not self.problem:
                 self.batch = batches.next_batch(self.state.params, self.step)
+        except Unread as problem:
+            self.problem = problem.__cause__
+            raise
         except Exception as problem:
             if not several or not self.batch:
                 raise
