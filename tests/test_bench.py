@@ -4,9 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+
+from bench import scaling
+from jaxchat.plan import roofline, topologies
+from jaxchat.plan import step as plan_step
 
 BENCHES = sorted(path.stem for path in (ROOT / "bench").glob("*.py"))
 TINY = ["--depth=1", "--seq=32", "--batch=2", "--vocab=300", "--steps=2"]
@@ -47,3 +52,29 @@ def test_decoding_beside_what_the_memory_allows(run_command, tmp_path):
     (found,) = json.loads(last)
     assert found["batch"] == 4 and found["ratio"] == pytest.approx(2 * found["tokens_per_s"])
     assert found["token_s"] > 0 and found["ttft_s"] > 0 and 0 < found["mbu"] < 1
+
+
+def test_scaling_compares_computing_with_sending(monkeypatch, capsys):
+    """On plans of which nothing is compiled: 60 + 20 ms of computing, 20 of sending for each 8 devices."""
+
+    class Plan:
+        batch, accumulated = 4, 2
+
+        def __init__(self, config):
+            self.devices = len(topologies.devices_of(config.topology)[0])
+            assert config.total_batch_size == 100 * self.devices
+
+        def fit(self, batch):
+            return SimpleNamespace(program=None if self.devices == 32 else "compiled", remat="step")
+
+        def bounds(self, done):
+            seconds = {"mlp": 0.06, "loss": 0.02, "collectives": 0.02 * self.devices / 8}
+            return {name: roofline.Bound(value, "") for name, value in seconds.items()}
+
+    monkeypatch.setattr(plan_step, "StepPlan", Plan)
+    monkeypatch.setattr(topologies, "compile_only", lambda: None)
+    monkeypatch.setattr(topologies, "devices_of", lambda name: ([None] * int(name.partition(":")[2]), "gpu", 0))
+    scaling.run(scaling.Config(topologies="h100:8,h100:16,h100:32", device_tokens=100, json=True))
+    *lines, figures = capsys.readouterr().out.splitlines()
+    assert [row["efficiency"] for row in json.loads(figures)] == [pytest.approx(0.8), pytest.approx(2 / 3)]
+    assert [line.split()[-1] for line in lines[1:]] == ["80%", "67%", "fit"]
