@@ -114,8 +114,15 @@ def run(config: Config) -> int:
             code = plan_and_perform(config)
     else:
         code = plan_and_perform(config)
-    how_to_continue(code, "speedrun", config)
+    how_to_continue(code, "speedrun", config)  # outside of the demo's base directory, which it adds itself
+    if not code and partial(config) and not config.dry_run:
+        rest = dataclasses.replace(config, first="", until="", only="", redo="")
+        cli.next_step(f"python -m launch.speedrun {shlex.join(words_of(rest))}")
     return code
+
+
+def partial(config: Config) -> bool:
+    return bool(config.first or config.until or config.only)
 
 
 def plan_and_perform(config: Config) -> int:
@@ -144,11 +151,8 @@ def perform(config: Config, plan: Plan, runner: Runner, redo: set[str]) -> int:
     """Run the chosen steps, then print what comes next, or start the server."""
     if code := carry_out(runner, plan.steps, redo, plan.price):
         return code
-    chosen = runner.steps
-    print(f"all {len(chosen)} steps are done")
-    if len(chosen) < len(plan.steps):
-        rest = dataclasses.replace(config, first="", until="", only="", redo="")
-        cli.next_step(f"python -m launch.speedrun {shlex.join(words_of(rest))}")
+    print(f"all {len(runner.steps)} steps are done")
+    if partial(config):
         return 0
     server = f"python -m launch.serve --model_tag={plan.tag}"
     cli.next_step(server if config.serve else f"{server} --open_browser")

@@ -96,6 +96,7 @@ def test_a_free_flag_may_change(home):
         return [fake("a", flags=f"--depth=2 --rows={rows}", free=frozenset(["rows"]))]
 
     assert run(home, step(1)) == run(home, step(2)) == 0 and ran(home) == ["a --depth=2 --rows=1"]
+    assert Step("a", ("/old/python", "-m", "x")).fixed == Step("a", ("/new/python", "-m", "x")).fixed == ["-m", "x"]
 
 
 def redo(state, steps, name):
@@ -421,6 +422,15 @@ def test_the_server_takes_the_commands_place(home, monkeypatch):
         runner = Runner(plan.steps, State(home / "speedrun"), restarts=0)
         assert speedrun.perform(speedrun.Config(preset="cpu", **flags), plan, runner, set()) == 0
     assert started == [[sys.executable, "-m", "launch.serve", "--model_tag=demo"]]
+
+
+def test_the_command_for_the_rest_is_for_the_base_directory_itself(home, monkeypatch, capsys):
+    """Not for the demo's folder in it, which the command adds."""
+    monkeypatch.setattr(speedrun, "plan_and_perform", lambda config: 0)
+    assert speedrun.run(speedrun.Config(preset="cpu", until="world")) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("next: ") and out.endswith(" -m launch.speedrun --preset=cpu\n")
+    assert "JAXCHAT_BASE_DIR" not in out
 
 
 def test_files_of_a_pattern(home):

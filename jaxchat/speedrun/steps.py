@@ -151,8 +151,9 @@ class Step:
 
     @property
     def fixed(self) -> list[str]:
-        """The words that a later start must repeat."""
-        return [word for word in self.argv if word.partition("=")[0].lstrip("-") not in self.free]
+        """The words that a later start must repeat; it may be by another Python."""
+        words = self.argv[1:] if self.argv[1:2] == ("-m",) else self.argv
+        return [word for word in words if word.partition("=")[0].lstrip("-") not in self.free]
 
     @property
     def shown(self) -> str:
