@@ -35,7 +35,7 @@ GPU = "one H100's 52 % MFU at depths 12 and 20"
 PRESETS = {
     "cpu": Preset("the demo's small generated world, on a CPU in minutes", CPU, 3),
     "laptop": Preset(
-        "a small model of real text, on a laptop's CPU in a night",
+        "a small model of real text, on a CPU of eight cores in a night",
         CPU,
         4,
         {
