@@ -95,27 +95,18 @@ async def measure(config: Config, devices: list, compute: Compute) -> None:
     from jaxchat.serve.guard import Rules
 
     model = checkpoint.open_model(config.source, config.model_tag)
-    options = serve.Config(slots=config.streams, port=0)
-    service, stops, sock = (
-        serve.make_service(options, [model], devices, compute),
-        asyncio.Queue(),
-        server.listen("127.0.0.1", 0),
-    )
+    service = serve.make_service(serve.Config(slots=config.streams), [model], devices, compute)
+    stops, sock = asyncio.Queue(), server.listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    running = asyncio.create_task(
-        server.serve(make_app(service, Rules()), service, sock, serve.load(service, url, False), 5, stops)
-    )
+    loading = serve.load(service, url, open_browser=False)
+    serving = server.serve(make_app(service, Rules()), service, sock, loading, 5, stops)
+    running = asyncio.create_task(serving)
     while service.state != "ok":
-        await asyncio.sleep(0.1)
-    context = model.config.sequence_len
-    engine = Engine(
-        model.load(),
-        model.config,
-        model.tokenizer,
-        compute,
-        batch_size=config.streams,
-        shortest_cache=context,
-    )
+        await asyncio.wait([running], timeout=0.1)
+        if running.done():
+            return running.result()  # why it could not start
+    options = {"batch_size": config.streams, "shortest_cache": model.config.sequence_len}
+    engine = Engine(model.load(), model.config, model.tokenizer, compute, **options)
 
     def generate():
         settings = {"max_tokens": config.max_tokens, "ignore_end": True, "seed": 1, "temperature": 1.0}

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -66,6 +68,7 @@ def run(config: Config):
 
     from jaxchat import checkpoint
     from jaxchat.devices import start_devices
+    from jaxchat.serve.guard import is_local
     from jaxchat.serve.server import listen
 
     first = checkpoint.open_model(stages[0], config.model_tag, config.step)
@@ -80,7 +83,7 @@ def run(config: Config):
         ("address", address_of(config.host, sock.getsockname()[1])),
     ]
     cli.print_plan("Serve " + ", ".join(map(name_of, found)), rows)
-    if not keys_of(config) and not is_loopback(config.host):
+    if not keys_of(config) and not is_local(config.host):
         who = f"everybody who reaches {config.host} can use the model"
         print(f"warning: {who}; --api_key=… or $JAXCHAT_API_KEY asks for a key", file=sys.stderr, flush=True)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -95,11 +98,11 @@ async def serve(config: Config, found: list, devices: list, compute: Compute, so
     """Load the models while the server already says so, then answer until it is asked to stop."""
     from jaxchat.serve import server
     from jaxchat.serve.app import make_app
-    from jaxchat.serve.guard import Rules
+    from jaxchat.serve.guard import Rules, is_local
 
     service = make_service(config, found, devices, compute)
     origins = tuple(filter(None, config.cors_origins.split(",")))
-    app = make_app(service, Rules(keys_of(config), origins, is_loopback(config.host)))
+    app = make_app(service, Rules(keys_of(config), origins, is_local(config.host)))
     loading = load(service, address_of(config.host, sock.getsockname()[1]), config.open_browser)
     try:
         await server.serve(app, service, sock, loading, config.drain, server.stops_by_signal())
@@ -180,7 +183,7 @@ def engine_opener(model, device, compute: Compute, slots: int, lock):
     return opened
 
 
-def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None] = lambda done, total: None):
+def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]):
     """Generate a token in each common way, so that nobody waits for a compilation.
 
     on_progress: called with the number of ways that are done, and of all.
@@ -225,25 +228,14 @@ def name_of(model) -> str:
 
 
 def fingerprint(model) -> str:
-    import hashlib
-    from importlib.metadata import version
-
+    """The system_fingerprint of its answers: the versions of the code and of the model."""
     about = f"{model.meta['stage']} {model.tag} {model.step} {model.meta['tokenizer_hash']}"
-    return f"jaxchat-{version('jaxchat')}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
+    return f"jaxchat-{importlib.metadata.version('jaxchat')}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
 
 
 def keys_of(config: Config) -> tuple[str, ...]:
     keys = config.api_key or os.environ.get("JAXCHAT_API_KEY", "")
     return tuple(key.strip() for key in keys.split(",") if key.strip())
-
-
-def is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def address_of(host: str, port: int) -> str:

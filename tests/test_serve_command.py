@@ -11,6 +11,7 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from serve_helpers import save_models, serve_command  # noqa: E402
 
+from jaxchat.serve import guard  # noqa: E402
 from launch import serve  # noqa: E402
 
 
@@ -96,7 +97,7 @@ def test_without_the_extra_it_says_what_to_install(folder, monkeypatch, capsys):
 
 
 def test_addresses_and_keys(monkeypatch):
-    assert [serve.is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "box")] == [
+    assert [guard.is_local(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "box")] == [
         True, True, True, False, False, False,
     ]  # fmt: skip
     monkeypatch.setenv("JAXCHAT_API_KEY", "a, b")
