@@ -85,22 +85,35 @@ def talkative(tokenizer):
     return params.replace(lm_head=head_DV, blocks=params.blocks.replace(wo=6 * params.blocks.wo)), config
 
 
-def written_plainly(plain, tokenizer, prompt, max_tokens):
-    """(an answer's tokens, by how much the likeliest led at least): for each a pass over all that is before it."""
-    special, said, forced, lead = tokenizer.special, [], [], math.inf
-    while len(said) < max_tokens:
+class Remembers(Engine):
+    """An engine that keeps what it generated last, in .answers."""
+
+    def generate(self, *args, **options):
+        self.answers = super().generate(*args, **options)
+        return self.answers
+
+
+def is_plain(plain, tokenizer, prompt, said, max_tokens):
+    """(whether the plain model's likeliest tokens are an answer's, by how much they led at least), in one pass over the
+    answer: what is likeliest at a place depends only on the tokens before it, which have been found the same."""
+    special, forced, lead = tokenizer.special, [], math.inf
+    logits_TV = plain.logits([*prompt, *said], len(prompt) - 1)
+    for at in range(max_tokens):
         if forced:
-            said.append(forced.pop(0))
+            token = forced.pop(0)
+        else:
+            lead = min(lead, np.ptp(np.sort(logits_TV[at])[-2:]))
+            token = int(logits_TV[at].argmax())
+            if token in (special("<|assistant_end|>"), tokenizer.bos):
+                return at == len(said), lead
+        if at == len(said) or token != said[at]:
+            return False, lead
+        if token != special("<|python_end|>"):
             continue
-        logits = plain.logits([*prompt, *said], len(prompt) + len(said) - 1)[0]
-        lead, token = min(lead, np.ptp(np.sort(logits)[-2:])), int(logits.argmax())
-        if token in (special("<|assistant_end|>"), tokenizer.bos):
-            break
-        _, opened, expression = tokenizer.decode(said).rpartition("<|python_start|>")
-        said.append(token)
-        if token == special("<|python_end|>") and opened and (value := calculate(expression)) is not None:
+        _, opened, expression = tokenizer.decode(said[:at]).rpartition("<|python_start|>")
+        if opened and (value := calculate(expression)) is not None:
             forced = [special("<|output_start|>"), *tokenizer.encode(value), special("<|output_end|>")]
-    return said, lead
+    return len(said) == max_tokens, lead
 
 
 @pytest.mark.slow
@@ -120,17 +133,17 @@ def test_written_answers_are_the_plain_models(shared_data, tokenizer, talkative,
         checked[row["number"]] = text, task.check(row, text)
         return checked[row["number"]][1]
 
-    engine = Engine(*talkative, tokenizer, Compute(), batch_size=64)
+    engine = Remembers(*talkative, tokenizer, Compute(), batch_size=64)
     right = chat.write_answers(engine, rows, check, quiet=True, max_tokens=max_tokens, temperature=0.0)
     assert len(rows) == len(right) == number
     close = ended = 0
-    for i, row in enumerate(rows):
+    for i, (row, answer) in enumerate(zip(rows, engine.answers, strict=True)):
         prompt = tokenizer.render_for_completion(row)[-(LENGTH - max_tokens) :]
-        said, lead = written_plainly(plain, tokenizer, prompt, max_tokens)
-        near = lead < 1e-4
-        close, ended = close + near, ended + (len(said) < max_tokens)
-        text = tokenizer.decode(said)
-        assert near or (checked[i][0] == text and right[i] == [task.check(row, text)])
+        same, lead = is_plain(plain, tokenizer, prompt, answer.tokens, max_tokens)
+        close, ended = close + (lead < 1e-4), ended + answer.finished
+        text = tokenizer.decode(answer.tokens)
+        assert same or lead < 1e-4
+        assert checked[i][0] == text and right[i] == [task.check(row, text)]
     called = sum("<|python_end|><|output_start|>" in text for text, _ in checked.values())
     assert close < 5 and 20 < ended < number - 20 and called > 5 and 3 < sum(map(sum, right)) < number - 20
 
