@@ -198,7 +198,9 @@ def read_chat(fields: Fields) -> Chat:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     messages = read_messages(fields.get("messages"))
     if last != (messages[-1]["role"] == "assistant"):
-        expected = "the assistant's, since continue_final_message is true" if last else "the user's"
+        expected = "the assistant's, since continue_final_message is true"
+        if not last:
+            expected = "the user's; continue_final_message: true continues the assistant's"
         raise ApiError(400, f"messages: the last message must be {expected}", param="messages")
     common = _sampling(fields, least=1)
     return Chat(messages=messages, continue_last=last, top=(top or 0) if logprobs else None, **common)
@@ -374,8 +376,6 @@ def text_length(asked: Chat | Completion) -> int:
     return sum(len(part["text"]) for each in parts for part in each)
 
 
-def too_long(tokens: str, context: int, param: str) -> ApiError:
-    message = (
-        f"{tokens}, but this model's context is {context:,} tokens; shorten {param}, or lower max_tokens"
-    )
+def too_long(tokens: str, context: int, param: str, hint: str = "") -> ApiError:
+    message = f"{tokens}, but this model's context is {context:,} tokens; shorten {param}{hint}"
     return ApiError(400, message, param=param, code="context_length_exceeded")

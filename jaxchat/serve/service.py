@@ -151,11 +151,15 @@ def prepare(service: Service, body: bytes, chat: bool) -> Asked:
 
 def room(service: Service, asked: Chat | Completion, length: int, context: int, param: str) -> int:
     """Most tokens of an answer to a prompt of `length` tokens."""
-    wanted = asked.max_tokens
-    if length + (1 if wanted is None else wanted) > context:
-        answer = "" if wanted is None else f" and max_tokens is {wanted:,}"
-        raise protocol.too_long(f"{param} has {length:,} tokens{answer}", context, param)
-    return min(context - length, service.defaults.max_tokens or context) if wanted is None else wanted
+    wanted, given = asked.max_tokens, f"{param} has {length:,} tokens"
+    if wanted is None:
+        if length >= context:
+            raise protocol.too_long(given, context, param)
+        return min(context - length, service.defaults.max_tokens or context)
+    if length + wanted > context:
+        given += f" and max_tokens is {wanted:,}"
+        raise protocol.too_long(given, context, param, ", or lower max_tokens")
+    return wanted
 
 
 def _request(defaults: Defaults, asked: Chat | Completion, **fields) -> Request:
