@@ -44,7 +44,7 @@ class Config(DeviceFlags):
     https://chat.example.com; *: all. Their hosts are also accepted as names of this server."""
     slots: int = flag(-1, 1, special=-1)
     """Answers that a device generates at a time for each model; -1: 8 on a CPU, 64 elsewhere. Each holds
-    memory for a whole context."""
+    memory for a full context."""
     max_waiting: int = flag(256, 0)
     """Answers that may wait for a slot; more are refused with status 429."""
     max_tokens: int = flag(-1, 1, special=-1)
