@@ -1,4 +1,4 @@
-"""A process of a data test: python data_process.py SPEC, a JSON object; writes the batches that this process makes.
+"""A process of the data tests: for each line of stdin, a spec in JSON, it writes the batches that it makes and "done".
 
 Runs as the tests' processes and, of these, as Grain's workers: so nothing is done unless it is the main program.
 """
@@ -50,4 +50,6 @@ def main(spec: dict):
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        main(json.loads(line))
+        print("done", flush=True)

@@ -1,8 +1,10 @@
 """Batches are the same, bit for bit, whatever the number of processes and workers; real processes, at 200 steps."""
 
+import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import socket
 import subprocess
@@ -41,21 +43,53 @@ def folder(tmp_path_factory, shared_data):
     return folder
 
 
-def run(folder, pipeline, processes, workers, *, steps=STEPS, state=None):
-    """-> (the arrays of all processes put together by name, the state after SAVE_AT steps of all of them)."""
-    running, outs = [], []
-    for process in range(processes):
-        share = [process * MICRO_ROWS // processes, (process + 1) * MICRO_ROWS // processes]
-        out = folder / f"{pipeline}-{processes}-{workers}-{process}-{steps}.npz"
-        spec = {"pipeline": pipeline, "folder": str(folder), "share": share, "workers": workers, "steps": steps}
-        spec |= {"state": state, "save_at": SAVE_AT, "out": str(out)}
-        command = [sys.executable, str(ROOT / "tests/data_process.py"), json.dumps(spec)]
+class Processes:
+    """Real processes that make batches. They start when they are needed, and take one order after another."""
+
+    def __init__(self, folder):
+        self.folder, self._running, self._stack = folder, [], contextlib.ExitStack()
+
+    def _start(self):
+        command = [sys.executable, str(ROOT / "tests/data_process.py")]
         env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        running.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
-        outs.append(out)
-    for process in running:
-        _, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err[-3000:]
+        errors = self._stack.enter_context((self.folder / f"errors-{len(self._running)}.txt").open("w+"))
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        process = self._stack.enter_context(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
+        self._running.append((process, errors))
+
+    def make(self, specs: list[dict]):
+        """Let each process make the batches of one spec, at the same time."""
+        while len(self._running) < len(specs):
+            self._start()
+        for (process, _), spec in zip(self._running, specs, strict=False):
+            process.stdin.write(json.dumps(spec) + "\n")
+            process.stdin.flush()
+        for process, errors in self._running[: len(specs)]:
+            said, _, _ = select.select([process.stdout], [], [], 240)
+            if not said or process.stdout.readline() != "done\n":
+                process.kill()
+                errors.seek(0)
+                pytest.fail(errors.read()[-3000:] or "no batches within 240 seconds")
+
+    def close(self):
+        self._stack.close()  # at the end of its stdin a process ends
+
+
+@pytest.fixture(scope="module")
+def processes(folder):
+    with contextlib.closing(Processes(folder)) as running:
+        yield running
+
+
+def run(processes, pipeline, count, workers, *, steps=STEPS, state=None):
+    """-> (the arrays of all processes put together by name, the state after SAVE_AT steps of all of them)."""
+    specs, outs = [], []
+    for process in range(count):
+        share = [process * MICRO_ROWS // count, (process + 1) * MICRO_ROWS // count]
+        outs.append(processes.folder / f"{pipeline}-{count}-{workers}-{process}-{steps}.npz")
+        spec = {"pipeline": pipeline, "folder": str(processes.folder), "share": share, "workers": workers}
+        specs.append(spec | {"steps": steps, "state": state, "save_at": SAVE_AT, "out": str(outs[-1])})
+    processes.make(specs)
     parts = [np.load(out) for out in outs]
     arrays = {}
     for name in parts[0].files:
@@ -80,28 +114,28 @@ SPLITS |= {name: [(2, 0), (4, 0)] if THOROUGH else [(4, 0)] for name in ("sft", 
 AFTERWARDS = ((1, 0), (4, 0), (2, 1)) if THOROUGH else ((2, 1),)
 
 
-def test_two_processes_with_a_worker_each(folder):
+def test_two_processes_with_a_worker_each(processes):
     """A part of the next test, for the fast suite."""
-    want, state = run(folder, "base", 1, 0)
-    got, other = run(folder, "base", 2, 1)
+    want, state = run(processes, "base", 1, 0)
+    got, other = run(processes, "base", 2, 1)
     assert got.keys() == want.keys() and other == state
     assert_same(got, want)
-    resumed, _ = run(folder, "base", 4, 0, steps=30, state=state)
+    resumed, _ = run(processes, "base", 4, 0, steps=30, state=state)
     assert_same(resumed, want, later=SAVE_AT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pipeline", SPLITS)
-def test_the_same_on_any_number_of_processes_and_workers(folder, pipeline):
-    want, state = run(folder, pipeline, 1, 0)
+def test_the_same_on_any_number_of_processes_and_workers(processes, folder, pipeline):
+    want, state = run(processes, pipeline, 1, 0)
     assert len(json.dumps(state)) < 64 * 1024
-    for processes, workers in SPLITS[pipeline]:
-        got, other = run(folder, pipeline, processes, workers)
+    for count, workers in SPLITS[pipeline]:
+        got, other = run(processes, pipeline, count, workers)
         assert got.keys() == want.keys()
         assert_same(got, want)
         assert other == state
-    for processes, workers in AFTERWARDS:
-        resumed, _ = run(folder, pipeline, processes, workers, steps=30, state=state)
+    for count, workers in AFTERWARDS:
+        resumed, _ = run(processes, pipeline, count, workers, steps=30, state=state)
         assert_same(resumed, want, later=SAVE_AT)
     if pipeline == "mid":
         left = [want[f"{step}.total_left"] for step in range(STEPS)]
