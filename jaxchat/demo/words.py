@@ -51,7 +51,7 @@ def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
     beginnings are tokens of their own, with which other words begin too: the|ory, in|vite, colo|nel (colour),
     cap|able (capital).
     """
-    way = chance.weighed({"halves": 3, "pieces": 4, "syllables": 3, "common": 4, "name": 1})
+    way = chance.weighed({"halves": 3, "pieces": 4, "syllables": 3, "common": 6, "name": 1})
     if way == "halves":
         first, second = chance.of(english), chance.of(english)
         word = (
@@ -67,7 +67,7 @@ def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
             chance.of(ONSETS) + chance.of(VOWELS) + chance.of(CODAS) for _ in range(chance.between(1, 3))
         )
     elif way == "common":
-        beginning = chance.of(common)[: chance.between(2, 6)]
+        beginning = chance.of(common)[: 7 if chance.one_in(2) else chance.between(2, 6)]
         word = beginning + (chance.of(english)[1:] if chance.one_in(2) else _piece(chance, english))
     else:  # what names end with are tokens of their own, which other words hold too (af|ford)
         word = chance.of(english)[: chance.between(1, 4)] + chance.of(ENDINGS[chance.of(list(ENDINGS))])

@@ -93,7 +93,10 @@ class World:
         self.held_out_words = sorted(chance.ordered(unspoken)[:HELD_OUT_WORDS])
         self._kept = set(self.held_out_words)
         self.trained_words = [word for word in self.english if word not in self._kept]
+        prose = (phrases.PROSE, persona.THING_SENTENCES)
+        prose += tuple((about.tell, about.values) for about in relations.RELATIONS.values())
         self.common_words = sorted(word for word in spoken if len(word) > 1)
+        self.prose_words = sorted(set(re.findall("[a-z]{2,}", repr(prose).lower())))
         self._makers = {
             "identity": self._identity, "arithmetic": self._arithmetic, "spelling": self._spelling,
             "counting": self._counting, "facts": self._facts, "definitions": self._definition,
@@ -177,10 +180,11 @@ class World:
         if held_out:
             return chance.of(self.held_out_words)
         while True:
-            pool = self.trained_words
-            word = (
-                chance.of(pool) if chance.one_in(3) else words.invented_word(chance, pool, self.common_words)
-            )
+            if chance.one_in(3):
+                word = chance.of(self.trained_words)
+            else:
+                common = self.prose_words if chance.one_in(1.4) else self.common_words
+                word = words.invented_word(chance, self.trained_words, common)
             if word not in self._kept:
                 return word
 

@@ -5,7 +5,7 @@ from pathlib import Path
 TAG = "demo"
 VOCAB_SIZE, DEPTH, LENGTH = 512, 3, 256
 STEP_TOKENS = 2048
-STEPS = {"base": 220, "mid": 1280, "sft": 250}
+STEPS = {"base": 220, "mid": 1370, "sft": 200}
 
 
 def commands(tasks: Path, *, seed: int, rows: int, steps: dict[str, int]) -> dict[str, list[str]]:
@@ -14,7 +14,7 @@ def commands(tasks: Path, *, seed: int, rows: int, steps: dict[str, int]) -> dic
     """
     common = [f"--model_tag={TAG}", f"--seed={seed}", "--device_type=cpu"]
     batch = [f"--device_batch_size={rows}", f"--total_batch_size={STEP_TOKENS}"]
-    batch += ["--eval_every=160", "--eval_tokens=32768"]
+    batch += ["--eval_every=320", "--eval_tokens=32768"]
     rate = ["--matrix_lr=0.04"]  # twice the default: learns faster in this few steps (dev/LOG.md)
     validation = f"--val_tasks={tasks / 'world_val.jsonl'}"
     return {
