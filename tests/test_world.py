@@ -3,16 +3,18 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.config import UserError
 from jaxchat.demo import KINDS, World, persona, phrases, relations, write_world
+from jaxchat.demo.chance import Chance
 from jaxchat.demo.sums import Sum, pair_is_held_out
 from jaxchat.demo.words import counted_letters, in_words
 from jaxchat.infer.calculator import calculate
-from jaxchat.tokenizer import check_conversation
+from jaxchat.tokenizer import Tokenizer, check_conversation
 
 SMALL = {"base_shards": 2, "base_rows": 1200, "base_val_rows": 600, "mid_rows": 40, "sft_rows": 20, "val_rows": 10}
 
@@ -147,6 +149,16 @@ def test_prose_spells_no_held_out_word(world):
     prose = re.sub("[0-9]", "", " ".join(world.document(i) for i in range(5_000)))  # "a p1 p2 l e" spells too
     spelled = {letters.replace(" ", "") for letters in re.findall(r"\b\w(?: \w)+\b", prose)}
     assert len(spelled) > 500 and not spelled & set(world.held_out_words)
+
+
+def test_tokens_that_begin_held_out_words_begin_others_too():
+    """A word is spelled by its tokens: one that begins no training word ("red|uce") cannot be spelled."""
+    world = World(2)
+    tokenizer = Tokenizer.train((world.document(i) for i in range(4000)), 512)
+    trained = (world._word(Chance(f"{i}"), held_out=False) for i in range(5000))
+    begins = Counter(tokenizer.encode(f" {word}")[0] for word in trained)
+    first = {word: tokenizer.encode(f" {word}")[0] for word in world.held_out_words}
+    assert not [word for word in first if begins[first[word]] < 3]
 
 
 def test_held_out_phrasings_are_not_training_ones_with_an_opener_or_another_end():

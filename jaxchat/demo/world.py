@@ -93,6 +93,7 @@ class World:
         self.held_out_words = sorted(chance.ordered(unspoken)[:HELD_OUT_WORDS])
         self._kept = set(self.held_out_words)
         self.trained_words = [word for word in self.english if word not in self._kept]
+        # What prose is made of becomes tokens of whole words, which have to be spelled often enough too.
         prose = (phrases.PROSE, persona.THING_SENTENCES)
         prose += tuple((about.tell, about.values) for about in relations.RELATIONS.values())
         self.common_words = sorted(word for word in spoken if len(word) > 1)
