@@ -575,10 +575,11 @@ class BaseConfig(TrainConfig):
     table_dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"), free=True)
     """Number format in which embedding tables and their optimizer state are kept: float32 or bfloat16; auto:
     bfloat16 with --arch=2026 where activations are, else float32."""
-    packing: str = flag("stream", choices=("stream", "bos_bestfit"))
-    """How documents fill rows. stream: rows are cut from one stream of documents. bos_bestfit: each row
-    begins with a document, few documents are cut, what is cut off is dropped, and documents don't see each
-    other."""
+    packing: str = flag("stream", choices=("stream", "bos_bestfit", "nanochat"))
+    """How documents fill rows. stream: rows are cut from one stream of documents; nothing is lost.
+    bos_bestfit: each row begins with a document, few documents are cut, what is cut off is dropped, and
+    documents don't see each other. nanochat: so too, but they do see each other, and each row takes the
+    longest of 1,000 documents that fits."""
 
     @classmethod
     def given(cls, **flags):
@@ -634,10 +635,34 @@ class MidConfig(TrainConfig):
     """Folder of the tasks' files; empty: <base directory>/tasks."""
 
 
+# The same for chat_sft: 2026 starts from a base model, and learns mid's data too.
+SFT_RECIPES = {
+    "2025": {},
+    "2026": {
+        "source": "base",
+        "embedding_lr": 0.3,
+        "unembedding_lr": 0.008,
+        "packing": "bestfit",
+        "target_examples_per_step": -1,
+        "init_lr_frac": 0.8,
+        "warmdown_ratio": 0.5,
+        "momentum_warmup": 300,
+        "load_optimizer": True,
+        "train_tasks": ",".join(["SmolTalk/train", *["MMLU/auxiliary_train"] * 3, *["GSM8K/train"] * 4]),
+        "val_tasks": "SmolTalk/test,MMLU/test:5200,GSM8K/test:420",
+    },
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(TrainConfig):
     """Finetune a model for chat: only what the assistant says is learnt."""
 
+    recipe: str = flag("2025", choices=tuple(SFT_RECIPES))
+    """nanochat's recipe of November 2025 or of July 2026. 2026 means, unless given otherwise: --source=base
+    --embedding_lr=0.3 --unembedding_lr=0.008 --packing=bestfit --target_examples_per_step=-1
+    --init_lr_frac=0.8 --warmdown_ratio=0.5 --momentum_warmup=300 --load_optimizer, and a mixture of SmolTalk
+    once, MMLU three times and GSM8K four times."""
     source: str = flag("mid", choices=STAGES["sft"].parents)
     """Stage whose checkpoint to start from: mid or base."""
     model_tag: str = flag("", free=True)
@@ -655,13 +680,20 @@ class SFTConfig(TrainConfig):
     """Rows that a device computes at a time (a row is a conversation, unless they are packed); -1: the
     largest number up to 4 that divides the step. Lower it if memory runs out: the result stays the same up to
     rounding."""
-    target_examples_per_step: int = flag(32, 1)
-    """Conversations in an optimizer step, over all devices."""
+    target_examples_per_step: int = flag(32, 1, special=-1)
+    """Conversations in an optimizer step, over all devices; -1: about as many tokens as in a step of
+    the model that it starts from."""
     packing: str = flag("padded", choices=("padded", "bestfit"))
     """How conversations fill rows. padded: one in each row. bestfit: several in rows of full length, which
     don't see each other. A step has the same conversations either way."""
     init_lr_frac: float = flag(0.02, 0)
     """Factor on all learning rates."""
+    warmdown_ratio: float = flag(1.0, 0, 1)
+    """Fraction of steps at the end spent cooling the learning rates down to 0."""
+    momentum_warmup: int = flag(0, 0)
+    """Steps in which Muon's momentum rises from 0.85 to 0.95; 0: it is 0.95 throughout."""
+    load_optimizer: bool = False
+    """Start with the optimizer state of the checkpoint that training starts from, if it has one."""
     eval_every: int = flag(100, -1, free=True)
     """Steps between measurements of the validation loss; 0 or -1: never."""
     eval_steps: int = flag(100, 1, free=True)
@@ -681,6 +713,11 @@ class SFTConfig(TrainConfig):
     """Validation mixture, written like --train_tasks."""
     tasks_dir: str = flag("", own=True)
     """Folder of the tasks' files; empty: <base directory>/tasks."""
+
+    @classmethod
+    def given(cls, **flags):
+        """The flags that a command line gives; the others are as the recipe of its --recipe says."""
+        return cls(**(SFT_RECIPES.get(flags.get("recipe"), {}) | flags))
 
 
 @dataclasses.dataclass(frozen=True)

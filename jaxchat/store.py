@@ -131,18 +131,22 @@ class Checkpoints:
     ) -> tuple[Params, Any]:
         """Return (params, optimizer), laid out as the given ShapeDtypeStructs say; set `batches` in place.
 
-        optimizer None: weights only, and the batches stay as they are.
+        optimizer None: weights only. batches None, or a checkpoint without a place in the data, being
+        imported: the data begin anew.
         """
         items = {"params": ocp.args.StandardRestore(params)}
         if optimizer is not None:
-            items |= {"optimizer": ocp.args.StandardRestore(optimizer), "data": ocp.args.JsonRestore()}
+            items["optimizer"] = ocp.args.StandardRestore(optimizer)
+            if batches is not None and (self.folder / str(step) / "data").is_dir():
+                items["data"] = ocp.args.JsonRestore()
         checkpoint.quiet_orbax()
         path, handler = checkpoint.plain_path(self.folder) / str(step), ocp.CompositeCheckpointHandler()
         with checkpoint.readable(self.folder / str(step)), ocp.Checkpointer(handler) as reader:
             restored = reader.restore(path, args=ocp.args.Composite(**items))
         if optimizer is None:
             return restored["params"], None
-        batches.set_state(restored["data"])
+        if "data" in items:
+            batches.set_state(restored["data"])
         return restored["params"], restored["optimizer"]
 
     def has_state(self, step: int) -> bool:

@@ -15,7 +15,8 @@ class Config(Flags):
     Export: --source=sft --to=hf --out=FOLDER writes a folder for Hugging Face transformers; --to=nanochat
     adds the model to a base directory of nanochat. Import: --from=hf --path=FOLDER --as=base --model_tag=NAME
     writes a checkpoint for midtraining, finetuning, evaluation and chat. Weights, configuration, tokenizer
-    and metadata are converted; the optimizer state is not.
+    and metadata are converted. So is the optimizer state of pretraining, of nanochat's models since March 14,
+    2026, on one device: the other side can resume the run, with its data from the start.
     """
 
     to: str = flag("", choices=("", "hf", "nanochat"))
@@ -142,9 +143,13 @@ def take_in(config: Config):
         foreign = nanochat.load(path, config.as_stage, config.model_tag, config.step, config.softcap)
     weights.check(foreign)
     rows = [("from", str(foreign.path)), *shape_rows(foreign.config, foreign.tokenizer)]
+    optimizer = None
+    if config.from_format == "nanochat" and config.as_stage == "base":
+        optimizer, about = nanochat.load_optimizer(foreign)
+        rows.append(("optimizer", about))
     title = f"Import a model from {config.from_format} as {config.as_stage} {config.model_tag}"
     cli.print_plan(title, [*rows, ("writes", f"{target}/{foreign.step}")])
-    weights.take_in(foreign, target, config.as_stage, config.from_format, progress(foreign.config))
+    weights.take_in(foreign, target, config.as_stage, config.from_format, progress(foreign.config), optimizer)
     print(f"wrote {target}/{foreign.step}")
     if foreign.tokenizer is None:
         print(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_params
@@ -11,6 +12,7 @@ from convert_helpers import refusal, torch
 
 from jaxchat import checkpoint, store
 from jaxchat.config import ARCHITECTURES, ModelConfig
+from jaxchat.convert import optimizer
 from jaxchat.convert.nanochat import NAMES
 from jaxchat.convert.weights import matrix_names, named, to_matrices
 from launch import convert
@@ -95,3 +97,72 @@ def test_ours_goes_out_as_nanochat_names_it(home):
     assert shapes == want
     np.testing.assert_array_equal(tensors["value_embeds.2.weight"], params.blocks.value_table[1].reshape(V, D))
     np.testing.assert_array_equal(tensors["transformer.h.2.attn.ve_gate.weight"], params.blocks.value_gate[1].T)
+
+
+def with_optimizer(tag: str, count: int) -> tuple[ModelConfig, dict]:
+    """A base checkpoint of --arch=2026 with random weights and optimizer state; -> its configuration and state."""
+    config = ModelConfig.from_depth(3, sequence_len=64, vocab_size=70, arch="2026")
+    random = np.random.default_rng(1)
+
+    def fill(leaf):
+        full = np.asarray(random.random(leaf.shape), np.float32)
+        return jnp.asarray(count if leaf.dtype == jnp.int32 else full, leaf.dtype)
+
+    state = jax.tree.map(fill, optimizer.empty_state(config))
+    state |= {"empty_steps": jnp.int32(0)}
+    settings = {"total_batch_size": 2**17, "embedding_lr": 0.3, "unembedding_lr": 0.008, "matrix_lr": 0.03}
+    meta = {"stage": "base", "step": count, "model": dataclasses.asdict(config), "tokenizer_hash": None}
+    checkpoints = store.Checkpoints(checkpoint.run_folder("base", tag))
+    params = random_params(config, 0, 0.1)
+    checkpoints.save(count, params=params, optimizer=state, batches=None, meta=meta | {"settings": settings})
+    checkpoints.close()
+    return config, state
+
+
+def test_the_optimizers_state_out_and_in(home, capsys):
+    """spec-2026, 5.3: groups, numbers and shapes as torch's optimizer has them; and every bit comes back."""
+    config, state = with_optimizer("d3", 9)
+    convert.main(["--source=base", "--to=nanochat", f"--out={home / 'out'}"])
+    folder = home / "out/base_checkpoints/d3"
+    content = torch.load(folder / "optim_000009_rank0.pt", weights_only=True)
+    groups, D, H, V = content["param_groups"], 256, 2, 128
+    assert [n for group in groups for n in group["params"]] == list(range(9 + 3 * 6 + 2))
+    assert [len(group["params"]) for group in groups] == [1, 1, 2, 1, 1, 3, 2, 3 * 4, 3, 3]
+    width = (D / 768) ** -0.5 * 0.5  # and the root of a batch of a quarter
+    assert [group["initial_lr"] for group in groups] == pytest.approx(
+        [0.008 * width, 0.3 * width, 0.15 * width, 0.0025, 0.25, 0.2, *[0.015] * 4]
+    )
+    assert [group["betas"] for group in groups[:6]] == [(0.8, b) for b in (0.96, 0.995, 0.995, 0.95)] + [
+        (0.96, 0.95), (0.8, 0.95),
+    ]  # fmt: skip
+    assert [group["weight_decay"] for group in groups[:6]] == [0.01, 0.001, 0.01, 0.05, 0, 0]
+    have = content["state"]
+    assert set(have) == {*range(9), 9, 11, 23, 26} and have[3]["exp_avg"].shape == (V, D) and have[0]["step"] == 9
+    shapes = [(2, H, 12), (12, D, D), (3, D, 4 * D), (3, 4 * D, D)]  # gates, square, down, up
+    second = [(2, 1, 12), (12, D, 1), (3, 1, 4 * D), (3, 4 * D, 1)]
+    for first, shape, small in zip((9, 11, 23, 26), shapes, second, strict=True):
+        assert have[first]["momentum_buffer"].shape == shape and have[first]["second_momentum_buffer"].shape == small
+    muon = state["opt_state"][1].inner_states["matrix"].inner_state[0]
+    wk = np.asarray(muon.momentum.blocks.wk[1]).reshape(D, D)
+    np.testing.assert_array_equal(have[11]["momentum_buffer"][4 + 1], wk.T)
+    neurons = np.asarray(muon.second.blocks.wk[1]).ravel()
+    np.testing.assert_array_equal(have[11]["second_momentum_buffer"][4 + 1, :, 0], neurons)
+    meta = json.loads((folder / "meta_000009.json").read_text())
+    assert {"dataloader_state_dict", "loop_state", "val_bpb"} <= meta.keys() and meta["total_batch_size"] == 2**17
+
+    take = ["--from=nanochat", f"--path={folder}", "--as=base", "--model_tag=back"]
+    convert.main(take)
+    assert "--resume continues from it" in capsys.readouterr().out
+    found = checkpoint.open_model("base", "back", needs_tokenizer=False)
+    again = optimizer.restored(found)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), again, state)
+    assert optimizer.rates(found.meta) == optimizer.rates(
+        checkpoint.open_model("base", "d3", needs_tokenizer=False).meta
+    )
+
+    (folder / "optim_000009_rank1.pt").write_bytes(b"")
+    convert.main([*take[:-1], "--model_tag=two"])
+    assert "not converted: it is cut into the parts of 2 devices" in capsys.readouterr().out
+    (folder / "optim_000009_rank1.pt").unlink()
+    torch.save({"state": {0: {}}}, folder / "optim_000009_rank0.pt")
+    assert "is not the optimizer state of this model" in refusal(capsys, *take[:-1], "--model_tag=three")

@@ -1,13 +1,22 @@
 """--arch=2026 on base_train: its recipe, the horizon's numbers, and a small run by the command."""
 
 import dataclasses
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from conftest import model_on
 
-from jaxchat.config import BaseConfig, ModelConfig, UserError
+from jaxchat import checkpoint, sharding, store
+from jaxchat.config import BaseConfig, ModelConfig, SFTConfig, UserError
 from jaxchat.train import stages
 from jaxchat.train.horizon import decay_2026, momentum_2026
+from jaxchat.train.optimizer import make_optimizer, table_2026, with_new_schedule
+from jaxchat.train.run import initial_state
 from jaxchat.train.schedule import lr_multiplier
+from jaxchat.train.state import init_state
 from launch import cli
 
 
@@ -86,3 +95,57 @@ def test_tables_are_narrow_where_activations_are():
     wide = dataclasses.replace(base, dtype="bfloat16", table_dtype="float32")
     assert stages.base_model(wide, 300).table_dtype == "float32"
     assert stages.base_model(BaseConfig(dtype="bfloat16"), 300).table_dtype == "float32"
+
+
+def test_the_recipe_of_chat_sft():
+    """What mid_train did is part of it: the mixture, several times over; the rest of the flags stay as they are."""
+    got = cli.parse(SFTConfig, ["--recipe=2026", "--init_lr_frac=0.5"])
+    assert got.source == "base" and got.packing == "bestfit" and got.load_optimizer and got.init_lr_frac == 0.5
+    tasks = got.train_tasks.split(",")
+    assert [tasks.count(name) for name in ("SmolTalk/train", "MMLU/auxiliary_train", "GSM8K/train")] == [1, 3, 4]
+    assert cli.parse(SFTConfig, []) == SFTConfig() == cli.parse(SFTConfig, ["--recipe=2025"])
+
+
+def test_a_step_of_chat_has_as_many_tokens_as_one_of_its_parent(monkeypatch):
+    parent = SimpleNamespace(meta={"settings": {"total_batch_size": 100_000}}, tokenizer=None)
+    lengths = [100, 300, 5000, 200]  # the third is cut to 1,025
+    monkeypatch.setattr(
+        stages, "conversation_reader", lambda tasks, tokenizer: lambda rows: [(range(lengths[i]), 1) for i in rows]
+    )
+
+    def examples(**flags):
+        return stages.examples_of_step(SFTConfig(**flags), parent, lengths, 1024)
+
+    assert examples() == 32
+    assert examples(target_examples_per_step=-1) == round(100_000 / 406.25) // 32 * 32
+    parent.meta = {"imported": {"meta": {"total_batch_size": 900}}}
+    assert examples(target_examples_per_step=-1) == 2
+
+
+def test_a_warm_start_keeps_the_moments(home):
+    """The parent's weights and moments, and Adam's count; Muon's schedules start over."""
+    config = ModelConfig(64, 70, 2, 2, 2, 32, layer_scales=True)
+    whole, optimizer = model_on(None, config), make_optimizer(config, table=table_2026(config))
+    model = dataclasses.replace(
+        whole, compute=dataclasses.replace(whole.compute, mesh=sharding.make_mesh(jax.devices()[:1]))
+    )
+    state = init_state(0, model, optimizer)
+    state = jax.tree.map(lambda a: a + jnp.asarray(7, a.dtype), state)
+    checkpoints = store.Checkpoints(checkpoint.run_folder("base", "d2"))
+    rest = {"step": state.step, "empty_steps": state.empty_steps, "opt_state": state.opt_state}
+    meta = {"stage": "base", "step": 7, "model": dataclasses.asdict(config), "tokenizer_hash": None}
+    checkpoints.save(7, params=state.params, optimizer=rest, batches=None, meta=meta)
+    checkpoints.close()
+    parent = checkpoint.open_model("base", "d2", needs_tokenizer=False)
+    assert stages.has_state(parent)
+    got = initial_state(SimpleNamespace(parent=parent, warm=True, model=model, optimizer=optimizer))
+    want = state.opt_state[1].inner_states
+    have = got.opt_state[1].inner_states
+    assert int(got.step) == int(got.empty_steps) == 0
+    assert int(have["matrix"].inner_state[0].count) == 0 and int(want["matrix"].inner_state[0].count) == 7
+    for name, part in have.items():
+        same = want[name] if name != "matrix" else with_new_schedule(want[name])
+        jax.tree.map(np.testing.assert_array_equal, part, same)
+    jax.tree.map(np.testing.assert_array_equal, got.params, state.params)
+    cold = initial_state(SimpleNamespace(parent=parent, warm=False, model=model, optimizer=optimizer))
+    assert not any(np.any(a) for a in jax.tree.leaves(cold.opt_state))

@@ -12,7 +12,7 @@ from jaxchat.config import UserError
 from jaxchat.data import pipelines
 from jaxchat.data.conversations import ConversationRows, best_fit, length_buckets
 from jaxchat.data.order import STREAMS, Deal, Order
-from jaxchat.data.packing import BUFFER
+from jaxchat.data.packing import BUFFER, CroppedBestFit
 from jaxchat.data.streams import PackedRows
 
 ARRAYS = ("inputs", "targets", "weights", "segments")
@@ -157,6 +157,34 @@ def test_best_fit_against_a_plain_one(lengths, rows, time, at):
         assert sum(b["totals"]["cut_tokens"].swapaxes(0, 1).ravel()[mine].sum() for b in seen) == dropped
     assert all(batch["weights"].all() for batch in seen)
     assert_resumes(dataset, 6, at)
+
+
+def test_nanochats_packing_against_a_plain_one(monkeypatch):
+    """nanochat's rule in plain lists: the longest that fits, else the shortest is cut; all tokens are seen by all."""
+    monkeypatch.setattr(CroppedBestFit, "buffer", 20)
+    docs, time = documents([3, 9, 40, 5, 17, 2, 18, 6, 11, 4, 30, 8, 13] * 3), 16
+    dataset = packed(docs, 2, time, packing="nanochat")
+    batches = iter(dataset)
+    seen = [next(batches) for _ in range(40)]
+    for s in range(2):
+        buffer, place, dropped, wanted = [], 0, 0, []
+        for _ in range(40):
+            row = []
+            while len(row) < time + 1:
+                while len(buffer) < 20:
+                    buffer.append(docs[dataset.deal.index(s, place)].tolist())
+                    place += 1
+                room = time + 1 - len(row)
+                fitting = [doc for doc in buffer if len(doc) <= room]
+                doc = max(fitting, key=len) if fitting else min(buffer, key=len)
+                buffer.pop(next(i for i, other in enumerate(buffer) if other is doc))
+                row, dropped = row + doc[:room], dropped + max(0, len(doc) - room)
+            wanted.append(row)
+        assert [flat(b)["inputs"][s].tolist() for b in seen] == [row[:-1] for row in wanted]
+        assert [flat(b)["targets"][s].tolist() for b in seen] == [row[1:] for row in wanted]
+        assert sum(b["totals"]["cut_tokens"].ravel()[s] for b in seen) == dropped > 0
+    assert all(b["weights"].all() and "segments" not in b for b in seen)
+    assert_resumes(dataset, 6, 3)
 
 
 def test_best_fit_leaves_out_empty_documents_and_its_state_stays_small():

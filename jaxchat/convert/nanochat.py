@@ -4,6 +4,7 @@ A checkpoint does not say which constants it was trained with; the names of its 
 """
 
 import json
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from jaxchat import files
 from jaxchat.checkpoint import Found
 from jaxchat.config import ARCHITECTURES, STAGES, ModelConfig, UserError, rounded_up
-from jaxchat.convert import tokens
+from jaxchat.convert import optimizer, tokens
 from jaxchat.convert.weights import Foreign, Progress, check_space, shareable, to_torch
 
 NAMES = {
@@ -34,6 +35,11 @@ NAMES = {
     "backout_scale": "backout_lambda",
 }
 PADDING = 64  # nanochat rounds the rows of its tables up to a multiple of it
+# What nanochat's trainer wants to know to resume, where it is not: its data begin anew.
+RESUMED = {
+    "dataloader_state_dict": {"pq_idx": 0, "rg_idx": -1, "epoch": 1},
+    "loop_state": {"min_val_bpb": math.inf, "smooth_train_loss": 0.0, "total_training_time": 0.0},
+}
 COMPILED = "_orig_mod."  # what torch.compile puts before every name
 FIELDS = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"}  # of its model_config
 GENERATIONS = "the generations that docs/architecture.md lists"
@@ -64,10 +70,35 @@ def export(found: Found, out: Path, progress: Progress) -> Path:
             torch.save(torch.from_numpy(found.tokenizer.token_bytes), part)
         with files.atomic(pickled) as part:
             tokens.write_pickle(found.tokenizer, part)
+    if (found.path / "optimizer").is_dir() and has_optimizer(found.config):
+        meta |= RESUMED | {"total_batch_size": found.meta.get("settings", {}).get("total_batch_size")}
+        meta["val_bpb"] = meta.get("val_bpb", math.inf)
+        with files.atomic(folder / f"optim_{found.step:06d}_rank0.pt") as part:
+            optimizer.export(found, part, NAMES)
     files.write_json(meta_file, meta)
     with files.atomic(model) as part:
         torch.save(to_torch(found, NAMES, progress), part)
     return model
+
+
+def has_optimizer(config: ModelConfig) -> bool:
+    """Whether the optimizer state of a model can be converted: of those since March 14, 2026."""
+    return bool(
+        config.smear_channels and config.backout and config.value_gate_channels and config.layer_scales
+    )
+
+
+def load_optimizer(foreign: Foreign) -> tuple[dict | None, str]:
+    """Return (our optimizer state or None, what the plan says of it) of a checkpoint."""
+    files_there = sorted(foreign.path.parent.glob(f"optim_{foreign.step:06d}_rank*.pt"))
+    if not files_there:
+        return None, "there is no optimizer state"
+    if len(files_there) > 1:
+        return None, f"not converted: it is cut into the parts of {len(files_there)} devices"
+    if not has_optimizer(foreign.config):
+        return None, "not converted: it is of before March 14, 2026"
+    state = optimizer.take_in(files_there[0], foreign.config, NAMES)
+    return state, f"{files_there[0].name}; --resume continues from it"
 
 
 def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Foreign:

@@ -129,10 +129,11 @@ def check(foreign: Foreign):
             raise UserError(f"{foreign.path}: {theirs} is {tensor.dtype}; jaxchat reads {', '.join(DTYPES)}")
 
 
-def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Progress):
+def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Progress, optimizer=None):
     """Save a foreign model, whose tensors are gone afterwards, as the checkpoint <folder>/<step> and a
     tokenizer.
 
+    optimizer: the state to train on with, or None.
     UserError: the folder exists, or its disk is too full.
     """
     if folder.exists():
@@ -170,7 +171,7 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
         if foreign.tokenizer:
             checkpoints.keep_tokenizer(foreign.tokenizer)
         params = jax.tree.unflatten(jax.tree.structure(declare(foreign.config)), stacks)
-        checkpoints.save(foreign.step, params=params, optimizer=None, batches=None, meta=meta)
+        checkpoints.save(foreign.step, params=params, optimizer=optimizer, batches=None, meta=meta)
         checkpoints.close()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # it did not exist before

@@ -1,4 +1,4 @@
-"""Two ways to pack a stream of documents into rows of T+1 tokens, which are T inputs and T targets.
+"""Three ways to pack a stream of documents into rows of T+1 tokens, which are T inputs and T targets.
 
 A packer asks for documents by their places in the stream (draw), receives them (give), and makes a step's
 rows (rows). Between steps its state is a few integers.
@@ -80,6 +80,10 @@ class BestFit:
     row don't see each other.
     """
 
+    buffer = BUFFER
+    apart = True  # documents in a row don't see each other
+    long_first = True  # a document longer than a row counts as a full row
+
     def __init__(self, size: int, *, time: int, rows: int, once: bool, state: Sequence[int] | None):
         if once:
             raise ValueError("best-fit packing is for endless data")
@@ -104,13 +108,13 @@ class BestFit:
         if self._waiting:
             return self._waiting
         while self._row < self._rows:
-            while self._queue and len(self._buffer) < BUFFER:
+            while self._queue and len(self._buffer) < self.buffer:
                 ids = self._queue.pop(0)
                 if len(ids):
                     self._buffer.append((self._next, ids))
                 self._next, self._empty = self._next + 1, self._empty + (len(ids) == 0)
-            if len(self._buffer) < BUFFER:
-                return range(self._next, self._next + max(DRAW, BUFFER - len(self._buffer)))
+            if len(self._buffer) < self.buffer:
+                return range(self._next, self._next + max(DRAW, self.buffer - len(self._buffer)))
             self._place_one()
         return range(0)
 
@@ -123,8 +127,9 @@ class BestFit:
     def _place_one(self):
         """Put one document of the full buffer into the row that is being filled."""
         room = self._time + 1 - self._filled
-        # A document longer than a row counts as a full row: it is taken at a row's start, and never starves.
-        lengths = np.array([min(len(ids), self._time + 1) for _, ids in self._buffer])
+        lengths = np.array([len(ids) for _, ids in self._buffer])
+        if self.long_first:  # taken at a row's start, they never starve
+            lengths = np.minimum(lengths, self._time + 1)
         fits = lengths <= room
         chosen = int(np.where(fits, lengths, 0).argmax() if fits.any() else lengths.argmin())
         _, ids = self._buffer.pop(chosen)
@@ -138,9 +143,10 @@ class BestFit:
             self._row, self._filled, self._segment = self._row + 1, 0, 0
 
     def rows(self) -> dict[str, np.ndarray]:
-        """Return {tokens [rows, T+1], weights [rows, T], segments [rows, T]}: the rows of a step."""
+        """Return {tokens [rows, T+1], weights [rows, T][, segments [rows, T]]}: the rows of a step."""
         weights = np.ones((self._rows, self._time), np.float32)
-        rows = {"tokens": self._tokens, "weights": weights, "segments": self._segments[:, :-1]}
+        rows = {"tokens": self._tokens, "weights": weights}
+        rows |= {"segments": self._segments[:, :-1]} if self.apart else {}
         self._last_cut = self._cut_tokens
         self._begin_step()
         return rows
@@ -151,4 +157,14 @@ class BestFit:
         return counts | {"empty_documents": self._empty, "cut_tokens": self._last_cut}
 
 
-PACKINGS = {"stream": Concatenated, "bos_bestfit": BestFit}
+class CroppedBestFit(BestFit):
+    """Best fit as nanochat's loader does it: among 1,000 documents, which see each other.
+
+    A document longer than a row fits nowhere: it waits until it is the shortest when none fits.
+    """
+
+    buffer = 1000
+    apart = long_first = False
+
+
+PACKINGS = {"stream": Concatenated, "bos_bestfit": BestFit, "nanochat": CroppedBestFit}

@@ -194,6 +194,15 @@ def scale_by_muon(
     return optax.GradientTransformation(init, update)
 
 
+def with_new_schedule(opt_state):
+    """The state of an optimizer, with which another stage begins: Muon's momentum and decay start over."""
+
+    def from_start(part):
+        return part.replace(count=jnp.zeros_like(part.count)) if isinstance(part, MuonState) else part
+
+    return jax.tree.map(from_start, opt_state, is_leaf=lambda part: isinstance(part, MuonState))
+
+
 def to_exact_norm(weight: Weight, x):
     """Scale each matrix to the norm of an orthogonal one, √min(fan_in, fan_out) (Muon+)."""
     norm = jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))

@@ -5,9 +5,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import checkpoint, sharding
+from jaxchat import checkpoint, seal, sharding
 from jaxchat.config import REMATS, ModelConfig, TrainConfig, UserError
 from jaxchat.model.attention import kernel_for
 from jaxchat.model.flops import flops_per_token, num_params
@@ -17,6 +18,7 @@ from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import fit
 from jaxchat.train.loop import Run, place_batch
 from jaxchat.train.metrics import check_installed
+from jaxchat.train.optimizer import with_new_schedule
 from jaxchat.train.stages import Stage
 from jaxchat.train.state import TrainState, abstract_state, init_state, state_from_params
 from jaxchat.train.step import make_train_step
@@ -65,17 +67,23 @@ def find_start(stage: Stage) -> Start:
             "or choose another --model_tag"
         )
     meta = checkpoints.meta(last[0])
-    check_same_run(stage, meta, checkpoints)
+    check_same_run(stage, meta, checkpoints, last[0])
     return Start(checkpoints, steps, last[0], meta)
 
 
-def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints):
-    """Raise UserError unless a checkpoint is of the same run: model, settings, data, tokenizer and parent."""
-    if "imported" in saved:
+def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints, step: int):
+    """Raise UserError unless a checkpoint is of the same run: model, settings, data, tokenizer and parent.
+
+    Of an imported one, only model and tokenizer are known.
+    """
+    if "imported" in saved and not checkpoints.has_state(step):
         raise UserError(
             f"--resume: {checkpoints.folder} was imported, without an optimizer; it can be midtrained or "
             "finetuned"
         )
+    compared = ("model", "settings", "data", "tokenizer_hash", "parent")
+    if "imported" in saved:
+        compared, saved = ("model", "tokenizer_hash"), saved | {"settings": {}}
     # A setting or constant that a checkpoint lacks was computed as its default does now.
     defaults = type(stage.flags)().learnt_from()
     saved = saved | {
@@ -83,7 +91,7 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints):
         "settings": defaults | {k: v for k, v in saved["settings"].items() if k in defaults},
     }
     meta = stage.meta
-    for what in ("model", "settings", "data", "tokenizer_hash", "parent"):
+    for what in compared:
         if saved.get(what) != meta.get(what):
             raise UserError(
                 f"--resume: {checkpoints.folder} was trained with different {what}: "
@@ -124,7 +132,8 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
         ("saves", f"{start.checkpoints.folder}/<step>{often}" if start.checkpoints else "nothing (dry run)"),
     ]
     if start.step:
-        rows.append(("resumes", f"after step {start.step:,}"))
+        anew = ", imported; the data begin anew" if "imported" in start.meta else ""
+        rows.append(("resumes", f"after step {start.step:,}{anew}"))
     return rows
 
 
@@ -200,10 +209,20 @@ def arguments_of_step(stage: Stage, batch: dict) -> tuple:
 
 
 def initial_state(stage: Stage) -> TrainState:
-    """Random weights, or the parent checkpoint's, with a fresh optimizer."""
+    """Random weights, or the parent's; with a fresh optimizer or, in a warm start, the parent's too."""
     if stage.parent is None:
         return init_state(stage.flags.seed, stage.model, stage.optimizer)
-    return state_from_params(stage.parent.load(stage.model.mesh), stage.model, stage.optimizer)
+    if not stage.warm:
+        return state_from_params(stage.parent.load(stage.model.mesh), stage.model, stage.optimizer)
+    parent, target = stage.parent, abstract_state(stage.model, stage.optimizer)
+    if wrong := seal.damage(parent.path, ("optimizer",)):
+        raise UserError(f"{parent.path} is damaged: {wrong}; do without it: --no_load_optimizer")
+    rest = {"step": target.step, "empty_steps": target.empty_steps, "opt_state": target.opt_state}
+    params, rest = Checkpoints(parent.folder).restore(
+        parent.step, params=target.params, optimizer=rest, batches=None
+    )
+    zero = jnp.zeros_like(rest["step"])
+    return TrainState(zero, zero, params, with_new_schedule(rest["opt_state"]))
 
 
 def restore(stage: Stage, start: Start) -> TrainState:

@@ -49,6 +49,7 @@ LR_SCHEDULES = {
     "cosine": cosine,
     "constant": partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=0.0, final_lr_frac=1.0),
 }
+RATES = ("matrix_lr", "embedding_lr", "unembedding_lr")  # flags
 SAMPLE = 256  # documents from whose lengths a plan estimates the tokens in all
 
 
@@ -100,6 +101,7 @@ class Stage:
     data: dict[str, str]  # fingerprints of what is trained on
     plan: list[tuple[str, str]]  # what is this stage's own in the plan
     parent: Found | None = None  # the checkpoint it starts from; None: random weights, by flags.seed
+    warm: bool = False  # start with the parent's optimizer state
     keep_state: bool = True  # the last checkpoint, too, holds optimizer and data position
     headline: Callable[[dict], str] = loss_text  # of a step's numbers: what its line begins with
 
@@ -275,7 +277,7 @@ def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
 
 def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage:
     time = row_length(config, model.config)
-    devices, examples = sharding.data_shards(model.mesh), config.target_examples_per_step
+    devices, examples = sharding.data_shards(model.mesh), examples_of_step(config, parent, tasks, time)
     batch, micro = pipelines.cut_step(
         examples, devices, config.device_batch_size, DEVICE_CONVERSATIONS, fills=True
     )
@@ -296,7 +298,9 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
         flags=config,
         model=model,
         tokenizer=parent.tokenizer,
-        optimizer=optimizer_for(config, model, init_lr_frac=config.init_lr_frac, momentum_warmup=0),
+        optimizer=optimizer_for(
+            config, model, init_lr_frac=config.init_lr_frac, momentum_warmup=config.momentum_warmup
+        ),
         batches=DataBatches(
             pipelines.sft_batches(
                 tasks,
@@ -312,18 +316,53 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
         row_length=time,
         num_steps=num_steps,
         num_documents=len(tasks),
-        schedule=partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=1.0, final_lr_frac=0.0),
+        schedule=partial(
+            lr_multiplier, warmup_ratio=0.0, warmdown_ratio=config.warmdown_ratio, final_lr_frac=0.0
+        ),
         data=tasks.fingerprint,
         plan=[
             parent_row(parent),
             ("batch", f"{product} = {examples} conversations a step, cut at {time} tokens, {config.packing}"),
             ("steps", f"{num_steps:,}: {num_examples:,} conversations{repeated}"),
             ("learning rates", f"× {config.init_lr_frac:g}"),
+            *optimizer_row(config, parent),
             data_row(tasks),
         ],
         parent=parent,
+        warm=config.load_optimizer and has_state(parent),
         keep_state=False,
     )
+
+
+def examples_of_step(config: SFTConfig, parent: Found, tasks: Mixture, time: int) -> int:
+    """Conversations in a step: as given, or as many as have the tokens of a step of the parent's training."""
+    if config.target_examples_per_step > 0:
+        return config.target_examples_per_step
+    theirs = parent.meta.get("settings") or parent.meta.get("imported", {}).get("meta", {})
+    tokens = theirs.get("total_batch_size") or BaseConfig.total_batch_size
+    order, count = Order([len(tasks)], seed=0), min(SAMPLE, len(tasks))
+    read = conversation_reader(tasks, parent.tokenizer)(map(order.index, range(count)))
+    mean = sum(min(len(ids), time + 1) for ids, _ in read) / count
+    whole = max(1, round(tokens / mean))
+    return whole // 32 * 32 or whole  # a number that devices can share
+
+
+def has_state(found: Found) -> bool:
+    """Whether a checkpoint holds the state of its optimizer."""
+    return (found.path / "optimizer").is_dir()
+
+
+def optimizer_row(config: SFTConfig, parent: Found) -> list[tuple[str, str]]:
+    if not config.load_optimizer:
+        return []
+    return [
+        (
+            "optimizer",
+            "continues from the checkpoint's state"
+            if has_state(parent)
+            else "fresh: the checkpoint holds none",
+        )
+    ]
 
 
 def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -> Stage:
@@ -392,8 +431,7 @@ def optimizer_for(
     in 2026 says what momentum and decay are.
     """
     scale = init_lr_frac * (horizon.lr_scale if horizon else 1.0)
-    names = ("matrix_lr", "embedding_lr", "unembedding_lr")
-    rates = {name: getattr(config, name) * scale for name in names}
+    rates = {name: getattr(config, name) * scale for name in RATES}
     old = table_2025(model.config, weight_decay=config.weight_decay, momentum_warmup=momentum_warmup, **rates)
     table, momentum, decay = old, old["matrix"].momentum, None
     if not model.config.plain:

@@ -1,0 +1,194 @@
+"""nanochat's optimizer state of 2026, of a run on one device: optim_<step>_rank0.pt.
+
+It numbers the weights through in the order of `groups`. AdamW's moments are each weight's own; Muon's, of all
+matrices of a shape, are one array, which the first of these has.
+"""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import torch
+
+from jaxchat import checkpoint, seal
+from jaxchat.checkpoint import Found
+from jaxchat.config import ModelConfig, UserError
+from jaxchat.convert.weights import (
+    Names,
+    matrix_names,
+    our_names,
+    shape_of,
+    to_matrices,
+    to_stack,
+)
+from jaxchat.model.params import named, shapes
+from jaxchat.train.horizon import REFERENCE_BATCH
+from jaxchat.train.optimizer import AdamW, Muon, make_optimizer, table_2026
+from jaxchat.train.stages import RATES
+
+# Groups of the optimizer's table, and what nanochat names their weights, in its order.
+ADAMW = {
+    "head": ("lm_head.",),
+    "embedding": ("transformer.wte.",),
+    "value_table": ("value_embeds.",),
+    "stream_scale": ("resid_lambdas",),
+    "embedding_scale": ("x0_lambdas",),
+    "mixing": ("smear_gate.", "smear_lambda", "backout_lambda"),
+}
+MATRICES = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "attn.ve_gate", "mlp.c_fc", "mlp.c_proj")
+FIELDS = {  # of our state and of theirs
+    "mu": "exp_avg",
+    "nu": "exp_avg_sq",
+    "momentum": "momentum_buffer",
+    "second": "second_momentum_buffer",
+}
+
+
+def groups(config: ModelConfig, names: Names) -> list[tuple[str, list[str]]]:
+    """nanochat's parameter groups: (the group of our table, its weights' names there), in its order."""
+    ours, weights = our_names(names, config), named(config)
+    found = [
+        (group, [n for start in starts for n in ours if n.startswith(start)])
+        for group, starts in ADAMW.items()
+    ]
+    shape = {n: shape_of(weights[ours[n].rpartition(".")[0]]) for n in ours}
+    layered = [n for n in ours if n.startswith("transformer.h.")]
+    layered.sort(
+        key=lambda n: (int(n.split(".")[2]), MATRICES.index(n.split(".", 3)[3].removesuffix(".weight")))
+    )
+    for size in sorted({tuple(shape[n]) for n in layered}):
+        found.append(("matrix", [n for n in layered if tuple(shape[n]) == size]))
+    return found
+
+
+def empty_state(config: ModelConfig) -> dict:
+    """The ShapeDtypeStructs of what a checkpoint keeps beside the weights."""
+    optimizer = make_optimizer(config, table=table_2026(config))
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state = jax.eval_shape(optimizer.init, shapes(config))
+    return {"step": count, "empty_steps": count, "opt_state": opt_state}
+
+
+def place(path, weights: dict) -> tuple[str, str]:
+    """(field, name of the weight) of an array of our state, by its path; ("", "") of a count."""
+    full = jax.tree_util.keystr(path, simple=True, separator=".")
+    name = next((own for own in weights if full.endswith(f".{own}")), "")
+    return (full.removesuffix(f".{name}").rpartition(".")[2], name) if name else ("", "")
+
+
+def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
+    """Our state from nanochat's file. UserError: it is not of this model."""
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        moments, count = read_moments(content, config, names)
+        weights = named(config)
+
+        def fill(path, leaf):
+            field, name = place(path, weights)
+            if not name:
+                return jnp.int32(0 if "empty_steps" in jax.tree_util.keystr(path) else count)
+            matrices = [moments[field][theirs] for theirs in matrix_names(name, names, config)]
+            if field == "second":
+                return np.stack([m.float().numpy() for m in matrices]).reshape(leaf.shape)
+            return to_stack(name, weights[name], matrices)
+
+        return jax.tree_util.tree_map_with_path(fill, empty_state(config))
+    except Exception as problem:  # a damaged or hostile file raises almost anything
+        line = (str(problem).splitlines() or [repr(problem)])[0]
+        raise UserError(
+            f"{file} is not the optimizer state of this model ({line}); without that file, the weights alone "
+            "are converted"
+        ) from problem
+
+
+def read_moments(content: dict, config: ModelConfig, names: Names) -> tuple[dict, int]:
+    """({our field: {nanochat's name of a weight: tensor}}, finished updates) of a file's content."""
+    moments, number = {field: {} for field in FIELDS}, 0
+    for group, members in groups(config, names):
+        own = ("momentum", "second") if group == "matrix" else ("mu", "nu")
+        for field in own:
+            if group == "matrix":
+                parts = content["state"][number][FIELDS[field]]
+            else:
+                parts = [content["state"][number + i][FIELDS[field]] for i in range(len(members))]
+            moments[field] |= dict(zip(members, parts, strict=True))
+        number += len(members)
+    return moments, int(content["state"][0]["step"])
+
+
+def restored(found: Found) -> dict:
+    """A checkpoint's state. UserError: it is damaged."""
+    if wrong := seal.damage(found.path, ("optimizer",)):
+        raise UserError(f"{found.path} is damaged: {wrong}; take another step with --step")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), empty_state(found.config)
+    )
+    checkpoint.quiet_orbax()
+    with checkpoint.readable(found.path), ocp.StandardCheckpointer() as reader:
+        return reader.restore(checkpoint.plain_path(found.folder) / str(found.step) / "optimizer", target)
+
+
+def export(found: Found, file: Path, names: Names):
+    """Write a checkpoint's optimizer state as nanochat's file."""
+    state = restored(found)
+    weights, moments = named(found.config), {field: {} for field in FIELDS}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        field, name = place(path, weights)
+        if not name:
+            continue
+        theirs, stack = matrix_names(name, names, found.config), np.asarray(leaf.astype(jnp.float32))
+        parts = stack if field == "second" else to_matrices(name, weights[name], stack)
+        dtype = getattr(torch, str(leaf.dtype))
+        moments[field] |= {
+            n: torch.from_numpy(np.array(a)).to(dtype) for n, a in zip(theirs, parts, strict=True)
+        }
+    count = int(state["step"] - state["empty_steps"])
+    torch.save(to_torch_state(found, moments, count, names), file)
+
+
+def to_torch_state(found: Found, moments: dict, count: int, names: Names) -> dict:
+    """What torch's load_state_dict takes, with the rates of the run."""
+    table = table_2026(found.config, **rates(found.meta))
+    states, about, number = {}, [], 0
+    for group, members in groups(found.config, names):
+        rule, places = table[group], list(range(number, number + len(members)))
+        number += len(members)
+        if isinstance(rule, Muon):
+            momentum = torch.stack([moments["momentum"][n] for n in members])
+            out, inputs = momentum.shape[1:]
+            each = (out, 1) if out >= inputs else (1, inputs)
+            second = torch.stack([moments["second"][n].reshape(each) for n in members])
+            states[places[0]] = {"momentum_buffer": momentum, "second_momentum_buffer": second}
+            kind = {
+                "kind": "muon",
+                "momentum": 0.95,
+                "ns_steps": 5,
+                "beta2": rule.neuron_beta,
+                "weight_decay": 0.0,
+            }
+        else:
+            for at, n in zip(places, members, strict=True):
+                states[at] = {"step": count, "exp_avg": moments["mu"][n], "exp_avg_sq": moments["nu"][n]}
+            kind = adamw_settings(rule)
+        about.append(kind | {"lr": rule.lr, "initial_lr": rule.lr, "params": places})
+    return {"state": states, "param_groups": about}
+
+
+def adamw_settings(rule: AdamW) -> dict:
+    return {"kind": "adamw", "betas": (rule.b1, rule.b2), "eps": 1e-10, "weight_decay": rule.decay}
+
+
+def rates(meta: dict) -> dict:
+    """The peak rates of base training, of a run of ours or, imported, of nanochat's."""
+    theirs = meta.get("imported", {}).get("meta", {})
+    given = theirs.get("user_config", {}) | meta.get("settings", {})
+    batch = meta.get("settings", {}).get("total_batch_size") or theirs.get(
+        "total_batch_size", REFERENCE_BATCH
+    )
+    scale = math.sqrt(batch / REFERENCE_BATCH)
+    usual = table_2026.__kwdefaults__
+    return {name: given.get(name, usual[name]) * scale for name in (*RATES, "scalar_lr")}
