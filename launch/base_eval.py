@@ -102,7 +102,7 @@ def run(config: Config):
     notes = (warning and f"WARNING: {warning}", no_core and f"CORE was {no_core}")
     for line in (*filter(None, notes), f"saved {path} and .csv"):
         print(line, flush=True)
-    cli.next_step(f"python -m launch.mid_train --model_tag={found.folder.name}")
+    cli.after_base(found.folder.name, found.config.plain)
 
 
 def main(args: list[str] | None = None):

@@ -50,7 +50,7 @@ def run(config: BaseConfig):
     evaluations = training.base(config, stage, bundle)
     with open_run(stage, start) as ready, record.recorded(ready, began, plan):
         train(ready, evaluations)
-    cli.next_step(f"python -m launch.mid_train --model_tag={stage.tag}")
+    cli.after_base(stage.tag, stage.model.config.plain)
 
 
 def main(args: list[str] | None = None):

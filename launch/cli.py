@@ -132,6 +132,11 @@ def print_plan(title: str, rows: list[tuple[str, str]]) -> None:
 _base: list[str] = []  # the base directories that base_directory() has set
 
 
+def after_base(tag: str, plain: bool) -> None:
+    """Print the command after pretraining. plain: the model is of 2025, whose recipe has midtraining."""
+    next_step(f"python -m launch.{'mid_train' if plain else 'chat_sft --recipe=2026'} --model_tag={tag}")
+
+
 def next_step(command: str, **flags: str) -> None:
     """Print the command to run next so that it runs as printed, followed by those of the `flags` that are not
     empty.

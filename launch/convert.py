@@ -157,7 +157,7 @@ def take_in(config: Config):
             f"{target}/tokenizer"
         )
     elif config.as_stage == "base":
-        cli.next_step(f"python -m launch.mid_train --model_tag={config.model_tag}")
+        cli.after_base(config.model_tag, foreign.config.plain)
     else:
         cli.next_step(f"python -m launch.chat_cli --source={config.as_stage} --model_tag={config.model_tag}")
 
