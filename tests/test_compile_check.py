@@ -298,7 +298,8 @@ def test_the_work_of_each_part():
   %p = f32[4,8,32]{2,1,0} parameter(0)
   %i = s32[] parameter(1)
   %w = f32[32,16]{1,0} parameter(2)
-  %slice = f32[1,8,32]{2,1,0} dynamic-slice(%p, %i), dynamic_slice_sizes={1,8,32}
+  %named = f32[4,8,32]{2,1,0} bitcast(%p)
+  %slice = f32[1,8,32]{2,1,0} dynamic-slice(%named, %i), dynamic_slice_sizes={1,8,32}
   %x = f32[8,32]{1,0} bitcast(%slice)
   ROOT %dot = f32[8,16]{1,0} dot(%x, %w), lhs_contracting_dims={1}, metadata={op_name="jit(step)/transpose(mlp)/dot"}
 }

@@ -185,15 +185,24 @@ def moved(op: Operation, parts, by_name) -> int:
     given = {inner.text: inner for inner in fused if inner.kind == "parameter"}
     for number, read in enumerate(reads):
         inner = next((a for text, a in given.items() if text.startswith(f"parameter({number})")), None)
-        kinds = {(user.kind, place) for user, place in users[inner.name]} if inner else set()
+        used = readers(inner.name, users) if inner else []
+        kinds = {(user.kind, place) for user, place in used}
         if kinds == {("dynamic-slice", 0)}:
-            total += sum(size_of(user.shapes) for user, _ in users[inner.name])
+            total += sum(size_of(user.shapes) for user, _ in used)
         elif kinds != {("dynamic-update-slice", 0)}:
             total += memory_size(read)
     updates = [inner for inner in fused if inner.kind == "dynamic-update-slice"]
     if updates:  # in place
         return total + sum(size_of(by_name[inner.operands[1]].shapes) for inner in updates)
     return total + memory_size(op)
+
+
+def readers(name: str, users: dict) -> list[tuple[Operation, int]]:
+    """What reads an array within a fusion, directly or by a bitcast: (operation, which operand)."""
+    found = []
+    for user, place in users[name]:
+        found += readers(user.name, users) if user.kind == "bitcast" else [(user, place)]
+    return found
 
 
 def memory_size(op: Operation) -> int:
