@@ -286,18 +286,21 @@ def check(plan: Plan, todo: list[Step]) -> list[str]:
     tasks = [word for word in plan_flags(plan, "mid") if word.startswith("--tasks_dir=")]
     words = [*plan_flags(plan, "base"), *tasks, "--resume"]
     words.append(f"--vocab_size={plan.flags['tokenizer'].vocab_size}")
+    words.append("--core_metric_every=1")  # base-eval measures it in any case
     done = subprocess.run([sys.executable, "-m", "launch.check", *words], capture_output=True, text=True)
     found = re.findall(r"^  (ok|warning|missing) +(\S+(?: \S+)?)  +(.*)$", done.stdout, re.M)
     if not found:
         raise UserError(f"launch.check failed: {done.stderr.strip()[-500:]}; --no_check does without it")
-    brought = names & {"text", "tokenizer"} | ({"CORE"} if "bundle" in names else set())
+    named = any(word.startswith("--eval_bundle=") for word in words)
+    brought = names & {"text", "tokenizer"} | (set() if named else {"CORE"})  # downloaded, or done without
     if "tasks" in names:
         brought |= {name for _, name, text in found if "launch.download" in text} - {"text", "CORE"}
     found = [wrong_devices(plan.preset.machine, line) if line[1] == "devices" else line for line in found]
     shown = [line for line in found if line[1] not in brought]
     # Of the others the plan above has the figures, with all flags.
     shown = [line for line in shown if line[0] != "ok" or not line[1].endswith(("batch", "disk"))]
-    cli.print_plan("This machine", [(f"{state:<7}  {name}", text) for state, name, text in shown])
+    rows = [(f"{state:<7}  {name}", text.removesuffix(" every 1 steps")) for state, name, text in shown]
+    cli.print_plan("This machine", rows)
     return [f"{name}: {text}" for state, name, text in shown if state == "missing"]
 
 

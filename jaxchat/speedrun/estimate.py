@@ -14,7 +14,7 @@ MID_TOKENS = 420e6  # of one pass over mid's default mixture
 SFT_CONVERSATIONS = 22_500  # of SFT's default mixture
 SFT_TOKENS = 600  # of one of them, in a row as long as the longest of its batch
 CORE_TOKENS, CORE_ITEMS = 220e6, 90_000  # of all of CORE's prompts
-CHAT_EVAL = 6.0  # minutes
+CHAT_EVAL, CHAT_PROBLEMS = 6.0, 100  # minutes of chat_eval, with this many problems a task or more
 TOKENIZER_CHARS = 3e6  # a second
 
 
@@ -57,6 +57,11 @@ def eval_tokens(config) -> float:
     items = 22 * config.max_per_task
     share = min(1.0, items / CORE_ITEMS) if items > 0 else 1.0
     return 2 * config.eval_tokens + share * CORE_TOKENS
+
+
+def chat_eval_minutes(config) -> float:
+    """Minutes of chat_eval, whatever the machine: a guess. config: its flags."""
+    return CHAT_EVAL * (min(1.0, config.max_problems / CHAT_PROBLEMS) if config.max_problems > 0 else 1.0)
 
 
 def train_minutes(tokens: float, model: ModelConfig, machine: Machine) -> float:

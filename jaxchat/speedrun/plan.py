@@ -47,7 +47,9 @@ class Plan:
             return machine.start + flags.max_chars / estimate.TOKENIZER_CHARS / 60
         if step.name == "base-eval":
             return estimate.read_minutes(estimate.eval_tokens(flags), model, machine)
-        return estimate.CHAT_EVAL if step.name.startswith("chat-eval") else machine.start
+        if step.name.startswith("chat-eval"):
+            return machine.start + estimate.chat_eval_minutes(flags)
+        return machine.start
 
     @staticmethod
     def download(step: Step) -> float:
