@@ -52,8 +52,10 @@ def sft_tokens(config: SFTConfig, model: ModelConfig) -> float:
     return SFT_CONVERSATIONS * config.num_epochs * length if standard else 0.0
 
 
-def eval_tokens(config) -> float:
-    """Tokens that base_eval reads. config: its flags."""
+def eval_tokens(config, core: bool) -> float:
+    """Tokens that base_eval reads, with CORE or without. config: its flags."""
+    if not core:
+        return 2 * config.eval_tokens
     items = 22 * config.max_per_task
     share = min(1.0, items / CORE_ITEMS) if items > 0 else 1.0
     return 2 * config.eval_tokens + share * CORE_TOKENS

@@ -46,7 +46,8 @@ class Plan:
         if step.name == "tokenizer":
             return machine.start + flags.max_chars / estimate.TOKENIZER_CHARS / 60
         if step.name == "base-eval":
-            return estimate.read_minutes(estimate.eval_tokens(flags), model, machine)
+            core = len(step.needs) > 2  # besides text and base its bundle
+            return estimate.read_minutes(estimate.eval_tokens(flags, core), model, machine)
         if step.name.startswith("chat-eval"):
             return machine.start + estimate.chat_eval_minutes(flags)
         return machine.start
