@@ -41,7 +41,7 @@ from jaxchat.train.horizon import (
     horizon_2026,
     momentum_2026,
 )
-from jaxchat.train.optimizer import MIXING_LR, SCALAR_LR, make_optimizer, table_2025, table_2026
+from jaxchat.train.optimizer import MIXING_LR, SCALAR_LR, AdamW, Muon, make_optimizer, table_2025, table_2026
 from jaxchat.train.schedule import cosine, lr_multiplier
 
 LR_SCHEDULES = {
@@ -417,33 +417,39 @@ def reward_text(values: dict[str, float]) -> str:
 
 
 def optimizer_for(
+    config: TrainConfig, model: Model, *, grad_clip: float = 0.0, **how
+) -> optax.GradientTransformation:
+    """The optimizer of a stage. how: see table_for."""
+    table, dtype = table_for(config, model.config, **how), jnp.dtype(model.compute.dtype)
+    return make_optimizer(model.config, table=table, grad_clip=grad_clip, muon_dtype=dtype, mesh=model.mesh)
+
+
+def table_for(
     config: TrainConfig,
-    model: Model,
+    model: ModelConfig,
     *,
-    grad_clip: float = 0.0,
     init_lr_frac: float = 1.0,
     momentum_warmup: int = 300,
     horizon: Horizon | None = None,
-) -> optax.GradientTransformation:
-    """The optimizer of a stage: of 2025, or of 2026 if the model has any weight that 2025's has not.
+) -> dict[str, Muon | AdamW]:
+    """The optimizer's table: of 2025, or of 2026 if the model has any weight that 2025's has not.
 
     momentum_warmup: steps in which Muon's momentum rises from 0.85 to 0.95. horizon: base training's, which
     in 2026 says what momentum and decay are.
     """
     scale = init_lr_frac * (horizon.lr_scale if horizon else 1.0)
     rates = {name: getattr(config, name) * scale for name in RATES}
-    old = table_2025(model.config, weight_decay=config.weight_decay, momentum_warmup=momentum_warmup, **rates)
-    table, momentum, decay = old, old["matrix"].momentum, None
-    if not model.config.plain:
-        if horizon:
-            momentum = momentum_2026(horizon.steps, horizon.cooling)
-            decay = decay_2026(horizon.decay, horizon.steps)
-        elif config.weight_decay:
-            decay = optax.constant_schedule(config.weight_decay)
-        mixing = {"scalar_lr": SCALAR_LR * scale, "mixing_lr": MIXING_LR * init_lr_frac}
-        table = table_2026(model.config, momentum=momentum, decay=decay, **rates, **mixing)
-    dtype = jnp.dtype(model.compute.dtype)
-    return make_optimizer(model.config, table=table, grad_clip=grad_clip, muon_dtype=dtype, mesh=model.mesh)
+    old = table_2025(model, weight_decay=config.weight_decay, momentum_warmup=momentum_warmup, **rates)
+    if model.plain:
+        return old
+    momentum, decay = old["matrix"].momentum, None
+    if horizon:
+        momentum = momentum_2026(horizon.steps, horizon.cooling)
+        decay = decay_2026(horizon.decay, horizon.steps)
+    elif config.weight_decay:
+        decay = optax.constant_schedule(config.weight_decay)
+    mixing = {"scalar_lr": SCALAR_LR * scale, "mixing_lr": MIXING_LR * init_lr_frac}
+    return table_2026(model, momentum=momentum, decay=decay, **rates, **mixing)
 
 
 @dataclasses.dataclass(frozen=True)
