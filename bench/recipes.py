@@ -1,10 +1,10 @@
 """Train small models by both recipes on the same tokens: python -m bench.recipes --data_dir=data --depth=4
 
 Each run trains from random weights on the same documents in the same order, as launch.base_train would,
-and ends with bits per byte on the validation shard. The runs: 2025 and 2026 for the same number of tokens; 2026
-for the CPU time that 2025 took; and 2026 without one of its parts at a time, which shows the part's share.
-Figures are added to --out as they come, and runs that are there are left out, so that the same command continues.
-It prints the means over the seeds.
+and ends with bits per byte on the validation shard. The runs: 2025 and 2026 for the same number of tokens;
+2026 for the CPU time that 2025 took; and 2026 without one of its parts at a time, which shows the part's
+share. Figures are added to --out as they come, and runs that are there are left out, so that the same command
+continues. It prints the means over the seeds.
 """
 
 import dataclasses

@@ -37,13 +37,15 @@ class Config(Flags):
     """
 
     preset: str = flag("", choices=("", *PRESETS))
-    """Kind of machine: cpu (the demo), laptop, h100, 8xh100, v5e-8 or v6e-8."""
+    """Kind of machine: cpu (the demo), laptop, h100, 8xh100, 8xh100-2026 (nanochat's model and recipe of July
+    2026), v5e-8 or v6e-8."""
     depth: int = flag(-1, 1, special=-1)
     """Number of layers, the one dial of the model's size, data and time; -1: the preset's."""
     model_tag: str = ""
     """Name of the run; empty: d<depth>."""
     data_dir: str = ""
-    """Folder of parquet shards to train on, the last one for validation; empty: downloads fineweb-edu."""
+    """Folder of parquet shards to train on, the last one for validation; empty: downloads what the
+    preset is for, fineweb-edu or climbmix."""
     tasks_dir: str = ""
     """Folder of the tasks' files; empty: downloads them."""
     eval_bundle: str = ""
@@ -208,10 +210,14 @@ def described(config: Config) -> Plan:
     tag = config.model_tag or f"d{depth}"
     checkpoint.run_folder("base", tag)  # a UserError if no folder can be named so
     places = Places(config.data_dir, config.tasks_dir, config.eval_bundle)
-    plan = Plan(preset, tag, *with_flags(presets.real_steps(tag, depth, places, rl=config.rl), config), price)
+    plan = Plan(
+        preset, tag, *with_flags(presets.real_steps(preset, tag, depth, places, rl=config.rl), config), price
+    )
     if not config.data_dir:
         shards = estimate.shards_for(plan.flags["base"], plan.model)
-        listed, flags = with_flags(presets.real_steps(tag, depth, places, shards, rl=config.rl), config)
+        listed, flags = with_flags(
+            presets.real_steps(preset, tag, depth, places, shards, rl=config.rl), config
+        )
         plan = dataclasses.replace(plan, steps=listed, flags=flags, shards=shards)
     priced = [f"--price_per_hour={price:g}"] if price else []
     listed = [
@@ -230,7 +236,7 @@ def fit_step(plan: Plan) -> list[Step]:
     machine, base = plan.preset.machine, plan.flags["base"]
     if not machine.topology.startswith("h") or importlib.util.find_spec("jax_cuda13_plugin") is None:
         return []
-    names = ("depth", "device_batch_size", "total_batch_size", "max_seq_len", "mesh", "remat")
+    names = ("arch", "depth", "device_batch_size", "total_batch_size", "max_seq_len", "mesh", "remat")
     words = [f"--{name}={value}" for name in names if (value := getattr(base, name)) != ""]
     words += [f"--topology={machine.topology}", f"--vocab_size={plan.model.vocab_size}", "--find_batch=0"]
     return [Step("fit", python("launch.compile_check", *words), (Files(f"speedrun/{plan.tag}/fit.log"),))]
@@ -283,7 +289,7 @@ def words_of(flags: Flags, given: set[str] = frozenset()) -> list[str]:
 def check(plan: Plan, todo: list[Step]) -> list[str]:
     """Show what launch.check says of this machine; return what is missing and no step brings."""
     names = {step.name for step in todo}
-    tasks = [word for word in plan_flags(plan, "mid") if word.startswith("--tasks_dir=")]
+    tasks = [word for word in plan_flags(plan, "sft") if word.startswith("--tasks_dir=")]
     words = [*plan_flags(plan, "base"), *tasks, "--resume"]
     words.append(f"--vocab_size={plan.flags['tokenizer'].vocab_size}")
     words.append("--core_metric_every=1")  # base-eval measures it in any case

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from jaxchat.config import BaseConfig, MidConfig, ModelConfig, SFTConfig
+from jaxchat.config import SFT_RECIPES, BaseConfig, MidConfig, ModelConfig, SFTConfig
 
 BYTES_A_TOKEN = 4.8  # of English web text with 65,536 tokens: an estimate until there is a tokenizer
 SHARD_BYTES = 250e6  # of text in a shard of fineweb-edu
@@ -13,6 +13,7 @@ NETWORK = 50e6  # bytes a second of a download
 MID_TOKENS = 420e6  # of one pass over mid's default mixture
 SFT_CONVERSATIONS = 22_500  # of SFT's default mixture
 SFT_TOKENS = 600  # of one of them, in a row as long as the longest of its batch
+SFT_2026_TOKENS = 480e6  # of one pass over the mixture of its recipe of 2026
 CORE_TOKENS, CORE_ITEMS = 220e6, 90_000  # of all of CORE's prompts
 CHAT_EVAL, CHAT_PROBLEMS = 6.0, 100  # minutes of chat_eval, with this many problems a task or more
 TOKENIZER_CHARS = 3e6  # a second
@@ -43,6 +44,10 @@ def mid_tokens(config: MidConfig, model: ModelConfig) -> float:
 
 def sft_tokens(config: SFTConfig, model: ModelConfig) -> float:
     """Tokens of chat finetuning, padding included; 0: not known."""
+    if config.train_tasks == SFT_RECIPES["2026"]["train_tasks"] and config.num_iterations < 0:
+        return SFT_2026_TOKENS * config.num_epochs
+    if config.target_examples_per_step < 0:
+        return config.num_iterations * BaseConfig.total_batch_size if config.num_iterations > 0 else 0.0
     length = min(SFT_TOKENS, config.max_seq_len if config.max_seq_len > 0 else model.sequence_len)
     if config.packing == "bestfit":  # rows without padding
         length //= 2

@@ -34,7 +34,7 @@ class Plan:
         if isinstance(flags, BaseConfig):
             return horizon_of(flags, self.model).tokens
         count = {"mid": estimate.mid_tokens, "sft": estimate.sft_tokens}.get(name)
-        return count(flags, self.model) if count else 0.0
+        return count(flags, self.model) if count and flags else 0.0
 
     def minutes(self, step: Step) -> float:
         """Estimated minutes of a step; 0: not known."""
@@ -81,7 +81,7 @@ class Plan:
         minutes = sum(step.minutes for step in todo if step.lane == "devices")
         unknown = [step.name for step in todo if not step.minutes]
         more = f", and what {', '.join(unknown)} takes" if unknown else ""
-        counts = {name: self.tokens(name) for name in ("base", "mid", "sft")}
+        counts = {name: self.tokens(name) for name in ("base", "mid", "sft") if name in self.flags}
         tokens = [f"{name} {count:,.0f}" if count else f"{name} ?" for name, count in counts.items()]
         cost = f"about {minutes / 60 * self.price:,.2f} at {self.price:g} an hour" if self.price else ""
         rows = [
@@ -95,7 +95,7 @@ class Plan:
             ("saves", f"{base_dir()}, as {self.tag}; logs in {base_dir() / 'speedrun' / self.tag}"),
         ]
         if self.shards:
-            text = f"{self.shards} shards of fineweb-edu, {size(self.shards * estimate.SHARD_FILE)}"
+            text = f"{self.shards} shards of {self.preset.text}, {size(self.shards * estimate.SHARD_FILE)}"
             rows.insert(2, ("text", f"{text}, downloaded while the tokenizer trains"))
         return rows
 
@@ -105,7 +105,7 @@ class Plan:
         needed = f"weights and optimizer take {files.size_text(state / machine.devices)} of each device"
         if not machine.memory:
             return f"weights and optimizer take {files.size_text(state)}"
-        flags = f"--depth={self.model.n_layer} --topology={machine.topology}"
+        flags = f"--arch={self.flags['base'].arch} --depth={self.model.n_layer} --topology={machine.topology}"
         compiled = f"python -m launch.compile_check {flags}"
         return f"{needed}'s {files.size_text(machine.memory)}; to compile the step: {compiled}"
 

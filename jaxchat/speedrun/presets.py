@@ -23,12 +23,17 @@ H100, V5E, V6E = 989e12, 197e12, 918e12  # peak FLOP/s
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A run for a kind of machine. flags: of its steps, by their name, besides those that all runs have."""
+    """A run for a kind of machine. flags: of its steps, by their name, besides those that all runs have.
+
+    recipe: 2025's has three stages of training, 2026's two: SFT starts from base. text: what is trained on.
+    """
 
     about: str
     machine: Machine
     depth: int
     flags: dict[str, str] = dataclasses.field(default_factory=dict)
+    recipe: str = "2025"
+    text: str = "fineweb-edu"
 
 
 GPU = "one H100's 52 % MFU at depths 12 and 20"
@@ -60,6 +65,20 @@ PRESETS = {
         "nanochat's depth 20 of 2025",
         Machine("8 × H100", 8, 8 * 0.5 * H100, 80e9, 24.0, "h100:8", f"{GPU}; eight were not timed"),
         20,
+    ),
+    "8xh100-2026": Preset(
+        "nanochat's depth 24 of July 2026, its architecture and recipe",
+        Machine(
+            "8 × H100", 8, 8 * 0.5 * H100, 80e9, 24.0, "h100:8", f"{GPU}; neither eight nor 2026 were timed"
+        ),
+        24,
+        {
+            "tokenizer": "--vocab_size=32768",
+            "base": "--arch=2026 --target_param_data_ratio=8",
+            "sft": "--recipe=2026",
+        },
+        recipe="2026",
+        text="climbmix",
     ),
     "v5e-8": Preset(
         "depth 12 on eight TPU v5e chips",
@@ -127,7 +146,14 @@ def demo_steps(seed: int = 0, steps: dict[str, int] = STEPS) -> list[Step]:
     ]
 
 
-def downloads(places: Places, shards: int) -> list[Step]:
+def first_text(shards: int, text: str) -> Files:
+    """The shards that the tokenizer is trained on, when some or all have come."""
+    first = min(TOKENIZER_SHARDS, shards)
+    own = first - (text == "climbmix")  # one of the first that come is its last, for validation
+    return Files("base_data/*.parquet", least=first, first=own)
+
+
+def downloads(places: Places, shards: int, text: str) -> list[Step]:
     """Steps that fetch what is not given. The tokenizer can begin when the first shards are there."""
 
     def fetch(name: str, *words: str, **about) -> Step:
@@ -135,15 +161,14 @@ def downloads(places: Places, shards: int) -> list[Step]:
 
     steps = []
     if not places.data_dir:
-        first = min(TOKENIZER_SHARDS, shards)
-        some = Files("base_data/*.parquet", least=first, first=first)
-        steps.append(fetch("first-text", "fineweb-edu", f"--shards={first}", makes=(some,)))
+        some = first_text(shards, text)
+        steps.append(fetch("first-text", text, f"--shards={some.least}", makes=(some,)))
     if not places.tasks_dir:
         steps.append(fetch("tasks", "all-tasks", makes=places.tasks))
     if not places.eval_bundle:
         steps.append(fetch("bundle", "core-bundle", makes=places.bundle))
     if not places.data_dir:
-        steps.append(fetch("text", "fineweb-edu", f"--shards={shards}", makes=(text_of(places, shards),)))
+        steps.append(fetch("text", text, f"--shards={shards}", makes=(text_of(places, shards),)))
     return steps
 
 
@@ -152,11 +177,12 @@ def text_of(places: Places, shards: int) -> Files:
     return places.text if places.data_dir else dataclasses.replace(places.text, least=shards)
 
 
-def real_steps(tag: str, depth: int, places: Places, shards: int = 2, rl: bool = False) -> list[Step]:
+def real_steps(
+    preset: Preset, tag: str, depth: int, places: Places, shards: int = 2, rl: bool = False
+) -> list[Step]:
     """The steps of a run on real data, without what a preset or the user adds to their flags."""
-    first = min(TOKENIZER_SHARDS, shards)
     text = text_of(places, shards)
-    some = text if places.data_dir else Files("base_data/*.parquet", least=first, first=first)
+    some = text if places.data_dir else first_text(shards, preset.text)
     base, mid, sft = (Checkpoint(stage, tag) for stage in ("base", "mid", "sft"))
     of_base = Results("base", tag, "base_eval")
     of_mid, of_sft = (Results(stage, tag, "chat_eval") for stage in ("mid", "sft"))
@@ -169,7 +195,7 @@ def real_steps(tag: str, depth: int, places: Places, shards: int = 2, rl: bool =
         return Step(name, python(f"launch.{command}", *flags), makes, needs, resumes=resumes)
 
     steps = [
-        *downloads(places, shards),
+        *downloads(places, shards, preset.text),
         step("tokenizer", "tok_train", shard_flags, TOKENIZER, (some,)),
         step("tokenizer-eval", "tok_eval", shard_flags, (COMPARED,), (some, TOKENIZER[0])),
         step(
@@ -181,12 +207,19 @@ def real_steps(tag: str, depth: int, places: Places, shards: int = 2, rl: bool =
             resumes=True,
         ),
         step("base-eval", "base_eval", text_flags, (of_base,), (text, base, *places.bundle)),
-        step("mid", "mid_train", task_flags, (mid,), (base, *tasks), resumes=True),
-        step("chat-eval-mid", "chat_eval", ["--source=mid", *task_flags], (of_mid,), (mid, *tasks)),
-        step("sft", "chat_sft", task_flags, (sft,), (mid, *tasks), resumes=True),
+    ]
+    made, before = [base, of_base], base
+    if preset.recipe == "2025":
+        steps += [
+            step("mid", "mid_train", task_flags, (mid,), (base, *tasks), resumes=True),
+            step("chat-eval-mid", "chat_eval", ["--source=mid", *task_flags], (of_mid,), (mid, *tasks)),
+        ]
+        made, before = [*made, mid, of_mid], mid
+    steps += [
+        step("sft", "chat_sft", task_flags, (sft,), (before, *tasks), resumes=True),
         step("chat-eval", "chat_eval", ["--source=sft", *task_flags], (of_sft,), (sft, *tasks)),
     ]
-    made = [base, mid, sft, of_base, of_mid, of_sft]
+    made += [sft, of_sft]
     if rl:
         improved, of_rl = Checkpoint("rl", tag), Results("rl", tag, "chat_eval")
         steps += [
