@@ -148,9 +148,8 @@ def demo_steps(seed: int = 0, steps: dict[str, int] = STEPS) -> list[Step]:
 
 def first_text(shards: int, text: str) -> Files:
     """The shards that the tokenizer is trained on, when some or all have come."""
-    first = min(TOKENIZER_SHARDS, shards)
-    own = first - (text == "climbmix")  # one of the first that come is its last, for validation
-    return Files("base_data/*.parquet", least=first, first=own)
+    first = min(TOKENIZER_SHARDS, shards) - (text == "climbmix")  # one of them is its last, for validation
+    return Files("base_data/*.parquet", least=first, first=first)
 
 
 def downloads(places: Places, shards: int, text: str) -> list[Step]:
@@ -161,8 +160,8 @@ def downloads(places: Places, shards: int, text: str) -> list[Step]:
 
     steps = []
     if not places.data_dir:
-        some = first_text(shards, text)
-        steps.append(fetch("first-text", text, f"--shards={some.least}", makes=(some,)))
+        some, first = first_text(shards, text), min(TOKENIZER_SHARDS, shards)
+        steps.append(fetch("first-text", text, f"--shards={first}", makes=(some,)))
     if not places.tasks_dir:
         steps.append(fetch("tasks", "all-tasks", makes=places.tasks))
     if not places.eval_bundle:
