@@ -233,9 +233,12 @@ def estimated(plan: Plan) -> Plan:
 
 def fit_step(plan: Plan) -> list[Step]:
     """A step that compiles base's step before anything else, where a compiler for its GPUs is installed."""
-    machine, base = plan.preset.machine, plan.flags["base"]
+    machine = plan.preset.machine
     if not machine.topology.startswith("h") or importlib.util.find_spec("jax_cuda13_plugin") is None:
         return []
+    from jaxchat.train.stages import with_horizon  # here, since it imports jax
+
+    base = with_horizon(plan.flags["base"], plan.model)
     names = ("arch", "depth", "device_batch_size", "total_batch_size", "max_seq_len", "mesh", "remat")
     words = [f"--{name}={value}" for name in names if (value := getattr(base, name)) != ""]
     words += [f"--topology={machine.topology}", f"--vocab_size={plan.model.vocab_size}", "--find_batch=0"]
