@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import os
+import signal
 import sys
+from collections.abc import Callable
 
 from jaxchat.config import STAGES, Compute, DeviceFlags, base_dir, flag
 from launch import cli
@@ -80,13 +83,15 @@ def run(config: Config):
         conversation.ask(turn_of(config.prompt, config.source, model.tokenizer))
         answer(engine, conversation, config, config.seed)
     else:
-        talk(engine, conversation, config)
+        with contextlib.ExitStack() as stack:
+            stack.callback(edit_lines())
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on it stops an answer
+            talk(engine, conversation, config)
 
 
 def talk(engine, conversation: Conversation, config: Config):
     """Answer line after line, until there are no more or the user leaves."""
     print(COMMANDS)
-    edit_lines()
     tokenizer, seed = engine.tokenizer, config.seed
     while True:
         try:
@@ -144,16 +149,17 @@ def answer(engine, conversation: Conversation, config: Config, seed: int):
     print(writer.write(reader.end()) + writer.end(cut), flush=True)
 
 
-def edit_lines():
-    """Let input() edit lines, recall earlier ones and take pastes of any length, where a terminal is read."""
-    import atexit
+def edit_lines() -> Callable[[], None]:
+    """Let input() edit lines, recall earlier ones and take pastes of any length, where a terminal is read.
 
+    -> a function that keeps the lines for the next time.
+    """
     if not sys.stdin.isatty():
-        return
+        return lambda: None
     try:
         import readline
     except ImportError:
-        return
+        return lambda: None
     history = base_dir() / "chat_history"
     with contextlib.suppress(OSError):
         readline.read_history_file(history)
@@ -165,7 +171,13 @@ def edit_lines():
         with contextlib.suppress(OSError):
             readline.write_history_file(history)
 
-    atexit.register(keep)
+    return keep
+
+
+def leave(*_):
+    """End the process at a signal. An exception could be swallowed by what is being imported or compiled."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def main(args: list[str] | None = None):
@@ -173,4 +185,12 @@ def main(args: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not when it is to be ignored
+        signal.signal(signal.SIGINT, leave)
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code != 130:
+            raise
+        sys.stdout.flush()
+        os._exit(130)  # threads of JAX that still compute may crash while Python shuts down

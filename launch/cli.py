@@ -64,6 +64,8 @@ def main(config_class, run, args: list[str] | None = None, *, several: bool = Fa
     """
     if hasattr(sys.stdout, "reconfigure"):  # in an ASCII terminal a plan is printed all the same
         sys.stdout.reconfigure(errors="replace")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     with hosts.together():
         _parse_and_run(config_class, run, sys.argv[1:] if args is None else args, several)
 
