@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import threading
 import time
@@ -41,7 +42,8 @@ class Config(DeviceFlags):
     page and /health need none."""
     cors_origins: str = ""
     """Origins of other sites' pages that may use the server, separated by commas, as in
-    https://chat.example.com; *: all. Their hosts are also accepted as names of this server."""
+    https://chat.example.com (without a path); *: all. Their hosts are also accepted as names of this
+    server."""
     slots: int = flag(-1, 1, special=-1)
     """Answers that a device generates at a time for each model; -1: 8 on a CPU, 64 elsewhere. Each holds
     memory for a full context."""
@@ -62,7 +64,7 @@ class Config(DeviceFlags):
 
 def run(config: Config):
     check_installed()
-    stages = stages_of(config)
+    stages, origins = stages_of(config), origins_of(config)
     import asyncio
     import logging
 
@@ -80,7 +82,7 @@ def run(config: Config):
     rows += [
         ("devices", f"{len(devices)} × {devices[0].device_kind}, compute in {compute.dtype}"),
         ("slots", f"{slots} a device and model, {config.max_waiting} more answers may wait"),
-        ("address", address_of(config.host, sock.getsockname()[1])),
+        ("address", address_of(config.host, sock.getsockname()[1]) + reach_of(config.host)),
     ]
     cli.print_plan("Serve " + ", ".join(map(name_of, found)), rows)
     if not keys_of(config) and not is_local(config.host):
@@ -88,20 +90,19 @@ def run(config: Config):
         print(f"warning: {who}; --api_key=… or $JAXCHAT_API_KEY asks for a key", file=sys.stderr, flush=True)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("jaxchat.serve").setLevel(logging.INFO)
-    asyncio.run(serve(config, found, devices, compute, sock))
+    asyncio.run(serve(config, found, devices, compute, origins, sock))
     print("stopped", flush=True)
     if any(thread.name.startswith("engine of") for thread in threading.enumerate()):
         os._exit(0)  # one that still compiles, which nothing can interrupt
 
 
-async def serve(config: Config, found: list, devices: list, compute: Compute, sock):
+async def serve(config: Config, found: list, devices: list, compute: Compute, origins: tuple, sock):
     """Load the models while the server already says so, then answer until it is asked to stop."""
     from jaxchat.serve import server
     from jaxchat.serve.app import make_app
     from jaxchat.serve.guard import Rules, is_local
 
     service = make_service(config, found, devices, compute)
-    origins = tuple(filter(None, config.cors_origins.split(",")))
     app = make_app(service, Rules(keys_of(config), origins, is_local(config.host)))
     loading = load(service, address_of(config.host, sock.getsockname()[1]), config.open_browser)
     try:
@@ -238,8 +239,26 @@ def keys_of(config: Config) -> tuple[str, ...]:
     return tuple(key.strip() for key in keys.split(",") if key.strip())
 
 
+def origins_of(config: Config) -> tuple[str, ...]:
+    """The origins as browsers send them. UserError: one is none."""
+    origins = [origin.strip().lower() for origin in config.cors_origins.split(",") if origin.strip()]
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(
+            r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/:?#@\[\]]+)(:\d+)?", origin
+        ):
+            expected = "an origin is scheme://host or scheme://host:port, without a path; *: all"
+            raise UserError(f"--cors_origins={config.cors_origins}: {origin!r} is none; {expected}")
+    return tuple(origins)
+
+
 def address_of(host: str, port: int) -> str:
+    """Where to open the page."""
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def reach_of(host: str) -> str:
+    return " (it listens on all addresses of this machine)" if host in ("", "0.0.0.0", "::") else ""
 
 
 def main(args: list[str] | None = None):

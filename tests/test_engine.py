@@ -358,6 +358,28 @@ def test_a_prompt_alone_has_log_probabilities(engine, params, config):
     np.testing.assert_allclose(got.prompt_logprobs, want, atol=1e-5)
 
 
+def test_a_temperature_of_almost_nothing_is_none(engine, prompts):
+    want = engine.generate(prompts, max_tokens=9, temperature=0.0)
+    for temperature in (1.2e-38, 1e-7):
+        for settings in ({}, {"top_k": 3, "top_p": 0.5}):
+            assert engine.generate(prompts, max_tokens=9, temperature=temperature, **settings) == want
+
+
+def test_a_call_at_the_prompt_s_end_is_run(engine, tokenizer):
+    special = tokenizer.special
+    asked = [tokenizer.bos, special("<|python_start|>"), *tokenizer.encode("12+34"), special("<|python_end|>")]
+    result = [special("<|output_start|>"), *tokenizer.encode("46"), special("<|output_end|>")]
+    (got,) = engine.generate([asked], max_tokens=len(result) + 2, ignore_end=True)
+    assert got.tokens[: len(result)] == result and got.forced[: len(result) + 1] == [True] * len(result) + [False]
+    (without,) = engine.generate([asked], max_tokens=4, tool=False)
+    assert not any(without.forced)
+
+
+def test_stop_tokens_are_of_the_vocabulary(engine, tokenizer):
+    with pytest.raises(UserError, match="stop_tokens"):
+        engine.submit(Request([1], 1, stop_tokens=[tokenizer.vocab_size]))
+
+
 def test_ends(engine, prompts):
     """A stop token ends like the model's own end; min_tokens and ignore_end put it off."""
     how = {"max_tokens": 40, "temperature": 0.0}

@@ -186,7 +186,7 @@ WRONG = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
     ({"messages": [*USER, {"role": "assistant", "content": "a"}]}, "messages"),
-    ({"messages": USER * 2}, "messages"),
+    ({"messages": USER * 2}, "messages[1]"),
     ({"messages": USER, "continue_final_message": True}, "messages"),
     ({"messages": [{"role": "user", "content": "the cat " * 200}]}, "messages"),
     ({"max_tokens": 0}, "max_tokens"),
@@ -223,6 +223,17 @@ WRONG = [
     ({"frequency_penalty": 0.5}, "frequency_penalty"),
     ({"presence_penalty": -1}, "presence_penalty"),
     ({"functions": [{}]}, "functions"),
+    ({"guided_json": {}}, "guided_json"),
+    ({"guided_choice": ["a"]}, "guided_choice"),
+    ({"guided_regex": "a"}, "guided_regex"),
+    ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
+    ({"typical_p": 0.5}, "typical_p"),
+    ({"do_sample": False}, "do_sample"),
+    ({"max_new_tokens": 5}, "max_new_tokens"),
+    ({"best_of": 2}, "best_of"),
+    ({"echo": True}, "echo"),
+    ({"stop_token_ids": [280]}, "stop_token_ids"),
+    ({"messages": [{"role": "system", "content": "a"}] * 2 + USER}, "messages[1]"),
     ({"tool_display": "loud"}, "tool_display"),
     ({"model": 5}, "model"),
 ]
@@ -431,6 +442,43 @@ def test_tool_calls_are_shown_as_asked(serving):
     assert b"".join(bytes(entry["bytes"]) for entry in only_text) == b"so  then  it is 46"
 
 
+def test_a_call_that_was_cut_says_so(serving):
+    tokenizer = serving.script.tokenizer
+    serving.script.tokens = call(tokenizer, "12+34", "46", True)
+    asked = next(
+        i for i, (token, _) in enumerate(serving.script.tokens) if token == tokenizer.special("<|python_end|>")
+    )
+    (cut,) = serving.chat(max_tokens=asked).json["jaxchat"]["tool_calls"]
+    assert (cut["code"], cut["output"], cut["incomplete"]) == ("12+34", None, True)
+    (whole,) = serving.chat(max_tokens=asked + 1).json["jaxchat"]["tool_calls"]
+    assert (whole["code"], whole["output"]) == ("12+34", None) and "incomplete" not in whole
+    inline = serving.chat(max_tokens=asked, tool_display="inline").json["choices"][0]["message"]["content"]
+    assert inline == "[python 12+34] … (cut)"
+    events = events_of(serving.chat(max_tokens=asked, tool_display="events", stream=True).body)
+    tools = [event["choices"][0]["delta"].get("jaxchat") for event in events[:-1]]
+    assert {"tool": {"id": "tool-0-0", "code": "12+34", "incomplete": True}} in tools
+
+
+def test_a_call_in_the_prompt_is_the_first_of_the_answer(serving):
+    serving.script.tokens = call(serving.script.tokenizer, "1+1", "2", True)[-3:]  # the tool's output alone
+    last = {"role": "assistant", "content": [{"type": "python", "text": "1+1"}]}
+    (first,) = serving.ask("POST", CHAT, {"messages": [*USER, last], "continue_final_message": True}).json["jaxchat"][
+        "tool_calls"
+    ]
+    assert (first["code"], first["output"], first["made_up"]) == ("1+1", "2", False)
+
+
+def test_special_tokens_are_no_text(serving):
+    tokenizer = serving.script.tokenizer
+    marks = [(tokenizer.special(name), False) for name in ("<|user_end|>", "<|assistant_end|>", "<|bos|>")]
+    serving.script.tokens = [*serving.script.tokens[:3], *marks, *serving.script.tokens[3:]]
+    choice = serving.chat(ignore_eos=True, logprobs=True).json["choices"][0]
+    assert choice["message"]["content"] == TEXT
+    assert b"".join(bytes(entry["bytes"]) for entry in choice["logprobs"]["content"]).decode() == TEXT
+    found = serving.complete(max_tokens=60, logprobs=1).json["choices"][0]
+    assert found["text"] == TEXT and found["logprobs"]["tokens"][3] == "<|user_end|>"
+
+
 def test_models(serving):
     listed = serving.ask("GET", "/v1/models").json
     assert listed["object"] == "list" and [one["id"] for one in listed["data"]] == ["toy-sft", "toy-base"]
@@ -499,6 +547,8 @@ def test_only_names_of_this_machine_and_its_own_pages(serving, another):
     own = {"host": "localhost:80", "origin": "http://localhost:80"}
     assert serving.ask("POST", CHAT, {"messages": USER}, own).status == 200
     assert serving.ask("POST", CHAT, {"messages": USER}, own | {"origin": "http://evil.example"}).status == 403
+    null = serving.ask("POST", CHAT, {"messages": USER}, own | {"origin": "null"})
+    assert null.status == 403 and "--cors_origins=null" not in null.json["error"]["message"]
     assert "access-control-allow-origin" not in serving.ask("GET", "/health", headers=own).headers
     open_ = another(rules=Rules(origins=("https://chat.example",)))
     asked = {"origin": "https://chat.example"}

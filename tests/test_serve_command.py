@@ -78,7 +78,9 @@ def test_what_cannot_be_served_is_one_line(folder, monkeypatch, capsys, tmp_path
     assert "one stage" in refused("--source=sft,base", "--step=3")
     assert "--slots=0" in refused("--slots=0") and "--port=70000" in refused("--port=70000")
     with serve_socket() as port:
-        assert f"--port={port}: Address already in use" in refused(f"--port={port}")
+        assert refused(f"--port={port}").count("ddress already in use") == 1
+    for origin in ("https://a.example/", "a.example", "null", "https://a.example:x"):
+        assert f"'{origin}' is none" in refused(f"--cors_origins=https://b.example, {origin}")
     assert "no sft checkpoint" in refusal(tmp_path, monkeypatch, capsys)
 
 
@@ -102,7 +104,10 @@ def test_addresses_and_keys(monkeypatch):
     ]  # fmt: skip
     monkeypatch.setenv("JAXCHAT_API_KEY", "a, b")
     assert serve.keys_of(serve.Config()) == ("a", "b") and serve.keys_of(serve.Config(api_key="c")) == ("c",)
-    assert serve.address_of("::1", 80) == "http://[::1]:80"
+    assert serve.address_of("::1", 80) == "http://[::1]:80" == serve.address_of("::", 80)
+    assert serve.address_of("0.0.0.0", 80) == "http://127.0.0.1:80"
+    origins = serve.Config(cors_origins=" https://A.example , http://[::1]:8080,")
+    assert serve.origins_of(origins) == ("https://a.example", "http://[::1]:8080")
 
 
 def test_a_host_for_all_without_a_key_warns(folder, monkeypatch, capsys):
@@ -115,4 +120,5 @@ def test_a_host_for_all_without_a_key_warns(folder, monkeypatch, capsys):
         serve.main(["--port=0", *args])
         said = capsys.readouterr()
         assert ("warning: everybody who reaches 0.0.0.0" in said.err) == warns
+        assert ("listens on all addresses" in said.out) == (args != [])
         assert "Serve d1-sft" in said.out and "slots    8 a device" in said.out

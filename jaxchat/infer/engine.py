@@ -37,13 +37,23 @@ from jaxchat.infer.decode import (
     resize,
 )  # fmt: skip
 from jaxchat.infer.sampling import FILTERED, GREEDY, PLAIN, Rows
-from jaxchat.infer.scheduler import CANCELLED, LENGTH, STOP, Event, Generation, Request, Scheduler, bucket
+from jaxchat.infer.scheduler import (
+    CANCELLED,
+    COLDEST,
+    LENGTH,
+    STOP,
+    Event,
+    Generation,
+    Request,
+    Scheduler,
+    bucket,
+)
+from jaxchat.infer.text import last_call
 from jaxchat.model.attention_cpu import SLOT_BLOCK
 from jaxchat.model.params import Params
 from jaxchat.sharding import gather_json
 
 SHORT_STRETCH = 4  # tokens decoded before the host looks, while somebody reads along
-EXPRESSION = 256  # most tokens of a tool's expression
 SHORTEST_CACHE = 256  # slots; a cache has a power of two times as many, as its rows need
 TOPS = (0, 5, 20)  # alternatives reported with each token; others are rounded up: each is compiled once
 
@@ -176,11 +186,11 @@ class Engine:
         return bool(self._scheduler.waiting or self._running or self._ended)
 
     def submit(self, request: Request) -> int:
-        """Queue a request and return its id. UserError: its prompt is too long or has unknown tokens."""
-        if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < self.config.vocab_size:
-            raise UserError(
-                f"a prompt has a token outside this model's vocabulary, 0 to {self.config.vocab_size - 1:,}"
-            )
+        """Queue a request and return its id. UserError: its prompt is too long, or a token is unknown."""
+        last = self.config.vocab_size - 1
+        for what, tokens in (("a prompt", request.prompt), ("stop_tokens", request.stop_tokens)):
+            if len(tokens) and not 0 <= min(tokens) <= max(tokens) <= last:
+                raise UserError(f"{what} has a token outside this model's vocabulary, 0 to {last:,}")
         id = self._scheduler.submit(request)
         if self._scheduler.end_of(request) == len(request.prompt) and not request.prompt_logprobs:
             self._end(id, Generation(finish=LENGTH))
@@ -230,6 +240,8 @@ class Engine:
             tokens_PT[p, : len(request.prompt)] = request.prompt
             self._fill(rows, p, request)
             self._running[id] = Running(request, scheduler.slot_of[id])
+            if request.tool and request.prompt[-1] == self._program.call:
+                self._running[id].forced = self._tool_result([*request.prompt])
         tops = [request.logprobs for request in requests if request.prompt_logprobs]
         top = _tops(tops) if tops else None
         prompts = Prompts(tokens_PT, lengths_P, slots_P, rows)
@@ -250,6 +262,8 @@ class Engine:
         """Write a request's settings into row p."""
         for name in ("seed", "sample", "temperature", "top_k", "top_p", "min_p"):
             getattr(rows, f"{name}_B")[p] = getattr(request, name)
+        if request.temperature < COLDEST:
+            rows.temperature_B[p] = 0
         rows.first_end_B[p] = min(len(request.prompt) + request.min_tokens, self.config.sequence_len)
         rows.limit_B[p] = self._scheduler.end_of(request)
         ends = [*(() if request.ignore_end else self._ends), *request.stop_tokens]
@@ -311,22 +325,18 @@ class Engine:
 
     def _tool_result(self, tokens: list[int]) -> list[int]:
         """Tokens to force after a python_end that was just said; none if its expression has no value."""
-        special = self.tokenizer.special
-        start = len(tokens) - 1
-        while start >= 0 and tokens[start] != special("<|python_start|>"):
-            start -= 1
-        if start < 0 or len(tokens) - start > EXPRESSION:
-            return []
-        value = calculate(self.tokenizer.decode(tokens[start + 1 : -1]))
+        code = last_call(tokens, self.tokenizer)
+        value = None if code is None else calculate(code)
         if value is None:
             return []
+        special = self.tokenizer.special
         forced = [special("<|output_start|>"), *self.tokenizer.encode(value), special("<|output_end|>")]
         return forced if len(forced) <= FORCED else []
 
 
 def kind_of(requests: list[Request]) -> str:
     """The simplest kind of sampling that serves all of the requests."""
-    hot = [request for request in requests if request.temperature > 0]
+    hot = [request for request in requests if request.temperature >= COLDEST]
     filters = any(request.top_k or request.top_p < 1 or request.min_p for request in hot)
     if filters or any(request.min_tokens for request in requests):
         return FILTERED

@@ -6,6 +6,7 @@ begin first.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from jaxchat.config import UserError
 
 SHORTEST = 16  # tokens of the shortest batch that prompts are read in
 MAX_LOGPROBS = 20  # most alternatives a token is reported with
+COLDEST = 1e-6  # lowest temperature to sample at: far below it logits / temperature leave float32's range
 MAX_STOP_TOKENS = 6  # most stop tokens of a request, beside the two that end an answer
 
 # What ended a request.
@@ -31,7 +33,7 @@ class Request:
     max_tokens: int
     """Largest number of tokens to generate, the tool's included; the context may allow fewer."""
     temperature: float = 1.0
-    """Sampling temperature, which divides the logits; 0: always the likeliest token."""
+    """Sampling temperature, which divides the logits; 0, and all below 10⁻⁶: always the likeliest token."""
     top_k: int = 0
     """Number of likeliest tokens to sample from; 0: all."""
     top_p: float = 1.0
@@ -67,16 +69,28 @@ class Request:
             ("min_tokens", 0, math.inf),
         ):
             value = getattr(self, name)
+            whole = name not in ("temperature", "top_p", "min_p")
+            if not _is_number(value, whole):
+                raise UserError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number")
             if not least <= value <= most or value == math.inf or (name == "top_p" and value == 0):
                 above = "above 0 and " if name == "top_p" else f"at least {least} and "
                 bound = above + (f"at most {most}" if most < math.inf else "finite")
                 raise UserError(f"{name} is {value}; it must be {bound}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise UserError(f"logprobs is {self.logprobs}; it must be from 0 to {MAX_LOGPROBS}")
+        logprobs = self.logprobs
+        if logprobs is not None and not (_is_number(logprobs, True) and 0 <= logprobs <= MAX_LOGPROBS):
+            raise UserError(f"logprobs is {logprobs!r}; it must be a whole number from 0 to {MAX_LOGPROBS}")
         if self.prompt_logprobs and self.logprobs is None:
             raise UserError("prompt_logprobs needs logprobs, from 0 to 20")
         if len(self.stop_tokens) > MAX_STOP_TOKENS:
             raise UserError(f"{len(self.stop_tokens)} stop tokens; at most {MAX_STOP_TOKENS} are possible")
+        for token in self.stop_tokens:
+            if not (_is_number(token, True) and 0 <= token < 2**31):
+                raise UserError(f"a stop token is {token!r}; it must be a token's id")
+
+
+def _is_number(value, whole: bool) -> bool:
+    kind = numbers.Integral if whole else numbers.Real
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass

@@ -11,6 +11,19 @@ from jaxchat.tokenizer import Tokenizer
 BRACKETS = {"python": ("[python ", "]"), "python_output": ("[output ", "]"), "made up": ("[output? ", "]")}
 
 
+EXPRESSION = 256  # most tokens of a tool's expression
+
+
+def last_call(tokens: list[int], tokenizer: Tokenizer) -> str | None:
+    """Return the expression of the tool call that ends `tokens`; None: it has no start, or is too long."""
+    start, opening = len(tokens) - 1, tokenizer.special("<|python_start|>")
+    while start >= 0 and tokens[start] != opening:
+        start -= 1
+    if start < 0 or len(tokens) - start > EXPRESSION:
+        return None
+    return tokenizer.decode(tokens[start + 1 : -1])
+
+
 class Delta(NamedTuple):
     """New text of one part of an answer. `starts`: the first text of its part, which may be empty."""
 

@@ -130,6 +130,9 @@ class Guard:
         """Refuse what pages of other sites send, but for those that are allowed."""
         same = origin is not None and origin.partition("://")[2] == host
         allowed = origin is None or same or {origin, "*"} & {*self._rules.origins}
+        if method == "POST" and not allowed and origin == "null":
+            why = "pages without an address (Origin: null, as of files) may not ask this server"
+            raise ApiError(403, f"{why}; open the page over http, or --cors_origins=* allows all")
         if method == "POST" and not allowed:
             raise ApiError(
                 403, f"pages of {origin} may not ask this server; --cors_origins={origin} allows it"

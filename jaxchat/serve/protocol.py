@@ -32,11 +32,20 @@ ASKS_NOTHING = {
     "presence_penalty": [0],
     "repetition_penalty": [1],
     "use_beam_search": [False],
+    "typical_p": [1],
+    "do_sample": [True],
+    "max_new_tokens": [],
+    "structured_outputs": [],
+    "guided_json": [],
+    "guided_choice": [],
+    "guided_regex": [],
+    "guided_grammar": [],
     "modalities": [["text"]],
     "audio": [],
     "prediction": [],
     "web_search_options": [],
 }
+HINTS = {"max_new_tokens": "max_tokens", "do_sample": "temperature: 0"}  # what to send instead
 IGNORED = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "reasoning_effort", "verbosity",
     "prompt_cache_key", "safety_identifier",
@@ -171,6 +180,7 @@ class Fields:
                 allowed = " or ".join(json.dumps(one) for one in nothing)
                 message = f"{name} is not supported by this server; leave it out"
                 message += f", or send {allowed}" if allowed else ""
+                message += f"; {HINTS[name]} is what it has instead" if name in HINTS else ""
                 raise ApiError(400, message, param=name, code="unsupported_parameter")
 
 
@@ -203,6 +213,9 @@ def read_chat(fields: Fields) -> Chat:
             expected = "the user's; continue_final_message: true continues the assistant's"
         raise ApiError(400, f"messages: the last message must be {expected}", param="messages")
     common = _sampling(fields, least=1)
+    _check_best_of(fields, common["n"])
+    if fields.switch("echo"):
+        raise ApiError(400, "echo is for completions only; leave it out, or send false", param="echo")
     return Chat(messages=messages, continue_last=last, top=(top or 0) if logprobs else None, **common)
 
 
@@ -211,11 +224,7 @@ def read_completion(fields: Fields) -> Completion:
     common = _sampling(fields, least=0 if echo else 1)
     if common["max_tokens"] is None:
         common["max_tokens"] = COMPLETION_TOKENS
-    best_of = fields.integer("best_of", None, 1)
-    if best_of not in (None, common["n"]):
-        raise ApiError(
-            400, f"best_of must be equal to n, which is {common['n']}, or left out", param="best_of"
-        )
+    _check_best_of(fields, common["n"])
     return Completion(
         prompts=read_prompts(fields.get("prompt")),
         add_bos=fields.switch("add_special_tokens", True),
@@ -223,6 +232,11 @@ def read_completion(fields: Fields) -> Completion:
         top=fields.integer("logprobs", None, 0, MAX_LOGPROBS),
         **common,
     )
+
+
+def _check_best_of(fields: Fields, n: int):
+    if fields.integer("best_of", None, 1) not in (None, n):
+        raise ApiError(400, f"best_of must be equal to n, which is {n}, or left out", param="best_of")
 
 
 def _sampling(fields: Fields, least: int) -> dict:
@@ -341,6 +355,7 @@ def chat_prompt(tokenizer, chat: Chat, *, only_continues: bool) -> list[int]:
         texts = [text if isinstance(text, str) else "".join(part["text"] for part in text) for text in texts]
         return [tokenizer.bos, *(token for text in texts for token in tokenizer.encode(text))]
     conversation = {"messages": chat.messages}
+    _check_turns(chat.messages)
     try:
         check_conversation(conversation)
     except UserError as problem:
@@ -348,6 +363,25 @@ def chat_prompt(tokenizer, chat: Chat, *, only_continues: bool) -> list[int]:
     if chat.continue_last:
         return tokenizer.render_conversation(conversation)[0][:-1]
     return tokenizer.render_for_completion(conversation)
+
+
+def _check_turns(messages: list[dict]):
+    """Raise ApiError for the first message whose turn it is not: [system,] user, assistant, user, …"""
+    first = int(messages[0]["role"] == "system")
+    for i, message in enumerate(messages[first:], first):
+        role, expected = message["role"], ("user", "assistant")[(i - first) % 2]
+        if role != expected:
+            rule = "user and assistant alternate, and system is first only"
+            raise ApiError(
+                400, f"messages[{i}]: expected the {expected}'s, since {rule}; got the {role}'s",
+                param=f"messages[{i}]",
+            )  # fmt: skip
+
+
+def check_stop_tokens(asked: Sampling, vocab_size: int):
+    for id in asked.stop_token_ids:
+        if id >= vocab_size:
+            raise wrong("stop_token_ids", f"token ids from 0 to {vocab_size - 1}", id)
 
 
 def completion_prompts(tokenizer, completion: Completion, vocab_size: int) -> list[list[int]]:

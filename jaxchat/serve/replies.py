@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from jaxchat.infer.scheduler import STOP, Generation
-from jaxchat.infer.text import Delta, TextReader, Writer
+from jaxchat.infer.text import Delta, TextReader, Writer, last_call
 from jaxchat.serve.loop import Stopped
 from jaxchat.serve.protocol import ApiError, Completion, Sampling
 from jaxchat.serve.service import Asked, Service
+from jaxchat.tokenizer import SPECIAL_TOKENS
 
 LEAST_LOGPROB = -9999.0  # JSON has no −∞
 PING = 15.0  # seconds of silence after which a stream shows that it lives
@@ -51,9 +52,13 @@ class Answer:
     def __init__(self, index: int, asked: Sampling, tokenizer, prompt: list[int]):
         self.index, self.asked, self.prompt, self._tokenizer = index, asked, prompt, tokenizer
         self.finish, self.sampled, self.forced, self.length = "", 0, 0, 0
-        # {"id", "code", "output", "made_up"} each; the last two once there is an output.
+        # {"id", "code", "output", "made_up"} each; the last two once there is an output. "incomplete" as well
+        # if its code or output was cut off.
         self.tools: list[dict] = []
+        if prompt and prompt[-1] == tokenizer.special("<|python_end|>"):  # a call that is to be answered
+            self.tools.append({"id": f"tool-{index}-0", "code": last_call(prompt, tokenizer) or ""})
         self._reader, self._writer = TextReader(tokenizer, asked.stop), Writer()
+        self._unseen = {tokenizer.special(name) for name in SPECIAL_TOKENS} - self._reader.marks
         self._all_tokens = isinstance(asked, Completion)  # or those of the text only
         self._echoes = self._all_tokens and asked.echo
         self._waiting: list[Entry] = []  # for the end of their text
@@ -81,8 +86,9 @@ class Answer:
 
     def _token(self, token: int, forced: bool, scores: tuple | None, piece: Piece):
         before, offset = self._reader.kind, self.length + len(self._reader.held)
-        self._show(self._reader.feed(token, forced), piece)
-        is_text = before == self._reader.kind == "text" and token not in self._reader.marks
+        if token not in self._unseen:
+            self._show(self._reader.feed(token, forced), piece)
+        is_text = before == self._reader.kind == "text" and token not in self._reader.marks | self._unseen
         if scores and (self._all_tokens or is_text):
             self._waiting.append(Entry(token, *scores, offset))
         if not self._reader.waits and not self._reader.stopped:
@@ -104,27 +110,29 @@ class Answer:
     def _say(self, text: str, piece: Piece):
         piece.text, self.length = piece.text + text, self.length + len(text)
 
-    def _end_part(self, piece: Piece):
-        """Report what the tool was asked, or said, now that it is complete."""
+    def _end_part(self, piece: Piece, cut: bool = False):
+        """Report what the tool was asked, or said, now that it is complete, or cut off."""
         part, self._part = self._part, None
         if part is None:
             return
+        incomplete = {"incomplete": True} if cut else {}
         if part.kind == "python":
-            self.tools.append({"id": f"tool-{self.index}-{len(self.tools)}", "code": part.text})
+            self.tools.append({"id": f"tool-{self.index}-{len(self.tools)}", "code": part.text} | incomplete)
             event = dict(self.tools[-1])
         else:
             if not self.tools or "output" in self.tools[-1]:  # the model made it up without a call
                 self.tools.append({"id": f"tool-{self.index}-{len(self.tools)}", "code": ""})
-            answer = {"output": part.text, "made_up": part.kind != "python_output"}
+            answer = {"output": part.text, "made_up": part.kind != "python_output"} | incomplete
             self.tools[-1] |= answer
             event = {"id": self.tools[-1]["id"]} | answer
         if self.asked.tool_display == "events":
             piece.tools.append((len(piece.text), event))
 
     def _end(self, finish: str, piece: Piece):
-        self._end_part(piece)
+        cut = self._reader.kind != "text"  # within a call, or its output
+        self._end_part(piece, cut)
         if self.asked.tool_display == "inline":
-            self._say(self._writer.end(), piece)
+            self._say(self._writer.end(cut), piece)
         # Of the tokens around a stop string, those count whose text began before it.
         stopped = self._reader.stopped
         piece.entries += [entry for entry in self._waiting if not stopped or entry.offset < self.length]

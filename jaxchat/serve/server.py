@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 from collections.abc import Awaitable
@@ -82,7 +83,8 @@ def listen(host: str, port: int) -> socket.socket:
         )[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as problem:
-        reason = problem.strerror or problem
+        known = (problem.errno or 0) > 0  # not of names: create_server adds words of its own to the reason
+        reason = os.strerror(problem.errno) if known else problem.strerror or problem
         hint = "give another --host, or another --port (0: any)"
         raise UserError(f"--host={host} --port={port}: {reason}; {hint}") from None
 

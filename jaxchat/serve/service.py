@@ -132,6 +132,7 @@ def prepare(service: Service, body: bytes, chat: bool) -> Asked:
     service.note_unknown(fields.unknown())
     model = service.model(asked.model)
     param, context = "messages" if chat else "prompt", model.config.sequence_len
+    protocol.check_stop_tokens(asked, model.config.vocab_size)
     longest_token = int(model.tokenizer.token_bytes.max())
     if (least := protocol.text_length(asked) // longest_token) > context:
         raise protocol.too_long(f"{param} has at least {least:,} tokens", context, param)
