@@ -70,7 +70,9 @@ class Error(Exception):
 class FakeChatServer:
     """reply: takes a request's JSON, returns bytes to send, seconds to wait (float) and events to wait for.
 
-    requests: the bodies of all requests so far. gone: set when a client has closed its connection early.
+    count: takes a request's JSON, returns its tokens; the context is 256. health: what /health says.
+    requests: the bodies of all requests for answers so far; counted: of those to count tokens.
+    gone: set when a client has closed its connection early.
     """
 
     def __init__(self, port: int = 0):
@@ -78,7 +80,10 @@ class FakeChatServer:
             stream(answer("Hello."))
         ]
         self.models, self.key = [f"d12-{stage}" for stage in STAGES], ""
+        self.count: Callable[[dict], int] = lambda body: 5
+        self.health = "ok"
         self.requests: list[dict] = []
+        self.counted: list[dict] = []
         self.gone, self._open = threading.Event(), set()
         self._start(port)
 
@@ -129,6 +134,9 @@ def _handler(fake: FakeChatServer):
             if self.path == "/":
                 page = PAGE.read_text()
                 return self._send(200, page.encode(), "text/html; charset=utf-8", security_policy(page))
+            if self.path == "/health":
+                body = json.dumps({"status": fake.health}).encode()
+                return self._send(200 if fake.health == "ok" else 503, body)
             if self.path != "/v1/models":
                 return self._send(404, b"{}")
             if not self._may():
@@ -141,9 +149,12 @@ def _handler(fake: FakeChatServer):
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            fake.requests.append(body)
+            counts = self.path == "/v1/tokenize"
+            (fake.counted if counts else fake.requests).append(body)
             if not self._may():
-                return
+                return None
+            if counts:
+                return self._send(200, json.dumps({"count": fake.count(body), "max_model_len": 256}).encode())
             try:
                 pieces = fake.reply(body)
             except Error as problem:

@@ -166,7 +166,7 @@ def test_answer_is_streamed_and_said_at_its_end(open_page, fake):
     expect(last(page)).to_have_text("Once upon a time.")
     expect(busy).to_have_attribute("aria-busy", "false")
     expect(page.locator("#status")).to_contain_text("Once upon a time.")
-    expect(page.locator(".figures").last).to_have_text("40 tokens · 80 tokens/s · seed 7")
+    expect(page.locator(".figures").last).to_have_text("40 tokens · 80 tokens/s seed 7")
     expect(page.locator("#box")).to_be_focused()
     assert page.locator("[aria-live]").count() == 0  # none around the text that grows; role=status is one
 
@@ -577,17 +577,82 @@ def test_real_server_that_is_killed_and_restarted(open_page, tmp_path):
 
 @BROWSER_TESTS
 def test_conversation_longer_than_the_context(open_page, fake):
-    def reply(body):
-        if len(body["messages"]) > 3:
-            raise Error(400, "too long", "context_length_exceeded")
-        return [stream(answer("ok"))]
-
-    fake.reply = reply
+    fake.reply = lambda body: [stream(answer("ok"))]
+    fake.count = lambda body: 60 * len(body["messages"])  # of 256: three messages leave a quarter, four don't
     page = open_page()
-    for question in ("one", "two", "three"):
+    for question in ("one", "two", "three", "four"):
         ask(page, question)
-    assert [message["content"] for message in fake.requests[-1]["messages"]] == ["two", "ok", "three"]
-    expect(page.locator(".figures").last).to_contain_text("1 oldest left out")
+    assert [message["content"] for message in fake.requests[-1]["messages"]] == ["three", "ok", "four"]
+    expect(page.locator(".figures").last).to_contain_text("2 oldest left out")
+    assert len(fake.requests) == 4
+    assert [len(body["messages"]) for body in fake.counted] == [3, 5, 3, 5, 3]  # what left is not tried again
+
+    def refuse(body):
+        raise Error(400, "lower max_tokens", "context_length_exceeded")
+
+    fake.reply = refuse
+    page.click("#settings-button")
+    page.fill("#max_tokens", "250")
+    ask(page, "five")
+    expect(page.locator(".failed:visible")).to_have_text("lower max_tokens")
+    assert len(fake.requests[-1]["messages"]) == 3  # nothing left for Most tokens
+
+
+@BROWSER_TESTS
+def test_half_a_tool_call_is_not_continued(open_page, fake):
+    fake.reply = lambda body: [stream(answer("It is ", {"id": "t", "code": "12+3"}, finish="length"))]
+    page = open_page()
+    ask(page, "sum?")
+    fake.reply = lambda body: [
+        stream(answer({"id": "t", "code": "12+34"}, {"id": "t", "output": "4", "made_up": False}, finish="length"))
+    ]
+    page.click("#settings-button")
+    page.fill("#temperature", "0")
+    for code in ("12+34", "12+34"):  # the call was cut, then its output
+        page.click("text=Continue")
+        wait_for_end(page)
+        assert fake.requests[-1]["messages"][-1] == {"role": "assistant", "content": "It is "}
+        expect(page.locator(".tool")).to_contain_text([code])
+    assert fake.requests[-1]["temperature"] == 0  # the settings of now
+
+
+@BROWSER_TESTS
+def test_two_tabs_on_one_conversation(open_page, fake):
+    gate = Event()
+    fake.reply = lambda body: [
+        *slowly("to "), *[gate] * (body["messages"][-1]["content"] == "three"), stream(answer("you"))]  # fmt: skip
+    page = open_page()
+    ask(page, "one")
+    other = page.context.new_page()
+    other.goto(fake.url)
+    ask(page, "two")
+    turns = other.locator(".turn h2")
+    expect(turns).to_have_text(["You: one", "You: two"])
+    ask(other, "three", wait=False)
+    expect(page.locator(".turn h2").last).to_have_text("You: three")
+    ask(page, "four")
+    gate.set()
+    wait_for_end(other)
+    other.reload()
+    kept = "JSON.parse(Object.entries(localStorage).find(([name]) => name.startsWith('jaxchat.c.'))[1]).turns"
+    said = f"{kept}.map(({{question, answers}}) => [question, Object.values(answers)[0][0].parts[0].text])"
+    assert other.evaluate(said) == [[question, "to you"] for question in ("one", "two", "three", "four")]
+    other.close()
+
+
+@BROWSER_TESTS
+def test_question_waits_while_the_server_loads(open_page, fake):
+    def refuse(body):
+        raise Error(503, "the model is still being loaded", None, {"Retry-After": "5"})
+
+    fake.health, fake.reply = "loading", refuse
+    page = open_page()
+    expect(page.locator("#notice")).to_contain_text("The server says: loading")
+    ask(page, "hi", wait=False)
+    expect(page.locator(".answer")).to_have_attribute("aria-busy", "true")
+    fake.health, fake.reply = "ok", lambda body: [stream(answer("Hello."))]
+    expect(last(page)).to_have_text("Hello.")
+    expect(page.locator("#notice")).to_be_hidden()
 
 
 @BROWSER_TESTS
@@ -718,7 +783,7 @@ def test_keyboard_alone(open_page, fake):
     keys.type("two")
     keys.press("Enter")
     expect(page.locator(".turn h2")).to_have_text("You: one\ntwo")
-    page.locator(ANSWER).wait_for()
+    wait_for_end(page)
     tab_to("Answer again", "Shift+Tab")
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid"  # the focus is seen
