@@ -149,10 +149,11 @@ def about(config: Config) -> dict:
     return {name: getattr(config, name) for name in names}
 
 
-def one_run(
-    config: Config, data: Data, out: Path, same: dict, done: list, recipe: str, seed: int, **how
-) -> dict:
-    """Train one model, unless it is in `done`, and note its figures."""
+def one_run(config: Config, data: Data, done: list[dict], recipe: str, seed: int, **how) -> dict:
+    """Train one model, unless it is in `done`, and note its figures.
+
+    how: name of the run; share of the tokens to train on; changes, see WITHOUT.
+    """
     name, share, changes = how.get("name", recipe), how.get("share", 1.0), how.get("changes", {})
     for row in done:
         if (row["name"], row["seed"]) == (name, seed):
