@@ -3,8 +3,8 @@
 Each run trains from random weights on the same documents in the same order, as launch.base_train would,
 and ends with bits per byte on the validation shard. The runs: 2025 and 2026 for the same number of tokens;
 2026 for the CPU time that 2025 took; and 2026 without one of its parts at a time, which shows the part's
-share. Figures are added to --out as they come, and runs that are there are left out, so that the same command
-continues. It prints the means over the seeds.
+share. Figures are added to recipes.jsonl as they come, and runs that are there are left out, so that the
+same command continues. It prints the means over the seeds.
 """
 
 import dataclasses
@@ -49,6 +49,7 @@ WITHOUT = {
     "schedule": {"warmup_steps": 0, "warmdown_ratio": 0.2, "final_lr_frac": 0.0},
 }
 TOKENIZER_DOCUMENTS = 4000
+FIGURES = "recipes.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Config:
     """Seeds of the recipes' runs, separated by commas; parts are left out with the first."""
     parts: bool = True
     """Leave each part out, too."""
-    out: str = "recipes.jsonl"
-    """File that figures are added to."""
+    out: str = "."
+    """Folder of recipes.jsonl, the file that figures are added to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,8 @@ def train(stage: stages.Stage, validation: list[dict]) -> dict:
 
 def run(config: Config):
     sharding.keep_compiled()
-    done = [row for row in files.read_lines(Path(config.out)) if row.items() >= about(config).items()]
+    known = files.read_lines(Path(config.out) / FIGURES)
+    done = [row for row in known if row.items() >= about(config).items()]
     texts, held_out = (ParquetText(find_shards(config.data_dir, split)) for split in ("train", "val"))
     some = (texts[i] for i in range(min(TOKENIZER_DOCUMENTS, len(texts))))
     data = Data(Tokenizer.train(some, config.vocab_size), texts, held_out)
@@ -164,7 +166,7 @@ def one_run(config: Config, data: Data, done: list[dict], recipe: str, seed: int
     read = text_reader(data.held_out, data.tokenizer)
     validation = packed_validation(read, range(len(data.held_out)), **rows)
     row = about(config) | {"name": name, "seed": seed, "steps": stage.num_steps} | train(stage, validation)
-    files.append_line(Path(config.out), row)
+    files.append_line(Path(config.out) / FIGURES, row)
     done.append(row)
     print(
         f"{name:<28} seed {seed}  bpb {row['bpb']:.4f}  {1000 * row['step_seconds']:.0f} ms a step",
