@@ -89,7 +89,6 @@ async def measure(config: Config, devices: list, compute: Compute) -> None:
     """Serve, and time both in turn."""
     from jaxchat import checkpoint
     from jaxchat.infer.engine import Engine
-    from jaxchat.infer.text import pieces
     from jaxchat.serve import server
     from jaxchat.serve.app import make_app
     from jaxchat.serve.guard import Rules
@@ -105,7 +104,7 @@ async def measure(config: Config, devices: list, compute: Compute) -> None:
         await asyncio.wait([running], timeout=0.1)
         if running.done():
             return running.result()  # why it could not start
-    options = {"batch_size": config.streams, "shortest_cache": model.config.sequence_len}
+    options = {"batch_size": config.streams, "few_shapes": True}
     engine = Engine(model.load(), model.config, model.tokenizer, compute, **options)
 
     def generate():
@@ -121,11 +120,23 @@ async def measure(config: Config, devices: list, compute: Compute) -> None:
         speed, found = await asyncio.to_thread(generate)
         alone.append(speed)
         served.append(await ask_from_outside(url, config))
-    texts = ["".join(text for kind, text in pieces(one, model.tokenizer) if kind == "text") for one in found]
+    texts = [text_of(one, model.tokenizer) for one in found]
     stops.put_nowait("stop")
     await running
     await service.close()
     report(config, alone, served, texts)
+
+
+def text_of(generation, tokenizer) -> str:
+    """An answer's text as the server sends it: without special tokens and the tool's."""
+    from jaxchat.infer.text import TextReader
+
+    reader = TextReader(tokenizer)
+    said = zip(generation.tokens, generation.forced, strict=True)
+    deltas = [
+        delta for token, forced in said if token not in reader.unseen for delta in reader.feed(token, forced)
+    ]
+    return "".join(delta.text for delta in [*deltas, *reader.end()] if delta.kind == "text")
 
 
 def report(config: Config, alone: list[float], served: list[dict], texts: list[str]):

@@ -82,6 +82,7 @@ def run(config: Config):
     rows += [
         ("devices", f"{len(devices)} × {devices[0].device_kind}, compute in {compute.dtype}"),
         ("slots", f"{slots} a device and model, {config.max_waiting} more answers may wait"),
+        ("shapes", shapes_of(found)),
         ("address", address_of(config.host, sock.getsockname()[1]) + reach_of(config.host)),
     ]
     cli.print_plan("Serve " + ", ".join(map(name_of, found)), rows)
@@ -172,8 +173,7 @@ def engine_opener(model, device, compute: Compute, slots: int, lock):
         from jaxchat.sharding import make_mesh
 
         context = model.config.sequence_len
-        # One length of the cache: a longer one would be compiled while somebody waits.
-        options = {"batch_size": slots, "shortest_cache": context}
+        options = {"batch_size": slots, "few_shapes": True}
         with jax.default_device(device):
             with lock, out_of_memory(f"give fewer than --slots={slots}, or serve fewer stages"):
                 params = model.load(make_mesh([device]))
@@ -185,19 +185,26 @@ def engine_opener(model, device, compute: Compute, slots: int, lock):
 
 
 def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]):
-    """Generate a token in each common way, so that nobody waits for a compilation.
+    """Generate a token in each way, so that nobody waits for a compilation. engine: with few_shapes.
 
     on_progress: called with the number of ways that are done, and of all.
     """
-    from jaxchat.infer.scheduler import SHORTEST, bucket
-
-    lengths = sorted({bucket(n, SHORTEST, context) for n in range(1, context + 1)})
-    ways = [{"prompts": [[0] * min(length, context - 1)], "temperature": 0.0} for length in lengths]
-    ways += [{"prompts": [[0]], "temperature": 1.0, "top_k": top_k} for top_k in (0, 5)]
+    ways = ways_of(context)
     for done, settings in enumerate(ways):
         on_progress(done, len(ways))
         engine.generate(**settings, max_tokens=1)
     on_progress(len(ways), len(ways))
+
+
+def ways_of(context: int) -> list[dict]:
+    """Settings of requests that together need every shape, those with log-probabilities last."""
+    from jaxchat.infer.scheduler import SHORTEST, bucket
+
+    lengths = sorted({bucket(n, SHORTEST, context) for n in range(1, context + 1)})
+    prompts = [[[0] * min(length, context - 1)] for length in lengths]
+    ways = [{"prompts": prompt, "temperature": 0.0} for prompt in prompts]
+    ways += [{"prompts": [[0]], "temperature": 1.0, "top_k": top_k} for top_k in (0, 5)]
+    return ways + [{"prompts": prompt, "logprobs": 0, "prompt_logprobs": True} for prompt in prompts]
 
 
 def check_installed():
@@ -217,6 +224,11 @@ def stages_of(config: Config) -> list[str]:
         count = len(stages)
         raise UserError(f"--step={config.step} is of one stage, and --source={config.source} has {count}")
     return stages
+
+
+def shapes_of(found: list) -> str:
+    count = sum(len(ways_of(model.config.sequence_len)) for model in found)
+    return f"{count} a device to compile at the first start; later starts read them from disk"
 
 
 def slots_of(config: Config, devices: list) -> int:

@@ -215,7 +215,8 @@ def test_shapes_are_few(engine, prompts):
 def test_the_cache_is_as_long_as_its_rows_need(params, config, tokenizer, monkeypatch):
     """It grows while rows run, and starts anew when all are done; what they say is what whole passes give."""
     monkeypatch.setattr(engine_module, "SLOT_BLOCK", 16)
-    engine = Engine(params, config, tokenizer, COMPUTE, batch_size=4, shortest_cache=32)
+    monkeypatch.setattr(engine_module, "SHORTEST_CACHE", 32)
+    engine = Engine(params, config, tokenizer, COMPUTE, batch_size=4)
     seen = []
     for length in (3, 20, 90, 3):
         prompt = [length] * length

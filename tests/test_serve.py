@@ -522,6 +522,17 @@ def test_tokens_of_text_and_back(serving):
     assert info["bos_token"] == "<|bos|>" and info["eos_token"] == "<|assistant_end|>"
 
 
+def test_large_texts_do_not_hold_up_others(serving):
+    """Beyond a limit they are refused; below it the event loop goes on."""
+    reply = serving.ask("POST", "/tokenize", {"prompt": "a" * 2**20})
+    assert reply.status == 413 and "1,048,576" in reply.json["error"]["message"]
+    text = "the cat " * 100_000
+    found = serving.ask("POST", "/tokenize", {"prompt": text, "add_special_tokens": False}).json
+    assert serving.ask("POST", "/detokenize", {"tokens": found["tokens"]}).json["prompt"] == text
+    whole = serving.complete("a", n=16, max_tokens=40, logprobs=20)  # its JSON is made in a thread
+    assert whole.status == 400 or len(whole.json["choices"]) == 16
+
+
 def test_the_page_may_only_do_what_it_must(serving):
     import base64
     import hashlib

@@ -9,8 +9,12 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
+from conftest import random_params  # noqa: E402
 from serve_helpers import save_models, serve_command  # noqa: E402
 
+from jaxchat.config import Compute, ModelConfig  # noqa: E402
+from jaxchat.infer import decode  # noqa: E402
+from jaxchat.infer.engine import Engine  # noqa: E402
 from jaxchat.serve import guard  # noqa: E402
 from launch import serve  # noqa: E402
 
@@ -108,6 +112,22 @@ def test_addresses_and_keys(monkeypatch):
     assert serve.address_of("0.0.0.0", 80) == "http://127.0.0.1:80"
     origins = serve.Config(cors_origins=" https://A.example , http://[::1]:8080,")
     assert serve.origins_of(origins) == ("https://a.example", "http://[::1]:8080")
+
+
+def test_all_shapes_are_compiled_ahead(tokenizer):
+    """Whatever is asked for afterwards compiles nothing, so that no other stream waits."""
+    config = ModelConfig(32, tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)
+    engine = Engine(
+        random_params(config, 0, scale=0.4), config, tokenizer, Compute.for_backend(), batch_size=2, few_shapes=True
+    )
+    serve.compile_shapes(engine, 32, lambda *done: None)
+    programs = (decode.read_prompts, decode.decode, decode.empty_state, decode.resize)
+    before = [program._cache_size() for program in programs]
+    for prompt in ([1], [1] * 20, [1] * 32):
+        for settings in ({"temperature": 0.0}, {}, {"top_p": 0.5}, {"min_tokens": 2}):
+            for more in ({}, {"logprobs": 0}, {"logprobs": 5, "prompt_logprobs": True}, {"logprobs": 20}):
+                engine.generate([prompt] * 2, max_tokens=2, **settings, **more)
+    assert [program._cache_size() for program in programs] == before
 
 
 def test_a_host_for_all_without_a_key_warns(folder, monkeypatch, capsys):

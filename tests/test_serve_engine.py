@@ -20,9 +20,7 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 from jaxchat import checkpoint  # noqa: E402
 from jaxchat.config import Compute  # noqa: E402
 from jaxchat.infer.engine import Engine  # noqa: E402
-from jaxchat.infer.scheduler import Generation  # noqa: E402
-from jaxchat.infer.text import pieces  # noqa: E402
-from jaxchat.tokenizer import SPECIAL_TOKENS  # noqa: E402
+from jaxchat.infer.text import TextReader  # noqa: E402
 
 SLOTS = 16
 COMPUTE = Compute(attention="blocks")  # shapes of tests/test_engine.py, compiled once for both
@@ -100,12 +98,10 @@ def texts_of(reply, n: int) -> list[str]:
 
 def shown_text(generation, tokenizer) -> str:
     """An answer's text, without special tokens and what the tool was asked and said."""
-    special = tokenizer.special
-    tool = {special(f"<|{kind}_{end}|>") for kind in ("python", "output") for end in ("start", "end")}
-    unseen = {special(name) for name in SPECIAL_TOKENS} - tool
-    seen = [pair for pair in zip(generation.tokens, generation.forced, strict=True) if pair[0] not in unseen]
-    generation = Generation([token for token, _ in seen], [forced for _, forced in seen], finish=generation.finish)
-    return "".join(text for kind, text in pieces(generation, tokenizer) if kind == "text")
+    reader = TextReader(tokenizer)
+    said = [pair for pair in zip(generation.tokens, generation.forced, strict=True) if pair[0] not in reader.unseen]
+    deltas = [delta for pair in said for delta in reader.feed(*pair)] + reader.end()
+    return "".join(delta.text for delta in deltas if delta.kind == "text")
 
 
 def test_answers_are_those_of_generate_whatever_runs_beside(serving, engine, tokenizer):

@@ -41,6 +41,7 @@ from jaxchat.infer.scheduler import (
     CANCELLED,
     COLDEST,
     LENGTH,
+    MAX_LOGPROBS,
     STOP,
     Event,
     Generation,
@@ -55,7 +56,7 @@ from jaxchat.sharding import gather_json
 
 SHORT_STRETCH = 4  # tokens decoded before the host looks, while somebody reads along
 SHORTEST_CACHE = 256  # slots; a cache has a power of two times as many, as its rows need
-TOPS = (0, 5, 20)  # alternatives reported with each token; others are rounded up: each is compiled once
+TOPS = (0, 5, MAX_LOGPROBS)  # alternatives found with each token; others are rounded up
 
 
 @dataclasses.dataclass
@@ -83,9 +84,10 @@ class Engine:
         compute: Compute | None = None,
         *,
         batch_size: int = 64,
-        shortest_cache: int = SHORTEST_CACHE,
+        few_shapes: bool = False,
     ):
-        """shortest_cache: fewest slots of a cache; with the whole context one shape serves all."""
+        """few_shapes: one length of the cache, the whole context, and one shape for all log-probabilities of
+        tokens, so that a server can compile all of them before it answers."""
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.compute = compute or Compute.for_backend()
         mesh, own = self.compute.mesh, None
@@ -98,7 +100,8 @@ class Engine:
         self._program = Program(config, alone, own, special("<|python_end|>"))
         self._ends = (special("<|assistant_end|>"), special("<|bos|>"))
         self._whole_cache = -(-config.sequence_len // SLOT_BLOCK) * SLOT_BLOCK
-        self._shortest_cache = min(shortest_cache, self._whole_cache)
+        self._shortest_cache = self._whole_cache if few_shapes else min(SHORTEST_CACHE, self._whole_cache)
+        self._few_shapes, self._tops = few_shapes, TOPS[-1:] if few_shapes else TOPS
         devices, together = 1 if own is None else own.size, max(1, batch_size // 8)
         self._scheduler = Scheduler(config.sequence_len, slots=batch_size, together=together, devices=devices)
         self._running: dict[int, Running] = {}
@@ -243,7 +246,7 @@ class Engine:
             if request.tool and request.prompt[-1] == self._program.call:
                 self._running[id].forced = self._tool_result([*request.prompt])
         tops = [request.logprobs for request in requests if request.prompt_logprobs]
-        top = _tops(tops) if tops else None
+        top = self._top(tops)
         prompts = Prompts(tokens_PT, lengths_P, slots_P, rows)
         self._state, scores = read_prompts(self._program, self._params, self._state, prompts, top)
         scores = jax.device_get(scores)
@@ -298,11 +301,17 @@ class Engine:
             turn.forced_BF[row.slot, : len(row.forced)] = row.forced
         requests = [row.request for row in self._running.values()]
         tops = [request.logprobs for request in requests if request.logprobs is not None]
-        kind, top = kind_of(requests), _tops(tops) if tops else None
+        kind, top = kind_of(requests), self._top(tops)
+        if self._few_shapes and tops:
+            kind = FILTERED  # which serves all
         self._state, said = decode(self._program, self._params, self._state, turn, kind=kind, top=top)
         said = jax.device_get(said)
         for id, row in [*self._running.items()]:
             self._take(id, row, jax.tree.map(lambda a, b=row.slot: a[b], said))
+
+    def _top(self, wanted: list[int]) -> int | None:
+        """How many alternatives to find with each token; None: no log-probabilities are wanted."""
+        return next(top for top in self._tops if top >= max(wanted)) if wanted else None
 
     def _take(self, id: int, row: Running, said: Stretch):
         """Take over what one row said in a stretch (a Stretch without the axis of rows)."""
@@ -341,10 +350,6 @@ def kind_of(requests: list[Request]) -> str:
     if filters or any(request.min_tokens for request in requests):
         return FILTERED
     return PLAIN if hot else GREEDY
-
-
-def _tops(wanted: list[int]) -> int:
-    return next(top for top in TOPS if top >= max(wanted))
 
 
 def _lists(scores: Scores, top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:

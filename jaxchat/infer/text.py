@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 # Kinds of parts, beside "text": "python" (a tool call), "python_output" (the tool's answer, forced), "made
 # up" (output that the model wrote itself) and "unfinished" (the answer was cut off).
@@ -45,7 +45,8 @@ class TextReader:
         special = tokenizer.special
         self._openings = {special("<|python_start|>"): "python", special("<|output_start|>"): "python_output"}
         self._closings = {special("<|python_end|>"), special("<|output_end|>")}
-        self.marks = self._closings | {*self._openings}  # tokens that are no text
+        self.marks = self._closings | {*self._openings}  # tokens that begin and end parts
+        self.unseen = {special(name) for name in SPECIAL_TOKENS} - self.marks  # a server's reply omits them
         self._stop = tuple(stop)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._starts = True

@@ -17,15 +17,16 @@ from jaxchat.serve import protocol
 from jaxchat.serve.guard import Farewell, Guard, Rules, read_body
 from jaxchat.serve.loop import Stopped
 from jaxchat.serve.protocol import ApiError, Fields
-from jaxchat.serve.replies import Reply, json_bytes
+from jaxchat.serve.replies import Reply, aside, json_bytes
 from jaxchat.serve.service import Service, prepare
 from jaxchat.tokenizer import SPECIAL_TOKENS
 
-LARGE = 20_000  # bytes of a body that is read in a thread, since the event loop never waits
+MAX_TEXT = 2**20  # bytes of a text to tokenize: what holds Python's lock holds up all streams
 
 
-def json_response(content: dict, status: int = 200, headers: dict | None = None) -> Response:
-    return Response(json_bytes(content), status, headers, media_type="application/json")
+def json_response(content: dict | bytes, status: int = 200) -> Response:
+    body = content if isinstance(content, bytes) else json_bytes(content)
+    return Response(body, status, media_type="application/json")
 
 
 def error_response(error: ApiError) -> Response:
@@ -102,7 +103,7 @@ class Endpoints:
         service = self._service
         service.check_open()
         body = await read_body(request)
-        asked = await _aside(len(body), prepare, service, body, chat)
+        asked = await aside(len(body), prepare, service, body, chat)
         service.check_open()
         reply = Reply(service, asked, chat)
         if asked.fields.stream:
@@ -117,11 +118,14 @@ class Endpoints:
 
     async def tokenize(self, request: HTTPRequest) -> Response:
         body = await read_body(request)
-        return json_response(await _aside(len(body), tokenized, self._service, body))
+        if len(body) > MAX_TEXT:
+            given = f"the body has {len(body):,} bytes"
+            raise ApiError(413, f"{given}; at most {MAX_TEXT:,} can be tokenized at a time")
+        return json_response(await aside(len(body), tokenized, self._service, body))
 
     async def detokenize(self, request: HTTPRequest) -> Response:
         body = await read_body(request)
-        return json_response(await _aside(len(body), detokenized, self._service, body))
+        return json_response(await aside(len(body), detokenized, self._service, body))
 
     async def tokenizer_info(self, request: HTTPRequest) -> Response:
         model = self._service.model(request.query_params.get("model", ""))
@@ -146,13 +150,8 @@ class Endpoints:
         return Response(self._html, headers=self._page_headers, media_type="text/html")
 
 
-async def _aside(size: int, function: Callable, *args):
-    """function(*args), in a thread if it may take long."""
-    return function(*args) if size < LARGE else await asyncio.to_thread(function, *args)
-
-
-def tokenized(service: Service, body: bytes) -> dict:
-    """The tokens of {"prompt": text} or {"messages": […]}.
+def tokenized(service: Service, body: bytes) -> bytes:
+    """JSON with the tokens of {"prompt": text} or {"messages": […]}.
 
     A text that is nothing but the name of a special token is that token: so clients learn its id.
     """
@@ -167,10 +166,11 @@ def tokenized(service: Service, body: bytes) -> dict:
             raise protocol.wrong("prompt", "a string", text)
         known = [model.tokenizer.special(text)] if text in SPECIAL_TOKENS else model.tokenizer.encode(text)
         tokens = [model.tokenizer.bos] * fields.switch("add_special_tokens", True) + known
-    return {"count": len(tokens), "max_model_len": model.config.sequence_len, "tokens": tokens}
+    found = {"count": len(tokens), "max_model_len": model.config.sequence_len, "tokens": tokens}
+    return json_bytes(found)
 
 
-def detokenized(service: Service, body: bytes) -> dict:
+def detokenized(service: Service, body: bytes) -> bytes:
     fields = Fields(protocol.read_json(body))
     model, tokens = service.model(fields.text("model")), fields.get("tokens")
     expected = f"a list of token ids from 0 to {model.config.vocab_size - 1}"
@@ -179,7 +179,7 @@ def detokenized(service: Service, body: bytes) -> dict:
     for token in tokens:
         if type(token) is not int or not 0 <= token < model.config.vocab_size:
             raise protocol.wrong("tokens", expected, token)
-    return {"prompt": model.tokenizer.decode(tokens)}
+    return json_bytes({"prompt": model.tokenizer.decode(tokens)})
 
 
 def page_headers(html: bytes) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """What is sent back: tokens as they come become text, log-probabilities, tool calls, and OpenAI's objects."""
 
+import asyncio
 import codecs
 import dataclasses
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from jaxchat.infer.scheduler import STOP, Generation
@@ -13,9 +14,10 @@ from jaxchat.infer.text import Delta, TextReader, Writer, last_call
 from jaxchat.serve.loop import Stopped
 from jaxchat.serve.protocol import ApiError, Completion, Sampling
 from jaxchat.serve.service import Asked, Service
-from jaxchat.tokenizer import SPECIAL_TOKENS
 
 LEAST_LOGPROB = -9999.0  # JSON has no −∞
+LARGE = 20_000  # bytes that are read or written in a thread
+ENTRY = 200  # bytes, roughly, of a token with its log-probability
 PING = 15.0  # seconds of silence after which a stream shows that it lives
 
 
@@ -58,7 +60,6 @@ class Answer:
         if prompt and prompt[-1] == tokenizer.special("<|python_end|>"):  # a call that is to be answered
             self.tools.append({"id": f"tool-{index}-0", "code": last_call(prompt, tokenizer) or ""})
         self._reader, self._writer = TextReader(tokenizer, asked.stop), Writer()
-        self._unseen = {tokenizer.special(name) for name in SPECIAL_TOKENS} - self._reader.marks
         self._all_tokens = isinstance(asked, Completion)  # or those of the text only
         self._echoes = self._all_tokens and asked.echo
         self._waiting: list[Entry] = []  # for the end of their text
@@ -86,9 +87,10 @@ class Answer:
 
     def _token(self, token: int, forced: bool, scores: tuple | None, piece: Piece):
         before, offset = self._reader.kind, self.length + len(self._reader.held)
-        if token not in self._unseen:
+        if token not in self._reader.unseen:
             self._show(self._reader.feed(token, forced), piece)
-        is_text = before == self._reader.kind == "text" and token not in self._reader.marks | self._unseen
+        special = token in self._reader.marks or token in self._reader.unseen
+        is_text = before == self._reader.kind == "text" and not special
         if scores and (self._all_tokens or is_text):
             self._waiting.append(Entry(token, *scores, offset))
         if not self._reader.waits and not self._reader.stopped:
@@ -299,13 +301,17 @@ class Reply:
                     self._asked.model.pool.took(row.last - row.began)
                 yield answer, piece
 
-    async def complete(self) -> dict:
-        """The reply as one object, once all answers have ended."""
+    async def complete(self) -> bytes:
+        """The reply as one object's JSON, once all answers have ended."""
         found = [Piece() for _ in self.answers]
         async for one in self.pieces():
             answer, piece = one
             found[answer.index].extend(piece)
-        return self._form.complete(self.answers, found, self._usage(), self._ours())
+        size = sum(len(piece.text) + ENTRY * len(piece.entries) for piece in found)
+        return await aside(size, self._whole, found)
+
+    def _whole(self, found: list[Piece]) -> bytes:
+        return json_bytes(self._form.complete(self.answers, found, self._usage(), self._ours()))
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The reply as server-sent events."""
@@ -362,6 +368,11 @@ class Reply:
 def event(content: dict) -> bytes:
     """A server-sent event. In ASCII: some clients take Unicode's other line ends for the end of an event."""
     return b"data: " + json_bytes(content) + b"\n\n"
+
+
+async def aside(size: int, function: Callable, *args):
+    """function(*args), in a thread if it is about so many bytes that the event loop would wait for it."""
+    return function(*args) if size < LARGE else await asyncio.to_thread(function, *args)
 
 
 def json_bytes(content: dict) -> bytes:
