@@ -227,7 +227,8 @@ def stages_of(config: Config) -> list[str]:
 
 
 def shapes_of(found: list) -> str:
-    count = sum(len(ways_of(model.config.sequence_len)) for model in found)
+    configs = {model.config for model in found}  # models of one shape compile it once
+    count = sum(len(ways_of(config.sequence_len)) for config in configs)
     return f"{count} a device to compile at the first start; later starts read them from disk"
 
 

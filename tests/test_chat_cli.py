@@ -74,6 +74,23 @@ def test_lines_are_edited_recalled_and_of_any_length(home):
         os.close(parent)
 
 
+LEAVER = """
+import os, signal
+from launch import chat_cli
+signal.signal(signal.SIGINT, chat_cli.leave)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    print("went on")
+except BaseException:
+    print("swallowed")
+"""
+
+
+def test_ctrl_c_while_it_starts_cannot_be_swallowed(home):
+    done = subprocess.run([sys.executable, "-c", LEAVER], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_a_device_that_is_not_there_is_one_line(home):
     env = os.environ | {"JAX_PLATFORMS": "cuda", "JAXCHAT_BASE_DIR": str(home)}
     command = [sys.executable, "-m", "launch.chat_cli", "-p", "hi"]

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -158,6 +159,12 @@ def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)) as caught:
         cli.main(Config, raising(error), [])
     assert caught.value is error
+
+
+def test_input_that_is_not_utf_8_is_read(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
+    cli.main(Config, lambda config: print(ascii(input())), [])
+    assert capsys.readouterr().out == r"'caf\ufffd'" + "\n"
 
 
 def test_interrupted(capsys):
