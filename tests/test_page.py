@@ -562,7 +562,10 @@ def test_real_server_that_is_killed_and_restarted(open_page, tmp_path):
         process.kill()
         for client in busy:
             client.close()
-        expect(page.locator(".failed:visible")).to_have_text("The connection broke before the answer was complete.")
+        # The page may or may not have seen that the answer began.
+        expect(page.locator(".failed:visible")).to_have_text(
+            re.compile("The connection broke before the answer was complete|The server can't be reached")
+        )
         expect(page.locator("#notice")).to_contain_text("The server can't be reached.")
     with serve_command(tmp_path, "--source=sft,base", port=port):
         expect(page.locator("#notice")).to_be_hidden()
