@@ -4,7 +4,9 @@ import contextlib
 import json
 import socket
 import time
+from types import SimpleNamespace
 
+import jax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -646,7 +648,9 @@ def test_more_than_can_wait_are_refused(serving):
     until(lambda: serving.metric("num_requests_waiting") == 0)
 
 
-def test_metrics_add_up_with_what_clients_saw(another):
+def test_metrics_add_up_with_what_clients_saw(another, monkeypatch):
+    device = SimpleNamespace(id=3, memory_stats=lambda: {"bytes_in_use": 2**20})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device, SimpleNamespace(id=4, memory_stats=lambda: None)])
     running = another()
     running.script.tokens += call(running.script.tokenizer, "1+1", "2", True)
     usages = [running.chat(n=2).json["usage"], running.complete("hi", max_tokens=3).json["usage"]]
@@ -667,6 +671,7 @@ def test_metrics_add_up_with_what_clients_saw(another):
     assert sum(parts) == pytest.approx(running.metric("e2e_request_latency_seconds_sum"))
     text = running.ask("GET", "/metrics").body.decode()
     assert 'jaxchat_slots{model_name="toy-sft"} 4.0' in text and "jaxchat_build_info" in text
+    assert 'jaxchat_device_memory_bytes{device="3"} 1.048576e+06' in text and 'device="4"' not in text
 
 
 def test_streams_end_properly_when_the_server_stops(another):

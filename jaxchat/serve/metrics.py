@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+import jax
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
@@ -101,3 +102,8 @@ class _State:
             for family, value in zip(families.values(), values, strict=True):
                 family.add_metric([model], value)
         yield from families.values()
+        memory = GaugeMetricFamily("jaxchat_device_memory_bytes", "Memory in use", labels=["device"])
+        for device in jax.local_devices():
+            if used := (device.memory_stats() or {}).get("bytes_in_use"):  # CPUs tell none
+                memory.add_metric([str(device.id)], used)
+        yield memory
