@@ -129,6 +129,7 @@ def train(stage: stages.Stage, validation: list[dict]) -> dict:
 
 def run(config: Config):
     sharding.keep_compiled()
+    Path(config.out).mkdir(parents=True, exist_ok=True)
     known = files.read_lines(Path(config.out) / FIGURES)
     done = [row for row in known if row.items() >= about(config).items()]
     texts, held_out = (ParquetText(find_shards(config.data_dir, split)) for split in ("train", "val"))

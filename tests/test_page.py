@@ -553,7 +553,7 @@ def test_real_server_that_is_killed_and_restarted(open_page, tmp_path):
         said = page.locator(".answer .body").all_inner_texts()
         assert len({*said}) == 2 and all(said)
         page.click("#compare")
-        # So many answers wait before the next that it has hardly begun when the server dies.
+        # A long queue, so that the next answer has hardly begun when the server dies.
         busy = [open_request(port, {"model": f"d1-{stage}", "n": 16, "stream": True, "ignore_eos": True})
                 for stage in ("base", "sft") for _ in range(15)]  # fmt: skip
         until(lambda: waiting(f"http://127.0.0.1:{port}") > 200)

@@ -371,7 +371,7 @@ def event(content: dict) -> bytes:
 
 
 async def aside(size: int, function: Callable, *args):
-    """function(*args), in a thread if it is about so many bytes that the event loop would wait for it."""
+    """Return function(*args), run in a thread if its input has LARGE bytes or more, to keep the loop free."""
     return function(*args) if size < LARGE else await asyncio.to_thread(function, *args)
 
 
