@@ -210,6 +210,10 @@ def test_replaced_data_is_detected_on_resume(home, capsys):
     talk.write_text("".join(json.dumps(TALK) + "\n" for _ in range(300)))
     mid = [*BATCH, f"--train_tasks={talk}", "--save_every=1"]
     mid_train.main(mid)
+    moved = home / "moved" / talk.name
+    moved.parent.mkdir()
+    shutil.copy(talk, moved)
+    mid_train.main([*BATCH, f"--train_tasks={moved}", "--save_every=1", "--resume"])  # the same rows
     size = (home / "base_data/1.parquet").stat().st_size
     write(home / "base_data/1.parquet", [TEXTS[0].replace("words", "birds"), *TEXTS[1:]], **plain)
     assert (home / "base_data/1.parquet").stat().st_size == size

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 
 import jax
@@ -90,7 +91,7 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints, step: in
         "model": dataclasses.asdict(ModelConfig(**saved["model"])),
         "settings": defaults | {k: v for k, v in saved["settings"].items() if k in defaults},
     }
-    meta = stage.meta
+    saved, meta = without_folders(saved), without_folders(stage.meta)
     for what in compared:
         if saved.get(what) != meta.get(what):
             raise UserError(
@@ -98,6 +99,20 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints, step: in
                 f"{sharding.difference(saved.get(what), meta.get(what))}; give what it was trained with, or "
                 "another --model_tag for a new run"
             )
+
+
+TASK_FILE = re.compile(r"[^,]*/(?=[^/,]+\.(?:jsonl|json|ndjson)(?::\d+)?(?:,|$))", re.IGNORECASE)
+
+
+def without_folders(meta: dict) -> dict:
+    """Metadata with files of tasks by their names alone: they may have moved, and "data" compares content."""
+    settings, data = dict(meta["settings"]), {}
+    if "train_tasks" in settings:
+        settings["train_tasks"] = TASK_FILE.sub("", settings["train_tasks"])
+    for name, content in meta.get("data", {}).items():
+        place, dot, task = name.partition(". ")
+        data[place + dot + TASK_FILE.sub("", task)] = content
+    return meta | {"settings": settings, "data": data}
 
 
 def about_mechanisms(model: ModelConfig) -> list[tuple[str, str]]:
