@@ -44,6 +44,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.4"  # writing one 
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # a bound also makes jax lock it, which two workers need
 
+# pip leaves compiling to Python's first import. Where Python may not keep bytecode, each process that imports jax, of
+# which the tests start some hundreds, compiles it anew, which takes 2 s and more.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 hypothesis.settings.register_profile("jaxchat", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("jaxchat")
 
