@@ -37,7 +37,7 @@ def base_dir() -> Path:
 
 
 def user_path(given: str | Path) -> Path:
-    """A path that the user gave, with the home directory for a ~ at its start. UserError: there is none."""
+    """Expand a ~ at the start of a path that the user gave. UserError: no home directory is known."""
     home = os.environ.get("HOME", "/")
     remedy = "set HOME, or JAXCHAT_BASE_DIR=FOLDER, or give full paths"
     if str(given).startswith("~") and not os.path.isabs(home):
@@ -49,7 +49,7 @@ def user_path(given: str | Path) -> Path:
 
 
 def no_platform() -> str:
-    """The message where JAX_PLATFORMS names a kind of device that is not here."""
+    """Error message for a JAX_PLATFORMS that names a kind of device that is not here."""
     platforms = os.environ.get("JAX_PLATFORMS")
     return f"JAX_PLATFORMS={platforms}: no such device can be used here; unset it, or set JAX_PLATFORMS=cpu"
 
@@ -132,7 +132,7 @@ ARCHITECTURES = {
 
 
 def constant(default, *, zero: bool = False, most: float = math.inf):
-    """A number of ModelConfig; zero: it may be 0. most: its largest value."""
+    """Declare a number of ModelConfig. zero: whether it may be 0. most: its largest value."""
     return dataclasses.field(default=default, metadata={"zero": zero, "most": most})
 
 
@@ -144,8 +144,8 @@ def rounded_up(number: int, step: int) -> int:
 class ModelConfig:
     """Shape and constants of a model. Two checkpoints with equal ModelConfig have interchangeable weights.
 
-    A field that is added later takes as its default what was computed before, so that older checkpoints stay
-    the same. docs/architecture.md says what each of the mechanisms computes.
+    A field added later defaults to what was computed before it existed, so that older checkpoints stay the
+    same. docs/architecture.md says what each mechanism computes.
     """
 
     sequence_len: int = 2048
@@ -211,11 +211,12 @@ class ModelConfig:
         n_kv_head: int | None = None,
         arch: str = "2025",
     ):
-        """The model of one dial: `depth` layers, width 64·depth, one head per 128 of width, rounded up.
+        """Size a model by its depth: `depth` layers, width 64·depth, one head per 128 of width, rounded up.
 
-        More heads where those don't divide the width into head dimensions that are multiples of 8, which
-        cuDNN's attention needs: depth 5 has 4 heads of 80, depth 17 has 17 of 64. In the architecture of
-        2026 the width is rounded up instead, to a multiple of 128, and layers S see a quarter of the context.
+        Where these heads don't split the width into head dimensions that are multiples of 8, which cuDNN's
+        attention needs, there are more heads: depth 5 has 4 of 80, depth 17 has 17 of 64. In the architecture
+        of 2026 the width is rounded up instead, to a multiple of 128, and layers S see a quarter of the
+        context.
         """
         if depth < 1:
             raise UserError(f"--depth={depth}: a model needs at least 1 layer")
@@ -239,7 +240,7 @@ class ModelConfig:
 
     @property
     def plain(self) -> bool:
-        """Whether the model has the weights of November 2025's and no others."""
+        """Whether the model has only weights that November 2025's architecture has."""
         return not (self.value_gate_channels or self.layer_scales or self.smear_channels or self.backout)
 
     @property
@@ -378,7 +379,7 @@ def flag(
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """The base of flags classes: UserError unless every value is one that its field allows."""
+    """Base class of the flags classes. UserError: a value is not one that its field allows."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -433,14 +434,14 @@ class MeshFlags(DeviceFlags):
     all weights; fsdp: each holds a share of every weight; tensor: each computes a share of every layer.
     Empty: data=-1 on CPUs; elsewhere fsdp=8, or 4, 2 or 1 if 8 does not divide the devices."""
     coordinator: str = flag("", own=True)
-    """HOST:PORT of process 0 where several processes work together; empty: as Slurm, TPUs, Open MPI or a
-    JobSet say."""
+    """Address of process 0, as HOST:PORT, where several processes work together; empty: as Slurm, TPUs, Open
+    MPI or a JobSet say."""
     num_processes: int = flag(0, 0, free=True)
     """Number of processes that work together; 0: as the launcher says, or else 1."""
     process_id: int = flag(-1, -1, own=True)
     """Number of this process, counted from 0; -1: as the launcher says."""
     heartbeat_timeout: int = flag(100, 2, free=True)
-    """Seconds without a sign of life after which a process is taken for lost, and all end."""
+    """Seconds without a sign of life after which a process counts as lost, and all processes end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -451,8 +452,8 @@ class TrainConfig(MeshFlags):
     """Name of the run at Weights & Biases; "dummy": nothing is logged there."""
     matmul: str = flag("", choices=("", "fp8", "fp8-all"))
     """Operands of the layers' matrix products while training, on GPUs such as H100 and H200: fp8 (float8 in
-    the MLP), fp8-all (in all layers' products); empty: as --dtype. Evaluations compute in --dtype, and show
-    how far the loss is from it."""
+    the MLP), fp8-all (float8 in all layers' products); empty: as --dtype. Evaluations compute in --dtype, and
+    print how much float8 changes the loss."""
     remat: str = flag("auto", free=True)
     """What the backward pass recomputes instead of keeping: none, dots (all but the results of matrix
     products), full (everything within a layer) or step (as full; on several devices, each layer computes all
@@ -474,7 +475,7 @@ class TrainConfig(MeshFlags):
     """Steps between checkpoints, besides those of --save_minutes; 0 or -1: none. The last step is always
     saved, and the last three checkpoints are kept."""
     save_minutes: float = flag(30.0, 0, free=True)
-    """Minutes after which a checkpoint is saved, counted from the one before; 0: none by the clock."""
+    """Minutes after the latest checkpoint until the next is saved; 0: none by the clock."""
     resume: bool = flag(False, free=True)
     """Continue from this stage's latest checkpoint under the tag, or start if there is none. On CPUs the
     result equals the undisturbed run bit for bit; on GPUs up to rounding, since cuDNN sums in no fixed
@@ -487,7 +488,8 @@ class TrainConfig(MeshFlags):
     """What to do when a loss or a gradient is not finite: stop, or skip that step, which then changes
     nothing."""
     data_workers: int = flag(0, 0, own=True)
-    """Processes per host that tokenize; 0: threads of the trainer. The batches do not depend on it."""
+    """Number of processes per host that tokenize; 0: threads of the trainer do. The batches do not depend on
+    it."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -538,13 +540,14 @@ class BaseConfig(TrainConfig):
     target_flops: float = flag(-1.0, 0, special=-1)
     """Floating-point operations to train for; -1: from --target_param_data_ratio."""
     target_param_data_ratio: float = flag(20.0, 0, special=-1)
-    """Tokens to train on, per parameter of the model (Chinchilla: 20). With --arch=2026 per weight of the
-    layers' matrices and the head."""
+    """Tokens to train on, per parameter of the model (Chinchilla: 20). With --arch=2026 only weights of the
+    layers' matrices and the head are counted."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
     """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it
     if memory runs out: the result stays the same up to rounding."""
     total_batch_size: int = flag(524288, 1, special=-1)
-    """Tokens in an optimizer step, over all devices; -1, with --arch=2026: by the tokens in all."""
+    """Tokens in an optimizer step, over all devices; -1, with --arch=2026 only: chosen by the model's
+    size."""
     grad_clip: float = flag(1.0, 0)
     """Largest global norm of the gradients, to which longer ones are scaled; 0: no bound."""
     warmup_ratio: float = flag(0.0, 0, 1)
@@ -560,7 +563,8 @@ class BaseConfig(TrainConfig):
     eval_tokens: int = flag(20 * 524288, 1, free=True)
     """Validation tokens that bits per byte is measured on."""
     core_metric_every: int = flag(2000, -1, free=True)
-    """Steps between measurements of CORE, if its bundle is there (the plan says); 0 or -1: never."""
+    """Steps between measurements of CORE, if its bundle is there (the printed plan says so); 0 or -1:
+    never."""
     core_metric_max_per_task: int = flag(500, 1, special=-1, free=True)
     """Items of each CORE task to measure on, at most; -1: all."""
     eval_bundle: str = flag("", own=True)
@@ -574,16 +578,16 @@ class BaseConfig(TrainConfig):
     directory>/base_data."""
     table_dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"), free=True)
     """Number format in which embedding tables and their optimizer state are kept: float32 or bfloat16; auto:
-    bfloat16 with --arch=2026 where activations are, else float32."""
+    bfloat16 with --arch=2026 if activations are bfloat16, else float32."""
     packing: str = flag("stream", choices=("stream", "bos_bestfit", "nanochat"))
     """How documents fill rows. stream: rows are cut from one stream of documents; nothing is lost.
     bos_bestfit: each row begins with a document, few documents are cut, what is cut off is dropped, and
-    documents don't see each other. nanochat: so too, but they do see each other, and each row takes the
-    longest of 1,000 documents that fits."""
+    documents don't see each other. nanochat: like bos_bestfit, but documents see each other, and each row
+    takes the longest of 1,000 documents that fits."""
 
     @classmethod
     def given(cls, **flags):
-        """The flags that a command line gives; the others are as the recipe of its --arch says."""
+        """Build the flags from those on a command line, the others by the recipe of its --arch."""
         return cls(**(BASE_RECIPES.get(flags.get("arch"), {}) | flags))
 
     def __post_init__(self):
@@ -681,8 +685,8 @@ class SFTConfig(TrainConfig):
     largest number up to 4 that divides the step. Lower it if memory runs out: the result stays the same up to
     rounding."""
     target_examples_per_step: int = flag(32, 1, special=-1)
-    """Conversations in an optimizer step, over all devices; -1: about as many tokens as in a step of
-    the model that it starts from."""
+    """Conversations in an optimizer step, over all devices; -1: as many as have about the tokens of a step of
+    the model that training starts from."""
     packing: str = flag("padded", choices=("padded", "bestfit"))
     """How conversations fill rows. padded: one in each row. bestfit: several in rows of full length, which
     don't see each other. A step has the same conversations either way."""
@@ -716,7 +720,7 @@ class SFTConfig(TrainConfig):
 
     @classmethod
     def given(cls, **flags):
-        """The flags that a command line gives; the others are as the recipe of its --recipe says."""
+        """Build the flags from those on a command line, the others by the recipe of its --recipe."""
         return cls(**(SFT_RECIPES.get(flags.get("recipe"), {}) | flags))
 
 
@@ -748,40 +752,43 @@ class RLConfig(TrainConfig):
     max_new_tokens: int = flag(256, 1)
     """Largest number of tokens in an answer, the tool's included."""
     temperature: float = flag(1.0, 0)
-    """Sampling temperature of the answers, above 0. With another than 1 the answers come from another
-    distribution than the one that is trained."""
+    """Sampling temperature of the answers, above 0. Any value but 1 samples from another distribution than
+    the one that is trained."""
     top_k: int = flag(0, 0, 2**31 - 1)
-    """Number of likeliest tokens to sample from; 0: all. With another than 0 the answers come from another
-    distribution than the one that is trained."""
+    """Number of likeliest tokens to sample from; 0: all. Any value but 0 samples from another distribution
+    than the one that is trained."""
     reward: str = "answer"
     """What an answer is rewarded for, as name:weight separated by commas: answer (the checker finds it
     right), format (it states a number after ####), finished (it ends by itself), tool (a tool call had a
-    value). Beside answer the others count only where some answers to a problem are right and some are not."""
+    value). If answer is among them, the others count only for problems with both right and wrong answers."""
     advantage: str = flag("mean", choices=("mean", "loo", "std", "batch_std"))
     """What a reward is compared with. mean: the mean of its problem's answers. loo: the mean of the others.
     std: as mean, divided by the problem's standard deviation. batch_std: as mean, divided by the step's."""
     loss: str = flag("reinforce", choices=("reinforce", "ppo", "cispo", "gspo"))
-    """Policy-gradient loss. Unless --updates is above 1 all are the same, but gspo counts answers alike."""
+    """Policy-gradient loss. With --updates=1 all are the same, except that gspo gives each answer equal
+    weight."""
     loss_norm: str = flag("tokens", choices=("tokens", "all_tokens", "rows", "constant"))
     """What a step's loss is divided by. tokens: sampled tokens of problems with different rewards.
-    all_tokens: all sampled tokens. rows: each answer counts alike. constant: answers × --max_new_tokens."""
+    all_tokens: all sampled tokens. rows: each answer has equal weight. constant: answers × --max_new_tokens.
+    """
     updates: int = flag(1, 1)
     """Optimizer steps on the same answers."""
     clip_low: float = flag(-1.0, 0, special=-1)
-    """Fall of the probability ratio at which a loss with several updates stops lowering it; -1: 0.2, or
-    0.0003 for gspo."""
+    """How far the probability ratio may fall below 1 before the loss stops lowering it, with --updates above
+    1; -1: 0.2, or 0.0003 for gspo."""
     clip_high: float = flag(-1.0, 0, special=-1)
-    """Rise of the probability ratio at which a loss with several updates stops raising it; -1: 0.28, or 4 for
-    cispo, 0.0004 for gspo."""
+    """How far the probability ratio may rise above 1 before the loss stops raising it, with --updates above
+    1; -1: 0.28, or 4 for cispo, 0.0004 for gspo."""
     tis: float = flag(0.0, 0)
-    """Bound of the factor (probability by the trainer ÷ by the sampler) that corrects for different rounding;
-    0: no factor. 2 is usual. Costs a forward pass."""
+    """Upper bound of the importance factor (probability by the trainer ÷ by the sampler), which corrects for
+    different rounding; 0: no factor. 2 is usual. Costs a forward pass."""
     kl_coef: float = flag(0.0, 0)
     """Weight of the KL divergence from the model that training starts from. Costs forward passes of both."""
     mask_truncated: bool = False
     """Learn nothing from answers that were cut off; their rewards still count in their group's baseline."""
     min_groups: int = flag(2, 1)
-    """Problems with different rewards that a step needs; with fewer it changes nothing, and is counted."""
+    """Fewest problems with different rewards for a step to learn from; with fewer it changes no weight, and
+    is counted as empty."""
     resample: bool = False
     """Draw further problems until --examples_per_step of them have answers with different rewards, at most
     three times."""
@@ -799,8 +806,8 @@ class RLConfig(TrainConfig):
     eval_examples: int = flag(400, 1, special=-1, free=True)
     """Problems of --val_tasks to evaluate on, a fixed sample, and half as many of --train_tasks; -1: all."""
     eval_others: int = flag(256, -1, free=True)
-    """Problems of each of ARC-Easy, ARC-Challenge and MMLU, where they are there, to measure before the first
-    step and after the last: what is forgotten. 0: none, -1: all."""
+    """Problems of each of ARC-Easy, ARC-Challenge and MMLU to measure before the first step and after the
+    last, which shows what is forgotten; tasks that are not there are left out. 0: none, -1: all."""
     sample_every: int = flag(20, -1, free=True)
     """Steps between writing a problem's answers, rewards and advantages to samples.jsonl; 0 or -1: never."""
     save_every: int = flag(60, -1, free=True)

@@ -7,7 +7,7 @@ from launch import cli
 
 
 def stage_for(config: BaseConfig):
-    """Devices, model, data: the stage that the flags describe."""
+    """Start the devices, build the model and open the data: the stage that the flags describe."""
     from jaxchat.data.sources import ParquetText, find_shards
     from jaxchat.devices import model_for, start_devices
     from jaxchat.train import stages
@@ -23,7 +23,7 @@ def stage_for(config: BaseConfig):
 
 
 def about_tokenizer(config: BaseConfig, tokenizer, data: dict[str, str]) -> list[tuple[str, str]]:
-    """A row of the plan where the tokenizer was trained on none of the shards (fingerprints in `data`)."""
+    """A warning for the plan if the tokenizer was trained on none of the shards. data: their fingerprints."""
     if tokenizer.knows(data):
         return []
     where = f" --data_dir={shlex.quote(config.data_dir)}" if config.data_dir else ""

@@ -5,7 +5,7 @@ from launch import cli
 
 
 def stage_for(config: SFTConfig):
-    """Devices, model, data: the stage that the flags describe."""
+    """Start the devices, build the model and open the data: the stage that the flags describe."""
     from jaxchat import checkpoint
     from jaxchat.data.pipelines import load_tasks
     from jaxchat.devices import model_for, start_devices

@@ -67,7 +67,8 @@ def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, 
 
 
 def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) -> str:
-    """The key of DECODING for one new token a row; "xla", which it lacks, for what no kernel computes."""
+    """The key in DECODING of the kernel for one new token a row; "xla", which is not in it, where none
+    fits."""
     computes = {
         "cudnn": head_dim >= 16 and head_dim & (head_dim - 1) == 0,  # the sides of Triton's tiles
         "splash": head_dim % LANES == 0 and window is None,
@@ -78,9 +79,11 @@ def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) 
 def gpu_decoding_attention(
     q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None, *, interpret: bool = False
 ):
-    """JAX's flash decoding for GPUs: a program for each SPLIT slots of a row's head, idle beyond its length.
+    """JAX's flash decoding for GPUs: one program for each SPLIT slots of a row's head, idle beyond its
+    length.
 
-    cuDNN would want the slots before the heads. interpret: run it by XLA operations, on any device.
+    cuDNN is not used, since it wants the slots before the heads. interpret: run it by XLA operations, on any
+    device.
     """
     from jax.experimental.pallas.ops.gpu.decode_attention import gqa
 
@@ -97,7 +100,8 @@ def gpu_decoding_attention(
 
 
 def tpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: None = None):
-    """JAX's paged attention for TPUs. Each row's head is a sequence whose pages follow one another."""
+    """JAX's paged attention for TPUs, where each head of a row is a sequence, whose pages follow one
+    another."""
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
     (B, _, N, H), (_, K, S, _) = q_B1NH.shape, k_BKSH.shape
@@ -113,10 +117,10 @@ def tpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: None = N
 
 
 def kernel_for(implementation: str, head_dim: int, time: int) -> str:
-    """The kernel used: `implementation`, or "xla" for shapes that "cudnn" refuses.
+    """Choose the attention kernel: `implementation`, or "xla" for shapes that "cudnn" refuses.
 
-    cuDNN refuses head dimensions that are no multiple of 8 or above 256 (128 before Hopper), and odd times
-    in training.
+    cuDNN refuses head dimensions that are no multiple of 8 or above 256 (128 before Hopper), and odd times in
+    training.
     """
     if implementation != "cudnn":
         return implementation

@@ -1,4 +1,4 @@
-"""The key/value cache of generation. It owns all state that a row carries from token to token."""
+"""The key/value cache of generation, which holds all that a row carries from token to token."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,8 @@ class KVCache:
 
     @classmethod
     def holding(cls, layers: list[tuple[jax.Array, jax.Array]], lengths_B, tokens_BT=None):
-        """A cache of each layer's (k_BTKH, v_BTKH), with T slots. tokens_BT: where the model smears."""
+        """Make a cache of each layer's (k_BTKH, v_BTKH), with T slots. tokens_BT: the tokens, if the model
+        smears."""
         k, v = (tuple(jnp.swapaxes(x_BTKH, 1, 2) for x_BTKH in each) for each in zip(*layers, strict=True))
         return cls(k, v, lengths_B, tokens_BT)
 
@@ -59,7 +60,7 @@ class KVCache:
         return self.replace(tokens_BS=self.tokens_BS.at[rows_B1, positions_BT].set(tokens_BT, mode="drop"))
 
     def last_tokens(self):
-        """Each row's last token, B; of an empty row any."""
+        """Each row's last token [B]; for an empty row any token."""
         return jnp.take_along_axis(self.tokens_BS, jnp.maximum(self.lengths_B - 1, 0)[:, None], axis=1)[:, 0]
 
     def advance(self, counts_B) -> "KVCache":
@@ -71,7 +72,10 @@ class KVCache:
         return self.replace(lengths_B=lengths_B)
 
     def place(self, other: "KVCache", rows_P) -> "KVCache":
-        """Copy the rows of a cache of at most as many slots into rows_P; rows beyond the last are dropped."""
+        """Copy the rows of another cache into rows_P, where a number beyond the last row drops that one.
+
+        The other must not have more slots.
+        """
 
         def put(array, other):
             return array.at[rows_P, :, : other.shape[2]].set(other, mode="drop")
@@ -87,7 +91,7 @@ class KVCache:
         )
 
     def resize(self, slots: int) -> "KVCache":
-        """Change the number of slots; no row may be longer."""
+        """Change the number of slots; no row may be longer than that."""
 
         def change(array):
             more = slots - array.shape[2]

@@ -13,14 +13,15 @@ from jaxchat.sharding import per_device, row_axes
 
 
 def embed(wte_VD, tokens_BT, compute: Compute):
-    """The tokens' rows of the embedding, in compute.dtype. -> x_BTD."""
+    """Look up the tokens' rows of the embedding, in compute.dtype. -> x_BTD."""
     if compute.mesh is None or compute.mesh.size == 1:
         return look_up(wte_VD, tokens_BT, compute.dtype)
     return embed_sharded(wte_VD, tokens_BT, jnp.dtype(compute.dtype), compute.mesh)
 
 
 def look_up(table, tokens_BT, dtype):
-    """Rows of a table that is not spread, in dtype. Their gradients are summed in float32."""
+    """Look up rows of a table that is not spread over devices, in dtype. Their gradients are summed in
+    float32."""
     if table.dtype == jnp.float32:
         return table[tokens_BT].astype(dtype)
     return look_up_narrow(table, tokens_BT, jnp.dtype(dtype))
@@ -43,12 +44,12 @@ look_up_narrow.defvjp(
 
 
 def sum_rows(table, ids_BT, d_rows):
-    """Sum the gradients of rows that were looked up, in float32, into an array of a table's shape."""
+    """Sum, in float32, the gradients of rows that were looked up. -> an array of the table's shape."""
     return jnp.zeros(table.shape).at[ids_BT].add(d_rows.astype(jnp.float32))
 
 
 def embed_values(table_VKH, tokens_BT, compute: Compute):
-    """The tokens' value embeddings, in compute.dtype. -> v_BTKH."""
+    """Look up the tokens' value embeddings, in compute.dtype. -> v_BTKH."""
     if compute.mesh is None or compute.mesh.size == 1:
         return look_up(table_VKH, tokens_BT, compute.dtype)
     return embed_columns(table_VKH, tokens_BT, jnp.dtype(compute.dtype), compute.mesh)
@@ -58,8 +59,8 @@ def embed_values(table_VKH, tokens_BT, compute: Compute):
 def embed_columns(table_VKH, tokens_BT, dtype, mesh: Mesh):
     """Look tokens up in a table whose columns are spread, heads over `tensor`, features over `fsdp`.
 
-    No device ever holds more of the table: along `fsdp` each looks up its columns for the tokens of all, and
-    sends every other the rows that are that one's.
+    No device holds more than its columns: along `fsdp` each looks them up for the tokens of all devices, and
+    sends every device those of its tokens.
     """
     axes = row_axes(mesh, tokens_BT.shape[0])
 
@@ -142,7 +143,8 @@ embed_sharded.defvjp(
 
 
 def local_rows(tokens_BT, size: int):
-    """Return (ids_BT, here_BT): ids within this device's share of the vocabulary, whether they are in it."""
+    """Return (ids_BT, here_BT): ids within this device's share of the vocabulary, and whether they are in
+    it."""
     ids_BT = tokens_BT - lax.axis_index("tensor") * size
     near_BT = jnp.clip(ids_BT, 0, size - 1)
     return near_BT, ids_BT == near_BT

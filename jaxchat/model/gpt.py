@@ -23,7 +23,8 @@ from jaxchat.model.params import Blocks, Params, layers_of
 from jaxchat.model.parts import in_parts
 from jaxchat.sharding import constrain, row_axes
 
-GPU_ROWS = 16  # while decoding: products of fewer are written out, number by number, and then summed
+# Fewest rows while decoding on a GPU: XLA would compute a product of fewer as elementwise products and sums.
+GPU_ROWS = 16
 
 
 def rms_norm(x, eps: float):
@@ -53,13 +54,14 @@ def rotate_norm(x_BTNH, tables, eps: float, scale: float = 1.0):
 
 
 def residual_norm(x_BTD, y_BTD=None, *, eps: float):
-    """Add y, if given, to the residual stream x. -> (the stream, its norm: what a sublayer reads)."""
+    """Add y, if given, to the residual stream x. -> (the stream, its norm, which a sublayer reads)."""
     x_BTD = x_BTD if y_BTD is None else x_BTD + y_BTD
     return x_BTD, rms_norm(x_BTD, eps)
 
 
 def norms(config: ModelConfig, compute: Compute):
-    """Return (residual_norm, rotate_norm): this file's, or GPU kernels that also fuse sums of gradients."""
+    """Choose (residual_norm, rotate_norm): this file's, or GPU kernels, which also sum gradients on the
+    way."""
     eps, scale = config.norm_eps, config.qk_scale
     if not compute.kernels:
         return partial(residual_norm, eps=eps), partial(rotate_norm, eps=eps, scale=scale)
@@ -73,7 +75,7 @@ def norms(config: ModelConfig, compute: Compute):
 
 @struct.dataclass
 class Inputs:
-    """What every layer reads beside the residual stream."""
+    """What every layer reads besides the residual stream."""
 
     tokens_BT: jax.Array
     embedded_BTD: jax.Array  # the first layer's input
@@ -83,7 +85,7 @@ class Inputs:
 
 
 def block(x_BTD, w: Blocks, inputs: Inputs, attend, config: ModelConfig, compute: Compute):
-    """One transformer layer. -> x_BTD.
+    """Compute one transformer layer. -> x_BTD.
 
     w: this layer's weights; those that it lacks are None.
     attend(q_BTNH, k_BTKH, v_BTKH) -> y_BTNH: attention over rotated, normed queries and keys.
@@ -113,7 +115,7 @@ def block(x_BTD, w: Blocks, inputs: Inputs, attend, config: ModelConfig, compute
 
 
 def weighted_sum(a, x, b, y):
-    """a·x + b·y in float32, rounded once, to x's dtype."""
+    """Compute a·x + b·y in float32 and round it once, to x's dtype."""
     return (a * x.astype(jnp.float32) + b * y.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -130,7 +132,10 @@ def embedded(params: Params, tokens_BT, config: ModelConfig, compute: Compute):
 
 
 def smear(params: Params, x_BTD, before_BTD, config: ModelConfig, compute: Compute):
-    """Add to each token's embedding that of the token before (zeros: none), times a gate of the former."""
+    """Add to each token's embedding the previous token's, times a gate that the token's own embedding sets.
+
+    before_BTD: the previous tokens' embeddings; zeros where there is none.
+    """
     if not config.smear_channels:
         return x_BTD
     gate_BT = matmul(x_BTD[..., : config.smear_channels], params.smear_gate, "btc,c->bt", compute)
@@ -139,7 +144,10 @@ def smear(params: Params, x_BTD, before_BTD, config: ModelConfig, compute: Compu
 
 
 def before(x_BTD, first_B1D=None, segments_BT=None):
-    """The array moved one token on. The first gets first_B1D or zeros, that of a later segment zeros."""
+    """Shift an array by one token: each position gets what the previous one had.
+
+    The first position gets first_B1D or zeros, the first of every later segment zeros.
+    """
     first_B1D = jnp.zeros_like(x_BTD[:, :1]) if first_B1D is None else first_B1D
     moved_BTD = jnp.concatenate([first_B1D, x_BTD[:, :-1]], axis=1)
     if segments_BT is None:
@@ -158,7 +166,8 @@ def last_norm(params: Params, x_BTD, middle_BTD, config: ModelConfig):
 def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, segments_BT=None):
     """The head's input: normed activations x_BTD in the compute dtype. tokens_BT is int32.
 
-    segments_BT: tokens of one segment don't see another's. Positions run on: only their differences count.
+    segments_BT: tokens of one segment don't see another's. Positions are counted on from segment to segment,
+    since only their differences matter.
     """
     time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
@@ -177,7 +186,7 @@ def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, s
 
 
 def training_block(x_BTD, w: Blocks, inputs: Inputs, config: ModelConfig, compute: Compute, kind: Layer):
-    """`block` with attention within complete rows."""
+    """Compute one layer in training: `block`, with attention within complete rows."""
     mesh = compute.mesh
     options = {"segments_BT": inputs.segments_BT, "mesh": mesh, "window": kind.window}
     attend = partial(causal_attention, implementation=compute.attention, **options)
@@ -186,7 +195,8 @@ def training_block(x_BTD, w: Blocks, inputs: Inputs, config: ModelConfig, comput
 
 
 def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
-    """The head's input for prompts padded at their ends, and a cache that holds them. -> (x_BTD, cache)."""
+    """The head's input for prompts padded at their ends, and a new cache of the prompts. -> (x_BTD,
+    cache)."""
     time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
     plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")
@@ -211,20 +221,21 @@ def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, c
 def features_cached(
     params: Params, tokens_BT, cache: KVCache, config: ModelConfig, compute: Compute, counts_B=None
 ):
-    """The head's input, for new tokens of rows whose earlier tokens are in a cache. -> (x_BTD, cache).
+    """The head's input for new tokens of rows whose earlier tokens are in a cache. -> (x_BTD, cache).
 
-    Token t of row b stands at position cache.lengths_B[b] + t: its key and value are written there (dropped
-    beyond the last slot), and it attends to everything at or before it that its layer's window has.
-    counts_B: how many of each row's tokens are real; by that many the returned cache's rows are longer. The
-    rest is padding, whose features mean nothing. A row that waits has 0. None: all T.
+    Token t of row b stands at position cache.lengths_B[b] + t. Its key and value are written there (or
+    dropped, beyond the last slot), and it attends to all positions up to its own that its layer's window
+    reaches.
+    counts_B: how many of each row's T tokens are real; the returned cache's rows are longer by that many. The
+    rest is padding, whose features mean nothing. 0: the row waits. None: all are real.
     """
     rows, time = tokens_BT.shape
     positions_BT = cache.lengths_B[:, None] + jnp.arange(time)[None, :]
 
-    def pad(a):  # with rows that only the layers' products see
+    def pad(a):  # with rows up to GPU_ROWS, for the layers' products only
         return jnp.pad(a, ((0, max(0, GPU_ROWS - rows) if compute.kernels else 0), *[(0, 0)] * (a.ndim - 1)))
 
-    # The kernels take one row of tables for all rows. Every device holds all weights here.
+    # Not by kernels, which take one row of rotary tables for all rows; every device holds all weights here.
     plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")
     x_BTD = embedded(params, tokens_BT, config, plain)
     if config.smear_channels:
@@ -252,17 +263,17 @@ def features_cached(
 
 
 def softcap(u, cap: float):
-    """cap·tanh(u/cap) in float32: the head's output, brought within ±cap."""
+    """Bring the head's output within ±cap: cap·tanh(u/cap), in float32."""
     return cap * jnp.tanh(u.astype(jnp.float32) / cap)
 
 
 def logits(lm_head_DV, x_BTD, cap: float):
-    """softcap(head(x)) in float32: [..., V] from features [..., D]."""
+    """Return softcap(head(x)) in float32: logits [..., V] of features [..., D]."""
     head = lm_head_DV.astype(x_BTD.dtype)
     return softcap(jnp.einsum("...d,dv->...v", x_BTD, head, preferred_element_type=jnp.float32), cap)
 
 
 def forward(params: Params, tokens_BT, config: ModelConfig, compute: Compute):
-    """logits_BTV float32 for every position."""
+    """Return logits_BTV in float32, for every position."""
     head_DV = params.lm_head[:, : config.vocab_size]
     return logits(head_DV, features(params, tokens_BT, config, compute), config.softcap)

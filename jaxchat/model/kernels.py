@@ -25,7 +25,7 @@ TILE = 2048  # numbers in a tile: 16 a thread, of bfloat16 two loads of 16 bytes
 def rotate_norm(
     x_BTNH, tables, eps: float, mesh: Mesh | None = None, interpret: bool = False, scale: float = 1.0
 ):
-    """gpt.py's rotate_norm with one rounding. tables: [1, T, 1, H/2], constants. -> [B, T, N, H]."""
+    """Compute gpt.py's rotate_norm with one rounding. tables: [1, T, 1, H/2], constants. -> [B, T, N, H]."""
     return call_rotated(partial(rotate_kernel, eps=eps, scale=scale), tables, (x_BTNH,), mesh, interpret)
 
 
@@ -43,7 +43,7 @@ rotate_norm.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def residual_norm(x_BTD, y_BTD=None, eps: float = 0.0, mesh: Mesh | None = None, interpret: bool = False):
-    """gpt.py's residual_norm. One kernel adds the gradients of both results."""
+    """Compute gpt.py's residual_norm. Backward, one kernel adds the gradients of both results."""
     if y_BTD is None:
         return x_BTD, *call_rows(partial(norm_kernel, eps=eps), (x_BTD,), 1, mesh, interpret)
     return tuple(call_rows(partial(add_norm_kernel, eps=eps), (x_BTD, y_BTD), 2, mesh, interpret))

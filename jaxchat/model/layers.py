@@ -1,4 +1,4 @@
-"""What sets one layer apart from another, by the configuration alone; and the loop over all of them."""
+"""The kinds of layers, by the configuration alone, and the loop through all of them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,14 +20,17 @@ REMAT_POLICIES = {  # what the backward pass may keep; without remat all is kept
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """window: positions before its own that a query sees; None: all. values: it has a value embedding."""
+    """What sets one layer apart from another.
+
+    window: positions before its own that a query sees; None: all. values: whether it has a value embedding.
+    """
 
     window: int | None
     values: bool
 
 
 def layers(config: ModelConfig) -> tuple[Layer, ...]:
-    """Each layer's window and whether it has a value embedding."""
+    """Return the kind of each layer: its window, and whether it has a value embedding."""
     windows = {"S": config.short_window, "L": config.sequence_len, "": None}
     count, pattern = config.n_layer, config.window_pattern
     letters = [pattern[i % len(pattern)] if pattern else "" for i in range(count - 1)] + [pattern and "L"]
@@ -36,14 +39,14 @@ def layers(config: ModelConfig) -> tuple[Layer, ...]:
 
 
 def middle(config: ModelConfig) -> int | None:
-    """The layer whose result is taken off the last one's (backout); None: none."""
+    """Index of the layer whose result backout subtracts from the last layer's; None: no backout."""
     return config.n_layer // 2 if config.backout else None
 
 
 def periods(kinds: tuple[Layer, ...]) -> tuple[int, int]:
-    """Return (layers of the shortest repeated period, how often it is repeated); layers may follow.
+    """Return (layers in the shortest repeated period, number of repeats); some layers may be left over.
 
-    Value embeddings are of every other layer, so where there are any a period has an even number of layers.
+    Every other layer has a value embedding, so where there are any a period has an even number of layers.
     """
     count, step = len(kinds), 2 if any(kind.values for kind in kinds) else 1
     for size in range(step, count + 1, step):

@@ -1,4 +1,4 @@
-"""Products of activations and weights: `matmul` decides, for every layer, what they are computed in."""
+"""Products of activations and weights: `matmul` decides, for every layer, in which number format."""
 
 import re
 from functools import partial
@@ -51,7 +51,8 @@ matmul.defvjp(forward, backward)
 
 
 def in_fp8(letters: str, compute: Compute) -> bool:
-    """Return whether this product's operands are float8: the MLP's, whose width is f, or all but gates'."""
+    """Return whether this product's operands are float8: in the MLP (letter f), or in all products but
+    gates."""
     return compute.matmul == "fp8-all" and "d" in letters or compute.matmul == "fp8" and "f" in letters
 
 

@@ -73,12 +73,12 @@ def normal(std: float):
 
 
 def uniform(low: float, high: float):
-    """Initialise with numbers spread evenly between two."""
+    """Initialise with numbers uniformly distributed from low to high."""
     return lambda key, shape: jax.random.uniform(key, shape, minval=low, maxval=high)
 
 
 def line(first: float, last: float):
-    """Initialise a weight of each layer with numbers on a straight line over the layers."""
+    """Initialise a number for each layer, on a straight line from `first` to `last`."""
     return lambda key, shape: jnp.linspace(first, last, shape[0], dtype=jnp.float32)
 
 
@@ -88,14 +88,14 @@ def zeros(key, shape):
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One declared weight.
+    """The declaration of one weight.
 
     axes: the mesh axis that each dimension is cut over, or None.
     init: (key, shape) -> the initial values, float32.
     group: names the optimizer's rule, a key of the table in train/optimizer.py.
     fan_in, fan_out: of a matrix, or of each matrix of a stack over the layers; 0: it is no matrix.
-    lookup: rows are looked up, so a token costs no product with it.
-    dtype: what it is stored in.
+    lookup: whether rows are looked up, so that a token costs no product with it.
+    dtype: the number format that it is stored in.
     """
 
     shape: tuple[int, ...]
@@ -113,7 +113,7 @@ class Weight:
 
 
 def declare(config: ModelConfig) -> Params:
-    """A Params of `Weight`: every weight of the model, with `Params`' shapes."""
+    """Declare every weight of the model: a Params of `Weight`."""
     D, V = config.n_embd, config.padded_vocab
     wte = Weight(
         (V, D), ("tensor", "fsdp"), normal(config.embedding_std), "embedding", V, D, True, config.table_dtype
@@ -155,7 +155,7 @@ def declare_blocks(config: ModelConfig) -> Blocks:
 
 
 def declare_mixing(config: ModelConfig) -> dict[str, Weight]:
-    """The weights with which layers mix in embeddings, by their names in Blocks."""
+    """Declare the weights with which layers mix in embeddings, by their names in Blocks."""
     L, D, K, H, V = config.n_layer, config.n_embd, config.n_kv_head, config.head_dim, config.padded_vocab
     found = {}
     if config.layer_scales:
@@ -200,7 +200,8 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
 
 def layer_of(blocks: Blocks, layer: int, with_values: bool) -> Blocks:
-    """One layer's weights, of blocks stacked over layers; the value embeddings' are of every other layer."""
+    """Slice one layer's weights from blocks stacked over layers. Only every other layer has value
+    embeddings."""
     tables = ("value_table", "value_gate")
     stacks = {field.name: getattr(blocks, field.name) for field in dataclasses.fields(blocks)}
     one = {name: a[layer] for name, a in stacks.items() if a is not None and name not in tables}

@@ -22,7 +22,7 @@ from jaxchat.sharding import ROWS, per_device
 
 
 def in_parts(layer, x_BTD, w: Blocks, inputs, config: ModelConfig, compute: Compute):
-    """layer(x_BTD, w, inputs, config, compute), with a device's rows in compute.parts equal parts.
+    """Call layer(x_BTD, w, inputs, config, compute) with a device's rows in compute.parts equal parts.
 
     The backward pass keeps each part's input. No device holds more than its share of a value embedding: those
     are looked up for all rows at once.

@@ -42,8 +42,10 @@ def memory_needed(compiled: jax.stages.Compiled) -> int:
 
 
 def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
-    """Bytes a compiler needed and did not have, by its message (∞ if it names none). Any other error is
-    raised again."""
+    """Read from a compiler's message the bytes it needed and did not have (∞ if it names none).
+
+    Any other error is raised again.
+    """
     message, units = str(problem), {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     if found := re.search(r"\(?([\d.]+)([KMGT])\)? (?:of [\d.]+[KMGT] hbm|exceeds available HBM)", message):
         return float(found[1]) * units[found[2]]
@@ -53,8 +55,8 @@ def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
 
 
 def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
-    """The first key of {remat: jitted step} whose step, compiled for `args`, fits in the memory of every
-    device.
+    """Return the first key of {remat: jitted step} whose step fits in every device's memory, compiled for
+    `args`.
 
     Without a memory limit (CPU) that is the first, and nothing is compiled. UserError: none fits.
     """
@@ -82,14 +84,15 @@ def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
 
 
 def fitting(limit: float, platform: str) -> str:
-    """The end of a message on a program that fits; on a TPU without `limit`, which does not decide."""
+    """End of the message about a program that fits. limit: bytes of a device; not named on TPUs, where it
+    doesn't decide."""
     if platform == "tpu":
         return ", which on TPUs can be more than it takes; it compiled, so it fits"
     return f" of a device's {limit / 1e9:.1f} GB: it fits"
 
 
 def fits(needed: int, limit: float, platform: str, last: bool) -> bool:
-    """Return whether a compiled program fits; last: no smaller one is left to try.
+    """Return whether a compiled program fits in memory. last: no smaller one is left to try.
 
     On a TPU it always does: libtpu refuses to compile what does not, and counts temporaries that are never
     alive together (18.9 GB on a v5e of 16.9).

@@ -1,4 +1,4 @@
-"""How long to train, with which batch and rates: nanochat's rules of 2026, each number with its reason."""
+"""How long to train, with which batch and learning rates: nanochat's rules of 2026, with their reasons."""
 
 import dataclasses
 import math
@@ -16,9 +16,10 @@ MOMENTUM_WARMUP = 400  # steps
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """steps of `batch` tokens; the last `cooling` steps lower the rates (0: by --warmdown_ratio).
+    """The length of base training, `steps` of `batch` tokens, and what follows from it.
 
-    lr_scale: factor on learning rates. decay: Muon's first weight decay. plan: rows of the run's plan.
+    cooling: last steps, in which the rates fall; 0: by --warmdown_ratio. lr_scale: factor on learning rates.
+    decay: Muon's weight decay at the start. plan: rows of the run's plan.
     """
 
     steps: int
@@ -34,9 +35,10 @@ class Horizon:
 
 
 def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig) -> Horizon:
-    """The horizon of a model. reference: the model of REFERENCE_DEPTH with the same vocabulary and context.
+    """Choose the steps and the batch for a model, and the scale of the rates that goes with them.
 
-    UserError: nothing says how long to train, or that is less than a step.
+    reference: the model of REFERENCE_DEPTH with the same vocabulary and context. UserError: no flag says how
+    long to train, or it is less than a step.
     """
     growth = scaling_params(model) / scaling_params(reference)
     batch, why = config.total_batch_size, "as given"
@@ -59,7 +61,8 @@ def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig)
 
 
 def steps_2026(config: BaseConfig, model: ModelConfig, batch: int) -> tuple[int, str]:
-    """Return (number of steps, why): the first given of num_iterations, target_flops, the ratio."""
+    """Return (number of steps, why), by the first given of num_iterations, target_flops,
+    target_param_data_ratio."""
     ratio, count = config.target_param_data_ratio, scaling_params(model)
     if config.num_iterations > 0:
         return config.num_iterations, f"--num_iterations={config.num_iterations}"
@@ -79,7 +82,10 @@ def steps_2026(config: BaseConfig, model: ModelConfig, batch: int) -> tuple[int,
 
 
 def momentum_2026(steps: int, cooling: int, warmup: int = MOMENTUM_WARMUP) -> Callable:
-    """Muon's momentum after `count` updates: 0.85 to 0.97 in `warmup`, to 0.90 in the last `cooling`."""
+    """Return Muon's momentum as a function of finished updates.
+
+    It rises from 0.85 to 0.97 in the first `warmup` updates, and falls to 0.90 in the last `cooling`.
+    """
 
     def momentum(count):
         late = jnp.clip((count - (steps - cooling)) / max(cooling, 1), 0.0, 1.0)
@@ -89,5 +95,5 @@ def momentum_2026(steps: int, cooling: int, warmup: int = MOMENTUM_WARMUP) -> Ca
 
 
 def decay_2026(first: float, steps: int) -> Callable:
-    """Muon's weight decay after `count` updates: half a cosine from `first` to 0."""
+    """Return Muon's weight decay as a function of finished updates: half a cosine from `first` to 0."""
     return lambda count: first * 0.5 * (1 + jnp.cos(jnp.pi * count / steps))

@@ -24,9 +24,10 @@ from jaxchat.train.step import compile_step
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A measurement every `every` steps (≤ 0: never), at the end, and, if at_start, before the first step.
+    """A measurement that is made every `every` steps (≤ 0: never) and at the end.
 
-    best: the name of a value; the checkpoint of the step at which it is largest is kept.
+    at_start: also before the first step. best: the name of one of its values; the checkpoint of the step at
+    which that is largest is kept.
     """
 
     name: str
@@ -47,9 +48,9 @@ class Run:
     stage: Stage
     state: TrainState  # train consumes it
     step_fn: Callable
-    first_step: int  # steps that are done
+    first_step: int  # finished steps
     checkpoints: Checkpoints | None  # None: nothing is written
-    meta: dict  # what a checkpoint says of itself
+    meta: dict  # the metadata of its checkpoints
 
 
 def place_batch(batch: dict, mesh: Mesh) -> dict:
@@ -59,7 +60,7 @@ def place_batch(batch: dict, mesh: Mesh) -> dict:
 
 
 def train(run: Run, evaluations: list[Evaluation]) -> None:
-    """Train to the end of a stage. An error saves what is learnt, where it can, before it ends the run.
+    """Train to the end of a stage. Before an error ends the run, what is learnt is saved if possible.
 
     Preempted: a signal asked to stop, and what was learnt is saved. UserError: a step was not finite, or the
     end of the run could not be saved.
@@ -71,7 +72,7 @@ def train(run: Run, evaluations: list[Evaluation]) -> None:
         except Preempted:
             raise
         except Exception as problem:
-            with contextlib.suppress(Exception):  # it may be this that failed
+            with contextlib.suppress(Exception):  # reporting may be what failed
                 loop.reporter.flush()
             if isinstance(problem, Unread) and problem.step <= loop.step:
                 loop.go_back(problem.step - 1)
@@ -99,7 +100,7 @@ class Loop:
         self.ending = False  # the last save is under way
         self.schedule = jax.jit(run.stage.schedule)
         self.batch: dict = {}  # of the last step
-        self.places = []  # of the data before the last two steps, where several processes train
+        self.places = []  # in the data, before the last two steps, if several processes train
         self.problem: Exception | None = None  # why this process, of several, can't read its rows
 
     def train(self):
@@ -107,7 +108,7 @@ class Loop:
             stopping = not self.finished and self.stop.asked()
             if self.saver.due(
                 self.step, self.finished or stopping
-            ):  # first: an evaluation may fail, or take too long
+            ):  # before the evaluations, which may fail, or take too long
                 self.reporter.flush()
                 self.saver.save(self.state, self.step, finished=self.finished)
                 self.reporter.restart_clock()
@@ -128,7 +129,7 @@ class Loop:
         for evaluation in self.evaluations:
             done = (
                 self.step == self.run.first_step and evaluation.name in self.log.measured
-            )  # before a resume
+            )  # measured before the run was resumed
             if not (stopping or done) and evaluation.due(self.step, self.finished):
                 self.reporter.flush()
                 values = evaluation.measure(self.state.params)
@@ -143,11 +144,12 @@ class Loop:
         return stopping
 
     def next_batch(self) -> dict:
-        """The batch of the next step.
+        """Read the batch of the next step.
 
-        If one of several processes can't read its rows, it takes part with rows that make the loss not
-        finite, so that no process applies the step, until all know of it by `unread` among the totals.
-        Where the processes make a batch together, all raise Unread, before the step.
+        With several processes, one that can't read its rows must not leave the others waiting. It repeats its
+        last rows with weights of NaN, so that no process applies the step, and adds `unread` to the totals,
+        by which all learn of it. Where the processes make a batch together (RL), all raise Unread before the
+        step instead.
         """
         batches = self.stage.batches
         several = batches.alone and jax.process_count() > 1
@@ -167,17 +169,17 @@ class Loop:
         return self.batch
 
     def go_back(self, step: int):
-        """Return to the state after `step` steps, of which the one or two that followed changed no weight."""
+        """Return to the state after `step` steps; the one or two steps taken since then changed no weight."""
         self.stage.batches.set_state(self.places[step - self.step])
         self.state = self.state.replace(step=self.state.step - (self.step - step))
         self.step = step
 
     def take_step(self):
-        """Train one step. Nothing here waits for the devices: they still compute the step before."""
+        """Train one step. Nothing here waits for the devices, which are still computing the step before."""
         stage, mesh, first = self.stage, self.stage.model.mesh, self.step == self.run.first_step
         asked = time.perf_counter()
         batch = self.next_batch()
-        numbers = batch.get("numbers", {})  # what it logs of itself, known to the host
+        numbers = batch.get("numbers", {})  # to be logged, and already on the host
         waited = numbers.get("data_wait_seconds", time.perf_counter() - asked)
         like = next(iter(batch["totals"].values()))
         own = {"overdue": self.saver.overdue(), "unread": bool(self.problem)}
@@ -187,7 +189,7 @@ class Loop:
         if stage.num_steps:
             progress = self.step / stage.num_steps
             multiplier = np.float32(stage.schedule(progress, 1 / stage.num_steps))
-        else:  # as far as all hosts together are; a number on the devices that no host waits for
+        else:  # the progress of all hosts together, an array on the devices that no host waits for
             if first and not int(totals["targets"]):  # resumed where the data had ended
                 self.finished = True
                 return
@@ -205,5 +207,5 @@ class Loop:
         self.finished = self.step == stage.num_steps
         if (
             not stage.num_steps and not batch["totals"]["left"].any()
-        ):  # this process's rows have run out: all?
+        ):  # this process has no more rows: have all run out?
             self.finished = not int(totals["left"])

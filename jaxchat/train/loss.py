@@ -21,8 +21,8 @@ class Chunking:
 
     cap: the model's softcap, which bounds logits, so exp needs no maximum subtracted.
     mesh: each device computes its rows' logits for its share of the vocabulary; None: one device.
-    kernels: the softmax by model/kernels.py, where gradients are wanted.
-    words: the number of the head's columns that are words, where it is padded; None: all.
+    kernels: whether model/kernels.py computes the softmax where gradients are wanted.
+    words: the number of the head's columns that stand for tokens, where the head is padded; None: all.
     """
 
     length: int
@@ -42,9 +42,10 @@ class Chunking:
 
 
 def chunk_length(batch: int, time: int, compute: Compute) -> int:
-    """Positions per chunk, such that a device's logits stay within compute.loss_chunk_tokens (or 1).
+    """Positions per chunk: as many as keep a device's logits within compute.loss_chunk_tokens, at least 1.
 
-    The longest divisor of `time`, unless that is half of what is allowed or less: then the last is padded.
+    The longest divisor of `time` that does, unless it is at most half of what is allowed: then the last chunk
+    is padded.
     """
     rows = max(1, batch // data_shards(compute.mesh))
     most = min(time, max(1, compute.loss_chunk_tokens // rows))
@@ -56,8 +57,8 @@ def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute
     """Return (Σ weight·nll in nats, N), float32, of a batch.
 
     batch: {inputs_BT, targets_BT, weights_BT[, counts_BT][, segments_BT]}.
-    N is what the sum is to be divided by, over a whole optimizer step: Σ counts, or without counts Σ
-    weights. Weights may have any sign; where they are not a mean's, give counts.
+    N is what the sum is to be divided by, over a whole optimizer step: Σ counts, or without counts Σ weights.
+    Weights may have any sign; give counts where the loss is not their mean.
     """
     x_BTD = features(params, batch["inputs_BT"], config, compute, batch.get("segments_BT"))
     chunking = Chunking.of(*batch["inputs_BT"].shape, config, compute)
@@ -81,11 +82,11 @@ def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
     """Σ weight·nll of the tokens that follow features x_BTD.
 
     The positions are cut into chunks along T, so rows stay on their devices. Where gradients are wanted, a
-    chunk's are computed at once, from the very logits of its loss: nothing is computed twice, and the
-    backward pass only scales. There the logits are rounded to the features' dtype before the softmax;
-    without gradients they stay float32. So in bfloat16 the training loss differs a little from the
-    validation loss of the same weights (2e-7 of it was seen). On a mesh only sums over the vocabulary cross
-    the tensor axis, and the head's gradient crosses the others once, after the last chunk.
+    chunk's are computed together with its loss, from the same logits: nothing is computed twice, and the
+    backward pass only scales. There the logits are rounded to the features' dtype before the softmax; without
+    gradients they stay float32. So in bfloat16 the training loss differs a little from the validation loss of
+    the same weights (2e-7 of it was seen). On a mesh only sums over the vocabulary cross the tensor axis, and
+    the head's gradient crosses the others once, after the last chunk.
     """
     return _on_mesh(_nll, (P(), P(ROWS)), chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)[0]
 
@@ -129,12 +130,12 @@ def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
 
 
 def local_ids(targets_Bt, size: int, sharded: bool):
-    """Target ids relative to this device's vocabulary shard of `size` words."""
+    """Target ids relative to this device's shard of `size` tokens of the vocabulary."""
     return targets_Bt - lax.axis_index("tensor") * size if sharded else targets_Bt
 
 
 def is_word(size: int, chunking: Chunking):
-    """Which of the columns of a head, or of a device's share of it, are words: bool [1, 1, V]."""
+    """Whether each column of a head, or of a device's share of it, stands for a token: bool [1, 1, V]."""
     first = lax.axis_index("tensor") * size if chunking.sharded else 0
     return (first + jnp.arange(size) < chunking.words)[None, None]
 
@@ -230,16 +231,16 @@ weighted_nll.defvjp(nll_and_gradients, scale_gradients)
 
 
 def pad_time(length: int, a):
-    """An array [B, T, ...] with zeros at the end, so that T is a multiple of `length`."""
+    """Append zeros to an array [B, T, ...], so that T is a multiple of `length`."""
     return jnp.pad(a, ((0, 0), (0, -a.shape[1] % length), *[(0, 0)] * (a.ndim - 2)))
 
 
 def split_time(length: int, *arrays):
-    """Arrays [B, T, ...] as chunks [⌈T/length⌉, B, length, ...]; zeros fill the last one."""
+    """Cut arrays [B, T, ...] into chunks [⌈T/length⌉, B, length, ...]; zeros fill the last one."""
     padded = (pad_time(length, a) for a in arrays)
     return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, length, *a.shape[2:]), 1, 0) for a in padded)
 
 
 def join_time(a, time: int):
-    """Chunks [n, B, length, ...] as one array [B, time, ...]."""
+    """Join chunks [n, B, length, ...] to one array [B, time, ...]."""
     return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :time]

@@ -38,7 +38,8 @@ def peak_bytes() -> int:
 
 
 class MetricsLog:
-    """A run's `metrics.jsonl`, one object with a `step` per line, and other sinks. folder None: no file."""
+    """A run's log: `metrics.jsonl` with one object per line, Weights & Biases, TensorBoard. folder None: no
+    files."""
 
     def __init__(self, folder: Path | None, config: dict, *, resume_step: int, run: str, tensorboard: bool):
         self._file = self._wandb = self._board = None
@@ -80,7 +81,7 @@ class MetricsLog:
             log.close()
 
     def write(self, step: int, values: dict[str, float], evaluation: str = ""):
-        """Log the numbers of a step, or of an evaluation after it, which is then known to be done."""
+        """Log the numbers of a step or, under its name, of an evaluation that was done after that step."""
         if self._file:
             named = {"evaluation": evaluation} if evaluation else {}
             known = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -123,7 +124,8 @@ def evaluations_after(step: int, folder: Path) -> list[str]:
 
 
 def best_step(folder: Path, name: str, last: int) -> tuple[int, float] | None:
-    """Return (step, value) of an evaluation's largest value, up to step `last`; None: never measured."""
+    """Return the (step, value) at which an evaluation's value was largest, up to step `last`; None: never
+    measured."""
     rows = [row for row in files.read_lines(folder / "metrics.jsonl") if "evaluation" in row]
     found = [(row["step"], row[name]) for row in rows if row["step"] <= last and row.get(name) is not None]
     return max(found, key=lambda one: one[1]) if found else None

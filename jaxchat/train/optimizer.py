@@ -31,14 +31,16 @@ SCALAR_LR, MIXING_LR = 0.5, 0.2  # peaks of 2026's factors on the embedding, and
 
 @dataclasses.dataclass(frozen=True)
 class Muon:
-    """The rule of a group of matrices: momentum, orthogonalization, and what has been added to these since.
+    """The rule of a group of matrices: momentum, then orthogonalization, with refinements of both.
 
-    momentum, decay: functions of the number of finished updates. decay: weight decay, where it points as the
-    update does (cautious); None: none.
-    steps: coefficients of each step's polynomial; safety, tiny: factor on the norm before them, and addend.
-    equal: each output neuron's gradients are brought to the same norm before (MuonEq).
-    exact: the result is brought to the norm of an orthogonal matrix (Muon+).
-    neuron_beta: decay of the mean squares by which each neuron's updates are divided (NorMuon); 0: off.
+    momentum: function of the number of finished updates.
+    decay: weight decay, also such a function; only weights whose sign is that of their update decay. None:
+    none.
+    steps: the coefficients of each orthogonalization step, before which a matrix is divided by safety × its
+    norm + tiny.
+    equal: first bring each output neuron's gradients to the same norm (MuonEq).
+    exact: bring the result to the norm of an orthogonal matrix (Muon+).
+    neuron_beta: decay of the mean squares by whose root each neuron's updates are divided (NorMuon); 0: off.
     """
 
     lr: float
@@ -54,7 +56,7 @@ class Muon:
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """The rule of a group of other weights."""
+    """The rule of a group of weights that Muon is not for, with its constants."""
 
     lr: float
     b1: float = 0.8
@@ -65,8 +67,8 @@ class AdamW:
 def orthogonalize(g_Lmn, dtype=jnp.float32, rule: Muon | None = None):
     """Bring every matrix of a stack near its orthogonal polar factor: singular values to about 1. -> float32.
 
-    Five steps on the matrix divided by its Frobenius norm, in `dtype`, over the short side: a step is
-    x ← P(x·xᵀ)·x with P(g) = a + b·g + c·g². rule: Newton–Schulz's without one.
+    The matrix is divided by its Frobenius norm. Then come five steps in `dtype`, over the short side: x ←
+    P(x·xᵀ)·x with P(g) = a + b·g + c·g². rule: has the steps' coefficients; None: Newton–Schulz's.
     """
     rule = rule or Muon(lr=0.0, momentum=None)
     steps = rule.steps
@@ -92,14 +94,15 @@ def orthogonalize(g_Lmn, dtype=jnp.float32, rule: Muon | None = None):
 
 
 def equal_columns(x_Lmn):
-    """Scale the columns, which are output neurons, to equal norms; a matrix of equal ones stays as it is."""
+    """Scale the columns (output neurons) of each matrix to equal norms, and keep the norm of the matrix."""
     norm = jnp.linalg.norm(x_Lmn, axis=(-2, -1), keepdims=True)
     columns = jnp.linalg.norm(x_Lmn, axis=-2, keepdims=True)
     return x_Lmn * (norm / math.sqrt(x_Lmn.shape[-1]) / jnp.maximum(columns, 1e-6))
 
 
 def newton_schulz_factor(gram, steps):
-    """The factor by which some steps multiply an x with this Gram matrix [L, m, m]. P is float32 sums."""
+    """The matrix by which the given steps multiply an x with this Gram matrix [L, m, m]. P is summed in
+    float32."""
     factor = None
     for i, (a, b, c) in enumerate(steps):
         diagonal = a * jnp.eye(gram.shape[-1])[None]
@@ -158,8 +161,8 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Nesterov momentum, then orthogonalization, then the factor √max(1, fan_out/fan_in), by a rule.
 
-    weights: the declared `Weight` of every matrix, in a tree like the gradients'. mesh: where they are
-    spread by their axes; each device then orthogonalizes some layers.
+    weights: the declared `Weight` of every matrix, in a tree like the gradients'. mesh: the one that they are
+    spread over; each device then orthogonalizes some layers.
     """
 
     def init(params):
@@ -195,7 +198,8 @@ def scale_by_muon(
 
 
 def with_new_schedule(opt_state):
-    """The state of an optimizer, with which another stage begins: Muon's momentum and decay start over."""
+    """Prepare an optimizer's state for another stage: the schedules of Muon's momentum and decay start
+    over."""
 
     def from_start(part):
         return part.replace(count=jnp.zeros_like(part.count)) if isinstance(part, MuonState) else part
@@ -210,7 +214,7 @@ def to_exact_norm(weight: Weight, x):
 
 
 def neuron_axes(weight: Weight) -> tuple[int, ...]:
-    """The axes that NorMuon averages over: the inputs', or the outputs' where these are fewer."""
+    """The axes that NorMuon averages over: the inputs, or the outputs where these are fewer."""
     inputs = next(
         n for n in range(1, len(weight.shape)) if math.prod(weight.shape[1 : n + 1]) == weight.fan_in
     )
@@ -227,7 +231,8 @@ def mean_squares(weight: Weight, x):
 
 
 def even_neurons(x, squares, second):
-    """Divide each neuron's update by the root of its mean squares; the whole keeps its norm (NorMuon)."""
+    """Divide each neuron's update by the root of its mean squares, keeping the norm of a layer's update
+    (NorMuon)."""
     rates = lax.rsqrt(jnp.maximum(second, 1e-10))
     each = tuple(range(1, x.ndim))  # of a layer; squares stand for equally many numbers
     norm = jnp.sqrt(jnp.sum(squares, axis=each, keepdims=True))
@@ -284,7 +289,8 @@ def table_2026(
     momentum: Callable | None = None,
     decay: Callable | None = None,
 ) -> dict[str, Muon | AdamW]:
-    """Each group's rule as in July 2026. Rates are peaks. momentum, decay: see Muon; None: 2025's, none."""
+    """Each group's rule as in July 2026. Rates are peaks. momentum, decay: see Muon; None: 2025's and no
+    decay."""
     momentum = momentum or table_2025(config)["matrix"].momentum
     width_scale = (config.n_embd / 768) ** -0.5
     return {
@@ -317,7 +323,7 @@ def make_optimizer(
     mesh: Mesh | None = None,
     **rates,
 ) -> optax.GradientTransformation:
-    """The optimizer over `Params`. Its updates are for a schedule multiplier of 1: the step scales them.
+    """The optimizer over `Params`. It returns full updates: train_step multiplies them by the schedule.
 
     table: the rule of each group; None: table_2025 with these rates. AdamW's rates are × (n_embd/768)^−½.
     grad_clip bounds the global norm of all gradients; 0 is off. mesh: see scale_by_muon.

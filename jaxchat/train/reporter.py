@@ -13,11 +13,12 @@ HIDDEN = ("taken", "left", "targets", "overdue", "unread")  # totals that only t
 
 
 class NotFinite(UserError):
-    """A step's loss or gradient was not finite; all processes raise it after the same step."""
+    """Raised where a step's loss or gradient was not finite; by all processes, after the same step."""
 
 
 class Unread(UserError):
-    """A process could not read its rows of a step; all processes raise it, and none has applied that step."""
+    """Raised where a process could not read its rows of a step; by all processes, none of which applied the
+    step."""
 
     def __init__(self, step: int):
         super().__init__(f"another process can't read its rows of step {step}; its own message says why")
@@ -25,7 +26,7 @@ class Unread(UserError):
 
 
 class Reporter:
-    """A reporter that is one step late: a step's numbers are fetched while the next one is computed."""
+    """Prints and logs each step's numbers one step late: they are fetched while the next step is computed."""
 
     def __init__(self, stage, log: MetricsLog):
         self._stage, self._log = stage, log
@@ -46,8 +47,8 @@ class Reporter:
     def step(self, step: int, tokens: int, waited: float, metrics: dict, row_tokens: int) -> dict[str, float]:
         """Report the step before, and return its numbers ({} after the first), while this one is computed.
 
-        tokens: of all processes; waited: seconds until the data was there; metrics: arrays still under way;
-        row_tokens: of a row, padding included.
+        tokens: of all processes; waited: seconds until the data was there; metrics: arrays still being
+        computed; row_tokens: of a row, padding included.
         """
         previous, self._pending = self._pending, (step, tokens, waited, metrics, row_tokens)
         return self._report(*previous) if previous else {}

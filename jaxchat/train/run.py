@@ -32,11 +32,11 @@ class Start:
     checkpoints: Checkpoints | None  # of the run's folder; None: nothing is written
     steps: list[int]  # of the checkpoints that are there
     step: int = 0
-    meta: dict = dataclasses.field(default_factory=dict)  # of the checkpoint
+    meta: dict = dataclasses.field(default_factory=dict)  # the checkpoint's metadata
 
 
 def tokenizer_for(config: TrainConfig, name: str, tag: str) -> Tokenizer:
-    """The tokenizer of the checkpoints that are resumed from, or else the base directory's."""
+    """Load the tokenizer kept with the checkpoints to resume from, or else the base directory's."""
     folder = checkpoint.run_folder(name, tag)
     kept = folder / "tokenizer"
     return Tokenizer.load(kept if config.resume and checkpoint.steps_in(folder) and kept.is_dir() else None)
@@ -75,7 +75,7 @@ def find_start(stage: Stage) -> Start:
 def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints, step: int):
     """Raise UserError unless a checkpoint is of the same run: model, settings, data, tokenizer and parent.
 
-    Of an imported one, only model and tokenizer are known.
+    An imported checkpoint is compared by model and tokenizer only, since no more is known of it.
     """
     if "imported" in saved and not checkpoints.has_state(step):
         raise UserError(
@@ -85,7 +85,7 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints, step: in
     compared = ("model", "settings", "data", "tokenizer_hash", "parent")
     if "imported" in saved:
         compared, saved = ("model", "tokenizer_hash"), saved | {"settings": {}}
-    # A setting or constant that a checkpoint lacks was computed as its default does now.
+    # A checkpoint lacks settings and constants that were added later; their defaults compute what it did.
     defaults = type(stage.flags)().learnt_from()
     saved = saved | {
         "model": dataclasses.asdict(ModelConfig(**saved["model"])),
@@ -116,7 +116,7 @@ def without_folders(meta: dict) -> dict:
 
 
 def about_mechanisms(model: ModelConfig) -> list[tuple[str, str]]:
-    """A row of the plan on what a model has beyond November 2025's; none where that is nothing."""
+    """The plan's row of what a model has beyond November 2025's architecture, in a list; [] if nothing."""
     parts = []
     if model.window_pattern:
         parts.append(f"windows {model.window_pattern} (S {model.short_window:,}, L {model.sequence_len:,})")
@@ -154,10 +154,10 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def open_run(stage: Stage, start: Start) -> Iterator[Run]:
-    """Prepare a run: look at the data, choose the step that fits, lock the folder, then restore or
+    """Prepare a run: read a first batch, choose the step that fits, lock the folder, then restore or
     initialise.
 
-    Nothing is written or deleted before all that can refuse has. Leaving the context ends the data pipeline,
+    Nothing is written or deleted until every check has passed. Leaving the context ends the data pipeline,
     waits for the save under way, and unlocks the folder.
     """
     checkpoints = start.checkpoints
@@ -165,7 +165,7 @@ def open_run(stage: Stage, start: Start) -> Iterator[Run]:
         looked_at = not start.step or fit.device_memory(stage.model.mesh)
         first = look_at_data(stage) if looked_at else None
         steps = step_functions(stage, start, first)
-        remat = next(iter(steps))
+        remat = next(iter(steps))  # the only one where memory limits are unknown
         if looked_at:
             remat = fit.first_that_fits(steps, stage.model.mesh, *arguments_of_step(stage, first))
         if start.step:
@@ -186,7 +186,7 @@ def open_run(stage: Stage, start: Start) -> Iterator[Run]:
 
 
 def look_at_data(stage: Stage) -> dict:
-    """The first batch, on the devices. UserError: it cannot be read, or holds no text."""
+    """Read the first batch and place it on the devices. UserError: it cannot be read, or holds no text."""
     batch = stage.batches.peek()
     if not int(sharding.agree(batch["totals"], stage.model.mesh).get("targets", 1)):
         raise UserError("all documents are empty; give data that holds text")
@@ -194,9 +194,9 @@ def look_at_data(stage: Stage) -> dict:
 
 
 def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callable]:
-    """The jitted training steps to choose from, by their remat (flag --remat), the fastest first.
+    """Jit the training steps to choose from: {value of --remat: step}, the fastest first.
 
-    batch: of the shape of all.
+    batch: the first one; all have its shape.
     """
     compute, mesh = stage.model.compute, stage.model.mesh
     remats = [compute.remat]
@@ -215,7 +215,8 @@ def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callabl
 
 
 def arguments_of_step(stage: Stage, batch: dict) -> tuple:
-    """Abstract arguments of a step, to compile it and see whether it fits: rows of the greatest length."""
+    """Abstract arguments of a step, with rows of the greatest length, to compile it and see whether it
+    fits."""
     longest = {
         name: jax.ShapeDtypeStruct((*a.shape[:-1], stage.row_length), a.dtype, sharding=a.sharding)
         for name, a in batch.items()
@@ -224,7 +225,8 @@ def arguments_of_step(stage: Stage, batch: dict) -> tuple:
 
 
 def initial_state(stage: Stage) -> TrainState:
-    """Random weights, or the parent's; with a fresh optimizer or, in a warm start, the parent's too."""
+    """Create the first state: random weights or the parent's, with a fresh optimizer or (warm) the
+    parent's."""
     if stage.parent is None:
         return init_state(stage.flags.seed, stage.model, stage.optimizer)
     if not stage.warm:

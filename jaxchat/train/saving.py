@@ -15,7 +15,7 @@ LAST_ATTEMPTS = 4  # at the end of a run, with 1, 2 and 4 seconds between
 
 
 class Saver:
-    """The saves of a run, decided on after every step. Without checkpoints (a dry run) there are none.
+    """Decides after every step whether to save, and saves. Without checkpoints (a dry run) it does nothing.
 
     Any Exception counts as a failed save: Orbax and TensorStore raise many kinds for a full disk alone.
     """
@@ -48,8 +48,8 @@ class Saver:
         return bool(self._checkpoints) and 0 < 60 * minutes <= clock() - self._saved_at
 
     def agree(self, values: dict[str, float]):
-        """Note what all processes together report of a step: it is time to save where one of their clocks
-        says so."""
+        """Note from a step's totals over all processes whether the clock of any of them says that it is time
+        to save."""
         self._overdue = self._overdue or values.get("overdue", 0) > 0
 
     def save(self, state: TrainState, step: int, *, finished: bool):
@@ -70,7 +70,7 @@ class Saver:
                 self.save(state, step, finished=finished)
 
     def restore_best(self, found: tuple[int, float] | None):
-        """Take over (step, value) of the best checkpoint, of the run that is resumed."""
+        """Take over the (step, value) of the best checkpoint so far, when a run is resumed."""
         if self._checkpoints and found:
             self._checkpoints.kept, self._best = found
 
@@ -97,7 +97,7 @@ class Saver:
     def rescue(self, state: TrainState, step: int, *, alone: bool):
         """Save what is learnt before an error ends the run, if that is possible.
 
-        alone: the error is this process's only; several processes can't save then, since all must take part.
+        alone: only this process has the error; several processes then can't save, since all must take part.
         """
         if not self._checkpoints or step <= self._begun or alone and jax.process_count() > 1:
             return

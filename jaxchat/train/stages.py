@@ -1,4 +1,4 @@
-"""The stages as data: where each starts, what it reads, how long, by which schedule, and what it
+"""The stages as data: where each starts, what it reads, how long it lasts, by which schedule, and what it
 saves."""
 
 import dataclasses
@@ -75,7 +75,7 @@ class DataBatches:
         return next(self._iterator)
 
     def peek(self) -> dict:
-        """The batch that comes next, which still comes next."""
+        """Return the next batch without consuming it."""
         state = self.get_state()
         batch = next(self._iterator)
         self.set_state(state)
@@ -84,7 +84,7 @@ class DataBatches:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage of training as data."""
+    """All that sets one stage of training apart from another, as data."""
 
     name: str  # a key of config.STAGES
     tag: str
@@ -111,7 +111,7 @@ class Stage:
 
     @property
     def meta(self) -> dict:
-        """A checkpoint's metadata, but for its step and how the backward pass was computed."""
+        """Metadata of the stage's checkpoints, without the step and the chosen --remat."""
         return {
             "stage": self.name,
             "data": self.data,
@@ -180,7 +180,7 @@ def base(
 
 
 def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
-    """The model that the flags describe."""
+    """Build the ModelConfig that the flags describe."""
     heads = config.n_kv_head if config.n_kv_head > 0 else None
     shape = {"sequence_len": config.max_seq_len, "vocab_size": vocab_size, "n_kv_head": heads}
     model, narrow = ModelConfig.from_depth(config.depth, arch=config.arch, **shape), config.table_dtype
@@ -191,7 +191,7 @@ def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
 
 
 def horizon_of(config: BaseConfig, model: ModelConfig) -> Horizon:
-    """How long base training is, with which batch, by the recipe of the flags' --arch."""
+    """Choose how long base training is, and its batch, by the recipe of the flags' --arch."""
     if not BASE_RECIPES[config.arch]:
         return Horizon(base_steps(config, model), config.total_batch_size)
     reference = ModelConfig.from_depth(
@@ -201,12 +201,12 @@ def horizon_of(config: BaseConfig, model: ModelConfig) -> Horizon:
 
 
 def with_horizon(config: BaseConfig, model: ModelConfig) -> BaseConfig:
-    """The flags with the number of tokens in a step."""
+    """Replace --total_batch_size by the number of tokens that the recipe of --arch chooses."""
     return dataclasses.replace(config, total_batch_size=horizon_of(config, model).batch)
 
 
 def base_steps(config: BaseConfig, model: ModelConfig) -> int:
-    """The first given of num_iterations, target_flops, target_param_data_ratio; in steps."""
+    """Number of steps, by the first given of num_iterations, target_flops and target_param_data_ratio."""
     if config.num_iterations > 0:
         return config.num_iterations
     if config.target_flops > 0:
@@ -335,7 +335,8 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
 
 
 def examples_of_step(config: SFTConfig, parent: Found, tasks: Mixture, time: int) -> int:
-    """Conversations in a step: as given, or as many as have the tokens of a step of the parent's training."""
+    """Conversations in a step: the number given or, for -1, as many as have the tokens of one of the parent's
+    steps."""
     if config.target_examples_per_step > 0:
         return config.target_examples_per_step
     theirs = parent.meta.get("settings") or parent.meta.get("imported", {}).get("meta", {})
@@ -366,7 +367,8 @@ def optimizer_row(config: SFTConfig, parent: Found) -> list[tuple[str, str]]:
 
 
 def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -> Stage:
-    """batches: rl/batches.py's, whose answers are a function of the weights and the step."""
+    """The stage of reinforcement learning. batches: rl/batches.py's, which depend on the weights and the
+    step."""
     rollouts = int(config.num_epochs * len(tasks)) // config.examples_per_step
     if config.num_iterations > 0:
         rollouts = config.num_iterations
@@ -412,14 +414,15 @@ def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -
 
 
 def reward_text(values: dict[str, float]) -> str:
-    """The progress that a step prints: rewards, since the loss of policy gradients measures none."""
+    """Format a step's rewards for its printed line, since the loss of policy gradients measures no
+    progress."""
     return f"reward {values['reward']:.3f}  mixed groups {values['groups_mixed']:.0%}"
 
 
 def optimizer_for(
     config: TrainConfig, model: Model, *, grad_clip: float = 0.0, **how
 ) -> optax.GradientTransformation:
-    """The optimizer of a stage. how: see table_for."""
+    """Build the optimizer of a stage. how: further arguments of table_for."""
     table, dtype = table_for(config, model.config, **how), jnp.dtype(model.compute.dtype)
     return make_optimizer(model.config, table=table, grad_clip=grad_clip, muon_dtype=dtype, mesh=model.mesh)
 
@@ -432,10 +435,11 @@ def table_for(
     momentum_warmup: int = 300,
     horizon: Horizon | None = None,
 ) -> dict[str, Muon | AdamW]:
-    """The optimizer's table: of 2025, or of 2026 if the model has any weight that 2025's has not.
+    """The optimizer's table from group to rule: 2026's if the model has weights that 2025's lacks, else
+    2025's.
 
     momentum_warmup: steps in which Muon's momentum rises from 0.85 to 0.95. horizon: base training's, which
-    in 2026 says what momentum and decay are.
+    in 2026 sets momentum and decay.
     """
     scale = init_lr_frac * (horizon.lr_scale if horizon else 1.0)
     rates = {name: getattr(config, name) * scale for name in RATES}
@@ -454,7 +458,7 @@ def table_for(
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """The cut of an optimizer step of base or mid into the rows that a device computes at a time."""
+    """How a step of base or mid is cut: into micro-batches of the rows that the devices compute at a time."""
 
     rows: int  # of a step
     device_batch: int

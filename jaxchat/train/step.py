@@ -72,18 +72,18 @@ def train_step(
 
 
 def no_sums(params: Params) -> tuple:
-    """Gradients (float32), Σ weight·nll and N of nothing."""
+    """Zeros that the sums begin with: gradients (float32), Σ weight·nll and N."""
     return jax.tree.map(lambda p: jnp.zeros(p.shape), params), jnp.zeros(()), jnp.zeros(())
 
 
 def add_rows(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
-    """Return the sums over all micro-batches (see no_sums), and no other metrics."""
+    """Return (the sums over all micro-batches, {}): gradients, Σ weight·nll and N; no other metrics."""
     config, compute = model.config, model.compute
 
     def add_micro_batch(sums, micro):
         micro = {f"{name}_BT": array for name, array in micro.items()}
         (nll, count), grads = jax.value_and_grad(loss_sums, has_aux=True)(params, micro, config, compute)
-        grads = constrain(grads, model_params.specs(config), compute.mesh)  # summed where they will be used
+        grads = constrain(grads, model_params.specs(config), compute.mesh)  # summed over devices
         return jax.tree.map(jnp.add, sums, (grads, nll, count)), None
 
     return lax.scan(add_micro_batch, no_sums(params), split_rows(batch, compute))[0], {}
@@ -155,7 +155,7 @@ def merge_rows(batch: dict, model: Model) -> tuple[dict, Model]:
 
 
 def split_rows(batch: dict, compute: Compute) -> dict:
-    """Cut arrays [A, B, T] to [A·n, B/n, T], n the least that keeps to compute.micro_tokens.
+    """Cut arrays [A, B, T] to [A·n, B/n, T], with the least n that respects compute.micro_tokens.
 
     Rows stay on their devices.
     """
@@ -175,7 +175,7 @@ def split_rows(batch: dict, compute: Compute) -> dict:
 
 
 def compile_step(step, *args):
-    """Compile a jitted step ahead of its first call, then return the compiler's freed memory to the OS.
+    """Compile a jitted step before its first call, then return the compiler's freed memory to the OS.
 
     That is about 200 MB on a CPU; only glibc can be asked to.
     """
@@ -187,7 +187,8 @@ def compile_step(step, *args):
 def make_train_step(
     model: Model, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, dict, float], tuple[TrainState, dict]]:
-    """Jit `train_step` for a model on its mesh. The state is donated; a new batch shape compiles anew."""
+    """Jit `train_step` for a model on its mesh. The state is donated; each new batch shape is compiled
+    anew."""
     options, mesh, compute = {}, model.mesh, model.compute
     on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
     if on_gpu and compute.remat in REMATS[:-1]:
