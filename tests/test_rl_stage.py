@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from jaxchat.infer.engine import Engine
 from jaxchat.model.gpt import forward
 from jaxchat.rl import batches as rl_batches
 from jaxchat.rl.batches import RolloutBatches, arrange
+from jaxchat.rl.evaluation import measure
 from jaxchat.rl.problems import Problems
 from jaxchat.rl.rewards import checker_for, combine, parse_reward
 from jaxchat.rl.rollout import Rollout
@@ -379,6 +381,16 @@ def test_the_weights_are_those_of_now(rolled, here):
     assert fresh._rollout.tokens != batches._rollout.tokens
 
 
+def test_the_same_problems_are_answered_anew_in_another_step(here):
+    batches, params = batches_of()
+    answers = []
+    for step in (0, 1):
+        batches.set_state({"drawn": 0, "rollout": None})
+        batches.next_batch(params, step)
+        answers.append(batches._rollout.tokens)
+    assert answers[0] != answers[1]
+
+
 def test_top_k_and_temperature_reach_the_sampler(here):
     """With top_k=1 all answers to a problem are the greedy one; a cold one is close to it."""
     for flag in ("--top_k=1", "--temperature=0.001"):
@@ -387,6 +399,24 @@ def test_top_k_and_temperature_reach_the_sampler(here):
         tokens = batches._rollout.tokens
         assert all(tokens[r] == tokens[r // G * G] for r in range(E * G)), flag
         assert any("another distribution" in value for _, value in batches.plan)
+
+
+def test_the_evaluation_is_of_the_weights_and_settings_of_now(here):
+    """Not of those that the engine had for the answers before; with top_k=1 all answers to a problem are one."""
+
+    def values(batches, params):
+        stage = SimpleNamespace(batches=batches, model=batches.model, parent=batches.parent)
+        return measure(params, stage, batches.config, {"": (batches.problems, E)})
+
+    batches, params = batches_of()
+    batches.next_batch(params, 0)
+    moved = jax.tree.map(lambda a: a + 0.05, params)
+    found = values(batches, moved)
+    fresh, _ = batches_of()
+    assert found == values(fresh, moved) and found["kl"] != 0
+    assert found["val_finished"] * E % 1 and values(fresh, params)["kl"] == 0
+    alike, _ = batches_of("--top_k=1")
+    assert values(alike, moved)["val_finished"] * E % 1 == 0
 
 
 def test_resample_draws_until_enough_groups_are_mixed(here, monkeypatch):
