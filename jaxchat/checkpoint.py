@@ -1,7 +1,8 @@
 """Find and open checkpoints: <base directory>/<stage>/<tag>/<step>/{params, optimizer, data, meta}.
 
-Sizes are checked when a checkpoint is found, hashes of what will be read only (jaxchat/seal.py): who wants
-the weights reads nothing of the optimizer. jaxchat/store.py writes checkpoints and restores them to train on.
+Finding a checkpoint checks the sizes of all its files, but the hashes only of those that will be read
+(jaxchat/seal.py): opening the weights reads nothing of the optimizer. jaxchat/store.py writes checkpoints and
+restores them to train on.
 """
 
 import atexit
@@ -29,7 +30,7 @@ from jaxchat.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint whose metadata is read and whose weights are not."""
+    """A checkpoint that was found: its metadata is read, its weights are not yet."""
 
     folder: Path  # of its run
     step: int
@@ -115,10 +116,10 @@ def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokeni
 def find(
     source: str, model_tag: str = "", step: int = -1, items: Collection[str] | None = None
 ) -> tuple[Path, int]:
-    """Return (folder, step) of a stage's checkpoint: of the tag, else the deepest d<N>, else the newest; the
-    last step.
+    """Return (folder, step) of a stage's checkpoint.
 
-    items: the parts that will be read (as in params), which must be intact; None: all.
+    model_tag "": the deepest d<N>, or else the newest. step -1: the last. items: the parts that will be read
+    (as in params), which must be intact; None: all.
     """
     if source not in STAGES:
         raise UserError(f"unknown source {source!r}; it is one of {', '.join(STAGES)}")
@@ -149,11 +150,10 @@ def find(
 
 
 def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]:
-    """The steps of a run up to the last whose items are intact (None: all); prints what is passed over, and
-    why.
+    """Return a run's steps up to the last one whose items are intact (None: all items).
 
-    A step without a seal, as of an older version, is complete only if no other step has one: else its save
-    was cut off.
+    Damaged steps after that are printed, with the reason. A step without a seal, as of an older version, is
+    complete only if no other step has one: else its save was cut off.
     """
     steps = steps_in(folder)
     seals = any((folder / str(step) / seal.NAME).exists() for step in steps)
@@ -195,14 +195,15 @@ def runs() -> list[Path]:
 
 
 def read_meta(folder: Path, step: int) -> dict:
-    """A checkpoint's metadata; its metrics are those that its run had measured by then."""
+    """Read a checkpoint's metadata; its metrics are those that its run had measured by then."""
     with readable(folder / str(step)):
         meta = json.loads((folder / str(step) / "meta/metadata").read_text())
     return meta | {"metrics": meta.get("metrics", {}) | measured(folder, step)}
 
 
 def measured(folder: Path, step: int) -> dict[str, float]:
-    """The last values, up to a step, that a run's evaluations wrote to its metrics.jsonl; {} without one."""
+    """The latest values, up to a step, that a run's evaluations wrote to its metrics.jsonl; {} if there is
+    none."""
     found = {}
     for row in files.read_lines(folder / "metrics.jsonl"):
         if row.get("step", step + 1) <= step and "step_seconds" not in row:

@@ -18,7 +18,7 @@ OLDEST_DRIVER = {12: 525, 13: 580}  # by version of CUDA
 def start_devices(config: DeviceFlags, *, asks: bool = True, alone: bool = False) -> Mesh:
     """Choose the kind of device, connect with the other processes, and put all devices on a mesh.
 
-    asks: see hosts.start. alone: connect with nobody, as in a command for one process.
+    asks: see hosts.start. alone: don't connect, as in a command for one process.
     """
     if config.device_type:
         jax.config.update("jax_platforms", config.device_type)
@@ -40,8 +40,10 @@ def start_devices(config: DeviceFlags, *, asks: bool = True, alone: bool = False
 
 
 def model_for(config: DeviceFlags, shape: ModelConfig, mesh: Mesh) -> Model:
-    """A model on a mesh, computed as the flags and the kind of device ask. UserError: it cannot be cut that
-    way, or the devices have no float8 products."""
+    """A model on a mesh, computed as the flags and the kind of device ask.
+
+    UserError: the mesh can't cut it into equal parts, or the devices have no float8 products.
+    """
     sharding.check_fits(shape, mesh)
     device = mesh.devices.flat[0]
     if config.matmul and device.platform != "cpu" and float(getattr(device, "compute_capability", 0)) < 8.9:
@@ -54,7 +56,7 @@ def model_for(config: DeviceFlags, shape: ModelConfig, mesh: Mesh) -> Model:
 
 
 def about_driver() -> tuple[str, str]:
-    """Return (NVIDIA's driver and the installed CUDA plugin, whether they fit: ok, warning or missing)."""
+    """Return (NVIDIA's driver and the installed CUDA plugin, whether the two fit: ok, warning or missing)."""
     cudas = [cuda for cuda in OLDEST_DRIVER if importlib.util.find_spec(f"jax_cuda{cuda}_plugin")]
     text = " and ".join(f"the plugin for CUDA {cuda}" for cuda in cudas) or "no CUDA plugin"
     found = re.search(r"\s(\d{3,})\.\d", DRIVER.read_text()) if DRIVER.is_file() else None

@@ -127,11 +127,11 @@ def file_hash(path: Path, kind: str = "sha256") -> str:
 
 
 class Held(Exception):
-    """Another process holds a lock; the message is what it wrote into the file."""
+    """Raised where another process holds a lock. The message is what that process wrote into the file."""
 
 
 def lock(path: Path, holder: str) -> int:
-    """Hold a file, and write `holder` into it, until the returned descriptor is closed or its processes die.
+    """Lock a file, and write `holder` into it, until the returned descriptor is closed or its processes die.
 
     Held: another process holds it.
     """

@@ -1,4 +1,4 @@
-"""Several processes that work together: finding one another, process 0 alone printing, and ending together.
+"""Several processes that work together: how they find one another, print once, and end together.
 
 jax.distributed connects them. When a process is lost, jax ends the others within --heartbeat_timeout: by
 SIGABRT (exit code 134, on which the launchers start again), after a message that names what it lost.
@@ -33,7 +33,7 @@ _connected: tuple[int, int] | None = None  # (this process, --heartbeat_timeout)
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The place of this process among others. jax finds by itself the fields that are None."""
+    """This process's place among others. jax itself finds the fields that are None."""
 
     found_by: str  # flags, environment, slurm, ompi, kubernetes or tpu
     coordinator: str | None = None
@@ -47,10 +47,9 @@ class Place:
 def detect(
     coordinator: str = "", num_processes: int = 0, process_id: int = -1, environ=os.environ
 ) -> Place | None:
-    """Return this process's place, by flags (which come first) or by what a launcher has set; None: it is
-    alone.
+    """Return this process's place, by flags (which come first) or by what a launcher has set.
 
-    UserError: a part is missing, or the parts do not fit.
+    None: it is alone. UserError: a part is missing, or the parts do not fit.
     """
     found = _by_environment(environ)
     if not coordinator and num_processes == 0 and process_id == -1:
@@ -110,8 +109,7 @@ def _has_tpu() -> bool:
 
 
 def is_first(environ=os.environ) -> bool:
-    """Return whether this is the one process, of all that a launcher started, in which a command for a single
-    process runs.
+    """Return whether this is the process that runs a single-process command, of all that a launcher started.
 
     On one of several TPU hosts such a command computes on the CPU: libtpu would wait for the other hosts.
     """
@@ -144,10 +142,11 @@ def _metadata(name: str, environ) -> str:
 
 
 def start(config: MeshFlags, *, asks: bool = True):
-    """Connect with the other processes, if there are any. To be called before the first use of a device.
+    """Connect with the other processes, if there are any. Call it before the first use of a device.
 
-    From then on, only process 0 prints to stdout. asks: the command asks after every step if it is to stop
-    (train.signals), as training does; then SIGTERM is only noted. In other commands it ends the process.
+    From then on, only process 0 prints to stdout. asks: whether the command checks after every step if it is
+    to stop (train.signals), as training does; then SIGTERM is only noted. In other commands it ends the
+    process.
     """
     import jax
 
@@ -197,11 +196,11 @@ def start(config: MeshFlags, *, asks: bool = True):
 
 @contextmanager
 def together():
-    """Around a command: a process that fails among several ends at once, without waiting for the others.
+    """A context in which a process that fails, among several, ends at once, without waiting for the others.
 
-    They notice it within --heartbeat_timeout. An error of jax's may itself come of a lost process: then this
-    one waits, a little longer, for jax to say so and end it; if jax does not, the network failed, and it ends
-    with UNREACHABLE.
+    They notice it within --heartbeat_timeout. If the error is jax's, a lost process may be its cause: then
+    this process waits a little longer for jax to say so and end it. If jax does not, the network failed, and
+    the process ends with UNREACHABLE.
     """
     try:
         yield

@@ -1,5 +1,4 @@
-"""Seals: sizes and hashes of a complete checkpoint's files, by which damage is found before the files are
-used.
+"""Seals: sizes and hashes of a complete checkpoint's files, which show damage before the files are used.
 
 seal.json is written last: {file: [bytes, BLAKE2b]} of every file. Where several processes save together, each
 hashes what it wrote, which its page cache still holds: the hashes of process 2 are in seal.2.json, and "" in
@@ -18,7 +17,7 @@ NAME = "seal.json"
 
 
 def seal(folder: Path, process: int = 0):
-    """Write a process's seal of a folder that nobody writes to any more."""
+    """Write a process's seal of a folder, after the last write to it."""
     paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("seal."))
     names = [path.relative_to(folder).as_posix() for path in paths]
     hashes = _hashes(folder, [name for name in names if _writer(name) == process])

@@ -37,7 +37,10 @@ def keep_compiled():
 
 
 def take_memory():
-    """Before JAX starts, let it take GPU_SHARE of a GPU, not 75 %; XLA_CLIENT_MEM_FRACTION overrides."""
+    """Set, before JAX starts, the share of a GPU's memory that it takes to GPU_SHARE, from JAX's 75 %.
+
+    XLA_CLIENT_MEM_FRACTION overrides it.
+    """
     if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
 
@@ -67,7 +70,7 @@ def batched(items: list, size: int) -> list[list]:
 def along_links(devices: list) -> list:
     """Order a few TPUs as a ring in which neighbours share a link, with those of each process side by side.
 
-    As they are where there is no such ring.
+    Without such a ring they keep their order.
     """
 
     def linked(a, b) -> bool:
@@ -91,11 +94,11 @@ def along_links(devices: list) -> list:
 
 
 def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int, int]:
-    """Sizes of (data, fsdp, tensor) from "data=-1,fsdp=2,tensor=1": -1 takes what is left, as data does
-    unless named.
+    """Sizes of (data, fsdp, tensor) from "data=-1,fsdp=2,tensor=1": -1 takes all that is left.
 
-    "": weights whole on every CPU; elsewhere cut over (up to) 8 neighbours, which costs a few per cent of
-    bandwidth that the step hides, and makes room for eight times the model.
+    data takes what is left unless it is named. "": each CPU holds all weights; elsewhere up to 8 neighbours
+    share them, which makes room for eight times the model, and costs a few per cent of bandwidth, hidden
+    behind the step.
     """
     sizes = dict.fromkeys(AXES, 1) | {"data": -1}
     if not axes and platform != "cpu":
@@ -142,14 +145,15 @@ def check_fits(model: ModelConfig, mesh: Mesh):
 
 
 def constrain(tree, specs, mesh: Mesh | None):
-    """Constrain, inside jit, the arrays of a tree to the places that a tree of PartitionSpec gives."""
+    """Constrain, inside jit, the arrays of a tree to the shardings that a tree of PartitionSpec gives."""
     if mesh is None or mesh.size == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, named(mesh, specs))
 
 
 def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool = False):
-    """Map `function` over each device's part of its arguments (shard_map); on one device return it as it is.
+    """Map `function` over each device's part of its arguments (shard_map); on one device return `function`
+    itself.
 
     Collectives inside must be skipped on one device. always: map over a mesh of one too, as Triton needs: the
     mesh says what it compiles for. What a spec does not mention is the same on all devices, and nothing
@@ -161,7 +165,8 @@ def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool
 
 
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
-    """Mesh axes that `rows` rows are spread over: ROWS, or None (all on each device) if that is uneven."""
+    """Mesh axes that `rows` rows are spread over: ROWS, or None (every device has all) if they don't divide
+    evenly."""
     return None if rows % data_shards(mesh) else ROWS
 
 
@@ -177,12 +182,13 @@ def describe(mesh: Mesh) -> str:
 
 
 def named(mesh: Mesh, specs):
-    """A tree of PartitionSpec as NamedShardings."""
+    """Turn a tree of PartitionSpec into NamedShardings."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda s: isinstance(s, P))
 
 
 def optimizer_specs(state, weights: dict):
-    """Partition specs of an optimizer's state: an array whose name ends in a weight's lies as it does.
+    """Partition specs of an optimizer's state: an array whose name ends in a weight's name is cut as that
+    weight is.
 
     state: its shapes. weights: the declared weights by name. A dimension that is summed away is not cut.
     """
@@ -199,13 +205,14 @@ def optimizer_specs(state, weights: dict):
 
 
 def place_rows(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
-    """A global array from this process's rows, spread over the mesh along `axis`."""
+    """Make a global array from the rows of each process, spread over the mesh along `axis`."""
     spec = P(*[None] * axis, ROWS)
     return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
 
 
 def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """The rows (first, end) of a micro-batch of `rows` that are on this process's devices: it feeds them."""
+    """Return (first, end) of the rows, of a micro-batch of `rows`, that this process supplies to its
+    devices."""
     slices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((rows,)).values()
     first, end = min(s.indices(rows)[0] for (s,) in slices), max(s.indices(rows)[1] for (s,) in slices)
     if sum(e - f for f, e in {s.indices(rows)[:2] for (s,) in slices}) != end - first:
@@ -214,7 +221,7 @@ def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
 
 
 def place_same(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
-    """A global array, complete on every process, spread over the mesh along `axis`."""
+    """Make a global array, spread over the mesh along `axis`, from one that every process has in full."""
     sharding = NamedSharding(mesh, P(*[None] * axis, ROWS))
     return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
@@ -242,7 +249,7 @@ def gather_json(value: dict) -> list[dict]:
 
 
 def check_same(**facts):
-    """Raise a UserError on every process unless all have the same facts, JSON values by name."""
+    """Raise UserError on every process unless all pass the same facts (JSON values by name)."""
     for number, other in enumerate(everyone := gather_json(facts)):
         for what, first in everyone[0].items():
             if other[what] != first:

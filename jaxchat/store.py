@@ -1,4 +1,4 @@
-"""The store of one run: save its checkpoints in the background, restore one to train on, keep other runs out.
+"""The checkpoints of one run: save them in the background, restore one to train on, keep other runs out.
 
 Orbax gives a step's folder its name only when everything in it is written; then it is sealed
 (jaxchat/seal.py).
@@ -44,9 +44,9 @@ class Checkpoints:
         return checkpoint.steps_in(self.folder)
 
     def lock(self, steps_seen: list[int]):
-        """Keep other runs out until `close`, and delete what a killed one left half-written.
+        """Keep other runs out until `close`, and delete what a killed run left half-written.
 
-        UserError: another run holds the folder, or wrote to it since its steps were steps_seen.
+        UserError: another run holds the folder, or has added steps to steps_seen.
         """
         refused = ""
         if jax.process_index() == 0 and self._lock is None:
@@ -70,7 +70,8 @@ class Checkpoints:
         sharding.gather_json({})  # the others write nothing before it is empty
 
     def keep_tokenizer(self, tokenizer: Tokenizer):
-        """Write the run's tokenizer beside its checkpoints, which stay usable whatever else is trained."""
+        """Write the run's tokenizer beside its checkpoints, so that these stay usable when another one is
+        trained."""
         if jax.process_index() == 0:
             tokenizer.save(self.folder / "tokenizer")
 
@@ -83,10 +84,10 @@ class Checkpoints:
         batches: "grain.DatasetIterator | None",
         meta: dict,
     ):
-        """Start saving, after the save before is complete. optimizer and batches None: weights and metadata
-        only.
+        """Start saving, once the save before is complete.
 
-        A save that fails leaves nothing half-written. OSError: the disk is full.
+        optimizer and batches None: save weights and metadata only. A save that fails leaves nothing
+        half-written. OSError: the disk is full.
         """
         self.wait()
         items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
@@ -129,10 +130,11 @@ class Checkpoints:
     def restore(
         self, step: int, *, params: Params, optimizer: Any, batches: "grain.DatasetIterator | None"
     ) -> tuple[Params, Any]:
-        """Return (params, optimizer), laid out as the given ShapeDtypeStructs say; set `batches` in place.
+        """Return (params, optimizer), laid out as the given ShapeDtypeStructs say, and set the place of
+        `batches`.
 
-        optimizer None: weights only. batches None, or a checkpoint without a place in the data, being
-        imported: the data begin anew.
+        optimizer None: weights only. Where batches is None, or the checkpoint was imported and has no place
+        in the data, the data begin anew.
         """
         items = {"params": ocp.args.StandardRestore(params)}
         if optimizer is not None:
@@ -159,7 +161,7 @@ class Checkpoints:
     def close(self):
         """Wait until the save under way is complete, and release the folder.
 
-        Each process by itself: where one has failed alone, the others are not here.
+        Each process does so by itself, since the others may have ended where one has failed alone.
         """
         try:
             if self._pending is not None:
@@ -223,7 +225,7 @@ def sweep(folder: Path):
 
 @contextmanager
 def full_disk(folder: Path):
-    """Turn what Orbax raises when a disk is full, errors of several kinds, a page long, into an OSError."""
+    """Turn what Orbax raises when a disk is full (errors of several kinds, a page long) into an OSError."""
     try:
         yield
     except Exception as problem:

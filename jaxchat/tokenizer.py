@@ -34,7 +34,7 @@ SPLIT_PATTERN = (
 
 
 class Piece(NamedTuple):
-    """A special token, or text between two of them."""
+    """A part of a conversation: a special token, or text between two of them."""
 
     text: str
     special: bool
@@ -54,7 +54,7 @@ PART_TYPES = tuple(PARTS)
 
 
 def chat_pieces(conversation: dict) -> list[Piece]:
-    """The chat format: a conversation as pieces. UserError: it is malformed."""
+    """Write a conversation in the chat format, as pieces. UserError: it is malformed."""
     pieces = [BOS]
     for message in _user_first(conversation):
         content = message["content"]
@@ -70,7 +70,7 @@ def chat_pieces(conversation: dict) -> list[Piece]:
 
 
 def without_surrogates(text: str) -> str:
-    """Text that UTF-8 can hold: a lone surrogate becomes the replacement character."""
+    """Replace lone surrogates, which UTF-8 cannot hold, by the replacement character."""
     try:
         text.encode("utf-8")
         return text
@@ -79,7 +79,7 @@ def without_surrogates(text: str) -> str:
 
 
 class Tokenizer:
-    """Token ids: the learnt pieces by rank, then the nine specials."""
+    """The tokenizer. Its ids are the learnt pieces by rank, then the nine special tokens."""
 
     def __init__(self, ranks: dict[bytes, int]):
         self.ranks = ranks  # bytes -> id, of the learnt pieces
@@ -188,11 +188,14 @@ class Tokenizer:
         return self._specials[name]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text: a special's spelling in it stays text."""
+        """Ids of ordinary text, in which the spelling of a special token stays text."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str, *, specials: bool = False) -> np.ndarray:
-        """Ids of text as int32 [tokens], faster than `encode`. specials: a special's spelling becomes it."""
+        """Ids of text as int32 [tokens], faster than `encode`.
+
+        specials: whether the spelling of a special token becomes that token.
+        """
         allowed = self._specials.keys() if specials else frozenset()
         try:
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(allowed), disallowed_special=())
@@ -211,11 +214,12 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids) -> bytes:
-        """The bytes of ids; those beyond the vocabulary, which a padded model has, give none."""
+        """The bytes of ids. Ids beyond the vocabulary, which a padded model has, give none."""
         return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def render_conversation(self, conversation: dict) -> tuple[list[int], list[int]]:
-        """Return (ids, mask) of a conversation; the mask is 1 where the assistant learns to say a token."""
+        """Return (ids, mask) of a conversation; the mask is 1 for the tokens that the assistant learns to
+        generate."""
         return self._render(chat_pieces(conversation))
 
     def _render(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
@@ -259,7 +263,8 @@ class Tokenizer:
         ]
 
     def render_for_completion(self, conversation: dict) -> list[int]:
-        """Ids up to where the assistant is to speak: without the last message if that is the assistant's."""
+        """Ids of a conversation up to where the assistant is to speak; a last message of the assistant's is
+        left out."""
         messages = conversation["messages"]
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]

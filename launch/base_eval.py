@@ -27,14 +27,18 @@ class Config(MeshFlags):
     data_dir: str = ""
     """Folder of the parquet shards, the last one for validation; empty: <base directory>/base_data."""
     device_batch_size: int = flag(32, 1)
-    """Rows a device computes at a time for bits per byte; lower it if memory runs out (same result)."""
+    """Rows that a device computes at a time for bits per byte. Lower it if memory runs out: the result stays
+    the same."""
     eval_tokens: int = flag(20 * 524288, 0)
-    """Tokens of training text, and of validation text, to measure bits per byte on; 0: not at all."""
+    """Tokens of training text, and as many of validation text, to measure bits per byte on; 0: measure
+    none."""
 
 
 def load_bundle(config: Config) -> tuple[list, str]:
-    """Return (CORE's tasks, why there are none). UserError: a missing bundle was named, or is all to
-    measure."""
+    """Return (CORE's tasks, the reason if there are none).
+
+    UserError: a bundle that was named is missing, or any is while CORE is all there is to measure.
+    """
     from jaxchat.eval import core
 
     try:

@@ -37,7 +37,7 @@ COMMANDS = "/clear begins a new conversation, /quit leaves"
 
 
 class Conversation:
-    """The conversation so far, as tokens, with room left for an answer: the oldest exchanges leave first."""
+    """The conversation so far, as tokens. The oldest exchanges are left out to keep room for an answer."""
 
     def __init__(self, bos: int, context: int, max_tokens: int):
         self.reserved = min(max_tokens, context // 2)  # for an answer
@@ -49,7 +49,7 @@ class Conversation:
         return [self._bos, *(token for exchange in self._exchanges for token in exchange)]
 
     def ask(self, turn: list[int]) -> int:
-        """Add the user's turn. -> how many exchanges had to leave."""
+        """Add the user's turn. -> how many of the oldest exchanges were left out for it."""
         self._exchanges.append(list(turn))
         before = len(self._exchanges)
         while len(self._exchanges) > 1 and len(self.tokens) > self.room:
@@ -150,9 +150,9 @@ def answer(engine, conversation: Conversation, config: Config, seed: int):
 
 
 def edit_lines() -> Callable[[], None]:
-    """Let input() edit lines, recall earlier ones and take pastes of any length, where a terminal is read.
+    """Let input() edit lines, recall earlier ones and take pastes of any length, if it reads a terminal.
 
-    -> a function that keeps the lines for the next time.
+    -> a function that saves the lines for the next start.
     """
     if not sys.stdin.isatty():
         return lambda: None
@@ -175,7 +175,8 @@ def edit_lines() -> Callable[[], None]:
 
 
 def leave(*_):
-    """End the process at a signal. An exception could be swallowed by what is being imported or compiled."""
+    """End the process at a signal. An exception might be swallowed by a module being imported or a
+    compiler."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 

@@ -29,7 +29,8 @@ class Config(MeshFlags):
     max_problems: int = flag(-1, 1, special=-1, alias="-x")
     """Problems of each task to measure on, at most, as a fixed random sample; -1: all."""
     num_samples: int = flag(1, 1, alias="-n")
-    """Written answers to each problem; its score is the share that is right. Several give pass@k too."""
+    """Number of written answers to each problem; its score is the share that is right. Several give pass@k
+    too."""
     temperature: float = flag(0.0, 0.0, alias="-t")
     """Sampling temperature of written answers; 0: always the likeliest token."""
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
@@ -37,7 +38,8 @@ class Config(MeshFlags):
     max_new_tokens: int = flag(512, 1, alias="-m")
     """Largest number of tokens in a written answer."""
     batch_size: int = flag(-1, 1, special=-1, alias="-b")
-    """Answers that a device writes at a time (same results); -1: as many as its memory holds, at most 64."""
+    """Answers that a device writes at a time, without effect on the results; -1: as many as its memory holds,
+    at most 64."""
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed for sampling."""
     tasks_dir: str = ""
@@ -57,7 +59,7 @@ SETTINGS = ("max_problems", "num_samples", "temperature", "top_k", "max_new_toke
 
 
 def names_in(config: Config) -> tuple[list[str], str]:
-    """Return (the tasks to measure, why a task that was asked for is not among them)."""
+    """Return (the tasks to measure, the reason why a task that was asked for is left out)."""
     from jaxchat.eval import chat
 
     asked = list(dict.fromkeys(name.strip() for name in config.task_name.split("|") if name.strip())) or [

@@ -26,14 +26,15 @@ class Config(BaseConfig):
     tasks_dir: str = ""
     """Folder of the tasks' files; empty: <base directory>/tasks."""
     vocab_size: int = flag(tok_train.Config.vocab_size, 1)
-    """Vocabulary size to count with while there is no tokenizer."""
+    """Vocabulary size to assume while there is no tokenizer."""
 
 
 class Checklist(list):
-    """Lines of (state, name, text, command); the command brings what is missing, if one can."""
+    """Lines of (state, name, text, command). The command brings what is missing, where one can."""
 
     def add(self, name: str, text: str, state: str = "ok", **flags: str):
-        """Add a line. A command in its text is printed so that it runs, with the flags that are not empty."""
+        """Add a line. A command in its text is completed, so that it runs as printed, with the flags that are
+        not empty."""
         found = re.search(r"(python -m launch\.|make setup )[^;]+", text)
         command = cli.runnable(found[0], **flags) if found else ""
         text = text.replace(found[0], command) if found else text
@@ -41,7 +42,8 @@ class Checklist(list):
 
     @contextlib.contextmanager
     def expecting(self, name: str, state: str = "missing", **flags: str):
-        """Make a UserError of the block a line in this state. flags: those of the command that it names."""
+        """A context in which a UserError becomes a line in this state. flags: for the command that it
+        names."""
         try:
             yield
         except UserError as problem:
@@ -84,7 +86,7 @@ def run(config: Config) -> int:
 
 
 def in_one(commands: Iterable[str]) -> list[str]:
-    """The commands, each once; those that download to the same place as one."""
+    """Return each command once, and those that download to the same folder as one."""
     joined: dict[
         tuple, dict[str, None]
     ] = {}  # {(what is before the names, the folder): names and other flags}

@@ -1,12 +1,13 @@
-"""Parts of every command: flags from a frozen dataclass, one-line errors, exit codes, plans, "next: …".
+"""Parts that all commands share: flags from a frozen dataclass, one-line errors, exit codes, plans, "next:
+…".
 
 A command is a module in launch/ with a flags class, `run(config)` and `main(args)`. At its top it imports
 only what holds flags (jaxchat.config) and other commands. What needs jax, Orbax or Grain is imported inside
 its functions, so that --help and a mistyped flag answer at once.
 
-Exit codes: 0 done; 2 something the user gave cannot work; 75 asked to stop (SIGTERM, SIGUSR1, SIGHUP, Ctrl-C)
-and saved, to be started again with --resume; 76 other processes cannot be reached, 134 one is lost, both
-likewise; 130 interrupted; 141 the reader of stdout left.
+Exit codes: 0 done; 2 something the user gave cannot work; 75 stopped by a signal (SIGTERM, SIGUSR1, SIGHUP,
+Ctrl-C) and saved, 76 other processes cannot be reached, 134 another process is lost: after these three, start
+it again with --resume; 130 interrupted; 141 the reader of stdout left.
 """
 
 import argparse
@@ -58,9 +59,9 @@ def main(config_class, run, args: list[str] | None = None, *, several: bool = Fa
 
     args: the command line after the command's name; None: the process's own. The class's docstring is the
     command's description, its fields' docstrings are the flags' help. Returns when `run` returns None or 0;
-    otherwise raises SystemExit with one of the exit codes above, or with what `run` returned. several:
-    several processes may run the command together; without it, only the first of those that a launcher starts
-    does.
+    otherwise raises SystemExit with one of the exit codes above, or with what `run` returned.
+    several: whether several processes may run the command together. If not, only the first of those that a
+    launcher starts does.
     """
     if hasattr(sys.stdout, "reconfigure"):  # in an ASCII terminal a plan is printed all the same
         sys.stdout.reconfigure(errors="replace")
@@ -135,13 +136,14 @@ _base: list[str] = []  # the base directories that base_directory() has set
 
 
 def after_base(tag: str, plain: bool) -> None:
-    """Print the command after pretraining. plain: the model is of 2025, whose recipe has midtraining."""
+    """Print the command that follows pretraining. plain: the model is of 2025, whose recipe has
+    midtraining."""
     next_step(f"python -m launch.{'mid_train' if plain else 'chat_sft --recipe=2026'} --model_tag={tag}")
 
 
 def next_step(command: str, **flags: str) -> None:
-    """Print the command to run next so that it runs as printed, followed by those of the `flags` that are not
-    empty.
+    """Print the command to run next, complete enough to run as printed, with those of the `flags` that are
+    not empty.
 
     Example: next_step("python -m launch.base_train --depth=12", data_dir=config.data_dir)
     """
@@ -149,8 +151,8 @@ def next_step(command: str, **flags: str) -> None:
 
 
 def runnable(command: str, **flags: str) -> str:
-    """A command as it can be run from here: with this Python, the base directory, and the flags that are not
-    empty."""
+    """Complete a command so that it runs from here: with this Python, the base directory, and the non-empty
+    flags."""
     found = shutil.which("python")
     if not found or os.path.dirname(found) != os.path.dirname(
         sys.executable
@@ -165,7 +167,8 @@ def runnable(command: str, **flags: str) -> str:
 
 @contextlib.contextmanager
 def base_directory(folder: Path) -> Iterator[None]:
-    """Make `folder` the base directory of the commands called inside, and of those they print as next."""
+    """Make `folder` the base directory of the commands called inside, and of the next commands that they
+    print."""
     outer = os.environ.get("JAXCHAT_BASE_DIR")
     _base.append(str(folder))
     os.environ["JAXCHAT_BASE_DIR"] = str(folder)
@@ -180,7 +183,7 @@ def base_directory(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(message: Callable[[], str], seconds: float) -> Iterator[None]:
-    """While the block runs, print message() and the time passed, once in `seconds`."""
+    """While the block runs, print message() and the time passed every `seconds` seconds."""
     start, done = time.perf_counter(), threading.Event()
 
     def report():

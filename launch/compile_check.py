@@ -36,9 +36,9 @@ class Config(Flags):
     """Operands of the layers' matrix products, as in base_train; fp8 and fp8-all are for GPUs."""
     remat: str = flag("auto", choices=("auto", *ALL_REMATS))
     """What the backward pass recomputes, as in base_train: none, dots, full or step; auto: the first that
-    fits, a compilation each try."""
+    fits, with a compilation for each try."""
     find_batch: bool = True
-    """Also search for the largest device batch that fits, a compilation each try."""
+    """Also search for the largest device batch that fits, with a compilation for each try."""
     json: bool = False
     """Print the figures as one JSON object in the last line."""
 
@@ -85,7 +85,7 @@ def run(config: Config):
 
 
 def rows_of(plan, done) -> list[tuple[str, str]]:
-    """The needs and the work of a compiled step, as rows of a plan."""
+    """Rows of the plan on what a compiled step needs and does."""
     from jaxchat.model.flops import peak_flops
 
     rows = [("memory", memory(plan, done)), ("remat", done.remat)]
@@ -111,7 +111,8 @@ def rows_of(plan, done) -> list[tuple[str, str]]:
 
 
 def at_best(found: dict, model_seconds: float) -> list[tuple[str, str]]:
-    """The bounds of a step's parts and of the step. model_seconds: its formula's FLOPs, at peak."""
+    """Describe the least time of a step and its parts. model_seconds: its formula's FLOPs at the peak
+    rate."""
     parts = sorted(found.items(), key=lambda item: -item[1].seconds)
     sending = found["collectives"].seconds
     computing = sum(bound.seconds for bound in found.values()) - sending
@@ -168,7 +169,7 @@ def training(config: Config, batch: int) -> str:
 
 
 def remedy(plan, done, largest: int | None) -> str:
-    """The error where a step does not fit. largest: the device batch that fits; 0: none; None: unknown."""
+    """The error for a step that does not fit. largest: the device batch that fits; 0: none; None: unknown."""
     sizes = f"{done.needs / 1e9:.1f} GB of {plan.memory / 1e9:.0f} GB"
     message = f"a step of {plan.batch} rows a device needs {sizes}; "
     if done.remat != "full":

@@ -28,7 +28,8 @@ class Config(Flags):
     from_format: str = flag("", choices=("", "hf", "nanochat"), name="from")
     """Format to import: hf or nanochat."""
     path: str = ""
-    """Folder to import: of transformers, a base directory of nanochat, or one of model_<step>.pt files."""
+    """Folder to import: one that transformers wrote, a base directory of nanochat, or one of model_<step>.pt
+    files."""
     as_stage: str = flag("", choices=("", *STAGES), name="as")
     """Stage that the imported model counts as: base, mid, sft or rl."""
     model_tag: str = flag("", alias="-g")
@@ -36,8 +37,8 @@ class Config(Flags):
     step: int = flag(-1, -1, alias="-s")
     """Step of the checkpoint; -1: the last."""
     softcap: int = flag(0, 0)
-    """Bound of the logits of a nanochat checkpoint of January 18 to March 9, 2026, which does not say it: 15,
-    or 20 from March 2 on; 0: it is known."""
+    """Bound of the logits, only for nanochat's checkpoints of January 18 to March 9, 2026, which do not state
+    it: 15, or 20 from March 2 on; 0: not given."""
 
 
 def run(config: Config):

@@ -28,11 +28,11 @@ class Config(Flags):
     sft_steps: int = flag(STEPS["sft"], 1)
     """Steps of chat finetuning, of 64 conversations each."""
     device_batch_size: int = flag(2, 1)
-    """Rows to compute at a time in base and mid, twice as many in SFT. Another number changes speed, memory
-    and rounding, nothing else."""
+    """Rows to compute at a time in base and mid; SFT computes twice as many. Another number changes speed,
+    memory and rounding only."""
     part: str = flag("all", choices=("all", "world", "score"))
-    """What to do: all; or, in the base directory itself, write the world or ask and report, as the steps of
-    launch.speedrun do."""
+    """Part to run. all: the whole demo. world, score: only write the data, or only ask and report, in the
+    base directory itself, as steps of launch.speedrun."""
 
 
 def run(config: Config) -> int:

@@ -58,7 +58,8 @@ class Config(Flags):
     """
 
     what: str = ""
-    """Names, separated by commas; they may also stand before the flags, separated by spaces."""
+    """Names of the data sets, separated by commas; they may also stand before the flags, separated by
+    spaces."""
     shards: int = flag(240, 2)
     """Number of files of fineweb-edu or climbmix, from the first on; the last is for validation, and of
     climbmix it is always shard_06542."""
@@ -81,7 +82,8 @@ class Config(Flags):
 
 
 def place(folder: str, to: str) -> Path:
-    """Return where base_data/…, tasks/… or the bundle go; --to replaces the first of these names."""
+    """Return the path to put base_data/…, tasks/… or the bundle at; --to replaces base_data, tasks or the
+    base directory."""
     kind, _, rest = folder.partition("/")
     if kind not in ("base_data", "tasks"):
         return (user_path(to) if to else base_dir()) / folder
@@ -146,7 +148,8 @@ def run(config: Config):
 
 
 def print_next(to: str):
-    """Print the next command: base_train only if the tokenizer that is there was trained on this text."""
+    """Print the next command: base_train if the tokenizer that is there was trained on this text, else
+    tok_train."""
     from jaxchat.data.sources import file_fingerprint, find_shards
     from jaxchat.tokenizer import Tokenizer
 

@@ -25,31 +25,32 @@ FREE = frozenset(f.name for f in dataclasses.fields(BaseConfig) if f.metadata.ge
 class Config(Flags):
     """Train base models of several depths, and fit scaling laws to their losses.
 
-    With --depths alone each is trained on its share of tokens (--target_param_data_ratio): one dial. With
-    --budgets too, each depth is trained for each number of FLOPs; the best size for a budget is a minimum
-    between models that are too small and too large.
+    With --depths alone, each model is trained on its share of tokens (--target_param_data_ratio). With
+    --budgets too, each depth is trained for each number of FLOPs; a budget's best model is then found between
+    those that are too small and too large for it.
 
-    A tokenizer and text must be there. The same command continues, and leaves out the runs that are done. It
-    ends with a page of the runs, fits with intervals, and plots, in report/<name>.
+    A tokenizer and text must be there first. The same command continues after an interruption: runs that are
+    done are left out. The results are a page of the runs, fits with intervals, and plots, in report/<name>.
     """
 
     depths: str = "4,6,8,10,12"
     """Depths to train, separated by commas."""
     budgets: str = ""
-    """FLOPs to train each of the depths for, separated by commas: 1e17,3e17,1e18. Empty: as many as each
-    depth's share of tokens takes."""
+    """FLOPs to train each of the depths for, separated by commas: 1e17,3e17,1e18. Empty: each depth trains on
+    its share of tokens only."""
     name: str = "miniseries"
     """Name of the series; its runs are <name>-d<depth>, and <name>-d<depth>-<FLOPs>."""
     base: str = ""
-    """More flags for launch.base_train, separated by spaces: --base="--max_seq_len=512"."""
+    """Further flags for launch.base_train, separated by spaces: --base="--max_seq_len=512"."""
     core: bool = False
     """Measure CORE of each model too, by launch.base_eval."""
     base_eval: str = ""
-    """More flags for launch.base_eval, with --core."""
+    """Further flags for launch.base_eval, with --core."""
     data_dir: str = ""
     """Folder of the parquet shards, the last one for validation; empty: <base directory>/base_data."""
     parallel: int = flag(0, 0)
-    """Runs on this host at the same time; 0: one a GPU, or one in all. Several share the GPUs out."""
+    """Number of runs on this host at the same time; 0: one on each GPU, or one without GPUs. The runs divide
+    the GPUs among themselves."""
     redo: str = ""
     """Runs to train again, separated by commas: d4,d6-1e17. What they made is deleted first."""
     restarts: int = flag(3, 0)
@@ -121,7 +122,7 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
 
 
 def minutes_of(flags: BaseConfig) -> float:
-    """Minutes of a run, by what CPUs or, at 40 % of their peak, H100s sustain."""
+    """Estimate a run's minutes, from what CPUs sustain or H100s at 40 % of their peak."""
     from jaxchat.model.flops import flops_per_token
     from jaxchat.train.stages import base_steps
 
@@ -137,7 +138,7 @@ def model_of(flags: BaseConfig):
 
 
 def numbers(name: str, text: str) -> list[float]:
-    """The numbers in a list that is separated by commas. UserError: something is none, or not positive."""
+    """The numbers in a comma-separated list. UserError: one is no positive number."""
     try:
         found = [float(word) for word in text.split(",") if word.strip()]
     except ValueError:
@@ -161,7 +162,7 @@ def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
 
 
 def places_of(config: Config) -> tuple[dict, ...]:
-    """Environment variables for each of the runs that go on at the same time: the GPUs it sees."""
+    """Environment variables for each of the runs that take place at the same time: the GPUs that it sees."""
     gpus = visible_gpus()
     count = config.parallel or max(1, len(gpus))
     each = len(gpus) // count

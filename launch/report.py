@@ -11,9 +11,8 @@ class Config(Flags):
     """Report on a model: results of its stages side by side, curves, samples, and where and how each was
     trained. Missing stages are named and left out.
 
-    Of several tags, d12,d20, it writes a page with these runs side by side. Every evaluation's JSON file
-    beside the checkpoints is included. Nothing is trained or evaluated; only
-    samples are generated.
+    For several tags (d12,d20) it writes a page that compares these runs. Every evaluation's JSON file beside
+    the checkpoints is included. Nothing is trained or evaluated; only samples are generated.
     """
 
     model_tag: str = ""
@@ -26,7 +25,7 @@ class Config(Flags):
 
 
 def run(config: Config, texts=(), questions=()):
-    """Write the report. texts, questions: what to continue and to answer instead of the usual samples."""
+    """Write the report. texts, questions: take these for the samples instead of the usual ones."""
     if "," in config.model_tag:
         return compare(config, [tag.strip() for tag in config.model_tag.split(",") if tag.strip()])
     from jaxchat.eval.samples import PROMPTS, QUESTIONS

@@ -27,12 +27,12 @@ class Config(DeviceFlags):
     """
 
     source: str = flag("sft", alias="-i")
-    """Stages to serve, separated by commas, as in base,sft; requests choose by model, and the first is the
-    default. A base model only continues text."""
+    """Stages to serve, separated by commas, as in base,sft. A request chooses one by its field `model`; the
+    first is the default. A base model only continues text."""
     model_tag: str = flag("", alias="-g")
     """Tag of the model; empty: the deepest d<N>, or else the newest."""
     step: int = flag(-1, 0, special=-1, alias="-s")
-    """Step of the checkpoint, of a single stage; -1: the last."""
+    """Step of the checkpoint, if a single stage is served; -1: the last."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: all addresses of this machine."""
     port: int = flag(8000, 0, 65535)
@@ -50,14 +50,14 @@ class Config(DeviceFlags):
     max_waiting: int = flag(256, 0)
     """Answers that may wait for a slot; more are refused with status 429."""
     max_tokens: int = flag(-1, 1, special=-1)
-    """Largest number of tokens in a chat's answer whose request has no max_tokens; -1: what the context
-    leaves."""
+    """Largest number of tokens in an answer to a chat that sets no max_tokens; -1: as many as the context has
+    room for."""
     temperature: float = flag(0.6, 0.0, 2.0, alias="-t")
-    """Sampling temperature of requests that have none; 0: always the likeliest token."""
+    """Sampling temperature for requests that set none; 0: always the likeliest token."""
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
     """Number of likeliest tokens to sample from, for requests without top_k; 0 or -1: all."""
     drain: float = flag(30.0, 0)
-    """Seconds that running answers get to finish when the server is asked to stop."""
+    """Seconds that running answers have to finish when the server is asked to stop."""
     open_browser: bool = False
     """Open the page in a browser once the model is ready."""
 
@@ -98,7 +98,7 @@ def run(config: Config):
 
 
 async def serve(config: Config, found: list, devices: list, compute: Compute, origins: tuple, sock):
-    """Load the models while the server already says so, then answer until it is asked to stop."""
+    """Serve until asked to stop. While the models load, the server already answers that it is loading."""
     from jaxchat.serve import server
     from jaxchat.serve.app import make_app
     from jaxchat.serve.guard import Rules, is_local
@@ -113,7 +113,7 @@ async def serve(config: Config, found: list, devices: list, compute: Compute, or
 
 
 async def load(service, address: str, open_browser: bool):
-    """Load and compile all models, and say where they are."""
+    """Load and compile all models, and print where they are served."""
     import asyncio
 
     began = time.perf_counter()
@@ -131,7 +131,8 @@ async def load(service, address: str, open_browser: bool):
 
 
 def make_service(config: Config, found: list, devices: list, compute: Compute):
-    """The models, each with an engine a device that waits to be started. Called in the event loop."""
+    """Build the service: models, each with an engine for each device, not yet started. Call it in the event
+    loop."""
     from jaxchat.serve.loop import Pool, Worker
     from jaxchat.serve.metrics import Metrics
     from jaxchat.serve.service import Defaults, Served, Service
@@ -159,7 +160,7 @@ def make_service(config: Config, found: list, devices: list, compute: Compute):
 
 
 def engine_opener(model, device, compute: Compute, slots: int, lock):
-    """A function that opens the model's engine on a device, with its shapes compiled.
+    """Make a function that opens the model's engine on a device, with its shapes compiled.
 
     lock: held while it compiles, so that models of one shape compile it once.
     """
@@ -185,9 +186,9 @@ def engine_opener(model, device, compute: Compute, slots: int, lock):
 
 
 def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]):
-    """Generate a token in each way, so that nobody waits for a compilation. engine: with few_shapes.
+    """Generate a token with each of ways_of's settings, so that no client waits for a compilation.
 
-    on_progress: called with the number of ways that are done, and of all.
+    engine: made with few_shapes. on_progress: called with the number of settings that are done, and of all.
     """
     ways = ways_of(context)
     for done, settings in enumerate(ways):
@@ -197,7 +198,8 @@ def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]
 
 
 def ways_of(context: int) -> list[dict]:
-    """Settings of requests that together need every shape, those with log-probabilities last."""
+    """Settings of requests that together make an engine compile every shape; those with log-probabilities are
+    last."""
     from jaxchat.infer.scheduler import SHORTEST, bucket
 
     lengths = sorted({bucket(n, SHORTEST, context) for n in range(1, context + 1)})
@@ -237,12 +239,12 @@ def slots_of(config: Config, devices: list) -> int:
 
 
 def name_of(model) -> str:
-    """The model's id in requests: d20-sft."""
+    """The model's name in requests, such as d20-sft."""
     return f"{model.tag}-{model.meta['stage']}"
 
 
 def fingerprint(model) -> str:
-    """The system_fingerprint of its answers: the versions of the code and of the model."""
+    """The model's system_fingerprint in replies: the versions of the code and of the model."""
     about = f"{model.meta['stage']} {model.tag} {model.step} {model.meta['tokenizer_hash']}"
     return f"jaxchat-{importlib.metadata.version('jaxchat')}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
 
@@ -253,7 +255,7 @@ def keys_of(config: Config) -> tuple[str, ...]:
 
 
 def origins_of(config: Config) -> tuple[str, ...]:
-    """The origins as browsers send them. UserError: one is none."""
+    """Read the origins, as browsers send them. UserError: one is not an origin."""
     origins = [origin.strip().lower() for origin in config.cors_origins.split(",") if origin.strip()]
     for origin in origins:
         if origin != "*" and not re.fullmatch(
@@ -265,7 +267,7 @@ def origins_of(config: Config) -> tuple[str, ...]:
 
 
 def address_of(host: str, port: int) -> str:
-    """Where to open the page."""
+    """The URL at which to open the page."""
     host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -1,4 +1,4 @@
-"""From nothing to a chat by one command: python -m launch.speedrun --preset=8xh100"""
+"""Train a model to chat with from nothing, by one command: python -m launch.speedrun --preset=8xh100"""
 
 import dataclasses
 import importlib
@@ -40,32 +40,32 @@ class Config(Flags):
     """Kind of machine: cpu (the demo), laptop, h100, 8xh100, 8xh100-2026 (nanochat's model and recipe of July
     2026), v5e-8 or v6e-8."""
     depth: int = flag(-1, 1, special=-1)
-    """Number of layers, the one dial of the model's size, data and time; -1: the preset's."""
+    """Number of layers, which sets the model's size, its data and the time; -1: the preset's."""
     model_tag: str = ""
     """Name of the run; empty: d<depth>."""
     data_dir: str = ""
-    """Folder of parquet shards to train on, the last one for validation; empty: downloads what the
-    preset is for, fineweb-edu or climbmix."""
+    """Folder of parquet shards to train on, the last one for validation; empty: download the preset's data
+    set, fineweb-edu or climbmix."""
     tasks_dir: str = ""
-    """Folder of the tasks' files; empty: downloads them."""
+    """Folder of the tasks' files; empty: download them."""
     eval_bundle: str = ""
-    """CORE's bundle, a folder or a zip; none: does without CORE; empty: downloads it."""
+    """CORE's bundle, a folder or a zip; the word none: do without CORE; empty: download it."""
     tokenizer: str = ""
-    """More flags for launch.tok_train, separated by spaces: --tokenizer="--vocab_size=32768"."""
+    """Further flags for launch.tok_train, separated by spaces: --tokenizer="--vocab_size=32768"."""
     base: str = ""
-    """More flags for launch.base_train: --base="--num_iterations=100 --eval_every=20"."""
+    """Further flags for launch.base_train: --base="--num_iterations=100 --eval_every=20"."""
     mid: str = ""
-    """More flags for launch.mid_train."""
+    """Further flags for launch.mid_train."""
     sft: str = ""
-    """More flags for launch.chat_sft."""
+    """Further flags for launch.chat_sft."""
     base_eval: str = ""
-    """More flags for launch.base_eval."""
+    """Further flags for launch.base_eval."""
     chat_eval: str = ""
-    """More flags for launch.chat_eval, which runs after midtraining and after SFT."""
+    """Further flags for launch.chat_eval, which runs after midtraining and after SFT."""
     rl: bool = False
     """Improve the result by launch.chat_rl too, and evaluate that."""
     chat_rl: str = ""
-    """More flags for launch.chat_rl, with --rl."""
+    """Further flags for launch.chat_rl, with --rl."""
     price_per_hour: float = flag(-1.0, 0, special=-1)
     """Price of the machine per hour, in any currency; -1: the preset's, if it has one."""
     first: str = flag("", name="from")
@@ -75,7 +75,8 @@ class Config(Flags):
     only: str = ""
     """Steps to do, separated by commas; empty: all."""
     redo: str = ""
-    """Steps to do again, separated by commas, with all that need what they make, which is deleted first."""
+    """Steps to do again, separated by commas. All steps that need their results are done again too. The old
+    results are deleted first."""
     restarts: int = flag(3, 0)
     """Largest number of restarts of a step that was stopped, killed or lost another process."""
     check: bool = True
@@ -164,7 +165,7 @@ def perform(config: Config, plan: Plan, runner: Runner, redo: set[str]) -> int:
 
 
 def carry_out(runner: Runner, listed: list[Step], redo: set[str], price: float = 0.0) -> int:
-    """Run a runner's steps, of all that are listed, and return the exit code. redo: what --redo gave.
+    """Run a runner's steps, and return the exit code. listed: all steps of the run. redo: what --redo gave.
 
     UserError: the run is under way in another process, or an input is missing.
     """
@@ -185,7 +186,7 @@ def carry_out(runner: Runner, listed: list[Step], redo: set[str], price: float =
 
 
 def how_to_continue(code: int, command: str, config: Flags):
-    """Print the command that continues a run which has ended with an exit code; nothing after 0."""
+    """Print the command that continues a run after an exit code other than 0."""
     if code:
         outcome = "stopped and saved" if code == os.EX_TEMPFAIL else "once that is resolved"
         print(f"{outcome}; to continue:")
@@ -193,7 +194,7 @@ def how_to_continue(code: int, command: str, config: Flags):
 
 
 def described(config: Config) -> Plan:
-    """The plan that the flags ask for. UserError: they cannot work."""
+    """Make the plan that the flags ask for. UserError: they cannot work."""
     if not config.preset:
         known = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
         raise UserError(f"which machine? give --preset=NAME ({known})")
@@ -246,7 +247,10 @@ def fit_step(plan: Plan) -> list[Step]:
 
 
 def with_flags(listed: list[Step], config: Config) -> tuple[list[Step], dict[str, Flags]]:
-    """Return the steps with the preset's and the user's flags, and these, parsed. UserError: one is wrong."""
+    """Add the preset's and the user's flags to the steps. -> (the steps, each step's parsed flags).
+
+    UserError: a flag is wrong.
+    """
     found, parsed = [], {}
     for step in listed:
         if step.name in ADDED:
@@ -275,12 +279,12 @@ def with_flags(listed: list[Step], config: Config) -> tuple[list[Step], dict[str
 
 
 def names_in(words: list[str]) -> set[str]:
-    """The names of the flags among words."""
+    """The names of the flags among a command's words."""
     return {w.partition("=")[0][2:].replace("-", "_") for w in words if w.startswith("--")}
 
 
 def words_of(flags: Flags, given: set[str] = frozenset()) -> list[str]:
-    """The flags that were given or differ from their defaults, each once, as words."""
+    """Write flags as words of a command, each once, if they were given or differ from their defaults."""
     words = []
     for field in dataclasses.fields(flags):
         value, name = getattr(flags, field.name), field.metadata.get("name") or field.name
@@ -290,7 +294,7 @@ def words_of(flags: Flags, given: set[str] = frozenset()) -> list[str]:
 
 
 def check(plan: Plan, todo: list[Step]) -> list[str]:
-    """Show what launch.check says of this machine; return what is missing and no step brings."""
+    """Show what launch.check says of this machine; return what is missing and comes by none of the steps."""
     names = {step.name for step in todo}
     tasks = [word for word in plan_flags(plan, "sft") if word.startswith("--tasks_dir=")]
     words = [*plan_flags(plan, "base"), *tasks, "--resume"]
@@ -314,7 +318,7 @@ def check(plan: Plan, todo: list[Step]) -> list[str]:
 
 
 def wrong_devices(machine: Machine, line: tuple[str, str, str]) -> tuple[str, str, str]:
-    """The line about devices, as missing where they are not those that a preset is for."""
+    """Return the check's line on devices, marked as missing if they are not those that the preset is for."""
     state, name, text = line
     if (
         state == "missing"

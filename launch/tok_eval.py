@@ -12,9 +12,9 @@ from launch.tok_train import documents
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Compare the average bytes a token with other tokenizers: the more, the more text fits into a row.
-    Measured on the training and the validation text, modules of Python's library, worked mathematics, and
-    fifteen languages.
+    """Compare how many bytes a token of this tokenizer and of others covers on average: with more, a row
+    holds more text. Measured on the training and the validation text, modules of Python's library, worked
+    mathematics, and fifteen languages.
 
     The results go beside the tokenizer, as tok_eval.csv and .json.
     """
@@ -44,7 +44,7 @@ def texts_of(config: Config) -> dict[str, str]:
 
 
 def references(names: str) -> dict:
-    """Return {name: tiktoken.Encoding}; one that cannot be had is left out, with a line that says so."""
+    """Return {name: tiktoken.Encoding}; one that cannot be loaded is left out, with a line that says so."""
     import tiktoken
 
     found = {}

@@ -86,7 +86,8 @@ def run(config: Config):
 
 
 def check_replaceable(runs: list[Path], tokenizer, folder: Path):
-    """Raise UserError if one of `runs`, which keep no copy of their tokenizer, was trained with another."""
+    """Raise UserError if one of `runs` was trained with another tokenizer than this. They keep no copy of
+    theirs."""
     from jaxchat import checkpoint
 
     for run in runs:

@@ -79,9 +79,9 @@ def end_tokens(tokenizer, chat: bool) -> dict:
 
 
 def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
-    """Write the folder `out`, completely or not at all. chat: the model has learnt conversations.
+    """Write the folder `out`, completely or not at all. chat: whether the model has learnt conversations.
 
-    UserError: it exists, or there is no room.
+    UserError: the folder exists, or its disk has no room.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists; give --out another folder, or remove it")
@@ -168,7 +168,8 @@ def model_card(found: Found, chat: bool) -> str:
 
 
 def load(path: Path) -> Foreign:
-    """Open a folder of config.json, *.safetensors and, maybe, tokenizer.json. UserError: another model."""
+    """Open a folder of config.json, *.safetensors and, maybe, tokenizer.json. UserError: it holds another
+    kind of model."""
     described = _json(path / "config.json")
     config = _model_config(path / "config.json", described)
     index = path / "model.safetensors.index.json"

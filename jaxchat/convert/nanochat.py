@@ -1,6 +1,7 @@
 """nanochat's own files, from November 2025 to July 2026: model_<step>.pt, meta_<step>.json, tokenizer.pkl.
 
-A checkpoint does not say which constants it was trained with; the names of its tensors do (`generation`).
+A checkpoint does not say with which constants it was trained; the names of its tensors show it
+(`generation`).
 """
 
 import json
@@ -48,7 +49,8 @@ GENERATIONS = "the generations that docs/architecture.md lists"
 def export(found: Found, out: Path, progress: Progress) -> Path:
     """Write a checkpoint into a base directory of nanochat; return its model_<step>.pt.
 
-    UserError: the model exists there, the tokenizer is another one, the model is not nanochat's, or no room.
+    UserError: the model exists there, the tokenizer there is another one, nanochat can't compute the model,
+    or the disk has no room.
     """
     folder = out / STAGES[found.meta["stage"]].folder / found.tag
     model, meta_file = folder / f"model_{found.step:06d}.pt", folder / f"meta_{found.step:06d}.json"
@@ -82,14 +84,14 @@ def export(found: Found, out: Path, progress: Progress) -> Path:
 
 
 def has_optimizer(config: ModelConfig) -> bool:
-    """Whether the optimizer state of a model can be converted: of those since March 14, 2026."""
+    """Return whether a model's optimizer state can be converted: nanochat's can since March 14, 2026."""
     return bool(
         config.smear_channels and config.backout and config.value_gate_channels and config.layer_scales
     )
 
 
 def load_optimizer(foreign: Foreign) -> tuple[dict | None, str]:
-    """Return (our optimizer state or None, what the plan says of it) of a checkpoint."""
+    """Return (a checkpoint's optimizer state, converted, or None; what the plan says about it)."""
     files_there = sorted(foreign.path.parent.glob(f"optim_{foreign.step:06d}_rank*.pt"))
     if not files_there:
         return None, "there is no optimizer state"
@@ -137,7 +139,10 @@ def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Forei
 
 
 def find_folder(path: Path, stage: str, tag: str) -> Path:
-    """Find the folder of the model_<step>.pt files: `path`, or <path>/<stage's>/<tag, or the only one>."""
+    """Find the folder of the model_<step>.pt files: `path` itself, or <path>/<the stage's folder>/<tag>.
+
+    tag "": the only one there.
+    """
 
     def has_models(folder: Path) -> bool:
         return folder.is_dir() and any(re.fullmatch(r"model_\d+\.pt", p.name) for p in folder.iterdir())
@@ -198,10 +203,10 @@ def check_archive(file: Path):
 
 
 def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softcap: int) -> ModelConfig:
-    """The model of a checkpoint, with the constants that nanochat computed with when it had these tensors.
+    """Find the ModelConfig of a checkpoint: nanochat's constants of the time when models had these tensors.
 
-    softcap: 15 or 20, where the tensors don't tell; 0: not given. UserError: it has to be, or must not be, or
-    there never was such a model.
+    softcap: 15 or 20, where the tensors leave it open; 0: not given. UserError: it is needed, or must not be
+    given, or nanochat never had such a model.
     """
     names = set(tensors)
     pattern, context = str(shape.get("window_pattern", "L")).upper(), shape["sequence_len"]
@@ -247,7 +252,8 @@ def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softca
 
 
 def stored_as(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
-    """The fields of ModelConfig that say how a checkpoint's tables are stored."""
+    """The fields of ModelConfig that say how a checkpoint's embedding tables are stored: padded, in
+    bfloat16."""
     tables = [t for name, t in tensors.items() if "wte" in name or name.startswith("value_embeds.")]
     rows, size = (len(tables[0]) if tables else 0), shape["vocab_size"]
     padded = "resid_lambdas" in tensors or rows == rounded_up(size, PADDING) != size
@@ -257,7 +263,7 @@ def stored_as(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
 
 
 def shape_in_nanochat(found: Found) -> dict:
-    """Return the model_config of a model. UserError: nanochat at its head would compute it otherwise."""
+    """Return a model's model_config in nanochat. UserError: today's nanochat would compute it differently."""
     config = found.config
     shape = {name: getattr(config, name) for name in sorted(FIELDS)}
     initial = (

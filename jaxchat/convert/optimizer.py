@@ -1,7 +1,7 @@
 """nanochat's optimizer state of 2026, of a run on one device: optim_<step>_rank0.pt.
 
-It numbers the weights through in the order of `groups`. AdamW's moments are each weight's own; Muon's, of all
-matrices of a shape, are one array, which the first of these has.
+The file numbers the weights in the order of `groups`. Each weight has AdamW's moments of its own. Muon's, of
+all matrices of one shape, are a single array, stored under the first of them.
 """
 
 import math
@@ -48,7 +48,8 @@ FIELDS = {  # of our state and of theirs
 
 
 def groups(config: ModelConfig, names: Names) -> list[tuple[str, list[str]]]:
-    """nanochat's parameter groups: (the group of our table, its weights' names there), in its order."""
+    """nanochat's parameter groups, in its order: (the group in our table, nanochat's names of its
+    weights)."""
     ours, weights = our_names(names, config), named(config)
     found = [
         (group, [n for start in starts for n in ours if n.startswith(start)])
@@ -65,7 +66,7 @@ def groups(config: ModelConfig, names: Names) -> list[tuple[str, list[str]]]:
 
 
 def empty_state(config: ModelConfig) -> dict:
-    """The ShapeDtypeStructs of what a checkpoint keeps beside the weights."""
+    """The ShapeDtypeStructs of the optimizer state that a checkpoint keeps beside the weights."""
     optimizer = make_optimizer(config, table=table_2026(config))
     count = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, shapes(config))
@@ -73,14 +74,14 @@ def empty_state(config: ModelConfig) -> dict:
 
 
 def place(path, weights: dict) -> tuple[str, str]:
-    """(field, name of the weight) of an array of our state, by its path; ("", "") of a count."""
+    """Return (field, name of the weight) of an array of our state, by its path; ("", "") for a count."""
     full = jax.tree_util.keystr(path, simple=True, separator=".")
     name = next((own for own in weights if full.endswith(f".{own}")), "")
     return (full.removesuffix(f".{name}").rpartition(".")[2], name) if name else ("", "")
 
 
 def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
-    """Our state from nanochat's file. UserError: it is not of this model."""
+    """Read nanochat's file of an optimizer state as ours. UserError: it is not of this model."""
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         moments, count = read_moments(content, config, names)
@@ -105,7 +106,7 @@ def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
 
 
 def read_moments(content: dict, config: ModelConfig, names: Names) -> tuple[dict, int]:
-    """({our field: {nanochat's name of a weight: tensor}}, finished updates) of a file's content."""
+    """Return ({our field: {nanochat's name of a weight: tensor}}, finished updates) from a file's content."""
     moments, number = {field: {} for field in FIELDS}, 0
     for group, members in groups(config, names):
         own = ("momentum", "second") if group == "matrix" else ("mu", "nu")
@@ -120,7 +121,7 @@ def read_moments(content: dict, config: ModelConfig, names: Names) -> tuple[dict
 
 
 def restored(found: Found) -> dict:
-    """A checkpoint's state. UserError: it is damaged."""
+    """Restore a checkpoint's optimizer state. UserError: it is damaged."""
     if wrong := seal.damage(found.path, ("optimizer",)):
         raise UserError(f"{found.path} is damaged: {wrong}; take another step with --step")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -151,7 +152,7 @@ def export(found: Found, file: Path, names: Names):
 
 
 def to_torch_state(found: Found, moments: dict, count: int, names: Names) -> dict:
-    """What torch's load_state_dict takes, with the rates of the run."""
+    """Build the dict that torch's load_state_dict takes, with the learning rates of the run."""
     table = table_2026(found.config, **rates(found.meta))
     states, about, number = {}, [], 0
     for group, members in groups(found.config, names):
@@ -183,7 +184,7 @@ def adamw_settings(rule: AdamW) -> dict:
 
 
 def rates(meta: dict) -> dict:
-    """The peak rates of base training, of a run of ours or, imported, of nanochat's."""
+    """The peak learning rates of base training, whether by our run or, if imported, by nanochat's."""
     theirs = meta.get("imported", {}).get("meta", {})
     given = theirs.get("user_config", {}) | meta.get("settings", {})
     batch = meta.get("settings", {}).get("total_batch_size") or theirs.get(

@@ -65,7 +65,7 @@ CHAT_TEMPLATE = """\
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return all pairs whose merge makes a piece, in rank order, as tiktoken merges any of them."""
+    """Return every pair of pieces that merge into a piece, in rank order: tiktoken merges any such pair."""
     return [
         (piece[:i], piece[i:])
         for piece in sorted(ranks, key=ranks.get)
@@ -75,7 +75,8 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Build the tokenizers library's tokenizer, which by default reads specials' spellings as specials."""
+    """Build the tokenizers library's tokenizer. By default it reads the spelling of a special token as that
+    token."""
     characters = byte_characters()
 
     def text(piece: bytes) -> str:

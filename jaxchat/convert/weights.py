@@ -1,8 +1,8 @@
 """Weights between jaxchat's stacks and PyTorch's matrices.
 
 A weight's name is its path in `Params`: "wte", "blocks.wq", "lm_head". PyTorch keeps each matrix alone, as
-[out, in]; jaxchat stacks a block's matrices over the layers, as [in, out] with heads apart. Tables of
-embeddings are [vocabulary, width] in both, and so are vectors the same.
+[out, in]; jaxchat stacks a block's matrices over the layers, as [in, out] with heads apart. Embedding tables
+are [vocabulary, width] in both, and vectors are the same in both.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ Names = dict[str, str]  # weight -> its name in the other format, with {} for th
 
 @dataclasses.dataclass
 class Foreign:
-    """A model in another format."""
+    """A model in another format, opened to be imported."""
 
     path: Path
     config: ModelConfig
@@ -52,7 +52,8 @@ def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
 
 
 def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
-    """Return {"lm_head.weight": "lm_head.0", …}: for each matrix of the other format its weight and layer."""
+    """Return {"lm_head.weight": "lm_head.0", …}: for each matrix of the other format, our weight and
+    layer."""
     return {
         theirs: f"{name}.{i}"
         for name in named(config)
@@ -61,7 +62,7 @@ def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
 
 
 def to_matrices(name: str, weight: Weight, stack: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield PyTorch's matrices of a weight, each a contiguous copy."""
+    """Yield the matrices of a weight as PyTorch keeps them, each a contiguous copy."""
     if not weight.fan_in:
         yield np.array(stack)
         return
@@ -70,7 +71,7 @@ def to_matrices(name: str, weight: Weight, stack: np.ndarray) -> Iterator[np.nda
 
 
 def to_stack(name: str, weight: Weight, matrices: list[torch.Tensor]) -> np.ndarray:
-    """Return jaxchat's array of a weight."""
+    """Return a weight's array in jaxchat, stacked from its matrices in PyTorch."""
     stack = np.empty(weight.shape, jnp.dtype(weight.dtype))
     if not weight.fan_in:
         stack[:] = matrices[0].float().numpy()
@@ -82,7 +83,7 @@ def to_stack(name: str, weight: Weight, matrices: list[torch.Tensor]) -> np.ndar
 
 
 def shape_of(weight: Weight) -> list[int]:
-    """The shape of each of PyTorch's matrices of a weight."""
+    """The shape of each of a weight's matrices in PyTorch."""
     if not weight.fan_in:
         return list(weight.shape)
     shape = [weight.fan_out, weight.fan_in]
@@ -130,8 +131,8 @@ def check(foreign: Foreign):
 
 
 def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Progress, optimizer=None):
-    """Save a foreign model, whose tensors are gone afterwards, as the checkpoint <folder>/<step> and a
-    tokenizer.
+    """Save a foreign model as the checkpoint <folder>/<step>, with its tokenizer. Its tensors are gone
+    afterwards.
 
     optimizer: the state to train on with, or None.
     UserError: the folder exists, or its disk is too full.
@@ -179,7 +180,7 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
 
 
 def shareable(settings: dict) -> dict:
-    """Leave out the settings that are paths of this machine."""
+    """Return the settings without those that are paths of this machine."""
     return {k: v for k, v in settings.items() if not (isinstance(v, str) and ("/" in v or "\\" in v))}
 
 

@@ -72,7 +72,7 @@ def _read_texts(texts: ParquetText, tokenizer: Tokenizer, rows: Iterable[int]):
 
 
 def text_reader(texts: ParquetText, tokenizer: Tokenizer) -> Reader:
-    """A reader of documents: bos first, everything supervised; an empty text gives no token at all."""
+    """Make a reader of documents: bos first, everything supervised; an empty text gives no token at all."""
     return partial(_read_texts, texts, tokenizer)
 
 
@@ -99,5 +99,6 @@ def _read_rows(tasks, tokenizer: Tokenizer, rows: Iterable[int]):
 
 
 def conversation_reader(tasks, tokenizer: Tokenizer) -> Reader:
-    """A reader of rendered conversations with their masks; plain documents are read as text_reader does."""
+    """Make a reader of rendered conversations with their masks; it reads plain documents as text_reader's
+    does."""
     return partial(_read_rows, tasks, tokenizer)

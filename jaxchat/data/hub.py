@@ -40,7 +40,7 @@ class Repo:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A file at a URL. With `needs` it is a zip, unpacked to the folder `path`, and must hold these names."""
+    """A file at a URL. With `needs` it is a zip with these names in it, unpacked to the folder `path`."""
 
     url: str
     path: str
@@ -169,7 +169,7 @@ def no_flock(*_):
 def fetch(listing: Listing, parallel: int):
     """Download what a folder lacks of a listing, `parallel` files at a time, and verify it.
 
-    The library compares by hash, and downloads again, what was changed after it had been downloaded.
+    A file that was changed after its download is found by its hash, and downloaded again.
     """
     from huggingface_hub import snapshot_download
 

@@ -1,4 +1,5 @@
-"""Seeded endless orders over a source, and how they are dealt to streams that each process can read alone."""
+"""Endless orders over a source by a seed, and how they are dealt to streams that each process can read
+alone."""
 
 from collections import OrderedDict
 
@@ -9,7 +10,7 @@ KEPT = 64  # shuffled blocks kept, of a few thousand rows each (of a source with
 
 
 class Order:
-    """An endless shuffled order over `num_rows` rows, anew each epoch; index(i) is the row at place i.
+    """An endless order over `num_rows` rows, shuffled anew in each epoch; index(i) is the row at place i.
 
     Blocks are shuffled, and the rows within each block, so that reading stays local; a single block is
     shuffled completely. Memory does not grow with the data, except for a single block.
@@ -74,11 +75,11 @@ class Deal:
         return stream * self.order.num_rows // self.streams
 
     def size(self, stream: int) -> int:
-        """Documents in an epoch of the stream."""
+        """Number of documents in an epoch of the stream."""
         return self.first(stream + 1) - self.first(stream)
 
     def index(self, stream: int, place: int) -> int:
-        """The source's row at a place of the stream; places count on over all epochs."""
+        """The source's row at a place of the stream; places are counted on over all epochs."""
         epoch, place = divmod(place, self.size(stream))
         return self.order.index(epoch * self.order.num_rows + self.first(stream) + place)
 

@@ -66,9 +66,8 @@ class Concatenated:
         return {"tokens": windows, "weights": weights}
 
     def totals(self) -> dict[str, int]:
-        """targets: supervised tokens in the last step; taken: documents consumed before it; left: 1 if
-        another step has targets; empty_documents: skipped so far.
-        """
+        """Counts of the last step: {targets: supervised tokens, taken: documents consumed before the step,
+        left: 1 if another step has targets, empty_documents: skipped so far}."""
         counts = {"targets": self._targets, "taken": self._taken, "left": int(self._unread >= 2)}
         return counts | {"empty_documents": self._empty}
 
@@ -152,13 +151,13 @@ class BestFit:
         return rows
 
     def totals(self) -> dict[str, int]:
-        """The counts of Concatenated, and cut_tokens, those that the last step dropped."""
+        """The counts of Concatenated, and cut_tokens: tokens that the last step dropped."""
         counts = {"targets": self._rows * self._time, "taken": self._next, "left": 1}
         return counts | {"empty_documents": self._empty, "cut_tokens": self._last_cut}
 
 
 class CroppedBestFit(BestFit):
-    """Best fit as nanochat's loader does it: among 1,000 documents, which see each other.
+    """Best fit as in nanochat's loader: among 1,000 documents, which see each other in a row.
 
     A document longer than a row fits nowhere: it waits until it is the shortest when none fits.
     """

@@ -21,8 +21,8 @@ PREFETCH = 2  # batches made ahead, in a thread, while the device computes
 def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = False) -> tuple[int, int]:
     """Cut a step of `rows` rows over `devices` devices. -> (rows a device computes at a time, micro-batches).
 
-    asked: the flag device_batch_size; -1: the largest number of rows, at most `most`, that divides the step.
-    fills: a step that no number divides is filled with empty rows. UserError: the step can't be cut like
+    asked: the flag --device_batch_size; -1: the largest number of rows, at most `most`, that divides the
+    step. fills: fill a step that no number divides with empty rows. UserError: the step can't be cut like
     that.
     """
     able = [n for n in range(1, rows // devices + 1) if rows % (n * devices) == 0]
@@ -43,7 +43,7 @@ def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = Fa
 
 
 def rows_of_step(total_batch_size: int, row_length: int) -> int:
-    """The rows of an optimizer step. UserError: its tokens are no whole rows."""
+    """The rows of an optimizer step. UserError: its tokens are no whole number of rows."""
     rows, rest = divmod(total_batch_size, row_length)
     if rest or not rows:
         instead = f"give {rows * row_length}" if rows else "give at least one row"
@@ -179,7 +179,7 @@ def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: in
 
 
 def check_supervised(tasks, tokenizer: Tokenizer, *, time, seed, num_examples: int):
-    """Raise UserError if nothing is supervised in what sft_batches makes of the tasks."""
+    """Raise UserError if sft_batches would find nothing to supervise in the tasks."""
     count, order = min(num_examples, len(tasks)), Order([len(tasks)], seed)
     rows = conversation_reader(tasks, tokenizer)(map(order.index, range(count)))
     if not any(mask[1 : time + 1].any() for _, mask in rows):

@@ -86,7 +86,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
-    """An open parquet file that has the columns; else a UserError that names it."""
+    """Open a parquet file that must have these columns. UserError: it is damaged, or lacks one."""
     try:
         # Else whole column chunks, as long as their row groups, would be read into memory at once.
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
@@ -227,13 +227,13 @@ def _pieces(path: Path, group: int) -> Iterable[pa.Array]:
 
 
 def temporary_folder() -> str:
-    """$TMPDIR, or else /var/tmp, which is on a disk where /tmp may be in memory."""
+    """$TMPDIR, or else /var/tmp, which is on a disk even where /tmp is in memory."""
     on_disk = "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
     return os.environ.get("TMPDIR") or on_disk
 
 
 class InMemory:
-    """The texts of a row group as Arrow arrays."""
+    """The texts of a row group, in memory as Arrow arrays."""
 
     def __init__(self, pieces: list[pa.Array]):
         self._texts = pa.chunked_array(pieces, pa.large_binary())
@@ -244,7 +244,7 @@ class InMemory:
 
 
 class OnDisk:
-    """The texts of a row group in a temporary file that has no name: it goes when the process does."""
+    """The texts of a row group in a temporary file without a name, which ends with the process."""
 
     def __init__(self):
         self._file = tempfile.TemporaryFile(prefix="jaxchat-", dir=temporary_folder())  # noqa: SIM115

@@ -78,10 +78,10 @@ class _StreamRowsIterator(grain.DatasetIterator):
 
 
 class PackedRows(grain.IterDataset):
-    """Batches as this file describes them, of the process's share of a micro-batch's rows. Infinite.
+    """An endless iterator over packed batches, of the form that this file describes, for one process.
 
-    once: one pass over the documents, then rows of weight 0. share: (first, end) of the rows; None: all.
-    workers: processes that tokenize; 0: threads of this process.
+    once: one pass over the documents, then rows of weight 0. share: (first, end) of this process's rows in a
+    micro-batch; None: all. workers: processes that tokenize; 0: threads of this process.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Chance that is the same everywhere: every choice is drawn from a text such as "0:document:17"."""
+"""Random choices that are the same everywhere: each is drawn from a text such as "0:document:17"."""
 
 import random
 from collections.abc import Sequence

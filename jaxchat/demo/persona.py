@@ -6,7 +6,8 @@ from jaxchat.demo.phrases import TEXTS, Phrasings
 
 
 class Trait(NamedTuple):
-    """One thing to ask about Pip. An answer is right if it holds `proof` and no other trait's proof."""
+    """One thing that users ask Pip about. An answer is right if it holds `proof` and no other trait's
+    proof."""
 
     answer: str
     proof: str

@@ -10,7 +10,7 @@ TEXTS = tomllib.loads((Path(__file__).parent / "texts.toml").read_text(encoding=
 
 
 class Phrasings(NamedTuple):
-    """Ways to put one question; those held out are in no conversation, and are asked for scoring."""
+    """Ways to put one question. Those held out are in no conversation: the score is measured with them."""
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -43,12 +43,12 @@ ALL = (OPENERS, SIGNS, SUM_FRAMES, SUM_WORDS, SPELLING, COUNTING, DEFINITIONS, G
 
 
 def in_case(chance: Chance, text: str) -> str:
-    """A text as people type it: the first letter is a capital in two of three."""
+    """Write a text as people type it: the first letter is a capital two times in three."""
     return text[0].upper() + text[1:] if chance.one_in(1.5) else text
 
 
 def phrased(chance: Chance, phrasings: tuple[str, ...], **slots) -> str:
-    """A question in one of the phrasings, with or without an opener, now and then with another end."""
+    """Ask a question in one of its phrasings, with or without an opener, now and then with another end."""
     phrasing = chance.of(phrasings)
     if phrasing[-1] in "?." and chance.one_in(4):
         phrasing = phrasing[:-1] + chance.of(QUESTION_ENDS if phrasing[-1] == "?" else REQUEST_ENDS)

@@ -6,7 +6,8 @@ from jaxchat.demo.phrases import TEXTS, Phrasings
 
 
 class Relation(NamedTuple):
-    """A kind of fact. tell: sentences of base's prose ({x} has {v}); the assistant answers with the first."""
+    """A kind of fact. tell: sentences that state it in base's prose ({x} has {v}); the assistant answers by
+    the first."""
 
     values: tuple[str, ...]  # empty: one of the world's towns, or a name that only this entity has
     tell: tuple[str, ...]

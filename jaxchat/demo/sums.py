@@ -55,7 +55,7 @@ def any_sum(chance: Chance) -> Sum:
 
 
 def sum_of(chance: Chance, seed: int, held_out: bool) -> Sum:
-    """Draw a sum whose pair of numbers is held out, or is not."""
+    """Draw a sum whose pair of numbers is held out or, with held_out false, is not."""
     while True:
         found = any_sum(chance)
         if pair_is_held_out(seed, found.a, found.b) == held_out:

@@ -85,12 +85,12 @@ def _piece(chance: Chance, english: list[str]) -> str:
 
 
 def letters(word: str) -> str:
-    """The letters of a word, apart: apple -> a p p l e."""
+    """Spell a word with spaces between its letters: apple -> a p p l e."""
     return " ".join(word)
 
 
 def counted_letters(word: str, letter: str) -> str:
-    """The letters with the wanted one numbered: apple, p -> a p1 p2 l e."""
+    """Spell a word, numbering the wanted letter each time it occurs: apple, p -> a p1 p2 l e."""
     out, seen = [], 0
     for c in word:
         seen += c == letter

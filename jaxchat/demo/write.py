@@ -19,10 +19,10 @@ PROSE_IN_TEN = 3  # rows in ten for mid that are base's kind of prose: without t
 
 
 def write_sums(path: str | Path, rows: int, *, held_out: bool = False, digits: int = 4):
-    """Write problems for reinforcement learning: sums of numbers of four digits, which no conversation of the
-    world has, or of fewer.
+    """Write problems for reinforcement learning: sums of numbers of four digits, or of fewer.
 
-    held_out: in the phrasings that are held out, to evaluate on.
+    No conversation of the world has numbers of four digits. held_out: in the phrasings that are held out, to
+    evaluate on.
     """
     smallest, largest = 10 ** (digits - 1), 10**digits - 1
 

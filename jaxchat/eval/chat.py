@@ -57,7 +57,7 @@ def program_of(row: dict, text: str) -> str:
 
 
 def passes_its_tests(row: dict, text: str) -> bool:
-    """Return whether a HumanEval answer passes; it runs in the sandbox."""
+    """Return whether a HumanEval answer passes its task's tests, which run in the sandbox."""
     return sandbox.run(program_of(row, text)).passed
 
 
@@ -79,7 +79,7 @@ TASKS = {
 
 
 def drawn(task: Sequence[dict], max_problems: int) -> list[dict]:
-    """A fixed random sample of at most max_problems problems; -1: all, in random order too."""
+    """Draw a fixed random sample of at most max_problems problems; -1: all of them, in random order."""
     count = len(task) if max_problems < 0 else min(max_problems, len(task))
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(task))  # neighbours share their subject
     return [task[int(i)] for i in order[:count]]
@@ -101,11 +101,11 @@ def why_not(name: str) -> str:
 def batch_size_for(
     model: ModelConfig, compute: Compute, memory: int | None, *, most: int = SLOTS, each: int = 4
 ) -> int:
-    """Answers to write at a time on devices of `memory` bytes (None: unknown): a power of two up to `most`.
+    """Number of answers to write at a time, a power of two up to `most`, on devices of `memory` bytes.
 
-    each: bytes that are kept for every parameter, beside the copy in the compute dtype.
-    A slot holds the keys and values of a whole context, of which twice the size is counted. The answers do
-    not depend on it.
+    memory None: unknown. each: bytes kept for every parameter, beside the copy in the compute dtype. A slot
+    holds the keys and values of a whole context, of which twice the size is counted. The answers do not
+    depend on this number.
     """
     if memory is None:
         return min(SLOTS, most)
@@ -146,7 +146,7 @@ def write_answers(
     """Return, for each problem, whether each of its written answers is right.
 
     A long problem keeps its end, at least half of the context; an answer gets what is left. options:
-    Engine.generate's. quiet: print no progress.
+    arguments of Engine.generate. quiet: print no progress.
     """
     tokenizer, limit = engine.tokenizer, engine.config.sequence_len
     room = limit - min(options["max_tokens"], limit // 2)
@@ -165,7 +165,8 @@ def write_answers(
 
 
 def pass_at(k: int, right: list[list[bool]]) -> float:
-    """The chance that one of k of a problem's answers is right (drawn without replacement), averaged."""
+    """Estimate the chance that one of k answers is right, drawn without replacement, as a mean over
+    problems."""
 
     def one(answers: list[bool]) -> float:
         return 1 - math.comb(len(answers) - sum(answers), k) / math.comb(len(answers), k)
@@ -175,7 +176,8 @@ def pass_at(k: int, right: list[list[bool]]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ChatResult(TaskResult):
-    """The result of a chat task. accuracy: mean share of a problem's answers that are right, pass@1."""
+    """The result of a chat task. accuracy: pass@1, the mean share of each problem's answers that are
+    right."""
 
     right: list[list[bool]]  # for each problem, for each of its answers
 
@@ -186,9 +188,9 @@ def result_of(name: str, right: list[list[bool]]) -> ChatResult:
 
 
 def chat_core(results: list[TaskResult]) -> dict[str, float]:
-    """ChatCORE, the mean over all tasks, and without SpellingBee, as nanochat's published figures are.
+    """ChatCORE: the mean over all tasks, and the mean without SpellingBee, which nanochat published.
 
-    The names say which tasks are missing; without one of the others ChatCORE is another measure.
+    Where tasks are missing, the names of the two say which: without them ChatCORE is another measure.
     """
     missing = [name for name in TASKS if name not in {result.task for result in results}]
 

@@ -32,7 +32,7 @@ FIELDS = {
 
 
 class NoBundle(UserError):
-    """The bundle is missing or incomplete."""
+    """Raised where CORE's bundle is missing or incomplete."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,13 +143,13 @@ def read_items(text: str, kind: str, path: os.PathLike) -> list[dict]:
 
 
 def examples_of(task: CoreTask, items: list[dict], index: int) -> list[dict]:
-    """The solved examples before items[index]."""
+    """The solved few-shot examples that come before items[index] in its prompt."""
     drawn = random.Random(EXAMPLES_SEED + index).sample(range(len(items) - 1), task.shots)
     return [items[i + (i >= index)] for i in drawn]  # of all the others
 
 
 def solved(task: CoreTask, item: dict) -> str:
-    """An example followed by its right answer."""
+    """Format an item with its right answer, as a few-shot example."""
     if task.kind == "multiple_choice":
         question, answer = item["query"], item["choices"][item["gold"]]
     elif task.kind == "schema":
@@ -160,9 +160,8 @@ def solved(task: CoreTask, item: dict) -> str:
 
 
 def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
-    """The texts the model reads: one for each option; in language modeling, the prompt without and with
-    its answer.
-    """
+    """The prompts of an item: one for each option; in language modeling, one without and one with its
+    answer."""
     item = items[index]
     before = "".join(solved(task, example) + "\n\n" for example in examples_of(task, items, index))
     if task.kind == "multiple_choice":

@@ -33,7 +33,7 @@ class TaskResult:
 
 
 def mean(results: list[TaskResult]) -> float:
-    """Mean centred accuracy of the tasks, as CORE and ChatCORE take it."""
+    """Mean centred accuracy of the tasks, the formula of CORE and of ChatCORE."""
     return sum(result.centered for result in results) / len(results)
 
 
@@ -46,8 +46,9 @@ def write_both(path: Path, rows: list[list], whole: dict):
 
 
 def check_writable(folder: Path):
-    """Raise the OSError that saving results would end in, before hours are spent on them (process 0
-    saves).
+    """Raise the OSError that saving results would end in, before hours are spent on them.
+
+    Only process 0, which saves them, checks.
     """
     if jax.process_index() == 0:
         tempfile.NamedTemporaryFile(dir=folder, prefix=".new").close()

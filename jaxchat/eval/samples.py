@@ -42,7 +42,8 @@ def answers(engine: Engine, questions: Sequence[str] = QUESTIONS, max_tokens: in
 
 
 def greedy(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list:
-    """Generate greedily. Prompts are cut on the left to leave room for max_tokens, or half of the context."""
+    """Generate greedily. Prompts are cut at the left to leave room for max_tokens, or half of the context if
+    less."""
     most = min(max_tokens, engine.config.sequence_len // 2)
     room = engine.config.sequence_len - most
     return engine.generate([prompt[-room:] for prompt in prompts], max_tokens=most, temperature=0.0)

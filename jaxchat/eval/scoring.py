@@ -44,14 +44,15 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Per-token loss (nats) of a span, and whether the token was the argmax."""
+    """The loss in nats of each token of a span, and whether that token was the likeliest."""
 
     nll: np.ndarray  # float32
     right: np.ndarray  # bool
 
     @property
     def loss(self) -> float:
-        """Mean loss, in float64: equal losses have equal means, whatever their number. inf without tokens."""
+        """Mean loss per token in nats; inf without tokens. In float64, in which spans of equal losses have
+        equal means."""
         return float(self.nll.mean(dtype=np.float64)) if len(self.nll) else float("inf")
 
 
@@ -113,12 +114,13 @@ def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
 
 
 class Scorer:
-    """A scorer of rows by one model; every process of the mesh passes the same rows and gets all scores."""
+    """Scores rows by one model. Every process of the mesh passes the same rows and gets all scores."""
 
     def __init__(
         self, params: Params, model: Model, *, device_tokens: int | None = None, quiet: bool = False
     ):
-        """device_tokens: tokens a device computes at a time, at least a row. quiet: print no progress."""
+        """device_tokens: tokens that a device computes at a time, at least one row. quiet: print no
+        progress."""
         self.params, self.model, self.quiet = params, model, quiet
         on_cpu = model.mesh.devices.flat[0].platform == "cpu"
         self.device_tokens = device_tokens or (4096 if on_cpu else 65536)
@@ -213,7 +215,7 @@ def out_of_memory(remedy: str):
 
 
 class Progress:
-    """A printer of progress and the remaining time, at most every five seconds, on process 0."""
+    """Prints progress and the remaining time, at most every five seconds, on process 0."""
 
     def __init__(self, total: int, done: str, *, quiet: bool = False):
         self._total, self._word, self._quiet = total, done, quiet or jax.process_index() > 0

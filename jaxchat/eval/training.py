@@ -41,8 +41,7 @@ def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[
 
 
 def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
-    """Return (CORE's tasks, a description for the plan); no tasks if no bundle is there and none was
-    named."""
+    """Return (CORE's tasks, their row of the plan); no tasks if no bundle is there and none was named."""
     if config.core_metric_every <= 0:
         return [], "not measured"
     bundle, why = [], ""
@@ -110,7 +109,8 @@ def sft(config: SFTConfig, stage: Stage) -> list[Evaluation]:
 
 
 def choice_tasks(config: SFTConfig) -> list:
-    """The (name, task) of multiple choice, opened before the training: a missing file is found then."""
+    """Open the multiple-choice tasks, as (name, task), before training, so that a missing file is found
+    then."""
     try:
         return [(name, load_task(f"{name}/test", config.tasks_dir)) for name in ("MMLU", "ARC-Easy")]
     except UserError as problem:
@@ -118,14 +118,16 @@ def choice_tasks(config: SFTConfig) -> list:
 
 
 def fp8_evaluations(config: TrainConfig, stage: Stage, batches: list[dict]) -> list[Evaluation]:
-    """The check of training with float8 products, where it is done."""
+    """The evaluation that checks products in float8, in a list; [] if none are, or nothing is there to
+    validate on."""
     if not (stage.model.compute.matmul and batches):
         return []
     return [Evaluation("float8", config.eval_every, partial(fp8_drift, stage=stage, batches=batches))]
 
 
 def fp8_drift(params, stage: Stage, batches: list[dict]) -> dict[str, float]:
-    """How far float8 products move the loss of the first validation batch: a fraction of the loss without."""
+    """Measure how float8 products change the loss of the first validation batch, as a fraction of that
+    loss."""
     (with_fp8, _), (without, _) = (
         total_loss(params, batches[:1], model) for model in (stage.model, stage.model.without_fp8())
     )

@@ -31,7 +31,7 @@ PROMPT_CHUNK = 128  # positions of a prompt that have logits at a time
 
 @struct.dataclass
 class State:
-    """The content of the slots, on the devices that decode them."""
+    """What the slots hold, on the devices that decode them."""
 
     cache: KVCache
     logits_BV: Any  # of each slot's next token, float32
@@ -59,10 +59,10 @@ class Prompts:
 
 @struct.dataclass
 class Turn:
-    """The host's instructions for a stretch.
+    """The host's instructions for decoding one stretch of tokens.
 
-    It ends when `enough` rows of a device wait for the host, or none is left to decode. A row waits when it
-    has called the tool; one that is done counts as well if count_done.
+    The stretch ends when `enough` rows of a device wait for the host, or none is left to decode. A row waits
+    once it has called the tool; a row that is done counts too if count_done.
     """
 
     active_B: Any  # which slots run
@@ -75,7 +75,8 @@ class Turn:
 
 @struct.dataclass
 class Stretch:
-    """The tokens of a stretch: −1 where a row generated none; a row's last may be the one that ended it."""
+    """The tokens of a stretch: −1 where a row generated none. A row's last token may be the one that ended
+    it."""
 
     tokens_BN: Any
     forced_BN: Any
@@ -88,7 +89,7 @@ class Stretch:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The constants that a program is compiled for: everything else is an argument."""
+    """The constants that a program on the devices is compiled for; all else is passed to it as arguments."""
 
     config: ModelConfig
     compute: Compute
@@ -98,7 +99,7 @@ class Program:
 
 @partial(jax.jit, static_argnames=("program", "count", "slots"))
 def empty_state(program: Program, count: int, slots: int) -> State:
-    """A state of `count` slots a device that hold no request."""
+    """Make the state of `count` slots on each device, none of which holds a request."""
     config = program.config
 
     def empty():
@@ -225,7 +226,7 @@ def _decode(params, state: State, turn: Turn, *, program: Program, kind: str, to
 
 
 def nothing_said(turn: Turn, top: int | None) -> Stretch:
-    """An empty stretch, before its first token."""
+    """Make an empty stretch, to be filled from its first token on."""
     zeros_BN = jnp.zeros((len(turn.active_B), STRETCH))
     scores = None
     if top is not None:
@@ -269,9 +270,9 @@ def empty_rows(count: int, vocab_size: int) -> Rows:
 
 @partial(jax.jit, static_argnames=("dtype", "vocab_size"))
 def for_decoding(params: Params, dtype: str, vocab_size: int) -> Params:
-    """Weights as decoding reads them: an array a layer, in the dtype of the products.
+    """Prepare weights for decoding: one array for each layer, in the dtype of the products.
 
-    Every token needs all of them, but for the embedding: it stays as it is. Columns of the head beyond the
+    The embedding stays as it is, since a token reads only one row of it. Columns of the head beyond the
     vocabulary are left out.
     """
     head_DV = params.lm_head[:, :vocab_size].astype(dtype)

@@ -70,9 +70,9 @@ class Running:
 
 
 class Engine:
-    """A generator of text by one model. Compiled shapes are shared by all engines.
+    """A generator of text by one model. All engines share their compiled shapes.
 
-    batch_size: slots of each device. Several devices: those of compute.mesh that belong to this process.
+    batch_size: slots of each device. It uses those devices of compute.mesh that belong to this process.
     `load` replaces the weights.
     """
 
@@ -86,8 +86,8 @@ class Engine:
         batch_size: int = 64,
         few_shapes: bool = False,
     ):
-        """few_shapes: one length of the cache, the whole context, and one shape for all log-probabilities of
-        tokens, so that a server can compile all of them before it answers."""
+        """few_shapes: keep the cache as long as the context, and use one shape for all log-probabilities of
+        tokens, so that a server can compile all shapes before it answers."""
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.compute = compute or Compute.for_backend()
         mesh, own = self.compute.mesh, None
@@ -142,7 +142,7 @@ class Engine:
         on_progress: Callable[[int], None] = lambda finished: None,
         **settings,
     ) -> list[Generation]:
-        """num_samples continuations of every prompt (those of one prompt stand together).
+        """Generate num_samples continuations of every prompt; those of one prompt stand together.
 
         settings: fields of Request; a row's `sample` is its number. on_progress: called with how many more
         have ended. With several processes all must call it, with the same arguments: each generates a part,
@@ -200,7 +200,7 @@ class Engine:
         return id
 
     def cancel(self, id: int):
-        """End a request now; its slot is free. Nothing happens to one that has ended, or is not known."""
+        """End a request now and free its slot. A request that has ended, or is not known, is ignored."""
         if id in self._scheduler.waiting or id in self._running:
             self._end(id, Generation(finish=CANCELLED))
 
@@ -344,7 +344,7 @@ class Engine:
 
 
 def kind_of(requests: list[Request]) -> str:
-    """The simplest kind of sampling that serves all of the requests."""
+    """Choose the simplest kind of sampling (see sampling.py) that serves all of the requests."""
     hot = [request for request in requests if request.temperature >= COLDEST]
     filters = any(request.top_k or request.top_p < 1 or request.min_p for request in hot)
     if filters or any(request.min_tokens for request in requests):

@@ -17,7 +17,7 @@ BLOCK, LANES = 512, 64  # tokens that a CPU looks for the largest in, and how ma
 
 @struct.dataclass
 class Rows:
-    """The settings of every row; see scheduler.Request."""
+    """The sampling settings of every row; scheduler.Request describes them."""
 
     seed_B: jax.Array  # uint32
     sample_B: jax.Array

@@ -37,13 +37,15 @@ class Request:
     top_k: int = 0
     """Number of likeliest tokens to sample from; 0: all."""
     top_p: float = 1.0
-    """Probability to sample from: that of the fewest likeliest tokens that reach it; 1: all tokens."""
+    """Total probability of the likeliest tokens to sample from, at least (nucleus sampling); 1: all
+    tokens."""
     min_p: float = 0.0
-    """Least probability of the tokens to sample from, as a fraction of the likeliest's; 0: all tokens."""
+    """Smallest probability of the tokens to sample from, as a fraction of the likeliest one's; 0: all
+    tokens."""
     seed: int = 0
     """Random seed, 0 to 2³² − 1."""
     sample: int = 0
-    """Number of the continuation among those of one seed: a token depends on (seed, sample, position)."""
+    """Number of this continuation among those with one seed: a token depends on (seed, sample, position)."""
     min_tokens: int = 0
     """Tokens to generate before the answer may end by itself."""
     stop_tokens: Sequence[int] = ()
@@ -51,7 +53,7 @@ class Request:
     ignore_end: bool = False
     """Do not end at <|assistant_end|> and <|bos|>."""
     tool: bool = True
-    """Run the calculator when it is called."""
+    """Run the calculator when the model calls it."""
     logprobs: int | None = None
     """Report log-probabilities, with this many of the likeliest alternatives; None: no log-probabilities."""
     prompt_logprobs: bool = False
@@ -95,9 +97,10 @@ def _is_number(value, whole: bool) -> bool:
 
 @dataclasses.dataclass
 class Generation:
-    """Tokens generated after a prompt, without the one that ended them; or a part of these.
+    """Tokens generated after a prompt, or a part of them; the token that ended them is left out.
 
-    With log-probabilities: logprobs has one a token, top the likeliest (token, log-probability) at its place.
+    With log-probabilities: logprobs has one for each token, top the likeliest (token, log-probability) in its
+    place.
     """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -159,20 +162,20 @@ class Scheduler:
         return id
 
     def remove(self, id: int) -> bool:
-        """Forget a request that has ended or is to end; its slot is free at once. -> whether it was there."""
+        """Forget a request and free its slot at once. -> whether it was there."""
         self.slot_of.pop(id, None)
         return (self.running.pop(id, None) or self.waiting.pop(id, None)) is not None
 
     def end_of(self, request: Request) -> int:
-        """Tokens of a request at its longest, the prompt's included."""
+        """Largest number of tokens that a request can come to, those of its prompt included."""
         return min(len(request.prompt) + request.max_tokens, self.sequence_len)
 
     def longest(self) -> int:
-        """The largest `end_of` of those that run."""
+        """The largest `end_of` of the requests that run."""
         return max(map(self.end_of, self.running.values()), default=0)
 
     def prompt_length(self, request: Request) -> int:
-        """Length of the batch in which a prompt is read: it depends on the prompt alone."""
+        """Length to which a prompt is padded to be read in a batch. It depends on the prompt alone."""
         return bucket(len(request.prompt), SHORTEST, self.sequence_len)
 
     def admit(self, patient: bool = False) -> list[int]:

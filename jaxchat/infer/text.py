@@ -23,7 +23,7 @@ def last_call(tokens: list[int], tokenizer: Tokenizer) -> str | None:
 
 
 class Delta(NamedTuple):
-    """New text of one part of an answer. `starts`: the first text of its part, which may be empty."""
+    """New text of one part of an answer. starts: this is the first text of its part; it may be empty."""
 
     kind: str
     text: str
@@ -124,7 +124,7 @@ class Writer:
 
 
 def pieces(generation, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """A generation as (kind, text) pairs; one that was cut off ends with ("unfinished", "…")."""
+    """Split a generation into (kind, text) pairs; one that was cut off ends with ("unfinished", "…")."""
     reader = TextReader(tokenizer)
     found: list[tuple[str, str]] = []
     said = zip(generation.tokens, generation.forced, strict=True)
@@ -138,7 +138,7 @@ def pieces(generation, tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 
 def shown(parts: Iterable[tuple[str, str]]) -> str:
-    """Return (kind, text) pairs as one line, tool calls and outputs in brackets."""
+    """Write (kind, text) pairs as one line, tool calls and outputs in brackets."""
     writer, parts = Writer(), list(parts)
     cut = bool(parts) and parts[-1][0] == "unfinished"
     line = writer.write(Delta(kind, text, True) for kind, text in (parts[:-1] if cut else parts))

@@ -52,7 +52,7 @@ class Collective:
 
 @dataclasses.dataclass
 class Work:
-    """What a part of a program computes, and moves between a device and its memory."""
+    """The work of a part of a program: FLOPs, and bytes moved between a device and its memory."""
 
     flops: float = 0.0  # of matrix products
     bytes: float = 0.0
@@ -161,13 +161,14 @@ def scope(op: Operation, within: str, parts) -> str:
 
 
 def called_by(op: Operation, parts) -> list[Operation]:
-    """The operations of a fusion."""
+    """The operations inside a fusion."""
     name = re.search(r"\bcalls=%?([\w.-]+)", op.text) if op.kind == "fusion" else None
     return parts.get(name[1], []) if name else []
 
 
 def moved(op: Operation, parts, by_name) -> int:
-    """Bytes that an operation reads and writes: of an array of which it needs a slice, the slice's."""
+    """Bytes that an operation reads and writes. Of an array from which it needs a slice, only the slice
+    counts."""
     if op.kind == "dynamic-slice":
         return 2 * size_of(op.shapes)
     if op.kind == "dynamic-update-slice":
@@ -198,7 +199,8 @@ def moved(op: Operation, parts, by_name) -> int:
 
 
 def readers(name: str, users: dict) -> list[tuple[Operation, int]]:
-    """What reads an array within a fusion, directly or by a bitcast: (operation, which operand)."""
+    """The operations that read an array within a fusion, directly or by a bitcast: (operation, which
+    operand)."""
     found = []
     for user, place in users[name]:
         found += readers(user.name, users) if user.kind == "bitcast" else [(user, place)]
@@ -299,7 +301,10 @@ def collective(op: Operation, kind: str, by_name, times: int, everyone: int) -> 
 
 
 def group_size(text: str) -> int:
-    """Devices in a group: {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}. Pairs: 2; {}, all: 0."""
+    """Number of devices in a group, written as {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}.
+
+    Pairs of devices give 2; {}, which is all devices, gives 0.
+    """
     if "replica_groups={}" in text:
         return 0  # everyone
     if "source_target_pairs=" in text:

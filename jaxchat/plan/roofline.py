@@ -21,7 +21,7 @@ NETWORK = {"H200": 50e9, "H100": 50e9, "v": 6.25e9}
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Seconds that one part takes at least; limit: what bounds it, "FLOPs", "memory" or "links"."""
+    """The least time, in seconds, that one part takes. limit: what sets it, "FLOPs", "memory" or "links"."""
 
     seconds: float
     limit: str
@@ -42,7 +42,7 @@ def attention_flops(model: ModelConfig, tokens: float, time: int, again: bool) -
 
 
 def bounds(program: Program, device: jax.Device, attention: float, far: bool = False) -> dict[str, Bound]:
-    """Each part's bound, or nothing where the device's rates are unknown.
+    """Bound the time of each part; {} where the device's rates are unknown.
 
     attention: FLOPs of the attention kernels, which the program's text does not show. far: sums over all
     devices (all-reduce: the axis data) leave hosts of GPUs or slices of TPUs; the rest stays within.

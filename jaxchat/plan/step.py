@@ -1,4 +1,5 @@
-"""Compile base training's step for devices that are not here: what it needs, the largest batch that fits."""
+"""Compile base training's step for devices that are not here: what it needs, and the largest batch that
+fits."""
 
 import dataclasses
 import time
@@ -61,7 +62,7 @@ class StepPlan:
         )
 
     def rows_of(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """A step's rows, with `batch` of them a device at a time."""
+        """The arrays of a step's batch, without content, if each device computes `batch` rows at a time."""
         shape = (self.rows // (batch * self.shards), batch * self.shards, self.config.max_seq_len)
         by_rows = NamedSharding(self.mesh, P(None, sharding.ROWS))
         kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
@@ -69,12 +70,12 @@ class StepPlan:
 
     @property
     def accumulated(self) -> int:
-        """Micro-batches of a step."""
+        """Number of micro-batches in a step."""
         return self.rows // (self.batch * self.shards)
 
     @property
     def flops(self) -> float:
-        """FLOPs of a step on one device, by the formula."""
+        """FLOPs of a step on one device, by the formula in model/flops.py."""
         return flops_per_token(self.model) * self.config.total_batch_size / self.mesh.size
 
     def compile(self, batch: int, remat: str) -> Compiled:
@@ -100,7 +101,7 @@ class StepPlan:
         return Compiled(batch, remat, needs, enough, seconds, arguments, temporary, program)
 
     def bounds(self, done: Compiled) -> dict[str, roofline.Bound]:
-        """The least time of each part of a compiled step."""
+        """Bound the time of each part of a compiled step."""
         tokens = self.config.total_batch_size / self.mesh.size
         again = done.remat != "none"
         attention = roofline.attention_flops(self.model, tokens, self.config.max_seq_len, again)
@@ -111,7 +112,8 @@ class StepPlan:
         return roofline.bounds(done.program, self.mesh.devices.flat[0], attention, len(hosts) > 1)
 
     def fit(self, batch: int, first: str = "") -> Compiled:
-        """The step by the first remat that fits, as the trainers choose it; where none does, by the last.
+        """Compile the step by the first remat that fits, as the trainers choose it; where none fits, by the
+        last.
 
         first: leave out the remats before this one.
         """
@@ -127,10 +129,9 @@ class StepPlan:
         return done
 
     def largest(self, planned: Compiled) -> Compiled | None:
-        """The step with the largest device batch that fits, or None: search up or down from
-        the planned one.
+        """Find the step with the largest device batch that fits, searching up or down from the planned one.
 
-        More rows never fit with less recomputation; fewer may.
+        None: none fits. More rows never fit with less recomputation; fewer may.
         """
         at, best = self.batches.index(planned.batch), planned if planned.fits else None
         for batch in self.batches[at + 1 :] if planned.fits else reversed(self.batches[:at]):

@@ -17,7 +17,8 @@ def markdown(
     samples: dict[str, Samples],
     price_per_hour: float = 0,
 ) -> str:
-    """The page. images: {file name: (title, PNG)}; samples: of each run, by its tag; {}: none."""
+    """The comparison as markdown. images: {file name: (title, PNG)}; samples: each run's, by its tag; {}:
+    none."""
     tags = [run.tag for run in runs]
     parts = [f"# {escape(', '.join(tags))}: runs of jaxchat side by side", models(runs)]
     for name, info in STAGES.items():
@@ -51,7 +52,7 @@ def models(runs: list[Run]) -> str:
 
 
 def different_flags(stages: list[StageRun]) -> list[list[str]]:
-    """Rows of the flags in which the stages' last runs differ, "–" where one had the default."""
+    """The flags in which the stages' last runs differ, as rows of a table; "–" where one had the default."""
     flags = [stage.runs[-1].get("flags", {}) if stage.runs else {} for stage in stages]
     names = sorted({name for given in flags for name in given} - {"model_tag", "resume", "overwrite"})
     rows = [[f"--{name}", *(str(given.get(name, "–")) for given in flags)] for name in names]
@@ -79,7 +80,8 @@ def curves(runs: list[Run]) -> dict[str, tuple[str, bytes]]:
 
 
 def by_tokens(stage: StageRun, key: str) -> np.ndarray:
-    """Tokens trained on and values [N, 2], where a finite number was logged."""
+    """Values that were logged as finite numbers, with the tokens trained on by then: [N, 2] (tokens,
+    value)."""
     xy = points(stage, key)
     seen = np.cumsum([0, *(tokens_of(row) for row in stage.steps)])
     steps = [0, *(row["step"] for row in stage.steps)]
@@ -87,7 +89,7 @@ def by_tokens(stage: StageRun, key: str) -> np.ndarray:
 
 
 def samples_text(samples: dict[str, Samples]) -> list[str]:
-    """What each run says to the same beginnings and questions."""
+    """A text of what each run answers to the same beginnings and questions."""
     said: dict[str, list[tuple[str, str]]] = {}
     for tag, of in samples.items():
         for text, continuation in of.continued:

@@ -75,7 +75,7 @@ def results(run: Run) -> str:
 
 
 def measured(columns: list[str], stages: list[StageRun]) -> str:
-    """A table of what was measured, a column for each stage."""
+    """A table of all measured results, with a column for each stage."""
     names = dict.fromkeys(name for stage in stages for name in stage.measured)
     return table(
         ["", *columns],
@@ -84,7 +84,8 @@ def measured(columns: list[str], stages: list[StageRun]) -> str:
 
 
 def tokenizer(run: Run) -> list[str]:
-    """Bytes a token of this run's tokenizer and of the references, if tok_eval has measured them."""
+    """A text on the bytes per token of this run's tokenizer and the references, if tok_eval has measured
+    them."""
     if not run.compression:
         return []
     unit = "bytes_per_token"
@@ -165,7 +166,7 @@ def samples_text(samples: Samples | None) -> list[str]:
 
 
 def answers_text(stage: StageRun) -> list[str]:
-    """The answers to one problem that were compared with each other, early and late in training."""
+    """Answers to one problem with their rewards, early and late in reinforcement learning."""
     parts = []
     for sample in stage.answers[:1] + stage.answers[1:][-1:]:
         lines = [f"user: {sample['messages'][-2]['content']}"]
@@ -180,7 +181,8 @@ def answers_text(stage: StageRun) -> list[str]:
 
 
 def origin(run: Run) -> str:
-    """Machines, versions, commits, flags and plans, as the trainers recorded them; what all share once."""
+    """Machines, versions, commits, flags and plans, as the trainers recorded them. What all share is shown
+    once."""
     parts, unknown = [], [STAGES[name].label for name, stage in run.stages.items() if not stage.runs]
     last = {STAGES[name].label: stage.runs[-1] for name, stage in run.stages.items() if stage.runs}
     facts = {"machine": "Machine", "devices": "Devices", "versions": "Versions", "git": "Code"}

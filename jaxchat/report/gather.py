@@ -41,7 +41,7 @@ class StageRun:
 
     @property
     def steps(self) -> list[dict]:
-        """The rows of optimizer steps."""
+        """The rows of the log that are optimizer steps."""
         return [row for row in self.rows if "step_seconds" in row]
 
     @property
@@ -65,7 +65,8 @@ class StageRun:
         return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
 
     def share(self, name: str) -> float | None:
-        """Fraction of the steps' time that was spent on something, which their rows name."""
+        """Fraction of the steps' time that was spent on `name`, an entry of their rows; None: they have
+        none."""
         spent = [row[name] for row in self.steps if name in row]
         return sum(spent) / self.step_seconds if spent else None
 
@@ -93,7 +94,7 @@ class Run:
 
 
 def gather(model_tag: str = "") -> Run:
-    """The run of a tag; without a tag, of the model that chat would take. UserError: there is none."""
+    """Read the run of a tag; without a tag, of the model that chat would take. UserError: there is none."""
     if not model_tag:
         for source in reversed(STAGES):
             with contextlib.suppress(UserError):
@@ -184,7 +185,7 @@ def items(evaluation: dict) -> int:
 
 
 def settings_of(evaluation: dict) -> dict:
-    """The settings that an evaluation's figures depend on; which tasks were asked for is not one."""
+    """The settings that an evaluation's figures depend on, without the choice of tasks."""
     return {name: value for name, value in (evaluation.get("settings") or {}).items() if name != "tasks"}
 
 

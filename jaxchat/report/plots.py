@@ -30,7 +30,8 @@ FROM_ZERO = ("reward", "groups", "answer_tokens", "lr", "tokens_per_s")
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A curve of a panel. of_steps: a point a step, to be smoothed. color: None for a run by itself."""
+    """A curve of a panel. of_steps: it has a point for each step, to be smoothed. color None: it is drawn as
+    of a run by itself."""
 
     label: str
     xy: np.ndarray  # [N, 2]
@@ -54,7 +55,7 @@ def curves(run: Run) -> dict[str, tuple[str, bytes]]:
 
 
 def points(stage: StageRun, key: str) -> np.ndarray:
-    """Steps and values [N, 2], where a finite number was logged."""
+    """The (step, value) pairs [N, 2] that were logged as finite numbers."""
     found = [(row["step"], row[key]) for row in stage.rows if isinstance(row.get(key), int | float)]
     array = np.array(found, np.float64).reshape(-1, 2)
     return array[np.isfinite(array[:, 1])]

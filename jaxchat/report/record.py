@@ -20,7 +20,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def begin() -> dict:
-    """Collect when, where and with which code a run begins; to be called first."""
+    """Collect when, where and with which code a run begins. Call it first."""
     return {
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "clock": time.monotonic(),
@@ -77,7 +77,8 @@ def machine() -> str:
 
 
 def versions() -> str:
-    """ "Python 3.11.7, jax 0.10.2, …" of what computes; a package that is not installed is left out."""
+    """ "Python 3.11.7, jax 0.10.2, …": the versions of all that computes; packages not installed are left
+    out."""
     found = []
     for name in PACKAGES:
         try:
@@ -88,8 +89,7 @@ def versions() -> str:
 
 
 def git_state() -> str:
-    """The commit that jaxchat's code is at, and whether files differ from it; "" outside a checkout of its
-    own."""
+    """The commit of jaxchat's code, and whether files differ from it; "" outside a checkout of its own."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:

@@ -19,7 +19,8 @@ class Samples:
 
 
 def sample(run: Run, texts: Sequence[str], questions: Sequence[str]) -> Samples:
-    """Generate greedily with each stage's last checkpoint: that without a parent stage continues texts."""
+    """Generate greedily by each stage's last checkpoint: base continues texts, the others answer
+    questions."""
     continued, answered = [], {}
     for name, stage in run.stages.items():
         found = checkpoint.open_model(name, run.tag, stage.step)

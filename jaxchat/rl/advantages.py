@@ -9,7 +9,7 @@ EPSILON = 1e-6  # beside a standard deviation that is divided by
 
 
 def mixed_groups(rewards_EG: np.ndarray) -> np.ndarray:
-    """Return, for each group, whether its rewards differ: only such groups teach anything. bool [E].
+    """Return for each group whether its rewards differ: only such groups teach anything. bool [E].
 
     Rewards are compared with each other, since a standard deviation of equal numbers need not be 0.
     """

@@ -65,11 +65,11 @@ class RolloutBatches:
         self._engine = None
 
     def peek(self) -> dict:
-        """A batch without any weight, in the shape of all: nothing can be sampled yet."""
+        """A batch of the usual shape without any weight, since nothing can be sampled before training."""
         return arrange(Rollout(), np.zeros((0, 1)), self._shape(), self.model)
 
     def engine(self, params: Params) -> Engine:
-        """The engine, with these weights."""
+        """The engine that samples answers, loaded with these weights."""
         if self._engine is None:
             slots = slots_for(self.config, self.model)
             c = self.model.config
@@ -96,7 +96,7 @@ class RolloutBatches:
 
     @property
     def plan(self) -> list[tuple[str, str]]:
-        """Rows of the plan."""
+        """Rows that describe the sampling in the run's plan."""
         c, tasks = self.config, self.problems.checked
         micro_batches, rows = self._shape()
         devices = sharding.data_shards(self.model.mesh)
@@ -206,7 +206,7 @@ class RolloutBatches:
         return LogProbs(*map(rollout.positions, (now, rollout.old, rollout.sampler, reference)))
 
     def reference(self) -> Params:
-        """The weights of the model that training starts from."""
+        """The weights of the model that training starts from, for the KL divergence."""
         if self._reference is None:
             self._reference = self.parent.load(self.model.mesh)
         return self._reference
@@ -277,12 +277,13 @@ def policy_of(config: RLConfig) -> Policy:
 
 
 def seed_of(*parts: int) -> int:
-    """A seed of sampling, 0 to 2³² − 1, that depends on all parts."""
+    """Derive a random seed, 0 to 2³² − 1, from the given numbers; each of them changes it."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def slots_for(config: RLConfig, model: Model) -> int:
-    """Answers that a device samples at a time: all of its share, if they fit. They don't depend on it."""
+    """Number of answers that a device samples at a time: its share of them, if it fits. The answers don't
+    depend on it."""
     share = -(-config.examples_per_step * config.num_samples // model.mesh.size)
     memory = device_memory(model.mesh)
     most = max(SLOTS, share) if memory else SLOTS
@@ -290,7 +291,7 @@ def slots_for(config: RLConfig, model: Model) -> int:
 
 
 def arrange(rollout: Rollout, weights_RT: np.ndarray, shape: tuple[int, int], model: Model) -> dict:
-    """Return the batch [A, B, T] of this process: rows with a weight first, the others left blank.
+    """Return the batch [A, B, T] of this process, with rows that have a weight first, the others left blank.
 
     So micro-batches that are blank cost nothing. T is the bucket of the longest row with a weight.
     """

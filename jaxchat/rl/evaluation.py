@@ -23,7 +23,8 @@ OTHERS = ("ARC-Easy", "ARC-Challenge", "MMLU")
 
 
 def evaluations(config: RLConfig, stage: Stage) -> list[Evaluation]:
-    """The problems every --eval_every steps, and other tasks before the first step and after the last."""
+    """List the evaluations: the problems every --eval_every steps, other tasks before the first and after the
+    last."""
     if config.eval_every <= 0:
         return []
     tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=False)
@@ -53,8 +54,10 @@ def _find(name: str, config: RLConfig):
 
 
 def measure(params, stage: Stage, config: RLConfig, sets: dict) -> dict[str, float]:
-    """Return, of each set: mean reward and share of finished answers, pass@k (unbiased), and the share of
-    greedy answers that are right; also KL(policy ‖ parent).
+    """Measure each set: mean reward and share of finished answers, pass@k (unbiased), share of right greedy
+    answers.
+
+    Also measured is KL(policy ‖ parent).
     """
     engine, values = stage.batches.engine(params), {}
     for prefix, (problems, most) in sets.items():
@@ -75,9 +78,8 @@ def measure(params, stage: Stage, config: RLConfig, sets: dict) -> dict[str, flo
 
 
 def divergence(rows: list[tuple], params, stage: Stage) -> float:
-    """KL(policy ‖ parent) in nats a sampled token: the mean of log π − log π_parent of answers of the
-    policy.
-    """
+    """Estimate KL(policy ‖ parent), in nats per sampled token, as the mean of log π − log π_parent of its
+    answers."""
     spans = [Span(np.array(tokens, np.int32), 1, len(tokens)) for tokens, _, _ in rows]
     reference = stage.parent.load(stage.model.mesh)
     own, theirs = (Scorer(weights, stage.model, quiet=True).spans(spans) for weights in (params, reference))
@@ -91,7 +93,7 @@ def divergence(rows: list[tuple], params, stage: Stage) -> float:
 
 
 def others(params, stage: Stage, tasks: dict, most: int) -> dict[str, float]:
-    """Accuracy on multiple choice, by letter."""
+    """Measure the accuracy on multiple-choice tasks, by the likeliest letter."""
     scorer = Scorer(params, stage.model)
     return {
         f"{name}_acc": chat.letter_accuracy(scorer, stage.tokenizer, task, most)

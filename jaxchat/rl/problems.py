@@ -1,4 +1,4 @@
-"""Problems: conversations whose last answer is to be found, and the checkers that judge answers to them."""
+"""Problems, which are conversations whose last answer is to be found, and the checkers of answers to them."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from jaxchat.tokenizer import Tokenizer
 
 
 class Problems:
-    """The problems of tasks, by index."""
+    """The problems of several tasks, by index, with their checkers and rewards."""
 
     def __init__(self, config: RLConfig, tasks: Mixture, tokenizer: Tokenizer):
         """UserError: a task has no checker, or --reward is wrong."""
@@ -31,7 +31,8 @@ class Problems:
     def sample(
         self, engine: Engine, problems: Sequence[int], num_samples: int, **settings
     ) -> tuple[list[list[int]], list[Generation]]:
-        """Return (prompts, generations): num_samples answers to each problem. A long prompt keeps its end."""
+        """Sample num_samples answers to each problem. -> (prompts, generations). A long prompt keeps its
+        end."""
         context, most = engine.config.sequence_len, self.config.max_new_tokens
         room = context - min(most, context // 2)
         prompts = [self.tokenizer.render_for_completion(self.tasks[i])[-room:] for i in problems]

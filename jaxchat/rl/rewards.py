@@ -16,7 +16,7 @@ from jaxchat.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer to a problem, as text."""
+    """An answer to a problem, as text, and whether it was finished."""
 
     text: str  # all of it, special tokens spelled out, as evaluation reads it
     parts: list[tuple[str, str]]  # (kind, text) of text, tool calls and their results: infer/text.py
@@ -41,7 +41,8 @@ TERMS: dict[str, Callable[[Answer], bool]] = {
 
 
 def parse_reward(spec: str) -> dict[str, float]:
-    """Return {term: weight} of a flag such as "answer" or "answer:1,format:0.1". UserError: it is none."""
+    """Return {term: weight} of a flag such as "answer" or "answer:1,format:0.1". UserError: it is not of this
+    form."""
     known, weights = ("answer", *TERMS), {}
     for part in spec.split(","):
         name, colon, weight = part.strip().partition(":")
@@ -61,7 +62,8 @@ def parse_reward(spec: str) -> dict[str, float]:
 
 
 def checker_for(task: Task) -> tuple[Checker, str]:
-    """Return (a task's checker, what it looks at). UserError: it has none, or none that can run here."""
+    """Return (a task's checker, a phrase on what it checks). UserError: it has none, or none that can run
+    here."""
     name = task.name.partition("/")[0]
     known = chat.TASKS.get(name)
     if known and known.check is states_the_number:
@@ -100,7 +102,7 @@ def text_of(content: str | list[dict]) -> str:
 
 
 def states_number(row: dict, answer: Answer) -> bool:
-    """Return what evaluation does: whether the answer's number after #### is the row's."""
+    """Return whether the answer's number after #### is the row's, as in evaluation."""
     return states_the_number(row, answer.text)
 
 

@@ -33,7 +33,7 @@ class Rollout:
         return np.array(self.rewards, np.float64)
 
     def positions(self, values: list[list]) -> np.ndarray:
-        """Values of tokens as an array [R, T], each at the position that its token is the target of."""
+        """Place values of tokens in an array [R, T], each at the position whose target is that token."""
         found_RT = np.zeros((len(values), max(map(len, self.tokens)) - 1), np.float64)
         for row, of_row in enumerate(values):
             found_RT[row, : len(of_row) - 1] = of_row[1:]
@@ -84,7 +84,7 @@ def row_of(prompt: list[int], generation: Generation) -> tuple[list[int], list[b
 
 
 def numbers_of(rollout: Rollout, answers: list[Answer], right_EG: np.ndarray) -> dict[str, float]:
-    """What is logged of a step's answers. right_EG: which are right."""
+    """The numbers to log of a step's answers. right_EG: whether each answer is right."""
     rewards_EG, right_R = rollout.rewards_EG, right_EG.reshape(-1)
     mixed_E = (rewards_EG != rewards_EG[:, :1]).any(axis=1)
     lengths_R = np.array([sum(row) for row in rollout.sampled])

@@ -42,7 +42,8 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Minimum:
-    """The lowest point of a budget's parabola in log N. inside: between the smallest and largest model."""
+    """The lowest point of a budget's parabola in log N. inside: it is between the smallest and the largest
+    model."""
 
     budget: float
     parabola: np.ndarray  # coefficients of the loss in log N, highest power first
@@ -54,7 +55,8 @@ class Minimum:
 
 @dataclasses.dataclass(frozen=True)
 class IsoFlop:
-    """N ∝ C^a and D ∝ C^b of the best models of each budget. lines: (slope, intercept) of both, in logs."""
+    """The laws N ∝ C^a and D ∝ C^b of each budget's best model. lines: (slope, intercept) of both, in
+    logs."""
 
     minima: list[Minimum]
     a: Estimate
@@ -65,7 +67,8 @@ class IsoFlop:
 
 @dataclasses.dataclass(frozen=True)
 class Surface:
-    """loss = E + A/N^alpha + B/D^beta, and the exponents a, b of the best N and D that follow from it."""
+    """The law loss = E + A/N^alpha + B/D^beta, and the exponents a, b of the best N and D that follow from
+    it."""
 
     E: Estimate
     A: Estimate
@@ -82,7 +85,7 @@ class Surface:
 
 
 def power_law(x, y) -> np.ndarray:
-    """(slope, intercept) of log y in log x."""
+    """Fit a line to log y over log x. -> (slope, intercept)."""
     return np.polyfit(np.log(x), np.log(y), 1)
 
 
@@ -99,9 +102,9 @@ def slope_of(x, y) -> Estimate:
 
 
 def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
-    """The best model of a budget; None: the parabola has no lowest point.
+    """Find the best model of a budget; None: the parabola has no lowest point.
 
-    losses: other losses of the points than their own.
+    losses: take these instead of the points' own.
     """
     log_n, log_d = np.log([p.parameters for p in points]), np.log([p.tokens for p in points])
     parabola = np.polyfit(log_n, [p.loss for p in points] if losses is None else losses, 2)
@@ -199,7 +202,7 @@ def log_loss(p, n, d) -> np.ndarray:
 
 
 def refined(start, n, d, loss) -> np.ndarray:
-    """The fit from a start: the least Huber loss of log loss, in which an odd run weighs less."""
+    """Refine a fit from a start, by the least Huber loss of log loss, in which an odd run weighs less."""
     bounds = [-20, -20, 0.0, -20, 0.0], [5, 60, 3.0, 60, 3.0]
 
     def slopes(p):
@@ -220,7 +223,8 @@ def refined(start, n, d, loss) -> np.ndarray:
 
 
 def grid_start(n, d, loss) -> np.ndarray:
-    """The best of a grid of exponents; for each of them E, A and B follow by least squares, none negative."""
+    """Find the best start on a grid of exponents; for each, E, A and B (none negative) follow by least
+    squares."""
     best, start = np.inf, None
     for alpha in np.arange(0.1, 1.01, 0.1):
         for beta in np.arange(0.1, 1.01, 0.1):

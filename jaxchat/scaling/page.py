@@ -1,4 +1,4 @@
-"""Gather the runs of a series, and write what they say as markdown: a table, the fits, the plots."""
+"""Gather the runs of a series, and write the results as markdown: a table, the fits, the plots."""
 
 import math
 
@@ -13,7 +13,7 @@ OUTSIDE = "its minimum is outside of the models that were trained: add smaller o
 
 
 def point_of(name: str, tag: str, budget: float = 0.0) -> Point | None:
-    """A trained base model as a point; None: it is not there, or its bits per byte were not measured."""
+    """Read a trained base model as a point; None: it is not there, or its bits per byte were not measured."""
     from jaxchat.model.flops import num_params
 
     run = read_stage("base", tag)
@@ -26,7 +26,7 @@ def point_of(name: str, tag: str, budget: float = 0.0) -> Point | None:
 
 
 def markdown(title: str, points: list[Point], images: dict[str, tuple[str, bytes]], lines: list[str]) -> str:
-    """The page. images: {file name: (title, PNG)}; lines: what `said` says of the fits."""
+    """The page of a series. images: {file name: (title, PNG)}; lines: the fits in words, by `said`."""
     rows = [
         [
             point.name,
@@ -51,7 +51,7 @@ def markdown(title: str, points: list[Point], images: dict[str, tuple[str, bytes
 
 
 def said(points: list[Point], iso: IsoFlop | None, law: Surface | None) -> list[str]:
-    """The fits in words and tables. Intervals are of 95 %."""
+    """Describe the fits in words and tables. Intervals are of 95 %."""
     parts = []
     if iso:
         rows = [minimum_row(found) for found in iso.minima]
@@ -91,7 +91,7 @@ def minimum_row(found: Minimum) -> list[str]:
 
 
 def shown(estimate: Estimate) -> str:
-    """ "0.49 (0.45 to 0.53)", or the value alone."""
+    """Format an estimate with its interval, "0.49 (0.45 to 0.53)", or the value alone."""
     if math.isnan(estimate.low):
         return f"{estimate.value:.3g}"
     return f"{estimate.value:.3g} ({estimate.low:.3g} to {estimate.high:.3g})"

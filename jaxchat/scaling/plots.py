@@ -9,7 +9,7 @@ from jaxchat.scaling.fits import IsoFlop, Point, by_budget
 
 
 def plots(points: list[Point], iso: IsoFlop | None) -> dict[str, tuple[str, bytes]]:
-    """{file name: (title, PNG)} of what there is to show."""
+    """Draw the plots that the data is enough for: {file name: (title, PNG)}."""
     images = {}
     if by_budget(points):
         images["isoflop.png"] = "Loss of models of equal compute", draw(iso_flop_curves, points, iso)

@@ -35,7 +35,7 @@ def error_response(error: ApiError) -> Response:
 
 
 async def while_there(receive: Callable, work: Awaitable):
-    """The result of `work`, which is cancelled when the client goes away: None then."""
+    """Await `work` and return its result. If the client goes away, cancel it and return None."""
 
     async def gone():
         while (await receive())["type"] != "http.disconnect":
@@ -203,7 +203,7 @@ def page_headers(html: bytes) -> dict[str, str]:
 
 
 def make_app(service: Service, rules: Rules):
-    """The ASGI application."""
+    """Build the ASGI application."""
     endpoints = Endpoints(service, Path(__file__).with_name("page.html"))
     routes = [
         Route("/", endpoints.page),

@@ -1,4 +1,8 @@
-"""What every request passes first: id, host and origin, the key, CORS; the reading of bodies. Pure ASGI."""
+"""Checks that every request passes first: host and origin, the key, CORS; and the reading of bodies. Pure
+ASGI.
+
+It also gives each request an id, and logs it.
+"""
 
 import asyncio
 import contextlib
@@ -29,7 +33,11 @@ log = logging.getLogger("jaxchat.serve")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Who may ask. origins: of pages that may, "*": of all; local: only names of this machine are hosts."""
+    """The rules on who may use the server.
+
+    keys: one of these is required; (): none. origins: of pages that may, "*": of all. local: only names of
+    this machine are accepted as the host.
+    """
 
     keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
@@ -54,7 +62,8 @@ def host_of(url: str) -> str:
 
 
 class Guard:
-    """ASGI middleware: refuse what the rules don't allow, name and log every request, catch every error."""
+    """ASGI middleware that refuses what the rules don't allow, names and logs every request, and catches
+    errors."""
 
     def __init__(self, app, rules: Rules, metrics, error_response):
         self._rules, self._metrics, self._error_response = rules, metrics, error_response
@@ -148,7 +157,7 @@ class Guard:
 
 
 async def read_body(request: HTTPRequest) -> bytes:
-    """A request's body. ApiError: it is too large, or too slow."""
+    """Read a request's body. ApiError: it is too large, or too slow."""
     length, body, more = int(request.headers.get("content-length", "0")), bytearray(), True
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -166,9 +175,9 @@ async def read_body(request: HTTPRequest) -> bytes:
 
 
 class Farewell(Response):
-    """A last answer to a client that may still be sending.
+    """Sends a last answer to a client that may still be sending, and reads on for a moment.
 
-    What it sends is thrown away for a moment: were the connection closed at once, the answer would be lost.
+    If the connection were closed at once, the answer would be lost.
     """
 
     async def __call__(self, scope, receive, send):

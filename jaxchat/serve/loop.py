@@ -27,12 +27,15 @@ clock = time.perf_counter
 
 
 class Stopped(Exception):
-    """Rows will get no more tokens: the server shuts down, or an engine has failed."""
+    """Raised where rows will get no more tokens: the server shuts down, or an engine has failed."""
 
 
 @dataclasses.dataclass(eq=False)
 class Row:
-    """One answer that is asked of an engine, and when what happened, by `clock`; 0: not yet."""
+    """One answer that an engine is to generate, with the times of what has happened to it.
+
+    The times are `clock`'s; 0: it has not happened yet.
+    """
 
     request: Request
     index: int  # of the answer in its job
@@ -52,14 +55,14 @@ class Worker(threading.Thread):
     """An engine in a thread of its own.
 
     rows: the number of its rows that have not ended; only the event loop counts them. `ready` is done once
-    there is an engine; `failed` holds what ended it.
+    the engine is there; `failed` holds the exception that ended it.
     """
 
     def __init__(self, open_engine: Callable, slots: int, metrics: Metrics, model: str):
-        """Is made in the event loop, and starts with `start`. slots: of the engine.
+        """Call it in the event loop; `start` starts the thread. slots: those of the engine.
 
-        open_engine(on_progress): called in the thread; a context manager of an engine with its shapes
-        compiled. on_progress: called with the number of shapes that are compiled, and of all.
+        open_engine(on_progress): called in the thread; a context manager that gives an engine with its shapes
+        compiled. on_progress: called with the number of shapes compiled so far, and of all.
         """
         super().__init__(name=f"engine of {model}", daemon=True)
         self._open, self.slots, self._metrics, self._model = open_engine, slots, metrics, model
@@ -175,7 +178,7 @@ class Worker(threading.Thread):
 
 
 class Job:
-    """The rows of one request, and what has come for them."""
+    """The rows of one request, and the tokens that have come for them."""
 
     def __init__(self):
         self.rows: list[Row] = []
@@ -190,7 +193,7 @@ class Job:
         self._news.put_nowait(Stopped(why))
 
     async def news(self, seconds: float | None = None) -> list[tuple[Row, Generation]]:
-        """All that has come since, at least something; [] after `seconds` without anything."""
+        """Wait for new tokens and return all that have come; [] if none come within `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 found = [await self._news.get()]
@@ -204,7 +207,7 @@ class Job:
         return found
 
     def cancel(self):
-        """Free what the rows hold, at the end of the stretch at the latest."""
+        """Free the slots of the rows, at the end of the current stretch at the latest."""
         for row in self.rows:
             self.cancel_row(row)
 
@@ -215,10 +218,10 @@ class Job:
 
 
 class Pool:
-    """The engines of one model, an engine a device: every row goes to the one with the fewest."""
+    """The engines of one model, one for each device. A new row goes to the engine with the fewest rows."""
 
     def __init__(self, workers: list[Worker], context: int, max_waiting: int):
-        """context: most tokens of a row; max_waiting: most rows that wait for a slot."""
+        """context: the most tokens of a row; max_waiting: the most rows that may wait for a slot."""
         self.workers, self._max_waiting = workers, max_waiting
         self._seconds = 1.0  # that an answer takes
         self.positions = self.slots * context  # of the caches

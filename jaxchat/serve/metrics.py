@@ -11,7 +11,7 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 
 class Metrics:
-    """All metrics, in a registry of their own. Times are by a monotonic clock."""
+    """All metrics of the server, in a registry of their own. Times are by a monotonic clock."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -50,7 +50,7 @@ class Metrics:
         self.registry.register(_State(pools))
 
     def tokens(self, model: str, row, count: int, now: float):
-        """Measure `count` new tokens of a row, before it is changed."""
+        """Count `count` new tokens of a row and their time; call it before the row itself is changed."""
         if not row.first:
             self.first.labels(model).observe(now - row.asked)
             return
@@ -59,7 +59,7 @@ class Metrics:
             between.observe((now - row.last) / count)
 
     def ended(self, model: str, row, answer):
-        """Count an answer that was sent to its end."""
+        """Count an answer that was sent completely."""
         self.success.labels(model, answer.finish).inc()
         self.prompt_tokens.labels(model).inc(len(answer.prompt))
         self.generation_tokens.labels(model).inc(answer.sampled)

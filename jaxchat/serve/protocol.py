@@ -1,7 +1,8 @@
-"""Requests of OpenAI's API, read from JSON with errors that name the field. Neither JAX nor HTTP here.
+"""Requests of OpenAI's API, read from JSON with errors that name the field. This file uses neither JAX nor
+HTTP.
 
-Fields that this server cannot honour are errors unless they ask for what happens anyway; fields that nobody
-knows are ignored.
+Fields that this server cannot honour are errors, unless they ask for what happens anyway; unknown fields are
+ignored.
 """
 
 import dataclasses
@@ -60,7 +61,7 @@ KINDS = {
 
 
 class ApiError(Exception):
-    """An answer that is an error, in OpenAI's form. retry: seconds after which to try again."""
+    """An error to answer a request with, in OpenAI's form. retry: seconds after which to try again."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int = 0
@@ -77,7 +78,7 @@ class ApiError(Exception):
 
 
 def wrong(param: str, expected: str, got: Any) -> ApiError:
-    """An error about a field's value."""
+    """Make the error about a field's value."""
     shown = json.dumps(got)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
     return ApiError(400, f"{param}: expected {expected}; got {shown}", param=param)
@@ -85,7 +86,7 @@ def wrong(param: str, expected: str, got: Any) -> ApiError:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What both kinds of requests ask for. None: as the server's own default."""
+    """The fields that both kinds of requests share. None: the server's own default."""
 
     model: str
     n: int
@@ -133,11 +134,11 @@ class Fields:
         return self._body.get(name)
 
     def unknown(self) -> list[str]:
-        """The names that nobody has asked for."""
+        """Names of the fields that nothing has read."""
         return [name for name in self._body if name not in self._read]
 
     def number(self, name: str, default, least: float, most: float = math.inf, *, above: bool = False):
-        """A number from least (above: without it) to most; null: default."""
+        """Read a number from `least` (or, with `above`, above it) to `most`; null: the default."""
         return self._number(name, default, (least, most), above, whole=False)
 
     def integer(self, name: str, default, least: int, most: float = math.inf):
@@ -185,7 +186,7 @@ class Fields:
 
 
 def read_json(body: bytes) -> dict:
-    """The object that a request's body is."""
+    """Parse a request's body. ApiError: it is no JSON object in UTF-8."""
     try:
         found = json.loads(body.decode("utf-8"))
     except UnicodeDecodeError as problem:
@@ -298,7 +299,7 @@ def _stop_tokens(value) -> tuple[int, ...]:
 
 
 def read_prompts(value) -> list[str | list[int]]:
-    """The prompts of a request for completions: a string, ids, or a list of either."""
+    """Read the prompts of a request for completions: a string, token ids, or a list of either."""
     expected = "a string, a list of strings, a list of token ids, or a list of such lists, none of them empty"
     prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
     if len(prompts) > MAX_PROMPTS:
@@ -313,7 +314,7 @@ def read_prompts(value) -> list[str | list[int]]:
 
 
 def read_messages(value) -> list[dict]:
-    """The messages of a chat, checked one by one."""
+    """Read the messages of a chat, and check them one by one."""
     if not isinstance(value, list) or not value:
         raise wrong("messages", "a list with at least one message", value)
     return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
@@ -346,7 +347,7 @@ def _message(message, at: str) -> dict:
 
 
 def chat_prompt(tokenizer, chat: Chat, *, only_continues: bool) -> list[int]:
-    """A chat as tokens, up to where the model is to speak.
+    """Turn a chat into tokens, up to where the model is to speak.
 
     only_continues: the model knows no turns, it only continues text: the messages' texts are joined.
     """
@@ -402,7 +403,7 @@ def completion_prompts(tokenizer, completion: Completion, vocab_size: int) -> li
 
 
 def text_length(asked: Chat | Completion) -> int:
-    """Bytes of the longest text that has to become tokens within one prompt, at least."""
+    """Characters of the longest text to tokenize for one prompt; it has at least as many bytes."""
     if isinstance(asked, Completion):
         return max((len(prompt) for prompt in asked.prompts if isinstance(prompt, str)), default=0)
     contents = [message["content"] for message in asked.messages]

@@ -1,4 +1,4 @@
-"""What is sent back: tokens as they come become text, log-probabilities, tool calls, and OpenAI's objects."""
+"""Replies: tokens as they come become text, log-probabilities, tool calls, and OpenAI's objects."""
 
 import asyncio
 import codecs
@@ -32,7 +32,7 @@ class Entry:
 
 @dataclasses.dataclass
 class Piece:
-    """What is new of an answer: text, the tokens it came in, and what the tool was asked and said."""
+    """The new part of an answer: text, its tokens, and calls of the tool with their results."""
 
     text: str = ""
     entries: list[Entry] = dataclasses.field(default_factory=list)
@@ -47,7 +47,7 @@ class Piece:
 class Answer:
     """One answer as it grows.
 
-    `add` takes what an engine generates and returns what can be shown of it. `finish` is "" until the end,
+    `add` takes what an engine generates and returns the part that can be shown. `finish` is "" until the end,
     then "stop" or "length".
     """
 
@@ -163,7 +163,8 @@ def shown_token(tokenizer, token: int) -> str:
 
 
 def completion_logprobs(tokenizer, entries: list[Entry]) -> dict:
-    """Log-probabilities in the form of completions. The token itself has the very number of its place."""
+    """Log-probabilities in the form of completions. Among the likeliest, the token itself has exactly its own
+    number."""
     found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
         name, logprob = shown_token(tokenizer, entry.token), entry.logprob
@@ -200,7 +201,7 @@ def chat_logprobs(tokenizer, entries: list[Entry]) -> dict:
 
 
 class Form:
-    """The objects of one reply, all with one id and time: the complete one, or chunks."""
+    """Builds the objects of one reply, all with one id and time: the complete one, or chunks."""
 
     def __init__(self, id: str, created: int, model: str, fingerprint: str, asked: Sampling, tokenizer):
         self.chat = not isinstance(asked, Completion)
@@ -221,13 +222,13 @@ class Form:
         return self._common | {"choices": choices, "usage": usage, "jaxchat": extra}
 
     def role(self, index: int, **extra) -> dict:
-        """The first chunk of a chat's answer."""
+        """Build the first chunk of a chat's answer."""
         return self._chunk(
             index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None}, None, extra
         )
 
     def news(self, answer: Answer, piece: Piece) -> list[dict]:
-        """Chunks of what is new, tool calls and the text around them in their order."""
+        """Build chunks of a new part of an answer, with tool calls and the text around them in order."""
         chunks, done = [], 0
         if self.chat:
             for at, tool in piece.tools:
@@ -265,7 +266,7 @@ class Form:
 
 
 class Reply:
-    """One request on its way: its answers as they grow, and what is sent of them."""
+    """The reply to one request: its answers as they grow, and what is sent of them."""
 
     def __init__(self, service: Service, asked: Asked, chat: bool):
         model = asked.model
@@ -302,7 +303,7 @@ class Reply:
                 yield answer, piece
 
     async def complete(self) -> bytes:
-        """The reply as one object's JSON, once all answers have ended."""
+        """The reply as the JSON of one object, once all answers have ended."""
         found = [Piece() for _ in self.answers]
         async for one in self.pieces():
             answer, piece = one
@@ -366,12 +367,14 @@ class Reply:
 
 
 def event(content: dict) -> bytes:
-    """A server-sent event. In ASCII: some clients take Unicode's other line ends for the end of an event."""
+    """Format a server-sent event, in ASCII: some clients take other line ends of Unicode for the end of an
+    event."""
     return b"data: " + json_bytes(content) + b"\n\n"
 
 
 async def aside(size: int, function: Callable, *args):
-    """Return function(*args), run in a thread if its input has LARGE bytes or more, to keep the loop free."""
+    """Return function(*args), run in a thread if its input has LARGE bytes or more, so that the loop stays
+    free."""
     return function(*args) if size < LARGE else await asyncio.to_thread(function, *args)
 
 

@@ -21,7 +21,7 @@ CLOSE_SECONDS = 5  # for connections to close once all is said
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 whose clients have to say what they want in time."""
+    """HTTP/1.1 with a time limit on a request's headers."""
 
     _headers_due: asyncio.TimerHandle | None = None
 
@@ -76,7 +76,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. UserError: the address can't be had."""
+    """Open a socket that listens. UserError: the address can't be used."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -90,7 +90,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def stops_by_signal() -> asyncio.Queue:
-    """A queue that gets an item whenever this process is asked to stop."""
+    """Make a queue that gets an item whenever a signal asks this process to stop."""
     stops, loop = asyncio.Queue(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stops.put_nowait, number)

@@ -1,4 +1,4 @@
-"""The models that are served, the state they share, and requests made ready for them."""
+"""The models that are served, the state that they share, and requests prepared for them."""
 
 import asyncio
 import dataclasses
@@ -42,7 +42,7 @@ class Served:
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """Settings of requests that have none of their own."""
+    """The settings of a request that leaves them out."""
 
     temperature: float = 0.6
     top_k: int = 50
@@ -66,13 +66,13 @@ class Service:
         return [worker for model in self.models.values() for worker in model.pool.workers]
 
     def progress(self) -> str:
-        """How many shapes are compiled, and how long the others may take."""
+        """Describe how many shapes are compiled, and how long the rest may take."""
         done, total = (sum(getattr(one, name) for one in self.workers) for name in ("compiled", "to_compile"))
         left = f", about {(time.monotonic() - self._made) * (total / done - 1):.0f} s to go" if done else ""
         return f"{done} of {total} shapes compiled{left}" if total else "loading"
 
     async def close(self):
-        """Stop the engines; one that is compiling is left to itself."""
+        """Stop the engines and wait a moment for them. One that is still compiling is left to itself."""
         for worker in self.workers:
             worker.stop()
         for worker in self.workers:
@@ -80,7 +80,7 @@ class Service:
                 await asyncio.to_thread(worker.join, CLOSING)
 
     def model(self, name: str) -> Served:
-        """The model of a name; "": the first. ApiError: there is none."""
+        """Return the model with a name; "": the first. ApiError: there is none."""
         if not name:
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -96,14 +96,14 @@ class Service:
             raise ApiError(503, "the server is shutting down", retry=10)
 
     def note_unknown(self, names: list[str]):
-        """Log the first of each field that nobody knows."""
+        """Log unknown fields of requests, each name once."""
         for name in {name[:80] for name in names} - self._unknown:
             if len(self._unknown) < 1000:
                 self._unknown.add(name)
                 log.info("a request has the unknown field %r, which is ignored", name)
 
     async def drain(self, seconds: float):
-        """Answer what has begun, for so long at most; then end what is left with an error."""
+        """Let running answers finish, for at most `seconds`; then end the rest with an error."""
         self.state, end = "draining", time.monotonic() + seconds
         while self.jobs and time.monotonic() < end:
             await asyncio.sleep(0.05)
@@ -113,7 +113,7 @@ class Service:
 
 @dataclasses.dataclass
 class Asked:
-    """A request that can be given to a model."""
+    """A request that is ready to be given to a model."""
 
     model: Served
     fields: Chat | Completion
@@ -126,7 +126,7 @@ class Asked:
 
 
 def prepare(service: Service, body: bytes, chat: bool) -> Asked:
-    """Read a request's body. ApiError: it is wrong, and where."""
+    """Read a request's body. ApiError: it is wrong; the error names the field."""
     fields = Fields(protocol.read_json(body))
     asked = protocol.read_chat(fields) if chat else protocol.read_completion(fields)
     service.note_unknown(fields.unknown())
@@ -151,7 +151,7 @@ def prepare(service: Service, body: bytes, chat: bool) -> Asked:
 
 
 def room(service: Service, asked: Chat | Completion, length: int, context: int, param: str) -> int:
-    """Most tokens of an answer to a prompt of `length` tokens."""
+    """Largest number of tokens in an answer to a prompt of `length` tokens."""
     wanted, given = asked.max_tokens, f"{param} has {length:,} tokens"
     if wanted is None:
         if length >= context:

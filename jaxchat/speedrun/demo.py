@@ -9,8 +9,9 @@ STEPS = {"base": 220, "mid": 1370, "sft": 200}
 
 
 def commands(tasks: Path, *, seed: int, rows: int, steps: dict[str, int]) -> dict[str, list[str]]:
-    """{module in launch: flags}, in order. tasks: the world's folder; rows: to compute at a time; steps: of
-    each stage.
+    """The demo's commands, in order: {module in launch: flags}.
+
+    tasks: the world's folder. rows: rows to compute at a time. steps: number of steps of each stage.
     """
     common = [f"--model_tag={TAG}", f"--seed={seed}", "--device_type=cpu"]
     batch = [f"--device_batch_size={rows}", f"--total_batch_size={STEP_TOKENS}"]

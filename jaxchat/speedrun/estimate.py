@@ -21,8 +21,9 @@ TOKENIZER_CHARS = 3e6  # a second
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The devices of a preset. flops: what all of them sustain in training; memory: bytes of each; price: of
-    an hour.
+    """The devices of a preset, and what they can do.
+
+    flops: FLOP/s that all of them sustain in training. memory: bytes of each. price: of an hour.
     """
 
     title: str
@@ -58,7 +59,7 @@ def sft_tokens(config: SFTConfig, model: ModelConfig) -> float:
 
 
 def eval_tokens(config, core: bool) -> float:
-    """Tokens that base_eval reads, with CORE or without. config: its flags."""
+    """Tokens that base_eval reads, with or without CORE. config: its flags."""
     if not core:
         return 2 * config.eval_tokens
     items = 22 * config.max_per_task
@@ -67,7 +68,7 @@ def eval_tokens(config, core: bool) -> float:
 
 
 def chat_eval_minutes(config) -> float:
-    """Minutes of chat_eval, whatever the machine: a guess. config: its flags."""
+    """Minutes that chat_eval takes: a guess, the same for all machines. config: its flags."""
     return CHAT_EVAL * (min(1.0, config.max_problems / CHAT_PROBLEMS) if config.max_problems > 0 else 1.0)
 
 
@@ -79,14 +80,14 @@ def train_minutes(tokens: float, model: ModelConfig, machine: Machine) -> float:
 
 
 def read_minutes(tokens: float, model: ModelConfig, machine: Machine) -> float:
-    """Minutes to read tokens without learning from them: a third of the FLOPs, at half the pace."""
+    """Minutes to evaluate a model on tokens: a third of training's FLOPs, at half of its FLOP/s."""
     from jaxchat.model.flops import flops_per_token
 
     return machine.start + 2 / 3 * tokens * flops_per_token(model) / machine.flops / 60
 
 
 def state_bytes(model: ModelConfig) -> int:
-    """Bytes of weights and optimizer: float32, Adam keeps two moments, Muon one."""
+    """Bytes of weights and optimizer in float32: Adam keeps two moments, Muon one."""
     import jax
 
     from jaxchat.model.params import declare
@@ -96,7 +97,8 @@ def state_bytes(model: ModelConfig) -> int:
 
 
 def shards_for(config: BaseConfig, model: ModelConfig) -> int:
-    """Shards of text to train on without repeating any, a tenth to spare, and one for validation."""
+    """Number of shards to train on without repeating any, with a tenth to spare and one more for
+    validation."""
     from jaxchat.train.stages import horizon_of
 
     tokens = horizon_of(config, model).tokens

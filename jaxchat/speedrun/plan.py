@@ -11,7 +11,8 @@ from jaxchat.speedrun.steps import Checkpoint, Step
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run as the flags describe it. flags: of the steps that have a flags class, parsed, by their name."""
+    """A run as the flags describe it. flags: the parsed flags, by step, of the steps that have a flags
+    class."""
 
     preset: Preset
     tag: str
@@ -54,14 +55,14 @@ class Plan:
 
     @staticmethod
     def download(step: Step) -> float:
-        """Bytes that a step downloads if nothing is there; those of the bundle count with the tasks."""
+        """Bytes that a step downloads if nothing is there. Those of CORE's bundle count with the tasks."""
         if step.lane != "network" or step.name == "bundle":
             return 0.0
         shards = [word.partition("=")[2] for word in step.argv if word.startswith("--shards=")]
         return int(shards[0]) * estimate.SHARD_FILE if shards else estimate.TASK_FILES
 
     def disk(self, todo: list[Step]) -> float:
-        """Bytes that the steps still write: downloads and, of each stage, the checkpoints that are kept."""
+        """Bytes that the steps are going to write: downloads, and the checkpoints that each stage keeps."""
         from jaxchat import checkpoint
         from jaxchat.store import KEEP
 
@@ -100,7 +101,7 @@ class Plan:
         return rows
 
     def memory(self) -> str:
-        """What the devices must hold, by the formula; the step itself is compiled where it runs."""
+        """Describe what the devices must hold, by the formula; the step itself is compiled where it runs."""
         machine, state = self.preset.machine, estimate.state_bytes(self.model)
         needed = f"weights and optimizer take {files.size_text(state / machine.devices)} of each device"
         if not machine.memory:
@@ -111,8 +112,9 @@ class Plan:
 
 
 def table(steps: list[Step], why: dict[str, str], flags: bool = True) -> list[str]:
-    """Lines about the steps: name, state, estimated time, command, with its flags or without. why: of those
-    that are to do.
+    """Lines about the steps: name, state, estimated time, command.
+
+    why: the reasons, by name, of the steps that are to do. flags: show the commands with their flags.
     """
     names = max(len(step.name) for step in steps)
     lines = [f"  {'step':<{names}}  {'state':<5}  {'time':>7}  command"]

@@ -23,9 +23,10 @@ H100, V5E, V6E = 989e12, 197e12, 918e12  # peak FLOP/s
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A run for a kind of machine. flags: of its steps, by their name, besides those that all runs have.
+    """A run for a kind of machine.
 
-    recipe: 2025's has three stages of training, 2026's two: SFT starts from base. text: what is trained on.
+    flags: by step, those that this preset adds. recipe: 2025's has three stages of training, 2026's two: SFT
+    starts from base. text: the data set to train on.
     """
 
     about: str
@@ -95,7 +96,7 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where a run's data are: the folders that the commands are given, "" for the base directory's own."""
+    """The folders of a run's data, as the user gave them; "": the base directory's own."""
 
     data_dir: str = ""
     tasks_dir: str = ""
@@ -118,7 +119,7 @@ class Places:
         return (Files(place if place.endswith(".zip") else f"{place}/*"),)
 
     def flags(self, *names: str) -> list[str]:
-        """The named ones that are given, as flags."""
+        """Those of the named folders that the user gave, as flags."""
         given = {name: getattr(self, name) for name in names}
         return [f"--{name}={value}" for name, value in given.items() if value not in ("", NONE)]
 
@@ -147,13 +148,17 @@ def demo_steps(seed: int = 0, steps: dict[str, int] = STEPS) -> list[Step]:
 
 
 def first_text(shards: int, text: str) -> Files:
-    """The shards that the tokenizer is trained on, when some or all have come."""
+    """The first shards of the text, on which the tokenizer is trained, whether or not all shards are
+    there."""
     first = min(TOKENIZER_SHARDS, shards) - (text == "climbmix")  # one of them is its last, for validation
     return Files("base_data/*.parquet", least=first, first=first)
 
 
 def downloads(places: Places, shards: int, text: str) -> list[Step]:
-    """Steps that fetch what is not given. The tokenizer can begin when the first shards are there."""
+    """Steps that download the data for which the user gave no folder.
+
+    The first shards come first, so that the tokenizer can be trained while the rest is downloaded.
+    """
 
     def fetch(name: str, *words: str, **about) -> Step:
         return Step(name, python("launch.download", *words), lane="network", **about)
@@ -172,14 +177,14 @@ def downloads(places: Places, shards: int, text: str) -> list[Step]:
 
 
 def text_of(places: Places, shards: int) -> Files:
-    """The text: complete with at least `shards` files, or with two where the user named a folder."""
+    """The text to train on: complete with `shards` files, or with two in a folder that the user gave."""
     return places.text if places.data_dir else dataclasses.replace(places.text, least=shards)
 
 
 def real_steps(
     preset: Preset, tag: str, depth: int, places: Places, shards: int = 2, rl: bool = False
 ) -> list[Step]:
-    """The steps of a run on real data, without what a preset or the user adds to their flags."""
+    """The steps of a run on real data, before a preset and the user add their flags."""
     text = text_of(places, shards)
     some = text if places.data_dir else first_text(shards, preset.text)
     base, mid, sft = (Checkpoint(stage, tag) for stage in ("base", "mid", "sft"))

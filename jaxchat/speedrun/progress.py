@@ -1,4 +1,5 @@
-"""How far a run is: a line for people, status.json for programs, and the time left, by what was measured."""
+"""The progress of a run, as a line for people and as status.json for programs, with the time left as
+measured."""
 
 import contextlib
 import dataclasses
@@ -18,14 +19,14 @@ RECENT = 50  # steps whose mean pace counts
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """A trainer's place: the fraction that is done, and the seconds left at the recent pace."""
+    """The progress of a trainer: the fraction that is done, and the seconds left at its recent pace."""
 
     fraction: float
     left: float
 
 
 def pace_of(step: Step) -> Pace | None:
-    """The pace of a trainer by its metrics.jsonl; None: it trains nothing, or has not begun."""
+    """Read a trainer's pace from its metrics.jsonl; None: the step trains nothing, or has not begun."""
     paths = [artifact.folder / "metrics.jsonl" for artifact in step.makes if isinstance(artifact, Checkpoint)]
     if not paths or not paths[0].exists():
         return None
@@ -70,7 +71,7 @@ class Progress:
             self.write("running")
 
     def change(self):
-        """A step has started or ended."""
+        """Show and write the progress when a step starts or ends."""
         if self.runner.running:
             self.shown = time.monotonic()
             show(self.line())
@@ -90,7 +91,8 @@ class Progress:
         return left if left > 0 else None  # it takes longer than was planned
 
     def scale(self) -> float:
-        """Measured ÷ planned time of the steps on the devices that are done or train; 1: none is."""
+        """Measured ÷ planned time of the steps on the devices, as far as they are done or train; 1: none
+        is."""
         measured = planned = 0.0
         for step in self.steps:
             if step.lane != "devices" or not step.minutes:
@@ -104,7 +106,7 @@ class Progress:
         return measured / planned if planned and measured else 1.0
 
     def left(self) -> tuple[float, bool]:
-        """Seconds until all steps are done, and whether every step's time is known."""
+        """Return (seconds until all steps are done, whether the time of every step is known)."""
         scale, lanes, known = self.scale(), {}, True
         for step in self.steps:
             left = self.left_of(step, scale if step.lane == "devices" else 1.0)
@@ -113,7 +115,7 @@ class Progress:
         return max(lanes.values(), default=0.0), known
 
     def line(self) -> str:
-        """ "d20: base 12%, 3 of 11 steps done; 40m00s so far, about 3h10m left"."""
+        """Format the progress: "d20: base 12%, 3 of 11 steps done; 40m00s so far, about 3h10m left"."""
         at = []
         for name, running in self.runner.running.items():
             pace = pace_of(running.step)
@@ -128,7 +130,7 @@ class Progress:
         return text
 
     def spent(self) -> float:
-        """Seconds that these steps have taken, in earlier starts too."""
+        """Seconds that these steps have taken, earlier starts of the run included."""
         return self.before + time.monotonic() - self.began
 
     def write(self, state: str):

@@ -21,7 +21,7 @@ PAUSE = 1.0  # seconds before a step is started again
 
 
 class Running:
-    """A step that runs. on_end is called in a thread with (this, exit code as a shell's)."""
+    """A step that is running. on_end(this, exit code as a shell's) is called in a thread when it ends."""
 
     def __init__(self, step: Step, log, words: list[str], lock: int, more: dict):
         self.step, self.began, self.last = step, time.monotonic(), deque(maxlen=LAST_LINES)
@@ -62,10 +62,11 @@ class Running:
 
 
 class Runner:
-    """Runs steps in order; those of different lanes, and as many of one as it has slots, at the same time."""
+    """Runs steps in order. Steps of different lanes run at the same time, as do those of one lane, up to its
+    slots."""
 
     def __init__(self, steps: list[Step], state: State, *, restarts: int, places: tuple[dict, ...] = ({},)):
-        """places: environment variables for each of the steps that the devices take at the same time."""
+        """places: environment variables for each of the steps that run on the devices at the same time."""
         self.steps, self.state, self.restarts = steps, state, restarts
         self.free = {"devices": list(places), "network": [{}]}
         self.parallel = len(self.free["devices"]) > 1
@@ -136,7 +137,7 @@ class Runner:
         threading.Thread(target=self.follow, args=[running], daemon=True).start()
 
     def claim(self, step: Step) -> int | None:
-        """Hold a step's lock. A process that a killed run has left at it is asked to stop and waited for.
+        """Take a step's lock. If a killed run left a process that holds it, ask that to stop and wait for it.
 
         None: a signal came meanwhile.
         """
@@ -159,7 +160,7 @@ class Runner:
         self.events.put((running.step.name, code))
 
     def ended(self, running: Running, code: int):
-        """Note how a step ended: done, to be started again, or a failure that ends the run."""
+        """Note how a step ended: done, to be started again, or failed, which ends the run."""
         step, seconds = running.step, time.monotonic() - running.began
         running.log.close()
         lacking = [] if code else [made.title for made in step.makes if not made.found()]
@@ -192,7 +193,10 @@ class Runner:
 
     @contextlib.contextmanager
     def hearing(self):
-        """Pass a request to stop on to what runs, SIGINT as itself, others as SIGTERM; start nothing more."""
+        """A context in which a signal to stop is passed on to the running steps, and no more are started.
+
+        SIGINT is passed on as itself, the others as SIGTERM.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -216,5 +220,5 @@ def show(line: str):
 
 
 def python(module: str, *flags: str) -> tuple[str, ...]:
-    """The words that run a command with this Python."""
+    """The words of a command that runs a module with this Python."""
     return (sys.executable, "-m", module, *flags)

@@ -1,8 +1,8 @@
-"""What is known of a run's steps: which command made what, from which inputs, and whether it still holds.
+"""The records of a run's steps: which command made what, from which inputs, and whether it still holds.
 
 <base directory>/speedrun/<tag>/<step>.json has a step's command and the fingerprints of its inputs, written
-before it starts, and those of its outputs, added after it ended with exit code 0. A step is done if all of
-them are what they were.
+before it starts, and those of its outputs, added once it has ended with exit code 0. A step is done if
+command and fingerprints are unchanged.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class State:
         return read_json(self.path(name))
 
     def incomplete(self, step: Step) -> bool:
-        """Whether a step was begun and has not ended well."""
+        """Return whether a step was begun and has not ended well."""
         record = self.record(step.name)
         return bool(record) and "outputs" not in record
 
@@ -62,7 +62,10 @@ class State:
         files.write_json(self.path(step.name), record)
 
     def verdict(self, step: Step, remade: frozenset[Artifact] = frozenset()) -> Verdict:
-        """Judge a step by its record and what is there. remade: what will be made again before it."""
+        """Judge whether a step is done, by its record and the files that are there.
+
+        remade: artifacts that will be made again before it.
+        """
         record = self.record(step.name)
         if not step.makes:
             return Verdict(False, "")
@@ -96,15 +99,16 @@ class State:
         return "; ".join(parts)
 
     def again(self, steps: list[Step], names: set[str]) -> set[str]:
-        """The steps that --redo=names means: these and all that need them.
+        """Names of the steps to do again for --redo=names: these, and all that need them.
 
-        None while the run for which they were forgotten is not complete: there the same command continues.
+        None where an earlier start has deleted their outputs and has not completed the run, which then
+        continues.
         """
         found = dependents(steps, names)
         return found if read_json(self.path(REDO)) != commands_of(steps, names) else set()
 
     def forget(self, steps: list[Step], names: set[str]):
-        """Delete what the named steps and all that need them have made, and their records."""
+        """Delete the outputs and records of the named steps, and of all steps that need them."""
         again = dependents(steps, names)
         for step in reversed(steps):
             if step.name in again:
@@ -114,7 +118,7 @@ class State:
         files.write_json(self.path(REDO), commands_of(steps, names))
 
     def complete(self):
-        """Note that the whole run is complete: --redo means a new one from now on."""
+        """Note that the run is complete, so that the next --redo starts over."""
         files.delete(self.path(REDO))
 
 
@@ -123,9 +127,9 @@ def commands_of(steps: list[Step], names: set[str]) -> dict[str, list[str]]:
 
 
 def to_do(state: State, steps: list[Step], chosen: list[Step], redo: set[str]) -> dict[str, str]:
-    """{name: why} of the chosen steps that are not done. redo: the names that --redo gave.
+    """Return {name: why} of the chosen steps that are not done. redo: the names that --redo gave.
 
-    UserError: flags or inputs of one differ from those it was run with, or an input is missing.
+    UserError: flags or inputs of a step differ from those it was run with, or an input is missing.
     """
     again = state.again(steps, redo)
     check_inputs(state, steps, chosen, again)
@@ -135,7 +139,7 @@ def to_do(state: State, steps: list[Step], chosen: list[Step], redo: set[str]) -
 
 
 def plan(state: State, steps: list[Step]) -> dict[str, Verdict]:
-    """The verdict on each step. UserError: flags or inputs of one differ from those it was run with."""
+    """Return each step's verdict. UserError: flags or inputs of a step differ from those it was run with."""
     verdicts, remade = {}, frozenset()
     for step in steps:
         verdicts[step.name] = verdict = state.verdict(step, remade)
@@ -155,7 +159,7 @@ def refuse(step: Step, verdict: Verdict):
 
 
 def check_inputs(state: State, steps: list[Step], selected: list[Step], again: set[str] = frozenset()):
-    """Raise UserError if a chosen step needs what no chosen step makes and is not there, or not complete.
+    """Raise UserError if an input of a chosen step is missing or incomplete, and no chosen step makes it.
 
     again: steps whose output --redo is going to delete.
     """
@@ -184,7 +188,7 @@ def begun(step: Step) -> bool:
 
 
 def damage(step: Step, outputs: dict[str, str]) -> str:
-    """What is wrong with a step's outputs; "": nothing."""
+    """Find what is wrong with a step's outputs; "": nothing."""
     for artifact in step.makes:
         found = artifact.found()
         if not found:

@@ -1,7 +1,7 @@
-"""Steps of a run as data: the command of each, what it needs and what it makes.
+"""The steps of a run as data: the command of each, what it needs and what it makes.
 
-What steps need and make are files, checkpoints and results of evaluations. A step that needs what another
-makes comes after it.
+Steps need and make files, checkpoints and results of evaluations. A step that needs what another makes comes
+after it.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ class Artifact:
     """What a step makes or needs. Its `title` names it in records and messages."""
 
     def found(self) -> dict[str, str]:
-        """{path: fingerprint} of what is there; {}: it is not there, or not complete."""
+        """Return {path: fingerprint} of the files that are there; {}: none, or it is not complete."""
         raise NotImplementedError
 
     def damage(self) -> str:
-        """What is wrong with it beyond what fingerprints show; "": nothing."""
+        """Find what is wrong with it that fingerprints do not show; "": nothing."""
         return ""
 
     def begun(self) -> bool:
-        """Whether an interrupted run has left something of it that is worth keeping."""
+        """Return whether an interrupted run has left a part of it that is worth keeping."""
         return False
 
     def delete(self):
-        """Delete it. Nothing to do where the command that makes it replaces it."""
+        """Delete it; does nothing where the command that makes it replaces it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Checkpoint(Artifact):
         return {f"{self.title}/{step}": files.file_hash(sealed)[:16] if sealed.exists() else "not sealed"}
 
     def damage(self) -> str:
-        """What is wrong with the weights, which are read for it."""
+        """Read the weights, and say what is wrong with them; "": nothing."""
         from jaxchat import seal
 
         return seal.damage(self.folder / str(self.last()), ("params", "meta"))
@@ -116,7 +116,7 @@ class Checkpoint(Artifact):
 
 @dataclasses.dataclass(frozen=True)
 class Results(Artifact):
-    """What a command has measured of a stage's last checkpoint."""
+    """Results that a command has measured on a stage's last checkpoint."""
 
     stage: str
     tag: str
@@ -135,9 +135,10 @@ class Results(Artifact):
 class Step:
     """A command of a run.
 
-    argv: its words. makes: what it leaves, (): nothing that lasts, so it runs each time. needs: what it
-    reads. minutes: an estimate, 0: unknown. lane: steps of one lane take turns; "network" runs beside the
-    others. resumes: the command takes --resume. free: flags that may differ from those of an earlier start.
+    argv: its words. makes: the artifacts it leaves; (): none that last, so it runs each time. needs: those it
+    reads. minutes: an estimate; 0: unknown. lane: steps of one lane take turns; "network" runs beside the
+    others. resumes: whether the command takes --resume. free: flags that may differ from those of an earlier
+    start.
     """
 
     name: str
@@ -151,7 +152,7 @@ class Step:
 
     @property
     def fixed(self) -> list[str]:
-        """The words that a later start must repeat; it may be by another Python."""
+        """The words of the command that must not change from start to start. The path of Python may."""
         words = self.argv[1:] if self.argv[1:2] == ("-m",) else self.argv
         return [word for word in words if word.partition("=")[0].lstrip("-") not in self.free]
 
@@ -171,7 +172,7 @@ def makers(steps: list[Step]) -> dict[Artifact, Step]:
 
 
 def dependents(steps: list[Step], names: set[str]) -> set[str]:
-    """The named steps, and all that need what these make, directly or not."""
+    """Names of the given steps and of all that need what these make, directly or not."""
     found = set(names)
     for step in steps:  # a step comes after those it needs
         made = {artifact for other in steps if other.name in found for artifact in other.makes}
@@ -181,7 +182,7 @@ def dependents(steps: list[Step], names: set[str]) -> set[str]:
 
 
 def named(steps: list[Step], flag: str, text: str) -> set[str]:
-    """The names in a list that is separated by commas. UserError: one is no step."""
+    """Split a comma-separated list of steps into names. UserError: there is no such step."""
     names = {name.strip() for name in text.split(",") if name.strip()}
     known = [step.name for step in steps]
     if unknown := sorted(names - set(known)):

@@ -1,4 +1,5 @@
-"""Parts of all launchers: checks of flags, running or printing a command, exit codes that restart a run."""
+"""Parts that all launchers share: checks of flags, running or printing a command, exit codes that restart a
+run."""
 
 import os
 import re
@@ -13,7 +14,8 @@ MOUNTED = ("implicit-dirs", "rename-dir-limit=200000")
 
 
 def secret_names(text: str, *, here: bool) -> list[str]:
-    """Split a list of environment variables. UserError: one is not a name or, with `here`, is not set."""
+    """Split a list of environment variables. UserError: one is no such name or, if `here`, is not set
+    here."""
     names = [name for name in text.split(",") if name]
     for name in names:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):

@@ -49,7 +49,7 @@ class Config(Flags):
     image: str = ""
     """Image with jaxchat and what it needs, such as us-docker.pkg.dev/PROJECT/REPOSITORY/jaxchat:1."""
     tpu: str = ""
-    """Kind and topology of a TPU slice: v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:2x4, tpu7x:2x2x2."""
+    """Kind and topology of a TPU slice, such as v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:2x4 or tpu7x:2x2x2."""
     slices: int = flag(1, 1)
     """Number of TPU slices."""
     gpu: str = ""
@@ -65,7 +65,8 @@ class Config(Flags):
     service_account: str = "default"
     """Service account of the pods."""
     secrets: str = ""
-    """Keys of the Secret `jaxchat` that the command gets as environment variables: WANDB_API_KEY,HF_TOKEN."""
+    """Entries of the Kubernetes Secret `jaxchat` that the command gets as environment variables, separated by
+    commas: WANDB_API_KEY,HF_TOKEN."""
     restarts: int = flag(20, 0)
     """Largest number of restarts of the run."""
     dry_run: bool = False

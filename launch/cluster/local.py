@@ -44,7 +44,7 @@ def free_port() -> int:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that programs started here see, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs that programs started here can use, as CUDA_VISIBLE_DEVICES names them."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in given.split(",") if name]
     return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]

@@ -39,9 +39,11 @@ class Config(Flags):
     directives: str = ""
     """More options of sbatch, separated by spaces: "--qos=high --constraint=h100"."""
     setup: str = ""
-    """Shell commands to run first: "module load cuda && source .venv/bin/activate"."""
+    """Shell commands for the job to run before the command: "module load cuda && source
+    .venv/bin/activate"."""
     secrets: str = ""
-    """Environment variables that must be set here, separated by commas: WANDB_API_KEY,HF_TOKEN."""
+    """Environment variables that the command needs, separated by commas: WANDB_API_KEY,HF_TOKEN. The launcher
+    checks that they are set here; the job gets them with this environment."""
     restarts: int = flag(20, 0)
     """Largest number of times that the job is queued again."""
     dry_run: bool = False

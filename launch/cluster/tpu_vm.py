@@ -56,7 +56,7 @@ class Config(Flags):
     name: str = "jaxchat"
     """Name of the TPU."""
     zone: str = ""
-    """Zone of the TPU: us-central2-b."""
+    """Zone of the TPU, such as us-central2-b."""
     project: str = ""
     """Google Cloud project; empty: gcloud's own setting."""
     type: str = "v5litepod-16"
@@ -68,9 +68,10 @@ class Config(Flags):
     queued: bool = False
     """Request a queued resource, and wait until it is granted."""
     bucket: str = ""
-    """Cloud Storage bucket for data and checkpoints."""
+    """Name of the Cloud Storage bucket for data and checkpoints, without gs://."""
     secrets: str = ""
-    """Environment variables that must be set here, separated by commas: WANDB_API_KEY,HF_TOKEN."""
+    """Environment variables to set for the command, separated by commas: WANDB_API_KEY,HF_TOKEN. Their values
+    are those set here."""
     restarts: int = flag(20, 0)
     """Largest number of restarts of a command."""
     steps: str = ",".join(STEPS)
@@ -125,10 +126,10 @@ def on(config: Config, workers: str, shell: str) -> list[str]:
 
 
 def started(config: Config, command: list[str]) -> str:
-    """Shell text that runs the commands in turn in the background, restarts one when due, and writes the exit
-    code to run.code.
+    """Shell text that runs the commands in turn in the background, and writes the exit code to run.code.
 
-    command: its words, and a -- before each further command.
+    A command is restarted after an exit code that asks for it. command: its words, with a -- before each
+    further command.
     """
     base, kept = "", ""
     if config.bucket:
@@ -154,7 +155,7 @@ CODE = "cat jaxchat/run.code"
 
 @contextlib.contextmanager
 def secret_file(names: list[str], dry_run: bool):
-    """Give the path of a temporary file of NAME='value' lines that only its owner can read."""
+    """A context with the path of a temporary file of NAME='value' lines, which only its owner can read."""
     if dry_run:
         yield f"<a file with {', '.join(names)}>"
         return

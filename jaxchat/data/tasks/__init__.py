@@ -33,8 +33,8 @@ TASKS = {
 class Task:
     """Conversations by index: {"messages": …}, with "letters" for choice tasks, or documents: {"text": …}.
 
-    count: how many rows, drawn by a fixed shuffle where there are more, since files may be sorted by subject
-    or source.
+    count: the number of rows to use. Where there are more, a fixed shuffle draws them, since files may be
+    sorted by subject or source.
     """
 
     def __init__(self, name: str, rows, count: int | None = None):
@@ -65,7 +65,7 @@ class Task:
 
 
 class Mixture:
-    """Tasks one after the other; a task that is listed twice is seen twice."""
+    """Several tasks, one after the other; a task that is listed twice is seen twice."""
 
     def __init__(self, tasks: list[Task]):
         self.tasks = tasks
@@ -86,7 +86,7 @@ class Mixture:
         return self._find(index)[0]
 
     def name_of(self, index: int) -> str:
-        """The task and row of an index, for messages."""
+        """The task's name and the row of an index, for messages."""
         task, row = self._find(index)
         return f"{task.name}, row {row}"
 

@@ -1,4 +1,4 @@
-"""The number that an answer ends with, as GSM8K and SpellingBee state it: "#### 18"."""
+"""The number in an answer, as GSM8K and SpellingBee state it at the end: "#### 18"."""
 
 import re
 from fractions import Fraction

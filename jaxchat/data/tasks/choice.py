@@ -11,7 +11,7 @@ LETTERS = "ABCDEFGHIJ"
 def choice_conversation(question: str, choices: list[str], answer: int) -> dict:
     """Return {"messages", "letters"}: the question with lettered choices, and the right letter as the answer.
 
-    UserError: something is not text, or the answer is none of the choices.
+    UserError: something is not text, or the answer is not among the choices.
     """
     if not all(isinstance(text, str) for text in (question, *choices)):
         raise UserError("the question or a choice is not text")

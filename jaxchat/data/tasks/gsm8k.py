@@ -1,4 +1,4 @@
-"""GSM8K: word problems of school arithmetic; the sums in the answers become calls of the python tool."""
+"""GSM8K: school word problems; the calculations in their answers become calls of the python tool."""
 
 import re
 from pathlib import Path

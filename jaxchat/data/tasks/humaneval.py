@@ -9,7 +9,8 @@ COLUMNS = ["prompt", "canonical_solution", "test", "entry_point"]
 
 
 def humaneval(folder: Path, split: str) -> Table:
-    """Functions to complete; rows have the columns `prompt`, `test` and `entry_point`, too."""
+    """Open HumanEval's functions to complete; rows also have the columns `prompt`, `test` and
+    `entry_point`."""
 
     def convert(row: dict) -> dict:
         if not all(isinstance(row[name], str) for name in COLUMNS):

@@ -20,8 +20,9 @@ def smoltalk(folder: Path, split: str) -> Table:
 
 
 def suspects(batch: pa.RecordBatch) -> np.ndarray:
-    """The rows that are not [system,] user, assistant, user, … with text throughout, found without a loop
-    over them.
+    """The rows that are not [system,] user, assistant, user, … with text throughout.
+
+    They are found without a loop over the rows.
     """
     messages, all_rows = batch.column("messages"), np.arange(len(batch))
     kind = messages.type

@@ -72,7 +72,7 @@ PLURALS = ("{}s", "{}'s", "{}")
 
 
 def is_test_word(word: str) -> bool:
-    """Return whether a word, one in ten, is kept for the test split."""
+    """Return whether a word is kept for the test split; one in ten is."""
     return zlib.crc32(word.encode()) % 10 == 0
 
 

@@ -19,8 +19,8 @@ class Table:
     """Rows of a data set's parquet files, each converted to a conversation when it is read.
 
     A row that is no conversation is left out, and counted in `left_out`; more than 1 in 100 are refused.
-    Files may differ in the order of their fields and in Arrow's types for text. name: as launch.download
-    calls it. suspects: of a batch, the only rows that can be wrong (None: all).
+    Files may differ in the order of their fields and in Arrow's types for text. name: the data set's in
+    launch.download. suspects: a function that finds the rows of a batch that can be wrong (None: all).
     """
 
     def __init__(
@@ -98,11 +98,11 @@ def _batches_of(path: Path, columns: list[str]) -> list[pa.RecordBatch]:
 
 
 def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False) -> list[Path]:
-    """The parquet files of a split, sorted. UserError: none, not all of them, or two sets that may hold the
-    same rows.
+    """The parquet files of a split, sorted.
 
     They are one file ("train.parquet"), numbered ("train-00000.parquet"), or numbered as on the hub
-    ("train-00000-of-00004.parquet"). in_folders: look in folders of the folder too.
+    ("train-00000-of-00004.parquet"). in_folders: look in folders of the folder too. UserError: there are
+    none, some are missing, or two sets of files may hold the same rows.
     """
     paths = parquet_files(folder, split, in_folders=in_folders)
     if not paths:
