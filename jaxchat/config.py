@@ -245,7 +245,7 @@ class ModelConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding tables and columns of the head."""
+        """Size of the vocabulary with its padding: rows of the embedding tables, columns of the head."""
         return rounded_up(self.vocab_size, self.vocab_multiple)
 
 
@@ -529,7 +529,7 @@ class BaseConfig(TrainConfig):
     --target_param_data_ratio=12 --total_batch_size=-1 --grad_clip=0 --warmup_steps=40 --warmdown_ratio=0.65
     --final_lr_frac=0.05 --eval_tokens=41943040."""
     depth: int = flag(20, 1)
-    """Number of layers, the one dial of the model's size: the width is 64 × depth."""
+    """Number of layers, which sets the model's size: the width is 64 × depth."""
     n_kv_head: int = flag(-1, 1, special=-1)
     """Number of key/value heads (grouped-query attention), a divisor of the query heads; -1: as many as query
     heads."""
@@ -688,7 +688,7 @@ class SFTConfig(TrainConfig):
     """Conversations in an optimizer step, over all devices; -1: as many as have about the tokens of a step of
     the model that training starts from."""
     packing: str = flag("padded", choices=("padded", "bestfit"))
-    """How conversations fill rows. padded: one in each row. bestfit: several in rows of full length, which
+    """How conversations fill rows. padded: one in each row. bestfit: several in each row of full length; they
     don't see each other. A step has the same conversations either way."""
     init_lr_frac: float = flag(0.02, 0)
     """Factor on all learning rates."""

@@ -37,7 +37,7 @@ def keep_compiled():
 
 
 def take_memory():
-    """Set, before JAX starts, the share of a GPU's memory that it takes to GPU_SHARE, from JAX's 75 %.
+    """Let JAX take the share GPU_SHARE of a GPU's memory, instead of 75 %. Call it before JAX starts.
 
     XLA_CLIENT_MEM_FRACTION overrides it.
     """

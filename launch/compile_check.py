@@ -111,7 +111,7 @@ def rows_of(plan, done) -> list[tuple[str, str]]:
 
 
 def at_best(found: dict, model_seconds: float) -> list[tuple[str, str]]:
-    """Describe the least time of a step and its parts. model_seconds: its formula's FLOPs at the peak
+    """Describe the least time of a step and its parts. model_seconds: time of the formula's FLOPs at the peak
     rate."""
     parts = sorted(found.items(), key=lambda item: -item[1].seconds)
     sending = found["collectives"].seconds

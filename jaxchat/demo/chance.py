@@ -27,7 +27,7 @@ class Chance(random.Random):
         return self.random() * n < 1.0
 
     def weighed(self, weights: dict):
-        """Draw a key of {key: weight}, each as likely as its weight."""
+        """Draw a key of {key: weight}, with a probability proportional to its weight."""
         left = self.random() * sum(weights.values())
         for key, weight in weights.items():
             left -= weight

@@ -99,7 +99,7 @@ def counted_letters(word: str, letter: str) -> str:
 
 
 def letter_to_count(chance: Chance, word: str) -> str:
-    """Draw a letter to count: mostly one of the word's, each place equally likely, sometimes any."""
+    """Draw a letter to count: mostly that at a random place of the word, sometimes any letter."""
     return chance.of("abcdefghijklmnopqrstuvwxyz") if chance.one_in(6) else chance.of(word)
 
 

@@ -118,8 +118,7 @@ def choice_tasks(config: SFTConfig) -> list:
 
 
 def fp8_evaluations(config: TrainConfig, stage: Stage, batches: list[dict]) -> list[Evaluation]:
-    """The evaluation that checks products in float8, in a list; [] if none are, or nothing is there to
-    validate on."""
+    """List the evaluation that checks float8 products; [] if the run has none, or nothing to validate on."""
     if not (stage.model.compute.matmul and batches):
         return []
     return [Evaluation("float8", config.eval_every, partial(fp8_drift, stage=stage, batches=batches))]

@@ -52,7 +52,7 @@ def in_parts(layer, x_BTD, w: Blocks, inputs, config: ModelConfig, compute: Comp
 
 
 def gathered(w, axes: tuple, dtype):
-    """A weight's parts along fsdp, rounded to dtype, joined. -> float32, for a gradient in float32."""
+    """Join a weight's parts along fsdp, rounded to dtype. -> float32, so that its gradient is float32."""
     return gather(w, axes.index("fsdp"), dtype) if "fsdp" in axes else w
 
 

@@ -89,7 +89,7 @@ def by_tokens(stage: StageRun, key: str) -> np.ndarray:
 
 
 def samples_text(samples: dict[str, Samples]) -> list[str]:
-    """A text of what each run answers to the same beginnings and questions."""
+    """Format the samples of all runs, those for the same text or question together."""
     said: dict[str, list[tuple[str, str]]] = {}
     for tag, of in samples.items():
         for text, continuation in of.continued:

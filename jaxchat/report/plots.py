@@ -30,8 +30,8 @@ FROM_ZERO = ("reward", "groups", "answer_tokens", "lr", "tokens_per_s")
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A curve of a panel. of_steps: it has a point for each step, to be smoothed. color None: it is drawn as
-    of a run by itself."""
+    """A curve of a panel. of_steps: it has a point for each step, to be smoothed. color None: the usual one,
+    for a report on one run."""
 
     label: str
     xy: np.ndarray  # [N, 2]

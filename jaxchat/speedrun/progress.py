@@ -91,8 +91,7 @@ class Progress:
         return left if left > 0 else None  # it takes longer than was planned
 
     def scale(self) -> float:
-        """Measured ÷ planned time of the steps on the devices, as far as they are done or train; 1: none
-        is."""
+        """Measured ÷ planned time of the steps on the devices that are done or train; 1 if there are none."""
         measured = planned = 0.0
         for step in self.steps:
             if step.lane != "devices" or not step.minutes:

@@ -101,7 +101,7 @@ class State:
     def again(self, steps: list[Step], names: set[str]) -> set[str]:
         """Names of the steps to do again for --redo=names: these, and all that need them.
 
-        None where an earlier start has deleted their outputs and has not completed the run, which then
+        {} if an earlier start has deleted their outputs already and has not completed the run: then it
         continues.
         """
         found = dependents(steps, names)

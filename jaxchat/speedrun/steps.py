@@ -16,19 +16,19 @@ class Artifact:
     """What a step makes or needs. Its `title` names it in records and messages."""
 
     def found(self) -> dict[str, str]:
-        """Return {path: fingerprint} of the files that are there; {}: none, or it is not complete."""
+        """Return {path: fingerprint} of the artifact's files; {}: it is missing or incomplete."""
         raise NotImplementedError
 
     def damage(self) -> str:
-        """Find what is wrong with it that fingerprints do not show; "": nothing."""
+        """Find what is wrong with the artifact that fingerprints do not show; "": nothing."""
         return ""
 
     def begun(self) -> bool:
-        """Return whether an interrupted run has left a part of it that is worth keeping."""
+        """Return whether an interrupted run has left a part of the artifact that is worth keeping."""
         return False
 
     def delete(self):
-        """Delete it; does nothing where the command that makes it replaces it."""
+        """Delete the artifact; does nothing where the command that makes it replaces it."""
 
 
 @dataclasses.dataclass(frozen=True)

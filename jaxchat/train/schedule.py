@@ -13,7 +13,8 @@ def lr_multiplier(
     warmdown_ratio: float,
     final_lr_frac: float,
 ) -> float | jax.Array:
-    """The multiplier: linear from 0 over the first `warmup_ratio`, then 1, then linear to `final_lr_frac`.
+    """The learning-rate multiplier: linear from 0 in the first `warmup_ratio`, then 1, then linear to
+    `final_lr_frac`.
 
     progress: fraction of the stage that is done; step: fraction that this step adds, so that the first step
     of a warmup has a rate above 0 and its last step the full one. (warmup 0, warmdown 1) is a straight line
@@ -26,7 +27,7 @@ def lr_multiplier(
 
 
 def cosine(progress: float | jax.Array, step: float) -> float | jax.Array:
-    """The multiplier of half a cosine: 1 at progress 0, 0 at progress 1."""
+    """The learning-rate multiplier of half a cosine: 1 at progress 0, 0 at progress 1."""
     del step
     xp = jnp if isinstance(progress, jax.Array) else np
     return 0.5 * (1.0 + xp.cos(np.pi * progress))
