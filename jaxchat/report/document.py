@@ -84,8 +84,8 @@ def measured(columns: list[str], stages: list[StageRun]) -> str:
 
 
 def tokenizer(run: Run) -> list[str]:
-    """A text on the bytes per token of this run's tokenizer and the references, if tok_eval has measured
-    them."""
+    """A section on the bytes per token of this run's tokenizer and of the references; [] if tok_eval has not
+    run."""
     if not run.compression:
         return []
     unit = "bytes_per_token"

@@ -116,7 +116,7 @@ def without_folders(meta: dict) -> dict:
 
 
 def about_mechanisms(model: ModelConfig) -> list[tuple[str, str]]:
-    """The plan's row of what a model has beyond November 2025's architecture, in a list; [] if nothing."""
+    """A row of the plan on what a model has beyond November 2025's architecture, in a list; [] if nothing."""
     parts = []
     if model.window_pattern:
         parts.append(f"windows {model.window_pattern} (S {model.short_window:,}, L {model.sequence_len:,})")
