@@ -122,6 +122,7 @@ def test_numbers(whole):
     flops = tokens * flops_per_token(MODEL)
     assert row_of(text, "FLOPs") == [f"{flops:.2e}"] * 3 + [f"{3 * flops:.2e}"]
     assert row_of(text, "tokens/s, median") == ["2,000", "2,000", "2,000", ""]
+    assert [document.number(value) for value in (356.24, 1.5, None)] == ["356", "1.5000", "–"]
     assert row_of(text, "waiting for data") == ["10.0%"] * 3 + [""]
     # Each stage ran twice, for 36 s: 72 s are 0.02 hours, of 10 each. Base's evaluations took 108 s.
     assert row_of(text, "training") == ["1m12s"] * 3 + ["3m36s"]

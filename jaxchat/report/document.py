@@ -227,7 +227,7 @@ def titles(run: Run) -> list[str]:
 def number(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 1000 else f"{value:.4f}"
+    return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 100 else f"{value:.4f}"
 
 
 def percent(share: float | None) -> str:
