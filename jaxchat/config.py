@@ -751,7 +751,7 @@ class RLConfig(TrainConfig):
     """Answers to each problem; at least 2, since they are compared with each other."""
     max_new_tokens: int = flag(256, 1)
     """Largest number of tokens in an answer, the tool's included."""
-    temperature: float = flag(1.0, 0)
+    temperature: float = 1.0
     """Sampling temperature of the answers, above 0. Any value but 1 samples from another distribution than
     the one that is trained."""
     top_k: int = flag(0, 0, 2**31 - 1)
@@ -833,8 +833,8 @@ class RLConfig(TrainConfig):
             )
         if self.temperature <= 0:
             raise UserError(
-                f"--temperature={self.temperature:g}: all answers to a problem would be the same; "
-                "it must be above 0"
+                f"--temperature={self.temperature:g}; it must be above 0: at 0 all answers to a problem "
+                "are the same"
             )
         if self.min_groups > self.examples_per_step:
             raise UserError(

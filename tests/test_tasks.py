@@ -234,7 +234,7 @@ def test_mixtures(folder):
     "spec, words",
     [
         ("Smoltalk/train", "unknown task 'Smoltalk'; it is one of SmolTalk, MMLU"),
-        ("MMLU/auxiliary_train", r"no auxiliary_train\*.parquet in .*mmlu/all"),
+        ("MMLU/auxiliary_train", r"no auxiliary_train\*.parquet in .*mmlu/all, only test.parquet \(choose a split"),
         ("MMLU/test:many", "'many' is not a number of rows"),
         ("SimpleSpelling/validation", "no split 'validation'"),
         ("/nowhere/mine.jsonl", "no file /nowhere/mine.jsonl"),

@@ -106,8 +106,10 @@ def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False
     """
     paths = parquet_files(folder, split, in_folders=in_folders)
     if not paths:
+        others = ", ".join(path.name for path in parquet_files(folder, in_folders=in_folders)[:4])
+        only = f", only {others} (choose a split with Name/split)" if others else ""
         raise UserError(
-            f"no {split}*.parquet in {folder}; fetch them: python -m launch.download {name}; or name "
+            f"no {split}*.parquet in {folder}{only}; fetch them: python -m launch.download {name}; or name "
             "--tasks_dir"
         )
     sets: dict[tuple, dict[Path, str]] = {}
