@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import sandbox_is_whole
+from conftest import THOROUGH, sandbox_is_whole
 from hostile import ATTACKS, LEAVERS, RUNAWAYS
 
 from jaxchat.config import UserError
@@ -265,7 +265,9 @@ def test_what_is_missing_is_seen():
 
 @pytest.mark.slow
 def test_humaneval(shared_data):
-    """Every canonical solution passes; with its results wrapped in a list, or its body left out, none does."""
+    """Every canonical solution passes; with its results wrapped in a list, or its body left out, none does.
+
+    As CI has it, of every fourth problem."""
     tasks = pq.read_table(shared_data / "humaneval" / "test.parquet").to_pylist()
     assert len(tasks) == 164
 
@@ -278,8 +280,9 @@ def test_humaneval(shared_data):
 
     with ThreadPoolExecutor(2) as pool:
         right = list(pool.map(sandbox.run, (program(task, task["canonical_solution"]) for task in tasks)))
-        wrong = list(pool.map(sandbox.run, map(wrapped, tasks)))
-        empty = list(pool.map(sandbox.run, (program(task, "    return None\n") for task in tasks)))
+        some = tasks[:: 1 if THOROUGH else 4]
+        wrong = list(pool.map(sandbox.run, map(wrapped, some)))
+        empty = list(pool.map(sandbox.run, (program(task, "    return None\n") for task in some)))
     assert {task["task_id"]: found.reason for task, found in zip(tasks, right, strict=True) if not found.passed} == {}
     for broken in (wrong, empty):
-        assert [task["task_id"] for task, found in zip(tasks, broken, strict=True) if found.passed] == []
+        assert [task["task_id"] for task, found in zip(some, broken, strict=True) if found.passed] == []
