@@ -64,17 +64,15 @@ def check_folder(name: str, path: str):
 def check_local(name: str, paths: str):
     """Raise UserError if one of the comma-separated paths is an address such as gs://bucket/folder."""
     for path in paths.split(","):
-        # pathlib and shells' completion leave one slash of an address
-        address = re.match(r"\s*(gs|s3|hf|file):/+([^/]*)", path) or re.match(
-            r"\s*([A-Za-z][\w+.-]*)://([^/]*)", path
-        )
+        # One slash is enough: pathlib and shells' completion leave no more, dbfs:/ has no more. C:/ is none.
+        address = re.match(r"\s*([A-Za-z][\w+.-]+):/+([^/]*)", path)
         if address:
             mount = f"gcsfuse --implicit-dirs --rename-dir-limit=200000 {address[2] or 'BUCKET'} FOLDER"
             how = {
                 "gs": f"mount it and give the folder, such as: {mount}",
                 "file": "give the path after it alone",
             }
-            how = how.get(address[1], "mount it or copy it, and give the folder")
+            how = how.get(address[1].lower(), "mount it or copy it, and give the folder")
             raise UserError(f"{name}={path.strip()}: an address can't be used as a folder; {how}")
 
 

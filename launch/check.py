@@ -160,7 +160,7 @@ def check_model(config: Config, model, tag: str, checks: Checklist):
 def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str, str]:
     """Check how much text there is and how often base goes through it; return the shards' fingerprints."""
     from jaxchat.data.encode import text_reader
-    from jaxchat.data.sources import SOURCE, ParquetText, find_shards, open_parquet
+    from jaxchat.data.sources import SOURCE, ParquetText, find_shards, open_parquet, repeated
     from jaxchat.train.stages import SAMPLE, base_steps, tokens_in
 
     tokens = base_steps(config, model.config) * config.total_batch_size
@@ -187,7 +187,9 @@ def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str,
         count = math.ceil(shards * epochs) + 1
         more = f"python -m launch.download {names[0]} --shards={count}" if names else f"{count:,} shards"
         text += f"; to repeat no text: {more}"
-    checks.add("text", text, "warning" if epochs > 1 else "ok", to=config.data_dir)
+    twins = repeated(texts.fingerprint, held_out.fingerprint)
+    text += f"; {twins}" if twins else ""
+    checks.add("text", text, "warning" if epochs > 1 or twins else "ok", to=config.data_dir)
     return texts.fingerprint | held_out.fingerprint
 
 
@@ -205,7 +207,7 @@ def check_tasks(config: Config, checks: Checklist):
             split = spec.partition(":")[0]
             needed.setdefault(split.partition("/")[0], {}).setdefault(split, (spec, stage))
     for name, splits in needed.items():
-        with checks.expecting(name, to=config.tasks_dir):
+        with checks.expecting(name):
             found = [(load_task(spec, config.tasks_dir), stage) for spec, stage in splits.values()]
             checks.add(name, ", ".join(f"{task.summary} ({stage})" for task, stage in found))
     place = Path(config.eval_bundle)

@@ -158,7 +158,8 @@ def runnable(command: str, **flags: str) -> str:
         sys.executable
     ):  # `python` would be another one
         near = os.path.relpath(sys.executable)
-        command = command.replace("python", sys.executable if near.startswith("..") else near, 1)
+        path = shlex.quote(sys.executable if near.startswith("..") else near)
+        command = command.replace("python", path, 1)
     before = [f"JAXCHAT_BASE_DIR={shlex.quote(folder)}" for folder in _base[-1:]]
     return " ".join(
         [*before, command, *(f"--{name}={shlex.quote(value)}" for name, value in flags.items() if value)]

@@ -1,6 +1,7 @@
 """The six chat tasks: letters and answers against a plain float64 model, their checks, models that know all or none."""
 
 import math
+import textwrap
 
 import jax
 import numpy as np
@@ -288,6 +289,10 @@ def test_which_code_runs():
     assert chat.code_of(row, "```python\n1\n```\n```python\n2\n```") == "1\n"
     indented = code.replace("def", "   def").replace("    return", "       return")
     assert chat.code_of(row, f"1. Do so:\n   ```python\n{indented}   ```") == code  # in a list
+    deeper = textwrap.indent(f"```python\n{code}```", "     ")
+    assert chat.code_of(row, f"1. In a list:\n   - of lists:\n{deeper}\n") == code
+    example = code.replace("    return", '    """As in:\n    ```\n    f(1)\n    ```\n    """\n    return')
+    assert chat.code_of(row, f"```python\n{example}```\nIt adds.") == example  # a fence in a docstring ends nothing
     assert chat.code_of(row, "```python\n    return x + 1\n```") == "    return x + 1\n"  # the body alone
     assert chat.code_of(row, f"```python\n{code}") == code and chat.code_of(row, code) == code  # cut off; no fence
     assert chat.code_of(row, "the call ```f(1)``` is 2") == "the call ```f(1)``` is 2"

@@ -314,3 +314,18 @@ def test_a_zip_is_read_like_a_folder(folder, bundle, home):
         core.load_bundle()
     shutil.make_archive(str(home / "eval_bundle"), "zip", folder.parent, "eval_bundle")
     assert core.load_bundle() == bundle
+
+
+def test_where_a_bundle_may_be(tmp_path):
+    """A folder or zip of its files, or of one folder with them; a file of it is none."""
+    entry = {"label": "t", "icl_task_type": "multiple_choice", "num_fewshot": [0], "dataset_uri": "t.jsonl"}
+    inner = tmp_path / "outer/eval_bundle"
+    (inner / "eval_data").mkdir(parents=True)
+    (inner / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": [entry]}))
+    (inner / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nt,50\n")
+    (inner / "eval_data/t.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 1}\n')
+    zips = [shutil.make_archive(str(tmp_path / f"{n}"), "zip", of) for n, of in enumerate((inner, inner.parent))]
+    for place in (inner, inner.parent, *zips):
+        assert [task.label for task in core.load_bundle(str(place))] == ["t"]
+    with pytest.raises(UserError, match="core.yaml, which is neither a folder nor a zip; fetch it: .* core-bundle"):
+        core.load_bundle(str(inner / "core.yaml"))

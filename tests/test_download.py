@@ -274,6 +274,23 @@ def test_all_tasks_and_the_core_bundle(fetch, home, monkeypatch):
         assert code == 2 and "eval_bundle is incomplete: it has no core.yaml" in err
 
 
+def test_a_link_that_leads_to_something_else(fetch, home, monkeypatch):
+    """An empty file, or another archive: neither is kept, nor called complete."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("eval_bundle/readme", "moved")
+    with FakeHub({"": {"words": b"", "core-bundle": packed.getvalue()}}) as server:
+        for name, words in (
+            ("words", "sent an empty file"),
+            ("core-bundle", "is another archive: it has no core.yaml"),
+        ):
+            link = download.SETS[name]
+            monkeypatch.setitem(download.SETS, name, hub.Link(f"{server.url}/plain/{name}", link.path, link.needs))
+            code, out, err = fetch(server, name)
+            assert code == 2 and f"{words} (10 attempts)" in err.splitlines()[-1] and "all files" not in out
+            assert not [path for path in home.rglob("*") if path.is_file()]
+
+
 def test_the_next_command(fetch, home):
     """base_train only with a tokenizer that was trained on this text."""
     shard, folder = io.BytesIO(), home / "my text"

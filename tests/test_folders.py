@@ -17,7 +17,8 @@ from launch import base_eval, chat_cli, chat_eval, check, cli, convert, download
     "path, advice",
     [("gs://bucket/x", "mount it.*gcsfuse.* bucket FOLDER"), ("gs:/bucket/x", "gcsfuse.* bucket FOLDER")]
     + [("tasks/a,gs://b/c", "gcsfuse.* b FOLDER"), ("s3://b", "mount it or copy it"), (" hf://datasets/x", "copy it")]
-    + [("file:///data", "give the path after it alone"), ("https://x.org/a", "mount it or copy it")],
+    + [("file:///data", "give the path after it alone"), ("https://x.org/a", "mount it or copy it")]
+    + [("dbfs:/mnt/x", "mount it or copy it"), ("hdfs:/x", "copy it"), ("FILE:/x", "give the path after it alone")],
 )
 def test_an_address_is_no_folder(monkeypatch, path, advice):
     with pytest.raises(UserError, match=f"--data_dir=.*{advice}"):

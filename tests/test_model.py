@@ -288,7 +288,10 @@ def test_peak_flops_by_name():
         "NVIDIA H100 NVL": 835e12,
         "NVIDIA L4": 121e12,
     }
+    kinds |= dict.fromkeys(["NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"], 312e12)
+    kinds |= {"NVIDIA GH200 144G HBM3e": 989e12, "NVIDIA GeForce RTX 4090": 165e12, "TPU v5 lite": 197e12}
     slower = ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"]
+    slower += ["GRID A100-7-40C", "NVIDIA A100-4-20C", "NVIDIA L4-24Q", "NVIDIA H100 CNX", "NVIDIA A100-SXM-64GB"]
     kinds |= dict.fromkeys(slower)
     for kind, peak in (kinds | {"cpu": None, "NVIDIA H20": None, "NVIDIA GB200": None, "NVIDIA L40G": None}).items():
         Device.device_kind = kind

@@ -15,7 +15,7 @@ from conftest import ROOT
 from jaxchat.config import UserError
 from jaxchat.data import sources
 from jaxchat.data.order import Deal, Order
-from jaxchat.data.sources import ParquetText, file_fingerprint, find_shards
+from jaxchat.data.sources import ParquetText, file_fingerprint, find_shards, repeated
 from jaxchat.data.streams import PackedRows
 from jaxchat.data.tasks import load_task
 
@@ -229,6 +229,31 @@ def test_wrong_columns(tmp_path):
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match="b.parquet has a column `text` of type int64; it must be string"):
         ParquetText([tmp_path / "b.parquet"])
+    twice = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="c.parquet has 2 columns `text`; rename all but one"):
+        ParquetText([tmp_path / "c.parquet"])
+
+
+def test_what_is_no_file_of_parquet(tmp_path):
+    """A folder, as Spark writes, and what a clone of the hub's repository without Git LFS holds."""
+    (tmp_path / "a.parquet").mkdir()
+    with pytest.raises(UserError, match=f"a.parquet is a folder; move the .parquet files in it to {tmp_path}, and"):
+        ParquetText([tmp_path / "a.parquet"])
+    (tmp_path / "b.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(UserError, match="b.parquet is a pointer of Git LFS, not the file; run: git lfs pull"):
+        ParquetText([tmp_path / "b.parquet"])
+
+
+def test_a_shard_that_is_there_twice(tmp_path):
+    for name, text in (("a", "x"), ("b", "y"), ("c", "z")):
+        write(tmp_path / f"{name}.parquet", [text])
+    prints = lambda split: ParquetText(find_shards(tmp_path, split)).fingerprint  # noqa: E731
+    assert repeated(prints("train"), prints("val")) == ""
+    (tmp_path / "b (1).parquet").write_bytes((tmp_path / "a.parquet").read_bytes())
+    assert "b (1).parquet is the same file as a.parquet, so its text is" in repeated(prints("train"), prints("val"))
+    (tmp_path / "b (1).parquet").rename(tmp_path / "d.parquet")
+    assert "d.parquet is the same file as a.parquet, so validation" in repeated(prints("train"), prints("val"))
 
 
 def test_no_rows(tmp_path):

@@ -238,11 +238,15 @@ def test_mixtures(folder):
         ("MMLU/test:many", "'many' is not a number of rows"),
         ("SimpleSpelling/validation", "no split 'validation'"),
         ("/nowhere/mine.jsonl", "no file /nowhere/mine.jsonl"),
+        ("{folder}/mine.csv", "unknown task '{folder}/mine.csv'; .* ends in .jsonl, .json, .ndjson"),
+        ("GSM8K/test", r"no test\*.parquet in .*main, only train.parquet; .* gsm8k --to={folder}; or name --tasks_dir"),
+        ("HumanEval/test", "launch.download humaneval --to={folder};"),
     ],
 )
 def test_wrong_specs(folder, spec, words):
-    with pytest.raises(UserError, match=words):
-        load_task(spec, folder)
+    (folder / "mine.csv").touch()
+    with pytest.raises(UserError, match=words.format(folder=folder)):
+        load_task(spec.format(folder=folder), folder)
 
 
 def test_empty_mixture(folder):
@@ -254,6 +258,7 @@ def test_empty_mixture(folder):
     "line, words",
     [
         ("{", "line 2"),
+        (json.dumps({"messages": '[{"role": "user", "content": "x"}]'}), "it must be a JSON array of messages"),
         ('{"role": "user"}', "it must be a JSON array of messages, an object with `messages`"),
         (
             '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]}',
@@ -291,6 +296,8 @@ OPENAI = {
         json.dumps(HI, ensure_ascii=False).encode("utf-8-sig"),
         (json.dumps(HI, ensure_ascii=False) + "\r\n").encode("utf-16"),
         codecs.BOM_UTF16_BE + json.dumps(HI, ensure_ascii=False).encode("utf-16-be"),
+        json.dumps(HI, ensure_ascii=False).encode("utf-16-le"),
+        json.dumps(HI, ensure_ascii=False).encode("utf-32"),
         json.dumps({"messages": HI, "source": "x"}).encode(),
         b"\r\n" + json.dumps(HI).encode() + b"\r",
     ],
@@ -344,6 +351,39 @@ def test_files_that_hold_something_else(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(UserError, match=f"mine.jsonl, {words}"):
         load_task(str(path))
+
+
+def test_files_without_a_row_and_put_together(tmp_path):
+    path, line = tmp_path / "mine.jsonl", json.dumps(HI).encode()
+    for data in (b"", codecs.BOM_UTF8, b"\n \r\n"):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="mine.jsonl is empty; it should hold, on each line"):
+            load_task(str(path))
+    path.write_bytes(b"\n".join([codecs.BOM_UTF8 + line] * 2))
+    assert len(load_task(str(path))) == 2
+
+
+def test_bytes_in_a_table_are_text(tmp_path):
+    rows = [[{key: value.encode() for key, value in message.items()} for message in TALK]]
+    talks(tmp_path / "smoltalk/data/train.parquet", rows, messages_type(pa.binary()))
+    assert load_task("SmolTalk/train", tmp_path)[0] == {"messages": TALK}
+
+
+@pytest.mark.parametrize(
+    "path, columns",
+    [
+        ("smoltalk/data", {"messages": [json.dumps(TALK)]}),
+        ("smoltalk/data", {"messages": [{"role": ["user"], "content": ["q"]}]}),
+        ("arc/ARC-Easy", {"question": ["q"], "choices": [[{"text": "a", "label": "A"}]], "answerKey": ["A"]}),
+        ("mmlu/all", {"question": ["q"], "choices": ["['a', 'b']"], "answer": [1]}),
+    ],
+)
+def test_columns_of_another_shape_are_named(tmp_path, path, columns):
+    (tmp_path / path).mkdir(parents=True)
+    pq.write_table(pa.table(columns), tmp_path / path / "train.parquet")
+    name = {"smoltalk": "SmolTalk", "arc": "ARC-Easy", "mmlu": "MMLU"}[path.split("/")[0]]
+    with pytest.raises(UserError, match="row 0: (its columns have other types than exp|.* not a list of texts)"):
+        load_task(f"{name}/train", tmp_path)
 
 
 def test_openai_lines(tmp_path):

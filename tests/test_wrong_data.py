@@ -130,7 +130,7 @@ ROWS = {"question": ["What?"] * 2, "choices": [["a", "b", "c", "d"]] * 2, "answe
     "task, path, rows, told",
     [
         ("MMLU/test", "mmlu/all", ROWS | {"question": ["What?", None]}, "`question` is null"),
-        ("MMLU/test", "mmlu/all", ROWS | {"choices": [["a", "b"], ["a", None]]}, "a choice is not text"),
+        ("MMLU/test", "mmlu/all", ROWS | {"choices": [["a", "b"], ["a", None]]}, "not a list of texts"),
         ("MMLU/test", "mmlu/all", ROWS | {"answer": [0, 4]}, "answer 4 of 4 choices"),
         ("GSM8K/test", "gsm8k/main", {"question": ["1 + 1?"] * 2, "answer": ["2", None]}, "`answer` is null"),
         ("GSM8K/test", "gsm8k/main", {"question": ["1 + 1?"] * 2, "answer": [2, 2]}, "the answer is not text"),

@@ -231,14 +231,16 @@ def fetch_link(link: Link, path: Path):
                 hf_raise_for_status(response)
                 for chunk in response.iter_bytes():
                     out.write(chunk)
+            if not out.tell():
+                raise OSError(f"{link.url} sent an empty file")
             if link.needs:
                 part.unlink()  # the archive's content is kept until it is closed
                 with zipfile.ZipFile(out) as archive:
                     for member in (member for member in archive.infolist() if not member.is_dir()):
                         member.filename = member.filename.removeprefix(f"{path.name}/")
                         archive.extract(member, part)  # verifies its checksum
-                if not is_complete(link, part):
-                    raise OSError(f"{link.url} has none of {', '.join(link.needs)}")
+                if lacking := [name for name in link.needs if not (part / name).exists()]:
+                    raise OSError(f"{link.url} is another archive: it has no {lacking[0]}")
 
     retried(path.name, attempt)
     print(f"{path} downloaded", flush=True)

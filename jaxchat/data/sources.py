@@ -1,5 +1,6 @@
 """Text documents in parquet shards, with random access, and fingerprints of files."""
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -67,6 +68,16 @@ def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False)
     return shards[-1:] if split == "val" else shards[:-1]
 
 
+def repeated(train: dict[str, str], held_out: dict[str, str]) -> str:
+    """A warning where two shards, in {name: fingerprint}, are the same file; "" where none are."""
+    first: dict[str, str] = {}
+    for name, fingerprint in (train | held_out).items():
+        if (twin := first.setdefault(fingerprint, name)) != name:
+            result = "validation measures training text" if name in held_out else "its text is read twice"
+            return f"{name} is the same file as {twin}, so {result}; move one of them away"
+    return ""
+
+
 def file_fingerprint(path: Path) -> str:
     """16 hex digits for a file's size and content: all of it up to 16 MiB, else 16 samples, one at its end.
 
@@ -86,17 +97,31 @@ def file_fingerprint(path: Path) -> str:
 
 
 def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
-    """Open a parquet file that must have these columns. UserError: it is damaged, or lacks one."""
+    """Open a parquet file that must have each of these columns once. UserError: it has not, or is damaged."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; move the .parquet files in it to {path.parent}, and delete it")
     try:
         # Else whole column chunks, as long as their row groups, would be read into memory at once.
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (OSError, pa.ArrowInvalid) as problem:
         line = str(problem).splitlines()[0]
+        if is_pointer(path):
+            raise UserError(f"{path} is a pointer of Git LFS, not the file; run: git lfs pull") from problem
         raise UserError(f"{path} cannot be read as parquet ({line}); download it again") from problem
+    names = file.schema_arrow.names
     for column in columns:
-        if column not in file.schema_arrow.names:
-            raise UserError(f"{path} has no column `{column}`; it has: {', '.join(file.schema_arrow.names)}")
+        if column not in names:
+            raise UserError(f"{path} has no column `{column}`; it has: {', '.join(names)}")
+        if names.count(column) > 1:
+            raise UserError(f"{path} has {names.count(column)} columns `{column}`; rename all but one")
     return file
+
+
+def is_pointer(path: Path) -> bool:
+    """Return whether a file is what a clone without Git LFS holds in its place."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
+    return False
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -22,7 +22,12 @@ from jaxchat.model.flops import num_params
 from jaxchat.sharding import gather_json
 from jaxchat.tokenizer import Tokenizer
 
-FENCED = re.compile(r"(```+|~~~+)[ \t]*([^\n`]*)\n(.*?)(?:\1|\Z)", re.DOTALL)
+# A fence, what follows it, and the code. One that is indented by four, as in a docstring, ends no block that
+# begins with less.
+FENCED = re.compile(
+    r"(^[ \t]*(?: {4}|\t))?(```+|~~~+)[ \t]*([^\n`]*)\n(.*?)(?:(?(1)|(?<! {4})(?<!\t))\2|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
 PYTHON = re.compile(r"\W*(py|python)[\d.]*\b|\s*$", re.IGNORECASE)  # what may follow ``` before Python code
 
 SLOTS = 64  # answers written at a time, where memory is no question
@@ -33,7 +38,7 @@ def code_of(row: dict, text: str) -> str:
 
     The blocks are the fenced ones of Python, or else those of any language, or else the whole answer.
     """
-    blocks = [(PYTHON.match(info), code) for _, info, code in FENCED.findall(text)]
+    blocks = [(PYTHON.match(info), code) for _, _, info, code in FENCED.findall(text)]
     candidates = [code for is_python, code in blocks if is_python] or [code for _, code in blocks] or [text]
     for code in candidates:
         flush = textwrap.dedent(code)  # a block in a list is indented; a function's body alone must stay so

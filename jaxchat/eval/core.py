@@ -76,7 +76,9 @@ def load_bundle(place: str = "") -> list[CoreTask]:
     path = user_path(place) if place else base_dir() / "eval_bundle"
     if not place and not path.is_dir():
         path = path.with_suffix(".zip")
-    root = zipfile.Path(path) / "eval_bundle" if zipfile.is_zipfile(path) else path
+    zipped = zipfile.is_zipfile(path)
+    root = zipfile.Path(path) if zipped else path
+    root = root / "eval_bundle" if (root / "eval_bundle").exists() else root
     try:
         listed = yaml.safe_load((root / "core.yaml").read_text(encoding="utf-8-sig"))["icl_tasks"]
         rows = csv.DictReader((root / "eval_meta_data.csv").read_text(encoding="utf-8-sig").splitlines())
@@ -110,6 +112,7 @@ def load_bundle(place: str = "") -> list[CoreTask]:
     ) as problem:
         missing = isinstance(problem, FileNotFoundError | NotADirectoryError)
         why = f" ({type(problem).__name__}: {problem})" if path.exists() else ""
+        why = ", which is neither a folder nor a zip" if path.is_file() and not zipped else why
         raise (NoBundle if missing else UserError)(
             f"no CORE bundle can be read in {path}{why}; fetch it: python -m launch.download core-bundle; "
             "or name its folder with --eval_bundle"
@@ -135,7 +138,7 @@ def read_items(text: str, kind: str, path: os.PathLike) -> list[dict]:
                     raise ValueError(f"`{field}` is not text")
             options = item.get("choices") or item.get("context_options")
             if options and (type(item["gold"]) is not int or not 0 <= item["gold"] < len(options)):
-                raise ValueError(f"gold {item['gold']} of {len(options)} options")
+                raise ValueError(f"gold {item['gold']!r} of {len(options)} options")
         except (KeyError, ValueError, TypeError) as problem:
             raise UserError(f"{path}, line {number}: {type(problem).__name__} {problem}") from problem
         items.append(item)

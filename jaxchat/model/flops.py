@@ -9,9 +9,9 @@ from jaxchat.config import ModelConfig
 from jaxchat.model.layers import layers
 from jaxchat.model.params import declare
 
-# Dense bfloat16 peak of one device in FLOP/s, by a part of jax.Device.device_kind; from the vendors' data
-# sheets. The longest name that is found counts, in whole words, so a variant that runs slower needs a line
-# of its own.
+# Dense bfloat16 peak of one device in FLOP/s, by jax.Device.device_kind; from the vendors' data sheets. A
+# name with any other word in it, but for ANY_VARIANT, is another device: slower, or a share of one (MIG,
+# vGPU).
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -21,6 +21,7 @@ PEAK_FLOPS = {
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "A100": 312e12,
+    "A100 PCIe": 312e12,
     "L40S": 362e12,
     "L40": 181e12,
     "L4": 121e12,
@@ -34,6 +35,7 @@ PEAK_FLOPS = {
     "TPU v6e": 918e12,
     "TPU7x": 2307e12 / 2,  # a chip is two devices
 }
+ANY_VARIANT = r"|nvidia|geforce|sxm\d|\d+gb?|hbm3e?"  # words that say nothing about the peak
 
 
 def num_params(config: ModelConfig) -> int:
@@ -65,10 +67,9 @@ def scaling_params(config: ModelConfig) -> int:
 
 def peak_flops(device: jax.Device) -> float | None:
     """Peak bfloat16 FLOP/s of a device, or None where it isn't known (a CPU, say)."""
-    kind = device.device_kind
-    if re.search(
-        r"\b(MIG|Laptop|Max-Q|4090 D|v4 lite)\b", kind
-    ):  # slower: a share, or less power, or fewer cores
-        return None
-    found = [name for name in PEAK_FLOPS if re.search(rf"\b{re.escape(name)}\b", kind, re.IGNORECASE)]
-    return PEAK_FLOPS[max(found, key=len)] if found else None
+    kind = _words(device.device_kind)
+    return next((peak for name, peak in PEAK_FLOPS.items() if _words(name) == kind), None)
+
+
+def _words(name: str) -> set[str]:
+    return {word for word in re.split(r"[\s-]+", name.lower()) if not re.fullmatch(ANY_VARIANT, word)}

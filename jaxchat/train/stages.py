@@ -30,7 +30,7 @@ from jaxchat.config import (
 from jaxchat.data import pipelines
 from jaxchat.data.encode import Reader, conversation_reader, text_reader
 from jaxchat.data.order import Order
-from jaxchat.data.sources import ParquetText
+from jaxchat.data.sources import ParquetText, repeated
 from jaxchat.data.tasks import Mixture
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.tokenizer import Tokenizer
@@ -138,6 +138,7 @@ def base(
     tokens = horizon.tokens
     flops = f"{tokens * flops_per_token(model.config):.3e} FLOPs"
     ratio = f"tokens : parameters = {tokens / num_params(model.config):.2f}"
+    twins = repeated(texts.fingerprint, held_out.fingerprint)
     return Stage(
         name="base",
         tag=tag,
@@ -175,6 +176,7 @@ def base(
                 f"{len(texts):,} documents in {len(texts.paths)} shards; the last shard is for validation",
             ),
             epochs_row(tokens, text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts)),
+            *([("WARNING", twins)] if twins else []),
         ],
     )
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +109,17 @@ def load_task(spec: str, tasks_dir: str | Path | None = None) -> Task:
         return Task(name, JsonLines(user_path(name)), count)
     task, _, split = name.partition("/")
     if task not in TASKS:
-        raise UserError(f"unknown task {task!r}; it is one of {', '.join(TASKS)}, or a .jsonl file")
-    return Task(name, TASKS[task](folder, split or "train"), count)
+        shown = name if os.path.exists(user_path(name)) else task
+        files = f"a file whose name ends in {', '.join(JSON)}"
+        raise UserError(f"unknown task {shown!r}; it is one of {', '.join(TASKS)}, or {files}")
+    try:
+        return Task(name, TASKS[task](folder, split or "train"), count)
+    except UserError as problem:
+        if not tasks_dir:
+            raise
+        to = f"--to={shlex.quote(str(tasks_dir))}"  # the command must fetch it to where it is looked for
+        message = re.sub(r"launch\.download [\w-]+", lambda found: f"{found[0]} {to}", str(problem))
+        raise UserError(message) from problem
 
 
 def load_mixture(spec: str, tasks_dir: str | Path | None = None) -> Mixture:

@@ -13,8 +13,8 @@ def choice_conversation(question: str, choices: list[str], answer: int) -> dict:
 
     UserError: something is not text, or the answer is not among the choices.
     """
-    if not all(isinstance(text, str) for text in (question, *choices)):
-        raise UserError("the question or a choice is not text")
+    if not isinstance(choices, list) or not all(isinstance(text, str) for text in (question, *choices)):
+        raise UserError("the question is not text, or the choices are not a list of texts")
     if not isinstance(answer, int) or not 0 <= answer < len(choices) <= len(LETTERS):
         raise UserError(f"answer {answer!r} of {len(choices)} choices, which count from 0")
     letters = list(LETTERS[: len(choices)])

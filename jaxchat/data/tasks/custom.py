@@ -1,6 +1,5 @@
 """Conversations from a .jsonl file of the user's own."""
 
-import codecs
 import json
 import re
 from pathlib import Path
@@ -35,6 +34,8 @@ class JsonLines:
             except (ValueError, RecursionError, UserError) as problem:
                 raise UserError(f"{path}, {kind} {number}: {_reason(problem)}") from problem
             self._lines.append(line)
+        if not self._lines:
+            raise UserError(f"{path} is empty; it should hold, on each line, {LINES}")
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -79,11 +80,11 @@ def _reason(problem: Exception) -> str:
 
 
 def _text_of(path: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 if it begins with its byte order mark, as from PowerShell."""
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32, as from PowerShell, without byte order marks."""
     data = path.read_bytes()
-    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+        text = data.decode(json.detect_encoding(data)).replace("\r\n", "\n").replace("\r", "\n")
+        return text.replace("\n\ufeff", "\n")  # files that were put one after the other
     except UnicodeDecodeError as problem:
         raise UserError(f"{path} is not UTF-8 ({problem}); save it as UTF-8") from problem
 
@@ -91,9 +92,10 @@ def _text_of(path: Path) -> str:
 def row_of(line: str) -> dict:
     """Return {"messages": …} or {"text": …} of a line. ValueError: it is neither."""
     value = json.loads(line)
+    has_messages = isinstance(value, dict) and "messages" in value
     if isinstance(value, dict):  # as OpenAI's fine-tuning takes them; other keys say nothing about the text
         value = value.get("messages", value.get("text"))
-    if isinstance(value, str):
+    if isinstance(value, str) and not has_messages:
         return {"text": value}
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ValueError(f"it must be {LINES}")

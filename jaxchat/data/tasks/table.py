@@ -70,11 +70,15 @@ class Table:
         return self._converted(batch, row - int(self._ends[which]) + len(batch))
 
     def _converted(self, batch: pa.RecordBatch, row: int) -> dict:
-        cells = {name: batch.column(name)[row].as_py() for name in batch.schema.names}
+        cells = {name: _text_in(batch.column(name)[row].as_py()) for name in batch.schema.names}
         for name, cell in cells.items():
             if cell is None:
                 raise UserError(f"`{name}` is null")
-        return self._convert(cells)
+        try:
+            return self._convert(cells)
+        except (AttributeError, LookupError, TypeError, ValueError) as problem:
+            kinds = ", ".join(f"`{field.name}` {field.type}" for field in batch.schema)
+            raise UserError(f"its columns have other types than expected: {kinds}") from problem
 
     def _problem(self, batch: pa.RecordBatch, row: int) -> str:
         """The reason why a row is no conversation; "" if it is one."""
@@ -83,6 +87,15 @@ class Table:
         except UserError as problem:
             return str(problem)
         return ""
+
+
+def _text_in(value):
+    """A cell's value with text for bytes, which count as UTF-8."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, dict):
+        return {key: _text_in(item) for key, item in value.items()}
+    return [_text_in(item) for item in value] if isinstance(value, list) else value
 
 
 def _batches_of(path: Path, columns: list[str]) -> list[pa.RecordBatch]:
