@@ -63,12 +63,22 @@ def main(config_class, run, args: list[str] | None = None, *, several: bool = Fa
     several: whether several processes may run the command together. If not, only the first of those that a
     launcher starts does.
     """
+    _open_streams()
     if hasattr(sys.stdout, "reconfigure"):  # in an ASCII terminal a plan is printed all the same
         sys.stdout.reconfigure(errors="replace")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     with hosts.together():
         _parse_and_run(config_class, run, sys.argv[1:] if args is None else args, several)
+
+
+def _open_streams() -> None:
+    """Open /dev/null for those of stdin, stdout and stderr that are closed; else the next file that is opened
+    would take the place of one, and with it what libraries print."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # as the lowest number that is free, this one
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 def _parse_and_run(config_class, run, args: list[str], several: bool) -> None:

@@ -7,10 +7,12 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from jaxchat import devices, sharding
 from jaxchat.config import BaseConfig, UserError
@@ -165,6 +167,29 @@ def test_input_that_is_not_utf_8_is_read(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
     cli.main(Config, lambda config: print(ascii(input())), [])
     assert capsys.readouterr().out == r"'caf\ufffd'" + "\n"
+
+
+def test_closed_streams():
+    """Input has ended and output is lost, but no file of ours takes their place."""
+    script = """
+import dataclasses, sys
+from launch import cli
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    "Write a file."
+
+def run(config):
+    print("Plan"), print("lost", file=sys.stderr)
+    with open(sys.argv[1], "w") as file:
+        file.write(f"{file.fileno() > 2} {sys.stdin.read()!r}")
+
+cli.main(Config, run, [])
+"""
+    with tempfile.NamedTemporaryFile("r") as file:
+        command = 'exec "$@" <&- >&- 2>&-'
+        subprocess.run(["sh", "-c", command, "sh", sys.executable, "-c", script, file.name], cwd=ROOT, check=True)
+        assert file.read() == "True ''"
 
 
 def test_interrupted(capsys):
