@@ -358,6 +358,7 @@ class Model:
 
 
 DEVICE_ROWS, DEVICE_CONVERSATIONS = 32, 4  # the most rows that --device_batch_size=-1 takes; SFT's
+HOTTEST = 100.0  # highest sampling temperature: there all tokens are about as likely
 EVAL_BATCH = 4  # conversations that --eval_steps counts in
 
 
@@ -749,9 +750,9 @@ class RLConfig(TrainConfig):
     """Answers to each problem; at least 2, since they are compared with each other."""
     max_new_tokens: int = flag(256, 1)
     """Largest number of tokens in an answer, the tool's included."""
-    temperature: float = 1.0
-    """Sampling temperature of the answers, above 0. Any value but 1 samples from another distribution than
-    the one that is trained."""
+    temperature: float = flag(1.0, 0.01, HOTTEST)
+    """Sampling temperature of the answers; at 0 all answers to a problem would be the same. Any value but 1
+    samples from another distribution than the one that is trained."""
     top_k: int = flag(0, 0, 2**31 - 1)
     """Number of likeliest tokens to sample from; 0: all. Any value but 0 samples from another distribution
     than the one that is trained."""
@@ -828,11 +829,6 @@ class RLConfig(TrainConfig):
             raise UserError(
                 f"--num_samples={self.num_samples}: answers are compared with the others to their problem; "
                 "it must be at least 2"
-            )
-        if self.temperature <= 0:
-            raise UserError(
-                f"--temperature={self.temperature:g}; it must be above 0: at 0 all answers to a problem "
-                "are the same"
             )
         if self.min_groups > self.examples_per_step:
             raise UserError(

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from jaxchat.config import STAGES, Compute, DeviceFlags, base_dir, flag
+from jaxchat.config import HOTTEST, STAGES, Compute, DeviceFlags, base_dir, flag
 from launch import cli
 
 
@@ -23,7 +23,7 @@ class Config(DeviceFlags):
     """Step of the checkpoint; -1: the last."""
     prompt: str = flag("", alias="-p")
     """Prompt to answer before leaving; empty: chat in the terminal."""
-    temperature: float = flag(0.6, 0.0, alias="-t")
+    temperature: float = flag(0.6, 0, HOTTEST, alias="-t")
     """Sampling temperature of the answers; 0: always the likeliest token."""
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
     """Number of likeliest tokens to sample from; 0 or -1: all."""

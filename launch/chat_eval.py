@@ -3,7 +3,7 @@
 import dataclasses
 import time
 
-from jaxchat.config import STAGES, MeshFlags, UserError, flag
+from jaxchat.config import HOTTEST, STAGES, MeshFlags, UserError, flag
 from launch import cli
 
 
@@ -31,7 +31,7 @@ class Config(MeshFlags):
     num_samples: int = flag(1, 1, alias="-n")
     """Number of written answers to each problem; its score is the share that is right. Several give pass@k
     too."""
-    temperature: float = flag(0.0, 0.0, alias="-t")
+    temperature: float = flag(0.0, 0, HOTTEST, alias="-t")
     """Sampling temperature of written answers; 0: always the likeliest token."""
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
     """Number of likeliest tokens to sample from; 0 or -1: all."""

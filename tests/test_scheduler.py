@@ -77,7 +77,7 @@ def test_patience_waits_for_a_whole_batch():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1},
+        {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": 1e300}, {"top_k": -1},
         {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 1.5}, {"seed": -1}, {"seed": 2**32}, {"sample": -1},
         {"max_tokens": -1}, {"min_tokens": -1}, {"logprobs": 21}, {"logprobs": -1}, {"prompt_logprobs": True},
         {"stop_tokens": [1] * 7}, {"stop_tokens": [-1]}, {"stop_tokens": [2**40]}, {"stop_tokens": [1.0]},

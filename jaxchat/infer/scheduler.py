@@ -10,7 +10,7 @@ import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxchat.config import UserError
+from jaxchat.config import HOTTEST, UserError
 
 SHORTEST = 16  # tokens of the shortest batch that prompts are read in
 MAX_LOGPROBS = 20  # most alternatives a token is reported with
@@ -62,7 +62,7 @@ class Request:
     def __post_init__(self):
         for name, least, most in (
             ("max_tokens", 0, math.inf),
-            ("temperature", 0, math.inf),
+            ("temperature", 0, HOTTEST),
             ("top_k", 0, 2**31 - 1),
             ("top_p", 0, 1),
             ("min_p", 0, 1),
