@@ -358,6 +358,7 @@ class Model:
 
 
 DEVICE_ROWS, DEVICE_CONVERSATIONS = 32, 4  # the most rows that --device_batch_size=-1 takes; SFT's
+MOST_TOKENS = 2**24  # of a vocabulary
 HOTTEST = 100.0  # highest sampling temperature: there all tokens are about as likely
 EVAL_BATCH = 4  # conversations that --eval_steps counts in
 

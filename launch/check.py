@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxchat.config import STAGES, BaseConfig, MidConfig, SFTConfig, UserError, flag
+from jaxchat.config import MOST_TOKENS, STAGES, BaseConfig, MidConfig, SFTConfig, UserError, flag
 from jaxchat.speedrun.estimate import BYTES_A_TOKEN, SHARD_BYTES
 from launch import base_train, cli, download, tok_train
 
@@ -25,7 +25,7 @@ class Config(BaseConfig):
 
     tasks_dir: str = ""
     """Folder of the tasks' files; empty: <base directory>/tasks."""
-    vocab_size: int = flag(tok_train.Config.vocab_size, 1)
+    vocab_size: int = flag(tok_train.Config.vocab_size, 1, MOST_TOKENS)
     """Vocabulary size to assume while there is no tokenizer."""
 
 

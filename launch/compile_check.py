@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 
-from jaxchat.config import ALL_REMATS, ARCHITECTURES, BaseConfig, Flags, UserError, flag
+from jaxchat.config import ALL_REMATS, ARCHITECTURES, MOST_TOKENS, BaseConfig, Flags, UserError, flag
 from launch import cli
 
 
@@ -30,7 +30,7 @@ class Config(Flags):
     """Tokens in an optimizer step, over all devices."""
     max_seq_len: int = flag(2048, 1)
     """Tokens in a training row."""
-    vocab_size: int = flag(65536, 1)
+    vocab_size: int = flag(65536, 1, MOST_TOKENS)
     """Tokens in the vocabulary."""
     matmul: str = flag("", choices=("", "fp8", "fp8-all"))
     """Operands of the layers' matrix products, as in base_train; fp8 and fp8-all are for GPUs."""

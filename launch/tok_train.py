@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxchat.config import Flags, UserError, base_dir, flag
+from jaxchat.config import MOST_TOKENS, Flags, UserError, base_dir, flag
 from launch import cli
 
 REPORT_SECONDS = 10.0
@@ -19,7 +19,7 @@ class Config(Flags):
 
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
-    vocab_size: int = flag(65536, 1)
+    vocab_size: int = flag(65536, 1, MOST_TOKENS)
     """Size of the vocabulary, the nine special tokens included."""
     max_chars: int = flag(2_000_000_000, 1, special=-1)
     """Characters of text to train on, at most; -1: all."""

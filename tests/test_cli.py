@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT
 
 from jaxchat import devices, sharding
-from jaxchat.config import BaseConfig, UserError
-from launch import base_eval, chat_cli, chat_eval, check, cli
+from jaxchat.config import BaseConfig, RLConfig, UserError
+from launch import base_eval, chat_cli, chat_eval, check, cli, compile_check, tok_train
 from launch.cluster import __main__ as cluster
 
 LAUNCH = Path(cli.__file__).parent
@@ -283,6 +283,17 @@ def test_every_number_has_its_range(monkeypatch):
         for field in numbers:
             with pytest.raises(UserError, match=rf"--{field.name}=-7(\.0)?; it must be"):
                 cli.parse(config_class, [f"--{field.name}=-7"])
+
+
+@pytest.mark.parametrize(
+    "config, flag, most",
+    [(command.Config, "temperature=1e300", "100.0") for command in (chat_cli, chat_eval)]
+    + [(RLConfig, "temperature=1e300", "100.0")]
+    + [(command.Config, "vocab_size=1000000000000", "16777216") for command in (tok_train, check, compile_check)],
+)
+def test_numbers_that_no_library_takes(config, flag, most):
+    with pytest.raises(UserError, match=rf"--{flag.split('=')[0]}=.*; it must be from .* to {most}"):
+        cli.parse(config, [f"--{flag}"])
 
 
 def test_a_terminal_that_lacks_a_character():
