@@ -239,7 +239,7 @@ def test_mixtures(folder):
         ("SimpleSpelling/validation", "no split 'validation'"),
         ("/nowhere/mine.jsonl", "no file /nowhere/mine.jsonl"),
         ("{folder}/mine.csv", "unknown task '{folder}/mine.csv'; .* ends in .jsonl, .json, .ndjson"),
-        ("GSM8K/test", r"no test\*.parquet in .*main, only train.parquet; .* gsm8k --to={folder}; or name --tasks_dir"),
+        ("GSM8K/test", r"no test\*.parquet in .*main, only train.parquet .*; fetch them: .* gsm8k --to={folder};"),
         ("HumanEval/test", "launch.download humaneval --to={folder};"),
     ],
 )
