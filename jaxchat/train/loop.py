@@ -77,8 +77,9 @@ def train(run: Run, evaluations: list[Evaluation]) -> None:
             if isinstance(problem, Unread) and problem.step <= loop.step:
                 loop.go_back(problem.step - 1)
             if not loop.ending:
+                # All processes raise NotFinite and Unread, and can save together; others may be one's alone.
                 loop.saver.rescue(loop.state, loop.step, alone=not isinstance(problem, NotFinite | Unread))
-            if loop.problem:
+            if loop.problem:  # it says why this process could not read its rows
                 raise loop.problem from problem
             raise
 

@@ -162,6 +162,7 @@ def open_run(stage: Stage, start: Start) -> Iterator[Run]:
     """
     checkpoints = start.checkpoints
     try:
+        # A resumed run needs no batch to check, nor one to choose the step by where no memory limit is known.
         looked_at = not start.step or fit.device_memory(stage.model.mesh)
         first = look_at_data(stage) if looked_at else None
         steps = step_functions(stage, start, first)
