@@ -197,7 +197,9 @@ class ModelConfig:
                 f"head dimension {self.head_dim} is odd; rotary embedding turns pairs, choose it even"
             )
         if self.n_head % self.n_kv_head:
-            raise UserError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
+            raise UserError(
+                f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; choose a divisor"
+            )
 
     @classmethod
     def from_depth(
@@ -545,7 +547,7 @@ class BaseConfig(TrainConfig):
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
     """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it
     if memory runs out: the result stays the same up to rounding."""
-    total_batch_size: int = flag(524288, 1, special=-1)
+    total_batch_size: int = flag(524288, 1, 2**31 - 1, special=-1)
     """Tokens in an optimizer step, over all devices; -1, with --arch=2026 only: chosen by the model's
     size."""
     grad_clip: float = flag(1.0, 0)
@@ -618,7 +620,7 @@ class MidConfig(TrainConfig):
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
     """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it
     if memory runs out: the result stays the same up to rounding."""
-    total_batch_size: int = flag(524288, 1)
+    total_batch_size: int = flag(524288, 1, 2**31 - 1)
     """Tokens in an optimizer step, over all devices."""
     init_lr_frac: float = flag(1.0, 0)
     """Factor on all learning rates."""

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,18 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def check_writable(folder: Path):
+    """Raise the OSError that writing to a folder, which need not exist yet, would end in."""
+    while not os.path.lexists(folder):
+        folder = folder.absolute().parent
+    if not folder.is_dir():  # a file, or a link that leads nowhere
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+    try:
+        tempfile.NamedTemporaryFile(dir=folder, prefix=".new").close()
+    except OSError as problem:
+        raise OSError(problem.errno, problem.strerror, str(folder)) from None
 
 
 def free_space(folder: Path) -> int:

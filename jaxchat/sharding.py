@@ -3,6 +3,10 @@
 import json
 import math
 import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxchat import files
 from jaxchat.config import ModelConfig, UserError, base_dir
 
 AXES = ("data", "fsdp", "tensor")
@@ -29,11 +34,31 @@ def keep_compiled():
         jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)  # what was used longest ago is dropped
     if jax.config.jax_compilation_cache_max_size < 0:  # without a bound there are no time stamps
         return
+    folder = Path(jax.config.jax_compilation_cache_dir)
+    try:
+        os.makedirs(os.path.realpath(folder), exist_ok=True)
+        files.check_writable(folder)
+    except OSError as problem:
+        remedy = "give another folder as JAX_COMPILATION_CACHE_DIR"
+        print(f"compiled programs cannot be kept in {folder} ({problem.strerror}); {remedy}", file=sys.stderr)
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     # A kill or a full disk may leave an entry without its time stamp, perhaps cut short; with one of these in
     # the folder, jax 0.10 writes no other.
-    for entry in Path(jax.config.jax_compilation_cache_dir).glob("*-cache"):
+    for entry in folder.glob("*-cache"):
         if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
-            entry.unlink(missing_ok=True)
+            files.delete(entry)
+    if not isinstance(warnings.showwarning, partial):
+        warnings.showwarning = partial(_delete_damaged, folder, warnings.showwarning)
+
+
+def _delete_damaged(folder: Path, show: Callable, message: Warning, *args, **how):
+    """Show a warning; of an entry that jax cannot read, delete it instead: jax would never replace it."""
+    damaged = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
+    if not damaged:
+        return show(message, *args, **how)
+    for entry in folder.glob(f"{damaged[1]}-*"):
+        files.delete(entry)
 
 
 def take_memory():

@@ -137,7 +137,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path | None = None) -> "Tokenizer":
-        folder = Path(directory or base_dir() / "tokenizer")
+        shared = base_dir() / "tokenizer"
+        folder, remedy = Path(directory or shared), "train it anew: python -m launch.tok_train"
+        if folder != shared:  # a run's own, that it was trained with
+            remedy = f"delete this folder, and {shared} is taken if it is the same"
         if not (folder / "ranks.txt").is_file():
             raise UserError(f"no tokenizer in {folder}; train one with: python -m launch.tok_train")
         try:
@@ -146,16 +149,12 @@ class Tokenizer:
             # A save that was killed between its two renames has left the second file under its temporary
             # name.
             paths = [folder / "tokenizer.json", folder / f"tokenizer.json{files.PART}"]
-            infos = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+            infos = [files.read_json(path) for path in paths]
         except (OSError, ValueError) as problem:
-            raise UserError(
-                f"the tokenizer in {folder} cannot be read ({problem}); train it anew"
-            ) from problem
+            raise UserError(f"the tokenizer in {folder} cannot be read ({problem}); {remedy}") from problem
         info = next((info for info in infos if info.get("hash") == tokenizer.hash), None)
         if info is None:
-            raise UserError(
-                f"the tokenizer in {folder} is damaged: its ranks don't match its hash; train it anew"
-            )
+            raise UserError(f"the tokenizer in {folder} is damaged: its ranks don't match its hash; {remedy}")
         tokenizer.trained_on = info.get("trained_on", {})
         tokenizer.training_seconds = info.get("training_seconds", 0.0)
         return tokenizer

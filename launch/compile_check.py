@@ -26,7 +26,7 @@ class Config(Flags):
     """Devices along each axis, as in base_train; empty: as base_train would choose."""
     device_batch_size: int = flag(-1, 1, special=-1)
     """Rows that a device computes at a time; -1: the largest number up to 32 that divides a step."""
-    total_batch_size: int = flag(524288, 1)
+    total_batch_size: int = flag(524288, 1, 2**31 - 1)
     """Tokens in an optimizer step, over all devices."""
     max_seq_len: int = flag(2048, 1)
     """Tokens in a training row."""

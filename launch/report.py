@@ -28,6 +28,7 @@ def run(config: Config, texts=(), questions=()):
     """Write the report. texts, questions: take these for the samples instead of the usual ones."""
     if "," in config.model_tag:
         return compare(config, [tag.strip() for tag in config.model_tag.split(",") if tag.strip()])
+    from jaxchat import files
     from jaxchat.eval.samples import PROMPTS, QUESTIONS
     from jaxchat.report.document import markdown, save
     from jaxchat.report.gather import gather
@@ -46,6 +47,7 @@ def run(config: Config, texts=(), questions=()):
             ("saves", str(folder)),
         ],
     )
+    files.check_writable(folder)
     samples = sample(found, texts, questions) if config.samples else None
     images = curves(found)
     text = markdown(found, images, samples, config.price_per_hour)
@@ -54,6 +56,7 @@ def run(config: Config, texts=(), questions=()):
 
 def compare(config: Config, tags: list[str]):
     """Write a page on several runs side by side."""
+    from jaxchat import files
     from jaxchat.eval.samples import PROMPTS, QUESTIONS
     from jaxchat.report import compare
     from jaxchat.report.document import save
@@ -70,6 +73,7 @@ def compare(config: Config, tags: list[str]):
             ("saves", str(folder)),
         ],
     )
+    files.check_writable(folder)
     samples = {run.tag: sample(run, PROMPTS, QUESTIONS) for run in runs if config.samples}
     images = compare.curves(runs)
     text = compare.markdown(runs, images, samples, config.price_per_hour)

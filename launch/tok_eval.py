@@ -59,6 +59,7 @@ def references(names: str) -> dict:
 
 
 def run(config: Config):
+    from jaxchat import files
     from jaxchat.eval.results import write_both
     from jaxchat.tokenizer import Tokenizer
 
@@ -72,6 +73,7 @@ def run(config: Config):
             ("references", config.references or "none"),
         ],
     )
+    files.check_writable(folder)
     others = references(config.references)
     print(
         f"\n{'':<10}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}"

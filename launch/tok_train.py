@@ -42,7 +42,7 @@ def documents(texts, max_chars: int = -1, doc_cap: int = -1) -> Iterator[str]:
 
 
 def run(config: Config):
-    from jaxchat import checkpoint
+    from jaxchat import checkpoint, files
     from jaxchat.data.sources import ParquetText, find_shards
     from jaxchat.tokenizer import Tokenizer
 
@@ -59,12 +59,7 @@ def run(config: Config):
             ("saves", f"{folder}{'' if config.overwrite else in_use}"),
         ],
     )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(
-            f"{folder.parent} cannot be created ({problem.strerror}); set JAXCHAT_BASE_DIR"
-        ) from problem
+    files.check_writable(folder)
     read, doing = 0, "reading"
 
     def counted() -> Iterator[str]:

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from jaxchat import devices, sharding
-from jaxchat.config import BaseConfig, RLConfig, UserError
+from jaxchat.config import BaseConfig, MidConfig, RLConfig, UserError
 from launch import base_eval, chat_cli, chat_eval, check, cli, compile_check, tok_train
 from launch.cluster import __main__ as cluster
 
@@ -288,6 +288,7 @@ def test_every_number_has_its_range(monkeypatch):
 @pytest.mark.parametrize(
     "config, flag, most",
     [(command.Config, "temperature=1e300", "100.0") for command in (chat_cli, chat_eval)]
+    + [(config, "total_batch_size=1099511627776", "2147483647") for config in (BaseConfig, MidConfig)]
     + [(RLConfig, "temperature=1e300", "100.0")]
     + [(command.Config, "vocab_size=1000000000000", "16777216") for command in (tok_train, check, compile_check)],
 )

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import sandbox_is_whole
 
+from jaxchat import files
 from jaxchat.config import UserError
-from jaxchat.eval import results, sandbox
+from jaxchat.eval import sandbox
 from launch import base_eval, base_train, chat_eval, tok_train
 
 TEXTS = [f"number {i} is the one after {i - 1}, and the words go on." for i in range(1, 300)]
@@ -179,7 +180,7 @@ def test_a_folder_that_cannot_be_written_is_found_first(here, trained, monkeypat
     def denied(dir, prefix):
         raise PermissionError(13, "Permission denied", str(dir))
 
-    monkeypatch.setattr(results.tempfile, "NamedTemporaryFile", denied)
+    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", denied)
     error = refused(capsys, command, args)
     assert "base_checkpoints/d1: Permission denied; grant access" in error and error.count("\n") == 1
 

@@ -22,6 +22,17 @@ def test_a_write_that_fails_changes_nothing(tmp_path):
     assert path.read_text(encoding="utf-8") == '{\n "a": "é"\n}\n' and list(path.parent.iterdir()) == [path]
 
 
+def test_a_folder_that_cannot_be_written(tmp_path):
+    """Found before there is anything to write; what is not there yet is not made."""
+    files.check_writable(tmp_path / "new/er")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link", "file/in/it"):
+        with pytest.raises(FileExistsError, match="File exists: .*/(file|link)'"):
+            files.check_writable(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
 def test_what_a_kill_left_is_replaced(tmp_path):
     path = tmp_path / "name"
     (tmp_path / "name.part").mkdir()

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import jax
 import pytest
 from conftest import ROOT
 
+from jaxchat import sharding
 from jaxchat.config import BaseConfig, MidConfig, UserError, base_dir, check_local
 from jaxchat.data.sources import find_shards
 from jaxchat.data.tasks import load_task
@@ -84,6 +86,34 @@ def test_an_entry_without_its_time_stamp_stops_no_caching(home, monkeypatch, bou
     names = {path.name for path in (home / "compiled").iterdir()}
     assert ("broken-cache" in names) != bounded and not done.stderr
     assert any(name.endswith("-atime") for name in names) == bounded and any("jit" in name for name in names)
+
+
+def test_damaged_entries_are_replaced(home, monkeypatch):
+    """A power cut leaves them empty or cut short, with their time stamps; a folder may have such a name too."""
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
+        monkeypatch.delenv(name)
+    compiled = home / "compiled"
+    compiled.symlink_to(home / "elsewhere")  # a folder that is not there
+    (home / "elsewhere/folder-cache").mkdir(parents=True)
+    script = f"{COMPILE}\nfrom pathlib import Path\npaths = [*Path({str(compiled)!r}).glob('jit*-cache')]\n"
+    script += "for n, path in enumerate(paths):\n    path.write_bytes(path.read_bytes()[:9 * n])\n"
+    script += "jax.clear_caches()\njax.jit(lambda x: x * 3 + 1)(1.0)\n"
+    script += "assert paths and all(path.stat().st_size > 99 for path in paths)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and compiled.is_dir()
+
+
+def test_a_cache_that_cannot_be_written_is_left_out(home, capfd):
+    (home / "compiled").touch()
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(home / "compiled"))
+    try:
+        sharding.keep_compiled()
+        assert not jax.config.jax_enable_compilation_cache
+        assert "cannot be kept in" in (err := capfd.readouterr().err) and err.count("\n") == 1
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_enable_compilation_cache", True)
 
 
 @pytest.mark.parametrize("home", ["", "somewhere"])

@@ -358,6 +358,7 @@ def test_the_default_step_is_cut_for_any_number_of_devices(devices):
 
 
 def test_a_step_that_cannot_be_cut_names_the_device_batch():
+    assert pipelines.cut_step(2**31, 2, -1, 32) == (32, 2**25)  # at once, however many divisors could be tried
     assert pipelines.cut_step(12, 2, -1, 4) == (3, 2) and pipelines.cut_step(12, 2, 6, 4) == (6, 1)
     with pytest.raises(UserError, match="--device_batch_size=4 on 2 devices .* 12 rows .* may be 1, 2, 3, 6, or -1"):
         pipelines.cut_step(12, 2, 4, 32)

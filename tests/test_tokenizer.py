@@ -187,7 +187,11 @@ def test_missing_and_damaged_tokenizers_are_refused(tokenizer, tmp_path):
     (folder / "ranks.txt").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(UserError, match="damaged"):
         Tokenizer.load(folder)
-    (folder / "tokenizer.json").write_text("{")
+    for text in ("{", "[]", ""):
+        (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            Tokenizer.load(folder)
+    (folder / "ranks.txt").write_text("é", encoding="utf-8")
     with pytest.raises(UserError, match="cannot be read"):
         Tokenizer.load(folder)
 

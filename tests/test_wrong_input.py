@@ -152,6 +152,18 @@ def test_a_run_without_a_checkpoint_has_no_tokenizer_of_its_own(folder):
     assert tokenizer_for(resumed, "base", "d1").vocab_size == 280
 
 
+def test_a_damaged_tokenizer_of_a_run(folder, capsys):
+    """The remedy works: the base directory's is the same, and is taken."""
+    own = folder / "base_checkpoints/d1/tokenizer"
+    (own / "tokenizer.json").write_text("[]")
+    assert f"delete this folder, and {folder}/tokenizer is taken" in refusal(folder, chat_cli, ["-i", "base"], capsys)
+    shutil.rmtree(own)
+    assert checkpoint.open_model("base").step == 2
+    (folder / "tokenizer/ranks.txt").write_text("")
+    line = refusal(folder, base_train, [*BASE, "--model_tag=new"], capsys)
+    assert "is damaged: its ranks don't match its hash; train it anew: python -m launch.tok_train" in line
+
+
 @pytest.mark.parametrize("tag", ["/elsewhere", "..", ".", "a/b"])
 def test_a_tag_is_a_plain_name(folder, tag, capsys):
     for command, args in ((base_train, [*BASE, "--overwrite"]), (mid_train, [])):

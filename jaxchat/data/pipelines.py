@@ -1,5 +1,6 @@
 """The pipelines that the three stages train on, and the fixed batches that they are validated on."""
 
+import math
 from collections.abc import Iterable
 
 import grain
@@ -25,7 +26,7 @@ def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = Fa
     step. fills: fill a step that no number divides with empty rows. UserError: the step can't be cut like
     that.
     """
-    able = [n for n in range(1, rows // devices + 1) if rows % (n * devices) == 0]
+    able = [] if rows % devices else divisors(rows // devices)
     if asked > 0 and asked not in able and able:
         raise UserError(
             f"--device_batch_size={asked} on {devices} devices does not divide the {rows} rows of an "
@@ -40,6 +41,11 @@ def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = Fa
         asked if asked > 0 else max((n for n in able if n <= most), default=min(most, -(-rows // devices)))
     )
     return batch, -(-rows // (batch * devices))
+
+
+def divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def rows_of_step(total_batch_size: int, row_length: int) -> int:

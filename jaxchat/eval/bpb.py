@@ -59,9 +59,12 @@ def measure_text(
         "time": found.config.sequence_len,
         "max_tokens": max_tokens,
     }
-    for split, text in texts.items():
-        batches = packed_validation(text_reader(text, found.tokenizer), range(len(text)), **size)
-        value = bits_per_byte(params, batches, found.tokenizer.token_bytes, model)
+    batches = {  # of all splits first: one may hold no text
+        split: packed_validation(text_reader(text, found.tokenizer), range(len(text)), **size)
+        for split, text in texts.items()
+    }
+    for split, of_split in batches.items():
+        value = bits_per_byte(params, of_split, found.tokenizer.token_bytes, model)
         values[f"{split}_bpb"] = value
         print(f"{split}_bpb {value:.4f}", flush=True)
     return values

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import tempfile
 from pathlib import Path
 
 import jax
@@ -51,7 +50,7 @@ def check_writable(folder: Path):
     Only process 0, which saves them, checks.
     """
     if jax.process_index() == 0:
-        tempfile.NamedTemporaryFile(dir=folder, prefix=".new").close()
+        files.check_writable(folder)
 
 
 def save_results(
