@@ -177,8 +177,12 @@ def test_base_eval_without_a_bundle(here, trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("command, args", [(base_eval, []), (chat_eval, ["-i", "base"])])
 def test_a_folder_that_cannot_be_written_is_found_first(here, trained, monkeypatch, capsys, command, args):
-    def denied(dir, prefix):
-        raise PermissionError(13, "Permission denied", str(dir))
+    temporary = files.tempfile.NamedTemporaryFile
+
+    def denied(dir, **how):
+        if "base_checkpoints" in str(dir):
+            raise PermissionError(13, "Permission denied", str(dir))
+        return temporary(dir=dir, **how)
 
     monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", denied)
     error = refused(capsys, command, args)
@@ -241,7 +245,7 @@ def test_chat_eval(here, capsys):
         (["-n", "2"], "the same answer each time"),
         (["-x", "0"], "at least 1, or -1"),
         (["--seed=-1"], "--seed=-1; it must be from 0"),
-        (["-t", "-1"], "--temperature=-1.0; it must be at least 0"),
+        (["-t", "-1"], "--temperature=-1.0; it must be from 0 to 100.0"),
         (["-i", "mid"], "no mid checkpoint"),
     ):
         assert message in refused(capsys, chat_eval, ["-i", "base", *args])
