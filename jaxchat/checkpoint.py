@@ -197,7 +197,7 @@ def runs() -> list[Path]:
 def read_meta(folder: Path, step: int) -> dict:
     """Read a checkpoint's metadata; its metrics are those that its run had measured by then."""
     with readable(folder / str(step)):
-        meta = json.loads((folder / str(step) / "meta/metadata").read_text())
+        meta = json.loads((folder / str(step) / "meta/metadata").read_text(encoding="utf-8"))
     return meta | {"metrics": meta.get("metrics", {}) | measured(folder, step)}
 
 

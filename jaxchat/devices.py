@@ -59,7 +59,7 @@ def about_driver() -> tuple[str, str]:
     """Return (NVIDIA's driver and the installed CUDA plugin, whether the two fit: ok, warning or missing)."""
     cudas = [cuda for cuda in OLDEST_DRIVER if importlib.util.find_spec(f"jax_cuda{cuda}_plugin")]
     text = " and ".join(f"the plugin for CUDA {cuda}" for cuda in cudas) or "no CUDA plugin"
-    found = re.search(r"\s(\d{3,})\.\d", DRIVER.read_text()) if DRIVER.is_file() else None
+    found = re.search(r"\s(\d{3,})\.\d", DRIVER.read_text(encoding="utf-8")) if DRIVER.is_file() else None
     if not found:
         return f"no NVIDIA driver, {text}", "warning" if cudas else "ok"
     able = [cuda for cuda, oldest in OLDEST_DRIVER.items() if int(found[1]) >= oldest]

@@ -35,9 +35,9 @@ def damage(folder: Path, items: Collection[str] | None = None) -> str:
     if not (folder / NAME).exists():
         return ""
     try:
-        sealed = json.loads((folder / NAME).read_text())
+        sealed = json.loads((folder / NAME).read_text(encoding="utf-8"))
         for part in folder.glob("seal.*.json"):
-            sealed |= json.loads(part.read_text())
+            sealed |= json.loads(part.read_text(encoding="utf-8"))
         for name, (size, _) in sealed.items():
             have = (folder / name).stat().st_size
             if have != size:

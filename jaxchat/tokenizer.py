@@ -179,7 +179,9 @@ class Tokenizer:
         }
         info |= {"trained_on": self.trained_on, "training_seconds": self.training_seconds}
         with files.atomic(folder / "tokenizer.json") as about, files.atomic(folder / "ranks.txt") as ranks:
-            ranks.write_text("".join(base64.b64encode(piece).decode() + "\n" for piece in pieces))
+            ranks.write_text(
+                "".join(base64.b64encode(piece).decode() + "\n" for piece in pieces), encoding="ascii"
+            )
             about.write_text(json.dumps(info, indent=1), encoding="utf-8")
         return folder
 

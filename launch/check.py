@@ -182,7 +182,7 @@ def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str,
     text += f"{epochs:.2g} epochs"
     if epochs > 1:
         source = texts.paths[0].parent / SOURCE
-        repo = source.read_text().split()[0] if source.is_file() else ""
+        repo = source.read_text(encoding="utf-8").split()[0] if source.is_file() else ""
         names = [name for name, known in download.SETS.items() if getattr(known, "repo", None) == repo]
         count = math.ceil(shards * epochs) + 1
         more = f"python -m launch.download {names[0]} --shards={count}" if names else f"{count:,} shards"

@@ -112,7 +112,7 @@ def ask(world) -> dict:
             question, given, right = found.wrong[0]
             print(f"  a wrong answer ({kind}): {question} → {given} (right: {right})")
     shares = {f"world: {kind}": found.share for kind, found in scores.items()}
-    (model.path / "world.json").write_text(json.dumps({"metrics": shares}))
+    (model.path / "world.json").write_text(json.dumps({"metrics": shares}), encoding="utf-8")
     return scores
 
 

@@ -187,3 +187,27 @@ def test_a_right_import_passes(path, source):
 def test_a_question_about_the_stage_is_found(source):
     assert len(asks_for_stage("jaxchat/train/loop.py", source)) == 1
     assert asks_for_stage("jaxchat/train/stages.py", source) == []
+
+
+def without_encoding(source: str) -> list[str]:
+    """Calls that read or write text in whatever encoding the user's terminal has."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        method = isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text")
+        if (
+            method
+            and ast.unparse(call.func.value) != "files"
+            and "encoding" not in {word.arg for word in call.keywords}
+        ):
+            found.append(ast.unparse(call))
+    return found
+
+
+def test_text_is_utf8_whatever_the_terminal():
+    assert without_encoding("path.read_text(), path.write_text('é'), files.write_text(path, 'é')") == [
+        "path.read_text()",
+        "path.write_text('é')",
+    ]
+    assert {
+        path: calls for path in CODE if (calls := without_encoding((ROOT / path).read_text(encoding="utf-8")))
+    } == {}

@@ -190,7 +190,7 @@ def fetch(listing: Listing, parallel: int):
     def attempt():
         files.write_text(source, f"{listing.repo} {len(listing.files)} {listing.commit}\n")
         try:
-            with source.open() as file:
+            with source.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as problem:
             if problem.errno in (errno.ENOLCK, errno.EOPNOTSUPP):

@@ -59,7 +59,7 @@ def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False)
             f"{remedy}"
         )
     source = folder / SOURCE
-    wanted = int(source.read_text().split()[1]) if source.is_file() else 0
+    wanted = int(source.read_text(encoding="utf-8").split()[1]) if source.is_file() else 0
     if whole and len(shards) < wanted:
         raise UserError(
             f"{folder} holds {len(shards)} of the {wanted} shards that were asked for; let the download "

@@ -144,7 +144,7 @@ def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[st
     found, left_out, seconds, older = [], [], 0.0, {}
     for path in sorted(folder.glob("*.json")) + sorted((folder / str(step)).glob("*.json")):
         try:
-            about = json.loads(path.read_text())
+            about = json.loads(path.read_text(encoding="utf-8"))
             seconds += about.get("seconds", 0.0)
             command = re.sub(r"_\d+(_[0-9a-f]+)?$", "", path.stem)
             if about.get("step", step) == step:

@@ -68,7 +68,7 @@ def machine() -> str:
     if cpuinfo.exists():
         named = [
             line.partition(":")[2].strip()
-            for line in cpuinfo.read_text().splitlines()
+            for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
             if "model name" in line
         ]
         model = named[0] if named else model
@@ -94,7 +94,11 @@ def git_state() -> str:
 
     def git(*args: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True
+            ["git", "-C", str(root), *args],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
         ).stdout.strip()
 
     try:

@@ -58,8 +58,8 @@ class MetricsLog:
             return
         path = folder / "metrics.jsonl"
         if path.exists():  # what was logged after the checkpoint that is resumed from will be logged again
-            logged = path.read_text().splitlines(keepends=True) if resume_step else []
-            kept = [line for line in logged if _step_of(line) <= resume_step]
+            text = path.read_text(encoding="utf-8", errors="replace") if resume_step else ""
+            kept = [line for line in text.splitlines(keepends=True) if _step_of(line) <= resume_step]
             files.write_text(path, "".join(kept))
         self._file = path.open("ab", buffering=0)
         if tensorboard:
@@ -136,7 +136,7 @@ def wandb_id(folder: Path, new: bool) -> str:
     path = folder / "wandb_id"
     if new or not path.exists():
         files.write_text(path, secrets.token_hex(8))
-    return path.read_text()
+    return path.read_text(encoding="ascii")
 
 
 def _step_of(line: str) -> float:

@@ -181,6 +181,6 @@ def run(config: Config, command: list[str]):
     file, text = f"{config.name}.yaml", yaml.safe_dump(jobset(config, command), sort_keys=False)
     print(f"# {file}\n{text}", flush=True)
     if not config.dry_run:
-        Path(file).write_text(text)
+        Path(file).write_text(text, encoding="utf-8")
     perform(["kubectl", "apply", f"--filename={file}"], config.dry_run)
     print(f"# follow the log: kubectl logs --follow --selector=jobset.sigs.k8s.io/jobset-name={config.name}")

@@ -110,5 +110,5 @@ def run(config: Config, command: list[str]):
     file, text = f"{config.job_name}.sbatch", script(config, command)
     print(f"# {file}\n{text}", flush=True)
     if not config.dry_run:
-        Path(file).write_text(text)
+        Path(file).write_text(text, encoding="utf-8")
     perform(["sbatch", file], config.dry_run)
