@@ -105,7 +105,8 @@ TASK_FILE = re.compile(r"[^,]*/(?=[^/,]+\.(?:jsonl|json|ndjson)(?::\d+)?(?:,|$))
 
 
 def without_folders(meta: dict) -> dict:
-    """Metadata with files of tasks by their names alone: they may have moved, and "data" compares content."""
+    """Return metadata with only the names of task files: their folders may differ, and "data" compares the
+    content."""
     settings, data = dict(meta["settings"]), {}
     if "train_tasks" in settings:
         settings["train_tasks"] = TASK_FILE.sub("", settings["train_tasks"])
