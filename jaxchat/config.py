@@ -28,10 +28,6 @@ def base_dir() -> Path:
     """The directory everything is kept under: $JAXCHAT_BASE_DIR, or ~/.cache/jaxchat."""
     given = os.environ.get("JAXCHAT_BASE_DIR") or "~/.cache/jaxchat"
     check_local("JAXCHAT_BASE_DIR", given)
-    if re.search("[\ud800-\udfff]", given):
-        raise UserError(
-            f"JAXCHAT_BASE_DIR={given!r} is not UTF-8, which JAX needs; rename it, or set LC_ALL=C.UTF-8"
-        )
     check_folder("JAXCHAT_BASE_DIR", given)
     return user_path(given)
 
@@ -61,8 +57,16 @@ def check_folder(name: str, path: str):
         raise UserError(f"{name}={path} is a file; give a folder, such as the one it is in: {name}={folder}")
 
 
+def check_utf8(name: str, path: str):
+    """Raise UserError if a path has bytes that are not UTF-8, which Python reads as surrogates."""
+    if re.search("[\ud800-\udfff]", path):
+        raise UserError(f"{name}={path!r} is not UTF-8; rename it, or set LC_ALL=C.UTF-8")
+
+
 def check_local(name: str, paths: str):
-    """Raise UserError if one of the comma-separated paths is an address such as gs://bucket/folder."""
+    """Raise UserError if one of the comma-separated paths is an address such as gs://bucket/folder, or not
+    UTF-8."""
+    check_utf8(name, paths)
     for path in paths.split(","):
         # One slash is enough: pathlib and shells' completion leave no more, dbfs:/ has no more. C:/ is none.
         address = re.match(r"\s*([A-Za-z][\w+.-]+):/+([^/]*)", path)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -9,7 +10,7 @@ from conftest import ROOT
 
 from jaxchat import sharding
 from jaxchat.config import BaseConfig, MidConfig, UserError, base_dir, check_local
-from jaxchat.data.sources import find_shards
+from jaxchat.data.sources import find_shards, open_parquet
 from jaxchat.data.tasks import load_task
 from jaxchat.eval.core import load_bundle
 from launch import base_eval, chat_cli, chat_eval, check, cli, convert, download, tok_eval, tok_train
@@ -31,10 +32,15 @@ def test_an_address_is_no_folder(monkeypatch, path, advice):
             base_dir()
 
 
-def test_a_base_directory_that_is_not_utf8(monkeypatch):
+def test_a_path_that_is_not_utf8(monkeypatch):
     monkeypatch.setenv("JAXCHAT_BASE_DIR", "/tmp/b\udcff")
-    with pytest.raises(UserError, match="not UTF-8.*rename it"):
+    with pytest.raises(UserError, match="JAXCHAT_BASE_DIR=.*not UTF-8.*rename it"):
         base_dir()
+    for flag in ("data_dir", "tasks_dir", "train_tasks"):
+        with pytest.raises(UserError, match=f"--{flag}=.*not UTF-8.*rename it"):
+            cli.parse(BaseConfig if flag == "data_dir" else MidConfig, [f"--{flag}=/tmp/b\udcff"])
+    with pytest.raises(UserError, match="file='/tmp/b.*not UTF-8.*rename it"):
+        open_parquet(Path("/tmp/b\udcff.parquet"), ["text"])
 
 
 @pytest.mark.parametrize(

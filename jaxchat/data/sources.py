@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxchat.config import UserError, base_dir, user_path
+from jaxchat.config import UserError, base_dir, check_utf8, user_path
 
 SOURCE = ".source"  # launch.download notes in a folder of shards where they are from, and how many are wanted
 CACHED_GROUPS = 32  # decoded row groups kept: each of up to 16 streams reads one, or two at a border
@@ -99,6 +99,7 @@ def file_fingerprint(path: Path) -> str:
 def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
     """Open a parquet file that must have each of these columns once. UserError: it does not, or is
     damaged."""
+    check_utf8("file", str(path))
     if path.is_dir():
         raise UserError(f"{path} is a folder; move the .parquet files in it to {path.parent}, and delete it")
     try:
