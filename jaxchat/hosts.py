@@ -96,7 +96,7 @@ def _by_environment(environ) -> Place | None:
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
         if importlib.util.find_spec("kubernetes") is None:
             raise UserError(
-                "this is a pod of an indexed Job, of how many is not known: set JAX_COORDINATOR_ADDRESS "
+                "this is a pod of an indexed Job with an unknown number of pods: set JAX_COORDINATOR_ADDRESS "
                 "(pod 0's HOST:PORT) and JAXCHAT_NUM_PROCESSES (1: it is alone), or pip install kubernetes"
             )
         return Place("kubernetes")

@@ -143,7 +143,7 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
             f"{repo.repo} at this endpoint has a file {outside[0]!r}, outside of its folder; don't trust it"
         )
     if repo.shards and shards > len(stated):
-        raise UserError(f"--shards={shards}: {repo.repo} has {len(stated)}")
+        raise UserError(f"--shards={shards}: {repo.repo} has {len(stated)}; give at most that")
     local = [path.relative_to(folder).as_posix() for path in parquet_files(folder, in_folders=True)]
     wanted = [pattern.lower() for pattern in repo.patterns]
     there = {name for name in local if any(fnmatch.fnmatch(name.lower(), pattern) for pattern in wanted)}

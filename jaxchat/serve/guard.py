@@ -95,7 +95,7 @@ class Guard:
             log.exception("request %s failed", id)
             if status:
                 raise  # uvicorn closes the connection
-            error = ApiError(500, f"an error of the server, which its log has under {id}")
+            error = ApiError(500, f"internal server error; the server's log has it under {id}")
             await self._error_response(error)(scope, receive, named)
         finally:
             endpoint = getattr(scope.get("endpoint"), "__name__", "none")  # the router has put it there
@@ -140,11 +140,11 @@ class Guard:
         same = origin is not None and origin.partition("://")[2] == host
         allowed = origin is None or same or {origin, "*"} & {*self._rules.origins}
         if method == "POST" and not allowed and origin == "null":
-            why = "pages without an address (Origin: null, as of files) may not ask this server"
+            why = "pages without an address (Origin: null, as of files) may not use this server"
             raise ApiError(403, f"{why}; open the page over http, or --cors_origins=* allows all")
         if method == "POST" and not allowed:
             raise ApiError(
-                403, f"pages of {origin} may not ask this server; --cors_origins={origin} allows it"
+                403, f"pages of {origin} may not use this server; --cors_origins={origin} allows it"
             )
 
     def _check_key(self, authorization: str):

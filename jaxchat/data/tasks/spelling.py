@@ -91,7 +91,7 @@ class Generated:
         ]
         if not self._words:
             raise UserError(
-                f"{path} has no word for {split}: none of ASCII letters alone among its {len(words)}"
+                f"{path} has no word for {split} among its {len(words)}; it must be made of ASCII letters"
             )
         self.paths, self.edition = [path], EDITION
         self.count, self.largest = ROWS, LARGEST[split]
