@@ -32,9 +32,10 @@ def keep_compiled():
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compiled"))
         jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)  # what was used longest ago is dropped
-    if jax.config.jax_compilation_cache_max_size < 0:  # without a bound there are no time stamps
+    given = jax.config.jax_compilation_cache_dir
+    if jax.config.jax_compilation_cache_max_size < 0 or "://" in given:  # no time stamps, or gs://bucket
         return
-    folder = Path(jax.config.jax_compilation_cache_dir)
+    folder = Path(given)
     try:
         os.makedirs(os.path.realpath(folder), exist_ok=True)
         files.check_writable(folder)
