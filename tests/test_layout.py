@@ -1,6 +1,7 @@
 """The shape of the code: who may import whom, no circles, one loop for all stages, no torch outside conversion."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,12 @@ def circles(sources: dict[str, str]) -> list[str]:
     for module in sorted(modules):
         visit(module, [])
     return found
+
+
+def test_the_readme_shows_the_order_of_imports():
+    text = (ROOT / "README.md").read_text()
+    shown = text[text.index("    config →") : text.index("→ launch\n") + len("→ launch")]
+    assert [set(re.findall(r"\w+", row)) for row in shown.split("→")] == ROWS
 
 
 def test_no_files_import_each_other():
