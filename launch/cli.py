@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import itertools
 import math
@@ -271,10 +272,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def _field_docs(cls) -> dict[str, str]:
     """Return {name of a field: the string below it}, read from the class's source, where there is any."""
-    try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    except (OSError, TypeError):
-        return {}
+    body = _class_bodies(sys.modules[cls.__module__]).get(cls.__name__, [])
     return {
         field.target.id: " ".join(below.value.value.split())
         for field, below in itertools.pairwise(body)
@@ -282,6 +280,16 @@ def _field_docs(cls) -> dict[str, str]:
         and isinstance(below, ast.Expr)
         and isinstance(below.value, ast.Constant)
     }
+
+
+@functools.cache  # a command's flags inherit from several classes of jaxchat.config
+def _class_bodies(module) -> dict[str, list[ast.stmt]]:
+    """Return {name of a class: its statements} of a module; {} if it has no source."""
+    try:
+        tree = ast.parse(inspect.getsource(module))
+    except (OSError, TypeError):
+        return {}
+    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _converter(convert: Callable, expected: str) -> Callable:
