@@ -4,6 +4,7 @@ It is all environment variables, so the workers of pytest-xdist and the commands
 JAXCHAT_TEST_PLATFORM=cuda runs the tests on a GPU; those that need 8 devices skip there.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -167,5 +168,6 @@ def pytest_configure(config):
         keep_compiled()
     # CI proves the model against PyTorch: there, tests that need it must not skip.
     if os.environ.get("JAXCHAT_REQUIRE_TORCH", "0") not in ("", "0"):
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+        missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise pytest.UsageError(f"JAXCHAT_REQUIRE_TORCH is set, and not installed: {', '.join(missing)}")
