@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import tiktoken
 from conftest import ROOT
 
 import jaxchat.demo.score
-from jaxchat import checkpoint, store
+from jaxchat import checkpoint, sharding, store
 from jaxchat.config import STAGES, BaseConfig, MidConfig, SFTConfig, UserError
 from jaxchat.data.conversations import length_buckets
 from jaxchat.data.sources import ParquetText, find_shards
@@ -276,6 +277,17 @@ def test_dry_run_writes_nothing(here):
     for command, args in ((mid_train, mid), (chat_sft, sft)):
         assert "nothing (dry run)" in said(command, [*args, "--dry_run", "--num_iterations=2"])
     assert sorted(path.relative_to(here) for path in here.rglob("*")) == before
+
+
+def test_a_process_with_other_tasks_is_refused(here, monkeypatch, capsys):
+    """As if it had none: mid and SFT name the file."""
+    gather = sharding.gather_json
+    everyone = lambda facts: [facts, facts | {"data": {}}] if "data" in facts else gather(facts)  # noqa: E731
+    monkeypatch.setattr(sharding, "gather_json", everyone)
+    for command, args, name in zip((mid_train, chat_sft), flags(here)[1:], ("world_mid", "world_sft"), strict=True):
+        with pytest.raises(SystemExit, match="2"):
+            command.main([*args, "--dry_run"])
+        assert re.search(f"with different data: process 0 has .*{name}.jsonl", capsys.readouterr().err)
 
 
 def test_multiple_choice_while_finetuning(here, home):
