@@ -76,7 +76,7 @@ CASES = {
         (0, 0.3),
         shuffled=True,
     ),
-    "sums": Case("sums", "sums", ["--max_new_tokens=48", "--num_iterations=60"], 0.8, (0.9, 1)),
+    "sums": Case("sums", "sums", ["--max_new_tokens=48", "--num_iterations=120"], 0.8, (0.9, 1)),
 }
 
 
@@ -90,7 +90,7 @@ class Config(Flags):
     """Seeds of models, problems and answers, separated by commas."""
     folder: str = ""
     """Where to train; models that are there already are not trained again. Empty: a temporary folder."""
-    sft_steps: int = flag(150, 1)
+    sft_steps: int = flag(80, 1)
     """Steps of the short SFT of sums."""
     rl_flags: str = ""
     """Further flags of launch.chat_rl, separated by spaces."""
