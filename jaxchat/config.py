@@ -775,8 +775,8 @@ class RLConfig(TrainConfig):
     weight."""
     loss_norm: str = flag("tokens", choices=("tokens", "all_tokens", "rows", "constant"))
     """What a step's loss is divided by. tokens: sampled tokens of problems with different rewards.
-    all_tokens: all sampled tokens. rows: each answer has equal weight. constant: answers × --max_new_tokens.
-    """
+    all_tokens: all sampled tokens. rows: each answer has equal weight, as always with --loss=gspo. constant:
+    answers × --max_new_tokens."""
     updates: int = flag(1, 1)
     """Optimizer steps on the same answers."""
     clip_low: float = flag(-1.0, 0, special=-1)
@@ -822,9 +822,9 @@ class RLConfig(TrainConfig):
     dry_run: bool = flag(False, free=True)
     """Train, but write no checkpoint, no metrics and no samples."""
     train_tasks: str = "GSM8K/train"
-    """Problems: Name[/split][:rows] or .jsonl files of conversations, separated by commas. An answer is right
-    if its number after #### is that of the conversation's last message, or its text if that has no such
-    number."""
+    """Problems: Name[/split][:rows] or .jsonl files of conversations, separated by commas. An answer to
+    a file's problem is right if its number after #### is that of the conversation's last message or, where
+    some conversations of the file end without such a number, if its text is."""
     val_tasks: str = flag("GSM8K/test", free=True)
     """Problems to evaluate on, written like --train_tasks."""
     tasks_dir: str = flag("", own=True)
