@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
-from conftest import ROOT
+from conftest import ROOT, THOROUGH
 
 import jaxchat.demo.score
 from jaxchat import checkpoint, sharding, store
@@ -344,8 +344,9 @@ def test_the_demo_from_end_to_end(home, monkeypatch):
     line = following.removeprefix("next: ") + " --max_tokens=4"
     chat = subprocess.run(line, shell=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert chat.returncode == 0 and "Chat with demo" in chat.stdout, chat.stderr
-    # Clients of OpenAI's API, served by this model.
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "openai or llm"]
+    # A client of OpenAI's API, served by this model.
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k"]
+    words += ["openai or llm" if THOROUGH else "across_tokens", "tests/test_serve_engine.py"]
     env = os.environ | {"JAXCHAT_TEST_BASE_DIR": str(home / "demo")}
-    clients = subprocess.run([*words, "tests/test_serve_engine.py"], cwd=ROOT, env=env, capture_output=True, text=True)
+    clients = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
     assert clients.returncode == 0 and "skipped" not in clients.stdout, clients.stdout
