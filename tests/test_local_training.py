@@ -99,7 +99,7 @@ def before(undisturbed, folder, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, killed, then", [("mid", 0, 4), ("base", 1, 1)][: 2 if THOROUGH else 1])
+@pytest.mark.parametrize("stage, killed, then", [("mid", 0, 1), ("base", 1, 4)][: 2 if THOROUGH else 1])
 def test_a_killed_process_ends_the_run_and_another_number_goes_on(undisturbed, tmp_path, stage, killed, then):
     before(undisturbed, tmp_path, stage)
     launcher = start(undisturbed, tmp_path, stage, 2)
