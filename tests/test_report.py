@@ -94,7 +94,7 @@ def whole(tmp_path_factory):
     tasks = {"hellaswag": {"accuracy": 0.3, "centered": 0.0667, "items": 10}}
     for step, bpb in ((40, 1.25), (20, 0.9999)):
         told = {"source": "base", "step": step, "values": {"train_bpb": bpb}, "tasks": tasks, "samples": [["a", "b"]]}
-        told["seconds"] = 54.0
+        told |= {"seconds": 54.0, "settings": {"max_per_task": 10, "eval_tokens": 1000}}
         (home / STAGES["base"].folder / "d2" / f"base_eval_{step}.json").write_text(json.dumps(told))
     (home / STAGES["sft"].folder / "d2" / "40" / "chat_eval.json").write_text(
         '{"metrics": {"ChatCORE": 0.08, "n": "x"}}'
@@ -122,7 +122,10 @@ def test_numbers(whole):
     flops = tokens * flops_per_token(MODEL)
     assert row_of(text, "FLOPs") == [f"{flops:.2e}"] * 3 + [f"{3 * flops:.2e}"]
     assert row_of(text, "tokens/s, median") == ["2,000", "2,000", "2,000", ""]
-    assert [document.number(value) for value in (356.24, 1.5, None)] == ["356", "1.5000", "–"]
+    assert [document.number(value) for value in (792.7953, 99.5, -0.05561)] == ["793", "99.5000", "-0.0556"]
+    assert text.count("Only a sample of the items was measured for base: CORE, at most 10 a task.") == 1
+    assert text.count("Only a sample") == 1 and text.count("guessing is 0, all right is 1") == 1
+    assert text.index("| train_bpb") < text.index("| hellaswag") and text.index("| val_") < text.index("| hellaswag")
     assert row_of(text, "waiting for data") == ["10.0%"] * 3 + [""]
     # Each stage ran twice, for 36 s: 72 s are 0.02 hours, of 10 each. Base's evaluations took 108 s.
     assert row_of(text, "training") == ["1m12s"] * 3 + ["3m36s"]
@@ -299,6 +302,8 @@ def test_runs_side_by_side(home, capsys):
         write_record(write_stage(home, "base", tag, steps=steps), flags={"depth": int(tag[1]), "seed": 7})
         if tag == "d2":
             write_stage(home, "mid", tag, parent=parent)
+    told = {"step": 20, "values": {"core": 0.1}, "settings": {"max_per_task": 5}}
+    (home / STAGES["base"].folder / "d4" / "base_eval_20.json").write_text(json.dumps(told))
     report.main(["--model_tag=d2,d4", "--no_samples", "--price_per_hour=3600"])
     folder = home / "report/d2+d4"
     assert f"written: {folder / 'report.md'}" in capsys.readouterr().out
@@ -308,6 +313,7 @@ def test_runs_side_by_side(home, capsys):
     assert row_of(base, "tokens") == ["40,000", "20,000"]
     assert row_of(base, "loss") == [f"{4 - 30.5 / 20:.4f}", f"{4 - 10.5 / 20:.4f}"]  # means of the last 20 steps
     assert row_of(base, "--depth") == ["2", "4"] and "--seed" not in base
+    assert row_of(base, "core") == ["–", "0.1000"] and text.count("measured for d4: CORE, at most 5 a task.") == 1
     assert row_of(base, "cost, at 3600 an hour") == ["36.00", "36.00"]
     assert "Without a checkpoint: d4." in text[text.index("## mid") :] and "## SFT" not in text
     assert {path.name for path in folder.iterdir()} >= {"report.html", "loss.png", "bpb.png", "tokens_per_s.png"}

@@ -5,7 +5,7 @@ from matplotlib import colormaps
 
 from jaxchat.config import STAGES
 from jaxchat.model.flops import flops_per_token, num_params
-from jaxchat.report.document import escape, fence, measured, table, trained
+from jaxchat.report.document import about_measured, escape, fence, measured, table, trained
 from jaxchat.report.gather import Run, StageRun, tokens_of
 from jaxchat.report.plots import CURVES, FROM_ZERO, Line, figure, points
 from jaxchat.report.samples import Samples
@@ -28,7 +28,8 @@ def markdown(
             title = f"## {info.label}"
             columns = [run.tag for run in having]
             rows = [row[:-1] for row in trained(stages, price_per_hour)] + different_flags(stages)
-            parts += [title, measured(columns, stages), table(["", *columns], rows)]
+            read = measured(columns, stages) + about_measured(columns, stages)
+            parts += [title, read, table(["", *columns], rows)]
         if having and len(having) < len(runs):
             parts.append(f"Without a checkpoint: {', '.join(run.tag for run in runs if run not in having)}.")
     parts.append("## Curves")

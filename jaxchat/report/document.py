@@ -68,15 +68,27 @@ def results(run: Run) -> str:
     for name in ("loss", "reward"):
         if any(name in stage.measured for stage in stages):
             text += f"\n\n`{name}` is that of training, a mean of the last {LAST} steps."
-    for stage in stages:
+    return text + about_measured(titles(run), stages)
+
+
+def about_measured(columns: list[str], stages: list[StageRun]) -> str:
+    """Say how to read a table of what was measured; the arguments are those of `measured`."""
+    text = ""
+    if any(name == "core" or name.startswith("ChatCORE") for stage in stages for name in stage.measured):
+        text += "\n\nA task's row is its accuracy. `core` and ChatCORE are means over tasks of "
+        text += "(accuracy − chance) ÷ (1 − chance): guessing is 0, all right is 1."
+    for title, stage in zip(columns, stages, strict=True):
+        for found in stage.sampled:
+            text += f"\n\nOnly a sample of the items was measured for {escape(title)}: {found}."
         for reason in stage.left_out:
-            text += f"\n\nLeft out of {STAGES[stage.name].label}: {escape(reason)}."
+            text += f"\n\nLeft out of {escape(title)}: {escape(reason)}."
     return text
 
 
 def measured(columns: list[str], stages: list[StageRun]) -> str:
     """A table of all measured results, with a column for each stage."""
     names = dict.fromkeys(name for stage in stages for name in stage.measured)
+    names = sorted(names, key=lambda name: not name.endswith(("loss", "reward", "bpb")))  # these first
     return table(
         ["", *columns],
         [[name, *(number(stage.measured.get(name)) for stage in stages)] for name in names],

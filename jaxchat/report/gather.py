@@ -28,6 +28,7 @@ class StageRun:
     runs: list[dict]  # lines of runs.jsonl: one for each time it was trained, unless it was killed
     measured: dict[str, float]  # results of evaluations, during training and afterwards
     left_out: list[str]  # files of evaluations that are not in `measured`, and why
+    sampled: list[str]  # what was measured on a sample of each task's items, and how many these are
     eval_seconds: float  # wall time of the evaluations after training, of all checkpoints
     answers: list[dict]  # lines of samples.jsonl, of reinforcement learning
 
@@ -133,14 +134,17 @@ def read_stage(source: str, tag: str) -> StageRun | None:
         if values:
             measured[name] = statistics.fmean(values)
     measured |= numbers({"metrics": meta.get("metrics")})
-    evaluated, left_out, seconds = read_evaluations(folder, step)
+    evaluated, left_out, sampled, seconds = read_evaluations(folder, step)
     runs = read_lines(folder / FILE)
     answers = [row for row in read_lines(folder / "samples.jsonl") if row.get("answers")]
-    return StageRun(source, folder, step, meta, rows, runs, measured | evaluated, left_out, seconds, answers)
+    measured |= evaluated
+    return StageRun(source, folder, step, meta, rows, runs, measured, left_out, sampled, seconds, answers)
 
 
-def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[str], float]:
-    """Return (a checkpoint's results, files left out and why, seconds of all evaluations in the folder)."""
+def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[str], list[str], float]:
+    """Return (a checkpoint's results, files left out and why, what was measured on a sample, seconds of all
+    evaluations in the folder).
+    """
     found, left_out, seconds, older = [], [], 0.0, {}
     for path in sorted(folder.glob("*.json")) + sorted((folder / str(step)).glob("*.json")):
         try:
@@ -171,7 +175,10 @@ def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[st
             left_out.append(f"{name}, made with {shown}")
         else:
             evaluated = figures | evaluated
-    return evaluated, left_out, seconds
+    sizes = {"CORE": settings.get("base_eval", {}).get("max_per_task")}
+    sizes["chat tasks"] = settings.get("chat_eval", {}).get("max_problems")
+    sampled = [f"{name}, at most {size:,} a task" for name, size in sizes.items() if (size or 0) > 0]
+    return evaluated, left_out, sampled, seconds
 
 
 def tokens_of(row: dict) -> int:
