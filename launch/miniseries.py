@@ -6,8 +6,10 @@ import shlex
 from jaxchat import files
 from jaxchat.config import BaseConfig, Flags, UserError, base_dir, flag
 from jaxchat.speedrun import state, steps
+from jaxchat.speedrun.estimate import Machine, eval_tokens, read_minutes, time_of, train_minutes
 from jaxchat.speedrun.plan import table
 from jaxchat.speedrun.presets import CPU, H100, TOKENIZER, Places
+from jaxchat.speedrun.progress import outlook
 from jaxchat.speedrun.runner import Runner, python
 from jaxchat.speedrun.state import State
 from jaxchat.speedrun.steps import Checkpoint, Results, Step
@@ -69,17 +71,19 @@ def run(config: Config) -> int:
     redo = steps.named(listed, "redo", config.redo)
     why = state.to_do(known, listed, listed, redo)
     places = places_of(config)
-    minutes = sum(step.minutes for step in listed if step.name in why) / len(places)
+    took = known.seconds(listed)
+    times = took | outlook(listed, took, why)
+    left = time_of([step for step in listed if step.name in why], times, len(places))
     cli.print_plan(
         f"Series {config.name}: {len(flags)} base models",
         [
             *sizes(flags),
             ("at a time", f"{len(places)}"),
-            ("time", f"about {files.duration(60 * minutes)}, a rough estimate"),
+            ("time", f"about {files.duration(left)}, a rough estimate"),
             ("saves", f"{base_dir()}; page in {base_dir() / 'report' / config.name}"),
         ],
     )
-    print("\n".join(table(listed, why, flags=config.dry_run)), flush=True)
+    print("\n".join(table(listed, why, times, flags=config.dry_run)), flush=True)
     if config.dry_run:
         print("nothing was done: --dry_run")
         return 0
@@ -102,7 +106,7 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
     own = OWN if config.budgets else OWN - {"num_iterations"}
     if own := sorted(names_in(given) & own):
         raise UserError(f"--base={config.base!r}: launch.miniseries itself gives --{own[0]}; leave it out")
-    places, listed, flags = Places(config.data_dir), [], {}
+    places, machine, listed, flags = Places(config.data_dir), machine_of(config), [], {}
     for budget in budgets:
         for depth in depths:
             name = f"d{depth}-{budget:g}".replace("+", "") if budget else f"d{depth}"
@@ -112,22 +116,31 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
             flags[name] = parsed = cli.parse(BaseConfig, words)
             argv = python("launch.base_train", *words_of(parsed, names_in(words)))
             made, needs = (Checkpoint("base", tag),), (places.text, TOKENIZER[0])
-            listed.append(Step(name, argv, made, needs, minutes_of(parsed), resumes=True, free=FREE))
+            listed.append(Step(name, argv, made, needs, minutes_of(parsed, machine), resumes=True, free=FREE))
             if config.core:
                 words = [f"--model_tag={tag}", *places.flags("data_dir"), *shlex.split(config.base_eval)]
-                cli.parse(base_eval.Config, words)  # a UserError if one is wrong
+                measured = cli.parse(base_eval.Config, words)  # a UserError if one is wrong
                 argv, results = python("launch.base_eval", *words), Results("base", tag, "base_eval")
-                listed.append(Step(f"core-{name}", argv, (results,), made, CPU.start))
+                minutes = read_minutes(eval_tokens(measured, core=True), model_of(parsed), machine)
+                listed.append(Step(f"core-{name}", argv, (results,), made, minutes))
     return listed, flags
 
 
-def minutes_of(flags: BaseConfig) -> float:
-    """Estimate a run's minutes, from what CPUs sustain or H100s at 40 % of their peak."""
-    from jaxchat.model.flops import flops_per_token
+def minutes_of(flags: BaseConfig, machine: Machine) -> float:
     from jaxchat.train.stages import base_steps
 
-    model, rate = model_of(flags), len(visible_gpus()) * 0.4 * H100 or CPU.flops
-    return CPU.start + base_steps(flags, model) * flags.total_batch_size * flops_per_token(model) / rate / 60
+    model = model_of(flags)
+    tokens = base_steps(flags, model) * flags.total_batch_size
+    return train_minutes(flags, tokens, model, machine, core=False)
+
+
+def machine_of(config: Config) -> Machine:
+    """A run's share of this host: of its CPUs, or of its GPUs as if they were H100s at 40 % of their peak."""
+    count = len(places_of(config))
+    gpus = len(visible_gpus()) // count
+    if gpus:
+        return Machine(f"{gpus} GPUs", gpus, gpus * 0.4 * H100)
+    return dataclasses.replace(CPU, flops=CPU.flops / count)
 
 
 def model_of(flags: BaseConfig):

@@ -16,7 +16,7 @@ from jaxchat.speedrun.demo import TAG
 from jaxchat.speedrun.estimate import Machine
 from jaxchat.speedrun.plan import Plan, table
 from jaxchat.speedrun.presets import PRESETS, Places
-from jaxchat.speedrun.progress import Progress
+from jaxchat.speedrun.progress import Progress, outlook
 from jaxchat.speedrun.runner import Runner, python
 from jaxchat.speedrun.state import State
 from jaxchat.speedrun.steps import Files, Step
@@ -34,6 +34,10 @@ class Config(Flags):
 
     --dry_run prints the plan: steps, time, cost, disk, memory. Everything is kept in the base directory, with
     each step's output in speedrun/<tag>/<step>.log, and the state of the run in status.json there.
+
+    Steps, to name in --from, --until, --only and --redo: fit (on GPUs), first-text, tasks, bundle, text,
+    tokenizer, tokenizer-eval, base, base-eval, mid, chat-eval-mid, sft, chat-eval, rl, chat-eval-rl, report;
+    with --preset=cpu: world, tokenizer, base, mid, sft, score.
     """
 
     preset: str = flag("", choices=("", *PRESETS))
@@ -137,8 +141,12 @@ def plan_and_perform(config: Config) -> int:
     redo = steps.named(plan.steps, "redo", config.redo)
     why = state.to_do(known, plan.steps, chosen, redo)
     todo = [step for step in chosen if step.name in why]
-    cli.print_plan(f"Run {plan.tag}: {plan.preset.about}", plan.rows(todo))
-    print("\n".join(table(chosen, why, flags=config.dry_run)), flush=True)
+    took = known.seconds(chosen)
+    times = took | outlook(chosen, took, why)
+    kept = [step.name for step in chosen if step.lane == "devices" and why.get(step.name) != state.AGAIN]
+    spent = sum(took[name] for name in kept)
+    cli.print_plan(f"Run {plan.tag}: {plan.preset.about}", plan.rows(todo, times, spent))
+    print("\n".join(table(chosen, why, times, flags=config.dry_run)), flush=True)
     missing = check(plan, todo) if config.check and "base" in why and config.preset != "cpu" else []
     if config.dry_run:
         print("nothing was done: --dry_run")
@@ -154,7 +162,6 @@ def perform(config: Config, plan: Plan, runner: Runner, redo: set[str]) -> int:
     """Run the chosen steps, then print what comes next, or start the server."""
     if code := carry_out(runner, plan.steps, redo, plan.price):
         return code
-    print(f"all {len(runner.steps)} steps are done")
     if partial(config):
         return 0
     server = f"python -m launch.serve --model_tag={plan.tag}"
@@ -182,6 +189,7 @@ def carry_out(runner: Runner, listed: list[Step], redo: set[str], price: float =
         progress.write("stopped" if runner.stopped else "failed" if code else "done")
         if not code:
             known.complete()
+            print(progress.summary(), flush=True)
     return code
 
 
@@ -308,10 +316,17 @@ def check(plan: Plan, todo: list[Step]) -> list[str]:
     brought = names & {"text", "tokenizer"} | (set() if named else {"CORE"})  # downloaded, or done without
     if "tasks" in names:
         brought |= {name for _, name, text in found if "launch.download" in text} - {"text", "CORE"}
-    found = [wrong_devices(plan.preset.machine, line) if line[1] == "devices" else line for line in found]
-    shown = [line for line in found if line[1] not in brought]
-    # Of the others the plan above has the figures, with all flags.
-    shown = [line for line in shown if line[0] != "ok" or not line[1].endswith(("batch", "disk"))]
+    judged = [wrong_devices(plan.preset.machine, line) if line[1] == "devices" else line for line in found]
+    # The memory of other devices than the preset's says nothing.
+    found = judged if judged == found else [line for line in judged if line[1] != "memory"]
+    # Of disk and batches the plan above has the figures, for the steps of this run and with all flags.
+    trained = {step.name for step in todo}
+    shown = [
+        (state, name, text)
+        for state, name, text in found
+        if not (name in brought or name.endswith(" disk") or name.endswith(" batch") and state == "ok")
+        and not (name == "mid batch" and "mid" not in trained)
+    ]
     rows = [(f"{state:<7}  {name}", text.removesuffix(" every 1 steps")) for state, name, text in shown]
     cli.print_plan("This machine", rows)
     return [f"{name}: {text}" for state, name, text in shown if state == "missing"]

@@ -216,5 +216,7 @@ def test_gpus_are_shared_out(monkeypatch):
         return [place["CUDA_VISIBLE_DEVICES"] for place in places]
 
     assert seen(0) == ["0", "1", "2", "3"] and seen(2) == ["0,1", "2,3"] and seen(1) == ["0,1,2,3"]
+    flops = {parallel: miniseries.machine_of(miniseries.Config(parallel=parallel)).flops for parallel in (0, 2)}
+    assert flops[2] == 2 * flops[0] == pytest.approx(2 * 0.4 * 989e12)  # of two GPUs, of one
     with pytest.raises(UserError, match="--parallel=5 is more than the 4 GPUs"):
         seen(5)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import random
@@ -18,17 +19,18 @@ from conftest import ROOT
 from hypothesis import strategies
 from speedrun_process import SAVED, UNITS, chain, fake, output
 
-from jaxchat.config import UserError
-from jaxchat.speedrun import presets
+from jaxchat.config import BaseConfig, MidConfig, SFTConfig, UserError
+from jaxchat.speedrun import estimate, presets
 from jaxchat.speedrun import runner as runners
 from jaxchat.speedrun import state as states
 from jaxchat.speedrun import steps as artifacts
 from jaxchat.speedrun.plan import Plan
 from jaxchat.speedrun.presets import PRESETS
-from jaxchat.speedrun.progress import Progress, pace_of
+from jaxchat.speedrun.progress import Progress, outlook, pace_of, scale_of
 from jaxchat.speedrun.runner import Runner
 from jaxchat.speedrun.state import State
 from jaxchat.speedrun.steps import Files, Step
+from jaxchat.train.stages import base_model
 from launch import cli, demo, download, speedrun
 
 
@@ -194,7 +196,10 @@ def test_a_step_that_makes_nothing_has_failed(home, capsys):
     + [("exit 1", 1, 1), ("exit 130", 130, 1)],
 )
 def test_restarts(home, ends, code, starts, capsys):
-    assert run(home, [fake("a", shell=ends, resumes=True)], restarts=2) == code
+    steps = [fake("a", shell=ends, resumes=True)]
+    assert run(home, steps, restarts=2) == code
+    why = "was interrupted" if code == 75 else f"failed with exit code {code}"
+    assert State(home / "speedrun").verdict(steps[0]).why == why
     assert ran(home) == ["a --resume"] * starts
     assert run(home, [fake("a", resumes=True)]) == 0  # the next start of the command counts anew
 
@@ -453,24 +458,92 @@ def test_progress(home, monkeypatch):
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 26, "prog')
     pace = pace_of(base)
     assert pace.fraction == pytest.approx(0.25) and pace.left == pytest.approx(75 * 9)
+    assert pace.seconds == pytest.approx(900)
     (home / "speedrun").mkdir()
     (home / "speedrun/tok.json").write_text('{"seconds": 60.0}')  # of an earlier start
     runner = Runner(steps, State(home / "speedrun"), restarts=0)
     progress = Progress(runner, steps, price_per_hour=10.0)
     runner.done["tok"], runner.running["base"] = 60.0, runners_stub(base)
-    # Base takes 75 × 9 s where 7.5 minutes were planned, the tokenizer as long as planned: 735 s for 510.
-    assert progress.scale() == pytest.approx(735 / 510)
+    # Base takes 900 s where 600 were planned, the tokenizer 60 as planned; a tenth of the 1860 counts as planned.
+    scale = (900 + 60 + 186) / (600 + 60 + 186)
+    assert scale_of(steps, runner.done) == pytest.approx(scale)
     left, known = progress.left()
-    assert known and left == pytest.approx(75 * 9 + 20 * 60 * 735 / 510)
+    assert known and left == pytest.approx(75 * 9 + 20 * 60 * scale)
+    # The next start's plan, with base interrupted there, says the same.
+    took = {"tok": 60.0, "base": 225.0, "mid": 0.0}
+    assert outlook(steps, took, {"base": "was interrupted", "mid": ""}) == pytest.approx(
+        {"base": 75 * 9, "mid": 20 * 60 * scale}
+    )
+    assert outlook(steps, took, {"base": states.AGAIN, "mid": states.AGAIN}) == {"base": 600, "mid": 1200}  # --redo
     line = progress.line()
-    assert "base 25%, 1 of 3 steps done" in line and re.search("about 40m0[45]s left", line)
+    assert "base 25%, 1 of 3 steps done" in line and re.search("about 38m2[01]s left", line)
     assert f"cost about {(60 + left) / 360:.2f} in all" in line
+    assert re.fullmatch(r"all 3 steps are done, in 1m0\ds; cost 0.1\d", progress.summary())
     progress.write("running")
     status = json.loads((home / "speedrun/status.json").read_text())
     assert [step["state"] for step in status["steps"]] == ["done", "running", "to do"]
     assert status["steps"][1]["fraction"] == pytest.approx(0.25) and status["seconds_left"] == pytest.approx(
         left, abs=1
     )
+    assert status["line"] == line
+
+
+def test_a_short_first_step_says_little(home):
+    """A tokenizer that took a fifth of its time leaves the estimate of what comes nearly as it was."""
+    steps = [Step("tok", (), minutes=1.0), Step("base", (), minutes=99.0)]
+    assert 0.9 < scale_of(steps, {"tok": 12.0}) < 1
+    assert scale_of(steps, {}) == scale_of([], {}) == 1
+    assert scale_of(steps, {"tok": 60.0, "base": 5 * 99 * 60.0}) > 4
+
+
+def test_evaluations_count_in_the_time_of_training():
+    """Those of nanochat's d20: 21,400 steps, bits per byte every 250 of them, CORE every 2,000."""
+    model = base_model(config := BaseConfig(depth=20), 65536)
+    read = estimate.validation_tokens(config, model, 21_400 * 524288, core=True)
+    assert read == (86 + 1) * 20 * 524288 + 11 * 220e6 * 22 * 500 / 90_000
+    quiet = dataclasses.replace(config, eval_every=-1)
+    assert estimate.validation_tokens(quiet, model, 21_400 * 524288, core=False) == 0
+    mid = MidConfig(total_batch_size=1000, eval_every=10, eval_tokens=500)
+    assert estimate.validation_tokens(mid, model, 25_000, core=True) == (3 + 1) * 500
+    sft = SFTConfig(eval_steps=5, eval_every=100, eval_metrics_every=200, eval_metrics_max_problems=10)
+    conversations, problems = (3 + 1) * 5 * 4, 2 * 2 * 10  # 300 steps; MMLU and ARC twice
+    assert estimate.validation_tokens(sft, model, 300 * 32 * 600, core=False) == conversations * 600 + problems * 150
+
+
+def test_the_time_of_a_start_that_was_killed_counts(home):
+    """Until the last line of its log."""
+    state, step = State(home / "speedrun"), fake("a")
+    state.begin(step)
+    log = state.path("a", "log")
+    log.write_text("a line")
+    began = datetime.datetime.fromisoformat(state.record("a")["began"]).timestamp()
+    os.utime(log, (began + 40, began + 40))
+    state.begin(step)
+    assert state.record("a")["seconds"] == 40
+    state.end(step, 2.0, 75)
+    state.begin(step)
+    assert state.record("a")["seconds"] == 42  # that start's end was recorded
+    state.begin(fake("a", flags="--other=1"))
+    assert state.record("a")["seconds"] == 0
+
+
+def test_the_plan_of_what_is_left(home, monkeypatch):
+    """By what has run: its time, and its cost beside what is still to come."""
+    plan = described("--preset=h100", "--price_per_hour=2")
+    rows = dict(plan.rows(plan.steps[-2:], {step.name: 900.0 for step in plan.steps}, spent=1800.0))
+    assert rows["time"] == "about 30m00s left (estimated by what has run)"
+    assert rows["cost"] == "about 2.00 at 2 an hour in all"
+
+
+def test_the_time_of_steps_beside_each_other():
+    """Two downloads, the first of which the tokenizer waits for, and the rest base; then two steps side by side."""
+    steps = [fake("first"), fake("rest"), fake("tok", "first"), fake("base", "tok rest"), fake("eval"), fake("mid")]
+    steps[:2] = [dataclasses.replace(step, lane="network") for step in steps[:2]]
+    times = {"first": 2.0, "rest": 10.0, "tok": 5.0, "base": 20.0, "eval": 3.0, "mid": 3.0}
+    assert estimate.time_of(steps, times) == 2 + 10 + 20 + 3 + 3
+    assert estimate.time_of(steps, times | {"rest": 0.0}) == 2 + 5 + 20 + 3 + 3  # it is done
+    assert estimate.time_of(steps, times, places=2) == 2 + 10 + 20
+    assert estimate.time_of([], {}) == 0
 
 
 def runners_stub(step):
@@ -488,11 +561,15 @@ def described(*flags):
     return speedrun.described(cli.parse(speedrun.Config, list(flags)))
 
 
+def rows_of(plan):
+    return dict(plan.rows(plan.steps, {step.name: 60 * step.minutes for step in plan.steps}))
+
+
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "cpu"])
 def test_the_plan_agrees_with_the_commands(preset, home, monkeypatch):
     """Each command reads its flags by its own parser, and comes to the model and the steps that the plan shows."""
     plan = described(f"--preset={preset}")
-    rows = dict(plan.rows(plan.steps))
+    rows = rows_of(plan)
     for step in plan.steps:
         assert step.argv[:2] == (sys.executable, "-m") and step.minutes > 0
         if step.name in plan.flags:
@@ -527,6 +604,22 @@ def test_steps_follow_from_what_they_need(home):
     assert not [step for step in given.steps if step.lane == "network"]
     [base] = [step for step in given.steps if step.name == "base"]
     assert "--data_dir=here" in base.argv and "bundle" not in " ".join(base.argv)
+
+
+def test_a_text_of_few_shards_is_downloaded_by_one_step(home):
+    plan = described("--preset=laptop")
+    steps = {step.name: step for step in plan.steps}
+    assert [*steps][:4] == ["text", "tasks", "bundle", "tokenizer"] and plan.shards <= presets.TOKENIZER_SHARDS
+    assert steps["tokenizer"].needs == steps["text"].makes == (Files("base_data/*.parquet", least=plan.shards),)
+    assert "while the tokenizer trains" not in rows_of(plan)["text"]
+
+
+def test_help_names_the_steps():
+    real, cpu = re.search(
+        r"--redo: fit \(on GPUs\), (.*?);\s+with --preset=cpu: (.*?)\.\n", speedrun.Config.__doc__, re.S
+    ).groups()
+    for listed, flags in ((real, ["--preset=h100", "--rl"]), (cpu, ["--preset=cpu"])):
+        assert f"{listed},".split() == [f"{step.name}," for step in described(*flags).steps if step.name != "fit"]
 
 
 def test_the_tasks_are_those_that_are_downloaded():
@@ -580,7 +673,7 @@ def test_a_machine_that_is_not_the_presets(home, monkeypatch, capsys):
     """What launch.check finds missing and no step brings stops the run in its first minute."""
     printed = "Check of d12\n  ok       driver   none\n  ok       devices  1 × cpu (data=1)\n"
     printed += "  missing  text     no text\n  missing  GSM8K    fetch it: python -m launch.download gsm8k\n"
-    printed += "  missing  base disk  too small\n"
+    printed += "  ok       memory   25.28 GB a device\n  missing  mid disk  counted in the plan\n"
     real = subprocess.run
     monkeypatch.setattr(
         speedrun.subprocess,
@@ -589,9 +682,11 @@ def test_a_machine_that_is_not_the_presets(home, monkeypatch, capsys):
     )
     with pytest.raises(UserError) as refusal:
         speedrun.run(cli.parse(speedrun.Config, ["--preset=h100"]))
-    assert "devices: 1 × cpu (data=1), where the preset is for 1 × H100; base disk: too small" in str(refusal.value)
-    assert "GSM8K" not in str(refusal.value) and "--no_check starts all the same" in str(refusal.value)
+    missing = "missing: devices: 1 × cpu (data=1), where the preset is for 1 × H100. Nothing was started; --no_check"
+    assert missing in str(refusal.value)
     assert speedrun.run(cli.parse(speedrun.Config, ["--preset=h100", "--dry_run"])) == 0
+    out = capsys.readouterr().out
+    assert "  missing  devices  1 × cpu" in out and "25.28 GB" not in out and "counted in" not in out
     assert not list(home.iterdir())
 
 
@@ -612,7 +707,7 @@ def test_the_command_on_real_text(run_command, home, shared_data):
     flags = ["--preset=laptop", f"--data_dir={shared_data / 'pretrain'}", f"--tasks_dir={shared_data}", "--no_check"]
     flags += ["--eval_bundle=none", "--until=tokenizer", "--tokenizer=--vocab_size=300 --max_chars=100000"]
     first = run_command("launch.speedrun", *flags).stdout
-    assert "100,000 characters read" in first and "all 1 steps are done" in first
+    assert "100,000 characters read" in first and "all 1 steps are done, in " in first
     ranks = (home / "tokenizer/ranks.txt").read_bytes()
     again = run_command("launch.speedrun", *flags).stdout
     assert "characters read" not in again and "tokenizer  done" in again

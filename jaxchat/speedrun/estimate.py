@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from jaxchat.config import SFT_RECIPES, BaseConfig, MidConfig, ModelConfig, SFTConfig
+from jaxchat.config import EVAL_BATCH, SFT_RECIPES, BaseConfig, MidConfig, ModelConfig, SFTConfig
+from jaxchat.speedrun.steps import Artifact, Step
 
 BYTES_A_TOKEN = 4.8  # of English web text with 65,536 tokens: an estimate until there is a tokenizer
 SHARD_BYTES = 250e6  # of text in a shard of fineweb-edu
@@ -15,6 +16,7 @@ SFT_CONVERSATIONS = 22_500  # of SFT's default mixture
 SFT_TOKENS = 600  # of one of them, in a row as long as the longest of its batch
 SFT_2026_TOKENS = 480e6  # of one pass over the mixture of its recipe of 2026
 CORE_TOKENS, CORE_ITEMS = 220e6, 90_000  # of all of CORE's prompts
+PROBLEM_TOKENS = 150  # of a problem of MMLU or ARC
 CHAT_EVAL, CHAT_PROBLEMS = 6.0, 100  # minutes of chat_eval, with this many problems a task or more
 TOKENIZER_CHARS = 3e6  # a second
 
@@ -36,6 +38,21 @@ class Machine:
     start: float = 1.0  # minutes until a command computes: compiling, mostly
 
 
+def time_of(steps: list[Step], times: dict[str, float], places: int = 1) -> float:
+    """Time until all steps have ended. times: of each, by its name; places: of the devices' lane.
+
+    A step starts when its lane has a free place and what it needs is made.
+    """
+    free: dict[str, list[float]] = {"devices": [0.0] * places, "network": [0.0]}  # when each place is
+    made: dict[Artifact, float] = {}
+    for step in (step for step in steps if times[step.name]):
+        lane = free[step.lane]
+        begin = max([min(lane), *(made.get(artifact, 0.0) for artifact in step.needs)])
+        lane[lane.index(min(lane))] = end = begin + times[step.name]
+        made |= dict.fromkeys(step.makes, end)
+    return max(free["devices"] + free["network"])
+
+
 def mid_tokens(config: MidConfig, model: ModelConfig) -> float:
     """Tokens of midtraining; 0: not known."""
     if config.num_iterations > 0:
@@ -49,22 +66,57 @@ def sft_tokens(config: SFTConfig, model: ModelConfig) -> float:
         return SFT_2026_TOKENS * config.num_epochs
     if config.target_examples_per_step < 0:
         return config.num_iterations * BaseConfig.total_batch_size if config.num_iterations > 0 else 0.0
-    length = min(SFT_TOKENS, config.max_seq_len if config.max_seq_len > 0 else model.sequence_len)
-    if config.packing == "bestfit":  # rows without padding
-        length //= 2
+    length = conversation_tokens(config, model)
     if config.num_iterations > 0:
         return config.num_iterations * config.target_examples_per_step * length
     standard = config.train_tasks == SFTConfig.train_tasks
     return SFT_CONVERSATIONS * config.num_epochs * length if standard else 0.0
 
 
+def conversation_tokens(config: SFTConfig, model: ModelConfig) -> int:
+    """Tokens that a conversation takes in SFT's rows."""
+    length = min(SFT_TOKENS, config.max_seq_len if config.max_seq_len > 0 else model.sequence_len)
+    return length // 2 if config.packing == "bestfit" else length  # rows without padding
+
+
+def step_tokens(config, model: ModelConfig) -> float:
+    """Tokens of a trainer's step. config: its flags."""
+    from jaxchat.train.stages import horizon_of
+
+    if isinstance(config, BaseConfig):
+        return horizon_of(config, model).batch
+    if isinstance(config, MidConfig):
+        return config.total_batch_size
+    examples = config.target_examples_per_step
+    return examples * conversation_tokens(config, model) if examples > 0 else BaseConfig.total_batch_size
+
+
+def validation_tokens(config, model: ModelConfig, tokens: float, core: bool) -> float:
+    """Tokens that a trainer's evaluations read while it trains on `tokens`. core: CORE is one of them."""
+    steps = tokens / step_tokens(config, model)
+
+    def times(every: int, first: int = 0) -> int:
+        return math.ceil(steps / every) + first if every > 0 else 0
+
+    validations = times(config.eval_every, 1)  # before the first step too
+    if isinstance(config, SFTConfig):
+        problems = 2 * times(config.eval_metrics_every) * max(0, config.eval_metrics_max_problems)
+        conversations = validations * config.eval_steps * EVAL_BATCH
+        return problems * PROBLEM_TOKENS + conversations * conversation_tokens(config, model)
+    read = validations * config.eval_tokens
+    if core and isinstance(config, BaseConfig):
+        read += times(config.core_metric_every) * core_tokens(config.core_metric_max_per_task)
+    return read
+
+
+def core_tokens(max_per_task: int) -> float:
+    """Tokens of the prompts of CORE's tasks, of max_per_task items each; -1: of all items."""
+    return CORE_TOKENS * (min(1.0, 22 * max_per_task / CORE_ITEMS) if max_per_task > 0 else 1.0)
+
+
 def eval_tokens(config, core: bool) -> float:
     """Tokens that base_eval reads, with or without CORE. config: its flags."""
-    if not core:
-        return 2 * config.eval_tokens
-    items = 22 * config.max_per_task
-    share = min(1.0, items / CORE_ITEMS) if items > 0 else 1.0
-    return 2 * config.eval_tokens + share * CORE_TOKENS
+    return 2 * config.eval_tokens + (core_tokens(config.max_per_task) if core else 0)
 
 
 def chat_eval_minutes(config) -> float:
@@ -72,11 +124,14 @@ def chat_eval_minutes(config) -> float:
     return CHAT_EVAL * (min(1.0, config.max_problems / CHAT_PROBLEMS) if config.max_problems > 0 else 1.0)
 
 
-def train_minutes(tokens: float, model: ModelConfig, machine: Machine) -> float:
-    """Minutes to train on `tokens`; 0: not known."""
+def train_minutes(config, tokens: float, model: ModelConfig, machine: Machine, core: bool) -> float:
+    """Minutes of a trainer for `tokens`, evaluations too; 0: not known. core: as in validation_tokens."""
     from jaxchat.model.flops import flops_per_token
 
-    return machine.start + tokens * flops_per_token(model) / machine.flops / 60 if tokens else 0.0
+    if not tokens:
+        return 0.0
+    read = validation_tokens(config, model, tokens, core)
+    return tokens * flops_per_token(model) / machine.flops / 60 + read_minutes(read, model, machine)
 
 
 def read_minutes(tokens: float, model: ModelConfig, machine: Machine) -> float:

@@ -41,7 +41,8 @@ class Plan:
         """Estimated minutes of a step; 0: not known."""
         machine, model, flags = self.preset.machine, self.model, self.flags.get(step.name)
         if step.resumes:
-            return estimate.train_minutes(self.tokens(step.name), model, machine)
+            core = len(step.needs) > 2  # base has, besides text and tokenizer, its bundle
+            return estimate.train_minutes(flags, self.tokens(step.name), model, machine, core)
         if step.lane == "network":
             return machine.start + self.download(step) / estimate.NETWORK / 60
         if step.name == "tokenizer":
@@ -72,32 +73,38 @@ class Plan:
         needed = text + (estimate.TASK_FILES if "tasks" in names else 0.0)
         for made in [made for step in todo for made in step.makes if isinstance(made, Checkpoint)]:
             needed += max(0, KEEP - len(checkpoint.steps_in(made.folder))) * size
-        return needed + size  # a checkpoint is written before the oldest goes
+        trains = any(isinstance(made, Checkpoint) for step in todo for made in step.makes)
+        return needed + trains * size  # a checkpoint is written before the oldest goes
 
-    def rows(self, todo: list[Step]) -> list[tuple[str, str]]:
+    def rows(self, todo: list[Step], left: dict[str, float], spent: float = 0.0) -> list[tuple[str, str]]:
+        """The plan's lines. left: seconds of each step to do; spent: seconds of what ran before."""
         from jaxchat.model.flops import num_params
 
         machine, model, size = self.preset.machine, self.model, files.size_text
         needed, free = self.disk(todo), files.free_space(base_dir())
-        minutes = sum(step.minutes for step in todo if step.lane == "devices")
-        unknown = [step.name for step in todo if not step.minutes]
+        seconds = estimate.time_of(todo, left)
+        unknown = [step.name for step in todo if not left[step.name]]
         more = f", and what {', '.join(unknown)} takes" if unknown else ""
         counts = {name: self.tokens(name) for name in ("base", "mid", "sft") if name in self.flags}
         tokens = [f"{name} {count:,.0f}" if count else f"{name} ?" for name, count in counts.items()]
-        cost = f"about {minutes / 60 * self.price:,.2f} at {self.price:g} an hour" if self.price else ""
+        cost = f"about {(spent + seconds) / 3600 * self.price:,.2f} at {self.price:g} an hour"
+        time, by = f"about {files.duration(seconds)}{more}", machine.measured
+        if spent:
+            time, cost, by = f"{time} left", f"{cost} in all", "what has run"
         rows = [
             ("model", f"{model.n_layer} layers × {model.n_embd}, {num_params(model):,} parameters"),
             ("tokens", ", ".join(tokens)),
             ("machine", machine.title),
-            ("time", f"about {files.duration(60 * minutes)}{more} (estimated by {machine.measured})"),
-            ("cost", cost or "give --price_per_hour"),
+            ("time", f"{time} (estimated by {by})"),
+            ("cost", cost if self.price else "give --price_per_hour"),
             ("memory", self.memory()),
             ("disk", f"{size(needed)} more; {size(free)} are free{'' if needed <= free else ': TOO LITTLE'}"),
             ("saves", f"{base_dir()}, as {self.tag}; logs in {base_dir() / 'speedrun' / self.tag}"),
         ]
         if self.shards:
             text = f"{self.shards} shards of {self.preset.text}, {size(self.shards * estimate.SHARD_FILE)}"
-            rows.insert(2, ("text", f"{text}, downloaded while the tokenizer trains"))
+            beside = any(step.name == "first-text" for step in self.steps)
+            rows.insert(2, ("text", text + (", downloaded while the tokenizer trains" if beside else "")))
         return rows
 
     def memory(self) -> str:
@@ -111,16 +118,17 @@ class Plan:
         return f"{needed}'s {files.size_text(machine.memory)}; to compile the step: {compiled}"
 
 
-def table(steps: list[Step], why: dict[str, str], flags: bool = True) -> list[str]:
-    """Lines about the steps: name, state, estimated time, command.
+def table(steps: list[Step], why: dict[str, str], seconds: dict[str, float], flags: bool = True) -> list[str]:
+    """Lines about the steps: name, state, time, command.
 
-    why: the reasons, by name, of the steps that are to do. flags: show the commands with their flags.
+    why: the reasons, by name, of the steps that are to do. seconds: that they still take, or that the others
+    took; 0: not known. flags: show the commands with their flags.
     """
     names = max(len(step.name) for step in steps)
     lines = [f"  {'step':<{names}}  {'state':<5}  {'time':>7}  command"]
     for step in steps:
         state = "to do" if step.name in why else "done"
-        time = files.duration(60 * step.minutes) if step.minutes else "?"
+        time = files.duration(seconds[step.name]) if seconds[step.name] else "?"
         note = f"  ({why[step.name]})" if why.get(step.name) else ""
         command = step.shown if flags else " ".join(step.shown.split()[:3])
         lines.append(f"  {step.name:<{names}}  {state:<5}  {time:>7}  {command}{note}")

@@ -16,8 +16,10 @@ TOKENIZER = (Files("tokenizer/ranks.txt"), Files("tokenizer/tokenizer.json"))
 COMPARED = Files("tokenizer/tok_eval.json")
 TOKENIZER_SHARDS = 10  # hold more text than tok_train reads, however many more are there
 CORE_FLOPS = 40e9  # that a CPU's core sustains in training: of the demo on two cores
-CORES = os.cpu_count() or 1
-CPU = Machine(f"{CORES} CPU cores", 1, CORE_FLOPS * CORES, measured="2 cores' demo", start=0.2)
+# Those that this process may use: fewer than the machine's under taskset, Slurm or in a container.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+TITLE = f"{CORES} CPU core{'' if CORES == 1 else 's'}"
+CPU = Machine(TITLE, 1, CORE_FLOPS * CORES, measured="the pace of the demo on two cores", start=0.2)
 H100, V5E, V6E = 989e12, 197e12, 918e12  # peak FLOP/s
 
 
@@ -83,12 +85,12 @@ PRESETS = {
     ),
     "v5e-8": Preset(
         "depth 12 on eight TPU v5e chips",
-        Machine("8 × TPU v5e", 8, 8 * 0.4 * V5E, 16.9e9, 0.0, "v5e:2x4", "a guess: 40 % MFU"),
+        Machine("8 × TPU v5e", 8, 8 * 0.4 * V5E, 16.9e9, 0.0, "v5e:2x4", "40 % MFU, a guess"),
         12,
     ),
     "v6e-8": Preset(
         "depth 20 on eight TPU v6e chips",
-        Machine("8 × TPU v6e", 8, 8 * 0.35 * V6E, 33.6e9, 0.0, "v6e:2x4", "a guess: 35 % MFU"),
+        Machine("8 × TPU v6e", 8, 8 * 0.35 * V6E, 33.6e9, 0.0, "v6e:2x4", "35 % MFU, a guess"),
         20,
     ),
 }
@@ -147,10 +149,11 @@ def demo_steps(seed: int = 0, steps: dict[str, int] = STEPS) -> list[Step]:
     ]
 
 
-def first_text(shards: int, text: str) -> Files:
-    """The first shards of the text, on which the tokenizer is trained, whether or not all shards are
-    there."""
-    first = min(TOKENIZER_SHARDS, shards) - (text == "climbmix")  # one of them is its last, for validation
+def first_text(places: Places, shards: int, text: str) -> Files:
+    """The shards that the tokenizer is trained on: the first of many, or all."""
+    if places.data_dir or shards <= TOKENIZER_SHARDS:
+        return text_of(places, shards)
+    first = TOKENIZER_SHARDS - (text == "climbmix")  # one of them is its last, for validation
     return Files("base_data/*.parquet", least=first, first=first)
 
 
@@ -163,16 +166,18 @@ def downloads(places: Places, shards: int, text: str) -> list[Step]:
     def fetch(name: str, *words: str, **about) -> Step:
         return Step(name, python("launch.download", *words), lane="network", **about)
 
-    steps = []
+    everything = fetch("text", text, f"--shards={shards}", makes=(text_of(places, shards),))
+    few, steps = shards <= TOKENIZER_SHARDS, []
     if not places.data_dir:
-        some, first = first_text(shards, text), min(TOKENIZER_SHARDS, shards)
-        steps.append(fetch("first-text", text, f"--shards={first}", makes=(some,)))
+        some = (first_text(places, shards, text),)
+        first = fetch("first-text", text, f"--shards={TOKENIZER_SHARDS}", makes=some)
+        steps.append(everything if few else first)
     if not places.tasks_dir:
         steps.append(fetch("tasks", "all-tasks", makes=places.tasks))
     if not places.eval_bundle:
         steps.append(fetch("bundle", "core-bundle", makes=places.bundle))
-    if not places.data_dir:
-        steps.append(fetch("text", text, f"--shards={shards}", makes=(text_of(places, shards),)))
+    if not (places.data_dir or few):
+        steps.append(everything)
     return steps
 
 
@@ -185,8 +190,7 @@ def real_steps(
     preset: Preset, tag: str, depth: int, places: Places, shards: int = 2, rl: bool = False
 ) -> list[Step]:
     """The steps of a run on real data, before a preset and the user add their flags."""
-    text = text_of(places, shards)
-    some = text if places.data_dir else first_text(shards, preset.text)
+    text, some = text_of(places, shards), first_text(places, shards, preset.text)
     base, mid, sft = (Checkpoint(stage, tag) for stage in ("base", "mid", "sft"))
     of_base = Results("base", tag, "base_eval")
     of_mid, of_sft = (Results(stage, tag, "chat_eval") for stage in ("mid", "sft"))

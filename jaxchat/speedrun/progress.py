@@ -8,21 +8,28 @@ import time
 
 from jaxchat import files
 from jaxchat.files import duration
+from jaxchat.speedrun.estimate import time_of
 from jaxchat.speedrun.runner import Runner, show
+from jaxchat.speedrun.state import AGAIN
 from jaxchat.speedrun.steps import Checkpoint, Step
 
 SECONDS = 60.0  # between two lines
 STATUS_SECONDS = 5.0  # between two writes of status.json
 TAIL = 1 << 16  # bytes of metrics.jsonl to read, from its end
 RECENT = 50  # steps whose mean pace counts
+PRIOR = 0.1  # share of the planned time that counts as measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """The progress of a trainer: the fraction that is done, and the seconds left at its recent pace."""
+    """The progress of a trainer: the fraction that is done, and the seconds of all at its recent pace."""
 
     fraction: float
-    left: float
+    seconds: float
+
+    @property
+    def left(self) -> float:
+        return (1 - self.fraction) * self.seconds
 
 
 def pace_of(step: Step) -> Pace | None:
@@ -49,7 +56,42 @@ def pace_of(step: Step) -> Pace | None:
     if each <= 0:
         return None
     done = min(1.0, last["progress"] + each)  # a row has the progress before its step
-    return Pace(done, (1 - done) / each * seconds)
+    return Pace(done, seconds / each)
+
+
+def scale_of(steps: list[Step], done: dict[str, float]) -> float:
+    """Measured ÷ planned time of the steps on the devices that are done or have trained.
+
+    done: seconds that those took which are done. A share of the plan counts as it was planned, so that a
+    short first step says little about the long ones to come.
+    """
+    planned = {step.name: 60 * step.minutes for step in steps if step.lane == "devices"}
+    prior = PRIOR * sum(planned.values())
+    measured, expected = prior, prior
+    for step in steps:
+        pace = None if step.name in done else pace_of(step)
+        took = pace.seconds if pace else done.get(step.name)
+        if took and planned.get(step.name):
+            measured, expected = measured + took, expected + planned[step.name]
+    return measured / expected if expected else 1.0
+
+
+def seconds_left(step: Step, scale: float) -> float:
+    """Seconds that a step still takes, at its own pace or as planned; 0: not known."""
+    pace = pace_of(step)
+    return pace.left if pace else 60 * step.minutes * (scale if step.lane == "devices" else 1.0)
+
+
+def outlook(steps: list[Step], took: dict[str, float], why: dict[str, str]) -> dict[str, float]:
+    """Seconds that the steps to do still take, by their names.
+
+    took: seconds of each so far. why: of the steps to do. What --redo throws away says nothing.
+    """
+    done = {name: seconds for name, seconds in took.items() if name not in why}
+    scale = scale_of([step for step in steps if why.get(step.name) != AGAIN], done)
+    anew = [dataclasses.replace(step, makes=()) for step in steps if why.get(step.name) == AGAIN]
+    left = [step for step in steps if why.get(step.name, AGAIN) != AGAIN]
+    return {step.name: seconds_left(step, scale) for step in [*anew, *left]}
 
 
 class Progress:
@@ -81,37 +123,17 @@ class Progress:
         """Seconds that a step still takes; 0: it is done; None: not known."""
         if step.name in self.runner.done:
             return 0.0
-        planned = 60 * step.minutes * scale
-        running = self.runner.running.get(step.name)
-        if running is None:
-            return planned or None
-        if pace := pace_of(step):
-            return pace.left
-        left = planned - (time.monotonic() - running.began)
+        left, running = seconds_left(step, scale), self.runner.running.get(step.name)
+        if running and not pace_of(step):
+            left -= time.monotonic() - running.began
         return left if left > 0 else None  # it takes longer than was planned
-
-    def scale(self) -> float:
-        """Measured ÷ planned time of the steps on the devices that are done or train; 1 if there are none."""
-        measured = planned = 0.0
-        for step in self.steps:
-            if step.lane != "devices" or not step.minutes:
-                continue
-            pace = pace_of(step) if step.name in self.runner.running else None
-            if step.name in self.runner.done:
-                measured, planned = measured + self.runner.done[step.name], planned + 60 * step.minutes
-            elif pace and pace.fraction < 1:
-                measured += pace.left
-                planned += 60 * step.minutes * (1 - pace.fraction)
-        return measured / planned if planned and measured else 1.0
 
     def left(self) -> tuple[float, bool]:
         """Return (seconds until all steps are done, whether the time of every step is known)."""
-        scale, lanes, known = self.scale(), {}, True
-        for step in self.steps:
-            left = self.left_of(step, scale if step.lane == "devices" else 1.0)
-            known = known and left is not None
-            lanes[step.lane] = lanes.get(step.lane, 0.0) + (left or 0.0)
-        return max(lanes.values(), default=0.0), known
+        scale = scale_of(self.steps, self.runner.done)
+        left = {step.name: self.left_of(step, scale) for step in self.steps}
+        known = {name: seconds or 0.0 for name, seconds in left.items()}
+        return time_of(self.steps, known, self.runner.parallel), None not in left.values()
 
     def line(self) -> str:
         """Format the progress: "d20: base 12%, 3 of 11 steps done; 40m00s so far, about 3h10m left"."""
@@ -127,6 +149,11 @@ class Progress:
         if self.price:
             text += f", cost about {(self.spent() + left) / 3600 * self.price:,.2f} in all"
         return text
+
+    def summary(self) -> str:
+        """Format what all starts took: "all 13 steps are done, in 3h20m; cost 80.00"."""
+        cost = f"; cost {self.spent() / 3600 * self.price:,.2f}" if self.price else ""
+        return f"all {len(self.steps)} steps are done, in {duration(self.spent())}{cost}"
 
     def spent(self) -> float:
         """Seconds that these steps have taken, earlier starts of the run included."""
@@ -150,6 +177,6 @@ class Progress:
                 }
             )
         about = {"state": state, "updated": time.time(), "seconds": time.monotonic() - self.began}
-        about |= {"seconds_left": left, "all_known": known, "steps": steps}
+        about |= {"seconds_left": left, "all_known": known, "line": self.line(), "steps": steps}
         with contextlib.suppress(OSError):  # on a full disk the steps decide what to do
             files.write_json(self.runner.state.folder / "status.json", about)

@@ -69,7 +69,7 @@ class Runner:
         """places: environment variables for each of the steps that run on the devices at the same time."""
         self.steps, self.state, self.restarts = steps, state, restarts
         self.free = {"devices": list(places), "network": [{}]}
-        self.parallel = len(self.free["devices"]) > 1
+        self.parallel = len(places)
         self.waiting, self.running, self.places = list(steps), {}, {}
         self.tries = dict.fromkeys((step.name for step in steps), 0)
         self.done: dict[str, float] = {}  # seconds that each step took in all
@@ -155,7 +155,7 @@ class Runner:
         return None
 
     def follow(self, running: Running):
-        prefix = f"[{running.step.name}] " if self.parallel or running.step.lane == "network" else ""
+        prefix = f"[{running.step.name}] " if self.parallel > 1 or running.step.lane == "network" else ""
         code = running.follow(lambda line: show(prefix + line))
         self.events.put((running.step.name, code))
 

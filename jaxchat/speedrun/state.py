@@ -7,6 +7,7 @@ command and fingerprints are unchanged.
 
 import dataclasses
 import datetime
+import os
 from pathlib import Path
 
 from jaxchat import files
@@ -14,6 +15,7 @@ from jaxchat.config import UserError
 from jaxchat.files import read_json
 from jaxchat.speedrun.steps import Artifact, Step, dependents, makers
 
+AGAIN = "again"  # why a step is to do that --redo names, or that needs one
 REDO = "redo"  # the file with what --redo has thrown away in a run that is not complete yet
 
 
@@ -38,6 +40,10 @@ class State:
     def record(self, name: str) -> dict:
         return read_json(self.path(name))
 
+    def seconds(self, steps: list[Step]) -> dict[str, float]:
+        """Seconds that steps have taken, in all starts whose end was recorded."""
+        return {step.name: self.record(step.name).get("seconds", 0.0) for step in steps}
+
     def incomplete(self, step: Step) -> bool:
         """Return whether a step was begun and has not ended well."""
         record = self.record(step.name)
@@ -49,9 +55,17 @@ class State:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         inputs = {artifact.title: artifact.found() for artifact in step.needs}
         same = not self.differences(step, old, skip=())
-        seconds = old.get("seconds", 0.0) if same else 0.0
+        seconds = old.get("seconds", 0.0) + self.unrecorded(step, old) if same else 0.0
         record = {"argv": list(step.argv), "inputs": inputs, "began": now, "seconds": seconds}
         files.write_json(self.path(step.name), record)
+
+    def unrecorded(self, step: Step, record: dict) -> float:
+        """Seconds of a start that was killed, from its beginning to the last line of its log."""
+        log = self.path(step.name, "log")
+        if not record or "code" in record or not log.exists():
+            return 0.0
+        began = datetime.datetime.fromisoformat(record["began"]).timestamp()
+        return max(0.0, log.stat().st_mtime - began)
 
     def end(self, step: Step, seconds: float, code: int):
         """Record the time a step took and, if it went well, its outputs."""
@@ -72,7 +86,8 @@ class State:
         if not record:
             return Verdict(False, "continues what is there" if begun(step) else "")
         if (outputs := record.get("outputs")) is None:
-            why = "was interrupted" if not record.get("code") else f"failed with exit code {record['code']}"
+            code = record.get("code")
+            why = f"failed with exit code {code}" if code and code != os.EX_TEMPFAIL else "was interrupted"
             changed = self.differences(step, record, remade) if begun(step) else ""
             return Verdict(False, f"{why}, continues" if begun(step) else why, changed)
         if changed := self.differences(step, record, remade):
@@ -135,7 +150,7 @@ def to_do(state: State, steps: list[Step], chosen: list[Step], redo: set[str]) -
     check_inputs(state, steps, chosen, again)
     verdicts = plan(state, [step for step in chosen if step.name not in again])
     why = {name: verdict.why for name, verdict in verdicts.items() if not verdict.done}
-    return why | {step.name: "again" for step in chosen if step.name in again}
+    return why | {step.name: AGAIN for step in chosen if step.name in again}
 
 
 def plan(state: State, steps: list[Step]) -> dict[str, Verdict]:
