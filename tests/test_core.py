@@ -241,7 +241,7 @@ def test_a_model_that_knows_scores_as_much_as_it_knows(bundle, tokenizer, device
         assert (got.task, got.right) == (task.label, want)
 
 
-def test_an_untrained_model_scores_about_0(bundle, tokenizer, devices):
+def test_an_untrained_model_scores_about_0(bundle, tokenizer, devices, monkeypatch):
     """Its logits are all 0, so all options are alike and the first is taken: right with probability 1/options.
 
     Of n items an accuracy p then has the standard deviation √(p(1−p)/n), over 1 − chance when centred, and CORE's is
@@ -249,6 +249,8 @@ def test_an_untrained_model_scores_about_0(bundle, tokenizer, devices):
     """
     config = ModelConfig(16, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
     params = model_params.init(jax.random.key(0), config)
+    lines = []
+    monkeypatch.setattr(scoring.Progress, "add", lambda progress, amount: lines.append(progress._word))
     result = core.evaluate(
         Scorer(params, model_on(sharding.make_mesh(devices[:1]), config), quiet=True), tokenizer, bundle, 20
     )
@@ -262,6 +264,8 @@ def test_an_untrained_model_scores_about_0(bundle, tokenizer, devices):
         assert got.right == [item["gold"] == 0 for item in items]
         bias += (p - task.chance) / (1 - task.chance) / 22
         variance += p * (1 - p) / len(items) / (1 - task.chance) ** 2 / 22**2
+    titles = [f"{task.label}, {number} of 22: scored" for number, task in enumerate(bundle, 1)]
+    assert list(dict.fromkeys(lines)) == titles  # so one can see how far it is
     assert abs(bias) < 0.01 and math.sqrt(variance) < 0.035
     assert abs(mean(result) - bias) < 3 * math.sqrt(variance)
 

@@ -13,7 +13,7 @@ from conftest import sandbox_is_whole
 
 from jaxchat import files
 from jaxchat.config import UserError
-from jaxchat.eval import sandbox
+from jaxchat.eval import sandbox, scoring
 from launch import base_eval, base_train, chat_eval, tok_train
 
 TEXTS = [f"number {i} is the one after {i - 1}, and the words go on." for i in range(1, 300)]
@@ -219,9 +219,11 @@ def test_training_goes_on_without_a_bundle(here, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not sandbox_is_whole(), reason="this kernel has no Landlock or no seccomp")
-def test_chat_eval(here, capsys):
-    run = here / "base_checkpoints/d1"
+def test_chat_eval(here, capsys, monkeypatch):
+    run, titles = here / "base_checkpoints/d1", []
+    monkeypatch.setattr(scoring.Progress, "add", lambda progress, amount: titles.append(progress._word))
     text = said(chat_eval, ["-i", "base", "-x", "3", "-m", "8"])
+    assert {"MMLU, 3 of 6: scored", "GSM8K, 4 of 6: written"} <= {*titles}
     found = json.loads((run / "chat_eval_2.json").read_text())
     names = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
     assert list(found["tasks"]) == names

@@ -146,17 +146,23 @@ def letter_accuracy(
 
 
 def write_answers(
-    engine: Engine, rows: list[dict], check: Callable[[dict, str], bool], *, quiet: bool = False, **options
+    engine: Engine,
+    rows: list[dict],
+    check: Callable[[dict, str], bool],
+    *,
+    title: str = "",
+    quiet: bool = False,
+    **options,
 ) -> list[list[bool]]:
     """Return, for each problem, whether each of its written answers is right.
 
     A long problem keeps its end, at least half of the context; an answer gets what is left. options:
-    arguments of Engine.generate. quiet: print no progress.
+    arguments of Engine.generate. title: what each line of progress begins with. quiet: print no progress.
     """
     tokenizer, limit = engine.tokenizer, engine.config.sequence_len
     room = limit - min(options["max_tokens"], limit // 2)
     prompts = [tokenizer.render_for_completion(row)[-room:] for row in rows]
-    progress = Progress(len(rows) * options.get("num_samples", 1), "written", quiet=quiet)
+    progress = Progress(len(rows) * options.get("num_samples", 1), f"{title}written", quiet=quiet)
     answers = engine.generate(prompts, on_progress=progress.add, **options)
     samples, right = len(answers) // max(1, len(rows)), []
     if jax.process_index() == 0:  # programs run once, not once a process
@@ -218,11 +224,12 @@ def measure(
     The name is "" until all tasks that this machine can run are measured. options: those of Engine.generate.
     """
     results, values = [], {}
-    for name, task in tasks.items():
-        rows = drawn(task, max_problems)
+    for number, (name, task) in enumerate(tasks.items(), 1):
+        rows, title = drawn(task, max_problems), f"{name}, {number} of {len(tasks)}: "
         if check := TASKS[name].check:
-            right = write_answers(engine, rows, check, **options)
+            right = write_answers(engine, rows, check, title=title, **options)
         else:
+            scorer.title = title
             right = [[one] for one in choose_letters(scorer, engine.tokenizer, rows)]
         results.append(result_of(name, right))
         results[-1].show()

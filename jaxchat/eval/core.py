@@ -217,7 +217,8 @@ def evaluate(
     """Score every task on at most max_per_task items. on_result: called with each task's result."""
     results = []
     drawn = [task.drawn(max_per_task) for task in bundle]  # first: too few items should fail early
-    for task, items in zip(bundle, drawn, strict=True):
+    for number, (task, items) in enumerate(zip(bundle, drawn, strict=True), 1):
+        scorer.title = f"{task.label}, {number} of {len(bundle)}: "
         asked = [spans_of(task, prompts_of(task, items, i), tokenizer) for i in range(len(items))]
         scores = iter(scorer.spans([span for spans in asked for span in spans]))
         right = [

@@ -122,6 +122,7 @@ class Scorer:
         """device_tokens: tokens that a device computes at a time, at least one row. quiet: print no
         progress."""
         self.params, self.model, self.quiet = params, model, quiet
+        self.title = ""  # of what is scored, before each line of progress
         on_cpu = model.mesh.devices.flat[0].platform == "cpu"
         self.device_tokens = device_tokens or (4096 if on_cpu else 65536)
 
@@ -178,7 +179,8 @@ class Scorer:
 
     def _run(self, rows: list[np.ndarray], call: Callable) -> Iterator[tuple[list[int], Any]]:
         """Yield (indices of rows, what `call` returned for them); the next batch is computed meanwhile."""
-        progress, pending = Progress(sum(map(len, rows)), "scored", quiet=self.quiet), None
+        total, pending = sum(map(len, rows)), None
+        progress = Progress(total, f"{self.title}scored", quiet=self.quiet)
         for batch in chain(self._batches(rows), [None]):
             running = batch and (batch[0], call(*batch))
             if pending:
