@@ -224,7 +224,7 @@ def ended(homes):
     "others, words",
     [
         ({"data": {"0.parquet": "another"}}, "different data: process 0 has 0.parquet="),
-        ({"tokenizers": "another"}, "different tokenizers: process 0 has "),
+        ({"tokenizers": "another"}, "different tokenizers: process 0 has {tokenizer} (process 2 has another)"),
         ({"parents": "base d1 2"}, "different parents: process 0 has None (process 2 has base d1 2)"),
         ({"flags": {}}, "different flags: process 0 has "),
     ],
@@ -236,6 +236,7 @@ def test_the_trainers_compare_what_they_are_given(folder, monkeypatch, capsys, o
     with pytest.raises(SystemExit) as stop:
         base_train.main([*BASE, "--total_batch_size=256"])
     error = capsys.readouterr().err
+    words = words.format(tokenizer=Tokenizer.load(folder / "tokenizer").hash)
     assert stop.value.code == 2 and error.count("\n") == 1 and words in error
     assert not (folder / "base_checkpoints").exists()
 
