@@ -106,8 +106,19 @@ def rows_of(plan, done) -> list[tuple[str, str]]:
         if found := plan.bounds(done):
             rows += at_best(found, plan.flops / peak)
         if plan.config.matmul:
-            rows.append(("float8", f"{program.float8_products} products"))
+            rows.append(("float8", f"{program.float8_products} products; {gathered(program)}"))
     return [*rows, ("compiled in", f"{done.seconds:.0f} s")]
+
+
+def gathered(program) -> str:
+    """What float8 saves of the bytes gathered over devices."""
+    sent = program.gathered()
+    small, all_sent = sent.get("f8e4m3fn", 0.0), sum(sent.values())
+    if not small:
+        return "nothing gathered in float8"
+    before = all_sent + small
+    text = f"their weights gathered in {small / 1e9:.3g} GB, half of bfloat16's {2 * small / 1e9:.3g}"
+    return f"{text}; with the others' {all_sent / 1e9:.3g} of {before / 1e9:.3g} ({all_sent / before:.2f} ×)"
 
 
 def at_best(found: dict, model_seconds: float) -> list[tuple[str, str]]:
@@ -151,7 +162,7 @@ def figures_of(plan, done) -> dict:
     if done.program:
         program = done.program
         figures |= {"flops": program.flops, "sent": program.sent(), "kernels": dict(program.kernels)}
-        figures["float8_products"] = program.float8_products
+        figures |= {"float8_products": program.float8_products, "gathered": program.gathered()}
         figures["least_seconds"] = {name: bound.seconds for name, bound in plan.bounds(done).items()}
     return figures
 

@@ -74,6 +74,7 @@ def test_reading_a_program():
     assert program.kernels == {"splash_fwd": 5}
     gathered, row = 5 * 64 * 32 * 4 * 7 / 8, 8 * 32 * 4
     assert program.sent() == {"all-gather": gathered, "all-reduce": 2 * row / 2, "collective-permute": row}
+    assert program.gathered() == {"f32": gathered}
 
 
 @pytest.mark.parametrize(
@@ -276,8 +277,9 @@ def test_gradients_cross_h100s_in_float32(run_command, monkeypatch, tmp_path):
 @pytest.mark.slow
 @needs("jax_cuda13_plugin", "gpu-plan")
 def test_an_h100_decodes(run_command):
-    """Two layers of depth 20, 1 row and 64. The loop writes the cache in place, copies none of it, and attends
-    by the kernel that reads rows as far as they reach; for one row no product is written out number by number.
+    """Two layers of depth 20, 1 row and 64. The loop writes the cache in place and copies none of it. 64 rows attend by
+    the kernel that reads rows as far as they reach; for one row no product is written out number by number, and a
+    token takes at most 200 kernels at depth 20, the likeliest sampled.
 
     (For a single row the XLA of jax 0.10 and 0.11 made of a gather what it then refused: nobody could chat.)
     """
@@ -285,10 +287,11 @@ def test_an_h100_decodes(run_command):
     weight = 1280 * 5120 * 2
     for rows, loop in found.items():
         assert loop["written_in_place"] > loop["cache"] == 2 * 2 * int(rows) * 2048 * 1280 * 2 + 4 * int(rows)
-        assert loop["copied"] < loop["cache"] / 32 and loop["attention"] == 2, loop  # copies logits, at most
+        assert loop["copied"] < loop["cache"] / 32, loop  # logits, at most
         assert loop["temporary"] < loop["cache"] / 2
     assert found["1"]["largest"] < weight / 4
-    assert found["1"]["kernels"] < 80 and found["64"]["kernels"] < 80
+    assert found["64"]["attention"] == 2 and found["64"]["kernels"] < 80
+    assert found["1"]["kernels"] < 60 and found["1"]["d20_kernels"] <= 200, found
 
 
 def test_the_work_of_each_part():
@@ -352,25 +355,18 @@ backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{dims}}}}}
 
 @pytest.mark.slow
 @needs("jax_cuda13_plugin", "gpu-plan")
-def test_float8_products_on_h100s(run_command, monkeypatch, tmp_path):
-    """Three a product of each layer, all counted in FLOPs. The MLP's weights are gathered once, a byte each."""
+def test_float8_products_on_h100s(run_command):
+    """Three a product of each layer, all counted in FLOPs. Their weights are gathered once, a byte each."""
     vocab, width = 4096, 128
     shape = {"depth": 2, "topology": "h100:8", "max_seq_len": 512, "device_batch_size": 2, "vocab_size": vocab}
     flags = [f"--{name}={value}" for name, value in (shape | {"total_batch_size": 8 * 2 * 512}).items()]
     flops = set()
-    for matmul, products, gathered in (("fp8-all", 2 * 6 * 3, None), ("fp8", 2 * 2 * 3, 2 * 8 * width**2)):
-        dump = tmp_path / matmul
-        monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_dump_to={dump}")
+    for matmul, products, weights in (("fp8-all", 6, 12 * width**2), ("fp8", 2, 8 * width**2)):
         done = run_command("launch.compile_check", *flags, "--no_find_batch", "--json", f"--matmul={matmul}")
         figures = json.loads(done.stdout.splitlines()[-2])
-        assert figures["float8_products"] == products
+        assert figures["float8_products"] == 2 * products * 3
         flops.add(figures["flops"])
-        [text] = dump.glob("*jit_step*after_optimizations.txt")
-        sent = Counter()
-        for c in hlo.read(text.read_text()).collectives:
-            if c.kind == "all-gather":
-                for kind, dims in c.shapes:
-                    sent[kind] += math.prod(dims) * c.times
-        if gathered:
-            assert sent["f8e4m3fn"] == gathered
+        others = 2 * (12 * width**2 - weights) + 2 * vocab * width  # the embedding and the head among them
+        assert figures["gathered"] == {"f8e4m3fn": 7 / 8 * 2 * weights, "bf16": pytest.approx(7 / 8 * 2 * others)}
+        assert " GB, half of bfloat16's " in done.stdout
     assert len(flops) == 1 and flops.pop() > 0

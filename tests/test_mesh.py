@@ -10,11 +10,14 @@ import numpy as np
 import optax
 import pytest
 from conftest import THOROUGH, model_on
+from jax.sharding import PartitionSpec as P
 
 from jaxchat import sharding
-from jaxchat.config import ModelConfig, UserError
+from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.model import params as model_params
+from jaxchat.model import parts
 from jaxchat.model.flops import num_params
+from jaxchat.model.matmul import E4M3, quantize
 from jaxchat.plan import hlo
 from jaxchat.train.loop import place_batch
 from jaxchat.train.optimizer import make_optimizer
@@ -253,6 +256,23 @@ def test_gradients_cross_once_a_step(devices, axes):
     errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(got, gradients, strict=True)]
     assert max(errors) < 5e-5, errors
     assert sum(hlo.read(step.as_text()).sent().values()) < 3.5 * 4 * num_params(MODEL)
+
+
+def test_float8_weights_cross_as_float8(devices):
+    """--remat=step sends the weights of float8 products in a byte each. The product rounds them again, and finds the
+    same numbers as in the complete float32 weights: those with its scale, others with half of it (224, 225)."""
+    mesh = sharding.make_mesh(devices[:4], "fsdp=4")
+    for axis, spec in enumerate((P("fsdp"), P(None, "fsdp"))):
+        send = jax.jit(sharding.per_device(functools.partial(parts.gather, axis=axis, dtype=E4M3), mesh, (spec,), P()))
+        for largest in (1.0, 224.0, 225.0, 400.0, 448.0):
+            w = largest * np.random.default_rng(0).uniform(-1, 1, (8, 12)).astype(np.float32)
+            w[5, 7] = largest
+            (rounded, scale), (again, its_scale) = quantize(w, E4M3), quantize(send(w), E4M3)
+            want = np.asarray(rounded, np.float32) * scale
+            np.testing.assert_array_equal(np.asarray(again, np.float32) * its_scale, want)
+    names = ("wq", "wk", "wv", "wo", "w_up", "w_down")
+    for matmul, sent in (("", set()), ("fp8", {"w_up", "w_down"}), ("fp8-all", set(names))):
+        assert {name for name in names if parts.sent_as(name, Compute(matmul=matmul)) == E4M3} == sent
 
 
 def test_newton_schulz_is_divided(devices):

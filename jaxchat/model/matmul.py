@@ -1,5 +1,6 @@
 """Products of activations and weights: `matmul` decides, for every layer, in which number format."""
 
+import math
 import re
 from functools import partial
 
@@ -12,7 +13,6 @@ from jaxchat.config import Compute
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2  # more precision, for values; more range, for gradients
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x, w, letters: str, compute: Compute):
     """einsum(letters, x, w) in compute.dtype, as in matmul(h_BTD, wq_DNH, "btd,dnh->btnh", compute).
 
@@ -20,6 +20,18 @@ def matmul(x, w, letters: str, compute: Compute):
     across devices. By compute.matmul, operands are rounded to float8 first: x and w to e4m3, and in the
     backward pass the gradient of the result to e5m2.
     """
+    if not in_fp8(letters, compute):
+        return einsum(x, w, letters, compute)
+    # As a product of matrices, so that XLA gathers a weight once for both passes, and not in two shapes.
+    of_x, of_w, _ = re.split(",|->", letters)
+    summed = sum(letter in of_x for letter in of_w)
+    outputs, rows = w.shape[summed:], x.shape[: x.ndim - summed]
+    w_IO = w.reshape(math.prod(w.shape[:summed]), -1)
+    return einsum(x.reshape(*rows, -1), w_IO, "btd,df->btf", compute).reshape(*rows, *outputs)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def einsum(x, w, letters: str, compute: Compute):
     return forward(x, w, letters, compute)[0]
 
 
@@ -47,7 +59,7 @@ def backward(letters: str, compute: Compute, kept, dy):
     return dx, dw
 
 
-matmul.defvjp(forward, backward)
+einsum.defvjp(forward, backward)
 
 
 def in_fp8(letters: str, compute: Compute) -> bool:
@@ -56,15 +68,24 @@ def in_fp8(letters: str, compute: Compute) -> bool:
     return compute.matmul == "fp8-all" and "d" in letters or compute.matmul == "fp8" and "f" in letters
 
 
-def quantize(a, dtype):
+def weight_in_fp8(name: str, compute: Compute) -> bool:
+    """Return whether in_fp8 holds for the products with this weight of Blocks, a matrix cut over devices."""
+    return compute.matmul == "fp8-all" or compute.matmul == "fp8" and name in ("w_up", "w_down")
+
+
+def quantize(a, dtype, axis: str | None = None):
     """Round a / scale to a float8 dtype. -> (the quotient, scale), scale a float32 power of two.
+
+    axis: of the mesh, where `a` is one device's part of an array that gets one scale.
 
     The scale brings the largest |a| to within a factor of two of the dtype's largest number. Multiplying by
     a power of two is exact in every format, so XLA may do it within the product. What is not finite in `a`
     makes the scale, and so every result, not finite.
     """
     most = float(jnp.finfo(dtype).max)
-    least = jnp.maximum(jnp.max(jnp.abs(a)).astype(jnp.float32), 1e-30) / most  # of zeros: not 0
+    largest = jnp.max(jnp.abs(a)).astype(jnp.float32)
+    largest = largest if axis is None else lax.pmax(largest, axis)
+    least = jnp.maximum(largest, 1e-30) / most  # of zeros: not 0
     scale = lax.reduce_precision(least, exponent_bits=8, mantissa_bits=0)  # the nearest power of two
     scale = jnp.where(scale < least, 2 * scale, scale)
     return jnp.clip(a.astype(jnp.float32) / scale, -most, most).astype(dtype), scale

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.model.embedding import embed_values
+from jaxchat.model.matmul import E4M3, quantize, weight_in_fp8
 from jaxchat.model.params import Blocks, declare
 from jaxchat.sharding import ROWS, per_device
 
@@ -37,7 +38,7 @@ def in_parts(layer, x_BTD, w: Blocks, inputs, config: ModelConfig, compute: Comp
     tables, by_row = inputs.tables, inputs.replace(tables=None)
 
     def local(x_BTD, w, by_row, tables):
-        w = Blocks(**{name: gathered(a, axes[name], jnp.dtype(compute.dtype)) for name, a in w.items()})
+        w = Blocks(**{name: gathered(a, axes[name], sent_as(name, compute)) for name, a in w.items()})
 
         @partial(jax.checkpoint, prevent_cse=False)
         def one(part):
@@ -51,6 +52,11 @@ def in_parts(layer, x_BTD, w: Blocks, inputs, config: ModelConfig, compute: Comp
     return per_device(local, compute.mesh, (P(ROWS), specs, P(ROWS), P()), P(ROWS))(x_BTD, w, by_row, tables)
 
 
+def sent_as(name: str, compute: Compute):
+    """The dtype in which a weight crosses devices: that of its products' operands."""
+    return E4M3 if weight_in_fp8(name, compute) else jnp.dtype(compute.dtype)
+
+
 def gathered(w, axes: tuple, dtype):
     """Join a weight's parts along fsdp, rounded to dtype. -> float32, so that its gradient is float32."""
     return gather(w, axes.index("fsdp"), dtype) if "fsdp" in axes else w
@@ -58,7 +64,11 @@ def gathered(w, axes: tuple, dtype):
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(w, axis: int, dtype):
-    return lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True).astype(w.dtype)
+    if dtype != E4M3:
+        return lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True).astype(w.dtype)
+    # The product rounds to float8 again, which changes nothing: it finds this scale, or half of it.
+    rounded, scale = quantize(w, E4M3, "fsdp")
+    return lax.all_gather(rounded, "fsdp", axis=axis, tiled=True).astype(w.dtype) * scale
 
 
 gather.defvjp(

@@ -80,6 +80,15 @@ class Program:
             total[c.kind] += c.sent * c.times
         return dict(total)
 
+    def gathered(self) -> dict[str, float]:
+        """Return {type of number: bytes that leave a device in all-gathers}."""
+        total = defaultdict(float)
+        for c in self.collectives:
+            if c.kind == "all-gather":
+                for shape in c.shapes:
+                    total[shape[0]] += c.sent * c.times * size_of((shape,)) / size_of(c.shapes)
+        return dict(total)
+
 
 def shapes_in(text: str) -> Shapes:
     found = re.findall(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]", text)
