@@ -77,10 +77,12 @@ def test_greedy_is_what_whole_passes_give(params, engine, prompts):
         assert got.tokens == by_whole_passes(params, engine, prompt, 30)
 
 
-def test_rows_that_a_gpu_adds_change_nothing(params, engine, prompts, config, tokenizer):
-    """Products of few rows get more there (Compute.kernels; here no kernel reads it while decoding)."""
+@pytest.mark.parametrize("rows", [1, 2])
+def test_few_rows_on_a_gpu(params, engine, prompts, config, tokenizer, rows):
+    """One row has layers of its own there (model/one_row.py), and few get more rows for their products
+    (Compute.kernels; here no kernel reads it while decoding). It changes no token."""
     compute = dataclasses.replace(COMPUTE, attention="xla", kernels=True)
-    few = Engine(params, config, tokenizer, compute, batch_size=2)
+    few = Engine(params, config, tokenizer, compute, batch_size=rows)
     for prompt, got in zip(prompts, few.generate(prompts, max_tokens=9, temperature=0.0), strict=True):
         assert got.tokens == by_whole_passes(params, engine, prompt, 9)
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.infer.sampling import Rows, sample
 from jaxchat.infer.scheduler import MAX_STOP_TOKENS
+from jaxchat.model import one_row
 from jaxchat.model.cache import KVCache
 from jaxchat.model.gpt import features_cached, features_prompt, logits
 from jaxchat.model.params import Params, layers_of
@@ -95,6 +96,7 @@ class Program:
     compute: Compute
     mesh: Mesh | None  # of the devices that have rows, one axis; None: one device
     call: int  # the token that calls the tool
+    alone: bool = False  # one row a device, by model/one_row.py
 
 
 @partial(jax.jit, static_argnames=("program", "count", "slots"))
@@ -104,6 +106,7 @@ def empty_state(program: Program, count: int, slots: int) -> State:
 
     def empty():
         cache = KVCache.empty(config, count, slots, jnp.dtype(program.compute.dtype))
+        cache = cache.joined() if program.alone else cache
         rows = jax.tree.map(jnp.asarray, empty_rows(count, config.vocab_size))
         return State(cache, jnp.zeros((count, config.vocab_size)), rows)
 
@@ -128,7 +131,9 @@ def read_prompts(program: Program, params, state: State, prompts: Prompts, top: 
     config, compute = program.config, program.compute
 
     def read(params, state, prompts):
+        params = params.replace(blocks=tuple(one_row.by_input(w, config) for w in params.blocks))
         x_PTD, cache = features_prompt(params, prompts.tokens_PT, prompts.lengths_P, config, compute)
+        cache = cache.joined() if program.alone else cache
         last_PD = jnp.take_along_axis(x_PTD, (prompts.lengths_P - 1)[:, None, None], axis=1)[:, 0]
         last_PV = logits(params.lm_head, last_PD, config.softcap)
 
@@ -185,6 +190,7 @@ def decode(program: Program, params, state: State, turn: Turn, *, kind: str, top
 
 def _decode(params, state: State, turn: Turn, *, program: Program, kind: str, top: int | None):
     config, compute, rows = program.config, program.compute, state.rows
+    next_features = one_row.features if program.alone else features_cached
 
     def more(carry):
         i, state, said = carry
@@ -205,7 +211,7 @@ def _decode(params, state: State, turn: Turn, *, program: Program, kind: str, to
             new = score(state.logits_BV, token_B, top)
             said = said.replace(scores=jax.tree.map(lambda all, one: all.at[:, i].set(one), said.scores, new))
         counts_B = emits_B.astype(jnp.int32)
-        x_BTD, cache = features_cached(params, token_B[:, None], state.cache, config, compute, counts_B)
+        x_BTD, cache = next_features(params, token_B[:, None], state.cache, config, compute, counts_B)
         next_BV = logits(params.lm_head, x_BTD[:, 0], config.softcap)
         said = said.replace(
             tokens_BN=said.tokens_BN.at[:, i].set(jnp.where(active_B, token_B, -1)),
@@ -268,12 +274,14 @@ def empty_rows(count: int, vocab_size: int) -> Rows:
     )
 
 
-@partial(jax.jit, static_argnames=("dtype", "vocab_size"))
-def for_decoding(params: Params, dtype: str, vocab_size: int) -> Params:
+@partial(jax.jit, static_argnames=("dtype", "vocab_size", "alone"))
+def for_decoding(params: Params, dtype: str, vocab_size: int, alone: bool = False) -> Params:
     """Prepare weights for decoding: one array for each layer, in the dtype of the products.
 
     The embedding stays as it is, since a token reads only one row of it. Columns of the head beyond the
-    vocabulary are left out.
+    vocabulary are left out. alone: as model/one_row.py reads them.
     """
     head_DV = params.lm_head[:, :vocab_size].astype(dtype)
-    return params.replace(blocks=layers_of(params.blocks, dtype), lm_head=head_DV)
+    blocks = layers_of(params.blocks, dtype)
+    blocks = tuple(map(one_row.by_result, blocks)) if alone else blocks
+    return params.replace(blocks=blocks, lm_head=head_DV)

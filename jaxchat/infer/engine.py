@@ -97,7 +97,8 @@ class Engine:
             own = Mesh(np.array(own), ("rows",))
         special = tokenizer.special
         alone = dataclasses.replace(self.compute, mesh=None)
-        self._program = Program(config, alone, own, special("<|python_end|>"))
+        one_row = batch_size == 1 and alone.kernels and config.plain
+        self._program = Program(config, alone, own, special("<|python_end|>"), one_row)
         self._ends = (special("<|assistant_end|>"), special("<|bos|>"))
         self._whole_cache = -(-config.sequence_len // SLOT_BLOCK) * SLOT_BLOCK
         self._shortest_cache = self._whole_cache if few_shapes else min(SHORTEST_CACHE, self._whole_cache)
@@ -117,7 +118,7 @@ class Engine:
         """
         dtype = self.compute.dtype
         if self._mesh is None:
-            self._params = for_decoding(params, dtype, self.config.vocab_size)
+            self._params = for_decoding(params, dtype, self.config.vocab_size, self._program.alone)
             return
         everywhere = NamedSharding(self._mesh, P())
         if jax.tree.leaves(params)[0].sharding.device_set != everywhere.device_set:
@@ -126,7 +127,8 @@ class Engine:
 
         @partial(jax.jit, out_shardings=everywhere)
         def prepare(params):
-            return for_decoding(params.replace(wte=params.wte.astype(dtype)), dtype, self.config.vocab_size)
+            params = params.replace(wte=params.wte.astype(dtype))
+            return for_decoding(params, dtype, self.config.vocab_size, self._program.alone)
 
         def own(array):
             shards = [shard.data for shard in array.addressable_shards]

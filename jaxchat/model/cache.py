@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from jaxchat.config import ModelConfig
 
@@ -51,6 +52,19 @@ class KVCache:
             return (*arrays[:layer], array, *arrays[layer + 1 :])
 
         return self.replace(k_BKSH=put(self.k_BKSH, k_BTKH), v_BKSH=put(self.v_BKSH, v_BTKH))
+
+    def joined(self) -> "KVCache":
+        """Join the heads of all layers to one array of keys and one of values."""
+        k, v = ((jnp.concatenate(arrays, axis=1),) for arrays in (self.k_BKSH, self.v_BKSH))
+        return self.replace(k_BKSH=k, v_BKSH=v)
+
+    def write_one(self, k_LKH, v_LKH, position) -> "KVCache":
+        """Write the keys and values of all layers' heads [L·K, H] of a joined cache's only row."""
+
+        def put(array, x_LKH):
+            return (lax.dynamic_update_slice(array, x_LKH[None, :, None], (0, 0, position, 0)),)
+
+        return self.replace(k_BKSH=put(*self.k_BKSH, k_LKH), v_BKSH=put(*self.v_BKSH, v_LKH))
 
     def write_tokens(self, tokens_BT, positions_BT) -> "KVCache":
         """Write the tokens at positions_BT, where they are kept; those beyond the last slot are dropped."""

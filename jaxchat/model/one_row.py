@@ -1,0 +1,151 @@
+"""Decoding one row on a GPU: the layer of gpt.py, written such that few kernels come of it.
+
+A token of one row reads every weight for two operations. Kernels are then so short that their number counts,
+and gpt.block's are seventeen: products of so few numbers are cut into parts that a second kernel adds up.
+Here a product is one sum for each of its results, over weights that follow one another in memory; a sum's
+kernel also computes what its numbers are made of and what is made of the sum. Keys and values of all layers
+are written at once. The model is that of November 2025 (config.plain). Letters beside those of gpt.py:
+O results, R ranges of slots that are summed apart.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jaxchat.config import Compute, ModelConfig
+from jaxchat.model.cache import KVCache
+from jaxchat.model.gpt import embedded, last_norm, rotary_tables
+from jaxchat.model.layers import layers
+from jaxchat.model.params import Blocks, Params
+
+RANGES = 16  # of a row's cache slots
+WARP = 32  # threads that read together
+
+
+@struct.dataclass
+class RowWeights:
+    """A layer's matrices, the weights of one result after the other."""
+
+    w_qkv: jax.Array  # [N + 2K, H, D]
+    wo: jax.Array  # [D, N·H]
+    w_up: jax.Array  # [F, D]
+    w_down: jax.Array  # [D, F]
+
+
+def by_result(w: Blocks) -> RowWeights:
+    w_qkv = jnp.concatenate([jnp.moveaxis(a, 0, -1) for a in (w.wq, w.wk, w.wv)])
+    return RowWeights(w_qkv, w.wo.reshape(-1, w.wo.shape[-1]).T, w.w_up.T, w.w_down.T)
+
+
+def by_input(w: RowWeights | Blocks, config: ModelConfig) -> Blocks:
+    """Undo by_result; leave Blocks as they are."""
+    if isinstance(w, Blocks):
+        return w
+    N, K = config.n_head, config.n_kv_head
+    wq, wk, wv = jnp.split(jnp.moveaxis(w.w_qkv, -1, 0), (N, N + K), axis=1)
+    wo = w.wo.T.reshape(N, config.head_dim, -1)
+    return Blocks(wq=wq, wk=wk, wv=wv, wo=wo, w_up=w.w_up.T, w_down=w.w_down.T)
+
+
+def add_product(stream_O, x_D, w_OD):
+    """stream + w·x, float32 [O]. What is added after a sum makes another kernel, so the stream is in it."""
+    first_1D = jnp.arange(x_D.size)[None] == 0
+    stream_OD = jnp.where(first_1D, stream_O[:, None], 0.0)
+    return jnp.sum(w_OD.astype(jnp.float32) * x_D[None] + stream_OD, axis=-1)
+
+
+def kernel(result):
+    """End a kernel: XLA may not compute these numbers anew wherever they are read."""
+    return lax.optimization_barrier(result)
+
+
+def normed_sums(x_D, w_OD, eps: float):
+    """Return (w·x, 1 / rms(x) for each result), float32 [O]: their product is w·rms_norm(x).
+
+    The second sum has w in it, times 0, to be of the first one's shape: one kernel then makes both.
+    """
+    x_OD, w_OD = jnp.broadcast_to(x_D, w_OD.shape), w_OD.astype(jnp.float32)
+    mean_O = jnp.sum((x_OD * x_OD + eps) * (1 / x_D.size) + 0 * w_OD, -1)
+    return jnp.sum(w_OD * x_OD, -1), lax.rsqrt(mean_O)
+
+
+def inverse_rms(x_NH, eps: float):
+    return lax.rsqrt(jnp.sum((x_NH * x_NH + eps) * (1 / x_NH.shape[-1]), -1, keepdims=True))
+
+
+def rotate(x_NH, tables):
+    """gpt.rotate in float32, without joining halves."""
+    cos, sin = tables
+    cos_1H, sin_1H = (jnp.concatenate(halves)[None] for halves in ((cos, cos), (sin, -sin)))
+    other_NH = x_NH.reshape(len(x_NH), 2, -1)[:, ::-1].reshape(x_NH.shape)
+    return x_NH * cos_1H + other_NH * sin_1H
+
+
+def attention(q_KGH, own: tuple, k_KSH, v_KSH, position, window: int | None):
+    """Attention of a query a head to the slots before `position` and to its own key: float32 [K, G, H].
+
+    own: (its score with its own key, its own value).
+    Queries and keys are normed, so exp needs no maximum (see attention_cpu.py). All slots are read.
+    """
+    (own_KG1, v_K1H), (K, S, H) = own, k_KSH.shape
+    p_KGS = kernel(jnp.exp(jnp.sum(q_KGH[:, :, None] * k_KSH[:, None].astype(jnp.float32), -1)))
+    slots_S = jnp.arange(S)
+    seen_S = slots_S < position
+    if window is not None:
+        seen_S &= slots_S >= position - window
+    ranges = math.gcd(S, RANGES)
+    p_KGRs1 = p_KGS.reshape(K, -1, ranges, S // ranges, 1)
+    # The sums of p itself are beside those of p·v.
+    v_K1Rsh = jnp.pad(v_KSH.astype(jnp.float32), ((0, 0), (0, 0), (0, WARP)), constant_values=1.0)
+    v_K1Rsh = v_K1Rsh.reshape(K, 1, ranges, -1, H + WARP)
+    terms_KGRsh = jnp.where(seen_S.reshape(1, 1, ranges, -1, 1), p_KGRs1 * v_K1Rsh, 0.0)
+    y_KGh = jnp.sum(kernel(jnp.sum(terms_KGRsh, 3)), 2)
+    own_KG1 = jnp.exp(own_KG1)
+    return kernel((y_KGh[..., :H] + own_KG1 * v_K1H) / (y_KGh[..., H : H + 1] + own_KG1))
+
+
+def layer(x_D, w: RowWeights, cache: tuple, at: tuple, window: int | None, config: ModelConfig):
+    """gpt.block for a new token. -> (x_D, its key, its value).
+
+    cache: the layer's (k_KSH, v_KSH). at: the token's position, and its rotary tables.
+    The norms of a product's operand and of queries and keys are factors on what is made of them, so they are
+    found beside the sums and multiplied in later.
+    """
+    (position, tables), (N, K, H) = at, (config.n_head, config.n_kv_head, config.head_dim)
+    with jax.named_scope("projections"):
+        u_OH, r_OH = normed_sums(x_D, w.w_qkv, config.norm_eps)
+        q_KGH, k_K1H, v_K1H = (a.reshape(K, -1, H) for a in jnp.split(r_OH[0, 0] * u_OH, (N, N + K)))
+        q_KGH, k_K1H = (rotate(a.reshape(-1, H), tables).reshape(a.shape) for a in (q_KGH, k_K1H))
+        r_KG1, r_K11 = (inverse_rms(a, config.norm_eps) for a in (q_KGH, k_K1H))
+        own_KG1 = jnp.sum(q_KGH * k_K1H, -1, keepdims=True)
+        q_KGH, r_KG1, r_K11, own_KG1 = kernel((q_KGH, r_KG1, r_K11, own_KG1))
+        r_KG1, r_K11 = config.qk_scale / math.sqrt(H) * r_KG1, config.qk_scale * r_K11
+        k_K1H = r_K11 * k_K1H
+    with jax.named_scope("attention"):
+        own = r_KG1 * r_K11 * own_KG1, v_K1H
+        y_KGH = attention(r_KG1 * q_KGH, own, *cache, position, window)
+    with jax.named_scope("projections"):
+        x_D = add_product(x_D, y_KGH.reshape(-1), w.wo)
+    with jax.named_scope("mlp"):
+        u_F, r_F = normed_sums(x_D, w.w_up, config.norm_eps)
+        x_D = add_product(x_D, jnp.square(jax.nn.relu(r_F * u_F)), w.w_down)
+    return x_D, k_K1H[:, 0], v_K1H[:, 0]
+
+
+def features(params: Params, tokens_11, cache: KVCache, config: ModelConfig, compute: Compute, counts_1):
+    """gpt.features_cached for one token of one row; params.blocks: a RowWeights a layer; cache: joined."""
+    position, K = cache.lengths_B[0], config.n_kv_head
+    tables = rotary_tables(cache.lengths_B[:, None], config.head_dim, config.rotary_base)
+    tables = [a[0, 0, 0] for a in tables]
+    x_D = embedded(params, tokens_11, config, compute)[0, 0].astype(jnp.float32)
+    new = []
+    for i, (w, kind) in enumerate(zip(params.blocks, layers(config), strict=True)):
+        held = (a[0][0, K * i : K * (i + 1)] for a in (cache.k_BKSH, cache.v_BKSH))
+        x_D, *keys_and_values = layer(x_D, w, tuple(held), (position, tables), kind.window, config)
+        new.append(keys_and_values)
+    k, v = (jnp.concatenate(each).astype(compute.dtype) for each in zip(*new, strict=True))
+    cache = cache.write_one(k, v, position).advance(counts_1)
+    return last_norm(params, x_D[None, None].astype(compute.dtype), None, config), cache
