@@ -1,5 +1,6 @@
 """Advantages and policy weights against enumeration of all sequences and float64 autodiff of the published losses."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxchat.rl.advantages import advantages, mixed_groups
-from jaxchat.rl.weights import LogProbs, Policy, policy_weights, row_scales
+from jaxchat.rl.weights import LogProbs, Policy, clipped_share, policy_weights, row_scales
 
 # A policy over sequences of at most 3 tokens of a vocabulary of 3: token 0 ends a sequence, and after token 2 a tool
 # forces token 1. One table of logits, by position and token before.
@@ -217,6 +218,11 @@ def test_weights_are_the_gradients_of_the_published_losses(x64, kind):
         gradient = jax.grad(surrogates(kind, log, m, a[:, None], policy))(jnp.asarray(log.now))
         np.testing.assert_allclose(weights, -gradient, rtol=1e-12, atol=1e-15)
         unclipped += np.count_nonzero(weights)
+        if kind != "kl":  # whose own gradient hides what is clipped
+            share = (m & (np.asarray(gradient) == 0)).sum() / m.sum()
+            assert clipped_share(policy, a, m, log) == share
+            assert clipped_share(dataclasses.replace(policy, kl_coef=0.1), a, m, log) == share
+            assert clipped_share(policy, 0 * a, m, log) == 0  # without an advantage, nothing is clipped
     assert (unclipped < 20 * m.size * 0.8) == (kind in ("ppo", "dual", "gspo")), "some are clipped, some are not"
 
 

@@ -428,10 +428,33 @@ def test_resample_draws_until_enough_groups_are_mixed(here, monkeypatch):
         return answers, right, rewards * 0 if len(asked) == 1 else rewards
 
     monkeypatch.setattr(Problems, "judge", first_alike)
-    batches, params = batches_of("--resample")
+    folder = here / "chatrl_checkpoints" / TAG
+    folder.mkdir(parents=True, exist_ok=True)
+    batches, params = batches_of("--resample", "--advantage=batch_std", "--sample_every=1")
     numbers = batches.next_batch(params, 0)["numbers"]
     assert len(asked) > 1 and batches.get_state()["drawn"] == E * len(asked) == numbers["problems_drawn"]
     assert batches._rollout.problems[0] not in asked[0] and len(batches._rollout.problems) == E
+    # The advantages that are written are those of the step, without the groups that were left out.
+    answers = json.loads((folder / "samples.jsonl").read_text())["answers"]
+    rewards = batches._rollout.rewards_EG
+    assert [answer["reward"] for answer in answers] == rewards[0].tolist()
+    want = (rewards[0] - rewards[0].mean()) / rewards.std()
+    np.testing.assert_allclose([answer["advantage"] for answer in answers], want, rtol=1e-4)  # beside std: 1e-6
+
+
+def test_the_plan_names_the_loss_that_is_used(here):
+    plan = dict(batches_of("--loss=gspo", "--loss_norm=constant")[0].plan)
+    assert plan["loss"] == "gspo, advantages by mean, divided by rows" and "warning" not in plan
+    assert "biased" in dict(batches_of("--updates=2")[0].plan)["warning"]
+
+
+def test_the_parts_of_the_reward_are_logged(rolled):
+    batches, _, batch, rollout = rolled
+    start = batches.problems.tokenizer.special("<|assistant_start|>")
+    forced = [not all(s[t.index(start) + 1 :]) for t, s in zip(rollout.tokens, rollout.sampled, strict=True)]
+    numbers = batch["numbers"]
+    assert numbers["finished"] == np.mean(rollout.finished) and numbers["tool"] == np.mean(forced) > 0
+    assert numbers["format"] == 0  # the text it babbles has no ####
 
 
 def test_a_warning_when_nothing_is_learnt_for_long(here, monkeypatch, capsys):
@@ -456,7 +479,7 @@ def test_rewards():
         combine({"answer": np.array([[1.0, np.nan]])}, {"answer": 1.0})
 
 
-def test_checkers_agree_with_evaluation(made, tmp_path):
+def test_checkers_agree_with_evaluation(made, tmp_path, monkeypatch):
     """The same function decides; a file is judged by its numbers if it has any, else by its text."""
     from jaxchat.data.tasks.answers import states_the_number
     from jaxchat.rl.rewards import Answer
@@ -466,7 +489,9 @@ def test_checkers_agree_with_evaluation(made, tmp_path):
     assert what == "the number after ####"
     for text in ("#### 4", "#### 4.0", "so #### $4", "4", "#### 5", "#### 4 or 5"):
         assert check(task[0], Answer(text, [("text", text)], True)) == states_the_number(task[0], text)
-    path = tmp_path / "texts.jsonl"
+    monkeypatch.chdir(tmp_path)
+    path = Path("GSM8K/texts.ndjson")  # a file is not the task of that name
+    path.parent.mkdir()
     tool = [
         {"type": "python", "text": "1+1"},
         {"type": "python_output", "text": "2"},

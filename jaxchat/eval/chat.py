@@ -145,6 +145,14 @@ def letter_accuracy(
     return sum(right) / max(1, len(right))
 
 
+def in_threads(check: Callable, *arguments: Sequence) -> list:
+    """Map a check over its arguments, one thread a core: HumanEval's programs are processes of their own."""
+    # A machine may have more processors than are ours.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    with ThreadPoolExecutor(cores) as threads:
+        return list(threads.map(check, *arguments))
+
+
 def write_answers(
     engine: Engine,
     rows: list[dict],
@@ -167,10 +175,7 @@ def write_answers(
     samples, right = len(answers) // max(1, len(rows)), []
     if jax.process_index() == 0:  # programs run once, not once a process
         asked = [row for row in rows for _ in range(samples)]
-        # HumanEval's programs are processes of their own; a machine may have more processors than are ours.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        with ThreadPoolExecutor(cores) as threads:
-            right = list(threads.map(check, asked, [tokenizer.decode(answer.tokens) for answer in answers]))
+        right = in_threads(check, asked, [tokenizer.decode(answer.tokens) for answer in answers])
     right = gather_json({"right": right})[0]["right"]
     return [right[i : i + samples] for i in range(0, len(right), samples)]
 

@@ -21,7 +21,7 @@ from jaxchat.model.params import Params
 from jaxchat.rl.advantages import advantages, mixed_groups
 from jaxchat.rl.problems import Problems
 from jaxchat.rl.rollout import Rollout, numbers_of
-from jaxchat.rl.weights import LogProbs, Policy, policy_weights, row_scales
+from jaxchat.rl.weights import LogProbs, Policy, clipped_share, policy_weights, row_scales
 from jaxchat.train.fit import device_memory
 from jaxchat.train.reporter import Unread
 
@@ -112,8 +112,11 @@ class RolloutBatches:
                 "reward",
                 f"{reward}; right by " + ", ".join(f"{what} ({name})" for name, what in tasks.items()),
             ),
-            ("loss", f"{c.loss}, advantages by {c.advantage}, divided by {c.loss_norm}"),
+            ("loss", f"{c.loss}, advantages by {c.advantage}, divided by {norm_of(c)}"),
         ]
+        if c.updates > 1 and c.loss == "reinforce":
+            how = "reinforce is biased in updates after the first; --loss=ppo corrects for it"
+            found.append(("warning", how))
         if c.temperature != 1 or c.top_k:
             how = f"temperature {c.temperature:g}" if c.temperature != 1 else f"top_k {c.top_k}"
             found.append(
@@ -148,9 +151,9 @@ class RolloutBatches:
         seconds = time.perf_counter() - began - judging
         rollout.numbers = numbers_of(rollout, answers, np.array(right))
         self._warn(rollout)
+        self._rollout = rollout.best_groups(config.examples_per_step)
         if config.sample_every > 0 and number % config.sample_every == 0 and not config.dry_run:
             self._write_sample(rollout, answers, step + 1)
-        self._rollout = rollout.best_groups(config.examples_per_step)
         tokens = rollout.numbers["answer_tokens"] * len(answers)
         rates = {"rollout_tokens_per_s": tokens / seconds, "problems_drawn": float(len(rollout.problems))}
         return {"rollout_seconds": seconds, "reward_seconds": judging} | rates
@@ -180,13 +183,14 @@ class RolloutBatches:
         advantages_R = advantages(rollout.rewards_EG, config.advantage).reshape(-1)
         mask_RT, began = sampled_RT & mixed_R[:, None], time.perf_counter()
         logprobs = self._logprobs(params, mask_RT)
-        norm = "rows" if config.loss == "gspo" else config.loss_norm
-        scales_R1 = row_scales(norm, sampled_RT, mixed_R, config.max_new_tokens)
+        scales_R1 = row_scales(norm_of(config), sampled_RT, mixed_R, config.max_new_tokens)
         weights_RT = policy_weights(self.policy, advantages_R, mask_RT, logprobs, scales_R1)
+        if config.kl_coef and mask_RT.any():
+            numbers["kl"] = float((logprobs.now - logprobs.reference)[mask_RT].mean())
         numbers |= {
             "advantage": float(np.abs(advantages_R).mean()),
             "logprob_seconds": time.perf_counter() - began,
-            "clipped": float(1 - np.count_nonzero(weights_RT) / max(1, mask_RT.sum())),
+            "clipped": clipped_share(self.policy, advantages_R, mask_RT, logprobs),
         }
         return weights_RT, numbers
 
@@ -244,7 +248,8 @@ class RolloutBatches:
         mixed_E = mixed_groups(rollout.rewards_EG)
         group, samples = int(np.argmax(mixed_E)), self.config.num_samples
         problem = self.problems.tasks[rollout.problems[group]]
-        advantages_G = advantages(rollout.rewards_EG, self.config.advantage)[group]
+        # Of the groups that are learnt from, it is the first.
+        advantages_G = advantages(self._rollout.rewards_EG, self.config.advantage)[0]
         about = {
             "step": step,
             "problem": self.problems.tasks.name_of(rollout.problems[group]),
@@ -274,6 +279,11 @@ def policy_of(config: RLConfig) -> Policy:
         tis=config.tis,
         kl_coef=config.kl_coef,
     )
+
+
+def norm_of(config: RLConfig) -> str:
+    """What the loss is divided by: GSPO's is a mean over rows, whatever --loss_norm is."""
+    return "rows" if config.loss == "gspo" else config.loss_norm
 
 
 def seed_of(*parts: int) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxchat.config import RLConfig
 from jaxchat.data.tasks import Mixture
+from jaxchat.eval.chat import in_threads
 from jaxchat.infer.engine import Engine
 from jaxchat.infer.scheduler import Generation
 from jaxchat.rl.rewards import TERMS, Answer, checker_for, combine, parse_reward
@@ -50,7 +51,7 @@ class Problems:
         if jax.process_index() == 0:
             checks = [self._checkers[self.tasks.task_of(i).name] for i in problems for _ in range(samples)]
             rows = [row for i in problems for row in [self.tasks[i]] * samples]
-            right = [check(row, answer) for check, row, answer in zip(checks, rows, answers, strict=True)]
+            right = in_threads(lambda check, row, answer: check(row, answer), checks, rows, answers)
             judged = {"answer": right} | {name: [term(a) for a in answers] for name, term in TERMS.items()}
             judged = {name: list(map(float, values)) for name, values in judged.items()}
         terms = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from jaxchat.config import UserError
-from jaxchat.data.tasks import Task
+from jaxchat.data.tasks import JSON, Task
 from jaxchat.data.tasks.answers import final_number, states_the_number
 from jaxchat.eval import chat
 from jaxchat.infer.scheduler import Generation
@@ -64,6 +64,10 @@ def parse_reward(spec: str) -> dict[str, float]:
 def checker_for(task: Task) -> tuple[Checker, str]:
     """Return (a task's checker, a phrase on what it checks). UserError: it has none, or none that can run
     here."""
+    if task.name.lower().endswith(JSON):
+        wanted = [_wanted(task, row) for row in range(len(task))]
+        by_number = all(final_number(text) is not None for text in wanted)
+        return (states_number, "the number after ####") if by_number else (states_text, "the text")
     name = task.name.partition("/")[0]
     known = chat.TASKS.get(name)
     if known and known.check is states_the_number:
@@ -72,10 +76,6 @@ def checker_for(task: Task) -> tuple[Checker, str]:
         if why := chat.why_not(name):
             raise UserError(f"{task.name}: {why}; train on another task")
         return lambda row, answer: known.check(row, answer.text), "its tests"
-    if task.name.lower().endswith(".jsonl"):
-        wanted = [_wanted(task, row) for row in range(len(task))]
-        by_number = all(final_number(text) is not None for text in wanted)
-        return (states_number, "the number after ####") if by_number else (states_text, "the text")
     if known or name == "SimpleSpelling":  # letters of multiple choice are texts too
         return states_text, "the text"
     able = [*chat.TASKS, "SimpleSpelling"]

@@ -9,7 +9,7 @@ from dataclasses import field
 import numpy as np
 
 from jaxchat.infer.scheduler import Generation
-from jaxchat.rl.rewards import Answer
+from jaxchat.rl.rewards import TERMS, Answer
 
 
 @dataclasses.dataclass
@@ -100,7 +100,7 @@ def numbers_of(rollout: Rollout, answers: list[Answer], right_EG: np.ndarray) ->
         "groups_wrong": (~mixed_E & ~right_EG.any(axis=1)).mean(),
         "answer_tokens": lengths_R.mean(),
         "answer_tokens_max": lengths_R.max(),
-        "finished": np.mean(rollout.finished),
+        **{name: np.mean([term(answer) for answer in answers]) for name, term in TERMS.items()},
         "tool_calls": calls / len(kinds),
         "made_up_outputs": sum(one.count("made up") for one in kinds) / len(kinds),
         "entropy": -logprobs.sum() / max(1, lengths_R.sum()),

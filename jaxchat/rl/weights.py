@@ -81,6 +81,14 @@ def policy_weights(
     return weights_RT * scales_R1
 
 
+def clipped_share(policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray, logprobs: LogProbs) -> float:
+    """Return the share of tokens with an advantage that teach nothing of it, by clipping."""
+    a_R1, m_RT = np.asarray(advantages_R, np.float64)[:, None], np.asarray(mask_RT, np.float64)
+    learnt_RT = (m_RT > 0) & (a_R1 != 0)
+    clipped_RT = learnt_RT & (_ratio(policy, a_R1, m_RT, logprobs) == 0)
+    return float(clipped_RT.sum() / max(1, learnt_RT.sum()))
+
+
 def _ratio(policy: Policy, a_R1, m_RT, logprobs: LogProbs):
     """The factor of the advantages: the ratio of the new policy to the old, or 0 where it is clipped."""
     if policy.loss == "reinforce":
