@@ -757,7 +757,7 @@ class RLConfig(TrainConfig):
     """Answers to each problem; at least 2, since they are compared with each other."""
     max_new_tokens: int = flag(256, 1)
     """Largest number of tokens in an answer, the tool's included."""
-    temperature: float = flag(1.0, 0.01, HOTTEST)
+    temperature: float = flag(1.0, 0.001, HOTTEST)
     """Sampling temperature of the answers; at 0 all answers to a problem would be the same. Any value but 1
     samples from another distribution than the one that is trained."""
     top_k: int = flag(0, 0, 2**31 - 1)
