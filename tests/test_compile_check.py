@@ -291,7 +291,7 @@ def test_an_h100_decodes(run_command):
         assert loop["temporary"] < loop["cache"] / 2
     assert found["1"]["largest"] < weight / 4
     assert found["64"]["attention"] == 2 and found["64"]["kernels"] < 80
-    assert found["1"]["kernels"] < 60 and found["1"]["d20_kernels"] <= 200, found
+    assert found["1"]["kernels"] < 80 and found["1"]["d20_kernels"] <= 200, found
 
 
 def test_the_work_of_each_part():
@@ -357,16 +357,16 @@ backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{dims}}}}}
 @needs("jax_cuda13_plugin", "gpu-plan")
 def test_float8_products_on_h100s(run_command):
     """Three a product of each layer, all counted in FLOPs. Their weights are gathered once, a byte each."""
-    vocab, width = 4096, 128
-    shape = {"depth": 2, "topology": "h100:8", "max_seq_len": 512, "device_batch_size": 2, "vocab_size": vocab}
+    depth, vocab, width = 4, 4096, 256
+    shape = {"depth": depth, "topology": "h100:8", "max_seq_len": 512, "device_batch_size": 2, "vocab_size": vocab}
     flags = [f"--{name}={value}" for name, value in (shape | {"total_batch_size": 8 * 2 * 512}).items()]
     flops = set()
     for matmul, products, weights in (("fp8-all", 6, 12 * width**2), ("fp8", 2, 8 * width**2)):
         done = run_command("launch.compile_check", *flags, "--no_find_batch", "--json", f"--matmul={matmul}")
         figures = json.loads(done.stdout.splitlines()[-2])
-        assert figures["float8_products"] == 2 * products * 3
+        assert figures["float8_products"] == depth * products * 3
         flops.add(figures["flops"])
-        others = 2 * (12 * width**2 - weights) + 2 * vocab * width  # the embedding and the head among them
-        assert figures["gathered"] == {"f8e4m3fn": 7 / 8 * 2 * weights, "bf16": pytest.approx(7 / 8 * 2 * others)}
+        others = depth * (12 * width**2 - weights) + 2 * vocab * width  # the embedding and the head among them
+        assert figures["gathered"] == {"f8e4m3fn": 7 / 8 * depth * weights, "bf16": pytest.approx(7 / 8 * 2 * others)}
         assert " GB, half of bfloat16's " in done.stdout
     assert len(flops) == 1 and flops.pop() > 0
