@@ -121,9 +121,8 @@ def measure(name: str, config: Config) -> dict:
         # A high-water mark: before the other side's first turn, whose lists are not to count.
         memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         spent, used, tokens = 0.0, 0.0, 0
-        batches.set_state(
-            batches.get_state()
-        )  # stops reading ahead, which would take the cores from tiktoken
+        # Stops reading ahead, which would take the cores from tiktoken.
+        batches.set_state(batches.get_state())
         while spent < config.seconds:
             texts = [text_of(source[order.index(i)]) for i in range(place, place + 512)]
             place += 512

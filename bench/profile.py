@@ -53,13 +53,10 @@ def device_events(folder: str):
     """(operation, nanoseconds) of what ran on devices while the profile was taken."""
     path = max(Path(folder).rglob("*.xplane.pb"))
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
-    on_device = [
-        plane for plane in planes if plane.name.startswith("/device:")
-    ] or planes  # a CPU is the host
-    for plane in on_device:
-        lines = [
-            line for line in plane.lines if line.name == "XLA Ops"
-        ] or plane.lines  # a TPU has lines of others too
+    on_device = [plane for plane in planes if plane.name.startswith("/device:")]
+    for plane in on_device or planes:  # a CPU is the host
+        lines = [line for line in plane.lines if line.name == "XLA Ops"]
+        lines = lines or plane.lines  # a TPU has lines of others too
         for event in (event for line in lines for event in line.events):
             yield str(dict(event.stats).get("hlo_op", event.name)), event.duration_ns
 

@@ -69,12 +69,7 @@ CASES = {
         value="val_finished",
     ),
     "shuffled": Case(
-        "digits",
-        "digits",
-        ["--max_new_tokens=1", "--num_iterations=150"],
-        0.5,
-        (0, 0.3),
-        shuffled=True,
+        "digits", "digits", ["--max_new_tokens=1", "--num_iterations=150"], 0.5, (0, 0.3), shuffled=True
     ),
     "sums": Case("sums", "sums", ["--max_new_tokens=48", "--num_iterations=120"], 0.8, (0.9, 1)),
 }

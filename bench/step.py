@@ -123,9 +123,8 @@ def run(config: Config):
             runs[f"{way.strip() or 'defaults'}, {micro} rows at a time"] = prepare(
                 config, parse_way(way), micro
             )
-    states = {
-        name: run[1] for name, run in runs.items()
-    }  # donated to each step, and replaced by what it returns
+    # Donated to each step, and replaced by what it returns.
+    states = {name: run[1] for name, run in runs.items()}
     for step, state, batch, _ in runs.values():
         compile_step(step, state, batch, np.float32(1.0))
     times, losses = {name: [] for name in runs}, {}

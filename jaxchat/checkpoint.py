@@ -89,9 +89,7 @@ def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokeni
         folder = Path(name)
     path, own = folder / str(step), folder / "tokenizer"
     meta = read_meta(folder, step)
-    wanted = meta[
-        "tokenizer_hash"
-    ]  # None: it was imported without a tokenizer; one put beside it later is taken
+    wanted = meta["tokenizer_hash"]  # None: imported without one; a tokenizer put beside it later is taken
     if own.is_dir():
         tokenizer = Tokenizer.load(own)
     elif wanted is not None:

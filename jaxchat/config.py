@@ -168,13 +168,9 @@ class ModelConfig:
     value_gate_channels: int = constant(0, zero=True)  # features that the gate reads; 0: no layer does
     value_gate_bound: float = 2.0  # the gate is bound·sigmoid(…)
     layer_scales: bool = False  # a layer reads a·x + b·(the embedding), a and b learnt
-    smear_channels: int = constant(
-        0, zero=True
-    )  # features that the gate on the previous token reads; 0: no smear
+    smear_channels: int = constant(0, zero=True)  # read by the gate on the previous token; 0: no smear
     backout: bool = False  # the middle layer's result, times a learnt number, is taken off at the end
-    vocab_multiple: int = (
-        1  # tables and head have a multiple of this many rows; what is beyond vocab_size is unused
-    )
+    vocab_multiple: int = 1  # tables and head have a multiple of this many rows, unused beyond vocab_size
     table_dtype: str = "float32"  # of the embedding and the value embeddings as stored: float32 or bfloat16
     embedding_std: float = 1.0  # of the embedding's initial values
     head_std: float = constant(0.0, zero=True)
@@ -333,12 +329,8 @@ class Compute:
             changes["remat"] = remat
         if dtype == "auto":
             dtype = "float32" if backend == "cpu" else "bfloat16"
-        if backend == "cpu":
-            chosen = {
-                "unroll": True,
-                "attention": "blocks",
-                "micro_tokens": 1024,
-            }  # the fastest there: dev/LOG.md
+        if backend == "cpu":  # the fastest there: dev/LOG.md
+            chosen = {"unroll": True, "attention": "blocks", "micro_tokens": 1024}
         else:
             kernel = {"gpu": "cudnn" if dtype == "bfloat16" else "xla", "tpu": "splash"}.get(backend, "xla")
             chosen = {"remat": "dots", "attention": kernel, "loss_chunk_tokens": 4096}

@@ -39,9 +39,7 @@ class Place:
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
-    alone_on_host: bool = (
-        True  # it takes all devices of its host; under Slurm and Open MPI jax would give it one
-    )
+    alone_on_host: bool = True  # it takes all its devices; under Slurm and Open MPI jax would give it one
 
 
 def detect(
@@ -216,9 +214,7 @@ def together():
         if _may_be_others_fault(problem):
             time.sleep(1.5 * timeout)
             code = UNREACHABLE
-        elif (
-            process == 0
-        ):  # it holds the connections: those that fail alike shall say so, and end by themselves
+        elif process == 0:  # it holds the connections: those that fail alike shall say so, and end
             time.sleep(min(10, timeout / 10))
         for child in multiprocessing.active_children():
             child.kill()

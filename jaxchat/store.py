@@ -95,14 +95,11 @@ class Checkpoints:
             items["optimizer"] = ocp.args.StandardSave(optimizer)
         if batches is not None:  # one dict, of the streams of all processes
             states = sharding.gather_json(batches.get_state())
-            items["data"] = ocp.args.JsonSave(
-                {name: value for state in states for name, value in state.items()}
-            )
+            joined = {name: value for state in states for name, value in state.items()}
+            items["data"] = ocp.args.JsonSave(joined)
         self.folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            sweep(
-                self.folder
-            )  # again: a save that failed may have gone on writing when its folder was deleted
+            sweep(self.folder)  # again: a failed save may have gone on writing into its deleted folder
 
         def begin():
             checkpoint.quiet_orbax()

@@ -250,9 +250,7 @@ class Tokenizer:
                 learn_after.append(0)
             else:
                 learn_after[-1] = learn
-        if is_special.sum() != len(
-            learn_special
-        ):  # text so long that it was encoded in halves, cut within a special
+        if is_special.sum() != len(learn_special):  # a text encoded in halves was cut within a special
             return [_arrays(self._render(pieces)) for pieces in conversations]
         which = np.cumsum(is_special) - 1
         mask = np.where(is_special, np.int32(learn_special)[which], np.int32(learn_after)[which])

@@ -87,9 +87,7 @@ def run(config: Config) -> int:
 
 def in_one(commands: Iterable[str]) -> list[str]:
     """Return each command once, and those that download to the same folder as one."""
-    joined: dict[
-        tuple, dict[str, None]
-    ] = {}  # {(what is before the names, the folder): names and other flags}
+    joined: dict[tuple, dict] = {}  # {(what is before the names, the folder): {name or other flag: None}}
     for command in commands:
         before, download, after = command.partition("launch.download ")
         words = shlex.split(after)

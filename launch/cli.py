@@ -165,9 +165,8 @@ def runnable(command: str, **flags: str) -> str:
     """Complete a command so that it runs from here: with this Python, the base directory, and the non-empty
     flags."""
     found = shutil.which("python")
-    if not found or os.path.dirname(found) != os.path.dirname(
-        sys.executable
-    ):  # `python` would be another one
+    # Where `python` would be another one.
+    if not found or os.path.dirname(found) != os.path.dirname(sys.executable):
         near = os.path.relpath(sys.executable)
         path = shlex.quote(sys.executable if near.startswith("..") else near)
         command = command.replace("python", path, 1)

@@ -44,9 +44,8 @@ class Config(Flags):
 
 
 def run(config: Config):
-    os.environ.setdefault(
-        "JAX_PLATFORMS", "cpu"
-    )  # before JAX reads it: only descriptions of devices are used
+    # Before JAX reads it: only descriptions of devices are used.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jaxchat import sharding
     from jaxchat.model.flops import flops_per_token, num_params
     from jaxchat.plan import step, topologies
@@ -73,9 +72,7 @@ def run(config: Config):
     if config.find_batch:
         best = plan.largest(done)
         figures["largest_device_batch"] = best.batch if best else 0
-        found = (
-            f"largest device batch that fits: {best.batch} rows, with --remat={best.remat}" if best else ""
-        )
+        found = best and f"largest device batch that fits: {best.batch} rows, with --remat={best.remat}"
         print(found or "no device batch fits, not even one row")
     if config.json:
         print(json.dumps(figures))

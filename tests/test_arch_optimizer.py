@@ -63,9 +63,7 @@ def plain_muon(g, p, state, momentum, lr, decay):
 def test_twenty_steps_of_all_groups():
     """Each weight is what the page's formulas give in float64, to 1e-5 of its norm."""
     table = table_2026(
-        CONFIG,
-        momentum=momentum_2026(STEPS, round(0.65 * STEPS), warmup=8),
-        decay=decay_2026(0.28, STEPS),
+        CONFIG, momentum=momentum_2026(STEPS, round(0.65 * STEPS), warmup=8), decay=decay_2026(0.28, STEPS)
     )
     optimizer = make_optimizer(CONFIG, table=table)
     params = start = random_params(CONFIG, 99, 0.05)

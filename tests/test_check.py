@@ -275,12 +275,7 @@ def test_checkpoints_that_are_there(here, checked):
         ("Open Kernel Module for x86_64  580.95.05  Release Build", (13,), "ok", "driver 580, the plugin"),
         ("x86_64 Kernel Module  535.183.01  Sun May 12 2024", (12,), "ok", "driver 535"),
         ("x86_64 Kernel Module  535.183.01  Sun May 12 2024", (13,), "missing", "EXTRAS=cuda12 "),
-        (
-            "x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021",
-            (12,),
-            "missing",
-            "525 or newer: update",
-        ),
+        ("x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021", (12,), "missing", "525 or newer: update"),
         ("Open Kernel Module for aarch64  580.65.06  Release Build", (), "warning", "setup EXTRAS=cuda13 "),
         ("Open Kernel Module for x86_64  580.95.05  Release Build", (12, 13), "warning", "one is needed"),
     ],

@@ -8,13 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from convert_helpers import (
-    THEIR_SHAPE,
-    refusal,
-    their_checkpoint,
-    torch,
-    write_checkpoint,
-)
+from convert_helpers import THEIR_SHAPE, refusal, their_checkpoint, torch, write_checkpoint
 
 from jaxchat.convert import weights
 from launch import convert

@@ -437,12 +437,7 @@ def test_tool_results_are_forced(params, engine, tokenizer, monkeypatch):
     bad = [open_, *tokenizer.encode("import os"), close]
     # What the model would say while a result is forced is never looked at.
     hidden = [5] * len(result)
-    scripts = [
-        [*sum_, *hidden, 7, end],
-        [*bad, 9, 9, end],
-        [*sum_, *hidden, *sum_, *hidden, end],
-        [close, 8, end],
-    ]
+    scripts = [[*sum_, *hidden, 7, end], [*bad, 9, 9, end], [*sum_, *hidden, *sum_, *hidden, end], [close, 8, end]]
     monkeypatch.setattr(engine_module, "read_prompts", engine_module.read_prompts.__wrapped__)
     monkeypatch.setattr(engine_module, "decode", engine_module.decode.__wrapped__)
     Scripted(monkeypatch, scripts, 4, tokenizer.vocab_size)

@@ -238,10 +238,7 @@ def test_gradients_cross_once_a_step(devices, axes):
     batch |= {"weights": supervised.astype(np.float32)}
     batch |= {"segments": np.broadcast_to(np.arange(T) // 5, shape).astype(np.int32)}
     sgd, found = optax.sgd(1.0), []
-    for remat, mesh in (
-        ("full", sharding.make_mesh(devices[:1])),
-        ("step", sharding.make_mesh(devices, axes)),
-    ):
+    for remat, mesh in (("full", sharding.make_mesh(devices[:1])), ("step", sharding.make_mesh(devices, axes))):
         model, placed = model_on(mesh, MODEL, remat=remat, loss_chunk_tokens=4), place_batch(batch, mesh)
         step = make_train_step(model, sgd).lower(abstract_state(model, sgd), placed, np.float32(1.0)).compile()
         state = init_state(0, model, sgd)

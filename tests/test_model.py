@@ -82,8 +82,7 @@ def test_forward_is_the_specs(kv_heads):
 
 
 @pytest.mark.parametrize(
-    "form",
-    [{"unroll": True}, {"remat": "full"}, {"remat": "dots"}, {"loss_chunk_tokens": 16}, {"attention": "blocks"}],
+    "form", [{"unroll": True}, {"remat": "full"}, {"remat": "dots"}, {"loss_chunk_tokens": 16}, {"attention": "blocks"}]
 )
 def test_every_form_gives_the_same_loss_and_gradient(form):
     params = random_params(CONFIG)

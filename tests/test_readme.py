@@ -43,17 +43,8 @@ RUN_BY = {
     "launch.tok_train": "tests/test_commands.py",
 }
 PYTHONS = ("python", "python3", ".venv/bin/python")
-OTHERS = (
-    "cd",
-    "curl",
-    "docker",
-    "gcloud",
-    "git",
-    "kubectl",
-    "source",
-    "sudo",
-    "uv",
-)  # not ours: only their quoting is checked
+# Not ours: only their quoting is checked.
+OTHERS = ("cd", "curl", "docker", "gcloud", "git", "kubectl", "source", "sudo", "uv")
 
 
 def blocks(kind: str) -> list[tuple[str, str]]:

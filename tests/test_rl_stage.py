@@ -141,12 +141,7 @@ def test_the_command_trains_saves_evaluates_and_resumes(here, capsys):
     flags += ["--sample_every=2", "--init_lr_frac=0.5"]
     chat_rl.main(flags)
     text = capsys.readouterr().out
-    for words in (
-        "Reinforcement learning of tiny",
-        "starts from",
-        "finished × 1",
-        "6, 2 updates",
-    ):
+    for words in ("Reinforcement learning of tiny", "starts from", "finished × 1", "6, 2 updates"):
         assert words in text, words
     assert text.splitlines()[-1].split("python")[-1].strip().startswith(f"-m launch.chat_cli -i rl --model_tag={TAG}")
     run = here / "chatrl_checkpoints" / TAG

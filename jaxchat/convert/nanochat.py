@@ -266,13 +266,8 @@ def shape_in_nanochat(found: Found) -> dict:
     """Return a model's model_config in nanochat. UserError: today's nanochat would compute it differently."""
     config = found.config
     shape = {name: getattr(config, name) for name in sorted(FIELDS)}
-    initial = (
-        "embedding_std",
-        "head_std",
-        "uniform_init",
-        "up_scale",
-        "table_dtype",
-    )  # nothing computes them
+    # Nothing is computed from these.
+    initial = ("embedding_std", "head_std", "uniform_init", "up_scale", "table_dtype")
     fields = {name: getattr(config, name) for name in initial}
     padding = {"vocab_multiple": config.vocab_multiple}
     if ModelConfig(**shape, **fields, **padding) == config and padding["vocab_multiple"] in (1, PADDING):

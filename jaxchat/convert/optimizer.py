@@ -16,14 +16,7 @@ import torch
 from jaxchat import checkpoint, seal
 from jaxchat.checkpoint import Found
 from jaxchat.config import ModelConfig, UserError
-from jaxchat.convert.weights import (
-    Names,
-    matrix_names,
-    our_names,
-    shape_of,
-    to_matrices,
-    to_stack,
-)
+from jaxchat.convert.weights import Names, matrix_names, our_names, shape_of, to_matrices, to_stack
 from jaxchat.model.params import named, shapes
 from jaxchat.train.horizon import REFERENCE_BATCH
 from jaxchat.train.optimizer import AdamW, Muon, make_optimizer, table_2026

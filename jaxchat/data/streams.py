@@ -166,9 +166,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
             totals[name][:: p.deal.rows_each] = [of[name] for of in counts]
         # But this one in each row, so that a process without the first row need not wait for the sum.
         totals["left"] = np.repeat(totals["left"][:: p.deal.rows_each], p.deal.rows_each)
-        first = (
-            p.streams[0] * p.deal.rows_each
-        )  # a stream at either end may belong to another process in part
+        first = p.streams[0] * p.deal.rows_each  # a stream at either end may be in part another process's
         mine = slice(p.rows[0] - first, p.rows[1] - first)
         return as_batch(
             {k: a[mine] for k, a in rows.items()}, {k: a[mine] for k, a in totals.items()}, p.micro_batches

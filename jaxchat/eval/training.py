@@ -53,9 +53,8 @@ def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
         if config.eval_bundle:
             raise
         why = f"not measured: {problem}"
-    sharding.check_same(
-        bundles={task.label: len(task.items) for task in bundle}
-    )  # all take part, or wait for ever
+    items = {task.label: len(task.items) for task in bundle}
+    sharding.check_same(bundles=items)  # all take part, or wait for ever
     if why:
         return [], why
     return bundle, f"{len(bundle)} tasks every {config.core_metric_every:,} steps"

@@ -109,9 +109,7 @@ class Generation:
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     finish: str = ""  # "stop" (by itself), "length" or "cancelled"; "" while it goes on
     end: tuple[int, float | None] | None = None  # (token, log-probability) that ended it
-    prompt_logprobs: list[float] = dataclasses.field(
-        default_factory=list
-    )  # from the prompt's second token on
+    prompt_logprobs: list[float] = dataclasses.field(default_factory=list)  # from the second token on
     prompt_top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
 
     @property

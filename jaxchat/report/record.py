@@ -102,14 +102,11 @@ def git_state() -> str:
         ).stdout.strip()
 
     try:
-        if (
-            Path(git("rev-parse", "--show-toplevel")) != root
-        ):  # another project's checkout, which ours is installed in
+        if Path(git("rev-parse", "--show-toplevel")) != root:  # another project's, which ours is installed in
             return ""
         changed = len(git("status", "--porcelain").splitlines())
         branch = git("rev-parse", "--abbrev-ref", "HEAD")
-        return f"{git('rev-parse', '--short=12', 'HEAD')} on {branch}" + (
-            f", {changed} files changed" if changed else ""
-        )
+        more = f", {changed} files changed" if changed else ""
+        return f"{git('rev-parse', '--short=12', 'HEAD')} on {branch}{more}"
     except (OSError, subprocess.CalledProcessError):
         return ""

@@ -40,12 +40,7 @@ def markdown(title: str, points: list[Point], images: dict[str, tuple[str, bytes
         for point in points
     ]
     columns = ["run", "parameters N", "tokens D", "D : N", "FLOPs C", "bits per byte", "CORE"]
-    parts = [
-        f"# {escape(title)}: a series of base models",
-        table(columns, rows),
-        "## Fits",
-        *lines,
-    ]
+    parts = [f"# {escape(title)}: a series of base models", table(columns, rows), "## Fits", *lines]
     parts += [f"## {title}\n\n![{title}]({name})" for name, (title, _) in images.items()]
     return "\n\n".join(parts) + "\n"
 

@@ -93,9 +93,8 @@ class Loop:
         for evaluation in evaluations if run.checkpoints and run.first_step else ():
             if evaluation.best:
                 found = best_step(run.checkpoints.folder, evaluation.best, run.first_step)
-                self.saver.restore_best(
-                    gather_json({"best": found})[0]["best"]
-                )  # as the first process sees it
+                found = gather_json({"best": found})[0]["best"]  # as the first process sees it
+                self.saver.restore_best(found)
         self.state, self.step = run.state, run.first_step
         self.finished = self.step == run.stage.num_steps
         self.ending = False  # the last save is under way
@@ -107,9 +106,8 @@ class Loop:
     def train(self):
         while True:
             stopping = not self.finished and self.stop.asked()
-            if self.saver.due(
-                self.step, self.finished or stopping
-            ):  # before the evaluations, which may fail, or take too long
+            # Before the evaluations, which may fail, or take too long.
+            if self.saver.due(self.step, self.finished or stopping):
                 self.reporter.flush()
                 self.saver.save(self.state, self.step, finished=self.finished)
                 self.reporter.restart_clock()
@@ -128,9 +126,8 @@ class Loop:
     def evaluate(self, stopping: bool) -> bool:
         """Run the evaluations that are due, unless the run stops. -> whether it stops."""
         for evaluation in self.evaluations:
-            done = (
-                self.step == self.run.first_step and evaluation.name in self.log.measured
-            )  # measured before the run was resumed
+            # Measured before the run was resumed.
+            done = self.step == self.run.first_step and evaluation.name in self.log.measured
             if not (stopping or done) and evaluation.due(self.step, self.finished):
                 self.reporter.flush()
                 values = evaluation.measure(self.state.params)
@@ -206,7 +203,5 @@ class Loop:
         length = placed["inputs"].shape[-1]
         self.saver.agree(self.reporter.step(self.step, size, waited, metrics, length))
         self.finished = self.step == stage.num_steps
-        if (
-            not stage.num_steps and not batch["totals"]["left"].any()
-        ):  # this process has no more rows: have all run out?
+        if not stage.num_steps and not batch["totals"]["left"].any():  # no rows are left here: elsewhere?
             self.finished = not int(totals["left"])

@@ -36,9 +36,8 @@ class Stop:
     def _note(self, number, frame):
         if number == signal.SIGINT:
             os.write(2, b"stopping after this step, and saving; Ctrl-C again ends at once\n")
-            signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            )  # not Python's handler: native code would have to return first
+            # Not Python's handler: native code would have to return first.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)  # to jax's service
         else:

@@ -34,13 +34,7 @@ from jaxchat.data.sources import ParquetText, repeated
 from jaxchat.data.tasks import Mixture
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.train.horizon import (
-    REFERENCE_DEPTH,
-    Horizon,
-    decay_2026,
-    horizon_2026,
-    momentum_2026,
-)
+from jaxchat.train.horizon import REFERENCE_DEPTH, Horizon, decay_2026, horizon_2026, momentum_2026
 from jaxchat.train.optimizer import MIXING_LR, SCALAR_LR, AdamW, Muon, make_optimizer, table_2025, table_2026
 from jaxchat.train.schedule import cosine, lr_multiplier
 
@@ -389,11 +383,7 @@ def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -
         model=model,
         tokenizer=parent.tokenizer,
         optimizer=optimizer_for(
-            config,
-            model,
-            grad_clip=config.grad_clip,
-            init_lr_frac=config.init_lr_frac,
-            momentum_warmup=0,
+            config, model, grad_clip=config.grad_clip, init_lr_frac=config.init_lr_frac, momentum_warmup=0
         ),
         batches=batches,
         device_batch=config.device_batch_size,

@@ -159,9 +159,8 @@ def secret_file(names: list[str], dry_run: bool):
     if dry_run:
         yield f"<a file with {', '.join(names)}>"
         return
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="jaxchat-", suffix=".env"
-    ) as file:  # mode 600, which scp keeps
+    # Its mode is 600, which scp keeps.
+    with tempfile.NamedTemporaryFile("w", prefix="jaxchat-", suffix=".env") as file:
         file.writelines(f"{name}={shlex.quote(os.environ[name])}\n" for name in names)
         file.flush()
         yield file.name
