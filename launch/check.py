@@ -159,9 +159,9 @@ def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str,
     """Check how much text there is and how often base goes through it; return the shards' fingerprints."""
     from jaxchat.data.encode import text_reader
     from jaxchat.data.sources import SOURCE, ParquetText, find_shards, open_parquet, repeated
-    from jaxchat.train.stages import SAMPLE, base_steps, tokens_in
+    from jaxchat.train.stages import SAMPLE, horizon_of, tokens_in
 
-    tokens = base_steps(config, model.config) * config.total_batch_size
+    tokens = horizon_of(config, model.config).tokens
     try:
         texts = ParquetText(find_shards(config.data_dir, "train", whole=True))
         held_out = ParquetText(find_shards(config.data_dir, "val"))

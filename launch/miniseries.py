@@ -127,11 +127,10 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
 
 
 def minutes_of(flags: BaseConfig, machine: Machine) -> float:
-    from jaxchat.train.stages import base_steps
+    from jaxchat.train.stages import horizon_of
 
     model = model_of(flags)
-    tokens = base_steps(flags, model) * flags.total_batch_size
-    return train_minutes(flags, tokens, model, machine, core=False)
+    return train_minutes(flags, horizon_of(flags, model).tokens, model, machine, core=False)
 
 
 def machine_of(config: Config) -> Machine:
@@ -165,11 +164,11 @@ def numbers(name: str, text: str) -> list[float]:
 def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
     """The parameters and steps of each run, as rows of a plan."""
     from jaxchat.model.flops import num_params
-    from jaxchat.train.stages import base_steps
+    from jaxchat.train.stages import horizon_of
 
     models = {name: model_of(given) for name, given in flags.items()}
     return [
-        (name, f"{num_params(model):,} parameters, {base_steps(flags[name], model):,} steps")
+        (name, f"{num_params(model):,} parameters, {horizon_of(flags[name], model).steps:,} steps")
         for name, model in models.items()
     ]
 

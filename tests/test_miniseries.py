@@ -17,7 +17,7 @@ from jaxchat.model.flops import num_params
 from jaxchat.scaling import fits, page, plots
 from jaxchat.scaling.fits import Point
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.train.stages import base_model, base_steps
+from jaxchat.train.stages import base_model, horizon_of
 from launch import cli, miniseries
 
 E, A, ALPHA, B, BETA = 0.9, 30.0, 0.34, 60.0, 0.28  # bits per byte
@@ -138,7 +138,7 @@ def prepared(home, monkeypatch):
     def python(module, *flags):
         given = cli.parse(BaseConfig, list(flags))
         model = base_model(given, 300)
-        tokens = base_steps(given, model) * given.total_batch_size
+        tokens = horizon_of(given, model).tokens
         law = E + A * num_params(model) ** -ALPHA + B * tokens**-BETA
         folder = home / "prepared" / given.model_tag / "base_checkpoints" / given.model_tag
         if not folder.exists():

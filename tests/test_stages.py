@@ -104,7 +104,7 @@ def test_the_first_horizon_given_counts(flags, steps):
     model = ModelConfig.from_depth(12, sequence_len=2048, vocab_size=65536)
     flops = 6 * (185_597_952 - 65536 * 768) + 12 * 12 * 768 * 2048
     config = BaseConfig(total_batch_size=262144, **{"target_param_data_ratio": -1.0, **flags})
-    assert stages.base_steps(config, model) == (steps or round(1e18 / (flops * 262144)))
+    assert stages.horizon_of(config, model).steps == (steps or round(1e18 / (flops * 262144)))
 
 
 @pytest.fixture(scope="module")

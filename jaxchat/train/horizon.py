@@ -46,7 +46,8 @@ def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig)
         best = REFERENCE_BATCH * growth**BATCH_POWER
         batch = 2 ** round(math.log2(best))
         why = f"the power of 2 nearest to {REFERENCE_BATCH:,} × {growth:.4g}^{BATCH_POWER} = {best:,.0f}"
-    steps, reason = steps_2026(config, model, batch)
+    kind = "weights of the layers' matrices and the head"
+    steps, reason = steps_for(config, model, batch, scaling_params(model), kind)
     scale, cooling = math.sqrt(batch / REFERENCE_BATCH), round(config.warmdown_ratio * steps)
     decay = config.weight_decay * scale / growth
     final = f"{config.warmup_steps} steps of warmup, {cooling:,} of cooldown to {config.final_lr_frac:g}"
@@ -60,24 +61,26 @@ def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig)
     return Horizon(steps, batch, scale, decay, cooling, plan)
 
 
-def steps_2026(config: BaseConfig, model: ModelConfig, batch: int) -> tuple[int, str]:
-    """Return (number of steps, why), by the first given of num_iterations, target_flops,
-    target_param_data_ratio."""
-    ratio, count = config.target_param_data_ratio, scaling_params(model)
+def steps_for(config: BaseConfig, model: ModelConfig, batch: int, weights: int, kind: str) -> tuple[int, str]:
+    """Return (number of steps, why), by the first given of num_iterations, target_flops and the data ratio.
+
+    batch: tokens in a step. weights, kind: how many weights --target_param_data_ratio counts, and which.
+    """
+    ratio = config.target_param_data_ratio
     if config.num_iterations > 0:
         return config.num_iterations, f"--num_iterations={config.num_iterations}"
     if config.target_flops > 0:
         steps = round(config.target_flops / (flops_per_token(model) * batch))
         reason = f"--target_flops={config.target_flops:g}"
     elif ratio > 0:
-        steps = int(ratio * count) // batch
-        reason = f"{ratio:g} tokens for each of {count:,} weights of the layers' matrices and the head"
+        steps = int(ratio * weights) // batch
+        reason = f"{ratio:g} tokens for each of {weights:,} {kind} (--target_param_data_ratio)"
     else:
         raise UserError(
             "how long to train? give --num_iterations, --target_flops or --target_param_data_ratio"
         )
     if steps < 1:
-        raise UserError(f"{reason}: less than one step of {batch:,} tokens; lower --total_batch_size")
+        raise UserError(f"{reason} is less than one step of {batch:,} tokens; lower --total_batch_size")
     return steps, reason
 
 

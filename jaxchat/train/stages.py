@@ -34,7 +34,14 @@ from jaxchat.data.sources import ParquetText, repeated
 from jaxchat.data.tasks import Mixture
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.train.horizon import REFERENCE_DEPTH, Horizon, decay_2026, horizon_2026, momentum_2026
+from jaxchat.train.horizon import (
+    REFERENCE_DEPTH,
+    Horizon,
+    decay_2026,
+    horizon_2026,
+    momentum_2026,
+    steps_for,
+)
 from jaxchat.train.optimizer import MIXING_LR, SCALAR_LR, AdamW, Muon, make_optimizer, table_2025, table_2026
 from jaxchat.train.schedule import cosine, lr_multiplier
 
@@ -189,7 +196,8 @@ def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
 def horizon_of(config: BaseConfig, model: ModelConfig) -> Horizon:
     """Choose how long base training is, and its batch, by the recipe of the flags' --arch."""
     if not BASE_RECIPES[config.arch]:
-        return Horizon(base_steps(config, model), config.total_batch_size)
+        batch = config.total_batch_size
+        return Horizon(steps_for(config, model, batch, num_params(model), "parameters")[0], batch)
     reference = ModelConfig.from_depth(
         REFERENCE_DEPTH, sequence_len=model.sequence_len, vocab_size=model.vocab_size, arch=config.arch
     )
@@ -199,26 +207,6 @@ def horizon_of(config: BaseConfig, model: ModelConfig) -> Horizon:
 def with_horizon(config: BaseConfig, model: ModelConfig) -> BaseConfig:
     """Replace --total_batch_size by the number of tokens that the recipe of --arch chooses."""
     return dataclasses.replace(config, total_batch_size=horizon_of(config, model).batch)
-
-
-def base_steps(config: BaseConfig, model: ModelConfig) -> int:
-    """Number of steps, by the first given of num_iterations, target_flops and target_param_data_ratio."""
-    if config.num_iterations > 0:
-        return config.num_iterations
-    if config.target_flops > 0:
-        steps = round(config.target_flops / (flops_per_token(model) * config.total_batch_size))
-        given = f"--target_flops={config.target_flops:g}"
-    elif config.target_param_data_ratio > 0:
-        steps = int(config.target_param_data_ratio * num_params(model)) // config.total_batch_size
-        given = f"--target_param_data_ratio={config.target_param_data_ratio:g}"
-    else:
-        raise UserError(
-            "how long to train? give --num_iterations, --target_flops or --target_param_data_ratio"
-        )
-    if steps < 1:
-        batch = f"one step of {config.total_batch_size:,} tokens"
-        raise UserError(f"{given} is less than {batch}; lower --total_batch_size")
-    return steps
 
 
 def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage:
