@@ -132,7 +132,7 @@ def test_a_warm_start_keeps_the_moments(home):
     state = init_state(0, model, optimizer)
     state = jax.tree.map(lambda a: a + jnp.asarray(7, a.dtype), state)
     checkpoints = store.Checkpoints(checkpoint.run_folder("base", "d2"))
-    rest = {"step": state.step, "empty_steps": state.empty_steps, "opt_state": state.opt_state}
+    rest = state.rest
     meta = {"stage": "base", "step": 7, "model": dataclasses.asdict(config), "tokenizer_hash": None}
     checkpoints.save(7, params=state.params, optimizer=rest, batches=None, meta=meta)
     checkpoints.close()

@@ -31,10 +31,7 @@ def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[
         batches = packed_batches(config, stage, read, range(len(texts)))
     of_core = partial(core_metric, stage=stage, bundle=bundle, max_per_task=config.core_metric_max_per_task)
     return [
-        Evaluation(
-            "validation", config.eval_every, partial(val_bpb, stage=stage, batches=batches), at_start=True
-        ),
-        *fp8_evaluations(config, stage, batches),
+        *validations(config, stage, val_bpb, batches),
         Evaluation("CORE", config.core_metric_every if bundle else -1, of_core),
         Evaluation("samples", config.sample_every, partial(samples, stage=stage)),
     ]
@@ -68,12 +65,7 @@ def mid(config: MidConfig, stage: Stage) -> list[Evaluation]:
         order = Order([len(tasks)], seed=0)  # whatever --seed is: runs can be compared
         read = conversation_reader(tasks, stage.tokenizer)
         batches = packed_batches(config, stage, read, map(order.index, range(len(tasks))))
-    return [
-        Evaluation(
-            "validation", config.eval_every, partial(val_bpb, stage=stage, batches=batches), at_start=True
-        ),
-        *fp8_evaluations(config, stage, batches),
-    ]
+    return validations(config, stage, val_bpb, batches)
 
 
 def packed_batches(config: BaseConfig | MidConfig, stage: Stage, read, documents) -> list[dict]:
@@ -99,10 +91,7 @@ def sft(config: SFTConfig, stage: Stage) -> list[Evaluation]:
         sharding.check_same(tasks={name: task.fingerprint for name, task in tasks})
     letters = partial(accuracies, stage=stage, tasks=tasks, most=config.eval_metrics_max_problems)
     return [
-        Evaluation(
-            "validation", config.eval_every, partial(val_loss, stage=stage, batches=batches), at_start=True
-        ),
-        *fp8_evaluations(config, stage, batches),
+        *validations(config, stage, val_loss, batches),
         Evaluation("multiple choice", config.eval_metrics_every, letters),
     ]
 
@@ -116,19 +105,20 @@ def choice_tasks(config: SFTConfig) -> list:
         raise UserError(f"{problem}; or do without this evaluation: --eval_metrics_every=-1") from problem
 
 
-def fp8_evaluations(config: TrainConfig, stage: Stage, batches: list[dict]) -> list[Evaluation]:
-    """List the evaluation that checks float8 products; [] if the run has none, or nothing to validate on."""
-    if not (stage.model.compute.matmul and batches):
-        return []
-    return [Evaluation("float8", config.eval_every, partial(fp8_drift, stage=stage, batches=batches))]
+def validations(config: TrainConfig, stage: Stage, measure, batches: list[dict]) -> list[Evaluation]:
+    """List the evaluation by validation batches, and that of float8 products if the run has them."""
+    about = {"stage": stage, "batches": batches}
+    found = [Evaluation("validation", config.eval_every, partial(measure, **about), at_start=True)]
+    if stage.model.compute.matmul and batches:
+        found.append(Evaluation("float8", config.eval_every, partial(fp8_drift, **about)))
+    return found
 
 
 def fp8_drift(params, stage: Stage, batches: list[dict]) -> dict[str, float]:
     """Measure how float8 products change the loss of the first validation batch, as a fraction of that
     loss."""
-    (with_fp8, _), (without, _) = (
-        total_loss(params, batches[:1], model) for model in (stage.model, stage.model.without_fp8())
-    )
+    models = stage.model, stage.model.without_fp8()
+    (with_fp8, _), (without, _) = (total_loss(params, batches[:1], model) for model in models)
     drift = with_fp8 / without - 1
     if abs(drift) > MOST_DRIFT:
         print(
@@ -149,11 +139,8 @@ def val_loss(params, stage: Stage, batches: list[dict]) -> dict[str, float]:
 
 
 def core_metric(params, stage: Stage, bundle: list[core.CoreTask], max_per_task: int) -> dict[str, float]:
-    return {
-        "core": mean(
-            core.evaluate(Scorer(params, stage.model.without_fp8()), stage.tokenizer, bundle, max_per_task)
-        )
-    }
+    scorer = Scorer(params, stage.model.without_fp8())
+    return {"core": mean(core.evaluate(scorer, stage.tokenizer, bundle, max_per_task))}
 
 
 def samples(params, stage: Stage) -> dict[str, float]:

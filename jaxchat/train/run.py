@@ -236,10 +236,8 @@ def initial_state(stage: Stage) -> TrainState:
     parent, target = stage.parent, abstract_state(stage.model, stage.optimizer)
     if wrong := seal.damage(parent.path, ("optimizer",)):
         raise UserError(f"{parent.path} is damaged: {wrong}; do without it: --no_load_optimizer")
-    rest = {"step": target.step, "empty_steps": target.empty_steps, "opt_state": target.opt_state}
-    params, rest = Checkpoints(parent.folder).restore(
-        parent.step, params=target.params, optimizer=rest, batches=None
-    )
+    stored = Checkpoints(parent.folder)
+    params, rest = stored.restore(parent.step, params=target.params, optimizer=target.rest, batches=None)
     zero = jnp.zeros_like(rest["step"])
     return TrainState(zero, zero, params, with_new_schedule(rest["opt_state"]))
 
@@ -248,9 +246,8 @@ def restore(stage: Stage, start: Start) -> TrainState:
     """Restore the state of the checkpoint that is resumed from, and set the data pipeline to its place."""
     checkpoints, target = start.checkpoints, abstract_state(stage.model, stage.optimizer)
     if checkpoints.has_state(start.step):
-        rest = {"step": target.step, "empty_steps": target.empty_steps, "opt_state": target.opt_state}
         params, rest = checkpoints.restore(
-            start.step, params=target.params, optimizer=rest, batches=stage.batches
+            start.step, params=target.params, optimizer=target.rest, batches=stage.batches
         )
         return TrainState(params=params, **rest)
     if start.step != stage.num_steps:  # weights only: it must be the last of its run

@@ -123,13 +123,12 @@ class Saver:
             self._checkpoints.wait()
             self._went_well()
         keep = self._stage.keep_state or not finished
-        rest = {"step": state.step, "empty_steps": state.empty_steps, "opt_state": state.opt_state}
         self._begun, self._again = step, None
         self._saved_at, self._overdue = clock(), False
         self._checkpoints.save(
             step,
             params=state.params,
-            optimizer=rest if keep else None,
+            optimizer=state.rest if keep else None,
             batches=self._stage.batches if keep else None,
             meta=self._run.meta | {"step": step},
         )

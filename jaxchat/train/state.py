@@ -21,6 +21,11 @@ class TrainState:
     params: Params
     opt_state: Any  # optax's
 
+    @property
+    def rest(self) -> dict:
+        """All but the weights, as a checkpoint keeps it beside them."""
+        return {"step": self.step, "empty_steps": self.empty_steps, "opt_state": self.opt_state}
+
 
 def fresh(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
