@@ -26,6 +26,26 @@ NAMES = {
     "lm_head": "lm_head.weight",
 }
 SHARD_SIZE = "5GB"
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [jaxchat]
+---
+
+# {tag} ({stage})
+
+{origin} jaxchat for transformers.
+
+| | |
+|---|---|
+{rows}
+"""
+CHATS = """
+It chats through `tokenizer.apply_chat_template`. What it writes between `<|python_start|>` and
+`<|python_end|>` is meant for a calculator, whose answer goes between `<|output_start|>` and
+`<|output_end|>`.
+"""
 # What jaxchat computes with, and transformers' default where config.json is silent.
 FIXED = {
     "model_type": ("nanochat", None),
@@ -132,39 +152,16 @@ def model_card(found: Found, chat: bool) -> str:
         **{name: f"{value:.4f}" for name, value in sorted(meta.get("metrics", {}).items())},
     }
     settings = {k: v for k, v in sorted(shareable(meta.get("settings", {})).items()) if v not in ("", -1)}
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [jaxchat]",
-        "---",
-        "",
-    ]
-    origin = "Exported by" if imported else "Trained and exported with"
-    lines += [
-        f"# {found.tag} ({meta['stage']})",
-        "",
-        f"{origin} jaxchat for transformers.",
-        "",
-        "| | |",
-        "|---|---|",
-    ]
-    lines += [*(f"| {name} | {value} |" for name, value in rows.items() if value is not None), ""]
+    text = CARD.format(
+        tag=found.tag,
+        stage=meta["stage"],
+        origin="Exported by" if imported else "Trained and exported with",
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None),
+    )
     if settings:
-        lines += [
-            "Settings of the run:",
-            "",
-            *(f"- `{name}` = {value}" for name, value in settings.items()),
-            "",
-        ]
-    if chat and found.tokenizer:
-        lines += [
-            "It chats through `tokenizer.apply_chat_template`. What it writes between `<|python_start|>` and",
-            "`<|python_end|>` is meant for a calculator, whose answer goes between `<|output_start|>` and",
-            "`<|output_end|>`.",
-            "",
-        ]
-    return "\n".join(lines)
+        text += "\nSettings of the run:\n\n"
+        text += "".join(f"- `{name}` = {value}\n" for name, value in settings.items())
+    return text + (CHATS if chat and found.tokenizer else "")
 
 
 def load(path: Path) -> Foreign:
@@ -188,9 +185,8 @@ def load(path: Path) -> Foreign:
             tensors |= load_file(file)
         except safetensors.SafetensorError as problem:
             raise UserError(f"{file} cannot be read: {problem}") from problem
-    tokenizer = (
-        tokens.from_hugging_face(path / "tokenizer.json") if (path / "tokenizer.json").exists() else None
-    )
+    file = path / "tokenizer.json"
+    tokenizer = tokens.from_hugging_face(file) if file.exists() else None
     return Foreign(path, config, NAMES, tensors, tokenizer, meta={"config": described})
 
 

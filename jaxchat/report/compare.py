@@ -5,7 +5,7 @@ from matplotlib import colormaps
 
 from jaxchat.config import STAGES
 from jaxchat.model.flops import flops_per_token, num_params
-from jaxchat.report.document import about_measured, escape, fence, measured, table, trained
+from jaxchat.report.document import about_measured, curves_text, escape, fence, measured, table, trained
 from jaxchat.report.gather import Run, StageRun, tokens_of
 from jaxchat.report.plots import CURVES, FROM_ZERO, Line, figure, points
 from jaxchat.report.samples import Samples
@@ -32,11 +32,7 @@ def markdown(
             parts += [title, read, table(["", *columns], rows)]
         if having and len(having) < len(runs):
             parts.append(f"Without a checkpoint: {', '.join(run.tag for run in runs if run not in having)}.")
-    parts.append("## Curves")
-    parts += [f"### {title}\n\n![{title}]({name})" for name, (title, _) in images.items()]
-    if not images:
-        parts.append("No step was logged.")
-    parts += samples_text(samples)
+    parts += [*curves_text(images), *samples_text(samples)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -51,15 +51,17 @@ def markdown(
         *tokenizer(run),
         "## Training",
         training(run, price_per_hour),
-        "## Curves",
+        *curves_text(images),
+        *samples_text(samples),
     ]
-    parts += [f"### {title}\n\n![{title}]({name})" for name, (title, _) in images.items()]
-    if not images:
-        parts.append("No step was logged.")
-    parts += samples_text(samples)
     parts += [part for stage in run.stages.values() for part in answers_text(stage)]
     parts += ["## Where and how", origin(run)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def curves_text(images: dict[str, tuple[str, bytes]]) -> list[str]:
+    shown = [f"### {title}\n\n![{title}]({name})" for name, (title, _) in images.items()]
+    return ["## Curves", *(shown or ["No step was logged."])]
 
 
 def results(run: Run) -> str:

@@ -124,44 +124,42 @@ def by_budget(points: list[Point]) -> dict[float, list[Point]]:
     return {budget: found[budget] for budget in sorted(found) if budget and len(found[budget]) >= 3}
 
 
-def iso_flop(points: list[Point], seed: int = 0) -> IsoFlop | None:
+def iso_flop(points: list[Point]) -> IsoFlop | None:
     """Fit a parabola for each budget, then power laws to their minima; None: fewer than two have a minimum.
 
     With four models a budget or more, the noise around the parabolas gives the intervals; with three, the
     minima's distances from the power laws.
     """
-    groups = {budget: of for budget, of in by_budget(points).items() if minimum(budget, of)}
-    if len(groups) < 2:
+    found = []  # of each budget: its minimum, its points, and the parabola's losses at these
+    for budget, of in by_budget(points).items():
+        if best := minimum(budget, of):
+            found.append((best, of, np.polyval(best.parabola, np.log([p.parameters for p in of]))))
+    if len(found) < 2:
         return None
-    minima = [minimum(budget, of) for budget, of in groups.items()]
-    budgets = np.array([m.budget for m in minima])
-    lines = power_law(budgets, [m.parameters for m in minima]), power_law(budgets, [m.tokens for m in minima])
-    left, free = 0.0, 0
-    for found, of in zip(minima, groups.values(), strict=True):
-        fitted = np.polyval(found.parabola, np.log([p.parameters for p in of]))
-        left += float(np.sum((fitted - [p.loss for p in of]) ** 2))
-        free += len(of) - 3
+    minima, names = [best for best, *_ in found], ("parameters", "tokens")
+    budgets = np.array([best.budget for best in minima])
+    lines = tuple(power_law(budgets, [getattr(best, name) for best in minima]) for name in names)
+    left = sum(float(np.sum((fitted - [p.loss for p in of]) ** 2)) for _, of, fitted in found)
+    free = sum(len(of) - 3 for _, of, _ in found)
     if not free:
-        a, b = (slope_of(budgets, [getattr(m, name) for m in minima]) for name in ("parameters", "tokens"))
+        a, b = (slope_of(budgets, [getattr(best, name) for best in minima]) for name in names)
         return IsoFlop(minima, a, b, lines, np.nan)
     noise = np.sqrt(left / free)
-    random, slopes = np.random.default_rng(seed), []
+    random, slopes = np.random.default_rng(0), []
     for _ in range(DRAWS):
         scale = noise * np.sqrt(free / random.chisquare(free))  # the noise itself is known only so well
-        drawn = []
-        for found, of in zip(minima, groups.values(), strict=True):
-            fitted = np.polyval(found.parabola, np.log([p.parameters for p in of]))
-            drawn.append(minimum(found.budget, of, fitted + scale * random.standard_normal(len(of))))
+        drawn = [
+            minimum(best.budget, of, fitted + scale * random.standard_normal(len(of)))
+            for best, of, fitted in found
+        ]
         if all(drawn):
-            slopes.append(
-                [power_law(budgets, [getattr(m, n) for m in drawn])[0] for n in ("parameters", "tokens")]
-            )
+            slopes.append([power_law(budgets, [getattr(best, name) for best in drawn])[0] for name in names])
     slopes = np.array(slopes).reshape(-1, 2)
     a, b = Estimate.of(lines[0][0], slopes[:, 0]), Estimate.of(lines[1][0], slopes[:, 1])
     return IsoFlop(minima, a, b, lines, float(noise))
 
 
-def surface(points: list[Point], seed: int = 0) -> Surface | None:
+def surface(points: list[Point]) -> Surface | None:
     """Fit loss = E + A/N^alpha + B/D^beta; None: fewer than seven runs, or all of one N : D ratio."""
     n, d, loss = (np.array([getattr(p, name) for p in points]) for name in ("parameters", "tokens", "loss"))
     if len(points) < 7 or np.std(np.log(n / d)) < 0.1:
@@ -171,7 +169,7 @@ def surface(points: list[Point], seed: int = 0) -> Surface | None:
     fitted = np.exp(log_loss(best, n, d))
     free = len(points) - len(best)
     noise = np.sqrt(np.sum(np.log(loss / fitted) ** 2) / free)
-    random, draws = np.random.default_rng(seed), []
+    random, draws = np.random.default_rng(0), []
     for _ in range(DRAWS // 4):
         scale = noise * np.sqrt(free / random.chisquare(free))
         draws.append(refined(best, n, d, fitted * np.exp(scale * random.standard_normal(len(points)))))
