@@ -230,10 +230,9 @@ def optimizer_specs(state, weights: dict):
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
-def place_rows(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
-    """Make a global array from the rows of each process, spread over the mesh along `axis`."""
-    spec = P(*[None] * axis, ROWS)
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+def place_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Make a global array [A, B, …] from each process's rows B, which are spread over the mesh."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, ROWS)), array)
 
 
 def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
@@ -246,15 +245,14 @@ def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
     return first, end
 
 
-def place_same(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
-    """Make a global array, spread over the mesh along `axis`, from one that every process has in full."""
-    sharding = NamedSharding(mesh, P(*[None] * axis, ROWS))
-    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+def place_same(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Make a global array [B, …], its rows spread over the mesh, from one that every process has in full."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P(ROWS)), lambda part: array[part])
 
 
 def agree(totals: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Sum int32 arrays [A, B] over the rows of all processes, without waiting for the results."""
-    return _sums({name: place_rows(array, mesh, axis=1) for name, array in totals.items()}, mesh)
+    return _sums({name: place_rows(array, mesh) for name, array in totals.items()}, mesh)
 
 
 @partial(jax.jit, static_argnames="mesh")

@@ -116,12 +116,12 @@ def ask(world) -> dict:
     return scores
 
 
-def texts(count: int = 5) -> list[str]:
-    """The first three words of a few validation documents, for the report to continue."""
+def texts() -> list[str]:
+    """The first three words of five validation documents, for the report to continue."""
     from jaxchat.data.sources import ParquetText, find_shards
 
     documents = ParquetText(find_shards(None, "val"))
-    return list(dict.fromkeys(" ".join(documents[n].split()[:3]) for n in range(10 * count)))[:count]
+    return list(dict.fromkeys(" ".join(documents[n].split()[:3]) for n in range(50)))[:5]
 
 
 def questions(world) -> list[str]:

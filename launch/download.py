@@ -9,6 +9,7 @@ from pathlib import Path
 from jaxchat import files
 from jaxchat.config import Flags, UserError, base_dir, check_folder, flag, user_path
 from jaxchat.data.hub import Link, Repo
+from jaxchat.speedrun.presets import TASKS
 from launch import cli
 
 PUBLIC = "https://karpathy-public.s3.us-west-2.amazonaws.com"
@@ -42,7 +43,6 @@ SETS: dict[str, Repo | Link] = {
         f"{PUBLIC}/eval_bundle.zip", "eval_bundle", needs=("core.yaml", "eval_meta_data.csv", "eval_data")
     ),
 }
-TASKS = ("smoltalk", "mmlu", "gsm8k", "arc", "humaneval", "identity", "words")
 NAMES = (*SETS, "all-tasks")
 
 

@@ -219,15 +219,14 @@ def described(config: Config) -> Plan:
     tag = config.model_tag or f"d{depth}"
     checkpoint.run_folder("base", tag)  # a UserError if no folder can be named so
     places = Places(config.data_dir, config.tasks_dir, config.eval_bundle)
-    plan = Plan(
-        preset, tag, *with_flags(presets.real_steps(preset, tag, depth, places, rl=config.rl), config), price
-    )
+
+    def planned(shards: int) -> Plan:
+        listed = presets.real_steps(preset, tag, depth, places, shards, config.rl)
+        return Plan(preset, tag, *with_flags(listed, config), price, 0 if config.data_dir else shards)
+
+    plan = planned(2)
     if not config.data_dir:
-        shards = estimate.shards_for(plan.flags["base"], plan.model)
-        listed, flags = with_flags(
-            presets.real_steps(preset, tag, depth, places, shards, rl=config.rl), config
-        )
-        plan = dataclasses.replace(plan, steps=listed, flags=flags, shards=shards)
+        plan = planned(estimate.shards_for(plan.flags["base"], plan.model))
     priced = [f"--price_per_hour={price:g}"] if price else []
     listed = [
         dataclasses.replace(s, argv=(*s.argv, *priced)) if s.name == "report" else s for s in plan.steps

@@ -246,7 +246,7 @@ def fetch_link(link: Link, path: Path):
     print(f"{path} downloaded", flush=True)
 
 
-def show_progress(work: Callable[[], None], listings: list[Listing], links: Iterable[Path] = ()):
+def show_progress(work: Callable[[], None], listings: list[Listing], links: Iterable[Path]):
     """Run `work` in a thread; print every few seconds how much of the listings and links is there, and the
     ETA."""
 

@@ -109,19 +109,19 @@ def is_right(turn: Turn, pieces: Pieces) -> bool:
     return pieces == wanted
 
 
-def passed(scores: dict[str, Score], targets: dict[str, float] = TARGETS) -> bool:
+def passed(scores: dict[str, Score]) -> bool:
     """Return whether every kind that was scored and has a target reaches it."""
-    return all(scores[kind].share >= target for kind, target in targets.items() if kind in scores)
+    return all(scores[kind].share >= target for kind, target in TARGETS.items() if kind in scores)
 
 
-def table(scores: dict[str, Score], targets: dict[str, float] = TARGETS) -> str:
+def table(scores: dict[str, Score]) -> str:
     """The scores as an aligned text table, one row a kind: right answers, percent, target, pass or MISS."""
     rows = [("held-out prompts", "right", "score", "target", "")]
     for kind, found in scores.items():
         target, verdict = "–", ""
-        if kind in targets:
-            target = f"{targets[kind]:.0%}"
-            verdict = "pass" if found.share >= targets[kind] else "MISS"
+        if kind in TARGETS:
+            target = f"{TARGETS[kind]:.0%}"
+            verdict = "pass" if found.share >= TARGETS[kind] else "MISS"
         rows.append((kind, f"{found.right}/{found.total}", f"{100 * found.share:.1f}%", target, verdict))
     kind, right, share, target, _ = [max(len(row[column]) for row in rows) for column in range(5)]
     return "\n".join(

@@ -31,7 +31,7 @@ def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]
     """
     sums = []
     for batch in batches:
-        placed = {f"{name}_BT": place_same(array, model.mesh, axis=0) for name, array in batch.items()}
+        placed = {f"{name}_BT": place_same(array, model.mesh) for name, array in batch.items()}
         sums.append(_sums(params, placed, model))
     nll, weight = np.array(jax.device_get(sums), np.float64).sum(axis=0)
     return float(nll), float(weight)
@@ -54,11 +54,8 @@ def measure_text(
 ):
     """Measure and print bits per byte of each split's first tokens: {"train_bpb": …, "val_bpb": …}."""
     values = {}
-    size = {
-        "rows": rows * data_shards(model.mesh),
-        "time": found.config.sequence_len,
-        "max_tokens": max_tokens,
-    }
+    rows *= data_shards(model.mesh)
+    size = {"rows": rows, "time": found.config.sequence_len, "max_tokens": max_tokens}
     batches = {  # of all splits first: one may hold no text
         split: packed_validation(text_reader(text, found.tokenizer), range(len(text)), **size)
         for split, text in texts.items()

@@ -30,7 +30,7 @@ def continuations(engine: Engine, texts: Sequence[str] = PROMPTS, max_tokens: in
     return [tokenizer.decode(generation.tokens) for generation in found]
 
 
-def answers(engine: Engine, questions: Sequence[str] = QUESTIONS, max_tokens: int = 128) -> list[str]:
+def answers(engine: Engine, questions: Sequence[str]) -> list[str]:
     """The likeliest answer to each question, with tool calls and their results in brackets."""
     tokenizer = engine.tokenizer
     talks = [
@@ -38,7 +38,7 @@ def answers(engine: Engine, questions: Sequence[str] = QUESTIONS, max_tokens: in
         for question in questions
     ]
     prompts = [tokenizer.render_for_completion({"messages": talk}) for talk in talks]
-    return [shown(pieces(generation, tokenizer)) for generation in greedy(engine, prompts, max_tokens)]
+    return [shown(pieces(generation, tokenizer)) for generation in greedy(engine, prompts, 128)]
 
 
 def greedy(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list:

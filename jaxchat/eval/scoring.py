@@ -160,10 +160,8 @@ class Scorer:
         answers = [0] * len(rows)
 
         def logits_of(chosen, tokens_BT):
-            lengths_B, candidates_BC = (
-                np.ones(len(tokens_BT), np.int32),
-                np.zeros((len(tokens_BT), CANDIDATES), np.int32),
-            )
+            lengths_B = np.ones(len(tokens_BT), np.int32)
+            candidates_BC = np.zeros((len(tokens_BT), CANDIDATES), np.int32)
             for b, r in enumerate(chosen):
                 lengths_B[b], candidates_BC[b, : len(candidates[r])] = len(rows[r]), candidates[r]
             placed = (self._place(array) for array in (tokens_BT, lengths_B, candidates_BC))
@@ -175,7 +173,7 @@ class Scorer:
         return answers
 
     def _place(self, array: np.ndarray) -> jax.Array:
-        return sharding.place_same(array, self.model.mesh, axis=0)
+        return sharding.place_same(array, self.model.mesh)
 
     def _run(self, rows: list[np.ndarray], call: Callable) -> Iterator[tuple[list[int], Any]]:
         """Yield (indices of rows, what `call` returned for them); the next batch is computed meanwhile."""

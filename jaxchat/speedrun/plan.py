@@ -67,14 +67,14 @@ class Plan:
         from jaxchat import checkpoint
         from jaxchat.store import KEEP
 
-        size, names = estimate.state_bytes(self.model), {step.name for step in todo}
+        names = {step.name for step in todo}
         there = sum(path.stat().st_size for path in (base_dir() / "base_data").glob("*.parquet"))
         text = max(0.0, self.shards * estimate.SHARD_FILE - there) if "text" in names else 0.0
-        needed = text + (estimate.TASK_FILES if "tasks" in names else 0.0)
-        for made in [made for step in todo for made in step.makes if isinstance(made, Checkpoint)]:
-            needed += max(0, KEEP - len(checkpoint.steps_in(made.folder))) * size
-        trains = any(isinstance(made, Checkpoint) for step in todo for made in step.makes)
-        return needed + trains * size  # a checkpoint is written before the oldest goes
+        tasks = estimate.TASK_FILES if "tasks" in names else 0.0
+        made = [made for step in todo for made in step.makes if isinstance(made, Checkpoint)]
+        count = sum(max(0, KEEP - len(checkpoint.steps_in(run.folder))) for run in made)
+        count += bool(made)  # one is written before the oldest goes
+        return text + tasks + count * estimate.state_bytes(self.model)
 
     def rows(self, todo: list[Step], left: dict[str, float], spent: float = 0.0) -> list[tuple[str, str]]:
         """The plan's lines. left: seconds of each step to do; spent: seconds of what ran before."""

@@ -130,9 +130,9 @@ def absolute(folder: str) -> str:
     return os.path.abspath(os.path.expanduser(folder))
 
 
-def demo_steps(seed: int = 0, steps: dict[str, int] = STEPS) -> list[Step]:
+def demo_steps() -> list[Step]:
     """The demo as steps, in a base directory of its own."""
-    flags = commands(base_dir() / "tasks", seed=seed, rows=2, steps=steps)
+    flags = commands(base_dir() / "tasks", seed=0, rows=2, steps=STEPS)
     text, world = Files("base_data/*.parquet", least=5), Files("tasks/world_*.jsonl", least=3)
     base, mid, sft = (Checkpoint(stage, TAG) for stage in ("base", "mid", "sft"))
 
@@ -140,12 +140,12 @@ def demo_steps(seed: int = 0, steps: dict[str, int] = STEPS) -> list[Step]:
         return Step(name, python(f"launch.{command}", *flags[command]), (made,), needs, resumes=True)
 
     return [
-        Step("world", python("launch.demo", "--part=world", f"--seed={seed}"), (text, world)),
+        Step("world", python("launch.demo", "--part=world", "--seed=0"), (text, world)),
         Step("tokenizer", python("launch.tok_train", *flags["tok_train"]), TOKENIZER, (text,)),
         train("base", "base_train", base, text, TOKENIZER[0]),
         train("mid", "mid_train", mid, base, world),
         train("sft", "chat_sft", sft, mid, world),
-        Step("score", python("launch.demo", "--part=score", f"--seed={seed}"), (), (text, base, mid, sft)),
+        Step("score", python("launch.demo", "--part=score", "--seed=0"), (), (text, base, mid, sft)),
     ]
 
 
@@ -186,16 +186,13 @@ def text_of(places: Places, shards: int) -> Files:
     return places.text if places.data_dir else dataclasses.replace(places.text, least=shards)
 
 
-def real_steps(
-    preset: Preset, tag: str, depth: int, places: Places, shards: int = 2, rl: bool = False
-) -> list[Step]:
+def real_steps(preset: Preset, tag: str, depth: int, places: Places, shards: int, rl: bool) -> list[Step]:
     """The steps of a run on real data, before a preset and the user add their flags."""
     text, some = text_of(places, shards), first_text(places, shards, preset.text)
     base, mid, sft = (Checkpoint(stage, tag) for stage in ("base", "mid", "sft"))
     of_base = Results("base", tag, "base_eval")
     of_mid, of_sft = (Results(stage, tag, "chat_eval") for stage in ("mid", "sft"))
-    tasks = places.tasks
-    tagged = f"--model_tag={tag}"
+    tasks, tagged = places.tasks, f"--model_tag={tag}"
     shard_flags, text_flags = places.flags("data_dir"), [tagged, *places.flags("data_dir", "eval_bundle")]
     task_flags = [tagged, *places.flags("tasks_dir")]
 

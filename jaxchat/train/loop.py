@@ -56,7 +56,7 @@ class Run:
 def place_batch(batch: dict, mesh: Mesh) -> dict:
     """The arrays of a batch on the mesh, its rows spread over the devices."""
     arrays = {name: array for name, array in batch.items() if name not in ("totals", "numbers")}
-    return {name: place_rows(array, mesh, axis=1) for name, array in arrays.items()}
+    return {name: place_rows(array, mesh) for name, array in arrays.items()}
 
 
 def train(run: Run, evaluations: list[Evaluation]) -> None:

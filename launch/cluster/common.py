@@ -25,12 +25,11 @@ def secret_names(text: str, *, here: bool) -> list[str]:
     return names
 
 
-def check_name(flag: str, value: str):
-    """Raise UserError unless `value` can name a machine, a pod and a job: at most 40 of a-z, 0-9 and -."""
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", value):
-        raise UserError(
-            f"--{flag}={value}; it must be at most 40 characters of a-z, 0-9 and -, beginning with a letter"
-        )
+def check_name(name: str):
+    """Raise UserError unless --name can name a machine, a pod and a job: at most 40 of a-z, 0-9 and -."""
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
+        allowed = "at most 40 characters of a-z, 0-9 and -, beginning with a letter"
+        raise UserError(f"--name={name}; it must be {allowed}")
 
 
 def perform(words: list[str], dry_run: bool, check: bool = True) -> int:

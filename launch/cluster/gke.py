@@ -175,7 +175,7 @@ def jobset(config: Config, command: list[str]) -> dict:
 
 
 def run(config: Config, command: list[str]):
-    check_name("name", config.name)
+    check_name(config.name)
     if not config.image:
         raise UserError("--image is missing: a container image with jaxchat (--help says how to build one)")
     file, text = f"{config.name}.yaml", yaml.safe_dump(jobset(config, command), sort_keys=False)

@@ -82,7 +82,7 @@ class Config(Flags):
 
 def check(config: Config) -> list[str]:
     """Validate the flags and return the steps to do. UserError: something given cannot work."""
-    check_name("name", config.name)
+    check_name(config.name)
     steps = [step for step in config.steps.split(",") if step]
     if unknown := [step for step in steps if step not in STEPS]:
         raise UserError(f"--steps={config.steps}: {unknown[0]!r} is none of {', '.join(STEPS)}")
