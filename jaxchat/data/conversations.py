@@ -61,14 +61,9 @@ class ConversationRows(grain.IterDataset):
         share: tuple[int, int] | None = None,
     ):
         super().__init__()
-        self.read, self.order, self.examples, self.micro_rows, self.time = (
-            read,
-            order,
-            examples,
-            micro_rows,
-            time,
-        )
-        self.num_examples, self.packed, self.share = num_examples, packed, share or (0, micro_rows)
+        self.read, self.order, self.time, self.packed = read, order, time, packed
+        self.examples, self.num_examples, self.micro_rows = examples, num_examples, micro_rows
+        self.share = share or (0, micro_rows)
 
     def __iter__(self):
         return _ConversationRowsIterator(self)
@@ -97,25 +92,18 @@ class _ConversationRowsIterator(grain.DatasetIterator):
             self._rendered = p.read(p.order.index(i) for i in range(first, p.num_examples))
         rendered = list(islice(self._rendered, end - first))
         pairs = [(ids[: p.time + 1], mask[: p.time + 1]) for ids, mask in rendered]
-        self._state = {
-            "next": end,
-            "cut": self._state["cut"] + sum(len(ids) > p.time + 1 for ids, _ in rendered),
-            "nothing_supervised": self._state["nothing_supervised"]
-            + sum(not mask[1:].any() for _, mask in pairs),
-        }
+        cut = self._state["cut"] + sum(len(ids) > p.time + 1 for ids, _ in rendered)
+        silent = self._state["nothing_supervised"] + sum(not mask[1:].any() for _, mask in pairs)
+        self._state = {"next": end, "cut": cut, "nothing_supervised": silent}
         rows = self._arrange(pairs)
         num_rows = len(rows["inputs"])
-        counts = {"taken": first, "left": end < p.num_examples} | self._state
-        totals = {
-            name: np.zeros(num_rows, np.int32) for name in ("taken", "left", "cut", "nothing_supervised")
-        }
-        for name in totals:  # a count of the whole step is noted in its first row
-            totals[name][0] = counts[name]
+        counts = {"taken": first, "left": end < p.num_examples, "cut": cut, "nothing_supervised": silent}
+        totals = {name: np.zeros(num_rows, np.int32) for name in counts}
+        for name, count in counts.items():  # of the whole step, noted in its first row
+            totals[name][0] = count
         micro_batches = num_rows // p.micro_rows
         mine = slice(p.share[0] * micro_batches, p.share[1] * micro_batches)  # see as_batch
-        return as_batch(
-            {k: a[mine] for k, a in rows.items()}, {k: a[mine] for k, a in totals.items()}, micro_batches
-        )
+        return as_batch(rows, totals, mine, micro_batches)
 
     def _arrange(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         """The step's rows, of all processes, from the (ids, mask) of its conversations."""

@@ -63,69 +63,26 @@ def prefetched(dataset: grain.IterDataset) -> grain.DatasetIterator:
     return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCH))
 
 
-def base_batches(
-    texts: ParquetText,
-    tokenizer: Tokenizer,
-    *,
-    rows,
-    micro_batches,
-    time,
-    seed,
-    packing="stream",
-    share=None,
-    workers=0,
-):
-    """Packed documents in an endless order, shuffled anew each epoch. share, workers: see PackedRows."""
+def base_batches(texts: ParquetText, tokenizer: Tokenizer, *, rows: int, seed: int, packing="stream", **how):
+    """Packed documents in an endless order, shuffled anew each epoch. how: the other fields of PackedRows."""
     if packing not in PACKINGS:
         raise UserError(f"--packing={packing}; it is {' or '.join(PACKINGS)}")
     deal = Deal(Order(texts.block_sizes, seed), rows)
-    how = {
-        "micro_batches": micro_batches,
-        "time": time,
-        "packing": packing,
-        "share": share,
-        "workers": workers,
-    }
-    return prefetched(PackedRows(text_reader(texts, tokenizer), deal, **how))
+    return prefetched(PackedRows(text_reader(texts, tokenizer), deal, packing=packing, **how))
 
 
-def mid_batches(
-    tasks, tokenizer: Tokenizer, *, rows, micro_batches, time, seed, endless: bool, share=None, workers=0
-):
-    """Packed conversations, shuffled over all tasks: one pass, or endless. share, workers: see PackedRows."""
+def mid_batches(tasks, tokenizer: Tokenizer, *, rows: int, seed: int, endless: bool, **how):
+    """Packed conversations, shuffled over all tasks: one pass, or endless. how: see base_batches."""
     deal = Deal(Order([len(tasks)], seed), rows)
-    how = {
-        "micro_batches": micro_batches,
-        "time": time,
-        "once": not endless,
-        "share": share,
-        "workers": workers,
-    }
-    return prefetched(PackedRows(conversation_reader(tasks, tokenizer), deal, **how))
+    return prefetched(PackedRows(conversation_reader(tasks, tokenizer), deal, once=not endless, **how))
 
 
-def sft_batches(
-    tasks,
-    tokenizer: Tokenizer,
-    *,
-    examples,
-    micro_rows,
-    time,
-    seed,
-    num_examples: int,
-    packing="padded",
-    share=None,
-):
-    """num_examples conversations, shuffled over all tasks, one a row or packed. See ConversationRows."""
+def sft_batches(tasks, tokenizer: Tokenizer, *, seed: int, packing="padded", **how):
+    """Conversations, shuffled over all tasks, one a row or packed. how: the fields of ConversationRows."""
     if packing not in ("padded", "bestfit"):
         raise UserError(f"--packing={packing}; it is padded or bestfit")
-    how = {"examples": examples, "micro_rows": micro_rows, "time": time, "num_examples": num_examples}
-    order = Order([len(tasks)], seed)
-    return prefetched(
-        ConversationRows(
-            conversation_reader(tasks, tokenizer), order, **how, packed=packing == "bestfit", share=share
-        )
-    )
+    read, order = conversation_reader(tasks, tokenizer), Order([len(tasks)], seed)
+    return prefetched(ConversationRows(read, order, packed=packing == "bestfit", **how))
 
 
 def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
@@ -175,9 +132,8 @@ def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: in
 
     UserError: none of them has anything that is supervised.
     """
-    batches = ConversationRows(
-        read, order, examples=rows, micro_rows=rows, time=time, num_examples=num_examples
-    )
+    how = {"examples": rows, "micro_rows": rows, "time": time, "num_examples": num_examples}
+    batches = ConversationRows(read, order, **how)
     made = [{name: batch[name][0] for name in ("inputs", "targets", "weights")} for batch in batches]
     if not any(batch["weights"].any() for batch in made):
         raise nothing_said(time, num_examples, "validation")

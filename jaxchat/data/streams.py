@@ -168,21 +168,18 @@ class _PackedRowsIterator(grain.DatasetIterator):
         totals["left"] = np.repeat(totals["left"][:: p.deal.rows_each], p.deal.rows_each)
         first = p.streams[0] * p.deal.rows_each  # a stream at either end may be in part another process's
         mine = slice(p.rows[0] - first, p.rows[1] - first)
-        return as_batch(
-            {k: a[mine] for k, a in rows.items()}, {k: a[mine] for k, a in totals.items()}, p.micro_batches
-        )
+        return as_batch(rows, totals, mine, p.micro_batches)
 
 
-def as_batch(rows: dict[str, np.ndarray], totals: dict[str, np.ndarray], micro_batches: int) -> dict:
-    """Reshape arrays [A·B, …] to a batch's [A, B, …].
+def as_batch(rows: dict[str, np.ndarray], totals: dict[str, np.ndarray], mine: slice, micro_batches: int):
+    """Reshape a process's part, `mine`, of arrays [A·B, …] to a batch's [A, B, …].
 
     Row r becomes row r // A of micro-batch r % A. So a process's rows, neighbours in B, are neighbours in r
     too.
     """
 
     def split(a):
-        return np.ascontiguousarray(a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1))
+        return np.ascontiguousarray(a[mine].reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1))
 
-    return {name: split(a) for name, a in rows.items()} | {
-        "totals": {name: split(a) for name, a in totals.items()}
-    }
+    batch = {name: split(a) for name, a in rows.items()}
+    return batch | {"totals": {name: split(a) for name, a in totals.items()}}
