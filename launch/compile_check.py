@@ -54,13 +54,11 @@ def run(config: Config):
     plan = step.StepPlan(config)
     batch = f"{plan.batch} rows × {plan.shards} devices × {plan.accumulated} accumulated"
     batch += f" × {config.max_seq_len} tokens"
+    model = f"{num_params(plan.model):,} parameters; {flops_per_token(plan.model):,} FLOPs a token"
     cli.print_plan(
         f"Compiling the step of d{config.depth} for {config.topology}",
         [
-            (
-                "model",
-                f"{num_params(plan.model):,} parameters; {flops_per_token(plan.model):,} FLOPs a token",
-            ),
+            ("model", model),
             ("devices", f"{sharding.describe(plan.mesh)}, {plan.memory / 1e9:.0f} GB each"),
             ("batch", batch),
             ("takes", "some minutes a compilation (one for GPUs)"),
@@ -92,11 +90,9 @@ def rows_of(plan, done) -> list[tuple[str, str]]:
         rows[0] = ("memory", f"{memory(plan, done)}; {parts}")
         at_peak = f", {program.flops / peak:.2f} s at peak" if peak else ""
         sent = [f"{name} {size / 1e9:.2f} GB" for name, size in program.sent().items() if size]
+        flops = f"{program.flops:.3e} a device without kernels; by the formula {plan.flops:.3e}{at_peak}"
         rows += [
-            (
-                "FLOPs",
-                f"{program.flops:.3e} a device without kernels; by the formula {plan.flops:.3e}{at_peak}",
-            ),
+            ("FLOPs", flops),
             ("collectives", ", ".join(sent) or "none"),
             ("kernels", ", ".join(f"{name} × {n}" for name, n in program.kernels.most_common(8)) or "none"),
         ]

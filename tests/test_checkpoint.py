@@ -95,10 +95,8 @@ def random_weights():
 
 def save_model(*steps):
     """Save a base model, its optimizer and the data's position at these steps. -> (its checkpoints, its weights)."""
-    checkpoints, tokenizer = (
-        Checkpoints(checkpoint.run_folder("base", "d1")),
-        Tokenizer({bytes([b]): b for b in range(256)}),
-    )
+    checkpoints = Checkpoints(checkpoint.run_folder("base", "d1"))
+    tokenizer = Tokenizer({bytes([b]): b for b in range(256)})
     checkpoints.keep_tokenizer(tokenizer)
     weights, meta = random_weights(), {"stage": "base", "model": dataclasses.asdict(WIDE)}
     for step in steps:

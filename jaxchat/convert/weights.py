@@ -98,21 +98,17 @@ def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.
     ours, tensors = our_names(names, found.config), {}
     for name, weight in weights.items():
         stack = np.asarray(stacks.pop(name)).astype(np.float32)  # which holds all that is read
-        for theirs, matrix in zip(
-            matrix_names(name, names, found.config), to_matrices(name, weight, stack), strict=True
-        ):
-            tensors[theirs] = torch.from_numpy(matrix).to(DTYPES[narrow.get(ours[theirs], weight.dtype)])
+        theirs = matrix_names(name, names, found.config)
+        for n, matrix in zip(theirs, to_matrices(name, weight, stack), strict=True):
+            tensors[n] = torch.from_numpy(matrix).to(DTYPES[narrow.get(ours[n], weight.dtype)])
         progress(name)
     return tensors
 
 
 def check(foreign: Foreign):
     """Raise UserError if a tensor is missing, unknown, or of a wrong shape or type."""
-    weights, ours, have = (
-        named(foreign.config),
-        our_names(foreign.names, foreign.config),
-        foreign.tensors.keys(),
-    )
+    weights, ours = named(foreign.config), our_names(foreign.names, foreign.config)
+    have = foreign.tensors.keys()
     for what, names in (("lacks", ours.keys() - have), ("also has", have - ours.keys())):
         if names:
             some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -140,20 +136,15 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --model_tag, or remove it")
     check_space(folder, foreign.config)
+    numbers = {name: value for name, value in foreign.meta.items() if isinstance(value, int | float)}
+    imported = {"from": kind, "path": str(foreign.path), "dtypes": dtypes_of(foreign), "meta": foreign.meta}
     meta = {
         "stage": stage,
         "step": foreign.step,
         "model": dataclasses.asdict(foreign.config),
         "tokenizer_hash": foreign.tokenizer.hash if foreign.tokenizer else None,
-        "metrics": {
-            k: v for k, v in foreign.meta.items() if k.startswith("val_") and isinstance(v, int | float)
-        },
-        "imported": {
-            "from": kind,
-            "path": str(foreign.path),
-            "dtypes": dtypes_of(foreign),
-            "meta": foreign.meta,
-        },
+        "metrics": {name: value for name, value in numbers.items() if name.startswith("val_")},
+        "imported": imported,
     }
     rows = foreign.meta.get("device_batch_size")
     if isinstance(rows, int):
@@ -161,9 +152,7 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
     stacks = []
     for name, weight in named(foreign.config).items():
         # Popped, so that what is converted does not stay in memory.
-        matrices = [
-            foreign.tensors.pop(theirs) for theirs in matrix_names(name, foreign.names, foreign.config)
-        ]
+        matrices = [foreign.tensors.pop(n) for n in matrix_names(name, foreign.names, foreign.config)]
         stacks.append(to_stack(name, weight, matrices))
         del matrices
         progress(name)
@@ -187,9 +176,7 @@ def shareable(settings: dict) -> dict:
 def dtypes_of(foreign: Foreign) -> dict[str, str]:
     """Return the types of the matrices that are not float32: {"blocks.wq.0": "bfloat16", …}."""
     ours = our_names(foreign.names, foreign.config)
-    found = {
-        ours[theirs]: str(tensor.dtype).removeprefix("torch.") for theirs, tensor in foreign.tensors.items()
-    }
+    found = {ours[n]: str(tensor.dtype).removeprefix("torch.") for n, tensor in foreign.tensors.items()}
     return {name: dtype for name, dtype in found.items() if dtype != "float32"}
 
 

@@ -101,15 +101,7 @@ def load_bundle(place: str = "") -> list[CoreTask]:
             if entry["shots"] < 0 or not isinstance(entry["delimiter"], str) or not 0 <= entry["chance"] < 1:
                 values = {name: entry[name] for name in ("shots", "delimiter", "chance")}
                 raise ValueError(f"{entry['label']} has {values}")
-    except (
-        OSError,
-        KeyError,
-        ValueError,
-        TypeError,
-        IndexError,
-        yaml.YAMLError,
-        zipfile.BadZipFile,
-    ) as problem:
+    except (OSError, LookupError, ValueError, TypeError, yaml.YAMLError, zipfile.BadZipFile) as problem:
         missing = isinstance(problem, FileNotFoundError | NotADirectoryError)
         why = f" ({type(problem).__name__}: {problem})" if path.exists() else ""
         why = ", which is neither a folder nor a zip" if path.is_file() and not zipped else why
@@ -170,9 +162,8 @@ def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
     if task.kind == "multiple_choice":
         return [before + item["query"] + task.delimiter + choice for choice in item["choices"]]
     if task.kind == "schema":
-        return [
-            before + context + task.delimiter + item["continuation"] for context in item["context_options"]
-        ]
+        end = task.delimiter + item["continuation"]
+        return [before + context + end for context in item["context_options"]]
     asked = before + item["context"].strip() + task.delimiter
     return [asked.strip(), asked + item["continuation"]]
 
@@ -180,10 +171,8 @@ def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
 def spans_of(task: CoreTask, prompts: list[str], tokenizer: Tokenizer) -> list[Span]:
     """The tokens to score: where the options differ (multiple choice), the ending they share (schema), or the
     answer (language modeling)."""
-    rows = [
-        np.concatenate([[tokenizer.bos], tokenizer.encode_array(prompt)]).astype(np.int32)
-        for prompt in prompts
-    ]
+    encoded = map(tokenizer.encode_array, prompts)
+    rows = [np.concatenate([[tokenizer.bos], ids]).astype(np.int32) for ids in encoded]
     if task.kind == "schema":
         shared = common_length([row[::-1] for row in rows])
         return [Span(row, len(row) - shared, len(row)) for row in rows]

@@ -278,11 +278,8 @@ def convolution_flops(op: Operation, by_name) -> float:
     lhs_dilate, rhs_dilate = field("lhs_dilate", "1"), field("rhs_dilate", "1")
     pairs = 1
     for i, label in enumerate(spatial):
-        size, kernel, results = (
-            lhs[labels[1].index(label)],
-            rhs[labels[2].index(label)],
-            out[labels[3].index(label)],
-        )
+        sides = zip((lhs, rhs, out), labels.groups(), strict=True)
+        size, kernel, results = (side[names.index(label)] for side, names in sides)
         low, stride = int(pads[i].split("_")[0]), int(strides[i])
         inner, outer = int(lhs_dilate[i]), int(rhs_dilate[i])
         places = (o * stride + k * outer - low for o in range(results) for k in range(kernel))

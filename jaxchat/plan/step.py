@@ -55,11 +55,8 @@ class StepPlan:
 
     def remats(self, batch: int) -> tuple[str, ...]:
         """The remats to try with `batch` rows a device, as the trainers do."""
-        return (
-            (self.config.remat,)
-            if self.config.remat != "auto"
-            else remats_to_try(self.rows_of(batch), self.mesh)
-        )
+        given = self.config.remat
+        return remats_to_try(self.rows_of(batch), self.mesh) if given == "auto" else (given,)
 
     def rows_of(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays of a step's batch, without content, if each device computes `batch` rows at a time."""

@@ -100,18 +100,15 @@ class RolloutBatches:
         c, tasks = self.config, self.problems.checked
         micro_batches, rows = self._shape()
         devices = sharding.data_shards(self.model.mesh)
+        count, slots = c.examples_per_step * c.num_samples, slots_for(c, self.model)
+        answers = f"{c.examples_per_step} problems × {c.num_samples} = {count} a step, at most "
+        answers += f"{c.max_new_tokens} tokens, {slots} a device at a time"
         reward = ", ".join(f"{name} × {weight:g}" for name, weight in self.problems.reward.items())
+        right = ", ".join(f"{what} ({name})" for name, what in tasks.items())
         found = [
-            (
-                "answers",
-                f"{c.examples_per_step} problems × {c.num_samples} = {c.examples_per_step * c.num_samples} a "
-                f"step, at most {c.max_new_tokens} tokens, {slots_for(c, self.model)} a device at a time",
-            ),
+            ("answers", answers),
             ("batch", f"{rows // devices} rows × {devices} devices × {micro_batches} accumulated, or fewer"),
-            (
-                "reward",
-                f"{reward}; right by " + ", ".join(f"{what} ({name})" for name, what in tasks.items()),
-            ),
+            ("reward", f"{reward}; right by {right}"),
             ("loss", f"{c.loss}, advantages by {c.advantage}, divided by {norm_of(c)}"),
         ]
         if c.updates > 1 and c.loss == "reinforce":
@@ -119,9 +116,8 @@ class RolloutBatches:
             found.append(("warning", how))
         if c.temperature != 1 or c.top_k:
             how = f"temperature {c.temperature:g}" if c.temperature != 1 else f"top_k {c.top_k}"
-            found.append(
-                ("warning", f"{how}: answers come from another distribution than the one that is trained")
-            )
+            how += ": answers come from another distribution than the one that is trained"
+            found.append(("warning", how))
         return found
 
     def _shape(self) -> tuple[int, int]:
@@ -230,11 +226,9 @@ class RolloutBatches:
         self._alike = 0 if mixed_groups(rollout.rewards_EG).any() else self._alike + 1
         if self._alike and self._alike % ALIKE == 0 and jax.process_index() == 0:
             reward = rollout.numbers["reward"]
-            how = (
-                "easier problems, a longer SFT or a larger --num_samples"
-                if not rollout.numbers["right"]
-                else ("harder problems or a higher --temperature")
-            )
+            how = "easier problems, a longer SFT or a larger --num_samples"
+            if rollout.numbers["right"]:
+                how = "harder problems or a higher --temperature"
             print(
                 f"WARNING: for {self._alike} steps all answers to each problem were equally good (reward "
                 f"{reward:.3f}), so nothing was learnt; try {how}",

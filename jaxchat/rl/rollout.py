@@ -9,6 +9,7 @@ from dataclasses import field
 import numpy as np
 
 from jaxchat.infer.scheduler import Generation
+from jaxchat.rl.advantages import mixed_groups
 from jaxchat.rl.rewards import TERMS, Answer
 
 
@@ -86,7 +87,7 @@ def row_of(prompt: list[int], generation: Generation) -> tuple[list[int], list[b
 def numbers_of(rollout: Rollout, answers: list[Answer], right_EG: np.ndarray) -> dict[str, float]:
     """The numbers to log of a step's answers. right_EG: whether each answer is right."""
     rewards_EG, right_R = rollout.rewards_EG, right_EG.reshape(-1)
-    mixed_E = (rewards_EG != rewards_EG[:, :1]).any(axis=1)
+    mixed_E = mixed_groups(rewards_EG)
     lengths_R = np.array([sum(row) for row in rollout.sampled])
     logprobs = np.array([p for row in rollout.sampler for p in row])
     kinds = [answer.kinds() for answer in answers]

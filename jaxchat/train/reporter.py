@@ -68,13 +68,10 @@ class Reporter:
         if self._reported:
             self._spent += seconds
         self._reported += 1
-        tokens_per_s, flops = (
-            tokens / seconds,
-            float(tokens * flops_per_token(self._stage.model.config, row_tokens)),
-        )
+        flops = float(tokens * flops_per_token(self._stage.model.config, row_tokens))
         values |= {
             "step_seconds": seconds,
-            "tokens_per_s": tokens_per_s,
+            "tokens_per_s": tokens / seconds,
             "step_flops": flops,
             "data_wait_seconds": waited,
             "peak_bytes": peak_bytes(),
@@ -91,11 +88,9 @@ class Reporter:
         """The numbers to log. Unread; NotFinite: the step was not, and the run is to stop then."""
         if values.get("unread"):
             raise Unread(step)
-        where = (
-            f"{values['taken']:,.0f} documents of the data read"
-            if "taken" in values
-            else "the data's next batch"
-        )
+        where = "the data's next batch"
+        if "taken" in values:
+            where = f"{values['taken']:,.0f} documents of the data read"
         shown = {name: value for name, value in values.items() if name not in HIDDEN}
         if values["nonfinite"]:
             what = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} ({where})"

@@ -135,10 +135,10 @@ def base(
     horizon = horizon_of(config, model.config)
     config = dataclasses.replace(config, total_batch_size=horizon.batch)
     cut = Cut.of(config, config.max_seq_len, model)
-    num_steps = horizon.steps
-    tokens = horizon.tokens
+    num_steps, tokens = horizon.steps, horizon.tokens
     flops = f"{tokens * flops_per_token(model.config):.3e} FLOPs"
     ratio = f"tokens : parameters = {tokens / num_params(model.config):.2f}"
+    shards = f"{len(texts):,} documents in {len(texts.paths)} shards; the last shard is for validation"
     twins = repeated(texts.fingerprint, held_out.fingerprint)
     return Stage(
         name="base",
@@ -172,10 +172,7 @@ def base(
             cut.plan_row(config.max_seq_len, model),
             ("steps", f"{num_steps:,}; {tokens:,} tokens; {ratio}; {flops}"),
             *horizon.plan,
-            (
-                "data",
-                f"{len(texts):,} documents in {len(texts.paths)} shards; the last shard is for validation",
-            ),
+            ("data", shards),
             epochs_row(tokens, text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts)),
             *([("WARNING", twins)] if twins else []),
         ],
@@ -215,13 +212,11 @@ def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
     num_steps = config.num_iterations if config.num_iterations > 0 else None
     read, order = conversation_reader(tasks, parent.tokenizer), Order([len(tasks)], seed=0)
     sample = [order.index(i) for i in range(min(SAMPLE, len(tasks)))]
+    length = f"{num_steps:,}" if num_steps else one_pass(read, sample, len(tasks), config.total_batch_size)
     plan = [
         parent_row(parent),
         cut.plan_row(time, model),
-        (
-            "steps",
-            f"{num_steps:,}" if num_steps else one_pass(read, sample, len(tasks), config.total_batch_size),
-        ),
+        ("steps", length),
         ("learning rates", f"× {config.init_lr_frac:g}"),
         data_row(tasks),
     ]
@@ -340,14 +335,8 @@ def has_state(found: Found) -> bool:
 def optimizer_row(config: SFTConfig, parent: Found) -> list[tuple[str, str]]:
     if not config.load_optimizer:
         return []
-    return [
-        (
-            "optimizer",
-            "continues from the checkpoint's state"
-            if has_state(parent)
-            else "fresh: the checkpoint holds none",
-        )
-    ]
+    fresh = "fresh: the checkpoint holds none"
+    return [("optimizer", "continues from the checkpoint's state" if has_state(parent) else fresh)]
 
 
 def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -> Stage:
@@ -446,10 +435,8 @@ class Cut:
 
     @classmethod
     def of(cls, config: BaseConfig | MidConfig, time: int, model: Model):
-        rows, devices = (
-            pipelines.rows_of_step(config.total_batch_size, time),
-            sharding.data_shards(model.mesh),
-        )
+        rows = pipelines.rows_of_step(config.total_batch_size, time)
+        devices = sharding.data_shards(model.mesh)
         return cls(rows, *pipelines.cut_step(rows, devices, config.device_batch_size, DEVICE_ROWS))
 
     def share(self, config: BaseConfig | MidConfig, model: Model) -> dict:
