@@ -15,8 +15,10 @@ from jaxchat import devices
 from jaxchat.config import STAGES, BaseConfig, UserError
 from jaxchat.data.sources import ParquetText, find_shards
 from jaxchat.eval import sandbox
+from jaxchat.model.flops import num_params, scaling_params
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import fit
+from jaxchat.train.stages import base_model
 from launch import base_train, check, cli, download, tok_train
 
 FLAGS = ["--depth=1", "--max_seq_len=32", "--total_batch_size=256", "--num_iterations=2"]
@@ -193,6 +195,16 @@ def test_text_that_is_repeated_and_a_tokenizer_of_other_text(here, checked):
     assert lines["tokenizer"][1].endswith("launch.tok_train")
     (here / "base_data/.source").unlink()
     assert re.search(r"to repeat no text: \d+ shards$", checked("--num_iterations=1000")[1]["text"][1])
+
+
+def test_the_tokens_of_2026_are_counted_by_its_own_rule(here, checked):
+    """12 for each weight of matrices and head, not for each of all weights."""
+    flags = ["--arch=2026", "--num_iterations=-1"]
+    lines = checked(*flags)[1]
+    config = cli.parse(BaseConfig, [*FLAGS, *flags])
+    model = base_model(config, 300)
+    tokens = 12 * scaling_params(model) // 256 * 256
+    assert f"base reads {tokens:,}:" in lines["text"][1] and tokens < 10 * num_params(model)
 
 
 def test_tokens_without_a_tokenizer_are_estimated_from_bytes(here, checked):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -177,6 +178,11 @@ def test_the_command(prepared, capsys):
     miniseries.main(flags)
     assert (prepared / "ran").read_text().split()[12:] == ["mini-d2-4e11"]
     assert (prepared / "report/mini/report.md").read_text() == text
+
+
+def test_2026_chooses_its_own_batch(prepared, capsys):
+    miniseries.main(["--depths=2,4", "--base=--arch=2026 --max_seq_len=32", "--dry_run"])
+    assert len(re.findall(r"d[24] +[\d,]+ parameters, [1-9][\d,]* steps\n", capsys.readouterr().out)) == 2
 
 
 def test_one_dial_and_redo(prepared, capsys):
