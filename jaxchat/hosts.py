@@ -118,11 +118,23 @@ def is_first(environ=os.environ) -> bool:
         index = place.process_id if place else None
     if index is None and on_tpu:
         index = environ.get("TPU_WORKER_ID") or _metadata("agent-worker-number", environ)
-    if on_tpu and "," in (
-        environ.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints", environ)
-    ):
+    if on_tpu and _several_tpu_hosts(environ):
         environ.setdefault("JAX_PLATFORMS", "cpu")
     return int(index or 0) == int(environ.get("MEGASCALE_SLICE_ID", 0)) == 0
+
+
+def is_alone(environ=os.environ) -> bool:
+    """Return whether nothing says that other processes work with this one. A TPU host may be its slice's
+    only one."""
+    place = detect(environ=environ)
+    if place is None or place.found_by != "tpu":
+        return place is None
+    return int(environ.get("MEGASCALE_NUM_SLICES", 1)) == 1 and not _several_tpu_hosts(environ)
+
+
+def _several_tpu_hosts(environ) -> bool:
+    """Return whether this TPU host is one of several of its slice."""
+    return "," in (environ.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints", environ))
 
 
 def _metadata(name: str, environ) -> str:

@@ -114,7 +114,7 @@ def main(args: list[str] | None = None):
 
 
 def run(config: Config) -> int:
-    if hosts.detect():
+    if not hosts.is_alone():
         raise UserError("launch.speedrun is for one host; on several, start each command by launch.cluster")
     if config.preset == "cpu":
         with cli.base_directory(base_dir() / "demo"):

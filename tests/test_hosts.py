@@ -87,6 +87,26 @@ def test_the_process_of_a_command_for_one(monkeypatch, environ, metadata, first,
     assert (environ.get("JAX_PLATFORMS") == "cpu") == on_cpu
 
 
+@pytest.mark.parametrize(
+    "environ, metadata, alone",
+    [
+        ({}, None, True),
+        (SLURM, None, False),
+        (JOBSET, None, False),
+        ({}, {"worker-network-endpoints": "a:b:c"}, True),  # v5litepod-8: one host with eight chips
+        ({}, {"worker-network-endpoints": "a:b:c,d:e:f"}, False),
+        (GKE, {}, False),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, {}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, {}, False),
+    ],
+)
+def test_a_tpu_host_may_be_alone(monkeypatch, environ, metadata, alone):
+    """launch.speedrun, which is for one host, runs on such a one."""
+    monkeypatch.setattr(hosts, "_has_tpu", lambda: metadata is not None)
+    monkeypatch.setattr(hosts, "_metadata", lambda name, environ: metadata.get(name, ""))
+    assert hosts.is_alone(environ) == alone
+
+
 def test_a_command_for_one_runs_in_the_first(monkeypatch, capsys):
     calls = []
     for index in "01":
