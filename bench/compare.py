@@ -1,10 +1,10 @@
 """Compare our training step with a rival's, in turn: python -m bench.compare "python rival.py" --depth=4
 
 The rival is a command that takes --depth --seq --batch --vocab --steps and whose last line is a JSON object
-with tokens_per_s, as bench/step.py --json prints it. Each round runs both, each in a process of its own, the
-first to run changing from round to round; the ratio is ours over the rival's in tokens/s, the median of the
-rounds' ratios, with their least and largest. Memory is the process's high-water mark (on a GPU: what each
-says its device's peak was).
+with framework, step_s, tokens_per_s and flops_per_s (on a GPU also peak_bytes), as bench/step.py --json
+prints it. Each round runs both, each in a process of its own, the first to run changing from round to round;
+the ratio is ours over the rival's in tokens/s, the median of the rounds' ratios, with their least and
+largest. Memory is the process's high-water mark (on a GPU: what each says its device's peak was).
 """
 
 import argparse

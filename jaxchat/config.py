@@ -420,7 +420,7 @@ class DeviceFlags(Flags):
     """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
     dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
     """Number format of activations and matrix products: float32 or bfloat16; auto: float32 on a CPU, bfloat16
-    elsewhere. Weights stay float32."""
+    elsewhere. Checkpoints keep weights in float32, but for bfloat16 embedding tables of --arch=2026."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -468,7 +468,8 @@ class TrainConfig(MeshFlags):
     matrix_lr: float = flag(0.02, 0)
     """Muon learning rate of the matrices in the layers."""
     weight_decay: float = flag(0.0, 0)
-    """AdamW weight decay of embedding and head."""
+    """AdamW weight decay of embedding and head; for a model of 2026, in which theirs are fixed, Muon's of the
+    layers' matrices."""
     save_every: int = flag(-1, -1, free=True)
     """Steps between checkpoints, besides those of --save_minutes; 0 or -1: none. The last step is always
     saved, and the last three checkpoints are kept."""
@@ -527,7 +528,8 @@ class BaseConfig(TrainConfig):
     --target_param_data_ratio=12 --total_batch_size=-1 --grad_clip=0 --warmup_steps=40 --warmdown_ratio=0.65
     --final_lr_frac=0.05 --eval_tokens=41943040."""
     depth: int = flag(20, 1)
-    """Number of layers, which sets the model's size: the width is 64 × depth."""
+    """Number of layers, which sets the model's size: the width is 64 × depth (with --arch=2026 rounded up to
+    a multiple of 128)."""
     n_kv_head: int = flag(-1, 1, special=-1)
     """Number of key/value heads (grouped-query attention), a divisor of the query heads; -1: as many as query
     heads."""

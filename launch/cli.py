@@ -227,9 +227,8 @@ class _Parser(argparse.ArgumentParser):
             names = fields.keys() & cls.__dict__.get("__annotations__", {}).keys()
             own = [fields.pop(name) for name in list(fields) if name in names]  # once, if it is overridden
             if own:
-                group = (
-                    self if cls is config_class else self.add_argument_group(inspect.cleandoc(cls.__doc__))
-                )
+                title = inspect.cleandoc(cls.__doc__).rstrip(".")  # argparse puts a colon after it
+                group = self if cls is config_class else self.add_argument_group(title)
                 docs = _field_docs(cls)
                 for field in own:
                     self.add_flag(group, field, docs.get(field.name, ""))
@@ -237,7 +236,8 @@ class _Parser(argparse.ArgumentParser):
     def add_flag(self, group, field: dataclasses.Field, text: str):
         name = field.metadata.get("name") or field.name
         self.names.append(name)
-        default = "" if field.type is bool or field.default == "" else f" (default: {field.default})"
+        value = int(field.default) if field.type is bool else field.default
+        default = "" if value == "" or field.default is False else f" (default: {value})"
         shown = {
             "dest": field.name,
             "default": argparse.SUPPRESS,

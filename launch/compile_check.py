@@ -27,11 +27,12 @@ class Config(Flags):
     device_batch_size: int = flag(-1, 1, special=-1)
     """Rows that a device computes at a time; -1: the largest number up to 32 that divides a step."""
     total_batch_size: int = flag(524288, 1, 2**31 - 1)
-    """Tokens in an optimizer step, over all devices."""
+    """Tokens in an optimizer step, over all devices. base_train --arch=2026 chooses another number, which its
+    plan states."""
     max_seq_len: int = flag(2048, 1)
     """Tokens in a training row."""
     vocab_size: int = flag(65536, 1, MOST_TOKENS)
-    """Tokens in the vocabulary."""
+    """Size of the vocabulary."""
     matmul: str = flag("", choices=("", "fp8", "fp8-all"))
     """Operands of the layers' matrix products, as in base_train; fp8 and fp8-all are for GPUs."""
     remat: str = flag("auto", choices=("auto", *ALL_REMATS))

@@ -130,7 +130,7 @@ def take_in(config: Config):
 
     if not (config.path and config.as_stage and config.model_tag):
         raise UserError(
-            f"--from={config.from_format} needs --path=FOLDER, --as=base|mid|sft and --model_tag=NAME"
+            f"--from={config.from_format} needs --path=FOLDER, --as=base|mid|sft|rl and --model_tag=NAME"
         )
     target = checkpoint.run_folder(config.as_stage, config.model_tag)
     if target.exists():

@@ -27,8 +27,8 @@ class Config(DeviceFlags):
     """
 
     source: str = flag("sft", alias="-i")
-    """Stages to serve, separated by commas, as in base,sft. A request chooses one by its field `model`; the
-    first is the default. A base model only continues text."""
+    """Stages to serve, of rl, sft, mid and base, separated by commas, as in base,sft. A request chooses one
+    by its field `model`; the first is the default. A base model only continues text."""
     model_tag: str = flag("", alias="-g")
     """Tag of the model; empty: the deepest d<N>, or else the newest."""
     step: int = flag(-1, 0, special=-1, alias="-s")

@@ -14,7 +14,7 @@ from jaxchat.train.step import can_merge
 # Fraction to fill while a smaller program is left to try: pools leave gaps, batches wait beside a step.
 SPARE = 0.95
 # Tokens of a device's micro-batch up to which computing the layers again takes no longer than sending all
-# weights and gradients between devices: 3,900 (v5p) to 10,400 (v6e) by arithmetic, docs/performance.md.
+# weights and gradients between devices: 5,000 (v5e, H100) to 11,600 (v6e) by arithmetic, docs/performance.md.
 FEW_TOKENS = 4096
 
 

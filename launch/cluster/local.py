@@ -32,7 +32,8 @@ class Config(Flags):
     restarts: int = flag(0, 0)
     """Largest number of restarts of the run."""
     grace: float = flag(120.0, 0)
-    """Seconds that processes have to end after a signal or a failure; more than --heartbeat_timeout."""
+    """Seconds that processes have to end after a signal or a failure. Choose more than the command's
+    --heartbeat_timeout, which is 100 by default."""
     dry_run: bool = False
     """Print the commands and do nothing."""
 
