@@ -200,8 +200,7 @@ def read_meta(folder: Path, step: int) -> dict:
 
 
 def measured(folder: Path, step: int) -> dict[str, float]:
-    """The latest values, up to a step, that a run's evaluations wrote to its metrics.jsonl; {} if there is
-    none."""
+    """The latest values, up to a step, of a run's evaluations in its metrics.jsonl; {}: there are none."""
     found = {}
     for row in files.read_lines(folder / "metrics.jsonl"):
         if row.get("step", step + 1) <= step and "step_seconds" not in row:

@@ -64,8 +64,7 @@ def check_utf8(name: str, path: str):
 
 
 def check_local(name: str, paths: str):
-    """Raise UserError if one of the comma-separated paths is an address such as gs://bucket/folder, or not
-    UTF-8."""
+    """Raise UserError if one of the paths (a,b) is an address such as gs://bucket/folder, or not UTF-8."""
     check_utf8(name, paths)
     for path in paths.split(","):
         # One slash is enough: pathlib and shells' completion leave no more, dbfs:/ has no more. C:/ is none.

@@ -191,8 +191,7 @@ def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool
 
 
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
-    """Mesh axes that `rows` rows are spread over: ROWS, or None (every device has all) if they don't divide
-    evenly."""
+    """Mesh axes that `rows` rows are spread over: ROWS; None (each device has all) if they don't divide."""
     return None if rows % data_shards(mesh) else ROWS
 
 
@@ -236,8 +235,7 @@ def place_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """Return (first, end) of the rows, of a micro-batch of `rows`, that this process supplies to its
-    devices."""
+    """Return (first, end) of this process's rows in a micro-batch of `rows`."""
     slices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((rows,)).values()
     first, end = min(s.indices(rows)[0] for (s,) in slices), max(s.indices(rows)[1] for (s,) in slices)
     if sum(e - f for f, e in {s.indices(rows)[:2] for (s,) in slices}) != end - first:

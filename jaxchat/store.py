@@ -70,8 +70,7 @@ class Checkpoints:
         sharding.gather_json({})  # the others write nothing before it is empty
 
     def keep_tokenizer(self, tokenizer: Tokenizer):
-        """Write the run's tokenizer beside its checkpoints, so that these stay usable when another one is
-        trained."""
+        """Keep the run's tokenizer beside its checkpoints, since another one may be trained."""
         if jax.process_index() == 0:
             tokenizer.save(self.folder / "tokenizer")
 

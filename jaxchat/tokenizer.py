@@ -262,8 +262,7 @@ class Tokenizer:
         ]
 
     def render_for_completion(self, conversation: dict) -> list[int]:
-        """Ids of a conversation up to where the assistant is to speak; a last message of the assistant's is
-        left out."""
+        """Ids of a conversation up to where the assistant is to speak, without its own last message."""
         messages = conversation["messages"]
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]

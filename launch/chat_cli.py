@@ -175,8 +175,7 @@ def edit_lines() -> Callable[[], None]:
 
 
 def leave(*_):
-    """End the process at a signal. An exception might be swallowed by a module being imported or a
-    compiler."""
+    """End the process at a signal: a module being imported or a compiler might swallow an exception."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 

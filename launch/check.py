@@ -33,8 +33,7 @@ class Checklist(list):
     """Lines of (state, name, text, command). The command brings what is missing, where one can."""
 
     def add(self, name: str, text: str, state: str = "ok", **flags: str):
-        """Add a line. A command in its text is completed, so that it runs as printed, with the flags that are
-        not empty."""
+        """Add a line. A command in its text is completed to run as printed, with the non-empty flags."""
         found = re.search(r"(python -m launch\.|make setup )[^;]+", text)
         command = cli.runnable(found[0], **flags) if found else ""
         text = text.replace(found[0], command) if found else text
@@ -42,8 +41,7 @@ class Checklist(list):
 
     @contextlib.contextmanager
     def expecting(self, name: str, state: str = "missing", **flags: str):
-        """A context in which a UserError becomes a line in this state. flags: for the command that it
-        names."""
+        """A context in which a UserError becomes a line in this state. flags: for the command it names."""
         try:
             yield
         except UserError as problem:

@@ -147,8 +147,7 @@ _base: list[str] = []  # the base directories that base_directory() has set
 
 
 def after_base(tag: str, plain: bool) -> None:
-    """Print the command that follows pretraining. plain: the model is of 2025, whose recipe has
-    midtraining."""
+    """Print the command after pretraining. plain: the model is of 2025, whose recipe has midtraining."""
     next_step(f"python -m launch.{'mid_train' if plain else 'chat_sft --recipe=2026'} --model_tag={tag}")
 
 
@@ -162,8 +161,7 @@ def next_step(command: str, **flags: str) -> None:
 
 
 def runnable(command: str, **flags: str) -> str:
-    """Complete a command so that it runs from here: with this Python, the base directory, and the non-empty
-    flags."""
+    """Complete a command so that it runs from here: this Python, the base directory, the non-empty flags."""
     found = shutil.which("python")
     # Where `python` would be another one.
     if not found or os.path.dirname(found) != os.path.dirname(sys.executable):
@@ -178,8 +176,7 @@ def runnable(command: str, **flags: str) -> str:
 
 @contextlib.contextmanager
 def base_directory(folder: Path) -> Iterator[None]:
-    """Make `folder` the base directory of the commands called inside, and of the next commands that they
-    print."""
+    """Make `folder` the base directory of commands called inside, and of next commands that they print."""
     outer = os.environ.get("JAXCHAT_BASE_DIR")
     _base.append(str(folder))
     os.environ["JAXCHAT_BASE_DIR"] = str(folder)

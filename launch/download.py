@@ -148,8 +148,7 @@ def run(config: Config):
 
 
 def print_next(to: str):
-    """Print the next command: base_train if the tokenizer that is there was trained on this text, else
-    tok_train."""
+    """Print the next command: base_train if the tokenizer there was trained on this text, else tok_train."""
     from jaxchat.data.sources import file_fingerprint, find_shards
     from jaxchat.tokenizer import Tokenizer
 

@@ -131,8 +131,7 @@ async def load(service, address: str, open_browser: bool):
 
 
 def make_service(config: Config, found: list, devices: list, compute: Compute):
-    """Build the service: models, each with an engine for each device, not yet started. Call it in the event
-    loop."""
+    """Build the service, in the event loop: models, with an engine for each device, not yet started."""
     from jaxchat.serve.loop import Pool, Worker
     from jaxchat.serve.metrics import Metrics
     from jaxchat.serve.service import Defaults, Served, Service
@@ -198,8 +197,7 @@ def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]
 
 
 def ways_of(context: int) -> list[dict]:
-    """Settings of requests that together make an engine compile every shape; those with log-probabilities are
-    last."""
+    """Settings of requests that together make an engine compile every shape; log-probabilities come last."""
     from jaxchat.infer.scheduler import SHORTEST, bucket
 
     lengths = sorted({bucket(n, SHORTEST, context) for n in range(1, context + 1)})

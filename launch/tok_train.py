@@ -81,8 +81,7 @@ def run(config: Config):
 
 
 def check_replaceable(runs: list[Path], tokenizer, folder: Path):
-    """Raise UserError if one of `runs` was trained with another tokenizer than this. They keep no copy of
-    theirs."""
+    """Raise UserError if one of `runs`, which keep no copy of theirs, was trained with another tokenizer."""
     from jaxchat import checkpoint
 
     for run in runs:

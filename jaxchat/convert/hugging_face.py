@@ -165,8 +165,7 @@ def model_card(found: Found, chat: bool) -> str:
 
 
 def load(path: Path) -> Foreign:
-    """Open a folder of config.json, *.safetensors and, maybe, tokenizer.json. UserError: it holds another
-    kind of model."""
+    """Open a folder that transformers wrote. UserError: it holds another kind of model, or is damaged."""
     described = _json(path / "config.json")
     config = _model_config(path / "config.json", described)
     index = path / "model.safetensors.index.json"

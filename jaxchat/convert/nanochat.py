@@ -252,8 +252,7 @@ def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softca
 
 
 def stored_as(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
-    """The fields of ModelConfig that say how a checkpoint's embedding tables are stored: padded, in
-    bfloat16."""
+    """The fields of ModelConfig that say how a checkpoint's tables are stored: padded, in bfloat16."""
     tables = [t for name, t in tensors.items() if "wte" in name or name.startswith("value_embeds.")]
     rows, size = (len(tables[0]) if tables else 0), shape["vocab_size"]
     padded = "resid_lambdas" in tensors or rows == rounded_up(size, PADDING) != size

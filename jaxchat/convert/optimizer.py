@@ -41,8 +41,7 @@ FIELDS = {  # of our state and of theirs
 
 
 def groups(config: ModelConfig, names: Names) -> list[tuple[str, list[str]]]:
-    """nanochat's parameter groups, in its order: (the group in our table, nanochat's names of its
-    weights)."""
+    """nanochat's parameter groups, in its order: (the group in our table, nanochat's names of weights)."""
     ours, weights = our_names(names, config), named(config)
     found = [
         (group, [n for start in starts for n in ours if n.startswith(start)])

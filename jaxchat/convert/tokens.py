@@ -75,8 +75,7 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Build the tokenizers library's tokenizer. By default it reads the spelling of a special token as that
-    token."""
+    """Build the tokenizers library's tokenizer. By default it reads a special's spelling as the special."""
     characters = byte_characters()
 
     def text(piece: bytes) -> str:

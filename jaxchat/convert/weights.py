@@ -52,8 +52,7 @@ def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
 
 
 def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
-    """Return {"lm_head.weight": "lm_head.0", …}: for each matrix of the other format, our weight and
-    layer."""
+    """Return {"lm_head.weight": "lm_head.0", …}: for each matrix of the other format our weight and layer."""
     return {
         theirs: f"{name}.{i}"
         for name in named(config)

@@ -99,6 +99,5 @@ def _read_rows(tasks, tokenizer: Tokenizer, rows: Iterable[int]):
 
 
 def conversation_reader(tasks, tokenizer: Tokenizer) -> Reader:
-    """Make a reader of rendered conversations with their masks; it reads plain documents as text_reader's
-    does."""
+    """Make a reader of rendered conversations with masks; it reads plain documents as text_reader's does."""
     return partial(_read_rows, tasks, tokenizer)

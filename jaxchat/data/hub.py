@@ -247,8 +247,7 @@ def fetch_link(link: Link, path: Path):
 
 
 def show_progress(work: Callable[[], None], listings: list[Listing], links: Iterable[Path]):
-    """Run `work` in a thread; print every few seconds how much of the listings and links is there, and the
-    ETA."""
+    """Run `work` in a thread; print every few seconds how much of the files is there, and the ETA."""
 
     def on_disk() -> int:
         partial = [path for listing in listings for path in (listing.folder / ".cache").rglob("*.incomplete")]

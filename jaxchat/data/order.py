@@ -1,5 +1,4 @@
-"""Endless orders over a source by a seed, and how they are dealt to streams that each process can read
-alone."""
+"""Endless orders over a source by a seed, and how they are dealt to streams for each process to read."""
 
 from collections import OrderedDict
 

@@ -97,8 +97,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
-    """Open a parquet file that must have each of these columns once. UserError: it does not, or is
-    damaged."""
+    """Open a parquet file that has each of these columns once. UserError: it does not, or is damaged."""
     check_utf8("file", str(path))
     if path.is_dir():
         raise UserError(f"{path} is a folder; move the .parquet files in it to {path.parent}, and delete it")

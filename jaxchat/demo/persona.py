@@ -6,8 +6,7 @@ from jaxchat.demo.phrases import TEXTS, Phrasings
 
 
 class Trait(NamedTuple):
-    """One thing that users ask Pip about. An answer is right if it holds `proof` and no other trait's
-    proof."""
+    """One thing that users ask Pip about. An answer is right if it holds `proof` and no other trait's."""
 
     answer: str
     proof: str

@@ -192,8 +192,7 @@ def pass_at(k: int, right: list[list[bool]]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ChatResult(TaskResult):
-    """The result of a chat task. accuracy: pass@1, the mean share of each problem's answers that are
-    right."""
+    """The result of a chat task. accuracy: pass@1, the mean share of a problem's answers that are right."""
 
     right: list[list[bool]]  # for each problem, for each of its answers
 

@@ -155,8 +155,7 @@ def solved(task: CoreTask, item: dict) -> str:
 
 
 def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
-    """The prompts of an item: one for each option; in language modeling, one without and one with its
-    answer."""
+    """The prompts of an item: one an option; in language modeling one without and one with its answer."""
     item = items[index]
     before = "".join(solved(task, example) + "\n\n" for example in examples_of(task, items, index))
     if task.kind == "multiple_choice":

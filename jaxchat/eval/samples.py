@@ -42,8 +42,7 @@ def answers(engine: Engine, questions: Sequence[str]) -> list[str]:
 
 
 def greedy(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list:
-    """Generate greedily. Prompts are cut at the left to leave room for max_tokens, or half of the context if
-    less."""
+    """Generate greedily. Prompts are cut at the left, to leave room for max_tokens or half of the context."""
     most = min(max_tokens, engine.config.sequence_len // 2)
     room = engine.config.sequence_len - most
     return engine.generate([prompt[-room:] for prompt in prompts], max_tokens=most, temperature=0.0)

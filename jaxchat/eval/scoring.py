@@ -119,8 +119,7 @@ class Scorer:
     def __init__(
         self, params: Params, model: Model, *, device_tokens: int | None = None, quiet: bool = False
     ):
-        """device_tokens: tokens that a device computes at a time, at least one row. quiet: print no
-        progress."""
+        """device_tokens: tokens that a device computes at a time (at least a row). quiet: no progress."""
         self.params, self.model, self.quiet = params, model, quiet
         self.title = ""  # of what is scored, before each line of progress
         on_cpu = model.mesh.devices.flat[0].platform == "cpu"

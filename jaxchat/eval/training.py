@@ -97,8 +97,7 @@ def sft(config: SFTConfig, stage: Stage) -> list[Evaluation]:
 
 
 def choice_tasks(config: SFTConfig) -> list:
-    """Open the multiple-choice tasks, as (name, task), before training, so that a missing file is found
-    then."""
+    """Open the multiple-choice tasks as (name, task), so that a missing file is found before training."""
     try:
         return [(name, load_task(f"{name}/test", config.tasks_dir)) for name in ("MMLU", "ARC-Easy")]
     except UserError as problem:
@@ -115,8 +114,7 @@ def validations(config: TrainConfig, stage: Stage, measure, batches: list[dict])
 
 
 def fp8_drift(params, stage: Stage, batches: list[dict]) -> dict[str, float]:
-    """Measure how float8 products change the loss of the first validation batch, as a fraction of that
-    loss."""
+    """Measure how float8 products change the loss of the first validation batch, as a fraction of it."""
     models = stage.model, stage.model.without_fp8()
     (with_fp8, _), (without, _) = (total_loss(params, batches[:1], model) for model in models)
     drift = with_fp8 / without - 1

@@ -76,8 +76,7 @@ class Turn:
 
 @struct.dataclass
 class Stretch:
-    """The tokens of a stretch: −1 where a row generated none. A row's last token may be the one that ended
-    it."""
+    """The tokens of a stretch: −1 where a row generated none. A row's last token may have ended it."""
 
     tokens_BN: Any
     forced_BN: Any

@@ -176,8 +176,7 @@ def called_by(op: Operation, parts) -> list[Operation]:
 
 
 def moved(op: Operation, parts, by_name) -> int:
-    """Bytes that an operation reads and writes. Of an array from which it needs a slice, only the slice
-    counts."""
+    """Bytes that an operation reads and writes. Of an array that it needs a slice of, only that counts."""
     if op.kind == "dynamic-slice":
         return 2 * size_of(op.shapes)
     if op.kind == "dynamic-update-slice":
@@ -208,8 +207,7 @@ def moved(op: Operation, parts, by_name) -> int:
 
 
 def readers(name: str, users: dict) -> list[tuple[Operation, int]]:
-    """The operations that read an array within a fusion, directly or by a bitcast: (operation, which
-    operand)."""
+    """The operations that read an array in a fusion, directly or by a bitcast: (operation, which operand)."""
     found = []
     for user, place in users[name]:
         found += readers(user.name, users) if user.kind == "bitcast" else [(user, place)]

@@ -1,5 +1,4 @@
-"""Compile base training's step for devices that are not here: what it needs, and the largest batch that
-fits."""
+"""Compile base training's step for devices that are not here: what it needs, the largest batch that fits."""
 
 import dataclasses
 import time

@@ -17,8 +17,7 @@ def markdown(
     samples: dict[str, Samples],
     price_per_hour: float = 0,
 ) -> str:
-    """The comparison as markdown. images: {file name: (title, PNG)}; samples: each run's, by its tag; {}:
-    none."""
+    """The comparison as markdown. images: {file name: (title, PNG)}; samples: by tag; {}: none."""
     tags = [run.tag for run in runs]
     parts = [f"# {escape(', '.join(tags))}: runs of jaxchat side by side", models(runs)]
     for name, info in STAGES.items():
@@ -77,8 +76,7 @@ def curves(runs: list[Run]) -> dict[str, tuple[str, bytes]]:
 
 
 def by_tokens(stage: StageRun, key: str) -> np.ndarray:
-    """Values that were logged as finite numbers, with the tokens trained on by then: [N, 2] (tokens,
-    value)."""
+    """Values that were logged as finite numbers, by the tokens trained on by then: [N, 2] (tokens, value)."""
     xy = points(stage, key)
     seen = np.cumsum([0, *(tokens_of(row) for row in stage.steps)])
     steps = [0, *(row["step"] for row in stage.steps)]

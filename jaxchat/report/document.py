@@ -98,8 +98,7 @@ def measured(columns: list[str], stages: list[StageRun]) -> str:
 
 
 def tokenizer(run: Run) -> list[str]:
-    """A section on the bytes per token of this run's tokenizer and of the references; [] if tok_eval has not
-    run."""
+    """A section on the bytes per token of this tokenizer and of others; [] if tok_eval has not run."""
     if not run.compression:
         return []
     unit = "bytes_per_token"

@@ -66,8 +66,7 @@ class StageRun:
         return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
 
     def share(self, name: str) -> float | None:
-        """Fraction of the steps' time that was spent on `name`, an entry of their rows; None: they have
-        none."""
+        """Fraction of the steps' time that was spent on `name`, an entry of their rows; None: not known."""
         spent = [row[name] for row in self.steps if name in row]
         return sum(spent) / self.step_seconds if spent else None
 

@@ -77,8 +77,7 @@ def machine() -> str:
 
 
 def versions() -> str:
-    """ "Python 3.11.7, jax 0.10.2, …": the versions of all that computes; packages not installed are left
-    out."""
+    """ "Python 3.11.7, jax 0.10.2, …": the versions of all installed packages that compute."""
     found = []
     for name in PACKAGES:
         try:

@@ -19,8 +19,7 @@ class Samples:
 
 
 def sample(run: Run, texts: Sequence[str], questions: Sequence[str]) -> Samples:
-    """Generate greedily by each stage's last checkpoint: base continues texts, the others answer
-    questions."""
+    """Generate greedily by each stage's last checkpoint: base continues texts, others answer questions."""
     continued, answered = [], {}
     for name, stage in run.stages.items():
         found = checkpoint.open_model(name, run.tag, stage.step)

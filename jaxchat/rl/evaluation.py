@@ -78,8 +78,7 @@ def measure(params, stage: Stage, config: RLConfig, sets: dict) -> dict[str, flo
 
 
 def divergence(rows: list[tuple], params, stage: Stage) -> float:
-    """Estimate KL(policy ‖ parent), in nats per sampled token, as the mean of log π − log π_parent of its
-    answers."""
+    """Estimate KL(policy ‖ parent) in nats per sampled token: the mean of log π − log π_parent."""
     spans = [Span(np.array(tokens, np.int32), 1, len(tokens)) for tokens, _, _ in rows]
     reference = stage.parent.load(stage.model.mesh)
     own, theirs = (Scorer(weights, stage.model, quiet=True).spans(spans) for weights in (params, reference))

@@ -41,8 +41,7 @@ TERMS: dict[str, Callable[[Answer], bool]] = {
 
 
 def parse_reward(spec: str) -> dict[str, float]:
-    """Return {term: weight} of a flag such as "answer" or "answer:1,format:0.1". UserError: it is not of this
-    form."""
+    """Return {term: weight} of a flag such as "answer:1,format:0.1". UserError: it is not of this form."""
     known, weights = ("answer", *TERMS), {}
     for part in spec.split(","):
         name, colon, weight = part.strip().partition(":")
@@ -62,8 +61,7 @@ def parse_reward(spec: str) -> dict[str, float]:
 
 
 def checker_for(task: Task) -> tuple[Checker, str]:
-    """Return (a task's checker, a phrase on what it checks). UserError: it has none, or none that can run
-    here."""
+    """Return (a task's checker, a phrase on what it checks). UserError: it has none that can run here."""
     if task.name.lower().endswith(JSON):
         wanted = [_wanted(task, row) for row in range(len(task))]
         by_number = all(final_number(text) is not None for text in wanted)

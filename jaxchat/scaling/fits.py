@@ -42,8 +42,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Minimum:
-    """The lowest point of a budget's parabola in log N. inside: it is between the smallest and the largest
-    model."""
+    """The lowest point of a budget's parabola in log N. inside: between the least and the largest model."""
 
     budget: float
     parabola: np.ndarray  # coefficients of the loss in log N, highest power first
@@ -55,8 +54,7 @@ class Minimum:
 
 @dataclasses.dataclass(frozen=True)
 class IsoFlop:
-    """The laws N ∝ C^a and D ∝ C^b of each budget's best model. lines: (slope, intercept) of both, in
-    logs."""
+    """The laws N ∝ C^a and D ∝ C^b of each budget's best model. lines: (slope, intercept), in logs."""
 
     minima: list[Minimum]
     a: Estimate
@@ -67,8 +65,7 @@ class IsoFlop:
 
 @dataclasses.dataclass(frozen=True)
 class Surface:
-    """The law loss = E + A/N^alpha + B/D^beta, and the exponents a, b of the best N and D that follow from
-    it."""
+    """The law loss = E + A/N^alpha + B/D^beta, and the exponents a, b of the best N and D that follow."""
 
     E: Estimate
     A: Estimate
@@ -221,8 +218,7 @@ def refined(start, n, d, loss) -> np.ndarray:
 
 
 def grid_start(n, d, loss) -> np.ndarray:
-    """Find the best start on a grid of exponents; for each, E, A and B (none negative) follow by least
-    squares."""
+    """Find the best start on a grid of exponents; for each, E, A, B ≥ 0 follow by least squares."""
     best, start = np.inf, None
     for alpha in np.arange(0.1, 1.01, 0.1):
         for beta in np.arange(0.1, 1.01, 0.1):

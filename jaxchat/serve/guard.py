@@ -62,8 +62,7 @@ def host_of(url: str) -> str:
 
 
 class Guard:
-    """ASGI middleware that refuses what the rules don't allow, names and logs every request, and catches
-    errors."""
+    """ASGI middleware: it refuses what the rules don't allow, names and logs requests, and catches errors."""
 
     def __init__(self, app, rules: Rules, metrics, error_response):
         self._rules, self._metrics, self._error_response = rules, metrics, error_response

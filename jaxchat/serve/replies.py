@@ -367,14 +367,12 @@ class Reply:
 
 
 def event(content: dict) -> bytes:
-    """Format a server-sent event, in ASCII: some clients take other line ends of Unicode for the end of an
-    event."""
+    """Format a server-sent event, in ASCII: some clients end an event at other line ends of Unicode."""
     return b"data: " + json_bytes(content) + b"\n\n"
 
 
 async def aside(size: int, function: Callable, *args):
-    """Return function(*args), run in a thread if its input has LARGE bytes or more, so that the loop stays
-    free."""
+    """Return function(*args), run in a thread if its input has LARGE bytes or more: the loop stays free."""
     return function(*args) if size < LARGE else await asyncio.to_thread(function, *args)
 
 

@@ -152,8 +152,7 @@ def state_bytes(model: ModelConfig) -> int:
 
 
 def shards_for(config: BaseConfig, model: ModelConfig) -> int:
-    """Number of shards to train on without repeating any, with a tenth to spare and one more for
-    validation."""
+    """Number of shards to train on without repeating any, with a tenth to spare, and one for validation."""
     from jaxchat.train.stages import horizon_of
 
     tokens = horizon_of(config, model).tokens

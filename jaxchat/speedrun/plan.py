@@ -11,8 +11,7 @@ from jaxchat.speedrun.steps import Checkpoint, Step
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run as the flags describe it. flags: the parsed flags, by step, of the steps that have a flags
-    class."""
+    """A run as the flags describe it. flags: of each step that has a flags class, parsed."""
 
     preset: Preset
     tag: str

@@ -1,5 +1,4 @@
-"""The progress of a run, as a line for people and as status.json for programs, with the time left as
-measured."""
+"""The progress of a run: a line for people, status.json for programs, and the time left as measured."""
 
 import contextlib
 import dataclasses

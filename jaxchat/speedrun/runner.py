@@ -62,8 +62,7 @@ class Running:
 
 
 class Runner:
-    """Runs steps in order. Steps of different lanes run at the same time, as do those of one lane, up to its
-    slots."""
+    """Runs steps in order; those of different lanes at the same time, and of one lane up to its slots."""
 
     def __init__(self, steps: list[Step], state: State, *, restarts: int, places: tuple[dict, ...] = ({},)):
         """places: environment variables for each of the steps that run on the devices at the same time."""

@@ -84,8 +84,7 @@ def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
 
 
 def fitting(limit: float, platform: str) -> str:
-    """End of the message about a program that fits. limit: bytes of a device; not named on TPUs, where it
-    doesn't decide."""
+    """End of the message about a program that fits. limit: bytes of a device; on TPUs it doesn't decide."""
     if platform == "tpu":
         return ", which on TPUs can be more than it takes; it compiled, so it fits"
     return f" of a device's {limit / 1e9:.1f} GB: it fits"

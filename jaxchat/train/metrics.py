@@ -1,5 +1,4 @@
-"""Write a run's numbers: JSON lines beside its checkpoints, and on request Weights & Biases and
-TensorBoard."""
+"""Write a run's numbers: JSON lines beside its checkpoints; on request Weights & Biases, TensorBoard."""
 
 import contextlib
 import importlib.util
@@ -38,8 +37,7 @@ def peak_bytes() -> int:
 
 
 class MetricsLog:
-    """A run's log: `metrics.jsonl` with one object per line, Weights & Biases, TensorBoard. folder None: no
-    files."""
+    """A run's log: lines of `metrics.jsonl`, Weights & Biases, TensorBoard. folder None: no files."""
 
     def __init__(self, folder: Path | None, config: dict, *, resume_step: int, run: str, tensorboard: bool):
         self._file = self._wandb = self._board = None
@@ -124,8 +122,7 @@ def evaluations_after(step: int, folder: Path) -> list[str]:
 
 
 def best_step(folder: Path, name: str, last: int) -> tuple[int, float] | None:
-    """Return the (step, value) at which an evaluation's value was largest, up to step `last`; None: never
-    measured."""
+    """Return the (step, value) at which an evaluation's value was largest, up to step `last`, or None."""
     rows = [row for row in files.read_lines(folder / "metrics.jsonl") if "evaluation" in row]
     found = [(row["step"], row[name]) for row in rows if row["step"] <= last and row.get(name) is not None]
     return max(found, key=lambda one: one[1]) if found else None

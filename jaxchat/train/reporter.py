@@ -17,8 +17,7 @@ class NotFinite(UserError):
 
 
 class Unread(UserError):
-    """Raised where a process could not read its rows of a step; by all processes, none of which applied the
-    step."""
+    """Raised, by all processes, where one could not read its rows of a step, which none applied."""
 
     def __init__(self, step: int):
         super().__init__(f"another process can't read its rows of step {step}; its own message says why")

@@ -105,8 +105,7 @@ TASK_FILE = re.compile(r"[^,]*/(?=[^/,]+\.(?:jsonl|json|ndjson)(?::\d+)?(?:,|$))
 
 
 def without_folders(meta: dict) -> dict:
-    """Return metadata with only the names of task files: their folders may differ, and "data" compares the
-    content."""
+    """Return metadata with only the names of task files: folders may differ; "data" compares content."""
     settings, data = dict(meta["settings"]), {}
     if "train_tasks" in settings:
         settings["train_tasks"] = TASK_FILE.sub("", settings["train_tasks"])
@@ -217,8 +216,7 @@ def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callabl
 
 
 def arguments_of_step(stage: Stage, batch: dict) -> tuple:
-    """Abstract arguments of a step, with rows of the greatest length, to compile it and see whether it
-    fits."""
+    """Abstract arguments of a step, with rows of the greatest length, to see whether it fits."""
     longest = {
         name: jax.ShapeDtypeStruct((*a.shape[:-1], stage.row_length), a.dtype, sharding=a.sharding)
         for name, a in batch.items()
@@ -227,8 +225,7 @@ def arguments_of_step(stage: Stage, batch: dict) -> tuple:
 
 
 def initial_state(stage: Stage) -> TrainState:
-    """Create the first state: random weights or the parent's, with a fresh optimizer or (warm) the
-    parent's."""
+    """Create the first state: random weights or the parent's; a fresh optimizer or (warm) the parent's."""
     if stage.parent is None:
         return init_state(stage.flags.seed, stage.model, stage.optimizer)
     if not stage.warm:

@@ -48,8 +48,7 @@ class Saver:
         return bool(self._checkpoints) and 0 < 60 * minutes <= clock() - self._saved_at
 
     def agree(self, values: dict[str, float]):
-        """Note from a step's totals over all processes whether the clock of any of them says that it is time
-        to save."""
+        """Note from a step's totals whether the clock of any process says that it is time to save."""
         self._overdue = self._overdue or values.get("overdue", 0) > 0
 
     def save(self, state: TrainState, step: int, *, finished: bool):

@@ -1,5 +1,4 @@
-"""The stages as data: where each starts, what it reads, how long it lasts, by which schedule, and what it
-saves."""
+"""The stages as data: where each starts, what it reads, how long it lasts, its schedule, what it saves."""
 
 import dataclasses
 import math
@@ -314,8 +313,7 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
 
 
 def examples_of_step(config: SFTConfig, parent: Found, tasks: Mixture, time: int) -> int:
-    """Conversations in a step: the number given or, for -1, as many as have the tokens of one of the parent's
-    steps."""
+    """Conversations in a step: as given or, for -1, as many as have the tokens of a step of the parent's."""
     if config.target_examples_per_step > 0:
         return config.target_examples_per_step
     theirs = parent.meta.get("settings") or parent.meta.get("imported", {}).get("meta", {})
@@ -340,8 +338,7 @@ def optimizer_row(config: SFTConfig, parent: Found) -> list[tuple[str, str]]:
 
 
 def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -> Stage:
-    """The stage of reinforcement learning. batches: rl/batches.py's, which depend on the weights and the
-    step."""
+    """Reinforcement learning. batches: rl/batches.py's, which depend on the weights and the step."""
     rollouts = int(config.num_epochs * len(tasks)) // config.examples_per_step
     if config.num_iterations > 0:
         rollouts = config.num_iterations
@@ -383,8 +380,7 @@ def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -
 
 
 def reward_text(values: dict[str, float]) -> str:
-    """Format a step's rewards for its printed line, since the loss of policy gradients measures no
-    progress."""
+    """Format a step's rewards for its line: the loss of policy gradients measures no progress."""
     return f"reward {values['reward']:.3f}  mixed groups {values['groups_mixed']:.0%}"
 
 

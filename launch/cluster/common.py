@@ -1,5 +1,4 @@
-"""Parts that all launchers share: checks of flags, running or printing a command, exit codes that restart a
-run."""
+"""Parts that all launchers share: checks of flags; running or printing a command."""
 
 import os
 import re
@@ -14,8 +13,7 @@ MOUNTED = ("implicit-dirs", "rename-dir-limit=200000")
 
 
 def secret_names(text: str, *, here: bool) -> list[str]:
-    """Split a list of environment variables. UserError: one is no such name or, if `here`, is not set
-    here."""
+    """Split a list of environment variables. UserError: one is no such name or, if `here`, is not set."""
     names = [name for name in text.split(",") if name]
     for name in names:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):

@@ -12,8 +12,7 @@ LINES = "a JSON array of messages, an object with `messages`, or a JSON string f
 
 
 class JsonLines:
-    """Rows of a file of JSON lines, each of a form that LINES describes. All are checked when it is
-    opened."""
+    """Rows of a file of JSON lines, each of a form that LINES names; all are checked when it is opened."""
 
     def __init__(self, path: Path):
         if not path.is_file():

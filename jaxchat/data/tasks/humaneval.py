@@ -9,8 +9,7 @@ COLUMNS = ["prompt", "canonical_solution", "test", "entry_point"]
 
 
 def humaneval(folder: Path, split: str) -> Table:
-    """Open HumanEval's functions to complete; rows also have the columns `prompt`, `test` and
-    `entry_point`."""
+    """Open HumanEval's functions to complete. Rows also have `prompt`, `test` and `entry_point`."""
 
     def convert(row: dict) -> dict:
         if not all(isinstance(row[name], str) for name in COLUMNS):
