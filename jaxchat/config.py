@@ -253,9 +253,8 @@ def check_constant(field: dataclasses.Field, value):
     zero, most = field.metadata.get("zero", False), field.metadata.get("most", math.inf)
     if field.type is float:
         fine = type(value) in (int, float) and 0 <= value <= most and value < math.inf and (value > 0 or zero)
-        expected = ("a positive number" if not zero else "0 or more") + (
-            f" up to {most}" if most < math.inf else ""
-        )
+        expected = "0 or more" if zero else "a positive number"
+        expected += f" up to {most}" if most < math.inf else ""
     elif field.type is int:
         least = 0 if zero else 1
         fine = type(value) is int and least <= value < 2**31

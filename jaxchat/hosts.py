@@ -165,9 +165,8 @@ def start(config: MeshFlags, *, asks: bool = True):
         return
     if place.found_by == "ompi" and not place.coordinator and "OMPI_MCA_orte_hnp_uri" not in os.environ:
         raise UserError("Open MPI 5 does not say where process 0 is: give --coordinator=HOST:PORT")
-    method = (
-        "deactivate" if place.coordinator else place.found_by if place.found_by in ("slurm", "ompi") else None
-    )
+    method = place.found_by if place.found_by in ("slurm", "ompi") else None
+    method = "deactivate" if place.coordinator else method
     own_device = not place.alone_on_host and bool(place.coordinator)
     local = os.environ.get("SLURM_LOCALID", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK"))
     if not asks:  # jax's service would catch SIGTERM, and keep it to itself

@@ -85,9 +85,8 @@ def export(found: Found, out: Path, progress: Progress) -> Path:
 
 def has_optimizer(config: ModelConfig) -> bool:
     """Return whether a model's optimizer state can be converted: nanochat's can since March 14, 2026."""
-    return bool(
-        config.smear_channels and config.backout and config.value_gate_channels and config.layer_scales
-    )
+    mechanisms = (config.smear_channels, config.backout, config.value_gate_channels, config.layer_scales)
+    return all(mechanisms)
 
 
 def load_optimizer(foreign: Foreign) -> tuple[dict | None, str]:
@@ -165,10 +164,8 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as problem:  # a damaged or hostile file raises almost anything
-        lines = str(problem).splitlines()
-        asked = next(
-            (line.strip() for line in lines if "GLOBAL" in line), lines[0] if lines else repr(problem)
-        )
+        lines = str(problem).splitlines() or [repr(problem)]
+        asked = next((line.strip() for line in lines if "GLOBAL" in line), lines[0])
         raise UserError(f"{file} is refused, nothing in it was run: {asked}") from problem
     if not isinstance(content, dict):
         raise UserError(f"{file} is refused: it holds a {type(content).__name__}, not tensors by name")
@@ -231,9 +228,8 @@ def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softca
         constants = dict(ARCHITECTURES["2026"])
         third = {"qk_scale": 1.15, "smear_channels": 0, "backout": False}
         constants |= {} if smears else third
-        constants["short_window"] = rounded_up(
-            rounded_up(context, 4 if smears else 3) // (4 if smears else 3), 128
-        )
+        share = 4 if smears else 3
+        constants["short_window"] = rounded_up(rounded_up(context, share) // share, 128)
         kind = "2026"
     else:
         raise UserError(f"{file} has gates on {channels} features; that is none of {GENERATIONS}")

@@ -19,7 +19,7 @@ from jaxchat.config import ModelConfig, UserError
 from jaxchat.convert.weights import Names, matrix_names, our_names, shape_of, to_matrices, to_stack
 from jaxchat.model.params import named, shapes
 from jaxchat.train.horizon import REFERENCE_BATCH
-from jaxchat.train.optimizer import AdamW, Muon, make_optimizer, table_2026
+from jaxchat.train.optimizer import Muon, make_optimizer, table_2026
 from jaxchat.train.stages import RATES
 
 # Groups of the optimizer's table, and what nanochat names their weights, in its order.
@@ -43,17 +43,18 @@ FIELDS = {  # of our state and of theirs
 def groups(config: ModelConfig, names: Names) -> list[tuple[str, list[str]]]:
     """nanochat's parameter groups, in its order: (the group in our table, nanochat's names of weights)."""
     ours, weights = our_names(names, config), named(config)
-    found = [
-        (group, [n for start in starts for n in ours if n.startswith(start)])
-        for group, starts in ADAMW.items()
-    ]
-    shape = {n: shape_of(weights[ours[n].rpartition(".")[0]]) for n in ours}
-    layered = [n for n in ours if n.startswith("transformer.h.")]
-    layered.sort(
-        key=lambda n: (int(n.split(".")[2]), MATRICES.index(n.split(".", 3)[3].removesuffix(".weight")))
-    )
-    for size in sorted({tuple(shape[n]) for n in layered}):
-        found.append(("matrix", [n for n in layered if tuple(shape[n]) == size]))
+    found = []
+    for group, starts in ADAMW.items():
+        found.append((group, [n for start in starts for n in ours if n.startswith(start)]))
+    shape = {n: tuple(shape_of(weights[ours[n].rpartition(".")[0]])) for n in ours}
+
+    def place_of(name: str) -> tuple[int, int]:
+        _, _, layer, matrix = name.removesuffix(".weight").split(".", 3)
+        return int(layer), MATRICES.index(matrix)
+
+    layered = sorted((n for n in ours if n.startswith("transformer.h.")), key=place_of)
+    for size in sorted({shape[n] for n in layered}):
+        found.append(("matrix", [n for n in layered if shape[n] == size]))
     return found
 
 
@@ -117,9 +118,8 @@ def restored(found: Found) -> dict:
     if wrong := seal.damage(found.path, ("optimizer",)):
         raise UserError(f"{found.path} is damaged: {wrong}; take another step with --step")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), empty_state(found.config)
-    )
+    state = empty_state(found.config)
+    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), state)
     checkpoint.quiet_orbax()
     with checkpoint.readable(found.path), ocp.StandardCheckpointer() as reader:
         return reader.restore(checkpoint.plain_path(found.folder) / str(found.step) / "optimizer", target)
@@ -136,9 +136,8 @@ def export(found: Found, file: Path, names: Names):
         theirs, stack = matrix_names(name, names, found.config), np.asarray(leaf.astype(jnp.float32))
         parts = stack if field == "second" else to_matrices(name, weights[name], stack)
         dtype = getattr(torch, str(leaf.dtype))
-        moments[field] |= {
-            n: torch.from_numpy(np.array(a)).to(dtype) for n, a in zip(theirs, parts, strict=True)
-        }
+        for n, part in zip(theirs, parts, strict=True):
+            moments[field][n] = torch.from_numpy(np.array(part)).to(dtype)
     count = int(state["step"] - state["empty_steps"])
     torch.save(to_torch_state(found, moments, count, names), file)
 
@@ -156,32 +155,23 @@ def to_torch_state(found: Found, moments: dict, count: int, names: Names) -> dic
             each = (out, 1) if out >= inputs else (1, inputs)
             second = torch.stack([moments["second"][n].reshape(each) for n in members])
             states[places[0]] = {"momentum_buffer": momentum, "second_momentum_buffer": second}
-            kind = {
-                "kind": "muon",
-                "momentum": 0.95,
-                "ns_steps": 5,
-                "beta2": rule.neuron_beta,
-                "weight_decay": 0.0,
-            }
+            kind = {"kind": "muon", "momentum": 0.95, "ns_steps": 5, "beta2": rule.neuron_beta}
+            kind["weight_decay"] = 0.0
         else:
             for at, n in zip(places, members, strict=True):
                 states[at] = {"step": count, "exp_avg": moments["mu"][n], "exp_avg_sq": moments["nu"][n]}
-            kind = adamw_settings(rule)
+            betas = (rule.b1, rule.b2)
+            kind = {"kind": "adamw", "betas": betas, "eps": 1e-10, "weight_decay": rule.decay}
         about.append(kind | {"lr": rule.lr, "initial_lr": rule.lr, "params": places})
     return {"state": states, "param_groups": about}
-
-
-def adamw_settings(rule: AdamW) -> dict:
-    return {"kind": "adamw", "betas": (rule.b1, rule.b2), "eps": 1e-10, "weight_decay": rule.decay}
 
 
 def rates(meta: dict) -> dict:
     """The peak learning rates of base training, whether by our run or, if imported, by nanochat's."""
     theirs = meta.get("imported", {}).get("meta", {})
     given = theirs.get("user_config", {}) | meta.get("settings", {})
-    batch = meta.get("settings", {}).get("total_batch_size") or theirs.get(
-        "total_batch_size", REFERENCE_BATCH
-    )
+    batch = theirs.get("total_batch_size", REFERENCE_BATCH)
+    batch = meta.get("settings", {}).get("total_batch_size") or batch
     scale = math.sqrt(batch / REFERENCE_BATCH)
     usual = table_2026.__kwdefaults__
     return {name: given.get(name, usual[name]) * scale for name in (*RATES, "scalar_lr")}

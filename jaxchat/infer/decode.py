@@ -109,7 +109,7 @@ def empty_state(program: Program, count: int, slots: int) -> State:
         rows = jax.tree.map(jnp.asarray, empty_rows(count, config.vocab_size))
         return State(cache, jnp.zeros((count, config.vocab_size)), rows)
 
-    return _per_device(empty, program, (), P("rows"))()
+    return per_device(empty, program.mesh, (), P("rows"))()
 
 
 @partial(jax.jit, static_argnames=("program", "slots"))
@@ -119,7 +119,7 @@ def resize(program: Program, state: State, slots: int) -> State:
     def change(state):
         return state.replace(cache=state.cache.resize(slots))
 
-    return _per_device(change, program, (P("rows"),), P("rows"))(state)
+    return per_device(change, program.mesh, (P("rows"),), P("rows"))(state)
 
 
 @partial(jax.jit, static_argnames=("program", "top"), donate_argnames="state")
@@ -146,7 +146,8 @@ def read_prompts(program: Program, params, state: State, prompts: Prompts, top: 
         )
         return state, None if top is None else prompt_scores(params, x_PTD, prompts.tokens_PT, config, top)
 
-    return _per_device(read, program, (P(), P("rows"), P("rows")), P("rows"))(params, state, prompts)
+    specs = (P(), P("rows"), P("rows"))
+    return per_device(read, program.mesh, specs, P("rows"))(params, state, prompts)
 
 
 def prompt_scores(params, x_PTD, tokens_PT, config: ModelConfig, top: int) -> Scores:
@@ -184,7 +185,7 @@ def decode(program: Program, params, state: State, turn: Turn, *, kind: str, top
     """
     run = partial(_decode, program=program, kind=kind, top=top)
     specs = (P(), P("rows"), Turn(P("rows"), P("rows"), P("rows"), P(), P(), P()))
-    return _per_device(run, program, specs, P("rows"))(params, state, turn)
+    return per_device(run, program.mesh, specs, P("rows"))(params, state, turn)
 
 
 def _decode(params, state: State, turn: Turn, *, program: Program, kind: str, top: int | None):
@@ -247,10 +248,6 @@ def nothing_said(turn: Turn, top: int | None) -> Stretch:
         called_B=none_B,
         used_B=none_B.astype(jnp.int32),
     )
-
-
-def _per_device(function, program: Program, in_specs, out_specs):
-    return per_device(function, program.mesh, in_specs, out_specs)
 
 
 def empty_rows(count: int, vocab_size: int) -> Rows:

@@ -86,9 +86,8 @@ class Endpoints:
         self._page_headers = page_headers(html) | {"etag": self._tag}
 
     async def models(self, request: HTTPRequest) -> Response:
-        return json_response(
-            {"object": "list", "data": [one.about() for one in self._service.models.values()]}
-        )
+        models = [model.about() for model in self._service.models.values()]
+        return json_response({"object": "list", "data": models})
 
     async def model(self, request: HTTPRequest) -> Response:
         return json_response(self._service.model(request.path_params["id"]).about())
@@ -131,9 +130,8 @@ class Endpoints:
         model = self._service.model(request.query_params.get("model", ""))
         names = {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "pad_token": "<|assistant_end|>"}
         info = {"tokenizer_class": "jaxchat", "vocab_size": model.config.vocab_size, "chat_template": None}
-        return json_response(
-            names | info | {"model_max_length": model.config.sequence_len, "add_bos_token": True}
-        )
+        info |= {"model_max_length": model.config.sequence_len, "add_bos_token": True}
+        return json_response(names | info)
 
     async def health(self, request: HTTPRequest) -> Response:
         state = self._service.state
@@ -227,9 +225,8 @@ def make_app(service: Service, rules: Rules):
             error = ApiError(405, f"{request.method} is not possible here; it is {problem.headers['Allow']}")
             error.headers["allow"] = problem.headers["Allow"]
         else:
-            error = ApiError(
-                404, f"nothing at {request.url.path[:80]}; there are: {', '.join(paths)} (also under /v1)"
-            )
+            there = f"there are: {', '.join(paths)} (also under /v1)"
+            error = ApiError(404, f"nothing at {request.url.path[:80]}; {there}")
         return error_response(error)
 
     async def wrong(request: HTTPRequest, error: ApiError) -> Response:

@@ -92,16 +92,15 @@ class _State:
             "slots": "Answers that can be generated at a time",
             "cache_usage_ratio": "Fraction of the cache's positions that answers fill",
         }
-        families = {
-            name: GaugeMetricFamily(f"jaxchat_{name}", texts[name], labels=["model_name"]) for name in texts
-        }
+        about = [(f"jaxchat_{name}", text) for name, text in texts.items()]
+        families = [GaugeMetricFamily(*each, labels=["model_name"]) for each in about]
         for model, pool in self._pools.items():
             running = [row for row in pool.live if row.began]
             filled = sum(len(row.request.prompt) + row.said for row in running)
             values = (len(running), len(pool.live) - len(running), pool.slots, filled / pool.positions)
-            for family, value in zip(families.values(), values, strict=True):
+            for family, value in zip(families, values, strict=True):
                 family.add_metric([model], value)
-        yield from families.values()
+        yield from families
         memory = GaugeMetricFamily("jaxchat_device_memory_bytes", "Memory in use", labels=["device"])
         for device in jax.local_devices():
             if used := (device.memory_stats() or {}).get("bytes_in_use"):  # CPUs tell none

@@ -186,12 +186,8 @@ def chat_logprobs(tokenizer, entries: list[Entry]) -> dict:
     """Log-probabilities in the form of chats."""
 
     def one(token: int, logprob: float) -> dict:
-        name = shown_token(tokenizer, token)
-        return {
-            "token": name,
-            "logprob": max(LEAST_LOGPROB, logprob),
-            "bytes": [*tokenizer.decode_bytes([token])],
-        }
+        text, piece = shown_token(tokenizer, token), [*tokenizer.decode_bytes([token])]
+        return {"token": text, "logprob": max(LEAST_LOGPROB, logprob), "bytes": piece}
 
     content = []
     for entry in entries:
@@ -223,9 +219,8 @@ class Form:
 
     def role(self, index: int, **extra) -> dict:
         """Build the first chunk of a chat's answer."""
-        return self._chunk(
-            index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None}, None, extra
-        )
+        delta = {"role": "assistant", "content": ""}
+        return self._chunk(index, {"delta": delta, "logprobs": None}, None, extra)
 
     def news(self, answer: Answer, piece: Piece) -> list[dict]:
         """Build chunks of a new part of an answer, with tool calls and the text around them in order."""
@@ -305,8 +300,7 @@ class Reply:
     async def complete(self) -> bytes:
         """The reply as the JSON of one object, once all answers have ended."""
         found = [Piece() for _ in self.answers]
-        async for one in self.pieces():
-            answer, piece = one
+        async for answer, piece in self.pieces():
             found[answer.index].extend(piece)
         size = sum(len(piece.text) + ENTRY * len(piece.entries) for piece in found)
         return await aside(size, self._whole, found)
@@ -342,12 +336,8 @@ class Reply:
         asked = self._asked
         prompt = sum(len(request.prompt) for request in asked.requests[:: asked.fields.n])
         completion = sum(answer.sampled for answer in self.answers)
-        usage = {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-        }
-        return usage | {"prompt_tokens_details": {"cached_tokens": 0}}
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+        return usage | {"total_tokens": prompt + completion, "prompt_tokens_details": {"cached_tokens": 0}}
 
     def _ours(self) -> dict:
         """What only jaxchat sends: the seed, what the tool was asked, and times."""

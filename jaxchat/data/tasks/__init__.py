@@ -14,7 +14,7 @@ from jaxchat.data.tasks.custom import JsonLines, identity
 from jaxchat.data.tasks.gsm8k import gsm8k
 from jaxchat.data.tasks.humaneval import humaneval
 from jaxchat.data.tasks.smoltalk import smoltalk
-from jaxchat.data.tasks.spelling import simple_spelling, spelling_bee
+from jaxchat.data.tasks.spelling import Generated, count_letters, spell
 
 JSON = (".jsonl", ".json", ".ndjson")  # ends of names of files of conversations
 DRAW_SEED = 42
@@ -26,8 +26,8 @@ TASKS = {
     "ARC-Easy": lambda folder, split: arc(folder, split, "ARC-Easy"),
     "ARC-Challenge": lambda folder, split: arc(folder, split, "ARC-Challenge"),
     "identity": identity,
-    "SimpleSpelling": simple_spelling,
-    "SpellingBee": spelling_bee,
+    "SimpleSpelling": lambda folder, split: Generated(folder, split, "SimpleSpelling", spell),
+    "SpellingBee": lambda folder, split: Generated(folder, split, "SpellingBee", count_letters),
 }
 
 

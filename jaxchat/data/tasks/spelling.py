@@ -126,35 +126,23 @@ def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> s
     return phrasing.format(w=quote.format(shown), c=marked, cs=plural)
 
 
-def _spelling(chance: random.Random, word: str, split: str):
+def spell(chance: random.Random, word: str, split: str):
     """Spell a word as "word:w,o,r,d": without a space the first letter is the same token as after a comma."""
     return _ask(chance, pick(chance, SPELL[split]), word), f"{word}:{','.join(word)}"
 
 
-def _bee(chance: random.Random, word: str, split: str):
+def count_letters(chance: random.Random, word: str, split: str):
     """Count a letter, mostly one of the word's, by hand, then check with the tool."""
     letter = pick(chance, word) if chance.random() < 0.9 else pick(chance, "abcdefghijklmnopqrstuvwxyz")
     question = _ask(chance, pick(chance, COUNT[split]), word, letter)
     lines, seen = [], 0
     for i, c in enumerate(word, 1):
         seen += c == letter
-        lines.append(f"{i}:{c}" + (f" (number {seen})" if c == letter else ""))  # no space: as in _spelling
-    text = (
-        f"I go through {word} letter by letter:\n"
-        + "\n".join(lines)
-        + f"\nThat makes {seen}. Let me check:\n"
-    )
+        lines.append(f"{i}:{c}" + (f" (number {seen})" if c == letter else ""))  # no space: as in spell
+    lines = [f"I go through {word} letter by letter:", *lines, f"That makes {seen}. Let me check:\n"]
     return question, [
-        {"type": "text", "text": text},
+        {"type": "text", "text": "\n".join(lines)},
         {"type": "python", "text": f"'{word}'.count('{letter}')"},
         {"type": "python_output", "text": str(seen)},
         {"type": "text", "text": f"\nPython says {seen} too.\n\n#### {seen}"},
     ]
-
-
-def simple_spelling(folder: Path, split: str) -> Generated:
-    return Generated(folder, split, "SimpleSpelling", _spelling)
-
-
-def spelling_bee(folder: Path, split: str) -> Generated:
-    return Generated(folder, split, "SpellingBee", _bee)
