@@ -54,8 +54,8 @@ class Row:
 class Worker(threading.Thread):
     """An engine in a thread of its own.
 
-    rows: the number of its rows that have not ended; only the event loop counts them. `ready` is done once
-    the engine is there; `failed` holds the exception that ended it.
+    live: its rows that have not ended, which only the event loop knows. `ready` is done once the engine is
+    there; `failed` holds the exception that ended it.
     """
 
     def __init__(self, open_engine: Callable, slots: int, metrics: Metrics, model: str):
@@ -74,10 +74,6 @@ class Worker(threading.Thread):
         self.compiled, self.to_compile = 0, 0  # shapes
         self.failed: BaseException | None = None
         self.live: set[Row] = set()
-
-    @property
-    def rows(self) -> int:
-        return len(self.live)
 
     def submit(self, row: Row):
         self.live.add(row)
@@ -245,15 +241,14 @@ class Pool:
             raise ApiError(500, "the engine failed; the server's log says why")
         most, rows = self.slots + self._max_waiting, len(self.live)
         if len(requests) > most:
-            raise ApiError(
-                400, f"{len(requests)} answers at once; this server takes at most {most}", param="n"
-            )
+            message = f"{len(requests)} answers at once; this server takes at most {most}"
+            raise ApiError(400, message, param="n")
         if rows + len(requests) > most:
             message = f"{rows} answers are running or waiting; this server takes at most {most}"
             raise ApiError(429, message, code="rate_limit_exceeded", retry=self._retry())
         job, now = Job(), clock()
         for index, request in enumerate(requests):
-            worker = min(self.workers, key=lambda worker: worker.rows)
+            worker = min(self.workers, key=lambda worker: len(worker.live))
             row = Row(request, index, hasty, job, worker, now)
             job.rows.append(row)
             worker.submit(row)

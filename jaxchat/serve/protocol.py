@@ -137,15 +137,12 @@ class Fields:
         """Names of the fields that nothing has read."""
         return [name for name in self._body if name not in self._read]
 
-    def number(self, name: str, default, least: float, most: float = math.inf, *, above: bool = False):
-        """Read a number from `least` (or, with `above`, above it) to `most`; null: the default."""
-        return self._number(name, default, (least, most), above, whole=False)
-
     def integer(self, name: str, default, least: int, most: float = math.inf):
-        return self._number(name, default, (least, most), False, whole=True)
+        return self.number(name, default, least, most, whole=True)
 
-    def _number(self, name: str, default, bounds: tuple, above: bool, whole: bool):
-        value, (least, most) = self.get(name), bounds
+    def number(self, name: str, default, least: float, most: float = math.inf, *, above=False, whole=False):
+        """Read a number from `least` (or, with `above`, above it) to `most`; null: the default."""
+        value = self.get(name)
         if value is None:
             return default
         number = type(value) in (int, float) and least <= value <= most and not (above and value == least)
@@ -161,11 +158,11 @@ class Fields:
             raise wrong(name, "true or false", value)
         return default if value is None else value
 
-    def text(self, name: str, default: str = "") -> str:
+    def text(self, name: str) -> str:
         value = self.get(name)
         if value is not None and not isinstance(value, str):
             raise wrong(name, "a string", value)
-        return default if value is None else value
+        return "" if value is None else value
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         value = self.get(name)
@@ -214,7 +211,6 @@ def read_chat(fields: Fields) -> Chat:
             expected = "the user's; continue_final_message: true continues the assistant's"
         raise ApiError(400, f"messages: the last message must be {expected}", param="messages")
     common = _sampling(fields, least=1)
-    _check_best_of(fields, common["n"])
     if fields.switch("echo"):
         raise ApiError(400, "echo is for completions only; leave it out, or send false", param="echo")
     return Chat(messages=messages, continue_last=last, top=(top or 0) if logprobs else None, **common)
@@ -225,7 +221,6 @@ def read_completion(fields: Fields) -> Completion:
     common = _sampling(fields, least=0 if echo else 1)
     if common["max_tokens"] is None:
         common["max_tokens"] = COMPLETION_TOKENS
-    _check_best_of(fields, common["n"])
     return Completion(
         prompts=read_prompts(fields.get("prompt")),
         add_bos=fields.switch("add_special_tokens", True),
@@ -233,11 +228,6 @@ def read_completion(fields: Fields) -> Completion:
         top=fields.integer("logprobs", None, 0, MAX_LOGPROBS),
         **common,
     )
-
-
-def _check_best_of(fields: Fields, n: int):
-    if fields.integer("best_of", None, 1) not in (None, n):
-        raise ApiError(400, f"best_of must be equal to n, which is {n}, or left out", param="best_of")
 
 
 def _sampling(fields: Fields, least: int) -> dict:
@@ -252,9 +242,12 @@ def _sampling(fields: Fields, least: int) -> dict:
     if options is not None and not (isinstance(options, dict) and stream):
         raise ApiError(400, "stream_options is an object, and needs stream: true", param="stream_options")
     seed = fields.integer("seed", None, -(2**63), 2**64 - 1)
+    n = fields.integer("n", 1, 1, MAX_ANSWERS)
+    if fields.integer("best_of", None, 1) not in (None, n):
+        raise ApiError(400, f"best_of must be equal to n, which is {n}, or left out", param="best_of")
     return {
         "model": fields.text("model"),
-        "n": fields.integer("n", 1, 1, MAX_ANSWERS),
+        "n": n,
         "max_tokens": other if longest is None else longest,
         "temperature": fields.number("temperature", None, 0, 2),
         "top_p": fields.number("top_p", 1.0, 0, 1, above=True),
@@ -303,9 +296,8 @@ def read_prompts(value) -> list[str | list[int]]:
     expected = "a string, a list of strings, a list of token ids, or a list of such lists, none of them empty"
     prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
     if len(prompts) > MAX_PROMPTS:
-        raise ApiError(
-            400, f"prompt: {len(prompts)} prompts; at most {MAX_PROMPTS} are possible", param="prompt"
-        )
+        message = f"prompt: {len(prompts)} prompts; at most {MAX_PROMPTS} are possible"
+        raise ApiError(400, message, param="prompt")
     for prompt in prompts:
         ids = isinstance(prompt, list) and prompt and all(type(id) is int for id in prompt)
         if not (ids or isinstance(prompt, str)) or type(prompt) is not type(prompts[0]):
@@ -393,11 +385,8 @@ def completion_prompts(tokenizer, completion: Completion, vocab_size: int) -> li
             if not prompt:
                 raise ApiError(400, "prompt: it is empty, and add_special_tokens is false", param="prompt")
         elif not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise wrong(
-                "prompt",
-                f"token ids from 0 to {vocab_size - 1}",
-                min(prompt) if min(prompt) < 0 else max(prompt),
-            )
+            odd = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise wrong("prompt", f"token ids from 0 to {vocab_size - 1}", odd)
         found.append(prompt)
     return found
 
