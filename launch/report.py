@@ -26,58 +26,34 @@ class Config(Flags):
 
 def run(config: Config, texts=(), questions=()):
     """Write the report. texts, questions: take these for the samples instead of the usual ones."""
-    if "," in config.model_tag:
-        return compare(config, [tag.strip() for tag in config.model_tag.split(",") if tag.strip()])
     from jaxchat import files
     from jaxchat.eval.samples import PROMPTS, QUESTIONS
-    from jaxchat.report.document import markdown, save
+    from jaxchat.report import compare, document, plots
     from jaxchat.report.gather import gather
-    from jaxchat.report.plots import curves
     from jaxchat.report.samples import sample
 
     texts, questions = texts or PROMPTS, questions or QUESTIONS
-    found = gather(config.model_tag)
-    folder = base_dir() / "report" / found.tag
-    cli.print_plan(
-        f"Report of {found.tag}",
-        [
-            *((STAGES[name].label, f"{stage.folder}/{stage.step}") for name, stage in found.stages.items()),
-            *((title, "no checkpoint, left out") for title in found.lacking),
-            ("samples", f"{len(texts)} texts, {len(questions)} questions" if config.samples else "none"),
-            ("saves", str(folder)),
-        ],
-    )
+    given = dict.fromkeys(tag.strip() for tag in config.model_tag.split(",") if tag.strip())
+    runs, several = [gather(tag) for tag in given or [""]], "," in config.model_tag
+    tags = [run.tag for run in runs]
+    names, folder = ", ".join(tags), base_dir() / "report" / "+".join(tags)
+    if several:
+        rows = [(run.tag, ", ".join(STAGES[name].label for name in run.stages)) for run in runs]
+    else:
+        stages, lacking = runs[0].stages, runs[0].lacking
+        rows = [(STAGES[name].label, f"{stage.folder}/{stage.step}") for name, stage in stages.items()]
+        rows += [(title, "no checkpoint, left out") for title in lacking]
+    rows.append(("samples", f"{len(texts)} texts, {len(questions)} questions" if config.samples else "none"))
+    cli.print_plan(f"{'Comparison' if several else 'Report'} of {names}", [*rows, ("saves", str(folder))])
     files.check_writable(folder)
-    samples = sample(found, texts, questions) if config.samples else None
-    images = curves(found)
-    text = markdown(found, images, samples, config.price_per_hour)
-    save(folder, f"{found.tag}: a run of jaxchat", text, images)
-
-
-def compare(config: Config, tags: list[str]):
-    """Write a page on several runs side by side."""
-    from jaxchat import files
-    from jaxchat.eval.samples import PROMPTS, QUESTIONS
-    from jaxchat.report import compare
-    from jaxchat.report.document import save
-    from jaxchat.report.gather import gather
-    from jaxchat.report.samples import sample
-
-    runs = [gather(tag) for tag in dict.fromkeys(tags)]
-    folder = base_dir() / "report" / "+".join(run.tag for run in runs)
-    cli.print_plan(
-        f"Comparison of {', '.join(run.tag for run in runs)}",
-        [
-            *((run.tag, ", ".join(STAGES[name].label for name in run.stages)) for run in runs),
-            ("samples", f"{len(PROMPTS)} texts, {len(QUESTIONS)} questions" if config.samples else "none"),
-            ("saves", str(folder)),
-        ],
-    )
-    files.check_writable(folder)
-    samples = {run.tag: sample(run, PROMPTS, QUESTIONS) for run in runs if config.samples}
-    images = compare.curves(runs)
-    text = compare.markdown(runs, images, samples, config.price_per_hour)
-    save(folder, f"{', '.join(run.tag for run in runs)}: runs of jaxchat", text, images)
+    samples = {run.tag: sample(run, texts, questions) for run in runs if config.samples}
+    if several:
+        images = compare.curves(runs)
+        text = compare.markdown(runs, images, samples, config.price_per_hour)
+    else:
+        images = plots.curves(runs[0])
+        text = document.markdown(runs[0], images, samples.get(runs[0].tag), config.price_per_hour)
+    document.save(folder, f"{names}: {'runs' if several else 'a run'} of jaxchat", text, images)
 
 
 def main(args: list[str] | None = None):
