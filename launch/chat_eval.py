@@ -62,14 +62,12 @@ def names_in(config: Config) -> tuple[list[str], str]:
     """Return (the tasks to measure, the reason why a task that was asked for is left out)."""
     from jaxchat.eval import chat
 
-    asked = list(dict.fromkeys(name.strip() for name in config.task_name.split("|") if name.strip())) or [
-        *chat.TASKS
-    ]
+    asked = dict.fromkeys(name.strip() for name in config.task_name.split("|") if name.strip())
+    asked = list(asked or chat.TASKS)
     for name in asked:
         if name not in chat.TASKS:
-            raise UserError(
-                f"-a {config.task_name}: unknown task {name!r}; it is one of {', '.join(chat.TASKS)}"
-            )
+            known = ", ".join(chat.TASKS)
+            raise UserError(f"-a {config.task_name}: unknown task {name!r}; it is one of {known}")
     left_out = {name: why for name in asked if (why := chat.why_not(name))}
     names, why = [name for name in asked if name not in left_out], "; ".join(left_out.values())
     if not names:

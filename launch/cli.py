@@ -86,9 +86,8 @@ def _parse_and_run(config_class, run, args: list[str], several: bool) -> None:
     try:
         config = parse(config_class, args, _prog(run))
         if not several and not hosts.is_first():
-            return print(
-                "nothing to do here: this command runs in the first process only", file=sys.stderr, flush=True
-            )
+            why = "nothing to do here: this command runs in the first process only"
+            return print(why, file=sys.stderr, flush=True)
         code = run(config)
         sys.stdout.flush()  # here, so that a reader who has left is noticed where it is handled
     except UserError as error:
@@ -169,9 +168,8 @@ def runnable(command: str, **flags: str) -> str:
         path = shlex.quote(sys.executable if near.startswith("..") else near)
         command = command.replace("python", path, 1)
     before = [f"JAXCHAT_BASE_DIR={shlex.quote(folder)}" for folder in _base[-1:]]
-    return " ".join(
-        [*before, command, *(f"--{name}={shlex.quote(value)}" for name, value in flags.items() if value)]
-    )
+    after = [f"--{name}={shlex.quote(value)}" for name, value in flags.items() if value]
+    return " ".join([*before, command, *after])
 
 
 @contextlib.contextmanager

@@ -228,10 +228,9 @@ def described(config: Config) -> Plan:
     if not config.data_dir:
         plan = planned(estimate.shards_for(plan.flags["base"], plan.model))
     priced = [f"--price_per_hour={price:g}"] if price else []
-    listed = [
-        dataclasses.replace(s, argv=(*s.argv, *priced)) if s.name == "report" else s for s in plan.steps
-    ]
-    return estimated(dataclasses.replace(plan, steps=[*fit_step(plan), *listed]))
+    *others, report = plan.steps
+    report = dataclasses.replace(report, argv=(*report.argv, *priced))
+    return estimated(dataclasses.replace(plan, steps=[*fit_step(plan), *others, report]))
 
 
 def estimated(plan: Plan) -> Plan:
@@ -334,12 +333,8 @@ def check(plan: Plan, todo: list[Step]) -> list[str]:
 def wrong_devices(machine: Machine, line: tuple[str, str, str]) -> tuple[str, str, str]:
     """Return the check's line on devices, marked as missing if they are not those that the preset is for."""
     state, name, text = line
-    if (
-        state == "missing"
-        or not machine.topology
-        or text.startswith(f"{machine.devices} × ")
-        and "cpu" not in text
-    ):
+    right = text.startswith(f"{machine.devices} × ") and "cpu" not in text
+    if state == "missing" or not machine.topology or right:
         return line
     return "missing", name, f"{text}, where the preset is for {machine.title}"
 

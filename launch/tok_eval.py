@@ -75,10 +75,8 @@ def run(config: Config):
     )
     files.check_writable(folder)
     others = references(config.references)
-    print(
-        f"\n{'':<10}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}"
-        + "".join(f"{name:>22}" for name in others)
-    )
+    columns = "".join(f"{name:>22}" for name in others)
+    print(f"\n{'':<10}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}{columns}")
     found = {}
     for name, text in texts_of(config).items():
         size, tokens = len(text.encode("utf-8", "replace")), len(tokenizer.encode(text))

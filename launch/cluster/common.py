@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 from jaxchat.config import UserError
 
@@ -30,6 +31,14 @@ def check_name(name: str):
         raise UserError(f"--name={name}; it must be {allowed}")
 
 
+def submit(file: str, text: str, words: list[str], dry_run: bool):
+    """Print a file and write it here, then run the command that takes it; a dry run only prints both."""
+    print(f"# {file}\n{text}", flush=True)
+    if not dry_run:
+        Path(file).write_text(text, encoding="utf-8")
+    perform(words, dry_run)
+
+
 def perform(words: list[str], dry_run: bool, check: bool = True) -> int:
     """Print a command, run it unless this is a dry run, return its exit code. check: raise if it fails."""
     print(shlex.join(words), flush=True)
@@ -38,9 +47,8 @@ def perform(words: list[str], dry_run: bool, check: bool = True) -> int:
     try:
         code = subprocess.run(words).returncode
     except FileNotFoundError:
-        raise UserError(
-            f"there is no {words[0]} here; install it, or print the commands with --dry_run"
-        ) from None
+        remedy = "install it, or print the commands with --dry_run"
+        raise UserError(f"there is no {words[0]} here; {remedy}") from None
     if code and check:
         raise UserError(f"{words[0]} failed with exit code {code}; its own message is above")
     return code

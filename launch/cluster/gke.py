@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 import yaml
 
 from jaxchat.config import Flags, UserError, flag
 from jaxchat.hosts import RESTARTED
-from launch.cluster.common import MOUNTED, check_name, perform, secret_names
+from launch.cluster.common import MOUNTED, check_name, secret_names, submit
 
 PORT = 8476
 # GKE's name of each kind of TPU, and the chips of one host of a slice with several hosts.
@@ -84,11 +83,8 @@ def hardware(config: Config) -> tuple[int, dict, dict]:
     kind, _, topology = config.tpu.partition(":")
     sides = topology.split("x")
     flat = kind in EIGHT
-    if (
-        kind not in TPUS
-        or len(sides) != (2 if flat else 3)
-        or not all(s.isdigit() and int(s) > 0 for s in sides)
-    ):
+    counts = all(side.isdigit() and int(side) > 0 for side in sides)
+    if kind not in TPUS or len(sides) != (2 if flat else 3) or not counts:
         kinds = ", ".join(f"{name}:{'4x4' if name in EIGHT else '2x2x4'}" for name in TPUS)
         raise UserError(f"--tpu={config.tpu}; expected a form such as {kinds}")
     label, on_host = TPUS[kind]
@@ -154,13 +150,11 @@ def jobset(config: Config, command: list[str]) -> dict:
         },
         "template": {"metadata": {"annotations": annotations}, "spec": pod},
     }
-    together = (
-        {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"} if config.tpu else {}
-    )
+    together = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {"name": config.name, "annotations": together},
+        "metadata": {"name": config.name, "annotations": together if config.tpu else {}},
         "spec": {
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "failurePolicy": {
@@ -179,8 +173,5 @@ def run(config: Config, command: list[str]):
     if not config.image:
         raise UserError("--image is missing: a container image with jaxchat (--help says how to build one)")
     file, text = f"{config.name}.yaml", yaml.safe_dump(jobset(config, command), sort_keys=False)
-    print(f"# {file}\n{text}", flush=True)
-    if not config.dry_run:
-        Path(file).write_text(text, encoding="utf-8")
-    perform(["kubectl", "apply", f"--filename={file}"], config.dry_run)
+    submit(file, text, ["kubectl", "apply", f"--filename={file}"], config.dry_run)
     print(f"# follow the log: kubectl logs --follow --selector=jobset.sigs.k8s.io/jobset-name={config.name}")

@@ -114,10 +114,8 @@ def run_once(config: Config, command: list[str], signals: SignalForwarder) -> in
                     failed = process.returncode if process.returncode > 0 else 128 - process.returncode
                     deadline = deadline or time.monotonic() + config.grace
                     if len(ended) < len(signals.processes):
-                        print(
-                            f"process {index} ended with exit code {failed}; waiting for the others",
-                            flush=True,
-                        )
+                        outcome = f"process {index} ended with exit code {failed}"
+                        print(f"{outcome}; waiting for the others", flush=True)
             if signals.received:
                 deadline = deadline or time.monotonic() + config.grace
             if deadline and time.monotonic() > deadline:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxchat.config import Flags, UserError, flag
 from jaxchat.hosts import RESTARTED
-from launch.cluster.common import perform, secret_names
+from launch.cluster.common import secret_names, submit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +67,8 @@ def script(config: Config, command: list[str]) -> str:
         "export": "ALL" if config.secrets else "",
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value != ""]
-    lines += [
-        "#SBATCH --requeue",
-        "#SBATCH --open-mode=append",
-        *([] if config.cpus else ["#SBATCH --exclusive"]),
-    ]
+    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
+    lines += [] if config.cpus else ["#SBATCH --exclusive"]
     lines += [f"#SBATCH {word}" for word in shlex.split(config.directives)]
     codes, cpus = "|".join(map(str, RESTARTED)), config.cpus or "$SLURM_CPUS_ON_NODE"
     return "\n".join(
@@ -102,13 +99,9 @@ def run(config: Config, command: list[str]):
         if not word.startswith("--"):
             raise UserError(f"--directives: {word!r} is not an option of the form --name or --name=value")
     for name in ("job_name", "time", "partition", "account", "mem"):
-        if any(c.isspace() or c in "/'\"" for c in getattr(config, name)):
-            raise UserError(
-                f"--{name}={getattr(config, name)!r}; it must not contain spaces, quotes or slashes"
-            )
+        value = getattr(config, name)
+        if any(c.isspace() or c in "/'\"" for c in value):
+            raise UserError(f"--{name}={value!r}; it must not contain spaces, quotes or slashes")
     secret_names(config.secrets, here=True)
-    file, text = f"{config.job_name}.sbatch", script(config, command)
-    print(f"# {file}\n{text}", flush=True)
-    if not config.dry_run:
-        Path(file).write_text(text, encoding="utf-8")
-    perform(["sbatch", file], config.dry_run)
+    file = f"{config.job_name}.sbatch"
+    submit(file, script(config, command), ["sbatch", file], config.dry_run)

@@ -232,9 +232,7 @@ def run(config: Config, command: list[str]):
             perform(delete(config), config.dry_run)
     except BaseException:
         end = "--queued --steps=delete" if config.queued else "--steps=delete"
-        print(
-            f"unless it was preempted, {config.name} still runs and is billed; delete it with {end}",
-            flush=True,
-        )
+        warning = f"unless it was preempted, {config.name} still runs and is billed"
+        print(f"{warning}; delete it with {end}", flush=True)
         raise
     return code
