@@ -56,11 +56,7 @@ class Found:
 
         mesh = mesh or sharding.make_mesh(jax.local_devices()[:1])
         specs = sharding.named(mesh, model_params.specs(self.config))
-        target = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            model_params.shapes(self.config),
-            specs,
-        )
+        target = sharding.abstract(model_params.shapes(self.config), specs)
         path = plain_path(self.folder) / str(self.step) / "params"
         quiet_orbax()
         try:
@@ -72,10 +68,8 @@ class Found:
                     raise ValueError(wrong)
                 return reader.restore(path, target)
         except (ValueError, OSError) as problem:
-            message = (
-                f"{self.path} does not hold the weights that its metadata describes: {first_line(problem)}"
-            )
-            raise UserError(message) from problem
+            message = f"{self.path} does not hold the weights that its metadata describes"
+            raise UserError(f"{message}: {first_line(problem)}") from problem
 
 
 def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokenizer: bool = True) -> Found:

@@ -211,6 +211,11 @@ def named(mesh: Mesh, specs):
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda s: isinstance(s, P))
 
 
+def abstract(shapes, shardings):
+    """ShapeDtypeStructs of a tree of shapes, with a tree of NamedShardings."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+
+
 def optimizer_specs(state, weights: dict):
     """Partition specs of an optimizer's state: an array whose name ends in a weight's name is cut as that
     weight is.

@@ -110,9 +110,8 @@ class Tokenizer:
                 f"--vocab_size={vocab_size} is below {smallest}: 256 bytes and {len(SPECIAL_TOKENS)} specials"
             )
         bpe = tokenizers.Tokenizer(models.BPE(byte_fallback=False, unk_token=None, fuse_unk=False))
-        split = pre_tokenizers.Split(
-            tokenizers.Regex(SPLIT_PATTERN.replace("?+", "?").replace("++", "+")), "isolated"
-        )
+        pattern = SPLIT_PATTERN.replace("?+", "?").replace("++", "+")
+        split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
         bpe.decoder = decoders.ByteLevel()
@@ -171,17 +170,12 @@ class Tokenizer:
         folder = Path(directory or base_dir() / "tokenizer")
         folder.mkdir(parents=True, exist_ok=True)
         pieces = sorted(self.ranks, key=self.ranks.get)
-        info = {
-            "hash": self.hash,
-            "vocab_size": self.vocab_size,
-            "pattern": SPLIT_PATTERN,
-            "specials": self._specials,
-        }
-        info |= {"trained_on": self.trained_on, "training_seconds": self.training_seconds}
+        text = "".join(base64.b64encode(piece).decode() + "\n" for piece in pieces)
+        info = {"hash": self.hash, "vocab_size": self.vocab_size, "pattern": SPLIT_PATTERN}
+        info |= {"specials": self._specials, "trained_on": self.trained_on}
+        info |= {"training_seconds": self.training_seconds}
         with files.atomic(folder / "tokenizer.json") as about, files.atomic(folder / "ranks.txt") as ranks:
-            ranks.write_text(
-                "".join(base64.b64encode(piece).decode() + "\n" for piece in pieces), encoding="ascii"
-            )
+            ranks.write_text(text, encoding="ascii")
             about.write_text(json.dumps(info, indent=1), encoding="utf-8")
         return folder
 
@@ -205,10 +199,8 @@ class Tokenizer:
         except ValueError:  # a million spaces in a row, say, are more than its regular expressions can take
             if len(text) < 1000:
                 raise
-            half = len(text) // 2
-            return np.concatenate(
-                [self.encode_array(part, specials=specials) for part in (text[:half], text[half:])]
-            )
+            halves = text[: len(text) // 2], text[len(text) // 2 :]
+            return np.concatenate([self.encode_array(half, specials=specials) for half in halves])
         return ids.view(np.int32)
 
     def decode(self, ids) -> str:

@@ -93,9 +93,8 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
                 raise
             answers = [error for error in (problem, problem.__cause__) if isinstance(error, HfHubHTTPError)]
             reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
-            if constants.is_offline_mode() or any(
-                answer.response.status_code in PERMANENT for answer in answers
-            ):
+            refused = any(answer.response.status_code in PERMANENT for answer in answers)
+            if refused or constants.is_offline_mode():
                 remedy = "check the name, --revision, HF_ENDPOINT and HF_HUB_OFFLINE"
                 raise UserError(f"{what}: {reason}; {remedy}") from problem
             if progress() > best:

@@ -98,9 +98,8 @@ def why_not(name: str) -> str:
         lacks = sandbox.missing()
     except UserError as problem:
         return str(problem)
-    return (
-        f"this kernel lacks {' and '.join(lacks)}, which running what the model wrote needs" if lacks else ""
-    )
+    why = f"this kernel lacks {' and '.join(lacks)}, which running what the model wrote needs"
+    return why if lacks else ""
 
 
 def batch_size_for(
@@ -115,10 +114,8 @@ def batch_size_for(
     if memory is None:
         return min(SLOTS, most)
     size = 4 if compute.dtype == "float32" else 2
-    slot = (
-        2 * model.n_layer * model.sequence_len * model.n_kv_head * model.head_dim * size
-        + 4 * model.vocab_size
-    )
+    slot = 2 * model.n_layer * model.sequence_len * model.n_kv_head * model.head_dim * size
+    slot += 4 * model.vocab_size
     room = 0.9 * memory - (each + size) * num_params(model)
     fitting = max(1, int(room // (2 * slot)))
     return min(most, 1 << (fitting.bit_length() - 1))

@@ -91,10 +91,8 @@ def measured(columns: list[str], stages: list[StageRun]) -> str:
     """A table of all measured results, with a column for each stage."""
     names = dict.fromkeys(name for stage in stages for name in stage.measured)
     names = sorted(names, key=lambda name: not name.endswith(("loss", "reward", "bpb")))  # these first
-    return table(
-        ["", *columns],
-        [[name, *(number(stage.measured.get(name)) for stage in stages)] for name in names],
-    )
+    rows = [[name, *(number(stage.measured.get(name)) for stage in stages)] for name in names]
+    return table(["", *columns], rows)
 
 
 def tokenizer(run: Run) -> list[str]:
@@ -139,10 +137,7 @@ def trained(
         ("last checkpoint", [f"step {s.step:,}" for s in stages], ""),
         ("starts from", [s.parent for s in stages], ""),
         ("tokens", *totalled("{:,}".format, lambda s: s.tokens)),
-        (
-            "tokens : parameters",
-            *totalled("{:.2f}".format, lambda s: s.tokens / parameters),
-        ),
+        ("tokens : parameters", *totalled("{:.2f}".format, lambda s: s.tokens / parameters)),
         ("FLOPs", *totalled("{:.2e}".format, lambda s: s.flops)),
         ("tokens/s, median", [number(s.median("tokens_per_s")) for s in stages], ""),
         ("MFU, median", [percent(s.median("mfu")) for s in stages], ""),
@@ -221,9 +216,8 @@ def last_run(title: str, runs: list[dict]) -> str:
     width = max((len(name) for name, _ in plan), default=0)
     lines = [f"{name:<{width}}  {value}" for name, value in plan]
     flags = " ".join(f"--{name}={value}" for name, value in about.get("flags", {}).items())
-    lines.append(
-        textwrap.fill(f"flags: {flags or 'none'}", 96, subsequent_indent=7 * " ", break_on_hyphens=False)
-    )
+    flags = f"flags: {flags or 'none'}"
+    lines.append(textwrap.fill(flags, 96, subsequent_indent=7 * " ", break_on_hyphens=False))
     when = about.get("began", "at a time not known").replace("T", " ").replace("+00:00", " UTC")
     began = f"{title}, begun {when}"
     if len(runs) > 1:
@@ -269,11 +263,8 @@ def printable(text: str) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [
-        header,
-        ["---", *["---:"] * (len(header) - 1)],
-        *([escape(cell) for cell in row] for row in rows),
-    ]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines += [[escape(cell) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -45,16 +45,13 @@ def recorded(run: Run, began: dict, plan: list[tuple[str, str]]):
 
 
 def append(run: Run, began: dict, plan: list[tuple[str, str]], ended: str) -> None:
-    flags = run.stage.flags
-    defaults = dataclasses.asdict(type(flags)())
+    flags, defaults = dataclasses.asdict(run.stage.flags), dataclasses.asdict(type(run.stage.flags)())
     facts = {name: value for name, value in began.items() if name != "clock"} | {
         "seconds": time.monotonic() - began["clock"],
         "ended": ended,
         "steps": [run.first_step, *run.checkpoints.steps()[-1:]],
         "devices": sharding.describe(run.stage.model.mesh),
-        "flags": {
-            name: value for name, value in dataclasses.asdict(flags).items() if value != defaults[name]
-        },
+        "flags": {name: value for name, value in flags.items() if value != defaults[name]},
         "plan": plan,
     }
     with contextlib.suppress(OSError):  # not worth a run

@@ -181,9 +181,8 @@ class Loop:
         waited = numbers.get("data_wait_seconds", time.perf_counter() - asked)
         like = next(iter(batch["totals"].values()))
         own = {"overdue": self.saver.overdue(), "unread": bool(self.problem)}
-        totals = agree(
-            batch["totals"] | {name: np.full_like(like, value) for name, value in own.items()}, mesh
-        )
+        own = {name: np.full_like(like, value) for name, value in own.items()}
+        totals = agree(batch["totals"] | own, mesh)
         if stage.num_steps:
             progress = self.step / stage.num_steps
             multiplier = np.float32(stage.schedule(progress, 1 / stage.num_steps))

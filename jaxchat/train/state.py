@@ -43,11 +43,7 @@ def state_shardings(model: Model, optimizer: optax.GradientTransformation) -> Tr
 def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
     """ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
     shapes = jax.eval_shape(lambda: fresh(model_params.init(jax.random.key(0), model.config), optimizer))
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        shapes,
-        state_shardings(model, optimizer),
-    )
+    return sharding.abstract(shapes, state_shardings(model, optimizer))
 
 
 def init_state(seed: int, model: Model, optimizer: optax.GradientTransformation) -> TrainState:

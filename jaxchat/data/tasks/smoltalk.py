@@ -12,9 +12,8 @@ from jaxchat.data.tasks.table import Table
 
 def smoltalk(folder: Path, split: str) -> Table:
     def convert(row: dict) -> dict:
-        return {
-            "messages": [{key: (m or {}).get(key) for key in ("role", "content")} for m in row["messages"]]
-        }
+        messages = [{key: (m or {}).get(key) for key in ("role", "content")} for m in row["messages"]]
+        return {"messages": messages}
 
     return Table("smoltalk", folder / "smoltalk" / "data", split, ["messages"], convert, suspects=suspects)
 
@@ -26,16 +25,11 @@ def suspects(batch: pa.RecordBatch) -> np.ndarray:
     """
     messages, all_rows = batch.column("messages"), np.arange(len(batch))
     kind = messages.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(
-        kind.value_type
-    ):
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not pa.types.is_struct(kind.value_type):
         return all_rows
     fields = {field.name: field.type for field in kind.value_type}
-    if (
-        not {"role", "content"} <= fields.keys()
-        or not is_text(fields["role"])
-        or not is_text(fields["content"])
-    ):
+    if not all(name in fields and is_text(fields[name]) for name in ("role", "content")):
         return all_rows
     lengths = pc.fill_null(pc.list_value_length(messages), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     flat = messages.flatten()
