@@ -448,6 +448,19 @@ def test_files_of_a_pattern(home):
     assert f"/{name}" == f"{home}/x/1.txt"
 
 
+def test_folders_of_the_user_may_be_hidden_and_have_any_name(home):
+    """Such as ~/.cache/nanochat/base_data; what is hidden within them is no data all the same."""
+    for folder in (".cache/data", "data [1]"):
+        for name in ("1.parquet", "2.parquet", ".3.parquet", "eval.zip", "gsm8k/main/.cache/4.txt", "gsm8k/main/5.txt"):
+            (home / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / folder / name).write_text(name)
+        given = str(home / folder)
+        places = presets.Places(data_dir=given, tasks_dir=given, eval_bundle=f"{given}/eval.zip")
+        assert [name.rpartition("/")[2] for name in places.text.found()] == ["1.parquet", "2.parquet"]
+        assert [name.rpartition("/")[2] for made in places.tasks for name in made.found()] == ["5.txt"]
+        assert len(places.bundle[0].found()) == 1
+
+
 def test_progress(home, monkeypatch):
     """The pace of a trainer is that of its last steps; steps to come are scaled by what was measured."""
     base = Step("base", (), (artifacts.Checkpoint("base", "d2"),), minutes=10.0)

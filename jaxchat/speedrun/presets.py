@@ -1,6 +1,7 @@
 """The runs that launch.speedrun knows: for each kind of machine a depth, flags, and the steps in order."""
 
 import dataclasses
+import glob
 import os
 
 from jaxchat.config import base_dir
@@ -127,7 +128,8 @@ class Places:
 
 
 def absolute(folder: str) -> str:
-    return os.path.abspath(os.path.expanduser(folder))
+    """The full path of a folder that the user gave, as a part of a pattern."""
+    return glob.escape(os.path.abspath(os.path.expanduser(folder)))
 
 
 def demo_steps() -> list[Step]:

@@ -5,7 +5,9 @@ after it.
 """
 
 import dataclasses
+import itertools
 import sys
+from glob import has_magic
 from pathlib import Path
 
 from jaxchat import files
@@ -54,8 +56,10 @@ class Files(Artifact):
         if Path(pattern).is_absolute():
             root = Path(Path(pattern).anchor)
             pattern = str(Path(pattern).relative_to(root))
+        given = len(list(itertools.takewhile(lambda part: not has_magic(part), Path(pattern).parts)))
         names = sorted(path.relative_to(root) for path in root.glob(pattern) if path.is_file())
-        names = [name for name in names if not hidden(name)][: self.first or None]
+        # A folder that the pattern itself names, such as ~/.cache, may be hidden.
+        names = [name for name in names if not hidden(Path(*name.parts[given:]))][: self.first or None]
         if len(names) < self.least:
             return {}
         return {name.as_posix(): file_fingerprint(root / name) for name in names}
