@@ -197,7 +197,9 @@ def measured(folder: Path, step: int) -> dict[str, float]:
     """The latest values, up to a step, of a run's evaluations in its metrics.jsonl; {}: there are none."""
     found = {}
     for row in files.read_lines(folder / "metrics.jsonl"):
-        if row.get("step", step + 1) <= step and "step_seconds" not in row:
+        # A step that ended its run, since it was not finite, has no time.
+        is_step = "step_seconds" in row or "nonfinite" in row
+        if row.get("step", step + 1) <= step and not is_step:
             found |= row
     return {
         name: value

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 KEEP = 3  # checkpoints of a run that stay
 LOCK = ".lock"
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written, or deleted
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the largest file allowed
 
 
@@ -185,7 +186,7 @@ class Checkpoints:
         sweep(self.folder)
         for old in self.steps()[:-KEEP]:
             if old != self.kept:
-                shutil.rmtree(self.folder / str(old), ignore_errors=True)
+                delete_step(self.folder, old)
 
     def _finish(self):
         self._pending.result()
@@ -213,9 +214,17 @@ class Checkpoints:
             raise problem
 
 
+def delete_step(folder: Path, step: int):
+    """Delete a checkpoint, as far as possible. What a kill leaves of it is no checkpoint, and swept later."""
+    path = folder / str(step)
+    with suppress(OSError):
+        path = path.replace(folder / f"{step}{UNFINISHED}-deleted")
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def sweep(folder: Path):
-    """Delete, as far as possible, what saves that failed or were killed left half-written."""
-    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+    """Delete, as far as possible, what saves that failed or were killed left half-written or half-deleted."""
+    for path in folder.glob(f"*{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

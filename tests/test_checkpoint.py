@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import grain
 import jax
@@ -71,6 +73,22 @@ def test_the_last_three_stay(tmp_path):
     (tmp_path / "21.orbax-checkpoint-tmp/params").mkdir(parents=True)  # or, at the latest, when it is whole
     checkpoints.close()
     assert checkpoint.steps_in(tmp_path) == [10, 20, 22] and not list(tmp_path.glob("*tmp*"))
+
+
+def test_a_kill_that_leaves_an_old_one_half_deleted(tmp_path, monkeypatch):
+    """What is left of it is no checkpoint, and gone with the next start."""
+    for step in range(1, 5):
+        for part in ("params/d/1", "meta/metadata"):
+            (tmp_path / str(step) / part).parent.mkdir(parents=True)
+            (tmp_path / str(step) / part).write_text("x")
+    checkpoints, saved = Checkpoints(tmp_path), SimpleNamespace(wait_until_finished=lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **how: os.rename(path / "meta", path / "gone"))
+        checkpoints._complete(saved, 4)
+    assert checkpoint.steps_in(tmp_path) == [2, 3, 4]
+    checkpoints.lock([2, 3, 4])
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [store.LOCK, "2", "3", "4"]
 
 
 def test_a_whole_one_is_sealed_though_nobody_asks(tmp_path):
@@ -170,6 +188,7 @@ def test_each_process_seals_what_it_wrote(tmp_path):
 
 def test_metrics_are_those_measured_by_then(tmp_path):
     rows = ['{"step": 0, "val_bpb": 3.5}', '{"step": 2, "loss": 3, "step_seconds": 1}', '{"step": 2, "val_bpb": 2.5}']
+    rows += ['{"step": 2, "loss": null, "grad_norm": null, "progress": 0.5, "nonfinite": 1.0}']
     rows += ['{"step": 2, "CORE": null}', '{"step": 3, "val_bpb": 1.5}', '{"step": 1, "val_b', "[1]", "{}"]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
     assert [checkpoint.measured(tmp_path, step) for step in (0, 1, 2)] == [{"val_bpb": x} for x in (3.5, 3.5, 2.5)]

@@ -217,6 +217,7 @@ def test_a_loss_that_is_not_finite(folder, how, capsys):
     if how == "stop":
         assert "error: step 2: loss nan" in err and "documents of the data read" in err and "--on_nonfinite=skip" in err
         assert checkpoint.steps_in(run) == [1, 2]  # as it is with the step left out
+        assert checkpoint.read_meta(run, 2)["metrics"].keys() == checkpoint.read_meta(run, 1)["metrics"].keys()
         return
     assert [f"step {step}: loss nan" in out for step in range(1, 7)] == [False] + 5 * [True]
     assert out.count("not finite: skipped") == 5 and "skipped 5" in out
