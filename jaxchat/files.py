@@ -15,6 +15,7 @@ from typing import Any
 from jaxchat.config import UserError
 
 PART = ".part"  # ends the name of what is not complete yet
+ESCAPED = "backslashreplace"  # writes half of a surrogate pair, which UTF-8 cannot hold, as JSON escapes it
 
 
 @contextlib.contextmanager
@@ -41,7 +42,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str):
     with atomic(path) as part:
-        part.write_text(text, encoding="utf-8", newline="\n")
+        part.write_text(text, encoding="utf-8", errors=ESCAPED, newline="\n")
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1):
@@ -50,7 +51,7 @@ def write_json(path: Path, value: Any, indent: int | None = 1):
 
 def write_lines(path: Path, values: Iterable):
     """Write one JSON value a line."""
-    with atomic(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+    with atomic(path) as part, part.open("w", encoding="utf-8", errors=ESCAPED, newline="\n") as file:
         file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
@@ -65,7 +66,7 @@ def read_json(path: Path) -> dict:
 
 def append_line(path: Path, value: Any):
     """Append one JSON value as a line."""
-    with path.open("a", encoding="utf-8", newline="\n") as file:
+    with path.open("a", encoding="utf-8", errors=ESCAPED, newline="\n") as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
@@ -73,7 +74,8 @@ def read_lines(path: Path) -> list[dict]:
     """Return the objects of a .jsonl file; [] if there is none. A line that a kill cut short is left out."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        # Not by splitlines, which also cuts at characters that may be within a string, such as U+2028.
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]

@@ -65,6 +65,16 @@ def test_lines(tmp_path):
     assert files.read_lines(path) == [{"n": 0}, {"n": "ü"}]
 
 
+def test_lines_hold_any_text(tmp_path):
+    """What models write, and users' files: other line ends of Unicode, half of a surrogate pair."""
+    rows = [{"text": text} for text in ("a\u2028b\x85c\x1cd\r\ne\n", "\ud83d", "\\ud83d 😀")]
+    files.write_lines(tmp_path / "x.jsonl", rows)
+    files.append_line(tmp_path / "x.jsonl", rows[1])
+    assert files.read_lines(tmp_path / "x.jsonl") == [*rows, rows[1]]
+    files.write_json(tmp_path / "x.json", rows[1])
+    assert files.read_json(tmp_path / "x.json") == rows[1]
+
+
 def test_too_little_space_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("usage", "free")(5_000_000 * path.exists()))
     files.check_space(tmp_path / "not/yet", 5_000_000)
