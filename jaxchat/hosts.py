@@ -123,10 +123,11 @@ def is_first(environ=os.environ) -> bool:
     return int(index or 0) == int(environ.get("MEGASCALE_SLICE_ID", 0)) == 0
 
 
-def is_alone(environ=os.environ) -> bool:
-    """Return whether nothing says that other processes work with this one. A TPU host may be its slice's
-    only one."""
-    place = detect(environ=environ)
+def is_alone(place: Place | None, environ=os.environ) -> bool:
+    """Return whether no other processes work with this one. A TPU host may be its slice's only one.
+
+    place: what detect() found.
+    """
     if place is None or place.found_by != "tpu":
         return place is None
     return int(environ.get("MEGASCALE_NUM_SLICES", 1)) == 1 and not _several_tpu_hosts(environ)

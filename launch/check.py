@@ -107,7 +107,8 @@ def check_devices(config: Config, checks: Checklist):
     checks.add("driver", *devices.about_driver())
     with checks.expecting("devices"):
         mesh, note = devices.start_devices(config, alone=True), ""
-        if hosts.detect(config.coordinator, config.num_processes, config.process_id):
+        place = hosts.detect(config.coordinator, config.num_processes, config.process_id)
+        if not hosts.is_alone(place):
             note = ", of this process alone: memory and batch are checked on these"
         elif devices.DRIVER.is_file() and jax.default_backend() == "cpu" and not jax.config.jax_platforms:
             note = ": JAX found no GPU, although there is a driver"

@@ -15,7 +15,7 @@ from jaxchat.speedrun.state import State
 from jaxchat.speedrun.steps import Checkpoint, Results, Step
 from launch import base_eval, cli
 from launch.cluster.local import visible_gpus
-from launch.speedrun import carry_out, how_to_continue, names_in, words_of
+from launch.speedrun import carry_out, how_to_continue, names_in, stay_off_devices, words_of
 
 # Flags of base_train that the series gives: it measures at the beginning and the end only.
 QUIET = ("--eval_every=1000000", "--core_metric_every=-1", "--sample_every=-1")
@@ -66,6 +66,7 @@ def main(args: list[str] | None = None):
 
 
 def run(config: Config) -> int:
+    stay_off_devices()
     listed, flags = described(config)
     known = State(base_dir() / "speedrun" / config.name)
     redo = steps.named(listed, "redo", config.redo)

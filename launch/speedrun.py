@@ -114,7 +114,8 @@ def main(args: list[str] | None = None):
 
 
 def run(config: Config) -> int:
-    if not hosts.is_alone():
+    stay_off_devices()
+    if not hosts.is_alone(hosts.detect()):
         raise UserError("launch.speedrun is for one host; on several, start each command by launch.cluster")
     if config.preset == "cpu":
         with cli.base_directory(base_dir() / "demo"):
@@ -126,6 +127,13 @@ def run(config: Config) -> int:
         rest = dataclasses.replace(config, first="", until="", only="", redo="")
         cli.next_step(f"python -m launch.speedrun {shlex.join(words_of(rest))}")
     return code
+
+
+def stay_off_devices():
+    """Keep this process on the CPU: the steps need the devices. A TPU serves one process at a time."""
+    import jax  # here, so that --help answers at once
+
+    jax.config.update("jax_platforms", "cpu")  # and not the environment, which the steps inherit
 
 
 def partial(config: Config) -> bool:

@@ -104,7 +104,7 @@ def test_a_tpu_host_may_be_alone(monkeypatch, environ, metadata, alone):
     """launch.speedrun, which is for one host, runs on such a one."""
     monkeypatch.setattr(hosts, "_has_tpu", lambda: metadata is not None)
     monkeypatch.setattr(hosts, "_metadata", lambda name, environ: metadata.get(name, ""))
-    assert hosts.is_alone(environ) == alone
+    assert hosts.is_alone(detect(environ=environ), environ) == alone
 
 
 def test_a_command_for_one_runs_in_the_first(monkeypatch, capsys):

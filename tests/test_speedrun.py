@@ -19,6 +19,7 @@ from conftest import ROOT
 from hypothesis import strategies
 from speedrun_process import SAVED, UNITS, chain, fake, output
 
+from jaxchat import hosts
 from jaxchat.config import BaseConfig, MidConfig, SFTConfig, UserError
 from jaxchat.speedrun import estimate, presets
 from jaxchat.speedrun import runner as runners
@@ -30,6 +31,7 @@ from jaxchat.speedrun.progress import Progress, outlook, pace_of, scale_of
 from jaxchat.speedrun.runner import Runner
 from jaxchat.speedrun.state import State
 from jaxchat.speedrun.steps import Files, Step
+from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.stages import base_model
 from launch import cli, demo, download, speedrun
 
@@ -603,6 +605,30 @@ def test_the_plan_agrees_with_the_commands(preset, home, monkeypatch):
         assert "560,988,160" in rows["model"] and "11,219,763,200" in rows["tokens"] and "24 an hour" in rows["cost"]
         assert 51e9 < plan.disk(plan.steps) - plan.shards * 1e8 - 2e9 < 52e9  # ten checkpoints
         assert 2 < sum(step.minutes for step in plan.steps if step.name == "base") / 60 < 4
+
+
+@pytest.mark.parametrize(
+    "command", ["speedrun --preset=8xh100-2026 --no_check", "miniseries --depths=1 --base=--total_batch_size=2048"]
+)
+def test_the_devices_are_left_to_the_steps(home, command):
+    """There is no TPU here, and JAX raises where it is to use one."""
+    Tokenizer({bytes([b]): b for b in range(256)}).save()
+    for name in ("a", "b"):
+        (home / "base_data").mkdir(exist_ok=True)
+        (home / f"base_data/{name}.parquet").touch()
+    words = [sys.executable, "-m", *f"launch.{command} --dry_run".split()]
+    done = subprocess.run(words, env=os.environ | {"JAX_PLATFORMS": "tpu"}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "nothing was done" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("hosts_of_tpu", ["t1v-0:x:10.0.0.1", "t1v-0:x:10.0.0.1,t1v-1:x:10.0.0.2"])
+def test_a_tpu_of_one_host_is_one_host(home, monkeypatch, hosts_of_tpu):
+    """The presets v5e-8 and v6e-8 are such."""
+    monkeypatch.setattr(hosts, "_has_tpu", lambda: True)
+    monkeypatch.setattr(hosts, "_metadata", lambda name, environ: hosts_of_tpu)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    with pytest.raises(UserError, match="for one host" if "," in hosts_of_tpu else "which machine"):
+        speedrun.run(speedrun.Config())
 
 
 def test_steps_follow_from_what_they_need(home):
