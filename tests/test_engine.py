@@ -263,6 +263,24 @@ def test_a_stream_that_is_closed_frees_its_slot(engine, prompts):
     assert not engine.busy and engine.generate(prompts, max_tokens=1)
 
 
+@pytest.mark.parametrize("where", ["empty_state", "read_prompts", "decode"])
+def test_ctrl_c_at_any_moment_leaves_an_engine_that_works(params, config, tokenizer, prompts, monkeypatch, where):
+    """Python raises KeyboardInterrupt when a call returns, before its result is stored."""
+    wanted = Engine(params, config, tokenizer, COMPUTE, batch_size=1).generate(prompts[:1], max_tokens=9)
+    engine, whole = Engine(params, config, tokenizer, COMPUTE, batch_size=1), getattr(engine_module, where)
+
+    def interrupted(*args, **more):
+        whole(*args, **more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(prompts[:1], max_tokens=9)
+    assert not engine.busy and not engine._scheduler.running  # else the next would wait for a slot for ever
+    assert engine.generate(prompts[:1], max_tokens=9) == wanted
+
+
 def test_nothing_is_kept_of_what_has_ended(engine):
     for n in range(300):
         engine.submit(Request([n % 250], 1 + n % 2, temperature=0.0))

@@ -180,6 +180,10 @@ class Engine:
             while self.busy:
                 for id, new in self.step(stretch, patient):
                     yield ids[id], new
+        except (Exception, KeyboardInterrupt):
+            # The state may have gone into a program whose result did not come to be kept.
+            self._state, self._slots = None, 0
+            raise
         finally:
             for id in ids:
                 self.cancel(id)
@@ -203,7 +207,7 @@ class Engine:
 
     def cancel(self, id: int):
         """End a request now and free its slot. A request that has ended, or is not known, is ignored."""
-        if id in self._scheduler.waiting or id in self._running:
+        if id in self._scheduler.waiting or id in self._scheduler.running:
             self._end(id, Generation(finish=CANCELLED))
 
     def step(self, stretch: int = STRETCH, patient: bool = False) -> list[Event]:
