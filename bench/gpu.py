@@ -37,6 +37,10 @@ class Config:
     """Small shapes, to see on a CPU that every part runs."""
 
 
+# What XLA may put into command buffers: its own choice, and loops.
+LOOPS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A measurement: a command whose last line may be JSON, and the environment it needs besides."""
@@ -59,11 +63,12 @@ def parts(config: Config) -> dict[str, Part]:
     steps = "--steps=2 --warmup=1" if tiny else "--steps=8"
     products = "--tokens=64 --widths=32x64 --rounds=2" if tiny else ""
 
-    def decode(depth: int) -> Part:
+    def decode(depth: int, flags: str = "") -> Part:
         size = f"--depth={depth} --seq=2048"
         if tiny:
             size = "--depth=1 --seq=64 --vocab=512 --max_tokens=8 --rounds=1"
-        return Part(f"{python} -m bench.decode {size} --batches={batches} --json")
+        environment = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+        return Part(f"{python} -m bench.decode {size} --batches={batches} --json", environment)
 
     # A small share of the memory, since several processes test at a time. Float32 products would be TF32's.
     testing = {
@@ -72,12 +77,19 @@ def parts(config: Config) -> dict[str, Part]:
         "XLA_CLIENT_MEM_FRACTION": "0.1",
     }
     ways = '--ways=",matmul=fp8,matmul=fp8-all"'
+    answers = "--depth=12 --seq=1024 --vocab=32768 --problems=16 --samples=16 --max_tokens=256 --micro=32"
+    if tiny:
+        answers = "--depth=1 --seq=64 --vocab=512 --problems=2 --samples=4 --prompt_tokens=8 --max_tokens=8"
     found = {
         "kernels": Part(f"{python} -m pytest -q -n 4 tests/test_gpu.py tests/test_kernels.py", testing),
         "decode_d12": decode(12),
         "decode_d20": decode(20),
         "step_d20_fp8": Part(f"{python} -m bench.step {d20} {steps} {ways} --json"),
         "products": Part(f"{python} -m bench.products {products} --json"),
+        "step_d12_2026": Part(f"{python} -m bench.step {d12} {steps} --arch=2026 --json"),  # with its windows
+        # The loop over tokens in one command buffer: else the host reads after each whether to go on.
+        "decode_d20_loop": decode(20, f"--xla_gpu_enable_command_buffer={LOOPS}"),
+        "rl_step_d12": Part(f"{python} -m bench.rl_step {answers} --steps=2 --json"),
     }
     if config.rival:
         for name, size in (("d20", d20), ("d12", d12)):

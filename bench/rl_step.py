@@ -101,7 +101,7 @@ def measure(config: Config) -> dict:
     with tempfile.TemporaryDirectory() as folder, cli.base_directory(Path(folder)):
         write_start(config, Path(folder))
         chat_rl.main(
-            [f"--train_tasks={folder}/problems.jsonl", f"--model_tag={TAG}", "--device_type=cpu"]
+            [f"--train_tasks={folder}/problems.jsonl", f"--model_tag={TAG}"]
             + [f"--examples_per_step={config.problems}", f"--num_samples={config.samples}"]
             + [f"--max_new_tokens={config.max_tokens}", f"--device_batch_size={config.micro}"]
             + [f"--num_iterations={config.steps + 2}", "--eval_every=-1", "--sample_every=-1"]

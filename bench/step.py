@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import sharding
-from jaxchat.config import Compute, Model, ModelConfig, UserError
+from jaxchat.config import BaseConfig, Compute, Model, UserError
 from jaxchat.model.flops import flops_per_token, num_params, peak_flops
-from jaxchat.train import fit
+from jaxchat.train import fit, stages
 from jaxchat.train.loop import place_batch
 from jaxchat.train.metrics import peak_bytes
 from jaxchat.train.optimizer import make_optimizer
@@ -36,6 +36,8 @@ class Shape:
 
     depth: int = 4
     """Depth of the model."""
+    arch: str = BaseConfig.arch
+    """2025 or 2026: the model and its optimizer, as base_train's --arch."""
     seq: int = 512
     """Tokens in a row."""
     batch: int = 8
@@ -82,10 +84,21 @@ def prepare(config: Shape, changes: dict, micro_rows: int, make_state: Callable 
         raise UserError(f"--stage={config.stage}; it is one of {', '.join(GRAD_CLIP)}")
     sharding.take_memory()
     mesh = sharding.make_mesh()
-    model = ModelConfig.from_depth(config.depth, sequence_len=config.seq, vocab_size=config.vocab)
+    flags = BaseConfig.given(
+        arch=config.arch,
+        depth=config.depth,
+        max_seq_len=config.seq,
+        total_batch_size=config.batch * config.seq,
+        num_iterations=1000,
+    )
+    model = stages.base_model(flags, config.vocab)
     compute = Compute.for_backend(mesh=mesh, **changes)
     optimizer = make_optimizer(
-        model, grad_clip=GRAD_CLIP[config.stage], muon_dtype=jnp.dtype(compute.dtype), mesh=mesh
+        model,
+        table=stages.table_for(flags, model, horizon=stages.horizon_of(flags, model)),
+        grad_clip=GRAD_CLIP[config.stage],
+        muon_dtype=jnp.dtype(compute.dtype),
+        mesh=mesh,
     )
     batch = place_batch(batch_of(config, micro_rows, np.random.default_rng(0)), mesh)
     auto = fit.device_memory(mesh) and "remat" not in changes

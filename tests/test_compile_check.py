@@ -203,6 +203,15 @@ def test_memory(backend, needed, words):
 
 @pytest.mark.slow
 @needs_libtpu
+def test_a_tpu_slice_of_2026(run_command):
+    """Several micro-batches with weights that each device holds whole, which a pass of XLA fails at."""
+    flags = [*SMALL, "--arch=2026", "--device_batch_size=2", "--no_find_batch", "--json"]
+    figures = json.loads(run_command("launch.compile_check", *flags).stdout.splitlines()[-2])
+    assert figures["fits"] and figures["micro_batches"] == 2
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_a_tpu_slice(run_command):
     """The real step for 8 chips: what it computes, by which kernel."""
     done = run_command("launch.compile_check", *SMALL, "--device_batch_size=2", "--no_find_batch", "--json")

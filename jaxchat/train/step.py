@@ -190,16 +190,20 @@ def make_train_step(
     """Jit `train_step` for a model on its mesh. The state is donated; each new batch shape is compiled
     anew."""
     options, mesh, compute = {}, model.mesh, model.compute
-    on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    platform = mesh.devices.flat[0].platform
+    on_gpu = platform in ("gpu", "cuda")
     if on_gpu and compute.remat in REMATS[:-1]:
         # XLA would bring a program that is too large under the limit by computing whole products again
         # (depth 32 on 8 H100s: 18 % more FLOPs). The next remat does it better, and train/fit.py takes it
         # where this one is too large.
         options["xla_disable_hlo_passes"] = "rematerialization"
-    if (
-        on_gpu and compute.matmul
-    ):  # XLA gives float8 products to cuBLASLt only where Triton does not take them
+    if on_gpu and compute.matmul:
+        # XLA gives float8 products to cuBLASLt only where Triton does not take them.
         options["xla_gpu_enable_triton_gemm"] = False
+    if platform == "tpu" and not model.config.plain:
+        # This pass sums gradients over devices after the loop over micro-batches instead of in it, and fails
+        # ("user->opcode() == HloOpcode::kAdd") at those of weights that are whole on each device, as 2026's.
+        options["xla_disable_hlo_passes"] = "while-loop-all-reduce-code-motion"
     shardings = state_shardings(model, optimizer)
     everywhere = NamedSharding(mesh, P())
 
