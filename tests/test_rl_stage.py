@@ -24,7 +24,7 @@ from jaxchat.data.tasks import Mixture, load_task
 from jaxchat.infer.engine import Engine
 from jaxchat.model.gpt import forward
 from jaxchat.rl import batches as rl_batches
-from jaxchat.rl.batches import RolloutBatches, arrange
+from jaxchat.rl.batches import RolloutBatches, arrange, padded_length
 from jaxchat.rl.evaluation import measure
 from jaxchat.rl.problems import Problems
 from jaxchat.rl.rewards import checker_for, combine, parse_reward
@@ -498,6 +498,14 @@ def test_checkers_agree_with_evaluation(made, tmp_path, monkeypatch):
     assert what == "the text"
     parts = [("python", "1+1"), ("python_output", "2"), ("text", "It is 2.")]
     assert check(task[0], Answer("", parts, True)) and not check(task[0], Answer("", [*parts, ("text", "!")], True))
+
+
+def test_rows_are_padded_by_little():
+    lengths = [padded_length(n, 4096) for n in range(1, 4097)]
+    assert all(n <= length for n, length in enumerate(lengths, 1))
+    assert max(length / n for n, length in enumerate(lengths, 1) if n >= 256) <= 1.125
+    assert len({length for length in lengths if 512 < length <= 1024}) == 8
+    assert padded_length(324, 4096) == 352 and padded_length(90, 100) == 96 and padded_length(99, 100) == 100
 
 
 @pytest.mark.parametrize(
