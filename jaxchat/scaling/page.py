@@ -32,7 +32,7 @@ def markdown(title: str, points: list[Point], images: dict[str, tuple[str, bytes
             point.name,
             f"{point.parameters:,.0f}",
             f"{point.tokens:,.0f}",
-            f"{point.tokens / point.parameters:.1f}",
+            f"{point.tokens / point.parameters:.3g}",
             f"{point.flops:.2e}",
             number(point.loss),
             number(point.core),
@@ -79,7 +79,7 @@ def minimum_row(found: Minimum) -> list[str]:
         f"{found.budget:.2e}",
         f"{found.parameters:,.0f}",
         f"{found.tokens:,.0f}",
-        f"{found.tokens / found.parameters:.1f}",
+        f"{found.tokens / found.parameters:.3g}",
         number(found.loss),
         "" if found.inside else OUTSIDE,
     ]

@@ -1,5 +1,7 @@
 """Plots of a series of runs: isoFLOP curves with minima, the best N and D, loss and CORE by compute."""
 
+from collections import Counter
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -69,8 +71,14 @@ def against_compute(figure: Figure, points: list[Point], name: str):
     shown = [point for point in points if getattr(point, name) is not None]
     flops, values, n = np.array([(point.flops, getattr(point, name), point.parameters) for point in shown]).T
     place = axis.scatter(flops, values, c=np.log10(n), cmap="viridis")
-    for point in shown:
-        where = point.flops, getattr(point, name)
-        axis.annotate(point.name, where, fontsize=7, xytext=(4, 4), textcoords="offset points")
+    sides = Counter()
+    for point in sorted(shown, key=lambda point: getattr(point, name)):
+        where, budget = (point.flops, getattr(point, name)), f"{point.flops:.1e}"
+        # Names of runs of one budget stand right and left in turn, since neighbours may be close.
+        left = sides[budget] % 2 == 1
+        place_of_name = {"xytext": (-6, 3), "ha": "right"} if left else {"xytext": (6, 3), "ha": "left"}
+        axis.annotate(point.name, where, fontsize=7, textcoords="offset points", **place_of_name)
+        sides[budget] += 1
+    axis.margins(x=0.12)
     figure.colorbar(place, ax=axis, label="log10 of parameters")
     axis.set(xscale="log", xlabel="FLOPs C", ylabel="bits per byte" if name == "loss" else "CORE")
