@@ -374,7 +374,7 @@ def test_an_error_saves_before_it_ends_the_run(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("at", [3, STEPS])
 def test_an_evaluation_costs_no_step(folder, monkeypatch, capsys, at):
-    """The save that is due begins before it, so it may fail; and a stop that comes meanwhile is noticed after it."""
+    """The save that is due begins before it, so it may fail; a stop breaks it off, and it is made after --resume."""
     run = folder / "base_checkpoints/run"
 
     def evaluate(name, values):
@@ -401,13 +401,18 @@ def test_an_evaluation_costs_no_step(folder, monkeypatch, capsys, at):
     assert [row["step"] for row in rows if row.get("evaluation") == "failing"] == list(range(at, STEPS + 1, at))
     assert len(measured) == STEPS // at
     undo()
-    evaluate("second", lambda params: {"second": 2.0})
-    evaluate("first", lambda params: os.kill(os.getpid(), signal.SIGTERM) or {"first": 1.0})
+    asked = iter([True])  # to stop, once
+    evaluate("second", lambda params: (next(asked, False) and os.kill(os.getpid(), signal.SIGTERM)) or {"second": 2.0})
+    evaluate("first", lambda params: {"first": 1.0})
     if at == STEPS:  # a run that is through is not stopped
         return ends(base_train, base("--overwrite", "--save_every=2"), 0)
     ends(base_train, base("--overwrite", "--save_every=2"), 75)
     assert "stopped by SIGTERM after step 3; saved in" in capsys.readouterr().err
     assert checkpoint.read_meta(run, 3)["metrics"] == {"first": 1.0}
+    base_train.main(base("--resume", "--save_every=2"))
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [(row["evaluation"], row["step"]) for row in rows if row.get("evaluation") in ("first", "second")]
+    assert measured == [("first", 3), ("second", 3), ("first", STEPS), ("second", STEPS)]
 
 
 def test_a_finished_sft_run_holds_weights_only(folder, capsys):

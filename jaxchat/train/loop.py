@@ -16,7 +16,7 @@ from jaxchat.store import Checkpoints
 from jaxchat.train.metrics import MetricsLog, best_step
 from jaxchat.train.reporter import NotFinite, Reporter, Unread
 from jaxchat.train.saving import Saver
-from jaxchat.train.signals import Stop
+from jaxchat.train.signals import BrokenOff, Stop
 from jaxchat.train.stages import Stage
 from jaxchat.train.state import TrainState
 from jaxchat.train.step import compile_step
@@ -124,13 +124,21 @@ class Loop:
             self.take_step()
 
     def evaluate(self, stopping: bool) -> bool:
-        """Run the evaluations that are due, unless the run stops. -> whether it stops."""
+        """Run the evaluations that are due, unless the run stops. -> whether it stops.
+
+        A signal breaks one off, since it can take longer than the machine is still there; it is made when the
+        run is resumed.
+        """
         for evaluation in self.evaluations:
             # Measured before the run was resumed.
             done = self.step == self.run.first_step and evaluation.name in self.log.measured
             if not (stopping or done) and evaluation.due(self.step, self.finished):
                 self.reporter.flush()
-                values = evaluation.measure(self.state.params)
+                try:
+                    with contextlib.nullcontext() if self.finished else self.stop.breaks_off():
+                        values = evaluation.measure(self.state.params)
+                except BrokenOff:
+                    return True
                 self.log.write(self.step, values, evaluation.name)
                 if values:
                     shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())

@@ -1,5 +1,6 @@
 """Notice requests to stop: Ctrl-C, a lost terminal, a scheduler's signal, or a notice of preemption."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -10,6 +11,10 @@ from jax.experimental import multihost_utils
 # Schedulers send SIGTERM or SIGUSR1 before they take a machine away, terminals SIGINT (Ctrl-C) and SIGHUP
 # (closed).
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+class BrokenOff(BaseException):
+    """A signal came in Stop.breaks_off. No Exception: what is broken off must not handle it."""
 
 
 class Stop:
@@ -24,6 +29,17 @@ class Stop:
         self.signal = ""
         self._before = {}
         self._asked = 0
+        self._breaks_off = False
+
+    @contextlib.contextmanager
+    def breaks_off(self):
+        """A context that a signal ends by BrokenOff. Not with several processes, which would wait for one
+        another."""
+        self._breaks_off = jax.process_count() == 1
+        try:
+            yield
+        finally:
+            self._breaks_off = False
 
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
@@ -42,6 +58,9 @@ class Stop:
             os.kill(os.getpid(), signal.SIGTERM)  # to jax's service
         else:
             self.signal = signal.Signals(number).name
+        if self._breaks_off:
+            self._breaks_off = False  # it comes once
+            raise BrokenOff
 
     def asked(self) -> bool:
         """Return whether to stop now; the same on all processes, which all must ask at every step."""
