@@ -1,6 +1,7 @@
 """--arch=2026 on base_train: its recipe, the horizon's numbers, and a small run by the command."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import jax
@@ -11,13 +12,14 @@ from conftest import model_on
 
 from jaxchat import checkpoint, sharding, store
 from jaxchat.config import BaseConfig, ModelConfig, SFTConfig, UserError
+from jaxchat.demo import World, write_world
 from jaxchat.train import stages
 from jaxchat.train.horizon import decay_2026, momentum_2026
 from jaxchat.train.optimizer import make_optimizer, table_2026, with_new_schedule
 from jaxchat.train.run import initial_state
 from jaxchat.train.schedule import lr_multiplier
 from jaxchat.train.state import init_state
-from launch import cli
+from launch import base_train, chat_sft, cli, tok_train
 
 
 def flags(*args) -> BaseConfig:
@@ -149,3 +151,22 @@ def test_a_warm_start_keeps_the_moments(home):
     jax.tree.map(np.testing.assert_array_equal, got.params, state.params)
     cold = initial_state(SimpleNamespace(parent=parent, warm=False, model=model, optimizer=optimizer))
     assert not any(np.any(a) for a in jax.tree.leaves(cold.opt_state))
+
+
+@pytest.mark.slow
+def test_from_base_to_chat_by_the_commands(home, monkeypatch, capsys):
+    """chat_sft --recipe=2026 takes a model that --arch=2026 trained, with its moments, in steps of as many tokens."""
+    monkeypatch.chdir(home)
+    size = {"base_shards": 2, "base_rows": 100, "base_val_rows": 20, "mid_rows": 1, "sft_rows": 200, "val_rows": 20}
+    write_world(World(1), home / "world", **size)
+    tok_train.main(["--vocab_size=300", "--data_dir=world/base_data"])
+    never = ["--eval_every=-1", "--device_batch_size=1"]
+    shape = ["--depth=1", "--max_seq_len=128", "--total_batch_size=1024", "--num_iterations=2", "--sample_every=-1"]
+    base_train.main(["--arch=2026", "--data_dir=world/base_data", *never, *shape])
+    capsys.readouterr()
+    tasks = "--train_tasks=world/tasks/world_sft.jsonl,world/tasks/world_sft.jsonl"
+    chat_sft.main(["--recipe=2026", "--num_iterations=3", "--eval_metrics_every=-1", tasks, *never])
+    assert "continues from the checkpoint's state" in capsys.readouterr().out
+    rows = map(json.loads, (home / "chatsft_checkpoints/d1/metrics.jsonl").read_text().splitlines())
+    losses = [row["train_loss"] for row in rows if "train_loss" in row]
+    assert len(losses) == 3 and np.isfinite(losses).all()

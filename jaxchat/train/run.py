@@ -235,8 +235,10 @@ def initial_state(stage: Stage) -> TrainState:
         raise UserError(f"{parent.path} is damaged: {wrong}; do without it: --no_load_optimizer")
     stored = Checkpoints(parent.folder)
     params, rest = stored.restore(parent.step, params=target.params, optimizer=target.rest, batches=None)
-    zero = jnp.zeros_like(rest["step"])
-    return TrainState(zero, zero, params, with_new_schedule(rest["opt_state"]))
+    step, empty_steps = (
+        jnp.zeros_like(rest[name]) for name in ("step", "empty_steps")
+    )  # a step donates both
+    return TrainState(step, empty_steps, params, with_new_schedule(rest["opt_state"]))
 
 
 def restore(stage: Stage, start: Start) -> TrainState:
