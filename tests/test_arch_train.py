@@ -168,5 +168,5 @@ def test_from_base_to_chat_by_the_commands(home, monkeypatch, capsys):
     chat_sft.main(["--recipe=2026", "--num_iterations=3", "--eval_metrics_every=-1", tasks, *never])
     assert "continues from the checkpoint's state" in capsys.readouterr().out
     rows = map(json.loads, (home / "chatsft_checkpoints/d1/metrics.jsonl").read_text().splitlines())
-    losses = [row["train_loss"] for row in rows if "train_loss" in row]
+    losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 3 and np.isfinite(losses).all()
