@@ -159,7 +159,11 @@ def test_gradients_are_the_specs():
 
 
 @pytest.mark.parametrize(
-    "form", [{"unroll": True}, {"remat": "full"}, {"remat": "dots", "unroll": True, "attention": "blocks"}]
+    "form",
+    [
+        {"remat": "dots", "unroll": True, "attention": "blocks"},
+        *(pytest.param(form, marks=pytest.mark.slow) for form in ({"unroll": True}, {"remat": "full"})),
+    ],
 )
 def test_every_form_gives_the_same_loss_and_gradient(form):
     """Five layers in periods of two with one left, whose windows and value embeddings alternate."""

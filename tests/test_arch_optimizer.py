@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from conftest import random_params
 
 from jaxchat.config import ARCHITECTURES, ModelConfig
@@ -105,6 +106,7 @@ def test_twenty_steps_of_all_groups():
     assert max(errors.values()) < 1e-5, errors
 
 
+@pytest.mark.slow
 def test_tables_in_bfloat16():
     """Weights, moments and gradients of the tables are bfloat16; a step is float32's, rounded once."""
     narrow = dataclasses.replace(CONFIG, table_dtype="bfloat16", n_layer=1)

@@ -104,6 +104,7 @@ def test_gradients_with_segments_are_those_of_the_library():
         np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.abs(want).max()))
 
 
+@pytest.mark.slow
 def test_the_kernel_for_tpus():
     """Run by XLA operations here; its lanes are filled up: 140 tokens to 256, 16 features to 64. Grouped heads."""
     arrays, segments_BT = inputs(140, 2), np.arange(2 * 140, dtype=np.int32).reshape(2, -1) // 50

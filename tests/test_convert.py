@@ -117,6 +117,7 @@ def test_round_trip_through_nanochat(prefix, home, capsys):
     assert token_bytes.dtype == torch.int32 and torch.equal(token_bytes, torch.from_numpy(tokenizer.token_bytes))
 
 
+@pytest.mark.slow
 def test_an_imported_model_trains_and_chats(home, capsys):
     write_checkpoint("base", "d2")
     convert.main(["--source=base", "--to=nanochat", f"--out={home / 'out'}"])
@@ -164,6 +165,7 @@ def test_several_shards(home, monkeypatch):
     assert_same_weights(checkpoint.open_model("base", "again"), params)
 
 
+@pytest.mark.slow
 def test_the_pages_example(home, monkeypatch, capsys):
     """The chat under transformers that docs/pytorch.md shows, as it stands there, says what our engine says."""
     readme = (nanochat.Path(__file__).parent.parent / "docs/pytorch.md").read_text()

@@ -122,6 +122,7 @@ SPLITS |= {name: [(2, 0), (4, 0)] if THOROUGH else [(4, 0)] for name in ("sft", 
 AFTERWARDS = dict.fromkeys(SPLITS, [(1, 0), (4, 0), (2, 1)] if THOROUGH else [(2, 0)]) | {"bestfit": [(2, 1)]}
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_worker_each(processes, alone):
     """The next test for base, in the fast suite."""
     want, state = alone("base")

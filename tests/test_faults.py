@@ -372,7 +372,7 @@ def test_an_error_saves_before_it_ends_the_run(folder, monkeypatch, capsys):
     assert losses(run) == wanted
 
 
-@pytest.mark.parametrize("at", [3, STEPS])
+@pytest.mark.parametrize("at", [3, pytest.param(STEPS, marks=pytest.mark.slow)])
 def test_an_evaluation_costs_no_step(folder, monkeypatch, capsys, at):
     """The save that is due begins before it, so it may fail; a stop breaks it off, and it is made after --resume."""
     run = folder / "base_checkpoints/run"

@@ -117,6 +117,7 @@ def trained(tmp_path_factory):
     return folder, lines
 
 
+@pytest.mark.slow
 def test_a_run_reports_how_far_it_is_off(trained, capsys, monkeypatch):
     """Each evaluation prints the drift, and a run with float8 learns something else than one without."""
     folder, lines = trained

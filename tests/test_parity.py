@@ -163,7 +163,7 @@ def test_greedy_generation(pair, length):
     assert len(ours.tokens) == 64
 
 
-@pytest.mark.parametrize("top_k", [None, 20])
+@pytest.mark.parametrize("top_k", [pytest.param(None, marks=pytest.mark.slow), 20])
 def test_sampling_draws_from_their_distribution(top_k):
     """χ² of twice 10,000 first tokens, summed. The seeds are fixed: it can't fail by chance later."""
     config = ModelConfig(sequence_len=16, vocab_size=500, n_layer=1, n_head=2, n_kv_head=1, n_embd=64)

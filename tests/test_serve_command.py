@@ -114,6 +114,7 @@ def test_addresses_and_keys(monkeypatch):
     assert serve.origins_of(origins) == ("https://a.example", "http://[::1]:8080")
 
 
+@pytest.mark.slow
 def test_all_shapes_are_compiled_ahead(tokenizer):
     """Whatever is asked for afterwards compiles nothing, so that no other stream waits."""
     config = ModelConfig(32, tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)

@@ -121,6 +121,7 @@ def sft_batches(real, num_examples=800, **how):
     return pipelines.sft_batches(talk, tokenizer, num_examples=num_examples, **how)
 
 
+@pytest.mark.slow
 def test_short_context_sft_on_real_conversations(real):
     """200 steps at 64 tokens, where most conversations are longer and some have nothing to learn left: never NaN."""
     tokenizer, _ = real
