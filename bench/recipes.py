@@ -1,10 +1,14 @@
 """Train small models by both recipes on the same tokens: python -m bench.recipes --data_dir=data --depth=4
 
 Each run trains from random weights on the same documents in the same order, as launch.base_train would,
-and ends with bits per byte on the validation shard. The runs: 2025 and 2026 for the same number of tokens;
-2026 for the CPU time that 2025 took; and 2026 without one of its parts at a time, which shows the part's
-share. Figures are added to recipes.jsonl as they come, and runs that are there are left out, so that the
-same command continues. It prints the means over the seeds.
+and ends with bits per byte on the validation shard. The runs:
+
+- 2025 and 2026 for the same number of tokens, and 2026 for the CPU time that 2025 took;
+- 2026 at full rates: its rule multiplies them by √(tokens a step / 2¹⁹), 1/16 for 2,048 tokens a step;
+- the last without one of its parts at a time, which shows the part's share.
+
+Figures are added to recipes.jsonl as they come, and runs that are in it are left out, so the same command
+continues. It prints the means over the seeds.
 """
 
 import dataclasses
@@ -50,6 +54,7 @@ WITHOUT = {
 }
 TOKENIZER_DOCUMENTS = 4000
 FIGURES = "recipes.jsonl"
+FULL, FULL_RATES = "2026 at full rates", {"lr_scale": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +107,9 @@ def stage_of(flags: BaseConfig, data: Data, changes: dict) -> stages.Stage:
     mesh = sharding.make_mesh(jax.devices()[:1])
     whole = Model(model, Compute.for_backend(mesh=mesh))
     stage = stages.base(flags, "bench", whole, data.tokenizer, data.texts, data.held_out)
-    table = stages.table_for(flags, model, horizon=stages.horizon_of(flags, model))
+    horizon = stages.horizon_of(flags, model)
+    horizon = dataclasses.replace(horizon, lr_scale=changes.get("lr_scale", horizon.lr_scale))
+    table = stages.table_for(flags, model, horizon=horizon)
     rule = {name: value for name, value in changes.items() if hasattr(table["matrix"], name)}
     table |= {"matrix": dataclasses.replace(table["matrix"], **rule)}
     optimizer = make_optimizer(model, table=table, grad_clip=flags.grad_clip, mesh=mesh)
@@ -141,8 +148,9 @@ def run(config: Config):
         slow = one("2025", seed)
         fast = one("2026", seed)
         one("2026", seed, name="2026 in 2025's time", share=slow["step_seconds"] / fast["step_seconds"])
+        one("2026", seed, name=FULL, changes=FULL_RATES)
     for part, changes in WITHOUT.items() if config.parts else ():
-        one("2026", seeds[0], name=f"without {part}", changes=changes)
+        one("2026", seeds[0], name=f"without {part}", changes=FULL_RATES | changes)
     table(done)
 
 
@@ -177,9 +185,9 @@ def one_run(config: Config, data: Data, done: list[dict], recipe: str, seed: int
 
 
 def table(done: list[dict]):
-    """Print the mean of each kind of run, and how far it is from 2026's with the same seeds."""
-    best = {row["seed"]: row["bpb"] for row in done if row["name"] == "2026"}
-    print(f"\n{'run':<28} {'seeds':>5} {'bpb':>8} {'- 2026':>8} {'spread':>7} {'ms a step':>10}")
+    """Print the mean of each kind of run, and how far it is from 2026 at full rates with the same seeds."""
+    best = {row["seed"]: row["bpb"] for row in done if row["name"] == FULL}
+    print(f"\n{'run':<28} {'seeds':>5} {'bpb':>8} {'- full':>8} {'spread':>7} {'ms a step':>10}")
     for name in dict.fromkeys(row["name"] for row in done):
         rows = [row for row in done if row["name"] == name]
         values = [row["bpb"] for row in rows]
