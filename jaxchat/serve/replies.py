@@ -7,7 +7,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxchat.infer.scheduler import STOP, Generation
 from jaxchat.infer.text import Delta, TextReader, Writer, last_call
@@ -21,13 +21,13 @@ ENTRY = 200  # bytes, roughly, of a token with its log-probability
 PING = 15.0  # seconds of silence after which a stream shows that it lives
 
 
-class Entry:
-    """A token and its log-probability. offset: characters of the answer before it."""
+class Entry(NamedTuple):
+    """A token and its log-probability."""
 
-    __slots__ = ("logprob", "offset", "token", "top")
-
-    def __init__(self, token: int, logprob: float | None, top: list[tuple[int, float]], offset: int):
-        self.token, self.logprob, self.top, self.offset = token, logprob, top, offset
+    token: int
+    logprob: float | None
+    top: list[tuple[int, float]]  # the likeliest in its place
+    offset: int  # characters of the answer before it
 
 
 @dataclasses.dataclass
@@ -163,8 +163,7 @@ def shown_token(tokenizer, token: int) -> str:
 
 
 def completion_logprobs(tokenizer, entries: list[Entry]) -> dict:
-    """Log-probabilities in the form of completions. Among the likeliest, the token itself has exactly its own
-    number."""
+    """Log-probabilities in the form of completions. The token itself is always among the likeliest."""
     found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
         name, logprob = shown_token(tokenizer, entry.token), entry.logprob
@@ -270,9 +269,8 @@ class Reply:
         service.jobs.add(self.job)
         id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
         self._form = Form(id, int(time.time()), model.id, model.fingerprint, asked.fields, model.tokenizer)
-        self.answers = [
-            Answer(row.index, asked.fields, model.tokenizer, [*row.request.prompt]) for row in self.job.rows
-        ]
+        rows, tokenizer = self.job.rows, model.tokenizer
+        self.answers = [Answer(i, asked.fields, tokenizer, row.request.prompt) for i, row in enumerate(rows)]
 
     def close(self):
         self.job.cancel()
@@ -303,10 +301,8 @@ class Reply:
         async for answer, piece in self.pieces():
             found[answer.index].extend(piece)
         size = sum(len(piece.text) + ENTRY * len(piece.entries) for piece in found)
-        return await aside(size, self._whole, found)
-
-    def _whole(self, found: list[Piece]) -> bytes:
-        return json_bytes(self._form.complete(self.answers, found, self._usage(), self._ours()))
+        usage, ours = self._usage(), self._ours()
+        return await aside(size, lambda: json_bytes(self._form.complete(self.answers, found, usage, ours)))
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The reply as server-sent events."""

@@ -78,9 +78,8 @@ class Server(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """Open a socket that listens. UserError: the address can't be used."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as problem:
         known = (problem.errno or 0) > 0  # not of names: create_server adds words of its own to the reason
