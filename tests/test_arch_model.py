@@ -221,10 +221,10 @@ def test_a_row_that_begins_anew_has_no_token_before():
     params, tokens_BT = weights(config), tokens(config, batch=1, time=5)
     read = jax.jit(gpt.features_cached, static_argnums=(3, 4))
     first, cache = read(params, tokens_BT, KVCache.empty(config, 1, 16, jnp.float32), config, Compute())
-    again, _ = read(params, tokens_BT, cache.cut(np.zeros(1, np.int32)), config, Compute())
+    again, _ = read(params, tokens_BT, cache.replace(lengths_B=np.zeros(1, np.int32)), config, Compute())
     np.testing.assert_array_equal(first, again)
     rest = np.roll(tokens_BT, -2, axis=1)
-    from_2, _ = read(params, rest, cache.cut(np.array([2], np.int32)), config, Compute())
+    from_2, _ = read(params, rest, cache.replace(lengths_B=np.array([2], np.int32)), config, Compute())
     np.testing.assert_allclose(from_2[:, :3], first[:, 2:], atol=1e-5)  # the token before the cut is still known
 
 

@@ -225,7 +225,8 @@ def _decode(params, state: State, turn: Turn, *, program: Program, kind: str, to
         return i + 1, state, said
 
     # Rows that are done hold nothing: nobody waits for what they would attend to.
-    state = state.replace(cache=state.cache.cut(jnp.where(turn.active_B, state.cache.lengths_B, 0)))
+    lengths_B = jnp.where(turn.active_B, state.cache.lengths_B, 0)
+    state = state.replace(cache=state.cache.replace(lengths_B=lengths_B))
     said = nothing_said(turn, top)
     _, state, said = lax.while_loop(more, step, (jnp.zeros((), jnp.int32), state, said))
     return state, said

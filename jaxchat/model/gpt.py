@@ -60,8 +60,7 @@ def residual_norm(x_BTD, y_BTD=None, *, eps: float):
 
 
 def norms(config: ModelConfig, compute: Compute):
-    """Choose (residual_norm, rotate_norm): this file's, or GPU kernels, which also sum gradients on the
-    way."""
+    """Choose (residual_norm, rotate_norm): this file's, or GPU kernels, which also sum gradients."""
     eps, scale = config.norm_eps, config.qk_scale
     if not compute.kernels:
         return partial(residual_norm, eps=eps), partial(rotate_norm, eps=eps, scale=scale)
@@ -195,8 +194,7 @@ def training_block(x_BTD, w: Blocks, inputs: Inputs, config: ModelConfig, comput
 
 
 def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
-    """The head's input for prompts padded at their ends, and a new cache of the prompts. -> (x_BTD,
-    cache)."""
+    """The head's input for prompts padded at their ends, and a cache of the prompts. -> (x_BTD, cache)."""
     time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
     plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")
@@ -204,9 +202,8 @@ def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, c
     x_BTD = embedded(params, tokens_BT, config, plain)
     x_BTD = smear(params, x_BTD, before(x_BTD), config, plain)
     inputs, middle_BTD = Inputs(tokens_BT, x_BTD, tables), None
-    for index, (w, kind) in enumerate(
-        zip(layers_of(params.blocks, compute.dtype), layers(config), strict=True)
-    ):
+    blocks = layers_of(params.blocks, compute.dtype)
+    for index, (w, kind) in enumerate(zip(blocks, layers(config), strict=True)):
 
         def attend(q, k, v, window=kind.window):
             kept.append((k, v))
@@ -246,9 +243,8 @@ def features_cached(
     tables = rotary_tables(pad(positions_BT), config.head_dim, config.rotary_base)
     x_BTD = pad(x_BTD)
     inputs, middle_BTD = Inputs(pad(tokens_BT), x_BTD, tables), None
-    for index, (w, kind) in enumerate(
-        zip(layers_of(params.blocks, compute.dtype), layers(config), strict=True)
-    ):
+    blocks = layers_of(params.blocks, compute.dtype)
+    for index, (w, kind) in enumerate(zip(blocks, layers(config), strict=True)):
 
         def attend(q, k, v, index=index, window=kind.window):
             nonlocal cache
