@@ -285,8 +285,7 @@ def seed_of(*parts: int) -> int:
 
 
 def slots_for(config: RLConfig, model: Model) -> int:
-    """Number of answers that a device samples at a time: its share of them, if it fits. The answers don't
-    depend on it."""
+    """Answers that a device samples at a time: its share, if it fits. What they say doesn't depend on it."""
     share = -(-config.examples_per_step * config.num_samples // model.mesh.size)
     memory = device_memory(model.mesh)
     most = max(SLOTS, share) if memory else SLOTS
