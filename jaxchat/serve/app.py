@@ -104,7 +104,7 @@ class Endpoints:
         body = await read_body(request)
         asked = await aside(len(body), prepare, service, body, chat)
         service.check_open()
-        reply = Reply(service, asked, chat)
+        reply = Reply(service, asked)
         if asked.fields.stream:
             return EventStream(reply)
         try:

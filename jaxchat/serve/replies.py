@@ -13,7 +13,7 @@ from jaxchat.infer.scheduler import STOP, Generation
 from jaxchat.infer.text import Delta, TextReader, Writer, last_call
 from jaxchat.serve.loop import Stopped
 from jaxchat.serve.protocol import ApiError, Completion, Sampling
-from jaxchat.serve.service import Asked, Service
+from jaxchat.serve.service import Asked, Served, Service
 
 LEAST_LOGPROB = -9999.0  # JSON has no −∞
 LARGE = 20_000  # bytes that are read or written in a thread
@@ -198,12 +198,13 @@ def chat_logprobs(tokenizer, entries: list[Entry]) -> dict:
 class Form:
     """Builds the objects of one reply, all with one id and time: the complete one, or chunks."""
 
-    def __init__(self, id: str, created: int, model: str, fingerprint: str, asked: Sampling, tokenizer):
+    def __init__(self, model: Served, asked: Sampling):
         self.chat = not isinstance(asked, Completion)
-        self.id, self._asked, self._tokenizer = id, asked, tokenizer
-        name = "chat.completion" if self.chat else "text_completion"
-        self._common = {"id": id, "object": name, "created": created, "model": model}
-        self._common["system_fingerprint"] = fingerprint
+        self._asked, self._tokenizer = asked, model.tokenizer
+        name, prefix = ("chat.completion", "chatcmpl") if self.chat else ("text_completion", "cmpl")
+        self._common = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": name}
+        self._common |= {"created": int(time.time()), "model": model.id}
+        self._common["system_fingerprint"] = model.fingerprint
 
     def complete(self, answers: list[Answer], pieces: list[Piece], usage: dict, extra: dict) -> dict:
         choices = []
@@ -262,13 +263,12 @@ class Form:
 class Reply:
     """The reply to one request: its answers as they grow, and what is sent of them."""
 
-    def __init__(self, service: Service, asked: Asked, chat: bool):
+    def __init__(self, service: Service, asked: Asked):
         model = asked.model
-        self._service, self._asked, self.chat = service, asked, chat
+        self._service, self._asked = service, asked
         self.job = model.pool.submit(asked.requests, asked.hasty)
         service.jobs.add(self.job)
-        id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
-        self._form = Form(id, int(time.time()), model.id, model.fingerprint, asked.fields, model.tokenizer)
+        self._form = Form(model, asked.fields)
         rows, tokenizer = self.job.rows, model.tokenizer
         self.answers = [Answer(i, asked.fields, tokenizer, row.request.prompt) for i, row in enumerate(rows)]
 
@@ -307,7 +307,7 @@ class Reply:
     async def chunks(self) -> AsyncIterator[bytes]:
         """The reply as server-sent events."""
         form = self._form
-        if self.chat:
+        if form.chat:
             for answer in self.answers:  # in order: clients number choices by it
                 yield event(form.role(answer.index, jaxchat={"seed": self._asked.seed}))
         try:
