@@ -115,11 +115,8 @@ def empty_state(program: Program, count: int, slots: int) -> State:
 @partial(jax.jit, static_argnames=("program", "slots"))
 def resize(program: Program, state: State, slots: int) -> State:
     """Move the rows to a cache with another number of slots."""
-
-    def change(state):
-        return state.replace(cache=state.cache.resize(slots))
-
-    return per_device(change, program.mesh, (P("rows"),), P("rows"))(state)
+    resized = per_device(partial(KVCache.resize, slots=slots), program.mesh, (P("rows"),), P("rows"))
+    return state.replace(cache=resized(state.cache))
 
 
 @partial(jax.jit, static_argnames=("program", "top"), donate_argnames="state")

@@ -68,7 +68,6 @@ class Params:
 
 
 def uniform(low: float, high: float):
-    """Initialise with numbers uniformly distributed from low to high."""
     return lambda key, shape: jax.random.uniform(key, shape, minval=low, maxval=high)
 
 
