@@ -201,7 +201,6 @@ def page_headers(html: bytes) -> dict[str, str]:
 
 
 def make_app(service: Service, rules: Rules):
-    """Build the ASGI application."""
     endpoints = Endpoints(service, Path(__file__).with_name("page.html"))
     own = {"/": endpoints.page, "/health": endpoints.health, "/metrics": endpoints.metrics}
     routes = [Route(path, function) for path, function in own.items()]

@@ -192,7 +192,10 @@ def read_chat(fields: Fields) -> Chat:
     logprobs, top = fields.switch("logprobs"), fields.integer("top_logprobs", None, 0, MAX_LOGPROBS)
     if top and not logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    messages = read_messages(fields.get("messages"))
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise wrong("messages", "a list with at least one message", messages)
+    messages = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     if last != (messages[-1]["role"] == "assistant"):
         expected = "the assistant's, since continue_final_message is true"
         if not last:
@@ -269,11 +272,10 @@ def read_stop(value) -> tuple[str, ...]:
 
 def _stop_tokens(value) -> tuple[int, ...]:
     ids = [] if value is None else value
-    most = 2**31 - 1
     if not isinstance(ids, list) or len(ids) > MAX_STOP_TOKENS:
         raise wrong("stop_token_ids", f"a list of at most {MAX_STOP_TOKENS} token ids", value)
     for id in ids:
-        if type(id) is not int or not 0 <= id <= most:
+        if type(id) is not int or not 0 <= id < 2**31:
             raise wrong("stop_token_ids", "token ids", id)
     return tuple(ids)
 
@@ -290,13 +292,6 @@ def read_prompts(value) -> list[str | list[int]]:
         if not (ids or isinstance(prompt, str)) or type(prompt) is not type(prompts[0]):
             raise wrong("prompt", expected, value)
     return prompts
-
-
-def read_messages(value) -> list[dict]:
-    """Read the messages of a chat, and check them one by one."""
-    if not isinstance(value, list) or not value:
-        raise wrong("messages", "a list with at least one message", value)
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
 
 
 def _message(message, at: str) -> dict:

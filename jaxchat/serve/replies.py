@@ -182,8 +182,6 @@ def completion_logprobs(tokenizer, entries: list[Entry]) -> dict:
 
 
 def chat_logprobs(tokenizer, entries: list[Entry]) -> dict:
-    """Log-probabilities in the form of chats."""
-
     def one(token: int, logprob: float) -> dict:
         text, piece = shown_token(tokenizer, token), [*tokenizer.decode_bytes([token])]
         return {"token": text, "logprob": max(LEAST_LOGPROB, logprob), "bytes": piece}
@@ -218,7 +216,6 @@ class Form:
         return self._common | {"choices": choices, "usage": usage, "jaxchat": extra}
 
     def role(self, index: int, **extra) -> dict:
-        """Build the first chunk of a chat's answer."""
         delta = {"role": "assistant", "content": ""}
         return self._chunk(index, {"delta": delta, "logprobs": None}, None, extra)
 

@@ -129,7 +129,6 @@ def about_mechanisms(model: ModelConfig) -> list[tuple[str, str]]:
 
 
 def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
-    """The plan of a run, as (name, value) rows."""
     model, compute = stage.model.config, stage.model.compute
     heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
     attention = f"attention by {kernel_for(compute.attention, model.head_dim, stage.row_length)}"

@@ -173,7 +173,6 @@ def base(
 
 
 def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
-    """Build the ModelConfig that the flags describe."""
     heads = config.n_kv_head if config.n_kv_head > 0 else None
     shape = {"sequence_len": config.max_seq_len, "vocab_size": vocab_size, "n_kv_head": heads}
     model, narrow = ModelConfig.from_depth(config.depth, arch=config.arch, **shape), config.table_dtype
@@ -431,7 +430,6 @@ class Cut:
 
 
 def row_length(config: MidConfig | SFTConfig, model: ModelConfig) -> int:
-    """Tokens in a row."""
     if config.max_seq_len > model.sequence_len:
         longest = f"the model's {model.sequence_len}"
         raise UserError(f"--max_seq_len={config.max_seq_len} is longer than {longest}; lower it")
