@@ -243,18 +243,14 @@ class RolloutBatches:
         problem = self.problems.tasks[rollout.problems[group]]
         # Of the groups that are learnt from, it is the first.
         advantages_G = advantages(self._rollout.rewards_EG, self.config.advantage)[0]
+        own = answers[group * samples : (group + 1) * samples]
         about = {
             "step": step,
             "problem": self.problems.tasks.name_of(rollout.problems[group]),
             "messages": problem["messages"],
             "answers": [
                 {"text": shown(answer.parts), "reward": reward, "advantage": float(advantage)}
-                for answer, reward, advantage in zip(
-                    answers[group * samples : (group + 1) * samples],
-                    rollout.rewards[group],
-                    advantages_G,
-                    strict=True,
-                )
+                for answer, reward, advantage in zip(own, rollout.rewards[group], advantages_G, strict=True)
             ],
         }
         path = run_folder("rl", self.parent.folder.name) / "samples.jsonl"

@@ -58,11 +58,8 @@ class Protocol(H11Protocol):
         body = json.dumps(ApiError(400, msg).body()).encode()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            for part in (
-                h11.Response(status_code=400, headers=headers),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
+            head = h11.Response(status_code=400, headers=headers)
+            for part in (head, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(part))
         self.transport.close()
 

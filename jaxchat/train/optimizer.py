@@ -283,18 +283,9 @@ def table_2026(
     """Each group's rule as in July 2026. momentum, decay: see Muon; None: 2025's momentum, no decay."""
     momentum = momentum or table_2025(config)["matrix"].momentum
     width_scale = (config.n_embd / 768) ** -0.5
+    refinements = {"safety": 1.01, "tiny": 1e-6, "equal": True, "exact": True, "neuron_beta": 0.9}
     return {
-        "matrix": Muon(
-            matrix_lr,
-            momentum,
-            POLAR_EXPRESS,
-            safety=1.01,
-            tiny=1e-6,
-            equal=True,
-            exact=True,
-            neuron_beta=0.9,
-            decay=decay,
-        ),
+        "matrix": Muon(matrix_lr, momentum, POLAR_EXPRESS, decay=decay, **refinements),
         "head": AdamW(unembedding_lr * width_scale, b2=0.96, decay=0.01),
         "embedding": AdamW(embedding_lr * width_scale, b2=0.995, decay=0.001),
         "value_table": AdamW(0.5 * embedding_lr * width_scale, b2=0.995, decay=0.01),
