@@ -66,6 +66,19 @@ def random_params(config, seed: int, scale: float):
     return jax.tree.unflatten(tree, normal)
 
 
+def token_nll(params, batch: dict, config, compute):
+    """The loss of each token: the derivative of Σ weight·nll with respect to its weight."""
+    import jax
+    import numpy as np
+
+    from jaxchat.train.loss import loss_sums
+
+    def loss(weights_BT):
+        return loss_sums(params, batch | {"weights_BT": weights_BT}, config, compute)[0]
+
+    return jax.jit(jax.grad(loss))(np.ones(batch["targets_BT"].shape, np.float32))
+
+
 def model_on(mesh, config, **how):
     """A Model on a mesh; how: fields of Compute."""
     from jaxchat.config import Compute, Model

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import random_params, token_nll
 
 from jaxchat.config import ARCHITECTURES, Compute, ModelConfig, UserError
 from jaxchat.model import attention, gpt
@@ -16,7 +16,7 @@ from jaxchat.model.cache import KVCache
 from jaxchat.model.embedding import look_up
 from jaxchat.model.flops import flops_per_token, num_params, scaling_params
 from jaxchat.model.layers import Layer, layers, periods
-from jaxchat.train.loss import loss_sums, token_nll
+from jaxchat.train.loss import loss_sums
 
 PLAIN = ModelConfig(sequence_len=8, vocab_size=50, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
 ALONE = {
@@ -225,10 +225,10 @@ def test_a_row_that_begins_anew_has_no_token_before():
     params, tokens_BT = weights(config), tokens(config, batch=1, time=5)
     read = jax.jit(gpt.features_cached, static_argnums=(3, 4))
     first, cache = read(params, tokens_BT, KVCache.empty(config, 1, 16, jnp.float32), config, Compute())
-    again, _ = read(params, tokens_BT, cache.cut(np.zeros(1, np.int32)), config, Compute())
+    again, _ = read(params, tokens_BT, cache.replace(lengths_B=np.zeros(1, np.int32)), config, Compute())
     np.testing.assert_array_equal(first, again)
     rest = np.roll(tokens_BT, -2, axis=1)
-    from_2, _ = read(params, rest, cache.cut(np.array([2], np.int32)), config, Compute())
+    from_2, _ = read(params, rest, cache.replace(lengths_B=np.array([2], np.int32)), config, Compute())
     np.testing.assert_allclose(from_2[:, :3], first[:, 2:], atol=1e-5)  # the token before the cut is still known
 
 
@@ -237,14 +237,13 @@ def test_segments_do_not_see_one_another():
     params, tokens_BT = weights(ALL), tokens(ALL, batch=1, time=8)
     segments_BT = np.array([[0, 0, 0, 1, 1, 1, 1, 1]], np.int32)
     batch = {"inputs_BT": tokens_BT, "targets_BT": tokens(ALL, batch=1, time=8, seed=2)}
-    nll = jax.jit(token_nll, static_argnums=(2, 3))
-    packed = nll(params, batch | {"segments_BT": segments_BT}, ALL, Compute())
+    packed = token_nll(params, batch | {"segments_BT": segments_BT}, ALL, Compute())
     alone = [
-        nll(params, {name: a[:, part] for name, a in batch.items()}, ALL, Compute())
+        token_nll(params, {name: a[:, part] for name, a in batch.items()}, ALL, Compute())
         for part in (slice(0, 3), slice(3, 8))
     ]
     np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=TOLERANCE)
-    assert np.abs(nll(params, batch, ALL, Compute())[:, 3:] - packed[:, 3:]).max() > 1e-3
+    assert np.abs(token_nll(params, batch, ALL, Compute())[:, 3:] - packed[:, 3:]).max() > 1e-3
 
 
 @pytest.mark.parametrize("kernel", ["xla", "blocks", "splash"])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import token_nll
 
 from jaxchat import sharding
 from jaxchat.config import Compute, ModelConfig, UserError
@@ -13,7 +14,7 @@ from jaxchat.model import gpt
 from jaxchat.model import params as model_params
 from jaxchat.model.cache import KVCache
 from jaxchat.model.flops import flops_per_token, num_params, peak_flops
-from jaxchat.train.loss import Chunking, chunk_length, loss_sums, token_nll, weighted_nll
+from jaxchat.train.loss import Chunking, chunk_length, loss_sums, weighted_nll
 
 CONFIG = ModelConfig(sequence_len=16, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
 forward = jax.jit(gpt.forward, static_argnums=(2, 3))
@@ -111,13 +112,13 @@ def whole_nll(x_BTD, head_DV, targets_BT, weights_BT, chunking):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_loss_of_every_token(devices):
-    """token_nll beside all logits at once; its weighted sum is the loss. 12 positions in chunks of 4 and of 5."""
+    """Beside all logits at once; its weighted sum is the loss. 12 positions in chunks of 4 and of 5."""
     mesh = sharding.make_mesh(jax.devices()[:devices], "fsdp=2,tensor=2" if devices > 1 else "")
     compute = Compute(mesh=mesh, loss_chunk_tokens=4 if devices > 1 else 16)
     params, inputs, targets = random_params(CONFIG), tokens(CONFIG, batch=4), tokens(CONFIG, batch=4, seed=2)
     weights = np.random.default_rng(3).normal(size=targets.shape).astype(np.float32)
     batch = {"inputs_BT": inputs, "targets_BT": targets, "weights_BT": weights}
-    nll_BT = jax.jit(token_nll, static_argnums=(2, 3))(params, batch, CONFIG, compute)
+    nll_BT = token_nll(params, batch, CONFIG, compute)
     log_p = jax.nn.log_softmax(forward(params, inputs, CONFIG, Compute()))
     want = -np.take_along_axis(np.asarray(log_p), targets[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(nll_BT, want, atol=TOLERANCE)

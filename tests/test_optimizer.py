@@ -11,7 +11,7 @@ import pytest
 
 from jaxchat.config import ModelConfig
 from jaxchat.model import params as model_params
-from jaxchat.train.optimizer import MuonState, make_optimizer, orthogonalize
+from jaxchat.train.optimizer import Muon, MuonState, make_optimizer, orthogonalize
 from jaxchat.train.schedule import lr_multiplier
 
 CONFIG = ModelConfig(sequence_len=8, vocab_size=20, n_layer=2, n_head=2, n_kv_head=1, n_embd=16)
@@ -43,7 +43,7 @@ def plain_newton_schulz(g):
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 64), (2, 64, 16)])
 def test_orthogonalize(shape):
     g = np.random.default_rng(0).normal(size=shape)
-    got = orthogonalize(jnp.asarray(g, jnp.float32))
+    got = orthogonalize(jnp.asarray(g, jnp.float32), jnp.float32, Muon(lr=0.0, momentum=None))
     want = np.stack([plain_newton_schulz(matrix) for matrix in g])
     np.testing.assert_allclose(got, want, atol=2e-5)  # float32 against float64 over 15 products of about 1
     # The five steps leave singular values between about 0.7 and 1.2.

@@ -788,7 +788,8 @@ json_values = st.recursive(
 )
 FIELDS = [*protocol.ASKS_NOTHING, *protocol.IGNORED, *Sampling.__dataclass_fields__] + [
     "messages", "prompt", "logprobs", "top_logprobs", "echo", "max_completion_tokens", "stream_options", "best_of",
-    "continue_final_message", "add_special_tokens", "tokens", "",
+    "continue_final_message", "add_special_tokens", "tokens", "", "temperature", "top_p", "top_k", "min_p",
+    "stop_token_ids", "ignore_eos", "min_tokens",
 ]  # fmt: skip
 MESSAGES = st.lists(
     st.fixed_dictionaries(

@@ -1,4 +1,4 @@
-"""The calculator tool: arithmetic, and counting letters in a literal, by a parser of its own grammar.
+"""The calculator tool: arithmetic, and counting letters in a literal.
 
     line    = count | sum
     sum     = product (("+" | "-") product)*
@@ -7,11 +7,15 @@
     count   = text ".count(" text ")"
     text    = '…' or "…", without quotes, backslashes or line ends inside
 
-Everything is bounded: the text, the nesting, and the size of every number on the way.
+Python's parser reads it, once it has only these tokens; no Python code is run. Everything is bounded: the
+text, the nesting, and the size of every number on the way.
 """
 
+import ast
+import operator
 import re
 from decimal import Decimal
+from itertools import accumulate
 
 MAX_CHARS = 200
 MAX_DEPTH = 20
@@ -22,6 +26,16 @@ TOKEN = re.compile(rf"\s*({NUMBER}|//|[-+*/%()])", re.ASCII)
 COUNT = re.compile(
     r"""\s*(?:'([^'\\\r\n]*)'|"([^"\\\r\n]*)")\.count\((?:'([^'\\\r\n]*)'|"([^"\\\r\n]*)")\)\s*"""
 )
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
 
 
 class _Refused(Exception):
@@ -36,21 +50,21 @@ def calculate(expression: str) -> str | None:
         text, part = (a if a is not None else b for a, b in (match.group(1, 2), match.group(3, 4)))
         return str(text.count(part)) if part else None
     try:
-        return _as_text(_Parser(_tokens(expression)).whole())
-    except (_Refused, ZeroDivisionError, OverflowError):
+        return _as_text(_value(ast.parse(_in_python(expression), mode="eval").body))
+    except (_Refused, SyntaxError, ZeroDivisionError, OverflowError):
         return None
 
 
-def _tokens(expression: str) -> list[str]:
-    tokens, at = [], 0
+def _in_python(expression: str) -> str:
+    """The sum as Python writes it: without commas and leading zeros in numbers."""
     expression = expression.rstrip()
-    while at < len(expression):
-        match = TOKEN.match(expression, at)
-        if not match:
-            raise _Refused
-        tokens.append(match[1])
-        at = match.end()
-    return tokens
+    if TOKEN.sub("", expression):  # something else is in it
+        raise _Refused
+    tokens = [token.replace(",", "") for token in TOKEN.findall(expression)]
+    depths = accumulate((token == "(") - (token == ")") for token in tokens)
+    if max(depths, default=0) > MAX_DEPTH:
+        raise _Refused
+    return " ".join(str(int(token)) if token.isdecimal() else token for token in tokens)
 
 
 def _as_text(value: int | float) -> str:
@@ -63,65 +77,16 @@ def _as_text(value: int | float) -> str:
     return format(Decimal(rounded), "f")  # no exponent, which the calculator would not read
 
 
-def _bounded(value: int | float) -> int | float:
+def _value(node: ast.expr, depth: int = 0) -> int | float:
+    """The value of a parsed sum. depth: signs around it."""
+    if isinstance(node, ast.BinOp):
+        value = OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    elif isinstance(node, ast.UnaryOp) and depth < MAX_DEPTH:
+        value = OPERATORS[type(node.op)](_value(node.operand, depth + 1))
+    elif isinstance(node, ast.Constant):
+        value = node.value
+    else:  # a call, as in 2(3), or a tuple, ()
+        raise _Refused
     if not -LARGEST <= value <= LARGEST:  # also refuses what is not a number
         raise _Refused
     return value
-
-
-class _Parser:
-    def __init__(self, tokens: list[str]):
-        self._tokens, self._at, self._depth = tokens, 0, 0
-
-    def _peek(self) -> str:
-        return self._tokens[self._at] if self._at < len(self._tokens) else ""
-
-    def _take(self) -> str:
-        token = self._peek()
-        self._at += 1
-        return token
-
-    def whole(self) -> int | float:
-        value = self._sum()
-        if self._peek():
-            raise _Refused
-        return value
-
-    def _sum(self):
-        value = self._product()
-        while self._peek() in ("+", "-"):
-            value = _bounded(value + self._product() if self._take() == "+" else value - self._product())
-        return value
-
-    def _product(self):
-        value = self._signed()
-        while self._peek() in ("*", "/", "//", "%"):
-            operator, right = self._take(), self._signed()
-            if operator == "*":
-                value = value * right
-            elif operator == "/":
-                value = value / right
-            else:
-                value = value // right if operator == "//" else value % right
-            _bounded(value)
-        return value
-
-    def _signed(self):
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise _Refused
-        token = self._take()
-        if token in ("+", "-"):
-            value = self._signed()
-            value = -value if token == "-" else value
-        elif token == "(":
-            value = self._sum()
-            if self._take() != ")":
-                raise _Refused
-        elif token[:1].isdigit() or token[:1] == ".":
-            digits = token.replace(",", "")
-            value = _bounded(float(digits) if "." in digits else int(digits))
-        else:
-            raise _Refused
-        self._depth -= 1
-        return value

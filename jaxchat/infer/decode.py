@@ -115,11 +115,8 @@ def empty_state(program: Program, count: int, slots: int) -> State:
 @partial(jax.jit, static_argnames=("program", "slots"))
 def resize(program: Program, state: State, slots: int) -> State:
     """Move the rows to a cache with another number of slots."""
-
-    def change(state):
-        return state.replace(cache=state.cache.resize(slots))
-
-    return per_device(change, program.mesh, (P("rows"),), P("rows"))(state)
+    resized = per_device(partial(KVCache.resize, slots=slots), program.mesh, (P("rows"),), P("rows"))
+    return state.replace(cache=resized(state.cache))
 
 
 @partial(jax.jit, static_argnames=("program", "top"), donate_argnames="state")
@@ -225,7 +222,8 @@ def _decode(params, state: State, turn: Turn, *, program: Program, kind: str, to
         return i + 1, state, said
 
     # Rows that are done hold nothing: nobody waits for what they would attend to.
-    state = state.replace(cache=state.cache.cut(jnp.where(turn.active_B, state.cache.lengths_B, 0)))
+    lengths_B = jnp.where(turn.active_B, state.cache.lengths_B, 0)
+    state = state.replace(cache=state.cache.replace(lengths_B=lengths_B))
     said = nothing_said(turn, top)
     _, state, said = lax.while_loop(more, step, (jnp.zeros((), jnp.int32), state, said))
     return state, said

@@ -37,11 +37,9 @@ class Request:
     top_k: int = 0
     """Number of likeliest tokens to sample from; 0: all."""
     top_p: float = 1.0
-    """Total probability of the likeliest tokens to sample from, at least (nucleus sampling); 1: all
-    tokens."""
+    """Total probability of the likeliest tokens to sample from, at least (nucleus sampling); 1: all."""
     min_p: float = 0.0
-    """Smallest probability of the tokens to sample from, as a fraction of the likeliest one's; 0: all
-    tokens."""
+    """Smallest probability of the tokens to sample from, as a fraction of the likeliest one's; 0: all."""
     seed: int = 0
     """Random seed, 0 to 2³² − 1."""
     sample: int = 0

@@ -56,9 +56,8 @@ def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, 
     if T == 1 and (kernel := DECODING.get(decoding_kernel_for(implementation, H, window))):
         return kernel(q_BTNH, k_BKSH, v_BKSH, positions_BT[:, 0], window)
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum(
-        "btkgh,bksh->bkgts", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
-    ) / math.sqrt(H)
+    scores_BKGTS = jnp.einsum("btkgh,bksh->bkgts", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32)
+    scores_BKGTS = scores_BKGTS / math.sqrt(H)
     seen_BTS = jnp.arange(S)[None, None, :] <= positions_BT[:, :, None]
     if window is not None and window < S - 1:
         seen_BTS &= jnp.arange(S)[None, None, :] >= positions_BT[:, :, None] - window
@@ -67,8 +66,7 @@ def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, 
 
 
 def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) -> str:
-    """The key in DECODING of the kernel for one new token a row; "xla", which is not in it, where none
-    fits."""
+    """The key in DECODING of the kernel for one new token a row; "xla", which is no key, where none fits."""
     computes = {
         "cudnn": head_dim >= 16 and head_dim & (head_dim - 1) == 0,  # the sides of Triton's tiles
         "splash": head_dim % LANES == 0 and window is None,
@@ -79,11 +77,9 @@ def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) 
 def gpu_decoding_attention(
     q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None, *, interpret: bool = False
 ):
-    """JAX's flash decoding for GPUs: one program for each SPLIT slots of a row's head, idle beyond its
-    length.
+    """JAX's flash decoding for GPUs: one program for each SPLIT slots of a row's head, idle beyond its end.
 
-    cuDNN is not used, since it wants the slots before the heads. interpret: run it by XLA operations, on any
-    device.
+    cuDNN wants the slots before the heads. interpret: run it by XLA operations, on any device.
     """
     from jax.experimental.pallas.ops.gpu.decode_attention import gqa
 
@@ -100,8 +96,7 @@ def gpu_decoding_attention(
 
 
 def tpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: None = None):
-    """JAX's paged attention for TPUs, where each head of a row is a sequence, whose pages follow one
-    another."""
+    """JAX's paged attention for TPUs. Each head of a row is a sequence, whose pages follow one another."""
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
     (B, _, N, H), (_, K, S, _) = q_B1NH.shape, k_BKSH.shape
@@ -135,15 +130,9 @@ def library_attention(
     same_B1TS = None
     if segments_BT is not None:
         same_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
-    sides = None if window is None else (window, 0)
+    options = {"is_causal": True, "local_window_size": None if window is None else (window, 0)}
     return jax.nn.dot_product_attention(
-        q_BTNH,
-        k_BTKH,
-        v_BTKH,
-        mask=same_B1TS,
-        is_causal=True,
-        local_window_size=sides,
-        implementation=implementation,
+        q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, implementation=implementation, **options
     )
 
 

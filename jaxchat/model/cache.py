@@ -14,7 +14,7 @@ class KVCache:
 
     One array a layer, heads before slots: a token of one row reads contiguous memory, and no layer is copied
     out of a stack. Slot s of row b holds the token at position s and is valid while s < lengths_B[b]. Slots
-    beyond are never attended to and are overwritten by later tokens.
+    beyond are never attended to and are overwritten by later tokens: a smaller length cuts a row back.
     """
 
     k_BKSH: tuple[jax.Array, ...]
@@ -31,8 +31,7 @@ class KVCache:
 
     @classmethod
     def holding(cls, layers: list[tuple[jax.Array, jax.Array]], lengths_B, tokens_BT=None):
-        """Make a cache of each layer's (k_BTKH, v_BTKH), with T slots. tokens_BT: the tokens, if the model
-        smears."""
+        """Make a cache of each layer's (k_BTKH, v_BTKH), with T slots. tokens_BT: for a model that smears."""
         k, v = (tuple(jnp.swapaxes(x_BTKH, 1, 2) for x_BTKH in each) for each in zip(*layers, strict=True))
         return cls(k, v, lengths_B, tokens_BT)
 
@@ -80,10 +79,6 @@ class KVCache:
     def advance(self, counts_B) -> "KVCache":
         """Make each row `counts_B` tokens longer; their keys and values have been written."""
         return self.replace(lengths_B=self.lengths_B + counts_B)
-
-    def cut(self, lengths_B) -> "KVCache":
-        """Cut rows back to lengths that must not exceed their own; 0 empties a row."""
-        return self.replace(lengths_B=lengths_B)
 
     def place(self, other: "KVCache", rows_P) -> "KVCache":
         """Copy the rows of another cache into rows_P, where a number beyond the last row drops that one.

@@ -20,8 +20,7 @@ def embed(wte_VD, tokens_BT, compute: Compute):
 
 
 def look_up(table, tokens_BT, dtype):
-    """Look up rows of a table that is not spread over devices, in dtype. Their gradients are summed in
-    float32."""
+    """Look up rows of a table that is not spread over devices. Their gradients are summed in float32."""
     if table.dtype == jnp.float32:
         return table[tokens_BT].astype(dtype)
     return look_up_narrow(table, tokens_BT, jnp.dtype(dtype))
@@ -34,7 +33,7 @@ def look_up_narrow(table, tokens_BT, dtype):
 
 def look_up_backward(dtype, saved, d_rows):
     table, tokens_BT = saved
-    return sum_rows(table, tokens_BT, d_rows).astype(table.dtype), None
+    return sum_rows(len(table), tokens_BT, d_rows).astype(table.dtype), None
 
 
 look_up_narrow.defvjp(
@@ -43,9 +42,14 @@ look_up_narrow.defvjp(
 )
 
 
-def sum_rows(table, ids_BT, d_rows):
-    """Sum, in float32, the gradients of rows that were looked up. -> an array of the table's shape."""
-    return jnp.zeros(table.shape).at[ids_BT].add(d_rows.astype(jnp.float32))
+def sum_rows(count: int, ids_BT, d_rows):
+    """Sum, in float32, the gradients [B, T, …] of rows looked up in a table of `count`. -> [count, …]."""
+    return jnp.zeros((count, *d_rows.shape[2:])).at[ids_BT].add(d_rows.astype(jnp.float32))
+
+
+def own_features(a, size: int):
+    """This device's share, of `size`, of the last axis of an array, which is spread over fsdp."""
+    return lax.dynamic_slice_in_dim(a, lax.axis_index("fsdp") * size, size, axis=a.ndim - 1)
 
 
 def embed_values(table_VKH, tokens_BT, compute: Compute):
@@ -79,13 +83,12 @@ def embed_columns_backward(dtype, mesh: Mesh, saved, d_BTKH):
     axes = row_axes(mesh, tokens_BT.shape[0])
 
     def local(table_Vkh, tokens_BT, d_BTkH):
+        size, dtype = len(table_Vkh), table_Vkh.dtype
         if not axes:  # all devices have all rows, so each already has the sum
-            size = table_Vkh.shape[2]
-            d_BTkh = lax.dynamic_slice_in_dim(d_BTkH, lax.axis_index("fsdp") * size, size, axis=3)
-            return sum_rows(table_Vkh, tokens_BT, d_BTkh).astype(table_Vkh.dtype)
+            return sum_rows(size, tokens_BT, own_features(d_BTkH, table_Vkh.shape[2])).astype(dtype)
         everyones_BT = lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
         d_BTkh = lax.all_to_all(d_BTkH, "fsdp", 3, 0, tiled=True)
-        return lax.psum(sum_rows(table_Vkh, everyones_BT, d_BTkh), "data").astype(table_Vkh.dtype)
+        return lax.psum(sum_rows(size, everyones_BT, d_BTkh), "data").astype(dtype)
 
     table = P(None, "tensor", "fsdp")
     specs = (table, P(axes), P(axes, None, "tensor"))
@@ -93,10 +96,7 @@ def embed_columns_backward(dtype, mesh: Mesh, saved, d_BTKH):
 
 
 embed_columns.defvjp(
-    lambda table_VKH, tokens_BT, *options: (
-        embed_columns(table_VKH, tokens_BT, *options),
-        (table_VKH, tokens_BT),
-    ),
+    lambda table, tokens_BT, *options: (embed_columns(table, tokens_BT, *options), (table, tokens_BT)),
     embed_columns_backward,
 )
 
@@ -120,15 +120,11 @@ def embed_backward(dtype, mesh: Mesh, saved, dx_BTD):
     axes = row_axes(mesh, tokens_BT.shape[0])
 
     def local(wte_Vd, tokens_BT, dx_BTD):
-        size = wte_Vd.shape[0]
-        ids_BT, here_BT = local_rows(tokens_BT, size)
+        ids_BT, here_BT = local_rows(tokens_BT, len(wte_Vd))
         dx_BTD = jnp.where(here_BT[..., None], dx_BTD.astype(jnp.float32), 0)
-        d_VD = jnp.zeros((size, dx_BTD.shape[-1])).at[ids_BT].add(dx_BTD)
+        d_VD = sum_rows(len(wte_Vd), ids_BT, dx_BTD)
         if not axes:  # all devices have all rows, so each already has the sum
-            d_VD = lax.dynamic_slice_in_dim(
-                d_VD, lax.axis_index("fsdp") * wte_Vd.shape[1], wte_Vd.shape[1], axis=1
-            )
-            return d_VD.astype(wte_Vd.dtype)
+            return own_features(d_VD, wte_Vd.shape[1]).astype(wte_Vd.dtype)
         d_Vd = lax.psum(lax.psum_scatter(d_VD, "fsdp", scatter_dimension=1, tiled=True), "data")
         return d_Vd.astype(wte_Vd.dtype)
 
@@ -143,8 +139,7 @@ embed_sharded.defvjp(
 
 
 def local_rows(tokens_BT, size: int):
-    """Return (ids_BT, here_BT): ids within this device's share of the vocabulary, and whether they are in
-    it."""
+    """Return (ids_BT, here_BT): ids within this device's share of the vocabulary, and whether they are."""
     ids_BT = tokens_BT - lax.axis_index("tensor") * size
     near_BT = jnp.clip(ids_BT, 0, size - 1)
     return near_BT, ids_BT == near_BT

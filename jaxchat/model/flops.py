@@ -51,9 +51,8 @@ def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
 
     time: tokens of a row, T; None: the model's whole context.
     """
-    multiplied = sum(
-        math.prod(w.shape) for w in jax.tree.leaves(declare(config)) if w.fan_in and not w.lookup
-    )
+    weights = jax.tree.leaves(declare(config))
+    multiplied = sum(math.prod(w.shape) for w in weights if w.fan_in and not w.lookup)
     time = time or config.sequence_len
     seen = sum(time if layer.window is None else min(time, layer.window) for layer in layers(config))
     return 6 * multiplied + 12 * config.n_embd * seen

@@ -60,8 +60,7 @@ def residual_norm(x_BTD, y_BTD=None, *, eps: float):
 
 
 def norms(config: ModelConfig, compute: Compute):
-    """Choose (residual_norm, rotate_norm): this file's, or GPU kernels, which also sum gradients on the
-    way."""
+    """Choose (residual_norm, rotate_norm): this file's, or GPU kernels, which also sum gradients."""
     eps, scale = config.norm_eps, config.qk_scale
     if not compute.kernels:
         return partial(residual_norm, eps=eps), partial(rotate_norm, eps=eps, scale=scale)
@@ -195,27 +194,31 @@ def training_block(x_BTD, w: Blocks, inputs: Inputs, config: ModelConfig, comput
 
 
 def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
-    """The head's input for prompts padded at their ends, and a new cache of the prompts. -> (x_BTD,
-    cache)."""
+    """The head's input for prompts padded at their ends, and a cache of the prompts. -> (x_BTD, cache)."""
     time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
     plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")
     kept = []
     x_BTD = embedded(params, tokens_BT, config, plain)
     x_BTD = smear(params, x_BTD, before(x_BTD), config, plain)
-    inputs, middle_BTD = Inputs(tokens_BT, x_BTD, tables), None
-    for index, (w, kind) in enumerate(
-        zip(layers_of(params.blocks, compute.dtype), layers(config), strict=True)
-    ):
 
-        def attend(q, k, v, window=kind.window):
-            kept.append((k, v))
-            return causal_attention(q, k, v, implementation=compute.attention, window=window)
+    def attend(q, k, v, layer, window):
+        kept.append((k, v))
+        return causal_attention(q, k, v, implementation=compute.attention, window=window)
 
-        x_BTD = block(x_BTD, w, inputs, attend, config, plain)
+    x_BTD = generating_blocks(params, Inputs(tokens_BT, x_BTD, tables), attend, config, plain)
+    return x_BTD, KVCache.holding(kept, lengths_B, tokens_BT if config.smear_channels else None)
+
+
+def generating_blocks(params: Params, inputs: Inputs, attend, config: ModelConfig, compute: Compute):
+    """Compute all layers in generation, with attend(q, k, v, layer=index, window=…). -> the head's input."""
+    x_BTD, middle_BTD = inputs.embedded_BTD, None
+    blocks = layers_of(params.blocks, compute.dtype)
+    for index, (w, kind) in enumerate(zip(blocks, layers(config), strict=True)):
+        attend_here = partial(attend, layer=index, window=kind.window)
+        x_BTD = block(x_BTD, w, inputs, attend_here, config, compute)
         middle_BTD = x_BTD if index == middle(config) else middle_BTD
-    cache = KVCache.holding(kept, lengths_B, tokens_BT if config.smear_channels else None)
-    return last_norm(params, x_BTD, middle_BTD, config), cache
+    return last_norm(params, x_BTD, middle_BTD, config)
 
 
 def features_cached(
@@ -244,22 +247,15 @@ def features_cached(
         x_BTD = smear(params, x_BTD, before(x_BTD, last_B1D), config, plain)
         cache = cache.write_tokens(tokens_BT, positions_BT)
     tables = rotary_tables(pad(positions_BT), config.head_dim, config.rotary_base)
-    x_BTD = pad(x_BTD)
-    inputs, middle_BTD = Inputs(pad(tokens_BT), x_BTD, tables), None
-    for index, (w, kind) in enumerate(
-        zip(layers_of(params.blocks, compute.dtype), layers(config), strict=True)
-    ):
 
-        def attend(q, k, v, index=index, window=kind.window):
-            nonlocal cache
-            cache = cache.write(index, k[:rows], v[:rows], positions_BT)
-            k_BKSH, v_BKSH = cache.k_BKSH[index], cache.v_BKSH[index]
-            return pad(cached_attention(q[:rows], k_BKSH, v_BKSH, positions_BT, compute.attention, window))
+    def attend(q, k, v, layer, window):
+        nonlocal cache
+        cache = cache.write(layer, k[:rows], v[:rows], positions_BT)
+        k_BKSH, v_BKSH = cache.k_BKSH[layer], cache.v_BKSH[layer]
+        return pad(cached_attention(q[:rows], k_BKSH, v_BKSH, positions_BT, compute.attention, window))
 
-        x_BTD = block(x_BTD, w, inputs, attend, config, plain)
-        middle_BTD = x_BTD if index == middle(config) else middle_BTD
-    x_BTD = last_norm(params, x_BTD, middle_BTD, config)[:rows]
-    return x_BTD, cache.advance(time if counts_B is None else counts_B)
+    x_BTD = generating_blocks(params, Inputs(pad(tokens_BT), pad(x_BTD), tables), attend, config, plain)
+    return x_BTD[:rows], cache.advance(time if counts_B is None else counts_B)
 
 
 def softcap(u, cap: float):

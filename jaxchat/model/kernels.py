@@ -120,9 +120,8 @@ def by_rows(kernel, arrays, outputs: int, columns: int, interpret: bool):
     # These parameters also choose Triton, where JAX has another way to compile for GPUs.
     params = triton.CompilerParams(num_warps=4, num_stages=1)
     grid = (pl.cdiv(M, R),)
-    return pl.pallas_call(program, out_shape=like, grid=grid, compiler_params=params, interpret=interpret)(
-        *arrays
-    )
+    call = pl.pallas_call(program, like, grid=grid, compiler_params=params, interpret=interpret)
+    return call(*arrays)
 
 
 def load(ref, rows, columns, mask):

@@ -63,8 +63,7 @@ einsum.defvjp(forward, backward)
 
 
 def in_fp8(letters: str, compute: Compute) -> bool:
-    """Return whether this product's operands are float8: in the MLP (letter f), or in all products but
-    gates."""
+    """Return whether this product's operands are float8: in the MLP (letter f), or in all but gates."""
     return compute.matmul == "fp8-all" and "d" in letters or compute.matmul == "fp8" and "f" in letters
 
 

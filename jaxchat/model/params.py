@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import normal, zeros
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import GetAttrKey
 
@@ -28,9 +29,8 @@ def tree(cls):
     names = [field.name for field in dataclasses.fields(cls)]
 
     def flatten(self):
-        present = vars(self).get("_present") or tuple(
-            name for name in names if getattr(self, name) is not None
-        )
+        given = (name for name in names if getattr(self, name) is not None)
+        present = vars(self).get("_present") or tuple(given)
         return [(GetAttrKey(name), getattr(self, name)) for name in present], present
 
     def unflatten(present, values):
@@ -67,23 +67,13 @@ class Params:
     backout_scale: Any = None  # [1]
 
 
-def normal(std: float):
-    """Initialise with normal numbers of this standard deviation."""
-    return lambda key, shape: std * jax.random.normal(key, shape)
-
-
 def uniform(low: float, high: float):
-    """Initialise with numbers uniformly distributed from low to high."""
     return lambda key, shape: jax.random.uniform(key, shape, minval=low, maxval=high)
 
 
 def line(first: float, last: float):
     """Initialise a number for each layer, on a straight line from `first` to `last`."""
     return lambda key, shape: jnp.linspace(first, last, shape[0], dtype=jnp.float32)
-
-
-def zeros(key, shape):
-    return jnp.zeros(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +105,8 @@ class Weight:
 def declare(config: ModelConfig) -> Params:
     """Declare every weight of the model: a Params of `Weight`."""
     D, V = config.n_embd, config.padded_vocab
-    wte = Weight(
-        (V, D), ("tensor", "fsdp"), normal(config.embedding_std), "embedding", V, D, True, config.table_dtype
-    )
+    std, dtype = config.embedding_std, config.table_dtype
+    wte = Weight((V, D), ("tensor", "fsdp"), normal(std), "embedding", V, D, lookup=True, dtype=dtype)
     head = normal(config.head_std) if config.head_std else zeros
     smear = backout = {}
     if C := config.smear_channels:
@@ -187,21 +176,25 @@ def shapes(config: ModelConfig) -> Params:
 def named(config: ModelConfig) -> dict[str, Weight]:
     """The declared weights by name: "wte", "blocks.wq", "lm_head"."""
     leaves = jax.tree_util.tree_leaves_with_path(declare(config))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): weight for path, weight in leaves}
+    return {name_of(path): weight for path, weight in leaves}
+
+
+def name_of(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
     """Fresh weights, the same on any mesh. Each depends on the key and its own declaration only."""
-    keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in named(config)}
-    weights = [
-        weight.init(keys[name], weight.shape).astype(weight.dtype) for name, weight in named(config).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(declare(config)), weights)
+
+    def fresh(path, weight):
+        own_key = jax.random.fold_in(key, zlib.crc32(name_of(path).encode()))
+        return weight.init(own_key, weight.shape).astype(weight.dtype)
+
+    return jax.tree_util.tree_map_with_path(fresh, declare(config))
 
 
 def layer_of(blocks: Blocks, layer: int, with_values: bool) -> Blocks:
-    """Slice one layer's weights from blocks stacked over layers. Only every other layer has value
-    embeddings."""
+    """Slice one layer's weights from stacked blocks. Only every other layer has value embeddings."""
     tables = ("value_table", "value_gate")
     stacks = {field.name: getattr(blocks, field.name) for field in dataclasses.fields(blocks)}
     one = {name: a[layer] for name, a in stacks.items() if a is not None and name not in tables}

@@ -243,18 +243,14 @@ class RolloutBatches:
         problem = self.problems.tasks[rollout.problems[group]]
         # Of the groups that are learnt from, it is the first.
         advantages_G = advantages(self._rollout.rewards_EG, self.config.advantage)[0]
+        own = answers[group * samples : (group + 1) * samples]
         about = {
             "step": step,
             "problem": self.problems.tasks.name_of(rollout.problems[group]),
             "messages": problem["messages"],
             "answers": [
                 {"text": shown(answer.parts), "reward": reward, "advantage": float(advantage)}
-                for answer, reward, advantage in zip(
-                    answers[group * samples : (group + 1) * samples],
-                    rollout.rewards[group],
-                    advantages_G,
-                    strict=True,
-                )
+                for answer, reward, advantage in zip(own, rollout.rewards[group], advantages_G, strict=True)
             ],
         }
         path = run_folder("rl", self.parent.folder.name) / "samples.jsonl"
@@ -285,8 +281,7 @@ def seed_of(*parts: int) -> int:
 
 
 def slots_for(config: RLConfig, model: Model) -> int:
-    """Number of answers that a device samples at a time: its share of them, if it fits. The answers don't
-    depend on it."""
+    """Answers that a device samples at a time: its share, if it fits. What they say doesn't depend on it."""
     share = -(-config.examples_per_step * config.num_samples // model.mesh.size)
     memory = device_memory(model.mesh)
     most = max(SLOTS, share) if memory else SLOTS

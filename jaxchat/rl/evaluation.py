@@ -23,8 +23,7 @@ OTHERS = ("ARC-Easy", "ARC-Challenge", "MMLU")
 
 
 def evaluations(config: RLConfig, stage: Stage) -> list[Evaluation]:
-    """List the evaluations: the problems every --eval_every steps, other tasks before the first and after the
-    last."""
+    """List the evaluations: of problems every --eval_every steps, of other tasks before and after all."""
     if config.eval_every <= 0:
         return []
     tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=False)
@@ -32,9 +31,8 @@ def evaluations(config: RLConfig, stage: Stage) -> list[Evaluation]:
     half = config.eval_examples if config.eval_examples < 0 else -(-config.eval_examples // 2)
     sets = {"": (val, config.eval_examples), "train_": (train, half)}
     found = {name: task for name in OTHERS if config.eval_others and (task := _find(name, config))}
-    sharding.check_same(
-        validation=tasks.fingerprint, others={name: task.fingerprint for name, task in found.items()}
-    )
+    prints = {name: task.fingerprint for name, task in found.items()}
+    sharding.check_same(validation=tasks.fingerprint, others=prints)
     of_sets = partial(measure, stage=stage, config=config, sets=sets)
     listed = [Evaluation("problems", config.eval_every, of_sets, at_start=True, best=BEST)]
     if found:

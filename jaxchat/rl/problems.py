@@ -32,8 +32,7 @@ class Problems:
     def sample(
         self, engine: Engine, problems: Sequence[int], num_samples: int, **settings
     ) -> tuple[list[list[int]], list[Generation]]:
-        """Sample num_samples answers to each problem. -> (prompts, generations). A long prompt keeps its
-        end."""
+        """Sample num_samples answers to each. -> (prompts, generations). A long prompt keeps its end."""
         context, most = engine.config.sequence_len, self.config.max_new_tokens
         room = context - min(most, context // 2)
         prompts = [self.tokenizer.render_for_completion(self.tasks[i])[-room:] for i in problems]
@@ -54,8 +53,6 @@ class Problems:
             right = in_threads(lambda check, row, answer: check(row, answer), checks, rows, answers)
             judged = {"answer": right} | {name: [term(a) for a in answers] for name, term in TERMS.items()}
             judged = {name: list(map(float, values)) for name, values in judged.items()}
-        terms = {
-            name: np.array(values, np.float64).reshape(-1, samples)
-            for name, values in gather_json(judged)[0].items()
-        }
+        first = gather_json(judged)[0]
+        terms = {name: np.array(values).reshape(-1, samples) for name, values in first.items()}
         return answers, terms["answer"] > 0, combine(terms, self.reward)

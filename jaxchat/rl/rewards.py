@@ -86,9 +86,8 @@ def checker_for(task: Task) -> tuple[Checker, str]:
 def _wanted(task: Task, row: int) -> str:
     last = task[row]["messages"][-1]
     if last["role"] != "assistant" or not text_of(last["content"]):
-        raise UserError(
-            f"{task.name}, row {row} does not end with an answer to compare with; add one, or remove it"
-        )
+        problem = f"{task.name}, row {row} does not end with an answer to compare with"
+        raise UserError(f"{problem}; add one, or remove it")
     return text_of(last["content"])
 
 

@@ -57,17 +57,12 @@ class Rollout:
         samples = len(self.rewards[0])
         groups = sorted(range(len(self.rewards)), key=lambda e: len(set(self.rewards[e])) == 1)[:count]
         rows = [e * samples + g for e in groups for g in range(samples)]
-
-        def of(values: list, which: list[int]) -> list:
-            return [values[i] for i in which]
-
-        return Rollout(
-            of(self.problems, groups),
-            *(of(values, rows) for values in (self.tokens, self.sampled, self.sampler)),
-            of(self.rewards, groups),
-            of(self.finished, rows),
-            numbers=self.numbers,
-        )
+        best = Rollout(numbers=self.numbers)
+        for name in ("problems", "rewards"):
+            setattr(best, name, [getattr(self, name)[e] for e in groups])
+        for name in ("tokens", "sampled", "sampler", "finished"):
+            setattr(best, name, [getattr(self, name)[r] for r in rows])
+        return best
 
 
 def row_of(prompt: list[int], generation: Generation) -> tuple[list[int], list[bool], list[float]]:

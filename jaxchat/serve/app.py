@@ -104,7 +104,7 @@ class Endpoints:
         body = await read_body(request)
         asked = await aside(len(body), prepare, service, body, chat)
         service.check_open()
-        reply = Reply(service, asked, chat)
+        reply = Reply(service, asked)
         if asked.fields.stream:
             return EventStream(reply)
         try:
@@ -201,13 +201,9 @@ def page_headers(html: bytes) -> dict[str, str]:
 
 
 def make_app(service: Service, rules: Rules):
-    """Build the ASGI application."""
     endpoints = Endpoints(service, Path(__file__).with_name("page.html"))
-    routes = [
-        Route("/", endpoints.page),
-        Route("/health", endpoints.health),
-        Route("/metrics", endpoints.metrics),
-    ]
+    own = {"/": endpoints.page, "/health": endpoints.health, "/metrics": endpoints.metrics}
+    routes = [Route(path, function) for path, function in own.items()]
     for path, function, method in (
         ("/models", endpoints.models, "GET"),
         ("/models/{id}", endpoints.model, "GET"),

@@ -67,7 +67,7 @@ class Guard:
     def __init__(self, app, rules: Rules, metrics, error_response):
         self._rules, self._metrics, self._error_response = rules, metrics, error_response
         self._keys = [hashlib.sha256(key.encode()).digest() for key in rules.keys]
-        self._app = self._checked(app)
+        self._inner, self._app = app, self._checked
         if rules.origins:
             self._app = CORSMiddleware(
                 self._app, allow_origins=rules.origins, allow_methods=["*"], allow_headers=["*"],
@@ -76,7 +76,7 @@ class Guard:
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)  # its lifespan
+            return await self._inner(scope, receive, send)  # its lifespan
         given = Headers(scope=scope).get("x-request-id", "")
         id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else f"req-{secrets.token_hex(12)}"
         status, began = 0, time.monotonic()
@@ -103,20 +103,15 @@ class Guard:
             path, seconds = scope["raw_path"].decode("ascii", "replace"), time.monotonic() - began
             log.log(level, "%s %s %.100s %d, %.3f s", id, scope["method"], path, status, seconds)
 
-    def _checked(self, app):
-        async def checked(scope, receive, send):
-            try:
-                response = self._refusal(scope)
-            except ApiError as error:
-                response = self._error_response(error)
-            await (response or app)(scope, receive, send)
-
-        return checked
+    async def _checked(self, scope, receive, send):
+        try:
+            response = self._refusal(scope)
+        except ApiError as error:
+            response = self._error_response(error)
+        await (response or self._inner)(scope, receive, send)
 
     def _refusal(self, scope) -> Response | None:
         """The answer to a request that goes no further; None: it may."""
-        if scope["type"] != "http":
-            return None
         headers = Headers(scope=scope)
         self._check_host(headers.get("host", ""))
         if scope["method"] == "OPTIONS":
@@ -142,9 +137,8 @@ class Guard:
             why = "pages without an address (Origin: null, as of files) may not use this server"
             raise ApiError(403, f"{why}; open the page over http, or --cors_origins=* allows all")
         if method == "POST" and not allowed:
-            raise ApiError(
-                403, f"pages of {origin} may not use this server; --cors_origins={origin} allows it"
-            )
+            why = f"pages of {origin} may not use this server"
+            raise ApiError(403, f"{why}; --cors_origins={origin} allows it")
 
     def _check_key(self, authorization: str):
         kind, _, key = authorization.partition(" ")

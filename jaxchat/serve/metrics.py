@@ -28,9 +28,7 @@ class Metrics:
 
         self.requests = counter("requests", "HTTP requests answered", "endpoint", "code")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of the prompts of answers", *model)
-        self.generation_tokens = counter(
-            "generation_tokens", "Tokens sampled for answers that were sent", *model
-        )
+        self.generation_tokens = counter("generation_tokens", "Tokens sampled for sent answers", *model)
         self.forced_tokens = counter("forced_tokens", "Tokens that the calculator put in", *model)
         self.success = counter("request_success", "Answers by how they ended", *model, "finished_reason")
         self.tool_calls = counter("tool_calls", "Calls of the calculator", *model, "result")

@@ -10,9 +10,8 @@ import json
 import math
 from typing import Any
 
-from jaxchat.config import UserError
 from jaxchat.infer.scheduler import MAX_LOGPROBS, MAX_STOP_TOKENS
-from jaxchat.tokenizer import PART_TYPES, check_conversation
+from jaxchat.tokenizer import PART_TYPES
 
 MAX_ANSWERS = 16  # largest n
 MAX_PROMPTS = 128  # of one request for completions
@@ -52,12 +51,7 @@ IGNORED = {
     "prompt_cache_key", "safety_identifier",
 }  # fmt: skip
 
-KINDS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    429: "rate_limit_error",
-}
+KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
@@ -91,15 +85,9 @@ class Sampling:
     model: str
     n: int
     max_tokens: int | None
-    temperature: float | None
-    top_p: float
-    top_k: int | None
-    min_p: float
     seed: int | None
+    settings: dict  # fields of the engine's Request; without those left to the server's defaults
     stop: tuple[str, ...]
-    stop_token_ids: tuple[int, ...]
-    ignore_eos: bool
-    min_tokens: int
     stream: bool
     include_usage: bool
     top: int | None  # alternatives reported with each token; None: no log-probabilities
@@ -204,7 +192,10 @@ def read_chat(fields: Fields) -> Chat:
     logprobs, top = fields.switch("logprobs"), fields.integer("top_logprobs", None, 0, MAX_LOGPROBS)
     if top and not logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    messages = read_messages(fields.get("messages"))
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise wrong("messages", "a list with at least one message", messages)
+    messages = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     if last != (messages[-1]["role"] == "assistant"):
         expected = "the assistant's, since continue_final_message is true"
         if not last:
@@ -245,28 +236,27 @@ def _sampling(fields: Fields, least: int) -> dict:
     n = fields.integer("n", 1, 1, MAX_ANSWERS)
     if fields.integer("best_of", None, 1) not in (None, n):
         raise ApiError(400, f"best_of must be equal to n, which is {n}, or left out", param="best_of")
+    top_k = fields.integer("top_k", None, -1, 2**31 - 1)
+    settings = {
+        "temperature": fields.number("temperature", None, 0, 2),
+        "top_p": fields.number("top_p", 1.0, 0, 1, above=True),
+        "top_k": 0 if top_k == -1 else top_k,  # vLLM's way of writing "all"
+        "min_p": fields.number("min_p", 0.0, 0, 1),
+        "stop_tokens": _stop_tokens(fields.get("stop_token_ids")),
+        "ignore_end": fields.switch("ignore_eos"),
+        "min_tokens": fields.integer("min_tokens", 0, 0, 2**31 - 1),
+    }
     return {
         "model": fields.text("model"),
         "n": n,
         "max_tokens": other if longest is None else longest,
-        "temperature": fields.number("temperature", None, 0, 2),
-        "top_p": fields.number("top_p", 1.0, 0, 1, above=True),
-        "top_k": _top_k(fields),
-        "min_p": fields.number("min_p", 0.0, 0, 1),
         "seed": None if seed is None else seed % 2**32,
+        "settings": {name: value for name, value in settings.items() if value is not None},
         "stop": read_stop(fields.get("stop")),
-        "stop_token_ids": _stop_tokens(fields.get("stop_token_ids")),
-        "ignore_eos": fields.switch("ignore_eos"),
-        "min_tokens": fields.integer("min_tokens", 0, 0, 2**31 - 1),
         "stream": stream,
         "include_usage": stream and Fields(options or {}).switch("include_usage"),
         "tool_display": fields.choice("tool_display", TOOL_DISPLAYS),
     }
-
-
-def _top_k(fields: Fields) -> int | None:
-    top_k = fields.integer("top_k", None, -1, 2**31 - 1)
-    return 0 if top_k == -1 else top_k  # vLLM's way of writing "all"
 
 
 def read_stop(value) -> tuple[str, ...]:
@@ -282,11 +272,10 @@ def read_stop(value) -> tuple[str, ...]:
 
 def _stop_tokens(value) -> tuple[int, ...]:
     ids = [] if value is None else value
-    most = 2**31 - 1
     if not isinstance(ids, list) or len(ids) > MAX_STOP_TOKENS:
         raise wrong("stop_token_ids", f"a list of at most {MAX_STOP_TOKENS} token ids", value)
     for id in ids:
-        if type(id) is not int or not 0 <= id <= most:
+        if type(id) is not int or not 0 <= id < 2**31:
             raise wrong("stop_token_ids", "token ids", id)
     return tuple(ids)
 
@@ -303,13 +292,6 @@ def read_prompts(value) -> list[str | list[int]]:
         if not (ids or isinstance(prompt, str)) or type(prompt) is not type(prompts[0]):
             raise wrong("prompt", expected, value)
     return prompts
-
-
-def read_messages(value) -> list[dict]:
-    """Read the messages of a chat, and check them one by one."""
-    if not isinstance(value, list) or not value:
-        raise wrong("messages", "a list with at least one message", value)
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
 
 
 def _message(message, at: str) -> dict:
@@ -347,12 +329,8 @@ def chat_prompt(tokenizer, chat: Chat, *, only_continues: bool) -> list[int]:
         texts = [message["content"] for message in chat.messages]
         texts = [text if isinstance(text, str) else "".join(part["text"] for part in text) for text in texts]
         return [tokenizer.bos, *(token for text in texts for token in tokenizer.encode(text))]
-    conversation = {"messages": chat.messages}
     _check_turns(chat.messages)
-    try:
-        check_conversation(conversation)
-    except UserError as problem:
-        raise ApiError(400, f"messages: {problem}", param="messages") from None
+    conversation = {"messages": chat.messages}
     if chat.continue_last:
         return tokenizer.render_conversation(conversation)[0][:-1]
     return tokenizer.render_for_completion(conversation)
@@ -372,7 +350,7 @@ def _check_turns(messages: list[dict]):
 
 
 def check_stop_tokens(asked: Sampling, vocab_size: int):
-    for id in asked.stop_token_ids:
+    for id in asked.settings["stop_tokens"]:
         if id >= vocab_size:
             raise wrong("stop_token_ids", f"token ids from 0 to {vocab_size - 1}", id)
 

@@ -7,13 +7,13 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxchat.infer.scheduler import STOP, Generation
 from jaxchat.infer.text import Delta, TextReader, Writer, last_call
 from jaxchat.serve.loop import Stopped
 from jaxchat.serve.protocol import ApiError, Completion, Sampling
-from jaxchat.serve.service import Asked, Service
+from jaxchat.serve.service import Asked, Served, Service
 
 LEAST_LOGPROB = -9999.0  # JSON has no −∞
 LARGE = 20_000  # bytes that are read or written in a thread
@@ -21,13 +21,13 @@ ENTRY = 200  # bytes, roughly, of a token with its log-probability
 PING = 15.0  # seconds of silence after which a stream shows that it lives
 
 
-class Entry:
-    """A token and its log-probability. offset: characters of the answer before it."""
+class Entry(NamedTuple):
+    """A token and its log-probability."""
 
-    __slots__ = ("logprob", "offset", "token", "top")
-
-    def __init__(self, token: int, logprob: float | None, top: list[tuple[int, float]], offset: int):
-        self.token, self.logprob, self.top, self.offset = token, logprob, top, offset
+    token: int
+    logprob: float | None
+    top: list[tuple[int, float]]  # the likeliest in its place
+    offset: int  # characters of the answer before it
 
 
 @dataclasses.dataclass
@@ -163,8 +163,7 @@ def shown_token(tokenizer, token: int) -> str:
 
 
 def completion_logprobs(tokenizer, entries: list[Entry]) -> dict:
-    """Log-probabilities in the form of completions. Among the likeliest, the token itself has exactly its own
-    number."""
+    """Log-probabilities in the form of completions. The token itself is always among the likeliest."""
     found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
         name, logprob = shown_token(tokenizer, entry.token), entry.logprob
@@ -183,8 +182,6 @@ def completion_logprobs(tokenizer, entries: list[Entry]) -> dict:
 
 
 def chat_logprobs(tokenizer, entries: list[Entry]) -> dict:
-    """Log-probabilities in the form of chats."""
-
     def one(token: int, logprob: float) -> dict:
         text, piece = shown_token(tokenizer, token), [*tokenizer.decode_bytes([token])]
         return {"token": text, "logprob": max(LEAST_LOGPROB, logprob), "bytes": piece}
@@ -199,12 +196,13 @@ def chat_logprobs(tokenizer, entries: list[Entry]) -> dict:
 class Form:
     """Builds the objects of one reply, all with one id and time: the complete one, or chunks."""
 
-    def __init__(self, id: str, created: int, model: str, fingerprint: str, asked: Sampling, tokenizer):
+    def __init__(self, model: Served, asked: Sampling):
         self.chat = not isinstance(asked, Completion)
-        self.id, self._asked, self._tokenizer = id, asked, tokenizer
-        name = "chat.completion" if self.chat else "text_completion"
-        self._common = {"id": id, "object": name, "created": created, "model": model}
-        self._common["system_fingerprint"] = fingerprint
+        self._asked, self._tokenizer = asked, model.tokenizer
+        name, prefix = ("chat.completion", "chatcmpl") if self.chat else ("text_completion", "cmpl")
+        self._common = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": name}
+        self._common |= {"created": int(time.time()), "model": model.id}
+        self._common["system_fingerprint"] = model.fingerprint
 
     def complete(self, answers: list[Answer], pieces: list[Piece], usage: dict, extra: dict) -> dict:
         choices = []
@@ -218,7 +216,6 @@ class Form:
         return self._common | {"choices": choices, "usage": usage, "jaxchat": extra}
 
     def role(self, index: int, **extra) -> dict:
-        """Build the first chunk of a chat's answer."""
         delta = {"role": "assistant", "content": ""}
         return self._chunk(index, {"delta": delta, "logprobs": None}, None, extra)
 
@@ -263,16 +260,14 @@ class Form:
 class Reply:
     """The reply to one request: its answers as they grow, and what is sent of them."""
 
-    def __init__(self, service: Service, asked: Asked, chat: bool):
+    def __init__(self, service: Service, asked: Asked):
         model = asked.model
-        self._service, self._asked, self.chat = service, asked, chat
+        self._service, self._asked = service, asked
         self.job = model.pool.submit(asked.requests, asked.hasty)
         service.jobs.add(self.job)
-        id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
-        self._form = Form(id, int(time.time()), model.id, model.fingerprint, asked.fields, model.tokenizer)
-        self.answers = [
-            Answer(row.index, asked.fields, model.tokenizer, [*row.request.prompt]) for row in self.job.rows
-        ]
+        self._form = Form(model, asked.fields)
+        rows, tokenizer = self.job.rows, model.tokenizer
+        self.answers = [Answer(i, asked.fields, tokenizer, row.request.prompt) for i, row in enumerate(rows)]
 
     def close(self):
         self.job.cancel()
@@ -303,15 +298,13 @@ class Reply:
         async for answer, piece in self.pieces():
             found[answer.index].extend(piece)
         size = sum(len(piece.text) + ENTRY * len(piece.entries) for piece in found)
-        return await aside(size, self._whole, found)
-
-    def _whole(self, found: list[Piece]) -> bytes:
-        return json_bytes(self._form.complete(self.answers, found, self._usage(), self._ours()))
+        usage, ours = self._usage(), self._ours()
+        return await aside(size, lambda: json_bytes(self._form.complete(self.answers, found, usage, ours)))
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The reply as server-sent events."""
         form = self._form
-        if self.chat:
+        if form.chat:
             for answer in self.answers:  # in order: clients number choices by it
                 yield event(form.role(answer.index, jaxchat={"seed": self._asked.seed}))
         try:

@@ -58,11 +58,8 @@ class Protocol(H11Protocol):
         body = json.dumps(ApiError(400, msg).body()).encode()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            for part in (
-                h11.Response(status_code=400, headers=headers),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
+            head = h11.Response(status_code=400, headers=headers)
+            for part in (head, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(part))
         self.transport.close()
 
@@ -78,9 +75,8 @@ class Server(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """Open a socket that listens. UserError: the address can't be used."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as problem:
         known = (problem.errno or 0) > 0  # not of names: create_server adds words of its own to the reason

@@ -141,12 +141,14 @@ def prepare(service: Service, body: bytes, chat: bool) -> Asked:
     else:
         prompts = protocol.completion_prompts(model.tokenizer, asked, model.config.vocab_size)
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
+    defaults = {"temperature": service.defaults.temperature, "top_k": service.defaults.top_k}
+    settings = defaults | asked.settings | {"seed": seed, "logprobs": asked.top}
+    settings["prompt_logprobs"] = isinstance(asked, Completion) and asked.echo and asked.top is not None
     requests = []
     for prompt in prompts:
         limit = room(service, asked, len(prompt), context, param)
         for _ in range(asked.n):
-            own = {"prompt": prompt, "max_tokens": limit, "seed": seed, "sample": len(requests)}
-            requests.append(_request(service.defaults, asked, **own))
+            requests.append(Request(prompt, limit, sample=len(requests), **settings))
     return Asked(model, asked, requests, seed)
 
 
@@ -161,19 +163,3 @@ def room(service: Service, asked: Chat | Completion, length: int, context: int, 
         given += f" and max_tokens is {wanted:,}"
         raise protocol.too_long(given, context, param, ", or lower max_tokens")
     return wanted
-
-
-def _request(defaults: Defaults, asked: Chat | Completion, **fields) -> Request:
-    """The engine's request for one answer. fields: those of Request that differ from answer to answer."""
-    return Request(
-        **fields,
-        temperature=defaults.temperature if asked.temperature is None else asked.temperature,
-        top_k=defaults.top_k if asked.top_k is None else asked.top_k,
-        top_p=asked.top_p,
-        min_p=asked.min_p,
-        min_tokens=asked.min_tokens,
-        stop_tokens=asked.stop_token_ids,
-        ignore_end=asked.ignore_eos,
-        logprobs=asked.top,
-        prompt_logprobs=isinstance(asked, Completion) and asked.echo and asked.top is not None,
-    )

@@ -37,7 +37,6 @@ class Evaluation:
     best: str = ""
 
     def due(self, step: int, finished: bool) -> bool:
-        """Return whether to measure after `step` steps."""
         return self.every > 0 and (finished or (step % self.every == 0 if step else self.at_start))
 
 

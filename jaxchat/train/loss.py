@@ -67,16 +67,6 @@ def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute
     return nll, jnp.sum(batch.get("counts_BT", batch["weights_BT"]))
 
 
-def token_nll(params: Params, batch: dict, config: ModelConfig, compute: Compute):
-    """Loss nll_BT in nats of every target of a batch {inputs_BT, targets_BT[, segments_BT]}, in float32."""
-    x_BTD = features(params, batch["inputs_BT"], config, compute, batch.get("segments_BT"))
-    chunking = Chunking.of(*batch["inputs_BT"].shape, config, compute)
-    targets_BT = batch["targets_BT"]
-    return _on_mesh(
-        _nll, (P(), P(ROWS)), chunking, x_BTD, params.lm_head, targets_BT, jnp.ones(targets_BT.shape)
-    )[1]
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
     """Σ weight·nll of the tokens that follow features x_BTD.
@@ -88,7 +78,7 @@ def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
     the same weights (2e-7 of it was seen). On a mesh only sums over the vocabulary cross the tensor axis, and
     the head's gradient crosses the others once, after the last chunk.
     """
-    return _on_mesh(_nll, (P(), P(ROWS)), chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)[0]
+    return _on_mesh(_nll, P(), chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)
 
 
 def _on_mesh(function, out_specs, chunking: Chunking, x_BTD, lm_head_DV, targets_BT, weights_BT):
@@ -102,15 +92,14 @@ def _on_mesh(function, out_specs, chunking: Chunking, x_BTD, lm_head_DV, targets
 
 
 def _nll(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunking):
-    """Return (Σ weight·nll, nll_BT)."""
-
     def add_chunk(nll, chunk):
         x_BtD, targets_Bt, weights_Bt = chunk
         nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, chunking)[-1]
-        return nll + jnp.sum(weights_Bt * nll_Bt), nll_Bt
+        return nll + jnp.sum(weights_Bt * nll_Bt), None
 
-    nll, nlls = lax.scan(add_chunk, jnp.zeros(()), split_time(chunking.length, x_BTD, targets_BT, weights_BT))
-    return lax.psum(nll, ROWS) if chunking.sharded else nll, join_time(nlls, targets_BT.shape[1])
+    chunks = split_time(chunking.length, x_BTD, targets_BT, weights_BT)
+    nll, _ = lax.scan(add_chunk, jnp.zeros(()), chunks)
+    return lax.psum(nll, ROWS) if chunking.sharded else nll
 
 
 def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
@@ -157,7 +146,10 @@ def slope(z, cap: float):
 
 
 def nll_and_gradients(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
-    """The value of weighted_nll, and what its backward pass needs: its gradients, for a cotangent of 1."""
+    """The value of weighted_nll, and what its backward pass needs: its gradients, for a cotangent of 1.
+
+    The gradient of the weights is each token's loss, nll_BT.
+    """
     out_specs = (P(), (P(ROWS), P("fsdp", "tensor"), P(ROWS)))
     return _on_mesh(_nll_and_gradients, out_specs, chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh
+from optax import GradientTransformation
 
 from jaxchat.config import ModelConfig
 from jaxchat.model.params import Weight, declare, tree
@@ -64,13 +65,12 @@ class AdamW:
     decay: float = 0.0
 
 
-def orthogonalize(g_Lmn, dtype=jnp.float32, rule: Muon | None = None):
+def orthogonalize(g_Lmn, dtype, rule: Muon):
     """Bring every matrix of a stack near its orthogonal polar factor: singular values to about 1. -> float32.
 
-    The matrix is divided by its Frobenius norm. Then come five steps in `dtype`, over the short side: x ←
-    P(x·xᵀ)·x with P(g) = a + b·g + c·g². rule: has the steps' coefficients; None: Newton–Schulz's.
+    The matrix is divided by its Frobenius norm. Then come the rule's five steps in `dtype`, over the short
+    side: x ← P(x·xᵀ)·x with P(g) = a + b·g + c·g².
     """
-    rule = rule or Muon(lr=0.0, momentum=None)
     steps = rule.steps
     g_Lmn = equal_columns(g_Lmn.astype(dtype).astype(jnp.float32)) if rule.equal else g_Lmn
     tall = g_Lmn.shape[-2] > g_Lmn.shape[-1]
@@ -101,14 +101,11 @@ def equal_columns(x_Lmn):
 
 
 def newton_schulz_factor(gram, steps):
-    """The matrix by which the given steps multiply an x with this Gram matrix [L, m, m]. P is summed in
-    float32."""
+    """The matrix by which steps multiply an x with this Gram matrix [L, m, m]. P is summed in float32."""
     factor = None
     for i, (a, b, c) in enumerate(steps):
-        diagonal = a * jnp.eye(gram.shape[-1])[None]
-        p = (diagonal + b * gram.astype(jnp.float32) + c * (gram @ gram).astype(jnp.float32)).astype(
-            gram.dtype
-        )
+        linear = a * jnp.eye(gram.shape[-1])[None] + b * gram.astype(jnp.float32)
+        p = (linear + c * (gram @ gram).astype(jnp.float32)).astype(gram.dtype)
         factor = p if factor is None else p @ factor
         if i < len(steps) - 1:
             gram = p @ gram @ p
@@ -156,9 +153,7 @@ class MuonState:
     second: Any = None  # NorMuon's mean squares
 
 
-def scale_by_muon(
-    weights, rule: Muon, dtype=jnp.float32, mesh: Mesh | None = None
-) -> optax.GradientTransformation:
+def scale_by_muon(weights, rule: Muon, dtype=jnp.float32, mesh: Mesh | None = None) -> GradientTransformation:
     """Nesterov momentum, then orthogonalization, then the factor √max(1, fan_out/fan_in), by a rule.
 
     weights: the declared `Weight` of every matrix, in a tree like the gradients'. mesh: the one that they are
@@ -194,12 +189,11 @@ def scale_by_muon(
         x = jax.tree.map(lambda w, x: math.sqrt(max(1.0, w.fan_out / w.fan_in)) * x, weights, x)
         return x, MuonState(state.count + 1, momentum, second)
 
-    return optax.GradientTransformation(init, update)
+    return GradientTransformation(init, update)
 
 
 def with_new_schedule(opt_state):
-    """Prepare an optimizer's state for another stage: the schedules of Muon's momentum and decay start
-    over."""
+    """Prepare an optimizer's state for another stage: Muon's momentum and decay start their schedules."""
 
     def from_start(part):
         return part.replace(count=jnp.zeros_like(part.count)) if isinstance(part, MuonState) else part
@@ -215,11 +209,9 @@ def to_exact_norm(weight: Weight, x):
 
 def neuron_axes(weight: Weight) -> tuple[int, ...]:
     """The axes that NorMuon averages over: the inputs, or the outputs where these are fewer."""
-    inputs = next(
-        n for n in range(1, len(weight.shape)) if math.prod(weight.shape[1 : n + 1]) == weight.fan_in
-    )
-    first, last = (1, inputs + 1) if weight.fan_out >= weight.fan_in else (inputs + 1, len(weight.shape))
-    return tuple(range(first, last))
+    axes = range(1, len(weight.shape))
+    inputs = next(n for n in axes if math.prod(weight.shape[1 : n + 1]) == weight.fan_in)
+    return tuple(axes[:inputs] if weight.fan_out >= weight.fan_in else axes[inputs:])
 
 
 def neuron_shape(weight: Weight) -> tuple[int, ...]:
@@ -231,8 +223,7 @@ def mean_squares(weight: Weight, x):
 
 
 def even_neurons(x, squares, second):
-    """Divide each neuron's update by the root of its mean squares, keeping the norm of a layer's update
-    (NorMuon)."""
+    """Divide each neuron's update by the root of its mean squares, keeping a layer's norm (NorMuon)."""
     rates = lax.rsqrt(jnp.maximum(second, 1e-10))
     each = tuple(range(1, x.ndim))  # of a layer; squares stand for equally many numbers
     norm = jnp.sqrt(jnp.sum(squares, axis=each, keepdims=True))
@@ -240,7 +231,7 @@ def even_neurons(x, squares, second):
     return x * rates * (norm / jnp.maximum(new_norm, 1e-10))
 
 
-def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def in_float32(inner: GradientTransformation) -> GradientTransformation:
     """Compute a transformation in float32 and keep its state in the weights' type."""
 
     def widen(tree):
@@ -250,7 +241,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         updates, new = inner.update(widen(grads), widen(state), widen(params))
         return updates, jax.tree.map(lambda n, o: n.astype(o.dtype), new, state)
 
-    return optax.GradientTransformation(inner.init, update)
+    return GradientTransformation(inner.init, update)
 
 
 def table_2025(
@@ -289,22 +280,12 @@ def table_2026(
     momentum: Callable | None = None,
     decay: Callable | None = None,
 ) -> dict[str, Muon | AdamW]:
-    """Each group's rule as in July 2026. Rates are peaks. momentum, decay: see Muon; None: 2025's and no
-    decay."""
+    """Each group's rule as in July 2026. momentum, decay: see Muon; None: 2025's momentum, no decay."""
     momentum = momentum or table_2025(config)["matrix"].momentum
     width_scale = (config.n_embd / 768) ** -0.5
+    refinements = {"safety": 1.01, "tiny": 1e-6, "equal": True, "exact": True, "neuron_beta": 0.9}
     return {
-        "matrix": Muon(
-            matrix_lr,
-            momentum,
-            POLAR_EXPRESS,
-            safety=1.01,
-            tiny=1e-6,
-            equal=True,
-            exact=True,
-            neuron_beta=0.9,
-            decay=decay,
-        ),
+        "matrix": Muon(matrix_lr, momentum, POLAR_EXPRESS, decay=decay, **refinements),
         "head": AdamW(unembedding_lr * width_scale, b2=0.96, decay=0.01),
         "embedding": AdamW(embedding_lr * width_scale, b2=0.995, decay=0.001),
         "value_table": AdamW(0.5 * embedding_lr * width_scale, b2=0.995, decay=0.01),
@@ -322,7 +303,7 @@ def make_optimizer(
     muon_dtype=jnp.float32,
     mesh: Mesh | None = None,
     **rates,
-) -> optax.GradientTransformation:
+) -> GradientTransformation:
     """The optimizer over `Params`. It returns full updates: train_step multiplies them by the schedule.
 
     table: the rule of each group; None: table_2025 with these rates. AdamW's rates are × (n_embd/768)^−½.

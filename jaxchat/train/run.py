@@ -129,7 +129,6 @@ def about_mechanisms(model: ModelConfig) -> list[tuple[str, str]]:
 
 
 def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
-    """The plan of a run, as (name, value) rows."""
     model, compute = stage.model.config, stage.model.compute
     heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
     attention = f"attention by {kernel_for(compute.attention, model.head_dim, stage.row_length)}"
@@ -204,15 +203,15 @@ def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callabl
     if stage.flags.remat == "auto" and fit.device_memory(mesh):
         remats = fit.remats_to_try(batch, mesh)
         if start.step:
-            # A resumed run keeps its remat, to be the same bit for bit; a checkpoint that lacks it had the
-            # default.
+            # A resumed run keeps its remat, to be the same bit for bit; without one it had the default.
             first = start.meta.get("remat", compute.remat)
             remats = remats[remats.index(first) :] if first in remats else REMATS[-1:]
-    models = {
-        remat: dataclasses.replace(stage.model, compute=dataclasses.replace(compute, remat=remat))
-        for remat in remats
-    }
-    return {remat: make_train_step(model, stage.optimizer) for remat, model in models.items()}
+
+    def step_with(remat: str) -> Callable:
+        changed = dataclasses.replace(compute, remat=remat)
+        return make_train_step(dataclasses.replace(stage.model, compute=changed), stage.optimizer)
+
+    return {remat: step_with(remat) for remat in remats}
 
 
 def arguments_of_step(stage: Stage, batch: dict) -> tuple:

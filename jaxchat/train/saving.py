@@ -86,9 +86,10 @@ class Saver:
             except Exception as problem:
                 self._failed(step, problem, quiet=True)
                 if attempt == LAST_ATTEMPTS - 1:
+                    place = f"step {self._saved}" if self._saved else "the start"
                     raise UserError(
                         f"{self._checkpoints.folder / str(step)} could not be saved: {first_line(problem)}; "
-                        f"make room or repair it, then continue with --resume from {self._from()}"
+                        f"make room or repair it, then continue with --resume from {place}"
                     ) from problem
                 print(f"saving step {step} failed: {first_line(problem)}; trying again", flush=True)
                 time.sleep(2**attempt)
@@ -146,6 +147,3 @@ class Saver:
                 f"{self._again}",
                 flush=True,
             )
-
-    def _from(self) -> str:
-        return f"step {self._saved}" if self._saved else "the start"

@@ -33,14 +33,7 @@ from jaxchat.data.sources import ParquetText, repeated
 from jaxchat.data.tasks import Mixture
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.train.horizon import (
-    REFERENCE_DEPTH,
-    Horizon,
-    decay_2026,
-    horizon_2026,
-    momentum_2026,
-    steps_for,
-)
+from jaxchat.train.horizon import REFERENCE_DEPTH, Horizon, decay_2026, horizon_2026, momentum_2026, steps_for
 from jaxchat.train.optimizer import MIXING_LR, SCALAR_LR, AdamW, Muon, make_optimizer, table_2025, table_2026
 from jaxchat.train.schedule import cosine, lr_multiplier
 
@@ -139,6 +132,7 @@ def base(
     ratio = f"tokens : parameters = {tokens / num_params(model.config):.2f}"
     shards = f"{len(texts):,} documents in {len(texts.paths)} shards; the last shard is for validation"
     twins = repeated(texts.fingerprint, held_out.fingerprint)
+    there = tokens_in(text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts))
     return Stage(
         name="base",
         tag=tag,
@@ -172,14 +166,13 @@ def base(
             ("steps", f"{num_steps:,}; {tokens:,} tokens; {ratio}; {flops}"),
             *horizon.plan,
             ("data", shards),
-            epochs_row(tokens, text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts)),
+            epochs_row(tokens, there),
             *([("WARNING", twins)] if twins else []),
         ],
     )
 
 
 def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
-    """Build the ModelConfig that the flags describe."""
     heads = config.n_kv_head if config.n_kv_head > 0 else None
     shape = {"sequence_len": config.max_seq_len, "vocab_size": vocab_size, "n_kv_head": heads}
     model, narrow = ModelConfig.from_depth(config.depth, arch=config.arch, **shape), config.table_dtype
@@ -205,32 +198,44 @@ def with_horizon(config: BaseConfig, model: ModelConfig) -> BaseConfig:
     return dataclasses.replace(config, total_batch_size=horizon_of(config, model).batch)
 
 
+def inherited(name: str, config: TrainConfig, model: Model, parent: Found, tasks: Mixture) -> dict:
+    """The fields of a Stage that starts from a checkpoint and learns from tasks."""
+    return {
+        "name": name,
+        "tag": parent.tag,
+        "flags": config,
+        "model": model,
+        "tokenizer": parent.tokenizer,
+        "num_documents": len(tasks),
+        "data": tasks.fingerprint,
+        "parent": parent,
+    }
+
+
 def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage:
     time = row_length(config, model.config)
     cut = Cut.of(config, time, model)
     num_steps = config.num_iterations if config.num_iterations > 0 else None
     read, order = conversation_reader(tasks, parent.tokenizer), Order([len(tasks)], seed=0)
     sample = [order.index(i) for i in range(min(SAMPLE, len(tasks)))]
-    length = f"{num_steps:,}" if num_steps else one_pass(read, sample, len(tasks), config.total_batch_size)
+    there, batch = tokens_in(read, sample, len(tasks)), config.total_batch_size
+    one_pass = f"one pass over the mixture: about {there / batch:,.0f} of about {there:,.0f} tokens in all"
     plan = [
         parent_row(parent),
         cut.plan_row(time, model),
-        ("steps", length),
+        ("steps", f"{num_steps:,}" if num_steps else one_pass),
         ("learning rates", f"× {config.init_lr_frac:g}"),
         data_row(tasks),
     ]
     if num_steps:
-        plan.append(epochs_row(num_steps * config.total_batch_size, read, sample, len(tasks)))
+        plan.append(epochs_row(num_steps * batch, there))
     base_rows = parent.meta.get("device_batch_size", cut.device_batch)
     if config.device_batch_size > base_rows:
         more = f"device_batch_size {config.device_batch_size} exceeds base's {base_rows}"
         plan.append(("warning", f"{more}: memory may run out"))
     return Stage(
-        name="mid",
-        tag=parent.folder.name,
-        flags=config,
-        model=model,
-        tokenizer=parent.tokenizer,
+        **inherited("mid", config, model, parent, tasks),
+        plan=plan,
         optimizer=optimizer_for(config, model, init_lr_frac=config.init_lr_frac),
         batches=DataBatches(
             pipelines.mid_batches(
@@ -245,11 +250,7 @@ def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
         device_batch=cut.device_batch,
         row_length=time,
         num_steps=num_steps,
-        num_documents=len(tasks),
         schedule=partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=0.0),
-        data=tasks.fingerprint,
-        plan=plan,
-        parent=parent,
     )
 
 
@@ -270,12 +271,10 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
     product = f"{batch} rows × {devices} devices × {micro} accumulated"
     product += "" if batch * devices * micro == examples else ", some empty,"
     repeated = "" if num_examples <= len(tasks) else f", {num_examples / len(tasks):.2g} epochs"
+    warm = config.load_optimizer and has_state(parent)
+    optimizer = "continues from the checkpoint's state" if warm else "fresh: the checkpoint holds none"
     return Stage(
-        name="sft",
-        tag=parent.folder.name,
-        flags=config,
-        model=model,
-        tokenizer=parent.tokenizer,
+        **inherited("sft", config, model, parent, tasks),
         optimizer=optimizer_for(
             config, model, init_lr_frac=config.init_lr_frac, momentum_warmup=config.momentum_warmup
         ),
@@ -293,21 +292,18 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
         device_batch=batch,
         row_length=time,
         num_steps=num_steps,
-        num_documents=len(tasks),
         schedule=partial(
             lr_multiplier, warmup_ratio=0.0, warmdown_ratio=config.warmdown_ratio, final_lr_frac=0.0
         ),
-        data=tasks.fingerprint,
         plan=[
             parent_row(parent),
             ("batch", f"{product} = {examples} conversations a step, cut at {time} tokens, {config.packing}"),
             ("steps", f"{num_steps:,}: {num_examples:,} conversations{repeated}"),
             ("learning rates", f"× {config.init_lr_frac:g}"),
-            *optimizer_row(config, parent),
+            *([("optimizer", optimizer)] if config.load_optimizer else []),
             data_row(tasks),
         ],
-        parent=parent,
-        warm=config.load_optimizer and has_state(parent),
+        warm=warm,
         keep_state=False,
     )
 
@@ -330,13 +326,6 @@ def has_state(found: Found) -> bool:
     return (found.path / "optimizer").is_dir()
 
 
-def optimizer_row(config: SFTConfig, parent: Found) -> list[tuple[str, str]]:
-    if not config.load_optimizer:
-        return []
-    fresh = "fresh: the checkpoint holds none"
-    return [("optimizer", "continues from the checkpoint's state" if has_state(parent) else fresh)]
-
-
 def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -> Stage:
     """Reinforcement learning. batches: rl/batches.py's, which depend on the weights and the step."""
     rollouts = int(config.num_epochs * len(tasks)) // config.examples_per_step
@@ -351,11 +340,7 @@ def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -
     seen = rollouts * config.examples_per_step
     updates = f", {config.updates} updates each" if config.updates > 1 else ""
     return Stage(
-        name="rl",
-        tag=parent.folder.name,
-        flags=config,
-        model=model,
-        tokenizer=parent.tokenizer,
+        **inherited("rl", config, model, parent, tasks),
         optimizer=optimizer_for(
             config, model, grad_clip=config.grad_clip, init_lr_frac=config.init_lr_frac, momentum_warmup=0
         ),
@@ -363,9 +348,7 @@ def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -
         device_batch=config.device_batch_size,
         row_length=model.config.sequence_len,
         num_steps=num_steps,
-        num_documents=len(tasks),
         schedule=LR_SCHEDULES[config.lr_schedule],
-        data=tasks.fingerprint,
         plan=[
             parent_row(parent),
             ("steps", f"{num_steps:,}{updates}: {seen:,} problems, {seen / len(tasks):.2g} epochs"),
@@ -373,7 +356,6 @@ def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -
             data_row(tasks),
             *batches.plan,
         ],
-        parent=parent,
         keep_state=False,
         headline=reward_text,
     )
@@ -448,11 +430,9 @@ class Cut:
 
 
 def row_length(config: MidConfig | SFTConfig, model: ModelConfig) -> int:
-    """Tokens in a row."""
     if config.max_seq_len > model.sequence_len:
-        raise UserError(
-            f"--max_seq_len={config.max_seq_len} is longer than the model's {model.sequence_len}; lower it"
-        )
+        longest = f"the model's {model.sequence_len}"
+        raise UserError(f"--max_seq_len={config.max_seq_len} is longer than {longest}; lower it")
     return config.max_seq_len if config.max_seq_len > 0 else model.sequence_len
 
 
@@ -462,22 +442,15 @@ def tokens_in(read: Reader, sample: Sequence[int], num_documents: int) -> float:
     return sum(lengths) / len(lengths) * num_documents
 
 
-def one_pass(read: Reader, sample: Sequence[int], num_documents: int, tokens_per_step: int) -> str:
-    tokens = tokens_in(read, sample, num_documents)
-    steps = f"about {tokens / tokens_per_step:,.0f} of about {tokens:,.0f} tokens in all"
-    return f"one pass over the mixture: {steps}"
-
-
-def epochs_row(tokens: int, read: Reader, sample: Sequence[int], num_documents: int) -> tuple[str, str]:
-    """The plan's row of epochs: passes over the data, estimated from a sample of it."""
-    there = tokens_in(read, sample, num_documents)
+def epochs_row(tokens: int, there: float) -> tuple[str, str]:
+    """The plan's row of epochs: passes over the data. there: tokens in all, as estimated."""
     epochs = tokens / there if there else math.inf
     repeated = ": the data is repeated" if epochs > 1 else ""
     return "epochs", f"about {epochs:.2g} of about {there:,.0f} tokens{repeated}"
 
 
 def parent_row(parent: Found) -> tuple[str, str]:
-    return "starts from", str(parent.folder / str(parent.step))
+    return "starts from", str(parent.path)
 
 
 def data_row(tasks: Mixture) -> tuple[str, str]:

@@ -48,11 +48,11 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> Tra
 
 def init_state(seed: int, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
     """A TrainState with random weights, created in place on the mesh; the same on any mesh."""
-    shardings = state_shardings(model, optimizer)
-    make = jax.jit(
-        lambda key: fresh(model_params.init(key, model.config), optimizer), out_shardings=shardings
-    )
-    return make(jax.random.key(seed))
+
+    def make(key):
+        return fresh(model_params.init(key, model.config), optimizer)
+
+    return jax.jit(make, out_shardings=state_shardings(model, optimizer))(jax.random.key(seed))
 
 
 def state_from_params(params: Params, model: Model, optimizer: optax.GradientTransformation) -> TrainState:

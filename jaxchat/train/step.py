@@ -107,9 +107,8 @@ def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]
 
         weights_BT = micro["weights_BT"]
         # The loss is Σ weight·nll, so its derivative with respect to a weight is that token's nll.
-        (nll, count), (grads, nll_BT) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-            params, weights_BT
-        )
+        derive = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (nll, count), (grads, nll_BT) = derive(params, weights_BT)
         grads = constrain(grads, model_params.specs(config), compute.mesh)
         d_BT = jnp.where(weights_BT != 0, -nll_BT - micro["sampler_BT"], 0.0)
         differences = (
@@ -187,8 +186,7 @@ def compile_step(step, *args):
 def make_train_step(
     model: Model, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, dict, float], tuple[TrainState, dict]]:
-    """Jit `train_step` for a model on its mesh. The state is donated; each new batch shape is compiled
-    anew."""
+    """Jit `train_step` for a model on its mesh. The state is donated; each batch shape is compiled anew."""
     options, mesh, compute = {}, model.mesh, model.compute
     platform = mesh.devices.flat[0].platform
     on_gpu = platform in ("gpu", "cuda")
