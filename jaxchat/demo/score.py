@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from jaxchat.demo import KINDS, Prompt, Turn, World
-from jaxchat.demo.persona import TRAITS
+from jaxchat.demo.texts import TRAITS
 from jaxchat.infer.engine import Engine
 from jaxchat.infer.text import pieces, shown
 from jaxchat.tokenizer import Tokenizer
