@@ -117,7 +117,8 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
             flags[name] = parsed = cli.parse(BaseConfig, words)
             argv = python("launch.base_train", *words_of(parsed, names_in(words)))
             made, needs = (Checkpoint("base", tag),), (places.text, TOKENIZER[0])
-            listed.append(Step(name, argv, made, needs, minutes_of(parsed, machine), resumes=True, free=FREE))
+            minutes = train_minutes(parsed, model_of(parsed), machine, core=False)
+            listed.append(Step(name, argv, made, needs, minutes, resumes=True, free=FREE))
             if config.core:
                 words = [f"--model_tag={tag}", *places.flags("data_dir"), *shlex.split(config.base_eval)]
                 measured = cli.parse(base_eval.Config, words)  # a UserError if one is wrong
@@ -125,13 +126,6 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
                 minutes = read_minutes(eval_tokens(measured, core=True), model_of(parsed), machine)
                 listed.append(Step(f"core-{name}", argv, (results,), made, minutes))
     return listed, flags
-
-
-def minutes_of(flags: BaseConfig, machine: Machine) -> float:
-    from jaxchat.train.stages import horizon_of
-
-    model = model_of(flags)
-    return train_minutes(flags, horizon_of(flags, model).tokens, model, machine, core=False)
 
 
 def machine_of(config: Config) -> Machine:

@@ -192,7 +192,7 @@ def carry_out(runner: Runner, listed: list[Step], redo: set[str], price: float =
     with open(held, "rb"):
         if known.again(listed, redo):
             known.forget(listed, redo)
-        progress = Progress(runner, runner.steps, price)
+        progress = Progress(runner, price)
         code = runner.run()
         progress.write("stopped" if runner.stopped else "failed" if code else "done")
         if not code:

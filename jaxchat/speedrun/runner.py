@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from jaxchat import files
 from jaxchat.hosts import RESTARTED
-from jaxchat.speedrun.state import State, refuse
+from jaxchat.speedrun.state import State
 from jaxchat.speedrun.steps import Step
 
 LAST_LINES = 20  # of a step's output, shown where it failed
@@ -23,9 +23,9 @@ PAUSE = 1.0  # seconds before a step is started again
 class Running:
     """A step that is running. on_end(this, exit code as a shell's) is called in a thread when it ends."""
 
-    def __init__(self, step: Step, log, words: list[str], lock: int, more: dict):
-        self.step, self.began, self.last = step, time.monotonic(), deque(maxlen=LAST_LINES)
-        self.log = log
+    def __init__(self, step: Step, log, words: list[str], lock: int, place: dict):
+        self.step, self.log, self.place = step, log, place
+        self.began, self.last = time.monotonic(), deque(maxlen=LAST_LINES)
         # A session of its own: Ctrl-C in a terminal reaches it once, through us.
         self.process = subprocess.Popen(
             words,
@@ -34,7 +34,7 @@ class Running:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=[lock],  # it holds the lock if we are killed
-            env=os.environ | more,
+            env=os.environ | place,
         )
         os.pwrite(lock, f"{self.process.pid}\n".encode(), 0)
         os.close(lock)
@@ -69,7 +69,7 @@ class Runner:
         self.steps, self.state, self.restarts = steps, state, restarts
         self.free = {"devices": list(places), "network": [{}]}
         self.parallel = len(places)
-        self.waiting, self.running, self.places = list(steps), {}, {}
+        self.waiting, self.running = list(steps), {}
         self.tries = dict.fromkeys((step.name for step in steps), 0)
         self.done: dict[str, float] = {}  # seconds that each step took in all
         self.events: queue.SimpleQueue = queue.SimpleQueue()
@@ -111,10 +111,9 @@ class Runner:
             blocked = {artifact for other in ahead for artifact in other.makes} & set(step.needs)
             if blocked or not self.free[step.lane]:
                 continue
-            verdict = self.state.verdict(step)
-            refuse(step, verdict)
+            why = self.state.why_to_do(step)
             self.waiting.remove(step)
-            if verdict.done:
+            if why is None:
                 self.done[step.name] = self.state.record(step.name).get("seconds", 0.0)
             else:
                 self.start(step)
@@ -125,12 +124,11 @@ class Runner:
         if self.stopped:
             return os.close(lock) if lock else None
         self.state.begin(step)
-        self.places[step.name] = place = self.free[step.lane].pop(0)
         words = [*step.argv, *(["--resume"] if step.resumes else [])]
         log = self.state.path(step.name, "log").open("a", encoding="utf-8")
         log.write(f"$ {' '.join(words)}\n")
         show(f"step {step.name}: {step.shown}")
-        self.running[step.name] = running = Running(step, log, words, lock, place)
+        self.running[step.name] = running = Running(step, log, words, lock, self.free[step.lane].pop(0))
         if self.stopped:  # the signal came while it started
             running.process.send_signal(signal.SIGTERM)
         threading.Thread(target=self.follow, args=[running], daemon=True).start()
@@ -167,7 +165,7 @@ class Runner:
             code = 1
             show(f"step {step.name} ended well, but {lacking[0]} is not there")
         self.state.end(step, seconds, code)
-        self.free[step.lane].append(self.places.pop(step.name))
+        self.free[step.lane].append(running.place)
         if not code:
             self.done[step.name] = self.state.record(step.name)["seconds"]
         elif self.stopped or self.failed:
