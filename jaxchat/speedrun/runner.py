@@ -79,7 +79,7 @@ class Runner:
 
     def run(self) -> int:
         """Run all steps; return the exit code: 0, 75 after a signal, or that of the step that failed."""
-        with self.hearing():
+        with hearing(self.stop):
             try:
                 self.start_ready()
                 while self.running:
@@ -188,28 +188,33 @@ class Runner:
         for running in list(self.running.values()):
             running.process.send_signal(number)  # does nothing where it has ended
 
-    @contextlib.contextmanager
-    def hearing(self):
-        """A context in which a signal to stop is passed on to the running steps, and no more are started.
+    def stop(self, number: int):
+        """Pass a signal on to the running steps, and start no more."""
+        self.stopped = number
+        self.send(number)
 
-        SIGINT is passed on as itself, the others as SIGTERM.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        def heard(number, frame):
-            self.stopped = number
-            self.send(number if number == signal.SIGINT else signal.SIGTERM)
+@contextlib.contextmanager
+def hearing(heard: Callable[[int], None]):
+    """A context in which signals to stop call heard(signal to pass on): SIGINT as itself, others as SIGTERM.
 
-        numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]  # as the trainers
-        numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # as nohup sets it
-        before = {number: signal.signal(number, heard) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    A signal that is ignored at the start (SIGHUP under nohup) stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
+        yield
+        return
+
+    def handler(number, frame):
+        heard(number if number == signal.SIGINT else signal.SIGTERM)
+
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]  # as the trainers
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 def show(line: str):
