@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from jaxchat import files
 from jaxchat.config import STAGES
 from jaxchat.files import duration
-from jaxchat.model.flops import flops_per_token
+from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.report.gather import LAST, Run, StageRun
 from jaxchat.report.samples import Samples
 
@@ -36,11 +36,11 @@ def markdown(
     run: Run, images: dict[str, tuple[str, bytes]], samples: Samples | None, price_per_hour: float = 0
 ) -> str:
     """The report as markdown. images: {file name: (title, PNG)}, shown by name."""
-    model = next(iter(run.stages.values())).model
+    model = run.model
     shape = f"{model.n_layer} layers × {model.n_embd}, {model.n_head} heads ({model.n_kv_head} key/value)"
     parts = [
         f"# {escape(run.tag)}: a run of jaxchat",
-        f"{run.parameters:,} parameters: {shape}, vocabulary {model.vocab_size:,}, {model.sequence_len:,} "
+        f"{num_params(model):,} parameters: {shape}, vocabulary {model.vocab_size:,}, {model.sequence_len:,} "
         f"tokens of context; {flops_per_token(model):,} FLOPs a token.",
     ]
     if run.lacking:
@@ -108,7 +108,7 @@ def tokenizer(run: Run) -> list[str]:
 
 def training(run: Run, price_per_hour: float) -> str:
     stages, seconds = list(run.stages.values()), run.tokenizer_seconds
-    rows = trained(stages, price_per_hour, run.parameters, seconds)
+    rows = trained(stages, price_per_hour, num_params(run.model), seconds)
     text = table(["", *titles(run), "in all"], rows)
     if seconds:
         text += f"\n\n{duration(seconds)} for the tokenizer are part of wall time in all."
@@ -191,23 +191,22 @@ def answers_text(stage: StageRun) -> list[str]:
 def origin(run: Run) -> str:
     """Machines, versions, commits, flags and plans, as the trainers recorded them. What all share is shown
     once."""
-    parts, unknown = [], [STAGES[name].label for name, stage in run.stages.items() if not stage.runs]
-    last = {STAGES[name].label: stage.runs[-1] for name, stage in run.stages.items() if stage.runs}
+    parts, recorded = [], {STAGES[name].label: stage.runs for name, stage in run.stages.items()}
+    trained = {label: runs for label, runs in recorded.items() if runs}
     facts = {"machine": "Machine", "devices": "Devices", "versions": "Versions", "git": "Code"}
     for key, title in facts.items():
         values = {}
-        for stage, about in last.items():
-            values.setdefault(str(about.get(key) or "not known"), []).append(stage)
+        for label, runs in trained.items():
+            values.setdefault(str(runs[-1].get(key) or "not known"), []).append(label)
         listed = [value if len(values) == 1 else f"{value} ({', '.join(of)})" for value, of in values.items()]
         if listed:
             parts.append(f"- {title}: {escape('; '.join(listed))}")
-    text = "\n".join(parts)
-    for name, stage in run.stages.items():
-        if stage.runs:
-            text += f"\n\n{last_run(STAGES[name].label, stage.runs)}"
-    if unknown:
-        text += f"\n\nNot recorded for {', '.join(unknown)}: it was imported, or killed while it was trained."
-    return text.strip()
+    parts = ["\n".join(parts), *(last_run(label, runs) for label, runs in trained.items())]
+    if unknown := [label for label in recorded if label not in trained]:
+        parts.append(
+            f"Not recorded for {', '.join(unknown)}: it was imported, or killed while it was trained."
+        )
+    return "\n\n".join(parts).strip()
 
 
 def last_run(title: str, runs: list[dict]) -> str:
