@@ -109,9 +109,7 @@ def run(config: Config):
     cli.after_base(found.folder.name, found.config.plain)
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args, several=True)
-
+main = cli.command(Config, run, several=True)
 
 if __name__ == "__main__":
     main()

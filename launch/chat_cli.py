@@ -180,9 +180,7 @@ def leave(*_):
     os._exit(130)
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not when it is to be ignored

@@ -133,9 +133,7 @@ def run(config: Config):
     cli.next_step(f"python -m launch.chat_cli -i {config.source} --model_tag={found.folder.name}")
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args, several=True)
-
+main = cli.command(Config, run, several=True)
 
 if __name__ == "__main__":
     main()

@@ -46,9 +46,7 @@ def run(config: RLConfig):
         cli.next_step(f"python -m launch.{command} -i rl --model_tag={stage.tag}", step=step)
 
 
-def main(args: list[str] | None = None):
-    cli.main(RLConfig, run, args, several=True)
-
+main = cli.command(RLConfig, run, several=True)
 
 if __name__ == "__main__":
     main()

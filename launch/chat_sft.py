@@ -36,9 +36,7 @@ def run(config: SFTConfig):
         cli.next_step(f"python -m launch.chat_cli --model_tag={stage.tag}")
 
 
-def main(args: list[str] | None = None):
-    cli.main(SFTConfig, run, args, several=True)
-
+main = cli.command(SFTConfig, run, several=True)
 
 if __name__ == "__main__":
     main()

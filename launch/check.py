@@ -216,9 +216,7 @@ def check_tasks(config: Config, checks: Checklist):
     checks.add("sandbox", about, "warning" if why else "ok")
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()

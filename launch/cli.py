@@ -73,6 +73,11 @@ def main(config_class, run, args: list[str] | None = None, *, several: bool = Fa
         _parse_and_run(config_class, run, sys.argv[1:] if args is None else args, several)
 
 
+def command(config_class, run, *, several: bool = False) -> Callable[..., None]:
+    """Make a command's own `main(args)`, of its flags class and its `run`."""
+    return lambda args=None: main(config_class, run, args, several=several)
+
+
 def _open_streams() -> None:
     """Open /dev/null for those of stdin, stdout and stderr that are closed; else the next file that is opened
     would take the place of one, and with it what libraries print."""

@@ -36,9 +36,7 @@ def run(config: MidConfig):
         cli.next_step(f"python -m launch.chat_sft --model_tag={stage.tag}", tasks_dir=config.tasks_dir)
 
 
-def main(args: list[str] | None = None):
-    cli.main(MidConfig, run, args, several=True)
-
+main = cli.command(MidConfig, run, several=True)
 
 if __name__ == "__main__":
     main()

@@ -61,10 +61,6 @@ class Config(Flags):
     """Print the plan and do nothing."""
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
-
 def run(config: Config) -> int:
     stay_off_devices()
     listed, flags = described(config)
@@ -198,6 +194,8 @@ def report(config: Config, flags: dict[str, BaseConfig]):
     document.save(folder, f"{config.name}: a series of jaxchat", text, images)
     files.write_lines(folder / "points.jsonl", [dataclasses.asdict(point) for point in points])
 
+
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()

@@ -55,9 +55,7 @@ def run(config: Config, texts=(), questions=()):
     document.save(folder, f"{names}: {'runs' if several else 'a run'} of jaxchat", text, images)
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()

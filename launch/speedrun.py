@@ -109,10 +109,6 @@ ADDED = {
 OWN = {"resume", "overwrite", "dry_run", "model_tag", "source", "step", "depth", "data_dir", "tasks_dir"}
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
-
 def run(config: Config) -> int:
     stay_off_devices()
     if not hosts.is_alone(hosts.detect()):
@@ -351,6 +347,8 @@ def plan_flags(plan: Plan, name: str) -> list[str]:
     [step] = [step for step in plan.steps if step.name == name]
     return list(step.argv[3:])
 
+
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()
