@@ -22,14 +22,9 @@ KINDS = ("identity", "arithmetic", "spelling", "counting", "two-turn", "facts", 
 TURN_KINDS = KINDS[:4] + ("facts",)
 
 PROSE = {
-    "facts": 0.42,
-    "spelling": 0.22,
-    "counting": 0.15,
-    "expressions": 0.12,
-    "sums": 0.03,
-    "numbers": 0.02,
+    "facts": 0.42, "spelling": 0.22, "counting": 0.15, "expressions": 0.12, "sums": 0.03, "numbers": 0.02,
     "definitions": 0.04,
-}
+}  # fmt: skip
 CONVERSATIONS = {
     "counting": 0.31, "facts": 0.12, "arithmetic": 0.18, "spelling": 0.24, "identity": 0.09,
     "greetings": 0.03, "definitions": 0.02, "goodbyes": 0.01,

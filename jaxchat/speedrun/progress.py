@@ -97,22 +97,16 @@ class Progress:
         self.began = self.shown = self.written = time.monotonic()
         records = [runner.state.record(step.name) for step in self.steps if step.lane == "devices"]
         self.before = sum(record.get("seconds", 0.0) for record in records)  # spent by earlier starts
-        runner.on_tick, runner.on_change = self.tick, self.change
+        runner.on_progress = self.report
 
-    def tick(self):
+    def report(self, changed: bool):
+        """Show and write the progress: if a step has started or ended at once, else now and then."""
         now = time.monotonic()
-        if now - self.shown >= SECONDS:
+        if self.runner.running and (changed or now - self.shown >= SECONDS):
             self.shown = now
             show(self.line())
-        if now - self.written >= STATUS_SECONDS:
+        if changed or now - self.written >= STATUS_SECONDS:
             self.write("running")
-
-    def change(self):
-        """Show and write the progress when a step starts or ends."""
-        if self.runner.running:
-            self.shown = time.monotonic()
-            show(self.line())
-        self.write("running")
 
     def left_of(self, step: Step, scale: float) -> float | None:
         """Seconds that a step still takes; 0: it is done; None: not known."""

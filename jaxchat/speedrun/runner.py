@@ -74,8 +74,7 @@ class Runner:
         self.done: dict[str, float] = {}  # seconds that each step took in all
         self.events: queue.SimpleQueue = queue.SimpleQueue()
         self.stopped = self.failed = 0  # the signal that asked to stop; the exit code of a step that failed
-        self.on_change = lambda: None
-        self.on_tick = lambda: None
+        self.on_progress = lambda changed: None  # changed: a step has started or ended
 
     def run(self) -> int:
         """Run all steps; return the exit code: 0, 75 after a signal, or that of the step that failed."""
@@ -98,7 +97,7 @@ class Runner:
         try:
             name, code = self.events.get(timeout=0.5)
         except queue.Empty:
-            return self.on_tick()
+            return self.on_progress(False)
         self.ended(self.running.pop(name), code)
 
     def start_ready(self):
@@ -117,7 +116,7 @@ class Runner:
                 self.done[step.name] = self.state.record(step.name).get("seconds", 0.0)
             else:
                 self.start(step)
-            self.on_change()
+            self.on_progress(True)
 
     def start(self, step: Step):
         lock = self.claim(step)
@@ -182,7 +181,7 @@ class Runner:
             show(f"step {step.name} failed with exit code {code}; its last lines:\n{lines}")
             show(f"its whole output is in {self.state.path(step.name, 'log')}")
             self.send(signal.SIGTERM)
-        self.on_change()
+        self.on_progress(True)
 
     def send(self, number: int):
         for running in list(self.running.values()):
