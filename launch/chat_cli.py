@@ -126,11 +126,10 @@ def talk(engine, conversation: Conversation, config: Config):
 
 
 def turn_of(text: str, source: str, tokenizer) -> list[int]:
-    """The user's text as tokens, up to where the model is to speak."""
+    """The user's text as tokens, up to where the model is to speak, without <|bos|>."""
     if source == "base":
         return tokenizer.encode(text)
-    start, end, answers = map(tokenizer.special, ("<|user_start|>", "<|user_end|>", "<|assistant_start|>"))
-    return [start, *tokenizer.encode(text), end, answers]
+    return tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]})[1:]
 
 
 def answer(engine, conversation: Conversation, config: Config, seed: int):

@@ -65,10 +65,9 @@ def main(config_class, run, args: list[str] | None = None, *, several: bool = Fa
     launcher starts does.
     """
     _open_streams()
-    if hasattr(sys.stdout, "reconfigure"):  # in an ASCII terminal a plan is printed all the same
-        sys.stdout.reconfigure(errors="replace")
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout):  # in an ASCII terminal a plan is printed all the same
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     with hosts.together():
         _parse_and_run(config_class, run, sys.argv[1:] if args is None else args, several)
 
@@ -145,6 +144,18 @@ def print_plan(title: str, rows: list[tuple[str, str]]) -> None:
     """Print `title`, then a line per (name, value) with the values aligned."""
     width = max((len(name) for name, _ in rows), default=0)
     print(title, *(f"  {name:<{width}}  {value}" for name, value in rows), sep="\n", flush=True)
+
+
+def open_model(config, source: str, *, asks: bool = True):
+    """Start the devices, and find the checkpoint of a stage that the flags name. Return (checkpoint, model).
+
+    asks: see hosts.start.
+    """
+    from jaxchat import checkpoint, devices
+
+    mesh = devices.start_devices(config, asks=asks)
+    found = checkpoint.open_model(source, config.model_tag, config.step)
+    return found, devices.model_for(config, found.config, mesh)
 
 
 _base: list[str] = []  # the base directories that base_directory() has set

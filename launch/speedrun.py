@@ -1,7 +1,7 @@
 """Train a model to chat with from nothing, by one command: python -m launch.speedrun --preset=8xh100"""
 
+import contextlib
 import dataclasses
-import importlib
 import importlib.util
 import os
 import re
@@ -113,10 +113,8 @@ def run(config: Config) -> int:
     stay_off_devices()
     if not hosts.is_alone(hosts.detect()):
         raise UserError("launch.speedrun is for one host; on several, start each command by launch.cluster")
-    if config.preset == "cpu":
-        with cli.base_directory(base_dir() / "demo"):
-            code = plan_and_perform(config)
-    else:
+    demo = config.preset == "cpu"
+    with cli.base_directory(base_dir() / "demo") if demo else contextlib.nullcontext():
         code = plan_and_perform(config)
     how_to_continue(code, "speedrun", config)  # outside of the demo's base directory, which it adds itself
     if not code and partial(config) and not config.dry_run:
@@ -322,12 +320,11 @@ def check(plan: Plan, todo: list[Step]) -> list[str]:
     # The memory of other devices than the preset's says nothing.
     found = judged if judged == found else [line for line in judged if line[1] != "memory"]
     # Of disk and batches the plan above has the figures, for the steps of this run and with all flags.
-    trained = {step.name for step in todo}
     shown = [
         (state, name, text)
         for state, name, text in found
         if not (name in brought or name.endswith(" disk") or name.endswith(" batch") and state == "ok")
-        and not (name == "mid batch" and "mid" not in trained)
+        and not (name == "mid batch" and "mid" not in names)
     ]
     rows = [(f"{state:<7}  {name}", text.removesuffix(" every 1 steps")) for state, name, text in shown]
     cli.print_plan("This machine", rows)
