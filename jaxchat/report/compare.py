@@ -2,29 +2,23 @@
 
 from jaxchat.config import STAGES
 from jaxchat.model.flops import flops_per_token, num_params
-from jaxchat.report.document import about_measured, curves_text, escape, fence, measured, table, trained
+from jaxchat.report.document import curves_text, escape, fence, measured, table, trained
 from jaxchat.report.gather import Run, StageRun
+from jaxchat.report.plots import Images
 from jaxchat.report.samples import Samples
 
 
-def markdown(
-    runs: list[Run],
-    images: dict[str, tuple[str, bytes]],
-    samples: dict[str, Samples],
-    price_per_hour: float = 0,
-) -> str:
-    """The comparison as markdown. images: {file name: (title, PNG)}; samples: by tag; {}: none."""
+def markdown(runs: list[Run], images: Images, samples: dict[str, Samples], price_per_hour: float = 0) -> str:
+    """The comparison as markdown. images: shown by name. samples: by tag; {}: none."""
     tags = [run.tag for run in runs]
     parts = [f"# {escape(', '.join(tags))}: runs of jaxchat side by side", models(runs)]
     for name, info in STAGES.items():
         having = [run for run in runs if name in run.stages]
         if having:
             stages = [run.stages[name] for run in having]
-            title = f"## {info.label}"
             columns = [run.tag for run in having]
             rows = [row[:-1] for row in trained(stages, price_per_hour)] + different_flags(stages)
-            read = measured(columns, stages) + about_measured(columns, stages)
-            parts += [title, read, table(["", *columns], rows)]
+            parts += [f"## {info.label}", measured(columns, stages), table(["", *columns], rows)]
         if having and len(having) < len(runs):
             parts.append(f"Without a checkpoint: {', '.join(run.tag for run in runs if run not in having)}.")
     parts += [*curves_text(images), *samples_text(samples)]

@@ -14,6 +14,7 @@ from jaxchat.config import STAGES
 from jaxchat.files import duration
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.report.gather import LAST, Run, StageRun
+from jaxchat.report.plots import Images
 from jaxchat.report.samples import Samples
 
 ANSWERS = 8  # shown of one problem, at most
@@ -32,10 +33,8 @@ code { font: 14px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
 """
 
 
-def markdown(
-    run: Run, images: dict[str, tuple[str, bytes]], samples: Samples | None, price_per_hour: float = 0
-) -> str:
-    """The report as markdown. images: {file name: (title, PNG)}, shown by name."""
+def markdown(run: Run, images: Images, samples: Samples | None, price_per_hour: float = 0) -> str:
+    """The report as markdown. images: shown by name."""
     model = run.model
     shape = f"{model.n_layer} layers × {model.n_embd}, {model.n_head} heads ({model.n_kv_head} key/value)"
     parts = [
@@ -47,7 +46,7 @@ def markdown(
         parts.append(f"No checkpoint with this tag, so left out: {', '.join(run.lacking)}.")
     parts += [
         "## Results",
-        results(run),
+        measured(titles(run), list(run.stages.values())),
         *tokenizer(run),
         "## Training",
         training(run, price_per_hour),
@@ -59,24 +58,21 @@ def markdown(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def curves_text(images: dict[str, tuple[str, bytes]]) -> list[str]:
+def curves_text(images: Images) -> list[str]:
     shown = [f"### {title}\n\n![{title}]({name})" for name, (title, _) in images.items()]
     return ["## Curves", *(shown or ["No step was logged."])]
 
 
-def results(run: Run) -> str:
-    stages = list(run.stages.values())
-    text = measured(titles(run), stages)
+def measured(columns: list[str], stages: list[StageRun]) -> str:
+    """A table of all measured results, with a column for each stage, and how to read it."""
+    names = dict.fromkeys(name for stage in stages for name in stage.measured)
+    names = sorted(names, key=lambda name: not name.endswith(("loss", "reward", "bpb")))  # these first
+    rows = [[name, *(number(stage.measured.get(name)) for stage in stages)] for name in names]
+    text = table(["", *columns], rows)
     for name in ("loss", "reward"):
-        if any(name in stage.measured for stage in stages):
+        if name in names:
             text += f"\n\n`{name}` is that of training, a mean of the last {LAST} steps."
-    return text + about_measured(titles(run), stages)
-
-
-def about_measured(columns: list[str], stages: list[StageRun]) -> str:
-    """Say how to read a table of what was measured; the arguments are those of `measured`."""
-    text = ""
-    if any(name == "core" or name.startswith("ChatCORE") for stage in stages for name in stage.measured):
+    if any(name == "core" or name.startswith("ChatCORE") for name in names):
         text += "\n\nA task's row is its accuracy. `core` and ChatCORE are means over tasks of "
         text += "(accuracy − chance) ÷ (1 − chance): guessing is 0, all right is 1."
     for title, stage in zip(columns, stages, strict=True):
@@ -85,14 +81,6 @@ def about_measured(columns: list[str], stages: list[StageRun]) -> str:
         for reason in stage.left_out:
             text += f"\n\nLeft out of {escape(title)}: {escape(reason)}."
     return text
-
-
-def measured(columns: list[str], stages: list[StageRun]) -> str:
-    """A table of all measured results, with a column for each stage."""
-    names = dict.fromkeys(name for stage in stages for name in stage.measured)
-    names = sorted(names, key=lambda name: not name.endswith(("loss", "reward", "bpb")))  # these first
-    rows = [[name, *(number(stage.measured.get(name)) for stage in stages)] for name in names]
-    return table(["", *columns], rows)
 
 
 def tokenizer(run: Run) -> list[str]:
@@ -267,7 +255,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def as_html(title: str, text: str, images: dict[str, tuple[str, bytes]]) -> str:
+def as_html(title: str, text: str, images: Images) -> str:
     """Render the markdown as one page, style and images embedded. HTML in the text is shown, not obeyed."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     for name, (_, png) in images.items():
@@ -276,7 +264,7 @@ def as_html(title: str, text: str, images: dict[str, tuple[str, bytes]]) -> str:
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}</body>\n</html>\n'
 
 
-def save(folder: Path, title: str, text: str, images: dict[str, tuple[str, bytes]]):
+def save(folder: Path, title: str, text: str, images: Images):
     """Write report.md, report.html and the images to a folder, and say where they are."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (_, png) in images.items():

@@ -14,6 +14,8 @@ from jaxchat.report.gather import Run, StageRun, tokens_of
 SMOOTH = 0.02  # a point of the dark line is a mean over about this share of the steps
 POINTS = 2000  # of a line; more would not be visible
 
+Images = dict[str, tuple[str, bytes]]  # {file name: (title, PNG)}
+
 # file name → (title, name in the steps' rows, name in the evaluations' rows)
 CURVES = {
     "loss": ("Loss, nats per token", "loss", "val_loss"),
@@ -40,8 +42,8 @@ class Line:
     color: np.ndarray | None = None
 
 
-def curves(runs: list[Run]) -> dict[str, tuple[str, bytes]]:
-    """Plot every quantity that some stage has: {file name: (title, PNG)}. Several runs share the axes."""
+def curves(runs: list[Run]) -> Images:
+    """Plot every quantity that some stage has. Several runs share the axes."""
     alone = len(runs) == 1
     colors = [None] if alone else np.resize(colormaps["tab10"](range(10)), (len(runs), 4))
     images = {}

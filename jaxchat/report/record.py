@@ -34,15 +34,15 @@ def begin() -> dict:
 @contextlib.contextmanager
 def recorded(run: Run, began: dict, plan: list[tuple[str, str]]):
     """Append a record when the run ends, however it ends. A dry run leaves none."""
-    problem = None
+    ended = "done"
     try:
         yield
-    except BaseException as raised:
-        problem = raised
+    except BaseException as problem:
+        ended = type(problem).__name__
         raise
     finally:
         if run.checkpoints and jax.process_index() == 0:
-            append(run, began, plan, type(problem).__name__ if problem else "done")
+            append(run, began, plan, ended)
 
 
 def append(run: Run, began: dict, plan: list[tuple[str, str]], ended: str) -> None:
