@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import functools
 import inspect
 import itertools
 import math
@@ -31,6 +30,7 @@ import time
 import traceback
 import typing
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 from jaxchat import hosts
@@ -292,7 +292,7 @@ def _field_docs(cls) -> dict[str, str]:
     }
 
 
-@functools.cache  # a command's flags inherit from several classes of jaxchat.config
+@cache  # a command's flags inherit from several classes of jaxchat.config
 def _class_bodies(module) -> dict[str, list[ast.stmt]]:
     """Return {name of a class: its statements} of a module; {} if it has no source."""
     try:
@@ -302,16 +302,12 @@ def _class_bodies(module) -> dict[str, list[ast.stmt]]:
     return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-def _converter(convert: Callable, expected: str) -> Callable:
-    """Wrap `convert` for argparse: what it raises becomes an error that says what was expected."""
-
-    def converted(text: str):
-        try:
-            return convert(text)
-        except (KeyError, ValueError):
-            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}") from None
-
-    return converted
+def _read(convert: Callable, expected: str, text: str):
+    """Convert a flag's value; what `convert` raises becomes an error that says what was expected."""
+    try:
+        return convert(text)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}") from None
 
 
 def _finite(text: str) -> float:
@@ -323,9 +319,9 @@ def _finite(text: str) -> float:
 # How a field of a type is read, and what --help calls its value.
 KINDS = {
     str: (str, "TEXT"),
-    int: (_converter(int, "a whole number"), "INTEGER"),
-    float: (_converter(_finite, "a number"), "NUMBER"),
-    bool: (_converter(lambda text: BOOLEANS[text.lower()], "1 or 0, true or false"), "0|1"),
+    int: (partial(_read, int, "a whole number"), "INTEGER"),
+    float: (partial(_read, _finite, "a number"), "NUMBER"),
+    bool: (partial(_read, lambda text: BOOLEANS[text.lower()], "1 or 0, true or false"), "0|1"),
 }
 
 

@@ -14,7 +14,7 @@ from jaxchat.speedrun.runner import Runner, python
 from jaxchat.speedrun.state import State
 from jaxchat.speedrun.steps import Checkpoint, Results, Step
 from launch import base_eval, cli
-from launch.cluster.local import visible_gpus
+from launch.cluster.local import shares, visible_gpus
 from launch.speedrun import carry_out, how_to_continue, names_in, stay_off_devices, words_of
 
 # Flags of base_train that the series gives: it measures at the beginning and the end only.
@@ -167,12 +167,7 @@ def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
 def places_of(config: Config) -> tuple[dict, ...]:
     """Environment variables for each of the runs that take place at the same time: the GPUs that it sees."""
     gpus = visible_gpus()
-    count = config.parallel or max(1, len(gpus))
-    each = len(gpus) // count
-    if gpus and not each:
-        raise UserError(f"--parallel={config.parallel} is more than the {len(gpus)} GPUs there are")
-    shares = [gpus[i * each : (i + 1) * each] for i in range(count)]
-    return tuple({"CUDA_VISIBLE_DEVICES": ",".join(share)} if share else {} for share in shares)
+    return tuple(shares(gpus, config.parallel or max(1, len(gpus)), "parallel"))
 
 
 def report(config: Config, flags: dict[str, BaseConfig]):

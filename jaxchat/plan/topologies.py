@@ -8,6 +8,7 @@ import jax
 from jax.experimental import topologies
 
 from jaxchat.config import UserError
+from jaxchat.plan.roofline import MEMORY
 from jaxchat.sharding import GPU_SHARE
 
 # Bytes that a program may use of one device's memory, by the topology's generation.
@@ -28,7 +29,6 @@ gpu_device_info {{
 platform_name: "CUDA" device_description_str: "{name}"
 runtime_version {{ major: 13 }} dnn_version_info {{ major: 9 minor: 15 }}
 """
-GPU_BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}
 
 
 def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
@@ -39,7 +39,7 @@ def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
         raise UserError(
             f"--topology={topology}; it is GENERATION:SHAPE, as in v5e:4x4, v5p:4x4x4 or h100:8 ({known})"
         )
-    gpu = generation in GPU_BANDWIDTH
+    gpu = generation in GPU_MEMORY
     given = gpu_topology(generation, shape, num_slices) if gpu else tpu_topology(topology, num_slices)
     try:
         found = topologies.get_topology_desc(**given).devices
@@ -82,7 +82,7 @@ def gpu_topology(generation: str, shape: str, num_slices: int) -> dict:
     cudnn.check_compute_capability = lambda *_: True
     cudnn.is_cuda_compute_capability_equal = lambda capability: capability == "9.0"
     target = HOPPER.format(
-        bandwidth=int(GPU_BANDWIDTH[generation]),
+        bandwidth=int(MEMORY[generation.upper()]),
         memory=int(GPU_MEMORY[generation]),
         name=f"NVIDIA {generation.upper()}",
     )

@@ -52,21 +52,28 @@ def visible_gpus() -> list[str]:
     return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
+def shares(gpus: list[str], count: int, flag: str) -> list[dict[str, str]]:
+    """Environment variables that divide GPUs equally among `count` programs; {}: there are no GPUs.
+
+    UserError: there are fewer GPUs than programs, whose number --flag gives.
+    """
+    each = len(gpus) // count
+    if gpus and not each:
+        raise UserError(f"--{flag}={count} is more than the {len(gpus)} GPUs there are")
+    parts = [",".join(gpus[i * each : (i + 1) * each]) for i in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": part} if part else {} for part in parts]
+
+
 def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
     """The command line of each process."""
-    gpus, each = visible_gpus(), config.gpus_per_process
-    if each < 0:
-        each = len(gpus) // config.processes
-        if gpus and not each:
-            raise UserError(f"--processes={config.processes} is more than the {len(gpus)} GPUs there are")
-    elif len(gpus) < each * config.processes:  # a dry run for another machine, say
-        gpus = list(map(str, range(each * config.processes)))
+    gpus, wanted = visible_gpus(), config.gpus_per_process * config.processes
+    if wanted >= 0:
+        # The dry run may be for another machine.
+        gpus = gpus[:wanted] if len(gpus) >= wanted else list(map(str, range(wanted)))
     lines = []
-    for index in range(config.processes):
+    for index, share in enumerate(shares(gpus, config.processes, "processes")):
         place = [f"JAX_COORDINATOR_ADDRESS=localhost:{port}", f"JAXCHAT_NUM_PROCESSES={config.processes}"]
-        place += [f"JAXCHAT_PROCESS_ID={index}"]
-        if each:
-            place += ["CUDA_VISIBLE_DEVICES=" + ",".join(gpus[index * each : (index + 1) * each])]
+        place += [f"JAXCHAT_PROCESS_ID={index}", *(f"{name}={value}" for name, value in share.items())]
         lines.append(["env", *place, *command])
     return lines
 
