@@ -50,9 +50,8 @@ def load_bundle(config: Config) -> tuple[list, str]:
 
 
 def run(config: Config):
-    from jaxchat import checkpoint, sharding
+    from jaxchat import sharding
     from jaxchat.data.sources import ParquetText, find_shards
-    from jaxchat.devices import model_for, start_devices
     from jaxchat.eval import core
     from jaxchat.eval.bpb import measure_text, trained_on
     from jaxchat.eval.results import TaskResult, check_writable, mean, save_results
@@ -61,9 +60,7 @@ def run(config: Config):
     from jaxchat.infer.engine import Engine
 
     start = time.perf_counter()
-    mesh = start_devices(config, asks=False)
-    found = checkpoint.open_model("base", config.model_tag, config.step)
-    model = model_for(config, found.config, mesh)
+    found, model = cli.open_model(config, "base", asks=False)
     check_writable(found.folder)
     bundle, no_core = load_bundle(config)
     items = sum(len(task.drawn(config.max_per_task)) for task in bundle)
@@ -77,13 +74,13 @@ def run(config: Config):
         f"Evaluation of {found.folder.name} (base)",
         [
             ("model", str(found.folder / str(found.step))),
-            ("devices", f"{sharding.describe(mesh)}, compute in {model.compute.dtype}"),
+            ("devices", f"{sharding.describe(model.mesh)}, compute in {model.compute.dtype}"),
             ("bits per byte", text_size if splits else "not measured"),
             ("CORE", no_core or f"{len(bundle)} tasks, {items:,} items"),
             *([("WARNING", warning)] if warning else []),
         ],
     )
-    params = found.load(mesh)
+    params = found.load(model.mesh)
     settings = {name: getattr(config, name) for name in ("max_per_task", "eval_tokens")}
     settings["dtype"] = model.compute.dtype
     with out_of_memory(f"lower --device_batch_size (it was {config.device_batch_size})"):
@@ -109,9 +106,7 @@ def run(config: Config):
     cli.after_base(found.folder.name, found.config.plain)
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args, several=True)
-
+main = cli.command(Config, run, several=True)
 
 if __name__ == "__main__":
     main()

@@ -53,9 +53,7 @@ def run(config: BaseConfig):
     cli.after_base(stage.tag, stage.model.config.plain)
 
 
-def main(args: list[str] | None = None):
-    cli.main(BaseConfig, run, args, several=True)
-
+main = cli.command(BaseConfig, run, several=True)
 
 if __name__ == "__main__":
     main()

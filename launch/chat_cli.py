@@ -126,11 +126,10 @@ def talk(engine, conversation: Conversation, config: Config):
 
 
 def turn_of(text: str, source: str, tokenizer) -> list[int]:
-    """The user's text as tokens, up to where the model is to speak."""
+    """The user's text as tokens, up to where the model is to speak, without <|bos|>."""
     if source == "base":
         return tokenizer.encode(text)
-    start, end, answers = map(tokenizer.special, ("<|user_start|>", "<|user_end|>", "<|assistant_start|>"))
-    return [start, *tokenizer.encode(text), end, answers]
+    return tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]})[1:]
 
 
 def answer(engine, conversation: Conversation, config: Config, seed: int):
@@ -180,9 +179,7 @@ def leave(*_):
     os._exit(130)
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not when it is to be ignored

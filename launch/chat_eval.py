@@ -76,9 +76,8 @@ def names_in(config: Config) -> tuple[list[str], str]:
 
 
 def run(config: Config):
-    from jaxchat import checkpoint, sharding
+    from jaxchat import sharding
     from jaxchat.data.tasks import load_task
-    from jaxchat.devices import model_for, start_devices
     from jaxchat.eval import chat
     from jaxchat.eval.results import check_writable, save_results
     from jaxchat.eval.scoring import Scorer, out_of_memory
@@ -87,9 +86,7 @@ def run(config: Config):
 
     start = time.perf_counter()
     names, left_out = names_in(config)
-    mesh = start_devices(config, asks=False)
-    found = checkpoint.open_model(config.source, config.model_tag, config.step)
-    model = model_for(config, found.config, mesh)
+    found, model = cli.open_model(config, config.source, asks=False)
     check_writable(found.folder)
     tasks = {name: load_task(chat.TASKS[name].spec, config.tasks_dir or None) for name in names}
     sharding.check_same(
@@ -97,7 +94,7 @@ def run(config: Config):
     )
     slots = config.batch_size
     if slots < 0:
-        slots = chat.batch_size_for(found.config, model.compute, device_memory(mesh))
+        slots = chat.batch_size_for(found.config, model.compute, device_memory(model.mesh))
     counts = [
         min(len(task), config.max_problems) if config.max_problems > 0 else len(task)
         for task in tasks.values()
@@ -109,14 +106,14 @@ def run(config: Config):
         f"Evaluation of {found.folder.name} ({config.source})",
         [
             ("model", str(found.folder / str(found.step))),
-            ("devices", f"{sharding.describe(mesh)}, compute in {model.compute.dtype}"),
+            ("devices", f"{sharding.describe(model.mesh)}, compute in {model.compute.dtype}"),
             ("tasks", ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))),
             ("written answers", f"{answers}, at most {longest} tokens, {slots} a device at a time"),
             *[("rows", f"{task.name}: {task.left_out}") for task in tasks.values() if task.left_out],
             *([("WARNING", left_out)] if left_out else []),
         ],
     )
-    params = found.load(mesh)
+    params = found.load(model.mesh)
     settings = {name: getattr(config, name) for name in SETTINGS} | {"tasks": names}
     settings["dtype"] = model.compute.dtype
     options = {name: getattr(config, name) for name in ("temperature", "seed", "num_samples")}
@@ -133,9 +130,7 @@ def run(config: Config):
     cli.next_step(f"python -m launch.chat_cli -i {config.source} --model_tag={found.folder.name}")
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args, several=True)
-
+main = cli.command(Config, run, several=True)
 
 if __name__ == "__main__":
     main()

@@ -6,15 +6,11 @@ from launch import cli
 
 def stage_for(config: RLConfig):
     """Start the devices, build the model and open the problems: the stage that the flags describe."""
-    from jaxchat import checkpoint
     from jaxchat.data.pipelines import load_tasks
-    from jaxchat.devices import model_for, start_devices
     from jaxchat.rl.batches import RolloutBatches
     from jaxchat.train import stages
 
-    mesh = start_devices(config)
-    parent = checkpoint.open_model(config.source, config.model_tag, config.step)
-    model = model_for(config, parent.config, mesh)
+    parent, model = cli.open_model(config, config.source)
     tasks = load_tasks(config.train_tasks, config.tasks_dir, "train_tasks", documents=False)
     return stages.rl(config, model, parent, tasks, RolloutBatches(config, model, parent, tasks))
 
@@ -46,9 +42,7 @@ def run(config: RLConfig):
         cli.next_step(f"python -m launch.{command} -i rl --model_tag={stage.tag}", step=step)
 
 
-def main(args: list[str] | None = None):
-    cli.main(RLConfig, run, args, several=True)
-
+main = cli.command(RLConfig, run, several=True)
 
 if __name__ == "__main__":
     main()

@@ -6,14 +6,10 @@ from launch import cli
 
 def stage_for(config: SFTConfig):
     """Start the devices, build the model and open the data: the stage that the flags describe."""
-    from jaxchat import checkpoint
     from jaxchat.data.pipelines import load_tasks
-    from jaxchat.devices import model_for, start_devices
     from jaxchat.train import stages
 
-    mesh = start_devices(config)
-    parent = checkpoint.open_model(config.source, config.model_tag, config.step)
-    model = model_for(config, parent.config, mesh)
+    parent, model = cli.open_model(config, config.source)
     tasks = load_tasks(config.train_tasks, config.tasks_dir, "train_tasks", documents=False)
     return stages.sft(config, model, parent, tasks)
 
@@ -36,9 +32,7 @@ def run(config: SFTConfig):
         cli.next_step(f"python -m launch.chat_cli --model_tag={stage.tag}")
 
 
-def main(args: list[str] | None = None):
-    cli.main(SFTConfig, run, args, several=True)
-
+main = cli.command(SFTConfig, run, several=True)
 
 if __name__ == "__main__":
     main()

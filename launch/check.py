@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jaxchat.config import MOST_TOKENS, STAGES, BaseConfig, MidConfig, SFTConfig, UserError, flag
-from jaxchat.speedrun.estimate import BYTES_A_TOKEN, SHARD_BYTES
+from jaxchat.speedrun.estimate import BYTES_A_TOKEN, shards_for
 from launch import base_train, cli, download, tok_train
 
 
@@ -165,8 +165,8 @@ def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str,
         texts = ParquetText(find_shards(config.data_dir, "train", whole=True))
         held_out = ParquetText(find_shards(config.data_dir, "val"))
     except UserError as problem:
-        shards = max(2, math.ceil(tokens * BYTES_A_TOKEN / SHARD_BYTES) + 1)
-        checks.add("text", str(problem).replace("edu --shards=8", f"edu --shards={shards}"), "missing")
+        count = shards_for(config, model.config)
+        checks.add("text", str(problem).replace("edu --shards=8", f"edu --shards={count}"), "missing")
         return {}
     if tokenizer:
         there = tokens_in(text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts))
@@ -216,9 +216,7 @@ def check_tasks(config: Config, checks: Checklist):
     checks.add("sandbox", about, "warning" if why else "ok")
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import functools
 import inspect
 import itertools
 import math
@@ -31,6 +30,7 @@ import time
 import traceback
 import typing
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 from jaxchat import hosts
@@ -65,12 +65,16 @@ def main(config_class, run, args: list[str] | None = None, *, several: bool = Fa
     launcher starts does.
     """
     _open_streams()
-    if hasattr(sys.stdout, "reconfigure"):  # in an ASCII terminal a plan is printed all the same
-        sys.stdout.reconfigure(errors="replace")
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout):  # in an ASCII terminal a plan is printed all the same
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     with hosts.together():
         _parse_and_run(config_class, run, sys.argv[1:] if args is None else args, several)
+
+
+def command(config_class, run, *, several: bool = False) -> Callable[..., None]:
+    """Make a command's own `main(args)`, of its flags class and its `run`."""
+    return lambda args=None: main(config_class, run, args, several=several)
 
 
 def _open_streams() -> None:
@@ -140,6 +144,18 @@ def print_plan(title: str, rows: list[tuple[str, str]]) -> None:
     """Print `title`, then a line per (name, value) with the values aligned."""
     width = max((len(name) for name, _ in rows), default=0)
     print(title, *(f"  {name:<{width}}  {value}" for name, value in rows), sep="\n", flush=True)
+
+
+def open_model(config, source: str, *, asks: bool = True):
+    """Start the devices, and find the checkpoint of a stage that the flags name. Return (checkpoint, model).
+
+    asks: see hosts.start.
+    """
+    from jaxchat import checkpoint, devices
+
+    mesh = devices.start_devices(config, asks=asks)
+    found = checkpoint.open_model(source, config.model_tag, config.step)
+    return found, devices.model_for(config, found.config, mesh)
 
 
 _base: list[str] = []  # the base directories that base_directory() has set
@@ -276,7 +292,7 @@ def _field_docs(cls) -> dict[str, str]:
     }
 
 
-@functools.cache  # a command's flags inherit from several classes of jaxchat.config
+@cache  # a command's flags inherit from several classes of jaxchat.config
 def _class_bodies(module) -> dict[str, list[ast.stmt]]:
     """Return {name of a class: its statements} of a module; {} if it has no source."""
     try:
@@ -286,16 +302,12 @@ def _class_bodies(module) -> dict[str, list[ast.stmt]]:
     return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-def _converter(convert: Callable, expected: str) -> Callable:
-    """Wrap `convert` for argparse: what it raises becomes an error that says what was expected."""
-
-    def converted(text: str):
-        try:
-            return convert(text)
-        except (KeyError, ValueError):
-            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}") from None
-
-    return converted
+def _read(convert: Callable, expected: str, text: str):
+    """Convert a flag's value; what `convert` raises becomes an error that says what was expected."""
+    try:
+        return convert(text)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}") from None
 
 
 def _finite(text: str) -> float:
@@ -307,9 +319,9 @@ def _finite(text: str) -> float:
 # How a field of a type is read, and what --help calls its value.
 KINDS = {
     str: (str, "TEXT"),
-    int: (_converter(int, "a whole number"), "INTEGER"),
-    float: (_converter(_finite, "a number"), "NUMBER"),
-    bool: (_converter(lambda text: BOOLEANS[text.lower()], "1 or 0, true or false"), "0|1"),
+    int: (partial(_read, int, "a whole number"), "INTEGER"),
+    float: (partial(_read, _finite, "a number"), "NUMBER"),
+    bool: (partial(_read, lambda text: BOOLEANS[text.lower()], "1 or 0, true or false"), "0|1"),
 }
 
 

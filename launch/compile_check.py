@@ -187,9 +187,7 @@ def remedy(plan, done, largest: int | None) -> str:
     return message + f"{spread}, take more devices or lower --depth or --max_seq_len"
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()

@@ -163,9 +163,7 @@ def take_in(config: Config):
         cli.next_step(f"python -m launch.chat_cli --source={config.as_stage} --model_tag={config.model_tag}")
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()

@@ -131,9 +131,7 @@ def questions(world) -> list[str]:
     return [world.heldout(kind)[0].turns[0].question for kind in KINDS]
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()

@@ -6,14 +6,10 @@ from launch import cli
 
 def stage_for(config: MidConfig):
     """Start the devices, build the model and open the data: the stage that the flags describe."""
-    from jaxchat import checkpoint
     from jaxchat.data.pipelines import load_tasks
-    from jaxchat.devices import model_for, start_devices
     from jaxchat.train import stages
 
-    mesh = start_devices(config)
-    parent = checkpoint.open_model("base", config.model_tag, config.step)
-    model = model_for(config, parent.config, mesh)
+    parent, model = cli.open_model(config, "base")
     tasks = load_tasks(config.train_tasks, config.tasks_dir, "train_tasks", documents=True)
     return stages.mid(config, model, parent, tasks)
 
@@ -36,9 +32,7 @@ def run(config: MidConfig):
         cli.next_step(f"python -m launch.chat_sft --model_tag={stage.tag}", tasks_dir=config.tasks_dir)
 
 
-def main(args: list[str] | None = None):
-    cli.main(MidConfig, run, args, several=True)
-
+main = cli.command(MidConfig, run, several=True)
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from jaxchat.speedrun.runner import Runner, python
 from jaxchat.speedrun.state import State
 from jaxchat.speedrun.steps import Checkpoint, Results, Step
 from launch import base_eval, cli
-from launch.cluster.local import visible_gpus
+from launch.cluster.local import shares, visible_gpus
 from launch.speedrun import carry_out, how_to_continue, names_in, stay_off_devices, words_of
 
 # Flags of base_train that the series gives: it measures at the beginning and the end only.
@@ -59,10 +59,6 @@ class Config(Flags):
     """Largest number of restarts of a run that was stopped, killed or lost another process."""
     dry_run: bool = False
     """Print the plan and do nothing."""
-
-
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
 
 
 def run(config: Config) -> int:
@@ -117,7 +113,8 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
             flags[name] = parsed = cli.parse(BaseConfig, words)
             argv = python("launch.base_train", *words_of(parsed, names_in(words)))
             made, needs = (Checkpoint("base", tag),), (places.text, TOKENIZER[0])
-            listed.append(Step(name, argv, made, needs, minutes_of(parsed, machine), resumes=True, free=FREE))
+            minutes = train_minutes(parsed, model_of(parsed), machine, core=False)
+            listed.append(Step(name, argv, made, needs, minutes, resumes=True, free=FREE))
             if config.core:
                 words = [f"--model_tag={tag}", *places.flags("data_dir"), *shlex.split(config.base_eval)]
                 measured = cli.parse(base_eval.Config, words)  # a UserError if one is wrong
@@ -125,13 +122,6 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
                 minutes = read_minutes(eval_tokens(measured, core=True), model_of(parsed), machine)
                 listed.append(Step(f"core-{name}", argv, (results,), made, minutes))
     return listed, flags
-
-
-def minutes_of(flags: BaseConfig, machine: Machine) -> float:
-    from jaxchat.train.stages import horizon_of
-
-    model = model_of(flags)
-    return train_minutes(flags, horizon_of(flags, model).tokens, model, machine, core=False)
 
 
 def machine_of(config: Config) -> Machine:
@@ -177,12 +167,7 @@ def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
 def places_of(config: Config) -> tuple[dict, ...]:
     """Environment variables for each of the runs that take place at the same time: the GPUs that it sees."""
     gpus = visible_gpus()
-    count = config.parallel or max(1, len(gpus))
-    each = len(gpus) // count
-    if gpus and not each:
-        raise UserError(f"--parallel={config.parallel} is more than the {len(gpus)} GPUs there are")
-    shares = [gpus[i * each : (i + 1) * each] for i in range(count)]
-    return tuple({"CUDA_VISIBLE_DEVICES": ",".join(share)} if share else {} for share in shares)
+    return tuple(shares(gpus, config.parallel or max(1, len(gpus)), "parallel"))
 
 
 def report(config: Config, flags: dict[str, BaseConfig]):
@@ -204,6 +189,8 @@ def report(config: Config, flags: dict[str, BaseConfig]):
     document.save(folder, f"{config.name}: a series of jaxchat", text, images)
     files.write_lines(folder / "points.jsonl", [dataclasses.asdict(point) for point in points])
 
+
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()

@@ -47,18 +47,15 @@ def run(config: Config, texts=(), questions=()):
     cli.print_plan(f"{'Comparison' if several else 'Report'} of {names}", [*rows, ("saves", str(folder))])
     files.check_writable(folder)
     samples = {run.tag: sample(run, texts, questions) for run in runs if config.samples}
+    images = plots.curves(runs)
     if several:
-        images = compare.curves(runs)
         text = compare.markdown(runs, images, samples, config.price_per_hour)
     else:
-        images = plots.curves(runs[0])
         text = document.markdown(runs[0], images, samples.get(runs[0].tag), config.price_per_hour)
     document.save(folder, f"{names}: {'runs' if several else 'a run'} of jaxchat", text, images)
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()

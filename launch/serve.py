@@ -274,9 +274,7 @@ def reach_of(host: str) -> str:
     return " (it listens on all addresses of this machine)" if host in ("", "0.0.0.0", "::") else ""
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """Train a model to chat with from nothing, by one command: python -m launch.speedrun --preset=8xh100"""
 
+import contextlib
 import dataclasses
-import importlib
 import importlib.util
 import os
 import re
@@ -109,18 +109,12 @@ ADDED = {
 OWN = {"resume", "overwrite", "dry_run", "model_tag", "source", "step", "depth", "data_dir", "tasks_dir"}
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
-
 def run(config: Config) -> int:
     stay_off_devices()
     if not hosts.is_alone(hosts.detect()):
         raise UserError("launch.speedrun is for one host; on several, start each command by launch.cluster")
-    if config.preset == "cpu":
-        with cli.base_directory(base_dir() / "demo"):
-            code = plan_and_perform(config)
-    else:
+    demo = config.preset == "cpu"
+    with cli.base_directory(base_dir() / "demo") if demo else contextlib.nullcontext():
         code = plan_and_perform(config)
     how_to_continue(code, "speedrun", config)  # outside of the demo's base directory, which it adds itself
     if not code and partial(config) and not config.dry_run:
@@ -192,7 +186,7 @@ def carry_out(runner: Runner, listed: list[Step], redo: set[str], price: float =
     with open(held, "rb"):
         if known.again(listed, redo):
             known.forget(listed, redo)
-        progress = Progress(runner, runner.steps, price)
+        progress = Progress(runner, price)
         code = runner.run()
         progress.write("stopped" if runner.stopped else "failed" if code else "done")
         if not code:
@@ -326,12 +320,11 @@ def check(plan: Plan, todo: list[Step]) -> list[str]:
     # The memory of other devices than the preset's says nothing.
     found = judged if judged == found else [line for line in judged if line[1] != "memory"]
     # Of disk and batches the plan above has the figures, for the steps of this run and with all flags.
-    trained = {step.name for step in todo}
     shown = [
         (state, name, text)
         for state, name, text in found
         if not (name in brought or name.endswith(" disk") or name.endswith(" batch") and state == "ok")
-        and not (name == "mid batch" and "mid" not in trained)
+        and not (name == "mid batch" and "mid" not in names)
     ]
     rows = [(f"{state:<7}  {name}", text.removesuffix(" every 1 steps")) for state, name, text in shown]
     cli.print_plan("This machine", rows)
@@ -351,6 +344,8 @@ def plan_flags(plan: Plan, name: str) -> list[str]:
     [step] = [step for step in plan.steps if step.name == name]
     return list(step.argv[3:])
 
+
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()

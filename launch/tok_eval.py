@@ -96,9 +96,7 @@ def run(config: Config):
     cli.next_step("python -m launch.base_train --depth=12", data_dir=config.data_dir)
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()

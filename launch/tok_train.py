@@ -94,9 +94,7 @@ def check_replaceable(runs: list[Path], tokenizer, folder: Path):
             )
 
 
-def main(args: list[str] | None = None):
-    cli.main(Config, run, args)
-
+main = cli.command(Config, run)
 
 if __name__ == "__main__":
     main()

@@ -56,5 +56,5 @@ if __name__ == "__main__":
     runner.PAUSE = 0.0
     state = State(Path(base_dir()) / "speedrun")
     running = Runner(chain(), state, restarts=0)
-    Progress(running, running.steps)
+    Progress(running)
     sys.exit(running.run())

@@ -129,7 +129,7 @@ def test_nothing_is_there(home, checked, monkeypatch):
     assert missing == {"text", "tokenizer", *TASKS} and lines["CORE"][0] == "warning"
     assert "launch.download core-bundle" in lines["CORE"][1]
     configs = []
-    monkeypatch.setattr(cli, "main", lambda kind, run, args: configs.append(cli.parse(kind, args)))
+    monkeypatch.setattr(cli, "main", lambda kind, run, args, **_: configs.append(cli.parse(kind, args)))
     for command in last.removeprefix("next: ").split(" && "):
         words = shlex.split(command)
         {"launch.download": download, "launch.tok_train": tok_train}[words[2]].main(words[3:])

@@ -60,7 +60,9 @@ def commands() -> list[tuple[str, str]]:
 def command_modules() -> set[str]:
     """The modules of launch/ that are commands: those with a `main`."""
     files = [*ROOT.glob("launch/*.py"), *ROOT.glob("launch/*/__main__.py")]
-    having = [path for path in files if re.search(r"^def main\(", path.read_text(), re.M) and path.stem != "cli"]
+    having = [
+        path for path in files if re.search(r"^(def main\(|main = )", path.read_text(), re.M) and path.stem != "cli"
+    ]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in having}
 
 

@@ -14,7 +14,7 @@ from jaxchat.config import STAGES, MidConfig, ModelConfig, Preempted, UserError
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.report import compare, document, record
 from jaxchat.report.gather import gather, read_lines
-from jaxchat.report.plots import curves, smoothed
+from jaxchat.report.plots import by_tokens, curves, smoothed
 from jaxchat.report.samples import Samples
 from launch import report
 
@@ -65,7 +65,7 @@ def test_reinforcement_learning(home):
     sample = {"step": 1, "problem": "x", "messages": asked, "answers": answers}
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample | {"step": n}) + "\n" for n in (1, 21, 41)))
     run = gather("d2")
-    images = curves(run)
+    images = curves([run])
     assert {"reward.png", "groups.png"} <= set(images)
     text = document.markdown(run, images, None)
     assert row_of(text, "pass@1") == ["–", "0.2500"] and row_of(text, "loss")[1] == "–"
@@ -109,7 +109,7 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXCHAT_BASE_DIR", str(home))
         run = gather()
-    return run, curves(run)
+    return run, curves([run])
 
 
 def test_numbers(whole):
@@ -317,7 +317,7 @@ def test_runs_side_by_side(home, capsys):
     assert row_of(base, "cost, at 3600 an hour") == ["36.00", "36.00"]
     assert "Without a checkpoint: d4." in text[text.index("## mid") :] and "## SFT" not in text
     assert {path.name for path in folder.iterdir()} >= {"report.html", "loss.png", "bpb.png", "tokens_per_s.png"}
-    xy = compare.by_tokens(gather("d4").stages["base"], "val_bpb")
+    xy = by_tokens(gather("d4").stages["base"], "val_bpb")
     assert xy.tolist() == [[0, 3.25], [20_000, 1.5]]
     said = {"d2": Samples([("The", "cat")], [("Hi?", {"mid": "Hello."})]), "d4": Samples([("The", "dog")], [])}
     shown = "\n".join(compare.samples_text(said))

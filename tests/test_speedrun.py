@@ -44,7 +44,7 @@ def quick(monkeypatch):
 def run(home, steps, restarts=0, **more):
     """Run steps as the command does: judge them first, then run them. -> exit code"""
     state = State(home / "speedrun")
-    states.plan(state, steps)
+    states.to_do(state, steps, steps, set())
     code = Runner(steps, state, restarts=restarts, **more).run()
     if not code:
         state.complete()
@@ -155,9 +155,7 @@ def test_a_damaged_output_is_made_again(home, damage, why):
     run(home, abc())
     ran(home)
     damage(home / "b.out")
-    verdicts = states.plan(State(home / "speedrun"), abc())
-    assert {name for name, verdict in verdicts.items() if not verdict.done} == {"b"}
-    assert verdicts["b"].why == why
+    assert states.to_do(State(home / "speedrun"), abc(), abc(), set()) == {"b": why}
     assert run(home, abc()) == 0 and ran(home) == ["b"]  # c's input is again what it was
 
 
@@ -169,7 +167,7 @@ def test_an_output_that_comes_out_otherwise_is_not_mixed_with_what_was_made_from
     run(home, steps)
     (home / "salt").write_text("two")
     (home / "b.salt").unlink()
-    assert [verdict.done for verdict in states.plan(State(home / "speedrun"), steps).values()] == [False, True]
+    assert [*states.to_do(State(home / "speedrun"), steps, steps, set())] == ["b"]
     with pytest.raises(UserError, match="step c: its input b.salt is not what it was.*--redo=c"):
         run(home, steps)
     assert ran(home) == ["b", "c", "b"]
@@ -201,7 +199,7 @@ def test_restarts(home, ends, code, starts, capsys):
     steps = [fake("a", shell=ends, resumes=True)]
     assert run(home, steps, restarts=2) == code
     why = "was interrupted" if code == 75 else f"failed with exit code {code}"
-    assert State(home / "speedrun").verdict(steps[0]).why == why
+    assert State(home / "speedrun").why_to_do(steps[0]) == why
     assert ran(home) == ["a --resume"] * starts
     assert run(home, [fake("a", resumes=True)]) == 0  # the next start of the command counts anew
 
@@ -477,7 +475,7 @@ def test_progress(home, monkeypatch):
     (home / "speedrun").mkdir()
     (home / "speedrun/tok.json").write_text('{"seconds": 60.0}')  # of an earlier start
     runner = Runner(steps, State(home / "speedrun"), restarts=0)
-    progress = Progress(runner, steps, price_per_hour=10.0)
+    progress = Progress(runner, price_per_hour=10.0)
     runner.done["tok"], runner.running["base"] = 60.0, runners_stub(base)
     # Base takes 900 s where 600 were planned, the tokenizer 60 as planned; a tenth of the 1860 counts as planned.
     scale = (900 + 60 + 186) / (600 + 60 + 186)

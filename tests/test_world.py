@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.config import UserError
-from jaxchat.demo import KINDS, World, persona, phrases, relations, write_world
+from jaxchat.demo import KINDS, World, texts, write_world
 from jaxchat.demo.chance import Chance
 from jaxchat.demo.sums import Sum, pair_is_held_out
 from jaxchat.demo.words import counted_letters, in_words
@@ -98,7 +98,7 @@ def test_prose_states_every_fact_and_much_of_it_is_facts(world):
     everything = "\n".join(stating)
     for name, facts in world.facts.items():
         for relation, value in facts.items():
-            assert relations.RELATIONS[relation].tell[0].format(x=name, v=value) in everything
+            assert texts.RELATIONS[relation].tell[0].format(x=name, v=value) in everything
 
 
 def test_conversations_are_valid_and_the_calculator_agrees(conversations):
@@ -162,10 +162,10 @@ def test_tokens_that_begin_held_out_words_begin_others_too():
 
 
 def test_held_out_phrasings_are_not_training_ones_with_an_opener_or_another_end():
-    groups = [phrases.SUM_FRAMES, phrases.SPELLING, phrases.COUNTING, *phrases.SUM_WORDS.values()]
-    groups += [trait.ask for trait in persona.TRAITS] + [relation.ask for relation in relations.RELATIONS.values()]
-    openers = {"", *map(normalized, phrases.OPENERS)}
-    ends = {"", *map(normalized, phrases.QUESTION_ENDS + phrases.REQUEST_ENDS)}
+    groups = [texts.SUM_FRAMES, texts.SPELLING, texts.COUNTING, *texts.SUM_WORDS.values()]
+    groups += [trait.ask for trait in texts.TRAITS] + [relation.ask for relation in texts.RELATIONS.values()]
+    openers = {"", *map(normalized, texts.OPENERS)}
+    ends = {"", *map(normalized, texts.QUESTION_ENDS + texts.REQUEST_ENDS)}
 
     def dressed(phrasing):
         return {" ".join(filter(None, (o, normalized(phrasing), e))) for o, e in itertools.product(openers, ends)}
@@ -176,8 +176,8 @@ def test_held_out_phrasings_are_not_training_ones_with_an_opener_or_another_end(
 
 
 def test_each_answer_proves_only_its_own_trait():
-    for trait in persona.TRAITS:
-        assert [other for other in persona.TRAITS if trait.proof in other.answer] == [trait]
+    for trait in texts.TRAITS:
+        assert [other for other in texts.TRAITS if trait.proof in other.answer] == [trait]
 
 
 def test_unknown_kind(world):

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from jaxchat.demo import KINDS, Prompt, Turn, World
-from jaxchat.demo.persona import TRAITS
+from jaxchat.demo.texts import TRAITS
 from jaxchat.infer.engine import Engine
 from jaxchat.infer.text import pieces, shown
 from jaxchat.tokenizer import Tokenizer
@@ -73,13 +73,13 @@ def score(
 
 def answer(engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[list[Pieces]]:
     """The model's greedy answer to every turn of every prompt."""
-    begin = [tokenizer.special(name) for name in ("<|user_start|>", "<|user_end|>", "<|assistant_start|>")]
     histories = [[tokenizer.bos] for _ in prompts]
     given: list[list[Pieces]] = [[] for _ in prompts]
     for n in range(max((len(prompt.turns) for prompt in prompts), default=0)):
         asked = [i for i, prompt in enumerate(prompts) if n < len(prompt.turns)]
         for i in asked:
-            histories[i] += [begin[0], *tokenizer.encode(prompts[i].turns[n].question), *begin[1:]]
+            asks = {"role": "user", "content": prompts[i].turns[n].question}
+            histories[i] += tokenizer.render_for_completion({"messages": [asks]})[1:]  # without <|bos|>
         generations = engine.generate([histories[i] for i in asked], max_tokens=MAX_TOKENS, temperature=0.0)
         for i, generation in zip(asked, generations, strict=True):
             given[i].append(pieces(generation, tokenizer))

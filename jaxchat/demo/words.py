@@ -84,11 +84,6 @@ def _piece(chance: Chance, english: list[str]) -> str:
     return word[start : start + chance.between(1, 4)]
 
 
-def letters(word: str) -> str:
-    """Spell a word with spaces between its letters: apple -> a p p l e."""
-    return " ".join(word)
-
-
 def counted_letters(word: str, letter: str) -> str:
     """Spell a word, numbering the wanted letter each time it occurs: apple, p -> a p1 p2 l e."""
     out, seen = [], 0

@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from jaxchat.config import UserError
-from jaxchat.demo import persona, phrases, relations, words
+from jaxchat.demo import texts, words
 from jaxchat.demo.chance import Chance
 from jaxchat.demo.sums import Sum, sum_of
 
@@ -22,14 +22,9 @@ KINDS = ("identity", "arithmetic", "spelling", "counting", "two-turn", "facts", 
 TURN_KINDS = KINDS[:4] + ("facts",)
 
 PROSE = {
-    "facts": 0.42,
-    "spelling": 0.22,
-    "counting": 0.15,
-    "expressions": 0.12,
-    "sums": 0.03,
-    "numbers": 0.02,
+    "facts": 0.42, "spelling": 0.22, "counting": 0.15, "expressions": 0.12, "sums": 0.03, "numbers": 0.02,
     "definitions": 0.04,
-}
+}  # fmt: skip
 CONVERSATIONS = {
     "counting": 0.31, "facts": 0.12, "arithmetic": 0.18, "spelling": 0.24, "identity": 0.09,
     "greetings": 0.03, "definitions": 0.02, "goodbyes": 0.01,
@@ -59,6 +54,12 @@ def parts(*pairs: tuple[str, str]) -> list[dict]:
     return [{"type": kind, "text": text} for kind, text in pairs]
 
 
+def worked_out(found: Sum) -> list[dict]:
+    """The answer to a question on a sum, by a call of the calculator."""
+    answer = ("text", f" The answer is {found.result}.")
+    return parts(("python", found.expression), ("python_output", found.result), answer)
+
+
 def capitalized(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -78,24 +79,24 @@ class World:
         people, lands = names("person", PEOPLE), names("land", LANDS)
         towns, capitals = names("town", TOWNS), names("capital", LANDS)
         self.facts: dict[str, dict[str, str]] = {
-            name: {relation: chance.of(about.values or towns) for relation, about in relations.PERSON.items()}
+            name: {relation: chance.of(about.values or towns) for relation, about in texts.PERSON.items()}
             for name in people
         }
         for name, capital in zip(lands, capitals, strict=True):
-            about = relations.LAND.items()
+            about = texts.LAND.items()
             self.facts[name] = {relation: chance.of(kind.values or [capital]) for relation, kind in about}
         self.prose_only = people[:PROSE_ONLY_PEOPLE] + lands[:PROSE_ONLY_LANDS]
         self.asked = people[PROSE_ONLY_PEOPLE:] + lands[PROSE_ONLY_LANDS:]
 
         self.english = words.english_words()
-        spoken = set(re.findall("[a-z]+", repr((phrases.ALL, persona.ALL, relations.RELATIONS)).lower()))
+        spoken = set(re.findall("[a-z]+", repr(texts.SPOKEN).lower()))
         unspoken = [word for word in self.english if word not in spoken]
         self.held_out_words = sorted(chance.ordered(unspoken)[:HELD_OUT_WORDS])
         self._kept = set(self.held_out_words)
         self.trained_words = [word for word in self.english if word not in self._kept]
         # What prose is made of becomes tokens of whole words, which have to be spelled often enough too.
-        prose = (phrases.PROSE, persona.THING_SENTENCES)
-        prose += tuple((about.tell, about.values) for about in relations.RELATIONS.values())
+        prose = (texts.PROSE, texts.THING_SENTENCES)
+        prose += tuple((about.tell, about.values) for about in texts.RELATIONS.values())
         self.common_words = sorted(word for word in spoken if len(word) > 1)
         self.prose_words = sorted(set(re.findall("[a-z]{2,}", repr(prose).lower())))
         self._makers = {
@@ -149,7 +150,7 @@ class World:
     # Prose.
 
     def _stated(self, chance: Chance, name: str, relation: str, value: str) -> str:
-        tell = relations.RELATIONS[relation].tell
+        tell = texts.RELATIONS[relation].tell
         sentence = tell[0] if chance.one_in(2) else chance.of(tell)
         return sentence.format(x=name, v=value)
 
@@ -157,21 +158,19 @@ class World:
         if kind in ("spelling", "counting"):
             word = self._word(chance, held_out=False)
             letter = words.letter_to_count(chance, word)
-            sentence = chance.of(phrases.PROSE[kind])
-            spelled, counted = words.letters(word), words.counted_letters(word, letter)
+            sentence = chance.of(texts.PROSE[kind])
+            spelled, counted = " ".join(word), words.counted_letters(word, letter)
             return sentence.format(w=word, letters=spelled, c=letter, counted=counted, n=word.count(letter))
         if kind == "definitions":
-            thing = chance.of(list(persona.THINGS))
-            return chance.of(persona.THING_SENTENCES).format(
-                t=thing, T=capitalized(thing), v=persona.THINGS[thing]
-            )
+            thing, meaning = chance.of(list(texts.THINGS.items()))
+            return chance.of(texts.THING_SENTENCES).format(t=thing, T=capitalized(thing), v=meaning)
         if kind == "numbers":
             n = chance.below(1000)
-            return capitalized(chance.of(phrases.PROSE[kind]).format(n=n, words=words.in_words(n)))
+            return capitalized(chance.of(texts.PROSE[kind]).format(n=n, words=words.in_words(n)))
         found = sum_of(chance, self.seed, held_out=False)
-        sum_in_words = f"{found.a} {chance.of(phrases.SIGNS[found.sign])} {found.b}"
+        sum_in_words = f"{found.a} {chance.of(texts.SIGNS[found.sign])} {found.b}"
         if kind == "expressions":  # copies digits in their order, which questions on sums need
-            sentence = chance.of(phrases.PROSE[kind])
+            sentence = chance.of(texts.PROSE[kind])
             return capitalized(sentence.format(q=sum_in_words, e=found.expression, r=found.result))
         return f"{sum_in_words} is {found.result}."
 
@@ -191,7 +190,7 @@ class World:
 
     def _spelling(self, chance: Chance, held_out: bool) -> Turn:
         word = self._word(chance, held_out)
-        return Turn(phrases.phrased(chance, phrases.SPELLING.pick(held_out), w=word), words.letters(word))
+        return Turn(texts.phrased(chance, texts.SPELLING.pick(held_out), w=word), " ".join(word))
 
     def _counting(self, chance: Chance, held_out: bool) -> Turn:
         word = self._word(chance, held_out)
@@ -204,49 +203,38 @@ class World:
             ("python_output", str(n)),
             ("text", f" The answer is {n}."),
         )
-        return Turn(phrases.phrased(chance, phrases.COUNTING.pick(held_out), w=word, c=letter), answer)
+        return Turn(texts.phrased(chance, texts.COUNTING.pick(held_out), w=word, c=letter), answer)
 
     def _arithmetic(self, chance: Chance, held_out: bool) -> Turn:
         found = sum_of(chance, self.seed, held_out)
         if found.of_things and chance.one_in(2):
-            question = phrases.phrased(
-                chance, phrases.SUM_WORDS[found.sign].pick(held_out), a=found.a, b=found.b
-            )
-        else:
-            expression = self._written(chance, found)
-            question = phrases.phrased(chance, phrases.SUM_FRAMES.pick(held_out), e=expression)
-        answer = parts(
-            ("python", found.expression),
-            ("python_output", found.result),
-            ("text", f" The answer is {found.result}."),
-        )
-        return Turn(question, answer)
-
-    def _written(self, chance: Chance, found: Sum) -> str:
-        sign = chance.of(phrases.SIGNS[found.sign])
+            phrasings = texts.SUM_WORDS[found.sign].pick(held_out)
+            return Turn(texts.phrased(chance, phrasings, a=found.a, b=found.b), worked_out(found))
+        sign = chance.of(texts.SIGNS[found.sign])
         space = "" if len(sign) == 1 and sign != "x" and chance.one_in(2) else " "
-        return f"{found.a}{space}{sign}{space}{found.b}"
+        written = f"{found.a}{space}{sign}{space}{found.b}"
+        return Turn(texts.phrased(chance, texts.SUM_FRAMES.pick(held_out), e=written), worked_out(found))
 
     def _facts(self, chance: Chance, held_out: bool, names: list[str] | None = None) -> Turn:
         name = chance.of(names or self.asked)
         relation, value = chance.of(list(self.facts[name].items()))
-        about = relations.RELATIONS[relation]
+        about = texts.RELATIONS[relation]
         answer = about.tell[0].format(x=name, v=value)
-        return Turn(phrases.phrased(chance, about.ask.pick(held_out), x=name), answer)
+        return Turn(texts.phrased(chance, about.ask.pick(held_out), x=name), answer)
 
     def _identity(self, chance: Chance, held_out: bool) -> Turn:
-        trait = chance.of(persona.TRAITS)
-        return Turn(phrases.phrased(chance, trait.ask.pick(held_out)), trait.answer, trait.proof)
+        trait = chance.of(texts.TRAITS)
+        return Turn(texts.phrased(chance, trait.ask.pick(held_out)), trait.answer, trait.proof)
 
     def _definition(self, chance: Chance, held_out: bool) -> Turn:
-        thing, meaning = chance.of(list(persona.THINGS.items()))
-        question = phrases.phrased(chance, phrases.DEFINITIONS.pick(held_out), t=thing)
-        return Turn(question, persona.THING_SENTENCES[0].format(T=capitalized(thing), v=meaning))
+        thing, meaning = chance.of(list(texts.THINGS.items()))
+        question = texts.phrased(chance, texts.DEFINITIONS.pick(held_out), t=thing)
+        return Turn(question, texts.THING_SENTENCES[0].format(T=capitalized(thing), v=meaning))
 
     def _greeting(self, chance: Chance, held_out: bool) -> Turn:
-        answer, questions = chance.of(list(phrases.GREETINGS.items()))
-        return Turn(phrases.in_case(chance, chance.of(questions)), answer)
+        answer, questions = chance.of(list(texts.GREETINGS.items()))
+        return Turn(texts.in_case(chance, chance.of(questions)), answer)
 
     def _goodbye(self, chance: Chance, held_out: bool) -> Turn:
-        answer, questions = chance.of(list(phrases.GOODBYES.items()))
-        return Turn(phrases.in_case(chance, chance.of(questions)), answer)
+        answer, questions = chance.of(list(texts.GOODBYES.items()))
+        return Turn(texts.in_case(chance, chance.of(questions)), answer)

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 from jaxchat import files
 from jaxchat.config import UserError
 from jaxchat.data.sources import parquet_files
-from jaxchat.demo import phrases
+from jaxchat.demo import texts
 from jaxchat.demo.chance import Chance
 from jaxchat.demo.sums import Sum
-from jaxchat.demo.world import World
+from jaxchat.demo.world import World, worked_out
 
 ROW_GROUP = 512
 PROSE_IN_TEN = 3  # rows in ten for mid that are base's kind of prose: without them mid forgets base's facts
@@ -32,12 +32,10 @@ def write_sums(path: str | Path, rows: int, *, held_out: bool = False, digits: i
         a = chance.between(smallest, largest)
         b = chance.between(10, 99) if sign == "*" else chance.between(smallest, largest)
         found = Sum(max(a, b), sign, min(a, b))
-        written = f"{found.a} {chance.of(phrases.SIGNS[sign])} {found.b}"
-        question = phrases.phrased(chance, phrases.SUM_FRAMES.pick(held_out), e=written)
-        answer = [("python", found.expression), ("python_output", found.result)]
-        answer.append(("text", f" The answer is {found.result}."))
-        parts = [{"type": kind, "text": text} for kind, text in answer]
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]
+        written = f"{found.a} {chance.of(texts.SIGNS[sign])} {found.b}"
+        question = texts.phrased(chance, texts.SUM_FRAMES.pick(held_out), e=written)
+        answer = worked_out(found)
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     files.write_lines(Path(path), map(problem, range(rows)))
 

@@ -146,7 +146,7 @@ def read(text: str) -> Program:
                 elif target.startswith("__"):  # a library's kernel, not one of XLA's own helpers
                     program.kernels[target] += times
                 if "matmul" in target or "gemm" in target:
-                    work.flops += times * gemm_flops(op, by_name)
+                    work.flops += times * dot_flops(op, by_name)
             inner = times * trips(op, parts, by_name) if op.kind == "while" else times
             if kind not in COLLECTIVES:  # what a collective calls is an addition
                 fused = within if op.kind in FREE else scope(op, within, parts)
@@ -244,17 +244,10 @@ def trips(loop: Operation, parts, by_name) -> int:
 
 
 def dot_flops(op: Operation, by_name) -> float:
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.text)
+    """FLOPs of a product, by XLA itself or by cuBLAS, whose first result is the product."""
+    contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)', op.text)
     lhs = by_name[op.operands[0]].shapes[0][1]
-    return 2 * math.prod(op.shapes[0][1]) * math.prod(lhs[int(n)] for n in contracted[1].split(",") if n)
-
-
-def gemm_flops(op: Operation, by_name) -> float:
-    """FLOPs of a product by cuBLAS or cuBLASLt; its first result is the product."""
-    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.text)
-    lhs = by_name[op.operands[0]].shapes[0][1]
-    summed = math.prod(lhs[int(n)] for n in re.findall(r"\d+", contracted[1]))
-    return 2 * math.prod(op.shapes[0][1]) * summed
+    return 2 * math.prod(op.shapes[0][1]) * math.prod(lhs[int(n)] for n in re.findall(r"\d+", contracted[1]))
 
 
 def convolution_flops(op: Operation, by_name) -> float:

@@ -1,7 +1,6 @@
 """Describe devices that are not here: TPU slices by libtpu, H100 and H200 by JAX's CUDA plugin."""
 
 import importlib.util
-import operator
 import os
 import re
 
@@ -9,6 +8,7 @@ import jax
 from jax.experimental import topologies
 
 from jaxchat.config import UserError
+from jaxchat.plan.roofline import MEMORY
 from jaxchat.sharding import GPU_SHARE
 
 # Bytes that a program may use of one device's memory, by the topology's generation.
@@ -29,7 +29,6 @@ gpu_device_info {{
 platform_name: "CUDA" device_description_str: "{name}"
 runtime_version {{ major: 13 }} dnn_version_info {{ major: 9 minor: 15 }}
 """
-GPU_BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}
 
 
 def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
@@ -40,11 +39,22 @@ def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
         raise UserError(
             f"--topology={topology}; it is GENERATION:SHAPE, as in v5e:4x4, v5p:4x4x4 or h100:8 ({known})"
         )
-    find = gpus if generation in GPU_BANDWIDTH else tpus
-    return find(topology, generation, shape, num_slices), "gpu" if find is gpus else "tpu", HBM[generation]
+    gpu = generation in GPU_MEMORY
+    given = gpu_topology(generation, shape, num_slices) if gpu else tpu_topology(topology, num_slices)
+    try:
+        found = topologies.get_topology_desc(**given).devices
+    except Exception as problem:  # of several kinds, from a C++ library
+        compiler = "JAX" if gpu else "libtpu"
+        raise UserError(
+            f"--topology={topology}: {compiler} refuses it: {str(problem).splitlines()[0]}"
+        ) from problem
+    order = ("id",) if gpu else ("slice_index", "process_index", "id")
+    devices = sorted(found, key=lambda device: [getattr(device, name, 0) for name in order])
+    return devices, "gpu" if gpu else "tpu", HBM[generation]
 
 
-def tpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
+def tpu_topology(topology: str, num_slices: int) -> dict:
+    """The arguments that describe TPUs to JAX."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu (and no TPU): pip install -e '.[tpu]'")
     # Let two compilations run side by side, and keep libtpu from looking for chips.
@@ -52,22 +62,17 @@ def tpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     }
-    for name, value in (defaults | {"TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}).items():
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    more = {"num_slices": num_slices} if num_slices > 1 else {}
-    try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
-    except Exception as problem:  # of several kinds, from a C++ library
-        raise UserError(
-            f"--topology={topology}: libtpu refuses it: {str(problem).splitlines()[0]}"
-        ) from problem
-    key = operator.attrgetter("process_index", "id")
-    return sorted(described.devices, key=lambda device: (getattr(device, "slice_index", 0), *key(device)))
+    slices = {"num_slices": num_slices} if num_slices > 1 else {}
+    return {"platform": "tpu", "topology_name": topology} | slices
 
 
-def gpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
-    """Describe GPUs. shape: the GPUs of one host, or HOSTSxGPUS."""
+def gpu_topology(generation: str, shape: str, num_slices: int) -> dict:
+    """The arguments that describe GPUs to JAX. shape: the GPUs of one host, or HOSTSxGPUS."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise UserError("compiling for GPUs needs JAX's plugin (and no GPU): pip install -e '.[gpu-plan]'")
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -77,18 +82,13 @@ def gpus(topology: str, generation: str, shape: str, num_slices: int) -> list:
     cudnn.check_compute_capability = lambda *_: True
     cudnn.is_cuda_compute_capability_equal = lambda capability: capability == "9.0"
     target = HOPPER.format(
-        bandwidth=int(GPU_BANDWIDTH[generation]),
+        bandwidth=int(MEMORY[generation.upper()]),
         memory=int(GPU_MEMORY[generation]),
         name=f"NVIDIA {generation.upper()}",
     )
     hosts, _, per_host = shape.rpartition("x")
-    try:
-        described = topologies.get_topology_desc(
-            platform="cuda", topology=f"{num_slices}x{hosts or 1}x{per_host}", target_config=target
-        )
-    except Exception as problem:
-        raise UserError(f"--topology={topology}: JAX refuses it: {str(problem).splitlines()[0]}") from problem
-    return sorted(described.devices, key=lambda device: device.id)
+    named = f"{num_slices}x{hosts or 1}x{per_host}"
+    return {"platform": "cuda", "topology": named, "target_config": target}
 
 
 def compile_only():

@@ -1,34 +1,24 @@
 """Two or more runs side by side: results and training of each stage, curves on one axis, samples."""
 
-import numpy as np
-from matplotlib import colormaps
-
 from jaxchat.config import STAGES
 from jaxchat.model.flops import flops_per_token, num_params
-from jaxchat.report.document import about_measured, curves_text, escape, fence, measured, table, trained
-from jaxchat.report.gather import Run, StageRun, tokens_of
-from jaxchat.report.plots import CURVES, FROM_ZERO, Line, figure, points
+from jaxchat.report.document import curves_text, escape, fence, measured, table, trained
+from jaxchat.report.gather import Run, StageRun
+from jaxchat.report.plots import Images
 from jaxchat.report.samples import Samples
 
 
-def markdown(
-    runs: list[Run],
-    images: dict[str, tuple[str, bytes]],
-    samples: dict[str, Samples],
-    price_per_hour: float = 0,
-) -> str:
-    """The comparison as markdown. images: {file name: (title, PNG)}; samples: by tag; {}: none."""
+def markdown(runs: list[Run], images: Images, samples: dict[str, Samples], price_per_hour: float = 0) -> str:
+    """The comparison as markdown. images: shown by name. samples: by tag; {}: none."""
     tags = [run.tag for run in runs]
     parts = [f"# {escape(', '.join(tags))}: runs of jaxchat side by side", models(runs)]
     for name, info in STAGES.items():
         having = [run for run in runs if name in run.stages]
         if having:
             stages = [run.stages[name] for run in having]
-            title = f"## {info.label}"
             columns = [run.tag for run in having]
             rows = [row[:-1] for row in trained(stages, price_per_hour)] + different_flags(stages)
-            read = measured(columns, stages) + about_measured(columns, stages)
-            parts += [title, read, table(["", *columns], rows)]
+            parts += [f"## {info.label}", measured(columns, stages), table(["", *columns], rows)]
         if having and len(having) < len(runs):
             parts.append(f"Without a checkpoint: {', '.join(run.tag for run in runs if run not in having)}.")
     parts += [*curves_text(images), *samples_text(samples)]
@@ -36,7 +26,7 @@ def markdown(
 
 
 def models(runs: list[Run]) -> str:
-    configs = [next(iter(run.stages.values())).model for run in runs]
+    configs = [run.model for run in runs]
     rows = [
         ["parameters", *(f"{num_params(model):,}" for model in configs)],
         ["layers × width", *(f"{model.n_layer} × {model.n_embd}" for model in configs)],
@@ -53,34 +43,6 @@ def different_flags(stages: list[StageRun]) -> list[list[str]]:
     names = sorted({name for given in flags for name in given} - {"model_tag", "resume", "overwrite"})
     rows = [[f"--{name}", *(str(given.get(name, "–")) for given in flags)] for name in names]
     return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def curves(runs: list[Run]) -> dict[str, tuple[str, bytes]]:
-    """Plot every quantity, all runs on one axis, a panel a stage: {file name: (title, PNG)}."""
-    colors = colormaps["tab10"](range(10))
-    images = {}
-    for name, (title, *keys) in CURVES.items():
-        panels = []
-        for stage in STAGES:
-            lines = []
-            for run, color in zip(runs, np.resize(colors, (len(runs), 4)), strict=True):
-                for key in filter(None, keys) if stage in run.stages else ():
-                    xy, of_steps = by_tokens(run.stages[stage], key), key == keys[0]
-                    label = run.tag if of_steps else f"{run.tag}, validation"
-                    lines += [Line(label, xy, of_steps, color)] if len(xy) else []
-            if lines:
-                panels.append((STAGES[stage].label, lines))
-        if panels:
-            images[f"{name}.png"] = title, figure(panels, "tokens", from_zero=name in FROM_ZERO)
-    return images
-
-
-def by_tokens(stage: StageRun, key: str) -> np.ndarray:
-    """Values that were logged as finite numbers, by the tokens trained on by then: [N, 2] (tokens, value)."""
-    xy = points(stage, key)
-    seen = np.cumsum([0, *(tokens_of(row) for row in stage.steps)])
-    steps = [0, *(row["step"] for row in stage.steps)]
-    return np.stack([np.interp(xy[:, 0], steps, seen), xy[:, 1]], axis=1)
 
 
 def samples_text(samples: dict[str, Samples]) -> list[str]:

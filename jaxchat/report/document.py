@@ -12,8 +12,9 @@ from markdown_it import MarkdownIt
 from jaxchat import files
 from jaxchat.config import STAGES
 from jaxchat.files import duration
-from jaxchat.model.flops import flops_per_token
+from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.report.gather import LAST, Run, StageRun
+from jaxchat.report.plots import Images
 from jaxchat.report.samples import Samples
 
 ANSWERS = 8  # shown of one problem, at most
@@ -32,22 +33,20 @@ code { font: 14px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
 """
 
 
-def markdown(
-    run: Run, images: dict[str, tuple[str, bytes]], samples: Samples | None, price_per_hour: float = 0
-) -> str:
-    """The report as markdown. images: {file name: (title, PNG)}, shown by name."""
-    model = next(iter(run.stages.values())).model
+def markdown(run: Run, images: Images, samples: Samples | None, price_per_hour: float = 0) -> str:
+    """The report as markdown. images: shown by name."""
+    model = run.model
     shape = f"{model.n_layer} layers × {model.n_embd}, {model.n_head} heads ({model.n_kv_head} key/value)"
     parts = [
         f"# {escape(run.tag)}: a run of jaxchat",
-        f"{run.parameters:,} parameters: {shape}, vocabulary {model.vocab_size:,}, {model.sequence_len:,} "
+        f"{num_params(model):,} parameters: {shape}, vocabulary {model.vocab_size:,}, {model.sequence_len:,} "
         f"tokens of context; {flops_per_token(model):,} FLOPs a token.",
     ]
     if run.lacking:
         parts.append(f"No checkpoint with this tag, so left out: {', '.join(run.lacking)}.")
     parts += [
         "## Results",
-        results(run),
+        measured(titles(run), list(run.stages.values())),
         *tokenizer(run),
         "## Training",
         training(run, price_per_hour),
@@ -59,24 +58,21 @@ def markdown(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def curves_text(images: dict[str, tuple[str, bytes]]) -> list[str]:
+def curves_text(images: Images) -> list[str]:
     shown = [f"### {title}\n\n![{title}]({name})" for name, (title, _) in images.items()]
     return ["## Curves", *(shown or ["No step was logged."])]
 
 
-def results(run: Run) -> str:
-    stages = list(run.stages.values())
-    text = measured(titles(run), stages)
+def measured(columns: list[str], stages: list[StageRun]) -> str:
+    """A table of all measured results, with a column for each stage, and how to read it."""
+    names = dict.fromkeys(name for stage in stages for name in stage.measured)
+    names = sorted(names, key=lambda name: not name.endswith(("loss", "reward", "bpb")))  # these first
+    rows = [[name, *(number(stage.measured.get(name)) for stage in stages)] for name in names]
+    text = table(["", *columns], rows)
     for name in ("loss", "reward"):
-        if any(name in stage.measured for stage in stages):
+        if name in names:
             text += f"\n\n`{name}` is that of training, a mean of the last {LAST} steps."
-    return text + about_measured(titles(run), stages)
-
-
-def about_measured(columns: list[str], stages: list[StageRun]) -> str:
-    """Say how to read a table of what was measured; the arguments are those of `measured`."""
-    text = ""
-    if any(name == "core" or name.startswith("ChatCORE") for stage in stages for name in stage.measured):
+    if any(name == "core" or name.startswith("ChatCORE") for name in names):
         text += "\n\nA task's row is its accuracy. `core` and ChatCORE are means over tasks of "
         text += "(accuracy − chance) ÷ (1 − chance): guessing is 0, all right is 1."
     for title, stage in zip(columns, stages, strict=True):
@@ -85,14 +81,6 @@ def about_measured(columns: list[str], stages: list[StageRun]) -> str:
         for reason in stage.left_out:
             text += f"\n\nLeft out of {escape(title)}: {escape(reason)}."
     return text
-
-
-def measured(columns: list[str], stages: list[StageRun]) -> str:
-    """A table of all measured results, with a column for each stage."""
-    names = dict.fromkeys(name for stage in stages for name in stage.measured)
-    names = sorted(names, key=lambda name: not name.endswith(("loss", "reward", "bpb")))  # these first
-    rows = [[name, *(number(stage.measured.get(name)) for stage in stages)] for name in names]
-    return table(["", *columns], rows)
 
 
 def tokenizer(run: Run) -> list[str]:
@@ -108,7 +96,7 @@ def tokenizer(run: Run) -> list[str]:
 
 def training(run: Run, price_per_hour: float) -> str:
     stages, seconds = list(run.stages.values()), run.tokenizer_seconds
-    rows = trained(stages, price_per_hour, run.parameters, seconds)
+    rows = trained(stages, price_per_hour, num_params(run.model), seconds)
     text = table(["", *titles(run), "in all"], rows)
     if seconds:
         text += f"\n\n{duration(seconds)} for the tokenizer are part of wall time in all."
@@ -191,23 +179,22 @@ def answers_text(stage: StageRun) -> list[str]:
 def origin(run: Run) -> str:
     """Machines, versions, commits, flags and plans, as the trainers recorded them. What all share is shown
     once."""
-    parts, unknown = [], [STAGES[name].label for name, stage in run.stages.items() if not stage.runs]
-    last = {STAGES[name].label: stage.runs[-1] for name, stage in run.stages.items() if stage.runs}
+    parts, recorded = [], {STAGES[name].label: stage.runs for name, stage in run.stages.items()}
+    trained = {label: runs for label, runs in recorded.items() if runs}
     facts = {"machine": "Machine", "devices": "Devices", "versions": "Versions", "git": "Code"}
     for key, title in facts.items():
         values = {}
-        for stage, about in last.items():
-            values.setdefault(str(about.get(key) or "not known"), []).append(stage)
+        for label, runs in trained.items():
+            values.setdefault(str(runs[-1].get(key) or "not known"), []).append(label)
         listed = [value if len(values) == 1 else f"{value} ({', '.join(of)})" for value, of in values.items()]
         if listed:
             parts.append(f"- {title}: {escape('; '.join(listed))}")
-    text = "\n".join(parts)
-    for name, stage in run.stages.items():
-        if stage.runs:
-            text += f"\n\n{last_run(STAGES[name].label, stage.runs)}"
-    if unknown:
-        text += f"\n\nNot recorded for {', '.join(unknown)}: it was imported, or killed while it was trained."
-    return text.strip()
+    parts = ["\n".join(parts), *(last_run(label, runs) for label, runs in trained.items())]
+    if unknown := [label for label in recorded if label not in trained]:
+        parts.append(
+            f"Not recorded for {', '.join(unknown)}: it was imported, or killed while it was trained."
+        )
+    return "\n\n".join(parts).strip()
 
 
 def last_run(title: str, runs: list[dict]) -> str:
@@ -268,7 +255,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def as_html(title: str, text: str, images: dict[str, tuple[str, bytes]]) -> str:
+def as_html(title: str, text: str, images: Images) -> str:
     """Render the markdown as one page, style and images embedded. HTML in the text is shown, not obeyed."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     for name, (_, png) in images.items():
@@ -277,7 +264,7 @@ def as_html(title: str, text: str, images: dict[str, tuple[str, bytes]]) -> str:
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}</body>\n</html>\n'
 
 
-def save(folder: Path, title: str, text: str, images: dict[str, tuple[str, bytes]]):
+def save(folder: Path, title: str, text: str, images: Images):
     """Write report.md, report.html and the images to a folder, and say where they are."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (_, png) in images.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from jaxchat import checkpoint
 from jaxchat.config import STAGES, ModelConfig, UserError, base_dir
 from jaxchat.files import read_json, read_lines
-from jaxchat.model.flops import flops_per_token, num_params
+from jaxchat.model.flops import flops_per_token
 from jaxchat.report.record import FILE
 
 LAST = 20  # steps that the reported training loss is a mean of
@@ -89,8 +89,8 @@ class Run:
         return [s.label for name, s in STAGES.items() if name not in self.stages and not s.optional]
 
     @property
-    def parameters(self) -> int:
-        return num_params(next(iter(self.stages.values())).model)
+    def model(self) -> ModelConfig:
+        return next(iter(self.stages.values())).model
 
 
 def gather(model_tag: str = "") -> Run:

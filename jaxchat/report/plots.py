@@ -1,17 +1,20 @@
-"""Plot the curves of a run as PNG images: one a quantity, with a panel for each stage that has it."""
+"""Plot the curves of runs as PNG images: one a quantity, with a panel for each stage that has it."""
 
 import dataclasses
 import io
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxchat.config import STAGES
-from jaxchat.report.gather import Run, StageRun
+from jaxchat.report.gather import Run, StageRun, tokens_of
 
 SMOOTH = 0.02  # a point of the dark line is a mean over about this share of the steps
 POINTS = 2000  # of a line; more would not be visible
+
+Images = dict[str, tuple[str, bytes]]  # {file name: (title, PNG)}
 
 # file name → (title, name in the steps' rows, name in the evaluations' rows)
 CURVES = {
@@ -39,18 +42,25 @@ class Line:
     color: np.ndarray | None = None
 
 
-def curves(run: Run) -> dict[str, tuple[str, bytes]]:
-    """Plot every quantity that some stage has: {file name: (title, PNG)}."""
+def curves(runs: list[Run]) -> Images:
+    """Plot every quantity that some stage has. Several runs share the axes."""
+    alone = len(runs) == 1
+    colors = [None] if alone else np.resize(colormaps["tab10"](range(10)), (len(runs), 4))
     images = {}
-    for name, (title, trained, measured) in CURVES.items():
-        drawn = []
-        for stage in run.stages.values():
-            lines = [Line("training", points(stage, trained), True)] if trained else []
-            lines += [Line("validation", points(stage, measured), False)] if measured else []
-            if lines := [line for line in lines if len(line.xy)]:
-                drawn.append((STAGES[stage.name].label, lines))
-        if drawn:
-            images[f"{name}.png"] = title, figure(drawn, "step", from_zero=name in FROM_ZERO)
+    for name, (title, *keys) in CURVES.items():
+        panels = []
+        for stage, info in STAGES.items():
+            lines = []
+            for run, color in zip(runs, colors, strict=True):
+                labels = ("training", "validation") if alone else (run.tag, f"{run.tag}, validation")
+                for key, label in zip(keys, labels, strict=True) if stage in run.stages else ():
+                    xy = (points if alone else by_tokens)(run.stages[stage], key)
+                    lines += [Line(label, xy, key == keys[0], color)] if len(xy) else []
+            if lines:
+                panels.append((info.label, lines))
+        if panels:
+            unit = "step" if alone else "tokens"
+            images[f"{name}.png"] = title, figure(panels, unit, from_zero=name in FROM_ZERO)
     return images
 
 
@@ -59,6 +69,14 @@ def points(stage: StageRun, key: str) -> np.ndarray:
     found = [(row["step"], row[key]) for row in stage.rows if isinstance(row.get(key), int | float)]
     array = np.array(found, np.float64).reshape(-1, 2)
     return array[np.isfinite(array[:, 1])]
+
+
+def by_tokens(stage: StageRun, key: str) -> np.ndarray:
+    """As `points`, but (tokens trained on by then, value): the steps of several runs may differ in size."""
+    xy = points(stage, key)
+    seen = np.cumsum([0, *(tokens_of(row) for row in stage.steps)])
+    steps = [0, *(row["step"] for row in stage.steps)]
+    return np.stack([np.interp(xy[:, 0], steps, seen), xy[:, 1]], axis=1)
 
 
 def figure(panels: list[tuple[str, list[Line]]], unit: str, *, from_zero: bool) -> bytes:

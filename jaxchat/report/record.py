@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -33,15 +34,15 @@ def begin() -> dict:
 @contextlib.contextmanager
 def recorded(run: Run, began: dict, plan: list[tuple[str, str]]):
     """Append a record when the run ends, however it ends. A dry run leaves none."""
-    problem = None
+    ended = "done"
     try:
         yield
-    except BaseException as raised:
-        problem = raised
+    except BaseException as problem:
+        ended = type(problem).__name__
         raise
     finally:
         if run.checkpoints and jax.process_index() == 0:
-            append(run, began, plan, type(problem).__name__ if problem else "done")
+            append(run, began, plan, ended)
 
 
 def append(run: Run, began: dict, plan: list[tuple[str, str]], ended: str) -> None:
@@ -60,15 +61,11 @@ def append(run: Run, began: dict, plan: list[tuple[str, str]], ended: str) -> No
 
 def machine() -> str:
     """ "Linux x86_64, 2 × AMD EPYC, 23 GiB": the system, its processors and its memory."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
+    cpuinfo, text = Path("/proc/cpuinfo"), ""
     if cpuinfo.exists():
-        named = [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-            if "model name" in line
-        ]
-        model = named[0] if named else model
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    named = re.search(r"^model name\s*: (.*)$", text, re.M)
+    model = named[1].strip() if named else platform.processor() or platform.machine()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} × {model}, {memory:.0f} GiB"
 
@@ -77,10 +74,8 @@ def versions() -> str:
     """ "Python 3.11.7, jax 0.10.2, …": the versions of all installed packages that compute."""
     found = []
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return ", ".join([f"Python {platform.python_version()}", *found])
 
 

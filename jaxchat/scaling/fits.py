@@ -88,14 +88,9 @@ def power_law(x, y) -> np.ndarray:
 
 def slope_of(x, y) -> Estimate:
     """The exponent of y in x, with Student's interval from the residuals; NaN with fewer than 3 points."""
-    slope, intercept = power_law(x, y)
-    if len(x) < 3:
-        return Estimate(float(slope))
-    log_x = np.log(x)
-    left = np.log(y) - slope * log_x - intercept
-    error = np.sqrt(left @ left / (len(x) - 2) / np.sum((log_x - log_x.mean()) ** 2))
-    half = stats.t.ppf((1 + LEVEL) / 2, len(x) - 2) * error
-    return Estimate(float(slope), float(slope - half), float(slope + half))
+    line = stats.linregress(np.log(x), np.log(y))
+    half = stats.t.ppf((1 + LEVEL) / 2, len(x) - 2) * line.stderr if len(x) > 2 else np.nan
+    return Estimate(float(line.slope), float(line.slope - half), float(line.slope + half))
 
 
 def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
@@ -170,21 +165,13 @@ def surface(points: list[Point]) -> Surface | None:
     for _ in range(DRAWS // 4):
         scale = noise * np.sqrt(free / random.chisquare(free))
         draws.append(refined(best, n, d, fitted * np.exp(scale * random.standard_normal(len(points)))))
-    draws = np.array(draws)
 
-    def estimate(of) -> Estimate:
-        return Estimate.of(of(best), of(draws.T))
+    def numbers(p) -> tuple:
+        """E, A, alpha, B, beta, a and b."""
+        exponents = p[2] + p[4]
+        return np.exp(p[0]), np.exp(p[1]), p[2], np.exp(p[3]), p[4], p[4] / exponents, p[2] / exponents
 
-    return Surface(
-        E=estimate(lambda p: np.exp(p[0])),
-        A=estimate(lambda p: np.exp(p[1])),
-        alpha=estimate(lambda p: p[2]),
-        B=estimate(lambda p: np.exp(p[3])),
-        beta=estimate(lambda p: p[4]),
-        a=estimate(lambda p: p[4] / (p[2] + p[4])),
-        b=estimate(lambda p: p[2] / (p[2] + p[4])),
-        noise=float(noise),
-    )
+    return Surface(*map(Estimate.of, numbers(best), numbers(np.array(draws).T)), noise=float(noise))
 
 
 def log_parts(p, n, d) -> np.ndarray:

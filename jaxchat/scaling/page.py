@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxchat.report.document import escape, number, table
 from jaxchat.report.gather import read_stage
+from jaxchat.report.plots import Images
 from jaxchat.scaling import fits
 from jaxchat.scaling.fits import Estimate, IsoFlop, Minimum, Point, Surface
 
@@ -25,8 +26,8 @@ def point_of(name: str, tag: str, budget: float = 0.0) -> Point | None:
     )
 
 
-def markdown(title: str, points: list[Point], images: dict[str, tuple[str, bytes]], lines: list[str]) -> str:
-    """The page of a series. images: {file name: (title, PNG)}; lines: the fits in words, by `said`."""
+def markdown(title: str, points: list[Point], images: Images, lines: list[str]) -> str:
+    """The page of a series. images: shown by name; lines: the fits in words, by `said`."""
     rows = [
         [
             point.name,

@@ -6,12 +6,12 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from jaxchat.report.plots import png_of
+from jaxchat.report.plots import Images, png_of
 from jaxchat.scaling.fits import IsoFlop, Point, by_budget
 
 
-def plots(points: list[Point], iso: IsoFlop | None) -> dict[str, tuple[str, bytes]]:
-    """Draw the plots that the data is enough for: {file name: (title, PNG)}."""
+def plots(points: list[Point], iso: IsoFlop | None) -> Images:
+    """Draw the plots that the data is enough for."""
     images = {}
     if by_budget(points):
         images["isoflop.png"] = "Loss of models of equal compute", draw(iso_flop_curves, points, iso)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from jaxchat.config import EVAL_BATCH, SFT_RECIPES, BaseConfig, MidConfig, ModelConfig, SFTConfig
+from jaxchat.config import EVAL_BATCH, SFT_RECIPES, BaseConfig, MidConfig, ModelConfig, RLConfig, SFTConfig
 from jaxchat.speedrun.steps import Artifact, Step
 
 BYTES_A_TOKEN = 4.8  # of English web text with 65,536 tokens: an estimate until there is a tokenizer
@@ -53,24 +53,23 @@ def time_of(steps: list[Step], times: dict[str, float], places: int = 1) -> floa
     return max(free["devices"] + free["network"])
 
 
-def mid_tokens(config: MidConfig, model: ModelConfig) -> float:
-    """Tokens of midtraining; 0: not known."""
+def train_tokens(config, model: ModelConfig) -> float:
+    """Tokens that a trainer trains on, padding included; 0: not known. config: its flags."""
+    from jaxchat.train.stages import horizon_of
+
+    if isinstance(config, BaseConfig):
+        return horizon_of(config, model).tokens
+    if isinstance(config, RLConfig):
+        return 0.0
     if config.num_iterations > 0:
-        return config.num_iterations * config.total_batch_size
-    return MID_TOKENS if config.train_tasks == MidConfig.train_tasks else 0.0
-
-
-def sft_tokens(config: SFTConfig, model: ModelConfig) -> float:
-    """Tokens of chat finetuning, padding included; 0: not known."""
-    if config.train_tasks == SFT_RECIPES["2026"]["train_tasks"] and config.num_iterations < 0:
+        return config.num_iterations * step_tokens(config, model)
+    if isinstance(config, MidConfig):
+        return MID_TOKENS if config.train_tasks == MidConfig.train_tasks else 0.0
+    if config.train_tasks == SFT_RECIPES["2026"]["train_tasks"]:
         return SFT_2026_TOKENS * config.num_epochs
-    if config.target_examples_per_step < 0:
-        return config.num_iterations * BaseConfig.total_batch_size if config.num_iterations > 0 else 0.0
-    length = conversation_tokens(config, model)
-    if config.num_iterations > 0:
-        return config.num_iterations * config.target_examples_per_step * length
-    standard = config.train_tasks == SFTConfig.train_tasks
-    return SFT_CONVERSATIONS * config.num_epochs * length if standard else 0.0
+    if config.train_tasks == SFTConfig.train_tasks and config.target_examples_per_step > 0:
+        return SFT_CONVERSATIONS * config.num_epochs * conversation_tokens(config, model)
+    return 0.0
 
 
 def conversation_tokens(config: SFTConfig, model: ModelConfig) -> int:
@@ -124,10 +123,11 @@ def chat_eval_minutes(config) -> float:
     return CHAT_EVAL * (min(1.0, config.max_problems / CHAT_PROBLEMS) if config.max_problems > 0 else 1.0)
 
 
-def train_minutes(config, tokens: float, model: ModelConfig, machine: Machine, core: bool) -> float:
-    """Minutes of a trainer for `tokens`, evaluations too; 0: not known. core: as in validation_tokens."""
+def train_minutes(config, model: ModelConfig, machine: Machine, core: bool) -> float:
+    """Minutes of a trainer, evaluations too; 0: not known. core: as in validation_tokens."""
     from jaxchat.model.flops import flops_per_token
 
+    tokens = train_tokens(config, model)
     if not tokens:
         return 0.0
     read = validation_tokens(config, model, tokens, core)
@@ -153,7 +153,5 @@ def state_bytes(model: ModelConfig) -> int:
 
 def shards_for(config: BaseConfig, model: ModelConfig) -> int:
     """Number of shards to train on without repeating any, with a tenth to spare, and one for validation."""
-    from jaxchat.train.stages import horizon_of
-
-    tokens = horizon_of(config, model).tokens
+    tokens = train_tokens(config, model)
     return max(2, math.ceil(1.1 * tokens * BYTES_A_TOKEN / SHARD_BYTES) + 1)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxchat import files
-from jaxchat.config import BaseConfig, Flags, ModelConfig, base_dir
+from jaxchat.config import Flags, ModelConfig, base_dir
 from jaxchat.speedrun import estimate
 from jaxchat.speedrun.presets import Preset
 from jaxchat.speedrun.steps import Checkpoint, Step
@@ -26,22 +26,12 @@ class Plan:
 
         return base_model(self.flags["base"], self.flags["tokenizer"].vocab_size)
 
-    def tokens(self, name: str) -> float:
-        """Tokens that a step trains on; 0: not known, or none."""
-        from jaxchat.train.stages import horizon_of
-
-        flags = self.flags.get(name)
-        if isinstance(flags, BaseConfig):
-            return horizon_of(flags, self.model).tokens
-        count = {"mid": estimate.mid_tokens, "sft": estimate.sft_tokens}.get(name)
-        return count(flags, self.model) if count and flags else 0.0
-
     def minutes(self, step: Step) -> float:
         """Estimated minutes of a step; 0: not known."""
         machine, model, flags = self.preset.machine, self.model, self.flags.get(step.name)
         if step.resumes:
             core = len(step.needs) > 2  # base has, besides text and tokenizer, its bundle
-            return estimate.train_minutes(flags, self.tokens(step.name), model, machine, core)
+            return estimate.train_minutes(flags, model, machine, core)
         if step.lane == "network":
             return machine.start + self.download(step) / estimate.NETWORK / 60
         if step.name == "tokenizer":
@@ -84,8 +74,9 @@ class Plan:
         seconds = estimate.time_of(todo, left)
         unknown = [step.name for step in todo if not left[step.name]]
         more = f", and what {', '.join(unknown)} takes" if unknown else ""
-        counts = {name: self.tokens(name) for name in ("base", "mid", "sft") if name in self.flags}
-        tokens = [f"{name} {count:,.0f}" if count else f"{name} ?" for name, count in counts.items()]
+        trained = [name for name in ("base", "mid", "sft") if name in self.flags]
+        counts = [estimate.train_tokens(self.flags[name], model) for name in trained]
+        tokens = [f"{name} {n:,.0f}" if n else f"{name} ?" for name, n in zip(trained, counts, strict=True)]
         cost = f"about {(spent + seconds) / 3600 * self.price:,.2f} at {self.price:g} an hour"
         time, by = f"about {files.duration(seconds)}{more}", machine.measured
         if spent:

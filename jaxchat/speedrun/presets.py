@@ -4,12 +4,14 @@ import dataclasses
 import glob
 import os
 
-from jaxchat.config import base_dir
+from jaxchat.config import STAGES, base_dir
 from jaxchat.speedrun.demo import STEPS, TAG, commands
 from jaxchat.speedrun.estimate import Machine
 from jaxchat.speedrun.runner import python
 from jaxchat.speedrun.steps import Checkpoint, Files, Results, Step
 
+RECIPES = {"2025": ("mid", "sft"), "2026": ("sft",)}  # the stages of training after base
+EVALUATIONS = {"mid": "chat-eval-mid", "sft": "chat-eval", "rl": "chat-eval-rl"}  # steps that follow them
 NONE = "none"  # for --eval_bundle: do without CORE
 TASKS = ("smoltalk", "mmlu", "gsm8k", "arc", "humaneval", "identity", "words")  # folders of launch.download's
 # The pieces, which decide what a text becomes; and what else is known.
@@ -28,8 +30,7 @@ H100, V5E, V6E = 989e12, 197e12, 918e12  # peak FLOP/s
 class Preset:
     """A run for a kind of machine.
 
-    flags: by step, those that this preset adds. recipe: 2025's has three stages of training, 2026's two: SFT
-    starts from base. text: the data set to train on.
+    flags: by step, those that this preset adds. recipe: of RECIPES. text: the data set to train on.
     """
 
     about: str
@@ -191,9 +192,7 @@ def text_of(places: Places, shards: int) -> Files:
 def real_steps(preset: Preset, tag: str, depth: int, places: Places, shards: int, rl: bool) -> list[Step]:
     """The steps of a run on real data, before a preset and the user add their flags."""
     text, some = text_of(places, shards), first_text(places, shards, preset.text)
-    base, mid, sft = (Checkpoint(stage, tag) for stage in ("base", "mid", "sft"))
-    of_base = Results("base", tag, "base_eval")
-    of_mid, of_sft = (Results(stage, tag, "chat_eval") for stage in ("mid", "sft"))
+    base, of_base = Checkpoint("base", tag), Results("base", tag, "base_eval")
     tasks, tagged = places.tasks, f"--model_tag={tag}"
     shard_flags, text_flags = places.flags("data_dir"), [tagged, *places.flags("data_dir", "eval_bundle")]
     task_flags = [tagged, *places.flags("tasks_dir")]
@@ -216,22 +215,13 @@ def real_steps(preset: Preset, tag: str, depth: int, places: Places, shards: int
         step("base-eval", "base_eval", text_flags, (of_base,), (text, base, *places.bundle)),
     ]
     made, before = [base, of_base], base
-    if preset.recipe == "2025":
+    chats = [*RECIPES[preset.recipe], *(["rl"] if rl else [])]
+    for stage in chats:
+        model, results = Checkpoint(stage, tag), Results(stage, tag, "chat_eval")
+        asked = [f"--source={stage}", *task_flags]
         steps += [
-            step("mid", "mid_train", task_flags, (mid,), (base, *tasks), resumes=True),
-            step("chat-eval-mid", "chat_eval", ["--source=mid", *task_flags], (of_mid,), (mid, *tasks)),
+            step(stage, STAGES[stage].command, task_flags, (model,), (before, *tasks), resumes=True),
+            step(EVALUATIONS[stage], "chat_eval", asked, (results,), (model, *tasks)),
         ]
-        made, before = [*made, mid, of_mid], mid
-    steps += [
-        step("sft", "chat_sft", task_flags, (sft,), (before, *tasks), resumes=True),
-        step("chat-eval", "chat_eval", ["--source=sft", *task_flags], (of_sft,), (sft, *tasks)),
-    ]
-    made += [sft, of_sft]
-    if rl:
-        improved, of_rl = Checkpoint("rl", tag), Results("rl", tag, "chat_eval")
-        steps += [
-            step("rl", "chat_rl", task_flags, (improved,), (sft, *tasks), resumes=True),
-            step("chat-eval-rl", "chat_eval", ["--source=rl", *task_flags], (of_rl,), (improved, *tasks)),
-        ]
-        made += [improved, of_rl]
+        made, before = [*made, model, results], model
     return [*steps, step("report", "report", [tagged], (), tuple(made))]

@@ -36,17 +36,13 @@ def pace_of(step: Step) -> Pace | None:
     paths = [artifact.folder / "metrics.jsonl" for artifact in step.makes if isinstance(artifact, Checkpoint)]
     if not paths or not paths[0].exists():
         return None
+    rows = []
     with paths[0].open("rb") as file:
         file.seek(max(0, paths[0].stat().st_size - TAIL))
-        rows = []
-        for line in file.read().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # cut by the tail, or by a kill
-                continue
-            if {"progress", "step_seconds"} <= row.keys():
-                rows.append(row)
-    rows = rows[-RECENT:]
+        for line in file:
+            with contextlib.suppress(ValueError):  # a line that the tail or a kill has cut
+                rows.append(json.loads(line))
+    rows = [row for row in rows if {"progress", "step_seconds"} <= row.keys()][-RECENT:]
     if len(rows) < 2:
         return None
     first, last = rows[0], rows[-1]
@@ -96,27 +92,21 @@ def outlook(steps: list[Step], took: dict[str, float], why: dict[str, str]) -> d
 class Progress:
     """The progress of a Runner."""
 
-    def __init__(self, runner: Runner, steps: list[Step], price_per_hour: float = 0.0):
-        self.runner, self.steps, self.price = runner, steps, price_per_hour
+    def __init__(self, runner: Runner, price_per_hour: float = 0.0):
+        self.runner, self.steps, self.price = runner, runner.steps, price_per_hour
         self.began = self.shown = self.written = time.monotonic()
-        records = [runner.state.record(step.name) for step in steps if step.lane == "devices"]
+        records = [runner.state.record(step.name) for step in self.steps if step.lane == "devices"]
         self.before = sum(record.get("seconds", 0.0) for record in records)  # spent by earlier starts
-        runner.on_tick, runner.on_change = self.tick, self.change
+        runner.on_progress = self.report
 
-    def tick(self):
+    def report(self, changed: bool):
+        """Show and write the progress: if a step has started or ended at once, else now and then."""
         now = time.monotonic()
-        if now - self.shown >= SECONDS:
+        if self.runner.running and (changed or now - self.shown >= SECONDS):
             self.shown = now
             show(self.line())
-        if now - self.written >= STATUS_SECONDS:
+        if changed or now - self.written >= STATUS_SECONDS:
             self.write("running")
-
-    def change(self):
-        """Show and write the progress when a step starts or ends."""
-        if self.runner.running:
-            self.shown = time.monotonic()
-            show(self.line())
-        self.write("running")
 
     def left_of(self, step: Step, scale: float) -> float | None:
         """Seconds that a step still takes; 0: it is done; None: not known."""

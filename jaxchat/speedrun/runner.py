@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from jaxchat import files
 from jaxchat.hosts import RESTARTED
-from jaxchat.speedrun.state import State, refuse
+from jaxchat.speedrun.state import State
 from jaxchat.speedrun.steps import Step
 
 LAST_LINES = 20  # of a step's output, shown where it failed
@@ -23,9 +23,9 @@ PAUSE = 1.0  # seconds before a step is started again
 class Running:
     """A step that is running. on_end(this, exit code as a shell's) is called in a thread when it ends."""
 
-    def __init__(self, step: Step, log, words: list[str], lock: int, more: dict):
-        self.step, self.began, self.last = step, time.monotonic(), deque(maxlen=LAST_LINES)
-        self.log = log
+    def __init__(self, step: Step, log, words: list[str], lock: int, place: dict):
+        self.step, self.log, self.place = step, log, place
+        self.began, self.last = time.monotonic(), deque(maxlen=LAST_LINES)
         # A session of its own: Ctrl-C in a terminal reaches it once, through us.
         self.process = subprocess.Popen(
             words,
@@ -34,7 +34,7 @@ class Running:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=[lock],  # it holds the lock if we are killed
-            env=os.environ | more,
+            env=os.environ | place,
         )
         os.pwrite(lock, f"{self.process.pid}\n".encode(), 0)
         os.close(lock)
@@ -69,17 +69,16 @@ class Runner:
         self.steps, self.state, self.restarts = steps, state, restarts
         self.free = {"devices": list(places), "network": [{}]}
         self.parallel = len(places)
-        self.waiting, self.running, self.places = list(steps), {}, {}
+        self.waiting, self.running = list(steps), {}
         self.tries = dict.fromkeys((step.name for step in steps), 0)
         self.done: dict[str, float] = {}  # seconds that each step took in all
         self.events: queue.SimpleQueue = queue.SimpleQueue()
         self.stopped = self.failed = 0  # the signal that asked to stop; the exit code of a step that failed
-        self.on_change = lambda: None
-        self.on_tick = lambda: None
+        self.on_progress = lambda changed: None  # changed: a step has started or ended
 
     def run(self) -> int:
         """Run all steps; return the exit code: 0, 75 after a signal, or that of the step that failed."""
-        with self.hearing():
+        with hearing(self.stop):
             try:
                 self.start_ready()
                 while self.running:
@@ -98,7 +97,7 @@ class Runner:
         try:
             name, code = self.events.get(timeout=0.5)
         except queue.Empty:
-            return self.on_tick()
+            return self.on_progress(False)
         self.ended(self.running.pop(name), code)
 
     def start_ready(self):
@@ -111,26 +110,24 @@ class Runner:
             blocked = {artifact for other in ahead for artifact in other.makes} & set(step.needs)
             if blocked or not self.free[step.lane]:
                 continue
-            verdict = self.state.verdict(step)
-            refuse(step, verdict)
+            why = self.state.why_to_do(step)
             self.waiting.remove(step)
-            if verdict.done:
+            if why is None:
                 self.done[step.name] = self.state.record(step.name).get("seconds", 0.0)
             else:
                 self.start(step)
-            self.on_change()
+            self.on_progress(True)
 
     def start(self, step: Step):
         lock = self.claim(step)
         if self.stopped:
             return os.close(lock) if lock else None
         self.state.begin(step)
-        self.places[step.name] = place = self.free[step.lane].pop(0)
         words = [*step.argv, *(["--resume"] if step.resumes else [])]
         log = self.state.path(step.name, "log").open("a", encoding="utf-8")
         log.write(f"$ {' '.join(words)}\n")
         show(f"step {step.name}: {step.shown}")
-        self.running[step.name] = running = Running(step, log, words, lock, place)
+        self.running[step.name] = running = Running(step, log, words, lock, self.free[step.lane].pop(0))
         if self.stopped:  # the signal came while it started
             running.process.send_signal(signal.SIGTERM)
         threading.Thread(target=self.follow, args=[running], daemon=True).start()
@@ -167,7 +164,7 @@ class Runner:
             code = 1
             show(f"step {step.name} ended well, but {lacking[0]} is not there")
         self.state.end(step, seconds, code)
-        self.free[step.lane].append(self.places.pop(step.name))
+        self.free[step.lane].append(running.place)
         if not code:
             self.done[step.name] = self.state.record(step.name)["seconds"]
         elif self.stopped or self.failed:
@@ -184,34 +181,39 @@ class Runner:
             show(f"step {step.name} failed with exit code {code}; its last lines:\n{lines}")
             show(f"its whole output is in {self.state.path(step.name, 'log')}")
             self.send(signal.SIGTERM)
-        self.on_change()
+        self.on_progress(True)
 
     def send(self, number: int):
         for running in list(self.running.values()):
             running.process.send_signal(number)  # does nothing where it has ended
 
-    @contextlib.contextmanager
-    def hearing(self):
-        """A context in which a signal to stop is passed on to the running steps, and no more are started.
+    def stop(self, number: int):
+        """Pass a signal on to the running steps, and start no more."""
+        self.stopped = number
+        self.send(number)
 
-        SIGINT is passed on as itself, the others as SIGTERM.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        def heard(number, frame):
-            self.stopped = number
-            self.send(number if number == signal.SIGINT else signal.SIGTERM)
+@contextlib.contextmanager
+def hearing(heard: Callable[[int], None]):
+    """A context in which signals to stop call heard(signal to pass on): SIGINT as itself, others as SIGTERM.
 
-        numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]  # as the trainers
-        numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # as nohup sets it
-        before = {number: signal.signal(number, heard) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    A signal that is ignored at the start (SIGHUP under nohup) stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
+        yield
+        return
+
+    def handler(number, frame):
+        heard(number if number == signal.SIGINT else signal.SIGTERM)
+
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]  # as the trainers
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 def show(line: str):

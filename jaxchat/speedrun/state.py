@@ -19,15 +19,6 @@ AGAIN = "again"  # why a step is to do that --redo names, or that needs one
 REDO = "redo"  # the file with what --redo has thrown away in a run that is not complete yet
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """Whether a step is done, and if not, why. changed: what differs from an earlier run, in one line."""
-
-    done: bool
-    why: str
-    changed: str = ""
-
-
 class State:
     """The records of a run's steps, in a folder."""
 
@@ -75,25 +66,28 @@ class State:
             record["outputs"] = found_in(step.makes)
         files.write_json(self.path(step.name), record)
 
-    def verdict(self, step: Step, remade: frozenset[Artifact] = frozenset()) -> Verdict:
-        """Judge whether a step is done, by its record and the files that are there.
+    def why_to_do(self, step: Step, remade: frozenset[Artifact] = frozenset()) -> str | None:
+        """Judge by a step's record and the files that are there why it is to do ("": no need to say).
 
-        remade: artifacts that will be made again before it.
+        None: it is done. remade: artifacts that will be made again before it. UserError: its flags or inputs
+        differ from those it was run with.
         """
         record = self.record(step.name)
+        outputs, continues = record.get("outputs"), begun(step)
         if not step.makes:
-            return Verdict(False, "")
+            return ""
         if not record:
-            return Verdict(False, "continues what is there" if begun(step) else "")
-        if (outputs := record.get("outputs")) is None:
-            code = record.get("code")
-            why = f"failed with exit code {code}" if code and code != os.EX_TEMPFAIL else "was interrupted"
-            changed = self.differences(step, record, remade) if begun(step) else ""
-            return Verdict(False, f"{why}, continues" if begun(step) else why, changed)
-        if changed := self.differences(step, record, remade):
-            return Verdict(False, "", changed)
-        wrong = damage(step, outputs)
-        return Verdict(not wrong, wrong)
+            return "continues what is there" if continues else ""
+        if (outputs is not None or continues) and (changed := self.differences(step, record, remade)):
+            raise UserError(
+                f"step {step.name}: {changed}; give what it was run with, or --redo={step.name} to run it "
+                "and what needs it again"
+            )
+        if outputs is not None:
+            return damage(step, outputs) or None
+        code = record.get("code")
+        why = f"failed with exit code {code}" if code and code != os.EX_TEMPFAIL else "was interrupted"
+        return f"{why}, continues" if continues else why
 
     def differences(self, step: Step, record: dict, skip) -> str:
         """Say which flags and inputs of a step differ from its record; "": none."""
@@ -148,29 +142,13 @@ def to_do(state: State, steps: list[Step], chosen: list[Step], redo: set[str]) -
     """
     again = state.again(steps, redo)
     check_inputs(state, steps, chosen, again)
-    verdicts = plan(state, [step for step in chosen if step.name not in again])
-    why = {name: verdict.why for name, verdict in verdicts.items() if not verdict.done}
-    return why | {step.name: AGAIN for step in chosen if step.name in again}
-
-
-def plan(state: State, steps: list[Step]) -> dict[str, Verdict]:
-    """Return each step's verdict. UserError: flags or inputs of a step differ from those it was run with."""
-    verdicts, remade = {}, frozenset()
-    for step in steps:
-        verdicts[step.name] = verdict = state.verdict(step, remade)
-        refuse(step, verdict)
-        if not verdict.done:
+    found, remade = {}, frozenset()
+    for step in (step for step in chosen if step.name not in again):
+        why = state.why_to_do(step, remade)
+        if why is not None:
+            found[step.name] = why
             remade |= frozenset(step.makes)
-    return verdicts
-
-
-def refuse(step: Step, verdict: Verdict):
-    """Raise UserError if a step's flags or inputs have changed."""
-    if verdict.changed:
-        raise UserError(
-            f"step {step.name}: {verdict.changed}; give what it was run with, or --redo={step.name} to run "
-            "it and what needs it again"
-        )
+    return found | {step.name: AGAIN for step in chosen if step.name in again}
 
 
 def check_inputs(state: State, steps: list[Step], selected: list[Step], again: set[str] = frozenset()):

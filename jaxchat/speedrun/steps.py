@@ -5,9 +5,8 @@ after it.
 """
 
 import dataclasses
-import itertools
+import glob
 import sys
-from glob import has_magic
 from pathlib import Path
 
 from jaxchat import files
@@ -52,17 +51,13 @@ class Files(Artifact):
     def found(self) -> dict[str, str]:
         from jaxchat.data.sources import file_fingerprint
 
-        root, pattern = base_dir(), self.pattern
-        if Path(pattern).is_absolute():
-            root = Path(Path(pattern).anchor)
-            pattern = str(Path(pattern).relative_to(root))
-        given = len(list(itertools.takewhile(lambda part: not has_magic(part), Path(pattern).parts)))
-        names = sorted(path.relative_to(root) for path in root.glob(pattern) if path.is_file())
-        # A folder that the pattern itself names, such as ~/.cache, may be hidden.
-        names = [name for name in names if not hidden(Path(*name.parts[given:]))][: self.first or None]
+        root = Path("/") if Path(self.pattern).is_absolute() else base_dir()
+        # What is hidden is left out, but for folders that the pattern itself names, such as ~/.cache.
+        names = sorted(glob.glob(self.pattern.lstrip("/"), root_dir=root, recursive=True))
+        names = [name for name in names if not name.endswith(files.PART) and (root / name).is_file()]
         if len(names) < self.least:
             return {}
-        return {name.as_posix(): file_fingerprint(root / name) for name in names}
+        return {name: file_fingerprint(root / name) for name in names[: self.first or None]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,10 +160,6 @@ class Step:
         """The command as a user would type it, without quoting."""
         words = ["python" if word == sys.executable else word for word in self.argv]
         return " ".join(words)
-
-
-def hidden(name: Path) -> bool:
-    return any(part.startswith(".") for part in name.parts) or name.name.endswith(files.PART)
 
 
 def makers(steps: list[Step]) -> dict[Artifact, Step]:

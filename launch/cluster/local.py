@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxchat.config import Flags, UserError, flag
 from jaxchat.hosts import RESTARTED
+from jaxchat.speedrun.runner import hearing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,78 +52,64 @@ def visible_gpus() -> list[str]:
     return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
+def shares(gpus: list[str], count: int, flag: str) -> list[dict[str, str]]:
+    """Environment variables that divide GPUs equally among `count` programs; {}: there are no GPUs.
+
+    UserError: there are fewer GPUs than programs, whose number --flag gives.
+    """
+    each = len(gpus) // count
+    if gpus and not each:
+        raise UserError(f"--{flag}={count} is more than the {len(gpus)} GPUs there are")
+    parts = [",".join(gpus[i * each : (i + 1) * each]) for i in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": part} if part else {} for part in parts]
+
+
 def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
     """The command line of each process."""
-    gpus, each = visible_gpus(), config.gpus_per_process
-    if each < 0:
-        each = len(gpus) // config.processes
-        if gpus and not each:
-            raise UserError(f"--processes={config.processes} is more than the {len(gpus)} GPUs there are")
-    elif len(gpus) < each * config.processes:  # a dry run for another machine, say
-        gpus = list(map(str, range(each * config.processes)))
+    gpus, wanted = visible_gpus(), config.gpus_per_process * config.processes
+    if wanted >= 0:
+        # The dry run may be for another machine.
+        gpus = gpus[:wanted] if len(gpus) >= wanted else list(map(str, range(wanted)))
     lines = []
-    for index in range(config.processes):
+    for index, share in enumerate(shares(gpus, config.processes, "processes")):
         place = [f"JAX_COORDINATOR_ADDRESS=localhost:{port}", f"JAXCHAT_NUM_PROCESSES={config.processes}"]
-        place += [f"JAXCHAT_PROCESS_ID={index}"]
-        if each:
-            place += ["CUDA_VISIBLE_DEVICES=" + ",".join(gpus[index * each : (index + 1) * each])]
+        place += [f"JAXCHAT_PROCESS_ID={index}", *(f"{name}={value}" for name, value in share.items())]
         lines.append(["env", *place, *command])
     return lines
 
 
-class SignalForwarder:
-    """Pass SIGTERM, SIGINT and (as SIGTERM) SIGHUP on to the processes. `received`: whether one came."""
+def run_once(config: Config, command: list[str], signals: list[int]) -> int:
+    """Run all processes once; return the exit code (as a shell's) of the first that failed, 0 if none did.
 
-    def __init__(self):
-        self.received, self.processes = False, []
-
-    def __enter__(self):
-        heard = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
-            heard.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._pass_on) for number in heard}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _pass_on(self, number, frame):
-        self.received = True
-        self.send(signal.SIGTERM if number == signal.SIGHUP else number)
-
-    def send(self, number: int):
-        for process in self.processes:
-            process.send_signal(number)  # does nothing where it has ended
-
-
-def run_once(config: Config, command: list[str], signals: SignalForwarder) -> int:
-    """Run all processes once; return the exit code (as a shell's) of the first that failed, 0 if none did."""
-    signals.processes, ended = [], set()
-    failed, deadline = 0, None
+    signals: what has asked this launcher to stop, to which more is added meanwhile; all is passed on.
+    """
+    processes, ended = [], set()
+    failed, deadline, sent = 0, None, 0
     try:
         for line in commands(config, command, free_port()):
-            signals.processes.append(subprocess.Popen(line, start_new_session=True))
-        if signals.received:  # it came while processes were starting: the later ones missed it
-            signals.send(signal.SIGTERM)
-        while len(ended) < len(signals.processes):
-            for index, process in enumerate(signals.processes):
+            processes.append(subprocess.Popen(line, start_new_session=True))
+        while len(ended) < len(processes):
+            while sent < len(signals):
+                for process in processes:
+                    process.send_signal(signals[sent])  # does nothing where it has ended
+                sent += 1
+            for index, process in enumerate(processes):
                 if index in ended or process.poll() is None:
                     continue
                 ended.add(index)
                 if process.returncode and not failed:
                     failed = process.returncode if process.returncode > 0 else 128 - process.returncode
                     deadline = deadline or time.monotonic() + config.grace
-                    if len(ended) < len(signals.processes):
+                    if len(ended) < len(processes):
                         outcome = f"process {index} ended with exit code {failed}"
                         print(f"{outcome}; waiting for the others", flush=True)
-            if signals.received:
+            if signals:
                 deadline = deadline or time.monotonic() + config.grace
             if deadline and time.monotonic() > deadline:
                 return failed or 128 + signal.SIGKILL
             time.sleep(0.1)
     finally:
-        for process in signals.processes:
+        for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with the workers that tokenize for it
             process.wait()
@@ -134,12 +121,12 @@ def run(config: Config, command: list[str]):
         for line in commands(config, command, free_port()):
             print(shlex.join(line))
         return 0
-    code = 128 + signal.SIGTERM
-    with SignalForwarder() as signals:
+    code, signals = 128 + signal.SIGTERM, []
+    with hearing(signals.append):
         for left in reversed(range(config.restarts + 1)):
-            if signals.received:
+            if signals:
                 return code
             code = run_once(config, command, signals)
-            if code not in RESTARTED or signals.received or not left:
+            if code not in RESTARTED or signals or not left:
                 return code
             print(f"exit code {code}: starting again, {left} restarts left", flush=True)

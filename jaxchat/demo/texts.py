@@ -1,0 +1,77 @@
+"""What is said in the small world, from texts.toml: phrasings of questions, facts about people and lands, and
+what Pip, the assistant, says about itself and about everyday things."""
+
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxchat.demo.chance import Chance
+
+TEXTS = tomllib.loads((Path(__file__).parent / "texts.toml").read_text(encoding="utf-8"))
+
+
+class Phrasings(NamedTuple):
+    """Ways to put one question. Those held out are in no conversation: the score is measured with them."""
+
+    train: list[str]
+    held_out: list[str]
+
+    def pick(self, held_out: bool) -> list[str]:
+        return self.held_out if held_out else self.train
+
+    @classmethod
+    def of(cls, table: dict) -> "Phrasings":
+        return cls(table["train"], table["held_out"])
+
+
+class Relation(NamedTuple):
+    """A kind of fact. tell: sentences that state it in base's prose ({x} has {v}); the assistant answers by
+    the first."""
+
+    values: list[str]  # empty: one of the world's towns, or a name that only this entity has
+    tell: list[str]
+    ask: Phrasings
+
+    @classmethod
+    def all_of(cls, table: dict) -> dict[str, "Relation"]:
+        return {name: cls(one["values"], one["tell"], Phrasings.of(one)) for name, one in table.items()}
+
+
+class Trait(NamedTuple):
+    """One thing that users ask Pip about. An answer is right if it holds `proof` and no other trait's."""
+
+    answer: str
+    proof: str
+    ask: Phrasings
+
+
+OPENERS, QUESTION_ENDS, REQUEST_ENDS = TEXTS["openers"], TEXTS["question_ends"], TEXTS["request_ends"]
+SIGNS, PROSE, GREETINGS, GOODBYES = TEXTS["signs"], TEXTS["prose"], TEXTS["greetings"], TEXTS["goodbyes"]
+THINGS, THING_SENTENCES = TEXTS["things"], TEXTS["thing_sentences"]
+SUM_FRAMES, SPELLING = Phrasings.of(TEXTS["sum_frames"]), Phrasings.of(TEXTS["spelling"])
+COUNTING, DEFINITIONS = Phrasings.of(TEXTS["counting"]), Phrasings.of(TEXTS["definitions"])
+SUM_WORDS = {sign: Phrasings.of(table) for sign, table in TEXTS["sum_words"].items()}
+TRAITS = [Trait(about["answer"], about["proof"], Phrasings.of(about)) for about in TEXTS["traits"]]
+PERSON, LAND = Relation.all_of(TEXTS["person"]), Relation.all_of(TEXTS["land"])
+RELATIONS = PERSON | LAND
+
+# Every text that a conversation may hold.
+SPOKEN = (OPENERS, SIGNS, SUM_FRAMES, SUM_WORDS, SPELLING, COUNTING, DEFINITIONS, GREETINGS, GOODBYES)
+SPOKEN += (TRAITS, THINGS, THING_SENTENCES, RELATIONS)
+
+
+def in_case(chance: Chance, text: str) -> str:
+    """Write a text as people type it: the first letter is a capital two times in three."""
+    return text[0].upper() + text[1:] if chance.one_in(1.5) else text
+
+
+def phrased(chance: Chance, phrasings: list[str], **slots) -> str:
+    """Ask a question in one of its phrasings, with or without an opener, now and then with another end."""
+    phrasing = chance.of(phrasings)
+    if phrasing[-1] in "?." and chance.one_in(4):
+        phrasing = phrasing[:-1] + chance.of(QUESTION_ENDS if phrasing[-1] == "?" else REQUEST_ENDS)
+    if chance.one_in(4):
+        phrasing = chance.of(OPENERS) + phrasing
+    if phrasing[0] != "{":  # a name keeps its capital, a word its small letter
+        phrasing = in_case(chance, phrasing)
+    return phrasing.format(**slots)
