@@ -360,7 +360,7 @@ EVAL_BATCH = 4  # conversations that --eval_steps counts in
 
 
 def flag(
-    default, least=None, most=None, *, special=None, choices=(), free=False, own=False, alias="", name=""
+    default, least=None, most=math.inf, *, special=None, choices=(), free=False, own=False, alias="", name=""
 ):
     """A field of a flags class, with what Flags checks.
 
@@ -380,20 +380,17 @@ class Flags:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, m = getattr(self, field.name), field.metadata
-            choices, least, most = m.get("choices"), m.get("least"), m.get("most")
-            name = m.get("name") or field.name
+            if not m:  # not by flag(): any value is allowed
+                continue
+            choices, least, most = m["choices"], m["least"], m["most"]
+            name = m["name"] or field.name
             if choices and value not in choices:
                 words = ", ".join(word for word in choices[:-1] if word)
                 raise UserError(f"--{name}={value}; it is {words} or {choices[-1]}")
-            if (
-                least is None
-                or value == m["special"]
-                or least <= value <= (math.inf if most is None else most)
-            ):
-                continue
-            allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-            allowed += "" if m["special"] is None else f", or {m['special']}"
-            raise UserError(f"--{name}={value}; it must be {allowed}")
+            if least is not None and value != m["special"] and not least <= value <= most:
+                allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                allowed += "" if m["special"] is None else f", or {m['special']}"
+                raise UserError(f"--{name}={value}; it must be {allowed}")
 
     def learnt_from(self) -> dict:
         """The flags that affect what is learnt, by name: those that are not free."""
@@ -600,15 +597,25 @@ class BaseConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class MidConfig(TrainConfig):
+class FinetuneConfig(TrainConfig):
+    """Flags of the trainers that start from a checkpoint"""
+
+    model_tag: str = flag("", free=True)
+    """Tag of the model to start from, under which the result is saved too; empty: the deepest d<N>, or else
+    the newest."""
+    step: int = flag(-1, -1, free=True)
+    """Step of the checkpoint to start from; -1: the last."""
+    dry_run: bool = flag(False, free=True)
+    """Train, but write no checkpoint, no metrics and no samples."""
+    tasks_dir: str = flag("", own=True)
+    """Folder of the tasks' files; empty: <base directory>/tasks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MidConfig(FinetuneConfig):
     """Continue training a base model on a mixture of conversations: the chat format, multiple choice, the
     tool."""
 
-    model_tag: str = flag("", free=True)
-    """Tag of the base model, under which the result is saved too; empty: the deepest d<N>, or else the
-    newest."""
-    step: int = flag(-1, -1, free=True)
-    """Step of the base checkpoint to start from; -1: the last."""
     num_iterations: int = flag(-1, 1, special=-1)
     """Number of optimizer steps; -1: one pass over the mixture."""
     max_seq_len: int = flag(-1, 1, special=-1)
@@ -624,8 +631,6 @@ class MidConfig(TrainConfig):
     """Steps between measurements of bits per byte on the validation mixture; 0 or -1: never."""
     eval_tokens: int = flag(20 * 524288, 1, free=True)
     """Validation tokens that bits per byte is measured on."""
-    dry_run: bool = flag(False, free=True)
-    """Train, but write no checkpoint and no metrics."""
     train_tasks: str = (
         "SmolTalk/train,MMLU/auxiliary_train,GSM8K/train,identity,identity,SimpleSpelling/train:200000,"
         "SpellingBee/train:80000"
@@ -633,8 +638,6 @@ class MidConfig(TrainConfig):
     """Training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
     val_tasks: str = flag("SmolTalk/test,MMLU/test:5200,GSM8K/test:420", free=True)
     """Validation mixture, written like --train_tasks."""
-    tasks_dir: str = flag("", own=True)
-    """Folder of the tasks' files; empty: <base directory>/tasks."""
 
 
 # The same for chat_sft: 2026 starts from a base model, and learns mid's data too.
@@ -657,7 +660,7 @@ SFT_RECIPES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTConfig(TrainConfig):
+class SFTConfig(FinetuneConfig):
     """Finetune a model for chat: only what the assistant says is learnt."""
 
     recipe: str = flag("2025", choices=tuple(SFT_RECIPES))
@@ -667,11 +670,6 @@ class SFTConfig(TrainConfig):
     once, MMLU three times and GSM8K four times."""
     source: str = flag("mid", choices=STAGES["sft"].parents)
     """Stage whose checkpoint to start from: mid or base."""
-    model_tag: str = flag("", free=True)
-    """Tag of the model to start from, under which the result is saved too; empty: the deepest d<N>, or else
-    the newest."""
-    step: int = flag(-1, -1, free=True)
-    """Step of the checkpoint to start from; -1: the last."""
     num_epochs: float = flag(1.0, 0)
     """Passes over the training mixture."""
     num_iterations: int = flag(-1, 1, special=-1)
@@ -704,8 +702,6 @@ class SFTConfig(TrainConfig):
     """Steps between measurements of MMLU and ARC-Easy accuracy, by letter; 0 or -1: never."""
     eval_metrics_max_problems: int = flag(1024, 1, special=-1, free=True)
     """Problems of each of MMLU and ARC-Easy to measure on, at most; -1: all."""
-    dry_run: bool = flag(False, free=True)
-    """Train, but write no checkpoint and no metrics."""
     train_tasks: str = (
         "ARC-Easy/train,ARC-Challenge/train,GSM8K/train,SmolTalk/train:10000,identity,"
         "SimpleSpelling:300,SpellingBee:300"
@@ -713,8 +709,6 @@ class SFTConfig(TrainConfig):
     """Training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
     val_tasks: str = flag("SmolTalk/test", free=True)
     """Validation mixture, written like --train_tasks."""
-    tasks_dir: str = flag("", own=True)
-    """Folder of the tasks' files; empty: <base directory>/tasks."""
 
     @classmethod
     def given(cls, **flags):
@@ -723,7 +717,7 @@ class SFTConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class RLConfig(TrainConfig):
+class RLConfig(FinetuneConfig):
     """Improve a chat model by reinforcement learning: in each step it writes several answers to each of some
     problems, a checker rewards the right ones, and answers better than the others to the same problem become
     likelier.
@@ -734,11 +728,6 @@ class RLConfig(TrainConfig):
 
     source: str = flag("sft", choices=STAGES["rl"].parents)
     """Stage whose checkpoint to start from: sft, mid or base."""
-    model_tag: str = flag("", free=True)
-    """Tag of the model to start from, under which the result is saved too; empty: the deepest d<N>, or else
-    the newest."""
-    step: int = flag(-1, -1, free=True)
-    """Step of the checkpoint to start from; -1: the last."""
     num_epochs: float = flag(1.0, 0)
     """Passes over the problems."""
     num_iterations: int = flag(-1, 1, special=-1)
@@ -811,16 +800,12 @@ class RLConfig(TrainConfig):
     save_every: int = flag(60, -1, free=True)
     """Steps between checkpoints, besides those of --save_minutes; 0 or -1: none. The last step is always
     saved; the last three checkpoints are kept, and the best by evaluation."""
-    dry_run: bool = flag(False, free=True)
-    """Train, but write no checkpoint, no metrics and no samples."""
     train_tasks: str = "GSM8K/train"
     """Problems: Name[/split][:rows] or .jsonl files of conversations, separated by commas. An answer to
     a file's problem is right if its number after #### is that of the conversation's last message or, where
     some conversations of the file end without such a number, if its text is."""
     val_tasks: str = flag("GSM8K/test", free=True)
     """Problems to evaluate on, written like --train_tasks."""
-    tasks_dir: str = flag("", own=True)
-    """Folder of the tasks' files; empty: <base directory>/tasks."""
 
     def __post_init__(self):
         super().__post_init__()
