@@ -133,9 +133,8 @@ def find(
     if step >= 0 and step not in steps:
         raise UserError(f"no step {step} in {folder}; there are: {', '.join(map(str, steps))}")
     if step >= 0 and (wrong := seal.damage(folder / str(step), items)):
-        raise UserError(
-            f"{folder / str(step)} is damaged: {wrong}; take another step: {', '.join(map(str, steps))}"
-        )
+        others = ", ".join(map(str, steps))
+        raise UserError(f"{folder / str(step)} is damaged: {wrong}; take another step: {others}")
     if step < 0 and not (steps := whole_steps(folder, items)):
         raise UserError(f"all checkpoints in {folder} are damaged; {train}")
     return folder, step if step >= 0 else steps[-1]
@@ -155,12 +154,8 @@ def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]
         return "it was never finished" if unsealed else seal.damage(folder / str(step), items)
 
     while steps and (wrong := wrong_with(steps[-1])):
-        print(
-            f"checkpoint {folder / str(steps[-1])} is damaged and passed over: {wrong}",
-            file=sys.stderr,
-            flush=True,
-        )
-        steps.pop()
+        path = folder / str(steps.pop())
+        print(f"checkpoint {path} is damaged and passed over: {wrong}", file=sys.stderr, flush=True)
     return steps
 
 
@@ -214,9 +209,8 @@ def readable(path: Path):
     try:
         yield
     except (ValueError, OSError) as problem:
-        raise UserError(
-            f"{path} can't be read ({first_line(problem)}); delete it to take the one before"
-        ) from problem
+        reason = first_line(problem)
+        raise UserError(f"{path} can't be read ({reason}); delete it to take the one before") from problem
 
 
 def first_line(problem: Exception) -> str:

@@ -71,11 +71,8 @@ def check_local(name: str, paths: str):
         address = re.match(r"\s*([A-Za-z][\w+.-]+):/+([^/]*)", path)
         if address:
             mount = f"gcsfuse --implicit-dirs --rename-dir-limit=200000 {address[2] or 'BUCKET'} FOLDER"
-            how = {
-                "gs": f"mount it and give the folder, such as: {mount}",
-                "file": "give the path after it alone",
-            }
-            how = how.get(address[1].lower(), "mount it or copy it, and give the folder")
+            known = {"gs": f"mount it and give the folder: {mount}", "file": "give the path after it alone"}
+            how = known.get(address[1].lower(), "mount it or copy it, and give the folder")
             raise UserError(f"{name}={path.strip()}: an address can't be used as a folder; {how}")
 
 
@@ -180,9 +177,7 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             check_constant(field, getattr(self, field.name))
         if set(self.window_pattern) - set("SL"):
-            raise UserError(
-                f"model window_pattern is {self.window_pattern!r}; it is made of the letters S and L"
-            )
+            raise UserError(f"model window_pattern is {self.window_pattern!r}; it is made of letters S and L")
         if "S" in self.window_pattern and not self.short_window:
             raise UserError("model window_pattern has layers S; short_window must be 1 or more")
         if max(self.value_gate_channels, self.smear_channels) > self.n_embd:
@@ -192,13 +187,9 @@ class ModelConfig:
         if self.n_embd % self.n_head:
             raise UserError(f"model width n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.head_dim % 2:
-            raise UserError(
-                f"head dimension {self.head_dim} is odd; rotary embedding turns pairs, choose it even"
-            )
+            raise UserError(f"head dimension {self.head_dim} is odd; rotary embedding needs an even one")
         if self.n_head % self.n_kv_head:
-            raise UserError(
-                f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; choose a divisor"
-            )
+            raise UserError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}; choose a divisor")
 
     @classmethod
     def from_depth(

@@ -124,10 +124,8 @@ def check_space(folder: Path, needed: int, remedy: str = "free some"):
     """Raise UserError if a folder's disk has fewer than `needed` bytes free."""
     free = free_space(folder)
     if free < needed:
-        raise UserError(
-            f"{folder} needs {size_text(needed)} of disk space, and {size_text(free)} are free there; "
-            f"{remedy}"
-        )
+        sizes = f"{size_text(needed)} of disk space, and {size_text(free)} are free there"
+        raise UserError(f"{folder} needs {sizes}; {remedy}")
 
 
 def file_hash(path: Path, kind: str = "sha256") -> str:

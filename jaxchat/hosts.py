@@ -184,10 +184,8 @@ def start(config: MeshFlags, *, asks: bool = True):
             heartbeat_timeout_seconds=config.heartbeat_timeout,
         )
     except ValueError as problem:
-        flags = "--coordinator, --num_processes and --process_id"
-        raise UserError(
-            f"the other processes cannot be found ({problem}); name them with {flags}"
-        ) from problem
+        remedy = "name them with --coordinator, --num_processes and --process_id"
+        raise UserError(f"the other processes cannot be found ({problem}); {remedy}") from problem
     except RuntimeError as problem:  # they did not come in time: some may still be at the command before
         print(f"error: not all processes have come: {problem}", file=sys.stderr, flush=True)
         raise SystemExit(UNREACHABLE) from None

@@ -81,9 +81,7 @@ def make_mesh(devices=None, axes: str = "") -> Mesh:
     shape = mesh_shape(axes, len(devices), devices[0].platform)
     per_process = sum(device.process_index == devices[0].process_index for device in devices)
     if per_process % shape[2]:  # a row's parts would lie in two processes
-        raise UserError(
-            f"--mesh={axes}: tensor={shape[2]} does not divide the {per_process} devices of a process"
-        )
+        raise UserError(f"--mesh={axes}: tensor={shape[2]} does not divide a process's {per_process} devices")
     if shape[2] == 1 and hasattr(devices[0], "coords"):
         devices = [device for group in batched(devices, shape[1]) for device in along_links(group)]
     return Mesh(np.array(devices).reshape(shape), AXES)

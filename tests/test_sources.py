@@ -273,6 +273,6 @@ def test_unreadable_shards_are_named(tmp_path):
     broken[len(good) // 4 : len(good) // 2] = b"\xff" * (len(good) // 2 - len(good) // 4)
     (tmp_path / "broken.parquet").write_bytes(broken)
     found = ParquetText([tmp_path / "broken.parquet"])
-    with pytest.raises(UserError, match=r"broken.parquet, row group \d, cannot be read .* download the file again"):
+    with pytest.raises(UserError, match=r"broken.parquet, row group \d, cannot be read .* download it again"):
         for i in range(0, len(found), 1000):
             found[i]

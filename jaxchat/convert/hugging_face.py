@@ -54,23 +54,15 @@ FIXED = {
     "tie_word_embeddings": (False, False),
 }
 
-
 # Fields of ModelConfig that change what is computed and have no place in config.json.
-MECHANISMS = (
-    "qk_scale",
-    "window_pattern",
-    "value_gate_channels",
-    "layer_scales",
-    "smear_channels",
-    "backout",
-)
+BEYOND = ("qk_scale", "window_pattern", "value_gate_channels", "layer_scales", "smear_channels", "backout")
 
 
 def architecture(config: ModelConfig, tokenizer, dtype: str, chat: bool) -> dict:
     """Return the content of config.json."""
     return {
+        **{name: value for name, (value, _) in FIXED.items()},
         "architectures": ["NanoChatForCausalLM"],
-        "model_type": "nanochat",
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
         "intermediate_size": 4 * config.n_embd,
@@ -78,13 +70,10 @@ def architecture(config: ModelConfig, tokenizer, dtype: str, chat: bool) -> dict
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_kv_head,
         "max_position_embeddings": config.sequence_len,
-        "hidden_act": "relu2",
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
         "final_logit_softcapping": config.softcap,
-        "attention_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
         **end_tokens(tokenizer, chat),
         "pad_token_id": None,  # else its embedding would be kept from learning
         "dtype": dtype,
@@ -128,7 +117,7 @@ def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
 def check_expressible(found: Found):
     """Raise UserError unless transformers' NanoChatForCausalLM (November 2025's) can compute the model."""
     usual = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    more = [name for name in MECHANISMS if getattr(found.config, name) != usual[name]]
+    more = [name for name in BEYOND if getattr(found.config, name) != usual[name]]
     if more or found.config.padded_vocab != found.config.vocab_size:
         raise UserError(
             f"{found.path} has {', '.join(more) or 'a padded vocabulary'}, which transformers' "

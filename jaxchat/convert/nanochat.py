@@ -127,9 +127,7 @@ def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Forei
     tensors = read_tensors(file)
     if odd := (shape.keys() - {"window_pattern"}) ^ FIELDS:
         names = ", ".join(sorted(odd))
-        raise UserError(
-            f"{meta_file} is of a model that jaxchat does not know: model_config differs in {names}"
-        )
+        raise UserError(f"{meta_file} is of a model unknown to jaxchat: model_config differs in {names}")
     config = generation(file, shape, tensors, softcap)
     places = (where / "tokenizer/tokenizer.pkl" for where in (path, folder, folder.parent.parent))
     pickled = next((place for place in places if place.exists()), None)
@@ -173,23 +171,18 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(f"{file} is refused: {name!r} is a {type(value).__name__}, not a tensor")
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-            raise UserError(
-                f"{file} is refused: {name} is not a plain tensor ({value.layout}, {value.device})"
-            )
+            kind = f"{value.layout}, {value.device}"
+            raise UserError(f"{file} is refused: {name} is not a plain tensor ({kind})")
     tensors = {name.removeprefix(COMPILED): tensor.detach() for name, tensor in content.items()}
     if len(tensors) < len(content):
-        raise UserError(
-            f"{file} is refused: it has tensors both with and without {COMPILED!r} before their names"
-        )
+        raise UserError(f"{file} is refused: it has names of tensors both with and without {COMPILED!r}")
     return tensors
 
 
 def check_archive(file: Path):
     """Raise UserError unless it is a zip archive with right checksums, as torch.save writes since 2020."""
     if not zipfile.is_zipfile(file):
-        raise UserError(
-            f"{file} is refused: it is damaged, or in torch's format before 2020; load and save it anew"
-        )
+        raise UserError(f"{file} is refused: it is damaged, or in torch's format before 2020; save it anew")
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -212,9 +205,7 @@ def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softca
     channels = tensors[gates[0]].shape[-1] if gates else 0
     smears = "smear_gate.weight" in names
     if found := sorted(name for name in names if "bigram" in name):
-        raise UserError(
-            f"{file} has {found[0]}: nanochat had it for three days in January 2026, jaxchat has not"
-        )
+        raise UserError(f"{file} has {found[0]}: nanochat had it for 3 days in January 2026, jaxchat has not")
     if "resid_lambdas" not in names:
         constants, kind = {}, "2025"
     elif not values:

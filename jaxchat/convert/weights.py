@@ -111,16 +111,13 @@ def check(foreign: Foreign):
     for what, names in (("lacks", ours.keys() - have), ("also has", have - ours.keys())):
         if names:
             some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise UserError(
-                f"{foreign.path} {what} {some}; it is not the model that its configuration describes"
-            )
+            raise UserError(f"{foreign.path} {what} {some}; it is not the model of its configuration")
     for theirs, tensor in foreign.tensors.items():
         name = ours[theirs].rpartition(".")[0]
         wanted = shape_of(weights[name])
         if list(tensor.shape) != wanted:
-            raise UserError(
-                f"{foreign.path}: {theirs} is {list(tensor.shape)}, its configuration wants {wanted}"
-            )
+            have = list(tensor.shape)
+            raise UserError(f"{foreign.path}: {theirs} is {have}, its configuration wants {wanted}")
         if tensor.dtype not in DTYPES.values():
             raise UserError(f"{foreign.path}: {theirs} is {tensor.dtype}; jaxchat reads {', '.join(DTYPES)}")
 

@@ -37,9 +37,9 @@ def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = Fa
             f"an optimizer step has {rows} rows, which {devices} devices cannot share evenly; use a number "
             f"of devices that divides {rows}"
         )
-    batch = (
-        asked if asked > 0 else max((n for n in able if n <= most), default=min(most, -(-rows // devices)))
-    )
+    batch = asked
+    if asked < 0:
+        batch = max((n for n in able if n <= most), default=min(most, -(-rows // devices)))
     return batch, -(-rows // (batch * devices))
 
 

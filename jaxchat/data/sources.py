@@ -174,9 +174,8 @@ class ParquetText:
         self._stamps = [stamp for _, _, stamp in shards]
         self._ends = np.cumsum(self.block_sizes, dtype=np.int64)
         if not self.block_sizes:
-            raise UserError(
-                f"{', '.join(map(str, self.paths))}: no rows; a data set needs at least one document"
-            )
+            names = ", ".join(map(str, self.paths))
+            raise UserError(f"{names}: no rows; a data set needs at least one document")
         self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
         self.groups_read = 0  # how often a row group was decoded
 
@@ -256,9 +255,7 @@ def _pieces(path: Path, group: int) -> Iterable[pa.Array]:
             yield column.cast(pa.large_binary())  # Arrow does not check that a column of strings holds UTF-8
     except (OSError, pa.ArrowException) as problem:
         line = str(problem).splitlines()[0]
-        raise UserError(
-            f"{path}, row group {group}, cannot be read ({line}); download the file again"
-        ) from problem
+        raise UserError(f"{path}, row group {group}, cannot be read ({line}); download it again") from problem
 
 
 def temporary_folder() -> str:

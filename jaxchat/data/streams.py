@@ -49,9 +49,8 @@ class _StreamRowsIterator(grain.DatasetIterator):
 
     def __next__(self):
         self._fill()
-        return {
-            n: {"rows": s.rows(), "totals": s.totals(), "state": s.state()} for n, s in self._streams.items()
-        }
+        made = self._streams.items()
+        return {n: {"rows": s.rows(), "totals": s.totals(), "state": s.state()} for n, s in made}
 
     def _fill(self):
         """Give all streams together what they ask for, until none asks for more: so all threads are busy."""

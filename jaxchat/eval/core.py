@@ -209,10 +209,8 @@ def evaluate(
         scorer.title = f"{task.label}, {number} of {len(bundle)}: "
         asked = [spans_of(task, prompts_of(task, items, i), tokenizer) for i in range(len(items))]
         scores = iter(scorer.spans([span for spans in asked for span in spans]))
-        right = [
-            is_right(task, item, [next(scores) for _ in spans])
-            for item, spans in zip(items, asked, strict=True)
-        ]
+        each = zip(items, asked, strict=True)
+        right = [is_right(task, item, [next(scores) for _ in spans]) for item, spans in each]
         accuracy = sum(right) / len(right)
         centered = (accuracy - task.chance) / (1 - task.chance)
         cropped = sum(any(len(span.tokens) > scorer.longest for span in spans) for spans in asked)

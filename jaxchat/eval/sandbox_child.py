@@ -134,16 +134,8 @@ def guard_files(folder: str, newest: int):
     ruleset = struct.pack("QQQ", handled, 3, 3)[: 24 if version >= 6 else 8]
     rules = _call(libc.syscall(CREATE_RULESET, ruleset, ctypes.c_size_t(len(ruleset)), 0))
     read, write = READ_FILE | READ_DIR, WRITE_FILE | TRUNCATE
-    libraries = {
-        *sys.path,
-        f"{sys.base_prefix}/lib",
-        "/lib",
-        "/lib64",
-        "/usr/lib",
-        "/usr/lib64",
-        "/usr/share/zoneinfo",
-    }
-    granted = {path: read for path in libraries if os.path.isdir(path)}
+    libraries = {f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"}
+    granted = {path: read for path in {*sys.path, *libraries} if os.path.isdir(path)}
     granted |= {"/etc/ld.so.cache": READ_FILE, "/dev/urandom": READ_FILE, "/dev/null": READ_FILE | write}
     granted[folder] = read | write | MAKE_REG | REMOVE_FILE
     for path, rights in granted.items():

@@ -46,10 +46,8 @@ class Task:
             self._drawn = np.random.Generator(np.random.PCG64(DRAW_SEED)).permutation(len(rows))[:count]
         self.has_documents = getattr(rows, "has_documents", False)
         self.left_out = getattr(rows, "left_out", "")
-        files = "".join(file_fingerprint(path)[:8] for path in rows.paths)
-        self.fingerprint = (
-            f"{files}{getattr(rows, 'edition', '')}{'' if self._drawn is None else ', shuffled'}"
-        )
+        self.fingerprint = "".join(file_fingerprint(path)[:8] for path in rows.paths)
+        self.fingerprint += getattr(rows, "edition", "") + ("" if self._drawn is None else ", shuffled")
 
     def __len__(self) -> int:
         return len(self._rows if self._drawn is None else self._drawn)

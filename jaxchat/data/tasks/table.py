@@ -49,9 +49,7 @@ class Table:
         count = sum(map(len, self._batches))
         self._rows = np.delete(np.arange(count), [*problems])
         if not count:
-            raise UserError(
-                f"{self.paths[0]} holds no rows; download it again: python -m launch.download {name}"
-            )
+            raise UserError(f"{self.paths[0]} holds no rows; fetch it anew: python -m launch.download {name}")
         example = next(iter(problems.values()), "")
         if len(problems) > MOST_LEFT_OUT * count:
             raise UserError(
@@ -100,11 +98,8 @@ def _text_in(value):
 
 def _batches_of(path: Path, columns: list[str]) -> list[pa.RecordBatch]:
     try:
-        return [
-            batch
-            for batch in open_parquet(path, columns).iter_batches(ROWS_READ, columns=columns)
-            if len(batch)
-        ]
+        batches = open_parquet(path, columns).iter_batches(ROWS_READ, columns=columns)
+        return [batch for batch in batches if len(batch)]
     except (OSError, pa.ArrowException) as problem:
         line = str(problem).splitlines()[0]
         raise UserError(f"{path} cannot be read ({line}); download it again") from problem
