@@ -148,24 +148,19 @@ def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int
 
 def check_fits(model: ModelConfig, mesh: Mesh):
     """Raise UserError unless the mesh cuts the model's heads, vocabulary and width into equal parts."""
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    for name, size, parts in (
-        ("query heads", model.n_head, tensor),
-        ("key/value heads", model.n_kv_head, tensor),
-        ("vocabulary", model.padded_vocab, tensor),
-        ("width", model.n_embd, fsdp),
-        # A value embedding's features are cut over fsdp.
-        *([("width of a head", model.head_dim, fsdp)] if model.value_gate_channels else []),
-    ):
-        if size % parts:
-            axis = "fsdp" if name.startswith("width") else "tensor"
-            widths = math.gcd(model.n_embd, model.head_dim if model.value_gate_channels else 0)
-            fits = widths if axis == "fsdp" else math.gcd(model.n_head, model.n_kv_head, model.padded_vocab)
-            possible = [str(n) for n in range(1, mesh.size + 1) if mesh.size % n == 0 and fits % n == 0]
-            raise UserError(
-                f"--mesh: {axis}={parts} does not divide the model's {name}, {size:,}; it may be "
-                f"{', '.join(possible)}"
-            )
+    heads = {"query heads": model.n_head, "key/value heads": model.n_kv_head}
+    widths = {"width": model.n_embd}
+    if model.value_gate_channels:  # a value embedding's features are cut over fsdp
+        widths["width of a head"] = model.head_dim
+    for axis, sizes in {"tensor": heads | {"vocabulary": model.padded_vocab}, "fsdp": widths}.items():
+        parts, fits = mesh.shape[axis], math.gcd(*sizes.values())
+        for name, size in sizes.items():
+            if size % parts:
+                possible = [str(n) for n in range(1, mesh.size + 1) if mesh.size % n == 0 and fits % n == 0]
+                raise UserError(
+                    f"--mesh: {axis}={parts} does not divide the model's {name}, {size:,}; it may be "
+                    f"{', '.join(possible)}"
+                )
 
 
 def constrain(tree, specs, mesh: Mesh | None):

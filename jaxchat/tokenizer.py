@@ -329,7 +329,6 @@ def byte_characters() -> dict[int, str]:
     """The printable character that byte-level BPE writes for each byte: itself where printable, else from
     U+0100 on.
     """
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    characters = {b: chr(b) for b in printable}
-    others = [b for b in range(256) if b not in characters]
-    return characters | {b: chr(0x100 + i) for i, b in enumerate(others)}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ordered = sorted(range(256), key=lambda byte: (chr(byte) not in alphabet, byte))
+    return dict(zip(ordered, alphabet, strict=True))
