@@ -20,8 +20,7 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """A run was asked to stop, and saved. Commands print the message and leave with exit code 75: start it
-    again."""
+    """A run was asked to stop, and saved. Commands print the message and leave with exit code 75."""
 
 
 def base_dir() -> Path:
@@ -203,10 +202,9 @@ class ModelConfig:
     ):
         """Size a model by its depth: `depth` layers, width 64·depth, one head per 128 of width, rounded up.
 
-        Where these heads don't split the width into head dimensions that are multiples of 8, which cuDNN's
-        attention needs, there are more heads: depth 5 has 4 of 80, depth 17 has 17 of 64. In the architecture
-        of 2026 the width is rounded up instead, to a multiple of 128, and layers S see a quarter of the
-        context.
+        More heads where cuDNN's attention needs them, whose head dimensions are multiples of 8: depth 5 has 4
+        of 80, depth 17 has 17 of 64. In the architecture of 2026 the width is rounded up instead, to a
+        multiple of 128, and layers S see a quarter of the context.
         """
         if depth < 1:
             raise UserError(f"--depth={depth}: a model needs at least 1 layer")
@@ -305,10 +303,7 @@ class Compute:
 
     @classmethod
     def for_backend(cls, dtype: str = "auto", backend: str = "", remat: str = "auto", **changes):
-        """Choose defaults for the devices at hand (or for "cpu", "gpu", "tpu"); `changes` override fields.
-
-        UserError: remat is unknown.
-        """
+        """Choose defaults for the devices at hand (or for "cpu", "gpu", "tpu"); `changes` override fields."""
         import jax  # here, so that reading a config never starts a backend
 
         backend = backend or jax.default_backend()

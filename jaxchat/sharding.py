@@ -63,10 +63,7 @@ def _delete_damaged(folder: Path, show: Callable, message: Warning, *args, **how
 
 
 def take_memory():
-    """Let JAX take the share GPU_SHARE of a GPU's memory, instead of 75 %. Call it before JAX starts.
-
-    XLA_CLIENT_MEM_FRACTION overrides it.
-    """
+    """Before JAX starts, let it take GPU_SHARE of a GPU's memory, unless XLA_CLIENT_MEM_FRACTION is set."""
     if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
 
@@ -121,8 +118,7 @@ def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int
     """Sizes of (data, fsdp, tensor) from "data=-1,fsdp=2,tensor=1": -1 takes all that is left.
 
     data takes what is left unless it is named. "": each CPU holds all weights; elsewhere up to 8 neighbours
-    share them, which makes room for eight times the model, and costs a few per cent of bandwidth, hidden
-    behind the step.
+    share them: room for eight times the model, for a few per cent of bandwidth, hidden behind the step.
     """
     sizes = dict.fromkeys(AXES, 1) | {"data": -1}
     if not axes and platform != "cpu":
@@ -171,12 +167,10 @@ def constrain(tree, specs, mesh: Mesh | None):
 
 
 def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool = False):
-    """Map `function` over each device's part of its arguments (shard_map); on one device return `function`
-    itself.
+    """Map `function` over each device's part of its arguments (shard_map); one device: `function` itself.
 
     Collectives inside must be skipped on one device. always: map over a mesh of one too, as Triton needs: the
-    mesh says what it compiles for. What a spec does not mention is the same on all devices, and nothing
-    checks that.
+    mesh says what it compiles for. What a spec does not mention is the same on all devices, unchecked.
     """
     if mesh is None or (mesh.size == 1 and not always):
         return function
@@ -210,8 +204,7 @@ def abstract(shapes, shardings):
 
 
 def optimizer_specs(state, weights: dict):
-    """Partition specs of an optimizer's state: an array whose name ends in a weight's name is cut as that
-    weight is.
+    """Partition specs of an optimizer's state: arrays whose names end in a weight's are cut as the weight is.
 
     state: its shapes. weights: the declared weights by name. A dimension that is summed away is not cut.
     """

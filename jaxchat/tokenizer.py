@@ -187,10 +187,7 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str, *, specials: bool = False) -> np.ndarray:
-        """Ids of text as int32 [tokens], faster than `encode`.
-
-        specials: whether the spelling of a special token becomes that token.
-        """
+        """Ids of text as int32 [tokens]. specials: whether a special token's spelling becomes that token."""
         allowed = self._specials.keys() if specials else frozenset()
         try:
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(allowed), disallowed_special=())
@@ -211,8 +208,7 @@ class Tokenizer:
         return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def render_conversation(self, conversation: dict) -> tuple[list[int], list[int]]:
-        """Return (ids, mask) of a conversation; the mask is 1 for the tokens that the assistant learns to
-        generate."""
+        """Return (ids, mask) of a conversation; the mask is 1 for the tokens that the assistant learns."""
         return self._render(chat_pieces(conversation))
 
     def _render(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
@@ -226,8 +222,7 @@ class Tokenizer:
     def render_all(self, conversations: list[list[Piece]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return int32 (ids, mask) of each conversation, the same as render_conversation's, but faster.
 
-        They are encoded as one text, except those that may spell a special or have two parts side by side
-        that could merge.
+        They are encoded as one text, except those that may spell a special or have parts that could merge.
         """
         alone = [_may_merge(pieces) for pieces in conversations]
         joined = [
@@ -326,9 +321,7 @@ def _user_first(conversation: dict) -> list[dict]:
 
 
 def byte_characters() -> dict[int, str]:
-    """The printable character that byte-level BPE writes for each byte: itself where printable, else from
-    U+0100 on.
-    """
+    """The character that byte-level BPE writes for each byte: itself where printable, else from U+0100 on."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ordered = sorted(range(256), key=lambda byte: (chr(byte) not in alphabet, byte))
     return dict(zip(ordered, alphabet, strict=True))

@@ -11,8 +11,7 @@ from jaxchat.config import MidConfig, SFTConfig, UserError
 from jaxchat.data import pipelines
 from jaxchat.data.sources import file_fingerprint
 from jaxchat.data.tasks import Mixture, load_mixture, load_task, spelling
-from jaxchat.data.tasks.gsm8k import answer_parts
-from jaxchat.data.tasks.smoltalk import suspects
+from jaxchat.data.tasks.hub import answer_parts, suspects
 from jaxchat.infer.calculator import calculate
 from jaxchat.tokenizer import check_conversation
 from jaxchat.train.stages import data_row

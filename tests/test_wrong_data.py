@@ -133,7 +133,12 @@ ROWS = {"question": ["What?"] * 2, "choices": [["a", "b", "c", "d"]] * 2, "answe
         ("MMLU/test", "mmlu/all", ROWS | {"choices": [["a", "b"], ["a", None]]}, "not a list of texts"),
         ("MMLU/test", "mmlu/all", ROWS | {"answer": [0, 4]}, "answer 4 of 4 choices"),
         ("GSM8K/test", "gsm8k/main", {"question": ["1 + 1?"] * 2, "answer": ["2", None]}, "`answer` is null"),
-        ("GSM8K/test", "gsm8k/main", {"question": ["1 + 1?"] * 2, "answer": [2, 2]}, "the answer is not text"),
+        (
+            "GSM8K/test",
+            "gsm8k/main",
+            {"question": ["1 + 1?"] * 2, "answer": [2, 2]},
+            "other types than expected",
+        ),
         ("SmolTalk/test", "smoltalk/data", {"messages": [TALK, [*TALK, None]]}, "unknown role None"),
         ("SmolTalk/test", "smoltalk/data", {"messages": [TALK, None]}, "`messages` is null"),
     ],

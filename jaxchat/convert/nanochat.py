@@ -49,8 +49,7 @@ GENERATIONS = "the generations that docs/architecture.md lists"
 def export(found: Found, out: Path, progress: Progress) -> Path:
     """Write a checkpoint into a base directory of nanochat; return its model_<step>.pt.
 
-    UserError: the model exists there, the tokenizer there is another one, nanochat can't compute the model,
-    or the disk has no room.
+    UserError: the model exists there, its tokenizer is another, nanochat can't compute it, the disk is full.
     """
     folder = out / STAGES[found.meta["stage"]].folder / found.tag
     model, meta_file = folder / f"model_{found.step:06d}.pt", folder / f"meta_{found.step:06d}.json"
@@ -105,8 +104,7 @@ def load_optimizer(foreign: Foreign) -> tuple[dict | None, str]:
 def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Foreign:
     """Open a checkpoint in a folder of model_<step>.pt files, or in a base directory of nanochat.
 
-    step -1: the last. softcap: see generation. UserError: there is none, jaxchat cannot compute it, or it
-    holds more than tensors.
+    step -1: the last. softcap: see generation. UserError: it is missing, unknown, or more than tensors.
     """
     folder = find_folder(path, stage, tag)
     steps = sorted(int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"model_(\d+)\.pt", p.name)))
@@ -136,10 +134,7 @@ def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Forei
 
 
 def find_folder(path: Path, stage: str, tag: str) -> Path:
-    """Find the folder of the model_<step>.pt files: `path` itself, or <path>/<the stage's folder>/<tag>.
-
-    tag "": the only one there.
-    """
+    """Find the folder of model_<step>.pt files: `path`, or <path>/<stage's folder>/<tag or the only one>."""
 
     def has_models(folder: Path) -> bool:
         return folder.is_dir() and any(re.fullmatch(r"model_\d+\.pt", p.name) for p in folder.iterdir())

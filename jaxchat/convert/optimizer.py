@@ -87,7 +87,7 @@ def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
             matrices = [moments[field][theirs] for theirs in matrix_names(name, names, config)]
             if field == "second":
                 return np.stack([m.float().numpy() for m in matrices]).reshape(leaf.shape)
-            return to_stack(name, weights[name], matrices)
+            return to_stack(weights[name], matrices)
 
         return jax.tree_util.tree_map_with_path(fill, empty_state(config))
     except Exception as problem:  # a damaged or hostile file raises almost anything
@@ -134,7 +134,7 @@ def export(found: Found, file: Path, names: Names):
         if not name:
             continue
         theirs, stack = matrix_names(name, names, found.config), np.asarray(leaf.astype(jnp.float32))
-        parts = stack if field == "second" else to_matrices(name, weights[name], stack)
+        parts = stack if field == "second" else to_matrices(weights[name], stack)
         dtype = getattr(torch, str(leaf.dtype))
         for n, part in zip(theirs, parts, strict=True):
             moments[field][n] = torch.from_numpy(np.array(part)).to(dtype)

@@ -96,10 +96,9 @@ def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def end_token(chat: bool) -> str:
-    """Return the token that ends an answer, or a document.
+    """Return the token that ends an answer, or a document. It is the padding too.
 
-    It is the padding too: transformers hides the padding token from the model wherever it is in a prompt,
-    such as a <|bos|> at the beginning.
+    transformers hides the padding token wherever it is in a prompt, such as a <|bos|> at the beginning.
     """
     return "<|assistant_end|>" if chat else "<|bos|>"
 

@@ -60,7 +60,7 @@ def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
     }
 
 
-def to_matrices(name: str, weight: Weight, stack: np.ndarray) -> Iterator[np.ndarray]:
+def to_matrices(weight: Weight, stack: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the matrices of a weight as PyTorch keeps them, each a contiguous copy."""
     if not weight.fan_in:
         yield np.array(stack)
@@ -69,7 +69,7 @@ def to_matrices(name: str, weight: Weight, stack: np.ndarray) -> Iterator[np.nda
         yield np.array(matrix if weight.lookup else matrix.T, order="C")
 
 
-def to_stack(name: str, weight: Weight, matrices: list[torch.Tensor]) -> np.ndarray:
+def to_stack(weight: Weight, matrices: list[torch.Tensor]) -> np.ndarray:
     """Return a weight's array in jaxchat, stacked from its matrices in PyTorch."""
     stack = np.empty(weight.shape, jnp.dtype(weight.dtype))
     if not weight.fan_in:
@@ -98,7 +98,7 @@ def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.
     for name, weight in weights.items():
         stack = np.asarray(stacks.pop(name)).astype(np.float32)  # which holds all that is read
         theirs = matrix_names(name, names, found.config)
-        for n, matrix in zip(theirs, to_matrices(name, weight, stack), strict=True):
+        for n, matrix in zip(theirs, to_matrices(weight, stack), strict=True):
             tensors[n] = torch.from_numpy(matrix).to(DTYPES[narrow.get(ours[n], weight.dtype)])
         progress(name)
     return tensors
@@ -123,11 +123,9 @@ def check(foreign: Foreign):
 
 
 def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Progress, optimizer=None):
-    """Save a foreign model as the checkpoint <folder>/<step>, with its tokenizer. Its tensors are gone
-    afterwards.
+    """Save a foreign model as the checkpoint <folder>/<step>, with its tokenizer, and consume its tensors.
 
-    optimizer: the state to train on with, or None.
-    UserError: the folder exists, or its disk is too full.
+    optimizer: the state to train on with, or None. UserError: the folder exists, or its disk is too full.
     """
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --model_tag, or remove it")
@@ -149,7 +147,7 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
     for name, weight in named(foreign.config).items():
         # Popped, so that what is converted does not stay in memory.
         matrices = [foreign.tensors.pop(n) for n in matrix_names(name, foreign.names, foreign.config)]
-        stacks.append(to_stack(name, weight, matrices))
+        stacks.append(to_stack(weight, matrices))
         del matrices
         progress(name)
     checkpoints = Checkpoints(folder)

@@ -75,8 +75,7 @@ class Concatenated:
 class BestFit:
     """Start every row with a document, and keep adding the longest of BUFFER documents that still fits.
 
-    When none fits, the shortest is cut to fill the row, and its rest is dropped and counted. Documents in a
-    row don't see each other.
+    When none fits, the shortest is cut to fill the row, and its rest is dropped and counted.
     """
 
     buffer = BUFFER

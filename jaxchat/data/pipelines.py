@@ -23,8 +23,7 @@ def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = Fa
     """Cut a step of `rows` rows over `devices` devices. -> (rows a device computes at a time, micro-batches).
 
     asked: the flag --device_batch_size; -1: the largest number of rows, at most `most`, that divides the
-    step. fills: fill a step that no number divides with empty rows. UserError: the step can't be cut like
-    that.
+    step. fills: fill a step that no number divides with empty rows. UserError: it can't be cut like that.
     """
     able = [] if rows % devices else divisors(rows // devices)
     if asked > 0 and asked not in able and able:
@@ -86,10 +85,7 @@ def sft_batches(tasks, tokenizer: Tokenizer, *, seed: int, packing="padded", **h
 
 
 def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
-    """Open the mixture that a flag names.
-
-    UserError: it is empty, or holds plain documents although `documents` is false.
-    """
+    """Open the mixture that a flag names. UserError: it is empty, or has forbidden plain documents."""
     tasks = load_mixture(spec, tasks_dir or None)
     if len(tasks) == 0:
         raise UserError(f"--{flag}={spec} has no rows; name at least one task that has some")

@@ -82,8 +82,7 @@ def repeated(train: dict[str, str], held_out: dict[str, str]) -> str:
 def file_fingerprint(path: Path) -> str:
     """16 hex digits for a file's size and content: all of it up to 16 MiB, else 16 samples, one at its end.
 
-    A parquet file's end holds the place and size of every column chunk and, as a rule, their least and
-    greatest values.
+    A parquet file's end holds every column chunk's place and size and, as a rule, least and greatest value.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

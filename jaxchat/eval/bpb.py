@@ -25,10 +25,7 @@ def _sums(params, batch, model: Model):
 
 
 def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]:
-    """Return (Σ weight·nll in nats, Σ weight) of batches {inputs, targets, weights} [B, T].
-
-    Every process has all of each batch.
-    """
+    """Return (Σ weight·nll in nats, Σ weight) of whole batches {inputs, targets, weights} [B, T]."""
     sums = []
     for batch in batches:
         placed = {f"{name}_BT": place_same(array, model.mesh) for name, array in batch.items()}

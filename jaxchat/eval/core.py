@@ -68,8 +68,7 @@ class CoreResult(TaskResult):
 
 
 def load_bundle(place: str = "") -> list[CoreTask]:
-    """Read the tasks of a bundle: a folder or a zip; empty: the base directory's eval_bundle, or
-    eval_bundle.zip.
+    """Read a bundle's tasks, from a folder or a zip; "": the base directory's eval_bundle or eval_bundle.zip.
 
     UserError: something is missing or malformed; the message names the file and the line.
     """

@@ -58,8 +58,7 @@ def missing() -> list[str]:
 
 
 def run(program: str, *, seconds: float = 5.0) -> Outcome:
-    """Run a Python program for at most `seconds` of wall time and of CPU time. May be called from several
-    threads.
+    """Run a Python program for at most `seconds` of wall time and of CPU time; several threads may do so.
 
     UserError: the kernel lacks a part of the sandbox, or is not Linux.
     """

@@ -121,8 +121,7 @@ def limit(cpu_seconds: int):
 
 
 def guard_files(folder: str, newest: int):
-    """Restrict files by Landlock: Python and its libraries are read; `folder` is read, written and deleted
-    in.
+    """Restrict files by Landlock: Python and its libraries are read; in `folder` also written and deleted.
 
     newest: the newest of Landlock's versions to use.
     """

@@ -51,8 +51,7 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean loss per token in nats; inf without tokens. In float64, in which spans of equal losses have
-        equal means."""
+        """Mean loss per token in nats, in float64: equal losses have equal means; inf without tokens."""
         return float(self.nll.mean(dtype=np.float64)) if len(self.nll) else float("inf")
 
 
@@ -64,8 +63,7 @@ def buckets(sequence_len: int) -> list[int]:
 
 @partial(jax.jit, static_argnames="model")
 def span_losses(params, tokens_BT, first, last, model: Model):
-    """Return (nll_BT, right_BT) of the token after each position, computed from the chunk of `first` to that
-    of `last`.
+    """Return (nll_BT, right_BT) of the token after each position, from the chunk of `first` to `last`'s.
 
     Logits exist for one chunk of positions at a time; on a mesh each device has those of its rows and its
     share of the vocabulary. Outside the chunks asked for, both are 0.
