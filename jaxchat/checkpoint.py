@@ -117,8 +117,8 @@ def find(
         raise UserError(f"unknown source {source!r}; it is one of {', '.join(STAGES)}")
     root = base_dir() / STAGES[source].folder
     train = f"train one with: python -m launch.{STAGES[source].command}"
+    tags = sorted(p for p in root.iterdir() if steps_in(p)) if root.is_dir() else []
     if not model_tag:
-        tags = [p for p in root.iterdir() if steps_in(p)] if root.is_dir() else []
         if not tags:
             raise UserError(f"no {source} checkpoint in {root}; {train}")
         depth_of = {p: int(m[1]) for p in tags if (m := re.fullmatch(r"d(\d+)", p.name))}
@@ -127,8 +127,7 @@ def find(
     folder = run_folder(source, model_tag)
     steps = steps_in(folder)
     if not steps:
-        there = sorted(p.name for p in root.iterdir() if steps_in(p)) if root.is_dir() else []
-        have = f"there are: {', '.join(there)}" if there else train
+        have = f"there are: {', '.join(p.name for p in tags)}" if tags else train
         raise UserError(f"no {source} checkpoint named {model_tag} in {root}; {have}")
     if step >= 0 and step not in steps:
         raise UserError(f"no step {step} in {folder}; there are: {', '.join(map(str, steps))}")

@@ -279,25 +279,19 @@ def check_conversation(conversation: dict):
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
-            raise UserError(
-                f"message {i} has the unknown role {role!r}; it is system (first only), user or assistant"
-            )
+            raise UserError(f"message {i} has unknown role {role!r}; it is system (first), user or assistant")
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if not turns:
         raise UserError("a conversation has a system message only; a user's message must follow")
     for i, message in enumerate(turns):
         role, content = message["role"], message.get("content")
-        expected = ("user", "assistant")[i % 2]
-        if role != expected:
-            raise UserError(
-                f"turn {i} is the {role}'s, but user and assistant alternate: it must be the {expected}'s"
-            )
+        due = ("user", "assistant")[i % 2]
+        if role != due:
+            raise UserError(f"turn {i} is the {role}'s; user and assistant alternate: it must be the {due}'s")
         if isinstance(content, str):
             continue
         if role == "user" or not isinstance(content, list):
-            raise UserError(
-                f"turn {i} ({role}) has content of type {type(content).__name__}; it must be text"
-            )
+            raise UserError(f"turn {i} ({role}) has content {type(content).__name__}; it must be text")
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else part
             if kind not in PART_TYPES:

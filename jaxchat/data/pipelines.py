@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import grain
 import numpy as np
 
-from jaxchat.config import UserError
+from jaxchat.config import UserError, rounded_up
 from jaxchat.data.conversations import ConversationRows
 from jaxchat.data.encode import Reader, conversation_reader, text_reader
 from jaxchat.data.order import Deal, Order
@@ -113,14 +113,13 @@ def packed_validation(
     if len(tokens) < 2:
         raise UserError("the validation data holds no text; it needs at least one document that is not empty")
     num_targets = len(tokens) - 1
-    num_rows = -(-num_targets // time)
-    num_rows += -num_rows % rows
+    num_rows = rounded_up(-(-num_targets // time), rows)
     padded = np.zeros(num_rows * time + 1, np.int32)
     padded[: len(tokens)] = tokens
     inputs, targets = (padded[i : i + num_rows * time].reshape(-1, rows, time) for i in (0, 1))
     weights = (np.arange(num_rows * time) < num_targets).astype(np.float32).reshape(-1, rows, time)
     batches = zip(inputs, targets, weights, strict=True)
-    return [dict(zip(("inputs", "targets", "weights"), batch, strict=True)) for batch in batches]
+    return [{"inputs": i, "targets": t, "weights": w} for i, t, w in batches]
 
 
 def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: int, time: int) -> list[dict]:

@@ -92,14 +92,12 @@ def drawn(task: Sequence[dict], max_problems: int) -> list[dict]:
 
 def why_not(name: str) -> str:
     """The reason why a task cannot be measured on this machine; "" if it can."""
-    if name != "HumanEval":
-        return ""
-    try:
-        lacks = sandbox.missing()
-    except UserError as problem:
-        return str(problem)
-    why = f"this kernel lacks {' and '.join(lacks)}, which running what the model wrote needs"
-    return why if lacks else ""
+    if name == "HumanEval":
+        try:
+            sandbox.check()
+        except UserError as problem:
+            return str(problem)
+    return ""
 
 
 def batch_size_for(
