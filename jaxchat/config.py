@@ -413,8 +413,7 @@ class MeshFlags(DeviceFlags):
     all weights; fsdp: each holds a share of every weight; tensor: each computes a share of every layer.
     Empty: data=-1 on CPUs; elsewhere fsdp=8, or 4, 2 or 1 if 8 does not divide the devices."""
     coordinator: str = flag("", own=True)
-    """Address of process 0, as HOST:PORT, where several processes work together; empty: as Slurm, TPUs, Open
-    MPI or a JobSet say."""
+    """Address of process 0 of several, as HOST:PORT; empty: as Slurm, TPUs, Open MPI or a JobSet say."""
     num_processes: int = flag(0, 0, free=True)
     """Number of processes that work together; 0: as the launcher says, or else 1."""
     process_id: int = flag(-1, -1, own=True)
@@ -437,9 +436,8 @@ class TrainConfig(MeshFlags):
     """What the backward pass recomputes instead of keeping: none, dots (all but the results of matrix
     products), full (everything within a layer) or step (as full; on several devices, each layer computes all
     micro-batches before the next layer does, so gradients are summed over devices once a step). Each but
-    step needs less memory than the one before, and more time.
-    auto: none on a CPU; elsewhere the first whose compiled step fits in memory, and for a resumed run the one
-    it had."""
+    step needs less memory than the one before, and more time. auto: none on a CPU; elsewhere the first whose
+    compiled step fits in memory, and for a resumed run the one it had."""
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed of the initial weights and of the order of the data."""
     embedding_lr: float = flag(0.2, 0)
@@ -458,18 +456,15 @@ class TrainConfig(MeshFlags):
     """Minutes after the latest checkpoint until the next is saved; 0: none by the clock."""
     resume: bool = flag(False, free=True)
     """Continue from this stage's latest checkpoint under the tag, or start if there is none. On CPUs the
-    result equals the undisturbed run bit for bit; on GPUs up to rounding, since cuDNN sums in no fixed
-    order."""
+    result equals the undisturbed run bit for bit; on GPUs up to rounding (cuDNN sums in no fixed order)."""
     overwrite: bool = flag(False, free=True)
     """Delete the checkpoints of this stage and tag, and start anew."""
     tensorboard: bool = flag(False, free=True)
     """Also write TensorBoard event files beside the checkpoints."""
     on_nonfinite: str = flag("stop", choices=("stop", "skip"), free=True)
-    """What to do when a loss or a gradient is not finite: stop, or skip that step, which then changes
-    nothing."""
+    """What to do when a loss or a gradient is not finite: stop, or skip the step, which changes nothing."""
     data_workers: int = flag(0, 0, own=True)
-    """Number of processes per host that tokenize; 0: threads of the trainer do. The batches do not depend on
-    it."""
+    """Processes per host that tokenize; 0: threads of the trainer do. The batches do not depend on it."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -509,11 +504,9 @@ class BaseConfig(TrainConfig):
     --target_param_data_ratio=12 --total_batch_size=-1 --grad_clip=0 --warmup_steps=40 --warmdown_ratio=0.65
     --final_lr_frac=0.05 --eval_tokens=41943040."""
     depth: int = flag(20, 1)
-    """Number of layers, which sets the model's size: the width is 64 × depth (with --arch=2026 rounded up to
-    a multiple of 128)."""
+    """Number of layers; the width is 64 × depth (with --arch=2026 rounded up to a multiple of 128)."""
     n_kv_head: int = flag(-1, 1, special=-1)
-    """Number of key/value heads (grouped-query attention), a divisor of the query heads; -1: as many as query
-    heads."""
+    """Number of key/value heads, a divisor of the query heads (grouped-query attention); -1: their number."""
     max_seq_len: int = flag(2048, 1)
     """Tokens in a training row, and the model's context length."""
     num_iterations: int = flag(-1, 1, special=-1)
@@ -527,8 +520,7 @@ class BaseConfig(TrainConfig):
     """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it
     if memory runs out: the result stays the same up to rounding."""
     total_batch_size: int = flag(524288, 1, 2**31 - 1, special=-1)
-    """Tokens in an optimizer step, over all devices; -1, with --arch=2026 only: chosen by the model's
-    size."""
+    """Tokens in an optimizer step, over all devices; -1, with --arch=2026 only: by the model's size."""
     grad_clip: float = flag(1.0, 0)
     """Largest global norm of the gradients, to which longer ones are scaled; 0: no bound."""
     warmup_ratio: float = flag(0.0, 0, 1)
@@ -544,8 +536,7 @@ class BaseConfig(TrainConfig):
     eval_tokens: int = flag(20 * 524288, 1, free=True)
     """Validation tokens that bits per byte is measured on."""
     core_metric_every: int = flag(2000, -1, free=True)
-    """Steps between measurements of CORE, if its bundle is there (the printed plan says so); 0 or -1:
-    never."""
+    """Steps between measurements of CORE, if its bundle is there (the plan says so); 0 or -1: never."""
     core_metric_max_per_task: int = flag(500, 1, special=-1, free=True)
     """Items of each CORE task to measure on, at most; -1: all."""
     eval_bundle: str = flag("", own=True)
@@ -587,8 +578,7 @@ class FinetuneConfig(TrainConfig):
     """Flags of the trainers that start from a checkpoint"""
 
     model_tag: str = flag("", free=True)
-    """Tag of the model to start from, under which the result is saved too; empty: the deepest d<N>, or else
-    the newest."""
+    """Tag of the model to start from, and of the result; empty: the deepest d<N>, or else the newest."""
     step: int = flag(-1, -1, free=True)
     """Step of the checkpoint to start from; -1: the last."""
     dry_run: bool = flag(False, free=True)
@@ -599,8 +589,7 @@ class FinetuneConfig(TrainConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MidConfig(FinetuneConfig):
-    """Continue training a base model on a mixture of conversations: the chat format, multiple choice, the
-    tool."""
+    """Continue training a base model on conversations: the chat format, multiple choice, the tool."""
 
     num_iterations: int = flag(-1, 1, special=-1)
     """Number of optimizer steps; -1: one pass over the mixture."""
@@ -663,9 +652,8 @@ class SFTConfig(FinetuneConfig):
     max_seq_len: int = flag(-1, 1, special=-1)
     """Tokens to which longer conversations are cut; -1: the model's context length."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
-    """Rows that a device computes at a time (a row is a conversation, unless they are packed); -1: the
-    largest number up to 4 that divides the step. Lower it if memory runs out: the result stays the same up to
-    rounding."""
+    """Rows (conversations, unless they are packed) that a device computes at a time; -1: the largest number
+    up to 4 that divides the step. Lower it if memory runs out: the result stays the same up to rounding."""
     target_examples_per_step: int = flag(32, 1, special=-1)
     """Conversations in an optimizer step, over all devices; -1: as many as have about the tokens of a step of
     the model that training starts from."""
@@ -705,8 +693,7 @@ class SFTConfig(FinetuneConfig):
 @dataclasses.dataclass(frozen=True)
 class RLConfig(FinetuneConfig):
     """Improve a chat model by reinforcement learning: in each step it writes several answers to each of some
-    problems, a checker rewards the right ones, and answers better than the others to the same problem become
-    likelier.
+    problems, a checker rewards the right ones, and answers better than a problem's others become likelier.
 
     The defaults are nanochat's: REINFORCE with the group's mean as baseline, one update a step, no KL. Unlike
     there, the token that ends an answer is learnt too, and answers are sampled from all tokens (--top_k=0).
@@ -728,8 +715,7 @@ class RLConfig(FinetuneConfig):
     """Sampling temperature of the answers; at 0 all answers to a problem would be the same. Any value but 1
     samples from another distribution than the one that is trained."""
     top_k: int = flag(0, 0, 2**31 - 1)
-    """Number of likeliest tokens to sample from; 0: all. Any value but 0 samples from another distribution
-    than the one that is trained."""
+    """Number of likeliest tokens to sample from; 0: all, as in the distribution that is trained."""
     reward: str = "answer"
     """What an answer is rewarded for, as name:weight separated by commas: answer (the checker finds it
     right), format (it states a number after ####), finished (it ends by itself), tool (a tool call had a
@@ -738,8 +724,7 @@ class RLConfig(FinetuneConfig):
     """What a reward is compared with. mean: the mean of its problem's answers. loo: the mean of the others.
     std: as mean, divided by the problem's standard deviation. batch_std: as mean, divided by the step's."""
     loss: str = flag("reinforce", choices=("reinforce", "ppo", "cispo", "gspo"))
-    """Policy-gradient loss. With --updates=1 all are the same, except that gspo gives each answer equal
-    weight."""
+    """Policy-gradient loss. With --updates=1 all are the same, but gspo gives each answer equal weight."""
     loss_norm: str = flag("tokens", choices=("tokens", "all_tokens", "rows", "constant"))
     """What a step's loss is divided by. tokens: sampled tokens of problems with different rewards.
     all_tokens: all sampled tokens. rows: each answer has equal weight, as always with --loss=gspo. constant:
@@ -760,8 +745,7 @@ class RLConfig(FinetuneConfig):
     mask_truncated: bool = False
     """Learn nothing from answers that were cut off; their rewards still count in their group's baseline."""
     min_groups: int = flag(2, 1)
-    """Fewest problems with different rewards for a step to learn from; with fewer it changes no weight, and
-    is counted as empty."""
+    """Fewest problems with different rewards for a step to learn from; with fewer it changes no weight."""
     resample: bool = False
     """Draw further problems until --examples_per_step of them have answers with different rewards, at most
     three times."""
