@@ -75,12 +75,10 @@ class Found:
 def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokenizer: bool = True) -> Found:
     """Find a checkpoint and the tokenizer that belongs to it: beside it, or else the base directory's."""
     items = ("meta", "params")
-    if jax.process_count() == 1:
-        folder, step = find(source, model_tag, step, items)
-    else:  # as the first process sees it: a file system may show others less
-        found = find(source, model_tag, step, items) if jax.process_index() == 0 else ("", 0)
-        name, step = sharding.gather_json({"found": [str(found[0]), found[1]]})[0]["found"]
-        folder = Path(name)
+    # As the first process sees it: a file system may show others less.
+    found = find(source, model_tag, step, items) if jax.process_index() == 0 else ("", 0)
+    name, step = sharding.gather_json({"found": [str(found[0]), found[1]]})[0]["found"]
+    folder = Path(name)
     path, own = folder / str(step), folder / "tokenizer"
     meta = read_meta(folder, step)
     wanted = meta["tokenizer_hash"]  # None: imported without one; a tokenizer put beside it later is taken
@@ -146,15 +144,14 @@ def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]
     complete only if no other step has one: else its save was cut off.
     """
     steps = steps_in(folder)
-    seals = any((folder / str(step) / seal.NAME).exists() for step in steps)
-
-    def wrong_with(step: int) -> str:
-        unsealed = seals and not (folder / str(step) / seal.NAME).exists()
-        return "it was never finished" if unsealed else seal.damage(folder / str(step), items)
-
-    while steps and (wrong := wrong_with(steps[-1])):
-        path = folder / str(steps.pop())
+    sealed = [step for step in steps if (folder / str(step) / seal.NAME).exists()]
+    while steps:
+        path, unfinished = folder / str(steps[-1]), sealed and steps[-1] not in sealed
+        wrong = "it was never finished" if unfinished else seal.damage(path, items)
+        if not wrong:
+            break
         print(f"checkpoint {path} is damaged and passed over: {wrong}", file=sys.stderr, flush=True)
+        steps.pop()
     return steps
 
 
@@ -195,11 +192,8 @@ def measured(folder: Path, step: int) -> dict[str, float]:
         is_step = "step_seconds" in row or "nonfinite" in row
         if row.get("step", step + 1) <= step and not is_step:
             found |= row
-    return {
-        name: value
-        for name, value in found.items()
-        if name not in ("step", "evaluation") and value is not None
-    }
+    known = {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in known.items() if name not in ("step", "evaluation")}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
 from jaxchat import files
 from jaxchat.config import UserError, base_dir
@@ -109,23 +109,17 @@ class Tokenizer:
             raise UserError(
                 f"--vocab_size={vocab_size} is below {smallest}: 256 bytes and {len(SPECIAL_TOKENS)} specials"
             )
-        bpe = tokenizers.Tokenizer(models.BPE(byte_fallback=False, unk_token=None, fuse_unk=False))
+        wanted = vocab_size - len(SPECIAL_TOKENS)
+        bpe = tokenizers.Tokenizer(models.BPE())
         pattern = SPLIT_PATTERN.replace("?+", "?").replace("++", "+")
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-        bpe.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - len(SPECIAL_TOKENS),
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-            special_tokens=[],
-        )
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=wanted, initial_alphabet=alphabet, show_progress=False)
         bpe.train_from_iterator((without_surrogates(text) for text in texts), trainer)
         byte_of = {c: b for b, c in byte_characters().items()}
-        vocab = bpe.get_vocab()
-        ranks = {bytes(byte_of[c] for c in piece): rank for piece, rank in vocab.items()}
-        wanted = vocab_size - len(SPECIAL_TOKENS)
+        ranks = {bytes(byte_of[c] for c in piece): rank for piece, rank in bpe.get_vocab().items()}
         if len(ranks) < wanted:
             raise UserError(
                 f"the text gives only {len(ranks)} different pieces, and --vocab_size={vocab_size} wants "

@@ -170,7 +170,7 @@ def test_several_shards_in_whatever_layout(tmp_path):
             "holds 2 files train-…-of-00003.* from 0 to 2.*launch.download",
         ),
         (["train-00000-of-00001-0123456789abcdef", "train-00000-of-00001-fedcba9876543210"], "not one each"),
-        (["train-0", "train-1"], "are the same file"),
+        (["train-0", "train-1"], "is the same file as"),
     ],
 )
 def test_files_that_overlap_or_are_missing(tmp_path, names, words):

@@ -1,7 +1,6 @@
 """Hugging Face's format: folders that transformers opens as NanoChatForCausalLM."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import safetensors
@@ -12,7 +11,7 @@ from jaxchat import files
 from jaxchat.checkpoint import Found
 from jaxchat.config import ModelConfig, UserError
 from jaxchat.convert import tokens
-from jaxchat.convert.weights import Foreign, Progress, check_space, shareable, to_torch
+from jaxchat.convert.weights import Foreign, Progress, check_space, read_object, shareable, to_torch
 from jaxchat.model.flops import num_params
 
 NAMES = {
@@ -155,12 +154,12 @@ def model_card(found: Found, chat: bool) -> str:
 
 def load(path: Path) -> Foreign:
     """Open a folder that transformers wrote. UserError: it holds another kind of model, or is damaged."""
-    described = _json(path / "config.json")
+    described = read_object(path / "config.json", "--path must be a folder that transformers wrote")
     config = _model_config(path / "config.json", described)
     index = path / "model.safetensors.index.json"
     shards = [path / "model.safetensors"]
     if index.is_file() and not shards[0].exists():  # transformers too takes the single file first
-        weight_map = _json(index).get("weight_map")
+        weight_map = read_object(index, "").get("weight_map")
         named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
         if not named or any(Path(file).name != file for file in weight_map.values()):
             raise UserError(f"{index} does not name files of its folder")
@@ -207,15 +206,3 @@ def _model_config(path: Path, described: dict) -> ModelConfig:
         if described.get(name, wanted) not in (wanted, None):
             refuse(f"{name} is {described[name]}; jaxchat opens {wanted} only")
     return config
-
-
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as problem:
-        raise UserError(f"there is no {path}; --path must be a folder that transformers wrote") from problem
-    except (ValueError, OSError, RecursionError) as problem:
-        raise UserError(f"{path} cannot be read as JSON: {problem}") from problem
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content

@@ -4,7 +4,6 @@ A checkpoint does not say with which constants it was trained; the names of its 
 (`generation`).
 """
 
-import json
 import math
 import re
 import zipfile
@@ -16,7 +15,7 @@ from jaxchat import files
 from jaxchat.checkpoint import Found
 from jaxchat.config import ARCHITECTURES, STAGES, ModelConfig, UserError, rounded_up
 from jaxchat.convert import optimizer, tokens
-from jaxchat.convert.weights import Foreign, Progress, check_space, shareable, to_torch
+from jaxchat.convert.weights import Foreign, Progress, check_space, read_object, shareable, to_torch
 
 NAMES = {
     "wte": "transformer.wte.weight",
@@ -112,15 +111,10 @@ def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Forei
         raise UserError(f"no model_{step:06d}.pt in {folder}; there are steps {', '.join(map(str, steps))}")
     step = step if step >= 0 else steps[-1]
     file, meta_file = folder / f"model_{step:06d}.pt", folder / f"meta_{step:06d}.json"
-    try:
-        meta = json.loads(meta_file.read_text(encoding="utf-8"))
-        shape = meta["model_config"]
-        if not isinstance(shape, dict):
-            raise TypeError(f"model_config is {shape!r}")
-    except FileNotFoundError as problem:
-        raise UserError(f"there is no {meta_file}, which would give the model's shape") from problem
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as problem:
-        raise UserError(f"{meta_file} does not give the model's shape: {problem!r}") from problem
+    meta = read_object(meta_file, "it would give the model's shape")
+    shape = meta.get("model_config")
+    if not isinstance(shape, dict):
+        raise UserError(f"{meta_file} does not give the model's shape: model_config is {shape!r}")
     check_archive(file)
     tensors = read_tensors(file)
     if odd := (shape.keys() - {"window_pattern"}) ^ FIELDS:
@@ -202,21 +196,17 @@ def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softca
     if found := sorted(name for name in names if "bigram" in name):
         raise UserError(f"{file} has {found[0]}: nanochat had it for 3 days in January 2026, jaxchat has not")
     if "resid_lambdas" not in names:
-        constants, kind = {}, "2025"
+        kind, constants = "2025", {}
     elif not values:
-        constants = {"layer_scales": True, "short_window": context // 2}
-        kind = "January"
+        kind, constants = "January", {"layer_scales": True, "short_window": context // 2}
     elif channels == 32 and not smears:
-        constants = {"layer_scales": True, "short_window": context // 2}
+        kind, constants = "softcap", {"layer_scales": True, "short_window": context // 2}
         constants |= {"value_gate_channels": 32, "value_gate_bound": 2.0}
-        kind = "softcap"
     elif channels == 12:
-        constants = dict(ARCHITECTURES["2026"])
-        third = {"qk_scale": 1.15, "smear_channels": 0, "backout": False}
-        constants |= {} if smears else third
         share = 4 if smears else 3
-        constants["short_window"] = rounded_up(rounded_up(context, share) // share, 128)
-        kind = "2026"
+        window = rounded_up(rounded_up(context, share) // share, 128)
+        kind, constants = "2026", ARCHITECTURES["2026"] | {"short_window": window}
+        constants |= {} if smears else {"qk_scale": 1.15, "smear_channels": 0, "backout": False}
     else:
         raise UserError(f"{file} has gates on {channels} features; that is none of {GENERATIONS}")
     if (kind == "softcap") != bool(softcap):

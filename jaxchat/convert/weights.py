@@ -6,6 +6,7 @@ are [vocabulary, width] in both, and vectors are the same in both.
 """
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,6 +161,19 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # it did not exist before
         raise
+
+
+def read_object(path: Path, about: str) -> dict:
+    """Read a JSON object. UserError: it is damaged, or missing; about: what the message says then."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        raise UserError(f"there is no {path}; {about}") from problem
+    except (ValueError, OSError, RecursionError) as problem:
+        raise UserError(f"{path} cannot be read as JSON: {problem}") from problem
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
 
 
 def shareable(settings: dict) -> dict:

@@ -94,11 +94,10 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
             if tries == len(PAUSES):
                 remedy = "check the network, HF_ENDPOINT and the proxy, then run the same command again"
                 raise UserError(f"{what}: {reason} ({tries + 1} attempts); {remedy}") from problem
-            left = f"attempt {tries + 2} of {len(PAUSES) + 1}, for {sum(PAUSES[tries:])} s at most"
-            print(
-                f"{what}: {reason}; trying again in {PAUSES[tries]} s ({left})", file=sys.stderr, flush=True
-            )
-            time.sleep(PAUSES[tries])
+            pause, most = PAUSES[tries], sum(PAUSES[tries:])
+            left = f"attempt {tries + 2} of {len(PAUSES) + 1}, for {most} s at most"
+            print(f"{what}: {reason}; trying again in {pause} s ({left})", file=sys.stderr, flush=True)
+            time.sleep(pause)
             tries += 1
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from jaxchat.config import UserError
-from jaxchat.data.sources import file_fingerprint, open_parquet, parquet_files
+from jaxchat.data.sources import file_fingerprint, open_parquet, parquet_files, repeated
 from jaxchat.tokenizer import check_conversation
 
 ROWS_READ = 10_000  # at a time; Arrow cannot hold more than 2 GiB of nested text in one piece
@@ -136,9 +136,6 @@ def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False
             f"{folder} holds {len(paths)} files {split}-…-of-{of}.parquet, not one each from 0 to "
             f"{int(of) - 1}; fetch the rest: python -m launch.download {name}"
         )
-    seen: dict[str, Path] = {}
-    for path in paths:
-        twin = seen.setdefault(file_fingerprint(path), path)
-        if twin != path:
-            raise UserError(f"{path} and {twin.name} are the same file; move one of them away")
+    if twins := repeated({str(path.relative_to(folder)): file_fingerprint(path) for path in paths}, {}):
+        raise UserError(f"{folder}: {twins}")
     return paths
