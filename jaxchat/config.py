@@ -707,7 +707,7 @@ class RLConfig(FinetuneConfig):
     """Number of times that answers are sampled; -1: from --num_epochs."""
     examples_per_step: int = flag(16, 1)
     """Problems in a step, over all devices."""
-    num_samples: int = flag(16, 1)
+    num_samples: int = flag(16, 2)
     """Answers to each problem; at least 2, since they are compared with each other."""
     max_new_tokens: int = flag(256, 1)
     """Largest number of tokens in an answer, the tool's included."""
@@ -779,11 +779,6 @@ class RLConfig(FinetuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_samples < 2:
-            raise UserError(
-                f"--num_samples={self.num_samples}: answers are compared with the others to their problem; "
-                "it must be at least 2"
-            )
         if self.min_groups > self.examples_per_step:
             raise UserError(
                 f"--min_groups={self.min_groups} is more than the {self.examples_per_step} problems of a "

@@ -243,7 +243,6 @@ def lock(folder: Path) -> int:
     try:
         return files.lock(folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}\n")
     except files.Held as other:
-        raise UserError(
-            f"{folder} is being written by {other or 'another process'}; wait for that run, end it, or "
-            "choose another --model_tag"
-        ) from None
+        writer = other or "another process"
+        remedy = "wait for that run, end it, or choose another --model_tag"
+        raise UserError(f"{folder} is being written by {writer}; {remedy}") from None

@@ -104,12 +104,11 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
         """Learn a vocabulary of exactly vocab_size tokens from texts."""
-        smallest = 256 + len(SPECIAL_TOKENS)
-        if vocab_size < smallest:
-            raise UserError(
-                f"--vocab_size={vocab_size} is below {smallest}: 256 bytes and {len(SPECIAL_TOKENS)} specials"
-            )
-        wanted = vocab_size - len(SPECIAL_TOKENS)
+        specials = len(SPECIAL_TOKENS)
+        wanted = vocab_size - specials
+        if wanted < 256:
+            smallest = f"{256 + specials}: 256 bytes and {specials} specials"
+            raise UserError(f"--vocab_size={vocab_size} is below {smallest}")
         bpe = tokenizers.Tokenizer(models.BPE())
         pattern = SPLIT_PATTERN.replace("?+", "?").replace("++", "+")
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
@@ -123,7 +122,7 @@ class Tokenizer:
         if len(ranks) < wanted:
             raise UserError(
                 f"the text gives only {len(ranks)} different pieces, and --vocab_size={vocab_size} wants "
-                f"{wanted}; give more text, or at most --vocab_size={len(ranks) + len(SPECIAL_TOKENS)}"
+                f"{wanted}; give more text, or at most --vocab_size={len(ranks) + specials}"
             )
         # tiktoken merges by rank and needs the single bytes too; the trainer numbers these first.
         return cls(ranks)

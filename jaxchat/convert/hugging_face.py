@@ -118,10 +118,8 @@ def check_expressible(found: Found):
     usual = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
     more = [name for name in BEYOND if getattr(found.config, name) != usual[name]]
     if more or found.config.padded_vocab != found.config.vocab_size:
-        raise UserError(
-            f"{found.path} has {', '.join(more) or 'a padded vocabulary'}, which transformers' "
-            "NanoChatForCausalLM cannot express; export it with --to=nanochat"
-        )
+        beyond = f"{', '.join(more) or 'a padded vocabulary'}, which transformers' NanoChatForCausalLM"
+        raise UserError(f"{found.path} has {beyond} cannot express; export it with --to=nanochat")
 
 
 def model_card(found: Found, chat: bool) -> str:

@@ -247,7 +247,5 @@ def shape_in_nanochat(found: Found) -> dict:
     newest = ARCHITECTURES["2026"] | {"window_pattern": config.window_pattern, "short_window": quarter}
     if config == ModelConfig(**shape, **(newest | fields)):
         return shape | {"window_pattern": config.window_pattern}
-    raise UserError(
-        f"{found.path} has constants that nanochat had neither in November 2025 nor since March 14, 2026; it "
-        "would compute something else"
-    )
+    when = "neither in November 2025 nor since March 14, 2026"
+    raise UserError(f"{found.path} has constants that nanochat had {when}; it would compute something else")

@@ -91,11 +91,8 @@ def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
 
         return jax.tree_util.tree_map_with_path(fill, empty_state(config))
     except Exception as problem:  # a damaged or hostile file raises almost anything
-        line = (str(problem).splitlines() or [repr(problem)])[0]
-        raise UserError(
-            f"{file} is not the optimizer state of this model ({line}); without that file, the weights alone "
-            "are converted"
-        ) from problem
+        line, remedy = checkpoint.first_line(problem), "without that file, the weights alone are converted"
+        raise UserError(f"{file} is not the optimizer state of this model ({line}); {remedy}") from problem
 
 
 def read_moments(content: dict, config: ModelConfig, names: Names) -> tuple[dict, int]:

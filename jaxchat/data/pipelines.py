@@ -32,10 +32,8 @@ def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = Fa
             f"optimizer step; it may be {', '.join(map(str, able))}, or -1 to choose"
         )
     if not able and not fills:
-        raise UserError(
-            f"an optimizer step has {rows} rows, which {devices} devices cannot share evenly; use a number "
-            f"of devices that divides {rows}"
-        )
+        step = f"an optimizer step has {rows} rows, which {devices} devices cannot share evenly"
+        raise UserError(f"{step}; use a number of devices that divides {rows}")
     batch = asked
     if asked < 0:
         batch = max((n for n in able if n <= most), default=min(most, -(-rows // devices)))

@@ -50,15 +50,11 @@ def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False)
     if not shards:
         others = sorted(path.name for path in folder.glob("[!.]*"))
         only = f", only {', '.join(others[:3])}{', …' if len(others) > 3 else ''}" if others else ""
-        raise UserError(
-            f"no .parquet file in {folder}{only}; {remedy}; or put shards with a column `text` there, or "
-            "name --data_dir"
-        )
+        remedy += "; or put shards with a column `text` there, or name --data_dir"
+        raise UserError(f"no .parquet file in {folder}{only}; {remedy}")
     if len(shards) == 1:
-        raise UserError(
-            f"only one .parquet file in {folder}; at least two are needed, as the last is for validation; "
-            f"{remedy}"
-        )
+        least = "at least two are needed, as the last is for validation"
+        raise UserError(f"only one .parquet file in {folder}; {least}; {remedy}")
     source = folder / SOURCE
     wanted = int(source.read_text(encoding="utf-8").split()[1]) if source.is_file() else 0
     if whole and len(shards) < wanted:

@@ -50,10 +50,8 @@ class CoreTask:
         random.Random(DRAW_SEED).shuffle(items)
         items = items[:max_per_task] if max_per_task > 0 else items
         if len(items) <= self.shots:
-            raise UserError(
-                f"CORE's {self.label} needs {self.shots} examples besides the question, but has only "
-                f"{len(items)} items; ask for at least {self.shots + 1} a task"
-            )
+            needs = f"{self.shots} examples besides the question, but has only {len(items)} items"
+            raise UserError(f"CORE's {self.label} needs {needs}; ask for at least {self.shots + 1} a task")
         return items
 
 

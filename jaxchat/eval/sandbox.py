@@ -50,10 +50,8 @@ class Outcome:
 def missing() -> list[str]:
     """Parts of the sandbox that this machine's kernel lacks; [] if none. UserError: not on Linux."""
     if platform.system() != "Linux":
-        raise UserError(
-            f"the sandbox needs Linux (Landlock, seccomp), and this is {platform.system()}; evaluate on "
-            "Linux, or leave HumanEval out"
-        )
+        needs, remedy = "needs Linux (Landlock, seccomp)", "evaluate on Linux, or leave HumanEval out"
+        raise UserError(f"the sandbox {needs}, and this is {platform.system()}; {remedy}")
     return sandbox_child.missing()
 
 

@@ -116,10 +116,8 @@ def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False
     if not paths:
         others = ", ".join(path.name for path in parquet_files(folder, in_folders=in_folders)[:4])
         only = f", only {others} (choose a split with Name/split)" if others else ""
-        raise UserError(
-            f"no {split}*.parquet in {folder}{only}; fetch them: python -m launch.download {name}; or name "
-            "--tasks_dir"
-        )
+        remedy = f"fetch them: python -m launch.download {name}; or name --tasks_dir"
+        raise UserError(f"no {split}*.parquet in {folder}{only}; {remedy}")
     sets: dict[tuple, dict[Path, str]] = {}
     for path in paths:
         stem = re.sub(r"-[0-9a-f]{16}$", "", path.stem)  # a hash that the hub once added
