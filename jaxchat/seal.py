@@ -29,7 +29,7 @@ def seal(folder: Path, process: int = 0):
 def damage(folder: Path, items: Collection[str] | None = None) -> str:
     """Say what is wrong with a sealed folder; "": nothing, or it has no seal.
 
-    All sizes are compared, but only files of the given items (as in params, optimizer) read; None: all.
+    All sizes are compared, but only the given items (as in params, optimizer) are read; None: all.
     """
     if not (folder / NAME).exists():
         return ""

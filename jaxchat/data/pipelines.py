@@ -83,7 +83,7 @@ def sft_batches(tasks, tokenizer: Tokenizer, *, seed: int, packing="padded", **h
 
 
 def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
-    """Open the mixture that a flag names. UserError: it is empty, or has forbidden plain documents."""
+    """Open a flag's mixture. UserError: it is empty, or has plain documents although `documents` is false."""
     tasks = load_mixture(spec, tasks_dir or None)
     if len(tasks) == 0:
         raise UserError(f"--{flag}={spec} has no rows; name at least one task that has some")
