@@ -75,12 +75,10 @@ class Found:
 def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokenizer: bool = True) -> Found:
     """Find a checkpoint and the tokenizer that belongs to it: beside it, or else the base directory's."""
     items = ("meta", "params")
-    if jax.process_count() == 1:
-        folder, step = find(source, model_tag, step, items)
-    else:  # as the first process sees it: a file system may show others less
-        found = find(source, model_tag, step, items) if jax.process_index() == 0 else ("", 0)
-        name, step = sharding.gather_json({"found": [str(found[0]), found[1]]})[0]["found"]
-        folder = Path(name)
+    # As the first process sees it: a file system may show others less.
+    found = find(source, model_tag, step, items) if jax.process_index() == 0 else ("", 0)
+    name, step = sharding.gather_json({"found": [str(found[0]), found[1]]})[0]["found"]
+    folder = Path(name)
     path, own = folder / str(step), folder / "tokenizer"
     meta = read_meta(folder, step)
     wanted = meta["tokenizer_hash"]  # None: imported without one; a tokenizer put beside it later is taken
@@ -117,8 +115,8 @@ def find(
         raise UserError(f"unknown source {source!r}; it is one of {', '.join(STAGES)}")
     root = base_dir() / STAGES[source].folder
     train = f"train one with: python -m launch.{STAGES[source].command}"
+    tags = sorted(p for p in root.iterdir() if steps_in(p)) if root.is_dir() else []
     if not model_tag:
-        tags = [p for p in root.iterdir() if steps_in(p)] if root.is_dir() else []
         if not tags:
             raise UserError(f"no {source} checkpoint in {root}; {train}")
         depth_of = {p: int(m[1]) for p in tags if (m := re.fullmatch(r"d(\d+)", p.name))}
@@ -127,15 +125,13 @@ def find(
     folder = run_folder(source, model_tag)
     steps = steps_in(folder)
     if not steps:
-        there = sorted(p.name for p in root.iterdir() if steps_in(p)) if root.is_dir() else []
-        have = f"there are: {', '.join(there)}" if there else train
+        have = f"there are: {', '.join(p.name for p in tags)}" if tags else train
         raise UserError(f"no {source} checkpoint named {model_tag} in {root}; {have}")
     if step >= 0 and step not in steps:
         raise UserError(f"no step {step} in {folder}; there are: {', '.join(map(str, steps))}")
     if step >= 0 and (wrong := seal.damage(folder / str(step), items)):
-        raise UserError(
-            f"{folder / str(step)} is damaged: {wrong}; take another step: {', '.join(map(str, steps))}"
-        )
+        others = ", ".join(map(str, steps))
+        raise UserError(f"{folder / str(step)} is damaged: {wrong}; take another step: {others}")
     if step < 0 and not (steps := whole_steps(folder, items)):
         raise UserError(f"all checkpoints in {folder} are damaged; {train}")
     return folder, step if step >= 0 else steps[-1]
@@ -148,18 +144,13 @@ def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]
     complete only if no other step has one: else its save was cut off.
     """
     steps = steps_in(folder)
-    seals = any((folder / str(step) / seal.NAME).exists() for step in steps)
-
-    def wrong_with(step: int) -> str:
-        unsealed = seals and not (folder / str(step) / seal.NAME).exists()
-        return "it was never finished" if unsealed else seal.damage(folder / str(step), items)
-
-    while steps and (wrong := wrong_with(steps[-1])):
-        print(
-            f"checkpoint {folder / str(steps[-1])} is damaged and passed over: {wrong}",
-            file=sys.stderr,
-            flush=True,
-        )
+    sealed = [step for step in steps if (folder / str(step) / seal.NAME).exists()]
+    while steps:
+        path, unfinished = folder / str(steps[-1]), sealed and steps[-1] not in sealed
+        wrong = "it was never finished" if unfinished else seal.damage(path, items)
+        if not wrong:
+            break
+        print(f"checkpoint {path} is damaged and passed over: {wrong}", file=sys.stderr, flush=True)
         steps.pop()
     return steps
 
@@ -201,11 +192,8 @@ def measured(folder: Path, step: int) -> dict[str, float]:
         is_step = "step_seconds" in row or "nonfinite" in row
         if row.get("step", step + 1) <= step and not is_step:
             found |= row
-    return {
-        name: value
-        for name, value in found.items()
-        if name not in ("step", "evaluation") and value is not None
-    }
+    known = {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in known.items() if name not in ("step", "evaluation")}
 
 
 @contextmanager
@@ -214,9 +202,8 @@ def readable(path: Path):
     try:
         yield
     except (ValueError, OSError) as problem:
-        raise UserError(
-            f"{path} can't be read ({first_line(problem)}); delete it to take the one before"
-        ) from problem
+        reason = first_line(problem)
+        raise UserError(f"{path} can't be read ({reason}); delete it to take the one before") from problem
 
 
 def first_line(problem: Exception) -> str:

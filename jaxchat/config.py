@@ -20,8 +20,7 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """A run was asked to stop, and saved. Commands print the message and leave with exit code 75: start it
-    again."""
+    """A run was asked to stop, and saved. Commands print the message and leave with exit code 75."""
 
 
 def base_dir() -> Path:
@@ -71,11 +70,8 @@ def check_local(name: str, paths: str):
         address = re.match(r"\s*([A-Za-z][\w+.-]+):/+([^/]*)", path)
         if address:
             mount = f"gcsfuse --implicit-dirs --rename-dir-limit=200000 {address[2] or 'BUCKET'} FOLDER"
-            how = {
-                "gs": f"mount it and give the folder, such as: {mount}",
-                "file": "give the path after it alone",
-            }
-            how = how.get(address[1].lower(), "mount it or copy it, and give the folder")
+            known = {"gs": f"mount it and give the folder: {mount}", "file": "give the path after it alone"}
+            how = known.get(address[1].lower(), "mount it or copy it, and give the folder")
             raise UserError(f"{name}={path.strip()}: an address can't be used as a folder; {how}")
 
 
@@ -180,9 +176,7 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             check_constant(field, getattr(self, field.name))
         if set(self.window_pattern) - set("SL"):
-            raise UserError(
-                f"model window_pattern is {self.window_pattern!r}; it is made of the letters S and L"
-            )
+            raise UserError(f"model window_pattern is {self.window_pattern!r}; it is made of letters S and L")
         if "S" in self.window_pattern and not self.short_window:
             raise UserError("model window_pattern has layers S; short_window must be 1 or more")
         if max(self.value_gate_channels, self.smear_channels) > self.n_embd:
@@ -192,13 +186,9 @@ class ModelConfig:
         if self.n_embd % self.n_head:
             raise UserError(f"model width n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.head_dim % 2:
-            raise UserError(
-                f"head dimension {self.head_dim} is odd; rotary embedding turns pairs, choose it even"
-            )
+            raise UserError(f"head dimension {self.head_dim} is odd; rotary embedding needs an even one")
         if self.n_head % self.n_kv_head:
-            raise UserError(
-                f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; choose a divisor"
-            )
+            raise UserError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}; choose a divisor")
 
     @classmethod
     def from_depth(
@@ -212,10 +202,9 @@ class ModelConfig:
     ):
         """Size a model by its depth: `depth` layers, width 64·depth, one head per 128 of width, rounded up.
 
-        Where these heads don't split the width into head dimensions that are multiples of 8, which cuDNN's
-        attention needs, there are more heads: depth 5 has 4 of 80, depth 17 has 17 of 64. In the architecture
-        of 2026 the width is rounded up instead, to a multiple of 128, and layers S see a quarter of the
-        context.
+        More heads where cuDNN's attention needs them, whose head dimensions are multiples of 8: depth 5 has 4
+        of 80, depth 17 has 17 of 64. In the architecture of 2026 the width is rounded up instead, to a
+        multiple of 128, and layers S see a quarter of the context.
         """
         if depth < 1:
             raise UserError(f"--depth={depth}: a model needs at least 1 layer")
@@ -314,10 +303,7 @@ class Compute:
 
     @classmethod
     def for_backend(cls, dtype: str = "auto", backend: str = "", remat: str = "auto", **changes):
-        """Choose defaults for the devices at hand (or for "cpu", "gpu", "tpu"); `changes` override fields.
-
-        UserError: remat is unknown.
-        """
+        """Choose defaults for the devices at hand (or for "cpu", "gpu", "tpu"); `changes` override fields."""
         import jax  # here, so that reading a config never starts a backend
 
         backend = backend or jax.default_backend()
@@ -360,7 +346,7 @@ EVAL_BATCH = 4  # conversations that --eval_steps counts in
 
 
 def flag(
-    default, least=None, most=None, *, special=None, choices=(), free=False, own=False, alias="", name=""
+    default, least=None, most=math.inf, *, special=None, choices=(), free=False, own=False, alias="", name=""
 ):
     """A field of a flags class, with what Flags checks.
 
@@ -380,20 +366,17 @@ class Flags:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, m = getattr(self, field.name), field.metadata
-            choices, least, most = m.get("choices"), m.get("least"), m.get("most")
-            name = m.get("name") or field.name
+            if not m:  # not by flag(): any value is allowed
+                continue
+            choices, least, most = m["choices"], m["least"], m["most"]
+            name = m["name"] or field.name
             if choices and value not in choices:
                 words = ", ".join(word for word in choices[:-1] if word)
                 raise UserError(f"--{name}={value}; it is {words} or {choices[-1]}")
-            if (
-                least is None
-                or value == m["special"]
-                or least <= value <= (math.inf if most is None else most)
-            ):
-                continue
-            allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-            allowed += "" if m["special"] is None else f", or {m['special']}"
-            raise UserError(f"--{name}={value}; it must be {allowed}")
+            if least is not None and value != m["special"] and not least <= value <= most:
+                allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                allowed += "" if m["special"] is None else f", or {m['special']}"
+                raise UserError(f"--{name}={value}; it must be {allowed}")
 
     def learnt_from(self) -> dict:
         """The flags that affect what is learnt, by name: those that are not free."""
@@ -430,8 +413,7 @@ class MeshFlags(DeviceFlags):
     all weights; fsdp: each holds a share of every weight; tensor: each computes a share of every layer.
     Empty: data=-1 on CPUs; elsewhere fsdp=8, or 4, 2 or 1 if 8 does not divide the devices."""
     coordinator: str = flag("", own=True)
-    """Address of process 0, as HOST:PORT, where several processes work together; empty: as Slurm, TPUs, Open
-    MPI or a JobSet say."""
+    """Address of process 0 of several, as HOST:PORT; empty: as Slurm, TPUs, Open MPI or a JobSet say."""
     num_processes: int = flag(0, 0, free=True)
     """Number of processes that work together; 0: as the launcher says, or else 1."""
     process_id: int = flag(-1, -1, own=True)
@@ -454,9 +436,8 @@ class TrainConfig(MeshFlags):
     """What the backward pass recomputes instead of keeping: none, dots (all but the results of matrix
     products), full (everything within a layer) or step (as full; on several devices, each layer computes all
     micro-batches before the next layer does, so gradients are summed over devices once a step). Each but
-    step needs less memory than the one before, and more time.
-    auto: none on a CPU; elsewhere the first whose compiled step fits in memory, and for a resumed run the one
-    it had."""
+    step needs less memory than the one before, and more time. auto: none on a CPU; elsewhere the first whose
+    compiled step fits in memory, and for a resumed run the one it had."""
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed of the initial weights and of the order of the data."""
     embedding_lr: float = flag(0.2, 0)
@@ -475,18 +456,15 @@ class TrainConfig(MeshFlags):
     """Minutes after the latest checkpoint until the next is saved; 0: none by the clock."""
     resume: bool = flag(False, free=True)
     """Continue from this stage's latest checkpoint under the tag, or start if there is none. On CPUs the
-    result equals the undisturbed run bit for bit; on GPUs up to rounding, since cuDNN sums in no fixed
-    order."""
+    result equals the undisturbed run bit for bit; on GPUs up to rounding (cuDNN sums in no fixed order)."""
     overwrite: bool = flag(False, free=True)
     """Delete the checkpoints of this stage and tag, and start anew."""
     tensorboard: bool = flag(False, free=True)
     """Also write TensorBoard event files beside the checkpoints."""
     on_nonfinite: str = flag("stop", choices=("stop", "skip"), free=True)
-    """What to do when a loss or a gradient is not finite: stop, or skip that step, which then changes
-    nothing."""
+    """What to do when a loss or a gradient is not finite: stop, or skip the step, which changes nothing."""
     data_workers: int = flag(0, 0, own=True)
-    """Number of processes per host that tokenize; 0: threads of the trainer do. The batches do not depend on
-    it."""
+    """Processes per host that tokenize; 0: threads of the trainer do. The batches do not depend on it."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -526,11 +504,9 @@ class BaseConfig(TrainConfig):
     --target_param_data_ratio=12 --total_batch_size=-1 --grad_clip=0 --warmup_steps=40 --warmdown_ratio=0.65
     --final_lr_frac=0.05 --eval_tokens=41943040."""
     depth: int = flag(20, 1)
-    """Number of layers, which sets the model's size: the width is 64 × depth (with --arch=2026 rounded up to
-    a multiple of 128)."""
+    """Number of layers; the width is 64 × depth (with --arch=2026 rounded up to a multiple of 128)."""
     n_kv_head: int = flag(-1, 1, special=-1)
-    """Number of key/value heads (grouped-query attention), a divisor of the query heads; -1: as many as query
-    heads."""
+    """Number of key/value heads, a divisor of the query heads (grouped-query attention); -1: their number."""
     max_seq_len: int = flag(2048, 1)
     """Tokens in a training row, and the model's context length."""
     num_iterations: int = flag(-1, 1, special=-1)
@@ -544,8 +520,7 @@ class BaseConfig(TrainConfig):
     """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it
     if memory runs out: the result stays the same up to rounding."""
     total_batch_size: int = flag(524288, 1, 2**31 - 1, special=-1)
-    """Tokens in an optimizer step, over all devices; -1, with --arch=2026 only: chosen by the model's
-    size."""
+    """Tokens in an optimizer step, over all devices; -1, with --arch=2026 only: by the model's size."""
     grad_clip: float = flag(1.0, 0)
     """Largest global norm of the gradients, to which longer ones are scaled; 0: no bound."""
     warmup_ratio: float = flag(0.0, 0, 1)
@@ -561,8 +536,7 @@ class BaseConfig(TrainConfig):
     eval_tokens: int = flag(20 * 524288, 1, free=True)
     """Validation tokens that bits per byte is measured on."""
     core_metric_every: int = flag(2000, -1, free=True)
-    """Steps between measurements of CORE, if its bundle is there (the printed plan says so); 0 or -1:
-    never."""
+    """Steps between measurements of CORE, if its bundle is there (the plan says so); 0 or -1: never."""
     core_metric_max_per_task: int = flag(500, 1, special=-1, free=True)
     """Items of each CORE task to measure on, at most; -1: all."""
     eval_bundle: str = flag("", own=True)
@@ -600,15 +574,23 @@ class BaseConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class MidConfig(TrainConfig):
-    """Continue training a base model on a mixture of conversations: the chat format, multiple choice, the
-    tool."""
+class FinetuneConfig(TrainConfig):
+    """Flags of the trainers that start from a checkpoint"""
 
     model_tag: str = flag("", free=True)
-    """Tag of the base model, under which the result is saved too; empty: the deepest d<N>, or else the
-    newest."""
+    """Tag of the model to start from, and of the result; empty: the deepest d<N>, or else the newest."""
     step: int = flag(-1, -1, free=True)
-    """Step of the base checkpoint to start from; -1: the last."""
+    """Step of the checkpoint to start from; -1: the last."""
+    dry_run: bool = flag(False, free=True)
+    """Train, but write no checkpoint, no metrics and no samples."""
+    tasks_dir: str = flag("", own=True)
+    """Folder of the tasks' files; empty: <base directory>/tasks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MidConfig(FinetuneConfig):
+    """Continue training a base model on conversations: the chat format, multiple choice, the tool."""
+
     num_iterations: int = flag(-1, 1, special=-1)
     """Number of optimizer steps; -1: one pass over the mixture."""
     max_seq_len: int = flag(-1, 1, special=-1)
@@ -624,8 +606,6 @@ class MidConfig(TrainConfig):
     """Steps between measurements of bits per byte on the validation mixture; 0 or -1: never."""
     eval_tokens: int = flag(20 * 524288, 1, free=True)
     """Validation tokens that bits per byte is measured on."""
-    dry_run: bool = flag(False, free=True)
-    """Train, but write no checkpoint and no metrics."""
     train_tasks: str = (
         "SmolTalk/train,MMLU/auxiliary_train,GSM8K/train,identity,identity,SimpleSpelling/train:200000,"
         "SpellingBee/train:80000"
@@ -633,8 +613,6 @@ class MidConfig(TrainConfig):
     """Training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
     val_tasks: str = flag("SmolTalk/test,MMLU/test:5200,GSM8K/test:420", free=True)
     """Validation mixture, written like --train_tasks."""
-    tasks_dir: str = flag("", own=True)
-    """Folder of the tasks' files; empty: <base directory>/tasks."""
 
 
 # The same for chat_sft: 2026 starts from a base model, and learns mid's data too.
@@ -657,7 +635,7 @@ SFT_RECIPES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTConfig(TrainConfig):
+class SFTConfig(FinetuneConfig):
     """Finetune a model for chat: only what the assistant says is learnt."""
 
     recipe: str = flag("2025", choices=tuple(SFT_RECIPES))
@@ -667,11 +645,6 @@ class SFTConfig(TrainConfig):
     once, MMLU three times and GSM8K four times."""
     source: str = flag("mid", choices=STAGES["sft"].parents)
     """Stage whose checkpoint to start from: mid or base."""
-    model_tag: str = flag("", free=True)
-    """Tag of the model to start from, under which the result is saved too; empty: the deepest d<N>, or else
-    the newest."""
-    step: int = flag(-1, -1, free=True)
-    """Step of the checkpoint to start from; -1: the last."""
     num_epochs: float = flag(1.0, 0)
     """Passes over the training mixture."""
     num_iterations: int = flag(-1, 1, special=-1)
@@ -679,9 +652,8 @@ class SFTConfig(TrainConfig):
     max_seq_len: int = flag(-1, 1, special=-1)
     """Tokens to which longer conversations are cut; -1: the model's context length."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
-    """Rows that a device computes at a time (a row is a conversation, unless they are packed); -1: the
-    largest number up to 4 that divides the step. Lower it if memory runs out: the result stays the same up to
-    rounding."""
+    """Rows (conversations, unless they are packed) that a device computes at a time; -1: the largest number
+    up to 4 that divides the step. Lower it if memory runs out: the result stays the same up to rounding."""
     target_examples_per_step: int = flag(32, 1, special=-1)
     """Conversations in an optimizer step, over all devices; -1: as many as have about the tokens of a step of
     the model that training starts from."""
@@ -704,8 +676,6 @@ class SFTConfig(TrainConfig):
     """Steps between measurements of MMLU and ARC-Easy accuracy, by letter; 0 or -1: never."""
     eval_metrics_max_problems: int = flag(1024, 1, special=-1, free=True)
     """Problems of each of MMLU and ARC-Easy to measure on, at most; -1: all."""
-    dry_run: bool = flag(False, free=True)
-    """Train, but write no checkpoint and no metrics."""
     train_tasks: str = (
         "ARC-Easy/train,ARC-Challenge/train,GSM8K/train,SmolTalk/train:10000,identity,"
         "SimpleSpelling:300,SpellingBee:300"
@@ -713,8 +683,6 @@ class SFTConfig(TrainConfig):
     """Training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
     val_tasks: str = flag("SmolTalk/test", free=True)
     """Validation mixture, written like --train_tasks."""
-    tasks_dir: str = flag("", own=True)
-    """Folder of the tasks' files; empty: <base directory>/tasks."""
 
     @classmethod
     def given(cls, **flags):
@@ -723,10 +691,9 @@ class SFTConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class RLConfig(TrainConfig):
+class RLConfig(FinetuneConfig):
     """Improve a chat model by reinforcement learning: in each step it writes several answers to each of some
-    problems, a checker rewards the right ones, and answers better than the others to the same problem become
-    likelier.
+    problems, a checker rewards the right ones, and answers better than a problem's others become likelier.
 
     The defaults are nanochat's: REINFORCE with the group's mean as baseline, one update a step, no KL. Unlike
     there, the token that ends an answer is learnt too, and answers are sampled from all tokens (--top_k=0).
@@ -734,18 +701,13 @@ class RLConfig(TrainConfig):
 
     source: str = flag("sft", choices=STAGES["rl"].parents)
     """Stage whose checkpoint to start from: sft, mid or base."""
-    model_tag: str = flag("", free=True)
-    """Tag of the model to start from, under which the result is saved too; empty: the deepest d<N>, or else
-    the newest."""
-    step: int = flag(-1, -1, free=True)
-    """Step of the checkpoint to start from; -1: the last."""
     num_epochs: float = flag(1.0, 0)
     """Passes over the problems."""
     num_iterations: int = flag(-1, 1, special=-1)
     """Number of times that answers are sampled; -1: from --num_epochs."""
     examples_per_step: int = flag(16, 1)
     """Problems in a step, over all devices."""
-    num_samples: int = flag(16, 1)
+    num_samples: int = flag(16, 2)
     """Answers to each problem; at least 2, since they are compared with each other."""
     max_new_tokens: int = flag(256, 1)
     """Largest number of tokens in an answer, the tool's included."""
@@ -753,8 +715,7 @@ class RLConfig(TrainConfig):
     """Sampling temperature of the answers; at 0 all answers to a problem would be the same. Any value but 1
     samples from another distribution than the one that is trained."""
     top_k: int = flag(0, 0, 2**31 - 1)
-    """Number of likeliest tokens to sample from; 0: all. Any value but 0 samples from another distribution
-    than the one that is trained."""
+    """Number of likeliest tokens to sample from; 0: all, as in the distribution that is trained."""
     reward: str = "answer"
     """What an answer is rewarded for, as name:weight separated by commas: answer (the checker finds it
     right), format (it states a number after ####), finished (it ends by itself), tool (a tool call had a
@@ -763,8 +724,7 @@ class RLConfig(TrainConfig):
     """What a reward is compared with. mean: the mean of its problem's answers. loo: the mean of the others.
     std: as mean, divided by the problem's standard deviation. batch_std: as mean, divided by the step's."""
     loss: str = flag("reinforce", choices=("reinforce", "ppo", "cispo", "gspo"))
-    """Policy-gradient loss. With --updates=1 all are the same, except that gspo gives each answer equal
-    weight."""
+    """Policy-gradient loss. With --updates=1 all are the same, but gspo gives each answer equal weight."""
     loss_norm: str = flag("tokens", choices=("tokens", "all_tokens", "rows", "constant"))
     """What a step's loss is divided by. tokens: sampled tokens of problems with different rewards.
     all_tokens: all sampled tokens. rows: each answer has equal weight, as always with --loss=gspo. constant:
@@ -785,8 +745,7 @@ class RLConfig(TrainConfig):
     mask_truncated: bool = False
     """Learn nothing from answers that were cut off; their rewards still count in their group's baseline."""
     min_groups: int = flag(2, 1)
-    """Fewest problems with different rewards for a step to learn from; with fewer it changes no weight, and
-    is counted as empty."""
+    """Fewest problems with different rewards for a step to learn from; with fewer it changes no weight."""
     resample: bool = False
     """Draw further problems until --examples_per_step of them have answers with different rewards, at most
     three times."""
@@ -811,24 +770,15 @@ class RLConfig(TrainConfig):
     save_every: int = flag(60, -1, free=True)
     """Steps between checkpoints, besides those of --save_minutes; 0 or -1: none. The last step is always
     saved; the last three checkpoints are kept, and the best by evaluation."""
-    dry_run: bool = flag(False, free=True)
-    """Train, but write no checkpoint, no metrics and no samples."""
     train_tasks: str = "GSM8K/train"
     """Problems: Name[/split][:rows] or .jsonl files of conversations, separated by commas. An answer to
     a file's problem is right if its number after #### is that of the conversation's last message or, where
     some conversations of the file end without such a number, if its text is."""
     val_tasks: str = flag("GSM8K/test", free=True)
     """Problems to evaluate on, written like --train_tasks."""
-    tasks_dir: str = flag("", own=True)
-    """Folder of the tasks' files; empty: <base directory>/tasks."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_samples < 2:
-            raise UserError(
-                f"--num_samples={self.num_samples}: answers are compared with the others to their problem; "
-                "it must be at least 2"
-            )
         if self.min_groups > self.examples_per_step:
             raise UserError(
                 f"--min_groups={self.min_groups} is more than the {self.examples_per_step} problems of a "

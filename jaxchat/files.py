@@ -20,8 +20,7 @@ ESCAPED = "backslashreplace"  # writes half of a surrogate pair, which UTF-8 can
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a path for the block to write a file or make a folder at; rename it to `path` when the block
-    ends.
+    """Yield a path to write a file or make a folder at; rename it to `path` when the block ends.
 
     Whenever the process is killed, `path` has its old content or all of the new. If the block raises, the old
     content stays and the new is deleted. A folder can only replace an empty one.
@@ -124,10 +123,8 @@ def check_space(folder: Path, needed: int, remedy: str = "free some"):
     """Raise UserError if a folder's disk has fewer than `needed` bytes free."""
     free = free_space(folder)
     if free < needed:
-        raise UserError(
-            f"{folder} needs {size_text(needed)} of disk space, and {size_text(free)} are free there; "
-            f"{remedy}"
-        )
+        sizes = f"{size_text(needed)} of disk space, and {size_text(free)} are free there"
+        raise UserError(f"{folder} needs {sizes}; {remedy}")
 
 
 def file_hash(path: Path, kind: str = "sha256") -> str:

@@ -124,10 +124,7 @@ def is_first(environ=os.environ) -> bool:
 
 
 def is_alone(place: Place | None, environ=os.environ) -> bool:
-    """Return whether no other processes work with this one. A TPU host may be its slice's only one.
-
-    place: what detect() found.
-    """
+    """Return whether a process at a place that detect() found is alone, as a TPU slice's only host is."""
     if place is None or place.found_by != "tpu":
         return place is None
     return int(environ.get("MEGASCALE_NUM_SLICES", 1)) == 1 and not _several_tpu_hosts(environ)
@@ -156,8 +153,7 @@ def start(config: MeshFlags, *, asks: bool = True):
     """Connect with the other processes, if there are any. Call it before the first use of a device.
 
     From then on, only process 0 prints to stdout. asks: whether the command checks after every step if it is
-    to stop (train.signals), as training does; then SIGTERM is only noted. In other commands it ends the
-    process.
+    to stop (train.signals), as training does; then SIGTERM is only noted, and does not end the process.
     """
     import jax
 
@@ -184,10 +180,8 @@ def start(config: MeshFlags, *, asks: bool = True):
             heartbeat_timeout_seconds=config.heartbeat_timeout,
         )
     except ValueError as problem:
-        flags = "--coordinator, --num_processes and --process_id"
-        raise UserError(
-            f"the other processes cannot be found ({problem}); name them with {flags}"
-        ) from problem
+        remedy = "name them with --coordinator, --num_processes and --process_id"
+        raise UserError(f"the other processes cannot be found ({problem}); {remedy}") from problem
     except RuntimeError as problem:  # they did not come in time: some may still be at the command before
         print(f"error: not all processes have come: {problem}", file=sys.stderr, flush=True)
         raise SystemExit(UNREACHABLE) from None
@@ -208,9 +202,8 @@ def start(config: MeshFlags, *, asks: bool = True):
 def together():
     """A context in which a process that fails, among several, ends at once, without waiting for the others.
 
-    They notice it within --heartbeat_timeout. If the error is jax's, a lost process may be its cause: then
-    this process waits a little longer for jax to say so and end it. If jax does not, the network failed, and
-    the process ends with UNREACHABLE.
+    They notice it within --heartbeat_timeout. If the error is jax's, a lost process may be its cause: then it
+    waits a little longer for jax to say so and end it. If not, the network failed: it ends with UNREACHABLE.
     """
     try:
         yield

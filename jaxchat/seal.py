@@ -29,8 +29,7 @@ def seal(folder: Path, process: int = 0):
 def damage(folder: Path, items: Collection[str] | None = None) -> str:
     """Say what is wrong with a sealed folder; "": nothing, or it has no seal.
 
-    All sizes are compared, but only the files of the given items (as in params, optimizer) are read; None:
-    all files.
+    All sizes are compared, but only the given items (as in params, optimizer) are read; None: all.
     """
     if not (folder / NAME).exists():
         return ""
@@ -42,7 +41,8 @@ def damage(folder: Path, items: Collection[str] | None = None) -> str:
             have = (folder / name).stat().st_size
             if have != size:
                 return f"{name} has {have:,} bytes and not {size:,}"
-        wanted = {name: digest for name, (_, digest) in sealed.items() if digest and _is_of(name, items)}
+        read = [name for name in sealed if items is None or name.partition("/")[0] in items]
+        wanted = {name: sealed[name][1] for name in read if sealed[name][1]}
         hashes = _hashes(folder, wanted)
     except FileNotFoundError as problem:
         return f"{Path(problem.filename).relative_to(folder)} is missing"
@@ -56,10 +56,6 @@ def _writer(name: str) -> int:
     """The process that wrote a file, by Orbax's name of its folder; 0 for what all share."""
     found = re.search(r"/ocdbt\.process_(\d+)/", name)
     return int(found[1]) if found else 0
-
-
-def _is_of(name: str, items: Collection[str] | None) -> bool:
-    return items is None or name.partition("/")[0] in items
 
 
 def _hashes(folder: Path, names: Collection[str]) -> dict[str, str]:

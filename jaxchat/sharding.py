@@ -63,10 +63,7 @@ def _delete_damaged(folder: Path, show: Callable, message: Warning, *args, **how
 
 
 def take_memory():
-    """Let JAX take the share GPU_SHARE of a GPU's memory, instead of 75 %. Call it before JAX starts.
-
-    XLA_CLIENT_MEM_FRACTION overrides it.
-    """
+    """Before JAX starts, let it take GPU_SHARE of a GPU's memory, unless XLA_CLIENT_MEM_FRACTION is set."""
     if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
 
@@ -81,9 +78,7 @@ def make_mesh(devices=None, axes: str = "") -> Mesh:
     shape = mesh_shape(axes, len(devices), devices[0].platform)
     per_process = sum(device.process_index == devices[0].process_index for device in devices)
     if per_process % shape[2]:  # a row's parts would lie in two processes
-        raise UserError(
-            f"--mesh={axes}: tensor={shape[2]} does not divide the {per_process} devices of a process"
-        )
+        raise UserError(f"--mesh={axes}: tensor={shape[2]} does not divide a process's {per_process} devices")
     if shape[2] == 1 and hasattr(devices[0], "coords"):
         devices = [device for group in batched(devices, shape[1]) for device in along_links(group)]
     return Mesh(np.array(devices).reshape(shape), AXES)
@@ -123,8 +118,7 @@ def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int
     """Sizes of (data, fsdp, tensor) from "data=-1,fsdp=2,tensor=1": -1 takes all that is left.
 
     data takes what is left unless it is named. "": each CPU holds all weights; elsewhere up to 8 neighbours
-    share them, which makes room for eight times the model, and costs a few per cent of bandwidth, hidden
-    behind the step.
+    share them: room for eight times the model, for a few per cent of bandwidth, hidden behind the step.
     """
     sizes = dict.fromkeys(AXES, 1) | {"data": -1}
     if not axes and platform != "cpu":
@@ -150,24 +144,19 @@ def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int
 
 def check_fits(model: ModelConfig, mesh: Mesh):
     """Raise UserError unless the mesh cuts the model's heads, vocabulary and width into equal parts."""
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    for name, size, parts in (
-        ("query heads", model.n_head, tensor),
-        ("key/value heads", model.n_kv_head, tensor),
-        ("vocabulary", model.padded_vocab, tensor),
-        ("width", model.n_embd, fsdp),
-        # A value embedding's features are cut over fsdp.
-        *([("width of a head", model.head_dim, fsdp)] if model.value_gate_channels else []),
-    ):
-        if size % parts:
-            axis = "fsdp" if name.startswith("width") else "tensor"
-            widths = math.gcd(model.n_embd, model.head_dim if model.value_gate_channels else 0)
-            fits = widths if axis == "fsdp" else math.gcd(model.n_head, model.n_kv_head, model.padded_vocab)
-            possible = [str(n) for n in range(1, mesh.size + 1) if mesh.size % n == 0 and fits % n == 0]
-            raise UserError(
-                f"--mesh: {axis}={parts} does not divide the model's {name}, {size:,}; it may be "
-                f"{', '.join(possible)}"
-            )
+    heads = {"query heads": model.n_head, "key/value heads": model.n_kv_head}
+    widths = {"width": model.n_embd}
+    if model.value_gate_channels:  # a value embedding's features are cut over fsdp
+        widths["width of a head"] = model.head_dim
+    for axis, sizes in {"tensor": heads | {"vocabulary": model.padded_vocab}, "fsdp": widths}.items():
+        parts, fits = mesh.shape[axis], math.gcd(*sizes.values())
+        for name, size in sizes.items():
+            if size % parts:
+                possible = [str(n) for n in range(1, mesh.size + 1) if mesh.size % n == 0 and fits % n == 0]
+                raise UserError(
+                    f"--mesh: {axis}={parts} does not divide the model's {name}, {size:,}; it may be "
+                    f"{', '.join(possible)}"
+                )
 
 
 def constrain(tree, specs, mesh: Mesh | None):
@@ -178,12 +167,10 @@ def constrain(tree, specs, mesh: Mesh | None):
 
 
 def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool = False):
-    """Map `function` over each device's part of its arguments (shard_map); on one device return `function`
-    itself.
+    """Map `function` over each device's part of its arguments (shard_map); one device: `function` itself.
 
     Collectives inside must be skipped on one device. always: map over a mesh of one too, as Triton needs: the
-    mesh says what it compiles for. What a spec does not mention is the same on all devices, and nothing
-    checks that.
+    mesh says what it compiles for. What a spec does not mention is the same on all devices, unchecked.
     """
     if mesh is None or (mesh.size == 1 and not always):
         return function
@@ -217,8 +204,7 @@ def abstract(shapes, shardings):
 
 
 def optimizer_specs(state, weights: dict):
-    """Partition specs of an optimizer's state: an array whose name ends in a weight's name is cut as that
-    weight is.
+    """Partition specs of an optimizer's state: arrays whose names end in a weight's are cut as the weight is.
 
     state: its shapes. weights: the declared weights by name. A dimension that is summed away is not cut.
     """

@@ -127,8 +127,7 @@ class Checkpoints:
     def restore(
         self, step: int, *, params: Params, optimizer: Any, batches: "grain.DatasetIterator | None"
     ) -> tuple[Params, Any]:
-        """Return (params, optimizer), laid out as the given ShapeDtypeStructs say, and set the place of
-        `batches`.
+        """Return (params, optimizer), laid out as the given ShapeDtypeStructs; set the place of `batches`.
 
         optimizer None: weights only. Where batches is None, or the checkpoint was imported and has no place
         in the data, the data begin anew.
@@ -172,8 +171,7 @@ class Checkpoints:
                 self._lock = None
 
     def _complete(self, writer: ocp.AsyncCheckpointer, step: int):
-        """In the background: seal the checkpoint once it is written, then delete older ones and failed
-        leftovers.
+        """In the background: seal the checkpoint once it is written, then delete leftovers and older ones.
 
         In this order, and while training goes on: a kill must always leave a sealed checkpoint.
         """
@@ -241,14 +239,10 @@ def full_disk(folder: Path):
 
 
 def lock(folder: Path) -> int:
-    """Hold a run's folder until the returned descriptor is closed or the process dies.
-
-    UserError: another run holds it.
-    """
+    """Hold a run's folder until the returned descriptor is closed. UserError: another run holds it."""
     try:
         return files.lock(folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}\n")
     except files.Held as other:
-        raise UserError(
-            f"{folder} is being written by {other or 'another process'}; wait for that run, end it, or "
-            "choose another --model_tag"
-        ) from None
+        writer = other or "another process"
+        remedy = "wait for that run, end it, or choose another --model_tag"
+        raise UserError(f"{folder} is being written by {writer}; {remedy}") from None

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
 from jaxchat import files
 from jaxchat.config import UserError, base_dir
@@ -104,32 +104,25 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
         """Learn a vocabulary of exactly vocab_size tokens from texts."""
-        smallest = 256 + len(SPECIAL_TOKENS)
-        if vocab_size < smallest:
-            raise UserError(
-                f"--vocab_size={vocab_size} is below {smallest}: 256 bytes and {len(SPECIAL_TOKENS)} specials"
-            )
-        bpe = tokenizers.Tokenizer(models.BPE(byte_fallback=False, unk_token=None, fuse_unk=False))
+        specials = len(SPECIAL_TOKENS)
+        wanted = vocab_size - specials
+        if wanted < 256:
+            smallest = f"{256 + specials}: 256 bytes and {specials} specials"
+            raise UserError(f"--vocab_size={vocab_size} is below {smallest}")
+        bpe = tokenizers.Tokenizer(models.BPE())
         pattern = SPLIT_PATTERN.replace("?+", "?").replace("++", "+")
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-        bpe.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - len(SPECIAL_TOKENS),
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-            special_tokens=[],
-        )
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=wanted, initial_alphabet=alphabet, show_progress=False)
         bpe.train_from_iterator((without_surrogates(text) for text in texts), trainer)
         byte_of = {c: b for b, c in byte_characters().items()}
-        vocab = bpe.get_vocab()
-        ranks = {bytes(byte_of[c] for c in piece): rank for piece, rank in vocab.items()}
-        wanted = vocab_size - len(SPECIAL_TOKENS)
+        ranks = {bytes(byte_of[c] for c in piece): rank for piece, rank in bpe.get_vocab().items()}
         if len(ranks) < wanted:
             raise UserError(
                 f"the text gives only {len(ranks)} different pieces, and --vocab_size={vocab_size} wants "
-                f"{wanted}; give more text, or at most --vocab_size={len(ranks) + len(SPECIAL_TOKENS)}"
+                f"{wanted}; give more text, or at most --vocab_size={len(ranks) + specials}"
             )
         # tiktoken merges by rank and needs the single bytes too; the trainer numbers these first.
         return cls(ranks)
@@ -187,10 +180,7 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str, *, specials: bool = False) -> np.ndarray:
-        """Ids of text as int32 [tokens], faster than `encode`.
-
-        specials: whether the spelling of a special token becomes that token.
-        """
+        """Ids of text as int32 [tokens]. specials: whether a special token's spelling becomes that token."""
         allowed = self._specials.keys() if specials else frozenset()
         try:
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(allowed), disallowed_special=())
@@ -211,8 +201,7 @@ class Tokenizer:
         return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def render_conversation(self, conversation: dict) -> tuple[list[int], list[int]]:
-        """Return (ids, mask) of a conversation; the mask is 1 for the tokens that the assistant learns to
-        generate."""
+        """Return (ids, mask) of a conversation; the mask is 1 for the tokens that the assistant learns."""
         return self._render(chat_pieces(conversation))
 
     def _render(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
@@ -226,8 +215,7 @@ class Tokenizer:
     def render_all(self, conversations: list[list[Piece]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return int32 (ids, mask) of each conversation, the same as render_conversation's, but faster.
 
-        They are encoded as one text, except those that may spell a special or have two parts side by side
-        that could merge.
+        They are encoded as one text, except those that may spell a special or have parts that could merge.
         """
         alone = [_may_merge(pieces) for pieces in conversations]
         joined = [
@@ -284,25 +272,19 @@ def check_conversation(conversation: dict):
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
-            raise UserError(
-                f"message {i} has the unknown role {role!r}; it is system (first only), user or assistant"
-            )
+            raise UserError(f"message {i} has unknown role {role!r}; it is system (first), user or assistant")
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if not turns:
         raise UserError("a conversation has a system message only; a user's message must follow")
     for i, message in enumerate(turns):
         role, content = message["role"], message.get("content")
-        expected = ("user", "assistant")[i % 2]
-        if role != expected:
-            raise UserError(
-                f"turn {i} is the {role}'s, but user and assistant alternate: it must be the {expected}'s"
-            )
+        due = ("user", "assistant")[i % 2]
+        if role != due:
+            raise UserError(f"turn {i} is the {role}'s; user and assistant alternate: it must be the {due}'s")
         if isinstance(content, str):
             continue
         if role == "user" or not isinstance(content, list):
-            raise UserError(
-                f"turn {i} ({role}) has content of type {type(content).__name__}; it must be text"
-            )
+            raise UserError(f"turn {i} ({role}) has content {type(content).__name__}; it must be text")
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else part
             if kind not in PART_TYPES:
@@ -326,10 +308,7 @@ def _user_first(conversation: dict) -> list[dict]:
 
 
 def byte_characters() -> dict[int, str]:
-    """The printable character that byte-level BPE writes for each byte: itself where printable, else from
-    U+0100 on.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    characters = {b: chr(b) for b in printable}
-    others = [b for b in range(256) if b not in characters]
-    return characters | {b: chr(0x100 + i) for i, b in enumerate(others)}
+    """The character that byte-level BPE writes for each byte: itself where printable, else from U+0100 on."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ordered = sorted(range(256), key=lambda byte: (chr(byte) not in alphabet, byte))
+    return dict(zip(ordered, alphabet, strict=True))

@@ -36,7 +36,7 @@ def their_files(folder, config: ModelConfig) -> dict[str, torch.Tensor]:
     """Write a checkpoint as nanochat would: random tensors, tables in bfloat16 where the model says so."""
     params, tensors = random_params(config, 0, 0.2), {}
     for (name, weight), leaf in zip(named(config).items(), jax.tree.leaves(params), strict=True):
-        matrices = to_matrices(name, weight, np.asarray(leaf))
+        matrices = to_matrices(weight, np.asarray(leaf))
         for theirs, matrix in zip(matrix_names(name, NAMES, config), matrices, strict=True):
             tensors[theirs] = torch.from_numpy(matrix).to(getattr(torch, weight.dtype))
     folder.mkdir(parents=True)

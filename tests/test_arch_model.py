@@ -330,7 +330,7 @@ def test_gradients_of_a_bfloat16_table_are_summed_in_float32():
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"window_pattern": "SX"}, "made of the letters S and L"),
+        ({"window_pattern": "SX"}, "made of letters S and L"),
         ({"window_pattern": "S"}, "short_window must be 1 or more"),
         ({"smear_channels": 33}, "more features than the model's width n_embd=32"),
         ({"table_dtype": "int8"}, "it is float32 or bfloat16"),

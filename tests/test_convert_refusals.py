@@ -50,7 +50,7 @@ def test_what_no_generation_of_nanochat_wrote_is_refused(home, capsys):
     # Those that had these padded the vocabulary to a multiple of 64.
     tables = {"value_embeds.1.weight": torch.zeros(280, 16)}
     assert "is [280, 32], its configuration wants [320, 32]" in refused(extra=scales | gate | tables)
-    assert "has bigram_lambdas: nanochat had it for three days" in refused(extra={"bigram_lambdas": torch.zeros(2)})
+    assert "has bigram_lambdas: nanochat had it for 3 days" in refused(extra={"bigram_lambdas": torch.zeros(2)})
     assert "window_pattern without resid_lambdas" in refused(more_config={"window_pattern": "SSSL"})
     assert "also has transformer.h.0.attn.bias" in refused(extra={"transformer.h.0.attn.bias": torch.zeros(2)})
     assert "'step' is a int, not a tensor" in refused(extra={"step": 3})

@@ -297,9 +297,9 @@ def test_what_cannot_be_scored_is_told(folder, bundle, tmp_path):
 @pytest.mark.parametrize(
     "entry, baseline, told",
     [
-        ({"num_fewshot": [-1]}, "25", "'shots': -1"),
-        ({"continuation_delimiter": 5}, "25", "'delimiter': 5"),
-        ({}, "100", "'chance': 1.0"),
+        ({"num_fewshot": [-1]}, "25", "-1 shots"),
+        ({"continuation_delimiter": 5}, "25", "delimiter 5"),
+        ({}, "100", "chance 1.0"),
         (None, "25", "lists no tasks"),
     ],
 )

@@ -71,7 +71,7 @@ def test_an_impossible_flag(axes, told):
 @pytest.mark.parametrize("tensor", [3, 12])
 def test_tensor_stays_within_a_process(tensor):
     devices = [types.SimpleNamespace(process_index=i // 4, id=i, platform="cpu") for i in range(12)]
-    with pytest.raises(UserError, match=f"tensor={tensor} does not divide the 4 devices of a process"):
+    with pytest.raises(UserError, match=f"tensor={tensor} does not divide a process's 4 devices"):
         sharding.make_mesh(devices, f"tensor={tensor}")
 
 

@@ -38,9 +38,7 @@ def matrices(params, config: ModelConfig) -> dict[str, np.ndarray]:
     return {
         theirs: matrix
         for (name, weight), leaf in zip(weights.items(), leaves, strict=True)
-        for theirs, matrix in zip(
-            matrix_names(name, NAMES, config), to_matrices(name, weight, np.asarray(leaf)), strict=True
-        )
+        for theirs, matrix in zip(matrix_names(name, NAMES, config), to_matrices(weight, np.asarray(leaf)), strict=True)
     }
 
 

@@ -11,8 +11,7 @@ from jaxchat.config import MidConfig, SFTConfig, UserError
 from jaxchat.data import pipelines
 from jaxchat.data.sources import file_fingerprint
 from jaxchat.data.tasks import Mixture, load_mixture, load_task, spelling
-from jaxchat.data.tasks.gsm8k import answer_parts
-from jaxchat.data.tasks.smoltalk import suspects
+from jaxchat.data.tasks.hub import answer_parts, suspects
 from jaxchat.infer.calculator import calculate
 from jaxchat.tokenizer import check_conversation
 from jaxchat.train.stages import data_row
@@ -171,7 +170,7 @@ def test_several_shards_in_whatever_layout(tmp_path):
             "holds 2 files train-…-of-00003.* from 0 to 2.*launch.download",
         ),
         (["train-00000-of-00001-0123456789abcdef", "train-00000-of-00001-fedcba9876543210"], "not one each"),
-        (["train-0", "train-1"], "are the same file"),
+        (["train-0", "train-1"], "is the same file as"),
     ],
 )
 def test_files_that_overlap_or_are_missing(tmp_path, names, words):

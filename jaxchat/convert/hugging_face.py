@@ -1,7 +1,6 @@
 """Hugging Face's format: folders that transformers opens as NanoChatForCausalLM."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import safetensors
@@ -12,7 +11,7 @@ from jaxchat import files
 from jaxchat.checkpoint import Found
 from jaxchat.config import ModelConfig, UserError
 from jaxchat.convert import tokens
-from jaxchat.convert.weights import Foreign, Progress, check_space, shareable, to_torch
+from jaxchat.convert.weights import Foreign, Progress, check_space, read_object, shareable, to_torch
 from jaxchat.model.flops import num_params
 
 NAMES = {
@@ -54,23 +53,15 @@ FIXED = {
     "tie_word_embeddings": (False, False),
 }
 
-
 # Fields of ModelConfig that change what is computed and have no place in config.json.
-MECHANISMS = (
-    "qk_scale",
-    "window_pattern",
-    "value_gate_channels",
-    "layer_scales",
-    "smear_channels",
-    "backout",
-)
+BEYOND = ("qk_scale", "window_pattern", "value_gate_channels", "layer_scales", "smear_channels", "backout")
 
 
 def architecture(config: ModelConfig, tokenizer, dtype: str, chat: bool) -> dict:
     """Return the content of config.json."""
     return {
+        **{name: value for name, (value, _) in FIXED.items()},
         "architectures": ["NanoChatForCausalLM"],
-        "model_type": "nanochat",
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
         "intermediate_size": 4 * config.n_embd,
@@ -78,13 +69,10 @@ def architecture(config: ModelConfig, tokenizer, dtype: str, chat: bool) -> dict
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_kv_head,
         "max_position_embeddings": config.sequence_len,
-        "hidden_act": "relu2",
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
         "final_logit_softcapping": config.softcap,
-        "attention_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
         **end_tokens(tokenizer, chat),
         "pad_token_id": None,  # else its embedding would be kept from learning
         "dtype": dtype,
@@ -128,12 +116,10 @@ def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
 def check_expressible(found: Found):
     """Raise UserError unless transformers' NanoChatForCausalLM (November 2025's) can compute the model."""
     usual = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    more = [name for name in MECHANISMS if getattr(found.config, name) != usual[name]]
+    more = [name for name in BEYOND if getattr(found.config, name) != usual[name]]
     if more or found.config.padded_vocab != found.config.vocab_size:
-        raise UserError(
-            f"{found.path} has {', '.join(more) or 'a padded vocabulary'}, which transformers' "
-            "NanoChatForCausalLM cannot express; export it with --to=nanochat"
-        )
+        beyond = f"{', '.join(more) or 'a padded vocabulary'}, which transformers' NanoChatForCausalLM"
+        raise UserError(f"{found.path} has {beyond} cannot express; export it with --to=nanochat")
 
 
 def model_card(found: Found, chat: bool) -> str:
@@ -166,12 +152,12 @@ def model_card(found: Found, chat: bool) -> str:
 
 def load(path: Path) -> Foreign:
     """Open a folder that transformers wrote. UserError: it holds another kind of model, or is damaged."""
-    described = _json(path / "config.json")
+    described = read_object(path / "config.json", "--path must be a folder that transformers wrote")
     config = _model_config(path / "config.json", described)
     index = path / "model.safetensors.index.json"
     shards = [path / "model.safetensors"]
     if index.is_file() and not shards[0].exists():  # transformers too takes the single file first
-        weight_map = _json(index).get("weight_map")
+        weight_map = read_object(index, "").get("weight_map")
         named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
         if not named or any(Path(file).name != file for file in weight_map.values()):
             raise UserError(f"{index} does not name files of its folder")
@@ -218,15 +204,3 @@ def _model_config(path: Path, described: dict) -> ModelConfig:
         if described.get(name, wanted) not in (wanted, None):
             refuse(f"{name} is {described[name]}; jaxchat opens {wanted} only")
     return config
-
-
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as problem:
-        raise UserError(f"there is no {path}; --path must be a folder that transformers wrote") from problem
-    except (ValueError, OSError, RecursionError) as problem:
-        raise UserError(f"{path} cannot be read as JSON: {problem}") from problem
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content

@@ -4,7 +4,6 @@ A checkpoint does not say with which constants it was trained; the names of its 
 (`generation`).
 """
 
-import json
 import math
 import re
 import zipfile
@@ -16,7 +15,7 @@ from jaxchat import files
 from jaxchat.checkpoint import Found
 from jaxchat.config import ARCHITECTURES, STAGES, ModelConfig, UserError, rounded_up
 from jaxchat.convert import optimizer, tokens
-from jaxchat.convert.weights import Foreign, Progress, check_space, shareable, to_torch
+from jaxchat.convert.weights import Foreign, Progress, check_space, read_object, shareable, to_torch
 
 NAMES = {
     "wte": "transformer.wte.weight",
@@ -49,8 +48,7 @@ GENERATIONS = "the generations that docs/architecture.md lists"
 def export(found: Found, out: Path, progress: Progress) -> Path:
     """Write a checkpoint into a base directory of nanochat; return its model_<step>.pt.
 
-    UserError: the model exists there, the tokenizer there is another one, nanochat can't compute the model,
-    or the disk has no room.
+    UserError: the model exists there, its tokenizer is another, nanochat can't compute it, the disk is full.
     """
     folder = out / STAGES[found.meta["stage"]].folder / found.tag
     model, meta_file = folder / f"model_{found.step:06d}.pt", folder / f"meta_{found.step:06d}.json"
@@ -105,8 +103,7 @@ def load_optimizer(foreign: Foreign) -> tuple[dict | None, str]:
 def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Foreign:
     """Open a checkpoint in a folder of model_<step>.pt files, or in a base directory of nanochat.
 
-    step -1: the last. softcap: see generation. UserError: there is none, jaxchat cannot compute it, or it
-    holds more than tensors.
+    step -1: the last. softcap: see generation. UserError: it is missing, unknown, or more than tensors.
     """
     folder = find_folder(path, stage, tag)
     steps = sorted(int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"model_(\d+)\.pt", p.name)))
@@ -114,22 +111,15 @@ def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Forei
         raise UserError(f"no model_{step:06d}.pt in {folder}; there are steps {', '.join(map(str, steps))}")
     step = step if step >= 0 else steps[-1]
     file, meta_file = folder / f"model_{step:06d}.pt", folder / f"meta_{step:06d}.json"
-    try:
-        meta = json.loads(meta_file.read_text(encoding="utf-8"))
-        shape = meta["model_config"]
-        if not isinstance(shape, dict):
-            raise TypeError(f"model_config is {shape!r}")
-    except FileNotFoundError as problem:
-        raise UserError(f"there is no {meta_file}, which would give the model's shape") from problem
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as problem:
-        raise UserError(f"{meta_file} does not give the model's shape: {problem!r}") from problem
+    meta = read_object(meta_file, "it would give the model's shape")
+    shape = meta.get("model_config")
+    if not isinstance(shape, dict):
+        raise UserError(f"{meta_file} does not give the model's shape: model_config is {shape!r}")
     check_archive(file)
     tensors = read_tensors(file)
     if odd := (shape.keys() - {"window_pattern"}) ^ FIELDS:
         names = ", ".join(sorted(odd))
-        raise UserError(
-            f"{meta_file} is of a model that jaxchat does not know: model_config differs in {names}"
-        )
+        raise UserError(f"{meta_file} is of a model unknown to jaxchat: model_config differs in {names}")
     config = generation(file, shape, tensors, softcap)
     places = (where / "tokenizer/tokenizer.pkl" for where in (path, folder, folder.parent.parent))
     pickled = next((place for place in places if place.exists()), None)
@@ -138,10 +128,7 @@ def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Forei
 
 
 def find_folder(path: Path, stage: str, tag: str) -> Path:
-    """Find the folder of the model_<step>.pt files: `path` itself, or <path>/<the stage's folder>/<tag>.
-
-    tag "": the only one there.
-    """
+    """Find the folder of model_<step>.pt files: `path`, or <path>/<stage's folder>/<tag or the only one>."""
 
     def has_models(folder: Path) -> bool:
         return folder.is_dir() and any(re.fullmatch(r"model_\d+\.pt", p.name) for p in folder.iterdir())
@@ -173,23 +160,18 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(f"{file} is refused: {name!r} is a {type(value).__name__}, not a tensor")
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-            raise UserError(
-                f"{file} is refused: {name} is not a plain tensor ({value.layout}, {value.device})"
-            )
+            kind = f"{value.layout}, {value.device}"
+            raise UserError(f"{file} is refused: {name} is not a plain tensor ({kind})")
     tensors = {name.removeprefix(COMPILED): tensor.detach() for name, tensor in content.items()}
     if len(tensors) < len(content):
-        raise UserError(
-            f"{file} is refused: it has tensors both with and without {COMPILED!r} before their names"
-        )
+        raise UserError(f"{file} is refused: it has names of tensors both with and without {COMPILED!r}")
     return tensors
 
 
 def check_archive(file: Path):
     """Raise UserError unless it is a zip archive with right checksums, as torch.save writes since 2020."""
     if not zipfile.is_zipfile(file):
-        raise UserError(
-            f"{file} is refused: it is damaged, or in torch's format before 2020; load and save it anew"
-        )
+        raise UserError(f"{file} is refused: it is damaged, or in torch's format before 2020; save it anew")
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -212,25 +194,19 @@ def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softca
     channels = tensors[gates[0]].shape[-1] if gates else 0
     smears = "smear_gate.weight" in names
     if found := sorted(name for name in names if "bigram" in name):
-        raise UserError(
-            f"{file} has {found[0]}: nanochat had it for three days in January 2026, jaxchat has not"
-        )
+        raise UserError(f"{file} has {found[0]}: nanochat had it for 3 days in January 2026, jaxchat has not")
     if "resid_lambdas" not in names:
-        constants, kind = {}, "2025"
+        kind, constants = "2025", {}
     elif not values:
-        constants = {"layer_scales": True, "short_window": context // 2}
-        kind = "January"
+        kind, constants = "January", {"layer_scales": True, "short_window": context // 2}
     elif channels == 32 and not smears:
-        constants = {"layer_scales": True, "short_window": context // 2}
+        kind, constants = "softcap", {"layer_scales": True, "short_window": context // 2}
         constants |= {"value_gate_channels": 32, "value_gate_bound": 2.0}
-        kind = "softcap"
     elif channels == 12:
-        constants = dict(ARCHITECTURES["2026"])
-        third = {"qk_scale": 1.15, "smear_channels": 0, "backout": False}
-        constants |= {} if smears else third
         share = 4 if smears else 3
-        constants["short_window"] = rounded_up(rounded_up(context, share) // share, 128)
-        kind = "2026"
+        window = rounded_up(rounded_up(context, share) // share, 128)
+        kind, constants = "2026", ARCHITECTURES["2026"] | {"short_window": window}
+        constants |= {} if smears else {"qk_scale": 1.15, "smear_channels": 0, "backout": False}
     else:
         raise UserError(f"{file} has gates on {channels} features; that is none of {GENERATIONS}")
     if (kind == "softcap") != bool(softcap):
@@ -271,7 +247,5 @@ def shape_in_nanochat(found: Found) -> dict:
     newest = ARCHITECTURES["2026"] | {"window_pattern": config.window_pattern, "short_window": quarter}
     if config == ModelConfig(**shape, **(newest | fields)):
         return shape | {"window_pattern": config.window_pattern}
-    raise UserError(
-        f"{found.path} has constants that nanochat had neither in November 2025 nor since March 14, 2026; it "
-        "would compute something else"
-    )
+    when = "neither in November 2025 nor since March 14, 2026"
+    raise UserError(f"{found.path} has constants that nanochat had {when}; it would compute something else")

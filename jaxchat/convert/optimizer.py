@@ -87,15 +87,12 @@ def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
             matrices = [moments[field][theirs] for theirs in matrix_names(name, names, config)]
             if field == "second":
                 return np.stack([m.float().numpy() for m in matrices]).reshape(leaf.shape)
-            return to_stack(name, weights[name], matrices)
+            return to_stack(weights[name], matrices)
 
         return jax.tree_util.tree_map_with_path(fill, empty_state(config))
     except Exception as problem:  # a damaged or hostile file raises almost anything
-        line = (str(problem).splitlines() or [repr(problem)])[0]
-        raise UserError(
-            f"{file} is not the optimizer state of this model ({line}); without that file, the weights alone "
-            "are converted"
-        ) from problem
+        line, remedy = checkpoint.first_line(problem), "without that file, the weights alone are converted"
+        raise UserError(f"{file} is not the optimizer state of this model ({line}); {remedy}") from problem
 
 
 def read_moments(content: dict, config: ModelConfig, names: Names) -> tuple[dict, int]:
@@ -134,7 +131,7 @@ def export(found: Found, file: Path, names: Names):
         if not name:
             continue
         theirs, stack = matrix_names(name, names, found.config), np.asarray(leaf.astype(jnp.float32))
-        parts = stack if field == "second" else to_matrices(name, weights[name], stack)
+        parts = stack if field == "second" else to_matrices(weights[name], stack)
         dtype = getattr(torch, str(leaf.dtype))
         for n, part in zip(theirs, parts, strict=True):
             moments[field][n] = torch.from_numpy(np.array(part)).to(dtype)

@@ -90,17 +90,15 @@ def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     result.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(BREAK, "removed"), split, to_bytes])
     result.decoder = decoders.ByteLevel()
-    result.add_special_tokens(
-        [tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS]
-    )
+    specials = [tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS]
+    result.add_special_tokens(specials)
     return result
 
 
 def end_token(chat: bool) -> str:
-    """Return the token that ends an answer, or a document.
+    """Return the token that ends an answer, or a document. It is the padding too.
 
-    It is the padding too: transformers hides the padding token from the model wherever it is in a prompt,
-    such as a <|bos|> at the beginning.
+    transformers hides the padding token wherever it is in a prompt, such as a <|bos|> at the beginning.
     """
     return "<|assistant_end|>" if chat else "<|bos|>"
 
@@ -157,9 +155,7 @@ def from_hugging_face(path: Path) -> Tokenizer:
     }
     if any(wrong.values()):
         names = ", ".join(name for name, is_wrong in wrong.items() if is_wrong)
-        raise UserError(
-            f"{path} tokenizes in a way that jaxchat can't ({names}); move it away to convert without it"
-        )
+        raise UserError(f"{path} tokenizes unlike jaxchat ({names}); move it away to convert without it")
     return tokenizer
 
 
@@ -178,9 +174,7 @@ def _tokenizer(path: Path, ranks: dict[bytes, int], specials: dict[str, int]) ->
     if specials != wanted:
         odd = sorted(dict(specials.items() ^ wanted.items()))[0]
         where = f"is {specials[odd]}" if odd in specials else "is missing"
-        raise UserError(
-            f"{path}: the special {odd} {where}; jaxchat wants its nine, from id {len(ranks):,} on"
-        )
+        raise UserError(f"{path}: the special {odd} {where}; jaxchat wants nine, from id {len(ranks):,} on")
     return Tokenizer(ranks)
 
 
@@ -206,9 +200,8 @@ def read_pickle(path: Path) -> Tokenizer:
     except OSError:
         raise
     except Exception as problem:  # a damaged pickle raises almost anything
-        raise UserError(
-            f"{path} is refused: {problem}; a tokenizer.pkl may hold a tiktoken Encoding only"
-        ) from problem
+        only = "a tokenizer.pkl may hold a tiktoken Encoding only"
+        raise UserError(f"{path} is refused: {problem}; {only}") from problem
     if not isinstance(state, dict):
         raise UserError(f"{path} is refused: it holds no tiktoken Encoding of its own")
     ranks, specials = state.get("mergeable_ranks"), state.get("special_tokens")
@@ -219,9 +212,8 @@ def read_pickle(path: Path) -> Tokenizer:
     ):
         raise UserError(f"{path} is refused: its ranks or specials are not names and numbers")
     if state.get("pat_str") != SPLIT_PATTERN:
-        raise UserError(
-            f"{path} splits text by another pattern than jaxchat's: {str(state.get('pat_str'))[:60]!r}"
-        )
+        pattern = str(state.get("pat_str"))[:60]
+        raise UserError(f"{path} splits text by another pattern than jaxchat's: {pattern!r}")
     return _tokenizer(path, ranks, specials)
 
 

@@ -6,6 +6,7 @@ are [vocabulary, width] in both, and vectors are the same in both.
 """
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
     }
 
 
-def to_matrices(name: str, weight: Weight, stack: np.ndarray) -> Iterator[np.ndarray]:
+def to_matrices(weight: Weight, stack: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the matrices of a weight as PyTorch keeps them, each a contiguous copy."""
     if not weight.fan_in:
         yield np.array(stack)
@@ -69,7 +70,7 @@ def to_matrices(name: str, weight: Weight, stack: np.ndarray) -> Iterator[np.nda
         yield np.array(matrix if weight.lookup else matrix.T, order="C")
 
 
-def to_stack(name: str, weight: Weight, matrices: list[torch.Tensor]) -> np.ndarray:
+def to_stack(weight: Weight, matrices: list[torch.Tensor]) -> np.ndarray:
     """Return a weight's array in jaxchat, stacked from its matrices in PyTorch."""
     stack = np.empty(weight.shape, jnp.dtype(weight.dtype))
     if not weight.fan_in:
@@ -98,7 +99,7 @@ def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.
     for name, weight in weights.items():
         stack = np.asarray(stacks.pop(name)).astype(np.float32)  # which holds all that is read
         theirs = matrix_names(name, names, found.config)
-        for n, matrix in zip(theirs, to_matrices(name, weight, stack), strict=True):
+        for n, matrix in zip(theirs, to_matrices(weight, stack), strict=True):
             tensors[n] = torch.from_numpy(matrix).to(DTYPES[narrow.get(ours[n], weight.dtype)])
         progress(name)
     return tensors
@@ -111,26 +112,21 @@ def check(foreign: Foreign):
     for what, names in (("lacks", ours.keys() - have), ("also has", have - ours.keys())):
         if names:
             some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise UserError(
-                f"{foreign.path} {what} {some}; it is not the model that its configuration describes"
-            )
+            raise UserError(f"{foreign.path} {what} {some}; it is not the model of its configuration")
     for theirs, tensor in foreign.tensors.items():
         name = ours[theirs].rpartition(".")[0]
         wanted = shape_of(weights[name])
         if list(tensor.shape) != wanted:
-            raise UserError(
-                f"{foreign.path}: {theirs} is {list(tensor.shape)}, its configuration wants {wanted}"
-            )
+            have = list(tensor.shape)
+            raise UserError(f"{foreign.path}: {theirs} is {have}, its configuration wants {wanted}")
         if tensor.dtype not in DTYPES.values():
             raise UserError(f"{foreign.path}: {theirs} is {tensor.dtype}; jaxchat reads {', '.join(DTYPES)}")
 
 
 def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Progress, optimizer=None):
-    """Save a foreign model as the checkpoint <folder>/<step>, with its tokenizer. Its tensors are gone
-    afterwards.
+    """Save a foreign model as the checkpoint <folder>/<step>, with its tokenizer, and consume its tensors.
 
-    optimizer: the state to train on with, or None.
-    UserError: the folder exists, or its disk is too full.
+    optimizer: the state to train on with, or None. UserError: the folder exists, or its disk is too full.
     """
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --model_tag, or remove it")
@@ -152,7 +148,7 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
     for name, weight in named(foreign.config).items():
         # Popped, so that what is converted does not stay in memory.
         matrices = [foreign.tensors.pop(n) for n in matrix_names(name, foreign.names, foreign.config)]
-        stacks.append(to_stack(name, weight, matrices))
+        stacks.append(to_stack(weight, matrices))
         del matrices
         progress(name)
     checkpoints = Checkpoints(folder)
@@ -165,6 +161,19 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # it did not exist before
         raise
+
+
+def read_object(path: Path, about: str) -> dict:
+    """Read a JSON object. UserError: it is damaged, or missing; about: what the message says then."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        raise UserError(f"there is no {path}; {about}") from problem
+    except (ValueError, OSError, RecursionError) as problem:
+        raise UserError(f"{path} cannot be read as JSON: {problem}") from problem
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
 
 
 def shareable(settings: dict) -> dict:

@@ -117,11 +117,8 @@ class _ConversationRowsIterator(grain.DatasetIterator):
             where = (row, slice(start, start + len(ids)))
             tokens[where], masks[where], segments[where] = ids, mask, number
         # A target counts if its own mask says so; the bos of a conversation that follows another never does.
-        rows = {
-            "inputs": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "weights": masks[:, 1:].astype(np.float32),
-        }
+        weights = masks[:, 1:].astype(np.float32)
+        rows = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
         if p.packed:  # a conversation alone in its row sees nothing but itself
             rows["segments"] = segments[:, :-1]
         return rows

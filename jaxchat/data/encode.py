@@ -67,13 +67,10 @@ def _text_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[np.ndarra
     return documents
 
 
-def _read_texts(texts: ParquetText, tokenizer: Tokenizer, rows: Iterable[int]):
-    return _in_threads(partial(_text_tokens, tokenizer), (texts[row] for row in rows), len, CHUNK_CHARS)
-
-
 def text_reader(texts: ParquetText, tokenizer: Tokenizer) -> Reader:
     """Make a reader of documents: bos first, everything supervised; an empty text gives no token at all."""
-    return partial(_read_texts, texts, tokenizer)
+    work = partial(_text_tokens, tokenizer)
+    return lambda rows: _in_threads(work, (texts[row] for row in rows), len, CHUNK_CHARS)
 
 
 def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -94,10 +91,7 @@ def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[n
     return results
 
 
-def _read_rows(tasks, tokenizer: Tokenizer, rows: Iterable[int]):
-    return _in_threads(partial(_row_tokens, tasks, tokenizer), rows, lambda _: 1, CHUNK_ROWS)
-
-
 def conversation_reader(tasks, tokenizer: Tokenizer) -> Reader:
     """Make a reader of rendered conversations with masks; it reads plain documents as text_reader's does."""
-    return partial(_read_rows, tasks, tokenizer)
+    work = partial(_row_tokens, tasks, tokenizer)
+    return lambda rows: _in_threads(work, rows, lambda _: 1, CHUNK_ROWS)

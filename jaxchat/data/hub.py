@@ -74,21 +74,13 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, XetDownloadError
 
-    expected = (
-        HTTPError,
-        XetDownloadError,
-        OSError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    )
+    network = (HTTPError, XetDownloadError, OSError, RuntimeError)
+    content = (ValueError, EOFError, zipfile.BadZipFile, zlib.error)
     tries, best = 0, progress()
     while True:
         try:
             return attempt()
-        except expected as problem:
+        except (*network, *content) as problem:
             if isinstance(problem, OSError) and errno.errorcode.get(problem.errno) in DISK:
                 raise
             answers = [error for error in (problem, problem.__cause__) if isinstance(error, HfHubHTTPError)]
@@ -102,11 +94,10 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
             if tries == len(PAUSES):
                 remedy = "check the network, HF_ENDPOINT and the proxy, then run the same command again"
                 raise UserError(f"{what}: {reason} ({tries + 1} attempts); {remedy}") from problem
-            left = f"attempt {tries + 2} of {len(PAUSES) + 1}, for {sum(PAUSES[tries:])} s at most"
-            print(
-                f"{what}: {reason}; trying again in {PAUSES[tries]} s ({left})", file=sys.stderr, flush=True
-            )
-            time.sleep(PAUSES[tries])
+            pause, most = PAUSES[tries], sum(PAUSES[tries:])
+            left = f"attempt {tries + 2} of {len(PAUSES) + 1}, for {most} s at most"
+            print(f"{what}: {reason}; trying again in {pause} s ({left})", file=sys.stderr, flush=True)
+            time.sleep(pause)
             tries += 1
 
 
@@ -134,9 +125,8 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
         if any(fnmatch.fnmatch(file.path, pattern) for pattern in repo.patterns)
     }
     if not stated:
-        raise UserError(
-            f"{repo.repo} has no {' or '.join(repo.patterns)} at {commit}; choose another --revision"
-        )
+        patterns = " or ".join(repo.patterns)
+        raise UserError(f"{repo.repo} has no {patterns} at {commit}; choose another --revision")
     if outside := [name for name in stated if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise UserError(
             f"{repo.repo} at this endpoint has a file {outside[0]!r}, outside of its folder; don't trust it"
@@ -211,9 +201,7 @@ def is_complete(link: Link, path: Path) -> bool:
     """Return whether a link's file or folder is there. UserError: its folder is there, but not complete."""
     lacking = [name for name in link.needs if not (path / name).exists()]
     if lacking and path.is_dir() and any(path.iterdir()):
-        raise UserError(
-            f"{path} is incomplete: it has no {lacking[0]}; delete it, and run the same command again"
-        )
+        raise UserError(f"{path} is incomplete: it has no {lacking[0]}; delete it, and run this again")
     return not lacking if link.needs else size_of(path) > 0
 
 

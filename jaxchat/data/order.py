@@ -1,6 +1,6 @@
 """Endless orders over a source by a seed, and how they are dealt to streams for each process to read."""
 
-from collections import OrderedDict
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,40 +20,30 @@ class Order:
         self._starts = np.cumsum([0, *block_sizes], dtype=np.int64)
         self.num_rows = int(self._starts[-1])
         self._seed = seed
-        self._kept = KEPT if len(block_sizes) > 1 else 4
-        self._epochs: OrderedDict[int, tuple] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._blocks = lru_cache(4)(self._shuffle_blocks)
+        self._rows = lru_cache(KEPT if len(block_sizes) > 1 else 4)(self._shuffle_rows)
+
+    def __reduce__(self):  # Grain's workers shuffle for themselves
+        return Order, (self._sizes.tolist(), self._seed)
 
     def _random(self, *which: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, *which])))
 
+    def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (the blocks in an epoch's order, the places at which they end)."""
+        blocks = self._random(epoch).permutation(len(self._sizes))
+        return blocks, np.cumsum(self._sizes[blocks])
+
+    def _shuffle_rows(self, epoch: int, block: int) -> np.ndarray:
+        return self._random(epoch, block).permutation(int(self._sizes[block])).astype(np.uint32)
+
     def index(self, i: int) -> int:
         epoch, place = divmod(i, self.num_rows)
-
-        def shuffle_epoch():
-            blocks = self._random(epoch).permutation(len(self._sizes))
-            return blocks, np.cumsum(self._sizes[blocks])
-
-        blocks, ends = _remembered(self._epochs, epoch, shuffle_epoch, 4)
+        blocks, ends = self._blocks(epoch)
         at = int(np.searchsorted(ends, place, side="right"))
         block = int(blocks[at])
-        size = int(self._sizes[block])
-        rows = _remembered(
-            self._blocks,
-            (epoch, block),
-            lambda: self._random(epoch, block).permutation(size).astype(np.uint32),
-            self._kept,
-        )
-        return int(self._starts[block]) + int(rows[place - int(ends[at]) + size])
-
-
-def _remembered(cache: OrderedDict, key, make, most: int):
-    if key not in cache:
-        cache[key] = make()
-        if len(cache) > most:
-            cache.popitem(last=False)
-    cache.move_to_end(key)
-    return cache[key]
+        rows = self._rows(epoch, block)
+        return int(self._starts[block]) + int(rows[place - int(ends[at]) + len(rows)])
 
 
 class Deal:

@@ -44,15 +44,10 @@ class Concatenated:
     def rows(self) -> dict[str, np.ndarray]:
         """Return {tokens [rows, T+1], weights [rows, T]}: the next windows."""
         wanted, self._taken = self._rows * self._time, self._first
+        unread = np.concatenate([np.zeros(0, np.int32), *self._queue])[self._offset :][: wanted + 1]
         stream = np.zeros(wanted + 1, np.int32)
-        filled, offset = 0, self._offset
-        for ids in self._queue:
-            part = ids[offset : offset + wanted + 1 - filled]
-            stream[filled : filled + len(part)] = part
-            filled, offset = filled + len(part), 0
-            if filled > wanted:
-                break
-        targets = max(0, filled - 1)
+        stream[: len(unread)] = unread
+        targets = max(0, len(unread) - 1)
         self._targets = targets
         self._offset += targets
         self._unread -= targets
@@ -75,8 +70,7 @@ class Concatenated:
 class BestFit:
     """Start every row with a document, and keep adding the longest of BUFFER documents that still fits.
 
-    When none fits, the shortest is cut to fill the row, and its rest is dropped and counted. Documents in a
-    row don't see each other.
+    When none fits, the shortest is cut to fill the row, and its rest is dropped and counted.
     """
 
     buffer = BUFFER

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import grain
 import numpy as np
 
-from jaxchat.config import UserError
+from jaxchat.config import UserError, rounded_up
 from jaxchat.data.conversations import ConversationRows
 from jaxchat.data.encode import Reader, conversation_reader, text_reader
 from jaxchat.data.order import Deal, Order
@@ -23,8 +23,7 @@ def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = Fa
     """Cut a step of `rows` rows over `devices` devices. -> (rows a device computes at a time, micro-batches).
 
     asked: the flag --device_batch_size; -1: the largest number of rows, at most `most`, that divides the
-    step. fills: fill a step that no number divides with empty rows. UserError: the step can't be cut like
-    that.
+    step. fills: fill a step that no number divides with empty rows. UserError: it can't be cut like that.
     """
     able = [] if rows % devices else divisors(rows // devices)
     if asked > 0 and asked not in able and able:
@@ -33,13 +32,11 @@ def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = Fa
             f"optimizer step; it may be {', '.join(map(str, able))}, or -1 to choose"
         )
     if not able and not fills:
-        raise UserError(
-            f"an optimizer step has {rows} rows, which {devices} devices cannot share evenly; use a number "
-            f"of devices that divides {rows}"
-        )
-    batch = (
-        asked if asked > 0 else max((n for n in able if n <= most), default=min(most, -(-rows // devices)))
-    )
+        step = f"an optimizer step has {rows} rows, which {devices} devices cannot share evenly"
+        raise UserError(f"{step}; use a number of devices that divides {rows}")
+    batch = asked
+    if asked < 0:
+        batch = max((n for n in able if n <= most), default=min(most, -(-rows // devices)))
     return batch, -(-rows // (batch * devices))
 
 
@@ -86,10 +83,7 @@ def sft_batches(tasks, tokenizer: Tokenizer, *, seed: int, packing="padded", **h
 
 
 def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
-    """Open the mixture that a flag names.
-
-    UserError: it is empty, or holds plain documents although `documents` is false.
-    """
+    """Open a flag's mixture. UserError: it is empty, or has plain documents although `documents` is false."""
     tasks = load_mixture(spec, tasks_dir or None)
     if len(tasks) == 0:
         raise UserError(f"--{flag}={spec} has no rows; name at least one task that has some")
@@ -117,14 +111,13 @@ def packed_validation(
     if len(tokens) < 2:
         raise UserError("the validation data holds no text; it needs at least one document that is not empty")
     num_targets = len(tokens) - 1
-    num_rows = -(-num_targets // time)
-    num_rows += -num_rows % rows
+    num_rows = rounded_up(-(-num_targets // time), rows)
     padded = np.zeros(num_rows * time + 1, np.int32)
     padded[: len(tokens)] = tokens
     inputs, targets = (padded[i : i + num_rows * time].reshape(-1, rows, time) for i in (0, 1))
     weights = (np.arange(num_rows * time) < num_targets).astype(np.float32).reshape(-1, rows, time)
     batches = zip(inputs, targets, weights, strict=True)
-    return [dict(zip(("inputs", "targets", "weights"), batch, strict=True)) for batch in batches]
+    return [{"inputs": i, "targets": t, "weights": w} for i, t, w in batches]
 
 
 def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: int, time: int) -> list[dict]:

@@ -2,13 +2,14 @@
 
 import contextlib
 import hashlib
+import mmap
 import os
 import shlex
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +50,11 @@ def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False)
     if not shards:
         others = sorted(path.name for path in folder.glob("[!.]*"))
         only = f", only {', '.join(others[:3])}{', …' if len(others) > 3 else ''}" if others else ""
-        raise UserError(
-            f"no .parquet file in {folder}{only}; {remedy}; or put shards with a column `text` there, or "
-            "name --data_dir"
-        )
+        remedy += "; or put shards with a column `text` there, or name --data_dir"
+        raise UserError(f"no .parquet file in {folder}{only}; {remedy}")
     if len(shards) == 1:
-        raise UserError(
-            f"only one .parquet file in {folder}; at least two are needed, as the last is for validation; "
-            f"{remedy}"
-        )
+        least = "at least two are needed, as the last is for validation"
+        raise UserError(f"only one .parquet file in {folder}; {least}; {remedy}")
     source = folder / SOURCE
     wanted = int(source.read_text(encoding="utf-8").split()[1]) if source.is_file() else 0
     if whole and len(shards) < wanted:
@@ -81,8 +78,7 @@ def repeated(train: dict[str, str], held_out: dict[str, str]) -> str:
 def file_fingerprint(path: Path) -> str:
     """16 hex digits for a file's size and content: all of it up to 16 MiB, else 16 samples, one at its end.
 
-    A parquet file's end holds the place and size of every column chunk and, as a rule, their least and
-    greatest values.
+    A parquet file's end holds every column chunk's place and size and, as a rule, least and greatest value.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -173,10 +169,9 @@ class ParquetText:
         self._stamps = [stamp for _, _, stamp in shards]
         self._ends = np.cumsum(self.block_sizes, dtype=np.int64)
         if not self.block_sizes:
-            raise UserError(
-                f"{', '.join(map(str, self.paths))}: no rows; a data set needs at least one document"
-            )
-        self._cache: OrderedDict[int, InMemory | OnDisk] = OrderedDict()
+            names = ", ".join(map(str, self.paths))
+            raise UserError(f"{names}: no rows; a data set needs at least one document")
+        self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
         self.groups_read = 0  # how often a row group was decoded
 
     def __getstate__(self):  # Grain's workers decode for themselves
@@ -187,12 +182,8 @@ class ParquetText:
 
     def __getitem__(self, index: int) -> str:
         block = int(np.searchsorted(self._ends, index, side="right"))
-        text = self._block(block)[index - int(self._ends[block]) + self.block_sizes[block]]
-        return text.decode("utf-8", "replace")
-
-    @property
-    def bytes_in_memory(self) -> int:
-        return sum(block.nbytes for block in self._cache.values())
+        text = self._block(block)[index - int(self._ends[block]) + self.block_sizes[block]].as_py()
+        return (text or b"").decode("utf-8", "replace")
 
     def _check_unchanged(self, shard: int):
         """Refuse a shard that was replaced during the run: it would silently change the order."""
@@ -202,7 +193,7 @@ class ParquetText:
                 raise UserError(f"{path} has changed since this run began; put it back, and --resume")
             self._stamps[shard] = stamp
 
-    def _block(self, block: int) -> "InMemory | OnDisk":
+    def _block(self, block: int) -> pa.ChunkedArray:
         if block not in self._cache:
             shard, group = self._groups[block]
             self._check_unchanged(shard)
@@ -214,24 +205,36 @@ class ParquetText:
         return self._cache[block]
 
 
-def _decoded(path: Path, group: int) -> "InMemory | OnDisk":
-    """The texts of a row group, decoded piece by piece; on disk if they come to more than GROUP_BYTES."""
-    pieces, size, file = [], 0, None
+def _decoded(path: Path, group: int) -> pa.ChunkedArray:
+    """The texts of a row group as bytes, in memory; of more than GROUP_BYTES in a temporary file."""
+    pieces, kept, size = _pieces(path, group), [], 0
+    for piece in pieces:
+        kept.append(piece)
+        size += piece.nbytes
+        if size > GROUP_BYTES:
+            break
+    else:
+        return pa.chunked_array(kept, pa.large_binary())
     try:
-        for piece in _pieces(path, group):
-            pieces.append(piece)
-            size += piece.nbytes
-            if size > GROUP_BYTES or file:
-                file = file or OnDisk()
-                file.append(pieces)
-                pieces = []
+        return _in_file(chain(kept, pieces))
     except OSError as problem:  # of the temporary file; what is wrong with the shard is a UserError
         raise UserError(
             f"{path}: row group {group} is too large for memory, and {temporary_folder()} cannot take it "
             f"({problem.strerror}); set TMPDIR to a folder on a larger disk, or write the shard with "
             "smaller row groups (row_group_size=10000)"
         ) from problem
-    return file or InMemory(pieces)
+
+
+def _in_file(pieces: Iterable[pa.Array]) -> pa.ChunkedArray:
+    """Arrays of bytes, mapped from a temporary file without a name, which ends with the process."""
+    schema = pa.schema({"text": pa.large_binary()})
+    with tempfile.TemporaryFile(prefix="jaxchat-", dir=temporary_folder()) as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            for piece in pieces:
+                writer.write(pa.record_batch([piece], schema=schema))
+        file.flush()
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return pa.ipc.open_file(pa.py_buffer(content)).read_all()["text"]
 
 
 def _pieces(path: Path, group: int) -> Iterable[pa.Array]:
@@ -247,58 +250,10 @@ def _pieces(path: Path, group: int) -> Iterable[pa.Array]:
             yield column.cast(pa.large_binary())  # Arrow does not check that a column of strings holds UTF-8
     except (OSError, pa.ArrowException) as problem:
         line = str(problem).splitlines()[0]
-        raise UserError(
-            f"{path}, row group {group}, cannot be read ({line}); download the file again"
-        ) from problem
+        raise UserError(f"{path}, row group {group}, cannot be read ({line}); download it again") from problem
 
 
 def temporary_folder() -> str:
     """$TMPDIR, or else /var/tmp, which is on a disk even where /tmp is in memory."""
     on_disk = "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
     return os.environ.get("TMPDIR") or on_disk
-
-
-class InMemory:
-    """The texts of a row group, in memory as Arrow arrays."""
-
-    def __init__(self, pieces: list[pa.Array]):
-        self._texts = pa.chunked_array(pieces, pa.large_binary())
-        self.nbytes = self._texts.nbytes
-
-    def __getitem__(self, row: int) -> bytes:
-        return self._texts[row].as_py() or b""
-
-
-class OnDisk:
-    """The texts of a row group in a temporary file without a name, which ends with the process."""
-
-    def __init__(self):
-        self._file = tempfile.TemporaryFile(prefix="jaxchat-", dir=temporary_folder())  # noqa: SIM115
-        self._lengths: list[np.ndarray] = []
-
-    def __del__(self):
-        if hasattr(self, "_file"):
-            self._file.close()
-
-    def append(self, pieces: list[pa.Array]):
-        for piece in pieces:
-            texts = [text or b"" for text in piece.to_pylist()]
-            self._file.write(b"".join(texts))
-            self._lengths.append(np.array([len(text) for text in texts], np.int64))
-        self._file.flush()
-
-    @cached_property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum(np.concatenate([[0], *self._lengths]), dtype=np.int64)
-
-    @property
-    def nbytes(self) -> int:
-        return self._ends.nbytes
-
-    def __getitem__(self, row: int) -> bytes:
-        start, end = int(self._ends[row]), int(self._ends[row + 1])
-        parts = []
-        while start < end:
-            parts.append(os.pread(self._file.fileno(), end - start, start))
-            start += len(parts[-1])
-        return b"".join(parts)

@@ -26,8 +26,7 @@ EMPTY_IN_A_ROW = 10_000  # empty documents in succession that are a mistake, not
 class StreamRows(grain.IterDataset):
     """Yield the rows of some streams, a step at a time: {stream: {"rows": …, "totals": …, "state": …}}.
 
-    Infinite: an exhausted stream yields rows of weight 0. Worker processes divide the streams among
-    themselves (Grain calls set_slice).
+    Infinite: an exhausted stream yields rows of weight 0. Workers divide the streams (Grain's set_slice).
     """
 
     def __init__(self, read: Reader, deal: Deal, make, streams: Sequence[int], states: dict):
@@ -49,9 +48,8 @@ class _StreamRowsIterator(grain.DatasetIterator):
 
     def __next__(self):
         self._fill()
-        return {
-            n: {"rows": s.rows(), "totals": s.totals(), "state": s.state()} for n, s in self._streams.items()
-        }
+        made = self._streams.items()
+        return {n: {"rows": s.rows(), "totals": s.totals(), "state": s.state()} for n, s in made}
 
     def _fill(self):
         """Give all streams together what they ask for, until none asks for more: so all threads are busy."""
@@ -109,8 +107,7 @@ class PackedRows(grain.IterDataset):
 
 
 class _PackedRowsIterator(grain.DatasetIterator):
-    """Its state is {stream: its state}, {} at the start, of the process's streams; set_state takes that, or
-    the state of all processes."""
+    """Its state is {stream: its state}, {} at the start; set_state takes that of all processes too."""
 
     def __init__(self, packing: PackedRows):
         super().__init__()
@@ -174,8 +171,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
 def as_batch(rows: dict[str, np.ndarray], totals: dict[str, np.ndarray], mine: slice, micro_batches: int):
     """Reshape a process's part, `mine`, of arrays [A·B, …] to a batch's [A, B, …].
 
-    Row r becomes row r // A of micro-batch r % A. So a process's rows, neighbours in B, are neighbours in r
-    too.
+    Row r becomes row r // A of micro-batch r % A: a process's rows, neighbours in B, are neighbours in r too.
     """
 
     def split(a):

@@ -25,10 +25,7 @@ def _sums(params, batch, model: Model):
 
 
 def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]:
-    """Return (Σ weight·nll in nats, Σ weight) of batches {inputs, targets, weights} [B, T].
-
-    Every process has all of each batch.
-    """
+    """Return (Σ weight·nll in nats, Σ weight) of whole batches {inputs, targets, weights} [B, T]."""
     sums = []
     for batch in batches:
         placed = {f"{name}_BT": place_same(array, model.mesh) for name, array in batch.items()}
@@ -42,9 +39,7 @@ def bits_per_byte(params, batches: list[dict], token_bytes, model: Model) -> flo
     sized = [b | {"weights": b["weights"] * (token_bytes[b["targets"]] > 0)} for b in batches]
     num_bytes = sum(float((b["weights"] * token_bytes[b["targets"]]).sum(dtype=np.float64)) for b in sized)
     if not num_bytes:
-        raise UserError(
-            "bits per byte cannot be measured: all documents are empty; check the validation data"
-        )
+        raise UserError("bits per byte can't be measured: all documents are empty; check the validation data")
     nll, _ = total_loss(params, sized, model)
     return nll / (math.log(2) * num_bytes)
 

@@ -92,14 +92,12 @@ def drawn(task: Sequence[dict], max_problems: int) -> list[dict]:
 
 def why_not(name: str) -> str:
     """The reason why a task cannot be measured on this machine; "" if it can."""
-    if name != "HumanEval":
-        return ""
-    try:
-        lacks = sandbox.missing()
-    except UserError as problem:
-        return str(problem)
-    why = f"this kernel lacks {' and '.join(lacks)}, which running what the model wrote needs"
-    return why if lacks else ""
+    if name == "HumanEval":
+        try:
+            sandbox.check()
+        except UserError as problem:
+            return str(problem)
+    return ""
 
 
 def batch_size_for(
@@ -108,8 +106,7 @@ def batch_size_for(
     """Number of answers to write at a time, a power of two up to `most`, on devices of `memory` bytes.
 
     memory None: unknown. each: bytes kept for every parameter, beside the copy in the compute dtype. A slot
-    holds the keys and values of a whole context, of which twice the size is counted. The answers do not
-    depend on this number.
+    is counted as twice the keys and values of a whole context. The answers do not depend on this number.
     """
     if memory is None:
         return min(SLOTS, most)
@@ -178,8 +175,7 @@ def write_answers(
 
 
 def pass_at(k: int, right: list[list[bool]]) -> float:
-    """Estimate the chance that one of k answers is right, drawn without replacement, as a mean over
-    problems."""
+    """Estimate the chance that one of k answers, drawn without replacement, is right; mean over problems."""
 
     def one(answers: list[bool]) -> float:
         return 1 - math.comb(len(answers) - sum(answers), k) / math.comb(len(answers), k)
@@ -219,8 +215,7 @@ def chat_core(results: list[TaskResult]) -> dict[str, float]:
 def measure(
     scorer: Scorer, engine: Engine, tasks: dict[str, Task], max_problems: int, **options
 ) -> Iterator[tuple[list[TaskResult], dict[str, float], str]]:
-    """Measure and print the tasks one by one; after each, yield (results so far, all numbers by name, name of
-    ChatCORE).
+    """Measure and print task by task; after each, yield (results so far, numbers by name, ChatCORE's name).
 
     The name is "" until all tasks that this machine can run are measured. options: those of Engine.generate.
     """

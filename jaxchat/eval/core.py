@@ -50,10 +50,8 @@ class CoreTask:
         random.Random(DRAW_SEED).shuffle(items)
         items = items[:max_per_task] if max_per_task > 0 else items
         if len(items) <= self.shots:
-            raise UserError(
-                f"CORE's {self.label} needs {self.shots} examples besides the question, but has only "
-                f"{len(items)} items; ask for at least {self.shots + 1} a task"
-            )
+            needs = f"{self.shots} examples besides the question, but has only {len(items)} items"
+            raise UserError(f"CORE's {self.label} needs {needs}; ask for at least {self.shots + 1} a task")
         return items
 
 
@@ -68,8 +66,7 @@ class CoreResult(TaskResult):
 
 
 def load_bundle(place: str = "") -> list[CoreTask]:
-    """Read the tasks of a bundle: a folder or a zip; empty: the base directory's eval_bundle, or
-    eval_bundle.zip.
+    """Read a bundle's tasks, from a folder or a zip; "": the base directory's eval_bundle or eval_bundle.zip.
 
     UserError: something is missing or malformed; the message names the file and the line.
     """
@@ -83,24 +80,9 @@ def load_bundle(place: str = "") -> list[CoreTask]:
         listed = yaml.safe_load((root / "core.yaml").read_text(encoding="utf-8-sig"))["icl_tasks"]
         rows = csv.DictReader((root / "eval_meta_data.csv").read_text(encoding="utf-8-sig").splitlines())
         chance = {row["Eval Task"]: 0.01 * float(row["Random baseline"]) for row in rows}
-        found = [
-            {
-                "label": entry["label"],
-                "kind": entry["icl_task_type"],
-                "shots": int(entry["num_fewshot"][0]),
-                "delimiter": entry.get("continuation_delimiter", " "),
-                "chance": chance[entry["label"]],
-                "data": root / "eval_data" / entry["dataset_uri"],
-            }
-            for entry in listed
-        ]
-        texts = {entry["data"]: entry["data"].read_text(encoding="utf-8-sig") for entry in found}
-        if not found:
+        if not listed:
             raise ValueError("core.yaml lists no tasks")
-        for entry in found:
-            if entry["shots"] < 0 or not isinstance(entry["delimiter"], str) or not 0 <= entry["chance"] < 1:
-                values = {name: entry[name] for name in ("shots", "delimiter", "chance")}
-                raise ValueError(f"{entry['label']} has {values}")
+        return [read_task(root / "eval_data", entry, chance[entry["label"]]) for entry in listed]
     except (OSError, LookupError, ValueError, TypeError, yaml.YAMLError, zipfile.BadZipFile) as problem:
         missing = isinstance(problem, FileNotFoundError | NotADirectoryError)
         why = f" ({type(problem).__name__}: {problem})" if path.exists() else ""
@@ -109,10 +91,17 @@ def load_bundle(place: str = "") -> list[CoreTask]:
             f"no CORE bundle can be read in {path}{why}; fetch it: python -m launch.download core-bundle; "
             "or name its folder with --eval_bundle"
         ) from problem
-    return [
-        CoreTask(items=read_items(texts[data := entry.pop("data")], entry["kind"], data), **entry)
-        for entry in found
-    ]
+
+
+def read_task(folder: os.PathLike, entry: dict, chance: float) -> CoreTask:
+    """Read the task that an entry of core.yaml describes."""
+    label, shots = entry["label"], int(entry["num_fewshot"][0])
+    delimiter = entry.get("continuation_delimiter", " ")
+    if shots < 0 or not isinstance(delimiter, str) or not 0 <= chance < 1:
+        raise ValueError(f"{label} has {shots} shots, delimiter {delimiter!r}, chance {chance}")
+    path, kind = folder / entry["dataset_uri"], entry["icl_task_type"]
+    items = read_items(path.read_text(encoding="utf-8-sig"), kind, path)
+    return CoreTask(label, kind, shots, delimiter, chance, items)
 
 
 def read_items(text: str, kind: str, path: os.PathLike) -> list[dict]:
@@ -209,10 +198,8 @@ def evaluate(
         scorer.title = f"{task.label}, {number} of {len(bundle)}: "
         asked = [spans_of(task, prompts_of(task, items, i), tokenizer) for i in range(len(items))]
         scores = iter(scorer.spans([span for spans in asked for span in spans]))
-        right = [
-            is_right(task, item, [next(scores) for _ in spans])
-            for item, spans in zip(items, asked, strict=True)
-        ]
+        each = zip(items, asked, strict=True)
+        right = [is_right(task, item, [next(scores) for _ in spans]) for item, spans in each]
         accuracy = sum(right) / len(right)
         centered = (accuracy - task.chance) / (1 - task.chance)
         cropped = sum(any(len(span.tokens) > scorer.longest for span in spans) for spans in asked)

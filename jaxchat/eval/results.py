@@ -45,10 +45,7 @@ def write_both(path: Path, rows: list[list], whole: dict):
 
 
 def check_writable(folder: Path):
-    """Raise the OSError that saving results would end in, before hours are spent on them.
-
-    Only process 0, which saves them, checks.
-    """
+    """Raise the OSError that saving results would end in, in process 0, which saves them."""
     if jax.process_index() == 0:
         files.check_writable(folder)
 

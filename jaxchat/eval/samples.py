@@ -33,11 +33,8 @@ def continuations(engine: Engine, texts: Sequence[str] = PROMPTS, max_tokens: in
 def answers(engine: Engine, questions: Sequence[str]) -> list[str]:
     """The likeliest answer to each question, with tool calls and their results in brackets."""
     tokenizer = engine.tokenizer
-    talks = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
-        for question in questions
-    ]
-    prompts = [tokenizer.render_for_completion({"messages": talk}) for talk in talks]
+    talks = [{"messages": [{"role": "user", "content": question}]} for question in questions]
+    prompts = [tokenizer.render_for_completion(talk) for talk in talks]
     return [shown(pieces(generation, tokenizer)) for generation in greedy(engine, prompts, 128)]
 
 

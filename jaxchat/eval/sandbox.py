@@ -50,24 +50,23 @@ class Outcome:
 def missing() -> list[str]:
     """Parts of the sandbox that this machine's kernel lacks; [] if none. UserError: not on Linux."""
     if platform.system() != "Linux":
-        raise UserError(
-            f"the sandbox needs Linux (Landlock, seccomp), and this is {platform.system()}; evaluate on "
-            "Linux, or leave HumanEval out"
-        )
+        needs, remedy = "needs Linux (Landlock, seccomp)", "evaluate on Linux, or leave HumanEval out"
+        raise UserError(f"the sandbox {needs}, and this is {platform.system()}; {remedy}")
     return sandbox_child.missing()
 
 
-def run(program: str, *, seconds: float = 5.0) -> Outcome:
-    """Run a Python program for at most `seconds` of wall time and of CPU time. May be called from several
-    threads.
-
-    UserError: the kernel lacks a part of the sandbox, or is not Linux.
-    """
+def check():
+    """Raise UserError where programs can't be run: no Linux, or the kernel lacks a part of the sandbox."""
     if lacks := missing():
         raise UserError(
             f"this kernel lacks {' and '.join(lacks)}, which the sandbox for programs that a model wrote "
             "needs; use a newer kernel, or leave HumanEval out"
         )
+
+
+def run(program: str, *, seconds: float = 5.0) -> Outcome:
+    """Run a Python program for at most `seconds` of wall time and of CPU time; several threads may do so."""
+    check()
     arguments = [str(math.ceil(seconds)), str(NEWEST_LANDLOCK)]
     nonce = secrets.token_hex(16).encode()  # the child alone knows it, and returns it after the program's end
     with tempfile.TemporaryDirectory(prefix="jaxchat-", ignore_cleanup_errors=True) as folder:

@@ -121,8 +121,7 @@ def limit(cpu_seconds: int):
 
 
 def guard_files(folder: str, newest: int):
-    """Restrict files by Landlock: Python and its libraries are read; `folder` is read, written and deleted
-    in.
+    """Restrict files by Landlock: Python and its libraries are read; in `folder` also written and deleted.
 
     newest: the newest of Landlock's versions to use.
     """
@@ -134,16 +133,8 @@ def guard_files(folder: str, newest: int):
     ruleset = struct.pack("QQQ", handled, 3, 3)[: 24 if version >= 6 else 8]
     rules = _call(libc.syscall(CREATE_RULESET, ruleset, ctypes.c_size_t(len(ruleset)), 0))
     read, write = READ_FILE | READ_DIR, WRITE_FILE | TRUNCATE
-    libraries = {
-        *sys.path,
-        f"{sys.base_prefix}/lib",
-        "/lib",
-        "/lib64",
-        "/usr/lib",
-        "/usr/lib64",
-        "/usr/share/zoneinfo",
-    }
-    granted = {path: read for path in libraries if os.path.isdir(path)}
+    libraries = {f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"}
+    granted = {path: read for path in {*sys.path, *libraries} if os.path.isdir(path)}
     granted |= {"/etc/ld.so.cache": READ_FILE, "/dev/urandom": READ_FILE, "/dev/null": READ_FILE | write}
     granted[folder] = read | write | MAKE_REG | REMOVE_FILE
     for path, rights in granted.items():

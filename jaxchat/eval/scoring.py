@@ -51,8 +51,7 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean loss per token in nats; inf without tokens. In float64, in which spans of equal losses have
-        equal means."""
+        """Mean loss per token in nats, in float64: equal losses have equal means; inf without tokens."""
         return float(self.nll.mean(dtype=np.float64)) if len(self.nll) else float("inf")
 
 
@@ -64,8 +63,7 @@ def buckets(sequence_len: int) -> list[int]:
 
 @partial(jax.jit, static_argnames="model")
 def span_losses(params, tokens_BT, first, last, model: Model):
-    """Return (nll_BT, right_BT) of the token after each position, computed from the chunk of `first` to that
-    of `last`.
+    """Return (nll_BT, right_BT) of the token after each position, from the chunk of `first` to `last`'s.
 
     Logits exist for one chunk of positions at a time; on a mesh each device has those of its rows and its
     share of the vocabulary. Outside the chunks asked for, both are 0.
@@ -89,9 +87,8 @@ def _score_chunks(x_BTD, head_DV, targets_BT, first, last, chunking: Chunking):
         likeliest_Bt = jnp.argmax(z_BtV, axis=-1)
         if chunking.sharded:  # of the devices that have the largest logit, the first wins
             largest_Bt = jnp.max(z_BtV, axis=-1)
-            mine_Bt = jnp.where(
-                largest_Bt == lax.pmax(largest_Bt, "tensor"), likeliest_Bt - ids_Bt + targets_Bt, 2**30
-            )
+            has_it_Bt = largest_Bt == lax.pmax(largest_Bt, "tensor")
+            mine_Bt = jnp.where(has_it_Bt, likeliest_Bt - ids_Bt + targets_Bt, 2**30)
             likeliest_Bt = lax.pmin(mine_Bt, "tensor")
         return tuple(
             lax.dynamic_update_slice_in_dim(whole, part, i * t, axis=1)
@@ -107,9 +104,8 @@ def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
     """Return logits_BC of the candidates for the token after each row's last."""
     x_BTD = features(params, tokens_BT, model.config, model.compute)
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    found_BC = jnp.take_along_axis(
-        logits(params.lm_head, last_BD, model.config.softcap), candidates_BC, axis=1
-    )
+    all_BV = logits(params.lm_head, last_BD, model.config.softcap)
+    found_BC = jnp.take_along_axis(all_BV, candidates_BC, axis=1)
     return lax.with_sharding_constraint(found_BC, NamedSharding(model.mesh, P()))
 
 

@@ -41,7 +41,7 @@ def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
     """Return (CORE's tasks, their row of the plan); no tasks if no bundle is there and none was named."""
     if config.core_metric_every <= 0:
         return [], "not measured"
-    bundle, why = [], ""
+    why = ""
     try:
         bundle = core.load_bundle(config.eval_bundle)
         for task in bundle:  # too few items are found before the training
@@ -49,12 +49,10 @@ def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
     except core.NoBundle as problem:
         if config.eval_bundle:
             raise
-        why = f"not measured: {problem}"
+        bundle, why = [], f"not measured: {problem}"
     items = {task.label: len(task.items) for task in bundle}
     sharding.check_same(bundles=items)  # all take part, or wait for ever
-    if why:
-        return [], why
-    return bundle, f"{len(bundle)} tasks every {config.core_metric_every:,} steps"
+    return bundle, why or f"{len(bundle)} tasks every {config.core_metric_every:,} steps"
 
 
 def mid(config: MidConfig, stage: Stage) -> list[Evaluation]:

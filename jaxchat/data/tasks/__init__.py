@@ -9,11 +9,8 @@ import numpy as np
 
 from jaxchat.config import UserError, base_dir, user_path
 from jaxchat.data.sources import file_fingerprint
-from jaxchat.data.tasks.choice import arc, mmlu
 from jaxchat.data.tasks.custom import JsonLines, identity
-from jaxchat.data.tasks.gsm8k import gsm8k
-from jaxchat.data.tasks.humaneval import humaneval
-from jaxchat.data.tasks.smoltalk import smoltalk
+from jaxchat.data.tasks.hub import arc, gsm8k, humaneval, mmlu, smoltalk
 from jaxchat.data.tasks.spelling import Generated, count_letters, spell
 
 JSON = (".jsonl", ".json", ".ndjson")  # ends of names of files of conversations
@@ -34,8 +31,7 @@ TASKS = {
 class Task:
     """Conversations by index: {"messages": …}, with "letters" for choice tasks, or documents: {"text": …}.
 
-    count: the number of rows to use. Where there are more, a fixed shuffle draws them, since files may be
-    sorted by subject or source.
+    count: rows to use. Of more, a fixed shuffle draws them, since files may be sorted by subject or source.
     """
 
     def __init__(self, name: str, rows, count: int | None = None):
@@ -46,10 +42,8 @@ class Task:
             self._drawn = np.random.Generator(np.random.PCG64(DRAW_SEED)).permutation(len(rows))[:count]
         self.has_documents = getattr(rows, "has_documents", False)
         self.left_out = getattr(rows, "left_out", "")
-        files = "".join(file_fingerprint(path)[:8] for path in rows.paths)
-        self.fingerprint = (
-            f"{files}{getattr(rows, 'edition', '')}{'' if self._drawn is None else ', shuffled'}"
-        )
+        self.fingerprint = "".join(file_fingerprint(path)[:8] for path in rows.paths)
+        self.fingerprint += getattr(rows, "edition", "") + ("" if self._drawn is None else ", shuffled")
 
     def __len__(self) -> int:
         return len(self._rows if self._drawn is None else self._drawn)

@@ -106,9 +106,7 @@ def _plain(message: dict) -> dict:
     if message.get("tool_calls") or message.get("function_call"):
         raise ValueError("a message calls tools, which are not supported; remove this line")
     if message.get("weight", 1) != 1:
-        raise ValueError(
-            "a message has a `weight` other than 1, which is not supported; remove it, or this line"
-        )
+        raise ValueError("a message has a `weight` other than 1, not supported; remove it or this line")
     role, content = message.get("role"), message.get("content")
     if role != "assistant" and isinstance(content, list):
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
@@ -122,7 +120,6 @@ def identity(folder: Path, split: str) -> JsonLines:
     del split
     path = folder / "identity" / "identity_conversations.jsonl"
     if not path.is_file():
-        raise UserError(
-            f"no {path}; fetch it: python -m launch.download identity; or write one, on each line {LINES}"
-        )
+        fetch = "python -m launch.download identity"
+        raise UserError(f"no {path}; fetch it: {fetch}; or write one, on each line {LINES}")
     return JsonLines(path)

@@ -86,13 +86,10 @@ class Generated:
         if split not in LARGEST:
             raise UserError(f"{task} has no split {split!r}; it is train or test")
         words = dict.fromkeys(path.read_bytes().decode("utf-8", "replace").lower().split())
-        self._words = [
-            w for w in words if w.isascii() and w.isalpha() and is_test_word(w) == (split == "test")
-        ]
+        plain = (word for word in words if word.isascii() and word.isalpha())
+        self._words = [word for word in plain if is_test_word(word) == (split == "test")]
         if not self._words:
-            raise UserError(
-                f"{path} has no word for {split} among its {len(words)}; it must be made of ASCII letters"
-            )
+            raise UserError(f"{path} has no word for {split} among its {len(words)}, made of ASCII letters")
         self.paths, self.edition = [path], EDITION
         self.count, self.largest = ROWS, LARGEST[split]
         self._task, self._split, self._make = task, split, make

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from jaxchat.config import UserError
-from jaxchat.data.sources import file_fingerprint, open_parquet, parquet_files
+from jaxchat.data.sources import file_fingerprint, open_parquet, parquet_files, repeated
 from jaxchat.tokenizer import check_conversation
 
 ROWS_READ = 10_000  # at a time; Arrow cannot hold more than 2 GiB of nested text in one piece
@@ -49,9 +49,7 @@ class Table:
         count = sum(map(len, self._batches))
         self._rows = np.delete(np.arange(count), [*problems])
         if not count:
-            raise UserError(
-                f"{self.paths[0]} holds no rows; download it again: python -m launch.download {name}"
-            )
+            raise UserError(f"{self.paths[0]} holds no rows; fetch it anew: python -m launch.download {name}")
         example = next(iter(problems.values()), "")
         if len(problems) > MOST_LEFT_OUT * count:
             raise UserError(
@@ -100,11 +98,8 @@ def _text_in(value):
 
 def _batches_of(path: Path, columns: list[str]) -> list[pa.RecordBatch]:
     try:
-        return [
-            batch
-            for batch in open_parquet(path, columns).iter_batches(ROWS_READ, columns=columns)
-            if len(batch)
-        ]
+        batches = open_parquet(path, columns).iter_batches(ROWS_READ, columns=columns)
+        return [batch for batch in batches if len(batch)]
     except (OSError, pa.ArrowException) as problem:
         line = str(problem).splitlines()[0]
         raise UserError(f"{path} cannot be read ({line}); download it again") from problem
@@ -121,10 +116,8 @@ def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False
     if not paths:
         others = ", ".join(path.name for path in parquet_files(folder, in_folders=in_folders)[:4])
         only = f", only {others} (choose a split with Name/split)" if others else ""
-        raise UserError(
-            f"no {split}*.parquet in {folder}{only}; fetch them: python -m launch.download {name}; or name "
-            "--tasks_dir"
-        )
+        remedy = f"fetch them: python -m launch.download {name}; or name --tasks_dir"
+        raise UserError(f"no {split}*.parquet in {folder}{only}; {remedy}")
     sets: dict[tuple, dict[Path, str]] = {}
     for path in paths:
         stem = re.sub(r"-[0-9a-f]{16}$", "", path.stem)  # a hash that the hub once added
@@ -141,9 +134,6 @@ def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False
             f"{folder} holds {len(paths)} files {split}-…-of-{of}.parquet, not one each from 0 to "
             f"{int(of) - 1}; fetch the rest: python -m launch.download {name}"
         )
-    seen: dict[str, Path] = {}
-    for path in paths:
-        twin = seen.setdefault(file_fingerprint(path), path)
-        if twin != path:
-            raise UserError(f"{path} and {twin.name} are the same file; move one of them away")
+    if twins := repeated({str(path.relative_to(folder)): file_fingerprint(path) for path in paths}, {}):
+        raise UserError(f"{folder}: {twins}")
     return paths
