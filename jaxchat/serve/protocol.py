@@ -13,12 +13,12 @@ from jaxchat.infer.scheduler import MAX_LOGPROBS, MAX_STOP_TOKENS
 from jaxchat.tokenizer import PART_TYPES
 
 MAX_ANSWERS = 16  # largest value of the field n
-MAX_PROMPTS = 128  # of one request to /v1/completions
+MAX_PROMPTS = 128  # prompts of one request to /v1/completions
 MAX_STOPS, MAX_STOP_CHARS = 16, 1000
 COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions, as OpenAI's
 TOOL_DISPLAYS = ("hidden", "inline", "events")
 
-# Unsupported fields, each with the values that are accepted because they change nothing; so is null.
+# Unsupported fields, each with the values accepted because they change nothing; null is accepted too.
 ASKS_NOTHING = {
     "suffix": [""],
     "tools": [[]],

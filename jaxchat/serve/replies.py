@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
     token: int
     logprob: float | None
-    top: list[tuple[int, float]]  # the likeliest at its position
+    top: list[tuple[int, float]]  # the likeliest tokens at its position
     offset: int  # characters of the answer before it
 
 
@@ -60,7 +60,7 @@ class Answer:
         if prompt and prompt[-1] == tokenizer.special("<|python_end|>"):  # a call without its result
             self.tools.append({"id": f"tool-{index}-0", "code": last_call(prompt, tokenizer) or ""})
         self._reader, self._writer = TextReader(tokenizer, asked.stop), Writer()
-        self._all_tokens = isinstance(asked, Completion)  # log-probabilities: not only of the text
+        self._all_tokens = isinstance(asked, Completion)  # log-probabilities of all tokens, not just text
         self._echoes = self._all_tokens and asked.echo
         self._waiting: list[Entry] = []  # held back until their text is complete
         self._part: Delta | None = None  # the tool call or output being read
@@ -305,7 +305,7 @@ class Reply:
         """Yield the reply as server-sent events."""
         form = self._form
         if form.chat:
-            for answer in self.answers:  # in order, because clients may number choices by it
+            for answer in self.answers:  # in order of index, by which clients number choices
                 yield event(form.role(answer.index, jaxchat={"seed": self._asked.seed}))
         try:
             async for one in self.pieces(PING):

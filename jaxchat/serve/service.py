@@ -42,7 +42,7 @@ class Served:
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """Default settings of requests that leave them out."""
+    """Settings used for requests that do not give them."""
 
     temperature: float = 0.6
     top_k: int = 50
