@@ -93,7 +93,7 @@ class Program:
 
     config: ModelConfig
     compute: Compute
-    mesh: Mesh | None  # one axis of the devices that have rows; None: one device
+    mesh: Mesh | None  # with one axis, of the devices that have rows; None: one device
     call: int  # the token that calls the tool
     alone: bool = False  # each device has one row, decoded by model/one_row.py
 
@@ -148,7 +148,7 @@ def read_prompts(program: Program, params, state: State, prompts: Prompts, top: 
 
 
 def prompt_scores(params, x_PTD, tokens_PT, config: ModelConfig, top: int) -> Scores:
-    """Scores [P, T] of each position's next token (ignore the last position's: of the first token)."""
+    """Scores [P, T] of each position's next token; those of the last position have no meaning."""
     count, T = tokens_PT.shape
     t = np.gcd(T, PROMPT_CHUNK)
     next_PT = jnp.roll(tokens_PT, -1, axis=1)

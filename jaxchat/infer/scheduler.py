@@ -1,7 +1,7 @@
-"""Requests, and the scheduler that decides when each begins and in which slot of which device. Not JAX.
+"""Requests, and the scheduler that decides when each begins and in which slot of which device.
 
 A request waits, then runs in a slot, then ends: by itself, at its limit, or cancelled. Requests begin in the
-order of their arrival.
+order of their arrival. Uses no JAX.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jaxchat.config import HOTTEST, UserError
 
 SHORTEST = 16  # tokens to which the shortest prompts are padded for prefill
-MAX_LOGPROBS = 20  # maximum alternatives reported with each token
+MAX_LOGPROBS = 20  # maximum number of alternatives reported with each token
 COLDEST = 1e-6  # lowest temperature to sample at; far lower, logits / temperature could overflow float32
 MAX_STOP_TOKENS = 6  # maximum stop tokens of a request, besides <|assistant_end|> and <|bos|>
 
@@ -43,7 +43,7 @@ class Request:
     seed: int = 0
     """Random seed, 0 to 2³² − 1."""
     sample: int = 0
-    """Index of this continuation among those with the same seed: seed and index make its randomness."""
+    """Number that makes this continuation differ from others with the same prompt and seed."""
     min_tokens: int = 0
     """Minimum number of tokens before the answer may end by itself."""
     stop_tokens: Sequence[int] = ()
