@@ -107,7 +107,7 @@ class RolloutBatches:
         found = [
             ("answers", answers),
             ("batch", f"{rows // devices} rows × {devices} devices × {micro_batches} accumulated, or fewer"),
-            ("reward", f"{reward}; right by {right}"),
+            ("reward", f"{reward}; checked by {right}"),
             ("loss", f"{c.loss}, advantages by {c.advantage}, divided by {norm_of(c)}"),
         ]
         if c.updates > 1 and c.loss == "reinforce":
@@ -190,7 +190,7 @@ class RolloutBatches:
         return weights_RT, numbers
 
     def _logprobs(self, params: Params, mask_RT: np.ndarray) -> LogProbs:
-        """Compute the log-probabilities that the loss needs; with one update the ratio is 1, without them."""
+        """Compute the log-probabilities that the loss needs. With one update the ratio is 1 without any."""
         policy, rollout = self.policy, self._rollout
         ratio = policy.loss != "reinforce" and self.config.updates > 1
         if not (ratio or policy.tis or policy.kl_coef):

@@ -32,7 +32,7 @@ class Problems:
     def sample(
         self, engine: Engine, problems: Sequence[int], num_samples: int, **settings
     ) -> tuple[list[list[int]], list[Generation]]:
-        """Sample answers to each problem. Return (prompts, generations). Long prompts keep their end."""
+        """Sample answers to each problem. Return (prompts, generations). Long prompts are cut in front."""
         context, most = engine.config.sequence_len, self.config.max_new_tokens
         room = context - min(most, context // 2)
         prompts = [self.tokenizer.render_for_completion(self.tasks[i])[-room:] for i in problems]

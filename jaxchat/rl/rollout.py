@@ -23,7 +23,7 @@ class Rollout:
     problems: list[int] = field(default_factory=list)  # E: indices into the tasks
     tokens: list[list[int]] = field(default_factory=list)  # R: prompt and answer
     sampled: list[list[bool]] = field(default_factory=list)  # R: whether the model sampled the token
-    sampler: list[list[float]] = field(default_factory=list)  # R: its log-probabilities; 0 if not sampled
+    sampler: list[list[float]] = field(default_factory=list)  # R: the sampler's log-probabilities, else 0
     rewards: list[list[float]] = field(default_factory=list)  # E, G
     finished: list[bool] = field(default_factory=list)  # R: the answer ended by itself
     old: list[list[float]] | None = None  # R: the trainer's log-probabilities before the first update

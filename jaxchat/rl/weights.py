@@ -46,7 +46,7 @@ class LogProbs:
 
 
 def row_scales(kind: str, mask_RT: np.ndarray, mixed_R: np.ndarray, max_tokens: int) -> np.ndarray:
-    """Return the factor of each row's weights, [R, 1]; it does not depend on the micro-batches.
+    """Return the factor of each row's weights, [R, 1], over the whole step. kind: as --loss_norm.
 
     "tokens": 1 ÷ sampled tokens in mixed groups, whose rewards differ. "all_tokens": 1 ÷ sampled tokens in
     all rows. "rows": 1 ÷ (tokens of the row · rows in mixed groups), so rows count alike. "constant": 1 ÷
