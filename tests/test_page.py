@@ -489,7 +489,7 @@ def test_browser_that_keeps_nothing(open_page, fake, value):
     page = open_page(init=f"Object.defineProperty(window, 'localStorage', {{ {value} }})")
     ask(page, "hi")
     expect(last(page)).to_have_text("Hello.")
-    expect(page.locator("#toast")).to_contain_text("keeps no more")
+    expect(page.locator("#toast")).to_contain_text("storage is full")
     page.click("[aria-label^=Delete]")
     expect(page.locator(".item")).to_have_count(0)
 
@@ -586,7 +586,7 @@ def test_conversation_longer_than_the_context(open_page, fake):
     for question in ("one", "two", "three", "four"):
         ask(page, question)
     assert [message["content"] for message in fake.requests[-1]["messages"]] == ["three", "ok", "four"]
-    expect(page.locator(".figures").last).to_contain_text("2 oldest left out")
+    expect(page.locator(".figures").last).to_contain_text("2 oldest exchanges left out")
     assert len(fake.requests) == 4
     assert [len(body["messages"]) for body in fake.counted] == [3, 5, 3, 5, 3]  # what left is not tried again
 
@@ -598,7 +598,7 @@ def test_conversation_longer_than_the_context(open_page, fake):
     page.fill("#max_tokens", "250")
     ask(page, "five")
     expect(page.locator(".failed:visible")).to_have_text("lower max_tokens")
-    assert len(fake.requests[-1]["messages"]) == 3  # nothing left for Most tokens
+    assert len(fake.requests[-1]["messages"]) == 3  # nothing left for Max tokens
 
 
 @BROWSER_TESTS

@@ -517,7 +517,7 @@ def test_rows_are_padded_by_little():
         (["--temperature=0"], "--temperature=0.0; it must be from 0.001 to 100.0"),
         (["--temperature=-1"], "--temperature=-1.0; it must be from 0.001 to 100.0"),
         (["--min_groups=5"], "--min_groups=5 is more than the 4 problems of a step"),
-        (["--reward=nice"], "--reward=nice: 'nice' is no term"),
+        (["--reward=nice"], "--reward=nice: 'nice' is not a term"),
         (["--train_tasks=talk.jsonl"], "talk.jsonl, row 0 does not end with an answer"),
         (["--train_tasks=identity"], "identity has no checker"),
         (["--val_tasks=none.jsonl"], "no file none.jsonl"),

@@ -7,8 +7,8 @@
     count   = text ".count(" text ")"
     text    = '…' or "…", without quotes, backslashes or line ends inside
 
-Python's parser reads it, once it has only these tokens; no Python code is run. Everything is bounded: the
-text, the nesting, and the size of every number on the way.
+Python's parser reads an expression that has only these tokens; no Python code is run. The length of the text,
+the nesting, and the size of every intermediate number are bounded.
 """
 
 import ast
@@ -19,7 +19,7 @@ from itertools import accumulate
 
 MAX_CHARS = 200
 MAX_DEPTH = 20
-LARGEST = 10**15  # beyond it neighbouring whole numbers are the same float
+LARGEST = 10**15  # in this range float64 represents every whole number
 
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"  # commas between thousands only
 TOKEN = re.compile(rf"\s*({NUMBER}|//|[-+*/%()])", re.ASCII)
@@ -39,7 +39,7 @@ OPERATORS = {
 
 
 class _Refused(Exception):
-    """The expression is not one that the calculator takes."""
+    """The expression is not in the calculator's grammar, or exceeds a limit."""
 
 
 def calculate(expression: str) -> str | None:
@@ -56,9 +56,9 @@ def calculate(expression: str) -> str | None:
 
 
 def _in_python(expression: str) -> str:
-    """The sum as Python writes it: without commas and leading zeros in numbers."""
+    """Rewrite an expression for Python: without commas and leading zeros in numbers."""
     expression = expression.rstrip()
-    if TOKEN.sub("", expression):  # something else is in it
+    if TOKEN.sub("", expression):  # it has other characters
         raise _Refused
     tokens = [token.replace(",", "") for token in TOKEN.findall(expression)]
     depths = accumulate((token == "(") - (token == ")") for token in tokens)
@@ -72,13 +72,13 @@ def _as_text(value: int | float) -> str:
         value = int(value)
     if isinstance(value, int):
         return str(value)
-    # Twelve digits hide the last bits' rounding: 0.1 + 0.2 is 0.3. A large number needs all fifteen.
+    # Twelve digits hide rounding errors, so that 0.1 + 0.2 is 0.3; a large number needs all fifteen.
     rounded = f"{value:.{15 if abs(value) >= 1e9 else 12}g}"
-    return format(Decimal(rounded), "f")  # no exponent, which the calculator would not read
+    return format(Decimal(rounded), "f")  # without an exponent, which the calculator can't parse
 
 
 def _value(node: ast.expr, depth: int = 0) -> int | float:
-    """The value of a parsed sum. depth: signs around it."""
+    """Evaluate a parsed sum. depth: number of signs around it."""
     if isinstance(node, ast.BinOp):
         value = OPERATORS[type(node.op)](_value(node.left), _value(node.right))
     elif isinstance(node, ast.UnaryOp) and depth < MAX_DEPTH:
@@ -87,6 +87,6 @@ def _value(node: ast.expr, depth: int = 0) -> int | float:
         value = node.value
     else:  # a call, as in 2(3), or a tuple, ()
         raise _Refused
-    if not -LARGEST <= value <= LARGEST:  # also refuses what is not a number
+    if not -LARGEST <= value <= LARGEST:  # also refuses NaN
         raise _Refused
     return value

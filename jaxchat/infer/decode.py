@@ -1,7 +1,7 @@
-"""The programs on the devices: reading prompts into slots, decoding stretches of tokens in all slots.
+"""The programs on the devices: prefill prompts into slots, and decode stretches of tokens in all slots.
 
-Letters beside those of model/gpt.py: P prompts read together, N tokens of a stretch, K alternatives, E tokens
-that end a row.
+Letters besides those of model/gpt.py: P prompts of a prefill batch, N tokens of a stretch, K alternatives,
+E tokens that end a row.
 """
 
 import dataclasses
@@ -25,32 +25,32 @@ from jaxchat.model.gpt import features_cached, features_prompt, logits
 from jaxchat.model.params import Params, layers_of
 from jaxchat.sharding import per_device
 
-STRETCH = 64  # most tokens a row decodes before the host looks
-FORCED = 64  # most tokens that one tool call can force
-PROMPT_CHUNK = 128  # positions of a prompt that have logits at a time
+STRETCH = 64  # maximum tokens that a row decodes before the host takes over
+FORCED = 64  # maximum tokens of a tool call's result
+PROMPT_CHUNK = 128  # positions of a prompt whose logits are computed at a time
 
 
 @struct.dataclass
 class State:
-    """What the slots hold, on the devices that decode them."""
+    """Contents of the slots, on their devices."""
 
     cache: KVCache
-    logits_BV: Any  # of each slot's next token, float32
+    logits_BV: Any  # logits of each slot's next token, float32
     rows: Rows
 
 
 @struct.dataclass
 class Scores:
-    """Log-probabilities by the model itself: float32, over the whole vocabulary, at temperature 1."""
+    """Log-probabilities by the model, float32: over the full vocabulary at temperature 1."""
 
-    logprob: Any  # [...] of the token
-    top_ids: Any  # [..., K] the likeliest
-    top_logprob: Any  # [..., K]
+    logprob: Any  # [...] of the given token
+    top_ids: Any  # [..., K] of the likeliest tokens
+    top_logprob: Any  # [..., K] of the likeliest tokens
 
 
 @struct.dataclass
 class Prompts:
-    """Prompts to read, padded at the end, and the slots they go into (a slot beyond the last: none)."""
+    """Prompts to prefill, padded at the end, and their slots (a slot past the last: an empty row)."""
 
     tokens_PT: Any
     lengths_P: Any
@@ -62,14 +62,14 @@ class Prompts:
 class Turn:
     """The host's instructions for decoding one stretch of tokens.
 
-    The stretch ends when `enough` rows of a device wait for the host, or none is left to decode. A row waits
-    once it has called the tool; a row that is done counts too if count_done.
+    The stretch ends after `stretch` tokens, or when `enough` rows of a device wait for the host or none is
+    left to decode. A row waits once it has called the tool; rows that are done count too if count_done.
     """
 
-    active_B: Any  # which slots run
-    forced_BF: Any  # tokens to force into them,
-    num_forced_B: Any  # and how many
-    stretch: Any  # most tokens a row
+    active_B: Any  # whether each slot runs
+    forced_BF: Any  # tokens to force into each row,
+    num_forced_B: Any  # and their number
+    stretch: Any  # maximum tokens of a row
     enough: Any
     count_done: Any
 
@@ -81,26 +81,26 @@ class Stretch:
     tokens_BN: Any
     forced_BN: Any
     scores: Scores | None
-    ended_B: Any  # by itself
-    done_B: Any  # ended or at its limit
-    called_B: Any  # called the tool
+    ended_B: Any  # the row ended by itself
+    done_B: Any  # the row ended or is at its limit
+    called_B: Any  # the row called the tool
     used_B: Any  # number of forced tokens used
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The constants that a program on the devices is compiled for; all else is passed to it as arguments."""
+    """Static argument of the device programs: they are compiled for these constants."""
 
     config: ModelConfig
     compute: Compute
-    mesh: Mesh | None  # of the devices that have rows, one axis; None: one device
+    mesh: Mesh | None  # with one axis, of the devices that have rows; None: one device
     call: int  # the token that calls the tool
-    alone: bool = False  # one row a device, by model/one_row.py
+    alone: bool = False  # each device has one row, decoded by model/one_row.py
 
 
 @partial(jax.jit, static_argnames=("program", "count", "slots"))
 def empty_state(program: Program, count: int, slots: int) -> State:
-    """Make the state of `count` slots on each device, none of which holds a request."""
+    """Make the State of `count` empty slots on each device, with `slots` positions each in the cache."""
     config = program.config
 
     def empty():
@@ -114,16 +114,16 @@ def empty_state(program: Program, count: int, slots: int) -> State:
 
 @partial(jax.jit, static_argnames=("program", "slots"))
 def resize(program: Program, state: State, slots: int) -> State:
-    """Move the rows to a cache with another number of slots."""
+    """Move the rows to a cache with `slots` positions each."""
     resized = per_device(partial(KVCache.resize, slots=slots), program.mesh, (P("rows"),), P("rows"))
     return state.replace(cache=resized(state.cache))
 
 
 @partial(jax.jit, static_argnames=("program", "top"), donate_argnames="state")
 def read_prompts(program: Program, params, state: State, prompts: Prompts, top: int | None):
-    """Read prompts into their slots. -> (state, Scores).
+    """Prefill prompts into their slots. Return (state, Scores [P, T] of each position's next token).
 
-    Scores [P, T]: of each position's next token; None without top."""
+    top: number of alternatives in Scores; None: return None for Scores."""
     config, compute = program.config, program.compute
 
     def read(params, state, prompts):
@@ -148,7 +148,7 @@ def read_prompts(program: Program, params, state: State, prompts: Prompts, top: 
 
 
 def prompt_scores(params, x_PTD, tokens_PT, config: ModelConfig, top: int) -> Scores:
-    """Scores [P, T] of each position's next token (the last position's: of token 0, to be ignored)."""
+    """Scores [P, T] of each position's next token; those of the last position have no meaning."""
     count, T = tokens_PT.shape
     t = np.gcd(T, PROMPT_CHUNK)
     next_PT = jnp.roll(tokens_PT, -1, axis=1)
@@ -157,7 +157,7 @@ def prompt_scores(params, x_PTD, tokens_PT, config: ModelConfig, top: int) -> Sc
         x_PtD, next_Pt = x_and_next
         return score(logits(params.lm_head, x_PtD, config.softcap), next_Pt, top)
 
-    def split(array):  # the chunks first
+    def split(array):  # with the axis of chunks first
         return jnp.moveaxis(array.reshape(count, T // t, t, *array.shape[2:]), 1, 0)
 
     found = lax.map(chunk, (split(x_PTD), split(next_PT)))
@@ -167,7 +167,7 @@ def prompt_scores(params, x_PTD, tokens_PT, config: ModelConfig, top: int) -> Sc
 def score(logits_V, token, top: int) -> Scores:
     """Scores of `token` [...] by logits [..., V]."""
     total = jax.nn.logsumexp(logits_V, axis=-1)
-    # As a sum: for one row XLA makes of take_along_axis what its own compiler for GPUs then refuses.
+    # A sum, because XLA's GPU compiler fails on take_along_axis for a single row.
     ids_V = lax.broadcasted_iota(jnp.int32, logits_V.shape, logits_V.ndim - 1)
     chosen = jnp.sum(jnp.where(ids_V == token[..., None], logits_V, 0.0), axis=-1)
     largest, ids = lax.top_k(logits_V, top)
@@ -176,9 +176,9 @@ def score(logits_V, token, top: int) -> Scores:
 
 @partial(jax.jit, static_argnames=("program", "kind", "top"), donate_argnames="state")
 def decode(program: Program, params, state: State, turn: Turn, *, kind: str, top: int | None):
-    """Decode a stretch of tokens in all rows that run. -> (state, Stretch). kind: see sampling.py.
+    """Decode a stretch of tokens in all running rows. Return (state, Stretch). kind: see sampling.py.
 
-    top: alternatives reported with each token; None: no log-probabilities.
+    top: number of alternatives reported with each token; None: no log-probabilities.
     """
     run = partial(_decode, program=program, kind=kind, top=top)
     specs = (P(), P("rows"), Turn(P("rows"), P("rows"), P("rows"), P(), P(), P()))
@@ -221,7 +221,7 @@ def _decode(params, state: State, turn: Turn, *, program: Program, kind: str, to
         state = state.replace(cache=cache, logits_BV=jnp.where(emits_B[:, None], next_BV, state.logits_BV))
         return i + 1, state, said
 
-    # Rows that are done hold nothing: nobody waits for what they would attend to.
+    # Rows that don't run get length 0, so that attention need not read their keys and values.
     lengths_B = jnp.where(turn.active_B, state.cache.lengths_B, 0)
     state = state.replace(cache=state.cache.replace(lengths_B=lengths_B))
     said = nothing_said(turn, top)
@@ -230,7 +230,7 @@ def _decode(params, state: State, turn: Turn, *, program: Program, kind: str, to
 
 
 def nothing_said(turn: Turn, top: int | None) -> Stretch:
-    """Make an empty stretch, to be filled from its first token on."""
+    """Return a Stretch without tokens, to be filled in while decoding."""
     zeros_BN = jnp.zeros((len(turn.active_B), STRETCH))
     scores = None
     if top is not None:
@@ -270,10 +270,10 @@ def empty_rows(count: int, vocab_size: int) -> Rows:
 
 @partial(jax.jit, static_argnames=("dtype", "vocab_size", "alone"))
 def for_decoding(params: Params, dtype: str, vocab_size: int, alone: bool = False) -> Params:
-    """Prepare weights for decoding: one array for each layer, in the dtype of the products.
+    """Prepare weights for decoding: separate arrays for each layer, in the dtype of the matrix products.
 
-    The embedding stays as it is, since a token reads only one row of it. Columns of the head beyond the
-    vocabulary are left out. alone: as model/one_row.py reads them.
+    The embedding is unchanged, because a token reads only one row of it. Columns of lm_head beyond the
+    vocabulary are dropped. alone: use the layout of model/one_row.py.
     """
     head_DV = params.lm_head[:, :vocab_size].astype(dtype)
     blocks = layers_of(params.blocks, dtype)

@@ -1,12 +1,12 @@
-"""Generation with a key/value cache and the calculator: requests that come and go, decoded on the device.
+"""Generation with continuous batching, a key/value cache and the calculator.
 
-Each device has a fixed number of slots. `step` reads waiting prompts into free slots and decodes a stretch of
-tokens in all slots; between stretches the host sees what was said, forces the tool's results into the streams
-of those who called it, and frees slots. A prompt is read in a batch whose shape depends on that prompt alone,
-and all slots are decoded in one shape: so what a row says depends on its request alone, and few shapes are
-ever compiled.
+Each device has a fixed number of slots. `step` prefills waiting prompts into free slots and decodes a stretch
+of tokens in all slots; between stretches the host takes the new tokens, inserts ("forces") the calculator's
+results into the rows that called it, and frees slots. A prompt is prefilled in a batch whose shape depends on
+that prompt alone, and all slots are decoded in one shape, so that a row's tokens depend on its request alone
+and few shapes are compiled.
 
-Of several devices each decodes rows of its own with whole weights; nothing crosses between them.
+With several devices, each decodes its own rows with a full copy of the weights and without communication.
 """
 
 import dataclasses
@@ -54,9 +54,9 @@ from jaxchat.model.attention_cpu import SLOT_BLOCK
 from jaxchat.model.params import Params
 from jaxchat.sharding import gather_json
 
-SHORT_STRETCH = 4  # tokens decoded before the host looks, while somebody reads along
-SHORTEST_CACHE = 256  # slots; a cache has a power of two times as many, as its rows need
-TOPS = (0, 5, MAX_LOGPROBS)  # alternatives found with each token; others are rounded up
+SHORT_STRETCH = 4  # tokens decoded per stretch by `stream`, so that they appear smoothly
+SHORTEST_CACHE = 256  # positions of the shortest cache; longer rows get the next power of two
+TOPS = (0, 5, MAX_LOGPROBS)  # numbers of alternatives computed with each token; requests are rounded up
 
 
 @dataclasses.dataclass
@@ -66,13 +66,13 @@ class Running:
     request: Request
     slot: int
     tokens: list[int] = dataclasses.field(default_factory=list)
-    forced: list[int] = dataclasses.field(default_factory=list)  # tokens that are still to be forced
+    forced: list[int] = dataclasses.field(default_factory=list)  # tool tokens still to be inserted
 
 
 class Engine:
-    """A generator of text by one model. All engines share their compiled shapes.
+    """Text generator of one model. All engines share their compiled programs.
 
-    batch_size: slots of each device. It uses those devices of compute.mesh that belong to this process.
+    batch_size: slots of each device. Only devices of compute.mesh that belong to this process are used.
     `load` replaces the weights.
     """
 
@@ -86,8 +86,8 @@ class Engine:
         batch_size: int = 64,
         few_shapes: bool = False,
     ):
-        """few_shapes: keep the cache as long as the context, and use one shape for all log-probabilities of
-        tokens, so that a server can compile all shapes before it answers."""
+        """few_shapes: keep the cache as long as the context and use one shape for all requests of
+        log-probabilities, so that a server can compile all shapes before it answers."""
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.compute = compute or Compute.for_backend()
         mesh, own = self.compute.mesh, None
@@ -106,15 +106,15 @@ class Engine:
         devices, together = 1 if own is None else own.size, max(1, batch_size // 8)
         self._scheduler = Scheduler(config.sequence_len, slots=batch_size, together=together, devices=devices)
         self._running: dict[int, Running] = {}
-        self._ended: list[Event] = []  # of requests that ended between two steps
+        self._ended: list[Event] = []  # not yet returned by `step`
         self._state: State | None = None
-        self._slots = 0  # of the cache
+        self._slots = 0  # positions of each row in the cache
         self.load(params)
 
     def load(self, params: Params):
-        """Use these weights from now on. Running requests continue with them; nothing is compiled anew.
+        """Replace the weights. Running requests continue with the new ones; nothing is recompiled.
 
-        With several processes all must call it: weights that are cut over devices cross once, here.
+        With several processes all must call it, because sharded weights are gathered here.
         """
         dtype = self.compute.dtype
         if self._mesh is None:
@@ -144,15 +144,15 @@ class Engine:
         on_progress: Callable[[int], None] = lambda finished: None,
         **settings,
     ) -> list[Generation]:
-        """Generate num_samples continuations of every prompt; those of one prompt stand together.
+        """Generate num_samples continuations of every prompt, in the order of the prompts.
 
-        settings: fields of Request; a row's `sample` is its number. on_progress: called with how many more
-        have ended. With several processes all must call it, with the same arguments: each generates a part,
-        and all get all.
+        settings: fields of Request; `sample` defaults to the index of the continuation. on_progress: called
+        with the number that have just ended, 0 or 1. With several processes all must call it with the same
+        arguments: each generates a part, and all return all of them.
         """
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
         mine = range(jax.process_index(), len(rows), jax.process_count())
-        # The longest first: rows that take long don't begin last.
+        # The longest prompts first, so that slow rows don't begin last.
         order = sorted(mine, key=lambda i: -len(rows[i]))
         found = dict.fromkeys(mine)
         for i, generation in self._until_empty(
@@ -164,13 +164,13 @@ class Engine:
         return [found[i] for i in range(len(rows))] if jax.process_count() == 1 else _gather(found, len(rows))
 
     def stream(self, prompt: list[int], **settings) -> Iterator[tuple[int, bool]]:
-        """Yield `generate`'s first continuation as it comes: (token, whether the tool forced it)."""
+        """Generate one continuation, yielding (token, whether the tool forced it) as tokens are decoded."""
         request = Request(prompt=prompt, **settings)
         for _, new in self._until_empty({0: request}, SHORT_STRETCH, patient=False):
             yield from zip(new.tokens, new.forced, strict=True)
 
     def _until_empty(self, requests: dict[int, Request], stretch: int, patient: bool):
-        """Run requests alone and yield (number, new Generation). Stopped early, all are cancelled."""
+        """Run only these requests and yield (number, new Generation); if stopped early, cancel them."""
         if self.busy:
             raise RuntimeError("generate and stream need an engine without other requests")
         ids = {}
@@ -181,7 +181,7 @@ class Engine:
                 for id, new in self.step(stretch, patient):
                     yield ids[id], new
         except (Exception, KeyboardInterrupt):
-            # The state may have gone into a program whose result did not come to be kept.
+            # The state may have been donated to a program whose result was lost.
             self._state, self._slots = None, 0
             raise
         finally:
@@ -191,11 +191,11 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Return whether a request waits, runs, or has an event to come."""
+        """Return whether any request waits, runs, or has an event that `step` has not returned."""
         return bool(self._scheduler.waiting or self._running or self._ended)
 
     def submit(self, request: Request) -> int:
-        """Queue a request and return its id. UserError: its prompt is too long, or a token is unknown."""
+        """Queue a request and return its id. UserError: its prompt or stop tokens are invalid."""
         last = self.config.vocab_size - 1
         for what, tokens in (("a prompt", request.prompt), ("stop_tokens", request.stop_tokens)):
             if len(tokens) and not 0 <= min(tokens) <= max(tokens) <= last:
@@ -206,15 +206,15 @@ class Engine:
         return id
 
     def cancel(self, id: int):
-        """End a request now and free its slot. A request that has ended, or is not known, is ignored."""
+        """End a request now and free its slot. A request that has ended or is unknown is ignored."""
         if id in self._scheduler.waiting or id in self._scheduler.running:
             self._end(id, Generation(finish=CANCELLED))
 
     def step(self, stretch: int = STRETCH, patient: bool = False) -> list[Event]:
-        """Read waiting prompts, then decode up to `stretch` tokens of all rows. -> the new events, unordered.
+        """Prefill waiting prompts, decode up to `stretch` tokens in all rows; return new events, unordered.
 
-        At most one batch of prompts is read, so that those who read along don't wait long; patient: as many
-        as there is room for, but only whole batches, for throughput.
+        At most one batch of prompts is prefilled, so that running rows don't wait long; patient: all that
+        fit, but only in full batches, for throughput.
         """
         while ids := self._scheduler.admit(patient):
             self._read(ids)
@@ -231,7 +231,7 @@ class Engine:
         self._ended.append(Event(id, last))
 
     def _read(self, ids: list[int]):
-        """Read the prompts of requests that have just been given slots."""
+        """Prefill the prompts of requests that have just been given slots."""
         scheduler, together = self._scheduler, self._scheduler.together
         self._fit_cache(scheduler.longest())
         requests = [scheduler.running[id] for id in ids]
@@ -268,7 +268,7 @@ class Engine:
                 self._ended.append(Event(id, new))
 
     def _fill(self, rows: Rows, p: int, request: Request):
-        """Write a request's settings into row p."""
+        """Write a request's settings into row p of `rows`."""
         for name in ("seed", "sample", "temperature", "top_k", "top_p", "min_p"):
             getattr(rows, f"{name}_B")[p] = getattr(request, name)
         if request.temperature < COLDEST:
@@ -280,10 +280,10 @@ class Engine:
         rows.tool_B[p] = request.tool
 
     def _fit_cache(self, longest: int):
-        """Make the cache as long as its rows can get: at once when it is too short, else when it is empty."""
+        """Fit the cache to its longest row: lengthen it whenever needed, shorten it only when no row runs."""
         slots = bucket(longest, self._shortest_cache, self._whole_cache)
         if not self._running and slots != self._slots:
-            self._state = None  # its memory is free before the next is taken
+            self._state = None  # frees its memory before the next is allocated
             self._state = empty_state(self._program, self.batch_size, slots)
         elif slots > self._slots:
             self._state = resize(self._program, self._state, slots)
@@ -309,18 +309,18 @@ class Engine:
         tops = [request.logprobs for request in requests if request.logprobs is not None]
         kind, top = kind_of(requests), self._top(tops)
         if self._few_shapes and tops:
-            kind = FILTERED  # which serves all
+            kind = FILTERED  # which supports all settings
         self._state, said = decode(self._program, self._params, self._state, turn, kind=kind, top=top)
         said = jax.device_get(said)
         for id, row in [*self._running.items()]:
             self._take(id, row, jax.tree.map(lambda a, b=row.slot: a[b], said))
 
     def _top(self, wanted: list[int]) -> int | None:
-        """How many alternatives to find with each token; None: no log-probabilities are wanted."""
+        """Number of alternatives to compute with each token; None: no log-probabilities are wanted."""
         return next(top for top in self._tops if top >= max(wanted)) if wanted else None
 
     def _take(self, id: int, row: Running, said: Stretch):
-        """Take over what one row said in a stretch (a Stretch without the axis of rows)."""
+        """Record one row's tokens of a stretch. said: a Stretch without the axis of rows."""
         said_N = said.tokens_BN >= 0
         new = Generation(said.tokens_BN[said_N].tolist(), said.forced_BN[said_N].tolist())
         if row.request.logprobs is not None:
@@ -339,7 +339,7 @@ class Engine:
             self._ended.append(Event(id, new))
 
     def _tool_result(self, tokens: list[int]) -> list[int]:
-        """Tokens to force after a python_end that was just said; none if its expression has no value."""
+        """Tokens to force after a <|python_end|> just generated; [] if its expression has no value."""
         code = last_call(tokens, self.tokenizer)
         value = None if code is None else calculate(code)
         if value is None:
@@ -359,13 +359,13 @@ def kind_of(requests: list[Request]) -> str:
 
 
 def _lists(scores: Scores, top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
-    """Return (log-probabilities, alternatives) of tokens [n], as a Generation has them."""
+    """Return the scores of tokens [n] as a Generation's lists: (logprobs, top)."""
     ids, values = scores.top_ids[:, :top].tolist(), scores.top_logprob[:, :top].tolist()
     return scores.logprob.tolist(), [list(zip(*both, strict=True)) for both in zip(ids, values, strict=True)]
 
 
 def _gather(found: dict[int, Generation], count: int) -> list[Generation]:
-    """All processes' generations, on every process."""
+    """Return the generations of all processes, on every process."""
     every = gather_json({str(i): dataclasses.asdict(generation) for i, generation in found.items()})
     merged = {int(i): fields for part in every for i, fields in part.items()}
     return [Generation(**_tuples(merged[i])) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Choosing the next token on the device, each row by its own settings."""
+"""Sampling of the next token on the device, with separate settings for each row."""
 
 import math
 
@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-# How a batch is sampled; each is compiled once. A row's token is the same in every kind that serves it.
+# Kinds of sampling, each compiled once. A row gets the same token from every kind that supports its settings.
 GREEDY = "greedy"  # every row takes the likeliest token
-PLAIN = "plain"  # temperatures, 0 among them
-FILTERED = "filtered"  # top_k, top_p, min_p, min_tokens as well
+PLAIN = "plain"  # each row has a temperature, which may be 0
+FILTERED = "filtered"  # each row also has top_k, top_p, min_p and min_tokens
 
-BLOCK, LANES = 512, 64  # tokens that a CPU looks for the largest in, and how many side by side
+BLOCK, LANES = 512, 64  # on a CPU the argmax is by blocks: tokens of a block, and vector lanes
 
 
 @struct.dataclass
@@ -25,16 +25,16 @@ class Rows:
     top_k_B: jax.Array
     top_p_B: jax.Array  # float32
     min_p_B: jax.Array  # float32
-    first_end_B: jax.Array  # the first position at which the row may end by itself
-    limit_B: jax.Array  # most tokens of the row, its prompt's included
-    ends_BE: jax.Array  # the tokens that end it; filled up with ids beyond the vocabulary
-    tool_B: jax.Array  # bool: it may call the calculator
+    first_end_B: jax.Array  # first position at which the row may end by itself
+    limit_B: jax.Array  # maximum tokens of the row, prompt included
+    ends_BE: jax.Array  # tokens that end the row, padded with ids beyond the vocabulary
+    tool_B: jax.Array  # bool: the row may call the calculator
 
 
 def sample(logits_BV, rows: Rows, positions_B, kind: str):
-    """The next token of every row, int32 [B]: the likeliest, or drawn from softmax(logits / temperature).
+    """Sample every row's next token, int32 [B], from softmax(logits / temperature); at 0 take the likeliest.
 
-    A row's draw depends on (seed, sample, position) and its settings alone, not on what else is in the batch.
+    A row's token depends on its logits, settings and (seed, sample, position) alone, not on other rows.
     """
     if kind == GREEDY:
         return _largest(logits_BV)
@@ -47,10 +47,10 @@ def sample(logits_BV, rows: Rows, positions_B, kind: str):
 
 
 def _largest(x_BV):
-    """Index of each row's largest number, int32 [B]; the first of equals."""
+    """Index of each row's largest number, int32 [B]; the first one on ties."""
 
     def by_blocks(x_BV):
-        # A CPU's vectors find the largest of each block, lane by lane; the index is looked for in one block.
+        # Vector instructions find each block's maximum, lane by lane; one block is searched for the index.
         (B, V), block = x_BV.shape, math.gcd(x_BV.shape[1], BLOCK)
         lanes_BNiL = x_BV.reshape(B, V // block, -1, math.gcd(block, LANES))
         first_B = jnp.argmax(lanes_BNiL.max(2).max(2), axis=1)
@@ -64,23 +64,23 @@ def _largest(x_BV):
 
 
 def _noise(seed, sample, position, size: int):
-    """The noise that jax.random.categorical adds to the logits before it takes the largest: Gumbel's.
+    """Gumbel noise, float32 [size], as jax.random.categorical adds it to the logits before its argmax.
 
     Written out to be one elementwise operation: jax.random's bits take half as long again on a CPU, where
-    they are made in a loop, and are a kernel of their own on a GPU.
+    they are generated in a loop, and need a separate kernel on a GPU.
     """
     zero = jnp.uint32(0)
     key = _threefry((zero, seed), zero, sample.astype(jnp.uint32))
     key = _threefry(key, zero, position.astype(jnp.uint32))
     numbers_V = lax.iota(jnp.uint32, size)
     a_V, b_V = _threefry(key, jnp.zeros_like(numbers_V), numbers_V)
-    mantissa_V = ((a_V ^ b_V) >> 9) | jnp.uint32(0x3F800000)  # of a float32 from 1 to 2
+    mantissa_V = ((a_V ^ b_V) >> 9) | jnp.uint32(0x3F800000)  # bits of a float32 in [1, 2)
     uniform_V = lax.bitcast_convert_type(mantissa_V, jnp.float32) - 1.0
     return -jnp.log(-jnp.log(jnp.maximum(uniform_V, jnp.finfo(jnp.float32).tiny)))
 
 
 def _threefry(key, a, b):
-    """Threefry-2x32 in 20 rounds (Salmon et al. 2011), as jax.random uses it: two uint32 of two."""
+    """Threefry-2x32 with 20 rounds (Salmon et al. 2011), as in jax.random: encrypt two uint32 by a key."""
     keys = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     a, b = a + keys[0], b + keys[1]
     for i in range(5):
@@ -92,17 +92,17 @@ def _threefry(key, a, b):
 
 
 def _without_ends(logits_BV, rows: Rows, positions_B):
-    """Set to −∞ the tokens that would end a row before its first possible end."""
+    """Set to −∞ the logits of tokens that would end a row before position first_end."""
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
     ends_BE = jnp.where((positions_B < rows.first_end_B)[:, None], rows.ends_BE, logits_BV.shape[1])
     return logits_BV.at[rows_B1, ends_BE].set(-jnp.inf, mode="drop")
 
 
 def keep_only(logits_BV, rows: Rows):
-    """Set the logits of the tokens that top_k, then top_p, then min_p leave out to −∞.
+    """Set to −∞ the logits of the tokens excluded by top_k, then top_p, then min_p.
 
-    Tokens as likely as the last one kept are kept. top_p and min_p are of the probabilities at the row's
-    temperature, among what top_k keeps.
+    Tokens as likely as the last one kept are kept. top_p and min_p apply to the probabilities at the row's
+    temperature among the tokens that top_k keeps.
     """
     below = -jnp.inf
     largest_B1 = jnp.max(logits_BV, axis=1, keepdims=True)
@@ -125,9 +125,9 @@ def keep_only(logits_BV, rows: Rows):
 
 
 def _threshold(x_BV, weights_BV, wanted_B):
-    """The largest number that a row's weights of x at or above it sum up to at least `wanted`. float32 [B].
+    """Find each row's largest t such that its weights where x ≥ t sum to at least `wanted`; float32 [B].
 
-    By halving, over the 32 bits of a float32: no sort of the vocabulary, and exact.
+    Exact, and without sorting the vocabulary: a bisection over the 32 bits of a float32.
     """
     order_BV = _in_order(x_BV)
 
@@ -142,6 +142,6 @@ def _threshold(x_BV, weights_BV, wanted_B):
 
 
 def _in_order(x):
-    """Map float32 numbers to uint32 numbers that sort alike."""
+    """Map float32 numbers to uint32 numbers in the same order."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 0, bits | jnp.uint32(2**31), ~bits)

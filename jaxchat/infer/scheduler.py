@@ -1,7 +1,7 @@
-"""Requests and slots: what is asked for, when it begins, and in which slot of which device. No JAX here.
+"""Requests, and the scheduler that decides when each begins and in which slot of which device.
 
-A request waits, then runs in a slot, then ends: by itself, at its limit, or cancelled. Those that came first
-begin first.
+A request waits, then runs in a slot, then ends: by itself, at its limit, or cancelled. Requests begin in the
+order of their arrival. Uses no JAX.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from jaxchat.config import HOTTEST, UserError
 
-SHORTEST = 16  # tokens of the shortest batch that prompts are read in
-MAX_LOGPROBS = 20  # most alternatives a token is reported with
-COLDEST = 1e-6  # lowest temperature to sample at: far below it logits / temperature leave float32's range
-MAX_STOP_TOKENS = 6  # most stop tokens of a request, beside the two that end an answer
+SHORTEST = 16  # tokens to which the shortest prompts are padded for prefill
+MAX_LOGPROBS = 20  # maximum number of alternatives reported with each token
+COLDEST = 1e-6  # lowest temperature to sample at; far lower, logits / temperature could overflow float32
+MAX_STOP_TOKENS = 6  # maximum stop tokens of a request, besides <|assistant_end|> and <|bos|>
 
 # What ended a request.
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
@@ -23,7 +23,7 @@ STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One continuation to generate. Its tokens depend on these fields alone, not on what runs beside it.
+    """One continuation to generate. Its tokens depend on these fields alone, not on other requests.
 
     UserError: a field is out of range.
     """
@@ -31,29 +31,29 @@ class Request:
     prompt: Sequence[int]
     """Token ids, at least one."""
     max_tokens: int
-    """Largest number of tokens to generate, the tool's included; the context may allow fewer."""
+    """Maximum number of tokens to generate, including the tool's; the context may allow fewer."""
     temperature: float = 1.0
-    """Sampling temperature, which divides the logits; 0, and all below 10⁻⁶: always the likeliest token."""
+    """Sampling temperature, which divides the logits; 0 or below 10⁻⁶: always take the likeliest token."""
     top_k: int = 0
     """Number of likeliest tokens to sample from; 0: all."""
     top_p: float = 1.0
-    """Total probability of the likeliest tokens to sample from, at least (nucleus sampling); 1: all."""
+    """Minimum total probability of the likeliest tokens to sample from (nucleus sampling); 1: all."""
     min_p: float = 0.0
-    """Smallest probability of the tokens to sample from, as a fraction of the likeliest one's; 0: all."""
+    """Minimum probability of tokens to sample from, as a fraction of the likeliest token's; 0: all."""
     seed: int = 0
     """Random seed, 0 to 2³² − 1."""
     sample: int = 0
-    """Number of this continuation among those with one seed: a token depends on (seed, sample, position)."""
+    """Number that makes this continuation differ from others with the same prompt and seed."""
     min_tokens: int = 0
-    """Tokens to generate before the answer may end by itself."""
+    """Minimum number of tokens before the answer may end by itself."""
     stop_tokens: Sequence[int] = ()
-    """Ids that end the answer, beside <|assistant_end|> and <|bos|>."""
+    """Ids of tokens that end the answer, besides <|assistant_end|> and <|bos|>."""
     ignore_end: bool = False
-    """Do not end at <|assistant_end|> and <|bos|>."""
+    """Do not end the answer at <|assistant_end|> or <|bos|>."""
     tool: bool = True
     """Run the calculator when the model calls it."""
     logprobs: int | None = None
-    """Report log-probabilities, with this many of the likeliest alternatives; None: no log-probabilities."""
+    """Number of likeliest alternatives to report with log-probabilities; None: no log-probabilities."""
     prompt_logprobs: bool = False
     """Report the log-probabilities of the prompt's tokens too."""
 
@@ -82,7 +82,7 @@ class Request:
         if self.prompt_logprobs and self.logprobs is None:
             raise UserError("prompt_logprobs needs logprobs, from 0 to 20")
         if len(self.stop_tokens) > MAX_STOP_TOKENS:
-            raise UserError(f"{len(self.stop_tokens)} stop tokens; at most {MAX_STOP_TOKENS} are possible")
+            raise UserError(f"{len(self.stop_tokens)} stop tokens; at most {MAX_STOP_TOKENS} are allowed")
         for token in self.stop_tokens:
             if not (_is_number(token, True) and 0 <= token < 2**31):
                 raise UserError(f"a stop token is {token!r}; it must be a token's id")
@@ -95,17 +95,17 @@ def _is_number(value, whole: bool) -> bool:
 
 @dataclasses.dataclass
 class Generation:
-    """Tokens generated after a prompt, or a part of them; the token that ended them is left out.
+    """Tokens generated after a prompt, or a part of them, without the token that ended them.
 
-    With log-probabilities: logprobs has one for each token, top the likeliest (token, log-probability) in its
-    place.
+    If log-probabilities were requested: logprobs has that of each token, and top has the likeliest (token,
+    log-probability) pairs at its position.
     """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
-    forced: list[bool] = dataclasses.field(default_factory=list)  # which tokens the tool put in
+    forced: list[bool] = dataclasses.field(default_factory=list)  # whether the tool inserted each token
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
-    finish: str = ""  # "stop" (by itself), "length" or "cancelled"; "" while it goes on
+    finish: str = ""  # "stop" (by itself), "length" or "cancelled"; "" while unfinished
     end: tuple[int, float | None] | None = None  # (token, log-probability) that ended it
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)  # from the second token on
     prompt_top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
@@ -129,27 +129,27 @@ class Event(NamedTuple):
 
 
 def bucket(n: int, smallest: int, largest: int) -> int:
-    """The least power of two ≥ n and ≥ smallest, at most largest."""
+    """Smallest power of two ≥ n, clamped to the range from `smallest` to `largest`."""
     return min(largest, max(smallest, 1 << (n - 1).bit_length()))
 
 
 class Scheduler:
-    """The requests that wait, in their order, and those that run, in their slots.
+    """Queue of the waiting requests, and the slots of the running ones.
 
     Slots are numbered over all devices: device d has slots d·slots to (d + 1)·slots − 1.
     """
 
     def __init__(self, sequence_len: int, *, slots: int, together: int, devices: int = 1):
-        """slots: of one device; together: how many prompts one device reads in one batch."""
+        """slots: slots of each device; together: prompts that a device prefills in one batch."""
         self.sequence_len, self.slots, self.devices = sequence_len, slots, devices
         self.together = min(together, slots)
         self.waiting: dict[int, Request] = {}
         self.running: dict[int, Request] = {}
-        self.slot_of: dict[int, int] = {}  # id -> slot, of those that run
+        self.slot_of: dict[int, int] = {}  # id -> slot of running requests
         self._next = 0
 
     def submit(self, request: Request) -> int:
-        """Let a request wait for its turn. -> its id. UserError: its prompt has a wrong length."""
+        """Queue a request and return its id. UserError: its prompt is empty or longer than the context."""
         if not 1 <= len(request.prompt) <= self.sequence_len:
             given = f"a prompt of {len(request.prompt)} tokens"
             raise UserError(f"{given}; this model takes 1 to {self.sequence_len}")
@@ -158,27 +158,27 @@ class Scheduler:
         return id
 
     def remove(self, id: int) -> bool:
-        """Forget a request and free its slot at once. -> whether it was there."""
+        """Remove a request and free its slot. Return whether it was waiting or running."""
         self.slot_of.pop(id, None)
         return (self.running.pop(id, None) or self.waiting.pop(id, None)) is not None
 
     def end_of(self, request: Request) -> int:
-        """Largest number of tokens that a request can come to, those of its prompt included."""
+        """Maximum number of tokens of a request, its prompt included."""
         return min(len(request.prompt) + request.max_tokens, self.sequence_len)
 
     def longest(self) -> int:
-        """The largest `end_of` of the requests that run."""
+        """Largest `end_of` of the running requests; 0 if none run."""
         return max(map(self.end_of, self.running.values()), default=0)
 
     def prompt_length(self, request: Request) -> int:
-        """Length to which a prompt is padded to be read in a batch. It depends on the prompt alone."""
+        """Length to which a prompt is padded for prefill; it depends on that prompt's length alone."""
         return bucket(len(request.prompt), SHORTEST, self.sequence_len)
 
     def admit(self, patient: bool = False) -> list[int]:
-        """Give free slots to the requests that came first, up to one batch of prompts. -> their ids.
+        """Give free slots to the oldest requests, up to one batch of prompts, and return their ids.
 
-        A batch has prompts of one length (see prompt_length). patient: wait until a whole batch has free
-        slots, or all that waits: better throughput, later first tokens.
+        The prompts of a batch have one padded length (see prompt_length). patient: give none until slots are
+        free for a full batch or all waiting requests; this raises throughput but delays first tokens.
         """
         free = self._free_slots()
         if patient and sum(map(len, free)) < min(self.together * self.devices, len(self.waiting)):

@@ -1,4 +1,4 @@
-"""Tokens to text: whole characters, stop strings, and the one way in which tool calls are written out."""
+"""Tokens to text: complete characters, stop strings, and the written form of tool calls."""
 
 import codecs
 from collections.abc import Iterable
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 from jaxchat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-# Kinds of parts, beside "text": "python" (a tool call), "python_output" (the tool's answer, forced), "made
+# Kinds of parts, besides "text": "python" (a tool call), "python_output" (the tool's answer, forced), "made
 # up" (output that the model wrote itself) and "unfinished" (the answer was cut off).
 BRACKETS = {"python": ("[python ", "]"), "python_output": ("[output ", "]"), "made up": ("[output? ", "]")}
-EXPRESSION = 256  # most tokens of a tool's expression
+EXPRESSION = 256  # maximum tokens of a tool call's expression
 
 
 def last_call(tokens: list[int], tokenizer: Tokenizer) -> str | None:
-    """Return the expression of the tool call that ends `tokens`; None: it has no start, or is too long."""
+    """Return the expression of the tool call that ends `tokens`; None: no start, or too long."""
     start, opening = len(tokens) - 1, tokenizer.special("<|python_start|>")
     while start >= 0 and tokens[start] != opening:
         start -= 1
@@ -31,11 +31,11 @@ class Delta(NamedTuple):
 
 
 class TextReader:
-    """Turn an answer's tokens into text as they come.
+    """Incremental decoder of an answer's tokens.
 
-    Bytes of a character wait until it is complete, text that may be the beginning of a stop string waits
-    until it is decided. A stop string ends the answer just before it, whatever tokens its text came in; it
-    must be within one text part. Of several, the one that is complete first counts.
+    Bytes are held back until their character is complete, and text that may begin a stop string until that
+    is decided. The answer ends just before a stop string, however it is split into tokens; the string must
+    lie within one text part. Of several stop strings, the one completed first counts.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()):
@@ -43,17 +43,17 @@ class TextReader:
         special = tokenizer.special
         self._openings = {special("<|python_start|>"): "python", special("<|output_start|>"): "python_output"}
         self._closings = {special("<|python_end|>"), special("<|output_end|>")}
-        self.marks = self._closings | {*self._openings}  # tokens that begin and end parts
-        self.unseen = {special(name) for name in SPECIAL_TOKENS} - self.marks  # a server's reply omits them
+        self.marks = self._closings | {*self._openings}  # tokens that begin or end a part
+        self.unseen = {special(name) for name in SPECIAL_TOKENS} - self.marks  # left out of server replies
         self._stop = tuple(stop)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._starts = True
-        self.kind, self.held = "text", ""  # of the part that is being read; text that still waits
-        self.stopped = False  # by a stop string
+        self.kind, self.held = "text", ""  # kind of the current part; text that is held back
+        self.stopped = False  # a stop string was found
 
     @property
     def waits(self) -> bool:
-        """Return whether text waits that may be the beginning of a character or of a stop string."""
+        """Return whether text is held back that may begin a character or a stop string."""
         return bool(self.held or self._utf8.getstate()[0])
 
     def feed(self, token: int, forced: bool = False) -> list[Delta]:
@@ -68,7 +68,7 @@ class TextReader:
         return self._add(self._utf8.decode(self._tokenizer.decode_bytes([token])))
 
     def end(self) -> list[Delta]:
-        """Return the text that still waits: an incomplete character becomes U+FFFD."""
+        """Return the text still held back; an incomplete character becomes U+FFFD."""
         return [] if self.stopped else self._add(self._utf8.decode(b"", final=True), last=True)
 
     def _begin(self, kind: str) -> list[Delta]:
@@ -77,7 +77,7 @@ class TextReader:
             return found
         self._utf8.reset()
         self.kind, self._starts = kind, True
-        # An empty text between two marks is no part; an empty tool call is one.
+        # An empty text between two marks is not a part, but an empty tool call is.
         return found if kind == "text" else [*found, *self._emit("")]
 
     def _add(self, text: str, last: bool = False) -> list[Delta]:
@@ -97,7 +97,7 @@ class TextReader:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that `stop` begins with, shorter than `stop`."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
@@ -118,7 +118,7 @@ class Writer:
         return out
 
     def end(self, cut: bool = False) -> str:
-        """Return what closes the line. cut: the answer was not finished."""
+        """Return the text that closes the line. cut: the answer was not finished."""
         closing, self._closing = self._closing, ""
         return closing + (" … (cut)" if cut else "")
 

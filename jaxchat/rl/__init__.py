@@ -1,1 +1,1 @@
-"""Reinforcement learning: answers are sampled, rewarded, and made likelier or less likely by the one loss."""
+"""Reinforcement learning: sample answers, reward them, and train on them with a policy-gradient loss."""

@@ -5,13 +5,13 @@ Letters: E problems of a step, G answers to each (a group).
 
 import numpy as np
 
-EPSILON = 1e-6  # beside a standard deviation that is divided by
+EPSILON = 1e-6  # added to a standard deviation before dividing by it
 
 
 def mixed_groups(rewards_EG: np.ndarray) -> np.ndarray:
-    """Return for each group whether its rewards differ: only such groups teach anything. bool [E].
+    """Return whether the rewards of each group differ, bool [E]; only such groups have a gradient.
 
-    Rewards are compared with each other, since a standard deviation of equal numbers need not be 0.
+    Rewards are compared directly, because the computed standard deviation of equal numbers may not be 0.
     """
     return (rewards_EG != rewards_EG[:, :1]).any(axis=1)
 
@@ -19,9 +19,9 @@ def mixed_groups(rewards_EG: np.ndarray) -> np.ndarray:
 def advantages(rewards_EG: np.ndarray, kind: str) -> np.ndarray:
     """Advantages in float64 [E, G]; exactly 0 in groups whose rewards are all the same.
 
-    kind: "mean": reward − mean of its group (nanochat, Dr. GRPO). "loo": reward − mean of the others, which
-    makes the gradient unbiased (RLOO). "std": "mean" ÷ the group's standard deviation (GRPO). "batch_std":
-    "mean" ÷ the standard deviation of all rewards of the step.
+    kind: "mean": reward − mean of its group (nanochat, Dr. GRPO). "loo": reward − mean of the group's other
+    rewards, for an unbiased gradient (RLOO). "std": "mean" ÷ the group's standard deviation (GRPO).
+    "batch_std": "mean" ÷ the standard deviation of all rewards of the step.
     """
     rewards_EG = np.asarray(rewards_EG, np.float64)
     group = rewards_EG.shape[1]

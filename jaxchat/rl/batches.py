@@ -1,4 +1,4 @@
-"""The batches of reinforcement learning: answers sampled with the weights that are being trained."""
+"""The batches of reinforcement learning: answers sampled with the weights being trained."""
 
 import contextlib
 import dataclasses
@@ -24,29 +24,29 @@ from jaxchat.rl.weights import LogProbs, Policy, clipped_share, policy_weights, 
 from jaxchat.train.fit import device_memory
 from jaxchat.train.reporter import Unread
 
-ROUNDS = 4  # of problems drawn for a step, at most, with --resample
-ALIKE = 20  # steps without a mixed group after which a warning is printed
-TRAINING_BYTES = 20  # a parameter's weight, moments, gradient and sum of gradients, beside sampling
-# Clips by loss, where the flags leave them open.
+ROUNDS = 4  # maximum rounds of sampling in a step with --resample
+ALIKE = 20  # consecutive steps without a mixed group after which a warning is printed
+TRAINING_BYTES = 20  # per parameter: weight, moments, gradient and summed gradients, kept while sampling
+# Default (clip_low, clip_high) of each loss, for flags that are negative.
 CLIPS = {"reinforce": (0.2, 0.28), "ppo": (0.2, 0.28), "cispo": (0.2, 4.0), "gspo": (3e-4, 4e-4)}
 
 
 class RolloutBatches:
-    """The batch of a step: answers to its problems and their weights, as train_step takes them.
+    """Batches for train_step: sampled answers to the problems of a step, with their loss weights.
 
-    It is a function of the flags, the weights and the step: problems come from an endless order, and a token
-    of an answer depends on (seed, step, number of the answer, position) and the weights alone. So a run
-    resumes exactly from the place in the order; between two updates on the same answers, from these too.
+    A batch is a function of the flags, the weights and the step: problems follow an endless order, and an
+    answer's tokens depend on (seed, step, number of the answer, position) and the weights alone. To resume
+    exactly, the position in the order is enough; between two updates on the same answers, they are saved too.
     """
 
-    alone = False  # process 0 rewards the answers of all
+    alone = False  # the processes work together: process 0 rewards all answers
 
     def __init__(self, config: RLConfig, model: Model, parent: Found, tasks: Mixture):
         self.config, self.model, self.parent = config, model, parent
         self.problems = Problems(config, tasks, parent.tokenizer)
         self.policy = policy_of(config)
         self._order = Order([len(tasks)], config.seed)
-        self._drawn = 0  # problems of the order
+        self._drawn = 0  # number of problems drawn from the order
         self._rollout: Rollout | None = None
         self._engine: Engine | None = None
         self._reference: Params | None = None
@@ -64,11 +64,11 @@ class RolloutBatches:
         self._engine = None
 
     def peek(self) -> dict:
-        """A batch of the usual shape without any weight, since nothing can be sampled before training."""
+        """Return a short batch whose weights are all 0, since nothing can be sampled before training."""
         return arrange(Rollout(), np.zeros((0, 1)), self._shape(), self.model)
 
     def engine(self, params: Params) -> Engine:
-        """The engine that samples answers, loaded with these weights."""
+        """Return the engine that samples answers, loaded with these weights."""
         if self._engine is None:
             slots = slots_for(self.config, self.model)
             c = self.model.config
@@ -78,7 +78,7 @@ class RolloutBatches:
         return self._engine
 
     def next_batch(self, params: Params, step: int) -> dict:
-        jax.block_until_ready(params)  # so that the seconds below are of sampling, not of the step before
+        jax.block_until_ready(params)  # so that the times below exclude the previous step
         number, update = divmod(step, self.config.updates)
         numbers = {"data_wait_seconds": 0.0}
         if update == 0:
@@ -86,7 +86,7 @@ class RolloutBatches:
             try:
                 numbers |= self._roll_out(params, number, step)
             except Exception:
-                self._drawn = drawn  # the step is saved as not taken
+                self._drawn = drawn  # so that a checkpoint saved now repeats the step
                 raise
         weights_RT, more = self._weigh(params)
         batch = arrange(self._rollout, weights_RT, self._shape(), self.model)
@@ -107,7 +107,7 @@ class RolloutBatches:
         found = [
             ("answers", answers),
             ("batch", f"{rows // devices} rows × {devices} devices × {micro_batches} accumulated, or fewer"),
-            ("reward", f"{reward}; right by {right}"),
+            ("reward", f"{reward}; checked by {right}"),
             ("loss", f"{c.loss}, advantages by {c.advantage}, divided by {norm_of(c)}"),
         ]
         if c.updates > 1 and c.loss == "reinforce":
@@ -115,17 +115,17 @@ class RolloutBatches:
             found.append(("warning", how))
         if c.temperature != 1 or c.top_k:
             how = f"temperature {c.temperature:g}" if c.temperature != 1 else f"top_k {c.top_k}"
-            how += ": answers come from another distribution than the one that is trained"
+            how += ": answers are sampled from another distribution than the one being trained"
             found.append(("warning", how))
         return found
 
     def _shape(self) -> tuple[int, int]:
-        """(micro-batches, rows of each, of all processes) of a step."""
+        """Return (micro-batches of a step, rows of a micro-batch over all processes)."""
         rows = self.config.device_batch_size * sharding.data_shards(self.model.mesh)
         return -(-self.config.examples_per_step * self.config.num_samples // rows), rows
 
     def _roll_out(self, params: Params, number: int, step: int) -> dict[str, float]:
-        """Sample answers and judge them. -> seconds of each."""
+        """Sample a step's answers and judge them. Return the seconds of each and rates, for the log."""
         config, began = self.config, time.perf_counter()
         engine, judging = self.engine(params), 0.0
         rollout, answers, right = Rollout(), [], []
@@ -154,7 +154,7 @@ class RolloutBatches:
         return {"rollout_seconds": seconds, "reward_seconds": judging} | rates
 
     def _read(self, problems: list[int], step: int):
-        """Read problems. Unread, on all processes together: one of them can't."""
+        """Read problems. Unread, raised on all processes: one of them could not read a problem."""
         own = None
         try:
             for problem in problems:
@@ -165,7 +165,7 @@ class RolloutBatches:
             raise Unread(step + 1) from own
 
     def _weigh(self, params: Params) -> tuple[np.ndarray, dict[str, float]]:
-        """Return (the weights [R, T] of the step's targets, what to log of them)."""
+        """Return (the loss weights [R, T] of the step's targets, numbers to log)."""
         config, rollout = self.config, self._rollout
         sampled_RT = rollout.positions(rollout.sampled) > 0
         mixed_E = mixed_groups(rollout.rewards_EG)
@@ -190,7 +190,7 @@ class RolloutBatches:
         return weights_RT, numbers
 
     def _logprobs(self, params: Params, mask_RT: np.ndarray) -> LogProbs:
-        """The log-probabilities that the loss needs; with one update the ratio is 1, and costs nothing."""
+        """Compute the log-probabilities that the loss needs. With one update the ratio is 1 without any."""
         policy, rollout = self.policy, self._rollout
         ratio = policy.loss != "reinforce" and self.config.updates > 1
         if not (ratio or policy.tis or policy.kl_coef):
@@ -211,7 +211,7 @@ class RolloutBatches:
         return self._reference
 
     def _score(self, params: Params, mask_RT: np.ndarray) -> list[list[float]]:
-        """Log-probabilities of the tokens of the rows that are in the mask; 0 in the others."""
+        """Compute log-probabilities of all tokens in rows with any token in the mask; 0 in other rows."""
         found = [[0.0] * len(tokens) for tokens in self._rollout.tokens]
         rows = [int(row) for row in np.flatnonzero(mask_RT.any(axis=1))]
         tokens = [np.array(self._rollout.tokens[row], np.int32) for row in rows]
@@ -221,7 +221,7 @@ class RolloutBatches:
         return found
 
     def _warn(self, rollout: Rollout):
-        """Print what to change when nothing has been learnt for long."""
+        """Print what to change after every ALIKE consecutive steps without a mixed group."""
         self._alike = 0 if mixed_groups(rollout.rewards_EG).any() else self._alike + 1
         if self._alike and self._alike % ALIKE == 0 and jax.process_index() == 0:
             reward = rollout.numbers["reward"]
@@ -235,13 +235,13 @@ class RolloutBatches:
             )
 
     def _write_sample(self, rollout: Rollout, answers: list, step: int):
-        """Write all answers to one problem, with different rewards if there is one, to samples.jsonl."""
+        """Append all answers to one problem, if possible with different rewards, to samples.jsonl."""
         if jax.process_index() > 0:
             return
         mixed_E = mixed_groups(rollout.rewards_EG)
         group, samples = int(np.argmax(mixed_E)), self.config.num_samples
         problem = self.problems.tasks[rollout.problems[group]]
-        # Of the groups that are learnt from, it is the first.
+        # best_groups puts the same group first in self._rollout.
         advantages_G = advantages(self._rollout.rewards_EG, self.config.advantage)[0]
         own = answers[group * samples : (group + 1) * samples]
         about = {
@@ -254,8 +254,8 @@ class RolloutBatches:
             ],
         }
         path = run_folder("rl", self.parent.folder.name) / "samples.jsonl"
-        with contextlib.suppress(OSError):  # a full disk: not worth a run
-            # Of the steps after the checkpoint that is resumed from, what was written is written again.
+        with contextlib.suppress(OSError):  # a full disk should not end a run
+            # After resuming from an earlier checkpoint, the rows of later steps are replaced.
             files.write_lines(path, [*(row for row in files.read_lines(path) if row["step"] < step), about])
 
 
@@ -271,7 +271,7 @@ def policy_of(config: RLConfig) -> Policy:
 
 
 def norm_of(config: RLConfig) -> str:
-    """What the loss is divided by: GSPO's is a mean over rows, whatever --loss_norm is."""
+    """What the loss is divided by: --loss_norm, but always "rows" for GSPO, a mean over rows."""
     return "rows" if config.loss == "gspo" else config.loss_norm
 
 
@@ -281,7 +281,7 @@ def seed_of(*parts: int) -> int:
 
 
 def slots_for(config: RLConfig, model: Model) -> int:
-    """Answers that a device samples at a time: its share, if it fits. What they say doesn't depend on it."""
+    """Number of answers that a device samples at a time: its share of a step, or what fits in memory."""
     share = -(-config.examples_per_step * config.num_samples // model.mesh.size)
     memory = device_memory(model.mesh)
     most = max(SLOTS, share) if memory else SLOTS
@@ -289,16 +289,16 @@ def slots_for(config: RLConfig, model: Model) -> int:
 
 
 def padded_length(longest: int, context: int) -> int:
-    """The length that a step's rows are padded to: by at most an eighth from 256 tokens on, so that little is
-    computed for nothing, and at most eight lengths from one power of two to the next, since each compiles."""
+    """Length that a step's rows are padded to. From 256 tokens on it adds at most an eighth, to waste little
+    computation; from one power of two to the next there are at most eight lengths, since each compiles."""
     step = max(32, 2 ** (longest.bit_length() - 4))
     return min(context, -(-longest // step) * step)
 
 
 def arrange(rollout: Rollout, weights_RT: np.ndarray, shape: tuple[int, int], model: Model) -> dict:
-    """Return the batch [A, B, T] of this process, with rows that have a weight first, the others left blank.
+    """Return this process's batch [A, B, T]: first the rows with any nonzero weight, then blank rows.
 
-    So micro-batches that are blank cost nothing. T is the padded_length of the longest row with a weight.
+    Blank micro-batches cost nothing. T is the padded_length of the longest row with a nonzero weight.
     """
     context, (micro_batches, rows) = model.config.sequence_len, shape
     chosen = np.flatnonzero(weights_RT.any(axis=1))
@@ -311,7 +311,7 @@ def arrange(rollout: Rollout, weights_RT: np.ndarray, shape: tuple[int, int], mo
         tokens[place, : len(of_row)] = of_row
         sampler[place, : len(of_row) - 1] = rollout.sampler[row][1:]
         weights[place, : len(of_row) - 1] = weights_RT[row, : len(of_row) - 1]
-    counts[0, 0] = 1.0  # the weights are divided already, so the step's N is 1
+    counts[0, 0] = 1.0  # the weights are already normalized, so the step's N is 1
     arrays = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
     arrays |= {"counts": counts, "sampler": sampler}
     first, end = sharding.share_of_rows(model.mesh, rows)

@@ -1,4 +1,4 @@
-"""The evaluations that reinforcement learning runs while it trains."""
+"""The evaluations that run during reinforcement learning."""
 
 from functools import partial
 
@@ -16,14 +16,14 @@ from jaxchat.rl.rollout import row_of
 from jaxchat.train.loop import Evaluation
 from jaxchat.train.stages import Stage
 
-SAMPLES = 8  # answers to a problem, from which pass@1, 2, 4 and 8 are estimated
-KL_ROWS = 64  # answers that the divergence from the parent is estimated on
-BEST = "val_reward"  # the value whose best checkpoint is kept
+SAMPLES = 8  # answers per problem, from which pass@1, 2, 4 and 8 are estimated
+KL_ROWS = 64  # maximum answers on which KL(policy ‖ parent) is estimated
+BEST = "val_reward"  # metric by which the best checkpoint is kept
 OTHERS = ("ARC-Easy", "ARC-Challenge", "MMLU")
 
 
 def evaluations(config: RLConfig, stage: Stage) -> list[Evaluation]:
-    """List the evaluations: of problems every --eval_every steps, of other tasks before and after all."""
+    """List the evaluations: problems every --eval_every steps, other tasks before and after training."""
     if config.eval_every <= 0:
         return []
     tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=False)
@@ -42,7 +42,7 @@ def evaluations(config: RLConfig, stage: Stage) -> list[Evaluation]:
 
 
 def _find(name: str, config: RLConfig):
-    """The test split of a task; None where it is not there, or is what is trained on."""
+    """Load the test split of a task; None if it is not available, or if the task is trained on."""
     if name in config.train_tasks:
         return None
     try:
@@ -52,10 +52,9 @@ def _find(name: str, config: RLConfig):
 
 
 def measure(params, stage: Stage, config: RLConfig, sets: dict) -> dict[str, float]:
-    """Measure each set: mean reward and share of finished answers, pass@k (unbiased), share of right greedy
-    answers.
+    """Measure each set: mean reward, shares of finished and of right greedy answers, and unbiased pass@k.
 
-    Also measured is KL(policy ‖ parent).
+    The set "" (validation) also gives KL(policy ‖ parent).
     """
     engine, values = stage.batches.engine(params), {}
     for prefix, (problems, most) in sets.items():
@@ -90,7 +89,7 @@ def divergence(rows: list[tuple], params, stage: Stage) -> float:
 
 
 def others(params, stage: Stage, tasks: dict, most: int) -> dict[str, float]:
-    """Measure the accuracy on multiple-choice tasks, by the likeliest letter."""
+    """Measure accuracy on multiple-choice tasks, with the likeliest letter as the answer."""
     scorer = Scorer(params, stage.model)
     return {
         f"{name}_acc": chat.letter_accuracy(scorer, stage.tokenizer, task, most)

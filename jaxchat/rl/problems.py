@@ -1,4 +1,4 @@
-"""Problems, which are conversations whose last answer is to be found, and the checkers of answers to them."""
+"""Problems: conversations whose last answer the model has to give; sampling and judging of answers."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ class Problems:
     """The problems of several tasks, by index, with their checkers and rewards."""
 
     def __init__(self, config: RLConfig, tasks: Mixture, tokenizer: Tokenizer):
-        """UserError: a task has no checker, or --reward is wrong."""
+        """UserError: a task has no checker, or --reward is invalid."""
         self.config, self.tasks, self.tokenizer = config, tasks, tokenizer
         self.reward = parse_reward(config.reward)
         checkers = {task.name: checker_for(task) for task in tasks.tasks}
@@ -32,7 +32,7 @@ class Problems:
     def sample(
         self, engine: Engine, problems: Sequence[int], num_samples: int, **settings
     ) -> tuple[list[list[int]], list[Generation]]:
-        """Sample num_samples answers to each. -> (prompts, generations). A long prompt keeps its end."""
+        """Sample answers to each problem. Return (prompts, generations). Long prompts are cut in front."""
         context, most = engine.config.sequence_len, self.config.max_new_tokens
         room = context - min(most, context // 2)
         prompts = [self.tokenizer.render_for_completion(self.tasks[i])[-room:] for i in problems]
@@ -40,9 +40,9 @@ class Problems:
         return prompts, generations
 
     def judge(self, problems: Sequence[int], generations: list[Generation]):
-        """Return (answers [R], right bool [E, G], rewards [E, G]) of the answers to problems.
+        """Return (answers [R], whether they are right bool [E, G], rewards [E, G]).
 
-        The first process judges for all: a checker may run programs, whose outcome may differ.
+        Process 0 judges all answers, because a checker may run programs whose outcome differs between runs.
         """
         samples = len(generations) // len(problems)
         answers = [Answer.of(generation, self.tokenizer) for generation in generations]

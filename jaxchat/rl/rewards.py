@@ -1,4 +1,4 @@
-"""Rewards: named terms of an answer, and their weighted sum."""
+"""Rewards: named terms that score an answer, and their weighted sum."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,9 +18,9 @@ from jaxchat.tokenizer import Tokenizer
 class Answer:
     """An answer to a problem, as text, and whether it was finished."""
 
-    text: str  # all of it, special tokens spelled out, as evaluation reads it
+    text: str  # the complete answer with special tokens spelled out, as evaluation reads it
     parts: list[tuple[str, str]]  # (kind, text) of text, tool calls and their results: infer/text.py
-    finished: bool  # by itself
+    finished: bool  # ended by itself, not at a limit
 
     @classmethod
     def of(cls, generation: Generation, tokenizer: Tokenizer) -> "Answer":
@@ -30,9 +30,9 @@ class Answer:
         return [kind for kind, _ in self.parts]
 
 
-Checker = Callable[[dict, Answer], bool]  # whether an answer to a row's problem is right
+Checker = Callable[[dict, Answer], bool]  # (row, answer) -> whether the answer to the row's problem is right
 
-# Terms of a reward, beside "answer", which is the checker's.
+# Terms of a reward besides "answer", which is the checker's result.
 TERMS: dict[str, Callable[[Answer], bool]] = {
     "format": lambda answer: final_number(answer.text) is not None,
     "finished": lambda answer: answer.finished,
@@ -41,7 +41,7 @@ TERMS: dict[str, Callable[[Answer], bool]] = {
 
 
 def parse_reward(spec: str) -> dict[str, float]:
-    """Return {term: weight} of a flag such as "answer:1,format:0.1". UserError: it is not of this form."""
+    """Parse a --reward such as "answer:1,format:0.1" into {term: weight}. UserError: it is malformed."""
     known, weights = ("answer", *TERMS), {}
     for part in spec.split(","):
         name, colon, weight = part.strip().partition(":")
@@ -51,8 +51,8 @@ def parse_reward(spec: str) -> dict[str, float]:
             value = np.nan
         if name not in known or name in weights or not np.isfinite(value):
             raise UserError(
-                f"--reward={spec}: {part.strip()!r} is no term; write name:weight, separated by commas, "
-                f"each of {', '.join(known)} at most once"
+                f"--reward={spec}: {part.strip()!r} is not a term; write name:weight, separated by commas, "
+                f"with each of {', '.join(known)} at most once"
             )
         weights[name] = value
     if not any(weight > 0 for weight in weights.values()):
@@ -61,7 +61,7 @@ def parse_reward(spec: str) -> dict[str, float]:
 
 
 def checker_for(task: Task) -> tuple[Checker, str]:
-    """Return (a task's checker, a phrase on what it checks). UserError: it has none that can run here."""
+    """Return (a task's checker, a phrase for what it compares). UserError: none can run here."""
     if task.name.lower().endswith(JSON):
         wanted = [_wanted(task, row) for row in range(len(task))]
         by_number = all(final_number(text) is not None for text in wanted)
@@ -74,7 +74,7 @@ def checker_for(task: Task) -> tuple[Checker, str]:
         if why := chat.why_not(name):
             raise UserError(f"{task.name}: {why}; train on another task")
         return lambda row, answer: known.check(row, answer.text), "its tests"
-    if known or name == "SimpleSpelling":  # letters of multiple choice are texts too
+    if known or name == "SimpleSpelling":  # letters of multiple choice are compared as texts
         return states_text, "the text"
     able = [*chat.TASKS, "SimpleSpelling"]
     raise UserError(
@@ -87,33 +87,33 @@ def _wanted(task: Task, row: int) -> str:
     last = task[row]["messages"][-1]
     if last["role"] != "assistant" or not text_of(last["content"]):
         problem = f"{task.name}, row {row} does not end with an answer to compare with"
-        raise UserError(f"{problem}; add one, or remove it")
+        raise UserError(f"{problem}; add one, or remove the row")
     return text_of(last["content"])
 
 
 def text_of(content: str | list[dict]) -> str:
-    """The text of a message without tool calls and their results, its spaces joined."""
+    """Return a message's text without tool calls and results, with single spaces between words."""
     if not isinstance(content, str):
         content = "".join(part["text"] for part in content if part["type"] == "text")
     return " ".join(content.split())
 
 
 def states_number(row: dict, answer: Answer) -> bool:
-    """Return whether the answer's number after #### is the row's, as in evaluation."""
+    """Return whether the answer's number after #### equals the reference's, as in evaluation."""
     return states_the_number(row, answer.text)
 
 
 def states_text(row: dict, answer: Answer) -> bool:
-    """Return whether the answer's text is the row's, tool calls and their results aside."""
+    """Return whether the answer's text equals the reference's, ignoring tool calls and results."""
     said = "".join(text for kind, text in answer.parts if kind == "text")
     return " ".join(said.split()) == text_of(row["messages"][-1]["content"])
 
 
 def combine(terms: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """The rewards [E, G] of answers: Σ weight · term. UserError: one is not finite.
+    """Return the rewards [E, G] of answers, Σ weight · term. UserError: a reward is not finite.
 
-    Beside "answer" the other terms count only in groups of which some are right and some wrong: where all
-    are wrong, they would teach form at the cost of the answer.
+    If "answer" is a term, the others count only in groups with both right and wrong answers: elsewhere they
+    would teach form at the cost of the answer.
     """
     rewards_EG = np.zeros(next(iter(terms.values())).shape)
     for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""The answers of a step, and what they say about the run: plain lists and NumPy arrays, no JAX.
+"""The answers of a step and statistics of them, as plain lists and NumPy arrays; does not use JAX.
 
 Letters: E problems, G answers to each, R = E·G rows in this order, T positions.
 """
@@ -15,18 +15,18 @@ from jaxchat.rl.rewards import TERMS, Answer
 
 @dataclasses.dataclass
 class Rollout:
-    """The rows of a step: each a prompt, the answer sampled to it, and the token that ended it, if one did.
+    """The rows of a step. Each has a prompt, a sampled answer, and the token that ended the answer, if any.
 
-    It is JSON, so that a checkpoint between two updates on the same answers can hold it.
+    Its fields are JSON, so that a checkpoint between two updates on the same answers can store them.
     """
 
-    problems: list[int] = field(default_factory=list)  # E: rows of the tasks
-    tokens: list[list[int]] = field(default_factory=list)  # R
-    sampled: list[list[bool]] = field(default_factory=list)  # R: by the model, not by prompt or tool
-    sampler: list[list[float]] = field(default_factory=list)  # R: log-probabilities; 0 if not sampled
+    problems: list[int] = field(default_factory=list)  # E: indices into the tasks
+    tokens: list[list[int]] = field(default_factory=list)  # R: prompt and answer
+    sampled: list[list[bool]] = field(default_factory=list)  # R: whether the model sampled the token
+    sampler: list[list[float]] = field(default_factory=list)  # R: the sampler's log-probabilities, else 0
     rewards: list[list[float]] = field(default_factory=list)  # E, G
-    finished: list[bool] = field(default_factory=list)  # R: ended by itself
-    old: list[list[float]] | None = None  # R: as sampler, by the trainer before the first update
+    finished: list[bool] = field(default_factory=list)  # R: the answer ended by itself
+    old: list[list[float]] | None = None  # R: the trainer's log-probabilities before the first update
     numbers: dict[str, float] = field(default_factory=dict)  # to log
 
     @property
@@ -53,7 +53,7 @@ class Rollout:
         self.rewards += rewards_EG.tolist()
 
     def best_groups(self, count: int) -> "Rollout":
-        """The first `count` groups, those whose rewards differ before the others."""
+        """Return `count` groups: those whose rewards differ first, then the others."""
         samples = len(self.rewards[0])
         groups = sorted(range(len(self.rewards)), key=lambda e: len(set(self.rewards[e])) == 1)[:count]
         rows = [e * samples + g for e in groups for g in range(samples)]
@@ -68,7 +68,7 @@ class Rollout:
 def row_of(prompt: list[int], generation: Generation) -> tuple[list[int], list[bool], list[float]]:
     """Return (tokens, which of them were sampled, log-probabilities) of a prompt and its answer.
 
-    The token that ended the answer is one of them: else nothing would teach a model to stop.
+    The token that ended the answer is included, since otherwise a model would not learn to stop.
     """
     before = len(prompt)
     tokens, sampled = [*prompt, *generation.tokens], [False] * before + [not by for by in generation.forced]
@@ -80,7 +80,7 @@ def row_of(prompt: list[int], generation: Generation) -> tuple[list[int], list[b
 
 
 def numbers_of(rollout: Rollout, answers: list[Answer], right_EG: np.ndarray) -> dict[str, float]:
-    """The numbers to log of a step's answers. right_EG: whether each answer is right."""
+    """Return the statistics of a step's answers to log. right_EG: whether each answer is right."""
     rewards_EG, right_R = rollout.rewards_EG, right_EG.reshape(-1)
     mixed_E = mixed_groups(rewards_EG)
     lengths_R = np.array([sum(row) for row in rollout.sampled])

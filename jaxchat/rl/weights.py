@@ -1,7 +1,7 @@
-"""Policy-gradient losses as weights of the one loss.
+"""Policy-gradient losses, expressed as weights of the tokens in the training loss.
 
 The training loss is Σ w·nll with constant weights w of any sign, so its gradient is −Σ w·∇log π. Every loss
-here has such a gradient; only the weights differ. All functions are of NumPy arrays, in float64.
+here has such a gradient; only the weights differ. All functions take NumPy arrays and compute in float64.
 
 Letters: R rows (answers of a step), T positions; a position belongs to the token that follows it.
 """
@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-MOST_LOG_RATIO = 20.0  # log-ratios are clipped here before exp
+MOST_LOG_RATIO = 20.0  # log-ratios are clipped to ± this before exp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Policy:
     """A loss and its constants; docs/rl.md has the formulas.
 
     loss: "reinforce", "ppo", "cispo" or "gspo". clip_low, clip_high: the ratio of the new policy to the old
-    may fall to 1 − clip_low and rise to 1 + clip_high. dual_clip: PPO's bound on the ratio where the
-    advantage is negative; 0: none. tis: bound of the factor that corrects for a sampler that is not quite the
-    trainer; 0: no factor. kl_coef: weight of KL(policy ‖ reference).
+    may fall to 1 − clip_low and rise to 1 + clip_high. dual_clip: PPO's upper bound on the ratio where the
+    advantage is negative; 0: none. tis: upper bound of the importance weight that corrects for differences
+    between sampler and trainer; 0: no such weight. kl_coef: weight of KL(policy ‖ reference).
     """
 
     loss: str = "reinforce"
@@ -33,10 +33,10 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class LogProbs:
-    """Log-probabilities [R, T] of the tokens, as far as a Policy needs them.
+    """Log-probabilities [R, T] of the tokens; None where the Policy does not need them.
 
-    now: by the weights that are trained. old: by those that the answers were sampled with. sampler: by the
-    sampler, as it reported them. reference: by the model that the policy is to stay near.
+    now: by the current weights. old: by the weights that sampled the answers, computed by the trainer.
+    sampler: as the sampler reported them. reference: by the model that the KL term keeps the policy near.
     """
 
     now: np.ndarray | None = None
@@ -46,9 +46,9 @@ class LogProbs:
 
 
 def row_scales(kind: str, mask_RT: np.ndarray, mixed_R: np.ndarray, max_tokens: int) -> np.ndarray:
-    """The factor of each row's weights [R, 1], of the whole step, however it is cut into micro-batches.
+    """Return the factor of each row's weights, [R, 1], over the whole step. kind: as --loss_norm.
 
-    "tokens": 1 ÷ sampled tokens in groups with different rewards (mixed). "all_tokens": 1 ÷ sampled tokens in
+    "tokens": 1 ÷ sampled tokens in mixed groups, whose rewards differ. "all_tokens": 1 ÷ sampled tokens in
     all rows. "rows": 1 ÷ (tokens of the row · rows in mixed groups), so rows count alike. "constant": 1 ÷
     (rows · max_tokens).
     """
@@ -66,10 +66,10 @@ def row_scales(kind: str, mask_RT: np.ndarray, mixed_R: np.ndarray, max_tokens: 
 def policy_weights(
     policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray, logprobs: LogProbs, scales_R1: np.ndarray
 ) -> np.ndarray:
-    """The weights [R, T] of the loss, float64.
+    """Return the weights [R, T] of the loss, float64.
 
-    mask_RT: 1 where the model sampled the token that follows, in a group that teaches something; prompts,
-    padding and what the tool forced weigh 0. scales_R1: row_scales; GSPO is over rows, whatever is asked for.
+    mask_RT: 1 where the model sampled the next token in a mixed group, and 0 for prompts, padding and tokens
+    that the tool forced. scales_R1: from row_scales, always of kind "rows" for GSPO.
     """
     a_R1, m_RT = np.asarray(advantages_R, np.float64)[:, None], np.asarray(mask_RT, np.float64)
     weights_RT = m_RT * a_R1 * _ratio(policy, a_R1, m_RT, logprobs)
@@ -82,7 +82,7 @@ def policy_weights(
 
 
 def clipped_share(policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray, logprobs: LogProbs) -> float:
-    """Return the share of tokens with an advantage that teach nothing of it, by clipping."""
+    """Return the share of tokens with a nonzero advantage whose weight clipping sets to 0."""
     a_R1, m_RT = np.asarray(advantages_R, np.float64)[:, None], np.asarray(mask_RT, np.float64)
     learnt_RT = (m_RT > 0) & (a_R1 != 0)
     clipped_RT = learnt_RT & (_ratio(policy, a_R1, m_RT, logprobs) == 0)
@@ -90,14 +90,14 @@ def clipped_share(policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray,
 
 
 def _ratio(policy: Policy, a_R1, m_RT, logprobs: LogProbs):
-    """The factor of the advantages: the ratio of the new policy to the old, or 0 where it is clipped."""
+    """Return the factor of the advantages: the ratio of the new policy to the old, or 0 where clipped."""
     if policy.loss == "reinforce":
         return 1.0
     log_ratio_RT = logprobs.now - logprobs.old
-    if policy.loss == "gspo":  # one ratio a row: the geometric mean of its tokens'
+    if policy.loss == "gspo":  # one ratio per row: the geometric mean of its tokens' ratios
         log_ratio_RT = (m_RT * log_ratio_RT).sum(1, keepdims=True) / np.maximum(1, m_RT.sum(1, keepdims=True))
     ratio = _exp(log_ratio_RT)
-    if policy.loss == "cispo":  # bounded, but never without a gradient
+    if policy.loss == "cispo":  # bounded, but never 0
         return np.minimum(ratio, 1 + policy.clip_high)
     clipped = (a_R1 > 0) & (ratio > 1 + policy.clip_high) | (a_R1 < 0) & (ratio < 1 - policy.clip_low)
     if policy.loss == "ppo" and policy.dual_clip:

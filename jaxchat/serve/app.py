@@ -1,4 +1,4 @@
-"""The endpoints, as an ASGI application: OpenAI's, tokens, health, metrics, and the page."""
+"""The ASGI application and its endpoints: OpenAI's API, tokenization, health, metrics and the chat page."""
 
 import asyncio
 import base64
@@ -21,7 +21,7 @@ from jaxchat.serve.replies import Reply, aside, json_bytes
 from jaxchat.serve.service import Service, prepare
 from jaxchat.tokenizer import SPECIAL_TOKENS
 
-MAX_TEXT = 2**20  # bytes of a text to tokenize: what holds Python's lock holds up all streams
+MAX_TEXT = 2**20  # bytes of a body to tokenize: tokenizing holds the GIL, which delays all streams
 
 
 def json_response(content: dict | bytes, status: int = 200) -> Response:
@@ -35,7 +35,7 @@ def error_response(error: ApiError) -> Response:
 
 
 async def while_there(receive: Callable, work: Awaitable):
-    """Await `work` and return its result. If the client goes away, cancel it and return None."""
+    """Await `work` and return its result. If the client disconnects, cancel it and return None."""
 
     async def gone():
         while (await receive())["type"] != "http.disconnect":
@@ -52,7 +52,7 @@ async def while_there(receive: Callable, work: Awaitable):
 
 
 class EventStream:
-    """A response of server-sent events, which ends when the client goes away."""
+    """A response of server-sent events, which ends early if the client disconnects."""
 
     HEADERS = (
         (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -77,7 +77,7 @@ class EventStream:
 
 
 class Endpoints:
-    """The functions behind the routes."""
+    """The handlers of the routes."""
 
     def __init__(self, service: Service, page: Path):
         self._service = service
@@ -149,9 +149,9 @@ class Endpoints:
 
 
 def tokenized(service: Service, body: bytes) -> bytes:
-    """JSON with the tokens of {"prompt": text} or {"messages": […]}.
+    """Return JSON with the tokens of {"prompt": text} or {"messages": […]}.
 
-    A text that is nothing but the name of a special token is that token: so clients learn its id.
+    A prompt that is exactly the name of a special token becomes that token, so that clients can find its id.
     """
     fields = Fields(protocol.read_json(body))
     model = service.model(fields.text("model"))
@@ -181,7 +181,7 @@ def detokenized(service: Service, body: bytes) -> bytes:
 
 
 def page_headers(html: bytes) -> dict[str, str]:
-    """Headers that let the page run its own script and style, connect here, and do nothing else."""
+    """Headers that let the page run its own script and style and connect to this server, and nothing else."""
 
     def hashes(tag: bytes) -> str:
         blocks = re.findall(rb"<%b(?:\s[^>]*)?>(.*?)</%b>" % (tag, tag), html, re.DOTALL)
@@ -218,11 +218,11 @@ def make_app(service: Service, rules: Rules):
 
     async def refused(request: HTTPRequest, problem: HTTPException) -> Response:
         if problem.status_code == 405:
-            error = ApiError(405, f"{request.method} is not possible here; it is {problem.headers['Allow']}")
+            error = ApiError(405, f"{request.method} is not allowed here; use {problem.headers['Allow']}")
             error.headers["allow"] = problem.headers["Allow"]
         else:
-            there = f"there are: {', '.join(paths)} (also under /v1)"
-            error = ApiError(404, f"nothing at {request.url.path[:80]}; {there}")
+            there = f"the endpoints are {', '.join(paths)} (also under /v1)"
+            error = ApiError(404, f"no endpoint at {request.url.path[:80]}; {there}")
         return error_response(error)
 
     async def wrong(request: HTTPRequest, error: ApiError) -> Response:

@@ -1,7 +1,6 @@
-"""Checks that every request passes first: host and origin, the key, CORS; and the reading of bodies. Pure
-ASGI.
+"""Middleware that checks host, origin and API key, adds CORS headers and request ids, and logs; pure ASGI.
 
-It also gives each request an id, and logs it.
+It also reads request bodies, with limits on their size and time.
 """
 
 import asyncio
@@ -24,8 +23,8 @@ from starlette.responses import Response
 from jaxchat.serve.protocol import ApiError
 
 MAX_BODY = 4 * 2**20  # bytes
-BODY_SECONDS = 30.0  # in which a body has to arrive
-LINGER = 2.0  # seconds in which what a client still sends is thrown away, so that it reads the answer
+BODY_SECONDS = 30.0  # time limit for a body to arrive
+LINGER = 2.0  # seconds to discard what a client still sends, so that it can read the response
 OPEN = {"/", "/health"}  # paths that need no key
 
 log = logging.getLogger("jaxchat.serve")
@@ -33,10 +32,10 @@ log = logging.getLogger("jaxchat.serve")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The rules on who may use the server.
+    """Rules on who may use the server.
 
-    keys: one of these is required; (): none. origins: of pages that may, "*": of all. local: only names of
-    this machine are accepted as the host.
+    keys: API keys, one of which is required; (): no key is required. origins: other sites whose pages may use
+    the server; "*": all. local: accept only this machine's names, and those in origins, in the Host header.
     """
 
     keys: tuple[str, ...] = ()
@@ -58,11 +57,11 @@ def host_of(url: str) -> str:
     try:
         return urlsplit(url).hostname or ""
     except ValueError:
-        return "?"  # which is nobody's
+        return "?"  # matches no host
 
 
 class Guard:
-    """ASGI middleware: it refuses what the rules don't allow, names and logs requests, and catches errors."""
+    """ASGI middleware that enforces Rules, gives requests ids, logs them, and catches errors."""
 
     def __init__(self, app, rules: Rules, metrics, error_response):
         self._rules, self._metrics, self._error_response = rules, metrics, error_response
@@ -76,7 +75,7 @@ class Guard:
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
-            return await self._inner(scope, receive, send)  # its lifespan
+            return await self._inner(scope, receive, send)  # lifespan events
         given = Headers(scope=scope).get("x-request-id", "")
         id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else f"req-{secrets.token_hex(12)}"
         status, began = 0, time.monotonic()
@@ -94,10 +93,10 @@ class Guard:
             log.exception("request %s failed", id)
             if status:
                 raise  # uvicorn closes the connection
-            error = ApiError(500, f"internal server error; the server's log has it under {id}")
+            error = ApiError(500, f"internal server error; see {id} in the server's log")
             await self._error_response(error)(scope, receive, named)
         finally:
-            endpoint = getattr(scope.get("endpoint"), "__name__", "none")  # the router has put it there
+            endpoint = getattr(scope.get("endpoint"), "__name__", "none")  # set by the router
             self._metrics.requests.labels(endpoint, status).inc()
             level = logging.INFO if scope["method"] == "POST" or status >= 400 else logging.DEBUG
             path, seconds = scope["raw_path"].decode("ascii", "replace"), time.monotonic() - began
@@ -111,7 +110,7 @@ class Guard:
         await (response or self._inner)(scope, receive, send)
 
     def _refusal(self, scope) -> Response | None:
-        """The answer to a request that goes no further; None: it may."""
+        """Return the response to OPTIONS, or None if the request may proceed. ApiError: it is refused."""
         headers = Headers(scope=scope)
         self._check_host(headers.get("host", ""))
         if scope["method"] == "OPTIONS":
@@ -122,20 +121,20 @@ class Guard:
         return None
 
     def _check_host(self, host: str):
-        """Refuse names that are not ours on a server for this machine alone: a page's name may lead here."""
-        name = host_of(f"//{host}")  # "": not from a browser
+        """On a local server, refuse other host names: a web page's name may resolve to us (DNS rebinding)."""
+        name = host_of(f"//{host}")  # "": no Host header, so not a browser
         allowed = {"", *map(host_of, self._rules.origins)}
         if self._rules.local and not (is_local(name) or name in allowed or "*" in self._rules.origins):
             message = f"this server doesn't answer for the host {name!r}"
             raise ApiError(403, f"{message}; --cors_origins=http://{name or 'HOST'} allows it")
 
     def _check_origin(self, origin: str | None, host: str, method: str):
-        """Refuse what pages of other sites send, but for those that are allowed."""
+        """Refuse POST requests from pages of other sites, unless their origin is allowed."""
         same = origin is not None and origin.partition("://")[2] == host
         allowed = origin is None or same or {origin, "*"} & {*self._rules.origins}
         if method == "POST" and not allowed and origin == "null":
-            why = "pages without an address (Origin: null, as of files) may not use this server"
-            raise ApiError(403, f"{why}; open the page over http, or --cors_origins=* allows all")
+            why = "pages without an address (Origin: null, such as local files) may not use this server"
+            raise ApiError(403, f"{why}; open the page over http, or allow all pages with --cors_origins=*")
         if method == "POST" and not allowed:
             why = f"pages of {origin} may not use this server"
             raise ApiError(403, f"{why}; --cors_origins={origin} allows it")
@@ -143,21 +142,21 @@ class Guard:
     def _check_key(self, authorization: str):
         kind, _, key = authorization.partition(" ")
         digest = hashlib.sha256(key.strip().encode()).digest()
-        same = [hmac.compare_digest(digest, own) for own in self._keys]  # all of them: it takes the same time
+        same = [hmac.compare_digest(digest, own) for own in self._keys]  # no early exit: constant time
         if kind.lower() != "bearer" or not any(same):
             message = "wrong API key" if key else "no API key; send the header Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key")
 
 
 async def read_body(request: HTTPRequest) -> bytes:
-    """Read a request's body. ApiError: it is too large, or too slow."""
+    """Read a request's body. ApiError: the body is too large or arrives too slowly."""
     length, body, more = int(request.headers.get("content-length", "0")), bytearray(), True
     try:
         async with asyncio.timeout(BODY_SECONDS):
             while more and max(length, len(body)) <= MAX_BODY:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
-                    raise ApiError(499, "the client left before its request was complete")
+                    raise ApiError(499, "the client disconnected before its request was complete")
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
     except TimeoutError:
@@ -168,9 +167,9 @@ async def read_body(request: HTTPRequest) -> bytes:
 
 
 class Farewell(Response):
-    """Sends a last answer to a client that may still be sending, and reads on for a moment.
+    """A response that closes the connection after discarding what the client sends for up to LINGER seconds.
 
-    If the connection were closed at once, the answer would be lost.
+    If the connection were closed at once, the client could lose the response.
     """
 
     async def __call__(self, scope, receive, send):

@@ -1,7 +1,8 @@
-"""Engines that work in threads of their own, and the event loop's side of them.
+"""Engines in threads, and the event loop's side of them.
 
-Only an engine's thread touches it, and JAX. The event loop sends it requests by a queue and gets back what
-was generated, once a stretch for all rows, by `call_soon_threadsafe`. Neither ever waits for the other.
+An engine is used by its own thread alone. The event loop sends requests through a queue; the thread returns
+the new tokens of all rows after each stretch (some decoded tokens of each row) by `call_soon_threadsafe`. The
+event loop never waits for a thread; a thread waits for the queue only when it has nothing to generate.
 """
 
 import asyncio
@@ -17,61 +18,58 @@ from jaxchat.infer.scheduler import CANCELLED, Generation, Request
 from jaxchat.serve.metrics import Metrics
 from jaxchat.serve.protocol import ApiError
 
-# Seconds that a stretch may take: while somebody reads along, and otherwise. As long does a cancelled row
-# keep its slot, and a new one wait. Sending takes time a row: with many rows a stretch is longer.
+# Seconds that a stretch may take: HASTY while any row is hasty, else PATIENT. A cancelled row may keep its
+# slot, and a new row may wait, for that long. Sending takes time for each row, so many hasty rows allow more.
 HASTY, PATIENT = 0.04, 0.25
-HASTY_ROWS = 16  # rows up to which HASTY holds; beyond, it grows with their number
-STRETCH = 64  # most tokens of a stretch
+HASTY_ROWS = 16  # hasty rows up to which HASTY holds; above, the time grows with their number
+STRETCH = 64  # largest number of tokens of each row in a stretch
 
 clock = time.perf_counter
 
 
 class Stopped(Exception):
-    """Raised where rows will get no more tokens: the server shuts down, or an engine has failed."""
+    """Raised by Job.news when no more tokens will arrive: the server shuts down, or an engine has failed."""
 
 
 @dataclasses.dataclass(eq=False)
 class Row:
-    """One answer that an engine is to generate, with the times of what has happened to it.
-
-    The times are `clock`'s; 0: it has not happened yet.
-    """
+    """One answer to generate, with the times of its events in seconds of `clock`; 0: not yet happened."""
 
     request: Request
-    index: int  # of the answer in its job
-    hasty: bool  # somebody reads along, or looks for stop strings
+    index: int  # number of the answer in its job
+    hasty: bool  # the reply is streamed, or searched for stop strings
     job: "Job"
     worker: "Worker"
-    asked: float
-    began: float = 0.0
-    first: float = 0.0  # token
-    last: float = 0.0
-    said: int = 0  # tokens, the tool's included
-    over: bool = False
-    id: int = -1  # the engine's, of its thread alone
+    asked: float  # submitted
+    began: float = 0.0  # prefill began
+    first: float = 0.0  # first token arrived
+    last: float = 0.0  # latest token arrived
+    said: int = 0  # number of tokens, the tool's included
+    over: bool = False  # ended or cancelled
+    id: int = -1  # in the engine; for the engine's thread alone
 
 
 class Worker(threading.Thread):
-    """An engine in a thread of its own.
+    """A thread that runs one engine.
 
-    live: its rows that have not ended, which only the event loop knows. `ready` is done once the engine is
-    there; `failed` holds the exception that ended it.
+    live: the rows that have not ended; for the event loop alone. ready: future of the engine, or of the
+    exception that opening it raised. failed: the exception that ended the thread.
     """
 
     def __init__(self, open_engine: Callable, slots: int, metrics: Metrics, model: str):
-        """Call it in the event loop; `start` starts the thread. slots: those of the engine.
+        """Create it in the event loop, then call `start`. slots: number of slots of the engine.
 
-        open_engine(on_progress): called in the thread; a context manager that gives an engine with its shapes
-        compiled. on_progress: called with the number of shapes compiled so far, and of all.
+        open_engine(on_progress): called in the thread; returns a context manager that gives an engine with
+        its shapes compiled. on_progress: called with the numbers of shapes compiled so far and in total.
         """
         super().__init__(name=f"engine of {model}", daemon=True)
         self._open, self.slots, self._metrics, self._model = open_engine, slots, metrics, model
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self._pace = 0.01  # seconds a token of all rows
+        self._pace = 0.01  # estimated seconds to decode one token of every row
         self._begun: set[int] = set()  # ids of rows that have a slot
         self.ready: asyncio.Future = self._loop.create_future()
-        self.compiled, self.to_compile = 0, 0  # shapes
+        self.compiled, self.to_compile = 0, 0  # numbers of shapes
         self.failed: BaseException | None = None
         self.live: set[Row] = set()
 
@@ -83,10 +81,10 @@ class Worker(threading.Thread):
         self._inbox.put(("cancel", row))
 
     def stop(self):
-        """End the thread after the stretch it is in."""
+        """End the thread after its current stretch."""
         self._inbox.put(("stop", None))
 
-    # What follows runs in the thread.
+    # The methods below run in the thread.
 
     def run(self):
         try:
@@ -94,7 +92,7 @@ class Worker(threading.Thread):
                 self._call(self._set_ready, engine)
                 self._work(engine)
         except BaseException as problem:
-            if self.ready.done():  # else it is raised where the engine is awaited
+            if self.ready.done():  # else `ready` raises it
                 traceback.print_exc()
             self._call(self._fail, problem)
 
@@ -116,7 +114,7 @@ class Worker(threading.Thread):
             self._call(self._deliver, news, began, ended)
 
     def _obey(self, engine, rows: dict[int, Row]) -> bool:
-        """Do what the event loop asked for; wait for it while there is nothing to generate. -> go on"""
+        """Process the event loop's messages, waiting for one when idle. Return False after "stop"."""
         while True:
             try:
                 what, row = self._inbox.get(block=not engine.busy)
@@ -132,22 +130,22 @@ class Worker(threading.Thread):
 
     def _stretch(self, rows: dict[int, Row]) -> int:
         if len(self._begun) < min(len(rows), self.slots):
-            return 1  # prompts are read one batch a step, and slots are free for more
+            return 1  # each step prefills one batch of prompts, and there are free slots for more
         hasty = sum(row.hasty for row in rows.values())
         seconds = min(PATIENT, HASTY * max(1, hasty / HASTY_ROWS)) if hasty else PATIENT
         return max(1, min(STRETCH, int(seconds / self._pace)))
 
     def _measure(self, news: list[tuple[Row, Generation]], seconds: float):
-        """Learn how long a token takes, from stretches in which no prompt was read."""
+        """Update the estimated seconds per token, from stretches without a prefill."""
         tokens = max((len(new.tokens) + bool(new.end) for _, new in news), default=0)
         if tokens and all(row.id in self._begun for row, _ in news):
             self._pace += 0.3 * (seconds / tokens - self._pace)
 
     def _call(self, function: Callable, *args):
-        with contextlib.suppress(RuntimeError):  # the event loop is gone, and with it everybody who waited
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, so nobody waits for this
             self._loop.call_soon_threadsafe(function, *args)
 
-    # What follows runs in the event loop.
+    # The methods below run in the event loop.
 
     def _set_ready(self, engine):
         if not self.ready.done():
@@ -174,7 +172,7 @@ class Worker(threading.Thread):
 
 
 class Job:
-    """The rows of one request, and the tokens that have come for them."""
+    """The rows of one request, and a queue of their new tokens."""
 
     def __init__(self):
         self.rows: list[Row] = []
@@ -189,7 +187,7 @@ class Job:
         self._news.put_nowait(Stopped(why))
 
     async def news(self, seconds: float | None = None) -> list[tuple[Row, Generation]]:
-        """Wait for new tokens and return all that have come; [] if none come within `seconds`."""
+        """Wait for new tokens and return all that have arrived; [] if none arrive within `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 found = [await self._news.get()]
@@ -203,7 +201,7 @@ class Job:
         return found
 
     def cancel(self):
-        """Free the slots of the rows, at the end of the current stretch at the latest."""
+        """Cancel the rows; their slots are free after the current stretch."""
         for row in self.rows:
             self.cancel_row(row)
 
@@ -217,10 +215,10 @@ class Pool:
     """The engines of one model, one for each device. A new row goes to the engine with the fewest rows."""
 
     def __init__(self, workers: list[Worker], context: int, max_waiting: int):
-        """context: the most tokens of a row; max_waiting: the most rows that may wait for a slot."""
+        """context: maximum tokens of a row; max_waiting: maximum rows that wait for a slot."""
         self.workers, self._max_waiting = workers, max_waiting
-        self._seconds = 1.0  # that an answer takes
-        self.positions = self.slots * context  # of the caches
+        self._seconds = 1.0  # average time of an answer in its slot
+        self.positions = self.slots * context  # of all caches together
 
     @property
     def slots(self) -> int:
@@ -236,7 +234,7 @@ class Pool:
         return any(worker.failed for worker in self.workers)
 
     def submit(self, requests: list[Request], hasty: bool) -> Job:
-        """Ask for answers. ApiError: too many wait, or an engine has failed."""
+        """Queue requests for answers. ApiError: too many rows are waiting, or an engine has failed."""
         if self.failed:
             raise ApiError(500, "the engine failed; the server's log says why")
         most, rows = self.slots + self._max_waiting, len(self.live)
@@ -255,9 +253,9 @@ class Pool:
         return job
 
     def took(self, seconds: float):
-        """Note how long an answer took, from its slot to its end."""
+        """Update the average time of an answer with one that took `seconds` in its slot."""
         self._seconds += 0.1 * (seconds - self._seconds)
 
     def _retry(self) -> int:
-        """Seconds after which half of those that wait may have a slot."""
+        """Estimated seconds, 1 to 60, until half of a full queue has got slots."""
         return max(1, min(60, round(self._seconds * self._max_waiting / self.slots / 2)))

@@ -1,4 +1,4 @@
-"""What the server counts and measures, in Prometheus' form. Names are vLLM's, so that its dashboards fit."""
+"""The server's Prometheus metrics, with vLLM's names so that its dashboards fit."""
 
 from importlib.metadata import version
 
@@ -11,7 +11,7 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 
 class Metrics:
-    """All metrics of the server, in a registry of their own. Times are by a monotonic clock."""
+    """All metrics of the server, in a separate registry. Times are seconds of a monotonic clock."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -27,28 +27,28 @@ class Metrics:
             return Histogram(f"jaxchat_{name}", text, model, buckets=TOKENS, registry=self.registry)
 
         self.requests = counter("requests", "HTTP requests answered", "endpoint", "code")
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of the prompts of answers", *model)
-        self.generation_tokens = counter("generation_tokens", "Tokens sampled for sent answers", *model)
-        self.forced_tokens = counter("forced_tokens", "Tokens that the calculator put in", *model)
-        self.success = counter("request_success", "Answers by how they ended", *model, "finished_reason")
-        self.tool_calls = counter("tool_calls", "Calls of the calculator", *model, "result")
-        self.request_prompt = sizes("request_prompt_tokens", "Tokens of a prompt")
-        self.request_generation = sizes("request_generation_tokens", "Tokens sampled for an answer")
-        self.first = seconds("time_to_first_token", "From a request to its first token")
-        self.between = seconds("inter_token_latency", "Between two tokens of an answer")
-        self.whole = seconds("e2e_request_latency", "From a request to its last token")
-        self.queue = seconds("request_queue_time", "From a request to its slot")
-        self.prefill = seconds("request_prefill_time", "From a slot to the first token")
-        self.decode = seconds("request_decode_time", "From the first token to the last")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished answers", *model)
+        self.generation_tokens = counter("generation_tokens", "Tokens sampled for finished answers", *model)
+        self.forced_tokens = counter("forced_tokens", "Tokens inserted by the calculator", *model)
+        self.success = counter("request_success", "Finished answers, by reason", *model, "finished_reason")
+        self.tool_calls = counter("tool_calls", "Calculator calls, by result", *model, "result")
+        self.request_prompt = sizes("request_prompt_tokens", "Number of tokens in a prompt")
+        self.request_generation = sizes("request_generation_tokens", "Number of tokens sampled for an answer")
+        self.first = seconds("time_to_first_token", "Time from a request to its first token")
+        self.between = seconds("inter_token_latency", "Time between two tokens of an answer")
+        self.whole = seconds("e2e_request_latency", "Time from a request to its last token")
+        self.queue = seconds("request_queue_time", "Time from a request to the start of prefill")
+        self.prefill = seconds("request_prefill_time", "Time from the start of prefill to the first token")
+        self.decode = seconds("request_decode_time", "Time from the first token to the last")
         about = Gauge("jaxchat_build_info", "The version of jaxchat", ("version",), registry=self.registry)
         about.labels(version("jaxchat")).set(1)
 
     def watch(self, pools: dict):
-        """Report the state of {model: Pool} whenever the metrics are read."""
+        """Report the current state of {model: Pool} whenever the metrics are read."""
         self.registry.register(_State(pools))
 
     def tokens(self, model: str, row, count: int, now: float):
-        """Count `count` new tokens of a row and their time; call it before the row itself is changed."""
+        """Record the latency of `count` new tokens of a row; call it before row.first and row.last change."""
         if not row.first:
             self.first.labels(model).observe(now - row.asked)
             return
@@ -57,7 +57,7 @@ class Metrics:
             between.observe((now - row.last) / count)
 
     def ended(self, model: str, row, answer):
-        """Count an answer that was sent completely."""
+        """Record a finished answer."""
         self.success.labels(model, answer.finish).inc()
         self.prompt_tokens.labels(model).inc(len(answer.prompt))
         self.generation_tokens.labels(model).inc(answer.sampled)
@@ -78,7 +78,7 @@ class Metrics:
 
 
 class _State:
-    """What runs and waits at the moment."""
+    """Collector of current values: running and waiting answers, cache and memory in use."""
 
     def __init__(self, pools: dict):
         self._pools = pools
@@ -88,7 +88,7 @@ class _State:
             "num_requests_running": "Answers that have a slot",
             "num_requests_waiting": "Answers that wait for a slot",
             "slots": "Answers that can be generated at a time",
-            "cache_usage_ratio": "Fraction of the cache's positions that answers fill",
+            "cache_usage_ratio": "Fraction of the cache's positions in use",
         }
         about = [(f"jaxchat_{name}", text) for name, text in texts.items()]
         families = [GaugeMetricFamily(*each, labels=["model_name"]) for each in about]
@@ -99,8 +99,8 @@ class _State:
             for family, value in zip(families, values, strict=True):
                 family.add_metric([model], value)
         yield from families
-        memory = GaugeMetricFamily("jaxchat_device_memory_bytes", "Memory in use", labels=["device"])
+        memory = GaugeMetricFamily("jaxchat_device_memory_bytes", "Device memory in use", labels=["device"])
         for device in jax.local_devices():
-            if used := (device.memory_stats() or {}).get("bytes_in_use"):  # CPUs tell none
+            if used := (device.memory_stats() or {}).get("bytes_in_use"):  # CPUs report none
                 memory.add_metric([str(device.id)], used)
         yield memory

@@ -1,8 +1,7 @@
-"""Requests of OpenAI's API, read from JSON with errors that name the field. This file uses neither JAX nor
-HTTP.
+"""Parsing of requests to OpenAI's API, with errors that name the field. Uses neither JAX nor HTTP.
 
-Fields that this server cannot honour are errors, unless they ask for what happens anyway; unknown fields are
-ignored.
+A field that this server does not support is an error, unless its value is one that changes nothing; unknown
+fields are ignored.
 """
 
 import dataclasses
@@ -13,13 +12,13 @@ from typing import Any
 from jaxchat.infer.scheduler import MAX_LOGPROBS, MAX_STOP_TOKENS
 from jaxchat.tokenizer import PART_TYPES
 
-MAX_ANSWERS = 16  # largest n
-MAX_PROMPTS = 128  # of one request for completions
+MAX_ANSWERS = 16  # largest value of the field n
+MAX_PROMPTS = 128  # prompts of one request to /v1/completions
 MAX_STOPS, MAX_STOP_CHARS = 16, 1000
-COMPLETION_TOKENS = 16  # max_tokens of completions when the request has none, as OpenAI's
+COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions, as OpenAI's
 TOOL_DISPLAYS = ("hidden", "inline", "events")
 
-# Values of fields that are not supported which ask for nothing; null is one for all.
+# Unsupported fields, each with the values accepted because they change nothing; null is accepted too.
 ASKS_NOTHING = {
     "suffix": [""],
     "tools": [[]],
@@ -55,7 +54,7 @@ KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """An error to answer a request with, in OpenAI's form. retry: seconds after which to try again."""
+    """An error response in OpenAI's form. retry: seconds in the Retry-After header; 0: no such header."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int = 0
@@ -72,7 +71,7 @@ class ApiError(Exception):
 
 
 def wrong(param: str, expected: str, got: Any) -> ApiError:
-    """Make the error about a field's value."""
+    """Return the error for a field whose value `got` is not what is `expected`."""
     shown = json.dumps(got)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
     return ApiError(400, f"{param}: expected {expected}; got {shown}", param=param)
@@ -80,17 +79,17 @@ def wrong(param: str, expected: str, got: Any) -> ApiError:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The fields that both kinds of requests share. None: the server's own default."""
+    """The fields that chats and completions share. None: the server's default."""
 
     model: str
     n: int
     max_tokens: int | None
     seed: int | None
-    settings: dict  # fields of the engine's Request; without those left to the server's defaults
+    settings: dict  # fields of the engine's Request, without those left to the server's defaults
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
-    top: int | None  # alternatives reported with each token; None: no log-probabilities
+    top: int | None  # number of alternatives reported with each token; None: no log-probabilities
     tool_display: str
 
 
@@ -99,7 +98,7 @@ class Chat(Sampling):
     """A request to /v1/chat/completions."""
 
     messages: list[dict]  # {"role": "system" | "user" | "assistant", "content": text or a list of parts}
-    continue_last: bool  # the last message is the assistant's, to be continued
+    continue_last: bool  # the last message is the assistant's and is to be continued
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,12 +106,12 @@ class Completion(Sampling):
     """A request to /v1/completions."""
 
     prompts: list[str | list[int]]
-    add_bos: bool  # before prompts that are text
-    echo: bool
+    add_bos: bool  # put <|bos|> before prompts that are text
+    echo: bool  # begin the answer with the prompt
 
 
 class Fields:
-    """The fields of a JSON object, read one by one. ApiError names the one that is wrong."""
+    """Reader of the fields of a JSON object. Its methods raise an ApiError that names an invalid field."""
 
     def __init__(self, body: dict):
         self._body, self._read = body, set(IGNORED)
@@ -122,14 +121,14 @@ class Fields:
         return self._body.get(name)
 
     def unknown(self) -> list[str]:
-        """Names of the fields that nothing has read."""
+        """Names of the fields that were not read, except those in IGNORED."""
         return [name for name in self._body if name not in self._read]
 
     def integer(self, name: str, default, least: int, most: float = math.inf):
         return self.number(name, default, least, most, whole=True)
 
     def number(self, name: str, default, least: float, most: float = math.inf, *, above=False, whole=False):
-        """Read a number from `least` (or, with `above`, above it) to `most`; null: the default."""
+        """Read a number from `least` (excluded if `above`) to `most`; null: the default."""
         value = self.get(name)
         if value is None:
             return default
@@ -166,12 +165,12 @@ class Fields:
                 allowed = " or ".join(json.dumps(one) for one in nothing)
                 message = f"{name} is not supported by this server; leave it out"
                 message += f", or send {allowed}" if allowed else ""
-                message += f"; {HINTS[name]} is what it has instead" if name in HINTS else ""
+                message += f"; use {HINTS[name]} instead" if name in HINTS else ""
                 raise ApiError(400, message, param=name, code="unsupported_parameter")
 
 
 def read_json(body: bytes) -> dict:
-    """Parse a request's body. ApiError: it is no JSON object in UTF-8."""
+    """Parse a request's body. ApiError: the body is not a JSON object in UTF-8."""
     try:
         found = json.loads(body.decode("utf-8"))
     except UnicodeDecodeError as problem:
@@ -199,7 +198,7 @@ def read_chat(fields: Fields) -> Chat:
     if last != (messages[-1]["role"] == "assistant"):
         expected = "the assistant's, since continue_final_message is true"
         if not last:
-            expected = "the user's; continue_final_message: true continues the assistant's"
+            expected = "the user's; to continue one of the assistant's, send continue_final_message: true"
         raise ApiError(400, f"messages: the last message must be {expected}", param="messages")
     common = _sampling(fields, least=1)
     if fields.switch("echo"):
@@ -222,7 +221,7 @@ def read_completion(fields: Fields) -> Completion:
 
 
 def _sampling(fields: Fields, least: int) -> dict:
-    """The fields of Sampling but for `top`; least: smallest max_tokens."""
+    """Read the fields of Sampling except `top`. least: smallest max_tokens that is allowed."""
     fields.refuse_unsupported()
     longest = fields.integer("max_tokens", None, least, 2**31 - 1)
     other = fields.integer("max_completion_tokens", None, least, 2**31 - 1)
@@ -231,7 +230,7 @@ def _sampling(fields: Fields, least: int) -> dict:
         raise ApiError(400, message, param="max_completion_tokens")
     stream, options = fields.switch("stream"), fields.get("stream_options")
     if options is not None and not (isinstance(options, dict) and stream):
-        raise ApiError(400, "stream_options is an object, and needs stream: true", param="stream_options")
+        raise ApiError(400, "stream_options must be an object, with stream: true", param="stream_options")
     seed = fields.integer("seed", None, -(2**63), 2**64 - 1)
     n = fields.integer("n", 1, 1, MAX_ANSWERS)
     if fields.integer("best_of", None, 1) not in (None, n):
@@ -285,7 +284,7 @@ def read_prompts(value) -> list[str | list[int]]:
     expected = "a string, a list of strings, a list of token ids, or a list of such lists, none of them empty"
     prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
     if len(prompts) > MAX_PROMPTS:
-        message = f"prompt: {len(prompts)} prompts; at most {MAX_PROMPTS} are possible"
+        message = f"prompt: {len(prompts)} prompts; at most {MAX_PROMPTS} are allowed"
         raise ApiError(400, message, param="prompt")
     for prompt in prompts:
         ids = isinstance(prompt, list) and prompt and all(type(id) is int for id in prompt)
@@ -321,9 +320,9 @@ def _message(message, at: str) -> dict:
 
 
 def chat_prompt(tokenizer, chat: Chat, *, only_continues: bool) -> list[int]:
-    """Turn a chat into tokens, up to where the model is to speak.
+    """Turn a chat into prompt tokens, up to where the model's answer begins.
 
-    only_continues: the model knows no turns, it only continues text: the messages' texts are joined.
+    only_continues: join the texts of the messages without marking turns, for a base model.
     """
     if only_continues:
         texts = [message["content"] for message in chat.messages]
@@ -337,14 +336,14 @@ def chat_prompt(tokenizer, chat: Chat, *, only_continues: bool) -> list[int]:
 
 
 def _check_turns(messages: list[dict]):
-    """Raise ApiError for the first message whose turn it is not: [system,] user, assistant, user, …"""
+    """Raise ApiError for the first message out of order: [system,] user, assistant, user, …"""
     first = int(messages[0]["role"] == "system")
     for i, message in enumerate(messages[first:], first):
         role, expected = message["role"], ("user", "assistant")[(i - first) % 2]
         if role != expected:
-            rule = "user and assistant alternate, and system is first only"
+            rule = "user and assistant must alternate, and only the first message may be system"
             raise ApiError(
-                400, f"messages[{i}]: expected the {expected}'s, since {rule}; got the {role}'s",
+                400, f"messages[{i}]: expected role {expected}, got {role}; {rule}",
                 param=f"messages[{i}]",
             )  # fmt: skip
 
@@ -361,7 +360,7 @@ def completion_prompts(tokenizer, completion: Completion, vocab_size: int) -> li
         if isinstance(prompt, str):
             prompt = [tokenizer.bos] * completion.add_bos + tokenizer.encode(prompt)
             if not prompt:
-                raise ApiError(400, "prompt: it is empty, and add_special_tokens is false", param="prompt")
+                raise ApiError(400, "prompt: an empty prompt needs add_special_tokens: true", param="prompt")
         elif not 0 <= min(prompt) <= max(prompt) < vocab_size:
             odd = min(prompt) if min(prompt) < 0 else max(prompt)
             raise wrong("prompt", f"token ids from 0 to {vocab_size - 1}", odd)
@@ -370,7 +369,7 @@ def completion_prompts(tokenizer, completion: Completion, vocab_size: int) -> li
 
 
 def text_length(asked: Chat | Completion) -> int:
-    """Characters of the longest text to tokenize for one prompt; it has at least as many bytes."""
+    """Number of characters to tokenize for the longest prompt: a lower bound on its bytes."""
     if isinstance(asked, Completion):
         return max((len(prompt) for prompt in asked.prompts if isinstance(prompt, str)), default=0)
     contents = [message["content"] for message in asked.messages]

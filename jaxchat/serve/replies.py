@@ -1,4 +1,4 @@
-"""Replies: tokens as they come become text, log-probabilities, tool calls, and OpenAI's objects."""
+"""Replies: generated tokens turned into text, log-probabilities, tool calls, and objects of OpenAI's API."""
 
 import asyncio
 import codecs
@@ -16,9 +16,9 @@ from jaxchat.serve.protocol import ApiError, Completion, Sampling
 from jaxchat.serve.service import Asked, Served, Service
 
 LEAST_LOGPROB = -9999.0  # JSON has no −∞
-LARGE = 20_000  # bytes that are read or written in a thread
-ENTRY = 200  # bytes, roughly, of a token with its log-probability
-PING = 15.0  # seconds of silence after which a stream shows that it lives
+LARGE = 20_000  # bytes from which JSON is read or written in a thread
+ENTRY = 200  # approximate bytes of JSON for a token with its log-probability
+PING = 15.0  # seconds of silence after which a stream sends a keep-alive comment
 
 
 class Entry(NamedTuple):
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
     token: int
     logprob: float | None
-    top: list[tuple[int, float]]  # the likeliest in its place
+    top: list[tuple[int, float]]  # the likeliest tokens at its position
     offset: int  # characters of the answer before it
 
 
@@ -36,7 +36,7 @@ class Piece:
 
     text: str = ""
     entries: list[Entry] = dataclasses.field(default_factory=list)
-    tools: list[tuple[int, dict]] = dataclasses.field(default_factory=list)  # (text before, event)
+    tools: list[tuple[int, dict]] = dataclasses.field(default_factory=list)  # (text before it, event)
 
     def extend(self, more: "Piece"):
         self.tools += [(len(self.text) + at, tool) for at, tool in more.tools]
@@ -45,25 +45,25 @@ class Piece:
 
 
 class Answer:
-    """One answer as it grows.
+    """One answer while it is generated.
 
-    `add` takes what an engine generates and returns the part that can be shown. `finish` is "" until the end,
+    `add` takes new tokens of an engine and returns the part that can be sent. `finish` is "" until the end,
     then "stop" or "length".
     """
 
     def __init__(self, index: int, asked: Sampling, tokenizer, prompt: list[int]):
         self.index, self.asked, self.prompt, self._tokenizer = index, asked, prompt, tokenizer
         self.finish, self.sampled, self.forced, self.length = "", 0, 0, 0
-        # {"id", "code", "output", "made_up"} each; the last two once there is an output. "incomplete" as well
-        # if its code or output was cut off.
+        # Each has "id" and "code"; once there is an output, also "output" and "made_up"; and "incomplete" if
+        # its code or output was cut off.
         self.tools: list[dict] = []
-        if prompt and prompt[-1] == tokenizer.special("<|python_end|>"):  # a call that is to be answered
+        if prompt and prompt[-1] == tokenizer.special("<|python_end|>"):  # a call without its result
             self.tools.append({"id": f"tool-{index}-0", "code": last_call(prompt, tokenizer) or ""})
         self._reader, self._writer = TextReader(tokenizer, asked.stop), Writer()
-        self._all_tokens = isinstance(asked, Completion)  # or those of the text only
+        self._all_tokens = isinstance(asked, Completion)  # log-probabilities of all tokens, not just text
         self._echoes = self._all_tokens and asked.echo
-        self._waiting: list[Entry] = []  # for the end of their text
-        self._part: Delta | None = None  # of the tool, that is being read
+        self._waiting: list[Entry] = []  # held back until their text is complete
+        self._part: Delta | None = None  # the tool call or output being read
 
     def add(self, new: Generation) -> Piece:
         piece = Piece()
@@ -113,7 +113,7 @@ class Answer:
         piece.text, self.length = piece.text + text, self.length + len(text)
 
     def _end_part(self, piece: Piece, cut: bool = False):
-        """Report what the tool was asked, or said, now that it is complete, or cut off."""
+        """Report the tool call or output that has ended. cut: it was cut off."""
         part, self._part = self._part, None
         if part is None:
             return
@@ -122,7 +122,7 @@ class Answer:
             self.tools.append({"id": f"tool-{self.index}-{len(self.tools)}", "code": part.text} | incomplete)
             event = dict(self.tools[-1])
         else:
-            if not self.tools or "output" in self.tools[-1]:  # the model made it up without a call
+            if not self.tools or "output" in self.tools[-1]:  # the model wrote an output without a call
                 self.tools.append({"id": f"tool-{self.index}-{len(self.tools)}", "code": ""})
             answer = {"output": part.text, "made_up": part.kind != "python_output"} | incomplete
             self.tools[-1] |= answer
@@ -131,19 +131,19 @@ class Answer:
             piece.tools.append((len(piece.text), event))
 
     def _end(self, finish: str, piece: Piece):
-        cut = self._reader.kind != "text"  # within a call, or its output
+        cut = self._reader.kind != "text"  # cut off within a tool call or output
         self._end_part(piece, cut)
         if self.asked.tool_display == "inline":
             self._say(self._writer.end(cut), piece)
-        # Of the tokens around a stop string, those count whose text began before it.
+        # Of the tokens that overlap a stop string, report those whose text begins before it.
         stopped = self._reader.stopped
         piece.entries += [entry for entry in self._waiting if not stopped or entry.offset < self.length]
         self._waiting, self.finish = [], finish
 
     def _echo(self, new: Generation, piece: Piece):
-        """Begin with the prompt: its text, and its tokens with their log-probabilities."""
+        """Put the prompt first: its text, and its tokens with their log-probabilities."""
         self._echoes, decoder = False, codecs.getincrementaldecoder("utf-8")("replace")
-        unwritten = self.asked.add_bos and isinstance(self.asked.prompts[0], str)  # the prompt's <|bos|>
+        unwritten = self.asked.add_bos and isinstance(self.asked.prompts[0], str)  # <|bos|> that we added
         logprobs, top = [None, *new.prompt_logprobs], [[], *new.prompt_top]
         for i, token in enumerate(self.prompt):
             if self.asked.top is not None:
@@ -154,7 +154,7 @@ class Answer:
 
 
 def shown_token(tokenizer, token: int) -> str:
-    """A token as text; one that is a part of a character as "bytes:\\xe2\\x80", as OpenAI writes it."""
+    """Return a token as text; if it holds parts of characters, as "bytes:\\xe2\\x80", like OpenAI."""
     piece = tokenizer.decode_bytes([token])
     try:
         return piece.decode("utf-8")
@@ -163,13 +163,13 @@ def shown_token(tokenizer, token: int) -> str:
 
 
 def completion_logprobs(tokenizer, entries: list[Entry]) -> dict:
-    """Log-probabilities in the form of completions. The token itself is always among the likeliest."""
+    """Log-probabilities in the form of /v1/completions; top_logprobs always has the token itself."""
     found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
         name, logprob = shown_token(tokenizer, entry.token), entry.logprob
         found["tokens"].append(name)
         found["text_offset"].append(entry.offset)
-        if logprob is None:  # the first token of all, which nothing predicts
+        if logprob is None:  # the prompt's first token, which nothing predicts
             found["token_logprobs"].append(None)
             found["top_logprobs"].append(None)
             continue
@@ -194,7 +194,7 @@ def chat_logprobs(tokenizer, entries: list[Entry]) -> dict:
 
 
 class Form:
-    """Builds the objects of one reply, all with one id and time: the complete one, or chunks."""
+    """Builder of one reply's objects, complete or in chunks, with the same id and time in all of them."""
 
     def __init__(self, model: Served, asked: Sampling):
         self.chat = not isinstance(asked, Completion)
@@ -258,7 +258,7 @@ class Form:
 
 
 class Reply:
-    """The reply to one request: its answers as they grow, and what is sent of them."""
+    """The reply to one request: collects its answers and writes them as JSON or as a stream."""
 
     def __init__(self, service: Service, asked: Asked):
         model = asked.model
@@ -274,7 +274,7 @@ class Reply:
         self._service.jobs.discard(self.job)
 
     async def pieces(self, seconds: float | None = None) -> AsyncIterator[tuple[Answer, Piece] | None]:
-        """Yield what is new of each answer until all have ended, and None after `seconds` of silence."""
+        """Yield (answer, its new piece) until all have ended, and None after `seconds` without news."""
         open_answers = len(self.answers)
         while open_answers:
             news = await self.job.news(seconds)
@@ -287,13 +287,13 @@ class Reply:
                 piece = answer.add(new)
                 if answer.finish:
                     open_answers -= 1
-                    self.job.cancel_row(row)  # after a stop string the engine would continue it
+                    self.job.cancel_row(row)  # the engine would continue after a stop string
                     self._service.metrics.ended(self._asked.model.id, row, answer)
                     self._asked.model.pool.took(row.last - row.began)
                 yield answer, piece
 
     async def complete(self) -> bytes:
-        """The reply as the JSON of one object, once all answers have ended."""
+        """Return the reply as one JSON object, once all answers have ended."""
         found = [Piece() for _ in self.answers]
         async for answer, piece in self.pieces():
             found[answer.index].extend(piece)
@@ -302,10 +302,10 @@ class Reply:
         return await aside(size, lambda: json_bytes(self._form.complete(self.answers, found, usage, ours)))
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The reply as server-sent events."""
+        """Yield the reply as server-sent events."""
         form = self._form
         if form.chat:
-            for answer in self.answers:  # in order: clients number choices by it
+            for answer in self.answers:  # in order of index, by which clients number choices
                 yield event(form.role(answer.index, jaxchat={"seed": self._asked.seed}))
         try:
             async for one in self.pieces(PING):
@@ -333,7 +333,7 @@ class Reply:
         return usage | {"total_tokens": prompt + completion, "prompt_tokens_details": {"cached_tokens": 0}}
 
     def _ours(self) -> dict:
-        """What only jaxchat sends: the seed, what the tool was asked, and times."""
+        """The reply's field "jaxchat": the seed, tool calls, the number of forced tokens, and timings."""
         rows, sampled = self.job.rows, sum(answer.sampled for answer in self.answers)
         asked, began = rows[0].asked, min(row.began for row in rows)
         first, last = min(row.first or row.last for row in rows), max(row.last for row in rows)
@@ -350,12 +350,12 @@ class Reply:
 
 
 def event(content: dict) -> bytes:
-    """Format a server-sent event, in ASCII: some clients end an event at other line ends of Unicode."""
+    """Format a server-sent event, in ASCII because some clients break lines at Unicode line separators."""
     return b"data: " + json_bytes(content) + b"\n\n"
 
 
 async def aside(size: int, function: Callable, *args):
-    """Return function(*args), run in a thread if its input has LARGE bytes or more: the loop stays free."""
+    """Return function(*args), run in a thread if `size` ≥ LARGE so that the event loop is not blocked."""
     return function(*args) if size < LARGE else await asyncio.to_thread(function, *args)
 
 

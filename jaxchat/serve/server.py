@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn with a time limit on headers, errors in OpenAI's form, a shutdown that drains."""
+"""The HTTP server: uvicorn with a time limit on headers, errors in OpenAI's form, and graceful shutdown."""
 
 import asyncio
 import contextlib
@@ -16,8 +16,8 @@ from jaxchat.config import UserError
 from jaxchat.serve.protocol import ApiError
 from jaxchat.serve.service import Service
 
-HEADER_SECONDS = 15.0  # in which a request's headers have to arrive
-CLOSE_SECONDS = 5  # for connections to close once all is said
+HEADER_SECONDS = 15.0  # time limit for a request's headers to arrive
+CLOSE_SECONDS = 5  # time limit for connections to close after the last answer
 
 
 class Protocol(H11Protocol):
@@ -38,7 +38,7 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch_headers(self):
-        """Start the clock where headers are awaited, stop it where they are complete."""
+        """Start the timer when headers are awaited; cancel it when they are complete."""
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
             self._forget_headers()
         elif self._headers_due is None:
@@ -65,7 +65,7 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that leaves signals to `serve`."""
+    """A uvicorn server that leaves signals alone: stops_by_signal handles them."""
 
     @contextlib.contextmanager
     def capture_signals(self):
@@ -73,20 +73,20 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a socket that listens. UserError: the address can't be used."""
+    """Open a listening socket. UserError: the address can't be used."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, *_, address = found[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as problem:
-        known = (problem.errno or 0) > 0  # not of names: create_server adds words of its own to the reason
+        known = (problem.errno or 0) > 0  # false if the name lookup failed; create_server extends strerror
         reason = os.strerror(problem.errno) if known else problem.strerror or problem
         hint = "give another --host, or another --port (0: any)"
         raise UserError(f"--host={host} --port={port}: {reason}; {hint}") from None
 
 
 def stops_by_signal() -> asyncio.Queue:
-    """Make a queue that gets an item whenever a signal asks this process to stop."""
+    """Return a queue that gets an item at each SIGTERM or SIGINT."""
     stops, loop = asyncio.Queue(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stops.put_nowait, number)
@@ -96,9 +96,9 @@ def stops_by_signal() -> asyncio.Queue:
 async def serve(
     app, service: Service, sock: socket.socket, load: Awaitable, drain: float, stops: asyncio.Queue
 ):
-    """Answer until `stops` has an item; then finish what has begun, for `drain` seconds at most.
+    """Serve until `stops` has an item; then let running answers finish, for `drain` seconds at most.
 
-    load: makes the models ready, while health already says "loading"; what it raises is raised here. A second
+    load: loads the models while /health already reports "loading"; its exceptions are raised here. A second
     item in `stops` ends all answers at once.
     """
     config = uvicorn.Config(

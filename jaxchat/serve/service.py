@@ -1,4 +1,4 @@
-"""The models that are served, the state that they share, and requests prepared for them."""
+"""The served models, the state of the server, and the preparation of requests."""
 
 import asyncio
 import dataclasses
@@ -12,7 +12,7 @@ from jaxchat.serve.loop import Job, Pool, Worker
 from jaxchat.serve.metrics import Metrics
 from jaxchat.serve.protocol import ApiError, Chat, Completion, Fields
 
-CLOSING = 5.0  # seconds to wait for an engine's last stretch
+CLOSING = 5.0  # seconds to wait for an engine to stop
 
 log = logging.getLogger("jaxchat.serve")
 
@@ -27,13 +27,13 @@ class Served:
     step: int
     created: int  # seconds since 1970
     fingerprint: str
-    only_continues: bool  # text: it knows no turns
+    only_continues: bool  # a base model, which does not know the turns of a chat
     config: object
     tokenizer: object
     pool: Pool
 
     def about(self) -> dict:
-        """The model in the form of /v1/models, with what only jaxchat has under "jaxchat"."""
+        """Describe the model in the form of /v1/models, with jaxchat's additions under "jaxchat"."""
         ours = {"stage": self.stage, "tag": self.tag, "step": self.step, "chat": not self.only_continues}
         ours |= {"sequence_len": self.config.sequence_len, "slots": self.pool.slots}
         common = {"id": self.id, "object": "model", "created": self.created, "owned_by": "jaxchat"}
@@ -42,22 +42,22 @@ class Served:
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """The settings of a request that leaves them out."""
+    """Settings used for requests that do not give them."""
 
     temperature: float = 0.6
     top_k: int = 50
-    max_tokens: int | None = None  # of chats; None: what the context leaves
+    max_tokens: int | None = None  # of chats; None: as many as fit in the context
 
 
 class Service:
-    """All that the endpoints share. state: "loading", "ok" or "draining"."""
+    """State shared by the endpoints. state: "loading", "ok" or "draining"."""
 
     def __init__(self, models: list[Served], defaults: Defaults, metrics: Metrics):
-        """models: the first is the default."""
+        """models: the first is used by requests that name none."""
         self.models = {model.id: model for model in models}
         self.defaults, self.metrics = defaults, metrics
         self.state = "loading"
-        self.jobs: set[Job] = set()  # that are being answered
+        self.jobs: set[Job] = set()  # of the requests being answered
         self._unknown, self._made = set(), time.monotonic()
         metrics.watch({model.id: model.pool for model in models})
 
@@ -72,7 +72,7 @@ class Service:
         return f"{done} of {total} shapes compiled{left}" if total else "loading"
 
     async def close(self):
-        """Stop the engines and wait a moment for them. One that is still compiling is left to itself."""
+        """Stop the engines, waiting at most CLOSING seconds for each, since one may still be compiling."""
         for worker in self.workers:
             worker.stop()
         for worker in self.workers:
@@ -80,16 +80,16 @@ class Service:
                 await asyncio.to_thread(worker.join, CLOSING)
 
     def model(self, name: str) -> Served:
-        """Return the model with a name; "": the first. ApiError: there is none."""
+        """Return the model called `name`; "": the first model. ApiError: no model has this name."""
         if not name:
             return next(iter(self.models.values()))
         if name not in self.models:
-            message = f"no model {name[:80]!r} here; there are: {', '.join(self.models)}"
+            message = f"no model {name[:80]!r}; this server has: {', '.join(self.models)}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return self.models[name]
 
     def check_open(self):
-        """Raise ApiError unless answers are generated now."""
+        """Raise ApiError while the server is loading or draining."""
         if self.state == "loading":
             raise ApiError(503, "the model is still being loaded", retry=5)
         if self.state == "draining":
@@ -113,7 +113,7 @@ class Service:
 
 @dataclasses.dataclass
 class Asked:
-    """A request that is ready to be given to a model."""
+    """A parsed request, with the requests to the engines that answer it."""
 
     model: Served
     fields: Chat | Completion
@@ -126,7 +126,7 @@ class Asked:
 
 
 def prepare(service: Service, body: bytes, chat: bool) -> Asked:
-    """Read a request's body. ApiError: it is wrong; the error names the field."""
+    """Parse a request's body and tokenize its prompts. ApiError: names the invalid field."""
     fields = Fields(protocol.read_json(body))
     asked = protocol.read_chat(fields) if chat else protocol.read_completion(fields)
     service.note_unknown(fields.unknown())
