@@ -116,6 +116,7 @@ class Engine:
 
         With several processes all must call it, because sharded weights are gathered here.
         """
+        self._params = None  # the old ones' memory is free for the new ones
         dtype = self.compute.dtype
         if self._mesh is None:
             self._params = for_decoding(params, dtype, self.config.vocab_size, self._program.alone)
