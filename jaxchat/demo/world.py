@@ -140,7 +140,7 @@ class World:
                 turns = (self._facts(chance, held_out=True, names=self.prose_only),)
             else:
                 turns = (self._makers[kind](chance, held_out=True),)
-            # Prompts differ in their answers or, in kinds with fewer answers than prompts, in their questions.
+            # Prompts differ in their answers or, in kinds with few different answers, in their questions.
             by_answer = kind in ("arithmetic", "spelling", "counting")
             key = repr([turn.answer if by_answer else turn.question.lower() for turn in turns])
             prompts.setdefault(key, Prompt(kind, turns))

@@ -175,7 +175,7 @@ def called_by(op: Operation, parts) -> list[Operation]:
 
 
 def moved(op: Operation, parts, by_name) -> int:
-    """Bytes that an operation reads and writes; of an array that it only slices, only the slice counts."""
+    """Bytes that an operation reads and writes. If it slices or updates an array, only the slice counts."""
     if op.kind == "dynamic-slice":
         return 2 * size_of(op.shapes)
     if op.kind == "dynamic-update-slice":
@@ -250,7 +250,7 @@ def dot_flops(op: Operation, by_name) -> float:
 
 
 def convolution_flops(op: Operation, by_name) -> float:
-    """FLOPs of a convolution, without products of weights and padding.
+    """FLOPs of a convolution, without products of weights with padding.
 
     TPUs compile matrix products to convolutions, and batch dimensions to windows that are mostly padding.
     """

@@ -198,7 +198,7 @@ def settings_of(evaluation: dict) -> dict:
 
 
 def numbers(evaluation: dict) -> dict[str, float]:
-    """Return the numbers of an evaluation by name: `metrics`, `values` and the accuracy of each task."""
+    """Return an evaluation's numbers by name: `metrics`, `values` and the accuracy of each task."""
     accuracies = {name: task.get("accuracy") for name, task in (evaluation.get("tasks") or {}).items()}
     found = (evaluation.get("metrics") or {}) | (evaluation.get("values") or {}) | accuracies
     return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}

@@ -1,7 +1,7 @@
 """Fit scaling laws to a series of runs: isoFLOP minima, power laws, and loss as a function of N and D.
 
-Hoffmann et al. 2022 (Chinchilla), approaches 2 and 3. The 95 % intervals are a parametric bootstrap: each
-fit is repeated on losses drawn from the fit itself, with the noise of the runs around it.
+Hoffmann et al. 2022 (Chinchilla), approaches 2 and 3. Where the noise of the runs around a fit is known, 95 %
+intervals are a parametric bootstrap: the fit is repeated on losses drawn from itself with this noise.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 from scipy import optimize, stats
 
-DRAWS = 400  # bootstrap samples for an interval
+DRAWS = 400  # bootstrap samples for isoFLOP intervals; a surface's, which are slower, use a quarter
 LEVEL = 0.95
 
 
@@ -42,7 +42,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Minimum:
-    """The minimum of a budget's parabola in log N. inside: it is between the smallest and largest model."""
+    """The minimum of a budget's parabola in log N. inside: N is between the smallest and largest model."""
 
     budget: float
     parabola: np.ndarray  # coefficients of the loss in log N, highest power first
@@ -96,7 +96,7 @@ def slope_of(x, y) -> Estimate:
 def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
     """Find the best model of a budget by a parabola; None: the parabola has no minimum.
 
-    losses: replace the losses of the points.
+    losses: used instead of the losses of the points.
     """
     log_n, log_d = np.log([p.parameters for p in points]), np.log([p.tokens for p in points])
     parabola = np.polyfit(log_n, [p.loss for p in points] if losses is None else losses, 2)

@@ -16,7 +16,7 @@ SECONDS = 60.0  # between two progress lines
 STATUS_SECONDS = 5.0  # between two writes of status.json
 TAIL = 1 << 16  # bytes of metrics.jsonl to read, from its end
 RECENT = 50  # optimizer steps over which the pace is averaged
-PRIOR = 0.1  # fraction of the planned time that counts as if it had been measured as planned
+PRIOR = 0.1  # fraction of the planned time that is assumed to take as long as planned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def pace_of(step: Step) -> Pace | None:
 def scale_of(steps: list[Step], done: dict[str, float]) -> float:
     """Ratio of measured to planned time, over the steps on devices that are done or have trained.
 
-    done: seconds that each step that is done took. A fraction PRIOR of the plan counts as measured as
+    done: seconds that each completed step took. A fraction PRIOR of the plan is assumed to take as long as
     planned, so that a short first step changes the estimate of the long ones only a little.
     """
     planned = {step.name: 60 * step.minutes for step in steps if step.lane == "devices"}
@@ -80,8 +80,8 @@ def seconds_left(step: Step, scale: float) -> float:
 def outlook(steps: list[Step], took: dict[str, float], why: dict[str, str]) -> dict[str, float]:
     """Return {name: seconds that it still takes} of the steps to do.
 
-    took: seconds that each step has taken so far. why: reasons of the steps to do. Times of steps that --redo
-    does again are ignored.
+    took: seconds that each step has taken so far. why: reasons of the steps to do. Measured times of steps that
+    --redo repeats are ignored.
     """
     done = {name: seconds for name, seconds in took.items() if name not in why}
     scale = scale_of([step for step in steps if why.get(step.name) != AGAIN], done)
@@ -101,7 +101,7 @@ class Progress:
         runner.on_progress = self.report
 
     def report(self, changed: bool):
-        """Print and write the progress: at once if a step has started or ended (changed), else at times."""
+        """Print and write the progress: at once if `changed` (a step started or ended), else at intervals."""
         now = time.monotonic()
         if self.runner.running and (changed or now - self.shown >= SECONDS):
             self.shown = now

@@ -43,7 +43,7 @@ class Running:
         os.close(lock)
 
     def follow(self, show: Callable[[str], None]) -> int:
-        """Copy the output to the log and to `show` until the step ends; return the exit code of a shell."""
+        """Copy output to the log and to `show` until the step ends; return its code, 128 + n for signal n."""
         reader = threading.Thread(target=self.read, args=[show], daemon=True)
         reader.start()
         code = self.process.wait()
@@ -76,7 +76,7 @@ class Runner:
         self.tries = dict.fromkeys((step.name for step in steps), 0)
         self.done: dict[str, float] = {}  # {name: seconds that the step took in all starts}
         self.events: queue.SimpleQueue = queue.SimpleQueue()
-        self.stopped = self.failed = 0  # a signal's number; the exit code of a step that failed
+        self.stopped = self.failed = 0  # number of the signal to stop; exit code of the failed step
         self.on_progress = lambda changed: None  # changed: a step has started or ended
 
     def run(self) -> int:
@@ -209,7 +209,7 @@ def hearing(heard: Callable[[int], None]):
     def handler(number, frame):
         heard(number if number == signal.SIGINT else signal.SIGTERM)
 
-    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]  # which stop trainers
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]  # the same ones stop trainers
     numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
