@@ -25,7 +25,7 @@ class Sum(NamedTuple):
 
     @property
     def of_things(self) -> bool:
-        """Return whether the sum can be asked about things such as apples: its result is a natural number."""
+        """Return whether the sum can be about things such as apples: its result is whole and not negative."""
         return self.result.isdigit()
 
 

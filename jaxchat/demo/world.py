@@ -15,7 +15,7 @@ from jaxchat.demo.sums import Sum, sum_of
 PEOPLE, LANDS, TOWNS = 36, 18, 12
 PROSE_ONLY_PEOPLE, PROSE_ONLY_LANDS = 6, 3
 HELD_OUT_WORDS = 200
-HELD_OUT_PROMPTS = 120  # of each kind
+HELD_OUT_PROMPTS = 120  # number per kind
 
 # The kinds of held-out prompts that are scored.
 KINDS = ("identity", "arithmetic", "spelling", "counting", "two-turn", "facts", "prose-only facts")

@@ -200,7 +200,7 @@ def moved(op: Operation, parts, by_name) -> int:
         elif kinds != {("dynamic-update-slice", 0)}:
             total += memory_size(read)
     updates = [inner for inner in fused if inner.kind == "dynamic-update-slice"]
-    if updates:  # in place
+    if updates:  # the result is updated in place
         return total + sum(size_of(by_name[inner.operands[1]].shapes) for inner in updates)
     return total + memory_size(op)
 

@@ -10,8 +10,8 @@ from jaxchat.model.flops import peak_flops
 from jaxchat.model.layers import layers
 from jaxchat.plan.hlo import Program
 
-# Bytes per second from the vendors' data sheets, by a part of jax.Device.device_kind. MEMORY: between a device
-# and its memory. RING: sent in a ring within a slice or host (for TPUs, both directions of one axis).
+# Bytes per second from vendors' data sheets, by a part of jax.Device.device_kind. MEMORY: reads and writes.
+# RING: sent by a device in a ring within a slice or host (for TPUs: both directions of one axis).
 MEMORY = {"H200": 4.8e12, "H100": 3.35e12, "v4": 1.2e12, "v5 lite": 0.82e12, "v5": 2.77e12, "v6": 1.64e12}
 RING = {"H200": 450e9, "H100": 450e9, "v4": 90e9, "v5 lite": 90e9, "v5": 180e9, "v6": 180e9}
 

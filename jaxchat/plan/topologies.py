@@ -43,7 +43,7 @@ def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
     given = gpu_topology(generation, shape, num_slices) if gpu else tpu_topology(topology, num_slices)
     try:
         found = topologies.get_topology_desc(**given).devices
-    except Exception as problem:  # of several kinds, from a C++ library
+    except Exception as problem:  # a C++ library raises several types
         compiler = "JAX" if gpu else "libtpu"
         raise UserError(
             f"--topology={topology}: {compiler} refuses it: {str(problem).splitlines()[0]}"

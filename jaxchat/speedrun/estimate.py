@@ -6,7 +6,7 @@ import math
 from jaxchat.config import EVAL_BATCH, SFT_RECIPES, BaseConfig, MidConfig, ModelConfig, RLConfig, SFTConfig
 from jaxchat.speedrun.steps import Artifact, Step
 
-BYTES_A_TOKEN = 4.8  # in English web text, with a vocabulary of 65,536; the real tokenizer comes later
+BYTES_A_TOKEN = 4.8  # in English web text, estimated for a vocabulary of 65,536
 SHARD_BYTES = 250e6  # bytes of text in a fineweb-edu shard
 SHARD_FILE = 100e6  # bytes of a shard's compressed file
 TASK_FILES = 2e9  # bytes of all tasks and the CORE bundle
@@ -76,7 +76,7 @@ def train_tokens(config, model: ModelConfig) -> float:
 def conversation_tokens(config: SFTConfig, model: ModelConfig) -> int:
     """Estimated number of tokens that a conversation takes in SFT's rows."""
     length = min(SFT_TOKENS, config.max_seq_len if config.max_seq_len > 0 else model.sequence_len)
-    return length // 2 if config.packing == "bestfit" else length  # rows without padding
+    return length // 2 if config.packing == "bestfit" else length  # bestfit rows have no padding
 
 
 def step_tokens(config, model: ModelConfig) -> float:

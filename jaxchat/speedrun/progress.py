@@ -80,8 +80,8 @@ def seconds_left(step: Step, scale: float) -> float:
 def outlook(steps: list[Step], took: dict[str, float], why: dict[str, str]) -> dict[str, float]:
     """Return {name: seconds that it still takes} of the steps to do.
 
-    took: seconds that each step has taken so far. why: reasons of the steps to do. Measured times of steps that
-    --redo repeats are ignored.
+    took: seconds that each step has taken so far. why: reasons of the steps to do. Measured times of steps
+    that --redo repeats are ignored.
     """
     done = {name: seconds for name, seconds in took.items() if name not in why}
     scale = scale_of([step for step in steps if why.get(step.name) != AGAIN], done)
@@ -97,7 +97,7 @@ class Progress:
         self.runner, self.steps, self.price = runner, runner.steps, price_per_hour
         self.began = self.shown = self.written = time.monotonic()
         records = [runner.state.record(step.name) for step in self.steps if step.lane == "devices"]
-        self.before = sum(record.get("seconds", 0.0) for record in records)  # spent by earlier starts
+        self.before = sum(record.get("seconds", 0.0) for record in records)  # seconds spent by earlier starts
         runner.on_progress = self.report
 
     def report(self, changed: bool):
