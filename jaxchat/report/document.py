@@ -66,7 +66,7 @@ def curves_text(images: Images) -> list[str]:
 def measured(columns: list[str], stages: list[StageRun]) -> str:
     """A table of all measured results, with a column for each stage and notes on how to read it."""
     names = dict.fromkeys(name for stage in stages for name in stage.measured)
-    names = sorted(names, key=lambda name: not name.endswith(("loss", "reward", "bpb")))  # losses and rewards first
+    names = sorted(names, key=lambda name: not name.endswith(("loss", "reward", "bpb")))  # these first
     rows = [[name, *(number(stage.measured.get(name)) for stage in stages)] for name in names]
     text = table(["", *columns], rows)
     for name in ("loss", "reward"):
