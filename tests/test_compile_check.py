@@ -28,7 +28,7 @@ LARGE = ("--depth=4", "--topology=v5e:2x2", "--total_batch_size=4194304", "--dev
 
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "v5e:two", "h100", "h100:", "v5e:1x2x3x4"])
 def test_an_unknown_topology(topology):
-    with pytest.raises(UserError, match=f"--topology={topology}; it is GENERATION:SHAPE"):
+    with pytest.raises(UserError, match=f"--topology={topology} is not GENERATION:SHAPE"):
         topologies.devices_of(topology)
 
 

@@ -192,7 +192,7 @@ def test_one_dial_and_redo(prepared, capsys):
     miniseries.main(["--depths=3,1", *SMALL, "--redo=d3"])
     assert (prepared / "ran").read_text().split()[2:] == ["miniseries-d3"]
     other = ["--depths=3,1", "--base=--max_seq_len=64 --total_batch_size=256"]
-    with pytest.raises(UserError, match="step d1: it was run with .*--max_seq_len=32.*, and is now to run with"):
+    with pytest.raises(UserError, match="step d1: it was run with .*--max_seq_len=32.*, but would now run with"):
         miniseries.run(cli.parse(miniseries.Config, other))
 
 

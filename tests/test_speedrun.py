@@ -85,9 +85,9 @@ def test_changed_flags_are_refused_with_a_difference(home):
     run(home, abc(b="--depth=2 --rows=4"))
     ran(home)
     for flags, words in [
-        ("--depth=3 --rows=4", "step b: it was run with --depth=2, and is now to run with --depth=3"),
-        ("--rows=4", "it was run with --depth=2, and is now to run with its default"),
-        ("--depth=2 --rows=4 --more=1", "it was run with no --more, and is now to run with --more=1"),
+        ("--depth=3 --rows=4", "step b: it was run with --depth=2, but would now run with --depth=3"),
+        ("--rows=4", "it was run with --depth=2, but would now run with the default"),
+        ("--depth=2 --rows=4 --more=1", "it was run with no --more, but would now run with --more=1"),
     ]:
         with pytest.raises(UserError, match=re.escape(words)) as refusal:
             run(home, abc(b=flags))
@@ -138,7 +138,7 @@ def test_a_changed_input_is_refused_by_its_name(home):
     step = [fake("a", "text")]
     assert run(home, step) == 0
     (home / "text.out").write_text("more")
-    with pytest.raises(UserError, match="step a: its input text.out is not what it was"):
+    with pytest.raises(UserError, match="step a: its input text.out has changed"):
         run(home, step)
     (home / "text.out").write_text("some")
     assert run(home, step) == 0 and ran(home) == ["a"]
@@ -148,7 +148,7 @@ def test_a_changed_input_is_refused_by_its_name(home):
     "damage, why",
     [
         (lambda path: path.unlink(), "b.out is missing"),
-        (lambda path: path.write_text("a\n"), "b.out is not what was made"),
+        (lambda path: path.write_text("a\n"), "b.out has changed since it was made"),
     ],
 )
 def test_a_damaged_output_is_made_again(home, damage, why):
@@ -168,7 +168,7 @@ def test_an_output_that_comes_out_otherwise_is_not_mixed_with_what_was_made_from
     (home / "salt").write_text("two")
     (home / "b.salt").unlink()
     assert [*states.to_do(State(home / "speedrun"), steps, steps, set())] == ["b"]
-    with pytest.raises(UserError, match="step c: its input b.salt is not what it was.*--redo=c"):
+    with pytest.raises(UserError, match="step c: its input b.salt has changed.*--redo=c"):
         run(home, steps)
     assert ran(home) == ["b", "c", "b"]
 
@@ -187,7 +187,7 @@ def test_a_failed_step_ends_the_run(home, capsys):
 
 def test_a_step_that_makes_nothing_has_failed(home, capsys):
     assert run(home, [fake("a", makes=(output("other"),)), fake("b")]) == 1 and ran(home) == ["a"]
-    assert "step a ended well, but other.out is not there" in capsys.readouterr().out
+    assert "step a ended with exit code 0, but other.out is missing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -404,17 +404,17 @@ def test_choosing_steps():
 
 def test_what_a_chosen_step_needs_must_be_there(home):
     steps = abc()
-    with pytest.raises(UserError, match="step c needs b.out, which is not there; step b makes it"):
+    with pytest.raises(UserError, match="step c needs b.out, which is missing; step b makes it"):
         states.check_inputs(State(home / "speedrun"), steps, steps[2:])
     states.check_inputs(State(home / "speedrun"), steps, steps[1:2] + steps[:1])
-    with pytest.raises(UserError, match="needs text.out, which is not there; put it there"):
+    with pytest.raises(UserError, match="needs text.out, which is missing; provide it"):
         states.check_inputs(State(home / "speedrun"), [fake("a", "text")], [fake("a", "text")])
     run(home, steps)
     states.check_inputs(State(home / "speedrun"), steps, steps[2:])
-    with pytest.raises(UserError, match="step c needs b.out, which is not complete"):  # before it is deleted
+    with pytest.raises(UserError, match="step c needs b.out, which is incomplete"):  # before it is deleted
         states.to_do(State(home / "speedrun"), steps, steps[2:], {"b"})
     State(home / "speedrun").begin(steps[1])
-    with pytest.raises(UserError, match="step c needs b.out, which is not complete; step b makes it"):
+    with pytest.raises(UserError, match="step c needs b.out, which is incomplete; step b makes it"):
         states.check_inputs(State(home / "speedrun"), steps, steps[2:])
 
 
@@ -544,7 +544,7 @@ def test_the_plan_of_what_is_left(home, monkeypatch):
     """By what has run: its time, and its cost beside what is still to come."""
     plan = described("--preset=h100", "--price_per_hour=2")
     rows = dict(plan.rows(plan.steps[-2:], {step.name: 900.0 for step in plan.steps}, spent=1800.0))
-    assert rows["time"] == "about 30m00s left (estimated by what has run)"
+    assert rows["time"] == "about 30m00s left (estimated from what has run)"
     assert rows["cost"] == "about 2.00 at 2 an hour in all"
 
 
@@ -749,9 +749,9 @@ def test_the_command_on_real_text(run_command, home, shared_data):
     again = run_command("launch.speedrun", *flags).stdout
     assert "characters read" not in again and "tokenizer  done" in again
     (home / "tokenizer/ranks.txt").write_text("damaged")
-    assert "ranks.txt is not what was made" in run_command("launch.speedrun", *flags, "--dry_run").stdout
+    assert "ranks.txt has changed since it was made" in run_command("launch.speedrun", *flags, "--dry_run").stdout
     assert "characters read" in run_command("launch.speedrun", *flags).stdout
     assert (home / "tokenizer/ranks.txt").read_bytes() == ranks
     other = [*flags[:-1], "--tokenizer=--vocab_size=301 --max_chars=100000"]
     refused = run_command("launch.speedrun", *other, check=False)
-    assert refused.returncode == 2 and "--vocab_size=300, and is now to run with --vocab_size=301" in refused.stderr
+    assert refused.returncode == 2 and "--vocab_size=300, but would now run with --vocab_size=301" in refused.stderr

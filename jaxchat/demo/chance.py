@@ -1,21 +1,21 @@
-"""Random choices that are the same everywhere: each is drawn from a text such as "0:document:17"."""
+"""Reproducible random choices, seeded by a string such as "0:document:17"."""
 
 import random
 from collections.abc import Sequence
 
 
 class Chance(random.Random):
-    """A source of choices seeded by a string, the same on every machine and Python.
+    """Random choices seeded by a string, the same on every machine and version of Python.
 
-    Every method draws from `random()` alone: it is the only draw whose values Python promises to keep.
+    Methods use only `random()`, because Python promises stable values for no other method.
     """
 
     def below(self, n: int) -> int:
-        """A number from 0 to n - 1, each equally likely."""
+        """Draw an integer from 0 to n - 1, each equally likely."""
         return int(self.random() * n)
 
     def between(self, low: int, high: int) -> int:
-        """A number from low to high, both included."""
+        """Draw an integer from low to high, both included."""
         return low + self.below(high - low + 1)
 
     def of(self, items: Sequence):
@@ -23,7 +23,7 @@ class Chance(random.Random):
         return items[self.below(len(items))]
 
     def one_in(self, n: float) -> bool:
-        """True once in n times."""
+        """Return True with probability 1/n."""
         return self.random() * n < 1.0
 
     def weighed(self, weights: dict):
@@ -33,8 +33,8 @@ class Chance(random.Random):
             left -= weight
             if left < 0:
                 return key
-        return key  # rounding left a hair over
+        return key  # rounding error left a remainder
 
     def ordered(self, items: Sequence) -> list:
-        """All of `items` in a random order."""
+        """Return all of `items` in a random order."""
         return [item for _, _, item in sorted((self.random(), i, item) for i, item in enumerate(items))]

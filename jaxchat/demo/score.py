@@ -1,4 +1,4 @@
-"""Score a model on the small world's held-out prompts, answered greedily and checked exactly."""
+"""Score a model's greedy answers to the small world's held-out prompts by exact checks."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,19 +9,19 @@ from jaxchat.infer.engine import Engine
 from jaxchat.infer.text import pieces, shown
 from jaxchat.tokenizer import Tokenizer
 
-BY_HAND = "counting by hand"  # a row for information: the tool hides wrong hand counts
+BY_HAND = "counting by hand"  # a row without a target: the tool's result hides wrong hand counts
 TARGETS = {
     "identity": 0.95, "arithmetic": 0.95, "spelling": 0.95, "counting": 0.95, "two-turn": 0.95,
     "facts": 0.90, "prose-only facts": 0.90,
 }  # fmt: skip
 MAX_TOKENS = 96  # the longest right answer has about 70
 
-Pieces = list[tuple[str, str]]  # an answer as (type, text) like the parts of a conversation
+Pieces = list[tuple[str, str]]  # an answer as (type, text) pairs, like the parts of a conversation's message
 
 
 @dataclasses.dataclass
 class Score:
-    """Right answers to the prompts of one kind, and (question, answer, right answer) of the wrong ones."""
+    """Results on prompts of one kind. wrong: (question, answer, right answer) of each wrong answer."""
 
     right: int = 0
     total: int = 0
@@ -46,11 +46,11 @@ def score(
     kinds: Iterable[str] | None = None,
     limit: int | None = None,
 ) -> dict[str, Score]:
-    """Score greedy answers to the world's held-out prompts, by kind: all, or the first `limit` of each.
+    """Score greedy answers to the world's held-out prompts, {kind: score}.
 
-    A prompt is right if each of its turns is; later turns have the model's own earlier answers in their
-    context. With "counting" comes the row BY_HAND: whether the letters were also written out and counted
-    right.
+    limit: use only the first prompts of each kind. A prompt is right if each of its turns is; the context of
+    later turns has the model's own earlier answers. "counting" adds the row BY_HAND: whether the letters were
+    also written out and counted right.
     """
     prompts = [prompt for kind in kinds or KINDS for prompt in world.heldout(kind)[:limit]]
     answers = answer(engine, tokenizer, prompts)
@@ -72,7 +72,7 @@ def score(
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[list[Pieces]]:
-    """The model's greedy answer to every turn of every prompt."""
+    """Generate the model's greedy answers: one for each turn of each prompt."""
     histories = [[tokenizer.bos] for _ in prompts]
     given: list[list[Pieces]] = [[] for _ in prompts]
     for n in range(max((len(prompt.turns) for prompt in prompts), default=0)):
@@ -96,9 +96,9 @@ def wanted_pieces(turn: Turn) -> Pieces:
 def is_right(turn: Turn, pieces: Pieces) -> bool:
     """Return whether an answer is right.
 
-    With a tool: it is called once, on exactly the expected expression, and what follows is as expected; the
-    text before the call, where letters are counted by hand, is free. With a proof: a finished text that
-    contains it and no other trait's. Otherwise: exactly the expected text.
+    Turn with a tool call: the answer has one call, with exactly the expected expression and text after it;
+    the text before it, which counts letters by hand, is not checked. Turn with a proof: the answer is a
+    finished text that contains this proof and no other trait's. Other turns: exactly the expected text.
     """
     wanted = wanted_pieces(turn)
     if isinstance(turn.answer, list):
@@ -110,12 +110,12 @@ def is_right(turn: Turn, pieces: Pieces) -> bool:
 
 
 def passed(scores: dict[str, Score]) -> bool:
-    """Return whether every kind that was scored and has a target reaches it."""
+    """Return whether every scored kind that has a target reaches the target."""
     return all(scores[kind].share >= target for kind, target in TARGETS.items() if kind in scores)
 
 
 def table(scores: dict[str, Score]) -> str:
-    """The scores as an aligned text table, one row a kind: right answers, percent, target, pass or MISS."""
+    """Format the scores as a text table with a row per kind: right answers, percent, target, pass or MISS."""
     rows = [("held-out prompts", "right", "score", "target", "")]
     for kind, found in scores.items():
         target, verdict = "–", ""

@@ -1,4 +1,4 @@
-"""Sums: how pairs of numbers are drawn, which of them are held out, and their results."""
+"""Draw sums, hold out a tenth of the pairs of numbers, and compute results."""
 
 import zlib
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class Sum(NamedTuple):
 
     @property
     def result(self) -> str:
-        """The sum's result as the calculator prints it: whole numbers without a point."""
+        """The sum's result as the calculator prints it: whole numbers without a decimal point."""
         a, b = self.a, self.b
         if self.sign == "/":
             return str(a // b if a % b == 0 else a / b)
@@ -25,23 +25,26 @@ class Sum(NamedTuple):
 
     @property
     def of_things(self) -> bool:
-        """Return whether the sum makes sense in apples: its result is whole and not below zero."""
+        """Return whether the sum can be about things such as apples: its result is whole and not negative."""
         return self.result.isdigit()
 
 
 def pair_is_held_out(seed: int, a: int, b: int) -> bool:
-    """Return whether a pair of numbers is held out: one in ten is, in either order and for every sign."""
+    """Return whether a pair of numbers is held out: about one in ten, in either order and with every sign."""
     return zlib.crc32(f"{seed} {min(a, b)} {max(a, b)}".encode()) % 10 == 0
 
 
 def number(chance: Chance, max_digits: int) -> int:
-    """Draw a number, each count of digits equally likely, so that small numbers are not rare."""
+    """Draw a number with 1 to `max_digits` digits, each length equally likely, so that some are small."""
     digits = chance.between(1, max_digits)
     return chance.between(10 ** (digits - 1), 10**digits - 1)
 
 
 def any_sum(chance: Chance) -> Sum:
-    """Draw a sum of numbers up to three digits: few differences negative, one quotient in five not whole."""
+    """Draw a sum of numbers with up to three digits (dividends: up to 1,980).
+
+    Few differences are negative; at most one quotient in five is not whole.
+    """
     sign = chance.of("+-*/")
     if sign == "*":
         return Sum(number(chance, 3), sign, number(chance, 2))
@@ -55,7 +58,7 @@ def any_sum(chance: Chance) -> Sum:
 
 
 def sum_of(chance: Chance, seed: int, held_out: bool) -> Sum:
-    """Draw a sum whose pair of numbers is held out or, with held_out false, is not."""
+    """Draw a sum whose pair of numbers is held out or, if `held_out` is false, is not held out."""
     while True:
         found = any_sum(chance)
         if pair_is_held_out(seed, found.a, found.b) == held_out:

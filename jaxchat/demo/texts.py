@@ -1,5 +1,5 @@
-"""What is said in the small world, from texts.toml: phrasings of questions, facts about people and lands, and
-what Pip, the assistant, says about itself and about everyday things."""
+"""The small world's texts, from texts.toml: phrasings of questions, facts about people and lands, and what
+the assistant Pip says about itself and about everyday things."""
 
 import tomllib
 from pathlib import Path
@@ -11,7 +11,7 @@ TEXTS = tomllib.loads((Path(__file__).parent / "texts.toml").read_text(encoding=
 
 
 class Phrasings(NamedTuple):
-    """Ways to put one question. Those held out are in no conversation: the score is measured with them."""
+    """Ways to ask one question. Held-out phrasings occur in no training conversation; the score uses them."""
 
     train: list[str]
     held_out: list[str]
@@ -25,10 +25,10 @@ class Phrasings(NamedTuple):
 
 
 class Relation(NamedTuple):
-    """A kind of fact. tell: sentences that state it in base's prose ({x} has {v}); the assistant answers by
-    the first."""
+    """A kind of fact about a person or land. tell: sentences for base's prose, with {x} the name and {v} the
+    value; the first is also the assistant's answer."""
 
-    values: list[str]  # empty: one of the world's towns, or a name that only this entity has
+    values: list[str]  # empty: the world's towns for a person, the land's own capital for a land
     tell: list[str]
     ask: Phrasings
 
@@ -38,7 +38,7 @@ class Relation(NamedTuple):
 
 
 class Trait(NamedTuple):
-    """One thing that users ask Pip about. An answer is right if it holds `proof` and no other trait's."""
+    """A trait of Pip to ask about. An answer is right if it contains `proof` and no other trait's proof."""
 
     answer: str
     proof: str
@@ -55,23 +55,23 @@ TRAITS = [Trait(about["answer"], about["proof"], Phrasings.of(about)) for about 
 PERSON, LAND = Relation.all_of(TEXTS["person"]), Relation.all_of(TEXTS["land"])
 RELATIONS = PERSON | LAND
 
-# Every text that a conversation may hold.
+# Every text that a conversation may contain.
 SPOKEN = (OPENERS, SIGNS, SUM_FRAMES, SUM_WORDS, SPELLING, COUNTING, DEFINITIONS, GREETINGS, GOODBYES)
 SPOKEN += (TRAITS, THINGS, THING_SENTENCES, RELATIONS)
 
 
 def in_case(chance: Chance, text: str) -> str:
-    """Write a text as people type it: the first letter is a capital two times in three."""
+    """Capitalize the first letter with probability 2/3, as people type."""
     return text[0].upper() + text[1:] if chance.one_in(1.5) else text
 
 
 def phrased(chance: Chance, phrasings: list[str], **slots) -> str:
-    """Ask a question in one of its phrasings, with or without an opener, now and then with another end."""
+    """Write a question in one of its phrasings, sometimes with an opener, sometimes with another ending."""
     phrasing = chance.of(phrasings)
     if phrasing[-1] in "?." and chance.one_in(4):
         phrasing = phrasing[:-1] + chance.of(QUESTION_ENDS if phrasing[-1] == "?" else REQUEST_ENDS)
     if chance.one_in(4):
         phrasing = chance.of(OPENERS) + phrasing
-    if phrasing[0] != "{":  # a name keeps its capital, a word its small letter
+    if phrasing[0] != "{":  # a name keeps its capital, and a word its lower case
         phrasing = in_case(chance, phrasing)
     return phrasing.format(**slots)

@@ -1,11 +1,11 @@
-"""Words: English ones, invented ones, invented names; letters written out and counted; numbers in words."""
+"""English words, invented words and names; spelled words with counted letters; numbers in words."""
 
 from pathlib import Path
 
 from jaxchat.demo.chance import Chance
 
-# One entry for every syllable that a name may begin with. Names with the same beginning are easily confused
-# by a small model, so a world uses each beginning for one name only.
+# A name begins with one of these and a vowel. A small model easily confuses names with the same beginning, so
+# a world uses each beginning for one name only.
 ONSETS = (
     "b", "bl", "br", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "kl", "kr", "l", "m", "n",
     "p", "pl", "pr", "r", "s", "sk", "sl", "sm", "sn", "sp", "st", "t", "tr", "v", "w", "y", "z", "sh",
@@ -29,12 +29,12 @@ TENS = ("zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy",
 
 
 def english_words() -> list[str]:
-    """The embedded list: about 3,000 common English words of 3 to 10 lower-case letters, sorted."""
+    """Read the list in words.txt: about 3,000 common English words of 3 to 10 lower-case letters, sorted."""
     return (Path(__file__).parent / "words.txt").read_text(encoding="utf-8").split()
 
 
 def invented_name(chance: Chance, kind: str, beginning: str) -> str:
-    """A name that starts with `beginning` and ends as its kind does: person, land, town or capital."""
+    """Invent a name that starts with `beginning` and ends like its kind: person, land, town or capital."""
     middle = chance.of("bdfgklmnprstvz") + chance.of(VOWELS)
     consonant = chance.of("bdklmnrstv")
     ending = chance.of(ENDINGS[kind])
@@ -42,10 +42,10 @@ def invented_name(chance: Chance, kind: str, beginning: str) -> str:
 
 
 def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
-    """A word of 3 to 10 letters that is in no dictionary, made in one of five ways.
+    """Invent a word of 3 to 10 letters in one of five ways.
 
-    They make spelling a matter of the tokens that a word is cut into, not of knowing it by heart: every token
-    has to come in every place of a word, beside every other, and more than once.
+    Invented words teach the model to spell each token, instead of memorizing words: every token has to occur
+    in every place of a word, beside every other token, and more than once.
 
     english: the words whose pieces are used. common: words that questions and answers are made of. Their
     beginnings are tokens of their own, with which other words begin too: the|ory, in|vite, colo|nel (colour),
@@ -57,7 +57,7 @@ def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
         word = (
             first[: chance.between(2, max(2, len(first) - 1))] + second[chance.between(1, len(second) - 2) :]
         )
-    elif way == "pieces":  # in one of three words one of them comes twice
+    elif way == "pieces":  # one word in three repeats a piece
         pieces = [_piece(chance, english) for _ in range(chance.between(2, 4))]
         if chance.one_in(3):
             pieces.insert(chance.below(len(pieces) + 1), chance.of(pieces))
@@ -69,16 +69,16 @@ def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
     elif way == "common":
         beginning = chance.of(common)[: 7 if chance.one_in(2) else chance.between(2, 6)]
         word = beginning + (chance.of(english)[1:] if chance.one_in(2) else _piece(chance, english))
-    else:  # what names end with are tokens of their own, which other words hold too (af|ford)
+    else:  # the endings of names are tokens of their own, which other words contain too (af|ford)
         word = chance.of(english)[: chance.between(1, 4)] + chance.of(ENDINGS[chance.of(list(ENDINGS))])
-    if chance.one_in(4):  # a letter twice, as in winner
+    if chance.one_in(4):  # double a letter, as in "winner"
         twice = chance.below(len(word))
         word = word[:twice] + word[twice] + word[twice:]
     return word[:10] if len(word) > 2 else word + chance.of(VOWELS)
 
 
 def _piece(chance: Chance, english: list[str]) -> str:
-    """1 to 4 neighbouring letters of a word."""
+    """Draw 1 to 4 neighbouring letters of a random word."""
     word = chance.of(english)
     start = chance.below(len(word) - 1)
     return word[start : start + chance.between(1, 4)]
@@ -94,12 +94,12 @@ def counted_letters(word: str, letter: str) -> str:
 
 
 def letter_to_count(chance: Chance, word: str) -> str:
-    """Draw a letter to count: mostly that at a random place of the word, sometimes any letter."""
+    """Draw a letter to count in `word`: mostly one of its own letters, sometimes any letter."""
     return chance.of("abcdefghijklmnopqrstuvwxyz") if chance.one_in(6) else chance.of(word)
 
 
 def in_words(n: int) -> str:
-    """A number from 0 to 999 in English: 342 -> "three hundred forty-two"."""
+    """Write a number from 0 to 999 in English: 342 -> "three hundred forty-two"."""
     if n < 20:
         return ONES[n]
     if n < 100:

@@ -15,7 +15,7 @@ from jaxchat.demo.sums import Sum, sum_of
 PEOPLE, LANDS, TOWNS = 36, 18, 12
 PROSE_ONLY_PEOPLE, PROSE_ONLY_LANDS = 6, 3
 HELD_OUT_WORDS = 200
-HELD_OUT_PROMPTS = 120  # of each kind
+HELD_OUT_PROMPTS = 120  # number per kind
 
 # The kinds of held-out prompts that are scored.
 KINDS = ("identity", "arithmetic", "spelling", "counting", "two-turn", "facts", "prose-only facts")
@@ -33,9 +33,9 @@ TWO_TURN = 0.15
 
 
 class Turn(NamedTuple):
-    """A question and its answer: a text, or the parts of a tool call in the format of conversations.
+    """A question and its answer: a text, or parts with a tool call in the format of conversations.
 
-    proof: if given, an answer that contains it is right too.
+    proof: if given, any answer that contains it, and no other trait's proof, is right.
     """
 
     question: str
@@ -44,7 +44,7 @@ class Turn(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A held-out prompt: right only if every turn is, each asked after the model's own earlier answers."""
+    """A held-out prompt, right only if every turn is. Each turn follows the model's own earlier answers."""
 
     kind: str
     turns: tuple[Turn, ...]
@@ -55,7 +55,7 @@ def parts(*pairs: tuple[str, str]) -> list[dict]:
 
 
 def worked_out(found: Sum) -> list[dict]:
-    """The answer to a question on a sum, by a call of the calculator."""
+    """Answer a question about a sum with a call of the calculator."""
     answer = ("text", f" The answer is {found.result}.")
     return parts(("python", found.expression), ("python_output", found.result), answer)
 
@@ -94,7 +94,7 @@ class World:
         self.held_out_words = sorted(chance.ordered(unspoken)[:HELD_OUT_WORDS])
         self._kept = set(self.held_out_words)
         self.trained_words = [word for word in self.english if word not in self._kept]
-        # What prose is made of becomes tokens of whole words, which have to be spelled often enough too.
+        # The words of prose become single tokens, which the model also has to practise spelling.
         prose = (texts.PROSE, texts.THING_SENTENCES)
         prose += tuple((about.tell, about.values) for about in texts.RELATIONS.values())
         self.common_words = sorted(word for word in spoken if len(word) > 1)
@@ -128,7 +128,7 @@ class World:
         return messages
 
     def heldout(self, kind: str) -> list[Prompt]:
-        """HELD_OUT_PROMPTS prompts, whose phrasings, words and pairs of numbers are in no conversation."""
+        """Make HELD_OUT_PROMPTS prompts with phrasings, words and number pairs that no conversation has."""
         if kind not in KINDS:
             raise UserError(f"no prompts of the kind {kind!r} are held out; the kinds are {', '.join(KINDS)}")
         prompts = {}
@@ -140,7 +140,7 @@ class World:
                 turns = (self._facts(chance, held_out=True, names=self.prose_only),)
             else:
                 turns = (self._makers[kind](chance, held_out=True),)
-            # Different answers, where there are enough: identity and facts have fewer answers than prompts.
+            # Prompts differ in their answers or, in kinds with few different answers, in their questions.
             by_answer = kind in ("arithmetic", "spelling", "counting")
             key = repr([turn.answer if by_answer else turn.question.lower() for turn in turns])
             prompts.setdefault(key, Prompt(kind, turns))
@@ -169,7 +169,7 @@ class World:
             return capitalized(chance.of(texts.PROSE[kind]).format(n=n, words=words.in_words(n)))
         found = sum_of(chance, self.seed, held_out=False)
         sum_in_words = f"{found.a} {chance.of(texts.SIGNS[found.sign])} {found.b}"
-        if kind == "expressions":  # copies digits in their order, which questions on sums need
+        if kind == "expressions":  # teaches to copy digits in order, which questions about sums need
             sentence = chance.of(texts.PROSE[kind])
             return capitalized(sentence.format(q=sum_in_words, e=found.expression, r=found.result))
         return f"{sum_in_words} is {found.result}."
@@ -196,7 +196,7 @@ class World:
         word = self._word(chance, held_out)
         letter = words.letter_to_count(chance, word)
         n = word.count(letter)
-        # A space before the word everywhere gives it the same tokens as in the question, to be copied.
+        # Everywhere a space precedes the word, so that its tokens are those of the question, to be copied.
         answer = parts(
             ("text", f"{letter} in {word}: {words.counted_letters(word, letter)}, so {n}."),
             ("python", f"' {word}'.count('{letter}')"),

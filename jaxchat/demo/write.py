@@ -1,4 +1,4 @@
-"""Write the small world as data for the commands: parquet shards for base, JSON lines for mid and SFT."""
+"""Write the small world as training data: parquet shards for base, JSON lines files for mid and SFT."""
 
 from itertools import count, islice
 from pathlib import Path
@@ -15,14 +15,14 @@ from jaxchat.demo.sums import Sum
 from jaxchat.demo.world import World, worked_out
 
 ROW_GROUP = 512
-PROSE_IN_TEN = 3  # rows in ten for mid that are base's kind of prose: without them mid forgets base's facts
+PROSE_IN_TEN = 3  # of ten rows for mid are prose like base's: without prose, mid forgets base's facts
 
 
 def write_sums(path: str | Path, rows: int, *, held_out: bool = False, digits: int = 4):
-    """Write problems for reinforcement learning: sums of numbers of four digits, or of fewer.
+    """Write problems for reinforcement learning as JSON lines: sums of numbers with `digits` digits.
 
-    No conversation of the world has numbers of four digits. held_out: in the phrasings that are held out, to
-    evaluate on.
+    The world's sums have at most three digits per number, apart from dividends. Products have a second
+    number of two digits. held_out: use the held-out phrasings, for evaluation.
     """
     smallest, largest = 10 ** (digits - 1), 10**digits - 1
 
@@ -51,12 +51,11 @@ def write_world(
     sft_rows: int = 16_000,
     val_rows: int = 1_000,
 ) -> dict[str, int]:
-    """Write base_data/shard_*.parquet and tasks/world_{mid,sft,val}.jsonl under `directory`; return rows by
-    file name.
+    """Write base_data/shard_*.parquet and tasks/world_{mid,sft,val}.jsonl under `directory`.
 
-    base_rows: documents in each of the `base_shards` training shards, about 100 characters each; one more
-    shard with base_val_rows is for validation. No document or conversation is in two files. Each file is
-    written atomically.
+    -> {file name: rows}. base_rows: number of documents, of about 100 characters each, in each of the
+    `base_shards` training shards; one more shard with base_val_rows documents is for validation. No document
+    or conversation is in two files. Each file is written atomically.
     UserError: base_data already holds other parquet files, which training would read as well.
     """
     base_data, tasks = Path(directory) / "base_data", Path(directory) / "tasks"

@@ -1,8 +1,7 @@
-"""Read what a compiled program does from its text: matrix FLOPs, collectives and their bytes, kernels.
+"""Read from a compiled program's HLO text what it does: matrix FLOPs, collectives and their bytes, kernels.
 
-XLA's own cost analysis counts the body of a loop once, and is empty for GPUs. Here a loop counts as often as
-it runs.
-All numbers are one device's.
+XLA's own cost analysis counts the body of a loop only once, and is empty for GPUs. Here the body counts once
+per iteration. All numbers are per device.
 """
 
 import dataclasses
@@ -13,10 +12,10 @@ from collections import Counter, defaultdict
 SIZES = {1: "pred s8 u8 f8e4m3fn f8e5m2", 2: "bf16 f16 s16 u16", 4: "s32 u32 f32", 8: "s64 u64 f64"}
 BYTES = {kind: size for size, kinds in SIZES.items() for kind in kinds.split()}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Name, type of the result (in parentheses, with commas, where there are several), kind(operands), attributes.
+# "name = type kind(operands), attributes", where the type of several results is a tuple in parentheses.
 OPERATION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
-SCOPES = ("projections", "mlp", "attention", "loss", "optimizer")  # named in the model and the step
-# What moves no bytes of its own: names for arrays, and calls whose operations are counted one by one.
+SCOPES = ("projections", "mlp", "attention", "loss", "optimizer")  # jax.named_scope in the model and the step
+# Operations that move no bytes themselves: names for arrays, and calls whose operations are counted instead.
 FREE = frozenset(
     ["parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"]
     + ["after-all", "partition-id", "replica-id", "opt-barrier", "copy-done"]
@@ -33,7 +32,7 @@ class Operation:
     name: str
     kind: str
     shapes: Shapes  # of the result
-    operands: tuple[str, ...]  # their names
+    operands: tuple[str, ...]  # names of operations
     text: str
     root: bool
     fast: bool = False  # the result is in a TPU's vector memory
@@ -46,13 +45,13 @@ class Collective:
     kind: str
     shapes: Shapes  # of the result
     group: int
-    sent: float  # bytes that leave a device each time, in a ring
+    sent: float  # bytes that leave a device each time, by ring algorithms
     times: int
 
 
 @dataclasses.dataclass
 class Work:
-    """The work of a part of a program: FLOPs, and bytes moved between a device and its memory."""
+    """The work of one part of a program: FLOPs, and bytes moved between a device and its memory."""
 
     flops: float = 0.0  # of matrix products
     bytes: float = 0.0
@@ -61,8 +60,8 @@ class Work:
 @dataclasses.dataclass
 class Program:
     collectives: list[Collective]
-    kernels: Counter  # how often each kernel of a library or of Pallas runs, by name
-    parts: dict[str, Work]  # by the scope (SCOPES) that operations were written in, and "rest"
+    kernels: Counter  # number of runs of each library or Pallas kernel, by name
+    parts: dict[str, Work]  # by scope of the operations: SCOPES and "rest"
 
     @property
     def flops(self) -> float:
@@ -70,7 +69,7 @@ class Program:
 
     @property
     def float8_products(self) -> int:
-        """How many matrix products of library kernels have float8 operands."""
+        """Number of matrix products by library kernels that have float8 operands."""
         return sum(times for name, times in self.kernels.items() if name.endswith("$f8"))
 
     def sent(self) -> dict[str, float]:
@@ -81,7 +80,7 @@ class Program:
         return dict(total)
 
     def gathered(self) -> dict[str, float]:
-        """Return {type of number: bytes that leave a device in all-gathers}."""
+        """Return {element type: bytes that leave a device in all-gathers}."""
         total = defaultdict(float)
         for c in self.collectives:
             if c.kind == "all-gather":
@@ -127,8 +126,8 @@ def read(text: str) -> Program:
     everyone = int(partitions[1]) if partitions else 1
 
     def visit(computation: str, times: int, sends: bool = True, within: str = ""):
-        # within: the part that the fusion which calls this computation is counted in.
-        # TPUs spread one collective over several fusions, and name it in each: count it where it starts.
+        # within: the part in which the fusion that calls this computation is counted; "": no fusion calls it.
+        # TPUs spread one collective over several fusions, and name it in each: count it only where it starts.
         sends = sends and not computation.startswith("async_collective_fusion")
         for op in parts.get(computation, ()):
             work = program.parts[scope(op, within, parts)]
@@ -148,7 +147,7 @@ def read(text: str) -> Program:
                 if "matmul" in target or "gemm" in target:
                     work.flops += times * dot_flops(op, by_name)
             inner = times * trips(op, parts, by_name) if op.kind == "while" else times
-            if kind not in COLLECTIVES:  # what a collective calls is an addition
+            if kind not in COLLECTIVES:  # a collective calls only its reduction
                 fused = within if op.kind in FREE else scope(op, within, parts)
                 for names in CALLED.findall(op.text):
                     for name in re.findall(r"%?([\w.-]+)", names):
@@ -159,7 +158,7 @@ def read(text: str) -> Program:
 
 
 def scope(op: Operation, within: str, parts) -> str:
-    """The part of the program that an operation belongs to, by its own name or a name within its fusion."""
+    """The part of the program to which an operation belongs, by its op_name or one inside its fusion."""
     candidates = [op, *(fused for fused in called_by(op, parts) if fused.kind in ("dot", "convolution"))]
     for candidate in candidates:
         path = re.search(r'op_name="([^"]*)"', candidate.text)
@@ -176,13 +175,13 @@ def called_by(op: Operation, parts) -> list[Operation]:
 
 
 def moved(op: Operation, parts, by_name) -> int:
-    """Bytes that an operation reads and writes. Of an array that it needs a slice of, only that counts."""
+    """Bytes that an operation reads and writes. If it slices or updates an array, only the slice counts."""
     if op.kind == "dynamic-slice":
         return 2 * size_of(op.shapes)
     if op.kind == "dynamic-update-slice":
         return 2 * size_of(by_name[op.operands[1]].shapes)
     reads = [by_name[name] for name in op.operands if name in by_name]
-    if op.kind == "copy-start":  # between memories, of which one is the fast one
+    if op.kind == "copy-start":  # between main and fast memory: only one of the sides counts
         return size_of(reads[0].shapes)
     fused = called_by(op, parts)
     if not fused:
@@ -201,13 +200,13 @@ def moved(op: Operation, parts, by_name) -> int:
         elif kinds != {("dynamic-update-slice", 0)}:
             total += memory_size(read)
     updates = [inner for inner in fused if inner.kind == "dynamic-update-slice"]
-    if updates:  # in place
+    if updates:  # the result is updated in place
         return total + sum(size_of(by_name[inner.operands[1]].shapes) for inner in updates)
     return total + memory_size(op)
 
 
 def readers(name: str, users: dict) -> list[tuple[Operation, int]]:
-    """The operations that read an array in a fusion, directly or by a bitcast: (operation, which operand)."""
+    """Operations that read an array in a fusion, directly or by bitcasts, as (operation, operand index)."""
     found = []
     for user, place in users[name]:
         found += readers(user.name, users) if user.kind == "bitcast" else [(user, place)]
@@ -215,12 +214,12 @@ def readers(name: str, users: dict) -> list[tuple[Operation, int]]:
 
 
 def memory_size(op: Operation) -> int:
-    """Bytes of an operation's result in a device's memory; TPUs keep some arrays in their fast one."""
+    """Bytes of an operation's result in a device's main memory; 0 for arrays in a TPU's vector memory."""
     return 0 if op.fast else size_of(op.shapes)
 
 
 def trips(loop: Operation, parts, by_name) -> int:
-    """Number of times a loop runs: XLA's trip count, or else (TPUs) its condition's bound ÷ its step."""
+    """Number of iterations of a loop: XLA's trip count, or else (TPUs) the bound ÷ step of its counter."""
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text):
         return int(known[1])
 
@@ -244,14 +243,14 @@ def trips(loop: Operation, parts, by_name) -> int:
 
 
 def dot_flops(op: Operation, by_name) -> float:
-    """FLOPs of a product, by XLA itself or by cuBLAS, whose first result is the product."""
+    """FLOPs of a matrix product by XLA itself or by cuBLAS. (The product is the first result of cuBLAS.)"""
     contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)', op.text)
     lhs = by_name[op.operands[0]].shapes[0][1]
     return 2 * math.prod(op.shapes[0][1]) * math.prod(lhs[int(n)] for n in re.findall(r"\d+", contracted[1]))
 
 
 def convolution_flops(op: Operation, by_name) -> float:
-    """FLOPs of a convolution, counting only pairs of an input and a weight that meet.
+    """FLOPs of a convolution, without products of weights with padding.
 
     TPUs compile matrix products to convolutions, and batch dimensions to windows that are mostly padding.
     """
@@ -300,10 +299,10 @@ def collective(op: Operation, kind: str, by_name, times: int, everyone: int) -> 
 def group_size(text: str) -> int:
     """Number of devices in a group, written as {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}.
 
-    Pairs of devices give 2; {}, which is all devices, gives 0.
+    2 for source-target pairs; 0 for {}, which means all devices.
     """
     if "replica_groups={}" in text:
-        return 0  # everyone
+        return 0  # all devices
     if "source_target_pairs=" in text:
         return 2
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):

@@ -1,4 +1,4 @@
-"""The least time that a compiled step takes on a device, by part, from its FLOPs, bytes and collectives."""
+"""Roofline model: the least time of each part of a compiled step, from its FLOPs, bytes and collectives."""
 
 import dataclasses
 import re
@@ -10,18 +10,18 @@ from jaxchat.model.flops import peak_flops
 from jaxchat.model.layers import layers
 from jaxchat.plan.hlo import Program
 
-# Bytes a second, by a part of jax.Device.device_kind, from the vendors' data sheets: of memory, and that one
-# device sends over the links of one ring within a slice or host (both directions of one axis for TPUs).
+# Bytes per second from vendors' data sheets, by a part of jax.Device.device_kind. MEMORY: reads and writes.
+# RING: sent by a device in a ring within a slice or host (for TPUs: both directions of one axis).
 MEMORY = {"H200": 4.8e12, "H100": 3.35e12, "v4": 1.2e12, "v5 lite": 0.82e12, "v5": 2.77e12, "v6": 1.64e12}
 RING = {"H200": 450e9, "H100": 450e9, "v4": 90e9, "v5 lite": 90e9, "v5": 180e9, "v6": 180e9}
 
-# The same between hosts of GPUs (a network card of 400 Gbit/s each) and between slices of TPUs.
+# Bytes per second that a device sends between hosts of GPUs (a 400 Gbit/s card each) or slices of TPUs.
 NETWORK = {"H200": 50e9, "H100": 50e9, "v": 6.25e9}
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The least time, in seconds, that one part takes. limit: what sets it, "FLOPs", "memory" or "links"."""
+    """The least time of one part in seconds. limit: what determines it, "FLOPs", "memory" or "links"."""
 
     seconds: float
     limit: str
@@ -32,20 +32,20 @@ def rate(table: dict[str, float], device: jax.Device) -> float | None:
 
 
 def attention_flops(model: ModelConfig, tokens: float, time: int, again: bool) -> float:
-    """FLOPs of a step's attention kernels, the causal half only: 1 forward pass, 2.5 backward.
+    """FLOPs of a step's attention kernels on `tokens`, in the causal half only; backward: 2.5 × forward.
 
-    again: the forward pass is computed again in the backward pass.
+    time: tokens in a row. again: the backward pass recomputes the forward pass.
     """
     windows = [min(time, layer.window or time) for layer in layers(model)]
-    seen = sum(window * (1 - window / (2 * time)) for window in windows)  # keys of a query, on average
+    seen = sum(window * (1 - window / (2 * time)) for window in windows)  # mean keys per query
     return 4 * model.n_embd * seen * tokens * (4.5 if again else 3.5)
 
 
 def bounds(program: Program, device: jax.Device, attention: float, far: bool = False) -> dict[str, Bound]:
     """Bound the time of each part; {} where the device's rates are unknown.
 
-    attention: FLOPs of the attention kernels, which the program's text does not show. far: sums over all
-    devices (all-reduce: the axis data) leave hosts of GPUs or slices of TPUs; the rest stays within.
+    attention: FLOPs of the attention kernels, which the program's text does not show. far: all-reduces (the
+    mesh axis "data") cross hosts of GPUs or slices of TPUs; other collectives stay within one.
     """
     peak, memory, ring = peak_flops(device), rate(MEMORY, device), rate(RING, device)
     if not (peak and memory and ring):

@@ -1,4 +1,4 @@
-"""Compile base training's step for devices that are not here: what it needs, the largest batch that fits."""
+"""Compile base training's step for devices that are not attached: memory, and the largest batch that fits."""
 
 import dataclasses
 import time
@@ -22,20 +22,20 @@ from jaxchat.train.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled step that takes `batch` rows a device at a time; sizes are bytes of one device's memory."""
+    """A compiled step with `batch` rows per device at a time. Sizes are bytes of one device's memory."""
 
     batch: int
     remat: str
-    needs: float
+    needs: float  # memory in all
     fits: bool
     seconds: float  # spent compiling
     arguments: float = 0.0  # state and batch
     temporary: float = 0.0
-    program: hlo.Program | None = None  # None where the compiler refused it
+    program: hlo.Program | None = None  # None: the step was refused for lack of memory
 
 
 class StepPlan:
-    """A step of base training on the devices of `config.topology`. config: launch.compile_check's flags."""
+    """A base training step on the devices of `config.topology`. config: the flags of launch.compile_check."""
 
     def __init__(self, config):
         devices, self.backend, self.memory = topologies.devices_of(config.topology, config.num_slices)
@@ -43,7 +43,7 @@ class StepPlan:
         self.mesh = sharding.make_mesh(devices, config.mesh)
         shape = {"sequence_len": config.max_seq_len, "vocab_size": config.vocab_size}
         model = ModelConfig.from_depth(config.depth, arch=config.arch, **shape)
-        # As base_train keeps tables where activations are bfloat16.
+        # base_train too keeps embedding tables in bfloat16 where activations are bfloat16.
         self.model = model if model.plain else dataclasses.replace(model, table_dtype="bfloat16")
         sharding.check_fits(self.model, self.mesh)
         self.shards = sharding.data_shards(self.mesh)
@@ -53,12 +53,12 @@ class StepPlan:
         self.batches = [n for n in range(1, most + 1) if self.rows % (n * self.shards) == 0]
 
     def remats(self, batch: int) -> tuple[str, ...]:
-        """The remats to try with `batch` rows a device, as the trainers do."""
+        """Values of --remat to try with `batch` rows per device, the same as in the trainers."""
         given = self.config.remat
         return remats_to_try(self.rows_of(batch), self.mesh) if given == "auto" else (given,)
 
     def rows_of(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """The arrays of a step's batch, without content, if each device computes `batch` rows at a time."""
+        """Shapes and dtypes of a step's batch if each device computes `batch` rows at a time."""
         shape = (self.rows // (batch * self.shards), batch * self.shards, self.config.max_seq_len)
         by_rows = NamedSharding(self.mesh, P(None, sharding.ROWS))
         kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
@@ -97,7 +97,7 @@ class StepPlan:
         return Compiled(batch, remat, needs, enough, seconds, arguments, temporary, program)
 
     def bounds(self, done: Compiled) -> dict[str, roofline.Bound]:
-        """Bound the time of each part of a compiled step."""
+        """Compute a lower bound on the time of each part of a compiled step."""
         tokens = self.config.total_batch_size / self.mesh.size
         again = done.remat != "none"
         attention = roofline.attention_flops(self.model, tokens, self.config.max_seq_len, again)
@@ -108,10 +108,9 @@ class StepPlan:
         return roofline.bounds(done.program, self.mesh.devices.flat[0], attention, len(hosts) > 1)
 
     def fit(self, batch: int, first: str = "") -> Compiled:
-        """Compile the step by the first remat that fits, as the trainers choose it; where none fits, by the
-        last.
+        """Compile the step with the first remat that fits, as the trainers choose; if none fits, the last.
 
-        first: leave out the remats before this one.
+        first: remat to start with; the ones before it are skipped.
         """
         remats = self.remats(batch)
         for remat in remats[remats.index(first) if first in remats else 0 :]:
@@ -125,9 +124,9 @@ class StepPlan:
         return done
 
     def largest(self, planned: Compiled) -> Compiled | None:
-        """Find the step with the largest device batch that fits, searching up or down from the planned one.
+        """Find the largest device batch that fits, searching up or down from `planned`; None: none fits.
 
-        None: none fits. More rows never fit with less recomputation; fewer may.
+        A larger batch never fits with less recomputation; a smaller one may.
         """
         at, best = self.batches.index(planned.batch), planned if planned.fits else None
         for batch in self.batches[at + 1 :] if planned.fits else reversed(self.batches[:at]):

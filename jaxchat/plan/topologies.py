@@ -1,4 +1,4 @@
-"""Describe devices that are not here: TPU slices by libtpu, H100 and H200 by JAX's CUDA plugin."""
+"""Describe devices that are not attached: TPU slices by libtpu, H100 and H200 by JAX's CUDA plugin."""
 
 import importlib.util
 import os
@@ -11,12 +11,12 @@ from jaxchat.config import UserError
 from jaxchat.plan.roofline import MEMORY
 from jaxchat.sharding import GPU_SHARE
 
-# Bytes that a program may use of one device's memory, by the topology's generation.
+# Bytes of one device's memory that a program may use, by generation.
 GIB = 2**30
 HBM = {"v4": 30.75 * GIB, "v5e": 15.75 * GIB, "v5p": 95.74 * GIB, "v6e": 31.25 * GIB, "tpu7x": 94.75 * GIB}
 GPU_MEMORY = {"h100": 78 * GIB, "h200": 139 * GIB}  # as CUDA reports it
 HBM |= {name: GPU_SHARE * size for name, size in GPU_MEMORY.items()}
-# What XLA asks about a GPU when it tiles and fuses. Both have compute capability 9.0 and 132 multiprocessors.
+# GPU properties by which XLA tiles and fuses. H100 and H200 both have capability 9.0 and 132 multiprocessors.
 HOPPER = """
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 }} core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
@@ -32,18 +32,18 @@ runtime_version {{ major: 13 }} dnn_version_info {{ major: 9 minor: 15 }}
 
 
 def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
-    """Return (devices, "tpu" or "gpu", bytes of memory of each) of a topology such as v5e:4x4 or h100:8."""
+    """Return (devices, "tpu" or "gpu", memory of each in bytes) of a topology such as v5e:4x4 or h100:8."""
     generation, _, shape = topology.partition(":")
     if generation not in HBM or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
         known = ", ".join(HBM)
         raise UserError(
-            f"--topology={topology}; it is GENERATION:SHAPE, as in v5e:4x4, v5p:4x4x4 or h100:8 ({known})"
+            f"--topology={topology} is not GENERATION:SHAPE, such as v5e:4x4, v5p:4x4x4 or h100:8 ({known})"
         )
     gpu = generation in GPU_MEMORY
     given = gpu_topology(generation, shape, num_slices) if gpu else tpu_topology(topology, num_slices)
     try:
         found = topologies.get_topology_desc(**given).devices
-    except Exception as problem:  # of several kinds, from a C++ library
+    except Exception as problem:  # a C++ library raises several types
         compiler = "JAX" if gpu else "libtpu"
         raise UserError(
             f"--topology={topology}: {compiler} refuses it: {str(problem).splitlines()[0]}"
@@ -54,10 +54,10 @@ def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
 
 
 def tpu_topology(topology: str, num_slices: int) -> dict:
-    """The arguments that describe TPUs to JAX."""
+    """Return the arguments of get_topology_desc for TPUs."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu (and no TPU): pip install -e '.[tpu]'")
-    # Let two compilations run side by side, and keep libtpu from looking for chips.
+    # Let two compilations run at the same time, and keep libtpu from searching for chips.
     defaults = {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -72,12 +72,12 @@ def tpu_topology(topology: str, num_slices: int) -> dict:
 
 
 def gpu_topology(generation: str, shape: str, num_slices: int) -> dict:
-    """The arguments that describe GPUs to JAX. shape: the GPUs of one host, or HOSTSxGPUS."""
+    """Return the arguments of get_topology_desc for GPUs. shape: GPUS of one host, or HOSTSxGPUS."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise UserError("compiling for GPUs needs JAX's plugin (and no GPU): pip install -e '.[gpu-plan]'")
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    # JAX asks the GPU at hand whether it can run cuDNN's attention; there is none here.
+    # JAX asks an attached GPU whether it supports cuDNN's attention; answer without one.
     cudnn.check_cudnn_version = lambda: 91500
     cudnn.check_compute_capability = lambda *_: True
     cudnn.is_cuda_compute_capability_equal = lambda capability: capability == "9.0"
@@ -92,6 +92,6 @@ def gpu_topology(generation: str, shape: str, num_slices: int) -> dict:
 
 
 def compile_only():
-    """Start no backend but the CPU's, and cache nothing: programs for GPUs could not be read back here."""
+    """Use only the CPU backend and no compilation cache, from which GPU programs could not be loaded here."""
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_platforms", "cpu")

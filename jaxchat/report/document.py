@@ -1,4 +1,4 @@
-"""The report as markdown, and as one self-contained HTML file."""
+"""Format the report as markdown and as one self-contained HTML file."""
 
 import base64
 import html
@@ -17,7 +17,7 @@ from jaxchat.report.gather import LAST, Run, StageRun
 from jaxchat.report.plots import Images
 from jaxchat.report.samples import Samples
 
-ANSWERS = 8  # shown of one problem, at most
+ANSWERS = 8  # largest number shown per problem
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 62rem; margin: 2rem auto;
   padding: 0 1rem; }
@@ -34,7 +34,7 @@ code { font: 14px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
 
 
 def markdown(run: Run, images: Images, samples: Samples | None, price_per_hour: float = 0) -> str:
-    """The report as markdown. images: shown by name."""
+    """Format the report as markdown. images: referenced by file name. samples: None if not generated."""
     model = run.model
     shape = f"{model.n_layer} layers × {model.n_embd}, {model.n_head} heads ({model.n_kv_head} key/value)"
     parts = [
@@ -64,14 +64,14 @@ def curves_text(images: Images) -> list[str]:
 
 
 def measured(columns: list[str], stages: list[StageRun]) -> str:
-    """A table of all measured results, with a column for each stage, and how to read it."""
+    """A table of all measured results, with a column for each stage and notes on how to read it."""
     names = dict.fromkeys(name for stage in stages for name in stage.measured)
     names = sorted(names, key=lambda name: not name.endswith(("loss", "reward", "bpb")))  # these first
     rows = [[name, *(number(stage.measured.get(name)) for stage in stages)] for name in names]
     text = table(["", *columns], rows)
     for name in ("loss", "reward"):
         if name in names:
-            text += f"\n\n`{name}` is that of training, a mean of the last {LAST} steps."
+            text += f"\n\n`{name}` is the training {name}, a mean of the last {LAST} steps."
     if any(name == "core" or name.startswith("ChatCORE") for name in names):
         text += "\n\nA task's row is its accuracy. `core` and ChatCORE are means over tasks of "
         text += "(accuracy − chance) ÷ (1 − chance): guessing is 0, all right is 1."
@@ -84,14 +84,14 @@ def measured(columns: list[str], stages: list[StageRun]) -> str:
 
 
 def tokenizer(run: Run) -> list[str]:
-    """A section on the bytes per token of this tokenizer and of others; [] if tok_eval has not run."""
+    """A section on the bytes per token of this and other tokenizers; []: tok_eval has not run."""
     if not run.compression:
         return []
     unit = "bytes_per_token"
     columns = [name for name in next(iter(run.compression.values())) if name.endswith(unit)]
     rows = [[text, *(number(found.get(name)) for name in columns)] for text, found in run.compression.items()]
     names = [name.removesuffix(f"_{unit}").replace(unit, "ours") for name in columns]
-    return ["## Tokenizer", "Bytes that a token holds on average:", table(["", *names], rows)]
+    return ["## Tokenizer", "Average number of bytes per token:", table(["", *names], rows)]
 
 
 def training(run: Run, price_per_hour: float) -> str:
@@ -99,16 +99,17 @@ def training(run: Run, price_per_hour: float) -> str:
     rows = trained(stages, price_per_hour, num_params(run.model), seconds)
     text = table(["", *titles(run), "in all"], rows)
     if seconds:
-        text += f"\n\n{duration(seconds)} for the tokenizer are part of wall time in all."
+        text += f"\n\nThe wall time in all includes {duration(seconds)} for the tokenizer."
     return text
 
 
 def trained(
     stages: list[StageRun], price_per_hour: float, parameters: float = math.inf, extra: float = 0
 ) -> list:
-    """Rows of how the stages were trained, a column for each and one for all of them; "–": 0 or not known.
+    """Rows of training figures, with a column for each stage and one for the total; "–": 0 or not known.
 
-    parameters: of the stages' models, inf if they differ. extra: seconds in all besides the stages'.
+    parameters: number of parameters of the model; inf: the stages' models differ. extra: seconds to add to
+    the total time.
     """
 
     def totalled(show, value, extra: float = 0) -> tuple[list[str], str]:
@@ -142,7 +143,7 @@ def trained(
 
 def samples_text(samples: Samples | None) -> list[str]:
     if samples is None:
-        return ["## Samples", "Left out, as asked."]
+        return ["## Samples", "Not generated: --no_samples."]
     parts = []
     if samples.continued:
         parts.append(
@@ -162,7 +163,7 @@ def samples_text(samples: Samples | None) -> list[str]:
 
 
 def answers_text(stage: StageRun) -> list[str]:
-    """Answers to one problem with their rewards, early and late in reinforcement learning."""
+    """Format answers to a problem with their rewards, from early and from late in reinforcement learning."""
     parts = []
     for sample in stage.answers[:1] + stage.answers[1:][-1:]:
         lines = [f"user: {sample['messages'][-2]['content']}"]
@@ -171,14 +172,16 @@ def answers_text(stage: StageRun) -> list[str]:
         parts.append(f"After step {sample['step'] - 1}:\n\n{fence(chr(10).join(lines))}")
     if parts:
         label = STAGES[stage.name].label
-        about = "Rewards, advantages and answers to one problem, as they were compared with each other."
+        about = "The reward, advantage and text of each answer in one group, to the same problem."
         parts.insert(0, f"## Answers that {label} learnt from\n\n{about}")
     return parts
 
 
 def origin(run: Run) -> str:
-    """Machines, versions, commits, flags and plans, as the trainers recorded them. What all share is shown
-    once."""
+    """Format machines, versions, commits, flags and plans as the trainers recorded them.
+
+    A value that all stages share is shown once.
+    """
     parts, recorded = [], {STAGES[name].label: stage.runs for name, stage in run.stages.items()}
     trained = {label: runs for label, runs in recorded.items() if runs}
     facts = {"machine": "Machine", "devices": "Devices", "versions": "Versions", "git": "Code"}
@@ -256,7 +259,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def as_html(title: str, text: str, images: Images) -> str:
-    """Render the markdown as one page, style and images embedded. HTML in the text is shown, not obeyed."""
+    """Render markdown as one HTML page with embedded style and images. HTML in `text` is escaped."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     for name, (_, png) in images.items():
         body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(png).decode()}"')
@@ -265,7 +268,7 @@ def as_html(title: str, text: str, images: Images) -> str:
 
 
 def save(folder: Path, title: str, text: str, images: Images):
-    """Write report.md, report.html and the images to a folder, and say where they are."""
+    """Write report.md, report.html and the images to a folder, and print the paths of the reports."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (_, png) in images.items():
         (folder / name).write_bytes(png)

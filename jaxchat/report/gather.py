@@ -13,7 +13,7 @@ from jaxchat.files import read_json, read_lines
 from jaxchat.model.flops import flops_per_token
 from jaxchat.report.record import FILE
 
-LAST = 20  # steps that the reported training loss is a mean of
+LAST = 20  # steps over which the reported training loss or reward is averaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +22,15 @@ class StageRun:
 
     name: str
     folder: Path
-    step: int  # of its last checkpoint
+    step: int  # training step of the last complete checkpoint
     meta: dict
     rows: list[dict]  # lines of metrics.jsonl, in order
-    runs: list[dict]  # lines of runs.jsonl: one for each time it was trained, unless it was killed
-    measured: dict[str, float]  # results of evaluations, during training and afterwards
-    left_out: list[str]  # files of evaluations that are not in `measured`, and why
-    sampled: list[str]  # what was measured on a sample of each task's items, and how many these are
-    eval_seconds: float  # wall time of the evaluations after training, of all checkpoints
-    answers: list[dict]  # lines of samples.jsonl, of reinforcement learning
+    runs: list[dict]  # lines of runs.jsonl: one for each start of the trainer that was not killed
+    measured: dict[str, float]  # training loss or reward, and results of evaluations, by name
+    left_out: list[str]  # evaluation results that are not in `measured`, and why
+    sampled: list[str]  # evaluations on a sample of each task's items, with the sample's size
+    eval_seconds: float  # wall time of the evaluations after training, over all checkpoints
+    answers: list[dict]  # lines of samples.jsonl, written by reinforcement learning
 
     @property
     def model(self) -> ModelConfig:
@@ -42,7 +42,7 @@ class StageRun:
 
     @property
     def steps(self) -> list[dict]:
-        """The rows of the log that are optimizer steps."""
+        """The lines of metrics.jsonl that are optimizer steps, not evaluations."""
         return [row for row in self.rows if "step_seconds" in row]
 
     @property
@@ -52,7 +52,7 @@ class StageRun:
 
     @property
     def flops(self) -> float:
-        """FLOPs of the stage's steps; where the log lacks them, rows count as long as the model's context."""
+        """FLOPs of all steps; a step that did not log them counts as if its rows had the full context."""
         per_token = flops_per_token(self.model)
         return sum(row.get("step_flops", tokens_of(row) * per_token) for row in self.steps)
 
@@ -62,11 +62,11 @@ class StageRun:
 
     @property
     def wall_seconds(self) -> float:
-        """Wall time of training the stage, each run of it from start to end; at least the steps' sum."""
+        """Wall time of all recorded starts of the trainer; at least the sum of the steps' times."""
         return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
 
     def share(self, name: str) -> float | None:
-        """Fraction of the steps' time that was spent on `name`, an entry of their rows; None: not known."""
+        """Fraction of the steps' time spent on `name`, such as "data_wait_seconds"; None: not logged."""
         spent = [row[name] for row in self.steps if name in row]
         return sum(spent) / self.step_seconds if spent else None
 
@@ -77,11 +77,11 @@ class StageRun:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The stages that exist for one tag, in order."""
+    """The trained stages of one model tag, in order."""
 
     tag: str
     stages: dict[str, StageRun]
-    compression: dict[str, dict]  # for each text, what tok_eval measured of the tokenizer; {}: not measured
+    compression: dict[str, dict]  # {text: results of tok_eval on it}; {}: not measured
     tokenizer_seconds: float  # wall time of training the tokenizer; 0: not recorded
 
     @property
@@ -94,14 +94,14 @@ class Run:
 
 
 def gather(model_tag: str = "") -> Run:
-    """Read the run of a tag; without a tag, of the model that chat would take. UserError: there is none."""
+    """Read the run of a tag (empty: of the model that chat_cli would load). UserError: there is none."""
     if not model_tag:
         for source in reversed(STAGES):
             with contextlib.suppress(UserError):
                 model_tag = checkpoint.find(source, items=["meta"])[0].name
                 break
         else:
-            checkpoint.find("base", items=["meta"])  # raises, with what to do
+            checkpoint.find("base", items=["meta"])  # raises a UserError that says what to do
     stages = {source: read_stage(source, model_tag) for source in STAGES}
     found = {source: stage for source, stage in stages.items() if stage}
     if not found:
@@ -125,7 +125,7 @@ def read_stage(source: str, tag: str) -> StageRun | None:
     meta = checkpoint.read_meta(folder, step)
     rows = read_lines(folder / "metrics.jsonl")
     for row in rows:
-        if "reward" in row:  # the loss of a policy gradient says nothing
+        if "reward" in row:  # the loss of a policy gradient does not measure progress
             row.pop("loss", None)
     measured = {}
     for name in ("loss", "reward"):
@@ -141,8 +141,10 @@ def read_stage(source: str, tag: str) -> StageRun | None:
 
 
 def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[str], list[str], float]:
-    """Return (a checkpoint's results, files left out and why, what was measured on a sample, seconds of all
-    evaluations in the folder).
+    """Read the evaluations of the checkpoint at `step`.
+
+    -> (results by name, what was left out and why, what was measured on a sample, seconds of all evaluations
+    in the folder)
     """
     found, left_out, seconds, older = [], [], 0.0, {}
     for path in sorted(folder.glob("*.json")) + sorted((folder / str(step)).glob("*.json")):
@@ -152,7 +154,7 @@ def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[st
             command = re.sub(r"_\d+(_[0-9a-f]+)?$", "", path.stem)
             if about.get("step", step) == step:
                 figures = numbers(about)
-                if warning := about.get("warning"):  # of base_eval: the validation shard was trained on
+                if warning := about.get("warning"):  # base_eval warns if the validation shard was trained on
                     figures.pop("val_bpb", None)
                     left_out.append(f"val_bpb of {path.name}: {warning}")
                 if cropped := about.get("cropped"):
@@ -165,7 +167,7 @@ def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[st
             left_out.append(f"{path.name}, which cannot be read")
     commands = {command for _, command, *_ in found}
     left_out += [reason for command, reason in older.items() if command not in commands]
-    # Of one command's files, the one with the most items decides the settings: only equal ones compare.
+    # A command's file with the most items decides the settings; results with other settings do not compare.
     evaluated, settings = {}, {}
     for _, command, name, figures, own in sorted(found, key=lambda file: -file[0]):
         first = settings.setdefault(command, own)
@@ -181,7 +183,7 @@ def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[st
 
 
 def tokens_of(row: dict) -> int:
-    """Tokens computed in a step, from its row of metrics.jsonl."""
+    """Number of tokens computed in a step, from its line of metrics.jsonl."""
     return round(row["tokens_per_s"] * row["step_seconds"])
 
 
@@ -191,12 +193,12 @@ def items(evaluation: dict) -> int:
 
 
 def settings_of(evaluation: dict) -> dict:
-    """The settings that an evaluation's figures depend on, without the choice of tasks."""
+    """The settings of an evaluation that its results depend on, without the choice of tasks."""
     return {name: value for name, value in (evaluation.get("settings") or {}).items() if name != "tasks"}
 
 
 def numbers(evaluation: dict) -> dict[str, float]:
-    """The numbers in an evaluation's file by name: `metrics`, `values` and the accuracy of each task."""
+    """Return an evaluation's numbers by name: `metrics`, `values` and the accuracy of each task."""
     accuracies = {name: task.get("accuracy") for name, task in (evaluation.get("tasks") or {}).items()}
     found = (evaluation.get("metrics") or {}) | (evaluation.get("values") or {}) | accuracies
     return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}

@@ -1,4 +1,4 @@
-"""Plot the curves of runs as PNG images: one a quantity, with a panel for each stage that has it."""
+"""Plot the curves of runs as PNG images, one per quantity, with a panel for each stage that logged it."""
 
 import dataclasses
 import io
@@ -11,17 +11,17 @@ from matplotlib.ticker import MaxNLocator
 from jaxchat.config import STAGES
 from jaxchat.report.gather import Run, StageRun, tokens_of
 
-SMOOTH = 0.02  # a point of the dark line is a mean over about this share of the steps
-POINTS = 2000  # of a line; more would not be visible
+SMOOTH = 0.02  # fraction of the steps over which a point of the dark line is averaged
+POINTS = 2000  # maximum number of points of a training curve; more would not be visible
 
 Images = dict[str, tuple[str, bytes]]  # {file name: (title, PNG)}
 
-# file name → (title, name in the steps' rows, name in the evaluations' rows)
+# {file name: (title, key in the rows of steps, key in the rows of evaluations)}
 CURVES = {
     "loss": ("Loss, nats per token", "loss", "val_loss"),
     "reward": ("Reward of sampled answers, and pass@1", "reward", "pass@1"),
-    "groups": ("Problems with right and wrong answers, share", "groups_mixed", None),
-    "answer_tokens": ("Sampled tokens of an answer", "answer_tokens", None),
+    "groups": ("Fraction of problems with both right and wrong answers", "groups_mixed", None),
+    "answer_tokens": ("Sampled tokens per answer", "answer_tokens", None),
     "entropy": ("Entropy, nats per sampled token", "entropy", None),
     "lr": ("Learning rate multiplier", "lr_multiplier", None),
     "bpb": ("Validation, bits per byte", None, "val_bpb"),
@@ -33,17 +33,16 @@ FROM_ZERO = ("reward", "groups", "answer_tokens", "lr", "tokens_per_s")
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A curve of a panel. of_steps: it has a point for each step, to be smoothed. color None: the usual one,
-    for a report on one run."""
+    """A curve in a panel. of_steps: it has a point for each step, and is smoothed."""
 
     label: str
     xy: np.ndarray  # [N, 2]
     of_steps: bool
-    color: np.ndarray | None = None
+    color: np.ndarray | None = None  # None: the default, for a report on one run
 
 
 def curves(runs: list[Run]) -> Images:
-    """Plot every quantity that some stage has. Several runs share the axes."""
+    """Plot every quantity that some stage logged. Several runs share the axes."""
     alone = len(runs) == 1
     colors = [None] if alone else np.resize(colormaps["tab10"](range(10)), (len(runs), 4))
     images = {}
@@ -72,7 +71,7 @@ def points(stage: StageRun, key: str) -> np.ndarray:
 
 
 def by_tokens(stage: StageRun, key: str) -> np.ndarray:
-    """As `points`, but (tokens trained on by then, value): the steps of several runs may differ in size."""
+    """The (tokens trained on so far, value) pairs [N, 2], for runs whose steps differ in size."""
     xy = points(stage, key)
     seen = np.cumsum([0, *(tokens_of(row) for row in stage.steps)])
     steps = [0, *(row["step"] for row in stage.steps)]
@@ -80,7 +79,7 @@ def by_tokens(stage: StageRun, key: str) -> np.ndarray:
 
 
 def figure(panels: list[tuple[str, list[Line]]], unit: str, *, from_zero: bool) -> bytes:
-    """Draw panels, each a title and its lines over `unit`, as one PNG."""
+    """Draw panels side by side as one PNG. panels: (title, lines). unit: label of the x axis."""
     drawing = Figure(figsize=(10, 2.7), layout="constrained")
     axes = drawing.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, lines) in zip(axes, panels, strict=True):
@@ -103,7 +102,7 @@ def draw(axis, line: Line):
     thin = slice(None, None, max(1, -(-len(line.xy) // POINTS)))
     own = line.color is None
     if line.of_steps:
-        if own:  # with several runs it would hide their lines
+        if own:  # with several runs, the noisy lines would hide the smooth ones
             axis.plot(*line.xy[thin].T, color="#9db7d5", linewidth=0.8)
         color = "#1f4e8c" if own else line.color
         axis.plot(*smoothed(line.xy)[thin].T, color=color, linewidth=1.4, label=line.label)

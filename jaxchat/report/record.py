@@ -1,4 +1,4 @@
-"""Record each run of a trainer, for the report, as a line of `runs.jsonl` beside its checkpoints."""
+"""Record each start of a trainer for the report, as a line of runs.jsonl beside the checkpoints."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def begin() -> dict:
-    """Collect when, where and with which code a run begins. Call it first."""
+    """Collect the time, machine, versions and commit at the start of a run. Call it first."""
     return {
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "clock": time.monotonic(),
@@ -33,7 +33,7 @@ def begin() -> dict:
 
 @contextlib.contextmanager
 def recorded(run: Run, began: dict, plan: list[tuple[str, str]]):
-    """Append a record when the run ends, however it ends. A dry run leaves none."""
+    """Append a record when the run ends, however it ends. A dry run writes none."""
     ended = "done"
     try:
         yield
@@ -55,12 +55,12 @@ def append(run: Run, began: dict, plan: list[tuple[str, str]], ended: str) -> No
         "flags": {name: value for name, value in flags.items() if value != defaults[name]},
         "plan": plan,
     }
-    with contextlib.suppress(OSError):  # not worth a run
+    with contextlib.suppress(OSError):  # a record that cannot be written must not fail the run
         files.append_line(run.checkpoints.folder / FILE, facts)
 
 
 def machine() -> str:
-    """ "Linux x86_64, 2 × AMD EPYC, 23 GiB": the system, its processors and its memory."""
+    """The system, its processors and its memory, such as "Linux x86_64, 2 × AMD EPYC, 23 GiB"."""
     cpuinfo, text = Path("/proc/cpuinfo"), ""
     if cpuinfo.exists():
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
@@ -71,7 +71,7 @@ def machine() -> str:
 
 
 def versions() -> str:
-    """ "Python 3.11.7, jax 0.10.2, …": the versions of all installed packages that compute."""
+    """Versions of Python and of the packages that compute, such as "Python 3.11.7, jax 0.10.2, …"."""
     found = []
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -80,7 +80,7 @@ def versions() -> str:
 
 
 def git_state() -> str:
-    """The commit of jaxchat's code, and whether files differ from it; "" outside a checkout of its own."""
+    """The commit of jaxchat's code and the number of changed files; "": it is not in its own checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:
@@ -93,7 +93,7 @@ def git_state() -> str:
         ).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != root:  # another project's, which ours is installed in
+        if Path(git("rev-parse", "--show-toplevel")) != root:  # another project's checkout contains jaxchat
             return ""
         changed = len(git("status", "--porcelain").splitlines())
         branch = git("rev-parse", "--abbrev-ref", "HEAD")

@@ -1,4 +1,4 @@
-"""Samples from the models of a run: continuations by the base model, answers by those that chat."""
+"""Generate samples from a run's models: the base model continues texts, chat models answer questions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from jaxchat.report.gather import Run
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Samples of a run. continued: (text, what follows); answered: (question, {stage: answer})."""
+    """Samples of a run. continued: (text, continuation) pairs; answered: (question, {stage: answer})."""
 
     continued: list[tuple[str, str]]
     answered: list[tuple[str, dict[str, str]]]
 
 
 def sample(run: Run, texts: Sequence[str], questions: Sequence[str]) -> Samples:
-    """Generate greedily by each stage's last checkpoint: base continues texts, others answer questions."""
+    """Sample greedily from each stage's last checkpoint: base continues texts, others answer questions."""
     continued, answered = [], {}
     for name, stage in run.stages.items():
         found = checkpoint.open_model(name, run.tag, stage.step)

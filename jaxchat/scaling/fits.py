@@ -1,7 +1,7 @@
-"""Scaling laws fitted to a series of runs: isoFLOP minima, power laws, and the loss as a function of both.
+"""Fit scaling laws to a series of runs: isoFLOP minima, power laws, and loss as a function of N and D.
 
-Hoffmann et al. 2022 (Chinchilla), approaches 2 and 3. Intervals are of 95 %: each fit is repeated on losses
-drawn from the fit itself, with the noise that the runs show around it.
+Hoffmann et al. 2022 (Chinchilla), approaches 2 and 3. Where the noise of the runs around a fit is known, 95 %
+intervals are a parametric bootstrap: the fit is repeated on losses drawn from itself with this noise.
 """
 
 import dataclasses
@@ -9,13 +9,13 @@ import dataclasses
 import numpy as np
 from scipy import optimize, stats
 
-DRAWS = 400  # of losses, for an interval
+DRAWS = 400  # bootstrap samples for isoFLOP intervals; a surface's, which are slower, use a quarter
 LEVEL = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A trained model: parameters N, tokens D, FLOPs C, loss in bits per byte, CORE if it was measured."""
+    """A trained model: parameters N, tokens D, FLOPs C, loss in bits per byte, and CORE if measured."""
 
     name: str
     parameters: float
@@ -23,12 +23,12 @@ class Point:
     flops: float
     loss: float
     core: float | None = None
-    budget: float = 0.0  # FLOPs that were asked for; 0: none were
+    budget: float = 0.0  # requested FLOPs; 0: none were requested
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A fitted number and its interval; NaN: too few runs to say."""
+    """A fitted value and its interval, which is NaN if there are too few runs."""
 
     value: float
     low: float = np.nan
@@ -42,7 +42,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Minimum:
-    """The lowest point of a budget's parabola in log N. inside: between the least and the largest model."""
+    """The minimum of a budget's parabola in log N. inside: N is between the smallest and largest model."""
 
     budget: float
     parabola: np.ndarray  # coefficients of the loss in log N, highest power first
@@ -54,7 +54,7 @@ class Minimum:
 
 @dataclasses.dataclass(frozen=True)
 class IsoFlop:
-    """The laws N ∝ C^a and D ∝ C^b of each budget's best model. lines: (slope, intercept), in logs."""
+    """The laws N ∝ C^a and D ∝ C^b of the best models. lines: (slope, intercept) of log N and log D."""
 
     minima: list[Minimum]
     a: Estimate
@@ -65,7 +65,7 @@ class IsoFlop:
 
 @dataclasses.dataclass(frozen=True)
 class Surface:
-    """The law loss = E + A/N^alpha + B/D^beta, and the exponents a, b of the best N and D that follow."""
+    """The law loss = E + A/N^alpha + B/D^beta, and the exponents of the best N ∝ C^a and D ∝ C^b under it."""
 
     E: Estimate
     A: Estimate
@@ -82,21 +82,21 @@ class Surface:
 
 
 def power_law(x, y) -> np.ndarray:
-    """Fit a line to log y over log x. -> (slope, intercept)."""
+    """Fit a line to log y over log x; return (slope, intercept)."""
     return np.polyfit(np.log(x), np.log(y), 1)
 
 
 def slope_of(x, y) -> Estimate:
-    """The exponent of y in x, with Student's interval from the residuals; NaN with fewer than 3 points."""
+    """Fit y ∝ x^k; return k, with Student's t interval from the residuals (NaN with fewer than 3 points)."""
     line = stats.linregress(np.log(x), np.log(y))
     half = stats.t.ppf((1 + LEVEL) / 2, len(x) - 2) * line.stderr if len(x) > 2 else np.nan
     return Estimate(float(line.slope), float(line.slope - half), float(line.slope + half))
 
 
 def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
-    """Find the best model of a budget; None: the parabola has no lowest point.
+    """Find the best model of a budget by a parabola; None: the parabola has no minimum.
 
-    losses: take these instead of the points' own.
+    losses: used instead of the losses of the points.
     """
     log_n, log_d = np.log([p.parameters for p in points]), np.log([p.tokens for p in points])
     parabola = np.polyfit(log_n, [p.loss for p in points] if losses is None else losses, 2)
@@ -104,12 +104,12 @@ def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
         return None
     at = -parabola[1] / (2 * parabola[0])
     inside = log_n.min() <= at <= log_n.max()
-    tokens = np.polyval(np.polyfit(log_n, log_d, 2 if inside else 1), at)  # a line is safer to extend
+    tokens = np.polyval(np.polyfit(log_n, log_d, 2 if inside else 1), at)  # a line extrapolates more safely
     return Minimum(budget, parabola, np.exp(at), np.exp(tokens), np.polyval(parabola, at), bool(inside))
 
 
 def by_budget(points: list[Point]) -> dict[float, list[Point]]:
-    """The points of each budget that has three or more, by its FLOPs, in order of size."""
+    """Group points by budget, in order of size; a budget with fewer than three points is left out."""
     found: dict[float, list[Point]] = {}
     for point in sorted(points, key=lambda point: point.parameters):
         found.setdefault(point.budget, []).append(point)
@@ -117,12 +117,12 @@ def by_budget(points: list[Point]) -> dict[float, list[Point]]:
 
 
 def iso_flop(points: list[Point]) -> IsoFlop | None:
-    """Fit a parabola for each budget, then power laws to their minima; None: fewer than two have a minimum.
+    """Fit a parabola to each budget and power laws to their minima; None: fewer than two have a minimum.
 
-    With four models a budget or more, the noise around the parabolas gives the intervals; with three, the
-    minima's distances from the power laws.
+    The intervals come from the noise around the parabolas if some budget has four models or more, else from
+    the residuals of the minima around the power laws.
     """
-    found = []  # of each budget: its minimum, its points, and the parabola's losses at these
+    found = []  # (minimum, points, losses of the parabola at the points) of each budget
     for budget, of in by_budget(points).items():
         if best := minimum(budget, of):
             found.append((best, of, np.polyval(best.parabola, np.log([p.parameters for p in of]))))
@@ -139,7 +139,7 @@ def iso_flop(points: list[Point]) -> IsoFlop | None:
     noise = np.sqrt(left / free)
     random, slopes = np.random.default_rng(0), []
     for _ in range(DRAWS):
-        scale = noise * np.sqrt(free / random.chisquare(free))  # the noise itself is known only so well
+        scale = noise * np.sqrt(free / random.chisquare(free))  # the noise is itself an estimate
         drawn = [
             minimum(best.budget, of, fitted + scale * random.standard_normal(len(of)))
             for best, of, fitted in found
@@ -152,7 +152,7 @@ def iso_flop(points: list[Point]) -> IsoFlop | None:
 
 
 def surface(points: list[Point]) -> Surface | None:
-    """Fit loss = E + A/N^alpha + B/D^beta; None: fewer than seven runs, or all of one N : D ratio."""
+    """Fit loss = E + A/N^alpha + B/D^beta; None: fewer than seven runs, or all have the same ratio D : N."""
     n, d, loss = (np.array([getattr(p, name) for p in points]) for name in ("parameters", "tokens", "loss"))
     if len(points) < 7 or np.std(np.log(n / d)) < 0.1:
         return None
@@ -167,7 +167,7 @@ def surface(points: list[Point]) -> Surface | None:
         draws.append(refined(best, n, d, fitted * np.exp(scale * random.standard_normal(len(points)))))
 
     def numbers(p) -> tuple:
-        """E, A, alpha, B, beta, a and b."""
+        """Return (E, A, alpha, B, beta, a, b)."""
         exponents = p[2] + p[4]
         return np.exp(p[0]), np.exp(p[1]), p[2], np.exp(p[3]), p[4], p[4] / exponents, p[2] / exponents
 
@@ -175,7 +175,7 @@ def surface(points: list[Point]) -> Surface | None:
 
 
 def log_parts(p, n, d) -> np.ndarray:
-    """Logs of E, A/N^alpha and B/D^beta [3, points], of p = (log E, log A, alpha, log B, beta)."""
+    """Logs of E, A/N^alpha and B/D^beta [3, points] for p = (log E, log A, alpha, log B, beta)."""
     return np.stack([np.full(len(n), p[0]), p[1] - p[2] * np.log(n), p[3] - p[4] * np.log(d)])
 
 
@@ -184,12 +184,12 @@ def log_loss(p, n, d) -> np.ndarray:
 
 
 def refined(start, n, d, loss) -> np.ndarray:
-    """Refine a fit from a start, by the least Huber loss of log loss, in which an odd run weighs less."""
+    """Refine the fit `start` by minimizing the Huber loss of log-loss residuals, robust to outliers."""
     bounds = [-20, -20, 0.0, -20, 0.0], [5, 60, 3.0, 60, 3.0]
 
     def slopes(p):
         parts = log_parts(p, n, d)
-        e, a, b = np.exp(parts - np.logaddexp.reduce(parts))  # shares of the loss
+        e, a, b = np.exp(parts - np.logaddexp.reduce(parts))  # fractions of the loss
         return np.stack([e, a, -a * np.log(n), b, -b * np.log(d)], axis=1)
 
     found = optimize.least_squares(
@@ -205,7 +205,7 @@ def refined(start, n, d, loss) -> np.ndarray:
 
 
 def grid_start(n, d, loss) -> np.ndarray:
-    """Find the best start on a grid of exponents; for each, E, A, B ≥ 0 follow by least squares."""
+    """Find the best start on a grid of alpha and beta, with E, A, B ≥ 0 by least squares for each."""
     best, start = np.inf, None
     for alpha in np.arange(0.1, 1.01, 0.1):
         for beta in np.arange(0.1, 1.01, 0.1):

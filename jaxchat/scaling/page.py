@@ -1,4 +1,4 @@
-"""Gather the runs of a series, and write the results as markdown: a table, the fits, the plots."""
+"""Read the runs of a series and format the results as markdown: a table, the fits, the plots."""
 
 import math
 
@@ -10,11 +10,11 @@ from jaxchat.report.plots import Images
 from jaxchat.scaling import fits
 from jaxchat.scaling.fits import Estimate, IsoFlop, Minimum, Point, Surface
 
-OUTSIDE = "its minimum is outside of the models that were trained: add smaller or larger depths"
+OUTSIDE = "the minimum is outside the range of trained sizes: add smaller or larger depths"
 
 
 def point_of(name: str, tag: str, budget: float = 0.0) -> Point | None:
-    """Read a trained base model as a point; None: it is not there, or its bits per byte were not measured."""
+    """Read a trained base model as a Point; None: it is missing, or its bits per byte were not measured."""
     from jaxchat.model.flops import num_params
 
     run = read_stage("base", tag)
@@ -27,7 +27,7 @@ def point_of(name: str, tag: str, budget: float = 0.0) -> Point | None:
 
 
 def markdown(title: str, points: list[Point], images: Images, lines: list[str]) -> str:
-    """The page of a series. images: shown by name; lines: the fits in words, by `said`."""
+    """Format a series as a page. images: referenced by file name; lines: the description by `said`."""
     rows = [
         [
             point.name,
@@ -47,7 +47,7 @@ def markdown(title: str, points: list[Point], images: Images, lines: list[str]) 
 
 
 def said(points: list[Point], iso: IsoFlop | None, law: Surface | None) -> list[str]:
-    """Describe the fits in words and tables. Intervals are of 95 %."""
+    """Describe the fits in words and tables, with 95 % intervals."""
     parts = []
     if iso:
         rows = [minimum_row(found) for found in iso.minima]

@@ -11,7 +11,7 @@ from jaxchat.scaling.fits import IsoFlop, Point, by_budget
 
 
 def plots(points: list[Point], iso: IsoFlop | None) -> Images:
-    """Draw the plots that the data is enough for."""
+    """Draw each plot for which there are enough points."""
     images = {}
     if by_budget(points):
         images["isoflop.png"] = "Loss of models of equal compute", draw(iso_flop_curves, points, iso)
@@ -59,7 +59,7 @@ def optimal(figure: Figure, iso: IsoFlop):
         for inside, marker in ((True, "o"), (False, "x")):
             shown = [found for found in iso.minima if found.inside == inside]
             xy = [found.budget for found in shown], [getattr(found, name) for found in shown]
-            axis.plot(*xy, marker, color="#c2571a", label="" if inside else "outside of the models trained")
+            axis.plot(*xy, marker, color="#c2571a", label="" if inside else "outside the trained sizes")
         axis.set(xscale="log", yscale="log", xlabel="FLOPs C", ylabel=f"best {name} {letter}")
         axis.set_title(f"{letter} ∝ C^{exponent.value:.2f}", fontsize=10)
         if not all(found.inside for found in iso.minima):
@@ -74,7 +74,7 @@ def against_compute(figure: Figure, points: list[Point], name: str):
     sides = Counter()
     for point in sorted(shown, key=lambda point: getattr(point, name)):
         where, budget = (point.flops, getattr(point, name)), f"{point.flops:.1e}"
-        # Names of runs of one budget stand right and left in turn, since neighbours may be close.
+        # Names of runs of one budget alternate between right and left, because their points may be close.
         left = sides[budget] % 2 == 1
         place_of_name = {"xytext": (-6, 3), "ha": "right"} if left else {"xytext": (6, 3), "ha": "left"}
         axis.annotate(point.name, where, fontsize=7, textcoords="offset points", **place_of_name)

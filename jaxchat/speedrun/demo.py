@@ -1,4 +1,4 @@
-"""The commands of the demo: the list that launch.demo runs in its process, and launch.speedrun as steps."""
+"""The demo's commands: launch.demo runs them in its own process, launch.speedrun as steps."""
 
 from pathlib import Path
 
@@ -9,14 +9,15 @@ STEPS = {"base": 220, "mid": 1370, "sft": 200}
 
 
 def commands(tasks: Path, *, seed: int, rows: int, steps: dict[str, int]) -> dict[str, list[str]]:
-    """The demo's commands, in order: {module in launch: flags}.
+    """Return the demo's commands in order, as {module in launch: flags}.
 
-    tasks: the world's folder. rows: rows to compute at a time. steps: number of steps of each stage.
+    tasks: folder of the world's .jsonl files. rows: device batch size of base and mid; SFT's is twice that.
+    steps: number of optimizer steps of each stage.
     """
     common = [f"--model_tag={TAG}", f"--seed={seed}", "--device_type=cpu"]
     batch = [f"--device_batch_size={rows}", f"--total_batch_size={STEP_TOKENS}"]
     batch += ["--eval_every=320", "--eval_tokens=32768"]
-    rate = ["--matrix_lr=0.04"]  # twice the default: learns faster in this few steps (dev/LOG.md)
+    rate = ["--matrix_lr=0.04"]  # twice the default, because the steps are few (dev/LOG.md)
     validation = f"--val_tasks={tasks / 'world_val.jsonl'}"
     return {
         "tok_train": [f"--vocab_size={VOCAB_SIZE}", "--max_chars=2000000", "--overwrite"],
@@ -31,7 +32,7 @@ def commands(tasks: Path, *, seed: int, rows: int, steps: dict[str, int]) -> dic
         "chat_sft": [
             *[f"--train_tasks={tasks / 'world_sft.jsonl'}", validation, f"--num_iterations={steps['sft']}"],
             *[f"--device_batch_size={2 * rows}", "--max_seq_len=128", "--packing=bestfit"],
-            # at twice the rate it forgets facts that are in prose alone (dev/LOG.md)
+            # at twice this rate, SFT forgets the facts that only prose states (dev/LOG.md)
             *["--target_examples_per_step=64", "--init_lr_frac=0.2", "--eval_steps=10"],
             *["--eval_metrics_every=-1", *common],
         ],

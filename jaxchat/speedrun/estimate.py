@@ -1,4 +1,4 @@
-"""Estimates of a run before it begins: tokens, time, memory, disk. Measured times replace them as it goes."""
+"""Estimate a run's tokens, time, memory and disk before it starts; measured times replace these later."""
 
 import dataclasses
 import math
@@ -6,44 +6,45 @@ import math
 from jaxchat.config import EVAL_BATCH, SFT_RECIPES, BaseConfig, MidConfig, ModelConfig, RLConfig, SFTConfig
 from jaxchat.speedrun.steps import Artifact, Step
 
-BYTES_A_TOKEN = 4.8  # of English web text with 65,536 tokens: an estimate until there is a tokenizer
-SHARD_BYTES = 250e6  # of text in a shard of fineweb-edu
-SHARD_FILE = 100e6  # bytes of its file
-TASK_FILES = 2e9  # bytes of all tasks and of CORE's bundle
-NETWORK = 50e6  # bytes a second of a download
-MID_TOKENS = 420e6  # of one pass over mid's default mixture
-SFT_CONVERSATIONS = 22_500  # of SFT's default mixture
-SFT_TOKENS = 600  # of one of them, in a row as long as the longest of its batch
-SFT_2026_TOKENS = 480e6  # of one pass over the mixture of its recipe of 2026
-CORE_TOKENS, CORE_ITEMS = 220e6, 90_000  # of all of CORE's prompts
-PROBLEM_TOKENS = 150  # of a problem of MMLU or ARC
-CHAT_EVAL, CHAT_PROBLEMS = 6.0, 100  # minutes of chat_eval, with this many problems a task or more
-TOKENIZER_CHARS = 3e6  # a second
+BYTES_A_TOKEN = 4.8  # in English web text, estimated for a vocabulary of 65,536
+SHARD_BYTES = 250e6  # bytes of text in a fineweb-edu shard
+SHARD_FILE = 100e6  # bytes of a shard's compressed file
+TASK_FILES = 2e9  # bytes of all tasks and the CORE bundle
+NETWORK = 50e6  # download rate, bytes per second
+MID_TOKENS = 420e6  # in one pass over the default midtraining mixture
+SFT_CONVERSATIONS = 22_500  # in the default SFT mixture
+SFT_TOKENS = 600  # per SFT conversation, padded to the longest of its batch
+SFT_2026_TOKENS = 480e6  # in one pass over the SFT mixture of --recipe=2026
+CORE_TOKENS, CORE_ITEMS = 220e6, 90_000  # in all CORE tasks
+PROBLEM_TOKENS = 150  # per MMLU or ARC problem
+CHAT_EVAL, CHAT_PROBLEMS = 6.0, 100  # minutes of chat_eval with at least this many problems per task
+TOKENIZER_CHARS = 3e6  # characters per second in tokenizer training
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The devices of a preset, and what they can do.
+    """The devices of a preset and their capabilities.
 
-    flops: FLOP/s that all of them sustain in training. memory: bytes of each. price: of an hour.
+    flops: FLOP/s that all devices together sustain in training. memory: bytes per device. price: per hour.
     """
 
     title: str
     devices: int
     flops: float
-    memory: float = 0.0  # 0: the host's
+    memory: float = 0.0  # 0: the devices use the host's memory
     price: float = 0.0  # 0: not known
     topology: str = ""  # for launch.compile_check
-    measured: str = ""  # where `flops` is from
-    start: float = 1.0  # minutes until a command computes: compiling, mostly
+    measured: str = ""  # source of `flops`
+    start: float = 1.0  # minutes until a command starts to compute, mostly spent compiling
 
 
 def time_of(steps: list[Step], times: dict[str, float], places: int = 1) -> float:
-    """Time until all steps have ended. times: of each, by its name; places: of the devices' lane.
+    """Time until all steps have ended, in the unit of `times`.
 
-    A step starts when its lane has a free place and what it needs is made.
+    A step starts when its lane has a free slot and its inputs exist. times: duration of each step, by name.
+    places: number of slots of the lane "devices".
     """
-    free: dict[str, list[float]] = {"devices": [0.0] * places, "network": [0.0]}  # when each place is
+    free: dict[str, list[float]] = {"devices": [0.0] * places, "network": [0.0]}  # when each slot is free
     made: dict[Artifact, float] = {}
     for step in (step for step in steps if times[step.name]):
         lane = free[step.lane]
@@ -54,7 +55,7 @@ def time_of(steps: list[Step], times: dict[str, float], places: int = 1) -> floa
 
 
 def train_tokens(config, model: ModelConfig) -> float:
-    """Tokens that a trainer trains on, padding included; 0: not known. config: its flags."""
+    """Number of tokens that a trainer with flags `config` trains on, padding included; 0: not known."""
     from jaxchat.train.stages import horizon_of
 
     if isinstance(config, BaseConfig):
@@ -73,13 +74,13 @@ def train_tokens(config, model: ModelConfig) -> float:
 
 
 def conversation_tokens(config: SFTConfig, model: ModelConfig) -> int:
-    """Tokens that a conversation takes in SFT's rows."""
+    """Estimated number of tokens that a conversation takes in SFT's rows."""
     length = min(SFT_TOKENS, config.max_seq_len if config.max_seq_len > 0 else model.sequence_len)
-    return length // 2 if config.packing == "bestfit" else length  # rows without padding
+    return length // 2 if config.packing == "bestfit" else length  # bestfit rows have no padding
 
 
 def step_tokens(config, model: ModelConfig) -> float:
-    """Tokens of a trainer's step. config: its flags."""
+    """Number of tokens in an optimizer step of a trainer with flags `config`."""
     from jaxchat.train.stages import horizon_of
 
     if isinstance(config, BaseConfig):
@@ -91,7 +92,7 @@ def step_tokens(config, model: ModelConfig) -> float:
 
 
 def validation_tokens(config, model: ModelConfig, tokens: float, core: bool) -> float:
-    """Tokens that a trainer's evaluations read while it trains on `tokens`. core: CORE is one of them."""
+    """Number of tokens read by evaluations while a trainer trains on `tokens`. core: CORE is measured too."""
     steps = tokens / step_tokens(config, model)
 
     def times(every: int, first: int = 0) -> int:
@@ -109,22 +110,22 @@ def validation_tokens(config, model: ModelConfig, tokens: float, core: bool) -> 
 
 
 def core_tokens(max_per_task: int) -> float:
-    """Tokens of the prompts of CORE's tasks, of max_per_task items each; -1: of all items."""
+    """Number of tokens in CORE's prompts. max_per_task: number of items of each task; -1: all."""
     return CORE_TOKENS * (min(1.0, 22 * max_per_task / CORE_ITEMS) if max_per_task > 0 else 1.0)
 
 
 def eval_tokens(config, core: bool) -> float:
-    """Tokens that base_eval reads, with or without CORE. config: its flags."""
+    """Number of tokens that base_eval with flags `config` reads, with or without CORE."""
     return 2 * config.eval_tokens + (core_tokens(config.max_per_task) if core else 0)
 
 
 def chat_eval_minutes(config) -> float:
-    """Minutes that chat_eval takes: a guess, the same for all machines. config: its flags."""
+    """Guess the minutes that chat_eval with flags `config` takes, on any machine."""
     return CHAT_EVAL * (min(1.0, config.max_problems / CHAT_PROBLEMS) if config.max_problems > 0 else 1.0)
 
 
 def train_minutes(config, model: ModelConfig, machine: Machine, core: bool) -> float:
-    """Minutes of a trainer, evaluations too; 0: not known. core: as in validation_tokens."""
+    """Minutes that a trainer takes, evaluations included; 0: not known. core: CORE is measured too."""
     from jaxchat.model.flops import flops_per_token
 
     tokens = train_tokens(config, model)
@@ -135,14 +136,14 @@ def train_minutes(config, model: ModelConfig, machine: Machine, core: bool) -> f
 
 
 def read_minutes(tokens: float, model: ModelConfig, machine: Machine) -> float:
-    """Minutes to evaluate a model on tokens: a third of training's FLOPs, at half of its FLOP/s."""
+    """Minutes to evaluate a model on `tokens`, with a third of training's FLOPs at half of its FLOP/s."""
     from jaxchat.model.flops import flops_per_token
 
     return machine.start + 2 / 3 * tokens * flops_per_token(model) / machine.flops / 60
 
 
 def state_bytes(model: ModelConfig) -> int:
-    """Bytes of weights and optimizer in float32: Adam keeps two moments, Muon one."""
+    """Bytes of float32 weights and optimizer state: Adam keeps two moments, Muon one."""
     import jax
 
     from jaxchat.model.params import declare
@@ -152,6 +153,6 @@ def state_bytes(model: ModelConfig) -> int:
 
 
 def shards_for(config: BaseConfig, model: ModelConfig) -> int:
-    """Number of shards to train on without repeating any, with a tenth to spare, and one for validation."""
+    """Number of shards for training without repeating any, plus 10 % to spare, plus one for validation."""
     tokens = train_tokens(config, model)
     return max(2, math.ceil(1.1 * tokens * BYTES_A_TOKEN / SHARD_BYTES) + 1)

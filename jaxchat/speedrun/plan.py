@@ -1,4 +1,4 @@
-"""The plan of a run before it begins: what it trains, how long, at what cost, and what it needs."""
+"""Plan a run before it starts: the model, its tokens, time, cost, memory and disk."""
 
 import dataclasses
 
@@ -11,14 +11,14 @@ from jaxchat.speedrun.steps import Checkpoint, Step
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run as the flags describe it. flags: of each step that has a flags class, parsed."""
+    """A run as described by flags. flags: the parsed flags by step name, for steps with a flags class."""
 
     preset: Preset
     tag: str
     steps: list[Step]
     flags: dict[str, Flags]
-    price: float  # an hour; 0: not known
-    shards: int = 0  # to download
+    price: float  # per hour; 0: not known
+    shards: int = 0  # number to download
 
     @property
     def model(self) -> ModelConfig:
@@ -30,14 +30,14 @@ class Plan:
         """Estimated minutes of a step; 0: not known."""
         machine, model, flags = self.preset.machine, self.model, self.flags.get(step.name)
         if step.resumes:
-            core = len(step.needs) > 2  # base has, besides text and tokenizer, its bundle
+            core = len(step.needs) > 2  # base needs the CORE bundle, besides text and tokenizer
             return estimate.train_minutes(flags, model, machine, core)
         if step.lane == "network":
             return machine.start + self.download(step) / estimate.NETWORK / 60
         if step.name == "tokenizer":
             return machine.start + flags.max_chars / estimate.TOKENIZER_CHARS / 60
         if step.name == "base-eval":
-            core = len(step.needs) > 2  # besides text and base its bundle
+            core = len(step.needs) > 2  # it needs the CORE bundle, besides text and base
             return estimate.read_minutes(estimate.eval_tokens(flags, core), model, machine)
         if step.name.startswith("chat-eval"):
             return machine.start + estimate.chat_eval_minutes(flags)
@@ -45,14 +45,14 @@ class Plan:
 
     @staticmethod
     def download(step: Step) -> float:
-        """Bytes that a step downloads if nothing is there. Those of CORE's bundle count with the tasks."""
+        """Bytes that a step downloads to an empty folder. The CORE bundle is counted in the step "tasks"."""
         if step.lane != "network" or step.name == "bundle":
             return 0.0
         shards = [word.partition("=")[2] for word in step.argv if word.startswith("--shards=")]
         return int(shards[0]) * estimate.SHARD_FILE if shards else estimate.TASK_FILES
 
     def disk(self, todo: list[Step]) -> float:
-        """Bytes that the steps are going to write: downloads, and the checkpoints that each stage keeps."""
+        """Bytes that the steps in `todo` will write: downloads, and the checkpoints that each stage keeps."""
         from jaxchat import checkpoint
         from jaxchat.store import KEEP
 
@@ -62,18 +62,18 @@ class Plan:
         tasks = estimate.TASK_FILES if "tasks" in names else 0.0
         made = [made for step in todo for made in step.makes if isinstance(made, Checkpoint)]
         count = sum(max(0, KEEP - len(checkpoint.steps_in(run.folder))) for run in made)
-        count += bool(made)  # one is written before the oldest goes
+        count += bool(made)  # a checkpoint is written before the oldest is deleted
         return text + tasks + count * estimate.state_bytes(self.model)
 
     def rows(self, todo: list[Step], left: dict[str, float], spent: float = 0.0) -> list[tuple[str, str]]:
-        """The plan's lines. left: seconds of each step to do; spent: seconds of what ran before."""
+        """Rows of the plan, (name, value). left: seconds each step in `todo` takes; spent: seconds so far."""
         from jaxchat.model.flops import num_params
 
         machine, model, size = self.preset.machine, self.model, files.size_text
         needed, free = self.disk(todo), files.free_space(base_dir())
         seconds = estimate.time_of(todo, left)
         unknown = [step.name for step in todo if not left[step.name]]
-        more = f", and what {', '.join(unknown)} takes" if unknown else ""
+        more = f", plus {', '.join(unknown)} (not known)" if unknown else ""
         trained = [name for name in ("base", "mid", "sft") if name in self.flags]
         counts = [estimate.train_tokens(self.flags[name], model) for name in trained]
         tokens = [f"{name} {n:,.0f}" if n else f"{name} ?" for name, n in zip(trained, counts, strict=True)]
@@ -85,8 +85,8 @@ class Plan:
             ("model", f"{model.n_layer} layers × {model.n_embd}, {num_params(model):,} parameters"),
             ("tokens", ", ".join(tokens)),
             ("machine", machine.title),
-            ("time", f"{time} (estimated by {by})"),
-            ("cost", cost if self.price else "give --price_per_hour"),
+            ("time", f"{time} (estimated from {by})"),
+            ("cost", cost if self.price else "not known: give --price_per_hour"),
             ("memory", self.memory()),
             ("disk", f"{size(needed)} more; {size(free)} are free{'' if needed <= free else ': TOO LITTLE'}"),
             ("saves", f"{base_dir()}, as {self.tag}; logs in {base_dir() / 'speedrun' / self.tag}"),
@@ -98,7 +98,7 @@ class Plan:
         return rows
 
     def memory(self) -> str:
-        """Describe what the devices must hold, by the formula; the step itself is compiled where it runs."""
+        """Describe the memory that weights and optimizer take, and how to find what the whole step needs."""
         machine, state = self.preset.machine, estimate.state_bytes(self.model)
         needed = f"weights and optimizer take {files.size_text(state / machine.devices)} of each device"
         if not machine.memory:
@@ -109,10 +109,10 @@ class Plan:
 
 
 def table(steps: list[Step], why: dict[str, str], seconds: dict[str, float], flags: bool = True) -> list[str]:
-    """Lines about the steps: name, state, time, command.
+    """Format steps as lines of name, state, time and command.
 
-    why: the reasons, by name, of the steps that are to do. seconds: that they still take, or that the others
-    took; 0: not known. flags: show the commands with their flags.
+    why: reasons by name of the steps to do. seconds: by name, the time left of the steps to do and the time
+    taken of the others; 0: not known. flags: show the commands with their flags.
     """
     names = max(len(step.name) for step in steps)
     lines = [f"  {'step':<{names}}  {'state':<5}  {'time':>7}  command"]

@@ -1,4 +1,4 @@
-"""The runs that launch.speedrun knows: for each kind of machine a depth, flags, and the steps in order."""
+"""The presets of launch.speedrun, one per kind of machine, and the steps of a run in order."""
 
 import dataclasses
 import glob
@@ -10,16 +10,16 @@ from jaxchat.speedrun.estimate import Machine
 from jaxchat.speedrun.runner import python
 from jaxchat.speedrun.steps import Checkpoint, Files, Results, Step
 
-RECIPES = {"2025": ("mid", "sft"), "2026": ("sft",)}  # the stages of training after base
-EVALUATIONS = {"mid": "chat-eval-mid", "sft": "chat-eval", "rl": "chat-eval-rl"}  # steps that follow them
-NONE = "none"  # for --eval_bundle: do without CORE
-TASKS = ("smoltalk", "mmlu", "gsm8k", "arc", "humaneval", "identity", "words")  # folders of launch.download's
-# The pieces, which decide what a text becomes; and what else is known.
+RECIPES = {"2025": ("mid", "sft"), "2026": ("sft",)}  # the training stages after base
+EVALUATIONS = {"mid": "chat-eval-mid", "sft": "chat-eval", "rl": "chat-eval-rl"}  # the step after each stage
+NONE = "none"  # value of --eval_bundle that skips CORE
+TASKS = ("smoltalk", "mmlu", "gsm8k", "arc", "humaneval", "identity", "words")  # launch.download's folders
+# The merge ranks, which alone decide how text is tokenized; and the tokenizer's metadata.
 TOKENIZER = (Files("tokenizer/ranks.txt"), Files("tokenizer/tokenizer.json"))
 COMPARED = Files("tokenizer/tok_eval.json")
-TOKENIZER_SHARDS = 10  # hold more text than tok_train reads, however many more are there
-CORE_FLOPS = 40e9  # that a CPU's core sustains in training: of the demo on two cores
-# Those that this process may use: fewer than the machine's under taskset, Slurm or in a container.
+TOKENIZER_SHARDS = 10  # this number of shards has more text than tok_train reads
+CORE_FLOPS = 40e9  # FLOP/s that a CPU core sustains in training, measured in the demo on two cores
+# Cores that this process may use: fewer than the machine has under taskset, Slurm or in a container.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 TITLE = f"{CORES} CPU core{'' if CORES == 1 else 's'}"
 CPU = Machine(TITLE, 1, CORE_FLOPS * CORES, measured="the pace of the demo on two cores", start=0.2)
@@ -30,7 +30,7 @@ H100, V5E, V6E = 989e12, 197e12, 918e12  # peak FLOP/s
 class Preset:
     """A run for a kind of machine.
 
-    flags: by step, those that this preset adds. recipe: of RECIPES. text: the data set to train on.
+    flags: additional flags by step name. recipe: a key of RECIPES. text: name of the data set to train on.
     """
 
     about: str
@@ -45,7 +45,7 @@ GPU = "one H100's 52 % MFU at depths 12 and 20"
 PRESETS = {
     "cpu": Preset("the demo's small generated world, on a CPU in minutes", CPU, 3),
     "laptop": Preset(
-        "a small model of real text, on a CPU of eight cores in a night",
+        "a small model of real text, overnight on a CPU with eight cores",
         CPU,
         4,
         {
@@ -68,13 +68,13 @@ PRESETS = {
     ),
     "8xh100": Preset(
         "nanochat's depth 20 of 2025",
-        Machine("8 × H100", 8, 8 * 0.5 * H100, 80e9, 24.0, "h100:8", f"{GPU}; eight were not timed"),
+        Machine("8 × H100", 8, 8 * 0.5 * H100, 80e9, 24.0, "h100:8", f"{GPU}; not timed on eight"),
         20,
     ),
     "8xh100-2026": Preset(
         "nanochat's depth 24 of July 2026, its architecture and recipe",
         Machine(
-            "8 × H100", 8, 8 * 0.5 * H100, 80e9, 24.0, "h100:8", f"{GPU}; neither eight nor 2026 were timed"
+            "8 × H100", 8, 8 * 0.5 * H100, 80e9, 24.0, "h100:8", f"{GPU}; not timed on eight or with 2026"
         ),
         24,
         {
@@ -100,7 +100,7 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """The folders of a run's data, as the user gave them; "": the base directory's own."""
+    """Paths of a run's data, as the user gave them; "": the default folder in the base directory."""
 
     data_dir: str = ""
     tasks_dir: str = ""
@@ -123,18 +123,18 @@ class Places:
         return (Files(place if place.endswith(".zip") else f"{place}/*"),)
 
     def flags(self, *names: str) -> list[str]:
-        """Those of the named folders that the user gave, as flags."""
+        """Flags that give those of the named paths that the user gave."""
         given = {name: getattr(self, name) for name in names}
         return [f"--{name}={value}" for name, value in given.items() if value not in ("", NONE)]
 
 
 def absolute(folder: str) -> str:
-    """The full path of a folder that the user gave, as a part of a pattern."""
+    """Absolute path of a folder that the user gave, escaped for use in a glob pattern."""
     return glob.escape(os.path.abspath(os.path.expanduser(folder)))
 
 
 def demo_steps() -> list[Step]:
-    """The demo as steps, in a base directory of its own."""
+    """The steps of the demo, in the current base directory."""
     flags = commands(base_dir() / "tasks", seed=0, rows=2, steps=STEPS)
     text, world = Files("base_data/*.parquet", least=5), Files("tasks/world_*.jsonl", least=3)
     base, mid, sft = (Checkpoint(stage, TAG) for stage in ("base", "mid", "sft"))
@@ -153,17 +153,17 @@ def demo_steps() -> list[Step]:
 
 
 def first_text(places: Places, shards: int, text: str) -> Files:
-    """The shards that the tokenizer is trained on: the first of many, or all."""
+    """The shards to train the tokenizer on: all of few or of a user's folder, else the first of many."""
     if places.data_dir or shards <= TOKENIZER_SHARDS:
         return text_of(places, shards)
-    first = TOKENIZER_SHARDS - (text == "climbmix")  # one of them is its last, for validation
+    first = TOKENIZER_SHARDS - (text == "climbmix")  # one of climbmix's is its last, for validation
     return Files("base_data/*.parquet", least=first, first=first)
 
 
 def downloads(places: Places, shards: int, text: str) -> list[Step]:
-    """Steps that download the data for which the user gave no folder.
+    """Steps that download the data for which the user gave no path.
 
-    The first shards come first, so that the tokenizer can be trained while the rest is downloaded.
+    The first shards are downloaded first, so that the tokenizer trains while the others are downloaded.
     """
 
     def fetch(name: str, *words: str, **about) -> Step:
@@ -185,12 +185,12 @@ def downloads(places: Places, shards: int, text: str) -> list[Step]:
 
 
 def text_of(places: Places, shards: int) -> Files:
-    """The text to train on: complete with `shards` files, or with two in a folder that the user gave."""
+    """The training text: complete with `shards` files, or with two in a folder that the user gave."""
     return places.text if places.data_dir else dataclasses.replace(places.text, least=shards)
 
 
 def real_steps(preset: Preset, tag: str, depth: int, places: Places, shards: int, rl: bool) -> list[Step]:
-    """The steps of a run on real data, before a preset and the user add their flags."""
+    """The steps of a run on real data, before the flags of the preset and of the user are added."""
     text, some = text_of(places, shards), first_text(places, shards, preset.text)
     base, of_base = Checkpoint("base", tag), Results("base", tag, "base_eval")
     tasks, tagged = places.tasks, f"--model_tag={tag}"

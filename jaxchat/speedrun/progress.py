@@ -1,4 +1,4 @@
-"""The progress of a run: a line for people, status.json for programs, and the time left as measured."""
+"""Report a run's progress and the time left: lines for people, status.json for programs."""
 
 import contextlib
 import dataclasses
@@ -12,16 +12,16 @@ from jaxchat.speedrun.runner import Runner, show
 from jaxchat.speedrun.state import AGAIN
 from jaxchat.speedrun.steps import Checkpoint, Step
 
-SECONDS = 60.0  # between two lines
+SECONDS = 60.0  # between two progress lines
 STATUS_SECONDS = 5.0  # between two writes of status.json
 TAIL = 1 << 16  # bytes of metrics.jsonl to read, from its end
-RECENT = 50  # steps whose mean pace counts
-PRIOR = 0.1  # share of the planned time that counts as measured
+RECENT = 50  # optimizer steps over which the pace is averaged
+PRIOR = 0.1  # fraction of the planned time that is assumed to take as long as planned
 
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """The progress of a trainer: the fraction that is done, and the seconds of all at its recent pace."""
+    """Progress of a trainer: the fraction done, and the seconds that 100 % takes at the recent pace."""
 
     fraction: float
     seconds: float
@@ -32,7 +32,7 @@ class Pace:
 
 
 def pace_of(step: Step) -> Pace | None:
-    """Read a trainer's pace from its metrics.jsonl; None: the step trains nothing, or has not begun."""
+    """Read a trainer's pace from its metrics.jsonl; None: it trains nothing or has logged too few steps."""
     paths = [artifact.folder / "metrics.jsonl" for artifact in step.makes if isinstance(artifact, Checkpoint)]
     if not paths or not paths[0].exists():
         return None
@@ -40,7 +40,7 @@ def pace_of(step: Step) -> Pace | None:
     with paths[0].open("rb") as file:
         file.seek(max(0, paths[0].stat().st_size - TAIL))
         for line in file:
-            with contextlib.suppress(ValueError):  # a line that the tail or a kill has cut
+            with contextlib.suppress(ValueError):  # a line cut short by the seek above, or by a kill
                 rows.append(json.loads(line))
     rows = [row for row in rows if {"progress", "step_seconds"} <= row.keys()][-RECENT:]
     if len(rows) < 2:
@@ -50,15 +50,15 @@ def pace_of(step: Step) -> Pace | None:
     seconds = sum(row["step_seconds"] for row in rows[1:]) / (len(rows) - 1)
     if each <= 0:
         return None
-    done = min(1.0, last["progress"] + each)  # a row has the progress before its step
+    done = min(1.0, last["progress"] + each)  # a row logs the progress before its step
     return Pace(done, seconds / each)
 
 
 def scale_of(steps: list[Step], done: dict[str, float]) -> float:
-    """Measured ÷ planned time of the steps on the devices that are done or have trained.
+    """Ratio of measured to planned time, over the steps on devices that are done or have trained.
 
-    done: seconds that those took which are done. A share of the plan counts as it was planned, so that a
-    short first step says little about the long ones to come.
+    done: seconds that each completed step took. A fraction PRIOR of the plan is assumed to take as long as
+    planned, so that a short first step changes the estimate of the long ones only a little.
     """
     planned = {step.name: 60 * step.minutes for step in steps if step.lane == "devices"}
     prior = PRIOR * sum(planned.values())
@@ -72,15 +72,16 @@ def scale_of(steps: list[Step], done: dict[str, float]) -> float:
 
 
 def seconds_left(step: Step, scale: float) -> float:
-    """Seconds that a step still takes, at its own pace or as planned; 0: not known."""
+    """Seconds that a step still takes, at its own pace or else as planned × `scale`; 0: not known."""
     pace = pace_of(step)
     return pace.left if pace else 60 * step.minutes * (scale if step.lane == "devices" else 1.0)
 
 
 def outlook(steps: list[Step], took: dict[str, float], why: dict[str, str]) -> dict[str, float]:
-    """Seconds that the steps to do still take, by their names.
+    """Return {name: seconds that it still takes} of the steps to do.
 
-    took: seconds of each so far. why: of the steps to do. What --redo throws away says nothing.
+    took: seconds that each step has taken so far. why: reasons of the steps to do. Measured times of steps
+    that --redo repeats are ignored.
     """
     done = {name: seconds for name, seconds in took.items() if name not in why}
     scale = scale_of([step for step in steps if why.get(step.name) != AGAIN], done)
@@ -90,17 +91,17 @@ def outlook(steps: list[Step], took: dict[str, float], why: dict[str, str]) -> d
 
 
 class Progress:
-    """The progress of a Runner."""
+    """Print the progress of a Runner and write it to status.json, while it runs."""
 
     def __init__(self, runner: Runner, price_per_hour: float = 0.0):
         self.runner, self.steps, self.price = runner, runner.steps, price_per_hour
         self.began = self.shown = self.written = time.monotonic()
         records = [runner.state.record(step.name) for step in self.steps if step.lane == "devices"]
-        self.before = sum(record.get("seconds", 0.0) for record in records)  # spent by earlier starts
+        self.before = sum(record.get("seconds", 0.0) for record in records)  # seconds spent by earlier starts
         runner.on_progress = self.report
 
     def report(self, changed: bool):
-        """Show and write the progress: if a step has started or ended at once, else now and then."""
+        """Print and write the progress: at once if `changed` (a step started or ended), else at intervals."""
         now = time.monotonic()
         if self.runner.running and (changed or now - self.shown >= SECONDS):
             self.shown = now
@@ -115,7 +116,7 @@ class Progress:
         left, running = seconds_left(step, scale), self.runner.running.get(step.name)
         if running and not pace_of(step):
             left -= time.monotonic() - running.began
-        return left if left > 0 else None  # it takes longer than was planned
+        return left if left > 0 else None  # it takes longer than planned
 
     def left(self) -> tuple[float, bool]:
         """Return (seconds until all steps are done, whether the time of every step is known)."""
@@ -125,7 +126,7 @@ class Progress:
         return time_of(self.steps, known, self.runner.parallel), None not in left.values()
 
     def line(self) -> str:
-        """Format the progress: "d20: base 12%, 3 of 11 steps done; 40m00s so far, about 3h10m left"."""
+        """Progress as one line: "d20: base 12%, 3 of 11 steps done; 40m00s so far, about 3h10m left"."""
         at = []
         for name, running in self.runner.running.items():
             pace = pace_of(running.step)
@@ -140,12 +141,12 @@ class Progress:
         return text
 
     def summary(self) -> str:
-        """Format what all starts took: "all 13 steps are done, in 3h20m; cost 80.00"."""
+        """Time and cost of all starts of the run: "all 13 steps are done, in 3h20m; cost 80.00"."""
         cost = f"; cost {self.spent() / 3600 * self.price:,.2f}" if self.price else ""
         return f"all {len(self.steps)} steps are done, in {duration(self.spent())}{cost}"
 
     def spent(self) -> float:
-        """Seconds that these steps have taken, earlier starts of the run included."""
+        """Seconds spent on these steps, including earlier starts of the run."""
         return self.before + time.monotonic() - self.began
 
     def write(self, state: str):
@@ -167,5 +168,5 @@ class Progress:
             )
         about = {"state": state, "updated": time.time(), "seconds": time.monotonic() - self.began}
         about |= {"seconds_left": left, "all_known": known, "line": self.line(), "steps": steps}
-        with contextlib.suppress(OSError):  # on a full disk the steps decide what to do
+        with contextlib.suppress(OSError):  # on a full disk, the steps report the error
             files.write_json(self.runner.state.folder / "status.json", about)

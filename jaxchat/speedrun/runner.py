@@ -1,4 +1,4 @@
-"""Run steps as subprocesses: leave out what is done, continue what was interrupted, stop at a failure."""
+"""Run steps as subprocesses: skip those that are done, continue interrupted ones, stop at a failure."""
 
 import contextlib
 import os
@@ -16,36 +16,39 @@ from jaxchat.hosts import RESTARTED
 from jaxchat.speedrun.state import State
 from jaxchat.speedrun.steps import Step
 
-LAST_LINES = 20  # of a step's output, shown where it failed
-PAUSE = 1.0  # seconds before a step is started again
+LAST_LINES = 20  # of a failed step's output, to show
+PAUSE = 1.0  # seconds before a step is restarted
 
 
 class Running:
-    """A step that is running. on_end(this, exit code as a shell's) is called in a thread when it ends."""
+    """A running step: its subprocess, which holds `lock`, and its log.
+
+    words: the command. lock: file descriptor. place: environment variables of the slot that the step takes.
+    """
 
     def __init__(self, step: Step, log, words: list[str], lock: int, place: dict):
         self.step, self.log, self.place = step, log, place
         self.began, self.last = time.monotonic(), deque(maxlen=LAST_LINES)
-        # A session of its own: Ctrl-C in a terminal reaches it once, through us.
+        # In a session of its own, the subprocess gets Ctrl-C once: from the Runner, not also from a terminal.
         self.process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=[lock],  # it holds the lock if we are killed
+            pass_fds=[lock],  # the subprocess keeps the lock if this process is killed
             env=os.environ | place,
         )
         os.pwrite(lock, f"{self.process.pid}\n".encode(), 0)
         os.close(lock)
 
     def follow(self, show: Callable[[str], None]) -> int:
-        """Copy the output to the log and to `show` until the end; return the exit code, as a shell's."""
+        """Copy output to the log and to `show` until the step ends; return its code, 128 + n for signal n."""
         reader = threading.Thread(target=self.read, args=[show], daemon=True)
         reader.start()
         code = self.process.wait()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # what it has left behind
+            os.killpg(self.process.pid, signal.SIGKILL)  # subprocesses that it left behind
         reader.join()
         return code if code >= 0 else 128 - code
 
@@ -54,37 +57,37 @@ class Running:
             for raw in output:
                 line = raw.decode(errors="replace").rstrip("\n")
                 self.last.append(line)
-                with contextlib.suppress(OSError):  # a full disk is the step's to report
+                with contextlib.suppress(OSError):  # on a full disk, the step reports the error
                     self.log.write(line + "\n")
                     self.log.flush()
-                if not line.startswith("next: "):  # what comes next is ours to say
+                if not line.startswith("next: "):  # launch.speedrun prints the next command itself
                     show(line)
 
 
 class Runner:
-    """Runs steps in order; those of different lanes at the same time, and of one lane up to its slots."""
+    """Run steps in order: different lanes in parallel, and in one lane as many steps as it has slots."""
 
     def __init__(self, steps: list[Step], state: State, *, restarts: int, places: tuple[dict, ...] = ({},)):
-        """places: environment variables for each of the steps that run on the devices at the same time."""
+        """places: the slots of the lane "devices", each with the environment variables of its steps."""
         self.steps, self.state, self.restarts = steps, state, restarts
         self.free = {"devices": list(places), "network": [{}]}
         self.parallel = len(places)
         self.waiting, self.running = list(steps), {}
         self.tries = dict.fromkeys((step.name for step in steps), 0)
-        self.done: dict[str, float] = {}  # seconds that each step took in all
+        self.done: dict[str, float] = {}  # {name: seconds that the step took in all starts}
         self.events: queue.SimpleQueue = queue.SimpleQueue()
-        self.stopped = self.failed = 0  # the signal that asked to stop; the exit code of a step that failed
+        self.stopped = self.failed = 0  # number of the signal to stop; exit code of the failed step
         self.on_progress = lambda changed: None  # changed: a step has started or ended
 
     def run(self) -> int:
-        """Run all steps; return the exit code: 0, 75 after a signal, or that of the step that failed."""
+        """Run all steps; return the exit code: 0, 75 after a signal, or the exit code of a failed step."""
         with hearing(self.stop):
             try:
                 self.start_ready()
                 while self.running:
                     self.wait()
                     self.start_ready()
-            except BaseException:  # inputs that have changed, say: what runs beside shall save and end
+            except BaseException:  # such as changed inputs: the other running steps must save and end
                 self.failed = 1
                 self.send(signal.SIGTERM)
                 while self.running:
@@ -93,7 +96,7 @@ class Runner:
         return os.EX_TEMPFAIL if self.stopped else self.failed
 
     def wait(self):
-        """Wait until a step ends, or half a second."""
+        """Wait until a step ends, for at most half a second."""
         try:
             name, code = self.events.get(timeout=0.5)
         except queue.Empty:
@@ -101,7 +104,7 @@ class Runner:
         self.ended(self.running.pop(name), code)
 
     def start_ready(self):
-        """Start every step whose inputs are made and whose lane has a free slot."""
+        """Start every step whose inputs exist and whose lane has a free slot."""
         for step in list(self.waiting):
             if self.stopped or self.failed:
                 return
@@ -133,9 +136,9 @@ class Runner:
         threading.Thread(target=self.follow, args=[running], daemon=True).start()
 
     def claim(self, step: Step) -> int | None:
-        """Take a step's lock. If a killed run left a process that holds it, ask that to stop and wait for it.
+        """Acquire a step's lock and return its file descriptor; None: a signal came meanwhile.
 
-        None: a signal came meanwhile.
+        If a process that a killed run left behind holds the lock, send it SIGTERM and wait until it ends.
         """
         asked = ""
         while not self.stopped:
@@ -156,13 +159,13 @@ class Runner:
         self.events.put((running.step.name, code))
 
     def ended(self, running: Running, code: int):
-        """Note how a step ended: done, to be started again, or failed, which ends the run."""
+        """Record how a step ended: done, to be restarted, or failed, which ends the run."""
         step, seconds = running.step, time.monotonic() - running.began
         running.log.close()
         lacking = [] if code else [made.title for made in step.makes if not made.found()]
         if lacking:
             code = 1
-            show(f"step {step.name} ended well, but {lacking[0]} is not there")
+            show(f"step {step.name} ended with exit code 0, but {lacking[0]} is missing")
         self.state.end(step, seconds, code)
         self.free[step.lane].append(running.place)
         if not code:
@@ -179,34 +182,34 @@ class Runner:
             self.failed = code
             lines = "\n".join(f"  | {line}" for line in running.last)
             show(f"step {step.name} failed with exit code {code}; its last lines:\n{lines}")
-            show(f"its whole output is in {self.state.path(step.name, 'log')}")
+            show(f"its complete output is in {self.state.path(step.name, 'log')}")
             self.send(signal.SIGTERM)
         self.on_progress(True)
 
     def send(self, number: int):
         for running in list(self.running.values()):
-            running.process.send_signal(number)  # does nothing where it has ended
+            running.process.send_signal(number)  # does nothing if the process has ended
 
     def stop(self, number: int):
-        """Pass a signal on to the running steps, and start no more."""
+        """Send a signal to the running steps, and start no more steps."""
         self.stopped = number
         self.send(number)
 
 
 @contextlib.contextmanager
 def hearing(heard: Callable[[int], None]):
-    """A context in which signals to stop call heard(signal to pass on): SIGINT as itself, others as SIGTERM.
+    """Within this context, call heard(number) on each signal to stop.
 
-    A signal that is ignored at the start (SIGHUP under nohup) stays ignored.
+    number: SIGINT for SIGINT, SIGTERM for the others. Signals ignored before (SIGHUP under nohup) stay so.
     """
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
 
     def handler(number, frame):
         heard(number if number == signal.SIGINT else signal.SIGTERM)
 
-    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]  # as the trainers
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]  # the same ones stop trainers
     numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -221,5 +224,5 @@ def show(line: str):
 
 
 def python(module: str, *flags: str) -> tuple[str, ...]:
-    """The words of a command that runs a module with this Python."""
+    """Return the words of a command that runs a module with this Python interpreter."""
     return (sys.executable, "-m", module, *flags)

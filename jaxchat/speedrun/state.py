@@ -1,8 +1,8 @@
-"""The records of a run's steps: which command made what, from which inputs, and whether it still holds.
+"""Record each step's command, inputs and outputs, and decide from these records which steps must run.
 
 <base directory>/speedrun/<tag>/<step>.json has a step's command and the fingerprints of its inputs, written
-before it starts, and those of its outputs, added once it has ended with exit code 0. A step is done if
-command and fingerprints are unchanged.
+before it starts, and the fingerprints of its outputs, added once it has ended with exit code 0. A step is
+done if its command and all fingerprints are unchanged.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from jaxchat.config import UserError
 from jaxchat.files import read_json
 from jaxchat.speedrun.steps import Artifact, Step, dependents, makers
 
-AGAIN = "again"  # why a step is to do that --redo names, or that needs one
-REDO = "redo"  # the file with what --redo has thrown away in a run that is not complete yet
+AGAIN = "again"  # the reason for steps that --redo names, and for steps that need their outputs
+REDO = "redo"  # name of the file with the steps whose outputs --redo deleted, until the run is complete
 
 
 class State:
@@ -32,11 +32,11 @@ class State:
         return read_json(self.path(name))
 
     def seconds(self, steps: list[Step]) -> dict[str, float]:
-        """Seconds that steps have taken, in all starts whose end was recorded."""
+        """Return {name: seconds spent on the step}. A killed start counts once the step starts again."""
         return {step.name: self.record(step.name).get("seconds", 0.0) for step in steps}
 
     def incomplete(self, step: Step) -> bool:
-        """Return whether a step was begun and has not ended well."""
+        """Return whether a step was started and has not succeeded since."""
         record = self.record(step.name)
         return bool(record) and "outputs" not in record
 
@@ -51,7 +51,7 @@ class State:
         files.write_json(self.path(step.name), record)
 
     def unrecorded(self, step: Step, record: dict) -> float:
-        """Seconds of a start that was killed, from its beginning to the last line of its log."""
+        """Seconds that a killed start took, from its beginning to the last line of its log."""
         log = self.path(step.name, "log")
         if not record or "code" in record or not log.exists():
             return 0.0
@@ -59,7 +59,7 @@ class State:
         return max(0.0, log.stat().st_mtime - began)
 
     def end(self, step: Step, seconds: float, code: int):
-        """Record the time a step took and, if it went well, its outputs."""
+        """Record the time a step took, its exit code and, if that is 0, its outputs."""
         record = self.record(step.name)
         record |= {"seconds": record.get("seconds", 0.0) + seconds, "code": code}
         if not code:
@@ -67,21 +67,21 @@ class State:
         files.write_json(self.path(step.name), record)
 
     def why_to_do(self, step: Step, remade: frozenset[Artifact] = frozenset()) -> str | None:
-        """Judge by a step's record and the files that are there why it is to do ("": no need to say).
+        """Return the reason why a step must run ("": none to show); None: by its record and files it is done.
 
-        None: it is done. remade: artifacts that will be made again before it. UserError: its flags or inputs
-        differ from those it was run with.
+        remade: artifacts that earlier steps will make again. UserError: the step's flags or inputs differ
+        from those it was run with.
         """
         record = self.record(step.name)
         outputs, continues = record.get("outputs"), begun(step)
         if not step.makes:
             return ""
         if not record:
-            return "continues what is there" if continues else ""
+            return "continues from an existing checkpoint" if continues else ""
         if (outputs is not None or continues) and (changed := self.differences(step, record, remade)):
             raise UserError(
-                f"step {step.name}: {changed}; give what it was run with, or --redo={step.name} to run it "
-                "and what needs it again"
+                f"step {step.name}: {changed}; restore what it was run with, or give --redo={step.name} to "
+                "run it, and the steps that need it, again"
             )
         if outputs is not None:
             return damage(step, outputs) or None
@@ -90,13 +90,13 @@ class State:
         return f"{why}, continues" if continues else why
 
     def differences(self, step: Step, record: dict, skip) -> str:
-        """Say which flags and inputs of a step differ from its record; "": none."""
+        """Describe the flags and inputs that differ from a step's record; "": none. skip: inputs ignored."""
         now, then = step.fixed, dataclasses.replace(step, argv=tuple(record.get("argv", step.argv))).fixed
         parts = []
         if now != then:
             gone, new = [word for word in then if word not in now], [word for word in now if word not in then]
             was = " ".join(gone) or f"no {' '.join(word.partition('=')[0] for word in new)}"
-            parts.append(f"it was run with {was}, and is now to run with {' '.join(new) or 'its default'}")
+            parts.append(f"it was run with {was}, but would now run with {' '.join(new) or 'the default'}")
         for artifact in step.needs:
             before = record.get("inputs", {}).get(artifact.title)
             if before is None or artifact in skip:
@@ -104,14 +104,14 @@ class State:
             found = artifact.found()
             if odd := sorted(name for name in before | found if found.get(name) != before.get(name)):
                 more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-                parts.append(f"its input {odd[0]}{more} is not what it was")
+                parts.append(f"its input {odd[0]}{more} has changed")
         return "; ".join(parts)
 
     def again(self, steps: list[Step], names: set[str]) -> set[str]:
-        """Names of the steps to do again for --redo=names: these, and all that need them.
+        """Names of the steps to do again for --redo=names: these, and all that need their outputs.
 
-        {} if an earlier start has deleted their outputs already and has not completed the run: then it
-        continues.
+        Empty if an earlier start with the same --redo deleted the outputs and did not complete the run, which
+        then continues.
         """
         found = dependents(steps, names)
         return found if read_json(self.path(REDO)) != commands_of(steps, names) else set()
@@ -127,7 +127,7 @@ class State:
         files.write_json(self.path(REDO), commands_of(steps, names))
 
     def complete(self):
-        """Note that the run is complete, so that the next --redo starts over."""
+        """Mark the run as complete, so that the next --redo deletes outputs again."""
         files.delete(self.path(REDO))
 
 
@@ -136,9 +136,9 @@ def commands_of(steps: list[Step], names: set[str]) -> dict[str, list[str]]:
 
 
 def to_do(state: State, steps: list[Step], chosen: list[Step], redo: set[str]) -> dict[str, str]:
-    """Return {name: why} of the chosen steps that are not done. redo: the names that --redo gave.
+    """Return {name: reason} of the chosen steps that must run. redo: the step names given to --redo.
 
-    UserError: flags or inputs of a step differ from those it was run with, or an input is missing.
+    UserError: a step's flags or inputs differ from those it was run with, or an input is missing.
     """
     again = state.again(steps, redo)
     check_inputs(state, steps, chosen, again)
@@ -152,9 +152,9 @@ def to_do(state: State, steps: list[Step], chosen: list[Step], redo: set[str]) -
 
 
 def check_inputs(state: State, steps: list[Step], selected: list[Step], again: set[str] = frozenset()):
-    """Raise UserError if an input of a chosen step is missing or incomplete, and no chosen step makes it.
+    """Raise UserError if an input of a selected step is missing or incomplete, and no selected step makes it.
 
-    again: steps whose output --redo is going to delete.
+    again: names of the steps whose outputs --redo will delete.
     """
     made, makes = makers(selected), makers(steps)
     for step in selected:
@@ -163,12 +163,12 @@ def check_inputs(state: State, steps: list[Step], selected: list[Step], again: s
             if artifact in made:
                 continue
             if not artifact.found():
-                lacks = "is not there"
+                lacks = "is missing"
             elif maker and (maker.name in again or state.incomplete(maker)):
-                lacks = "is not complete"
+                lacks = "is incomplete"
             else:
                 continue
-            how = f"step {maker.name} makes it: choose that too" if maker else "put it there first"
+            how = f"step {maker.name} makes it: run that step too" if maker else "provide it first"
             raise UserError(f"step {step.name} needs {artifact.title}, which {lacks}; {how}")
 
 
@@ -181,7 +181,7 @@ def begun(step: Step) -> bool:
 
 
 def damage(step: Step, outputs: dict[str, str]) -> str:
-    """Find what is wrong with a step's outputs; "": nothing."""
+    """Describe what is wrong with a step's outputs; "": nothing."""
     for artifact in step.makes:
         found = artifact.found()
         if not found:
@@ -190,4 +190,4 @@ def damage(step: Step, outputs: dict[str, str]) -> str:
             return f"{artifact.title} is damaged: {wrong}"
     found = found_in(step.makes)
     odd = sorted(name for name, value in outputs.items() if found.get(name) != value)
-    return f"{odd[0]} is not what was made" if odd else ""
+    return f"{odd[0]} has changed since it was made" if odd else ""

@@ -1,7 +1,7 @@
-"""The steps of a run as data: the command of each, what it needs and what it makes.
+"""The steps of a run as data: each step's command, inputs and outputs.
 
-Steps need and make files, checkpoints and results of evaluations. A step that needs what another makes comes
-after it.
+Inputs and outputs are artifacts: files, checkpoints and evaluation results. A step comes after the steps
+that make its inputs.
 """
 
 import dataclasses
@@ -14,30 +14,30 @@ from jaxchat.config import STAGES, UserError, base_dir
 
 
 class Artifact:
-    """What a step makes or needs. Its `title` names it in records and messages."""
+    """An input or output of a step. Its `title` names it in records and messages."""
 
     def found(self) -> dict[str, str]:
-        """Return {path: fingerprint} of the artifact's files; {}: it is missing or incomplete."""
+        """Return {path: fingerprint} of the artifact's files; {}: the artifact is missing or incomplete."""
         raise NotImplementedError
 
     def damage(self) -> str:
-        """Find what is wrong with the artifact that fingerprints do not show; "": nothing."""
+        """Describe damage to the artifact that its fingerprints do not show; "": none."""
         return ""
 
     def begun(self) -> bool:
-        """Return whether an interrupted run has left a part of the artifact that is worth keeping."""
+        """Return whether an interrupted run left a part of the artifact from which a step can continue."""
         return False
 
     def delete(self):
-        """Delete the artifact; does nothing where the command that makes it replaces it."""
+        """Delete the artifact. By default do nothing, because the step's command overwrites it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Files(Artifact):
-    """The files that match a pattern, in the base directory or (an absolute pattern) elsewhere.
+    """The files that match a glob pattern, relative to the base directory or absolute.
 
-    least: fewest files of a complete output. first: number of files to look at, in the order of their
-    names; 0: all.
+    least: smallest number of files of a complete artifact. first: number of files to use, in the order of
+    their names; 0: all.
     """
 
     pattern: str
@@ -52,7 +52,7 @@ class Files(Artifact):
         from jaxchat.data.sources import file_fingerprint
 
         root = Path("/") if Path(self.pattern).is_absolute() else base_dir()
-        # What is hidden is left out, but for folders that the pattern itself names, such as ~/.cache.
+        # glob omits hidden files and folders, except those that the pattern itself names, such as ~/.cache.
         names = sorted(glob.glob(self.pattern.lstrip("/"), root_dir=root, recursive=True))
         names = [name for name in names if not name.endswith(files.PART) and (root / name).is_file()]
         if len(names) < self.least:
@@ -76,7 +76,7 @@ class Checkpoint(Artifact):
         return base_dir() / STAGES[self.stage].folder / self.tag
 
     def last(self) -> int | None:
-        """The last step; None: there is no checkpoint."""
+        """Training step of the last checkpoint; None: there is no checkpoint."""
         from jaxchat import checkpoint  # here, since it imports jax
 
         return next(reversed(checkpoint.steps_in(self.folder)), None)
@@ -91,7 +91,7 @@ class Checkpoint(Artifact):
         return {f"{self.title}/{step}": files.file_hash(sealed)[:16] if sealed.exists() else "not sealed"}
 
     def damage(self) -> str:
-        """Read the weights, and say what is wrong with them; "": nothing."""
+        """Read the weights and metadata, and describe what is wrong with them; "": nothing."""
         from jaxchat import seal
 
         return seal.damage(self.folder / str(self.last()), ("params", "meta"))
@@ -100,12 +100,12 @@ class Checkpoint(Artifact):
         return self.last() is not None
 
     def delete(self):
-        """Delete the run's folder, all of it or nothing. UserError: a trainer is at work there."""
+        """Delete the run's folder atomically. UserError: a trainer is using it."""
         if not self.folder.is_dir():
             return
         from jaxchat import store
 
-        gone = self.folder.parent / ".deleted" / self.tag  # where nothing looks for checkpoints
+        gone = self.folder.parent / ".deleted" / self.tag  # no command searches this folder for checkpoints
         with open(store.lock(self.folder), "rb"):
             files.delete(gone)
             gone.parent.mkdir(exist_ok=True)
@@ -134,10 +134,9 @@ class Results(Artifact):
 class Step:
     """A command of a run.
 
-    argv: its words. makes: the artifacts it leaves; (): none that last, so it runs each time. needs: those it
-    reads. minutes: an estimate; 0: unknown. lane: steps of one lane take turns; "network" runs beside the
-    others. resumes: whether the command takes --resume. free: flags that may differ from those of an earlier
-    start.
+    argv: words of the command. makes: artifacts it writes; (): none are tracked, so the step always runs.
+    needs: artifacts it reads. minutes: estimated time; 0: not known. lane: "devices" or "network", which run
+    in parallel. resumes: whether the command takes --resume. free: flags that may differ from start to start.
     """
 
     name: str
@@ -151,7 +150,7 @@ class Step:
 
     @property
     def fixed(self) -> list[str]:
-        """The words of the command that must not change from start to start. The path of Python may."""
+        """Words of the command that must not change from start to start: all but Python's path and `free`."""
         words = self.argv[1:] if self.argv[1:2] == ("-m",) else self.argv
         return [word for word in words if word.partition("=")[0].lstrip("-") not in self.free]
 
@@ -167,7 +166,7 @@ def makers(steps: list[Step]) -> dict[Artifact, Step]:
 
 
 def dependents(steps: list[Step], names: set[str]) -> set[str]:
-    """Names of the given steps and of all that need what these make, directly or not."""
+    """Names of the given steps and of all steps that need their outputs, directly or not."""
     found = set(names)
     for step in steps:  # a step comes after those it needs
         made = {artifact for other in steps if other.name in found for artifact in other.makes}
@@ -177,7 +176,7 @@ def dependents(steps: list[Step], names: set[str]) -> set[str]:
 
 
 def named(steps: list[Step], flag: str, text: str) -> set[str]:
-    """Split a comma-separated list of steps into names. UserError: there is no such step."""
+    """Split a comma-separated list of step names. UserError: there is no step of that name."""
     names = {name.strip() for name in text.split(",") if name.strip()}
     known = [step.name for step in steps]
     if unknown := sorted(names - set(known)):
@@ -186,7 +185,7 @@ def named(steps: list[Step], flag: str, text: str) -> set[str]:
 
 
 def chosen(steps: list[Step], first: str = "", last: str = "", only: str = "") -> list[Step]:
-    """The steps from `first` until `last`, or `only` those named. UserError: none, or an unknown name."""
+    """The steps from `first` to `last`, or those named in `only`. UserError: no steps, or an unknown name."""
     if only and (first or last):
         raise UserError("--only contradicts --from and --until; leave them out")
     if only:
