@@ -150,8 +150,8 @@ def splash_attention(
 ):
     """Attention by JAX's splash kernel for TPUs: it skips masked blocks and writes no scores to memory.
 
-    Its sizes must be multiples of LANES, so arrays are padded with zeros: padded keys come after every query,
-    and padded features add 0 to a score. interpret: use Pallas's interpret mode, on any device.
+    Arrays are padded with zeros to sizes that the kernel takes: padded keys come after every query, and
+    padded features add 0 to a score. interpret: use Pallas's interpret mode, on any device.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

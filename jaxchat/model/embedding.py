@@ -43,7 +43,7 @@ look_up_narrow.defvjp(
 
 
 def sum_rows(count: int, ids_BT, d_rows):
-    """Sum gradients [B, T, …] of looked-up rows by their ids, in float32. -> [count, …], as the table."""
+    """Sum gradients [B, T, …] of looked-up rows by their ids, in float32. -> [count, …]."""
     return jnp.zeros((count, *d_rows.shape[2:])).at[ids_BT].add(d_rows.astype(jnp.float32))
 
 

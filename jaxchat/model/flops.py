@@ -65,7 +65,7 @@ def scaling_params(config: ModelConfig) -> int:
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 FLOP/s of a device, or None if it isn't known (such as of a CPU)."""
+    """Peak bfloat16 FLOP/s of a device, or None if it isn't known (a CPU, for example)."""
     kind = _words(device.device_kind)
     return next((peak for name, peak in PEAK_FLOPS.items() if _words(name) == kind), None)
 

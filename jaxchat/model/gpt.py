@@ -23,7 +23,7 @@ from jaxchat.model.params import Blocks, Params, layers_of
 from jaxchat.model.parts import in_parts
 from jaxchat.sharding import constrain, row_axes
 
-# Minimum rows in decoding on a GPU: with fewer, XLA computes matrix products elementwise, followed by sums.
+# Minimum rows in decoding on a GPU: with fewer, XLA turns matrix products into elementwise products and sums.
 GPU_ROWS = 16
 
 
@@ -194,7 +194,7 @@ def training_block(x_BTD, w: Blocks, inputs: Inputs, config: ModelConfig, comput
 
 
 def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
-    """Prefill prompts that are padded at their ends. -> (x_BTD, the head's input; a cache of the prompts)."""
+    """Prefill prompts that are padded at their ends. -> (the head's input x_BTD, a cache of the prompts)."""
     time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
     plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")

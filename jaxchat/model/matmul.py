@@ -14,7 +14,9 @@ E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2  # more precision, for x and w; 
 
 
 def matmul(x, w, letters: str, compute: Compute):
-    """Compute einsum(letters, x, w) in compute.dtype: matmul(h_BTD, wq_DNH, "btd,dnh->btnh", compute).
+    """Compute einsum(letters, x, w) in compute.dtype.
+
+    For example: matmul(h_BTD, wq_DNH, "btd,dnh->btnh", compute).
 
     The gradient of w, which is float32 in training, is summed in compute.grad_dtype, within a device and
     across devices. If compute.matmul asks for it, operands are first quantized to float8: x and w to e4m3,
@@ -63,12 +65,15 @@ einsum.defvjp(forward, backward)
 
 
 def in_fp8(letters: str, compute: Compute) -> bool:
-    """Return whether a product's operands are float8: in the MLP (letter f), or in all products but gates."""
+    """Return whether a product has float8 operands.
+
+    With "fp8" all products of the MLP have (letter f), with "fp8-all" all but those of gates.
+    """
     return compute.matmul == "fp8-all" and "d" in letters or compute.matmul == "fp8" and "f" in letters
 
 
 def weight_in_fp8(name: str, compute: Compute) -> bool:
-    """Return whether products with a weight of Blocks are float8. name: of a matrix that is sharded."""
+    """Return whether products with a sharded matrix have float8 operands. name: its name in Blocks."""
     return compute.matmul == "fp8-all" or compute.matmul == "fp8" and name in ("w_up", "w_down")
 
 

@@ -138,7 +138,8 @@ def layer(x_D, w: RowWeights, cache: tuple, at: tuple, window: int | None, confi
 def features(params: Params, tokens_11, cache: KVCache, config: ModelConfig, compute: Compute, counts_1):
     """Compute gpt.features_cached for one token of one row.
 
-    params.blocks: one RowWeights per layer. cache: from KVCache.joined."""
+    params.blocks: one RowWeights per layer. cache: from KVCache.joined.
+    """
     position, K = cache.lengths_B[0], config.n_kv_head
     tables = rotary_tables(cache.lengths_B[:, None], config.head_dim, config.rotary_base)
     tables = [a[0, 0, 0] for a in tables]

@@ -205,7 +205,7 @@ def layer_of(blocks: Blocks, layer: int, with_values: bool) -> Blocks:
 
 
 def layers_of(blocks: Blocks | tuple[Blocks, ...], dtype) -> tuple[Blocks, ...]:
-    """Split stacked blocks into one Blocks per layer and cast all but scalars; a tuple is only cast."""
+    """Split stacked blocks into one Blocks per layer, all but scalars cast to `dtype`; only cast a tuple."""
     if isinstance(blocks, Blocks):
         count, any_values = blocks.wq.shape[0], blocks.value_table is not None
         blocks = tuple(layer_of(blocks, i, any_values and has_values(i, count)) for i in range(count))

@@ -3,8 +3,8 @@
 Micro-batches save memory. If they pass through all layers one after the other, each gathers every weight
 twice and sums every gradient over devices. Here a layer computes all micro-batches before the next layer
 begins: a weight is gathered twice per step, its gradient is summed over devices once, and a device holds one
-layer's complete weights and gradients at a time. The price: the inputs of all layers are kept for all rows of
-the step.
+layer's complete weights and gradients at a time. In exchange, the inputs of all layers are kept for all rows
+of the step.
 """
 
 import dataclasses
