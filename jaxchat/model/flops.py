@@ -1,4 +1,4 @@
-"""Count a model's parameters and floating-point operations; peak rates of devices."""
+"""Count a model's parameters and floating-point operations, and look up peak rates of devices."""
 
 import math
 import re

@@ -74,7 +74,7 @@ def norms(config: ModelConfig, compute: Compute):
 
 @struct.dataclass
 class Inputs:
-    """What every layer reads besides the residual stream."""
+    """The inputs of every layer besides the residual stream."""
 
     tokens_BT: jax.Array
     embedded_BTD: jax.Array  # the first layer's input
@@ -131,7 +131,7 @@ def embedded(params: Params, tokens_BT, config: ModelConfig, compute: Compute):
 
 
 def smear(params: Params, x_BTD, before_BTD, config: ModelConfig, compute: Compute):
-    """Add to each token's embedding the previous token's, times a gate that the token's own embedding sets.
+    """Add the previous token's embedding to each token's, times a gate computed from the token's embedding.
 
     before_BTD: the previous tokens' embeddings; zeros where there is none.
     """

@@ -67,7 +67,7 @@ einsum.defvjp(forward, backward)
 def in_fp8(letters: str, compute: Compute) -> bool:
     """Return whether a product has float8 operands.
 
-    With "fp8" all products of the MLP have (letter f), with "fp8-all" all but those of gates.
+    compute.matmul="fp8": products of the MLP (letter f). "fp8-all": all products except those of gates.
     """
     return compute.matmul == "fp8-all" and "d" in letters or compute.matmul == "fp8" and "f" in letters
 

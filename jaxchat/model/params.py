@@ -84,7 +84,7 @@ class Weight:
     axes: for each dimension, the mesh axis that it is sharded over, or None.
     init: function (key, shape) -> initial values, float32.
     group: the weight's key in the optimizer's table of rules (train/optimizer.py).
-    fan_in, fan_out: inputs and outputs of the matrix, or of each matrix of a stack; 0: not a matrix.
+    fan_in, fan_out: numbers of inputs and outputs of the matrix, or of each in a stack; 0: not a matrix.
     lookup: whether rows are looked up, instead of multiplying by the matrix.
     dtype: the dtype that the weight is stored in.
     """

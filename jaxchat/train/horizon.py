@@ -62,9 +62,9 @@ def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig)
 
 
 def steps_for(config: BaseConfig, model: ModelConfig, batch: int, weights: int, kind: str) -> tuple[int, str]:
-    """Return (number of steps, reason), by the first of three flags that is given.
+    """Return (number of steps, reason) by the first flag that is given.
 
-    They are --num_iterations, --target_flops and --target_param_data_ratio. batch: tokens per step.
+    In this order: --num_iterations, --target_flops, --target_param_data_ratio. batch: tokens per step.
     weights, kind: number and description of the weights that --target_param_data_ratio refers to.
     """
     ratio = config.target_param_data_ratio

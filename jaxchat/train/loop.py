@@ -76,7 +76,8 @@ def train(run: Run, evaluations: list[Evaluation]) -> None:
             if isinstance(problem, Unread) and problem.step <= loop.step:
                 loop.go_back(problem.step - 1)
             if not loop.ending:
-                # All processes raise NotFinite and Unread, and can save; another error may be only here.
+                # All processes raise NotFinite and Unread, so they can save together. Another error may be
+                # raised by this process only.
                 loop.saver.rescue(loop.state, loop.step, alone=not isinstance(problem, NotFinite | Unread))
             if loop.problem:  # why this process could not read its rows
                 raise loop.problem from problem

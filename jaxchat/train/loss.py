@@ -228,7 +228,7 @@ def pad_time(length: int, a):
 
 
 def split_time(length: int, *arrays):
-    """Cut arrays [B, T, ...] into chunks [⌈T/length⌉, B, length, ...]; zeros fill the last one."""
+    """Cut arrays [B, T, ...] into chunks [⌈T/length⌉, B, length, ...]; zeros pad the last chunk."""
     padded = (pad_time(length, a) for a in arrays)
     return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, length, *a.shape[2:]), 1, 0) for a in padded)
 

@@ -1,4 +1,4 @@
-"""One optax transformation for all weights: each declares a group, and a table gives each group its rule."""
+"""One optax transformation for all weights: each weight names a group, and a table gives its rule."""
 
 import dataclasses
 import math

@@ -25,7 +25,7 @@ class Unread(UserError):
 
 
 class Reporter:
-    """Prints and logs each step's numbers one step late: they are fetched while the next step is computed."""
+    """Print and log each step's numbers one step late: they are fetched while the next step is computed."""
 
     def __init__(self, stage, log: MetricsLog):
         self._stage, self._log = stage, log

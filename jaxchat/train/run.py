@@ -1,4 +1,4 @@
-"""Prepare a run from flags: where training starts, its plan, the step that fits, and the first state."""
+"""Prepare a run from flags: its start, its plan, a training step that fits in memory, the first state."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ class Start:
 
 
 def tokenizer_for(config: TrainConfig, name: str, tag: str) -> Tokenizer:
-    """Load the tokenizer kept with the checkpoints to resume from, or else the base directory's."""
+    """Load the tokenizer kept with the checkpoints to resume from, or else the base directory's tokenizer."""
     folder = checkpoint.run_folder(name, tag)
     kept = folder / "tokenizer"
     return Tokenizer.load(kept if config.resume and checkpoint.steps_in(folder) and kept.is_dir() else None)
@@ -223,7 +223,7 @@ def arguments_of_step(stage: Stage, batch: dict) -> tuple:
 
 
 def initial_state(stage: Stage) -> TrainState:
-    """Create the first state: random weights or the parent's; a fresh optimizer or (warm) the parent's."""
+    """Create the first state: random or the parent's weights; fresh or (warm) the parent's optimizer."""
     if stage.parent is None:
         return init_state(stage.flags.seed, stage.model, stage.optimizer)
     if not stage.warm:

@@ -35,7 +35,7 @@ class Stop:
     def breaks_off(self):
         """A context in which a signal raises BrokenOff, unless several processes run.
 
-        One of them would then wait for the others.
+        To interrupt one process would leave the others waiting.
         """
         self._breaks_off = jax.process_count() == 1
         try:
