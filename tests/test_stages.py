@@ -66,7 +66,7 @@ def test_plan_of_the_first_example(large_vocabulary, one_device):
         f"14,160; {14_160 * 262_144:,} tokens; tokens : parameters = 20.00; {14_160 * 262_144 * flops:.3e} FLOPs"
     )
     assert plan["saves"].endswith("base_checkpoints/d12/<step>, every 30 minutes, and at the end")
-    assert re.fullmatch("about .* of about .* tokens: the data is repeated", plan["epochs"])
+    assert re.fullmatch("about .* passes over about .* tokens: the data is repeated", plan["epochs"])
 
 
 def test_plan_of_the_second_example(large_vocabulary, one_device, home, monkeypatch):
@@ -88,7 +88,7 @@ def test_plan_of_the_second_example(large_vocabulary, one_device, home, monkeypa
     assert plan["learning rates"] == "× 0.3" and plan["steps"].startswith("one pass over the mixture: about ")
     assert "warning" not in plan
     plan = dict(mid_train.stage_for(dataclasses.replace(config, device_batch_size=64)).plan)
-    assert plan["warning"] == "device_batch_size 64 exceeds base's 32: memory may run out"
+    assert plan["warning"] == "--device_batch_size=64 exceeds base training's 32: memory may run out"
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,7 @@ def test_nothing_to_learn(folder, capsys):
 @pytest.mark.parametrize("command", [mid_train, chat_sft])
 def test_rows_longer_than_the_model(folder, command, capsys):
     line = refusal(folder, command, ["--max_seq_len=17", f"--train_tasks={folder / 'talk.jsonl'}"], capsys)
-    assert "--max_seq_len=17 is longer than the model's 16" in line
+    assert "--max_seq_len=17 is longer than the model's context of 16 tokens" in line
 
 
 def test_prompt_longer_than_the_model(folder, capsys):

@@ -1,4 +1,4 @@
-"""Attention, and the one place that chooses its kernel."""
+"""Attention in training and decoding, and the choice of its kernel."""
 
 import math
 from functools import partial
@@ -12,10 +12,10 @@ from jaxchat.config import gpu_capability
 from jaxchat.model.attention_cpu import block_causal_attention, decoding_attention
 from jaxchat.sharding import per_device, row_axes
 
-LANES = 128  # splash: time and (above 64) head dimension are padded to a multiple
+LANES = 128  # splash: time and head dimensions above 64 are padded to a multiple
 SPLASH_BLOCKS = (1024, 512, 256, LANES)  # splash: queries and keys per block
 SPLIT = 128  # decoding on GPUs and TPUs: cache slots that are read together
-PAGES = 4  # TPUs: as many of them are on their way at a time
+PAGES = 4  # decoding on TPUs: pages of SPLIT slots that are fetched at a time
 
 
 def causal_attention(
@@ -27,14 +27,14 @@ def causal_attention(
     mesh: Mesh | None = None,
     window: int | None = None,
 ):
-    """Attention of each position to itself and those before; softmax in float32, scale 1/√H. -> [B, T, N, H].
+    """Attention of each position to itself and all before; softmax in float32, scale 1/√H. -> [B, T, N, H].
 
-    K may divide N: then N/K neighbouring query heads share a key/value head. Queries and keys must be normed.
+    K divides N: N/K neighbouring query heads share a key/value head. Queries and keys must be normed.
     segments_BT: a position attends only to positions of its own segment.
-    window: the number of positions before its own that a position attends to, at most; None: all of them.
+    window: maximum number of earlier positions that a position attends to; None: all of them.
     implementation: "blocks" (attention_cpu.py), "splash" (JAX's kernel for TPUs), "xla" or "cudnn"
-        (jax.nn's); see kernel_for.
-    mesh: each device computes its own rows and heads, whatever the kernel; nothing crosses devices.
+        (by jax.nn.dot_product_attention); see kernel_for.
+    mesh: each device computes its own rows and heads, without communication; None: one device.
     """
     attend = KERNELS[kernel_for(implementation, q_BTNH.shape[3], q_BTNH.shape[1])]
     if window is not None and window < q_BTNH.shape[1] - 1:
@@ -48,8 +48,8 @@ def causal_attention(
 def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, window: int | None = None):
     """Attention of new tokens to one layer's cache slots, up to their own positions. -> [B, T, N, H].
 
-    implementation, window: see causal_attention. One new token a row is decoded by the kernel of DECODING,
-    if there is one, which reads each row's slots only as far as the row reaches.
+    implementation, window: see causal_attention. For one new token per row (T = 1) a kernel of DECODING is
+    used, if one fits; such a kernel reads a row's slots only as far as the row reaches.
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
@@ -66,9 +66,9 @@ def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, 
 
 
 def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) -> str:
-    """The key in DECODING of the kernel for one new token a row; "xla", which is no key, where none fits."""
+    """Key in DECODING of the kernel for one new token per row; "xla", which is not a key, if none fits."""
     computes = {
-        "cudnn": head_dim >= 16 and head_dim & (head_dim - 1) == 0,  # the sides of Triton's tiles
+        "cudnn": head_dim >= 16 and head_dim & (head_dim - 1) == 0,  # sides of Triton's tiles
         "splash": head_dim % LANES == 0 and window is None,
     }
     return implementation if computes.get(implementation, True) else "xla"
@@ -77,15 +77,15 @@ def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) 
 def gpu_decoding_attention(
     q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None, *, interpret: bool = False
 ):
-    """JAX's flash decoding for GPUs: one program for each SPLIT slots of a row's head, idle beyond its end.
+    """Decode with JAX's flash decoding kernel for GPUs: one program per SPLIT slots of each head of a row.
 
-    cuDNN wants the slots before the heads. interpret: run it by XLA operations, on any device.
+    Programs beyond a row's end do nothing. interpret: use Pallas's interpret mode, on any device.
     """
     from jax.experimental.pallas.ops.gpu.decode_attention import gqa
 
     S = k_BKSH.shape[2]
     split = math.gcd(S, SPLIT)
-    # It swaps the axes back, so nothing is copied.
+    # gqa takes slots before heads and swaps the axes back, so nothing is copied.
     k_BSKH, v_BSKH = jnp.swapaxes(k_BKSH, 1, 2), jnp.swapaxes(v_BKSH, 1, 2)
     first_B = None if window is None else jnp.maximum(positions_B - window, 0)
     y_BNH = gqa(
@@ -96,7 +96,7 @@ def gpu_decoding_attention(
 
 
 def tpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: None = None):
-    """JAX's paged attention for TPUs. Each head of a row is a sequence, whose pages follow one another."""
+    """Decode with JAX's paged attention for TPUs: each head of a row is a sequence of consecutive pages."""
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
     (B, _, N, H), (_, K, S, _) = q_B1NH.shape, k_BKSH.shape
@@ -114,8 +114,8 @@ def tpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: None = N
 def kernel_for(implementation: str, head_dim: int, time: int) -> str:
     """Choose the attention kernel: `implementation`, or "xla" for shapes that "cudnn" refuses.
 
-    cuDNN refuses head dimensions that are no multiple of 8 or above 256 (128 before Hopper), and odd times in
-    training.
+    cuDNN refuses head dimensions that are not a multiple of 8 or exceed 256 (128 before Hopper), and in
+    training an odd number of positions (`time`).
     """
     if implementation != "cudnn":
         return implementation
@@ -126,7 +126,7 @@ def kernel_for(implementation: str, head_dim: int, time: int) -> str:
 def library_attention(
     q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, implementation: str, window: int | None = None
 ):
-    """jax.nn's attention. Segments are a mask [B, 1, T, S], which cuDNN reads as a bias: T² numbers a row."""
+    """Attention by jax.nn. Segments become a mask [B, 1, T, S], a bias for cuDNN: T² numbers per row."""
     same_B1TS = None
     if segments_BT is not None:
         same_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
@@ -139,7 +139,7 @@ def library_attention(
 def splash_block(time: int, window: int | None) -> int:
     """Queries and keys per block: a quarter of what a query sees, so that a fifth of the products is masked.
 
-    Blocks below 256 would keep the matrix units waiting: only where no larger one divides the time.
+    Blocks below 256 would leave the matrix units idle, so they are used only if no larger one divides `time`.
     """
     most = max(256, min(time, time if window is None else window) // 4)
     return next(size for size in SPLASH_BLOCKS if size <= most and time % size == 0)
@@ -148,10 +148,10 @@ def splash_block(time: int, window: int | None) -> int:
 def splash_attention(
     q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: int | None = None, interpret: bool = False
 ):
-    """JAX's block-sparse kernel for TPUs: what the mask drops is never computed, and no scores reach memory.
+    """Attention by JAX's splash kernel for TPUs: it skips masked blocks and writes no scores to memory.
 
-    Its lanes want multiples of 128, so arrays are padded with zeros: padded keys come after every query,
-    and padded features add 0 to a score. interpret: run it by XLA operations, on any device.
+    Arrays are padded with zeros to sizes that the kernel takes: padded keys come after every query, and
+    padded features add 0 to a score. interpret: use Pallas's interpret mode, on any device.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

@@ -1,8 +1,8 @@
 """Attention for CPUs only: plain XLA operations, block after block, skipping most of what the mask drops.
 
-A reader who wants to know what the model computes can skip this file: attention.py says it in two lines.
-Queries and keys must be normed: scores are at most √H then (11 at H = 128), times qk_scale² (at most 4); exp
-needs no maximum subtracted.
+To learn what the model computes, read causal_attention in attention.py instead. Queries and keys must be
+normed: scores are then at most √H (11 at H = 128) times qk_scale² (at most 4), so that exp needs no maximum
+subtracted.
 """
 
 import math
@@ -15,13 +15,13 @@ SLOT_BLOCK = 64  # cache slots per block while decoding
 
 
 def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: int | None = None):
-    """Causal attention, each block of queries against the keys up to its last query. -> [B, T, N, H].
+    """Causal attention by blocks of queries, each with the keys up to its last query. -> [B, T, N, H].
 
-    window: see causal_attention; the keys before all of the block's windows are skipped too.
+    window: see causal_attention; keys before the windows of all queries of a block are skipped too.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    # Heads before time: matrix products over the last two axes. G = N/K query heads share a key head.
+    # Heads before time, for matrix products over the last two axes. G = N/K query heads share a key head.
     q_BKGTH = jnp.moveaxis((q_BTNH / math.sqrt(H)).reshape(B, T, K, N // K, H), 1, 3)
     k_BKSH, v_BKSH = jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2)
     blocks = []
@@ -43,8 +43,8 @@ def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: 
 def decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None):
     """Attention of one new token per row to the cache slots up to its own position. -> [B, 1, N, H].
 
-    One block of one row's slots at a time, as far as that row sees: nothing depends on the other rows.
-    window: see causal_attention.
+    Computed one block of one row's slots at a time, only as far as the row reaches, so that no result depends
+    on the other rows. window: see causal_attention.
     """
     (B, _, N, H), (_, K, S, _) = q_B1NH.shape, k_BKSH.shape
     block = math.gcd(S, SLOT_BLOCK)

@@ -1,4 +1,4 @@
-"""The key/value cache of generation, which holds all that a row carries from token to token."""
+"""The key/value cache: all that generation keeps of a row from one token to the next."""
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,17 @@ from jaxchat.config import ModelConfig
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far; each row has a length of its own.
+    """Keys and values of the tokens seen so far; each row has its own length.
 
-    One array a layer, heads before slots: a token of one row reads contiguous memory, and no layer is copied
-    out of a stack. Slot s of row b holds the token at position s and is valid while s < lengths_B[b]. Slots
-    beyond are never attended to and are overwritten by later tokens: a smaller length cuts a row back.
+    One array per layer, heads before slots: one row reads contiguous memory, and no layer is copied out of a
+    stack. Slot s of row b holds the token at position s and is valid while s < lengths_B[b]. Slots
+    beyond are never attended to and are overwritten by later tokens, so lowering a length truncates the row.
     """
 
     k_BKSH: tuple[jax.Array, ...]
     v_BKSH: tuple[jax.Array, ...]
     lengths_B: jax.Array  # int32
-    tokens_BS: jax.Array | None = None  # int32, where the model mixes in the token before (smear)
+    tokens_BS: jax.Array | None = None  # int32; only for a model with smear, which reads the previous token
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, max_len: int, dtype):
@@ -31,7 +31,7 @@ class KVCache:
 
     @classmethod
     def holding(cls, layers: list[tuple[jax.Array, jax.Array]], lengths_B, tokens_BT=None):
-        """Make a cache of each layer's (k_BTKH, v_BTKH), with T slots. tokens_BT: for a model that smears."""
+        """Make a cache with T slots from each layer's (k_BTKH, v_BTKH). tokens_BT: for a model with smear."""
         k, v = (tuple(jnp.swapaxes(x_BTKH, 1, 2) for x_BTKH in each) for each in zip(*layers, strict=True))
         return cls(k, v, lengths_B, tokens_BT)
 
@@ -42,7 +42,7 @@ class KVCache:
     def write(self, layer: int, k_BTKH, v_BTKH, positions_BT) -> "KVCache":
         """Write one layer's keys and values at positions_BT; those beyond the last slot are dropped."""
         B, _, K, _ = k_BTKH.shape
-        # Every index is spelled out: with a slice for the heads XLA would lay the cache out anew on a TPU.
+        # Every index is explicit: with a slice for the heads, XLA would change the cache's layout on a TPU.
         at_BKT = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None], positions_BT[:, None, :]
 
         def put(arrays, x_BTKH):
@@ -53,12 +53,12 @@ class KVCache:
         return self.replace(k_BKSH=put(self.k_BKSH, k_BTKH), v_BKSH=put(self.v_BKSH, v_BTKH))
 
     def joined(self) -> "KVCache":
-        """Join the heads of all layers to one array of keys and one of values."""
+        """Concatenate the heads of all layers into one array of keys and one array of values."""
         k, v = ((jnp.concatenate(arrays, axis=1),) for arrays in (self.k_BKSH, self.v_BKSH))
         return self.replace(k_BKSH=k, v_BKSH=v)
 
     def write_one(self, k_LKH, v_LKH, position) -> "KVCache":
-        """Write the keys and values of all layers' heads [L·K, H] of a joined cache's only row."""
+        """Write one token's keys and values, of all layers' heads, to a joined cache's only row."""
 
         def put(array, x_LKH):
             return (lax.dynamic_update_slice(array, x_LKH[None, :, None], (0, 0, position, 0)),)
@@ -66,24 +66,24 @@ class KVCache:
         return self.replace(k_BKSH=put(*self.k_BKSH, k_LKH), v_BKSH=put(*self.v_BKSH, v_LKH))
 
     def write_tokens(self, tokens_BT, positions_BT) -> "KVCache":
-        """Write the tokens at positions_BT, where they are kept; those beyond the last slot are dropped."""
+        """Write tokens at positions_BT, if the cache holds tokens; those beyond the last slot are dropped."""
         if self.tokens_BS is None:
             return self
         rows_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
         return self.replace(tokens_BS=self.tokens_BS.at[rows_B1, positions_BT].set(tokens_BT, mode="drop"))
 
     def last_tokens(self):
-        """Each row's last token [B]; for an empty row any token."""
+        """The last token of each row, [B]; arbitrary for an empty row."""
         return jnp.take_along_axis(self.tokens_BS, jnp.maximum(self.lengths_B - 1, 0)[:, None], axis=1)[:, 0]
 
     def advance(self, counts_B) -> "KVCache":
-        """Make each row `counts_B` tokens longer; their keys and values have been written."""
+        """Make each row `counts_B` tokens longer; their keys and values must be written already."""
         return self.replace(lengths_B=self.lengths_B + counts_B)
 
     def place(self, other: "KVCache", rows_P) -> "KVCache":
-        """Copy the rows of another cache into rows_P, where a number beyond the last row drops that one.
+        """Copy the rows of another cache to rows_P of this one; a row number beyond the last drops that row.
 
-        The other must not have more slots.
+        The other cache must not have more slots than this one.
         """
 
         def put(array, other):
@@ -100,7 +100,7 @@ class KVCache:
         )
 
     def resize(self, slots: int) -> "KVCache":
-        """Change the number of slots; no row may be longer than that."""
+        """Change the number of slots; no row may be longer than `slots`."""
 
         def change(array):
             more = slots - array.shape[2]

@@ -1,4 +1,4 @@
-"""Look tokens up in embedding tables, on one device or on a mesh that the tables are spread over."""
+"""Look tokens up in embedding tables, on one device or on a mesh that the tables are sharded over."""
 
 from functools import partial
 
@@ -13,14 +13,14 @@ from jaxchat.sharding import per_device, row_axes
 
 
 def embed(wte_VD, tokens_BT, compute: Compute):
-    """Look up the tokens' rows of the embedding, in compute.dtype. -> x_BTD."""
+    """Look up the tokens' embeddings, in compute.dtype. -> x_BTD."""
     if compute.mesh is None or compute.mesh.size == 1:
         return look_up(wte_VD, tokens_BT, compute.dtype)
     return embed_sharded(wte_VD, tokens_BT, jnp.dtype(compute.dtype), compute.mesh)
 
 
 def look_up(table, tokens_BT, dtype):
-    """Look up rows of a table that is not spread over devices. Their gradients are summed in float32."""
+    """Look up rows of a table that is not sharded. Its gradient is summed in float32."""
     if table.dtype == jnp.float32:
         return table[tokens_BT].astype(dtype)
     return look_up_narrow(table, tokens_BT, jnp.dtype(dtype))
@@ -43,12 +43,12 @@ look_up_narrow.defvjp(
 
 
 def sum_rows(count: int, ids_BT, d_rows):
-    """Sum, in float32, the gradients [B, T, …] of rows looked up in a table of `count`. -> [count, …]."""
+    """Sum gradients [B, T, …] of looked-up rows by their ids, in float32. -> [count, …]."""
     return jnp.zeros((count, *d_rows.shape[2:])).at[ids_BT].add(d_rows.astype(jnp.float32))
 
 
 def own_features(a, size: int):
-    """This device's share, of `size`, of the last axis of an array, which is spread over fsdp."""
+    """Slice this device's shard along fsdp, `size` numbers, from the last axis of an array."""
     return lax.dynamic_slice_in_dim(a, lax.axis_index("fsdp") * size, size, axis=a.ndim - 1)
 
 
@@ -61,10 +61,10 @@ def embed_values(table_VKH, tokens_BT, compute: Compute):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed_columns(table_VKH, tokens_BT, dtype, mesh: Mesh):
-    """Look tokens up in a table whose columns are spread, heads over `tensor`, features over `fsdp`.
+    """Look tokens up in a table whose columns are sharded, heads over `tensor`, features over `fsdp`.
 
-    No device holds more than its columns: along `fsdp` each looks them up for the tokens of all devices, and
-    sends every device those of its tokens.
+    No device gathers the table: along `fsdp`, each looks its columns up for the tokens of all devices, then
+    sends every device the columns for that device's tokens.
     """
     axes = row_axes(mesh, tokens_BT.shape[0])
 
@@ -103,7 +103,7 @@ embed_columns.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed_sharded(wte_VD, tokens_BT, dtype, mesh: Mesh):
-    """Look tokens up on a mesh: each device gathers its share of the vocabulary at full width, in `dtype`."""
+    """Look tokens up on a mesh: each device gathers its shard of the vocabulary at full width, in `dtype`."""
     rows = P(row_axes(mesh, tokens_BT.shape[0]))
 
     def local(wte_Vd, tokens_BT):
@@ -139,7 +139,7 @@ embed_sharded.defvjp(
 
 
 def local_rows(tokens_BT, size: int):
-    """Return (ids_BT, here_BT): ids within this device's share of the vocabulary, and whether they are."""
+    """Return (ids_BT clipped to this device's shard of the vocabulary, whether tokens are in it)."""
     ids_BT = tokens_BT - lax.axis_index("tensor") * size
     near_BT = jnp.clip(ids_BT, 0, size - 1)
     return near_BT, ids_BT == near_BT

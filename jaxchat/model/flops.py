@@ -1,4 +1,4 @@
-"""Count a model's parameters and floating-point operations; peak rates of devices."""
+"""Count a model's parameters and floating-point operations, and look up peak rates of devices."""
 
 import math
 import re
@@ -10,8 +10,8 @@ from jaxchat.model.layers import layers
 from jaxchat.model.params import declare
 
 # Dense bfloat16 peak of one device in FLOP/s, by jax.Device.device_kind; from the vendors' data sheets. A
-# name with any other word in it, but for ANY_VARIANT, is another device: slower, or a share of one (MIG,
-# vGPU).
+# name with a word that is neither here nor in ANY_VARIANT is another device: a slower one, or a slice of a
+# GPU (MIG, vGPU).
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -45,11 +45,11 @@ def num_params(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
     """Training FLOPs of one token, forward and backward.
 
-    6 per weight of a matrix (an embedding is looked up, and costs none), and 12·D·T for the scores and values
-    of each layer's attention (PaLM, appendix B; the causal half is not deducted). In a layer whose window is
-    shorter, T is the window.
+    6 per weight of a matrix (embeddings are looked up and cost none), plus 12·D·T per layer for attention's
+    scores and values (PaLM, appendix B; the half that the causal mask drops is not deducted). In a layer
+    with a window shorter than T, the window takes the place of T.
 
-    time: tokens of a row, T; None: the model's whole context.
+    time: T, the tokens of a row; None: the model's context length.
     """
     weights = jax.tree.leaves(declare(config))
     multiplied = sum(math.prod(w.shape) for w in weights if w.fan_in and not w.lookup)
@@ -59,13 +59,13 @@ def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
 
 
 def scaling_params(config: ModelConfig) -> int:
-    """Weights of the blocks' matrices and the head: the count by which nanochat scales tokens and batch."""
+    """Number of weights in the blocks' matrices and the head, by which nanochat scales tokens and batch."""
     kinds = ("matrix", "head")
     return sum(math.prod(w.shape) for w in jax.tree.leaves(declare(config)) if w.group in kinds)
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 FLOP/s of a device, or None where it isn't known (a CPU, say)."""
+    """Peak bfloat16 FLOP/s of a device, or None if it isn't known (a CPU, for example)."""
     kind = _words(device.device_kind)
     return next((peak for name, peak in PEAK_FLOPS.items() if _words(name) == kind), None)
 

@@ -23,7 +23,7 @@ from jaxchat.model.params import Blocks, Params, layers_of
 from jaxchat.model.parts import in_parts
 from jaxchat.sharding import constrain, row_axes
 
-# Fewest rows while decoding on a GPU: XLA would compute a product of fewer as elementwise products and sums.
+# Minimum rows in decoding on a GPU: with fewer, XLA turns matrix products into elementwise products and sums.
 GPU_ROWS = 16
 
 
@@ -41,26 +41,26 @@ def rotary_tables(positions_BT, head_dim: int, base: float):
 
 
 def rotate(x_BTNH, tables):
-    """Rotary embedding, halves layout: rotate features i and i + H/2 as a pair, by minus their angle."""
+    """Apply rotary embedding, halves layout: rotate features i and i + H/2 as a pair by minus the angle."""
     cos, sin = tables
     x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x_BTNH.dtype)
 
 
 def rotate_norm(x_BTNH, tables, eps: float, scale: float = 1.0):
-    """Rotate, then norm, then multiply by scale: for queries and keys."""
+    """Rotate queries or keys, then apply RMS norm, then multiply by `scale`."""
     y_BTNH = rms_norm(rotate(x_BTNH, tables), eps)
     return y_BTNH if scale == 1 else scale * y_BTNH
 
 
 def residual_norm(x_BTD, y_BTD=None, *, eps: float):
-    """Add y, if given, to the residual stream x. -> (the stream, its norm, which a sublayer reads)."""
+    """Add y, if given, to the residual stream x. -> (the stream, its norm: a sublayer's input)."""
     x_BTD = x_BTD if y_BTD is None else x_BTD + y_BTD
     return x_BTD, rms_norm(x_BTD, eps)
 
 
 def norms(config: ModelConfig, compute: Compute):
-    """Choose (residual_norm, rotate_norm): this file's, or GPU kernels, which also sum gradients."""
+    """Return (residual_norm, rotate_norm): this file's functions, or GPU kernels if compute.kernels."""
     eps, scale = config.norm_eps, config.qk_scale
     if not compute.kernels:
         return partial(residual_norm, eps=eps), partial(rotate_norm, eps=eps, scale=scale)
@@ -74,24 +74,24 @@ def norms(config: ModelConfig, compute: Compute):
 
 @struct.dataclass
 class Inputs:
-    """What every layer reads besides the residual stream."""
+    """The inputs of every layer besides the residual stream."""
 
     tokens_BT: jax.Array
     embedded_BTD: jax.Array  # the first layer's input
-    tables: tuple  # of rotary_tables
-    segments_BT: jax.Array | None = None  # tokens of one segment don't see another's
-    values_BTKH: jax.Array | None = None  # the layer's value embeddings, where they were looked up before
+    tables: tuple  # (cos, sin) from rotary_tables
+    segments_BT: jax.Array | None = None  # a token attends only within its segment
+    values_BTKH: jax.Array | None = None  # the layer's value embeddings, if they are looked up already
 
 
 def block(x_BTD, w: Blocks, inputs: Inputs, attend, config: ModelConfig, compute: Compute):
     """Compute one transformer layer. -> x_BTD.
 
-    w: this layer's weights; those that it lacks are None.
+    w: this layer's weights; None for those that it lacks.
     attend(q_BTNH, k_BTKH, v_BTKH) -> y_BTNH: attention over rotated, normed queries and keys.
     """
     residual_norm, rotate_norm = norms(config, compute)
     product = partial(matmul, compute=compute)
-    with jax.named_scope("projections"):  # scopes are for profiles: bench/profile.py
+    with jax.named_scope("projections"):  # scopes name operations in profiles: bench/profile.py
         if w.stream_scale is not None:
             x_BTD = weighted_sum(w.stream_scale, x_BTD, w.embedding_scale, inputs.embedded_BTD)
         x_BTD, h_BTD = residual_norm(x_BTD)
@@ -126,12 +126,12 @@ def value_gate(h_BTD, w: Blocks, config: ModelConfig, compute: Compute):
 
 
 def embedded(params: Params, tokens_BT, config: ModelConfig, compute: Compute):
-    """The normed embedding of tokens: x_BTD in the compute dtype."""
+    """Embed tokens and apply RMS norm: x_BTD in the compute dtype."""
     return rms_norm(embed(params.wte, tokens_BT, compute), config.norm_eps)
 
 
 def smear(params: Params, x_BTD, before_BTD, config: ModelConfig, compute: Compute):
-    """Add to each token's embedding the previous token's, times a gate that the token's own embedding sets.
+    """Add the previous token's embedding to each token's, times a gate computed from the token's embedding.
 
     before_BTD: the previous tokens' embeddings; zeros where there is none.
     """
@@ -143,9 +143,9 @@ def smear(params: Params, x_BTD, before_BTD, config: ModelConfig, compute: Compu
 
 
 def before(x_BTD, first_B1D=None, segments_BT=None):
-    """Shift an array by one token: each position gets what the previous one had.
+    """Shift an array by one token: each position gets the previous position's features.
 
-    The first position gets first_B1D or zeros, the first of every later segment zeros.
+    The first position gets first_B1D or zeros; the first position of every later segment gets zeros.
     """
     first_B1D = jnp.zeros_like(x_BTD[:, :1]) if first_B1D is None else first_B1D
     moved_BTD = jnp.concatenate([first_B1D, x_BTD[:, :-1]], axis=1)
@@ -156,16 +156,16 @@ def before(x_BTD, first_B1D=None, segments_BT=None):
 
 
 def last_norm(params: Params, x_BTD, middle_BTD, config: ModelConfig):
-    """The head's input: the norm of the last layer's result, less a share of the middle layer's (backout)."""
+    """Compute the head's input: norm(last layer's result − backout_scale · middle layer's result)."""
     if middle_BTD is not None:
         x_BTD = weighted_sum(1.0, x_BTD, -params.backout_scale[0], middle_BTD)
     return rms_norm(x_BTD, config.norm_eps)
 
 
 def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, segments_BT=None):
-    """The head's input: normed activations x_BTD in the compute dtype. tokens_BT is int32.
+    """Compute the head's input: normed activations x_BTD in the compute dtype. tokens_BT is int32.
 
-    segments_BT: tokens of one segment don't see another's. Positions are counted on from segment to segment,
+    segments_BT: tokens attend only within their segment. Positions continue from one segment to the next,
     since only their differences matter.
     """
     time = tokens_BT.shape[1]
@@ -185,7 +185,7 @@ def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, s
 
 
 def training_block(x_BTD, w: Blocks, inputs: Inputs, config: ModelConfig, compute: Compute, kind: Layer):
-    """Compute one layer in training: `block`, with attention within complete rows."""
+    """Compute one layer in training: `block` with causal attention over complete rows."""
     mesh = compute.mesh
     options = {"segments_BT": inputs.segments_BT, "mesh": mesh, "window": kind.window}
     attend = partial(causal_attention, implementation=compute.attention, **options)
@@ -194,7 +194,7 @@ def training_block(x_BTD, w: Blocks, inputs: Inputs, config: ModelConfig, comput
 
 
 def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
-    """The head's input for prompts padded at their ends, and a cache of the prompts. -> (x_BTD, cache)."""
+    """Prefill prompts that are padded at their ends. -> (the head's input x_BTD, a cache of the prompts)."""
     time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
     plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")
@@ -224,21 +224,21 @@ def generating_blocks(params: Params, inputs: Inputs, attend, config: ModelConfi
 def features_cached(
     params: Params, tokens_BT, cache: KVCache, config: ModelConfig, compute: Compute, counts_B=None
 ):
-    """The head's input for new tokens of rows whose earlier tokens are in a cache. -> (x_BTD, cache).
+    """Compute the head's input for new tokens of rows whose earlier tokens are cached. -> (x_BTD, cache).
 
-    Token t of row b stands at position cache.lengths_B[b] + t. Its key and value are written there (or
-    dropped, beyond the last slot), and it attends to all positions up to its own that its layer's window
-    reaches.
-    counts_B: how many of each row's T tokens are real; the returned cache's rows are longer by that many. The
-    rest is padding, whose features mean nothing. 0: the row waits. None: all are real.
+    Token t of row b is at position cache.lengths_B[b] + t. Its key and value are written to that slot (or
+    dropped, beyond the last slot), and it attends to all positions up to its own that are within the layer's
+    window.
+    counts_B: number of each row's T tokens that are real, by which the row grows in the returned cache. The
+    rest is padding, whose features are meaningless. 0: the row waits. None: all tokens are real.
     """
     rows, time = tokens_BT.shape
     positions_BT = cache.lengths_B[:, None] + jnp.arange(time)[None, :]
 
-    def pad(a):  # with rows up to GPU_ROWS, for the layers' products only
+    def pad(a):  # to GPU_ROWS rows, for the layers' matrix products only
         return jnp.pad(a, ((0, max(0, GPU_ROWS - rows) if compute.kernels else 0), *[(0, 0)] * (a.ndim - 1)))
 
-    # Not by kernels, which take one row of rotary tables for all rows; every device holds all weights here.
+    # Without kernels, which need one row of rotary tables for all rows; here every device holds all weights.
     plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")
     x_BTD = embedded(params, tokens_BT, config, plain)
     if config.smear_channels:
@@ -259,7 +259,7 @@ def features_cached(
 
 
 def softcap(u, cap: float):
-    """Bring the head's output within ±cap: cap·tanh(u/cap), in float32."""
+    """Bound the head's output by ±cap: cap·tanh(u/cap), in float32."""
     return cap * jnp.tanh(u.astype(jnp.float32) / cap)
 
 

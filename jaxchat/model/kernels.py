@@ -1,9 +1,9 @@
-"""Kernels for GPUs: parts of the layers that read and write memory once, where XLA takes several passes.
+"""GPU kernels for parts of the layers: they read and write memory once, where XLA takes several passes.
 
-Written in Pallas for Triton, whose tiles have powers of two as sides, so masks cut what is beyond an array.
-Each program handles R of the M rows; E is the tile width: half a head or the model width, rounded up to 2^n.
-mesh: each device computes its own rows and heads, and nothing crosses devices. A mesh of one counts too: it
-tells Triton what it compiles for. interpret: run a kernel by XLA operations, on any device.
+Written in Pallas for Triton. The sides of Triton's tiles are powers of two, so masks drop what is beyond an
+array. Each program handles R of the M rows; E is the tile width: half a head or the model width, rounded up
+to 2^n. mesh: each device computes its own rows and heads, without communication. A mesh of one device is used
+too, since it says which device Triton compiles for. interpret: use Pallas's interpret mode, on any device.
 """
 
 from functools import partial
@@ -18,14 +18,14 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat.sharding import per_device, row_axes
 
-TILE = 2048  # numbers in a tile: 16 a thread, of bfloat16 two loads of 16 bytes each
+TILE = 2048  # numbers in a tile: 16 per thread, which in bfloat16 are two loads of 16 bytes
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def rotate_norm(
     x_BTNH, tables, eps: float, mesh: Mesh | None = None, interpret: bool = False, scale: float = 1.0
 ):
-    """Compute gpt.py's rotate_norm with one rounding. tables: [1, T, 1, H/2], constants. -> [B, T, N, H]."""
+    """Compute gpt.rotate_norm, rounding once. tables: [1, T, 1, H/2], without gradients. -> [B, T, N, H]."""
     return call_rotated(partial(rotate_kernel, eps=eps, scale=scale), tables, (x_BTNH,), mesh, interpret)
 
 
@@ -43,7 +43,7 @@ rotate_norm.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def residual_norm(x_BTD, y_BTD=None, eps: float = 0.0, mesh: Mesh | None = None, interpret: bool = False):
-    """Compute gpt.py's residual_norm. Backward, one kernel adds the gradients of both results."""
+    """Compute gpt.residual_norm. In the backward pass one kernel adds the gradients of both results."""
     if y_BTD is None:
         return x_BTD, *call_rows(partial(norm_kernel, eps=eps), (x_BTD,), 1, mesh, interpret)
     return tuple(call_rows(partial(add_norm_kernel, eps=eps), (x_BTD, y_BTD), 2, mesh, interpret))
@@ -66,7 +66,7 @@ residual_norm.defvjp(residual_norm_forward, residual_norm_backward)
 def softcap_exp(u_MV, softcap: float, interpret: bool = False):
     """Return (exp(z)·(1 − (z/softcap)²) in u's dtype [M, V], Σ exp(z) float32 [M]).
 
-    z = softcap·tanh(u/softcap). A program handles one row. Not differentiable. Call it on a device's own part
+    z = softcap·tanh(u/softcap). A program handles one row. Not differentiable. Call it on one device's shard
     of an array.
     """
     M, V = u_MV.shape
@@ -78,7 +78,7 @@ def softcap_exp(u_MV, softcap: float, interpret: bool = False):
 
 
 def call_rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):
-    """Call a kernel of rows [M, H] and tables [T, H/2] on arrays [B, T, N, H]."""
+    """Call a kernel that takes rows [M, H] and tables [T, H/2] on arrays [B, T, N, H]."""
 
     def local(cos, sin, *arrays):
         _, T, N, H = arrays[0].shape
@@ -91,7 +91,7 @@ def call_rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):
 
 
 def call_rows(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
-    """Call a kernel of rows [M, D] on arrays [B, T, D]. -> a list of such arrays."""
+    """Call a kernel that takes rows [M, D] on arrays [B, T, D]. -> a list of `outputs` such arrays."""
 
     def local(*arrays):
         D = arrays[0].shape[-1]
@@ -103,9 +103,9 @@ def call_rows(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
 
 
 def by_rows(kernel, arrays, outputs: int, columns: int, interpret: bool):
-    """Run kernel(mask_RE, rows_R1, columns_1E, refs of arrays and outputs) for all rows of arrays[0].
+    """Run kernel(mask_RE, rows_R1, columns_1E, *refs of arrays and outputs) for all rows of arrays[0].
 
-    -> a list of the outputs, arrays like that one.
+    -> a list of the outputs, each with the shape and dtype of arrays[0].
     """
     M, E = len(arrays[0]), pl.next_power_of_2(columns)
     R = max(TILE // E, 1)
@@ -115,9 +115,9 @@ def by_rows(kernel, arrays, outputs: int, columns: int, interpret: bool):
         columns_1E = jnp.arange(E)[None, :]
         kernel((rows_R1 < M) & (columns_1E < columns), rows_R1, columns_1E, *refs)
 
-    program.__name__ = kernel.func.__name__  # profiles show it
+    program.__name__ = kernel.func.__name__  # the name in profiles
     like = [jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)] * outputs
-    # These parameters also choose Triton, where JAX has another way to compile for GPUs.
+    # These parameters also select Triton, since Pallas has another backend for GPUs.
     params = triton.CompilerParams(num_warps=4, num_stages=1)
     grid = (pl.cdiv(M, R),)
     call = pl.pallas_call(program, like, grid=grid, compiler_params=params, interpret=interpret)
@@ -135,7 +135,7 @@ def store(ref, rows, columns, mask, value):
 def rotate_kernel(
     mask, rows, columns, x_ref, cos_ref, sin_ref, y_ref, *, heads: int, eps: float, scale: float
 ):
-    """Rotate rows and norm them to `scale`: a rotation keeps the norm, so y is scaled by x's norm."""
+    """Rotate rows and scale them to an RMS of `scale`: rotation keeps the norm, so the norm of x is used."""
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
     cos, sin = (load(table, rows // heads % table.shape[0], columns, mask) for table in (cos_ref, sin_ref))
@@ -148,7 +148,7 @@ def rotate_kernel(
 def rotate_backward_kernel(
     mask, rows, columns, x_ref, dy_ref, cos_ref, sin_ref, dx_ref, *, heads: int, eps: float, scale: float
 ):
-    """Gradient of x from that of y (dy). g is dy rotated back: the gradient of x·r."""
+    """Gradient of x from dy, the gradient of y. g is dy rotated back: the gradient of x·r."""
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
     dy1, dy2 = load(dy_ref, rows, columns, mask), load(dy_ref, rows, half, mask)
@@ -170,13 +170,13 @@ def norm_kernel(mask, rows, columns, x_ref, h_ref, *, eps: float):
 def add_norm_kernel(mask, rows, columns, x_ref, y_ref, sum_ref, h_ref, *, eps: float):
     x = load(x_ref, rows, columns, mask) + load(y_ref, rows, columns, mask)
     store(sum_ref, rows, columns, mask, x)
-    x = x.astype(sum_ref.dtype).astype(jnp.float32)  # normed is what the next reader sees
+    x = x.astype(sum_ref.dtype).astype(jnp.float32)  # norm the rounded sum, which later layers read
     r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + eps)
     store(h_ref, rows, columns, mask, x * r)
 
 
 def norm_backward_kernel(mask, rows, columns, x_ref, dx_ref, dh_ref, out_ref, *, eps: float):
-    """Gradient of x from that of the residual stream (dx) and that of its norm (dh)."""
+    """Gradient of x from dx and dh, the gradients of the residual stream and of its norm."""
     x, dx, dh = (load(ref, rows, columns, mask) for ref in (x_ref, dx_ref, dh_ref))
     r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + eps)
     m = jnp.sum(x * dh, 1, keepdims=True) / x_ref.shape[1] * r * r
@@ -189,7 +189,7 @@ def softcap_exp_kernel(u_ref, d_ref, sum_ref, *, softcap: float):
     def add(i, sums):
         columns = i * 2 * TILE + jnp.arange(2 * TILE)
         u = triton.load(u_ref.at[row, columns], mask=columns < V, other=0.0).astype(jnp.float32)
-        q = 1 / (jnp.exp(u * (2 / softcap)) + 1)  # tanh(u/softcap) = 1 − 2q, fewer operations than tanh's own
+        q = 1 / (jnp.exp(u * (2 / softcap)) + 1)  # tanh(u/softcap) = 1 − 2q: fewer operations than tanh
         e = jnp.exp(softcap - 2 * softcap * q)
         triton.store(d_ref.at[row, columns], (e * (4 * q * (1 - q))).astype(d_ref.dtype), mask=columns < V)
         return sums + jnp.where(columns < V, e, 0.0)

@@ -1,4 +1,4 @@
-"""The kinds of layers, by the configuration alone, and the loop through all of them."""
+"""The kind of each layer, from the configuration alone, and the loop over all layers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jax import lax
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.model.params import Blocks, has_values, layer_of
 
-REMAT_POLICIES = {  # what the backward pass may keep; without remat all is kept
+REMAT_POLICIES = {  # what is kept for the backward pass; "none" keeps everything
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
     "step": jax.checkpoint_policies.nothing_saveable,
@@ -20,9 +20,10 @@ REMAT_POLICIES = {  # what the backward pass may keep; without remat all is kept
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What sets one layer apart from another.
+    """The properties in which layers differ.
 
-    window: positions before its own that a query sees; None: all. values: whether it has a value embedding.
+    window: number of earlier positions that a query attends to; None: all.
+    values: whether the layer has a value embedding.
     """
 
     window: int | None
@@ -39,14 +40,14 @@ def layers(config: ModelConfig) -> tuple[Layer, ...]:
 
 
 def middle(config: ModelConfig) -> int | None:
-    """Index of the layer whose result backout subtracts from the last layer's; None: no backout."""
+    """Index of the layer whose result backout subtracts, scaled, from the last layer's; None: no backout."""
     return config.n_layer // 2 if config.backout else None
 
 
 def periods(kinds: tuple[Layer, ...]) -> tuple[int, int]:
     """Return (layers in the shortest repeated period, number of repeats); some layers may be left over.
 
-    Every other layer has a value embedding, so where there are any a period has an even number of layers.
+    In a model with value embeddings every other layer has one, so a period has an even number of layers.
     """
     count, step = len(kinds), 2 if any(kind.values for kind in kinds) else 1
     for size in range(step, count + 1, step):
@@ -57,10 +58,10 @@ def periods(kinds: tuple[Layer, ...]) -> tuple[int, int]:
 
 
 def through_layers(step: Callable, x_BTD, blocks: Blocks, config: ModelConfig, compute: Compute):
-    """Call step(x_BTD, a layer's weights, its Layer) -> x_BTD for one layer after the other.
+    """Call step(x_BTD, a layer's weights, kind=its Layer) -> x_BTD for each layer in turn.
 
-    -> (x_BTD, what the middle layer returned, or None without backout). Whole periods of layers are a loop,
-    so that a deep model compiles as fast as a shallow one; compute.unroll writes them one after the other.
+    -> (x_BTD, the middle layer's result, or None without backout). Complete periods of layers run in a loop,
+    so that a deep model compiles as fast as a shallow one; compute.unroll unrolls the loop.
     """
     kinds, mid = layers(config), middle(config)
     size, repeats = periods(kinds)
@@ -83,7 +84,7 @@ def through_layers(step: Callable, x_BTD, blocks: Blocks, config: ModelConfig, c
 
     carry = x_BTD, None if mid is None else x_BTD
     if repeats:
-        # What a slice copies is copied in every step: depths that the period divides have no layer left.
+        # Slicing copies weights in every step; it is skipped if the period divides the depth.
         whole = jax.tree.map(lambda a: split_periods(a, repeats, looped * a.shape[0] // len(kinds)), blocks)
         starts = size * jnp.arange(repeats)
         carry, _ = lax.scan(one_period, carry, (starts, whole), unroll=repeats if compute.unroll else 1)
@@ -93,6 +94,6 @@ def through_layers(step: Callable, x_BTD, blocks: Blocks, config: ModelConfig, c
 
 
 def split_periods(stack, repeats: int, count: int):
-    """The first `count` entries of a stack over layers, cut into `repeats` equal parts."""
+    """Cut the first `count` entries of a stack over layers into `repeats` equal parts."""
     stack = stack if count == stack.shape[0] else stack[:count]
     return stack.reshape(repeats, count // repeats, *stack.shape[1:])

@@ -1,4 +1,4 @@
-"""Products of activations and weights: `matmul` decides, for every layer, in which number format."""
+"""Products of activations and weights: `matmul` chooses the number format of each."""
 
 import math
 import re
@@ -10,19 +10,21 @@ from jax import lax
 
 from jaxchat.config import Compute
 
-E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2  # more precision, for values; more range, for gradients
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2  # more precision, for x and w; more range, for gradients
 
 
 def matmul(x, w, letters: str, compute: Compute):
-    """einsum(letters, x, w) in compute.dtype, as in matmul(h_BTD, wq_DNH, "btd,dnh->btnh", compute).
+    """Compute einsum(letters, x, w) in compute.dtype.
+
+    For example: matmul(h_BTD, wq_DNH, "btd,dnh->btnh", compute).
 
     The gradient of w, which is float32 in training, is summed in compute.grad_dtype, within a device and
-    across devices. By compute.matmul, operands are rounded to float8 first: x and w to e4m3, and in the
-    backward pass the gradient of the result to e5m2.
+    across devices. If compute.matmul asks for it, operands are first quantized to float8: x and w to e4m3,
+    and in the backward pass the gradient of the result to e5m2.
     """
     if not in_fp8(letters, compute):
         return einsum(x, w, letters, compute)
-    # As a product of matrices, so that XLA gathers a weight once for both passes, and not in two shapes.
+    # As a product of matrices, so that XLA gathers a weight once for both passes, not in two shapes.
     of_x, of_w, _ = re.split(",|->", letters)
     summed = sum(letter in of_x for letter in of_w)
     outputs, rows = w.shape[summed:], x.shape[: x.ndim - summed]
@@ -40,7 +42,7 @@ def forward(x, w, letters: str, compute: Compute):
         (x, x_scale), (w, w_scale) = quantize(x, E4M3), quantize(w, E4M3)
         y = product(x, w, letters, jnp.dtype(compute.dtype)) * (x_scale * w_scale).astype(compute.dtype)
         return y, (x, w, x_scale, w_scale)
-    # The cast weights are what is kept, so that one gather of them over devices does for both passes.
+    # Keep the cast weights, so that gathering them over devices once serves both passes.
     x, w = x.astype(compute.dtype), w.astype(compute.dtype)
     return jnp.einsum(letters, x, w), (x, w, None, None)
 
@@ -52,7 +54,7 @@ def backward(letters: str, compute: Compute, kept, dy):
         dtype = dy.dtype
         dy, dy_scale = quantize(dy, E5M2)
     dx = product(dy, w, f"{of_y},{of_w}->{of_x}", dtype if fp8 else x.dtype)
-    # In bfloat16, sums over many devices would lose what makes them better than one device's.
+    # In bfloat16, a sum over many devices would round off what it gains over one device's gradient.
     dw = product(dy, x, f"{of_y},{of_x}->{of_w}", jnp.dtype(compute.grad_dtype)).astype(jnp.float32)
     if fp8:
         return dx * (dy_scale * w_scale).astype(dtype), dw * (dy_scale * x_scale)
@@ -63,35 +65,38 @@ einsum.defvjp(forward, backward)
 
 
 def in_fp8(letters: str, compute: Compute) -> bool:
-    """Return whether this product's operands are float8: in the MLP (letter f), or in all but gates."""
+    """Return whether a product has float8 operands.
+
+    compute.matmul="fp8": products of the MLP (letter f). "fp8-all": all products except those of gates.
+    """
     return compute.matmul == "fp8-all" and "d" in letters or compute.matmul == "fp8" and "f" in letters
 
 
 def weight_in_fp8(name: str, compute: Compute) -> bool:
-    """Return whether in_fp8 holds for the products with this weight of Blocks, a matrix cut over devices."""
+    """Return whether products with a sharded matrix have float8 operands. name: its name in Blocks."""
     return compute.matmul == "fp8-all" or compute.matmul == "fp8" and name in ("w_up", "w_down")
 
 
 def quantize(a, dtype, axis: str | None = None):
-    """Round a / scale to a float8 dtype. -> (the quotient, scale), scale a float32 power of two.
+    """Quantize to a float8 dtype. -> (a / scale, rounded; scale, a float32 power of two).
 
-    axis: of the mesh, where `a` is one device's part of an array that gets one scale.
+    axis: the mesh axis over which `a` is sharded, if all its shards are to share one scale.
 
     The scale brings the largest |a| to within a factor of two of the dtype's largest number. Multiplying by
-    a power of two is exact in every format, so XLA may do it within the product. What is not finite in `a`
-    makes the scale, and so every result, not finite.
+    a power of two is exact in every format, so XLA may do it within the product. A number in
+    `a` that is not finite makes the scale, and so every result, not finite.
     """
     most = float(jnp.finfo(dtype).max)
     largest = jnp.max(jnp.abs(a)).astype(jnp.float32)
     largest = largest if axis is None else lax.pmax(largest, axis)
-    least = jnp.maximum(largest, 1e-30) / most  # of zeros: not 0
+    least = jnp.maximum(largest, 1e-30) / most  # not 0, even if all are zeros
     scale = lax.reduce_precision(least, exponent_bits=8, mantissa_bits=0)  # the nearest power of two
     scale = jnp.where(scale < least, 2 * scale, scale)
     return jnp.clip(a.astype(jnp.float32) / scale, -most, most).astype(dtype), scale
 
 
 def product(a, b, letters: str, dtype):
-    """einsum(letters, a, b), summed and returned in `dtype`, in the order of an einsum's own gradient."""
+    """Compute einsum(letters, a, b), summed and returned in `dtype`; ordered as in einsum's gradient."""
     of_a, of_b, of_c = re.split(",|->", letters)
     summed = [letter for letter in of_a if letter not in of_c]
     axes = [of_a.index(letter) for letter in summed], [of_b.index(letter) for letter in summed]
@@ -102,7 +107,7 @@ def product(a, b, letters: str, dtype):
     def dot_of_wider(a, b):
         return dot(a.astype(dtype), b.astype(dtype))
 
-    # CPUs refuse some products of bfloat16 numbers that are to be float32 ("unsupported element type").
+    # CPUs refuse some products of bfloat16 numbers with float32 results ("unsupported element type").
     mixed = a.dtype == jnp.bfloat16 and dtype == jnp.float32
     c = lax.platform_dependent(a, b, cpu=dot_of_wider, default=dot) if mixed else dot(a, b)
     kept = [letter for letter in of_a + of_b if letter in of_c]

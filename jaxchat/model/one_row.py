@@ -1,11 +1,11 @@
-"""Decoding one row on a GPU: the layer of gpt.py, written such that few kernels come of it.
+"""Decode one row on a GPU: the layer of gpt.py, written so that XLA compiles it to few kernels.
 
-A token of one row reads every weight for two operations. Kernels are then so short that their number counts,
-and gpt.block's are seventeen: products of so few numbers are cut into parts that a second kernel adds up.
-Here a product is one sum for each of its results, over weights that follow one another in memory; a sum's
-kernel also computes what its numbers are made of and what is made of the sum. Keys and values of all layers
-are written at once. The model is that of November 2025 (config.plain). Letters beside those of gpt.py:
-O results, R ranges of slots that are summed apart.
+A token of one row needs two operations per weight read. Kernels are then so short that their number counts,
+and gpt.block has seventeen: XLA cuts products this small into parts that a second kernel adds up. Here each
+output of a product is one sum over weights that are contiguous in memory, and the same kernel also computes
+the terms of the sum and what follows from it. Keys and values of all layers are written at once. For the
+model of November 2025 only (config.plain). Letters in addition to those of gpt.py: O outputs of a product,
+R ranges of slots that are summed separately.
 """
 
 import math
@@ -21,13 +21,13 @@ from jaxchat.model.gpt import embedded, last_norm, rotary_tables
 from jaxchat.model.layers import layers
 from jaxchat.model.params import Blocks, Params
 
-RANGES = 16  # of a row's cache slots
-WARP = 32  # threads that read together
+RANGES = 16  # ranges that a row's cache slots are divided into
+WARP = 32  # GPU threads that read memory together
 
 
 @struct.dataclass
 class RowWeights:
-    """A layer's matrices, the weights of one result after the other."""
+    """A layer's matrices, with the weights of each output contiguous in memory."""
 
     w_qkv: jax.Array  # [N + 2K, H, D]
     wo: jax.Array  # [D, N·H]
@@ -41,7 +41,7 @@ def by_result(w: Blocks) -> RowWeights:
 
 
 def by_input(w: RowWeights | Blocks, config: ModelConfig) -> Blocks:
-    """Undo by_result; leave Blocks as they are."""
+    """Convert RowWeights back to Blocks; return Blocks unchanged."""
     if isinstance(w, Blocks):
         return w
     N, K = config.n_head, config.n_kv_head
@@ -51,21 +51,21 @@ def by_input(w: RowWeights | Blocks, config: ModelConfig) -> Blocks:
 
 
 def add_product(stream_O, x_D, w_OD):
-    """stream + w·x, float32 [O]. What is added after a sum makes another kernel, so the stream is in it."""
+    """Return stream + w·x, float32 [O]. Adding the stream within the sum saves a kernel."""
     first_1D = jnp.arange(x_D.size)[None] == 0
     stream_OD = jnp.where(first_1D, stream_O[:, None], 0.0)
     return jnp.sum(w_OD.astype(jnp.float32) * x_D[None] + stream_OD, axis=-1)
 
 
 def kernel(result):
-    """End a kernel: XLA may not compute these numbers anew wherever they are read."""
+    """End a kernel here, so that XLA does not recompute these numbers wherever they are read."""
     return lax.optimization_barrier(result)
 
 
 def normed_sums(x_D, w_OD, eps: float):
-    """Return (w·x, 1 / rms(x) for each result), float32 [O]: their product is w·rms_norm(x).
+    """Return (w·x, 1 / rms(x) for each output), float32 [O]: their product is w·rms_norm(x).
 
-    The second sum has w in it, times 0, to be of the first one's shape: one kernel then makes both.
+    The second sum includes 0·w so that it has the shape of the first sum: one kernel then computes both.
     """
     x_OD, w_OD = jnp.broadcast_to(x_D, w_OD.shape), w_OD.astype(jnp.float32)
     mean_O = jnp.sum((x_OD * x_OD + eps) * (1 / x_D.size) + 0 * w_OD, -1)
@@ -77,7 +77,7 @@ def inverse_rms(x_NH, eps: float):
 
 
 def rotate(x_NH, tables):
-    """gpt.rotate in float32, without joining halves."""
+    """Compute gpt.rotate in float32, without concatenating halves of x."""
     cos, sin = tables
     cos_1H, sin_1H = (jnp.concatenate(halves)[None] for halves in ((cos, cos), (sin, -sin)))
     other_NH = x_NH.reshape(len(x_NH), 2, -1)[:, ::-1].reshape(x_NH.shape)
@@ -85,10 +85,10 @@ def rotate(x_NH, tables):
 
 
 def attention(q_KGH, own: tuple, k_KSH, v_KSH, position, window: int | None):
-    """Attention of a query a head to the slots before `position` and to its own key: float32 [K, G, H].
+    """Attention of a new token's queries to the slots before `position` and its own key: float32 [K, G, H].
 
-    own: (its score with its own key, its own value).
-    Queries and keys are normed, so exp needs no maximum (see attention_cpu.py). All slots are read.
+    own: (scores of the queries with the token's own key, the token's own value).
+    Queries and keys are normed, so exp needs no maximum subtracted (attention_cpu.py). All slots are read.
     """
     (own_KG1, v_K1H), (K, S, H) = own, k_KSH.shape
     p_KGS = kernel(jnp.exp(jnp.sum(q_KGH[:, :, None] * k_KSH[:, None].astype(jnp.float32), -1)))
@@ -98,7 +98,7 @@ def attention(q_KGH, own: tuple, k_KSH, v_KSH, position, window: int | None):
         seen_S &= slots_S >= position - window
     ranges = math.gcd(S, RANGES)
     p_KGRs1 = p_KGS.reshape(K, -1, ranges, S // ranges, 1)
-    # The sums of p itself are beside those of p·v.
+    # Columns of ones beside v make the sums of p itself.
     v_K1Rsh = jnp.pad(v_KSH.astype(jnp.float32), ((0, 0), (0, 0), (0, WARP)), constant_values=1.0)
     v_K1Rsh = v_K1Rsh.reshape(K, 1, ranges, -1, H + WARP)
     terms_KGRsh = jnp.where(seen_S.reshape(1, 1, ranges, -1, 1), p_KGRs1 * v_K1Rsh, 0.0)
@@ -108,11 +108,11 @@ def attention(q_KGH, own: tuple, k_KSH, v_KSH, position, window: int | None):
 
 
 def layer(x_D, w: RowWeights, cache: tuple, at: tuple, window: int | None, config: ModelConfig):
-    """gpt.block for a new token. -> (x_D, its key, its value).
+    """Compute gpt.block for a new token. -> (x_D, the token's key, the token's value).
 
-    cache: the layer's (k_KSH, v_KSH). at: the token's position, and its rotary tables.
-    The norms of a product's operand and of queries and keys are factors on what is made of them, so they are
-    found beside the sums and multiplied in later.
+    cache: the layer's (k_KSH, v_KSH). at: the token's (position, rotary tables).
+    To normalize a product's operand, or queries and keys, is to multiply the results by a factor, so norms
+    are computed beside the sums and multiplied in afterwards.
     """
     (position, tables), (N, K, H) = at, (config.n_head, config.n_kv_head, config.head_dim)
     with jax.named_scope("projections"):
@@ -136,7 +136,10 @@ def layer(x_D, w: RowWeights, cache: tuple, at: tuple, window: int | None, confi
 
 
 def features(params: Params, tokens_11, cache: KVCache, config: ModelConfig, compute: Compute, counts_1):
-    """gpt.features_cached for one token of one row; params.blocks: a RowWeights a layer; cache: joined."""
+    """Compute gpt.features_cached for one token of one row.
+
+    params.blocks: one RowWeights per layer. cache: from KVCache.joined.
+    """
     position, K = cache.lengths_B[0], config.n_kv_head
     tables = rotary_tables(cache.lengths_B[:, None], config.head_dim, config.rotary_base)
     tables = [a[0, 0, 0] for a in tables]

@@ -1,4 +1,4 @@
-"""The weights: one declaration gives each its shape, mesh axes, initialisation and optimizer rule.
+"""Declare the weights: the shape, mesh axes, initialisation and optimizer group of each, in one place.
 
 Letters in names and comments: L layers, D model width, N query heads, K key/value heads, H head dimension,
 F MLP width, V vocabulary, C features that a gate reads, E layers with value embeddings. The blocks' weights
@@ -21,9 +21,10 @@ from jaxchat.config import ModelConfig
 
 
 def tree(cls):
-    """Make a class a frozen dataclass, and a pytree of those of its fields that are not None.
+    """Make a class a frozen dataclass and a pytree of its fields that are not None.
 
-    A checkpoint holds what is not None, so a field that is added, None by default, leaves older ones valid.
+    A checkpoint holds only those fields, so adding a field that is None by default keeps older checkpoints
+    valid.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     names = [field.name for field in dataclasses.fields(cls)]
@@ -35,7 +36,7 @@ def tree(cls):
 
     def unflatten(present, values):
         self = cls(**dict(zip(present, values, strict=True)))
-        vars(self)["_present"] = present  # JAX also makes trees of None, which must keep their structure
+        vars(self)["_present"] = present  # JAX also fills trees with None, and they must keep their structure
         return self
 
     jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
@@ -52,19 +53,19 @@ class Blocks:
     w_up: Any = None  # [L, D, F]
     w_down: Any = None  # [L, F, D]
     stream_scale: Any = None  # [L] factor on the residual stream before a layer
-    embedding_scale: Any = None  # [L] factor on the embedding that is added to it
+    embedding_scale: Any = None  # [L] factor on the token embedding that is added to the stream
     value_table: Any = None  # [E, V, K, H] value embeddings
-    value_gate: Any = None  # [E, C, K]
+    value_gate: Any = None  # [E, C, K] gates on the value embeddings
 
 
 @tree
 class Params:
     wte: Any = None  # [V, D] token embedding
-    blocks: Any = None  # Blocks, or a tuple of each layer's
+    blocks: Any = None  # Blocks stacked over layers, or a tuple of one Blocks per layer
     lm_head: Any = None  # [D, V]
-    smear_gate: Any = None  # [C]
-    smear_scale: Any = None  # [1]
-    backout_scale: Any = None  # [1]
+    smear_gate: Any = None  # [C] gate on the previous token's embedding
+    smear_scale: Any = None  # [1] factor on that gate
+    backout_scale: Any = None  # [1] factor on the middle layer's result, which is subtracted at the end
 
 
 def uniform(low: float, high: float):
@@ -72,7 +73,7 @@ def uniform(low: float, high: float):
 
 
 def line(first: float, last: float):
-    """Initialise a number for each layer, on a straight line from `first` to `last`."""
+    """Initialise one number per layer, linearly spaced from `first` to `last`."""
     return lambda key, shape: jnp.linspace(first, last, shape[0], dtype=jnp.float32)
 
 
@@ -80,12 +81,12 @@ def line(first: float, last: float):
 class Weight:
     """The declaration of one weight.
 
-    axes: the mesh axis that each dimension is cut over, or None.
-    init: (key, shape) -> the initial values, float32.
-    group: names the optimizer's rule, a key of the table in train/optimizer.py.
-    fan_in, fan_out: of a matrix, or of each matrix of a stack over the layers; 0: it is no matrix.
-    lookup: whether rows are looked up, so that a token costs no product with it.
-    dtype: the number format that it is stored in.
+    axes: for each dimension, the mesh axis that it is sharded over, or None.
+    init: function (key, shape) -> initial values, float32.
+    group: the weight's key in the optimizer's table of rules (train/optimizer.py).
+    fan_in, fan_out: numbers of inputs and outputs of the matrix, or of each in a stack; 0: not a matrix.
+    lookup: whether rows are looked up, instead of multiplying by the matrix.
+    dtype: the dtype that the weight is stored in.
     """
 
     shape: tuple[int, ...]
@@ -123,12 +124,12 @@ def declare_blocks(config: ModelConfig) -> Blocks:
     F = 4 * D
 
     def stack(inputs, outputs, axes, init=None, scale=1.0):
-        """A matrix [*inputs, *outputs] for every layer. scale: factor on the usual initial values."""
+        """Declare a matrix [*inputs, *outputs] per layer. scale: factor on the standard initial values."""
         fan_in, fan_out = math.prod(inputs), math.prod(outputs)
-        if config.uniform_init:  # of variance 1/D
+        if config.uniform_init:  # variance 1/D
             bound = scale * math.sqrt(3 / D)
             init = init or uniform(-bound, bound)
-        # Variance 1/fan_in, made smaller where a matrix narrows.
+        # Variance 1/fan_in, times fan_out/fan_in if a matrix has fewer outputs than inputs.
         init = init or normal(scale * min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
         return Weight((L, *inputs, *outputs), (None, *axes), init, "matrix", fan_in, fan_out)
 
@@ -144,7 +145,7 @@ def declare_blocks(config: ModelConfig) -> Blocks:
 
 
 def declare_mixing(config: ModelConfig) -> dict[str, Weight]:
-    """Declare the weights with which layers mix in embeddings, by their names in Blocks."""
+    """Declare the weights with which layers mix in embeddings: {name in Blocks: Weight}."""
     L, D, K, H, V = config.n_layer, config.n_embd, config.n_kv_head, config.head_dim, config.padded_vocab
     found = {}
     if config.layer_scales:
@@ -159,12 +160,12 @@ def declare_mixing(config: ModelConfig) -> dict[str, Weight]:
 
 
 def has_values(layer: int, num_layers: int) -> bool:
-    """Whether a layer has a value embedding, in a model with any: every other one, the last included."""
+    """Whether a layer has a value embedding, in a model with any: every other layer, the last included."""
     return layer % 2 == (num_layers - 1) % 2
 
 
 def specs(config: ModelConfig) -> Params:
-    """The partition spec of every weight, over the mesh axes data, fsdp, tensor."""
+    """The PartitionSpec of every weight, over the mesh axes data, fsdp, tensor."""
     return jax.tree.map(lambda w: w.spec, declare(config))
 
 
@@ -184,7 +185,7 @@ def name_of(path: tuple) -> str:
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
-    """Fresh weights, the same on any mesh. Each depends on the key and its own declaration only."""
+    """Initialise the weights. Each depends only on the key, its name and its declaration, not on the mesh."""
 
     def fresh(path, weight):
         own_key = jax.random.fold_in(key, zlib.crc32(name_of(path).encode()))
@@ -194,7 +195,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
 
 def layer_of(blocks: Blocks, layer: int, with_values: bool) -> Blocks:
-    """Slice one layer's weights from stacked blocks. Only every other layer has value embeddings."""
+    """Slice one layer's weights from stacked blocks. with_values: include its value embedding and gate."""
     tables = ("value_table", "value_gate")
     stacks = {field.name: getattr(blocks, field.name) for field in dataclasses.fields(blocks)}
     one = {name: a[layer] for name, a in stacks.items() if a is not None and name not in tables}
@@ -204,7 +205,7 @@ def layer_of(blocks: Blocks, layer: int, with_values: bool) -> Blocks:
 
 
 def layers_of(blocks: Blocks | tuple[Blocks, ...], dtype) -> tuple[Blocks, ...]:
-    """Each layer's weights, from stacked blocks or this function's earlier result; matrices in `dtype`."""
+    """Split stacked blocks into one Blocks per layer, all but scalars cast to `dtype`; only cast a tuple."""
     if isinstance(blocks, Blocks):
         count, any_values = blocks.wq.shape[0], blocks.value_table is not None
         blocks = tuple(layer_of(blocks, i, any_values and has_values(i, count)) for i in range(count))

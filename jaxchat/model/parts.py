@@ -1,10 +1,10 @@
-"""A layer that computes its rows in parts, on weights that cross devices once for all of them (--remat=step).
+"""Compute a layer's rows in parts, with its weights gathered once for all of them (--remat=step).
 
-Micro-batches are there to save memory. Computed one after the other through all layers, each of them gathers
-every weight twice and sums every gradient over devices. Here a layer computes all micro-batches before the
-next layer begins: a weight is gathered twice a step, its gradient is summed over devices once, and a device
-holds one layer's complete weights and gradients at a time. In exchange the inputs of all layers are kept for
-the rows of a whole step.
+Micro-batches save memory. If they pass through all layers one after the other, each gathers every weight
+twice and sums every gradient over devices. Here a layer computes all micro-batches before the next layer
+begins: a weight is gathered twice per step, its gradient is summed over devices once, and a device holds one
+layer's complete weights and gradients at a time. In exchange, the inputs of all layers are kept for all rows
+of the step.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from jaxchat.sharding import ROWS, per_device
 def in_parts(layer, x_BTD, w: Blocks, inputs, config: ModelConfig, compute: Compute):
     """Call layer(x_BTD, w, inputs, config, compute) with a device's rows in compute.parts equal parts.
 
-    The backward pass keeps each part's input. No device holds more than its share of a value embedding: those
-    are looked up for all rows at once.
+    Only each part's input is kept for the backward pass. Value embeddings are looked up for all rows at once,
+    so that no device holds more than its shard of their table.
     """
     axes = {field.name: getattr(declare(config).blocks, field.name) for field in dataclasses.fields(w)}
     axes = {name: weight.axes[1:] for name, weight in axes.items() if weight is not None}
@@ -53,12 +53,12 @@ def in_parts(layer, x_BTD, w: Blocks, inputs, config: ModelConfig, compute: Comp
 
 
 def sent_as(name: str, compute: Compute):
-    """The dtype in which a weight crosses devices: that of its products' operands."""
+    """The dtype in which a weight is sent between devices: the dtype of its products' operands."""
     return E4M3 if weight_in_fp8(name, compute) else jnp.dtype(compute.dtype)
 
 
 def gathered(w, axes: tuple, dtype):
-    """Join a weight's parts along fsdp, rounded to dtype. -> float32, so that its gradient is float32."""
+    """Gather a weight's shards along fsdp, rounded to dtype. -> float32, so that its gradient is float32."""
     return gather(w, axes.index("fsdp"), dtype) if "fsdp" in axes else w
 
 
@@ -66,7 +66,7 @@ def gathered(w, axes: tuple, dtype):
 def gather(w, axis: int, dtype):
     if dtype != E4M3:
         return lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True).astype(w.dtype)
-    # The product rounds to float8 again, which changes nothing: it finds this scale, or half of it.
+    # The product quantizes to float8 again without changing a value: it finds this scale or half of it.
     rounded, scale = quantize(w, E4M3, "fsdp")
     return lax.all_gather(rounded, "fsdp", axis=axis, tiled=True).astype(w.dtype) * scale
 

@@ -11,9 +11,9 @@ from jaxchat.config import REMATS, UserError
 from jaxchat.sharding import data_shards, gather_json
 from jaxchat.train.step import can_merge
 
-# Fraction to fill while a smaller program is left to try: pools leave gaps, batches wait beside a step.
+# Fraction of memory to fill while a smaller program is left to try: pools leave gaps, batches need room too.
 SPARE = 0.95
-# Tokens of a device's micro-batch up to which computing the layers again takes no longer than sending all
+# Tokens of a device's micro-batch up to which recomputing the layers takes no longer than sending all
 # weights and gradients between devices: 5,000 (v5e, H100) to 11,600 (v6e) by arithmetic, docs/performance.md.
 FEW_TOKENS = 4096
 
@@ -42,9 +42,9 @@ def memory_needed(compiled: jax.stages.Compiled) -> int:
 
 
 def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
-    """Read from a compiler's message the bytes it needed and did not have (∞ if it names none).
+    """Read from a compiler's error how many bytes the program needed (∞ if it names none).
 
-    Any other error is raised again.
+    An error that is not about memory is raised again.
     """
     message, units = str(problem), {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     if found := re.search(r"\(?([\d.]+)([KMGT])\)? (?:of [\d.]+[KMGT] hbm|exceeds available HBM)", message):
@@ -55,10 +55,9 @@ def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
 
 
 def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
-    """Return the first key of {remat: jitted step} whose step fits in every device's memory, compiled for
-    `args`.
+    """Return the first key of {remat: jitted step} whose step for `args` fits in every device's memory.
 
-    Without a memory limit (CPU) that is the first, and nothing is compiled. UserError: none fits.
+    Without a known memory limit (CPU), return the first key and compile nothing. UserError: no step fits.
     """
     limit, platform = device_memory(mesh), mesh.devices.flat[0].platform
     if limit is None:
@@ -84,16 +83,16 @@ def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
 
 
 def fitting(limit: float, platform: str) -> str:
-    """End of the message about a program that fits. limit: bytes of a device; on TPUs it doesn't decide."""
+    """End of the message on a program that fits. limit: a device's memory in bytes, not used on TPUs."""
     if platform == "tpu":
         return ", which on TPUs can be more than it takes; it compiled, so it fits"
     return f" of a device's {limit / 1e9:.1f} GB: it fits"
 
 
 def fits(needed: int, limit: float, platform: str, last: bool) -> bool:
-    """Return whether a compiled program fits in memory. last: no smaller one is left to try.
+    """Return whether a compiled program fits in memory. last: no smaller program is left to try.
 
-    On a TPU it always does: libtpu refuses to compile what does not, and counts temporaries that are never
-    alive together (18.9 GB on a v5e of 16.9).
+    On a TPU every compiled program fits: libtpu refuses to compile one that doesn't, and its count includes
+    temporaries that are never in memory together (18.9 GB on a v5e of 16.9).
     """
     return platform == "tpu" or needed <= limit * (1 if last else SPARE)

@@ -1,4 +1,4 @@
-"""How long to train, with which batch and learning rates: nanochat's rules of 2026, with their reasons."""
+"""Choose how long to train, the batch size and the learning rates, by nanochat's rules of 2026."""
 
 import dataclasses
 import math
@@ -9,17 +9,17 @@ import jax.numpy as jnp
 from jaxchat.config import BaseConfig, ModelConfig, UserError
 from jaxchat.model.flops import flops_per_token, scaling_params
 
-REFERENCE_DEPTH, REFERENCE_BATCH = 12, 2**19  # the batch, in tokens, that was best for a model so deep
-BATCH_POWER = 0.383  # the best batch grows with this power of the tokens in all
+REFERENCE_DEPTH, REFERENCE_BATCH = 12, 2**19  # best batch size, in tokens, for a model of that depth
+BATCH_POWER = 0.383  # the best batch size grows with this power of the number of training tokens
 MOMENTUM_WARMUP = 400  # steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """The length of base training, `steps` of `batch` tokens, and what follows from it.
+    """The length of base training, `steps` steps of `batch` tokens each, and what follows from it.
 
-    cooling: last steps, in which the rates fall; 0: by --warmdown_ratio. lr_scale: factor on learning rates.
-    decay: Muon's weight decay at the start. plan: rows of the run's plan.
+    cooling: number of last steps, in which learning rates fall; 0: as --warmdown_ratio says. lr_scale: factor
+    on learning rates. decay: Muon's weight decay at the start. plan: rows for the run's plan.
     """
 
     steps: int
@@ -35,10 +35,10 @@ class Horizon:
 
 
 def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig) -> Horizon:
-    """Choose the steps and the batch for a model, and the scale of the rates that goes with them.
+    """Choose the number of steps, batch size, scale of learning rates and weight decay for a model.
 
-    reference: the model of REFERENCE_DEPTH with the same vocabulary and context. UserError: no flag says how
-    long to train, or it is less than a step.
+    reference: the model of REFERENCE_DEPTH with the same vocabulary and context. UserError: no flag sets the
+    length of training, or it is less than one step.
     """
     growth = scaling_params(model) / scaling_params(reference)
     batch, why = config.total_batch_size, "as given"
@@ -55,16 +55,17 @@ def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig)
         ("horizon", reason),
         ("batch size", f"{batch:,} tokens, {why}; {growth:.4g} = weights / those of depth {REFERENCE_DEPTH}"),
         ("rates", f"× {scale:.4g} = √({batch:,} / {REFERENCE_BATCH:,}); {final}"),
-        ("decay", f"{decay:.4g} = {config.weight_decay:g} × {scale:.4g} / {growth:.4g}, by a cosine to 0"),
+        ("decay", f"{decay:.4g} = {config.weight_decay:g} × {scale:.4g} / {growth:.4g}, along a cosine to 0"),
         ("momentum", f"0.85 to 0.97 in {MOMENTUM_WARMUP} steps, to 0.90 in the cooldown"),
     )
     return Horizon(steps, batch, scale, decay, cooling, plan)
 
 
 def steps_for(config: BaseConfig, model: ModelConfig, batch: int, weights: int, kind: str) -> tuple[int, str]:
-    """Return (number of steps, why), by the first given of num_iterations, target_flops and the data ratio.
+    """Return (number of steps, reason) by the first flag that is given.
 
-    batch: tokens in a step. weights, kind: how many weights --target_param_data_ratio counts, and which.
+    In this order: --num_iterations, --target_flops, --target_param_data_ratio. batch: tokens per step.
+    weights, kind: number and description of the weights that --target_param_data_ratio refers to.
     """
     ratio = config.target_param_data_ratio
     if config.num_iterations > 0:

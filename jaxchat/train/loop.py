@@ -1,4 +1,4 @@
-"""The one training loop. What differs between stages is in the Stage of the Run that it is given."""
+"""The training loop of all stages. Everything in which stages differ is in the Run's Stage."""
 
 import contextlib
 import dataclasses
@@ -24,10 +24,10 @@ from jaxchat.train.step import compile_step
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A measurement that is made every `every` steps (≤ 0: never) and at the end.
+    """A measurement that is made every `every` steps and at the end; `every` ≤ 0: never.
 
-    at_start: also before the first step. best: the name of one of its values; the checkpoint of the step at
-    which that is largest is kept.
+    at_start: whether to measure before the first step, too.
+    best: name of one of the measured values; the checkpoint at which that value is largest is kept.
     """
 
     name: str
@@ -42,27 +42,27 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A stage that is ready to be trained, as run.open_run prepares it."""
+    """A stage that is ready for training, as prepared by run.open_run."""
 
     stage: Stage
-    state: TrainState  # train consumes it
+    state: TrainState  # train donates it to the first step
     step_fn: Callable
-    first_step: int  # finished steps
+    first_step: int  # steps finished before this run
     checkpoints: Checkpoints | None  # None: nothing is written
-    meta: dict  # the metadata of its checkpoints
+    meta: dict  # metadata of the run's checkpoints
 
 
 def place_batch(batch: dict, mesh: Mesh) -> dict:
-    """The arrays of a batch on the mesh, its rows spread over the devices."""
+    """Place a batch's arrays on the mesh, with their rows sharded over the devices."""
     arrays = {name: array for name, array in batch.items() if name not in ("totals", "numbers")}
     return {name: place_rows(array, mesh) for name, array in arrays.items()}
 
 
 def train(run: Run, evaluations: list[Evaluation]) -> None:
-    """Train to the end of a stage. Before an error ends the run, what is learnt is saved if possible.
+    """Train to the end of a stage. Before an error ends the run, save what is learnt if possible.
 
-    Preempted: a signal asked to stop, and what was learnt is saved. UserError: a step was not finite, or the
-    end of the run could not be saved.
+    Preempted: a signal asked to stop, and what was learnt is saved. UserError: a step's loss or gradient was
+    not finite, or the last save failed.
     """
     with Stop() as stop, MetricsLog.of(run) as log:
         loop = Loop(run, evaluations, stop, log)
@@ -76,9 +76,10 @@ def train(run: Run, evaluations: list[Evaluation]) -> None:
             if isinstance(problem, Unread) and problem.step <= loop.step:
                 loop.go_back(problem.step - 1)
             if not loop.ending:
-                # All processes raise NotFinite and Unread, and can save together; others may be one's alone.
+                # All processes raise NotFinite and Unread, so they can save together. Another error may be
+                # raised by this process only.
                 loop.saver.rescue(loop.state, loop.step, alone=not isinstance(problem, NotFinite | Unread))
-            if loop.problem:  # it says why this process could not read its rows
+            if loop.problem:  # why this process could not read its rows
                 raise loop.problem from problem
             raise
 
@@ -98,14 +99,14 @@ class Loop:
         self.finished = self.step == run.stage.num_steps
         self.ending = False  # the last save is under way
         self.schedule = jax.jit(run.stage.schedule)
-        self.batch: dict = {}  # of the last step
-        self.places = []  # in the data, before the last two steps, if several processes train
+        self.batch: dict = {}  # the last step's batch
+        self.places = []  # positions in the data before the last two steps, if several processes train
         self.problem: Exception | None = None  # why this process, of several, can't read its rows
 
     def train(self):
         while True:
             stopping = not self.finished and self.stop.asked()
-            # Before the evaluations, which may fail, or take too long.
+            # Save before the evaluations, which may fail or take too long.
             if self.saver.due(self.step, self.finished or stopping):
                 self.reporter.flush()
                 self.saver.save(self.state, self.step, finished=self.finished)
@@ -123,13 +124,13 @@ class Loop:
             self.take_step()
 
     def evaluate(self, stopping: bool) -> bool:
-        """Run the evaluations that are due, unless the run stops. -> whether it stops.
+        """Run the evaluations that are due, unless the run stops. -> whether the run stops.
 
-        A signal breaks one off, since it can take longer than the machine is still there; it is made when the
-        run is resumed.
+        A signal interrupts an evaluation, since it may take longer than the machine stays available; it is
+        made when the run is resumed.
         """
         for evaluation in self.evaluations:
-            # Measured before the run was resumed.
+            # Whether it was made before the run was resumed.
             done = self.step == self.run.first_step and evaluation.name in self.log.measured
             if not (stopping or done) and evaluation.due(self.step, self.finished):
                 self.reporter.flush()
@@ -152,8 +153,8 @@ class Loop:
         """Read the batch of the next step.
 
         With several processes, one that can't read its rows must not leave the others waiting. It repeats its
-        last rows with weights of NaN, so that no process applies the step, and adds `unread` to the totals,
-        by which all learn of it. Where the processes make a batch together (RL), all raise Unread before the
+        last rows with weights of NaN, so that no process applies the step, and sets `unread` in the totals,
+        which inform all processes. If the processes make a batch together (RL), all raise Unread before the
         step instead.
         """
         batches = self.stage.batches
@@ -180,11 +181,11 @@ class Loop:
         self.step = step
 
     def take_step(self):
-        """Train one step. Nothing here waits for the devices, which are still computing the step before."""
+        """Train one step. Nothing here waits for the devices, which are still computing the previous step."""
         stage, mesh, first = self.stage, self.stage.model.mesh, self.step == self.run.first_step
         asked = time.perf_counter()
         batch = self.next_batch()
-        numbers = batch.get("numbers", {})  # to be logged, and already on the host
+        numbers = batch.get("numbers", {})  # numbers to log, already on the host
         waited = numbers.get("data_wait_seconds", time.perf_counter() - asked)
         like = next(iter(batch["totals"].values()))
         own = {"overdue": self.saver.overdue(), "unread": bool(self.problem)}
@@ -193,8 +194,8 @@ class Loop:
         if stage.num_steps:
             progress = self.step / stage.num_steps
             multiplier = np.float32(stage.schedule(progress, 1 / stage.num_steps))
-        else:  # the progress of all hosts together, an array on the devices that no host waits for
-            if first and not int(totals["targets"]):  # resumed where the data had ended
+        else:  # progress of all processes together, an array on the devices that is not waited for
+            if first and not int(totals["targets"]):  # resumed at the end of the data
                 self.finished = True
                 return
             progress = totals["taken"] / stage.num_documents
@@ -209,5 +210,5 @@ class Loop:
         length = placed["inputs"].shape[-1]
         self.saver.agree(self.reporter.step(self.step, size, waited, metrics, length))
         self.finished = self.step == stage.num_steps
-        if not stage.num_steps and not batch["totals"]["left"].any():  # no rows are left here: elsewhere?
+        if not stage.num_steps and not batch["totals"]["left"].any():  # none left here: elsewhere?
             self.finished = not int(totals["left"])

@@ -1,4 +1,4 @@
-"""The one loss: weighted sums of next-token losses, without ever holding a batch's logits."""
+"""The training loss: weighted sums of next-token losses, without ever holding all logits of a batch."""
 
 import dataclasses
 from functools import partial
@@ -20,9 +20,9 @@ class Chunking:
     """The chunks in which the loss is computed: logits exist for `length` positions of every row at a time.
 
     cap: the model's softcap, which bounds logits, so exp needs no maximum subtracted.
-    mesh: each device computes its rows' logits for its share of the vocabulary; None: one device.
-    kernels: whether model/kernels.py computes the softmax where gradients are wanted.
-    words: the number of the head's columns that stand for tokens, where the head is padded; None: all.
+    mesh: each device computes its rows' logits for its shard of the vocabulary; None: one device.
+    kernels: whether model/kernels.py computes the softmax if gradients are needed.
+    words: number of the head's columns that stand for tokens, if the head is padded; None: all columns.
     """
 
     length: int
@@ -44,8 +44,8 @@ class Chunking:
 def chunk_length(batch: int, time: int, compute: Compute) -> int:
     """Positions per chunk: as many as keep a device's logits within compute.loss_chunk_tokens, at least 1.
 
-    The longest divisor of `time` that does, unless it is at most half of what is allowed: then the last chunk
-    is padded.
+    Return the longest divisor of `time` that fits. If it is at most half of what is allowed, return a longer
+    chunk; the last chunk is then padded.
     """
     rows = max(1, batch // data_shards(compute.mesh))
     most = min(time, max(1, compute.loss_chunk_tokens // rows))
@@ -57,8 +57,8 @@ def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute
     """Return (Σ weight·nll in nats, N), float32, of a batch.
 
     batch: {inputs_BT, targets_BT, weights_BT[, counts_BT][, segments_BT]}.
-    N is what the sum is to be divided by, over a whole optimizer step: Σ counts, or without counts Σ weights.
-    Weights may have any sign; give counts where the loss is not their mean.
+    The loss of a step is Σ weight·nll ÷ N, each summed over its micro-batches. N is Σ counts, or
+    without counts Σ weights. Weights may have any sign; give counts if the loss is not a weighted mean.
     """
     x_BTD = features(params, batch["inputs_BT"], config, compute, batch.get("segments_BT"))
     chunking = Chunking.of(*batch["inputs_BT"].shape, config, compute)
@@ -69,24 +69,24 @@ def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
-    """Σ weight·nll of the tokens that follow features x_BTD.
+    """Return Σ weight·nll of the target tokens, which follow the tokens of features x_BTD.
 
-    The positions are cut into chunks along T, so rows stay on their devices. Where gradients are wanted, a
-    chunk's are computed together with its loss, from the same logits: nothing is computed twice, and the
-    backward pass only scales. There the logits are rounded to the features' dtype before the softmax; without
-    gradients they stay float32. So in bfloat16 the training loss differs a little from the validation loss of
-    the same weights (2e-7 of it was seen). On a mesh only sums over the vocabulary cross the tensor axis, and
-    the head's gradient crosses the others once, after the last chunk.
+    Positions are cut into chunks along T, so that rows stay on their devices. If gradients are needed, those
+    of a chunk are computed together with its loss, from the same logits: nothing is computed twice, and the
+    backward pass only scales them. The logits are then rounded to the features' dtype before the softmax;
+    without gradients they stay float32. So in bfloat16 the training loss differs slightly from the validation
+    loss of the same weights (by 2e-7 of it, as measured). On a mesh only sums over the vocabulary cross the
+    tensor axis, and the head's gradient crosses the other axes once, after the last chunk.
     """
     return _on_mesh(_nll, P(), chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)
 
 
 def _on_mesh(function, out_specs, chunking: Chunking, x_BTD, lm_head_DV, targets_BT, weights_BT):
-    """function(x, head, targets, weights, chunking) on each device's rows and share of the vocabulary."""
+    """Call function(x, head, targets, weights, chunking) on each device's rows and vocabulary shard."""
     in_specs = (P(ROWS), P(None, "tensor"), P(ROWS), P(ROWS))
     local = partial(function, chunking=chunking)
     mapped = per_device(local, chunking.mesh, in_specs, out_specs, always=chunking.kernels)
-    # Cast where it is stored: XLA would gather the head in float32 and cast it then.
+    # Cast the head's shards: otherwise XLA would gather the head in float32 before casting it.
     head_DV = constrain(lm_head_DV.astype(x_BTD.dtype), P("fsdp", "tensor"), chunking.mesh)
     return mapped(x_BTD, head_DV, targets_BT, weights_BT)
 
@@ -105,8 +105,8 @@ def _nll(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunking):
 def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
     """Return (logits z_BtV float32, target ids in V, nll_Bt).
 
-    On a mesh V is this device's share of the vocabulary, and ids may be outside it; the loss is over all of
-    it.
+    On a mesh V is this device's shard of the vocabulary, and ids may be outside it; the loss is over the
+    complete vocabulary.
     """
     z_BtV = logits(head_DV, x_BtD, chunking.cap)
     if chunking.words:
@@ -124,13 +124,13 @@ def local_ids(targets_Bt, size: int, sharded: bool):
 
 
 def is_word(size: int, chunking: Chunking):
-    """Whether each column of a head, or of a device's share of it, stands for a token: bool [1, 1, V]."""
+    """Whether each column of a head, or of a device's shard of it, stands for a token: bool [1, 1, V]."""
     first = lax.axis_index("tensor") * size if chunking.sharded else 0
     return (first + jnp.arange(size) < chunking.words)[None, None]
 
 
 def logit_of(z_BtV, ids_Bt, sharded: bool):
-    """Logits at the target ids. On a vocabulary shard, ids that another device has give 0: sum over devices.
+    """Logits at the target ids. On a vocabulary shard, ids of other shards give 0, so sum over devices.
 
     On one device an id outside the vocabulary gives NaN.
     """
@@ -146,9 +146,9 @@ def slope(z, cap: float):
 
 
 def nll_and_gradients(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
-    """The value of weighted_nll, and what its backward pass needs: its gradients, for a cotangent of 1.
+    """Return weighted_nll and its gradients for a cotangent of 1, which its backward pass scales.
 
-    The gradient of the weights is each token's loss, nll_BT.
+    The gradient with respect to the weights is each token's loss, nll_BT.
     """
     out_specs = (P(), (P(ROWS), P("fsdp", "tensor"), P(ROWS)))
     return _on_mesh(_nll_and_gradients, out_specs, chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)
@@ -160,7 +160,7 @@ def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunkin
     def add_chunk(carry, chunk):
         nll, d_head_DV = carry
         x_BtD, targets_Bt, weights_Bt = chunk
-        # In bfloat16 the product is rounded, as any is, and then read as logits: half the bytes of what is
+        # The logits are rounded to the features' dtype: bfloat16 halves the bytes of the array that is
         # written and read most.
         u_BtV = jnp.einsum("btd,dv->btv", x_BtD, head_DV)
         d_BtV, sum_Bt, nll_Bt = logits_gradient(u_BtV, targets_Bt, chunking)
@@ -183,8 +183,8 @@ def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunkin
 def logits_gradient(u_BtV, targets_Bt, chunking: Chunking):
     """Return (d_BtV, sum_Bt, nll_Bt) of the head's outputs u: ∂nll/∂u is d/sum. d is in u's dtype.
 
-    ∂nll/∂u = (exp(z)/sum − 1 at the target)·slope. Scaled by sum it needs no sum, so one pass over the
-    logits does.
+    ∂nll/∂u = (exp(z)/sum − 1 at the target)·slope. Multiplied by sum, it no longer depends
+    on sum, so one pass over the logits is enough.
     """
     dtype, size, sharded, cap = u_BtV.dtype, u_BtV.shape[-1], chunking.sharded, chunking.cap
     ids_Bt = local_ids(targets_Bt, size, sharded)
@@ -205,9 +205,9 @@ def logits_gradient(u_BtV, targets_Bt, chunking: Chunking):
     d_target_Bt = ((jnp.exp(target_Bt) - sum_Bt) * slope(target_Bt, cap)).astype(dtype)
     if chunking.kernels:
         b, i = jnp.ogrid[: ids_Bt.shape[0], : ids_Bt.shape[1]]
-        place_Bt = jnp.where(ids_Bt >= 0, ids_Bt, size)  # what is not in V is dropped
+        place_Bt = jnp.where(ids_Bt >= 0, ids_Bt, size)  # ids outside V are dropped
         d_BtV = d_BtV.at[b, i, place_Bt].set(d_target_Bt, mode="drop", unique_indices=True)
-    else:  # XLA makes it part of the pass that writes d_BtV
+    else:  # XLA fuses this into the pass that writes d_BtV
         is_target_BtV = ids_Bt[..., None] == jnp.arange(size)[None, None]
         d_BtV = jnp.where(is_target_BtV, d_target_Bt[..., None], d_BtV)
     return d_BtV, sum_Bt, jnp.log(sum_Bt) - target_Bt
@@ -228,7 +228,7 @@ def pad_time(length: int, a):
 
 
 def split_time(length: int, *arrays):
-    """Cut arrays [B, T, ...] into chunks [⌈T/length⌉, B, length, ...]; zeros fill the last one."""
+    """Cut arrays [B, T, ...] into chunks [⌈T/length⌉, B, length, ...]; zeros pad the last chunk."""
     padded = (pad_time(length, a) for a in arrays)
     return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, length, *a.shape[2:]), 1, 0) for a in padded)
 

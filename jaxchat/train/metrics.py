@@ -1,4 +1,4 @@
-"""Write a run's numbers: JSON lines beside its checkpoints; on request Weights & Biases, TensorBoard."""
+"""Log a run's numbers: JSON lines beside its checkpoints; on request Weights & Biases and TensorBoard."""
 
 import contextlib
 import importlib.util
@@ -37,13 +37,13 @@ def peak_bytes() -> int:
 
 
 class MetricsLog:
-    """A run's log: lines of `metrics.jsonl`, Weights & Biases, TensorBoard. folder None: no files."""
+    """A run's log: metrics.jsonl and, on request, Weights & Biases and TensorBoard. folder=None: no files."""
 
     def __init__(self, folder: Path | None, config: dict, *, resume_step: int, run: str, tensorboard: bool):
         self._file = self._wandb = self._board = None
-        self._unwritten = b""  # what did not fit on a full disk
-        self.measured: list[str] = []  # the evaluations that were done after resume_step
-        if jax.process_index() > 0:  # all processes have the same numbers
+        self._unwritten = b""  # lines that could not be written because the disk is full
+        self.measured: list[str] = []  # evaluations already made after resume_step
+        if jax.process_index() > 0:  # all processes have the same numbers, so one logs
             return
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ class MetricsLog:
         if folder is None:
             return
         path = folder / "metrics.jsonl"
-        if path.exists():  # what was logged after the checkpoint that is resumed from will be logged again
+        if path.exists():  # drop what was logged after resume_step, since it will be logged again
             text = path.read_text(encoding="utf-8", errors="replace") if resume_step else ""
             kept = [line for line in text.splitlines(keepends=True) if _step_of(line) <= resume_step]
             files.write_text(path, "".join(kept))
@@ -68,7 +68,7 @@ class MetricsLog:
     @classmethod
     @contextlib.contextmanager
     def of(cls, run):
-        """The log of a loop.Run, closed at the end of the context."""
+        """Open the log of a loop.Run, and close it when the context ends."""
         flags, folder = run.stage.flags, run.checkpoints.folder if run.checkpoints else None
         done = evaluations_after(run.first_step, folder) if folder and run.first_step else []
         log = cls(folder, run.meta, resume_step=run.first_step, run=flags.run, tensorboard=flags.tensorboard)
@@ -79,7 +79,7 @@ class MetricsLog:
             log.close()
 
     def write(self, step: int, values: dict[str, float], evaluation: str = ""):
-        """Log the numbers of a step or, under its name, of an evaluation that was done after that step."""
+        """Log the numbers of a step or, given its name, of an evaluation that was made after that step."""
         if self._file:
             named = {"evaluation": evaluation} if evaluation else {}
             known = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -116,20 +116,20 @@ class MetricsLog:
 
 
 def evaluations_after(step: int, folder: Path) -> list[str]:
-    """The names of the evaluations that metrics.jsonl records after `step` steps."""
+    """Names of the evaluations that metrics.jsonl records after `step` steps."""
     rows = files.read_lines(folder / "metrics.jsonl")
     return [row["evaluation"] for row in rows if row.get("step") == step and "evaluation" in row]
 
 
 def best_step(folder: Path, name: str, last: int) -> tuple[int, float] | None:
-    """Return the (step, value) at which an evaluation's value was largest, up to step `last`, or None."""
+    """Return the (step, value) of the largest logged value `name` up to step `last`, or None."""
     rows = [row for row in files.read_lines(folder / "metrics.jsonl") if "evaluation" in row]
     found = [(row["step"], row[name]) for row in rows if row["step"] <= last and row.get(name) is not None]
     return max(found, key=lambda one: one[1]) if found else None
 
 
 def wandb_id(folder: Path, new: bool) -> str:
-    """The id of a run at Weights & Biases, kept in its folder, so that a resumed run continues there too."""
+    """Return a run's id at Weights & Biases, kept in its folder so that a resumed run continues its log."""
     path = folder / "wandb_id"
     if new or not path.exists():
         files.write_text(path, secrets.token_hex(8))
@@ -137,7 +137,7 @@ def wandb_id(folder: Path, new: bool) -> str:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; ∞ for a line that a kill cut short."""
+    """The step of a logged line; ∞ for a line that is incomplete because the process was killed."""
     try:
         return json.loads(line)["step"]
     except ValueError:

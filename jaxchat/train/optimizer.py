@@ -1,4 +1,4 @@
-"""One optax transformation for all weights: each declares a group, and a table gives each group its rule."""
+"""One optax transformation for all weights: each weight names a group, and a table gives its rule."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from jaxchat.model.params import Weight, declare, tree
 from jaxchat.sharding import per_device
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # quintic coefficients of Jordan et al. 2024, "Muon"
-POLAR_EXPRESS = (  # of Amsel et al. 2025, for five steps
+POLAR_EXPRESS = (  # coefficients of Amsel et al. 2025, for five steps
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -27,7 +27,7 @@ POLAR_EXPRESS = (  # of Amsel et al. 2025, for five steps
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 MOMENTUM_START, MOMENTUM_END = 0.85, 0.95
-SCALAR_LR, MIXING_LR = 0.5, 0.2  # peaks of 2026's factors on the embedding, and of smear and backout
+SCALAR_LR, MIXING_LR = 0.5, 0.2  # peak rates in 2026: of factors on the embedding; of smear and backout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +35,14 @@ class Muon:
     """The rule of a group of matrices: momentum, then orthogonalization, with refinements of both.
 
     momentum: function of the number of finished updates.
-    decay: weight decay, also such a function; only weights whose sign is that of their update decay. None:
-    none.
-    steps: the coefficients of each orthogonalization step, before which a matrix is divided by safety × its
-    norm + tiny.
-    equal: first bring each output neuron's gradients to the same norm (MuonEq).
-    exact: bring the result to the norm of an orthogonal matrix (Muon+).
-    neuron_beta: decay of the mean squares by whose root each neuron's updates are divided (NorMuon); 0: off.
+    decay: weight decay, as a function of the same number; only weights with the sign of their update decay.
+    None: no decay.
+    steps: coefficients of each orthogonalization step.
+    safety, tiny: before the first step, a matrix is divided by safety × (its norm) + tiny.
+    equal: first scale the gradients of all output neurons to the same norm (MuonEq).
+    exact: scale the result to the norm of an orthogonal matrix (Muon+).
+    neuron_beta: decay of the running mean squares by whose root each neuron's updates are divided (NorMuon);
+    0: off.
     """
 
     lr: float
@@ -57,7 +58,7 @@ class Muon:
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """The rule of a group of weights that Muon is not for, with its constants."""
+    """The rule of a group of weights that AdamW updates, with its constants."""
 
     lr: float
     b1: float = 0.8
@@ -66,10 +67,10 @@ class AdamW:
 
 
 def orthogonalize(g_Lmn, dtype, rule: Muon):
-    """Bring every matrix of a stack near its orthogonal polar factor: singular values to about 1. -> float32.
+    """Orthogonalize every matrix of a stack approximately: singular values become about 1. -> float32.
 
-    The matrix is divided by its Frobenius norm. Then come the rule's five steps in `dtype`, over the short
-    side: x ← P(x·xᵀ)·x with P(g) = a + b·g + c·g².
+    Each matrix is divided by its Frobenius norm. Then follow the rule's five steps in `dtype`, with the Gram
+    matrix of the shorter side: x ← P(x·xᵀ)·x with P(g) = a + b·g + c·g².
     """
     steps = rule.steps
     g_Lmn = equal_columns(g_Lmn.astype(dtype).astype(jnp.float32)) if rule.equal else g_Lmn
@@ -81,14 +82,15 @@ def orthogonalize(g_Lmn, dtype, rule: Muon):
     def polynomial_steps(steps, x):
         return newton_schulz_factor(x @ jnp.swapaxes(x, -1, -2), steps) @ x
 
-    if len(set(steps)) > 1:  # the first step multiplies by 8: what the Gram matrix rounds off would be seen
+    if len(set(steps)) > 1:  # the first step multiplies by 8, and with it the Gram matrix's rounding errors
         for step in steps:
             x = polynomial_steps([step], x)
     elif x.shape[-1] > 1.5 * x.shape[-2]:
-        # The Gram matrix of P·x is P·g·P, so the factors of several steps can be multiplied before x is:
-        # fewer FLOPs where x is wide. All five at once would lose small singular values in bfloat16.
+        # The Gram matrix of P·x is P·g·P, so the factors of several steps can be multiplied first, then x
+        # by their product: fewer FLOPs if x is wide. All five at once would lose small singular values in
+        # bfloat16.
         x = polynomial_steps(steps[:2], polynomial_steps(steps[:3], x))
-    else:  # a loop compiles faster and in less memory, but on a GPU it copies x at every turn
+    else:  # a loop compiles faster and in less memory, but on a GPU it copies x every time
         x = lax.fori_loop(0, 5, lambda _, x: polynomial_steps(steps[:1], x), x, unroll=x.dtype != jnp.float32)
     return (jnp.swapaxes(x, -1, -2) if tall else x).astype(jnp.float32)
 
@@ -101,7 +103,7 @@ def equal_columns(x_Lmn):
 
 
 def newton_schulz_factor(gram, steps):
-    """The matrix by which steps multiply an x with this Gram matrix [L, m, m]. P is summed in float32."""
+    """The matrix by which `steps` multiply x, given its Gram matrix [L, m, m]. P is summed in float32."""
     factor = None
     for i, (a, b, c) in enumerate(steps):
         linear = a * jnp.eye(gram.shape[-1])[None] + b * gram.astype(jnp.float32)
@@ -113,17 +115,16 @@ def newton_schulz_factor(gram, steps):
 
 
 def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype, rule: Muon):
-    """Orthogonalize a stack [L, *in, *out] that is spread over a mesh as its weight is.
+    """Orthogonalize a stack [L, *in, *out] that is sharded over a mesh as its weight is.
 
-    Each device gathers whole matrices of L/devices layers (rounded up: zeros fill the stack),
-    orthogonalizes them and sends the parts back: one exchange in, one out, none within the iteration. Where
-    there are more devices than layers, neighbours along `data` share the stack and each such group does all
-    of it.
+    Each device gathers complete matrices of L/devices layers (rounded up; zeros pad the stack),
+    orthogonalizes them and sends the shards back: one exchange before, one after, none within the iteration.
+    With more devices than layers, groups of neighbours along `data` each compute the complete stack.
     """
     in_axis, out_axis = weight.axes[1], next(axis for axis in weight.axes[2:] if axis)
     data, holders = mesh.shape["data"], mesh.shape["fsdp"] * mesh.shape["tensor"]
     divisors = [n for n in range(1, data + 1) if data % n == 0]
-    # Fewest layers a device, then fewest copies.
+    # Fewest layers per device, then smallest groups.
     shares = min(divisors, key=lambda n: (-(-u.shape[0] // (holders * n)), n))
     groups = np.arange(data).reshape(-1, shares).tolist()
 
@@ -137,7 +138,7 @@ def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype, rule: Muon):
         part = u_Lmn.shape[0] // shares
         u_lmn = lax.dynamic_slice_in_dim(u_Lmn, lax.axis_index("data") % shares * part, part)
         u_lmn = exchange(exchange(u_lmn, in_axis, 0, 1), out_axis, 0, 2)
-        y_lmn = orthogonalize(u_lmn, dtype, rule).astype(dtype)  # its values are dtype's: nothing is lost
+        y_lmn = orthogonalize(u_lmn, dtype, rule).astype(dtype)  # its values are of dtype: nothing is lost
         y_Lmn = exchange(exchange(y_lmn, out_axis, 2, 0), in_axis, 1, 0)
         if shares > 1:
             y_Lmn = lax.all_gather(y_Lmn, "data", axis_index_groups=groups, tiled=True)
@@ -154,10 +155,10 @@ class MuonState:
 
 
 def scale_by_muon(weights, rule: Muon, dtype=jnp.float32, mesh: Mesh | None = None) -> GradientTransformation:
-    """Nesterov momentum, then orthogonalization, then the factor √max(1, fan_out/fan_in), by a rule.
+    """Apply a rule: Nesterov momentum, then orthogonalization, then the factor √max(1, fan_out/fan_in).
 
-    weights: the declared `Weight` of every matrix, in a tree like the gradients'. mesh: the one that they are
-    spread over; each device then orthogonalizes some layers.
+    weights: the declared `Weight` of every matrix, in a tree like the gradients' tree. mesh: the mesh that
+    matrices are sharded over; each device then orthogonalizes some layers.
     """
 
     def init(params):
@@ -193,7 +194,7 @@ def scale_by_muon(weights, rule: Muon, dtype=jnp.float32, mesh: Mesh | None = No
 
 
 def with_new_schedule(opt_state):
-    """Prepare an optimizer's state for another stage: Muon's momentum and decay start their schedules."""
+    """Prepare optimizer state for another stage: restart the schedules of Muon's momentum and decay."""
 
     def from_start(part):
         return part.replace(count=jnp.zeros_like(part.count)) if isinstance(part, MuonState) else part
@@ -202,13 +203,13 @@ def with_new_schedule(opt_state):
 
 
 def to_exact_norm(weight: Weight, x):
-    """Scale each matrix to the norm of an orthogonal one, √min(fan_in, fan_out) (Muon+)."""
+    """Scale each matrix to the norm of an orthogonal matrix, √min(fan_in, fan_out) (Muon+)."""
     norm = jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))
     return x * (math.sqrt(min(weight.fan_in, weight.fan_out)) / jnp.maximum(norm, 1e-6))
 
 
 def neuron_axes(weight: Weight) -> tuple[int, ...]:
-    """The axes that NorMuon averages over: the inputs, or the outputs where these are fewer."""
+    """The axes that NorMuon averages over: those of the inputs, or of the outputs if these are fewer."""
     axes = range(1, len(weight.shape))
     inputs = next(n for n in axes if math.prod(weight.shape[1 : n + 1]) == weight.fan_in)
     return tuple(axes[:inputs] if weight.fan_out >= weight.fan_in else axes[inputs:])
@@ -223,16 +224,16 @@ def mean_squares(weight: Weight, x):
 
 
 def even_neurons(x, squares, second):
-    """Divide each neuron's update by the root of its mean squares, keeping a layer's norm (NorMuon)."""
+    """Divide each neuron's update by its running RMS, keeping each layer's norm (NorMuon)."""
     rates = lax.rsqrt(jnp.maximum(second, 1e-10))
-    each = tuple(range(1, x.ndim))  # of a layer; squares stand for equally many numbers
+    each = tuple(range(1, x.ndim))  # axes within a layer; each square is the mean of equally many numbers
     norm = jnp.sqrt(jnp.sum(squares, axis=each, keepdims=True))
     new_norm = jnp.sqrt(jnp.sum(squares * rates * rates, axis=each, keepdims=True))
     return x * rates * (norm / jnp.maximum(new_norm, 1e-10))
 
 
 def in_float32(inner: GradientTransformation) -> GradientTransformation:
-    """Compute a transformation in float32 and keep its state in the weights' type."""
+    """Compute a transformation in float32 and keep its state in the weights' dtype."""
 
     def widen(tree):
         return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, tree)
@@ -253,7 +254,7 @@ def table_2025(
     weight_decay: float = 0.0,
     momentum_warmup: int = 300,
 ) -> dict[str, Muon | AdamW]:
-    """Each group's rule as in November 2025. momentum_warmup: updates in which momentum rises; 0: none."""
+    """Return each group's rule of November 2025. momentum_warmup: updates in which momentum rises."""
 
     def momentum(count):
         if not momentum_warmup:
@@ -280,7 +281,7 @@ def table_2026(
     momentum: Callable | None = None,
     decay: Callable | None = None,
 ) -> dict[str, Muon | AdamW]:
-    """Each group's rule as in July 2026. momentum, decay: see Muon; None: 2025's momentum, no decay."""
+    """Return each group's rule of July 2026. momentum=None: as in table_2025. decay=None: no decay."""
     momentum = momentum or table_2025(config)["matrix"].momentum
     width_scale = (config.n_embd / 768) ** -0.5
     refinements = {"safety": 1.01, "tiny": 1e-6, "equal": True, "exact": True, "neuron_beta": 0.9}
@@ -304,16 +305,16 @@ def make_optimizer(
     mesh: Mesh | None = None,
     **rates,
 ) -> GradientTransformation:
-    """The optimizer over `Params`. It returns full updates: train_step multiplies them by the schedule.
+    """Make the optimizer of `Params`. Its updates are at peak rates: train_step multiplies by the schedule.
 
-    table: the rule of each group; None: table_2025 with these rates. AdamW's rates are × (n_embd/768)^−½.
+    table: the rule of each group; None: table_2025 with `rates`. AdamW's rates are scaled by (n_embd/768)^−½.
     grad_clip bounds the global norm of all gradients; 0 is off. mesh: see scale_by_muon.
     """
     declared = declare(config)
     table = table or table_2025(config, **rates)
     groups = jax.tree.map(lambda weight: weight.group, declared)
     if missing := set(jax.tree.leaves(groups)) - table.keys():
-        raise ValueError(f"no rule for weights of {', '.join(sorted(missing))}")
+        raise ValueError(f"no optimizer rule for weights of the groups {', '.join(sorted(missing))}")
 
     def matrices(group):
         return jax.tree.map(lambda weight: weight if weight.group == group else optax.MaskedNode(), declared)

@@ -1,4 +1,4 @@
-"""Print and log what a run does, one step late."""
+"""Print and log a run's numbers, one step late."""
 
 import time
 
@@ -13,11 +13,11 @@ HIDDEN = ("taken", "left", "targets", "overdue", "unread")  # totals that only t
 
 
 class NotFinite(UserError):
-    """Raised where a step's loss or gradient was not finite; by all processes, after the same step."""
+    """Raised by all processes, after the same step, if a step's loss or gradient was not finite."""
 
 
 class Unread(UserError):
-    """Raised, by all processes, where one could not read its rows of a step, which none applied."""
+    """Raised by all processes if one could not read its rows of a step; no process applied that step."""
 
     def __init__(self, step: int):
         super().__init__(f"another process can't read its rows of step {step}; its own message says why")
@@ -25,7 +25,7 @@ class Unread(UserError):
 
 
 class Reporter:
-    """Prints and logs each step's numbers one step late: they are fetched while the next step is computed."""
+    """Print and log each step's numbers one step late: they are fetched while the next step is computed."""
 
     def __init__(self, stage, log: MetricsLog):
         self._stage, self._log = stage, log
@@ -34,7 +34,7 @@ class Reporter:
         self._reported = 0
         self._skipped = 0
         self._spent = 0.0  # seconds in steps after the first, which compiles
-        self._first_progress = 0.0  # before the second
+        self._first_progress = 0.0  # progress before the second step
         mesh = stage.model.mesh
         peak = peak_flops(mesh.devices.flat[0])
         self._peak = peak * mesh.size if peak else None
@@ -44,10 +44,10 @@ class Reporter:
         self._clock = time.perf_counter()
 
     def step(self, step: int, tokens: int, waited: float, metrics: dict, row_tokens: int) -> dict[str, float]:
-        """Report the step before, and return its numbers ({} after the first), while this one is computed.
+        """Report the previous step while this one is computed. -> the previous step's numbers; {} if none.
 
-        tokens: of all processes; waited: seconds until the data was there; metrics: arrays still being
-        computed; row_tokens: of a row, padding included.
+        tokens: of this step, on all processes; waited: seconds spent waiting for data; metrics: arrays still
+        being computed; row_tokens: tokens per row, padding included.
         """
         previous, self._pending = self._pending, (step, tokens, waited, metrics, row_tokens)
         return self._report(*previous) if previous else {}
@@ -84,10 +84,10 @@ class Reporter:
         return fetched
 
     def _checked(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        """The numbers to log. Unread; NotFinite: the step was not, and the run is to stop then."""
+        """Return the numbers to log. Raise Unread, or NotFinite unless --on_nonfinite=skip."""
         if values.get("unread"):
             raise Unread(step)
-        where = "the data's next batch"
+        where = "the next batch of the data"
         if "taken" in values:
             where = f"{values['taken']:,.0f} documents of the data read"
         shown = {name: value for name, value in values.items() if name not in HIDDEN}

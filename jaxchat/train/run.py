@@ -1,4 +1,4 @@
-"""Prepare a run from flags: where training starts, its plan, the step that fits, and the first state."""
+"""Prepare a run from flags: its start, its plan, a training step that fits in memory, the first state."""
 
 import contextlib
 import dataclasses
@@ -29,21 +29,21 @@ from jaxchat.train.step import make_train_step
 class Start:
     """The start of a run: the checkpoint that it resumes from, or step 0."""
 
-    checkpoints: Checkpoints | None  # of the run's folder; None: nothing is written
-    steps: list[int]  # of the checkpoints that are there
+    checkpoints: Checkpoints | None  # in the run's folder; None: nothing is written
+    steps: list[int]  # steps of the existing checkpoints
     step: int = 0
     meta: dict = dataclasses.field(default_factory=dict)  # the checkpoint's metadata
 
 
 def tokenizer_for(config: TrainConfig, name: str, tag: str) -> Tokenizer:
-    """Load the tokenizer kept with the checkpoints to resume from, or else the base directory's."""
+    """Load the tokenizer kept with the checkpoints to resume from, or else the base directory's tokenizer."""
     folder = checkpoint.run_folder(name, tag)
     kept = folder / "tokenizer"
     return Tokenizer.load(kept if config.resume and checkpoint.steps_in(folder) and kept.is_dir() else None)
 
 
 def find_start(stage: Stage) -> Start:
-    """Find where a run starts. UserError: checkpoints would be lost, or don't fit the flags."""
+    """Find where a run starts. UserError: checkpoints would be lost, or don't match the flags."""
     flags = stage.flags
     check_installed(run=flags.run, tensorboard=flags.tensorboard)
     sharding.check_same(
@@ -64,7 +64,7 @@ def find_start(stage: Stage) -> Start:
     last = sharding.gather_json({"last": last})[0]["last"]
     if not last:
         raise UserError(
-            f"--resume: all checkpoints in {checkpoints.folder} are damaged; start anew with --overwrite, "
+            f"--resume: all checkpoints in {checkpoints.folder} are damaged; start again with --overwrite, "
             "or choose another --model_tag"
         )
     meta = checkpoints.meta(last[0])
@@ -75,17 +75,17 @@ def find_start(stage: Stage) -> Start:
 def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints, step: int):
     """Raise UserError unless a checkpoint is of the same run: model, settings, data, tokenizer and parent.
 
-    An imported checkpoint is compared by model and tokenizer only, since no more is known of it.
+    An imported checkpoint is compared by model and tokenizer only, since nothing else is known of it.
     """
     if "imported" in saved and not checkpoints.has_state(step):
         raise UserError(
-            f"--resume: {checkpoints.folder} was imported, without an optimizer; it can be midtrained or "
-            "finetuned"
+            f"--resume: {checkpoints.folder} was imported without optimizer state, so it can't be continued; "
+            "start the next stage from it instead"
         )
     compared = ("model", "settings", "data", "tokenizer_hash", "parent")
     if "imported" in saved:
         compared, saved = ("model", "tokenizer_hash"), saved | {"settings": {}}
-    # A checkpoint lacks settings and constants that were added later; their defaults compute what it did.
+    # A checkpoint lacks settings and constants that were added later; their defaults have the old behaviour.
     defaults = type(stage.flags)().learnt_from()
     saved = saved | {
         "model": dataclasses.asdict(ModelConfig(**saved["model"])),
@@ -96,7 +96,7 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints, step: in
         if saved.get(what) != meta.get(what):
             raise UserError(
                 f"--resume: {checkpoints.folder} was trained with different {what}: "
-                f"{sharding.difference(saved.get(what), meta.get(what))}; give what it was trained with, or "
+                f"{sharding.difference(saved.get(what), meta.get(what))}; give the same again, or "
                 "another --model_tag for a new run"
             )
 
@@ -105,7 +105,7 @@ TASK_FILE = re.compile(r"[^,]*/(?=[^/,]+\.(?:jsonl|json|ndjson)(?::\d+)?(?:,|$))
 
 
 def without_folders(meta: dict) -> dict:
-    """Return metadata with only the names of task files: folders may differ; "data" compares content."""
+    """Return metadata with task files' folders removed: they may differ, since "data" compares content."""
     settings, data = dict(meta["settings"]), {}
     if "train_tasks" in settings:
         settings["train_tasks"] = TASK_FILE.sub("", settings["train_tasks"])
@@ -116,7 +116,7 @@ def without_folders(meta: dict) -> dict:
 
 
 def about_mechanisms(model: ModelConfig) -> list[tuple[str, str]]:
-    """A row of the plan on what a model has beyond November 2025's architecture, in a list; [] if nothing."""
+    """Return a list with the plan's row on additions to the architecture of November 2025; [] without any."""
     parts = []
     if model.window_pattern:
         parts.append(f"windows {model.window_pattern} (S {model.short_window:,}, L {model.sequence_len:,})")
@@ -125,7 +125,7 @@ def about_mechanisms(model: ModelConfig) -> list[tuple[str, str]]:
     parts += ["scales of each layer"] if model.layer_scales else []
     parts += ["smear"] if model.smear_channels else []
     parts += ["backout"] if model.backout else []
-    return [("mechanisms", ", ".join([*parts, f"tables in {model.table_dtype}"]))] if parts else []
+    return [("mechanisms", ", ".join([*parts, f"embedding tables in {model.table_dtype}"]))] if parts else []
 
 
 def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
@@ -146,26 +146,25 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
         ("saves", f"{start.checkpoints.folder}/<step>{often}" if start.checkpoints else "nothing (dry run)"),
     ]
     if start.step:
-        anew = ", imported; the data begin anew" if "imported" in start.meta else ""
+        anew = ", imported; the data starts from its beginning" if "imported" in start.meta else ""
         rows.append(("resumes", f"after step {start.step:,}{anew}"))
     return rows
 
 
 @contextlib.contextmanager
 def open_run(stage: Stage, start: Start) -> Iterator[Run]:
-    """Prepare a run: read a first batch, choose the step that fits, lock the folder, then restore or
-    initialise.
+    """Prepare a run: read a batch, choose the step that fits, lock the folder, restore or initialise.
 
     Nothing is written or deleted until every check has passed. Leaving the context ends the data pipeline,
     waits for the save under way, and unlocks the folder.
     """
     checkpoints = start.checkpoints
     try:
-        # A resumed run needs no batch to check, nor one to choose the step by where no memory limit is known.
+        # A resumed run needs a first batch only to choose the step by its memory, if a memory limit is known.
         looked_at = not start.step or fit.device_memory(stage.model.mesh)
         first = look_at_data(stage) if looked_at else None
         steps = step_functions(stage, start, first)
-        remat = next(iter(steps))  # the only one where memory limits are unknown
+        remat = next(iter(steps))  # the only one if memory limits are unknown
         if looked_at:
             remat = fit.first_that_fits(steps, stage.model.mesh, *arguments_of_step(stage, first))
         if start.step:
@@ -196,14 +195,14 @@ def look_at_data(stage: Stage) -> dict:
 def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callable]:
     """Jit the training steps to choose from: {value of --remat: step}, the fastest first.
 
-    batch: the first one; all have its shape.
+    batch: the first batch; all have its shape. Jitted only: nothing is compiled yet.
     """
     compute, mesh = stage.model.compute, stage.model.mesh
     remats = [compute.remat]
     if stage.flags.remat == "auto" and fit.device_memory(mesh):
         remats = fit.remats_to_try(batch, mesh)
         if start.step:
-            # A resumed run keeps its remat, to be the same bit for bit; without one it had the default.
+            # A resumed run keeps its remat, to be bitwise identical; metadata without it means the default.
             first = start.meta.get("remat", compute.remat)
             remats = remats[remats.index(first) :] if first in remats else REMATS[-1:]
 
@@ -215,7 +214,7 @@ def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callabl
 
 
 def arguments_of_step(stage: Stage, batch: dict) -> tuple:
-    """Abstract arguments of a step, with rows of the greatest length, to see whether it fits."""
+    """A step's arguments as ShapeDtypeStructs, with rows of the greatest length, to check that it fits."""
     longest = {
         name: jax.ShapeDtypeStruct((*a.shape[:-1], stage.row_length), a.dtype, sharding=a.sharding)
         for name, a in batch.items()
@@ -224,14 +223,14 @@ def arguments_of_step(stage: Stage, batch: dict) -> tuple:
 
 
 def initial_state(stage: Stage) -> TrainState:
-    """Create the first state: random weights or the parent's; a fresh optimizer or (warm) the parent's."""
+    """Create the first state: random or the parent's weights; fresh or (warm) the parent's optimizer."""
     if stage.parent is None:
         return init_state(stage.flags.seed, stage.model, stage.optimizer)
     if not stage.warm:
         return state_from_params(stage.parent.load(stage.model.mesh), stage.model, stage.optimizer)
     parent, target = stage.parent, abstract_state(stage.model, stage.optimizer)
     if wrong := seal.damage(parent.path, ("optimizer",)):
-        raise UserError(f"{parent.path} is damaged: {wrong}; do without it: --no_load_optimizer")
+        raise UserError(f"{parent.path} is damaged: {wrong}; use --no_load_optimizer for a fresh optimizer")
     stored = Checkpoints(parent.folder)
     params, rest = stored.restore(parent.step, params=target.params, optimizer=target.rest, batches=None)
     step, empty_steps = (
@@ -241,17 +240,17 @@ def initial_state(stage: Stage) -> TrainState:
 
 
 def restore(stage: Stage, start: Start) -> TrainState:
-    """Restore the state of the checkpoint that is resumed from, and set the data pipeline to its place."""
+    """Restore the state of the checkpoint to resume from, and move the data pipeline to its position."""
     checkpoints, target = start.checkpoints, abstract_state(stage.model, stage.optimizer)
     if checkpoints.has_state(start.step):
         params, rest = checkpoints.restore(
             start.step, params=target.params, optimizer=target.rest, batches=stage.batches
         )
         return TrainState(params=params, **rest)
-    if start.step != stage.num_steps:  # weights only: it must be the last of its run
+    if start.step != stage.num_steps:  # only a finished run's last checkpoint may hold only weights
         raise UserError(
             f"--resume: {checkpoints.folder / str(start.step)} holds weights only, so training can't "
-            "continue from it; start anew with --overwrite"
+            "continue from it; start again with --overwrite"
         )
     params, _ = checkpoints.restore(start.step, params=target.params, optimizer=None, batches=None)
     return state_from_params(params, stage.model, stage.optimizer)

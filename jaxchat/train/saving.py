@@ -9,9 +9,9 @@ from jaxchat.checkpoint import first_line
 from jaxchat.config import UserError
 from jaxchat.train.state import TrainState
 
-clock = time.monotonic  # a name of our own, which tests replace
-MOST_STEPS_BETWEEN = 64  # after failures, from one attempt to the next
-LAST_ATTEMPTS = 4  # at the end of a run, with 1, 2 and 4 seconds between
+clock = time.monotonic  # a module-level name, which tests replace
+MOST_STEPS_BETWEEN = 64  # largest number of steps between attempts after failures
+LAST_ATTEMPTS = 4  # attempts at the end of a run, 1, 2 and 4 seconds apart
 
 
 class Saver:
@@ -22,13 +22,13 @@ class Saver:
 
     def __init__(self, run):
         self._run, self._stage, self._checkpoints = run, run.stage, run.checkpoints
-        self._saved = self._begun = run.first_step  # steps whose save is complete, and was begun
-        self._failures, self._again = 0, None  # again: the step at which to try once more
-        self._saved_at, self._overdue = clock(), False  # overdue: all processes agree that it is time
-        self._best = -math.inf  # of the evaluation that decides which checkpoint is kept
+        self._saved = self._begun = run.first_step  # last steps whose save was completed, and begun
+        self._failures, self._again = 0, None  # again: the step at which to retry
+        self._saved_at, self._overdue = clock(), False  # overdue: all processes agree to save now
+        self._best = -math.inf  # largest value of the evaluation that decides which checkpoint is kept
 
     def due(self, step: int, last: bool) -> bool:
-        """Return whether to save now, after `step` steps; also notice how the save under way went."""
+        """Return whether to save now, after `step` steps; also check on the save in progress."""
         if not self._checkpoints:
             return False
         try:
@@ -43,38 +43,38 @@ class Saver:
         return last or by_steps or self._overdue or (self._again is not None and step >= self._again)
 
     def overdue(self) -> bool:
-        """Return whether it is time to save, by this process's clock."""
+        """Return whether --save_minutes have passed since the last save, by this process's clock."""
         minutes = self._stage.flags.save_minutes
         return bool(self._checkpoints) and 0 < 60 * minutes <= clock() - self._saved_at
 
     def agree(self, values: dict[str, float]):
-        """Note from a step's totals whether the clock of any process says that it is time to save."""
+        """Note from a step's totals whether a save is overdue by the clock of any process."""
         self._overdue = self._overdue or values.get("overdue", 0) > 0
 
     def save(self, state: TrainState, step: int, *, finished: bool):
-        """Start a save. What goes wrong is printed, not raised."""
+        """Start a save. Errors are printed, not raised."""
         try:
             self._start(state, step, finished)
         except Exception as problem:
             self._failed(step, problem)
 
     def keep_best(self, state: TrainState, step: int, value: float, finished: bool):
-        """Keep the checkpoint of this step, saved now if need be, if its value is the largest so far."""
+        """Keep the checkpoint of this step if its value is the largest so far; save it now if necessary."""
         if not self._checkpoints or not value > self._best:
             return
         self._best = value
         if step:
             self._checkpoints.kept = step
-            if self._begun < step and not finished:  # then the end of the run saves it
+            if self._begun < step and not finished:  # a finished run saves it anyway
                 self.save(state, step, finished=finished)
 
     def restore_best(self, found: tuple[int, float] | None):
-        """Take over the (step, value) of the best checkpoint so far, when a run is resumed."""
+        """Set the best (step, value) so far when a run is resumed."""
         if self._checkpoints and found:
             self._checkpoints.kept, self._best = found
 
     def finish(self, state: TrainState, step: int, *, finished: bool):
-        """Save the state after the run's last step and wait for it. UserError: several attempts failed."""
+        """Save the state after the run's last step and wait for the save. UserError: all attempts failed."""
         if not self._checkpoints:
             return
         for attempt in range(LAST_ATTEMPTS):
@@ -89,15 +89,15 @@ class Saver:
                     place = f"step {self._saved}" if self._saved else "the start"
                     raise UserError(
                         f"{self._checkpoints.folder / str(step)} could not be saved: {first_line(problem)}; "
-                        f"make room or repair it, then continue with --resume from {place}"
+                        f"free disk space or repair the folder, then continue with --resume from {place}"
                     ) from problem
                 print(f"saving step {step} failed: {first_line(problem)}; trying again", flush=True)
                 time.sleep(2**attempt)
 
     def rescue(self, state: TrainState, step: int, *, alone: bool):
-        """Save what is learnt before an error ends the run, if that is possible.
+        """Save what is learnt, if possible, before an error ends the run.
 
-        alone: only this process has the error; several processes then can't save, since all must take part.
+        alone: only this process has the error; then several processes can't save, since all must take part.
         """
         if not self._checkpoints or step <= self._begun or alone and jax.process_count() > 1:
             return
@@ -106,7 +106,7 @@ class Saver:
             self._checkpoints.wait()
             self._went_well()
         except Exception as problem:
-            print(f"saving step {step} before the run ends failed too: {first_line(problem)}", flush=True)
+            print(f"an error ends the run; saving step {step} failed too: {first_line(problem)}", flush=True)
         else:
             print(f"an error ends the run; step {step} is saved: continue from it with --resume", flush=True)
 
@@ -115,7 +115,7 @@ class Saver:
         if not self._checkpoints:
             return "nothing is saved (dry run)"
         if not self._saved:
-            return "nothing was to be saved yet; start the same command again"
+            return "no step is finished, so nothing is saved; run the same command again"
         return f"saved in {self._checkpoints.folder / str(step)}; continue with the same command and --resume"
 
     def _start(self, state: TrainState, step: int, finished: bool):

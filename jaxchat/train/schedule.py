@@ -1,4 +1,4 @@
-"""The learning-rate multiplier as a function of progress: 0 before a stage's first step, 1 after its last."""
+"""The learning-rate multiplier as a function of progress, from 0 (a stage's start) to 1 (its end)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,11 @@ def lr_multiplier(
     warmdown_ratio: float,
     final_lr_frac: float,
 ) -> float | jax.Array:
-    """The learning-rate multiplier: linear from 0 in the first `warmup_ratio`, then 1, then linear to
-    `final_lr_frac`.
+    """Return a multiplier that rises linearly from 0 to 1, stays, then falls linearly to `final_lr_frac`.
 
-    progress: fraction of the stage that is done; step: fraction that this step adds, so that the first step
-    of a warmup has a rate above 0 and its last step the full one. (warmup 0, warmdown 1) is a straight line
-    from 1 down.
+    warmup_ratio, warmdown_ratio: fractions of the stage in which it rises and falls.
+    progress: fraction of the stage that is complete. step: fraction that this step adds, so that the first
+    step of a warmup has a rate above 0 and the last step of a warmup the full rate.
     """
     xp = jnp if isinstance(progress, jax.Array) else np
     up = xp.minimum(1.0, (progress + step) / warmup_ratio) if warmup_ratio else 1.0
@@ -27,7 +26,7 @@ def lr_multiplier(
 
 
 def cosine(progress: float | jax.Array, step: float) -> float | jax.Array:
-    """The learning-rate multiplier of half a cosine: 1 at progress 0, 0 at progress 1."""
+    """Return a multiplier that falls along half a cosine: 1 at progress 0, 0 at progress 1."""
     del step
     xp = jnp if isinstance(progress, jax.Array) else np
     return 0.5 * (1.0 + xp.cos(np.pi * progress))

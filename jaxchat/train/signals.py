@@ -14,15 +14,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class BrokenOff(BaseException):
-    """A signal came in Stop.breaks_off. No Exception: what is broken off must not handle it."""
+    """Raised by a signal within Stop.breaks_off. Not an Exception, so that the code there won't handle it."""
 
 
 class Stop:
-    """A context in which SIGNALS don't end the process; `asked` reports them. A second Ctrl-C ends it
-    at once.
+    """A context in which SIGNALS don't end the process; `asked` reports them.
 
-    A signal that is ignored at the start (SIGHUP under nohup) stays ignored. Where several processes run,
-    jax's own service listens for SIGTERM, and agrees on the step at which all stop.
+    A second Ctrl-C ends the process at once. A signal that is ignored at the start (SIGHUP under nohup) stays
+    ignored. With several processes, JAX's preemption service listens for SIGTERM and chooses the step at
+    which all stop.
     """
 
     def __init__(self):
@@ -33,8 +33,10 @@ class Stop:
 
     @contextlib.contextmanager
     def breaks_off(self):
-        """A context that a signal ends by BrokenOff. Not with several processes, which would wait for one
-        another."""
+        """A context in which a signal raises BrokenOff, unless several processes run.
+
+        To interrupt one process would leave the others waiting.
+        """
         self._breaks_off = jax.process_count() == 1
         try:
             yield
@@ -42,7 +44,7 @@ class Stop:
             self._breaks_off = False
 
     def __enter__(self):
-        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
+        if threading.current_thread() is not threading.main_thread():  # other threads get no signals
             return self
         for number in SIGNALS if jax.process_count() == 1 else SIGNALS[1:]:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -52,18 +54,18 @@ class Stop:
     def _note(self, number, frame):
         if number == signal.SIGINT:
             os.write(2, b"stopping after this step, and saving; Ctrl-C again ends at once\n")
-            # Not Python's handler: native code would have to return first.
+            # The system's handler, since Python's would wait for native code to return.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # to jax's service
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX's service handles it
         else:
             self.signal = signal.Signals(number).name
         if self._breaks_off:
-            self._breaks_off = False  # it comes once
+            self._breaks_off = False  # raise once only
             raise BrokenOff
 
     def asked(self) -> bool:
-        """Return whether to stop now; the same on all processes, which all must ask at every step."""
+        """Return whether to stop now, the same on all processes. All processes must call it at every step."""
         self._asked += 1  # not the run's step: jax wants consecutive numbers that are equal on all processes
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._asked):
             self.signal = "a notice of preemption"

@@ -1,4 +1,4 @@
-"""The stages as data: where each starts, what it reads, how long it lasts, its schedule, what it saves."""
+"""Describe each stage as data: its starting point, batches, length, schedule, and what it saves."""
 
 import dataclasses
 import math
@@ -42,8 +42,8 @@ LR_SCHEDULES = {
     "cosine": cosine,
     "constant": partial(lr_multiplier, warmup_ratio=0.0, warmdown_ratio=0.0, final_lr_frac=1.0),
 }
-RATES = ("matrix_lr", "embedding_lr", "unembedding_lr")  # flags
-SAMPLE = 256  # documents from whose lengths a plan estimates the tokens in all
+RATES = ("matrix_lr", "embedding_lr", "unembedding_lr")  # flags of learning rates
+SAMPLE = 256  # documents from whose lengths a plan estimates the tokens of all documents
 
 
 def loss_text(values: dict[str, float]) -> str:
@@ -51,20 +51,20 @@ def loss_text(values: dict[str, float]) -> str:
 
 
 class DataBatches:
-    """Batches that are read from data, whatever the weights and the step are.
+    """Batches that are read from data, independently of the model's weights and the step.
 
     A batch is {inputs, targets, weights[, segments]} [A, B, T] of this process's rows, and `totals`
-    (data/streams.py). Those of RL (rl/batches.py) depend on both, and hold `numbers` to log too.
+    (data/streams.py). RL's batches (rl/batches.py) depend on both, and also hold `numbers` to log.
     """
 
-    alone = True  # a process makes its rows without the others
+    alone = True  # each process makes its rows without the others
 
     def __init__(self, iterator: grain.DatasetIterator):
         self._iterator = iterator
         self.get_state, self.set_state, self.close = iterator.get_state, iterator.set_state, iterator.close
 
     def next_batch(self, params, step: int) -> dict:
-        """The batch of the step after `step` steps. StopIteration: the data has ended."""
+        """Return the batch for the step after `step` finished steps. StopIteration: the data has ended."""
         return next(self._iterator)
 
     def peek(self) -> dict:
@@ -77,7 +77,7 @@ class DataBatches:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """All that sets one stage of training apart from another, as data."""
+    """Everything in which the stages of training differ, as data."""
 
     name: str  # a key of config.STAGES
     tag: str
@@ -85,18 +85,18 @@ class Stage:
     model: Model
     tokenizer: Tokenizer
     optimizer: optax.GradientTransformation
-    batches: DataBatches  # or what has its methods
+    batches: DataBatches  # or a class with the same methods
     device_batch: int  # rows that a device computes at a time
-    row_length: int  # of the longest batch
+    row_length: int  # tokens per row of the longest batch
     num_steps: int | None  # None: one pass over num_documents
     num_documents: int
-    schedule: Callable  # learning-rate multiplier of (progress, one step's share of it)
-    data: dict[str, str]  # fingerprints of what is trained on
-    plan: list[tuple[str, str]]  # what is this stage's own in the plan
-    parent: Found | None = None  # the checkpoint it starts from; None: random weights, by flags.seed
+    schedule: Callable  # (progress, progress per step) -> learning-rate multiplier
+    data: dict[str, str]  # fingerprints of the data
+    plan: list[tuple[str, str]]  # rows of the plan that only this stage has
+    parent: Found | None = None  # checkpoint to start from; None: random weights, by flags.seed
     warm: bool = False  # start with the parent's optimizer state
-    keep_state: bool = True  # the last checkpoint, too, holds optimizer and data position
-    headline: Callable[[dict], str] = loss_text  # of a step's numbers: what its line begins with
+    keep_state: bool = True  # save optimizer and data position in the last checkpoint, too
+    headline: Callable[[dict], str] = loss_text  # (a step's numbers) -> start of its printed line
 
     @property
     def title(self) -> str:
@@ -104,7 +104,7 @@ class Stage:
 
     @property
     def meta(self) -> dict:
-        """Metadata of the stage's checkpoints, without the step and the chosen --remat."""
+        """Metadata of the stage's checkpoints, except the step and the chosen --remat."""
         return {
             "stage": self.name,
             "data": self.data,
@@ -183,7 +183,7 @@ def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
 
 
 def horizon_of(config: BaseConfig, model: ModelConfig) -> Horizon:
-    """Choose how long base training is, and its batch, by the recipe of the flags' --arch."""
+    """Choose the length and the batch size of base training, by the recipe of --arch."""
     if not BASE_RECIPES[config.arch]:
         batch = config.total_batch_size
         return Horizon(steps_for(config, model, batch, num_params(model), "parameters")[0], batch)
@@ -219,7 +219,7 @@ def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
     read, order = conversation_reader(tasks, parent.tokenizer), Order([len(tasks)], seed=0)
     sample = [order.index(i) for i in range(min(SAMPLE, len(tasks)))]
     there, batch = tokens_in(read, sample, len(tasks)), config.total_batch_size
-    one_pass = f"one pass over the mixture: about {there / batch:,.0f} of about {there:,.0f} tokens in all"
+    one_pass = f"one pass over the mixture: about {there / batch:,.0f} steps, {there:,.0f} tokens"
     plan = [
         parent_row(parent),
         cut.plan_row(time, model),
@@ -231,7 +231,7 @@ def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
         plan.append(epochs_row(num_steps * batch, there))
     base_rows = parent.meta.get("device_batch_size", cut.device_batch)
     if config.device_batch_size > base_rows:
-        more = f"device_batch_size {config.device_batch_size} exceeds base's {base_rows}"
+        more = f"--device_batch_size={config.device_batch_size} exceeds base training's {base_rows}"
         plan.append(("warning", f"{more}: memory may run out"))
     return Stage(
         **inherited("mid", config, model, parent, tasks),
@@ -272,7 +272,7 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
     product += "" if batch * devices * micro == examples else ", some empty,"
     repeated = "" if num_examples <= len(tasks) else f", {num_examples / len(tasks):.2g} epochs"
     warm = config.load_optimizer and has_state(parent)
-    optimizer = "continues from the checkpoint's state" if warm else "fresh: the checkpoint holds none"
+    optimizer = "continues from the checkpoint's state" if warm else "fresh: the checkpoint holds no state"
     return Stage(
         **inherited("sft", config, model, parent, tasks),
         optimizer=optimizer_for(
@@ -309,7 +309,7 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
 
 
 def examples_of_step(config: SFTConfig, parent: Found, tasks: Mixture, time: int) -> int:
-    """Conversations in a step: as given or, for -1, as many as have the tokens of a step of the parent's."""
+    """Conversations per step: as given or, for -1, as many as have the tokens of one step of the parent."""
     if config.target_examples_per_step > 0:
         return config.target_examples_per_step
     theirs = parent.meta.get("settings") or parent.meta.get("imported", {}).get("meta", {})
@@ -318,23 +318,23 @@ def examples_of_step(config: SFTConfig, parent: Found, tasks: Mixture, time: int
     read = conversation_reader(tasks, parent.tokenizer)(map(order.index, range(count)))
     mean = sum(min(len(ids), time + 1) for ids, _ in read) / count
     whole = max(1, round(tokens / mean))
-    return whole // 32 * 32 or whole  # a number that devices can share
+    return whole // 32 * 32 or whole  # a multiple of 32 can be divided among devices
 
 
 def has_state(found: Found) -> bool:
-    """Whether a checkpoint holds the state of its optimizer."""
+    """Whether a checkpoint holds optimizer state."""
     return (found.path / "optimizer").is_dir()
 
 
 def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -> Stage:
-    """Reinforcement learning. batches: rl/batches.py's, which depend on the weights and the step."""
+    """Describe the stage of reinforcement learning. batches: RolloutBatches (rl/batches.py)."""
     rollouts = int(config.num_epochs * len(tasks)) // config.examples_per_step
     if config.num_iterations > 0:
         rollouts = config.num_iterations
     if rollouts < 1:
         raise UserError(
             f"--num_epochs={config.num_epochs:g} of {len(tasks)} problems is less than one step of "
-            f"{config.examples_per_step}; lower --examples_per_step"
+            f"{config.examples_per_step} problems; lower --examples_per_step"
         )
     num_steps = rollouts * config.updates
     seen = rollouts * config.examples_per_step
@@ -362,7 +362,7 @@ def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -
 
 
 def reward_text(values: dict[str, float]) -> str:
-    """Format a step's rewards for its line: the loss of policy gradients measures no progress."""
+    """Format a step's rewards for its printed line: the loss of policy gradients doesn't measure progress."""
     return f"reward {values['reward']:.3f}  mixed groups {values['groups_mixed']:.0%}"
 
 
@@ -382,11 +382,10 @@ def table_for(
     momentum_warmup: int = 300,
     horizon: Horizon | None = None,
 ) -> dict[str, Muon | AdamW]:
-    """The optimizer's table from group to rule: 2026's if the model has weights that 2025's lacks, else
-    2025's.
+    """Choose the optimizer's table {group: rule}: table_2025 if model.plain, else table_2026.
 
-    momentum_warmup: steps in which Muon's momentum rises from 0.85 to 0.95. horizon: base training's, which
-    in 2026 sets momentum and decay.
+    momentum_warmup: steps in which Muon's momentum rises from 0.85 to 0.95.
+    horizon: given for base training; it scales the learning rates, and sets momentum and decay in table_2026.
     """
     scale = init_lr_frac * (horizon.lr_scale if horizon else 1.0)
     rates = {name: getattr(config, name) * scale for name in RATES}
@@ -405,9 +404,9 @@ def table_for(
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How a step of base or mid is cut: into micro-batches of the rows that the devices compute at a time."""
+    """The division of a step of base or mid into micro-batches, the rows that devices compute at a time."""
 
-    rows: int  # of a step
+    rows: int  # rows per step
     device_batch: int
     micro_batches: int
 
@@ -418,7 +417,7 @@ class Cut:
         return cls(rows, *pipelines.cut_step(rows, devices, config.device_batch_size, DEVICE_ROWS))
 
     def share(self, config: BaseConfig | MidConfig, model: Model) -> dict:
-        """Arguments of a pipeline: the rows of each step that this process makes, and its workers."""
+        """A data pipeline's arguments: the rows of each step that this process makes, and its workers."""
         share = sharding.share_of_rows(model.mesh, self.rows // self.micro_batches)
         how = {"rows": self.rows, "micro_batches": self.micro_batches}
         return how | {"share": share, "workers": config.data_workers}
@@ -431,22 +430,22 @@ class Cut:
 
 def row_length(config: MidConfig | SFTConfig, model: ModelConfig) -> int:
     if config.max_seq_len > model.sequence_len:
-        longest = f"the model's {model.sequence_len}"
+        longest = f"the model's context of {model.sequence_len} tokens"
         raise UserError(f"--max_seq_len={config.max_seq_len} is longer than {longest}; lower it")
     return config.max_seq_len if config.max_seq_len > 0 else model.sequence_len
 
 
 def tokens_in(read: Reader, sample: Sequence[int], num_documents: int) -> float:
-    """Tokens in all documents, estimated from the lengths of a sample of them."""
+    """Estimate the tokens in all documents from the lengths of a sample. sample: indices of documents."""
     lengths = [len(ids) for ids, _ in read(sample)]
     return sum(lengths) / len(lengths) * num_documents
 
 
 def epochs_row(tokens: int, there: float) -> tuple[str, str]:
-    """The plan's row of epochs: passes over the data. there: tokens in all, as estimated."""
+    """Return the plan's row on epochs (passes over the data). there: estimated tokens of all documents."""
     epochs = tokens / there if there else math.inf
     repeated = ": the data is repeated" if epochs > 1 else ""
-    return "epochs", f"about {epochs:.2g} of about {there:,.0f} tokens{repeated}"
+    return "epochs", f"about {epochs:.2g} passes over about {there:,.0f} tokens{repeated}"
 
 
 def parent_row(parent: Found) -> tuple[str, str]:

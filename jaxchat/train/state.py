@@ -17,13 +17,13 @@ from jaxchat.model.params import Params
 @struct.dataclass
 class TrainState:
     step: jax.Array  # int32: finished steps
-    empty_steps: jax.Array  # int32: those of them with nothing supervised, which changed no weight
+    empty_steps: jax.Array  # int32: steps in which no token was supervised, so no weight changed
     params: Params
-    opt_state: Any  # optax's
+    opt_state: Any  # state of the optax optimizer
 
     @property
     def rest(self) -> dict:
-        """All but the weights, as a checkpoint keeps it beside them."""
+        """Everything but the weights, as saved beside them in a checkpoint."""
         return {"step": self.step, "empty_steps": self.empty_steps, "opt_state": self.opt_state}
 
 
@@ -41,13 +41,13 @@ def state_shardings(model: Model, optimizer: optax.GradientTransformation) -> Tr
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
+    """A TrainState of ShapeDtypeStructs with shardings, which a checkpoint is restored into."""
     shapes = jax.eval_shape(lambda: fresh(model_params.init(jax.random.key(0), model.config), optimizer))
     return sharding.abstract(shapes, state_shardings(model, optimizer))
 
 
 def init_state(seed: int, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """A TrainState with random weights, created in place on the mesh; the same on any mesh."""
+    """Create a TrainState with random weights directly on the mesh; its values are the same on any mesh."""
 
     def make(key):
         return fresh(model_params.init(key, model.config), optimizer)
@@ -56,6 +56,6 @@ def init_state(seed: int, model: Model, optimizer: optax.GradientTransformation)
 
 
 def state_from_params(params: Params, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """A TrainState with the given weights and a fresh optimizer. `params` is consumed."""
+    """Create a TrainState with the given weights and a fresh optimizer. `params` is donated."""
     shardings = state_shardings(model, optimizer)
     return jax.jit(lambda p: fresh(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)

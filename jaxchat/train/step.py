@@ -1,4 +1,4 @@
-"""The one training step."""
+"""The training step of all stages."""
 
 import ctypes
 import dataclasses
@@ -27,14 +27,14 @@ def train_step(
     model: Model,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict]:
-    """One optimizer step over all micro-batches: -> (state, metrics).
+    """Take one optimizer step over all micro-batches. -> (state, metrics).
 
     batch: {inputs, targets int32, weights float32[, counts float32][, segments int32][, sampler float32]},
     each [A, B, T] with A micro-batches; for sampler see add_answers. The loss is Σ weight·nll ÷ N over the
-    whole step, so a token weighs the same in whichever micro-batch or device it is. N is Σ counts, or without
-    counts Σ weight (metrics call it "weight"). A step with no weight but 0 leaves weights and optimizer as
-    they are and reports loss 0; so does one whose loss or gradient is not finite, with nonfinite = 1. The
-    other metrics are loss, weight, grad_norm and empty_steps.
+    whole step, so a token weighs the same in any micro-batch, on any device. N is Σ counts, or without counts
+    Σ weight (in the metrics: "weight"). If all token weights are 0, the step changes neither parameters nor
+    optimizer, and reports loss 0. If the loss or the gradient is not finite, it changes neither, and reports
+    nonfinite = 1. The other metrics are loss, weight, grad_norm and empty_steps.
     """
     if model.compute.remat == "step" and can_merge(batch, model.mesh):
         batch, model = merge_rows(batch, model)
@@ -72,12 +72,12 @@ def train_step(
 
 
 def no_sums(params: Params) -> tuple:
-    """Zeros that the sums begin with: gradients (float32), Σ weight·nll and N."""
+    """Return zeros to start sums from: gradients (float32), Σ weight·nll and N."""
     return jax.tree.map(lambda p: jnp.zeros(p.shape), params), jnp.zeros(()), jnp.zeros(())
 
 
 def add_rows(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
-    """Return (the sums over all micro-batches, {}): gradients, Σ weight·nll and N; no other metrics."""
+    """Return ((gradients, Σ weight·nll, N) summed over all micro-batches, {}): there are no other metrics."""
     config, compute = model.config, model.compute
 
     def add_micro_batch(sums, micro):
@@ -90,11 +90,11 @@ def add_rows(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
 
 
 def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
-    """Return add_rows' sums over sampled answers, and how the sampler's log-probabilities differ.
+    """Return the sums of add_rows over sampled answers, and how sampler and trainer differ.
 
-    sampler [A, B, T]: log-probabilities of the targets by the sampler. They are compared with the trainer's
-    where a target has a weight: the mean and the largest |difference|, and the mean of e^d − 1 − d, an
-    estimate of KL(sampler ‖ trainer). A micro-batch in which nothing has a weight is skipped.
+    sampler [A, B, T]: the sampler's log-probabilities of the targets. They are compared with the trainer's
+    log-probabilities where a target's weight is not 0: the mean and the largest |difference|, and the mean of
+    e^d − 1 − d, an estimate of KL(sampler ‖ trainer). A micro-batch whose weights are all 0 is skipped.
     """
     config, compute = model.config, model.compute
 
@@ -131,8 +131,9 @@ def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]
 
 
 def can_merge(batch: dict, mesh: Mesh) -> bool:
-    """Return whether several micro-batches can be computed layer by layer (model/parts.py): on several
-    devices without a tensor axis, and not in RL, which skips micro-batches without weights.
+    """Return whether micro-batches can be computed together, layer by layer (model/parts.py).
+
+    Needs several devices without a tensor axis. Not for RL, which skips micro-batches whose weights are 0.
     """
     num_micro, rows, _ = batch["inputs"].shape
     spread = mesh is not None and mesh.shape["tensor"] == 1 < data_shards(mesh)
@@ -154,7 +155,7 @@ def merge_rows(batch: dict, model: Model) -> tuple[dict, Model]:
 
 
 def split_rows(batch: dict, compute: Compute) -> dict:
-    """Cut arrays [A, B, T] to [A·n, B/n, T], with the least n that respects compute.micro_tokens.
+    """Cut arrays [A, B, T] to [A·n, B/n, T], with the smallest n that respects compute.micro_tokens.
 
     Rows stay on their devices.
     """
@@ -176,7 +177,7 @@ def split_rows(batch: dict, compute: Compute) -> dict:
 def compile_step(step, *args):
     """Compile a jitted step before its first call, then return the compiler's freed memory to the OS.
 
-    That is about 200 MB on a CPU; only glibc can be asked to.
+    The freed memory is about 200 MB on a CPU; only glibc can return it.
     """
     step.lower(*args).compile()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
@@ -186,21 +187,21 @@ def compile_step(step, *args):
 def make_train_step(
     model: Model, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, dict, float], tuple[TrainState, dict]]:
-    """Jit `train_step` for a model on its mesh. The state is donated; each batch shape is compiled anew."""
+    """Jit `train_step` for a model on its mesh. The state is donated; it compiles once per batch shape."""
     options, mesh, compute = {}, model.mesh, model.compute
     platform = mesh.devices.flat[0].platform
     on_gpu = platform in ("gpu", "cuda")
     if on_gpu and compute.remat in REMATS[:-1]:
-        # XLA would bring a program that is too large under the limit by computing whole products again
-        # (depth 32 on 8 H100s: 18 % more FLOPs). The next remat does it better, and train/fit.py takes it
-        # where this one is too large.
+        # XLA would make a program that is too large fit by recomputing complete products (depth 32 on 8
+        # H100s: 18 % more FLOPs). The next value of --remat saves memory at a lower cost, and train/fit.py
+        # chooses it if this one is too large.
         options["xla_disable_hlo_passes"] = "rematerialization"
     if on_gpu and compute.matmul:
-        # XLA gives float8 products to cuBLASLt only where Triton does not take them.
+        # XLA uses cuBLASLt for float8 products only if Triton does not take them.
         options["xla_gpu_enable_triton_gemm"] = False
     if platform == "tpu" and not model.config.plain:
         # This pass sums gradients over devices after the loop over micro-batches instead of in it, and fails
-        # ("user->opcode() == HloOpcode::kAdd") at those of weights that are whole on each device, as 2026's.
+        # ("user->opcode() == HloOpcode::kAdd") on gradients of replicated weights, which the 2026 model has.
         options["xla_disable_hlo_passes"] = "while-loop-all-reduce-code-motion"
     shardings = state_shardings(model, optimizer)
     everywhere = NamedSharding(mesh, P())
