@@ -162,11 +162,12 @@ def open_run(stage: Stage, start: Start) -> Iterator[Run]:
     try:
         # A resumed run needs a first batch only to choose the step by its memory, if a memory limit is known.
         looked_at = not start.step or fit.device_memory(stage.model.mesh)
-        first = look_at_data(stage) if looked_at else None
-        steps = step_functions(stage, start, first)
+        largest = look_at_data(stage) if looked_at else None
+        steps = step_functions(stage, start, largest)
         remat = next(iter(steps))  # the only one if memory limits are unknown
         if looked_at:
-            remat = fit.first_that_fits(steps, stage.model.mesh, *arguments_of_step(stage, first))
+            state = abstract_state(stage.model, stage.optimizer)
+            remat = fit.first_that_fits(steps, stage.model.mesh, state, largest, np.float32(1.0))
         if start.step:
             checkpoints.lock(start.steps)
             state = restore(stage, start)
@@ -184,18 +185,24 @@ def open_run(stage: Stage, start: Start) -> Iterator[Run]:
             checkpoints.close()
 
 
-def look_at_data(stage: Stage) -> dict:
-    """Read the first batch and place it on the devices. UserError: it cannot be read, or holds no text."""
+def look_at_data(stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
+    """Read the first batch. -> its arrays' shapes, dtypes and shardings, with rows of the greatest length.
+
+    UserError: it cannot be read, or contains no text.
+    """
     batch = stage.batches.peek()
     if not int(sharding.agree(batch["totals"], stage.model.mesh).get("targets", 1)):
         raise UserError("all documents are empty; give data that holds text")
-    return place_batch(batch, stage.model.mesh)
+    return {
+        name: jax.ShapeDtypeStruct((*a.shape[:-1], stage.row_length), a.dtype, sharding=a.sharding)
+        for name, a in place_batch(batch, stage.model.mesh).items()
+    }
 
 
 def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callable]:
     """Jit the training steps to choose from: {value of --remat: step}, the fastest first.
 
-    batch: the first batch; all have its shape. Jitted only: nothing is compiled yet.
+    batch: the largest batch, see look_at_data. Jitted only: nothing is compiled yet.
     """
     compute, mesh = stage.model.compute, stage.model.mesh
     remats = [compute.remat]
@@ -211,15 +218,6 @@ def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callabl
         return make_train_step(dataclasses.replace(stage.model, compute=changed), stage.optimizer)
 
     return {remat: step_with(remat) for remat in remats}
-
-
-def arguments_of_step(stage: Stage, batch: dict) -> tuple:
-    """A step's arguments as ShapeDtypeStructs, with rows of the greatest length, to check that it fits."""
-    longest = {
-        name: jax.ShapeDtypeStruct((*a.shape[:-1], stage.row_length), a.dtype, sharding=a.sharding)
-        for name, a in batch.items()
-    }
-    return abstract_state(stage.model, stage.optimizer), longest, np.float32(1.0)
 
 
 def initial_state(stage: Stage) -> TrainState:
