@@ -17,7 +17,7 @@ class Config(MeshFlags):
     """
 
     model_tag: str = ""
-    """Tag of the base model; empty: the deepest d<N>, or else the newest."""
+    """Tag of the base model; empty: the deepest model d<N>, or else the newest model."""
     step: int = flag(-1, 0, special=-1)
     """Step of the checkpoint; -1: the last."""
     eval_bundle: str = ""
@@ -26,7 +26,8 @@ class Config(MeshFlags):
     max_per_task: int = flag(-1, 1, special=-1)
     """Maximum number of items of each CORE task to measure on; -1: all."""
     data_dir: str = ""
-    """Folder of the parquet shards, the last one for validation; empty: <base directory>/base_data."""
+    """Folder of the parquet shards, of which the last is for validation; empty: <base
+    directory>/base_data."""
     device_batch_size: int = flag(32, 1)
     """Number of rows a device computes at a time for bits per byte; lower it if memory runs out. The result
     stays the same."""

@@ -19,7 +19,7 @@ class Config(DeviceFlags):
     source: str = flag("sft", choices=tuple(STAGES), alias="-i")
     """Stage of the model to talk to: rl, sft, mid or base (a base model only continues text)."""
     model_tag: str = flag("", alias="-g")
-    """Tag of the model; empty: the deepest d<N>, or else the newest."""
+    """Tag of the model; empty: the deepest model d<N>, or else the newest model."""
     step: int = flag(-1, 0, special=-1, alias="-s")
     """Step of the checkpoint; -1: the last."""
     prompt: str = flag("", alias="-p")
@@ -29,7 +29,7 @@ class Config(DeviceFlags):
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
     """Number of likeliest tokens to sample from; 0 or -1: all."""
     max_tokens: int = flag(256, 1)
-    """Largest number of tokens in an answer."""
+    """Maximum number of tokens in an answer."""
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed of the first answer; it increases by 1 with each further answer."""
 

@@ -23,11 +23,11 @@ class Config(MeshFlags):
     task_name: str = flag("", alias="-a")
     """Tasks to measure, separated by |, such as "GSM8K|MMLU"; empty: all six."""
     model_tag: str = flag("", alias="-g")
-    """Tag of the model; empty: the deepest d<N>, or else the newest."""
+    """Tag of the model; empty: the deepest model d<N>, or else the newest model."""
     step: int = flag(-1, 0, special=-1, alias="-s")
     """Step of the checkpoint; -1: the last."""
     max_problems: int = flag(-1, 1, special=-1, alias="-x")
-    """Maximum number of problems of each task to measure on, a fixed random sample; -1: all."""
+    """Maximum number of problems of each task to measure on, drawn as a fixed random sample; -1: all."""
     num_samples: int = flag(1, 1, alias="-n")
     """Number of written answers to each problem; the problem's score is the fraction that is right. With
     several, pass@k is measured too."""
@@ -36,14 +36,14 @@ class Config(MeshFlags):
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
     """Number of likeliest tokens to sample from; 0 or -1: all."""
     max_new_tokens: int = flag(512, 1, alias="-m")
-    """Largest number of tokens in a written answer."""
+    """Maximum number of tokens in a written answer."""
     batch_size: int = flag(-1, 1, special=-1, alias="-b")
     """Number of answers that a device writes at a time, which does not affect the results; -1: as many as its
     memory holds, at most 64."""
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed for sampling."""
     tasks_dir: str = ""
-    """Folder of the tasks' files; empty: <base directory>/tasks."""
+    """Folder of the task files; empty: <base directory>/tasks."""
 
     def __post_init__(self):
         super().__post_init__()

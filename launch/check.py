@@ -25,7 +25,7 @@ class Config(BaseConfig):
     """
 
     tasks_dir: str = ""
-    """Folder of the tasks' files; empty: <base directory>/tasks."""
+    """Folder of the task files; empty: <base directory>/tasks."""
     vocab_size: int = flag(tok_train.Config.vocab_size, 1, MOST_TOKENS)
     """Vocabulary size to assume while there is no tokenizer."""
 

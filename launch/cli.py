@@ -5,8 +5,8 @@ only modules that do without jax, Orbax and Grain, such as jaxchat.config; the o
 functions, so that --help and the error for a mistyped flag appear at once.
 
 Exit codes. 0: success. 2: something the user gave cannot work. 75: stopped by a signal (SIGTERM, SIGUSR1,
-SIGHUP, Ctrl-C) and saved; 76: other processes cannot be reached; 134: another process was lost; after 75, 76
-and 134, run the command again with --resume. 130: interrupted. 141: stdout was closed by its reader.
+SIGHUP, Ctrl-C), after saving; 76: other processes cannot be reached; 134: another process was lost; after 75,
+76 and 134, run the command again with --resume. 130: interrupted. 141: stdout was closed by its reader.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def open_model(config, source: str, *, asks: bool = True):
     return found, devices.model_for(config, found.config, mesh)
 
 
-_base: list[str] = []  # the base directories that base_directory() has set
+_base: list[str] = []  # base directories that base_directory() has set, the innermost last
 
 
 def after_base(tag: str, plain: bool) -> None:
@@ -233,7 +233,8 @@ class _Parser(argparse.ArgumentParser):
         fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
         for cls in config_class.__mro__:
             names = fields.keys() & cls.__dict__.get("__annotations__", {}).keys()
-            own = [fields.pop(name) for name in list(fields) if name in names]  # overridden: once
+            # An overridden field appears once, with the class that overrides it.
+            own = [fields.pop(name) for name in list(fields) if name in names]
             if own:
                 title = inspect.cleandoc(cls.__doc__).rstrip(".")  # argparse adds a colon
                 group = self if cls is config_class else self.add_argument_group(title)

@@ -23,7 +23,7 @@ class Config(Flags):
     num_slices: int = flag(1, 1)
     """Number of slices of --topology, connected by the data-centre network."""
     mesh: str = ""
-    """Number of devices along each axis, as in base_train; empty: as base_train chooses."""
+    """Number of devices along each axis of the mesh, as in base_train; empty: as base_train chooses."""
     device_batch_size: int = flag(-1, 1, special=-1)
     """Number of rows a device computes at a time; -1: the largest number up to 32 that divides a step."""
     total_batch_size: int = flag(524288, 1, 2**31 - 1)

@@ -16,9 +16,9 @@ class Config(Flags):
     adds the model to a base directory of nanochat. Import: --from=hf --path=FOLDER --as=base --model_tag=NAME
     writes a checkpoint for midtraining, finetuning, evaluation and chat.
 
-    Weights, configuration, tokenizer and metadata are converted; between jaxchat and nanochat's versions
-    since March 14, 2026, so is the optimizer state of a base model (to import, trained on one device). The
-    other program can then resume the run, reading its data from the start.
+    Weights, configuration, tokenizer and metadata are converted. So is the optimizer state of a base model
+    with nanochat's architecture of March 14, 2026 or later, for an import only if it was trained on one
+    device: the other program can then resume the run, reading its data from the start.
     """
 
     to: str = flag("", choices=("", "hf", "nanochat"))
@@ -35,7 +35,8 @@ class Config(Flags):
     as_stage: str = flag("", choices=("", *STAGES), name="as")
     """Stage to import the model as: base, mid, sft or rl."""
     model_tag: str = flag("", alias="-g")
-    """Tag of the model to export (empty: the deepest d<N>, or else the newest), or of the imported model."""
+    """Tag of the model to export (empty: the deepest model d<N>, or else the newest), or of the imported
+    model."""
     step: int = flag(-1, -1, alias="-s")
     """Step of the checkpoint; -1: the last."""
     softcap: int = flag(0, 0)

@@ -67,8 +67,8 @@ class Config(Flags):
     directory>/tasks for the tasks, and the base directory for core-bundle."""
     revision: str = ""
     """Commit, tag or branch of the data set on the hub, if a single one is named. Empty: the commit recorded
-    in the folder's .source file, else the commit that jaxchat pins, else the newest. The commit downloaded is
-    recorded."""
+    in the folder's .source file, else the commit that jaxchat pins, else the newest. The downloaded commit is
+    recorded in that file."""
     parallel: int = flag(8, 1)
     """Number of files downloaded at a time."""
 

@@ -32,8 +32,8 @@ class Config(Flags):
     best model size for each budget is found by a parabola through the losses (isoFLOP).
 
     Text and a tokenizer must exist already. After an interruption, the same command continues and skips the
-    runs that are done. The results are written to report/<name>: a page on the runs, fits with 95 %
-    intervals, and plots.
+    runs that are done. The results are written to <base directory>/report/<name>: a page on the runs, fits
+    with 95 % intervals, and plots.
     """
 
     depths: str = "4,6,8,10,12"
@@ -50,7 +50,8 @@ class Config(Flags):
     base_eval: str = ""
     """Further flags for launch.base_eval, separated by spaces; only used with --core."""
     data_dir: str = ""
-    """Folder of the parquet shards, the last one for validation; empty: <base directory>/base_data."""
+    """Folder of the parquet shards, of which the last is for validation; empty: <base
+    directory>/base_data."""
     parallel: int = flag(0, 0)
     """Number of runs at the same time on this host, which share its GPUs equally; 0: one per GPU, or one if
     there is no GPU."""

@@ -16,8 +16,8 @@ class Config(Flags):
     """
 
     model_tag: str = ""
-    """Tag of the model, or several tags, separated by commas, to compare; empty: the deepest d<N>, or else
-    the newest."""
+    """Tag of the model, or several tags, separated by commas, to compare; empty: the deepest model d<N>, or
+    else the newest model."""
     price_per_hour: float = flag(0.0, 0)
     """Price of the machine per hour, in any currency; 0: no cost in the report."""
     samples: bool = True

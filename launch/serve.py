@@ -22,15 +22,15 @@ LIBRARIES = ("starlette", "uvicorn", "prometheus_client")
 class Config(DeviceFlags):
     """Serve one or several stages of a model over HTTP: OpenAI's API under /v1, a chat page under /.
 
-    Many requests are answered at a time; each device has its own copy of the model. After
-    SIGTERM or Ctrl-C, running answers may finish within --drain seconds; a second signal ends them.
+    Many requests are answered at the same time; each device has its own copy of the model. After SIGTERM or
+    Ctrl-C, running answers may finish within --drain seconds; a second signal ends them.
     """
 
     source: str = flag("sft", alias="-i")
     """Stages to serve, separated by commas, as in base,sft: any of rl, sft, mid and base. A request selects a
     stage by its field `model`; the first is the default. A base model only continues text."""
     model_tag: str = flag("", alias="-g")
-    """Tag of the model; empty: the deepest d<N>, or else the newest."""
+    """Tag of the model; empty: the deepest model d<N>, or else the newest model."""
     step: int = flag(-1, 0, special=-1, alias="-s")
     """Step of the checkpoint, if a single stage is served; -1: the last."""
     host: str = "127.0.0.1"
@@ -87,9 +87,8 @@ def run(config: Config):
     cli.print_plan("Serve " + ", ".join(map(name_of, found)), rows)
     if not keys_of(config) and not is_local(config.host):
         who = f"everybody who reaches {config.host} can use the model"
-        print(
-            f"warning: {who}; to require a key: --api_key=… or $JAXCHAT_API_KEY", file=sys.stderr, flush=True
-        )
+        how = "to require a key, give --api_key=… or set $JAXCHAT_API_KEY"
+        print(f"warning: {who}; {how}", file=sys.stderr, flush=True)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("jaxchat.serve").setLevel(logging.INFO)
     asyncio.run(serve(config, found, devices, compute, origins, sock))

@@ -25,8 +25,8 @@ from launch import base_eval, chat_eval, cli, serve, tok_train
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Run all steps of training a chat model, each by its own command: download, tokenizer, base, mid and SFT
-    training, their evaluations and the report. Then print how to chat with the model.
+    """Run all steps of training a chat model, each with its own command: download, tokenizer, base, mid and
+    SFT training, their evaluations and the report. Then print how to chat with the model.
 
     After an interruption, the same command continues. A step is skipped if its output is complete and was
     made with the same flags from the same inputs. If its flags or inputs have changed, the command names the
@@ -48,10 +48,10 @@ class Config(Flags):
     model_tag: str = ""
     """Name of the run; empty: d<depth>."""
     data_dir: str = ""
-    """Folder of parquet shards to train on, the last one for validation; empty: download the preset's data
-    set (fineweb-edu or climbmix)."""
+    """Folder of parquet shards to train on, of which the last is for validation; empty: download the preset's
+    data set (fineweb-edu or climbmix)."""
     tasks_dir: str = ""
-    """Folder of the tasks' files; empty: download them."""
+    """Folder of the task files; empty: download them."""
     eval_bundle: str = ""
     """Folder or zip file of the CORE bundle; "none": leave CORE out; empty: download the bundle."""
     tokenizer: str = ""
@@ -67,15 +67,15 @@ class Config(Flags):
     chat_eval: str = ""
     """Further flags for launch.chat_eval, which runs after midtraining and after SFT."""
     rl: bool = False
-    """Also improve the SFT model by launch.chat_rl, and evaluate the result."""
+    """Also improve the SFT model with launch.chat_rl, and evaluate the result."""
     chat_rl: str = ""
     """Further flags for launch.chat_rl; only used with --rl."""
     price_per_hour: float = flag(-1.0, 0, special=-1)
     """Price of the machine per hour, in any currency; -1: the preset's price, if it has one."""
     first: str = flag("", name="from")
-    """First step to run, whose inputs must exist; empty: the first step of all."""
+    """First step to run; its inputs must exist. Empty: the first step of the run."""
     until: str = ""
-    """Last step to run; empty: the last step of all."""
+    """Last step to run; empty: the last step of the run."""
     only: str = ""
     """Steps to run, separated by commas; empty: all."""
     redo: str = ""
@@ -116,7 +116,8 @@ def run(config: Config) -> int:
     demo = config.preset == "cpu"
     with cli.base_directory(base_dir() / "demo") if demo else contextlib.nullcontext():
         code = plan_and_perform(config)
-    how_to_continue(code, "speedrun", config)  # outside the demo's base directory: speedrun adds it
+    # Outside the demo's base directory, because the printed command enters it by itself.
+    how_to_continue(code, "speedrun", config)
     if not code and partial(config) and not config.dry_run:
         rest = dataclasses.replace(config, first="", until="", only="", redo="")
         cli.next_step(f"python -m launch.speedrun {shlex.join(words_of(rest))}")

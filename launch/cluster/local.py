@@ -22,7 +22,7 @@ class Config(Flags):
     errors only.
 
     SIGTERM and Ctrl-C are passed on. After such a signal, or when a process fails, the processes have --grace
-    seconds to end; those that still run are then killed. After exit code 75, 76, 134 or 137 the run is
+    seconds to end; those still running are then killed. After exit code 75, 76, 134 or 137 the run is
     started again, up to --restarts times, unless this launcher itself was asked to stop. The exit code is
     that of the first process that failed. The processes inherit this environment, including secrets.
     """
@@ -70,7 +70,7 @@ def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
     """Return the command line of each process."""
     gpus, wanted = visible_gpus(), config.gpus_per_process * config.processes
     if wanted >= 0:
-        # There may be too few GPUs here, because a dry run may be for another machine.
+        # There may be fewer GPUs here, because a dry run may be for another machine.
         gpus = gpus[:wanted] if len(gpus) >= wanted else list(map(str, range(wanted)))
     lines = []
     for index, share in enumerate(shares(gpus, config.processes, "processes")):

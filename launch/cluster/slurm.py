@@ -37,10 +37,9 @@ class Config(Flags):
     mem: str = "0"
     """Memory of each machine, such as 200G; 0: all."""
     directives: str = ""
-    """Further options of sbatch, separated by spaces: "--qos=high --constraint=h100"."""
+    """Further options of sbatch, separated by spaces, as in "--qos=high --constraint=h100"."""
     setup: str = ""
-    """Shell commands for the job to run before the command: "module load cuda && source
-    .venv/bin/activate"."""
+    """Shell commands to run before the command, as in "module load cuda && source .venv/bin/activate"."""
     secrets: str = ""
     """Environment variables that the command needs, separated by commas, as in WANDB_API_KEY,HF_TOKEN. The
     launcher checks that they are set here; the job inherits them."""
@@ -63,7 +62,7 @@ def script(config: Config, command: list[str]) -> str:
         "partition": config.partition,
         "account": config.account,
         "output": f"{config.job_name}-%j.log",
-        "signal": "TERM@120",  # to the processes, not to this script
+        "signal": "TERM@120",  # sent to the processes, not to this script
         "export": "ALL" if config.secrets else "",
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value != ""]
