@@ -12,32 +12,35 @@ from launch import cli
 class Config(MeshFlags):
     """Measure a base model: bits per byte of training and validation text, CORE over 22 tasks, and samples.
 
-    Without a CORE bundle the rest is measured. The results are written beside the checkpoint, as
+    If there is no CORE bundle, CORE is left out. The results are written beside the checkpoint, as
     base_eval_<step>.csv and .json.
     """
 
     model_tag: str = ""
-    """Tag of the base model; empty: the deepest d<N>, or else the newest."""
+    """Tag of the base model; empty: the deepest model d<N>, or else the newest model."""
     step: int = flag(-1, 0, special=-1)
     """Step of the checkpoint; -1: the last."""
     eval_bundle: str = ""
-    """CORE's bundle, a folder or a zip; empty: <base directory>/eval_bundle, or else eval_bundle.zip."""
+    """Folder or zip file of the CORE bundle; empty: <base directory>/eval_bundle, or else eval_bundle.zip
+    there."""
     max_per_task: int = flag(-1, 1, special=-1)
-    """Items of each CORE task to measure on, at most; -1: all."""
+    """Maximum number of items of each CORE task to measure on; -1: all."""
     data_dir: str = ""
-    """Folder of the parquet shards, the last one for validation; empty: <base directory>/base_data."""
+    """Folder of the parquet shards, of which the last is for validation; empty: <base
+    directory>/base_data."""
     device_batch_size: int = flag(32, 1)
-    """Rows that a device computes at a time for bits per byte. Lower it if memory runs out: the result stays
-    the same."""
+    """Number of rows a device computes at a time for bits per byte; lower it if memory runs out. The result
+    stays the same."""
     eval_tokens: int = flag(20 * 524288, 0)
-    """Tokens of training text, and as many of validation text, to measure bits per byte on; 0: measure
+    """Number of tokens of training text, and of validation text, to measure bits per byte on; 0: measure
     none."""
 
 
 def load_bundle(config: Config) -> tuple[list, str]:
     """Return (CORE's tasks, the reason if there are none).
 
-    UserError: a bundle that was named is missing, or any is while CORE is all there is to measure.
+    UserError: the bundle that --eval_bundle names is missing, or there is none and only CORE is to be
+    measured.
     """
     from jaxchat.eval import core
 
@@ -97,7 +100,7 @@ def run(config: Config):
     more = ({"cropped": cropped} if cropped else {}) | ({"warning": warning} if warning else {})
     more["seconds"] = time.perf_counter() - start
     save = partial(save_results, found, "base", "base_eval", results, values, "core", settings, **more)
-    save()  # before the samples: CORE may have taken hours
+    save()  # before sampling, because CORE may have taken hours
     engine = Engine(params, found.config, found.tokenizer, model.compute, batch_size=8)
     path = save(samples=show_samples(engine))
     notes = (warning and f"WARNING: {warning}", no_core and f"CORE was {no_core}")

@@ -7,7 +7,7 @@ from launch import cli
 
 
 def stage_for(config: BaseConfig):
-    """Start the devices, build the model and open the data: the stage that the flags describe."""
+    """Build the stage that the flags describe: start the devices, build the model, open the data."""
     from jaxchat.data.sources import ParquetText, find_shards
     from jaxchat.devices import model_for, start_devices
     from jaxchat.train import stages
@@ -23,12 +23,13 @@ def stage_for(config: BaseConfig):
 
 
 def about_tokenizer(config: BaseConfig, tokenizer, data: dict[str, str]) -> list[tuple[str, str]]:
-    """A warning for the plan if the tokenizer was trained on none of the shards. data: their fingerprints."""
+    """Return rows that warn if the tokenizer was trained on none of the shards. data: {shard:
+    fingerprint}."""
     if tokenizer.knows(data):
         return []
     where = f" --data_dir={shlex.quote(config.data_dir)}" if config.data_dir else ""
     command = f"python -m launch.tok_train{where}"
-    return [("warning", f"the tokenizer was trained on other text; to train one on this: {command}")]
+    return [("warning", f"the tokenizer was trained on other text; to train one on this text: {command}")]
 
 
 def run(config: BaseConfig):

@@ -13,34 +13,35 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config(DeviceFlags):
-    """Chat with a model in the terminal. /clear begins anew, /quit leaves, Ctrl-C stops an answer."""
+    """Chat with a model in the terminal. /clear begins a new conversation, /quit exits, Ctrl-C stops an
+    answer."""
 
     source: str = flag("sft", choices=tuple(STAGES), alias="-i")
-    """Stage to talk to: rl, sft, mid, or base (which only continues text)."""
+    """Stage of the model to talk to: rl, sft, mid or base (a base model only continues text)."""
     model_tag: str = flag("", alias="-g")
-    """Tag of the model; empty: the deepest d<N>, or else the newest."""
+    """Tag of the model; empty: the deepest model d<N>, or else the newest model."""
     step: int = flag(-1, 0, special=-1, alias="-s")
     """Step of the checkpoint; -1: the last."""
     prompt: str = flag("", alias="-p")
-    """Prompt to answer before leaving; empty: chat in the terminal."""
+    """Prompt to answer before exiting; empty: chat in the terminal."""
     temperature: float = flag(0.6, 0, HOTTEST, alias="-t")
     """Sampling temperature of the answers; 0: always the likeliest token."""
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
     """Number of likeliest tokens to sample from; 0 or -1: all."""
     max_tokens: int = flag(256, 1)
-    """Largest number of tokens in an answer."""
+    """Maximum number of tokens in an answer."""
     seed: int = flag(0, 0, 2**32 - 1)
-    """Random seed of the first answer; each further answer of a conversation takes the next number."""
+    """Random seed of the first answer; it increases by 1 with each further answer."""
 
 
-COMMANDS = "/clear begins a new conversation, /quit leaves"
+COMMANDS = "/clear begins a new conversation, /quit exits"
 
 
 class Conversation:
     """The conversation so far, as tokens. The oldest exchanges are left out to keep room for an answer."""
 
     def __init__(self, bos: int, context: int, max_tokens: int):
-        self.reserved = min(max_tokens, context // 2)  # for an answer
+        self.reserved = min(max_tokens, context // 2)  # tokens for an answer
         self.room = context - self.reserved
         self._bos, self._exchanges = bos, []
 
@@ -49,7 +50,7 @@ class Conversation:
         return [self._bos, *(token for exchange in self._exchanges for token in exchange)]
 
     def ask(self, turn: list[int]) -> int:
-        """Add the user's turn. -> how many of the oldest exchanges were left out for it."""
+        """Add the user's turn. Return how many of the oldest exchanges were left out to make room."""
         self._exchanges.append(list(turn))
         before = len(self._exchanges)
         while len(self._exchanges) > 1 and len(self.tokens) > self.room:
@@ -85,12 +86,12 @@ def run(config: Config):
     else:
         with contextlib.ExitStack() as stack:
             stack.callback(edit_lines())
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on it stops an answer
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C now stops an answer
             talk(engine, conversation, config)
 
 
 def talk(engine, conversation: Conversation, config: Config):
-    """Answer line after line, until there are no more or the user leaves."""
+    """Answer each line of stdin, until stdin ends or the user enters /quit."""
     print(COMMANDS)
     tokenizer, seed = engine.tokenizer, config.seed
     while True:
@@ -126,14 +127,14 @@ def talk(engine, conversation: Conversation, config: Config):
 
 
 def turn_of(text: str, source: str, tokenizer) -> list[int]:
-    """The user's text as tokens, up to where the model is to speak, without <|bos|>."""
+    """Encode the user's text, without <|bos|>; for a chat model, up to <|assistant_start|>."""
     if source == "base":
         return tokenizer.encode(text)
     return tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]})[1:]
 
 
 def answer(engine, conversation: Conversation, config: Config, seed: int):
-    """Print the model's answer as it comes, and add it to the conversation."""
+    """Print the model's answer as it is sampled, and add it to the conversation."""
     from jaxchat.infer.text import TextReader, Writer
 
     prompt, reader, writer = conversation.tokens, TextReader(engine.tokenizer), Writer()
@@ -149,9 +150,9 @@ def answer(engine, conversation: Conversation, config: Config, seed: int):
 
 
 def edit_lines() -> Callable[[], None]:
-    """Let input() edit lines, recall earlier ones and take pastes of any length, if it reads a terminal.
+    """Let input() edit lines, recall earlier ones and accept pastes of any length, if stdin is a terminal.
 
-    -> a function that saves the lines for the next start.
+    Return a function that saves the lines for the next start.
     """
     if not sys.stdin.isatty():
         return lambda: None
@@ -174,7 +175,7 @@ def edit_lines() -> Callable[[], None]:
 
 
 def leave(*_):
-    """End the process at a signal: a module being imported or a compiler might swallow an exception."""
+    """Signal handler: end the process at once, because an import or a compiler might swallow an exception."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 
@@ -182,7 +183,7 @@ def leave(*_):
 main = cli.command(Config, run)
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not when it is to be ignored
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # unless SIGINT is ignored
         signal.signal(signal.SIGINT, leave)
     try:
         main()

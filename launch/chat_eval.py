@@ -10,12 +10,12 @@ from launch import cli
 @dataclasses.dataclass(frozen=True)
 class Config(MeshFlags):
     """Measure a chat model on six tasks: ARC-Easy, ARC-Challenge and MMLU by the likeliest letter; GSM8K,
-    HumanEval and SpellingBee by written answers, with the calculator. With all of them comes ChatCORE, their
-    mean.
+    HumanEval and SpellingBee by written answers, which may use the calculator. If all six are measured, so is
+    ChatCORE, their mean centred accuracy.
 
-    HumanEval's answers run in a sandbox; where the kernel has none, HumanEval is left out. The results are
-    written beside the checkpoint after every task, as chat_eval_<step>.csv and .json, and under another name
-    if a file with other settings exists.
+    Programs written for HumanEval run in a sandbox; if the kernel does not support it, HumanEval is left out.
+    The results are written beside the checkpoint after every task, as chat_eval_<step>.csv and .json, or
+    under another name if these files exist with other settings.
     """
 
     source: str = flag("sft", choices=(*STAGES,), alias="-i")
@@ -23,27 +23,27 @@ class Config(MeshFlags):
     task_name: str = flag("", alias="-a")
     """Tasks to measure, separated by |, such as "GSM8K|MMLU"; empty: all six."""
     model_tag: str = flag("", alias="-g")
-    """Tag of the model; empty: the deepest d<N>, or else the newest."""
+    """Tag of the model; empty: the deepest model d<N>, or else the newest model."""
     step: int = flag(-1, 0, special=-1, alias="-s")
     """Step of the checkpoint; -1: the last."""
     max_problems: int = flag(-1, 1, special=-1, alias="-x")
-    """Problems of each task to measure on, at most, as a fixed random sample; -1: all."""
+    """Maximum number of problems of each task to measure on, drawn as a fixed random sample; -1: all."""
     num_samples: int = flag(1, 1, alias="-n")
-    """Number of written answers to each problem; its score is the share that is right. Several give pass@k
-    too."""
+    """Number of written answers to each problem; the problem's score is the fraction that is right. With
+    several, pass@k is measured too."""
     temperature: float = flag(0.0, 0, HOTTEST, alias="-t")
     """Sampling temperature of written answers; 0: always the likeliest token."""
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
     """Number of likeliest tokens to sample from; 0 or -1: all."""
     max_new_tokens: int = flag(512, 1, alias="-m")
-    """Largest number of tokens in a written answer."""
+    """Maximum number of tokens in a written answer."""
     batch_size: int = flag(-1, 1, special=-1, alias="-b")
-    """Answers that a device writes at a time, without effect on the results; -1: as many as its memory holds,
-    at most 64."""
+    """Number of answers that a device writes at a time, which does not affect the results; -1: as many as its
+    memory holds, at most 64."""
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed for sampling."""
     tasks_dir: str = ""
-    """Folder of the tasks' files; empty: <base directory>/tasks."""
+    """Folder of the task files; empty: <base directory>/tasks."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,12 +54,12 @@ class Config(MeshFlags):
             )
 
 
-# What scores depend on.
+# Flags that change the scores.
 SETTINGS = ("max_problems", "num_samples", "temperature", "top_k", "max_new_tokens", "seed")
 
 
 def names_in(config: Config) -> tuple[list[str], str]:
-    """Return (the tasks to measure, the reason why a task that was asked for is left out)."""
+    """Return (the tasks to measure, a warning that names the tasks left out and the reason, or "")."""
     from jaxchat.eval import chat
 
     asked = dict.fromkeys(name.strip() for name in config.task_name.split("|") if name.strip())
@@ -101,7 +101,8 @@ def run(config: Config):
     ]
     how = f"at temperature {config.temperature:g}" if config.temperature else "greedily"
     answers = f"{config.num_samples} a problem, {how}"
-    longest = min(config.max_new_tokens, found.config.sequence_len)  # it shares the context with the problem
+    # An answer shares the context with its problem.
+    longest = min(config.max_new_tokens, found.config.sequence_len)
     cli.print_plan(
         f"Evaluation of {found.folder.name} ({config.source})",
         [

@@ -5,7 +5,7 @@ from launch import cli
 
 
 def stage_for(config: RLConfig):
-    """Start the devices, build the model and open the problems: the stage that the flags describe."""
+    """Build the stage that the flags describe: start the devices, build the model, open the problems."""
     from jaxchat.data.pipelines import load_tasks
     from jaxchat.rl.batches import RolloutBatches
     from jaxchat.train import stages
@@ -36,7 +36,7 @@ def run(config: RLConfig):
         step = str(best[0]) if best and 0 < best[0] < stage.num_steps else ""
         if best:
             print(f"best: {BEST} {best[1]:.4f}, after step {best[0]}", flush=True)
-        # Evaluation asks all six tasks: of use where one of them was trained on.
+        # chat_eval measures all six tasks, which is useful if the model was trained on one of them.
         evaluated = any(name.partition("/")[0] in TASKS for name in stage.batches.problems.checked)
         command = "chat_eval" if evaluated else "chat_cli"
         cli.next_step(f"python -m launch.{command} -i rl --model_tag={stage.tag}", step=step)

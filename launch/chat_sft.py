@@ -5,7 +5,7 @@ from launch import cli
 
 
 def stage_for(config: SFTConfig):
-    """Start the devices, build the model and open the data: the stage that the flags describe."""
+    """Build the stage that the flags describe: start the devices, build the model, open the data."""
     from jaxchat.data.pipelines import load_tasks
     from jaxchat.train import stages
 

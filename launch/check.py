@@ -17,23 +17,24 @@ from launch import base_train, cli, download, tok_train
 @dataclasses.dataclass(frozen=True)
 class Config(BaseConfig):
     """Check in seconds what base_train, mid_train, chat_sft and the evaluations will need: text, tokenizer,
-    tasks, CORE's bundle, disk, devices, driver and kernel.
+    tasks, the CORE bundle, disk, devices, driver and kernel.
 
-    Takes base_train's flags; the other stages are checked with their defaults. Prints a line for each thing,
-    ok, warning or missing, then what to run next. Exit code 2 if something that a stage needs is missing.
+    Takes the flags of base_train; the other stages are checked with their default flags. Prints one line per
+    item, marked "ok", "warning" or "missing", then the command to run next. The exit code is 2 if something
+    that a stage needs is missing.
     """
 
     tasks_dir: str = ""
-    """Folder of the tasks' files; empty: <base directory>/tasks."""
+    """Folder of the task files; empty: <base directory>/tasks."""
     vocab_size: int = flag(tok_train.Config.vocab_size, 1, MOST_TOKENS)
     """Vocabulary size to assume while there is no tokenizer."""
 
 
 class Checklist(list):
-    """Lines of (state, name, text, command). The command brings what is missing, where one can."""
+    """Lines of (state, name, text, command). The command supplies what is missing, if a command can."""
 
     def add(self, name: str, text: str, state: str = "ok", **flags: str):
-        """Add a line. A command in its text is completed to run as printed, with the non-empty flags."""
+        """Add a line. A command in `text` is completed to run from here, with the non-empty flags."""
         found = re.search(r"(python -m launch\.|make setup )[^;]+", text)
         command = cli.runnable(found[0], **flags) if found else ""
         text = text.replace(found[0], command) if found else text
@@ -41,7 +42,7 @@ class Checklist(list):
 
     @contextlib.contextmanager
     def expecting(self, name: str, state: str = "missing", **flags: str):
-        """A context in which a UserError becomes a line in this state. flags: for the command it names."""
+        """A context in which a UserError becomes a line in `state`. flags: added to the error's command."""
         try:
             yield
         except UserError as problem:
@@ -66,7 +67,8 @@ def run(config: Config) -> int:
     with checks.expecting("tokenizer", data_dir=config.data_dir):
         tokenizer = tokenizer or tokenizer_for(config, "base", tag)
         warning = data and base_train.about_tokenizer(config, tokenizer, data)
-        known = (", trained on these shards" if data else "") if tokenizer.trained_on else ", of unknown text"
+        unknown = ", trained on unknown text"
+        known = (", trained on these shards" if data else "") if tokenizer.trained_on else unknown
         text = warning[0][1] if warning else f"{tokenizer.vocab_size:,} tokens{known}"
         checks.add("tokenizer", text, "warning" if warning else "ok")
     check_tasks(config, checks)
@@ -84,8 +86,8 @@ def run(config: Config) -> int:
 
 
 def in_one(commands: Iterable[str]) -> list[str]:
-    """Return each command once, and those that download to the same folder as one."""
-    joined: dict[tuple, dict] = {}  # {(what is before the names, the folder): {name or other flag: None}}
+    """Return the commands without repeats, and with downloads to the same folder joined into one."""
+    joined: dict[tuple, dict] = {}  # {(the command before the names, --to): {name or other flag: None}}
     for command in commands:
         before, download, after = command.partition("launch.download ")
         words = shlex.split(after)
@@ -99,7 +101,7 @@ def in_one(commands: Iterable[str]) -> list[str]:
 
 
 def check_devices(config: Config, checks: Checklist):
-    """Check driver and devices; return their mesh, or one of CPUs if there are none of the kind asked for."""
+    """Check driver and devices; return a mesh of the devices, or of CPUs if the requested kind is missing."""
     import jax
 
     from jaxchat import devices, hosts, sharding
@@ -109,7 +111,7 @@ def check_devices(config: Config, checks: Checklist):
         mesh, note = devices.start_devices(config, alone=True), ""
         place = hosts.detect(config.coordinator, config.num_processes, config.process_id)
         if not hosts.is_alone(place):
-            note = ", of this process alone: memory and batch are checked on these"
+            note = " in this process alone; memory and batch are checked for these"
         elif devices.DRIVER.is_file() and jax.default_backend() == "cpu" and not jax.config.jax_platforms:
             note = ": JAX found no GPU, although there is a driver"
         checks.add("devices", sharding.describe(mesh) + note, "warning" if note else "ok")
@@ -119,7 +121,7 @@ def check_devices(config: Config, checks: Checklist):
 
 
 def check_model(config: Config, model, tag: str, checks: Checklist):
-    """Check the devices' memory, the disk for all checkpoints, and whether the devices can share a step."""
+    """Check device memory, disk space for all checkpoints, and that the devices can divide a step."""
     import jax
 
     from jaxchat import checkpoint, files
@@ -135,12 +137,14 @@ def check_model(config: Config, model, tag: str, checks: Checklist):
     text = f"{files.size_text(memory)} a device; weights and optimizer take {files.size_text(needed)}"
     more = ": lower --depth, or use more devices (--mesh)" if needed > memory else ""
     checks.add("memory", text + more, "missing" if more else "ok")
-    # mid_train can be given another --total_batch_size; SFT's step fits on any number of devices.
+    # Only a warning for mid, which can take another --total_batch_size. SFT's step fits on any number of
+    # devices.
     for name, flags, bad in (("base", config, "missing"), ("mid", MidConfig(), "warning")):
         with checks.expecting(f"{name} batch", bad):
             cut = stages.Cut.of(flags, config.max_seq_len, model)
             checks.add(f"{name} batch", cut.plan_row(config.max_seq_len, model)[1])
-    size = needed = sum(a.size * a.dtype.itemsize for a in arrays)  # one is written before the oldest goes
+    # Space for one checkpoint more than KEEP, because it is written before the oldest is deleted.
+    size = needed = sum(a.size * a.dtype.itemsize for a in arrays)
     for stage in (stage for stage in STAGES.values() if not stage.optional):
         folder, name = checkpoint.run_folder(stage.name, tag), f"{stage.label} disk"
         steps = checkpoint.steps_in(folder)
@@ -150,12 +154,12 @@ def check_model(config: Config, model, tag: str, checks: Checklist):
             text = f"{KEEP} checkpoints of {files.size_text(size)}, in all {files.size_text(needed)} of "
             text += f"{files.size_text(files.free_space(folder))} free"
             refused = steps and not (config.resume or config.overwrite)
-            text += f"; step {steps[-1]} is there: add --resume or --overwrite" if refused else ""
+            text += f"; step {steps[-1]} exists: add --resume or --overwrite" if refused else ""
             checks.add(name, text, "warning" if refused else "ok")
 
 
 def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str, str]:
-    """Check how much text there is and how often base goes through it; return the shards' fingerprints."""
+    """Check how much text there is and how many epochs base reads; return {shard: fingerprint}."""
     from jaxchat.data.encode import text_reader
     from jaxchat.data.sources import SOURCE, ParquetText, find_shards, open_parquet, repeated
     from jaxchat.train.stages import SAMPLE, horizon_of, tokens_in
@@ -191,14 +195,14 @@ def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str,
 
 
 def check_tasks(config: Config, checks: Checklist):
-    """Check the tasks of mid, SFT and chat_eval, by opening them; CORE's bundle; HumanEval's sandbox."""
+    """Check that all tasks of mid, SFT and chat_eval open; check the CORE bundle and HumanEval's sandbox."""
     from jaxchat.data.tasks import load_task
     from jaxchat.eval.chat import TASKS, why_not
     from jaxchat.eval.training import core_bundle
 
     uses = [("mid", MidConfig.train_tasks), ("mid", MidConfig.val_tasks), ("SFT", SFTConfig.train_tasks)]
     uses += [("SFT", SFTConfig.val_tasks), *(("chat_eval", task.spec) for task in TASKS.values())]
-    needed: dict[str, dict[str, tuple[str, str]]] = {}  # {task: {split: (spec, the first that needs it)}}
+    needed: dict[str, dict[str, tuple[str, str]]] = {}  # {task: {split: (spec, first stage that needs it)}}
     for stage, specs in uses:
         for spec in specs.split(","):
             split = spec.partition(":")[0]
@@ -212,7 +216,7 @@ def check_tasks(config: Config, checks: Checklist):
         bundle, about = core_bundle(config)
         checks.add("CORE", about, "ok" if bundle else "warning")
     why = why_not("HumanEval")
-    about = f"HumanEval is not measured: {why}" if why else "HumanEval's answers can run here"
+    about = f"HumanEval is not measured: {why}" if why else "programs of HumanEval can run here"
     checks.add("sandbox", about, "warning" if why else "ok")
 
 

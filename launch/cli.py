@@ -1,13 +1,12 @@
-"""Parts that all commands share: flags from a frozen dataclass, one-line errors, exit codes, plans, "next:
-…".
+"""Code that all commands share: flags from a dataclass, one-line errors, exit codes, plans, next commands.
 
-A command is a module in launch/ with a flags class, `run(config)` and `main(args)`. At its top it imports
-only what holds flags (jaxchat.config) and other commands. What needs jax, Orbax or Grain is imported inside
-its functions, so that --help and a mistyped flag answer at once.
+A command is a module in launch/ with a flags class, `run(config)` and `main(args)`. At the top it imports
+only modules that do without jax, Orbax and Grain, such as jaxchat.config; the others are imported inside its
+functions, so that --help and the error for a mistyped flag appear at once.
 
-Exit codes: 0 done; 2 something the user gave cannot work; 75 stopped by a signal (SIGTERM, SIGUSR1, SIGHUP,
-Ctrl-C) and saved, 76 other processes cannot be reached, 134 another process is lost: after these three, start
-it again with --resume; 130 interrupted; 141 the reader of stdout left.
+Exit codes. 0: success. 2: something the user gave cannot work. 75: stopped by a signal (SIGTERM, SIGUSR1,
+SIGHUP, Ctrl-C), after saving; 76: other processes cannot be reached; 134: another process was lost; after 75,
+76 and 134, run the command again with --resume. 130: interrupted. 141: stdout was closed by its reader.
 """
 
 import argparse
@@ -40,7 +39,7 @@ PATHS = {"data_dir", "tasks_dir", "eval_bundle", "train_tasks", "val_tasks", "sf
 FOLDERS = {"data_dir", "tasks_dir", "out", "path"}
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 
-# An OSError with one of these is something the user can fix; any other is ours, and keeps its traceback.
+# OSErrors that the user can fix, by their codes; any other is a bug of ours and keeps its traceback.
 REMEDIES = {
     errno.ENOSPC: "free some space, or set JAXCHAT_BASE_DIR to a folder on a larger disk",
     errno.EDQUOT: "free some space, or set JAXCHAT_BASE_DIR to a folder with a larger quota",
@@ -49,7 +48,7 @@ REMEDIES = {
     errno.EPERM: "grant access to it, or set JAXCHAT_BASE_DIR to a folder of your own",
     errno.EROFS: "set JAXCHAT_BASE_DIR to a folder that can be written",
     errno.ENOTDIR: "a file is where a folder should be: move it, or set JAXCHAT_BASE_DIR to another folder",
-    errno.EEXIST: "move what is there, or set JAXCHAT_BASE_DIR to another folder",
+    errno.EEXIST: "move the existing file, or set JAXCHAT_BASE_DIR to another folder",
     errno.ENAMETOOLONG: "give a shorter name, or set JAXCHAT_BASE_DIR to a folder with a shorter path",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
@@ -58,14 +57,14 @@ REMEDIES = {
 def main(config_class, run, args: list[str] | None = None, *, several: bool = False) -> None:
     """Parse flags into `config_class` (a frozen dataclass), then call `run(config)`.
 
-    args: the command line after the command's name; None: the process's own. The class's docstring is the
-    command's description, its fields' docstrings are the flags' help. Returns when `run` returns None or 0;
-    otherwise raises SystemExit with one of the exit codes above, or with what `run` returned.
-    several: whether several processes may run the command together. If not, only the first of those that a
-    launcher starts does.
+    args: the arguments after the command's name; None: sys.argv[1:]. In --help, the description is the
+    docstring of the class, and a flag's text is the docstring of its field. Returns if `run` returns None or
+    0; otherwise raises SystemExit with what `run` returned, or with one of the exit codes above.
+    several: whether several processes may run the command together. If not, only the first of the processes
+    that a launcher starts runs it.
     """
     _open_streams()
-    for stream in (sys.stdin, sys.stdout):  # in an ASCII terminal a plan is printed all the same
+    for stream in (sys.stdin, sys.stdout):  # an ASCII terminal shows ? for other characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     with hosts.together():
@@ -73,16 +72,16 @@ def main(config_class, run, args: list[str] | None = None, *, several: bool = Fa
 
 
 def command(config_class, run, *, several: bool = False) -> Callable[..., None]:
-    """Make a command's own `main(args)`, of its flags class and its `run`."""
+    """Return a command's `main(args)`, which parses `config_class` and calls `run`."""
     return lambda args=None: main(config_class, run, args, several=several)
 
 
 def _open_streams() -> None:
-    """Open /dev/null for those of stdin, stdout and stderr that are closed; else the next file that is opened
-    would take the place of one, and with it what libraries print."""
+    """Open /dev/null in place of a closed stdin, stdout or stderr. Otherwise the next file opened would get
+    its descriptor, and libraries would print into that file."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
-            os.open(os.devnull, os.O_RDWR)  # as the lowest number that is free, this one
+            os.open(os.devnull, os.O_RDWR)  # gets `number`, the lowest free descriptor
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
@@ -93,7 +92,7 @@ def _parse_and_run(config_class, run, args: list[str], several: bool) -> None:
             why = "nothing to do here: this command runs in the first process only"
             return print(why, file=sys.stderr, flush=True)
         code = run(config)
-        sys.stdout.flush()  # here, so that a reader who has left is noticed where it is handled
+        sys.stdout.flush()  # here, so that a broken pipe is raised inside this try
     except UserError as error:
         _fail(" ".join(str(error).split()), 2)
     except Preempted as stop:
@@ -107,7 +106,7 @@ def _parse_and_run(config_class, run, args: list[str], several: bool) -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror}; {REMEDIES[error.errno]}", 2)
-    except (RuntimeError, AssertionError) as error:  # jax raises one or the other, by what is installed
+    except (RuntimeError, AssertionError) as error:  # which one depends on what is installed
         if not os.environ.get("JAX_PLATFORMS") or not _raised_in(error, "xla_bridge.py"):
             raise
         _fail(no_platform(), 2)
@@ -116,14 +115,13 @@ def _parse_and_run(config_class, run, args: list[str], several: bool) -> None:
 
 
 def parse(config_class, args: list[str], prog: str = "command"):
-    """Return the `config_class` that `args` describe. UserError: an unknown flag, a missing or unusable
-    value.
+    """Parse `args` into a `config_class`. UserError: a flag is unknown, or a value is missing or invalid.
 
-    Flags are --name=value or --name value, with dashes or underscores; switches also --name and --no_name.
-    Fields made by config.flag may have a short form and another name.
+    Flags are --name=value or --name value, with dashes or underscores; switches are also --name and
+    --no_name. config.flag can give a field a short form and another name.
     """
     parser = _Parser(prog, config_class)
-    # Only the flag's name: a value keeps its dashes.
+    # Dashes become underscores in a flag's name only, not in its value.
     args = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in args]
     values, rest = parser.parse_known_args(args)
     if rest and rest[0].startswith("-"):
@@ -147,9 +145,9 @@ def print_plan(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def open_model(config, source: str, *, asks: bool = True):
-    """Start the devices, and find the checkpoint of a stage that the flags name. Return (checkpoint, model).
+    """Start the devices and open the checkpoint that the flags name. Return (checkpoint, model).
 
-    asks: see hosts.start.
+    source: the checkpoint's stage. asks: whether the command checks after every step if it is to stop.
     """
     from jaxchat import checkpoint, devices
 
@@ -158,17 +156,16 @@ def open_model(config, source: str, *, asks: bool = True):
     return found, devices.model_for(config, found.config, mesh)
 
 
-_base: list[str] = []  # the base directories that base_directory() has set
+_base: list[str] = []  # base directories that base_directory() has set, the innermost last
 
 
 def after_base(tag: str, plain: bool) -> None:
-    """Print the command after pretraining. plain: the model is of 2025, whose recipe has midtraining."""
+    """Print the command to run after pretraining: mid_train for a model of 2025 (`plain`), else chat_sft."""
     next_step(f"python -m launch.{'mid_train' if plain else 'chat_sft --recipe=2026'} --model_tag={tag}")
 
 
 def next_step(command: str, **flags: str) -> None:
-    """Print the command to run next, complete enough to run as printed, with those of the `flags` that are
-    not empty.
+    """Print the command to run next, ready to paste into a shell, with the non-empty `flags` added.
 
     Example: next_step("python -m launch.base_train --depth=12", data_dir=config.data_dir)
     """
@@ -176,9 +173,9 @@ def next_step(command: str, **flags: str) -> None:
 
 
 def runnable(command: str, **flags: str) -> str:
-    """Complete a command so that it runs from here: this Python, the base directory, the non-empty flags."""
+    """Return a command that runs from here: with this Python, the base directory and the non-empty flags."""
     found = shutil.which("python")
-    # Where `python` would be another one.
+    # Give the path of this Python if `python` is another one.
     if not found or os.path.dirname(found) != os.path.dirname(sys.executable):
         near = os.path.relpath(sys.executable)
         path = shlex.quote(sys.executable if near.startswith("..") else near)
@@ -190,7 +187,7 @@ def runnable(command: str, **flags: str) -> str:
 
 @contextlib.contextmanager
 def base_directory(folder: Path) -> Iterator[None]:
-    """Make `folder` the base directory of commands called inside, and of next commands that they print."""
+    """A context in which `folder` is the base directory of commands, and of the next commands they print."""
     outer = os.environ.get("JAXCHAT_BASE_DIR")
     _base.append(str(folder))
     os.environ["JAXCHAT_BASE_DIR"] = str(folder)
@@ -205,7 +202,7 @@ def base_directory(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(message: Callable[[], str], seconds: float) -> Iterator[None]:
-    """While the block runs, print message() and the time passed every `seconds` seconds."""
+    """While the block runs, print message() and the elapsed time every `seconds` seconds."""
     start, done = time.perf_counter(), threading.Event()
 
     def report():
@@ -222,7 +219,7 @@ def progress(message: Callable[[], str], seconds: float) -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """The flags of a dataclass, those it inherits in a group of their own. Errors are UserErrors."""
+    """Parser of a dataclass's flags, inherited ones in a group for each class. Errors are UserErrors."""
 
     def __init__(self, prog: str, config_class):
         super().__init__(
@@ -236,9 +233,10 @@ class _Parser(argparse.ArgumentParser):
         fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
         for cls in config_class.__mro__:
             names = fields.keys() & cls.__dict__.get("__annotations__", {}).keys()
-            own = [fields.pop(name) for name in list(fields) if name in names]  # once, if it is overridden
+            # An overridden field appears once, with the class that overrides it.
+            own = [fields.pop(name) for name in list(fields) if name in names]
             if own:
-                title = inspect.cleandoc(cls.__doc__).rstrip(".")  # argparse puts a colon after it
+                title = inspect.cleandoc(cls.__doc__).rstrip(".")  # argparse adds a colon
                 group = self if cls is config_class else self.add_argument_group(title)
                 docs = _field_docs(cls)
                 for field in own:
@@ -281,7 +279,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def _field_docs(cls) -> dict[str, str]:
-    """Return {name of a field: the string below it}, read from the class's source, where there is any."""
+    """Return {field: its docstring} of a class, read from its source; {} if there is no source."""
     body = _class_bodies(sys.modules[cls.__module__]).get(cls.__name__, [])
     return {
         field.target.id: " ".join(below.value.value.split())
@@ -303,7 +301,7 @@ def _class_bodies(module) -> dict[str, list[ast.stmt]]:
 
 
 def _read(convert: Callable, expected: str, text: str):
-    """Convert a flag's value; what `convert` raises becomes an error that says what was expected."""
+    """Convert a flag's value. ArgumentTypeError: `convert` failed; the message says what was expected."""
     try:
         return convert(text)
     except (KeyError, ValueError):
@@ -316,7 +314,7 @@ def _finite(text: str) -> float:
     return value
 
 
-# How a field of a type is read, and what --help calls its value.
+# {type of a field: (how to parse a value, what --help calls the value)}
 KINDS = {
     str: (str, "TEXT"),
     int: (partial(_read, int, "a whole number"), "INTEGER"),
@@ -326,7 +324,7 @@ KINDS = {
 
 
 def _prog(run) -> str:
-    """The command's name in messages: python -m launch.base_train, or as `run.command` says."""
+    """Name of the command in messages: "python -m launch.base_train", or what `run.command` says."""
     if command := getattr(run, "command", None):
         return f"python -m {command}"
     spec = sys.modules[run.__module__].__spec__
@@ -345,9 +343,9 @@ def _raised_in(error: Exception, file: str) -> bool:
 
 
 def _reader_has_left() -> bool:
-    """Return whether stdout is the broken pipe (not one to a worker); if so, silence what is buffered."""
+    """Return whether stdout is the broken pipe (not a pipe to a worker); if so, discard what is buffered."""
     try:
-        print(flush=True)  # a flush alone has nothing left to write
+        print(flush=True)  # with a newline, because a flush of an empty buffer writes nothing
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True

@@ -1,4 +1,4 @@
-"""Plan for devices that are not here: python -m launch.compile_check --depth=20 --topology=v5e:4x4"""
+"""Plan for devices that this host lacks: python -m launch.compile_check --depth=20 --topology=v5e:4x4"""
 
 import dataclasses
 import json
@@ -10,22 +10,22 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Compile base training's step for a TPU slice or GPUs without having them, and print what it needs of
-    each device: memory, FLOPs, collectives, kernels; and the largest batch that fits."""
+    """Compile the training step of base_train for a TPU slice or GPUs that this host lacks. Print what it
+    needs of each device (memory, FLOPs, collectives, kernels) and the largest batch that fits."""
 
     arch: str = flag("2025", choices=tuple(ARCHITECTURES))
     """Architecture and optimizer, as in base_train: 2025 or 2026."""
     depth: int = flag(20, 1)
     """Number of layers, as in base_train."""
     topology: str = "v5e:4x4"
-    """Devices to compile for: v4, v5e, v5p, v6e or tpu7x and the chips along each side (v5p:4x4x4); or
-    h100:8, h200:8, h100:2x8 (two hosts of 8)."""
+    """Devices to compile for: v4, v5e, v5p, v6e or tpu7x with the chips along each side, as in v5p:4x4x4; or
+    GPUs, as in h100:8, h200:8 or h100:2x8 (two hosts of 8)."""
     num_slices: int = flag(1, 1)
-    """Number of slices of that topology, joined by the data centre's network."""
+    """Number of slices of --topology, connected by the data-centre network."""
     mesh: str = ""
-    """Devices along each axis, as in base_train; empty: as base_train would choose."""
+    """Number of devices along each axis of the mesh, as in base_train; empty: as base_train chooses."""
     device_batch_size: int = flag(-1, 1, special=-1)
-    """Rows that a device computes at a time; -1: the largest number up to 32 that divides a step."""
+    """Number of rows a device computes at a time; -1: the largest number up to 32 that divides a step."""
     total_batch_size: int = flag(524288, 1, 2**31 - 1)
     """Tokens in an optimizer step, over all devices. base_train --arch=2026 chooses another number, which its
     plan states."""
@@ -34,18 +34,19 @@ class Config(Flags):
     vocab_size: int = flag(65536, 1, MOST_TOKENS)
     """Size of the vocabulary."""
     matmul: str = flag("", choices=("", "fp8", "fp8-all"))
-    """Operands of the layers' matrix products, as in base_train; fp8 and fp8-all are for GPUs."""
+    """Number format of the operands of the layers' matrix products, as in base_train: "fp8" or "fp8-all"
+    (GPUs only); empty: bfloat16."""
     remat: str = flag("auto", choices=("auto", *ALL_REMATS))
-    """What the backward pass recomputes, as in base_train: none, dots, full or step; auto: the first that
-    fits, with a compilation for each try."""
+    """What the backward pass recomputes, as in base_train: "none", "dots", "full" or "step"; "auto": the
+    first of them that fits in memory, at one compilation per try."""
     find_batch: bool = True
-    """Also search for the largest device batch that fits, with a compilation for each try."""
+    """Also search for the largest device batch that fits, at one compilation per try."""
     json: bool = False
-    """Print the figures as one JSON object in the last line."""
+    """Print the figures as one line of JSON, too."""
 
 
 def run(config: Config):
-    # Before JAX reads it: only descriptions of devices are used.
+    # Set before JAX reads it, because only descriptions of devices are used.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jaxchat import sharding
     from jaxchat.model.flops import flops_per_token, num_params
@@ -62,7 +63,7 @@ def run(config: Config):
             ("model", model),
             ("devices", f"{sharding.describe(plan.mesh)}, {plan.memory / 1e9:.0f} GB each"),
             ("batch", batch),
-            ("takes", "some minutes a compilation (one for GPUs)"),
+            ("takes", "some minutes per compilation (about one for GPUs)"),
         ],
     )
     done = plan.fit(plan.batch)
@@ -81,7 +82,7 @@ def run(config: Config):
 
 
 def rows_of(plan, done) -> list[tuple[str, str]]:
-    """Rows of the plan on what a compiled step needs and does."""
+    """Return the plan's rows on what a compiled step needs and does."""
     from jaxchat.model.flops import peak_flops
 
     rows = [("memory", memory(plan, done)), ("remat", done.remat)]
@@ -91,7 +92,7 @@ def rows_of(plan, done) -> list[tuple[str, str]]:
         rows[0] = ("memory", f"{memory(plan, done)}; {parts}")
         at_peak = f", {program.flops / peak:.2f} s at peak" if peak else ""
         sent = [f"{name} {size / 1e9:.2f} GB" for name, size in program.sent().items() if size]
-        flops = f"{program.flops:.3e} a device without kernels; by the formula {plan.flops:.3e}{at_peak}"
+        flops = f"{program.flops:.3e} a device, without kernels; by formula {plan.flops:.3e}{at_peak}"
         rows += [
             ("FLOPs", flops),
             ("collectives", ", ".join(sent) or "none"),
@@ -105,26 +106,26 @@ def rows_of(plan, done) -> list[tuple[str, str]]:
 
 
 def gathered(program) -> str:
-    """What float8 saves of the bytes gathered over devices."""
+    """Describe how many of the bytes gathered over devices float8 saves."""
     sent = program.gathered()
     small, all_sent = sent.get("f8e4m3fn", 0.0), sum(sent.values())
     if not small:
         return "nothing gathered in float8"
     before = all_sent + small
-    text = f"their weights gathered in {small / 1e9:.3g} GB, half of bfloat16's {2 * small / 1e9:.3g}"
-    return f"{text}; with the others' {all_sent / 1e9:.3g} of {before / 1e9:.3g} ({all_sent / before:.2f} ×)"
+    text = f"their weights gathered in {small / 1e9:.3g} GB, half of the {2 * small / 1e9:.3g} GB in bfloat16"
+    return f"{text}; all arrays in {all_sent / 1e9:.3g} of {before / 1e9:.3g} GB ({all_sent / before:.2f} ×)"
 
 
 def at_best(found: dict, model_seconds: float) -> list[tuple[str, str]]:
-    """Describe the least time of a step and its parts. model_seconds: time of the formula's FLOPs at the peak
-    rate."""
+    """Describe the shortest possible time of a step and of its parts. model_seconds: time that the FLOPs by
+    formula take at the peak rate."""
     parts = sorted(found.items(), key=lambda item: -item[1].seconds)
     sending = found["collectives"].seconds
     computing = sum(bound.seconds for bound in found.values()) - sending
     hidden, apart = max(computing, sending), computing + sending
     texts = [f"{name} {1e3 * bound.seconds:.0f} ms ({bound.limit})" for name, bound in parts]
-    step = f"{1e3 * hidden:.0f} ms ({model_seconds / hidden:.0%} MFU) where collectives hide behind the rest"
-    apart = f"{1e3 * apart:.0f} ms ({model_seconds / apart:.0%}) where they do not"
+    step = f"{1e3 * hidden:.0f} ms ({model_seconds / hidden:.0%} MFU) if collectives overlap with the rest"
+    apart = f"{1e3 * apart:.0f} ms ({model_seconds / apart:.0%}) if they do not"
     return [("at best", ", ".join(texts)), ("", f"{step}, {apart}")]
 
 
@@ -138,7 +139,7 @@ def memory(plan, done) -> str:
 
 
 def figures_of(plan, done) -> dict:
-    """The figures that --json prints, by name."""
+    """Return {name: figure}, as --json prints them."""
     config = plan.config
     figures = {
         "depth": config.depth,
@@ -162,7 +163,7 @@ def figures_of(plan, done) -> dict:
 
 
 def training(config: Config, batch: int) -> str:
-    """The command that trains what was compiled, with `batch` rows a device."""
+    """Return the command that trains the compiled model, with `batch` rows a device."""
     words = [f"--depth={config.depth}", f"--device_batch_size={batch}"]
     if config.arch != BaseConfig.arch:
         words.insert(0, f"--arch={config.arch}")
@@ -174,17 +175,17 @@ def training(config: Config, batch: int) -> str:
 
 
 def remedy(plan, done, largest: int | None) -> str:
-    """The error for a step that does not fit. largest: the device batch that fits; 0: none; None: unknown."""
+    """Error for a step that does not fit. largest: largest device batch that fits; 0: none; None: unknown."""
     sizes = f"{done.needs / 1e9:.1f} GB of {plan.memory / 1e9:.0f} GB"
     message = f"a step of {plan.batch} rows a device needs {sizes}; "
     if done.remat != "full":
         message += "try --remat=full, or "
     if largest:
-        return message + f"lower it: --device_batch_size={largest}"
+        return message + f"lower the batch: --device_batch_size={largest}"
     if largest is None and plan.batch > 1:
         return message + f"lower --device_batch_size={plan.batch}"
-    spread = f"spread it further (--mesh=fsdp={plan.mesh.size})"
-    return message + f"{spread}, take more devices or lower --depth or --max_seq_len"
+    spread = f"shard it further (--mesh=fsdp={plan.mesh.size})"
+    return message + f"{spread}, use more devices, or lower --depth or --max_seq_len"
 
 
 main = cli.command(Config, run)

@@ -14,9 +14,11 @@ class Config(Flags):
 
     Export: --source=sft --to=hf --out=FOLDER writes a folder for Hugging Face transformers; --to=nanochat
     adds the model to a base directory of nanochat. Import: --from=hf --path=FOLDER --as=base --model_tag=NAME
-    writes a checkpoint for midtraining, finetuning, evaluation and chat. Weights, configuration, tokenizer
-    and metadata are converted. So is the optimizer state of pretraining, of nanochat's models since March 14,
-    2026, on one device: the other side can resume the run, with its data from the start.
+    writes a checkpoint for midtraining, finetuning, evaluation and chat.
+
+    Weights, configuration, tokenizer and metadata are converted. So is the optimizer state of a base model
+    with nanochat's architecture of March 14, 2026 or later, for an import only if it was trained on one
+    device: the other program can then resume the run, reading its data from the start.
     """
 
     to: str = flag("", choices=("", "hf", "nanochat"))
@@ -28,17 +30,18 @@ class Config(Flags):
     from_format: str = flag("", choices=("", "hf", "nanochat"), name="from")
     """Format to import: hf or nanochat."""
     path: str = ""
-    """Folder to import: one that transformers wrote, a base directory of nanochat, or one of model_<step>.pt
-    files."""
+    """Folder to import: a model saved by transformers, a base directory of nanochat, or a folder of
+    model_<step>.pt files."""
     as_stage: str = flag("", choices=("", *STAGES), name="as")
-    """Stage that the imported model counts as: base, mid, sft or rl."""
+    """Stage to import the model as: base, mid, sft or rl."""
     model_tag: str = flag("", alias="-g")
-    """Tag of the model to export (empty: the deepest d<N>, or else the newest), or to import as."""
+    """Tag of the model to export (empty: the deepest model d<N>, or else the newest), or of the imported
+    model."""
     step: int = flag(-1, -1, alias="-s")
     """Step of the checkpoint; -1: the last."""
     softcap: int = flag(0, 0)
-    """Bound of the logits, only for nanochat's checkpoints of January 18 to March 9, 2026, which do not state
-    it: 15, or 20 from March 2 on; 0: not given."""
+    """Softcap (bound of the logits) of an imported nanochat checkpoint of January 18 to March 9, 2026, which
+    does not record it: 15, or 20 from March 2 on; 0: not given."""
 
 
 def run(config: Config):
@@ -51,7 +54,7 @@ def run(config: Config):
         if value:
             raise UserError(f"--{name}={value} does not go with --{'to' if config.to else 'from'}")
     if config.softcap not in (0, 15, 20) or (config.softcap and config.from_format != "nanochat"):
-        raise UserError(f"--softcap={config.softcap}: it is 15 or 20, with --from=nanochat")
+        raise UserError(f"--softcap={config.softcap}: it must be 15 or 20, and only with --from=nanochat")
     if config.from_format == "hf" and config.step >= 0:
         raise UserError(f"--step={config.step} does not go with --from=hf, whose folders hold one model")
     try:
@@ -65,7 +68,7 @@ def run(config: Config):
 
 
 def progress(config: ModelConfig):
-    """Return a function to call with the name of each converted weight; it prints progress and the ETA."""
+    """Return a callback that prints progress and the ETA; call it with the name of each converted weight."""
     import jax
 
     from jaxchat.model.params import declare
@@ -92,7 +95,7 @@ def shape_rows(model, tokenizer) -> list[tuple[str, str]]:
     if tokenizer is None:
         return [*rows, ("warning", "there is no tokenizer; only the weights are converted")]
     padding = model.vocab_size - tokenizer.vocab_size
-    more = f"; the model has {padding:,} further ids, which are never text" if padding else ""
+    more = f"; the model has {padding:,} further ids, which no text uses" if padding else ""
     return [*rows, ("tokenizer", f"{tokenizer.vocab_size:,} tokens, {tokenizer.hash[:12]}{more}")]
 
 

@@ -1,4 +1,4 @@
-"""The whole pipeline on a small generated world, on a CPU, in minutes: python -m launch.demo"""
+"""Run the complete pipeline on a small generated world, on a CPU, in minutes: python -m launch.demo"""
 
 import dataclasses
 import json
@@ -12,27 +12,27 @@ from launch import base_train, chat_sft, cli, mid_train, report, tok_train
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Generate a small world, train a tokenizer and a model on it by the real commands, and ask what it has
-    learned.
+    """Generate a small world (text and conversations from a random seed), train a tokenizer and a model on it
+    with the real commands, and score the model on held-out prompts.
 
-    All that it writes goes to <base directory>/demo, which it uses as a base directory of its own. Ends with
-    a table of held-out prompts; exit code 1 if one of the scores misses its target.
+    All files are written to <base directory>/demo, which serves as the demo's base directory. The demo ends
+    with a table of scores; the exit code is 1 if a score misses its target.
     """
 
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed of the world, the initial weights and the order of the data."""
     base_steps: int = flag(STEPS["base"], 1)
-    """Steps of pretraining, of 2,048 tokens each."""
+    """Number of pretraining steps, of 2,048 tokens each."""
     mid_steps: int = flag(STEPS["mid"], 1)
-    """Steps of midtraining, of 2,048 tokens each."""
+    """Number of midtraining steps, of 2,048 tokens each."""
     sft_steps: int = flag(STEPS["sft"], 1)
-    """Steps of chat finetuning, of 64 conversations each."""
+    """Number of chat-finetuning steps, of 64 conversations each."""
     device_batch_size: int = flag(2, 1)
-    """Rows to compute at a time in base and mid; SFT computes twice as many. Another number changes speed,
-    memory and rounding only."""
+    """Number of rows to compute at a time in base and mid; SFT computes twice as many. It affects only speed,
+    memory and rounding."""
     part: str = flag("all", choices=("all", "world", "score"))
-    """Part to run. all: the whole demo. world, score: only write the data, or only ask and report, in the
-    base directory itself, as steps of launch.speedrun."""
+    """Part to run. "all": the complete demo. "world": only write the data. "score": only score the model and
+    write the report. These two are steps of launch.speedrun and use the base directory itself."""
 
 
 def run(config: Config) -> int:
@@ -77,9 +77,9 @@ def train(config: Config, tasks: Path):
 
 
 def score_and_report(seed: int, start: float | None = None) -> int:
-    """Ask the held-out prompts, write the report, and print the table; 1 if a score misses its target.
+    """Score the held-out prompts, write the report, print the table; return 1 if a score misses its target.
 
-    start: when the demo began; None: not known.
+    start: when the demo began (time.perf_counter); None: unknown.
     """
     from jaxchat.demo import World
     from jaxchat.demo.score import passed, table
@@ -98,12 +98,13 @@ def score_and_report(seed: int, start: float | None = None) -> int:
 
 
 def ask(world) -> dict:
-    """Return {kind: Score} of the held-out prompts; also saved beside the checkpoint, for the report."""
+    """Score the held-out prompts: {kind: Score}. Save the scores in the checkpoint's folder, for the
+    report."""
     from jaxchat import checkpoint
     from jaxchat.demo.score import score
     from jaxchat.infer.engine import Engine
 
-    print("\nAsking what no training conversation asked…", flush=True)
+    print("\nScoring held-out prompts…", flush=True)
     model = checkpoint.open_model("sft", TAG)
     engine = Engine(model.load(), model.config, model.tokenizer, batch_size=128)
     scores = score(engine, model.tokenizer, world)
@@ -117,7 +118,7 @@ def ask(world) -> dict:
 
 
 def texts() -> list[str]:
-    """The first three words of five validation documents, for the report to continue."""
+    """Return the first three words of five validation documents, for the report to continue."""
     from jaxchat.data.sources import ParquetText, find_shards
 
     documents = ParquetText(find_shards(None, "val"))
@@ -125,7 +126,7 @@ def texts() -> list[str]:
 
 
 def questions(world) -> list[str]:
-    """A held-out question of each kind, for the report to ask."""
+    """Return a held-out question of each kind, for the report to ask."""
     from jaxchat.demo import KINDS
 
     return [world.heldout(kind)[0].turns[0].question for kind in KINDS]

@@ -48,27 +48,27 @@ NAMES = (*SETS, "all-tasks")
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Download data sets, several files at a time. Complete files are kept; an interrupted download continues
-    with the missing files when the same command is run again. Files are verified by the size and hash that
-    the hub states.
+    """Download data sets, several files at a time. Complete files are kept; after an interruption, the same
+    command continues with the missing files. Files are verified by the size and hash that the hub states.
 
-    Names: fineweb-edu, climbmix; smoltalk, mmlu, gsm8k, arc, humaneval, identity, words, or all-tasks for
-    these seven; core-bundle. HF_ENDPOINT names a mirror of the hub, HF_HUB_DOWNLOAD_TIMEOUT the seconds
-    without data after which a connection is given up.
+    Names: fineweb-edu and climbmix (text); smoltalk, mmlu, gsm8k, arc, humaneval, identity and words (tasks),
+    or all-tasks for these seven; core-bundle (CORE). The environment variable HF_ENDPOINT names a mirror of
+    the hub; HF_HUB_DOWNLOAD_TIMEOUT is the number of seconds without data after which a connection is closed.
     """
 
     what: str = ""
     """Names of the data sets, separated by commas; they may also stand before the flags, separated by
     spaces."""
     shards: int = flag(240, 2)
-    """Number of files of fineweb-edu or climbmix, from the first on; the last is for validation, and of
-    climbmix it is always shard_06542."""
+    """Number of shards of fineweb-edu or climbmix to download, starting with the first; the last one is for
+    validation. For climbmix the last one is always shard_06542."""
     to: str = ""
-    """Folder to use instead of <base directory>/base_data for fineweb-edu and climbmix, <base
+    """Folder to download to, instead of <base directory>/base_data for fineweb-edu and climbmix, <base
     directory>/tasks for the tasks, and the base directory for core-bundle."""
     revision: str = ""
-    """Commit, tag or branch of a single data set on the hub. Empty: the commit recorded in the folder's
-    .source file, else the one that jaxchat pins, else the newest; it is recorded for the next time."""
+    """Commit, tag or branch of the data set on the hub, if a single one is named. Empty: the commit recorded
+    in the folder's .source file, else the commit that jaxchat pins, else the newest. The downloaded commit is
+    recorded in that file."""
     parallel: int = flag(8, 1)
     """Number of files downloaded at a time."""
 
@@ -82,8 +82,8 @@ class Config(Flags):
 
 
 def place(folder: str, to: str) -> Path:
-    """Return the path to put base_data/…, tasks/… or the bundle at; --to replaces base_data, tasks or the
-    base directory."""
+    """Return the path of a data set: `folder` in the base directory, with base_data, tasks or (for the
+    bundle) the base directory replaced by `to`, if it is given."""
     kind, _, rest = folder.partition("/")
     if kind not in ("base_data", "tasks"):
         return (user_path(to) if to else base_dir()) / folder
@@ -101,8 +101,8 @@ def names_in(what: str) -> list[str]:
         raise UserError(f"no data set was named; give one or several of {', '.join(NAMES)}")
     if {"fineweb-edu", "climbmix"} <= set(names):
         raise UserError(
-            "fineweb-edu and climbmix name their shards alike; download one, and the other with a --to of "
-            "its own"
+            "fineweb-edu and climbmix have shards of the same names; download them one by one, each with "
+            "its own --to"
         )
     return list(dict.fromkeys(names))
 
@@ -127,12 +127,12 @@ def run(config: Config):
     rows += [(path.name, f"to {path.parent}") for path in links.values()]
     count = sum(len(listing.files) for listing in listings) + len(links)
     left = len(missing) + len(wanted)
-    more = f", and {len(wanted)} files whose size is not known" if wanted else ""
+    more = f", and {len(wanted)} files of unknown size" if wanted else ""
     rows.append(("complete", f"{count - left:,} of {count:,} files"))
     rows.append(("to download", f"{files.size_text(sum(missing))}{more}"))
     cli.print_plan(f"Download {', '.join(names)}", rows)
     if missing:
-        remedy = "free some, ask for fewer --shards, or give another disk's folder with --to"
+        remedy = "free some, ask for fewer --shards, or give a folder on another disk with --to"
         files.check_space(listings[0].folder, sum(missing), remedy)
 
     def work():
@@ -148,12 +148,12 @@ def run(config: Config):
 
 
 def print_next(to: str):
-    """Print the next command: base_train if the tokenizer there was trained on this text, else tok_train."""
+    """Print the next command: base_train if there is a tokenizer trained on this text, else tok_train."""
     from jaxchat.data.sources import file_fingerprint, find_shards
     from jaxchat.tokenizer import Tokenizer
 
     folder, known = base_dir() / "tokenizer", {}
-    with contextlib.suppress(UserError):  # there is none, or a damaged one
+    with contextlib.suppress(UserError):  # the tokenizer is missing or damaged
         known = Tokenizer.load(folder).trained_on
     fits = file_fingerprint(find_shards(to, "train")[0]) in known.values()
     if folder.is_dir() and not fits:

@@ -1,4 +1,4 @@
-"""A series of small models and the scaling laws they follow: python -m launch.miniseries --depths=4,6,8,10"""
+"""Train a series of small models and fit scaling laws: python -m launch.miniseries --depths=4,6,8,10"""
 
 import dataclasses
 import shlex
@@ -17,7 +17,7 @@ from launch import base_eval, cli
 from launch.cluster.local import shares, visible_gpus
 from launch.speedrun import carry_out, how_to_continue, names_in, stay_off_devices, words_of
 
-# Flags of base_train that the series gives: it measures at the beginning and the end only.
+# Flags for base_train, so that it evaluates at the beginning and the end only.
 QUIET = ("--eval_every=1000000", "--core_metric_every=-1", "--sample_every=-1")
 OWN = {"depth", "model_tag", "target_flops", "num_iterations", "resume", "overwrite", "data_dir"}
 FREE = frozenset(f.name for f in dataclasses.fields(BaseConfig) if f.metadata.get("free")) - OWN
@@ -27,36 +27,38 @@ FREE = frozenset(f.name for f in dataclasses.fields(BaseConfig) if f.metadata.ge
 class Config(Flags):
     """Train base models of several depths, and fit scaling laws to their losses.
 
-    With --depths alone, each model is trained on its share of tokens (--target_param_data_ratio). With
-    --budgets too, each depth is trained for each number of FLOPs; a budget's best model is then found between
-    those that are too small and too large for it.
+    With --depths alone, each model is trained on a number of tokens in proportion to its size
+    (--target_param_data_ratio). With --budgets too, each depth is trained for each number of FLOPs, and the
+    best model size for each budget is found by a parabola through the losses (isoFLOP).
 
-    A tokenizer and text must be there first. The same command continues after an interruption: runs that are
-    done are left out. The results are a page of the runs, fits with intervals, and plots, in report/<name>.
+    Text and a tokenizer must exist already. After an interruption, the same command continues and skips the
+    runs that are done. The results are written to <base directory>/report/<name>: a page on the runs, fits
+    with 95 % intervals, and plots.
     """
 
     depths: str = "4,6,8,10,12"
-    """Depths to train, separated by commas."""
+    """Depths (numbers of layers) to train, separated by commas."""
     budgets: str = ""
-    """FLOPs to train each of the depths for, separated by commas: 1e17,3e17,1e18. Empty: each depth trains on
-    its share of tokens only."""
+    """Training FLOPs for each depth, separated by commas, as in 1e17,3e17,1e18; empty: each depth is trained
+    on a number of tokens in proportion to its size."""
     name: str = "miniseries"
-    """Name of the series; its runs are <name>-d<depth>, and <name>-d<depth>-<FLOPs>."""
+    """Name of the series; its runs are named <name>-d<depth> or, with --budgets, <name>-d<depth>-<FLOPs>."""
     base: str = ""
     """Further flags for launch.base_train, separated by spaces: --base="--max_seq_len=512"."""
     core: bool = False
-    """Measure CORE of each model too, by launch.base_eval."""
+    """Also measure CORE of each model, with launch.base_eval."""
     base_eval: str = ""
-    """Further flags for launch.base_eval, with --core."""
+    """Further flags for launch.base_eval, separated by spaces; only used with --core."""
     data_dir: str = ""
-    """Folder of the parquet shards, the last one for validation; empty: <base directory>/base_data."""
+    """Folder of the parquet shards, of which the last is for validation; empty: <base
+    directory>/base_data."""
     parallel: int = flag(0, 0)
-    """Number of runs on this host at the same time; 0: one on each GPU, or one without GPUs. The runs divide
-    the GPUs among themselves."""
+    """Number of runs at the same time on this host, which share its GPUs equally; 0: one per GPU, or one if
+    there is no GPU."""
     redo: str = ""
-    """Runs to train again, separated by commas: d4,d6-1e17. What they made is deleted first."""
+    """Runs to train again, separated by commas, as in d4,d6-1e17; their old results are deleted first."""
     restarts: int = flag(3, 0)
-    """Largest number of restarts of a run that was stopped, killed or lost another process."""
+    """Maximum number of restarts of a run that was stopped, was killed or lost another process."""
     dry_run: bool = False
     """Print the plan and do nothing."""
 
@@ -93,16 +95,16 @@ def run(config: Config) -> int:
 
 
 def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
-    """Return (the steps, {name of a run: flags of base_train}). UserError: something given cannot work."""
+    """Return (the steps, {name of a run: flags of base_train}). UserError: a flag cannot work."""
     from jaxchat.checkpoint import run_folder
 
-    run_folder("base", config.name)  # a UserError if no folder can be named so
+    run_folder("base", config.name)  # a UserError if the name cannot be a folder's
     depths = [int(depth) for depth in numbers("depths", config.depths)]
     budgets = numbers("budgets", config.budgets) if config.budgets else [0.0]
     given = shlex.split(config.base)
     own = OWN if config.budgets else OWN - {"num_iterations"}
     if own := sorted(names_in(given) & own):
-        raise UserError(f"--base={config.base!r}: launch.miniseries itself gives --{own[0]}; leave it out")
+        raise UserError(f"--base={config.base!r}: launch.miniseries sets --{own[0]} itself; leave it out")
     places, machine, listed, flags = Places(config.data_dir), machine_of(config), [], {}
     for budget in budgets:
         for depth in depths:
@@ -117,7 +119,7 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
             listed.append(Step(name, argv, made, needs, minutes, resumes=True, free=FREE))
             if config.core:
                 words = [f"--model_tag={tag}", *places.flags("data_dir"), *shlex.split(config.base_eval)]
-                measured = cli.parse(base_eval.Config, words)  # a UserError if one is wrong
+                measured = cli.parse(base_eval.Config, words)  # a UserError if a flag is wrong
                 argv, results = python("launch.base_eval", *words), Results("base", tag, "base_eval")
                 minutes = read_minutes(eval_tokens(measured, core=True), model_of(parsed), machine)
                 listed.append(Step(f"core-{name}", argv, (results,), made, minutes))
@@ -125,7 +127,7 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
 
 
 def machine_of(config: Config) -> Machine:
-    """A run's share of this host: of its CPUs, or of its GPUs as if they were H100s at 40 % of their peak."""
+    """Return one run's share of this host: of its CPUs, or of its GPUs, taken as H100s at 40 % of peak."""
     count = len(places_of(config))
     gpus = len(visible_gpus()) // count
     if gpus:
@@ -141,7 +143,7 @@ def model_of(flags: BaseConfig):
 
 
 def numbers(name: str, text: str) -> list[float]:
-    """The numbers in a comma-separated list. UserError: one is no positive number."""
+    """Parse a comma-separated list into sorted numbers. UserError: one of them is not a positive number."""
     try:
         found = [float(word) for word in text.split(",") if word.strip()]
     except ValueError:
@@ -153,7 +155,7 @@ def numbers(name: str, text: str) -> list[float]:
 
 
 def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
-    """The parameters and steps of each run, as rows of a plan."""
+    """Return rows of the plan with the parameters and steps of each run."""
     from jaxchat.model.flops import num_params
     from jaxchat.train.stages import horizon_of
 
@@ -165,7 +167,7 @@ def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
 
 
 def places_of(config: Config) -> tuple[dict, ...]:
-    """Environment variables for each of the runs that take place at the same time: the GPUs that it sees."""
+    """Return environment variables for each of the concurrent runs, which set the GPUs that it sees."""
     gpus = visible_gpus()
     return tuple(shares(gpus, config.parallel or max(1, len(gpus)), "parallel"))
 

@@ -8,16 +8,16 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Report on a model: results of its stages side by side, curves, samples, and where and how each was
-    trained. Missing stages are named and left out.
+    """Report on a model: results of its stages side by side, curves, samples, and where and how each stage
+    was trained. Missing stages are named and left out.
 
-    For several tags (d12,d20) it writes a page that compares these runs. Every evaluation's JSON file beside
-    the checkpoints is included. Nothing is trained or evaluated; only samples are generated.
+    For several tags (d12,d20) the report is a page that compares these runs. It includes all evaluations'
+    JSON files beside the checkpoints. Nothing is trained or evaluated; only samples are generated.
     """
 
     model_tag: str = ""
-    """Tag of the model; several, separated by commas: a page that compares them; empty: the deepest d<N>, or
-    else the newest."""
+    """Tag of the model, or several tags, separated by commas, to compare; empty: the deepest model d<N>, or
+    else the newest model."""
     price_per_hour: float = flag(0.0, 0)
     """Price of the machine per hour, in any currency; 0: no cost in the report."""
     samples: bool = True
@@ -25,7 +25,7 @@ class Config(Flags):
 
 
 def run(config: Config, texts=(), questions=()):
-    """Write the report. texts, questions: take these for the samples instead of the usual ones."""
+    """Write the report. texts, questions: prompts for the samples; empty: the usual ones of eval.samples."""
     from jaxchat import files
     from jaxchat.eval.samples import PROMPTS, QUESTIONS
     from jaxchat.report import compare, document, plots

@@ -1,4 +1,4 @@
-"""Serve a trained model by OpenAI's API, with a page to chat: python -m launch.serve"""
+"""Serve a trained model through OpenAI's API, with a chat page: python -m launch.serve"""
 
 import contextlib
 import dataclasses
@@ -20,17 +20,17 @@ LIBRARIES = ("starlette", "uvicorn", "prometheus_client")
 
 @dataclasses.dataclass(frozen=True)
 class Config(DeviceFlags):
-    """Serve one or several stages of a model over HTTP: OpenAI's API under /v1, a page to chat under /.
+    """Serve one or several stages of a model over HTTP: OpenAI's API under /v1, a chat page under /.
 
-    Many requests are answered at a time; of several devices, each has its own copy of the model. SIGTERM or
-    Ctrl-C lets the answers that have begun finish; a second one ends them.
+    Many requests are answered at the same time; each device has its own copy of the model. After SIGTERM or
+    Ctrl-C, running answers may finish within --drain seconds; a second signal ends them.
     """
 
     source: str = flag("sft", alias="-i")
-    """Stages to serve, of rl, sft, mid and base, separated by commas, as in base,sft. A request chooses one
-    by its field `model`; the first is the default. A base model only continues text."""
+    """Stages to serve, separated by commas, as in base,sft: any of rl, sft, mid and base. A request selects a
+    stage by its field `model`; the first is the default. A base model only continues text."""
     model_tag: str = flag("", alias="-g")
-    """Tag of the model; empty: the deepest d<N>, or else the newest."""
+    """Tag of the model; empty: the deepest model d<N>, or else the newest model."""
     step: int = flag(-1, 0, special=-1, alias="-s")
     """Step of the checkpoint, if a single stage is served; -1: the last."""
     host: str = "127.0.0.1"
@@ -38,22 +38,21 @@ class Config(DeviceFlags):
     port: int = flag(8000, 0, 65535)
     """Port to listen on; 0: any that is free."""
     api_key: str = ""
-    """Keys that clients may use, separated by commas; empty: $JAXCHAT_API_KEY, or else none is needed. The
-    page and /health need none."""
+    """API keys that clients may use, separated by commas; empty: those in $JAXCHAT_API_KEY or, if it is not
+    set, no key is needed. The chat page and /health need no key."""
     cors_origins: str = ""
-    """Origins of other sites' pages that may use the server, separated by commas, as in
-    https://chat.example.com (without a path); *: all. Their hosts are also accepted as names of this
-    server."""
+    """Origins of other sites whose pages may use the server, separated by commas, as in
+    https://chat.example.com (without a path); *: all. Their hosts are also accepted in the Host header."""
     slots: int = flag(-1, 1, special=-1)
-    """Answers that a device generates at a time for each model; -1: 8 on a CPU, 64 elsewhere. Each holds
-    memory for a full context."""
+    """Number of answers that a device generates at a time for each model; -1: 8 on a CPU, 64 elsewhere. Each
+    slot holds memory for a full context."""
     max_waiting: int = flag(256, 0)
-    """Answers that may wait for a slot; more are refused with status 429."""
+    """Maximum number of answers that wait for a slot; further requests are refused with status 429."""
     max_tokens: int = flag(-1, 1, special=-1)
-    """Largest number of tokens in an answer to a chat that sets no max_tokens; -1: as many as the context has
-    room for."""
+    """Maximum number of tokens in an answer to a chat request without max_tokens; -1: as many as fit in the
+    context."""
     temperature: float = flag(0.6, 0.0, 2.0, alias="-t")
-    """Sampling temperature for requests that set none; 0: always the likeliest token."""
+    """Sampling temperature for requests without temperature; 0: always the likeliest token."""
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
     """Number of likeliest tokens to sample from, for requests without top_k; 0 or -1: all."""
     drain: float = flag(30.0, 0)
@@ -88,13 +87,14 @@ def run(config: Config):
     cli.print_plan("Serve " + ", ".join(map(name_of, found)), rows)
     if not keys_of(config) and not is_local(config.host):
         who = f"everybody who reaches {config.host} can use the model"
-        print(f"warning: {who}; --api_key=… or $JAXCHAT_API_KEY asks for a key", file=sys.stderr, flush=True)
+        how = "to require a key, give --api_key=… or set $JAXCHAT_API_KEY"
+        print(f"warning: {who}; {how}", file=sys.stderr, flush=True)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("jaxchat.serve").setLevel(logging.INFO)
     asyncio.run(serve(config, found, devices, compute, origins, sock))
     print("stopped", flush=True)
     if any(thread.name.startswith("engine of") for thread in threading.enumerate()):
-        os._exit(0)  # one that still compiles, which nothing can interrupt
+        os._exit(0)  # an engine still compiles, which nothing can interrupt
 
 
 async def serve(config: Config, found: list, devices: list, compute: Compute, origins: tuple, sock):
@@ -117,7 +117,7 @@ async def load(service, address: str, open_browser: bool):
     import asyncio
 
     began = time.perf_counter()
-    sys.setswitchinterval(0.001)  # else an engine would wait five times as long for the event loop's turns
+    sys.setswitchinterval(0.001)  # 1 ms, not 5: engines wait less for the event loop
     with cli.progress(service.progress, 5):
         for worker in service.workers:
             worker.start()
@@ -131,7 +131,7 @@ async def load(service, address: str, open_browser: bool):
 
 
 def make_service(config: Config, found: list, devices: list, compute: Compute):
-    """Build the service, in the event loop: models, with an engine for each device, not yet started."""
+    """Build the service: models, with an engine per device, not yet started. Call it in the event loop."""
     from jaxchat.serve.loop import Pool, Worker
     from jaxchat.serve.metrics import Metrics
     from jaxchat.serve.service import Defaults, Served, Service
@@ -159,9 +159,9 @@ def make_service(config: Config, found: list, devices: list, compute: Compute):
 
 
 def engine_opener(model, device, compute: Compute, slots: int, lock):
-    """Make a function that opens the model's engine on a device, with its shapes compiled.
+    """Return a function that makes a context with the model's engine on a device, its shapes compiled.
 
-    lock: held while it compiles, so that models of one shape compile it once.
+    lock: held during compilation, so that models of the same shape compile once.
     """
 
     @contextlib.contextmanager
@@ -185,9 +185,9 @@ def engine_opener(model, device, compute: Compute, slots: int, lock):
 
 
 def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]):
-    """Generate a token with each of ways_of's settings, so that no client waits for a compilation.
+    """Generate a token with each of the settings of ways_of, so that no client waits for a compilation.
 
-    engine: made with few_shapes. on_progress: called with the number of settings that are done, and of all.
+    engine: made with few_shapes. on_progress: called with the number of settings done and the number of all.
     """
     ways = ways_of(context)
     for done, settings in enumerate(ways):
@@ -219,15 +219,15 @@ def stages_of(config: Config) -> list[str]:
     for stage in stages:
         if stage not in STAGES or stages.count(stage) > 1:
             known = ", ".join(STAGES)
-            raise UserError(f"--source={config.source}; it is one or several of {known}, each once")
+            raise UserError(f"--source={config.source}; it must be one or several of {known}, each once")
     if config.step >= 0 and len(stages) > 1:
         count = len(stages)
-        raise UserError(f"--step={config.step} is of one stage, and --source={config.source} has {count}")
+        raise UserError(f"--step={config.step} needs a single stage; --source={config.source} has {count}")
     return stages
 
 
 def shapes_of(found: list) -> str:
-    configs = {model.config for model in found}  # models of one shape compile it once
+    configs = {model.config for model in found}  # models of the same shape compile once
     count = sum(len(ways_of(config.sequence_len)) for config in configs)
     return f"{count} a device to compile at the first start; later starts read them from disk"
 
@@ -237,12 +237,13 @@ def slots_of(config: Config, devices: list) -> int:
 
 
 def name_of(model) -> str:
-    """The model's name in requests, such as d20-sft."""
+    """Name of the model in requests, such as d20-sft."""
     return f"{model.tag}-{model.meta['stage']}"
 
 
 def fingerprint(model) -> str:
-    """The model's system_fingerprint in replies: the versions of the code and of the model."""
+    """The `system_fingerprint` in replies: version of jaxchat, hash of the model's stage, tag, step and
+    tokenizer."""
     about = f"{model.meta['stage']} {model.tag} {model.step} {model.meta['tokenizer_hash']}"
     return f"jaxchat-{importlib.metadata.version('jaxchat')}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
 
@@ -253,19 +254,19 @@ def keys_of(config: Config) -> tuple[str, ...]:
 
 
 def origins_of(config: Config) -> tuple[str, ...]:
-    """Read the origins, as browsers send them. UserError: one is not an origin."""
+    """Parse --cors_origins, in lower case as browsers send origins. UserError: one is not an origin."""
     origins = [origin.strip().lower() for origin in config.cors_origins.split(",") if origin.strip()]
     for origin in origins:
         if origin != "*" and not re.fullmatch(
             r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/:?#@\[\]]+)(:\d+)?", origin
         ):
-            expected = "an origin is scheme://host or scheme://host:port, without a path; *: all"
-            raise UserError(f"--cors_origins={config.cors_origins}: {origin!r} is none; {expected}")
+            expected = "give scheme://host or scheme://host:port, without a path, or * for all"
+            raise UserError(f"--cors_origins={config.cors_origins}: {origin!r} is not an origin; {expected}")
     return tuple(origins)
 
 
 def address_of(host: str, port: int) -> str:
-    """The URL at which to open the page."""
+    """URL of the chat page."""
     host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

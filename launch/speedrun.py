@@ -1,4 +1,4 @@
-"""Train a model to chat with from nothing, by one command: python -m launch.speedrun --preset=8xh100"""
+"""Train a chat model from scratch with one command: python -m launch.speedrun --preset=8xh100"""
 
 import contextlib
 import dataclasses
@@ -25,17 +25,17 @@ from launch import base_eval, chat_eval, cli, serve, tok_train
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Do all steps of a run, each by its own command: download, tokenizer, base, mid and SFT training, their
-    evaluations, the report; print how to chat with the result.
+    """Run all steps of training a chat model, each with its own command: download, tokenizer, base, mid and
+    SFT training, their evaluations and the report. Then print how to chat with the model.
 
-    Interrupted anywhere, the same command continues. A step is done if its output is complete and was made
-    with these flags from these inputs; else it runs. If its flags or inputs have changed, the command says
-    which, and does nothing: --redo=STEP throws away what was made with the old ones.
+    After an interruption, the same command continues. A step is skipped if its output is complete and was
+    made with the same flags from the same inputs. If its flags or inputs have changed, the command names the
+    change and does nothing; --redo=STEP deletes the old output and runs the step again.
 
-    --dry_run prints the plan: steps, time, cost, disk, memory. Everything is kept in the base directory, with
-    each step's output in speedrun/<tag>/<step>.log, and the state of the run in status.json there.
+    --dry_run prints the plan: steps, time, cost, disk, memory. All files are kept in the base directory: each
+    step's output in speedrun/<tag>/<step>.log, the state of the run in speedrun/<tag>/status.json.
 
-    Steps, to name in --from, --until, --only and --redo: fit (on GPUs), first-text, tasks, bundle, text,
+    Names of steps, for --from, --until, --only and --redo: fit (on GPUs), first-text, tasks, bundle, text,
     tokenizer, tokenizer-eval, base, base-eval, mid, chat-eval-mid, sft, chat-eval, rl, chat-eval-rl, report;
     with --preset=cpu: world, tokenizer, base, mid, sft, score.
     """
@@ -44,16 +44,16 @@ class Config(Flags):
     """Kind of machine: cpu (the demo), laptop, h100, 8xh100, 8xh100-2026 (nanochat's model and recipe of July
     2026), v5e-8 or v6e-8."""
     depth: int = flag(-1, 1, special=-1)
-    """Number of layers, which sets the model's size, its data and the time; -1: the preset's."""
+    """Number of layers, which sets the model's size, amount of data and time; -1: the preset's depth."""
     model_tag: str = ""
     """Name of the run; empty: d<depth>."""
     data_dir: str = ""
-    """Folder of parquet shards to train on, the last one for validation; empty: download the preset's data
-    set, fineweb-edu or climbmix."""
+    """Folder of parquet shards to train on, of which the last is for validation; empty: download the preset's
+    data set (fineweb-edu or climbmix)."""
     tasks_dir: str = ""
-    """Folder of the tasks' files; empty: download them."""
+    """Folder of the task files; empty: download them."""
     eval_bundle: str = ""
-    """CORE's bundle, a folder or a zip; the word none: do without CORE; empty: download it."""
+    """Folder or zip file of the CORE bundle; "none": leave CORE out; empty: download the bundle."""
     tokenizer: str = ""
     """Further flags for launch.tok_train, separated by spaces: --tokenizer="--vocab_size=32768"."""
     base: str = ""
@@ -67,32 +67,32 @@ class Config(Flags):
     chat_eval: str = ""
     """Further flags for launch.chat_eval, which runs after midtraining and after SFT."""
     rl: bool = False
-    """Improve the result by launch.chat_rl too, and evaluate that."""
+    """Also improve the SFT model with launch.chat_rl, and evaluate the result."""
     chat_rl: str = ""
-    """Further flags for launch.chat_rl, with --rl."""
+    """Further flags for launch.chat_rl; only used with --rl."""
     price_per_hour: float = flag(-1.0, 0, special=-1)
-    """Price of the machine per hour, in any currency; -1: the preset's, if it has one."""
+    """Price of the machine per hour, in any currency; -1: the preset's price, if it has one."""
     first: str = flag("", name="from")
-    """First step to do; what it needs must be there. Empty: the first of all."""
+    """First step to run; its inputs must exist. Empty: the first step of the run."""
     until: str = ""
-    """Last step to do; empty: the last of all."""
+    """Last step to run; empty: the last step of the run."""
     only: str = ""
-    """Steps to do, separated by commas; empty: all."""
+    """Steps to run, separated by commas; empty: all."""
     redo: str = ""
-    """Steps to do again, separated by commas. All steps that need their results are done again too. The old
-    results are deleted first."""
+    """Steps to run again, separated by commas, after deleting their old results. All steps that need these
+    results are run again too."""
     restarts: int = flag(3, 0)
-    """Largest number of restarts of a step that was stopped, killed or lost another process."""
+    """Maximum number of restarts of a step that was stopped, was killed or lost another process."""
     check: bool = True
-    """Run launch.check first, on this machine's devices, driver, kernel and disk."""
+    """First check this machine's devices, driver, kernel and disk with launch.check."""
     dry_run: bool = False
     """Print the plan and do nothing."""
     serve: bool = False
     """Start the server at the end, instead of printing its command."""
 
 
-# Of a step: its flags class, the flag here that adds to them, and those that do not change its result (None:
-# those with which a trainer may be resumed).
+# {step: (its flags class, the flag here that adds to its flags, the flags that do not change its result)}.
+# None: the flags that a trainer may change when it resumes.
 SAME = {"device_type", "mesh", "batch_size", "device_batch_size"}
 ADDED = {
     "tokenizer": (tok_train.Config, "tokenizer", {"overwrite"}),
@@ -105,18 +105,19 @@ ADDED = {
     "rl": (RLConfig, "chat_rl", None),
     "chat-eval-rl": (chat_eval.Config, "chat_eval", SAME),
 }
-# Flags that launch.speedrun itself gives, or has.
+# Flags that launch.speedrun sets itself.
 OWN = {"resume", "overwrite", "dry_run", "model_tag", "source", "step", "depth", "data_dir", "tasks_dir"}
 
 
 def run(config: Config) -> int:
     stay_off_devices()
     if not hosts.is_alone(hosts.detect()):
-        raise UserError("launch.speedrun is for one host; on several, start each command by launch.cluster")
+        raise UserError("launch.speedrun is for one host; on several, start each command with launch.cluster")
     demo = config.preset == "cpu"
     with cli.base_directory(base_dir() / "demo") if demo else contextlib.nullcontext():
         code = plan_and_perform(config)
-    how_to_continue(code, "speedrun", config)  # outside of the demo's base directory, which it adds itself
+    # Outside the demo's base directory, because the printed command enters it by itself.
+    how_to_continue(code, "speedrun", config)
     if not code and partial(config) and not config.dry_run:
         rest = dataclasses.replace(config, first="", until="", only="", redo="")
         cli.next_step(f"python -m launch.speedrun {shlex.join(words_of(rest))}")
@@ -124,10 +125,10 @@ def run(config: Config) -> int:
 
 
 def stay_off_devices():
-    """Keep this process on the CPU: the steps need the devices. A TPU serves one process at a time."""
+    """Keep this process on the CPU: the steps need the devices, and a TPU serves one process at a time."""
     import jax  # here, so that --help answers at once
 
-    jax.config.update("jax_platforms", "cpu")  # and not the environment, which the steps inherit
+    jax.config.update("jax_platforms", "cpu")  # not in the environment, which the steps inherit
 
 
 def partial(config: Config) -> bool:
@@ -154,35 +155,35 @@ def plan_and_perform(config: Config) -> int:
         print("nothing was done: --dry_run")
         return 0
     if missing:
-        raise UserError(f"missing: {'; '.join(missing)}. Nothing was started; --no_check starts all the same")
-    files.check_space(base_dir(), int(plan.disk(todo)), "free some, or set JAXCHAT_BASE_DIR to a larger disk")
+        raise UserError(f"missing: {'; '.join(missing)}. Nothing was started; --no_check starts anyway")
+    files.check_space(base_dir(), int(plan.disk(todo)), "free some, or set JAXCHAT_BASE_DIR to another disk")
     runner = Runner(chosen, known, restarts=config.restarts)
     return perform(config, plan, runner, redo)
 
 
 def perform(config: Config, plan: Plan, runner: Runner, redo: set[str]) -> int:
-    """Run the chosen steps, then print what comes next, or start the server."""
+    """Run the chosen steps, then print the next command or, with --serve, start the server."""
     if code := carry_out(runner, plan.steps, redo, plan.price):
         return code
     if partial(config):
         return 0
     server = f"python -m launch.serve --model_tag={plan.tag}"
     cli.next_step(server if config.serve else f"{server} --open_browser")
-    if config.serve:  # in place of this process, which signals then reach
+    if config.serve:  # replaces this process, so that signals reach it
         os.execv(sys.executable, [sys.executable, *server.split()[1:]])
     return 0
 
 
 def carry_out(runner: Runner, listed: list[Step], redo: set[str], price: float = 0.0) -> int:
-    """Run a runner's steps, and return the exit code. listed: all steps of the run. redo: what --redo gave.
+    """Run the runner's steps, and return the exit code. listed: all steps of the run. redo: steps of --redo.
 
-    UserError: the run is under way in another process, or an input is missing.
+    UserError: the run is in progress in another process, or an input is missing.
     """
     known = runner.state
     try:
         held = files.lock(known.path("run", "lock"), f"process {os.getpid()}")
     except files.Held as other:
-        raise UserError(f"the run is under way already, in {other}; see {known.path('status')}") from None
+        raise UserError(f"the run is already in progress in {other}; see {known.path('status')}") from None
     with open(held, "rb"):
         if known.again(listed, redo):
             known.forget(listed, redo)
@@ -198,13 +199,13 @@ def carry_out(runner: Runner, listed: list[Step], redo: set[str], price: float =
 def how_to_continue(code: int, command: str, config: Flags):
     """Print the command that continues a run after an exit code other than 0."""
     if code:
-        outcome = "stopped and saved" if code == os.EX_TEMPFAIL else "once that is resolved"
-        print(f"{outcome}; to continue:")
+        saved = code == os.EX_TEMPFAIL
+        print(f"{'stopped and saved; to continue' if saved else 'to continue once the error is fixed'}:")
         cli.next_step(f"python -m launch.{command} {shlex.join(words_of(config))}")
 
 
 def described(config: Config) -> Plan:
-    """Make the plan that the flags ask for. UserError: they cannot work."""
+    """Make the plan that the flags describe. UserError: the flags cannot work."""
     if not config.preset:
         known = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
         raise UserError(f"which machine? give --preset=NAME ({known})")
@@ -213,13 +214,13 @@ def described(config: Config) -> Plan:
     if config.preset == "cpu":
         for name in ("depth", "model_tag", "data_dir", "tasks_dir", "eval_bundle", "rl"):
             if getattr(config, name) != getattr(Config, name):
-                raise UserError(f"--{name} does not go with --preset=cpu, a generated world; leave it out")
+                raise UserError(f"--{name} does not go with --preset=cpu, the demo; leave it out")
         return estimated(Plan(preset, TAG, *with_flags(presets.demo_steps(), config), price))
     from jaxchat import checkpoint
 
     depth = config.depth if config.depth > 0 else preset.depth
     tag = config.model_tag or f"d{depth}"
-    checkpoint.run_folder("base", tag)  # a UserError if no folder can be named so
+    checkpoint.run_folder("base", tag)  # a UserError if the tag cannot be a folder's name
     places = Places(config.data_dir, config.tasks_dir, config.eval_bundle)
 
     def planned(shards: int) -> Plan:
@@ -241,11 +242,11 @@ def estimated(plan: Plan) -> Plan:
 
 
 def fit_step(plan: Plan) -> list[Step]:
-    """A step that compiles base's step before anything else, where a compiler for its GPUs is installed."""
+    """Return [the step that compiles base's training step], or [] without a compiler for its GPUs."""
     machine = plan.preset.machine
     if not machine.topology.startswith("h") or importlib.util.find_spec("jax_cuda13_plugin") is None:
         return []
-    from jaxchat.train.stages import with_horizon  # here, since it imports jax
+    from jaxchat.train.stages import with_horizon  # here, because it imports jax
 
     base = with_horizon(plan.flags["base"], plan.model)
     names = ("arch", "depth", "device_batch_size", "total_batch_size", "max_seq_len", "mesh", "remat")
@@ -255,7 +256,7 @@ def fit_step(plan: Plan) -> list[Step]:
 
 
 def with_flags(listed: list[Step], config: Config) -> tuple[list[Step], dict[str, Flags]]:
-    """Add the preset's and the user's flags to the steps. -> (the steps, each step's parsed flags).
+    """Add the preset's and the user's flags to the steps. Return (the steps, {step: its parsed flags}).
 
     UserError: a flag is wrong.
     """
@@ -272,7 +273,7 @@ def with_flags(listed: list[Step], config: Config) -> tuple[list[Step], dict[str
             except (UserError, ValueError) as problem:
                 raise UserError(f"--{name}={given!r}: {problem}") from None
             if own := sorted(names_in(extra) & OWN):
-                raise UserError(f"--{name}={given!r}: launch.speedrun itself gives --{own[0]}; leave it out")
+                raise UserError(f"--{name}={given!r}: launch.speedrun sets --{own[0]} itself; leave it out")
             if free is None:
                 free = {field.name for field in dataclasses.fields(kind) if field.metadata.get("free")}
             argv = (*step.argv[:3], *words_of(flags, names_in(words)))
@@ -287,12 +288,12 @@ def with_flags(listed: list[Step], config: Config) -> tuple[list[Step], dict[str
 
 
 def names_in(words: list[str]) -> set[str]:
-    """The names of the flags among a command's words."""
+    """Return the names of the flags in a command's arguments."""
     return {w.partition("=")[0][2:].replace("-", "_") for w in words if w.startswith("--")}
 
 
 def words_of(flags: Flags, given: set[str] = frozenset()) -> list[str]:
-    """Write flags as words of a command, each once, if they were given or differ from their defaults."""
+    """Write flags as arguments of a command: those that were given or differ from their defaults."""
     words = []
     for field in dataclasses.fields(flags):
         value, name = getattr(flags, field.name), field.metadata.get("name") or field.name
@@ -302,24 +303,24 @@ def words_of(flags: Flags, given: set[str] = frozenset()) -> list[str]:
 
 
 def check(plan: Plan, todo: list[Step]) -> list[str]:
-    """Show what launch.check says of this machine; return what is missing and comes by none of the steps."""
+    """Run launch.check and print its lines; return the lines on what is missing and no step makes."""
     names = {step.name for step in todo}
     tasks = [word for word in plan_flags(plan, "sft") if word.startswith("--tasks_dir=")]
     words = [*plan_flags(plan, "base"), *tasks, "--resume"]
     words.append(f"--vocab_size={plan.flags['tokenizer'].vocab_size}")
-    words.append("--core_metric_every=1")  # base-eval measures it in any case
+    words.append("--core_metric_every=1")  # base-eval measures CORE in any case
     done = subprocess.run([sys.executable, "-m", "launch.check", *words], capture_output=True, text=True)
     found = re.findall(r"^  (ok|warning|missing) +(\S+(?: \S+)?)  +(.*)$", done.stdout, re.M)
     if not found:
-        raise UserError(f"launch.check failed: {done.stderr.strip()[-500:]}; --no_check does without it")
+        raise UserError(f"launch.check failed: {done.stderr.strip()[-500:]}; --no_check skips it")
     named = any(word.startswith("--eval_bundle=") for word in words)
-    brought = names & {"text", "tokenizer"} | (set() if named else {"CORE"})  # downloaded, or done without
+    brought = names & {"text", "tokenizer"} | (set() if named else {"CORE"})  # made by steps, or optional
     if "tasks" in names:
         brought |= {name for _, name, text in found if "launch.download" in text} - {"text", "CORE"}
     judged = [wrong_devices(plan.preset.machine, line) if line[1] == "devices" else line for line in found]
-    # The memory of other devices than the preset's says nothing.
+    # Memory is irrelevant if the devices are not the preset's.
     found = judged if judged == found else [line for line in judged if line[1] != "memory"]
-    # Of disk and batches the plan above has the figures, for the steps of this run and with all flags.
+    # Leave out disk and batches: the plan above has them, for the steps of this run and with all flags.
     shown = [
         (state, name, text)
         for state, name, text in found
@@ -332,12 +333,12 @@ def check(plan: Plan, todo: list[Step]) -> list[str]:
 
 
 def wrong_devices(machine: Machine, line: tuple[str, str, str]) -> tuple[str, str, str]:
-    """Return the check's line on devices, marked as missing if they are not those that the preset is for."""
+    """Return launch.check's line on devices, marked "missing" if they are not the devices of the preset."""
     state, name, text = line
     right = text.startswith(f"{machine.devices} × ") and "cpu" not in text
     if state == "missing" or not machine.topology or right:
         return line
-    return "missing", name, f"{text}, where the preset is for {machine.title}"
+    return "missing", name, f"{text}, but the preset is for {machine.title}"
 
 
 def plan_flags(plan: Plan, name: str) -> list[str]:

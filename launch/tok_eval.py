@@ -1,4 +1,4 @@
-"""Measure how well the tokenizer compresses text, beside others: python -m launch.tok_eval"""
+"""Compare how well this tokenizer and others compress text: python -m launch.tok_eval"""
 
 import argparse
 import dataclasses
@@ -12,23 +12,23 @@ from launch.tok_train import documents
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Compare how many bytes a token of this tokenizer and of others covers on average: with more, a row
-    holds more text. Measured on the training and the validation text, modules of Python's library, worked
+    """Compare the average number of bytes per token of this tokenizer and others: the more, the more text
+    fits in a row. It is measured on training and validation text, modules of Python's library, worked
     mathematics, and fifteen languages.
 
-    The results go beside the tokenizer, as tok_eval.csv and .json.
+    The results are written beside the tokenizer, as tok_eval.csv and .json.
     """
 
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
     max_chars: int = flag(2_000_000, 1, special=-1)
-    """Characters of training text, and of validation text, to measure on, at most; -1: all."""
+    """Maximum number of characters of training text, and of validation text, to measure on; -1: all."""
     references: str = "gpt2,cl100k_base"
     """Encodings of tiktoken to compare with, separated by commas; each is downloaded once. Empty: none."""
 
 
 def texts_of(config: Config) -> dict[str, str]:
-    """The texts to measure on, by name."""
+    """Return {name: text} of the texts to measure on."""
     from jaxchat import eval as package
     from jaxchat.data.sources import ParquetText, find_shards
 
@@ -44,7 +44,7 @@ def texts_of(config: Config) -> dict[str, str]:
 
 
 def references(names: str) -> dict:
-    """Return {name: tiktoken.Encoding}; one that cannot be loaded is left out, with a line that says so."""
+    """Return {name: tiktoken.Encoding}; print which encodings cannot be loaded, and leave them out."""
     import tiktoken
 
     found = {}
@@ -53,8 +53,8 @@ def references(names: str) -> dict:
             raise UserError(f"--references={name}; tiktoken has {', '.join(tiktoken.list_encoding_names())}")
         try:
             found[name] = tiktoken.get_encoding(name)
-        except Exception as problem:  # its download may fail in any way; the others are compared without it
-            print(f"{name} is left out: tiktoken cannot get it ({type(problem).__name__})")
+        except Exception as problem:  # a download may fail in any way; the others are still compared
+            print(f"{name} is left out: tiktoken cannot load it ({type(problem).__name__})")
     return found
 
 

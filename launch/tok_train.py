@@ -14,19 +14,19 @@ REPORT_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Train a byte-level BPE tokenizer on the text of parquet shards, without the last, which is for
+    """Train a byte-level BPE tokenizer on the text of all parquet shards but the last, which is for
     validation."""
 
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
     vocab_size: int = flag(65536, 1, MOST_TOKENS)
-    """Size of the vocabulary, the nine special tokens included."""
+    """Size of the vocabulary, including the nine special tokens."""
     max_chars: int = flag(2_000_000_000, 1, special=-1)
-    """Characters of text to train on, at most; -1: all."""
+    """Maximum number of characters of text to train on; -1: all."""
     doc_cap: int = flag(10_000, 1, special=-1)
-    """Characters of each document to train on, at most; -1: all."""
+    """Maximum number of characters of each document to train on; -1: all."""
     overwrite: bool = False
-    """Replace a tokenizer even if checkpoints need it; those that keep no copy of it become unusable."""
+    """Replace the tokenizer even if checkpoints need it; those without their own copy become unusable."""
 
 
 def documents(texts, max_chars: int = -1, doc_cap: int = -1) -> Iterator[str]:
@@ -48,8 +48,8 @@ def run(config: Config):
 
     texts = ParquetText(find_shards(config.data_dir, "train"))
     folder = base_dir() / "tokenizer"
-    runs = [run for run in checkpoint.runs() if not (run / "tokenizer").is_dir()]  # the others keep their own
-    in_use = f" ({len(runs)} runs need the present one: only its equal replaces it)" if runs else ""
+    runs = [run for run in checkpoint.runs() if not (run / "tokenizer").is_dir()]  # the others have a copy
+    in_use = f" ({len(runs)} runs need the present tokenizer: only an equal one replaces it)" if runs else ""
     most = "all characters" if config.max_chars == -1 else f"at most {config.max_chars:,} characters"
     cli.print_plan(
         "Training the tokenizer",
@@ -81,16 +81,16 @@ def run(config: Config):
 
 
 def check_replaceable(runs: list[Path], tokenizer, folder: Path):
-    """Raise UserError if one of `runs`, which keep no copy of theirs, was trained with another tokenizer."""
+    """Raise UserError if one of `runs` (those without their own tokenizer) was trained with another one."""
     from jaxchat import checkpoint
 
     for run in runs:
         needed = checkpoint.read_meta(run, checkpoint.steps_in(run)[-1])["tokenizer_hash"]
         if needed not in (None, tokenizer.hash):
             raise UserError(
-                f"{run} was trained with another tokenizer ({needed[:12]}) than this "
-                f"({tokenizer.hash[:12]}); keep that one in {folder}, set JAXCHAT_BASE_DIR to another "
-                "folder, or replace it with --overwrite"
+                f"{run} was trained with another tokenizer ({needed[:12]}) than the new one "
+                f"({tokenizer.hash[:12]}); keep the old one in {folder}, set JAXCHAT_BASE_DIR to another "
+                "folder, or replace the old one with --overwrite"
             )
 
 

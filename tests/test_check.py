@@ -272,7 +272,7 @@ def test_checkpoints_that_are_there(here, checked):
     for step in (5, 9):
         (here / STAGES["mid"].folder / f"d1/{step}/meta").mkdir(parents=True)
     code, lines, _ = checked()
-    assert (code, states(lines)) == (0, {"mid disk": "warning"}) and "step 9 is there" in lines["mid disk"][1]
+    assert (code, states(lines)) == (0, {"mid disk": "warning"}) and "step 9 exists" in lines["mid disk"][1]
     texts = [lines[f"{stage} disk"][1] for stage in ("base", "mid", "SFT")]
     sizes = [re.search(r"in all ([\d.]+) MB", text)[1] for text in texts]
     assert [round(float(size) / 0.854) for size in sizes] == [4, 5, 8]  # two of mid's need no more room

@@ -377,5 +377,5 @@ def test_float8_products_on_h100s(run_command):
         flops.add(figures["flops"])
         others = depth * (12 * width**2 - weights) + 2 * vocab * width  # the embedding and the head among them
         assert figures["gathered"] == {"f8e4m3fn": 7 / 8 * depth * weights, "bf16": pytest.approx(7 / 8 * 2 * others)}
-        assert " GB, half of bfloat16's " in done.stdout
+        assert " GB, half of the " in done.stdout
     assert len(flops) == 1 and flops.pop() > 0

@@ -316,7 +316,7 @@ def test_the_next_command(fetch, home):
     [
         ([], "no data set was named"),
         (["fineweb"], "did you mean fineweb-edu"),
-        (["fineweb-edu", "climbmix"], "name their shards alike"),
+        (["fineweb-edu", "climbmix"], "shards of the same names"),
         (["fineweb-edu", "--shards=1"], "--shards=1; it must be at least 2"),
         (["all-tasks", "--revision=main"], "--revision=main needs one data set"),
         (["words", "--revision=main"], "--revision=main needs one data set"),

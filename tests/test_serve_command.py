@@ -79,12 +79,12 @@ def test_what_cannot_be_served_is_one_line(folder, monkeypatch, capsys, tmp_path
     assert "base, mid, sft" in refused("--source=best")
     assert "each once" in refused("--source=sft,sft")
     assert "no mid checkpoint" in refused("--source=mid")
-    assert "one stage" in refused("--source=sft,base", "--step=3")
+    assert "a single stage" in refused("--source=sft,base", "--step=3")
     assert "--slots=0" in refused("--slots=0") and "--port=70000" in refused("--port=70000")
     with serve_socket() as port:
         assert refused(f"--port={port}").count("ddress already in use") == 1
     for origin in ("https://a.example/", "a.example", "null", "https://a.example:x"):
-        assert f"'{origin}' is none" in refused(f"--cors_origins=https://b.example, {origin}")
+        assert f"'{origin}' is not an origin" in refused(f"--cors_origins=https://b.example, {origin}")
     assert "no sft checkpoint" in refusal(tmp_path, monkeypatch, capsys)
 
 

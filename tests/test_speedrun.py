@@ -684,7 +684,7 @@ def test_the_cpu_preset_is_the_demo(home, monkeypatch):
     [
         ([], "which machine. give --preset=NAME"),
         (["--preset=laptop", "--base=--deepth=3"], "--base='--deepth=3': unknown flag --deepth; did you mean --depth"),
-        (["--preset=laptop", "--sft=--resume"], "launch.speedrun itself gives --resume; leave it out"),
+        (["--preset=laptop", "--sft=--resume"], "launch.speedrun sets --resume itself; leave it out"),
         (["--preset=laptop", "--mid=--num_iterations='3"], "--mid=.*No closing quotation"),
         (["--preset=laptop", "--model_tag=../x"], "must be a plain name"),
         (["--preset=cpu", "--depth=5"], "--depth does not go with --preset=cpu"),
@@ -719,7 +719,7 @@ def test_a_machine_that_is_not_the_presets(home, monkeypatch, capsys):
     )
     with pytest.raises(UserError) as refusal:
         speedrun.run(cli.parse(speedrun.Config, ["--preset=h100"]))
-    missing = "missing: devices: 1 × cpu (data=1), where the preset is for 1 × H100. Nothing was started; --no_check"
+    missing = "missing: devices: 1 × cpu (data=1), but the preset is for 1 × H100. Nothing was started; --no_check"
     assert missing in str(refusal.value)
     assert speedrun.run(cli.parse(speedrun.Config, ["--preset=h100", "--dry_run"])) == 0
     out = capsys.readouterr().out

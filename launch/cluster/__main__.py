@@ -1,4 +1,4 @@
-"""Start a command on several machines or in processes: python -m launch.cluster LAUNCHER -- COMMAND"""
+"""Start a command on several machines or processes: python -m launch.cluster LAUNCHER -- COMMAND"""
 
 import dataclasses
 import sys
@@ -12,8 +12,8 @@ LAUNCHERS = {"slurm": slurm, "tpu_vm": tpu_vm, "gke": gke, "local": local}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Start a command on several machines, or in several processes on this one. The command follows a lone --
-    and is the same everywhere:
+    """Start a command on several machines, or in several processes on this one. The command follows a
+    separate -- and is the same everywhere:
 
     python -m launch.cluster local --processes=2 -- python -m launch.base_train --depth=4 --save_every=100
     --resume
@@ -24,7 +24,7 @@ class Config:
     --resume. Commands for one process, such as launch.download, tok_train or report, run in the first process
     only.
 
-    Secrets such as WANDB_API_KEY never go onto a command line: name them with --secrets, and set them where
+    Do not put secrets such as WANDB_API_KEY on a command line: name them with --secrets, and set them where
     the launcher's --help says.
     """
 

@@ -1,4 +1,4 @@
-"""Parts that all launchers share: checks of flags; running or printing a command."""
+"""Code that all launchers share: checks of flags, and running or printing a command."""
 
 import os
 import re
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from jaxchat.config import UserError
 
-# Options of gcsfuse. A checkpoint is completed by renaming its folder; by default gcsfuse refuses if it holds
-# files.
+# Options of gcsfuse. A checkpoint is completed by renaming its folder, but gcsfuse refuses by default to
+# rename folders with files.
 MOUNTED = ("implicit-dirs", "rename-dir-limit=200000")
 
 
 def secret_names(text: str, *, here: bool) -> list[str]:
-    """Split a list of environment variables. UserError: one is no such name or, if `here`, is not set."""
+    """Split a list of environment variables. UserError: a name is invalid or, if `here`, one is not set."""
     names = [name for name in text.split(",") if name]
     for name in names:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
@@ -25,14 +25,14 @@ def secret_names(text: str, *, here: bool) -> list[str]:
 
 
 def check_name(name: str):
-    """Raise UserError unless --name can name a machine, a pod and a job: at most 40 of a-z, 0-9 and -."""
+    """Raise UserError unless --name is valid for machines, pods and jobs: at most 40 of a-z, 0-9 and -."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
         allowed = "at most 40 characters of a-z, 0-9 and -, beginning with a letter"
         raise UserError(f"--name={name}; it must be {allowed}")
 
 
 def submit(file: str, text: str, words: list[str], dry_run: bool):
-    """Print a file and write it here, then run the command that takes it; a dry run only prints both."""
+    """Print a file, write it here, then run the command that submits it; a dry run only prints both."""
     print(f"# {file}\n{text}", flush=True)
     if not dry_run:
         Path(file).write_text(text, encoding="utf-8")
@@ -40,7 +40,7 @@ def submit(file: str, text: str, words: list[str], dry_run: bool):
 
 
 def perform(words: list[str], dry_run: bool, check: bool = True) -> int:
-    """Print a command, run it unless this is a dry run, return its exit code. check: raise if it fails."""
+    """Print a command, run it unless in a dry run, and return its exit code. check: raise if it fails."""
     print(shlex.join(words), flush=True)
     if dry_run:
         return 0

@@ -1,4 +1,4 @@
-"""A JobSet on Kubernetes (GKE): one pod a host, TPUs or GPUs."""
+"""Start a JobSet on Kubernetes (GKE): one pod per host, on TPUs or GPUs."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from jaxchat.hosts import RESTARTED
 from launch.cluster.common import MOUNTED, check_name, secret_names, submit
 
 PORT = 8476
-# GKE's name of each kind of TPU, and the chips of one host of a slice with several hosts.
+# {kind of TPU: (its name in GKE, chips of a host in slices of several hosts)}
 TPUS = {
     "v4": ("tpu-v4-podslice", 4),
     "v5e": ("tpu-v5-lite-podslice", 4),
@@ -23,21 +23,21 @@ EIGHT = ("v5e", "v6e")  # kinds whose single-host slices have up to 8 chips
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Write <name>.yaml here, a JobSet with one pod a host, and apply it with kubectl. The cluster needs
-    JobSet 0.6 or newer. Choose TPUs with --tpu=v5e:4x4, or GPUs with --gpu and --nodes.
+    """Write a JobSet with one pod per host to <name>.yaml in the current folder, and apply it with kubectl.
+    The cluster needs JobSet 0.6 or newer. Choose TPUs with --tpu=v5e:4x4, or GPUs with --gpu and --nodes.
 
-    --image is built and pushed from a checkout, for TPUs or (EXTRAS=cuda13) GPUs:
+    Build and push --image from a checkout, for TPUs or (EXTRAS=cuda13) GPUs:
     git archive HEAD | docker build --file=launch/cluster/Dockerfile --build-arg=EXTRAS=tpu --tag=IMAGE -
     docker push IMAGE
 
     Secrets are read from a Kubernetes Secret. Create it once, from a file with one NAME=value a line:
     kubectl create secret generic jaxchat --from-env-file=FILE
 
-    After exit code 75, 76, 134 or 137, and when a node goes away, all pods are started again at once; any
-    other failure ends the run. Every pod sees --bucket as its base directory: data gets there by a run of
-    launch.download, or by gcloud storage cp --recursive FOLDER gs://NAME.
+    After exit code 75, 76, 134 or 137, or when a node is lost, all pods are restarted; any other failure ends
+    the run. --bucket is the base directory of every pod. Put data there by running launch.download, or with
+    gcloud storage cp --recursive FOLDER gs://NAME.
 
-    The lock on a run's folder does not reach beyond one host in a bucket: let no other host train under the
+    In a bucket, the lock on a run's folder works only within one host, so do not start another run with the
     same tag. Create the bucket with a hierarchical namespace, in which renaming a checkpoint's folder is
     atomic: gcloud storage buckets create gs://NAME --location=REGION --uniform-bucket-level-access
     --enable-hierarchical-namespace
@@ -46,28 +46,29 @@ class Config(Flags):
     name: str = "jaxchat"
     """Name of the JobSet."""
     image: str = ""
-    """Image with jaxchat and what it needs, such as us-docker.pkg.dev/PROJECT/REPOSITORY/jaxchat:1."""
+    """Container image with jaxchat and its dependencies, such as
+    us-docker.pkg.dev/PROJECT/REPOSITORY/jaxchat:1."""
     tpu: str = ""
     """Kind and topology of a TPU slice, such as v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:2x4 or tpu7x:2x2x2."""
     slices: int = flag(1, 1)
     """Number of TPU slices."""
     gpu: str = ""
-    """Kind of GPU, as GKE labels nodes: nvidia-h100-80gb, nvidia-h200-141gb."""
+    """Kind of GPU, as GKE labels nodes, such as nvidia-h100-80gb or nvidia-h200-141gb."""
     gpus: int = flag(8, 1)
-    """GPUs of each machine."""
+    """Number of GPUs of each machine."""
     nodes: int = flag(1, 1)
     """Number of machines with GPUs."""
     spot: bool = False
-    """Take spot machines: cheaper, and may be preempted."""
+    """Use spot machines, which are cheaper and may be preempted."""
     bucket: str = ""
-    """Cloud Storage bucket for data and checkpoints; the service account must be allowed to write it."""
+    """Cloud Storage bucket for data and checkpoints; the service account needs write access to it."""
     service_account: str = "default"
     """Service account of the pods."""
     secrets: str = ""
-    """Entries of the Kubernetes Secret `jaxchat` that the command gets as environment variables, separated by
-    commas: WANDB_API_KEY,HF_TOKEN."""
+    """Entries of the Kubernetes Secret `jaxchat` to set as environment variables of the command, separated by
+    commas, as in WANDB_API_KEY,HF_TOKEN."""
     restarts: int = flag(20, 0)
-    """Largest number of restarts of the run."""
+    """Maximum number of restarts of the run."""
     dry_run: bool = False
     """Print the file and the command, and do nothing."""
 

@@ -1,4 +1,4 @@
-"""Several processes of one training run on this machine: a rehearsal of a run on several hosts."""
+"""Run several processes of one training run on this machine, to rehearse a run on several hosts."""
 
 import contextlib
 import dataclasses
@@ -17,23 +17,25 @@ from jaxchat.speedrun.runner import hearing
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Run the command in several processes on this machine. Each finds its place in JAX_COORDINATOR_ADDRESS,
-    JAXCHAT_NUM_PROCESSES and JAXCHAT_PROCESS_ID. Process 0 prints; the others print errors only.
+    """Run the command in several processes on this machine. Each process reads its place from
+    JAX_COORDINATOR_ADDRESS, JAXCHAT_NUM_PROCESSES and JAXCHAT_PROCESS_ID. Process 0 prints; the others print
+    errors only.
 
-    SIGTERM and Ctrl-C are passed on. The processes then have --grace seconds to end, and so have the others
-    when one fails; whatever still runs after that is killed. After exit code 75, 76, 134 or 137 the run is
+    SIGTERM and Ctrl-C are passed on. After such a signal, or when a process fails, the processes have --grace
+    seconds to end; those still running are then killed. After exit code 75, 76, 134 or 137 the run is
     started again, up to --restarts times, unless this launcher itself was asked to stop. The exit code is
-    that of the first process that failed. The processes inherit this environment, secrets included.
+    that of the first process that failed. The processes inherit this environment, including secrets.
     """
 
     processes: int = flag(2, 1)
     """Number of processes."""
     gpus_per_process: int = flag(-1, -1)
-    """GPUs that each process gets for itself; -1: an equal share of all; 0: every process sees all."""
+    """Number of GPUs that each process has for itself; -1: an equal share of all; 0: every process sees all
+    GPUs."""
     restarts: int = flag(0, 0)
-    """Largest number of restarts of the run."""
+    """Maximum number of restarts of the run."""
     grace: float = flag(120.0, 0)
-    """Seconds that processes have to end after a signal or a failure. Choose more than the command's
+    """Seconds that processes have to end after a signal or a failure. Set it above the command's
     --heartbeat_timeout, which is 100 by default."""
     dry_run: bool = False
     """Print the commands and do nothing."""
@@ -53,7 +55,7 @@ def visible_gpus() -> list[str]:
 
 
 def shares(gpus: list[str], count: int, flag: str) -> list[dict[str, str]]:
-    """Environment variables that divide GPUs equally among `count` programs; {}: there are no GPUs.
+    """Return the environment variables of `count` programs that share GPUs equally; {} for each without GPUs.
 
     UserError: there are fewer GPUs than programs, whose number --flag gives.
     """
@@ -65,10 +67,10 @@ def shares(gpus: list[str], count: int, flag: str) -> list[dict[str, str]]:
 
 
 def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
-    """The command line of each process."""
+    """Return the command line of each process."""
     gpus, wanted = visible_gpus(), config.gpus_per_process * config.processes
     if wanted >= 0:
-        # The dry run may be for another machine.
+        # There may be fewer GPUs here, because a dry run may be for another machine.
         gpus = gpus[:wanted] if len(gpus) >= wanted else list(map(str, range(wanted)))
     lines = []
     for index, share in enumerate(shares(gpus, config.processes, "processes")):
@@ -79,9 +81,9 @@ def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
 
 
 def run_once(config: Config, command: list[str], signals: list[int]) -> int:
-    """Run all processes once; return the exit code (as a shell's) of the first that failed, 0 if none did.
+    """Run all processes once; return the exit code (as in a shell) of the first that failed, or 0.
 
-    signals: what has asked this launcher to stop, to which more is added meanwhile; all is passed on.
+    signals: signals that this launcher has received, all of which are passed on; it may grow meanwhile.
     """
     processes, ended = [], set()
     failed, deadline, sent = 0, None, 0
@@ -91,7 +93,7 @@ def run_once(config: Config, command: list[str], signals: list[int]) -> int:
         while len(ended) < len(processes):
             while sent < len(signals):
                 for process in processes:
-                    process.send_signal(signals[sent])  # does nothing where it has ended
+                    process.send_signal(signals[sent])  # does nothing if it has ended
                 sent += 1
             for index, process in enumerate(processes):
                 if index in ended or process.poll() is None:
@@ -102,7 +104,7 @@ def run_once(config: Config, command: list[str], signals: list[int]) -> int:
                     deadline = deadline or time.monotonic() + config.grace
                     if len(ended) < len(processes):
                         outcome = f"process {index} ended with exit code {failed}"
-                        print(f"{outcome}; waiting for the others", flush=True)
+                        print(f"{outcome}; waiting for the others to end", flush=True)
             if signals:
                 deadline = deadline or time.monotonic() + config.grace
             if deadline and time.monotonic() > deadline:
@@ -111,7 +113,7 @@ def run_once(config: Config, command: list[str], signals: list[int]) -> int:
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with the workers that tokenize for it
+                os.killpg(process.pid, signal.SIGKILL)  # with its tokenizing workers
             process.wait()
     return failed
 

@@ -1,4 +1,4 @@
-"""A Slurm batch job: one process a node, which drives all its GPUs."""
+"""Submit a Slurm batch job: one process per node, which uses all its GPUs."""
 
 import dataclasses
 import shlex
@@ -11,13 +11,13 @@ from launch.cluster.common import secret_names, submit
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Write <job_name>.sbatch here and submit it. One process a node drives all its GPUs; the nodes find one
-    another.
+    """Write <job_name>.sbatch to the current folder and submit it. Each node runs one process, which uses all
+    its GPUs; the processes find one another.
 
-    The job runs in this folder with this environment, so a secret that is set here is set there and is in no
-    file. Two minutes before the time limit, and when the job is preempted, the run saves and ends; the job is
-    then queued again, and continues if the command has --resume. JAXCHAT_BASE_DIR must be on a disk that all
-    nodes share.
+    The job runs in this folder with this environment, so it gets the secrets that are set here without their
+    being written to a file. Two minutes before the time limit, and when the job is preempted, the run saves
+    and ends; the job is then requeued, and the run continues if the command has --resume. JAXCHAT_BASE_DIR
+    must be on a disk that all nodes share.
     """
 
     job_name: str = "jaxchat"
@@ -25,7 +25,7 @@ class Config(Flags):
     nodes: int = flag(1, 1)
     """Number of machines."""
     gpus: int = flag(8, 0)
-    """GPUs of each machine; 0: none."""
+    """Number of GPUs of each machine; 0: none."""
     time: str = "24:00:00"
     """Time limit, as hours:minutes:seconds or days-hours."""
     partition: str = ""
@@ -33,25 +33,24 @@ class Config(Flags):
     account: str = ""
     """Account to charge; empty: your default."""
     cpus: int = flag(0, 0)
-    """CPUs of each machine; 0: all, and the machine is not shared."""
+    """Number of CPUs of each machine; 0: all, with no other jobs on the machine."""
     mem: str = "0"
     """Memory of each machine, such as 200G; 0: all."""
     directives: str = ""
-    """More options of sbatch, separated by spaces: "--qos=high --constraint=h100"."""
+    """Further options of sbatch, separated by spaces, as in "--qos=high --constraint=h100"."""
     setup: str = ""
-    """Shell commands for the job to run before the command: "module load cuda && source
-    .venv/bin/activate"."""
+    """Shell commands to run before the command, as in "module load cuda && source .venv/bin/activate"."""
     secrets: str = ""
-    """Environment variables that the command needs, separated by commas: WANDB_API_KEY,HF_TOKEN. The launcher
-    checks that they are set here; the job gets them with this environment."""
+    """Environment variables that the command needs, separated by commas, as in WANDB_API_KEY,HF_TOKEN. The
+    launcher checks that they are set here; the job inherits them."""
     restarts: int = flag(20, 0)
-    """Largest number of times that the job is queued again."""
+    """Maximum number of times that the job is requeued."""
     dry_run: bool = False
     """Print the file and the command, and do nothing."""
 
 
 def script(config: Config, command: list[str]) -> str:
-    """The text of the sbatch file."""
+    """Return the text of the sbatch file."""
     options = {
         "job-name": config.job_name,
         "nodes": config.nodes,
@@ -63,7 +62,7 @@ def script(config: Config, command: list[str]) -> str:
         "partition": config.partition,
         "account": config.account,
         "output": f"{config.job_name}-%j.log",
-        "signal": "TERM@120",  # to the processes, not to this script
+        "signal": "TERM@120",  # sent to the processes, not to this script
         "export": "ALL" if config.secrets else "",
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value != ""]
@@ -78,11 +77,11 @@ def script(config: Config, command: list[str]) -> str:
             "",
             f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
             *([config.setup] if config.setup else []),
-            # The processes notice by themselves that one failed; Slurm need not kill them. srun does not take
-            # over --cpus-per-task from sbatch, and would bind the process to one core.
+            # The other processes notice by themselves that one failed, so Slurm need not kill them. srun does
+            # not inherit --cpus-per-task from sbatch: without it, the process would be bound to one core.
             f"srun --kill-on-bad-exit=0 --cpus-per-task={cpus} {shlex.join(command)}",
             "code=$?",
-            "# Queue it again after one of these, unless it was cancelled.",
+            "# Requeue the job after one of these exit codes, unless it was cancelled.",
             'state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)',
             f"again=$(( ${{SLURM_RESTART_COUNT:-0}} < {config.restarts} ))",
             f"if [[ $code =~ ^({codes})$ && $state == RUNNING && $again == 1 ]]",

@@ -1,4 +1,4 @@
-"""A Cloud TPU by gcloud: create it, set it up, run on all its workers, follow the log, delete it."""
+"""Run commands on a Cloud TPU with gcloud: create it, set it up, run, follow the log, delete it."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from launch.cluster.common import MOUNTED, check_name, perform, secret_names
 
 STEPS = ("create", "setup", "run", "log", "delete")
 MOUNT = "$HOME/bucket"
-# The images' own Python is older than 3.11; uv brings one.
+# The TPU images have a Python older than 3.11; uv installs a newer one.
 INSTALL = (
     "mkdir -p jaxchat && tar -xzf jaxchat.tar.gz -C jaxchat && cd jaxchat"
     " && python3 -m pip install --user --quiet uv"
@@ -37,17 +37,17 @@ GCSFUSE = (
 class Config(Flags):
     """Create a Cloud TPU, install this checkout's last commit on it, run the command on all its workers,
     follow the first worker's log, and delete the TPU once the command has ended and its exit code is known.
-    --steps chooses among these. Several commands, each after a -- of its own, run in turn on the one TPU,
-    until one fails.
+    --steps selects some of these steps. Several commands, each after its own --, run one after the other on
+    the same TPU, until one fails.
 
-    Every worker sees --bucket as its base directory (JAXCHAT_BASE_DIR): data gets there by launch.download as
-    the first command, which runs on one worker, or by gcloud storage cp --recursive FOLDER gs://NAME. The log
-    is copied to its folder logs at the end. Secrets are copied over ssh in a file that only you can read, and
-    set for the commands. These keep running if the connection is lost; --steps=log,delete reconnects. They
-    are started again after a lost peer. A TPU that was preempted is gone: run the same line again, which
-    creates a new one, and with --resume the training continues.
+    --bucket is the base directory (JAXCHAT_BASE_DIR) of every worker. Put data there with launch.download as
+    the first command, which runs on one worker, or with gcloud storage cp --recursive FOLDER gs://NAME. At
+    the end, the log is copied to the folder logs of the bucket. Secrets are copied over ssh in a file that
+    only you can read, and set for the commands. The commands keep running if the connection is lost;
+    --steps=log,delete reconnects. After exit code 75, 76, 134 or 137 they are restarted. A preempted TPU no
+    longer exists: run the same line again, which creates a new one; with --resume the training continues.
 
-    The lock on a run's folder does not reach beyond one host in a bucket: let no other host train under the
+    In a bucket, the lock on a run's folder works only within one host, so do not start another run with the
     same tag. Create the bucket with a hierarchical namespace, in which renaming a checkpoint's folder is
     atomic: gcloud storage buckets create gs://NAME --location=REGION --uniform-bucket-level-access
     --enable-hierarchical-namespace
@@ -60,28 +60,29 @@ class Config(Flags):
     project: str = ""
     """Google Cloud project; empty: gcloud's own setting."""
     type: str = "v5litepod-16"
-    """Kind and size of the TPU, as gcloud calls it: v4-32, v5litepod-16, v5p-8, v6e-8."""
+    """Kind and size of the TPU, as gcloud names it, such as v4-32, v5litepod-16, v5p-8 or v6e-8."""
     version: str = "v2-alpha-tpuv5-lite"
-    """Image of the TPU: tpu-ubuntu2204-base for v4, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e."""
+    """Image of the TPU, such as tpu-ubuntu2204-base for v4, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for
+    v6e."""
     spot: bool = False
-    """Take a spot TPU: cheaper, and may be preempted."""
+    """Use a spot TPU, which is cheaper and may be preempted."""
     queued: bool = False
     """Request a queued resource, and wait until it is granted."""
     bucket: str = ""
     """Name of the Cloud Storage bucket for data and checkpoints, without gs://."""
     secrets: str = ""
-    """Environment variables to set for the command, separated by commas: WANDB_API_KEY,HF_TOKEN. Their values
-    are those set here."""
+    """Environment variables to copy from here to the command, separated by commas, as in
+    WANDB_API_KEY,HF_TOKEN."""
     restarts: int = flag(20, 0)
-    """Largest number of restarts of a command."""
+    """Maximum number of restarts of a command."""
     steps: str = ",".join(STEPS)
-    """Steps to do, separated by commas: any of create,setup,run,log,delete."""
+    """Steps to run, separated by commas: any of create,setup,run,log,delete."""
     dry_run: bool = False
     """Print the commands and do nothing."""
 
 
 def check(config: Config) -> list[str]:
-    """Validate the flags and return the steps to do. UserError: something given cannot work."""
+    """Validate the flags and return the steps to run. UserError: a flag cannot work."""
     check_name(config.name)
     steps = [step for step in config.steps.split(",") if step]
     if unknown := [step for step in steps if step not in STEPS]:
@@ -126,10 +127,10 @@ def on(config: Config, workers: str, shell: str) -> list[str]:
 
 
 def started(config: Config, command: list[str]) -> str:
-    """Shell text that runs the commands in turn in the background, and writes the exit code to run.code.
+    """Return shell code that runs the commands in turn in the background and writes run.code, the exit code.
 
-    A command is restarted after an exit code that asks for it. command: its words, with a -- before each
-    further command.
+    A command is restarted after one of the exit codes RESTARTED. command: the arguments of all commands, with
+    a -- before each further command.
     """
     base, kept = "", ""
     if config.bucket:
@@ -159,7 +160,7 @@ def secret_file(names: list[str], dry_run: bool):
     if dry_run:
         yield f"<a file with {', '.join(names)}>"
         return
-    # Its mode is 600, which scp keeps.
+    # The file's mode is 600, which scp keeps.
     with tempfile.NamedTemporaryFile("w", prefix="jaxchat-", suffix=".env") as file:
         file.writelines(f"{name}={shlex.quote(os.environ[name])}\n" for name in names)
         file.flush()
@@ -184,7 +185,7 @@ def setup(config: Config, secrets: list[str]):
 
 def wait(config: Config):
     """Wait until the queued resource is granted."""
-    print(f"# every 30 s, until it says ACTIVE:\n{shlex.join(state(config))}", flush=True)
+    print(f"# every 30 s, until it prints ACTIVE:\n{shlex.join(state(config))}", flush=True)
     while not config.dry_run:
         asked = subprocess.run(state(config), capture_output=True, text=True)
         if asked.returncode:
@@ -200,8 +201,8 @@ def wait(config: Config):
 
 
 def follow(config: Config) -> int:
-    """Print the first worker's log and return the command's exit code. UserError: it cannot be read."""
-    perform(on(config, "0", FOLLOW), config.dry_run, check=False)  # its own code may be gcloud's or ssh's
+    """Print the first worker's log and return the command's exit code. UserError: the code cannot be read."""
+    perform(on(config, "0", FOLLOW), config.dry_run, check=False)  # its exit code may be gcloud's or ssh's
     print(shlex.join(on(config, "0", CODE)), flush=True)
     if config.dry_run:
         return 0
