@@ -282,7 +282,7 @@ def test_a_link_that_leads_to_something_else(fetch, home, monkeypatch):
     with FakeHub({"": {"words": b"", "core-bundle": packed.getvalue()}}) as server:
         for name, words in (
             ("words", "sent an empty file"),
-            ("core-bundle", "is another archive: it has no core.yaml"),
+            ("core-bundle", "is not the expected archive: it has no core.yaml"),
         ):
             link = download.SETS[name]
             monkeypatch.setitem(download.SETS, name, hub.Link(f"{server.url}/plain/{name}", link.path, link.needs))

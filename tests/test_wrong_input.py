@@ -259,10 +259,10 @@ def test_nothing_to_learn(folder, capsys):
     mute = f"{write_lines(folder / 'mute.jsonl', [TALK[:1]] * 40)}"
     never = "--eval_metrics_every=-1"
     line = refusal(folder, chat_sft, [f"--train_tasks={mute}", "--eval_every=-1", never], capsys)
-    assert "nothing the assistant says" in line and "the 40 training conversations; give other --train_tasks" in line
+    assert "the assistant says nothing" in line and "the 40 training conversations; give other --train_tasks" in line
     args = [f"--train_tasks={folder / 'talk.jsonl'}", f"--val_tasks={mute}", never]
     line = refusal(folder, chat_sft, args, capsys)
-    assert "nothing the assistant says" in line and "the 40 validation conversations; give other --val_tasks" in line
+    assert "the assistant says nothing" in line and "the 40 validation conversations; give other --val_tasks" in line
 
 
 @pytest.mark.parametrize("command", [mid_train, chat_sft])
