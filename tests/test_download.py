@@ -91,7 +91,7 @@ def test_a_server_that_never_recovers(fetch, home, slept, monkeypatch):
     files = shards()
     with FakeHub(files, {"shard_00001.parquet": ["garbage"] * 99}) as server:
         code, _, err = fetch(server, "fineweb-edu", "--shards=3")
-        assert code == 2 and "the hub states them (shard_00001.parquet) (10 attempts)" in err.splitlines()[-1]
+        assert code == 2 and "differ from the hub's (shard_00001.parquet) (10 attempts)" in err.splitlines()[-1]
         assert names(home / "base_data") == ["shard_00000.parquet", "shard_00002.parquet"]
         assert sum(slept) > 300
         slept.clear()

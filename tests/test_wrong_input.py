@@ -225,7 +225,7 @@ def test_checkpoints_are_neither_lost_nor_mixed(folder, capsys):
 def test_a_step_that_cannot_be_cut(folder, capsys):
     args = ["--depth=1", "--max_seq_len=16", "--overwrite"]
     line = refusal(folder, base_train, [*args, "--total_batch_size=100"], capsys)
-    assert "--total_batch_size=100 tokens are not whole rows of 16; give 96" in line
+    assert "--total_batch_size=100 is not a multiple of the row length, 16; give 96" in line
     line = refusal(folder, base_train, [*args, "--total_batch_size=256", "--device_batch_size=3"], capsys)
     assert "--device_batch_size=3 on 8 devices does not divide the 16 rows" in line and "may be 1, 2, or -1" in line
     line = refusal(folder, base_train, [*args, "--total_batch_size=192"], capsys)

@@ -45,7 +45,7 @@ class ConversationRows(grain.IterDataset):
     Padded: one conversation a row; all rows of a step have the length of the smallest bucket that holds its
     longest conversation; rows of weight 0 fill up the last step. Packed: as few rows of T tokens as best-fit
     packing needs, rounded up to full micro-batches. A step holds the same conversations either way.
-    micro_rows: rows of a micro-batch, over all processes. share: (first, end) of this process's; None: all.
+    micro_rows: rows of a micro-batch, over all processes. share: (first, end) of this process in it.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class _ConversationRowsIterator(grain.DatasetIterator):
         for number, ((ids, mask), (row, start)) in enumerate(zip(pairs, places, strict=True), 1):
             where = (row, slice(start, start + len(ids)))
             tokens[where], masks[where], segments[where] = ids, mask, number
-        # A target is supervised if its own mask is 1; the bos of a conversation that follows another is not.
+        # A target is supervised if its own mask is 1; the bos of a following conversation never is.
         weights = masks[:, 1:].astype(np.float32)
         rows = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
         if p.packed:  # a padded row holds one conversation, so it needs no segments

@@ -23,7 +23,7 @@ CHUNKS_AHEAD = 8  # chunks submitted ahead of the consumer, per thread
 
 @cache
 def _threads() -> tuple[ThreadPoolExecutor, int]:
-    """Return (thread pool, number of threads): up to 8, or 1 in each of several worker processes."""
+    """Return (thread pool, number of threads): up to 8 threads, or 1 in each worker process."""
     count = 1 if multiprocessing.parent_process() else min(8, os.cpu_count() or 1)
     return ThreadPoolExecutor(count, "tokenize"), count
 

@@ -35,7 +35,7 @@ class Repo:
     folder: str
     commit: str = ""  # commit to download; "": the newest at the first download
     shards: bool = False  # whether --shards limits the number of files
-    held_out: str = ""  # validation file, always downloaded as the last; "": the last of the requested files
+    held_out: str = ""  # validation file, downloaded whatever --shards is; "": the last one requested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,8 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
         raise UserError(f"{repo.repo} has no {patterns} at {commit}; choose another --revision")
     if outside := [name for name in stated if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise UserError(
-            f"{repo.repo} at this endpoint has a file {outside[0]!r}, outside of its folder; set HF_ENDPOINT"
+            f"{repo.repo} at this endpoint has a file {outside[0]!r}, outside of its folder; don't trust it, "
+            "and set another HF_ENDPOINT"
         )
     if repo.shards and shards > len(stated):
         raise UserError(f"--shards={shards}: {repo.repo} has only {len(stated)}; give at most {len(stated)}")

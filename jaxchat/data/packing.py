@@ -121,7 +121,7 @@ class BestFit:
         """Put one document of the full buffer into the row that is being filled."""
         room = self._time + 1 - self._filled
         lengths = np.array([len(ids) for _, ids in self._buffer])
-        if self.long_first:  # chosen at the start of a row, so that it never waits indefinitely
+        if self.long_first:  # so that long documents, chosen at the start of a row, never starve
             lengths = np.minimum(lengths, self._time + 1)
         fits = lengths <= room
         chosen = int(np.where(fits, lengths, 0).argmax() if fits.any() else lengths.argmin())

@@ -49,9 +49,10 @@ def rows_of_step(total_batch_size: int, row_length: int) -> int:
     """Number of rows of an optimizer step. UserError: total_batch_size is not a multiple of row_length."""
     rows, rest = divmod(total_batch_size, row_length)
     if rest or not rows:
-        instead = f"give {rows * row_length}" if rows else "give at least one row"
+        instead = f"give {rows * row_length}" if rows else f"give at least {row_length}"
         raise UserError(
-            f"--total_batch_size={total_batch_size} tokens are not whole rows of {row_length}; {instead}"
+            f"--total_batch_size={total_batch_size} is not a multiple of the row length, {row_length}; "
+            f"{instead}"
         )
     return rows
 
@@ -95,7 +96,7 @@ def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
 def packed_validation(
     read: Reader, documents: Iterable[int], *, rows: int, time: int, max_tokens: int
 ) -> list[dict]:
-    """Concatenate documents and cut them into batches of `rows` windows, with max_tokens targets in all.
+    """Concatenate documents and cut them into batches of `rows` windows, up to max_tokens targets in all.
 
     The supervised tokens do not depend on `rows`: the last batch is padded with weight 0. Each batch is
     {inputs, targets, weights} [rows, time], for all processes.
@@ -144,6 +145,6 @@ def check_supervised(tasks, tokenizer: Tokenizer, *, time, seed, num_examples: i
 def nothing_said(time: int, count: int, kind: str) -> UserError:
     flag = {"training": "--train_tasks", "validation": "--val_tasks"}[kind]
     return UserError(
-        f"the assistant says nothing within the first {time} tokens of any of the {count:,} {kind} "
+        f"the assistant says nothing within the first {time} tokens of the {count:,} {kind} "
         f"conversations; give other {flag}, or a larger --max_seq_len"
     )

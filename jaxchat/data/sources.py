@@ -218,7 +218,7 @@ def _decoded(path: Path, group: int) -> pa.ChunkedArray:
         return pa.chunked_array(kept, pa.large_binary())
     try:
         return _in_file(chain(kept, pieces))
-    except OSError as problem:  # of the temporary file; errors of the shard are UserErrors
+    except OSError as problem:  # from the temporary file; a problem of the shard is a UserError
         raise UserError(
             f"{path}: row group {group} is too large for memory, and {temporary_folder()} cannot take it "
             f"({problem.strerror}); set TMPDIR to a folder on a larger disk, or write the shard with "

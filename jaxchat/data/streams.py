@@ -107,7 +107,7 @@ class PackedRows(grain.IterDataset):
 
 
 class _PackedRowsIterator(grain.DatasetIterator):
-    """The state is {stream: its state}, {} at the start; set_state also accepts all processes' streams."""
+    """The state is {stream: its state}, {} at the start; set_state also accepts that of all processes."""
 
     def __init__(self, packing: PackedRows):
         super().__init__()

@@ -7,7 +7,7 @@ NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}|[0-9]+)(?:\.[0-9]+)?(?:[eE][+-
 BEFORE = r"(?:[\s*_(\[{\"'`“‘$¢-¥₠-⃏\\]|\\boxed)*"  # bold type, brackets, quotes, currency signs, LaTeX
 FINAL = re.compile(
     rf"####{BEFORE}(?:([-+−–]){BEFORE})?({NUMBER})(?:\s*/\s*([0-9]+))?"
-    r"(?!(?:(?!####)[^\n])*\d)"  # no digits follow, as in "3 + 4 = 7", "1,23", "18 or 19"
+    r"(?!(?:(?!####)[^\n])*\d)"  # refuses more digits: "3 + 4 = 7", "1,23", "18 or 19"
 )
 
 

@@ -18,9 +18,10 @@ MOST_LEFT_OUT = 0.01  # fraction of rows that may be invalid; more of them mean 
 class Table:
     """Rows of a data set's parquet files, each converted to a conversation when it is read.
 
-    Rows that are not valid conversations are left out and counted in `left_out`. UserError: more than 1 in
-    100 are. Files may differ in the order of their fields and in Arrow's types for text. name: the data set's
-    name in launch.download. suspects: finds the rows of a batch that need checking; None: check all.
+    Rows that are not valid conversations, up to 1 in 100, are left out and counted in `left_out`. Files may
+    differ in the order of their fields and in Arrow's types for text. name: the data set's name in
+    launch.download. suspects: returns the rows of a batch to check; None: check all. UserError: more than 1
+    in 100 rows are invalid.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Table:
         example = next(iter(problems.values()), "")
         if len(problems) > MOST_LEFT_OUT * count:
             raise UserError(
-                f"{folder}, {example}; {len(problems)} of its {count:,} rows are invalid, and at most "
+                f"{folder}, {example}; {len(problems)} of its {count:,} rows cannot be used, and at most "
                 "1 in 100 may be left out; correct the file"
             )
         self.left_out = f"{len(problems)} left out, {example}" if problems else ""
