@@ -98,7 +98,7 @@ def read_task(folder: os.PathLike, entry: dict, chance: float) -> CoreTask:
     label, shots = entry["label"], int(entry["num_fewshot"][0])
     delimiter = entry.get("continuation_delimiter", " ")
     if shots < 0 or not isinstance(delimiter, str) or not 0 <= chance < 1:
-        raise ValueError(f"{label} has {shots} shots, delimiter {delimiter!r}, chance {chance}")
+        raise ValueError(f"{label} has invalid {shots} shots, delimiter {delimiter!r} or chance {chance}")
     path, kind = folder / entry["dataset_uri"], entry["icl_task_type"]
     items = read_items(path.read_text(encoding="utf-8-sig"), kind, path)
     return CoreTask(label, kind, shots, delimiter, chance, items)
@@ -119,7 +119,7 @@ def read_items(text: str, kind: str, path: os.PathLike) -> list[dict]:
                     raise ValueError(f"`{field}` is not text")
             options = item.get("choices") or item.get("context_options")
             if options and (type(item["gold"]) is not int or not 0 <= item["gold"] < len(options)):
-                raise ValueError(f"gold {item['gold']!r} of {len(options)} options")
+                raise ValueError(f"gold {item['gold']!r} is not an index of the {len(options)} options")
         except (KeyError, ValueError, TypeError) as problem:
             raise UserError(f"{path}, line {number}: {type(problem).__name__} {problem}") from problem
         items.append(item)

@@ -89,7 +89,7 @@ class Generated:
         plain = (word for word in words if word.isascii() and word.isalpha())
         self._words = [word for word in plain if is_test_word(word) == (split == "test")]
         if not self._words:
-            raise UserError(f"{path} has no word for {split} among its {len(words)}, made of ASCII letters")
+            raise UserError(f"{path} needs words of ASCII letters; none of its {len(words)} is for {split}")
         self.paths, self.edition = [path], EDITION
         self.count, self.largest = ROWS, LARGEST[split]
         self._task, self._split, self._make = task, split, make
