@@ -286,7 +286,7 @@ def test_what_cannot_be_scored_is_told(folder, bundle, tmp_path):
     assert len(bundle[1].drawn(11)) == 11
     with pytest.raises(UserError, match="download core-bundle"):
         core.load_bundle(str(tmp_path))
-    with pytest.raises(UserError, match="file, line 2: .*gold 2 of 2 options"):
+    with pytest.raises(UserError, match="file, line 2: .*gold 2 is not an index of the 2 options"):
         core.read_items('\n{"query": "a", "choices": ["b", "c"], "gold": 2}\n', "multiple_choice", "file")
     with pytest.raises(UserError, match="line 1: .*`continuation` is not text"):
         core.read_items('{"context": "a", "continuation": 3}', "language_modeling", "file")

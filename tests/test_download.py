@@ -91,7 +91,7 @@ def test_a_server_that_never_recovers(fetch, home, slept, monkeypatch):
     files = shards()
     with FakeHub(files, {"shard_00001.parquet": ["garbage"] * 99}) as server:
         code, _, err = fetch(server, "fineweb-edu", "--shards=3")
-        assert code == 2 and "the hub states them (shard_00001.parquet) (10 attempts)" in err.splitlines()[-1]
+        assert code == 2 and "differ from the hub's (shard_00001.parquet) (10 attempts)" in err.splitlines()[-1]
         assert names(home / "base_data") == ["shard_00000.parquet", "shard_00002.parquet"]
         assert sum(slept) > 300
         slept.clear()
@@ -282,7 +282,7 @@ def test_a_link_that_leads_to_something_else(fetch, home, monkeypatch):
     with FakeHub({"": {"words": b"", "core-bundle": packed.getvalue()}}) as server:
         for name, words in (
             ("words", "sent an empty file"),
-            ("core-bundle", "is another archive: it has no core.yaml"),
+            ("core-bundle", "is not the expected archive: it has no core.yaml"),
         ):
             link = download.SETS[name]
             monkeypatch.setitem(download.SETS, name, hub.Link(f"{server.url}/plain/{name}", link.path, link.needs))

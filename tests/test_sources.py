@@ -239,7 +239,7 @@ def test_what_is_no_file_of_parquet(tmp_path):
     with pytest.raises(UserError, match=f"a.parquet is a folder; move the .parquet files in it to {tmp_path}, and"):
         ParquetText([tmp_path / "a.parquet"])
     (tmp_path / "b.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
-    with pytest.raises(UserError, match="b.parquet is a pointer of Git LFS, not the file; run: git lfs pull"):
+    with pytest.raises(UserError, match="b.parquet is a Git LFS pointer, not the file; run: git lfs pull"):
         ParquetText([tmp_path / "b.parquet"])
 
 

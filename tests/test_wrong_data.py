@@ -179,7 +179,7 @@ def test_a_task_without_rows_is_refused(tmp_path):
     (tmp_path / "gsm8k/main").mkdir(parents=True)
     empty = pa.table({"question": pa.array([], pa.string()), "answer": pa.array([], pa.string())})
     pq.write_table(empty, tmp_path / "gsm8k/main/test.parquet")
-    with pytest.raises(UserError, match="gsm8k/main/test.parquet holds no rows; fetch it anew: .* gsm8k"):
+    with pytest.raises(UserError, match="gsm8k/main/test.parquet has no rows; fetch it again: .* gsm8k"):
         pipelines.load_tasks("GSM8K/test", str(tmp_path), "val_tasks", documents=False)
 
 

@@ -225,7 +225,7 @@ def test_checkpoints_are_neither_lost_nor_mixed(folder, capsys):
 def test_a_step_that_cannot_be_cut(folder, capsys):
     args = ["--depth=1", "--max_seq_len=16", "--overwrite"]
     line = refusal(folder, base_train, [*args, "--total_batch_size=100"], capsys)
-    assert "--total_batch_size=100 tokens are not whole rows of 16; give 96" in line
+    assert "--total_batch_size=100 is not a multiple of the row length, 16; give 96" in line
     line = refusal(folder, base_train, [*args, "--total_batch_size=256", "--device_batch_size=3"], capsys)
     assert "--device_batch_size=3 on 8 devices does not divide the 16 rows" in line and "may be 1, 2, or -1" in line
     line = refusal(folder, base_train, [*args, "--total_batch_size=192"], capsys)
@@ -259,10 +259,10 @@ def test_nothing_to_learn(folder, capsys):
     mute = f"{write_lines(folder / 'mute.jsonl', [TALK[:1]] * 40)}"
     never = "--eval_metrics_every=-1"
     line = refusal(folder, chat_sft, [f"--train_tasks={mute}", "--eval_every=-1", never], capsys)
-    assert "nothing the assistant says" in line and "the 40 training conversations; give other --train_tasks" in line
+    assert "the assistant says nothing" in line and "the 40 training conversations; give other --train_tasks" in line
     args = [f"--train_tasks={folder / 'talk.jsonl'}", f"--val_tasks={mute}", never]
     line = refusal(folder, chat_sft, args, capsys)
-    assert "nothing the assistant says" in line and "the 40 validation conversations; give other --val_tasks" in line
+    assert "the assistant says nothing" in line and "the 40 validation conversations; give other --val_tasks" in line
 
 
 @pytest.mark.parametrize("command", [mid_train, chat_sft])

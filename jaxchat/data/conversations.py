@@ -1,8 +1,7 @@
-"""Batches of conversations for SFT: one a row, padded, or several a row, packed. For their form see
-streams.py.
+"""Batches of conversations for SFT: one conversation a row (padded), or several a row (packed).
 
-Every process renders all conversations of a step, which are few, and keeps its share of the rows: so all
-processes agree on the shape.
+streams.py describes the arrays of a batch. A step has few conversations, so every process tokenizes all of
+them and keeps its share of the rows; thus all processes agree on the shapes.
 """
 
 from itertools import islice
@@ -21,9 +20,10 @@ def length_buckets(max_len: int) -> list[int]:
 
 
 def best_fit(lengths: list[int], room: int) -> list[tuple[int, int]]:
-    """Pack texts of given lengths into rows of `room` tokens: (row, offset) of each, by best-fit decreasing.
+    """Pack texts of the given lengths into rows of `room` tokens; return the (row, offset) of each text.
 
-    The longest text comes first, and each goes to the fullest row that has room for it, or to a new row.
+    Best-fit decreasing: place the longest texts first, each in the fullest row with room for it, or in a
+    new row.
     """
     filled: list[int] = []  # tokens in each row
     places = [(0, 0)] * len(lengths)
@@ -39,13 +39,13 @@ def best_fit(lengths: list[int], room: int) -> list[tuple[int, int]]:
 
 
 class ConversationRows(grain.IterDataset):
-    """Steps of `examples` conversations in the given order, `num_examples` conversations in all.
+    """Iterate over the first `num_examples` conversations of an order, `examples` per step.
 
-    A conversation longer than T+1 tokens is cut, and counted. Only what its mask marks is supervised.
-    Padded: one a row, all rows as long as the step's longest needs (a bucket); a last step with too few
-    conversations is filled with rows of weight 0. Packed: rows of T tokens, as few as best fit needs, rounded
-    up to whole micro-batches. A step holds the same conversations either way.
-    micro_rows: rows of a micro-batch, of all processes. share: (first, end) of those of this process.
+    A conversation longer than T+1 tokens (T: `time`) is cut, and counted. Tokens of mask 1 are supervised.
+    Padded: one conversation a row; all rows of a step have the length of the smallest bucket that holds its
+    longest conversation; rows of weight 0 fill up the last step. Packed: as few rows of T tokens as best-fit
+    packing needs, rounded up to full micro-batches. A step holds the same conversations either way.
+    micro_rows: rows of a micro-batch, over all processes. share: (first, end) of this process in it.
     """
 
     def __init__(
@@ -99,14 +99,14 @@ class _ConversationRowsIterator(grain.DatasetIterator):
         num_rows = len(rows["inputs"])
         counts = {"taken": first, "left": end < p.num_examples, "cut": cut, "nothing_supervised": silent}
         totals = {name: np.zeros(num_rows, np.int32) for name in counts}
-        for name, count in counts.items():  # of the whole step, noted in its first row
+        for name, count in counts.items():  # the first row holds the counts of the whole step
             totals[name][0] = count
         micro_batches = num_rows // p.micro_rows
         mine = slice(p.share[0] * micro_batches, p.share[1] * micro_batches)  # see as_batch
         return as_batch(rows, totals, mine, micro_batches)
 
     def _arrange(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The step's rows, of all processes, from the (ids, mask) of its conversations."""
+        """Lay out the (ids, mask) of a step's conversations as the rows of all processes."""
         p, lengths = self._rows, [len(ids) for ids, _ in pairs]
         time = p.time if p.packed else next(n for n in length_buckets(p.time) if n >= max(lengths) - 1)
         places = best_fit(lengths, time + 1) if p.packed else [(row, 0) for row in range(len(pairs))]
@@ -116,9 +116,9 @@ class _ConversationRowsIterator(grain.DatasetIterator):
         for number, ((ids, mask), (row, start)) in enumerate(zip(pairs, places, strict=True), 1):
             where = (row, slice(start, start + len(ids)))
             tokens[where], masks[where], segments[where] = ids, mask, number
-        # A target counts if its own mask says so; the bos of a conversation that follows another never does.
+        # A target is supervised if its own mask is 1; the bos of a following conversation never is.
         weights = masks[:, 1:].astype(np.float32)
         rows = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
-        if p.packed:  # a conversation alone in its row sees nothing but itself
+        if p.packed:  # a padded row holds one conversation, so it needs no segments
             rows["segments"] = segments[:, :-1]
         return rows

@@ -13,23 +13,23 @@ from jaxchat.config import UserError
 from jaxchat.data.sources import ParquetText
 from jaxchat.tokenizer import Piece, Tokenizer, chat_pieces
 
-# (row numbers) -> the (ids, mask) int32 of each row's document or conversation, in order; a document may be
-# empty. Row numbers are consumed ahead of the results that are asked for.
+# A function from row numbers to the (ids, mask), int32, of each row's document or conversation, in order; a
+# document may be empty. It consumes row numbers ahead of the results that it yields.
 Reader = Callable[[Iterable[int]], Iterator[tuple[np.ndarray, np.ndarray]]]
-# What a thread takes at a time: enough to pay for handing it over, little enough to share out a step.
+# A thread's unit of work: large enough to outweigh the cost of submitting it, small enough to divide a step.
 CHUNK_CHARS, CHUNK_ROWS = 32768, 16
-CHUNKS_AHEAD = 8  # chunks that wait or are done, for each thread
+CHUNKS_AHEAD = 8  # chunks submitted ahead of the consumer, per thread
 
 
 @cache
 def _threads() -> tuple[ThreadPoolExecutor, int]:
-    """Return (a pool of threads, their number): one thread in a worker process, which is one of several."""
+    """Return (thread pool, number of threads): up to 8 threads, or 1 in each worker process."""
     count = 1 if multiprocessing.parent_process() else min(8, os.cpu_count() or 1)
     return ThreadPoolExecutor(count, "tokenize"), count
 
 
 def _in_threads(work: Callable[[list], list], items: Iterable, size: Callable, full: int) -> Iterator:
-    """Yield the results of work(chunk of items), in order, while later chunks are worked on.
+    """Yield the results of work(chunk of items), in order, while threads process later chunks.
 
     A chunk is full when the sizes of its items add up to `full`.
     """
@@ -68,15 +68,15 @@ def _text_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[np.ndarra
 
 
 def text_reader(texts: ParquetText, tokenizer: Tokenizer) -> Reader:
-    """Make a reader of documents: bos first, everything supervised; an empty text gives no token at all."""
+    """Return a reader of documents: bos first, all tokens supervised; an empty text yields no tokens."""
     work = partial(_text_tokens, tokenizer)
     return lambda rows: _in_threads(work, (texts[row] for row in rows), len, CHUNK_CHARS)
 
 
 def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Tokenize the rows of a chunk, its conversations together."""
+    """Tokenize the rows of a chunk, with one tokenizer call for all its conversations."""
     results: list = [None] * len(numbers)
-    conversations: dict[int, list[Piece]] = {}  # by their place in the chunk
+    conversations: dict[int, list[Piece]] = {}  # by position in the chunk
     for place, number in enumerate(numbers):
         try:
             row = tasks[number]
@@ -92,6 +92,6 @@ def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[n
 
 
 def conversation_reader(tasks, tokenizer: Tokenizer) -> Reader:
-    """Make a reader of rendered conversations with masks; it reads plain documents as text_reader's does."""
+    """Return a reader of rendered conversations and their masks; plain documents read as in text_reader."""
     work = partial(_row_tokens, tasks, tokenizer)
     return lambda rows: _in_threads(work, rows, lambda _: 1, CHUNK_ROWS)

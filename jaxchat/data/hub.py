@@ -1,4 +1,4 @@
-"""Download data sets from the hub with huggingface_hub, and files by URL: atomic, verified, retried."""
+"""Download data sets of the Hugging Face hub, and files by URL, atomically, verified and with retries."""
 
 import dataclasses
 import errno
@@ -17,30 +17,30 @@ from pathlib import Path
 from jaxchat import files
 from jaxchat.config import UserError
 
-# Seconds between attempts, in all more than the 5 minutes of the hub's rate limit.
+# Seconds between attempts; their sum exceeds the 5 minutes of the hub's rate-limit window.
 PAUSES = (1, 2, 4, 8, 16, 32, 64, 128, 128)
-PERMANENT = (401, 403, 404)  # answers of a server that asking again does not change
-# Errors of this machine's folders and disks, which trying again does not change.
+PERMANENT = (401, 403, 404)  # HTTP status codes for which a retry is pointless
+# Errors of the local file system, which a retry would not fix.
 DISK = ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "EMFILE")
-STALE = 3600  # seconds after which a partial file counts as left by a kill
-SHOW = 5  # seconds between lines about progress
+STALE = 3600  # seconds after which a partial file is assumed to be from a killed download
+SHOW = 5  # seconds between progress lines
 
 
 @dataclasses.dataclass(frozen=True)
 class Repo:
-    """A data set on the hub: its files that match one of `patterns` go to `folder`, under their own paths."""
+    """A data set on the hub; its files that match any of `patterns` are saved in `folder`, keeping paths."""
 
     repo: str
     patterns: tuple[str, ...]
     folder: str
-    commit: str = ""  # "": the newest one at the first download
+    commit: str = ""  # commit to download; "": the newest at the first download
     shards: bool = False  # whether --shards limits the number of files
-    held_out: str = ""  # the file that is always the last, for validation; "": the last of those asked for
+    held_out: str = ""  # validation file, downloaded whatever --shards is; "": the last one requested
 
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A file at a URL. With `needs` it is a zip with these names in it, unpacked to the folder `path`."""
+    """A file at a URL. With `needs`, it is a zip that holds these names, unpacked to the folder `path`."""
 
     url: str
     path: str
@@ -49,7 +49,7 @@ class Link:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The wanted files of a data set at a commit: {path: (bytes, kind of hash, hash)}, as the hub states."""
+    """Files of a data set's commit to download, as the hub lists them: {path: (bytes, hash type, hash)}."""
 
     repo: str
     commit: str
@@ -57,19 +57,19 @@ class Listing:
     files: dict[str, tuple[int, str, str]]
 
     def missing(self) -> list[str]:
-        """Names of the files that are missing, or of another size than stated."""
+        """Names of the files that are missing or have the wrong size."""
         return [name for name, (size, *_) in self.files.items() if size_of(self.folder / name) != size]
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file; -1: there is none."""
+    """Size of a file in bytes, or -1 if there is none."""
     return path.stat().st_size if path.is_file() else -1
 
 
 def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 0):
     """Call attempt(), retrying with exponential backoff; raise UserError when it gives up.
 
-    progress: a number, such as of complete files; when it grows, the pauses begin again with the shortest.
+    progress: returns a number, such as that of complete files; when it has grown, the backoff starts over.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, XetDownloadError
@@ -102,9 +102,9 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
 
 
 def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
-    """List the wanted files of a data set at `revision`; "": at the commit recorded in the folder, or pinned.
+    """List the files to download at `revision`; "": the commit recorded in the folder, else repo.commit.
 
-    UserError: the folder has other files of this kind, which would be read with them.
+    UserError: the folder holds other files that match the patterns, and would be read with the data set.
     """
     from huggingface_hub import HfApi
 
@@ -115,7 +115,7 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
         raise UserError(f"{folder} holds files of {recorded[0]}; give --to=FOLDER for {repo.repo}")
     api, where = HfApi(), {"repo_id": repo.repo, "repo_type": "dataset"}
     commit = "" if revision else (*recorded[2:], repo.commit)[0]
-    # Asked for even if known: unlike what follows, it fails at once where no server answers.
+    # Requested even if the commit is known: unlike the next call, it fails at once when no server answers.
     info = retried(repo.repo, lambda: api.repo_info(**where, revision=commit or revision or None))
     commit = commit or info.sha
     tree = retried(repo.repo, lambda: list(api.list_repo_tree(**where, recursive=True, revision=commit)))
@@ -129,15 +129,16 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
         raise UserError(f"{repo.repo} has no {patterns} at {commit}; choose another --revision")
     if outside := [name for name in stated if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise UserError(
-            f"{repo.repo} at this endpoint has a file {outside[0]!r}, outside of its folder; don't trust it"
+            f"{repo.repo} at this endpoint has a file {outside[0]!r}, outside of its folder; don't trust it, "
+            "and set another HF_ENDPOINT"
         )
     if repo.shards and shards > len(stated):
-        raise UserError(f"--shards={shards}: {repo.repo} has {len(stated)}; give at most that")
+        raise UserError(f"--shards={shards}: {repo.repo} has only {len(stated)}; give at most {len(stated)}")
     local = [path.relative_to(folder).as_posix() for path in parquet_files(folder, in_folders=True)]
     wanted = [pattern.lower() for pattern in repo.patterns]
     there = {name for name in local if any(fnmatch.fnmatch(name.lower(), pattern) for pattern in wanted)}
     others = there - stated.keys()
-    if not recorded:  # then a file of another size is somebody's own
+    if not recorded:  # then a file of the wrong size is not a part of this data set
         others |= {name for name in there & stated.keys() if size_of(folder / name) != stated[name][0]}
     if others:
         raise UserError(
@@ -151,14 +152,14 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
 
 
 def no_flock(*_):
-    """Raise the error of a file system without fcntl.flock, on which the library uses lock files instead."""
+    """Replace fcntl.flock: raise ENOSYS, so that huggingface_hub falls back to lock files."""
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
 def fetch(listing: Listing, parallel: int):
-    """Download what a folder lacks of a listing, `parallel` files at a time, and verify it.
+    """Download a listing's missing files, `parallel` at a time, and verify them.
 
-    A file that was changed after its download is found by its hash, and downloaded again.
+    A file that was changed after its download is detected by its hash and downloaded again.
     """
     from huggingface_hub import snapshot_download
 
@@ -170,7 +171,7 @@ def fetch(listing: Listing, parallel: int):
             partial.unlink(missing_ok=True)
 
     def verify(name: str):
-        """Delete a file without the stated size or, if it was downloaded just now, the stated hash."""
+        """Delete a file that has the wrong size or, if it was just downloaded, the wrong hash."""
         (size, kind, digest), path = listing.files[name], folder / name
         is_new = path.is_file() and path.stat().st_mtime_ns >= source.stat().st_mtime_ns
         if size_of(path) != size or (is_new and files.file_hash(path, kind) != digest):
@@ -192,13 +193,13 @@ def fetch(listing: Listing, parallel: int):
             with ThreadPoolExecutor(parallel) as pool:
                 list(pool.map(verify, listing.files))
         if lacking := listing.missing():
-            raise OSError(f"{len(lacking)} files did not come as the hub states them ({lacking[0]})")
+            raise OSError(f"{len(lacking)} files are missing or differ from the hub's ({lacking[0]})")
 
     retried(listing.repo, attempt, lambda: -len(listing.missing()))
 
 
 def is_complete(link: Link, path: Path) -> bool:
-    """Return whether a link's file or folder is there. UserError: its folder is there, but not complete."""
+    """Return whether a link has been downloaded. UserError: its folder exists but is incomplete."""
     lacking = [name for name in link.needs if not (path / name).exists()]
     if lacking and path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is incomplete: it has no {lacking[0]}; delete it, and run this again")
@@ -206,7 +207,7 @@ def is_complete(link: Link, path: Path) -> bool:
 
 
 def fetch_link(link: Link, path: Path):
-    """Download a link's file to `path`, or unpack it there."""
+    """Download a link to `path`; a zip (link.needs) is unpacked there."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import hf_raise_for_status
 
@@ -221,20 +222,20 @@ def fetch_link(link: Link, path: Path):
             if not out.tell():
                 raise OSError(f"{link.url} sent an empty file")
             if link.needs:
-                part.unlink()  # the archive's content is kept until it is closed
+                part.unlink()  # the open file stays readable; its name is free for a folder
                 with zipfile.ZipFile(out) as archive:
                     for member in (member for member in archive.infolist() if not member.is_dir()):
                         member.filename = member.filename.removeprefix(f"{path.name}/")
                         archive.extract(member, part)  # verifies its checksum
                 if lacking := [name for name in link.needs if not (part / name).exists()]:
-                    raise OSError(f"{link.url} is another archive: it has no {lacking[0]}")
+                    raise OSError(f"{link.url} is not the expected archive: it has no {lacking[0]}")
 
     retried(path.name, attempt)
     print(f"{path} downloaded", flush=True)
 
 
 def show_progress(work: Callable[[], None], listings: list[Listing], links: Iterable[Path]):
-    """Run `work` in a thread; print every few seconds how much of the files is there, and the ETA."""
+    """Run `work` in a thread; every few seconds print the bytes on disk, the rate and the ETA."""
 
     def on_disk() -> int:
         partial = [path for listing in listings for path in (listing.folder / ".cache").rglob("*.incomplete")]
@@ -251,10 +252,10 @@ def show_progress(work: Callable[[], None], listings: list[Listing], links: Iter
                 have = on_disk()
                 rate = max(0, have - before) / (time.perf_counter() - start)
                 left = f", ETA {(total - have) / rate:,.0f} s" if rate and total > have else ""
-                of = f" of {files.size_text(total)}" if total else ""  # a link's size is not known
+                of = f" of {files.size_text(total)}" if total else ""  # the sizes of links are unknown
                 if have:
                     print(f"{files.size_text(have)}{of}, {rate / 1e6:.1f} MB/s{left}", flush=True)
-        except KeyboardInterrupt:  # the library's threads would finish their files first
+        except KeyboardInterrupt:  # else huggingface_hub's threads would finish their files
             print("interrupted; run the same command to continue", file=sys.stderr, flush=True)
             os._exit(130)
     running.result()

@@ -1,18 +1,18 @@
-"""Endless orders over a source by a seed, and how they are dealt to streams for each process to read."""
+"""Endless seeded orders over a data source, and their division into streams that processes read."""
 
 from functools import lru_cache
 
 import numpy as np
 
-STREAMS = 16  # at most; more would mix a batch better, and need more row groups in memory
-KEPT = 64  # shuffled blocks kept, of a few thousand rows each (of a source with one block: 4)
+STREAMS = 16  # largest number; more would mix a batch better, but need more row groups in memory
+KEPT = 64  # shuffled blocks to cache, of a few thousand rows each (4 if the source is a single block)
 
 
 class Order:
-    """An endless order over `num_rows` rows, shuffled anew in each epoch; index(i) is the row at place i.
+    """An endless order over `num_rows` rows, reshuffled every epoch; index(i) is the row at position i.
 
-    Blocks are shuffled, and the rows within each block, so that reading stays local; a single block is
-    shuffled completely. Memory does not grow with the data, except for a single block.
+    Blocks are shuffled, and the rows within each block, so that reads stay local; a single block is
+    shuffled completely. Memory does not grow with the data, unless the data is a single block.
     """
 
     def __init__(self, block_sizes: list[int], seed: int):
@@ -23,14 +23,14 @@ class Order:
         self._blocks = lru_cache(4)(self._shuffle_blocks)
         self._rows = lru_cache(KEPT if len(block_sizes) > 1 else 4)(self._shuffle_rows)
 
-    def __reduce__(self):  # Grain's workers shuffle for themselves
+    def __reduce__(self):  # without the caches: Grain's workers fill their own
         return Order, (self._sizes.tolist(), self._seed)
 
     def _random(self, *which: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, *which])))
 
     def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (the blocks in an epoch's order, the places at which they end)."""
+        """Return (the blocks in an epoch's order, the position at which each of them ends)."""
         blocks = self._random(epoch).permutation(len(self._sizes))
         return blocks, np.cumsum(self._sizes[blocks])
 
@@ -47,11 +47,11 @@ class Order:
 
 
 class Deal:
-    """Deal documents to the rows of a step, independently of devices, processes and micro-batches.
+    """Assign documents to the rows of a step, independently of devices, processes and micro-batches.
 
     Each epoch's order is cut into `streams` spans of equal length, and stream s reads the s-th span of every
-    epoch. So it stays within a few row groups, whatever the pace of the others, and every document is read
-    once an epoch. A stream makes `rows_each` consecutive rows of the step.
+    epoch. So a stream stays within a few row groups, however fast the other streams advance, and every
+    document is read once an epoch. A stream fills `rows_each` consecutive rows of the step.
     """
 
     def __init__(self, order: Order, rows: int):
@@ -64,14 +64,14 @@ class Deal:
         return stream * self.order.num_rows // self.streams
 
     def size(self, stream: int) -> int:
-        """Number of documents in an epoch of the stream."""
+        """Number of documents that a stream reads in an epoch."""
         return self.first(stream + 1) - self.first(stream)
 
     def index(self, stream: int, place: int) -> int:
-        """The source's row at a place of the stream; places are counted on over all epochs."""
+        """Row of the source at position `place` of a stream; positions continue from epoch to epoch."""
         epoch, place = divmod(place, self.size(stream))
         return self.order.index(epoch * self.order.num_rows + self.first(stream) + place)
 
     def of_rows(self, first: int, end: int) -> range:
-        """The streams that make the rows from first to end − 1."""
+        """The streams that fill the rows `first` to `end` − 1 of a step."""
         return range(first // self.rows_each, (end - 1) // self.rows_each + 1)

@@ -1,26 +1,26 @@
-"""Three ways to pack a stream of documents into rows of T+1 tokens, which are T inputs and T targets.
+"""Three ways to pack a stream of documents into rows of T+1 tokens, which give T inputs and T targets.
 
-A packer asks for documents by their places in the stream (draw), receives them (give), and makes a step's
-rows (rows). Between steps its state is a few integers.
+A packer requests documents by their positions in the stream (`draw`), receives them (`give`), and returns a
+step's rows (`rows`). Between steps its state is a few integers.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-DRAW = 16  # documents that a packer asks for at a time
-BUFFER = 64  # documents among which best-fit packing chooses
+DRAW = 16  # documents that a packer requests at a time
+BUFFER = 64  # documents that best-fit packing chooses from
 
 
 class Concatenated:
-    """Concatenate documents and cut them into windows of T+1 tokens that overlap by one; nothing is left out.
+    """Concatenate documents and cut them into windows of T+1 tokens that overlap by one; no token is dropped.
 
-    once: stop after one epoch; the rows after that have weight 0.
+    once: stop after one epoch; later rows have weight 0.
     """
 
     def __init__(self, size: int, *, time: int, rows: int, once: bool, state: Sequence[int] | None):
         self._size, self._time, self._rows, self._once = size, time, rows, once
-        # The first document with unread tokens, how many are read, and the empty documents before it.
+        # The first document with unread tokens, the number of its tokens read, and of empty documents so far.
         self._first, self._offset, self._empty = state or (0, 0, 0)
         self._queue: list[np.ndarray] = []
         self._unread = -self._offset  # tokens
@@ -30,7 +30,7 @@ class Concatenated:
         return [self._first, self._offset, self._empty]
 
     def draw(self) -> range:
-        """The places of the documents wanted next; none if the next rows are ready or the stream ended."""
+        """Positions of the documents to read next; none if the next rows are ready or the stream ended."""
         place = self._first + len(self._queue)
         # One token more than the windows need, to know whether another step will have a target.
         if self._unread >= self._rows * self._time + 2:
@@ -42,7 +42,7 @@ class Concatenated:
         self._unread += sum(map(len, documents))
 
     def rows(self) -> dict[str, np.ndarray]:
-        """Return {tokens [rows, T+1], weights [rows, T]}: the next windows."""
+        """Return the next windows: {tokens [rows, T+1], weights [rows, T]}."""
         wanted, self._taken = self._rows * self._time, self._first
         unread = np.concatenate([np.zeros(0, np.int32), *self._queue])[self._offset :][: wanted + 1]
         stream = np.zeros(wanted + 1, np.int32)
@@ -68,22 +68,22 @@ class Concatenated:
 
 
 class BestFit:
-    """Start every row with a document, and keep adding the longest of BUFFER documents that still fits.
+    """Start every row with a new document, and keep adding the longest of BUFFER documents that still fits.
 
-    When none fits, the shortest is cut to fill the row, and its rest is dropped and counted.
+    When none fits, the shortest is cut to fill the row; the rest of it is dropped, and counted.
     """
 
     buffer = BUFFER
-    apart = True  # documents in a row don't see each other
+    apart = True  # documents in a row don't attend to each other
     long_first = True  # a document longer than a row counts as a full row
 
     def __init__(self, size: int, *, time: int, rows: int, once: bool, state: Sequence[int] | None):
         if once:
             raise ValueError("best-fit packing is for endless data")
         self._time, self._rows = time, rows
-        # The place of the next document, the empty ones before it, and the places of those in the buffer.
+        # Position of the next document, number of empty ones before it, positions of those in the buffer.
         self._next, self._empty, *waiting = state or (0, 0)
-        self._waiting = waiting  # in the buffer according to the state, to be read again
+        self._waiting = waiting  # positions of the buffer's documents, to be read again
         self._buffer: list[tuple[int, np.ndarray]] = []
         self._queue: list[np.ndarray] = []  # documents from place `_next` on
         self._begin_step()
@@ -97,7 +97,7 @@ class BestFit:
         return [self._next, self._empty, *self._waiting, *(place for place, _ in self._buffer)]
 
     def draw(self) -> Sequence[int]:
-        """The places of the documents wanted next; none if the step's rows are filled."""
+        """Positions of the documents to read next; none if the step's rows are filled."""
         if self._waiting:
             return self._waiting
         while self._row < self._rows:
@@ -121,7 +121,7 @@ class BestFit:
         """Put one document of the full buffer into the row that is being filled."""
         room = self._time + 1 - self._filled
         lengths = np.array([len(ids) for _, ids in self._buffer])
-        if self.long_first:  # taken at a row's start, they never starve
+        if self.long_first:  # so that long documents, chosen at the start of a row, never starve
             lengths = np.minimum(lengths, self._time + 1)
         fits = lengths <= room
         chosen = int(np.where(fits, lengths, 0).argmax() if fits.any() else lengths.argmin())
@@ -136,7 +136,7 @@ class BestFit:
             self._row, self._filled, self._segment = self._row + 1, 0, 0
 
     def rows(self) -> dict[str, np.ndarray]:
-        """Return {tokens [rows, T+1], weights [rows, T][, segments [rows, T]]}: the rows of a step."""
+        """Return the rows of a step: {tokens [rows, T+1], weights [rows, T][, segments [rows, T]]}."""
         weights = np.ones((self._rows, self._time), np.float32)
         rows = {"tokens": self._tokens, "weights": weights}
         rows |= {"segments": self._segments[:, :-1]} if self.apart else {}
@@ -145,15 +145,15 @@ class BestFit:
         return rows
 
     def totals(self) -> dict[str, int]:
-        """The counts of Concatenated, and cut_tokens: tokens that the last step dropped."""
+        """Counts as in Concatenated, but taken: documents read so far; cut_tokens: dropped by this step."""
         counts = {"targets": self._rows * self._time, "taken": self._next, "left": 1}
         return counts | {"empty_documents": self._empty, "cut_tokens": self._last_cut}
 
 
 class CroppedBestFit(BestFit):
-    """Best fit as in nanochat's loader: among 1,000 documents, which see each other in a row.
+    """Best-fit packing as in nanochat's loader: from 1,000 documents; those in a row attend to each other.
 
-    A document longer than a row fits nowhere: it waits until it is the shortest when none fits.
+    A document longer than a row never fits; it waits until none fits and it is the shortest.
     """
 
     buffer = 1000

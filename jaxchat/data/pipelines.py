@@ -1,4 +1,4 @@
-"""The pipelines that the three stages train on, and the fixed batches that they are validated on."""
+"""Training batches of the base, mid and SFT stages, and the fixed batches that they are validated on."""
 
 import math
 from collections.abc import Iterable
@@ -16,14 +16,14 @@ from jaxchat.data.streams import PackedRows
 from jaxchat.data.tasks import load_mixture
 from jaxchat.tokenizer import Tokenizer
 
-PREFETCH = 2  # batches made ahead, in a thread, while the device computes
+PREFETCH = 2  # batches prepared in a thread while the device computes
 
 
 def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = False) -> tuple[int, int]:
-    """Cut a step of `rows` rows over `devices` devices. -> (rows a device computes at a time, micro-batches).
+    """Split a step of `rows` rows over `devices` devices: (rows per device and micro-batch, micro-batches).
 
-    asked: the flag --device_batch_size; -1: the largest number of rows, at most `most`, that divides the
-    step. fills: fill a step that no number divides with empty rows. UserError: it can't be cut like that.
+    asked: --device_batch_size; -1: the largest number of rows, at most `most`, that divides a device's share.
+    fills: pad a step that the devices cannot share evenly with empty rows. UserError: no such split exists.
     """
     able = [] if rows % devices else divisors(rows // devices)
     if asked > 0 and asked not in able and able:
@@ -46,12 +46,13 @@ def divisors(number: int) -> list[int]:
 
 
 def rows_of_step(total_batch_size: int, row_length: int) -> int:
-    """The rows of an optimizer step. UserError: its tokens are no whole number of rows."""
+    """Number of rows of an optimizer step. UserError: total_batch_size is not a multiple of row_length."""
     rows, rest = divmod(total_batch_size, row_length)
     if rest or not rows:
-        instead = f"give {rows * row_length}" if rows else "give at least one row"
+        instead = f"give {rows * row_length}" if rows else f"give at least {row_length}"
         raise UserError(
-            f"--total_batch_size={total_batch_size} tokens are not whole rows of {row_length}; {instead}"
+            f"--total_batch_size={total_batch_size} is not a multiple of the row length, {row_length}; "
+            f"{instead}"
         )
     return rows
 
@@ -61,7 +62,7 @@ def prefetched(dataset: grain.IterDataset) -> grain.DatasetIterator:
 
 
 def base_batches(texts: ParquetText, tokenizer: Tokenizer, *, rows: int, seed: int, packing="stream", **how):
-    """Packed documents in an endless order, shuffled anew each epoch. how: the other fields of PackedRows."""
+    """Iterate endlessly over packed documents, reshuffled every epoch. how: other arguments of PackedRows."""
     if packing not in PACKINGS:
         raise UserError(f"--packing={packing}; it is {' or '.join(PACKINGS)}")
     deal = Deal(Order(texts.block_sizes, seed), rows)
@@ -69,13 +70,13 @@ def base_batches(texts: ParquetText, tokenizer: Tokenizer, *, rows: int, seed: i
 
 
 def mid_batches(tasks, tokenizer: Tokenizer, *, rows: int, seed: int, endless: bool, **how):
-    """Packed conversations, shuffled over all tasks: one pass, or endless. how: see base_batches."""
+    """Iterate over packed conversations of all tasks, shuffled. how: other arguments of PackedRows."""
     deal = Deal(Order([len(tasks)], seed), rows)
     return prefetched(PackedRows(conversation_reader(tasks, tokenizer), deal, once=not endless, **how))
 
 
 def sft_batches(tasks, tokenizer: Tokenizer, *, seed: int, packing="padded", **how):
-    """Conversations, shuffled over all tasks, one a row or packed. how: the fields of ConversationRows."""
+    """Iterate over rows of conversations of all tasks, shuffled. how: arguments of ConversationRows."""
     if packing not in ("padded", "bestfit"):
         raise UserError(f"--packing={packing}; it is padded or bestfit")
     read, order = conversation_reader(tasks, tokenizer), Order([len(tasks)], seed)
@@ -83,7 +84,7 @@ def sft_batches(tasks, tokenizer: Tokenizer, *, seed: int, packing="padded", **h
 
 
 def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
-    """Open a flag's mixture. UserError: it is empty, or has plain documents although `documents` is false."""
+    """Open a flag's mixture. UserError: it is empty, or holds documents although `documents` is false."""
     tasks = load_mixture(spec, tasks_dir or None)
     if len(tasks) == 0:
         raise UserError(f"--{flag}={spec} has no rows; name at least one task that has some")
@@ -95,10 +96,10 @@ def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
 def packed_validation(
     read: Reader, documents: Iterable[int], *, rows: int, time: int, max_tokens: int
 ) -> list[dict]:
-    """Concatenate documents and cut them into windows, `rows` a batch, until there are max_tokens targets.
+    """Concatenate documents and cut them into batches of `rows` windows, up to max_tokens targets in all.
 
-    What is supervised does not depend on `rows`: the last batch is filled with weight 0. Each batch is
-    {inputs, targets, weights} [rows, time], of all processes.
+    The supervised tokens do not depend on `rows`: the last batch is padded with weight 0. Each batch is
+    {inputs, targets, weights} [rows, time], for all processes.
     """
 
     wanted, parts, count = max_tokens + 1, [], 0
@@ -121,9 +122,9 @@ def packed_validation(
 
 
 def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: int, time: int) -> list[dict]:
-    """The order's first num_examples conversations, one a row, `rows` a batch, each batch padded to a bucket.
+    """Batch the first num_examples conversations of an order: one a row, `rows` a batch, padded to a bucket.
 
-    UserError: none of them has anything that is supervised.
+    UserError: no token of them is supervised.
     """
     how = {"examples": rows, "micro_rows": rows, "time": time, "num_examples": num_examples}
     batches = ConversationRows(read, order, **how)
@@ -134,7 +135,7 @@ def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: in
 
 
 def check_supervised(tasks, tokenizer: Tokenizer, *, time, seed, num_examples: int):
-    """Raise UserError if sft_batches would find nothing to supervise in the tasks."""
+    """Raise UserError if the first num_examples conversations of sft_batches have no supervised token."""
     count, order = min(num_examples, len(tasks)), Order([len(tasks)], seed)
     rows = conversation_reader(tasks, tokenizer)(map(order.index, range(count)))
     if not any(mask[1 : time + 1].any() for _, mask in rows):
@@ -144,6 +145,6 @@ def check_supervised(tasks, tokenizer: Tokenizer, *, time, seed, num_examples: i
 def nothing_said(time: int, count: int, kind: str) -> UserError:
     flag = {"training": "--train_tasks", "validation": "--val_tasks"}[kind]
     return UserError(
-        f"nothing the assistant says is within the first {time} tokens of the {count:,} {kind} "
+        f"the assistant says nothing within the first {time} tokens of the {count:,} {kind} "
         f"conversations; give other {flag}, or a larger --max_seq_len"
     )

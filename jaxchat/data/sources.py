@@ -18,18 +18,18 @@ import pyarrow.parquet as pq
 
 from jaxchat.config import UserError, base_dir, check_utf8, user_path
 
-SOURCE = ".source"  # launch.download notes in a folder of shards where they are from, and how many are wanted
-CACHED_GROUPS = 32  # decoded row groups kept: each of up to 16 streams reads one, or two at a border
-GROUP_BYTES = 32 << 20  # larger ones go to temporary files; CACHED_GROUPS of this size are 1 GiB
-OPENED_AT_ONCE = 16  # shards, each in a thread: on a network drive, opening one is waiting
-HASHED_WHOLE = 16 << 20  # bytes up to which a file's fingerprint is of all its content
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # that of a larger file is of samples, 1 MiB in all
+SOURCE = ".source"  # written by launch.download beside shards: their repository, number and commit
+CACHED_GROUPS = 32  # decoded row groups to cache: each of up to 16 streams reads one, or two at a boundary
+GROUP_BYTES = 32 << 20  # larger row groups are kept in temporary files; CACHED_GROUPS of this size are 1 GiB
+OPENED_AT_ONCE = 16  # shards to open at once, in threads, since opening one on a network drive is slow
+HASHED_WHOLE = 16 << 20  # size in bytes up to which a file's fingerprint covers all of its content
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # the fingerprint of a larger file covers samples, 1 MiB in all
 
 
 def parquet_files(folder: Path, start: str = "", *, in_folders: bool = False) -> list[Path]:
-    """The sorted parquet files of a folder whose names begin with `start`, in capitals or not (.PARQUET).
+    """The sorted parquet files of a folder whose names begin with `start`, those ending in .PARQUET included.
 
-    Hidden files, such as macOS's `._x.parquet`, are ignored. in_folders: also those of the folders in it.
+    Hidden files, such as macOS's `._x.parquet`, are ignored. in_folders: include files in subfolders.
     """
     paths = folder.glob("**/*" if in_folders else "*")
     found = (path for path in paths if path.suffix.lower() == ".parquet" and path.name.startswith(start))
@@ -41,7 +41,7 @@ def parquet_files(folder: Path, start: str = "", *, in_folders: bool = False) ->
 def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False) -> list[Path]:
     """The sorted parquet shards of a folder: all but the last for "train", the last for "val".
 
-    whole: raise a UserError while launch.download has fetched only a part of what it was asked for.
+    whole: raise UserError if launch.download has fetched fewer shards than it was asked for.
     """
     folder = user_path(data_dir or base_dir() / "base_data")
     shards = parquet_files(folder)
@@ -66,7 +66,7 @@ def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False)
 
 
 def repeated(train: dict[str, str], held_out: dict[str, str]) -> str:
-    """A warning where two shards, in {name: fingerprint}, are the same file; "" where none are."""
+    """Return a warning if two of the shards {name: fingerprint} are the same file, else ""."""
     first: dict[str, str] = {}
     for name, fingerprint in (train | held_out).items():
         if (twin := first.setdefault(fingerprint, name)) != name:
@@ -76,9 +76,10 @@ def repeated(train: dict[str, str], held_out: dict[str, str]) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """16 hex digits for a file's size and content: all of it up to 16 MiB, else 16 samples, one at its end.
+    """Hash a file's size and content (of files over 16 MiB, 16 samples of it) to 16 hex digits.
 
-    A parquet file's end holds every column chunk's place and size and, as a rule, least and greatest value.
+    The last sample is the end of the file, where parquet keeps the offset and size of every column chunk
+    and, usually, its minimum and maximum.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -93,17 +94,17 @@ def file_fingerprint(path: Path) -> str:
 
 
 def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
-    """Open a parquet file that has each of these columns once. UserError: it does not, or is damaged."""
+    """Open a parquet file. UserError: it is damaged, or does not have each of `columns` exactly once."""
     check_utf8("file", str(path))
     if path.is_dir():
         raise UserError(f"{path} is a folder; move the .parquet files in it to {path.parent}, and delete it")
     try:
-        # Else whole column chunks, as long as their row groups, would be read into memory at once.
+        # Without these options, whole column chunks would be read into memory at once.
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (OSError, pa.ArrowInvalid) as problem:
         line = str(problem).splitlines()[0]
         if is_pointer(path):
-            raise UserError(f"{path} is a pointer of Git LFS, not the file; run: git lfs pull") from problem
+            raise UserError(f"{path} is a Git LFS pointer, not the file; run: git lfs pull") from problem
         raise UserError(f"{path} cannot be read as parquet ({line}); download it again") from problem
     names = file.schema_arrow.names
     for column in columns:
@@ -115,7 +116,7 @@ def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
 
 
 def is_pointer(path: Path) -> bool:
-    """Return whether a file is what a clone without Git LFS holds in its place."""
+    """Return whether a file is a Git LFS pointer, left by a clone without Git LFS."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         return file.read(40).startswith(b"version https://git-lfs")
     return False
@@ -129,7 +130,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Return (bytes, time of the last change): cheap to compare; (0, 0) if the file is gone."""
+    """Return (bytes, modification time in ns) of a file, to compare it cheaply; (0, 0) if it is gone."""
     try:
         stat = path.stat()
         return stat.st_size, stat.st_mtime_ns
@@ -159,7 +160,7 @@ class ParquetText:
         self.paths = [Path(p) for p in paths]
         with ThreadPoolExecutor(OPENED_AT_ONCE) as threads:
             shards = list(threads.map(_inspect_shard, self.paths))
-        self.block_sizes: list[int] = []  # rows of each row group that has some, over all shards
+        self.block_sizes: list[int] = []  # rows of each non-empty row group, over all shards
         self._groups: list[tuple[int, int]] = []  # (shard, row group) of each block
         for shard, (sizes, _, _) in enumerate(shards):
             filled = [(group, rows) for group, rows in enumerate(sizes) if rows]
@@ -172,9 +173,9 @@ class ParquetText:
             names = ", ".join(map(str, self.paths))
             raise UserError(f"{names}: no rows; a data set needs at least one document")
         self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
-        self.groups_read = 0  # how often a row group was decoded
+        self.groups_read = 0  # row groups decoded so far, repeats included
 
-    def __getstate__(self):  # Grain's workers decode for themselves
+    def __getstate__(self):  # without the cache: Grain's workers fill their own
         return self.__dict__ | {"_cache": OrderedDict()}
 
     def __len__(self) -> int:
@@ -186,11 +187,11 @@ class ParquetText:
         return (text or b"").decode("utf-8", "replace")
 
     def _check_unchanged(self, shard: int):
-        """Refuse a shard that was replaced during the run: it would silently change the order."""
+        """Raise UserError if a shard was replaced during the run, which would silently change the order."""
         path = self.paths[shard]
         if (stamp := _stamp(path)) != self._stamps[shard]:
             if not path.is_file() or file_fingerprint(path) != self.fingerprint[path.name]:
-                raise UserError(f"{path} has changed since this run began; put it back, and --resume")
+                raise UserError(f"{path} has changed since this run began; restore it, and --resume")
             self._stamps[shard] = stamp
 
     def _block(self, block: int) -> pa.ChunkedArray:
@@ -206,7 +207,7 @@ class ParquetText:
 
 
 def _decoded(path: Path, group: int) -> pa.ChunkedArray:
-    """The texts of a row group as bytes, in memory; of more than GROUP_BYTES in a temporary file."""
+    """Read the texts of a row group as bytes, into memory or, above GROUP_BYTES, a temporary file."""
     pieces, kept, size = _pieces(path, group), [], 0
     for piece in pieces:
         kept.append(piece)
@@ -217,7 +218,7 @@ def _decoded(path: Path, group: int) -> pa.ChunkedArray:
         return pa.chunked_array(kept, pa.large_binary())
     try:
         return _in_file(chain(kept, pieces))
-    except OSError as problem:  # of the temporary file; what is wrong with the shard is a UserError
+    except OSError as problem:  # from the temporary file; a problem of the shard is a UserError
         raise UserError(
             f"{path}: row group {group} is too large for memory, and {temporary_folder()} cannot take it "
             f"({problem.strerror}); set TMPDIR to a folder on a larger disk, or write the shard with "
@@ -226,7 +227,7 @@ def _decoded(path: Path, group: int) -> pa.ChunkedArray:
 
 
 def _in_file(pieces: Iterable[pa.Array]) -> pa.ChunkedArray:
-    """Arrays of bytes, mapped from a temporary file without a name, which ends with the process."""
+    """Write arrays to an unnamed temporary file, memory-map it, and return the mapped column."""
     schema = pa.schema({"text": pa.large_binary()})
     with tempfile.TemporaryFile(prefix="jaxchat-", dir=temporary_folder()) as file:
         with pa.ipc.new_file(file, schema) as writer:
@@ -238,7 +239,7 @@ def _in_file(pieces: Iterable[pa.Array]) -> pa.ChunkedArray:
 
 
 def _pieces(path: Path, group: int) -> Iterable[pa.Array]:
-    """The texts of a row group as arrays of bytes, a few MiB each."""
+    """Yield the texts of a row group as arrays of bytes, a few MiB each."""
     try:
         file = open_parquet(path, ["text"])
         about = file.metadata.row_group(group)
@@ -254,6 +255,6 @@ def _pieces(path: Path, group: int) -> Iterable[pa.Array]:
 
 
 def temporary_folder() -> str:
-    """$TMPDIR, or else /var/tmp, which is on a disk even where /tmp is in memory."""
+    """Folder for temporary files: $TMPDIR, else /var/tmp, which is on disk even where /tmp is in memory."""
     on_disk = "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
     return os.environ.get("TMPDIR") or on_disk

@@ -1,11 +1,11 @@
-"""The batches of base and mid, the same for any number of processes and workers.
+"""Packed batches of the base and mid stages, identical for any number of processes and workers.
 
-The rows of a step come from a fixed number of streams (order.Deal), each of which makes some consecutive rows
-(packing.py). A process makes the streams that its rows come from, by itself or in worker processes.
+The rows of a step come from a fixed number of streams (order.Deal), each of which fills some consecutive rows
+(packing.py). A process reads the streams that its rows come from, in threads or in worker processes.
 
 A batch is {inputs, targets int32, weights float32, and segments int32 if a row holds several texts that must
-not see each other}, each [A, B, T]: A micro-batches of the process's B rows. With them come `totals`, {name:
-int32 [A, B]}, whose sums over all rows of all processes count the whole step (sharding.agree).
+not attend to each other}, each [A, B, T]: A micro-batches of the process's B rows. It also has `totals`,
+{name: int32 [A, B]}, whose sums over all rows of all processes are counts of the whole step (sharding.agree).
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from jaxchat.data.encode import Reader
 from jaxchat.data.order import Deal
 from jaxchat.data.packing import PACKINGS
 
-EMPTY_IN_A_ROW = 10_000  # empty documents in succession that are a mistake, not noise
+EMPTY_IN_A_ROW = 10_000  # more consecutive empty documents than this are an error
 
 
 class StreamRows(grain.IterDataset):
-    """Yield the rows of some streams, a step at a time: {stream: {"rows": …, "totals": …, "state": …}}.
+    """Yield the rows of `streams`, a step at a time: {stream: {"rows": …, "totals": …, "state": …}}.
 
     Infinite: an exhausted stream yields rows of weight 0. Workers divide the streams (Grain's set_slice).
     """
@@ -52,7 +52,7 @@ class _StreamRowsIterator(grain.DatasetIterator):
         return {n: {"rows": s.rows(), "totals": s.totals(), "state": s.state()} for n, s in made}
 
     def _fill(self):
-        """Give all streams together what they ask for, until none asks for more: so all threads are busy."""
+        """Read the documents that the streams request, in one call for all to keep the threads busy."""
         fruitless = 0
         while True:
             wanted = {n: list(stream.draw()) for n, stream in self._streams.items()}
@@ -68,7 +68,7 @@ class _StreamRowsIterator(grain.DatasetIterator):
                     self._streams[n].give(documents[: len(places)])
                     documents = documents[len(places) :]
 
-    def get_state(self):  # the streams' states are in what __next__ returns
+    def get_state(self):  # __next__ returns the streams' states
         return {}
 
     def set_state(self, state):
@@ -76,10 +76,10 @@ class _StreamRowsIterator(grain.DatasetIterator):
 
 
 class PackedRows(grain.IterDataset):
-    """An endless iterator over packed batches, of the form that this file describes, for one process.
+    """An endless iterator over one process's packed batches (described at the top of this file).
 
     once: one pass over the documents, then rows of weight 0. share: (first, end) of this process's rows in a
-    micro-batch; None: all. workers: processes that tokenize; 0: threads of this process.
+    micro-batch; None: all. workers: number of processes that tokenize; 0: use threads of this process.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class PackedRows(grain.IterDataset):
 
 
 class _PackedRowsIterator(grain.DatasetIterator):
-    """Its state is {stream: its state}, {} at the start; set_state takes that of all processes too."""
+    """The state is {stream: its state}, {} at the start; set_state also accepts that of all processes."""
 
     def __init__(self, packing: PackedRows):
         super().__init__()
@@ -121,7 +121,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
     def set_state(self, state):
         own = [str(n) for n in self._p.streams]
         if state and len(state) != self._p.deal.streams and [*state] != own:
-            raise ValueError(f"state of {len(state)} streams for a step of {self._p.deal.streams}")
+            raise ValueError(f"a state of {len(state)} streams for a step of {self._p.deal.streams}")
         self._stop()
         self._state = {name: state[name] for name in own if state}
 
@@ -133,10 +133,10 @@ class _PackedRowsIterator(grain.DatasetIterator):
         p = self._p
         rows = StreamRows(p.read, p.deal, p.make, p.streams, self._state)
         if p.workers:
-            if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which jaxchat's commands don't use
+            if not flags.FLAGS.is_parsed():  # Grain needs parsed absl flags, which jaxchat doesn't use
                 flags.FLAGS.mark_as_parsed()
             rows = rows.mp_prefetch(grain.MultiprocessingOptions(p.workers, per_worker_buffer_size=2))
-        else:  # the next step's documents are tokenized while this one's rows are put together
+        else:  # tokenize the next step's documents while this step's rows are assembled
             rows = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=1)
         self._parts = iter(rows)
 
@@ -159,19 +159,19 @@ class _PackedRowsIterator(grain.DatasetIterator):
         rows |= {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
         counts = [streams[n]["totals"] for n in p.streams]
         totals = {name: np.zeros(len(tokens), np.int32) for name in counts[0]}
-        for name in totals:  # a stream's counts are noted in the first of its rows
+        for name in totals:  # a stream's first row holds its counts
             totals[name][:: p.deal.rows_each] = [of[name] for of in counts]
-        # But this one in each row, so that a process without the first row need not wait for the sum.
+        # Every row holds `left`, so that a process without a stream's first row need not wait for the sum.
         totals["left"] = np.repeat(totals["left"][:: p.deal.rows_each], p.deal.rows_each)
-        first = p.streams[0] * p.deal.rows_each  # a stream at either end may be in part another process's
+        first = p.streams[0] * p.deal.rows_each  # the end streams may be shared with other processes
         mine = slice(p.rows[0] - first, p.rows[1] - first)
         return as_batch(rows, totals, mine, p.micro_batches)
 
 
 def as_batch(rows: dict[str, np.ndarray], totals: dict[str, np.ndarray], mine: slice, micro_batches: int):
-    """Reshape a process's part, `mine`, of arrays [A·B, …] to a batch's [A, B, …].
+    """Reshape the slice `mine` of arrays [rows, …] to a batch [A, B, …] of A micro-batches.
 
-    Row r becomes row r // A of micro-batch r % A: a process's rows, neighbours in B, are neighbours in r too.
+    Row r becomes row r // A of micro-batch r % A, so that each process's rows are consecutive in the step.
     """
 
     def split(a):

@@ -25,7 +25,7 @@ def _sums(params, batch, model: Model):
 
 
 def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]:
-    """Return (Σ weight·nll in nats, Σ weight) of whole batches {inputs, targets, weights} [B, T]."""
+    """Return (Σ weight·nll in nats, Σ weight) over global batches {inputs, targets, weights} [B, T]."""
     sums = []
     for batch in batches:
         placed = {f"{name}_BT": place_same(array, model.mesh) for name, array in batch.items()}
@@ -35,7 +35,7 @@ def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]
 
 
 def bits_per_byte(params, batches: list[dict], token_bytes, model: Model) -> float:
-    """Loss in bits over the bytes of the supervised tokens; specials (0 bytes) count on neither side."""
+    """Loss in bits per byte of the supervised tokens; special tokens (0 bytes) are left out of both sums."""
     sized = [b | {"weights": b["weights"] * (token_bytes[b["targets"]] > 0)} for b in batches]
     num_bytes = sum(float((b["weights"] * token_bytes[b["targets"]]).sum(dtype=np.float64)) for b in sized)
     if not num_bytes:
@@ -47,11 +47,11 @@ def bits_per_byte(params, batches: list[dict], token_bytes, model: Model) -> flo
 def measure_text(
     found: Found, params, texts: dict[str, ParquetText], rows: int, max_tokens: int, model: Model
 ):
-    """Measure and print bits per byte of each split's first tokens: {"train_bpb": …, "val_bpb": …}."""
+    """Print and return bits per byte on up to max_tokens of each split: {"train_bpb": …, "val_bpb": …}."""
     values = {}
     rows *= data_shards(model.mesh)
     size = {"rows": rows, "time": found.config.sequence_len, "max_tokens": max_tokens}
-    batches = {  # of all splits first: one may hold no text
+    batches = {  # made for all splits first, since one may hold no text
         split: packed_validation(text_reader(text, found.tokenizer), range(len(text)), **size)
         for split, text in texts.items()
     }
@@ -63,8 +63,8 @@ def measure_text(
 
 
 def trained_on(found: Found, validation: ParquetText) -> str:
-    """A warning if the checkpoint's fingerprints say that it was trained on the validation shard, or ""."""
-    shards = sorted((found.meta.get("data") or {}).items())[:-1]  # the last was for validation then
+    """Return a warning if the checkpoint's fingerprints show training on the validation shard, else ""."""
+    shards = sorted((found.meta.get("data") or {}).items())[:-1]  # the last one was its validation shard
     trained = {fingerprint for _, fingerprint in shards}
     for name, fingerprint in validation.fingerprint.items():
         if fingerprint in trained:

@@ -1,4 +1,4 @@
-"""ChatCORE's six tasks: multiple choice by the likeliest letter, and written answers that are checked."""
+"""ChatCORE: six tasks, scored by the likeliest letter (multiple choice) or by checking written answers."""
 
 import dataclasses
 import math
@@ -22,26 +22,26 @@ from jaxchat.model.flops import num_params
 from jaxchat.sharding import gather_json
 from jaxchat.tokenizer import Tokenizer
 
-# A fence, what follows it, and the code. One that is indented by four, as in a docstring, ends no block that
-# begins with less.
+# Groups: an indent of four or more, the fence, what follows it, the code. A fence indented by four, as in a
+# docstring, does not end a block whose opening fence is indented less.
 FENCED = re.compile(
     r"(^[ \t]*(?: {4}|\t))?(```+|~~~+)[ \t]*([^\n`]*)\n(.*?)(?:(?(1)|(?<! {4})(?<!\t))\2|\Z)",
     re.DOTALL | re.MULTILINE,
 )
 PYTHON = re.compile(r"\W*(py|python)[\d.]*\b|\s*$", re.IGNORECASE)  # what may follow ``` before Python code
 
-SLOTS = 64  # answers written at a time, where memory is no question
+SLOTS = 64  # most answers to generate at a time
 
 
 def code_of(row: dict, text: str) -> str:
-    """The code in an answer: the first block that defines the function, or else the first block.
+    """Return the code in an answer: the first block that defines the row's function, else the first block.
 
-    The blocks are the fenced ones of Python, or else those of any language, or else the whole answer.
+    The blocks are the fenced Python blocks, else the fenced blocks of any language, else the whole answer.
     """
     blocks = [(PYTHON.match(info), code) for _, _, info, code in FENCED.findall(text)]
     candidates = [code for is_python, code in blocks if is_python] or [code for _, code in blocks] or [text]
     for code in candidates:
-        flush = textwrap.dedent(code)  # a block in a list is indented; a function's body alone must stay so
+        flush = textwrap.dedent(code)  # for blocks in lists; a bare function body stays as it is
         if defines(row, flush):
             return flush
     return candidates[0]
@@ -52,12 +52,12 @@ def defines(row: dict, code: str) -> bool:
 
 
 def program_of(row: dict, text: str) -> str:
-    """The program that tests a HumanEval answer: prompt, answer, the task's tests, and their call.
+    """Build the program that tests a HumanEval answer: prompt, answer, tests, and a call of the tests.
 
-    An answer without the function itself is read as the rest of the prompt.
+    An answer that does not define the function is taken as the continuation of the prompt.
     """
     code = code_of(row, text)
-    code = row["prompt"] + ("\n" if defines(row, code) else "") + code  # it may hold imports and helpers
+    code = row["prompt"] + ("\n" if defines(row, code) else "") + code  # prompts may hold imports and helpers
     return f"{code}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
 
 
@@ -91,7 +91,7 @@ def drawn(task: Sequence[dict], max_problems: int) -> list[dict]:
 
 
 def why_not(name: str) -> str:
-    """The reason why a task cannot be measured on this machine; "" if it can."""
+    """Return why a task cannot be measured on this machine, or "" if it can."""
     if name == "HumanEval":
         try:
             sandbox.check()
@@ -103,10 +103,10 @@ def why_not(name: str) -> str:
 def batch_size_for(
     model: ModelConfig, compute: Compute, memory: int | None, *, most: int = SLOTS, each: int = 4
 ) -> int:
-    """Number of answers to write at a time, a power of two up to `most`, on devices of `memory` bytes.
+    """Number of answers to generate at a time, a power of two up to `most`, on devices of `memory` bytes.
 
-    memory None: unknown. each: bytes kept for every parameter, beside the copy in the compute dtype. A slot
-    is counted as twice the keys and values of a whole context. The answers do not depend on this number.
+    memory: None if unknown. each: bytes per parameter, beside the copy in the compute dtype. A slot is
+    counted as twice its KV cache (full context) and logits. The answers do not depend on this number.
     """
     if memory is None:
         return min(SLOTS, most)
@@ -119,10 +119,10 @@ def batch_size_for(
 
 
 def choose_letters(scorer: Scorer, tokenizer: Tokenizer, rows: list[dict]) -> list[bool]:
-    """Return, for each choice problem, whether the right letter is the likeliest.
+    """Return, for each multiple-choice problem, whether the right letter is the likeliest.
 
-    A problem is rendered as in training, up to where the assistant's letter follows, and only the letters of
-    its choices compete. A problem longer than the model's context keeps its end.
+    A problem is rendered as in training, up to the assistant's letter, and only the letters of its choices
+    are compared. A problem longer than the model's context is cut at its start.
     """
     prompts = [tokenizer.render_for_completion(row) for row in rows]
     # A letter is one byte, so it is one token.
@@ -134,14 +134,14 @@ def choose_letters(scorer: Scorer, tokenizer: Tokenizer, rows: list[dict]) -> li
 def letter_accuracy(
     scorer: Scorer, tokenizer: Tokenizer, task: Sequence[dict], max_problems: int = -1
 ) -> float:
-    """Accuracy on a choice task, or on a fixed sample of max_problems of it."""
+    """Accuracy on a multiple-choice task, or on a fixed sample of at most max_problems problems of it."""
     right = choose_letters(scorer, tokenizer, drawn(task, max_problems))
     return sum(right) / max(1, len(right))
 
 
 def in_threads(check: Callable, *arguments: Sequence) -> list:
-    """Map a check over its arguments, one thread a core: HumanEval's programs are processes of their own."""
-    # A machine may have more processors than are ours.
+    """Map `check` over its arguments with one thread per core, since it may wait for a subprocess."""
+    # A machine may have more cores than this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     with ThreadPoolExecutor(cores) as threads:
         return list(threads.map(check, *arguments))
@@ -156,10 +156,10 @@ def write_answers(
     quiet: bool = False,
     **options,
 ) -> list[list[bool]]:
-    """Return, for each problem, whether each of its written answers is right.
+    """Generate answers to each problem, and return whether each answer is right: [problem][sample].
 
-    A long problem keeps its end, at least half of the context; an answer gets what is left. options:
-    arguments of Engine.generate. title: what each line of progress begins with. quiet: print no progress.
+    A long problem is cut at its start, to leave room for max_tokens, or for half of the context if less.
+    options: arguments of Engine.generate. title: prefix of progress lines. quiet: print no progress.
     """
     tokenizer, limit = engine.tokenizer, engine.config.sequence_len
     room = limit - min(options["max_tokens"], limit // 2)
@@ -167,7 +167,7 @@ def write_answers(
     progress = Progress(len(rows) * options.get("num_samples", 1), f"{title}written", quiet=quiet)
     answers = engine.generate(prompts, on_progress=progress.add, **options)
     samples, right = len(answers) // max(1, len(rows)), []
-    if jax.process_index() == 0:  # programs run once, not once a process
+    if jax.process_index() == 0:  # programs run in one process only
         asked = [row for row in rows for _ in range(samples)]
         right = in_threads(check, asked, [tokenizer.decode(answer.tokens) for answer in answers])
     right = gather_json({"right": right})[0]["right"]
@@ -175,7 +175,7 @@ def write_answers(
 
 
 def pass_at(k: int, right: list[list[bool]]) -> float:
-    """Estimate the chance that one of k answers, drawn without replacement, is right; mean over problems."""
+    """pass@k: the mean probability that at least one of k answers, drawn without replacement, is right."""
 
     def one(answers: list[bool]) -> float:
         return 1 - math.comb(len(answers) - sum(answers), k) / math.comb(len(answers), k)
@@ -185,7 +185,7 @@ def pass_at(k: int, right: list[list[bool]]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ChatResult(TaskResult):
-    """The result of a chat task. accuracy: pass@1, the mean share of a problem's answers that are right."""
+    """The result of a chat task. accuracy: pass@1, the mean fraction of right answers to a problem."""
 
     right: list[list[bool]]  # for each problem, for each of its answers
 
@@ -196,9 +196,9 @@ def result_of(name: str, right: list[list[bool]]) -> ChatResult:
 
 
 def chat_core(results: list[TaskResult]) -> dict[str, float]:
-    """ChatCORE: the mean over all tasks, and the mean without SpellingBee, which nanochat published.
+    """Return ChatCORE, the mean over all tasks, and the mean without SpellingBee, which nanochat published.
 
-    Where tasks are missing, the names of the two say which: without them ChatCORE is another measure.
+    If tasks are missing, the names of both means list them, because such means are not comparable with it.
     """
     missing = [name for name in TASKS if name not in {result.task for result in results}]
 
@@ -217,7 +217,7 @@ def measure(
 ) -> Iterator[tuple[list[TaskResult], dict[str, float], str]]:
     """Measure and print task by task; after each, yield (results so far, numbers by name, ChatCORE's name).
 
-    The name is "" until all tasks that this machine can run are measured. options: those of Engine.generate.
+    The name is "" until all TASKS but perhaps HumanEval are measured. options: arguments of Engine.generate.
     """
     results, values = [], {}
     for number, (name, task) in enumerate(tasks.items(), 1):

@@ -2,8 +2,8 @@
 
 The bundle is a folder, or the zip that launch.download fetches: core.yaml lists the tasks, eval_data/ holds
 their items as JSON lines, eval_meta_data.csv the accuracy of guessing. Items, few-shot examples and prompts
-are drawn and written as for published scores, and prompts longer than the context a model was trained with
-are read whole, up to scoring.LONGER times that; of what is longer still the end is kept, and it is counted.
+are drawn and formatted as for published scores. Prompts may exceed the context that a model was trained with,
+up to scoring.LONGER times; longer ones are cut at their start, and their items are counted as cropped.
 """
 
 import csv
@@ -32,7 +32,7 @@ FIELDS = {
 
 
 class NoBundle(UserError):
-    """Raised where CORE's bundle is missing or incomplete."""
+    """Raised when CORE's bundle is missing or incomplete."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class CoreTask:
 @dataclasses.dataclass(frozen=True)
 class CoreResult(TaskResult):
     right: list[bool]  # for each item
-    cropped: int = 0  # items with a prompt too long to be read whole
+    cropped: int = 0  # items with a prompt that was cut at its start
 
     @property
     def note(self) -> str:
@@ -66,7 +66,7 @@ class CoreResult(TaskResult):
 
 
 def load_bundle(place: str = "") -> list[CoreTask]:
-    """Read a bundle's tasks, from a folder or a zip; "": the base directory's eval_bundle or eval_bundle.zip.
+    """Read the tasks of a bundle (folder or zip); "": eval_bundle or eval_bundle.zip in the base directory.
 
     UserError: something is missing or malformed; the message names the file and the line.
     """
@@ -98,7 +98,7 @@ def read_task(folder: os.PathLike, entry: dict, chance: float) -> CoreTask:
     label, shots = entry["label"], int(entry["num_fewshot"][0])
     delimiter = entry.get("continuation_delimiter", " ")
     if shots < 0 or not isinstance(delimiter, str) or not 0 <= chance < 1:
-        raise ValueError(f"{label} has {shots} shots, delimiter {delimiter!r}, chance {chance}")
+        raise ValueError(f"{label} has invalid {shots} shots, delimiter {delimiter!r} or chance {chance}")
     path, kind = folder / entry["dataset_uri"], entry["icl_task_type"]
     items = read_items(path.read_text(encoding="utf-8-sig"), kind, path)
     return CoreTask(label, kind, shots, delimiter, chance, items)
@@ -119,7 +119,7 @@ def read_items(text: str, kind: str, path: os.PathLike) -> list[dict]:
                     raise ValueError(f"`{field}` is not text")
             options = item.get("choices") or item.get("context_options")
             if options and (type(item["gold"]) is not int or not 0 <= item["gold"] < len(options)):
-                raise ValueError(f"gold {item['gold']!r} of {len(options)} options")
+                raise ValueError(f"gold {item['gold']!r} is not an index of the {len(options)} options")
         except (KeyError, ValueError, TypeError) as problem:
             raise UserError(f"{path}, line {number}: {type(problem).__name__} {problem}") from problem
         items.append(item)
@@ -127,9 +127,9 @@ def read_items(text: str, kind: str, path: os.PathLike) -> list[dict]:
 
 
 def examples_of(task: CoreTask, items: list[dict], index: int) -> list[dict]:
-    """The solved few-shot examples that come before items[index] in its prompt."""
+    """Draw the few-shot examples that precede items[index] in its prompt."""
     drawn = random.Random(EXAMPLES_SEED + index).sample(range(len(items) - 1), task.shots)
-    return [items[i + (i >= index)] for i in drawn]  # of all the others
+    return [items[i + (i >= index)] for i in drawn]  # any item but this one
 
 
 def solved(task: CoreTask, item: dict) -> str:
@@ -144,7 +144,7 @@ def solved(task: CoreTask, item: dict) -> str:
 
 
 def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
-    """The prompts of an item: one an option; in language modeling one without and one with its answer."""
+    """The prompts of an item: one per option; in language modeling, one without and one with the answer."""
     item = items[index]
     before = "".join(solved(task, example) + "\n\n" for example in examples_of(task, items, index))
     if task.kind == "multiple_choice":
@@ -157,8 +157,8 @@ def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
 
 
 def spans_of(task: CoreTask, prompts: list[str], tokenizer: Tokenizer) -> list[Span]:
-    """The tokens to score: where the options differ (multiple choice), the ending they share (schema), or the
-    answer (language modeling)."""
+    """The tokens to score: those where the options differ (multiple choice), their common ending (schema), or
+    the answer (language modeling)."""
     encoded = map(tokenizer.encode_array, prompts)
     rows = [np.concatenate([[tokenizer.bos], ids]).astype(np.int32) for ids in encoded]
     if task.kind == "schema":
@@ -193,7 +193,7 @@ def evaluate(
 ) -> list[CoreResult]:
     """Score every task on at most max_per_task items. on_result: called with each task's result."""
     results = []
-    drawn = [task.drawn(max_per_task) for task in bundle]  # first: too few items should fail early
+    drawn = [task.drawn(max_per_task) for task in bundle]  # before scoring, so that too few items fail early
     for number, (task, items) in enumerate(zip(bundle, drawn, strict=True), 1):
         scorer.title = f"{task.label}, {number} of {len(bundle)}: "
         asked = [spans_of(task, prompts_of(task, items, i), tokenizer) for i in range(len(items))]

@@ -23,7 +23,7 @@ class TaskResult:
 
     @property
     def note(self) -> str:
-        """A remark at the end of the task's line."""
+        """Remark printed at the end of the task's line."""
         return ""
 
     def show(self):
@@ -32,12 +32,12 @@ class TaskResult:
 
 
 def mean(results: list[TaskResult]) -> float:
-    """Mean centred accuracy of the tasks, the formula of CORE and of ChatCORE."""
+    """Mean centred accuracy of the tasks, as CORE and ChatCORE define it."""
     return sum(result.centered for result in results) / len(results)
 
 
 def write_both(path: Path, rows: list[list], whole: dict):
-    """Write `whole` as JSON to path and `rows` as CSV beside it, each of them atomically."""
+    """Write `whole` to `path` as JSON, and `rows` beside it as CSV, each atomically."""
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
     files.write_text(path.with_suffix(".csv"), table.getvalue())
@@ -45,7 +45,7 @@ def write_both(path: Path, rows: list[list], whole: dict):
 
 
 def check_writable(folder: Path):
-    """Raise the OSError that saving results would end in, in process 0, which saves them."""
+    """Raise OSError if process 0, which saves the results, cannot write to `folder`."""
     if jax.process_index() == 0:
         files.check_writable(folder)
 
@@ -62,10 +62,10 @@ def save_results(
 ) -> Path:
     """Write <run folder>/<command>_<step>.csv and .json; return the path of the JSON. Only process 0 writes.
 
-    source: base, mid or sft. values: all numbers by name. score: the name of the tasks' mean among them,
-    which becomes the CSV's last line. settings: what the numbers depend on; if a file with other settings
-    exists, their hash is appended to the name. more: further entries of the JSON; of `seconds`, the wall time
-    so far, the report takes the sum over all files.
+    source: base, mid or sft. values: all numbers by name. score: which of `values` is the mean over
+    the tasks, the CSV's last line. settings: what the numbers depend on; if a file with other settings
+    exists, the settings' hash is appended to the name. more: further entries of the JSON, such as `seconds`,
+    the wall time so far, which the report adds up over all files.
     """
     path = found.folder / f"{command}_{found.step}.json"
     if jax.process_index() > 0:

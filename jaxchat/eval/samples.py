@@ -24,14 +24,14 @@ QUESTIONS = (
 
 
 def continuations(engine: Engine, texts: Sequence[str] = PROMPTS, max_tokens: int = 16) -> list[str]:
-    """The likeliest continuation of each text."""
+    """Continue each text greedily."""
     tokenizer = engine.tokenizer
     found = greedy(engine, [[tokenizer.bos, *tokenizer.encode(text)] for text in texts], max_tokens)
     return [tokenizer.decode(generation.tokens) for generation in found]
 
 
 def answers(engine: Engine, questions: Sequence[str]) -> list[str]:
-    """The likeliest answer to each question, with tool calls and their results in brackets."""
+    """Answer each question greedily; tool calls and their results are in brackets."""
     tokenizer = engine.tokenizer
     talks = [{"messages": [{"role": "user", "content": question}]} for question in questions]
     prompts = [tokenizer.render_for_completion(talk) for talk in talks]
@@ -39,14 +39,14 @@ def answers(engine: Engine, questions: Sequence[str]) -> list[str]:
 
 
 def greedy(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list:
-    """Generate greedily. Prompts are cut at the left, to leave room for max_tokens or half of the context."""
+    """Generate greedily, at most half of the context; long prompts are cut at their start to leave room."""
     most = min(max_tokens, engine.config.sequence_len // 2)
     room = engine.config.sequence_len - most
     return engine.generate([prompt[-room:] for prompt in prompts], max_tokens=most, temperature=0.0)
 
 
 def show_samples(engine: Engine) -> list[tuple[str, str]]:
-    """Print and return (prompt, likeliest continuation) for each of PROMPTS."""
+    """Print and return (prompt, greedy continuation) for each of PROMPTS."""
     print("continuations:")
     samples = list(zip(PROMPTS, continuations(engine), strict=True))
     for text, continuation in samples:

@@ -1,18 +1,19 @@
 """Run an untrusted Python program, such as one that a model wrote, without harm to the machine.
 
-Each program gets a Python process of its own, with no environment, no arguments, an empty stdin and no open
-files of ours, in a new temporary folder. Before the program begins, sandbox_child.py restricts that process:
+Each program runs in its own Python process, with no environment, no arguments, an empty stdin and none of our
+open files, in a new temporary folder. Before the program begins, sandbox_child.py restricts that process:
 
-- Files, by Landlock: it reads Python's own files and the system's libraries, and writes plain files in its
-  folder only.
-- Everything else, by seccomp: a short list of system calls. So no network, no other processes, no signals.
-- Limits: CPU and wall time, memory, threads, size and number of files, open files. Its output is dropped.
+- Files, by Landlock: the program can read Python's own files and the system's libraries, and write plain
+  files in its folder only.
+- System calls, by seccomp: a short list is allowed, with no network, other processes or signals.
+- Limits: CPU and wall time, memory, threads, size and number of files, open files. The output is discarded.
 
-Neither needs root, a container or namespaces, and threads are bound too. If this process ends, the kernel
-kills the program. Where the kernel lacks one of the two (`missing`), `run` refuses.
+Landlock and seccomp need no root, containers or namespaces, and apply to all threads. If the parent process
+ends, the kernel kills the program. If the kernel lacks either of them (`missing`), `run` raises UserError.
 
-A program passes by running to its end. One that exits early (sys.exit, os._exit, a crash) does not pass. One
-written to cheat can, because it shares its process with its test: this guards the machine, not the score.
+A program passes if it runs to its end. A program that exits early (sys.exit, os._exit, a crash) fails. One
+written to cheat can pass, because it shares its process with its test: the sandbox protects the machine, not
+the score.
 """
 
 import contextlib
@@ -34,9 +35,9 @@ from jaxchat.eval import sandbox_child
 
 FOLDER_SIZE, FOLDER_FILES = 64 * 2**20, 100
 THREADS = 64
-STARTING = 30.0  # seconds for Python itself, on a machine that is busy
-GLANCE = 0.02  # seconds between looks at the folder and the threads
-NEWEST_LANDLOCK = 6  # the newest version to use; tests lower it
+STARTING = 30.0  # seconds that Python may take to start, on a busy machine
+GLANCE = 0.02  # seconds between checks of the folder and the threads
+NEWEST_LANDLOCK = 6  # newest Landlock version to use; tests lower it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def missing() -> list[str]:
 
 
 def check():
-    """Raise UserError where programs can't be run: no Linux, or the kernel lacks a part of the sandbox."""
+    """Raise UserError if programs can't be run: not on Linux, or the kernel lacks a part of the sandbox."""
     if lacks := missing():
         raise UserError(
             f"this kernel lacks {' and '.join(lacks)}, which the sandbox for programs that a model wrote "
@@ -65,10 +66,10 @@ def check():
 
 
 def run(program: str, *, seconds: float = 5.0) -> Outcome:
-    """Run a Python program for at most `seconds` of wall time and of CPU time; several threads may do so."""
+    """Run a Python program for at most `seconds` of wall time and of CPU time. Thread-safe."""
     check()
     arguments = [str(math.ceil(seconds)), str(NEWEST_LANDLOCK)]
-    nonce = secrets.token_hex(16).encode()  # the child alone knows it, and returns it after the program's end
+    nonce = secrets.token_hex(16).encode()  # known only to the child, which sends it after the program's end
     with tempfile.TemporaryDirectory(prefix="jaxchat-", ignore_cleanup_errors=True) as folder:
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-X", "utf8", sandbox_child.__file__, *arguments],
@@ -85,39 +86,39 @@ def run(program: str, *, seconds: float = 5.0) -> Outcome:
                 stdin.write(nonce + b"\n" + program.encode(errors="replace"))
             answer, problem = _watch(child, Path(folder), seconds)
         finally:
-            os.killpg(child.pid, signal.SIGKILL)  # it has not been waited for, so the id is still its own
+            os.killpg(child.pid, signal.SIGKILL)  # it has not been waited for, so its id is not reused
             child.wait()
             child.stdout.close()
-    if not answer.startswith(b"+"):  # written before the program begins, so it cannot withhold it
+    if not answer.startswith(b"+"):  # the child sends "+" before the program begins
         raise RuntimeError(f"the sandbox could not be set up: {answer.decode(errors='replace') or problem}")
     if answer == b"+" + nonce:
         return Outcome(True, "passed")
-    return Outcome(False, problem or answer[1:].decode(errors="replace") or "it ended before its test did")
+    return Outcome(False, problem or answer[1:].decode(errors="replace") or "it exited before its test ended")
 
 
 def _watch(child: subprocess.Popen, folder: Path, seconds: float) -> tuple[bytes, str]:
-    """Wait until the child has answered, ended or broken a limit: (its answer, what else went wrong)."""
+    """Wait until the child answers, ends or exceeds a limit; return (its answer, what else went wrong)."""
     answer, end = b"", time.monotonic() + STARTING
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
         while time.monotonic() < end:
             if selector.select(GLANCE):
                 piece = os.read(child.stdout.fileno(), 1000)
-                if not answer:  # it begins
+                if not answer:  # the program begins
                     end = time.monotonic() + seconds
                 answer += piece
                 if not piece or len(answer) > 1000:
                     return answer, _ending(child)
             if _threads_of(child) > THREADS:
-                return answer, f"its threads were more than {THREADS}"
+                return answer, f"it had more than {THREADS} threads"
             if _holds_too_much(folder):
-                return answer, f"its files were more than {FOLDER_FILES} or larger than {FOLDER_SIZE:,} bytes"
+                return answer, f"it had more than {FOLDER_FILES} files or {FOLDER_SIZE:,} bytes in files"
     return answer, f"took longer than {seconds:g} s"
 
 
 def _ending(child: subprocess.Popen) -> str:
-    """Describe the signal that the child died by, if one. It is not reaped, so that its id stays its own."""
-    for _ in range(20):  # its pipe closes a moment before it is dead; a program can close it and live on
+    """Describe the signal that killed the child, if any. It is not reaped, so that its id is not reused."""
+    for _ in range(20):  # the pipe closes shortly before the child ends; a program can close it and continue
         died = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         if died:
             break
@@ -125,7 +126,7 @@ def _ending(child: subprocess.Popen) -> str:
     if died is None or died.si_code == os.CLD_EXITED:
         return ""
     if died.si_status == signal.SIGXCPU:
-        return "took more CPU time than it has"
+        return "exceeded its limit of CPU time"
     return f"killed by {signal.Signals(died.si_status).name}"
 
 
@@ -143,6 +144,6 @@ def _holds_too_much(folder: Path) -> bool:
         for count, entry in enumerate(entries):
             if count == FOLDER_FILES:
                 return True
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+            with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
                 size += entry.stat(follow_symlinks=False).st_blocks * 512
     return size > FOLDER_SIZE

@@ -1,6 +1,6 @@
-"""The process that `sandbox.run` starts: shuts itself in, then runs the program it reads from stdin.
+"""The process that `sandbox.run` starts: it restricts itself, then runs the program that it reads from stdin.
 
-It is started as a script and imports nothing but the standard library. For what it guarantees see sandbox.py.
+It is started as a script, and imports only the standard library. sandbox.py says what it guarantees.
 """
 
 import ctypes
@@ -11,15 +11,15 @@ import struct
 import sys
 import types
 
-MEMORY = 512 * 2**20  # bytes of addresses
-FILE_SIZE = 8 * 2**20  # bytes of one file
+MEMORY = 512 * 2**20  # bytes of address space
+FILE_SIZE = 8 * 2**20  # bytes per file
 OPEN_FILES = 32
-PROCESSES = 256  # threads that may be started, whatever runs already
-# How many rights Landlock knows, by version. 2 (Linux 5.19) added moves between folders, which 1 (5.13)
-# refuses; 3 (6.2) added truncation, which guard_calls refuses where a file is not opened for writing.
+PROCESSES = 256  # threads that may be started in addition to those of the machine
+# Number of access rights that Landlock knows, by version. Version 2 (Linux 5.19) added moves between folders,
+# which version 1 (5.13) refuses; version 3 (6.2) added truncation, which guard_calls limits for all versions.
 LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15}
 
-# Of linux/landlock.h, linux/prctl.h, linux/seccomp.h and linux/filter.h; the same on every machine.
+# Constants of linux/landlock.h, prctl.h, seccomp.h and filter.h, which are the same on every machine.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 READ_FILE, READ_DIR, WRITE_FILE = 1 << 2, 1 << 3, 1 << 1
 REMOVE_FILE, MAKE_REG, TRUNCATE = 1 << 5, 1 << 8, 1 << 14
@@ -30,9 +30,9 @@ EACCES, ENOTTY, ENOSYS = 13, 25, 38
 CLONE_THREAD, F_SETLKW, F_DUPFD_CLOEXEC = 0x10000, 7, 1030
 
 # The system calls that a program may make, by machine: they read and write what Landlock lets it open, and
-# handle its own memory, threads, signal handlers and clocks. Not among them, so they fail: processes,
-# sockets, signals to anyone, owners, modes and times of files, links, folders, limits, mounts, namespaces,
-# tracing. `guard_calls` looks closer at the calls beside "allowed".
+# handle its own memory, threads, signal handlers and clocks. Other calls fail, such as those for processes,
+# sockets, signals to anyone, owners, modes and times of files, links, folders, limits, mounts, namespaces and
+# tracing. `guard_calls` also allows some calls listed beside "allowed", depending on their arguments.
 MACHINES = {
     "x86_64": {
         "audit": 0xC000003E, "clone": 56, "fcntl": 72, "ioctl": 16, "capset": 126, "open": 2, "openat": 257,
@@ -81,9 +81,9 @@ def _libc():
 def missing() -> list[str]:
     """Parts of the sandbox that this kernel lacks; [] if none. Changes nothing."""
     libc, lacks = _libc(), []
-    if libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1) < 1:  # asks for its version
+    if libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1) < 1:  # asks for Landlock's version
         lacks.append("Landlock (Linux 5.13 or newer, enabled)")
-    # Where there are filters, one at address 0 is a bad address; where there are none, an invalid argument.
+    # Given a filter at address 0, prctl fails with EFAULT if the kernel has filters, else with EINVAL.
     no_filters = libc.prctl(SET_SECCOMP, FILTER_MODE, None, 0, 0) == -1 and ctypes.get_errno() != 14  # EFAULT
     if no_filters or platform.machine() not in MACHINES:
         lacks.append(f"seccomp filters (on {' or '.join(MACHINES)})")
@@ -97,7 +97,7 @@ def _call(result: int) -> int:
 
 
 def _running() -> int:
-    """Threads on this machine: at least those of this user, which is what RLIMIT_NPROC counts."""
+    """Number of threads on this machine, an upper bound for this user's, which RLIMIT_NPROC counts."""
     try:
         with open("/proc/loadavg") as file:
             return int(file.read().split()[3].partition("/")[2])
@@ -116,19 +116,19 @@ def limit(cpu_seconds: int):
     ):
         hard = resource.getrlimit(what)[1]
         bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
-        over = 1 if what == resource.RLIMIT_CPU else 0  # so that SIGXCPU, the reason, comes before SIGKILL
+        over = 1 if what == resource.RLIMIT_CPU else 0  # SIGXCPU, which tells the reason, precedes SIGKILL
         resource.setrlimit(what, (bound, bound + over if hard == resource.RLIM_INFINITY else bound))
 
 
 def guard_files(folder: str, newest: int):
-    """Restrict files by Landlock: Python and its libraries are read; in `folder` also written and deleted.
+    """Restrict file access by Landlock: Python and its libraries are read-only, `folder` is writable.
 
-    newest: the newest of Landlock's versions to use.
+    newest: the newest version of Landlock to use.
     """
     libc = _libc()
     version = min(newest, _call(libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)))
-    # Each of these rights is refused unless granted below; since version 6 also TCP, and abstract sockets and
-    # signals of processes outside.
+    # Each of these rights is refused unless granted below. Version 6 also refuses TCP, and abstract sockets
+    # and signals that reach processes outside.
     handled = (1 << LANDLOCK_RIGHTS[min(version, 3)]) - 1
     ruleset = struct.pack("QQQ", handled, 3, 3)[: 24 if version >= 6 else 8]
     rules = _call(libc.syscall(CREATE_RULESET, ruleset, ctypes.c_size_t(len(ruleset)), 0))
@@ -147,16 +147,16 @@ def guard_files(folder: str, newest: int):
 
 
 def guard_calls():
-    """Restrict system calls by seccomp to those listed: threads, but no processes."""
+    """Restrict system calls by seccomp to those in MACHINES; clone may start threads, but no processes."""
     machine = MACHINES[platform.machine()]
 
-    def argument(n: int) -> int:  # offset of the lower half of a call's argument, on a little-endian machine
+    def argument(n: int) -> int:  # offset of the lower 32 bits of argument n, on a little-endian machine
         return 16 + 8 * n
 
     program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, machine["audit"]), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     for number in machine["allowed"].values():
         program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
-    # Before version 3 Landlock lets a program empty what it may read.
+    # Before version 3, Landlock lets a program truncate files that it may only read.
     for name, flags in (("open", 1), ("openat", 2)):
         if name in machine:
             program += [
@@ -167,14 +167,14 @@ def guard_calls():
                 (RETURN, 0, 0, ERRNO | EACCES),
             ]  # fmt: skip
     program += [
-        (EQUAL, 0, 1, machine["ioctl"]), (RETURN, 0, 0, ERRNO | ENOTTY),  # so that isatty() says no
+        (EQUAL, 0, 1, machine["ioctl"]), (RETURN, 0, 0, ERRNO | ENOTTY),  # so that isatty() is False
         (EQUAL, 0, 4, machine["clone"]),
         (LOAD, 0, 0, argument(0)), (ANY_BIT, 0, 1, CLONE_THREAD),
         (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, ERRNO | ENOSYS),
         (EQUAL, 0, 4, machine["fcntl"]),  # without F_SETOWN and F_SETSIG, which let the kernel signal others
         (LOAD, 0, 0, argument(1)),
         (EQUAL, 1, 0, F_DUPFD_CLOEXEC), (GREATER, 1, 0, F_SETLKW), (RETURN, 0, 0, ALLOW),
-        (RETURN, 0, 0, ERRNO | ENOSYS),  # what libraries take for an older kernel's answer, and fall back
+        (RETURN, 0, 0, ERRNO | ENOSYS),  # libraries take this for an older kernel, and fall back
     ]  # fmt: skip
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code)
@@ -188,7 +188,7 @@ def shut_in(folder: str, cpu_seconds: int, newest_landlock: int):
     _call(libc.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     limit(cpu_seconds)
     guard_files(folder, newest_landlock)
-    if os.geteuid() == 0:  # root without root's powers
+    if os.geteuid() == 0:  # drop root's capabilities
         header, none = struct.pack("II", 0x20080522, 0), bytes(24)
         _call(libc.syscall(MACHINES[platform.machine()]["capset"], header, none))
     guard_calls()
@@ -210,11 +210,11 @@ def main():
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         exec(compile(program, "program", "exec"), module.__dict__)
-    except BaseException as problem:  # SystemExit too: a program that leaves early has not run its test
+    except BaseException as problem:  # SystemExit too: a program that exits early has not run its test
         reason = filter(None, (type(problem).__name__, str(problem)))
         nonce = ": ".join(reason)[:200].encode(errors="replace")
     os.write(answer, nonce)
-    os._exit(0)  # no matter what threads and exit handlers it left
+    os._exit(0)  # without waiting for its threads or running its exit handlers
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Score many token lists at once: the loss of chosen tokens, and the likeliest of several next tokens.
 
-Rows of similar length share a batch, spread over the devices of all processes. Batches have few shapes (each
-length is a power of two, or a multiple of the context; each batch has about as many tokens), and each is
-compiled once.
+Rows of similar length share a batch, sharded over the devices of all processes. Batches have few shapes
+(lengths are powers of two or multiples of the context, all with about the same number of tokens), and each
+shape is compiled once.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ from jaxchat.model.params import Params
 from jaxchat.sharding import ROWS
 from jaxchat.train.loss import Chunking, chunk_nll, pad_time
 
-SHORTEST = 32  # tokens in a row of the smallest batches
-LONGER = 4  # rows may be this many times longer than the trained context: rotary positions go on
-CANDIDATES = 16  # at most, for each row
+SHORTEST = 32  # shortest length that rows are padded to, in tokens
+LONGER = 4  # longest row, in multiples of the trained context; rotary positions continue beyond it
+CANDIDATES = 16  # most candidates per row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean loss per token in nats, in float64: equal losses have equal means; inf without tokens."""
+        """Mean loss per token in nats; inf without tokens. In float64, equal losses have equal means."""
         return float(self.nll.mean(dtype=np.float64)) if len(self.nll) else float("inf")
 
 
@@ -63,10 +63,10 @@ def buckets(sequence_len: int) -> list[int]:
 
 @partial(jax.jit, static_argnames="model")
 def span_losses(params, tokens_BT, first, last, model: Model):
-    """Return (nll_BT, right_BT) of the token after each position, from the chunk of `first` to `last`'s.
+    """Return (nll_BT, right_BT) of the token after each position, for the chunks from `first` to `last`.
 
     Logits exist for one chunk of positions at a time; on a mesh each device has those of its rows and its
-    share of the vocabulary. Outside the chunks asked for, both are 0.
+    vocabulary shard. `first` and `last` are positions; outside of their chunks both results are 0.
     """
     x_BTD = features(params, tokens_BT, model.config, model.compute)
     head_DV, targets_BT = params.lm_head.astype(x_BTD.dtype), jnp.roll(tokens_BT, -1, axis=1)
@@ -85,7 +85,7 @@ def _score_chunks(x_BTD, head_DV, targets_BT, first, last, chunking: Chunking):
         x_BtD, targets_Bt = (lax.dynamic_slice_in_dim(a, i * t, t, axis=1) for a in (x_BTD, targets_BT))
         z_BtV, ids_Bt, nll_Bt = chunk_nll(x_BtD, head_DV, targets_Bt, chunking)
         likeliest_Bt = jnp.argmax(z_BtV, axis=-1)
-        if chunking.sharded:  # of the devices that have the largest logit, the first wins
+        if chunking.sharded:  # among devices that have the largest logit, the lowest id wins
             largest_Bt = jnp.max(z_BtV, axis=-1)
             has_it_Bt = largest_Bt == lax.pmax(largest_Bt, "tensor")
             mine_Bt = jnp.where(has_it_Bt, likeliest_Bt - ids_Bt + targets_Bt, 2**30)
@@ -101,7 +101,7 @@ def _score_chunks(x_BTD, head_DV, targets_BT, first, last, chunking: Chunking):
 
 @partial(jax.jit, static_argnames="model")
 def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
-    """Return logits_BC of the candidates for the token after each row's last."""
+    """Return the logits_BC of each row's candidates for its next token."""
     x_BTD = features(params, tokens_BT, model.config, model.compute)
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     all_BV = logits(params.lm_head, last_BD, model.config.softcap)
@@ -110,24 +110,24 @@ def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
 
 
 class Scorer:
-    """Scores rows by one model. Every process of the mesh passes the same rows and gets all scores."""
+    """Scores rows with one model. Every process of the mesh passes the same rows and gets all scores."""
 
     def __init__(
         self, params: Params, model: Model, *, device_tokens: int | None = None, quiet: bool = False
     ):
-        """device_tokens: tokens that a device computes at a time (at least a row). quiet: no progress."""
+        """device_tokens: tokens that a device computes at a time (at least a row). quiet: hide progress."""
         self.params, self.model, self.quiet = params, model, quiet
-        self.title = ""  # of what is scored, before each line of progress
+        self.title = ""  # prefix of progress lines
         on_cpu = model.mesh.devices.flat[0].platform == "cpu"
         self.device_tokens = device_tokens or (4096 if on_cpu else 65536)
 
     @property
     def longest(self) -> int:
-        """Longest row that `spans` reads whole, in tokens."""
+        """Longest row that `spans` does not cut, in tokens."""
         return LONGER * self.model.config.sequence_len
 
     def spans(self, spans: list[Span]) -> list[Score]:
-        """Score each span; a row of more than `longest` tokens keeps its end."""
+        """Score each span; a row of more than `longest` tokens is cut at its start."""
         scores = [None] * len(spans)
         rows, bounds = [], []
         for span in spans:
@@ -149,7 +149,7 @@ class Scorer:
     def choose(self, prompts: list[list[int]], candidates: list[list[int]]) -> list[int]:
         """Return, for each prompt, the index of the likeliest of its candidates for the next token.
 
-        A prompt longer than the model's context keeps its end.
+        A prompt longer than the model's context is cut at its start.
         """
         rows = [np.array(prompt[-self.model.config.sequence_len :], np.int32) for prompt in prompts]
         answers = [0] * len(rows)
@@ -171,7 +171,7 @@ class Scorer:
         return sharding.place_same(array, self.model.mesh)
 
     def _run(self, rows: list[np.ndarray], call: Callable) -> Iterator[tuple[list[int], Any]]:
-        """Yield (indices of rows, what `call` returned for them); the next batch is computed meanwhile."""
+        """Yield (indices of rows, the result of `call` for them) while the next batch is computed."""
         total, pending = sum(map(len, rows)), None
         progress = Progress(total, f"{self.title}scored", quiet=self.quiet)
         for batch in chain(self._batches(rows), [None]):
@@ -184,7 +184,7 @@ class Scorer:
     def _batches(self, rows: list[np.ndarray]) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield (indices of rows, tokens_BT padded at the end), the longest rows first.
 
-        Every batch but the last is full: shorter rows take the places that longer ones leave.
+        Every batch but the last is full, so rows of a batch may differ in length.
         """
         left = sorted(range(len(rows)), key=lambda r: -len(rows[r]))
         shards = sharding.data_shards(self.model.mesh)
@@ -200,7 +200,7 @@ class Scorer:
 
 @contextlib.contextmanager
 def out_of_memory(remedy: str):
-    """Turn the backend's error for full device memory into a UserError that says what to do."""
+    """Turn the backend's out-of-memory error into a UserError that ends in `remedy`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as problem:

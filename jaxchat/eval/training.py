@@ -19,7 +19,7 @@ from jaxchat.infer.engine import Engine
 from jaxchat.train.loop import Evaluation
 from jaxchat.train.stages import Stage
 
-MOST_DRIFT = 0.01  # of the loss by float8 products; beyond it a warning is printed
+MOST_DRIFT = 0.01  # relative change of the loss by float8 matmuls above which a warning is printed
 
 
 def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[Evaluation]:
@@ -38,20 +38,20 @@ def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[
 
 
 def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
-    """Return (CORE's tasks, their row of the plan); no tasks if no bundle is there and none was named."""
+    """Return (CORE's tasks, their row of the plan); no tasks if --eval_bundle is "" and none is found."""
     if config.core_metric_every <= 0:
         return [], "not measured"
     why = ""
     try:
         bundle = core.load_bundle(config.eval_bundle)
-        for task in bundle:  # too few items are found before the training
+        for task in bundle:  # so that too few items fail before training
             task.drawn(config.core_metric_max_per_task)
     except core.NoBundle as problem:
         if config.eval_bundle:
             raise
         bundle, why = [], f"not measured: {problem}"
     items = {task.label: len(task.items) for task in bundle}
-    sharding.check_same(bundles=items)  # all take part, or wait for ever
+    sharding.check_same(bundles=items)  # a process with other tasks would hang the rest
     return bundle, why or f"{len(bundle)} tasks every {config.core_metric_every:,} steps"
 
 
@@ -60,7 +60,7 @@ def mid(config: MidConfig, stage: Stage) -> list[Evaluation]:
     if config.eval_every > 0:
         tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=True)
         sharding.check_same(validation=tasks.fingerprint)
-        order = Order([len(tasks)], seed=0)  # whatever --seed is: runs can be compared
+        order = Order([len(tasks)], seed=0)  # independent of --seed, so that runs can be compared
         read = conversation_reader(tasks, stage.tokenizer)
         batches = packed_batches(config, stage, read, map(order.index, range(len(tasks))))
     return validations(config, stage, val_bpb, batches)
@@ -99,11 +99,11 @@ def choice_tasks(config: SFTConfig) -> list:
     try:
         return [(name, load_task(f"{name}/test", config.tasks_dir)) for name in ("MMLU", "ARC-Easy")]
     except UserError as problem:
-        raise UserError(f"{problem}; or do without this evaluation: --eval_metrics_every=-1") from problem
+        raise UserError(f"{problem}; or turn this evaluation off: --eval_metrics_every=-1") from problem
 
 
 def validations(config: TrainConfig, stage: Stage, measure, batches: list[dict]) -> list[Evaluation]:
-    """List the evaluation by validation batches, and that of float8 products if the run has them."""
+    """List the evaluation on validation batches and, if the run uses float8, the one of its error."""
     about = {"stage": stage, "batches": batches}
     found = [Evaluation("validation", config.eval_every, partial(measure, **about), at_start=True)]
     if stage.model.compute.matmul and batches:
@@ -112,14 +112,14 @@ def validations(config: TrainConfig, stage: Stage, measure, batches: list[dict])
 
 
 def fp8_drift(params, stage: Stage, batches: list[dict]) -> dict[str, float]:
-    """Measure how float8 products change the loss of the first validation batch, as a fraction of it."""
+    """Measure the relative change of the first validation batch's loss that float8 matmuls cause."""
     models = stage.model, stage.model.without_fp8()
     (with_fp8, _), (without, _) = (total_loss(params, batches[:1], model) for model in models)
     drift = with_fp8 / without - 1
     if abs(drift) > MOST_DRIFT:
         print(
-            f"WARNING: --matmul={stage.model.compute.matmul} moves the validation loss by {drift:+.1%}, "
-            f"beyond {MOST_DRIFT:.0%}; --resume can't change it, so consider a new run without it",
+            f"WARNING: --matmul={stage.model.compute.matmul} changes the validation loss by {drift:+.1%}, "
+            f"more than {MOST_DRIFT:.0%}; --resume can't change it, so consider a new run without it",
             flush=True,
         )
     return {"fp8_drift": drift}

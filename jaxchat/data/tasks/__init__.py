@@ -1,4 +1,4 @@
-"""The tasks that conversations come from, by name: `Name[/split][:rows]`, or a .jsonl file."""
+"""Tasks, the sources of conversations, opened by a spec: `Name[/split][:rows]`, or a .jsonl file."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from jaxchat.data.tasks.custom import JsonLines, identity
 from jaxchat.data.tasks.hub import arc, gsm8k, humaneval, mmlu, smoltalk
 from jaxchat.data.tasks.spelling import Generated, count_letters, spell
 
-JSON = (".jsonl", ".json", ".ndjson")  # ends of names of files of conversations
+JSON = (".jsonl", ".json", ".ndjson")  # file name extensions of conversation files
 DRAW_SEED = 42
 TASKS = {
     "SmolTalk": smoltalk,
@@ -31,12 +31,12 @@ TASKS = {
 class Task:
     """Conversations by index: {"messages": …}, with "letters" for choice tasks, or documents: {"text": …}.
 
-    count: rows to use. Of more, a fixed shuffle draws them, since files may be sorted by subject or source.
+    count: number of rows to use (None: all), drawn at random by a fixed seed, since files may be sorted.
     """
 
     def __init__(self, name: str, rows, count: int | None = None):
         self.name, self._rows, self._drawn = name, rows, None
-        if count is not None and hasattr(rows, "largest"):  # generated: as many as wanted, in random order
+        if count is not None and hasattr(rows, "largest"):  # generated rows, already in random order
             rows.count = min(count, rows.largest)
         elif count is not None and count < len(rows):
             self._drawn = np.random.Generator(np.random.PCG64(DRAW_SEED)).permutation(len(rows))[:count]
@@ -55,17 +55,17 @@ class Task:
 
     @property
     def summary(self) -> str:
-        """Name and number of rows, and what was left out, for a plan."""
+        """Name, number of rows and what was left out, as shown in the plan."""
         return f"{self.name} {len(self):,}" + (f" ({self.left_out})" if self.left_out else "")
 
 
 class Mixture:
-    """Several tasks, one after the other; a task that is listed twice is seen twice."""
+    """Several tasks, concatenated; the rows of a task that is listed twice occur twice."""
 
     def __init__(self, tasks: list[Task]):
         self.tasks = tasks
         self._ends = np.cumsum([len(task) for task in tasks], dtype=np.int64)
-        # What a checkpoint remembers of the data: each task's place, rows and files.
+        # Stored in checkpoints, to detect changed data: each task's position, number of rows and files.
         self.fingerprint = {
             f"{i + 1}. {task.name}": f"{len(task)} rows of {task.fingerprint}" for i, task in enumerate(tasks)
         }
@@ -81,7 +81,7 @@ class Mixture:
         return self._find(index)[0]
 
     def name_of(self, index: int) -> str:
-        """The task's name and the row of an index, for messages."""
+        """The task's name and row number of an index, for messages."""
         task, row = self._find(index)
         return f"{task.name}, row {row}"
 
@@ -111,7 +111,7 @@ def load_task(spec: str, tasks_dir: str | Path | None = None) -> Task:
     except UserError as problem:
         if not tasks_dir:
             raise
-        to = f"--to={shlex.quote(str(tasks_dir))}"  # the command must fetch it to where it is looked for
+        to = f"--to={shlex.quote(str(tasks_dir))}"  # make the suggested command use this folder
         message = re.sub(r"launch\.download [\w-]+", lambda found: f"{found[0]} {to}", str(problem))
         raise UserError(message) from problem
 
@@ -122,7 +122,7 @@ def load_mixture(spec: str, tasks_dir: str | Path | None = None) -> Mixture:
 
 
 def _parts(spec: str) -> list[str]:
-    """Split a list into specs; a comma in the path of a file that exists does not separate."""
+    """Split a comma-separated list into specs, except at commas in the path of an existing file."""
     parts, pieces = [], spec.split(",")
     while pieces:
         joined = (",".join(pieces[:n]).strip() for n in range(2, len(pieces) + 1))

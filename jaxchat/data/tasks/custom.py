@@ -1,4 +1,4 @@
-"""Conversations from a .jsonl file of the user's own."""
+"""Conversations from a user's .jsonl file."""
 
 import json
 import re
@@ -12,7 +12,7 @@ LINES = "a JSON array of messages, an object with `messages`, or a JSON string f
 
 
 class JsonLines:
-    """Rows of a file of JSON lines, each of a form that LINES names; all are checked when it is opened."""
+    """Rows of a JSON Lines file, each of a form that LINES names; opening the file checks all rows."""
 
     def __init__(self, path: Path):
         if not path.is_file():
@@ -44,16 +44,16 @@ class JsonLines:
 
 
 def _rows_in(text: str) -> tuple[str, list[str]]:
-    """Return ("line", the lines of a file), or ("row", its rows as JSON) where they are no lines.
+    """Return ("line", the lines of a file), or ("row", its rows as JSON) if lines are not its rows.
 
-    Then they are the items of one array, or values that go over several lines.
+    Such rows are the items of one array, or values that span several lines.
     """
     lines = text.split("\n")
     try:
         if not _is_array_of_rows(json.loads(next(filter(str.strip, lines), '""'))):
             return "line", lines
     except (ValueError, RecursionError):
-        pass  # it goes over several lines
+        pass  # the value spans several lines
     values, text, end = [], text.strip(), 0
     try:
         while end < len(text):
@@ -68,7 +68,7 @@ def _rows_in(text: str) -> tuple[str, list[str]]:
 
 
 def _is_array_of_rows(value) -> bool:
-    """Return whether a JSON value is an array, but not of messages, which would be one row."""
+    """Return whether a JSON value is an array of rows; an array of messages is a single row."""
     return isinstance(value, list) and not any(isinstance(item, dict) and "role" in item for item in value)
 
 
@@ -79,20 +79,20 @@ def _reason(problem: Exception) -> str:
 
 
 def _text_of(path: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 or UTF-32, as from PowerShell, without byte order marks."""
+    """Read a file in UTF-8, UTF-16 or UTF-32 (PowerShell writes UTF-16); remove byte order marks."""
     data = path.read_bytes()
     try:
         text = data.decode(json.detect_encoding(data)).replace("\r\n", "\n").replace("\r", "\n")
-        return text.replace("\n\ufeff", "\n")  # files that were put one after the other
+        return text.replace("\n\ufeff", "\n")  # where files were concatenated
     except UnicodeDecodeError as problem:
         raise UserError(f"{path} is not UTF-8 ({problem}); save it as UTF-8") from problem
 
 
 def row_of(line: str) -> dict:
-    """Return {"messages": …} or {"text": …} of a line. ValueError: it is neither."""
+    """Parse a line to {"messages": …} or {"text": …}. ValueError: it is neither."""
     value = json.loads(line)
     has_messages = isinstance(value, dict) and "messages" in value
-    if isinstance(value, dict):  # as OpenAI's fine-tuning takes them; other keys say nothing about the text
+    if isinstance(value, dict):  # the format of OpenAI's fine-tuning; other keys are ignored
         value = value.get("messages", value.get("text"))
     if isinstance(value, str) and not has_messages:
         return {"text": value}
@@ -116,7 +116,7 @@ def _plain(message: dict) -> dict:
 
 
 def identity(folder: Path, split: str) -> JsonLines:
-    """Conversations about who the assistant is; the file has no splits."""
+    """Open the conversations about the assistant's identity; the file has no splits."""
     del split
     path = folder / "identity" / "identity_conversations.jsonl"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The data sets of the hub that are read from its parquet files: MMLU, ARC, GSM8K, HumanEval and SmolTalk."""
+"""Tasks read from the Hugging Face hub's parquet files: MMLU, ARC, GSM8K, HumanEval and SmolTalk."""
 
 import re
 from pathlib import Path
@@ -19,14 +19,14 @@ HUMANEVAL = ["prompt", "canonical_solution", "test", "entry_point"]
 def choice_conversation(question: str, choices: list[str], answer: int) -> dict:
     """Return {"messages", "letters"}: the question with lettered choices, and the right letter as the answer.
 
-    UserError: something is not text, or the answer is not among the choices.
+    UserError: the question or a choice is not text, or the answer is not among the choices.
     """
     if not isinstance(choices, list) or not all(isinstance(text, str) for text in (question, *choices)):
         raise UserError("the question is not text, or the choices are not a list of texts")
     if not isinstance(answer, int) or not 0 <= answer < len(choices) <= len(LETTERS):
         raise UserError(f"answer {answer!r} of {len(choices)} choices, which count from 0")
     letters = list(LETTERS[: len(choices)])
-    # No space before the letter: so it is the token that the answer is (" A" is another).
+    # No space before the letter, so that it is the same token as the answer (" A" is another token).
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters, strict=True)]
     prompt = "\n".join([f"Choose the right answer: {question}", *lines, "Reply with one letter."])
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": letters[answer]}]
@@ -43,8 +43,8 @@ def mmlu(folder: Path, split: str) -> Table:
 def arc(folder: Path, split: str, name: str) -> Table:
     def convert(row: dict) -> dict:
         labels, texts = row["choices"]["label"] or [], row["choices"]["text"] or []
-        if row["answerKey"] not in labels:  # some rows count their choices 1 to 4
-            raise UserError(f"the answer {row['answerKey']!r} is none of {labels}")
+        if row["answerKey"] not in labels:  # some rows label their choices 1 to 4
+            raise UserError(f"the answer {row['answerKey']!r} is not one of {labels}")
         return choice_conversation(row["question"], texts, labels.index(row["answerKey"]))
 
     return Table("arc", folder / "arc" / name, split, ["question", "choices", "answerKey"], convert)
@@ -72,7 +72,7 @@ def gsm8k(folder: Path, split: str) -> Table:
 
 
 def humaneval(folder: Path, split: str) -> Table:
-    """Open HumanEval's functions to complete. Rows also have `prompt`, `test` and `entry_point`."""
+    """Open HumanEval: functions to complete. Rows also have `prompt`, `test` and `entry_point`."""
 
     def convert(row: dict) -> dict:
         if not all(isinstance(row[name], str) for name in HUMANEVAL):
@@ -80,7 +80,7 @@ def humaneval(folder: Path, split: str) -> Table:
         answer = {"role": "assistant", "content": row["prompt"] + row["canonical_solution"]}
         return {"messages": [{"role": "user", "content": row["prompt"]}, answer]} | row
 
-    # The hub keeps the file in a folder of its own.
+    # The hub keeps the file in a subfolder.
     return Table("humaneval", folder / "humaneval", split, HUMANEVAL, convert, in_folders=True)
 
 
@@ -93,7 +93,7 @@ def smoltalk(folder: Path, split: str) -> Table:
 
 
 def suspects(batch: pa.RecordBatch) -> np.ndarray:
-    """Find the rows that are not [system,] user, assistant, user, … with text throughout, without a loop."""
+    """Find the rows whose messages are not text from [system,] user, assistant, user, …, without a loop."""
     messages, all_rows = batch.column("messages"), np.arange(len(batch))
     kind, fields = messages.type, {}
     if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type):
@@ -108,7 +108,7 @@ def suspects(batch: pa.RecordBatch) -> np.ndarray:
         for role in ("system", "user", "assistant")
     )
     starts, row_of = np.cumsum(lengths) - lengths, np.repeat(all_rows, lengths)
-    led = np.zeros(len(batch), bool)  # by a system message
+    led = np.zeros(len(batch), bool)  # whether a row begins with a system message
     led[lengths > 0] = system[starts[lengths > 0]]
     turn = np.arange(len(flat)) - starts[row_of] - led[row_of]
     right = (turn < 0) | np.where(turn % 2 == 0, user, assistant)

@@ -1,7 +1,7 @@
 """SimpleSpelling and SpellingBee: spelling words and counting their letters, generated from a word list.
 
-Row i is made from (task, split, i) alone. Words and phrasings of the test split never occur in training. A
-question may show its word capitalised or in quotes; answers are in lower case.
+Row i depends only on (task, split, i) and the word list. Words and phrasings of the test split never occur in
+training. A question may show its word capitalised or in quotes; answers are in lower case.
 """
 
 import random
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from jaxchat.config import UserError
 
-ROWS = 1000  # without :rows
-LARGEST = {"train": 10_000_000, "test": 1_000_000}  # :rows at most
+ROWS = 1000  # number of rows if a spec has no :rows
+LARGEST = {"train": 10_000_000, "test": 1_000_000}  # maximum of :rows
 EDITION = "-2"  # part of the fingerprint: raise it when the rows change
 
 # {w}: the word; {c}: the letter; {cs}: the letter in the plural.
@@ -72,12 +72,12 @@ PLURALS = ("{}s", "{}'s", "{}")
 
 
 def is_test_word(word: str) -> bool:
-    """Return whether a word is kept for the test split; one in ten is."""
+    """Return whether a word belongs to the test split, as one in ten does."""
     return zlib.crc32(word.encode()) % 10 == 0
 
 
 class Generated:
-    """Generated rows, each made from its number when it is read: the same on every machine."""
+    """Rows that are generated when read, each from its number alone, the same on every machine."""
 
     def __init__(self, folder: Path, split: str, task: str, make):
         path = folder / "words" / "words_alpha.txt"
@@ -89,7 +89,7 @@ class Generated:
         plain = (word for word in words if word.isascii() and word.isalpha())
         self._words = [word for word in plain if is_test_word(word) == (split == "test")]
         if not self._words:
-            raise UserError(f"{path} has no word for {split} among its {len(words)}, made of ASCII letters")
+            raise UserError(f"{path} needs words of ASCII letters; none of its {len(words)} is for {split}")
         self.paths, self.edition = [path], EDITION
         self.count, self.largest = ROWS, LARGEST[split]
         self._task, self._split, self._make = task, split, make
@@ -108,8 +108,8 @@ def pick(chance: random.Random, items):
 
 
 def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> str:
-    """Fill in a phrasing, sometimes in lower case or without its final mark, the word and the letter
-    sometimes capitalised, in capitals or in quotes."""
+    """Fill in a phrasing, at random in lower case or without its final punctuation, with the word and letter
+    capitalised, in capitals or in quotes."""
     if chance.random() < 0.2:
         phrasing = phrasing.lower()
     if chance.random() < 0.2:
@@ -124,12 +124,12 @@ def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> s
 
 
 def spell(chance: random.Random, word: str, split: str):
-    """Spell a word as "word:w,o,r,d": without a space the first letter is the same token as after a comma."""
+    """Spell a word as "word:w,o,r,d"; with no space, its first letter is the same token as after a comma."""
     return _ask(chance, pick(chance, SPELL[split]), word), f"{word}:{','.join(word)}"
 
 
 def count_letters(chance: random.Random, word: str, split: str):
-    """Count a letter, mostly one of the word's, by hand, then check with the tool."""
+    """Count a letter, usually one that occurs in the word, step by step, then check with Python."""
     letter = pick(chance, word) if chance.random() < 0.9 else pick(chance, "abcdefghijklmnopqrstuvwxyz")
     question = _ask(chance, pick(chance, COUNT[split]), word, letter)
     lines, seen = [], 0

@@ -12,15 +12,16 @@ from jaxchat.data.sources import file_fingerprint, open_parquet, parquet_files, 
 from jaxchat.tokenizer import check_conversation
 
 ROWS_READ = 10_000  # at a time; Arrow cannot hold more than 2 GiB of nested text in one piece
-MOST_LEFT_OUT = 0.01  # of a table's rows: more are no slip of the pen, but another format
+MOST_LEFT_OUT = 0.01  # fraction of rows that may be invalid; more of them mean a different format
 
 
 class Table:
     """Rows of a data set's parquet files, each converted to a conversation when it is read.
 
-    A row that is no conversation is left out, and counted in `left_out`; more than 1 in 100 are refused.
-    Files may differ in the order of their fields and in Arrow's types for text. name: the data set's in
-    launch.download. suspects: a function that finds the rows of a batch that can be wrong (None: all).
+    Rows that are not valid conversations, up to 1 in 100, are left out and counted in `left_out`. Files may
+    differ in the order of their fields and in Arrow's types for text. name: the data set's name in
+    launch.download. suspects: returns the rows of a batch to check; None: check all. UserError: more than 1
+    in 100 rows are invalid.
     """
 
     def __init__(
@@ -49,12 +50,12 @@ class Table:
         count = sum(map(len, self._batches))
         self._rows = np.delete(np.arange(count), [*problems])
         if not count:
-            raise UserError(f"{self.paths[0]} holds no rows; fetch it anew: python -m launch.download {name}")
+            raise UserError(f"{self.paths[0]} has no rows; fetch it again: python -m launch.download {name}")
         example = next(iter(problems.values()), "")
         if len(problems) > MOST_LEFT_OUT * count:
             raise UserError(
-                f"{folder}, {example}; {len(problems)} of its {count:,} rows cannot be used, and at most 1 "
-                "in 100 is left out; correct the file"
+                f"{folder}, {example}; {len(problems)} of its {count:,} rows cannot be used, and at most "
+                "1 in 100 may be left out; correct the file"
             )
         self.left_out = f"{len(problems)} left out, {example}" if problems else ""
 
@@ -79,7 +80,7 @@ class Table:
             raise UserError(f"its columns have other types than expected: {kinds}") from problem
 
     def _problem(self, batch: pa.RecordBatch, row: int) -> str:
-        """The reason why a row is no conversation; "" if it is one."""
+        """Return why a row is not a valid conversation, or "" if it is one."""
         try:
             check_conversation(self._converted(batch, row))
         except UserError as problem:
@@ -88,7 +89,7 @@ class Table:
 
 
 def _text_in(value):
-    """A cell's value with text for bytes, which count as UTF-8."""
+    """Return a cell's value with all bytes in it decoded as UTF-8."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, dict):
@@ -108,9 +109,9 @@ def _batches_of(path: Path, columns: list[str]) -> list[pa.RecordBatch]:
 def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False) -> list[Path]:
     """The parquet files of a split, sorted.
 
-    They are one file ("train.parquet"), numbered ("train-00000.parquet"), or numbered as on the hub
-    ("train-00000-of-00004.parquet"). in_folders: look in folders of the folder too. UserError: there are
-    none, some are missing, or two sets of files may hold the same rows.
+    A split is one file ("train.parquet"), or files numbered as "train-00000.parquet" or, on the hub, as
+    "train-00000-of-00004.parquet". in_folders: search subfolders too. UserError: there are no files, some
+    are missing, or two sets of files may hold the same rows.
     """
     paths = parquet_files(folder, split, in_folders=in_folders)
     if not paths:
@@ -120,13 +121,13 @@ def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False
         raise UserError(f"no {split}*.parquet in {folder}{only}; {remedy}")
     sets: dict[tuple, dict[Path, str]] = {}
     for path in paths:
-        stem = re.sub(r"-[0-9a-f]{16}$", "", path.stem)  # a hash that the hub once added
+        stem = re.sub(r"-[0-9a-f]{16}$", "", path.stem)  # a hash that the hub used to add
         base, number, of = re.fullmatch(r"(.*?)(\d*)(?:-of-(\d+))?", stem).groups()
         sets.setdefault((path.parent, base, of, path.suffix), {})[path] = number
     if len(sets) > 1:
         one, other = (str(next(iter(files)).relative_to(folder)) for files in list(sets.values())[:2])
         raise UserError(
-            f"{folder} holds {one} beside {other}, which may be the same rows twice; move one of them away"
+            f"{folder} holds {one} beside {other}, which may hold the same rows twice; move one of them away"
         )
     ((_, _, of, _), files), *_ = sets.items()
     if of and sorted(map(int, files.values())) != list(range(int(of))):
