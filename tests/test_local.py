@@ -18,12 +18,15 @@ def local(*flags, shell, hangup=signal.SIG_DFL, **kwargs):
     """The launcher itself, as a process; the command is bash. hangup: how it takes SIGHUP."""
     command = [sys.executable, "-m", "launch.cluster", "local", *flags, "--", "bash", "-c", shell]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    # As in a terminal, though the tests may run under nohup. (A preexec_fn would fork, which JAX warns of.)
-    before = signal.signal(signal.SIGHUP, hangup)
+    # As in a terminal, though the tests may run under nohup or in the background, where SIGHUP and SIGINT are ignored.
+    # (A preexec_fn would fork, which JAX warns of.)
+    how = {signal.SIGHUP: hangup, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in how.items()}
     try:
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, **kwargs)
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 PLACE = '"$JAX_COORDINATOR_ADDRESS" $JAXCHAT_NUM_PROCESSES $JAXCHAT_PROCESS_ID $CUDA_VISIBLE_DEVICES'
