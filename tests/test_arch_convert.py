@@ -56,7 +56,7 @@ def test_each_generation(when, home, capsys):
         assert "give --softcap=15 or --softcap=20" in refusal(capsys, *take)
         take.append(f"--softcap={config.softcap:.0f}")
     else:
-        assert "this checkpoint's is known" in refusal(capsys, *take, "--softcap=15")
+        assert "the checkpoint's softcap is known" in refusal(capsys, *take, "--softcap=15")
     convert.main(take)
     found = checkpoint.open_model("base", "d3", needs_tokenizer=False)
     assert found.config == config
