@@ -471,8 +471,8 @@ class TrainConfig(MeshFlags):
     on_nonfinite: str = flag("stop", choices=("stop", "skip"), free=True)
     """What to do when a loss or a gradient is not finite: "stop" the run, or "skip" the step's update."""
     data_workers: int = flag(0, 0, own=True)
-    """Number of subprocesses of each trainer process that tokenize; 0: its threads tokenize. The batches are
-    the same either way."""
+    """Number of tokenizing subprocesses per trainer process; 0: tokenize in its threads. The batches are the
+    same either way."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -543,7 +543,7 @@ class BaseConfig(TrainConfig):
     eval_every: int = flag(250, -1, free=True)
     """Steps between measurements of bits per byte on the validation shard; 0 or -1: never."""
     eval_tokens: int = flag(20 * 524288, 1, free=True)
-    """Validation tokens that bits per byte is measured on."""
+    """Number of validation tokens to measure bits per byte on."""
     core_metric_every: int = flag(2000, -1, free=True)
     """Steps between measurements of the CORE metric, made only if --eval_bundle exists (the plan says
     whether); 0 or -1: never."""
@@ -579,7 +579,7 @@ class BaseConfig(TrainConfig):
         if self.warmup_ratio + self.warmdown_ratio > 1 + 1e-9:  # 0.1 + 0.9 may be rounded up
             raise UserError(
                 f"--warmup_ratio={self.warmup_ratio:g} and --warmdown_ratio={self.warmdown_ratio:g} are "
-                f"{self.warmup_ratio + self.warmdown_ratio:g} together; lower one: the sum may be 1 at most"
+                f"{self.warmup_ratio + self.warmdown_ratio:g} together; lower one: the sum must be at most 1"
             )
 
 
@@ -612,16 +612,16 @@ class MidConfig(FinetuneConfig):
     total_batch_size: int = flag(524288, 1, 2**31 - 1)
     """Tokens in an optimizer step, over all devices."""
     init_lr_frac: float = flag(1.0, 0)
-    """Factor on all learning rates."""
+    """Factor that multiplies all learning rates."""
     eval_every: int = flag(150, -1, free=True)
     """Steps between measurements of bits per byte on the validation mixture; 0 or -1: never."""
     eval_tokens: int = flag(20 * 524288, 1, free=True)
-    """Validation tokens that bits per byte is measured on."""
+    """Number of validation tokens to measure bits per byte on."""
     train_tasks: str = (
         "SmolTalk/train,MMLU/auxiliary_train,GSM8K/train,identity,identity,SimpleSpelling/train:200000,"
         "SpellingBee/train:80000"
     )
-    """Training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
+    """Tasks of the training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
     val_tasks: str = flag("SmolTalk/test,MMLU/test:5200,GSM8K/test:420", free=True)
     """Validation mixture, written like --train_tasks."""
 
@@ -672,7 +672,7 @@ class SFTConfig(FinetuneConfig):
     """How conversations fill rows. "padded": one conversation per row. "bestfit": several per full-length
     row, which don't attend to each other. A step has the same conversations either way."""
     init_lr_frac: float = flag(0.02, 0)
-    """Factor on all learning rates."""
+    """Factor that multiplies all learning rates."""
     warmdown_ratio: float = flag(1.0, 0, 1)
     """Fraction of steps at the end spent cooling the learning rates down to 0."""
     momentum_warmup: int = flag(0, 0)
@@ -691,7 +691,7 @@ class SFTConfig(FinetuneConfig):
         "ARC-Easy/train,ARC-Challenge/train,GSM8K/train,SmolTalk/train:10000,identity,"
         "SimpleSpelling:300,SpellingBee:300"
     )
-    """Training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
+    """Tasks of the training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
     val_tasks: str = flag("SmolTalk/test", free=True)
     """Validation mixture, written like --train_tasks."""
 
@@ -723,7 +723,7 @@ class RLConfig(FinetuneConfig):
     num_samples: int = flag(16, 2)
     """Number of answers to each problem; at least 2, since they are compared with each other."""
     max_new_tokens: int = flag(256, 1)
-    """Maximum number of tokens in an answer, including the tool's output."""
+    """Maximum number of tokens in an answer, including tool output."""
     temperature: float = flag(1.0, 0.001, HOTTEST)
     """Sampling temperature of the answers, above 0 so that answers to a problem differ. Any value but 1
     samples from a different distribution than the one that is trained."""
@@ -732,7 +732,7 @@ class RLConfig(FinetuneConfig):
     reward: str = "answer"
     """What an answer is rewarded for, as name:weight, separated by commas: "answer" (the checker finds it
     right), "format" (it states a number after ####), "finished" (it ends by itself), "tool" (a tool call
-    returned a value). With "answer", the others count only for problems with both right and wrong answers."""
+    returned a value). If "answer" is given, others count only for problems with right and wrong answers."""
     advantage: str = flag("mean", choices=("mean", "loo", "std", "batch_std"))
     """How advantages are computed from rewards. "mean": reward minus the mean reward of the problem's
     answers. "loo": reward minus the mean reward of the problem's other answers. "std": like "mean", divided
@@ -759,7 +759,7 @@ class RLConfig(FinetuneConfig):
     mask_truncated: bool = False
     """Learn nothing from answers that were cut off; their rewards still count in the baseline."""
     min_groups: int = flag(2, 1)
-    """Minimum number of problems with differing rewards in a step; with fewer, it changes no weights."""
+    """Minimum number of problems per step whose answers differ in reward; with fewer, no weights change."""
     resample: bool = False
     """Draw more problems, at most three times, until --examples_per_step of them have answers with different
     rewards."""
@@ -767,7 +767,7 @@ class RLConfig(FinetuneConfig):
     """Number of answers that a device trains on at a time. Lower it if memory runs out: the result stays the
     same up to rounding."""
     init_lr_frac: float = flag(0.05, 0)
-    """Factor on all learning rates."""
+    """Factor that multiplies all learning rates."""
     lr_schedule: str = flag("linear", choices=("linear", "cosine", "constant"))
     """Schedule of the learning rates: "linear" or "cosine" decay to 0, or "constant"."""
     grad_clip: float = flag(1.0, 0)
@@ -775,8 +775,8 @@ class RLConfig(FinetuneConfig):
     eval_every: int = flag(60, -1, free=True)
     """Steps between evaluations, which also run before the first step and after the last; 0 or -1: never."""
     eval_examples: int = flag(400, 1, special=-1, free=True)
-    """Number of problems of --val_tasks, a fixed sample, to evaluate on, and half as many of --train_tasks;
-    -1: all."""
+    """Number of problems of --val_tasks to evaluate on, a fixed sample; half as many of --train_tasks are
+    evaluated too. -1: all."""
     eval_others: int = flag(256, -1, free=True)
     """Number of problems of each of ARC-Easy, ARC-Challenge and MMLU to evaluate on before the first step and
     after the last, to show what is forgotten; missing tasks are left out. 0: none; -1: all."""
