@@ -1,8 +1,8 @@
 """Find and open checkpoints: <base directory>/<stage>/<tag>/<step>/{params, optimizer, data, meta}.
 
-Finding a checkpoint checks the sizes of all its files, but the hashes only of those that will be read
-(jaxchat/seal.py): opening the weights reads nothing of the optimizer. jaxchat/store.py writes checkpoints and
-restores them to train on.
+Finding a checkpoint checks the sizes of all its files, but only the hashes of files that will be read
+(jaxchat/seal.py): opening the weights does not read the optimizer state. jaxchat/store.py writes checkpoints
+and restores them for training.
 """
 
 import atexit
@@ -30,13 +30,13 @@ from jaxchat.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that was found: its metadata is read, its weights are not yet."""
+    """A checkpoint whose metadata has been read, and whose weights have not."""
 
-    folder: Path  # of its run
+    folder: Path  # of the run; the checkpoint is <folder>/<step>
     step: int
     meta: dict
     config: ModelConfig
-    tokenizer: Tokenizer | None  # None only if open_model's caller does not need one
+    tokenizer: Tokenizer | None  # None only if open_model was called with needs_tokenizer=False
 
     @property
     def name(self) -> str:
@@ -51,8 +51,8 @@ class Found:
         return self.folder / str(self.step)
 
     def load(self, mesh: Mesh | None = None) -> Params:
-        """Read the float32 weights onto a mesh; None: onto one device."""
-        import orbax.checkpoint as ocp  # here, since metadata is read without it
+        """Load the weights onto a mesh; None: onto one device."""
+        import orbax.checkpoint as ocp  # here, since reading metadata does not need it
 
         mesh = mesh or sharding.make_mesh(jax.local_devices()[:1])
         specs = sharding.named(mesh, model_params.specs(self.config))
@@ -62,8 +62,7 @@ class Found:
         try:
             with ocp.StandardCheckpointer() as reader:
                 stored = reader.metadata(path).item_metadata.tree
-                # Compared before anything is read: Orbax, refusing one array, leaves the others' reads
-                # behind.
+                # Compared before reading: when Orbax refuses one array, its reads of the others keep running.
                 if wrong := _other_shapes(target, stored):
                     raise ValueError(wrong)
                 return reader.restore(path, target)
@@ -73,15 +72,18 @@ class Found:
 
 
 def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokenizer: bool = True) -> Found:
-    """Find a checkpoint and the tokenizer that belongs to it: beside it, or else the base directory's."""
+    """Find a checkpoint, and its tokenizer in the run's folder or else in the base directory.
+
+    UserError: there is no such checkpoint, or its tokenizer is missing or a different one.
+    """
     items = ("meta", "params")
-    # As the first process sees it: a file system may show others less.
+    # All processes use what process 0 finds: a file system may show others fewer files.
     found = find(source, model_tag, step, items) if jax.process_index() == 0 else ("", 0)
     name, step = sharding.gather_json({"found": [str(found[0]), found[1]]})[0]["found"]
     folder = Path(name)
     path, own = folder / str(step), folder / "tokenizer"
     meta = read_meta(folder, step)
-    wanted = meta["tokenizer_hash"]  # None: imported without one; a tokenizer put beside it later is taken
+    wanted = meta["tokenizer_hash"]  # None: imported without one; one that was added later is accepted
     if own.is_dir():
         tokenizer = Tokenizer.load(own)
     elif wanted is not None:
@@ -94,7 +96,7 @@ def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokeni
         raise UserError(
             f"{path} was trained with tokenizer {wanted[:12]}, but the one in "
             f"{own if own.is_dir() else base_dir() / 'tokenizer'} is {tokenizer.hash[:12]}; "
-            "restore the former, or train the model anew"
+            "restore the former, or train the model again"
         )
     config = ModelConfig(**meta["model"])
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
@@ -106,10 +108,10 @@ def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokeni
 def find(
     source: str, model_tag: str = "", step: int = -1, items: Collection[str] | None = None
 ) -> tuple[Path, int]:
-    """Return (folder, step) of a stage's checkpoint.
+    """Return (folder of the run, step) of a stage's checkpoint. UserError: there is none, or it is damaged.
 
-    model_tag "": the deepest d<N>, or else the newest. step -1: the last. items: the parts that will be read
-    (as in params), which must be intact; None: all.
+    model_tag "": the d<N> with the largest N, or else the newest tag. step -1: the last intact one. items:
+    the parts to be read, such as "params", which must be intact; None: all.
     """
     if source not in STAGES:
         raise UserError(f"unknown source {source!r}; it is one of {', '.join(STAGES)}")
@@ -138,10 +140,10 @@ def find(
 
 
 def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]:
-    """Return a run's steps up to the last one whose items are intact (None: all items).
+    """Return a run's steps up to the last whose `items` (None: all items) are intact.
 
-    Damaged steps after that are printed, with the reason. A step without a seal, as of an older version, is
-    complete only if no other step has one: else its save was cut off.
+    Later steps are damaged and are printed, with the reason. Checkpoints of older versions have no seals: a
+    step without a seal counts as complete only if no step of the run has one, else its save was interrupted.
     """
     steps = steps_in(folder)
     sealed = [step for step in steps if (folder / str(step) / seal.NAME).exists()]
@@ -156,14 +158,14 @@ def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints in a folder, ascending."""
+    """Steps of the complete checkpoints in a run's folder, ascending."""
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir())
 
 
 def run_folder(source: str, tag: str) -> Path:
-    """The folder of a stage's run. UserError: the tag is not a plain name."""
+    """Folder of the run of a stage and tag. UserError: the tag is not a plain name."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", tag):
         raise UserError(
             f"--model_tag={tag} must be a plain name: letters, digits and . _ - after a letter or digit"
@@ -172,23 +174,23 @@ def run_folder(source: str, tag: str) -> Path:
 
 
 def runs() -> list[Path]:
-    """The folders of all runs, of any stage, that have checkpoints."""
+    """Folders of all runs, of any stage, that have checkpoints."""
     folders = (path for stage in STAGES.values() for path in sorted((base_dir() / stage.folder).glob("*")))
     return [folder for folder in folders if steps_in(folder)]
 
 
 def read_meta(folder: Path, step: int) -> dict:
-    """Read a checkpoint's metadata; its metrics are those that its run had measured by then."""
+    """Read a checkpoint's metadata; add to its metrics what its run had measured up to that step."""
     with readable(folder / str(step)):
         meta = json.loads((folder / str(step) / "meta/metadata").read_text(encoding="utf-8"))
     return meta | {"metrics": meta.get("metrics", {}) | measured(folder, step)}
 
 
 def measured(folder: Path, step: int) -> dict[str, float]:
-    """The latest values, up to a step, of a run's evaluations in its metrics.jsonl; {}: there are none."""
+    """The latest evaluation results in a run's metrics.jsonl up to a step, by name; {}: there are none."""
     found = {}
     for row in files.read_lines(folder / "metrics.jsonl"):
-        # A step that ended its run, since it was not finite, has no time.
+        # The line of a step that ended its run by a loss that was not finite has no "step_seconds".
         is_step = "step_seconds" in row or "nonfinite" in row
         if row.get("step", step + 1) <= step and not is_step:
             found |= row
@@ -198,16 +200,16 @@ def measured(folder: Path, step: int) -> dict[str, float]:
 
 @contextmanager
 def readable(path: Path):
-    """Turn what reading a checkpoint raises into a UserError that says what to do."""
+    """Context that turns errors of reading a checkpoint into a UserError that says what to do."""
     try:
         yield
     except (ValueError, OSError) as problem:
         reason = first_line(problem)
-        raise UserError(f"{path} can't be read ({reason}); delete it to take the one before") from problem
+        raise UserError(f"{path} can't be read ({reason}); delete it to use the one before") from problem
 
 
 def first_line(problem: Exception) -> str:
-    """An error in one line: "FILE: No space left on device", or the first line of its text."""
+    """Describe an error in one line: "FILE: No space left on device", or the first line of its message."""
     if isinstance(problem, OSError) and problem.strerror:
         return f"{problem.filename}: {problem.strerror}" if problem.filename else problem.strerror
     return (str(problem).splitlines() or [type(problem).__name__])[0][:1000]
@@ -217,7 +219,10 @@ _links: dict[Path, Path] = {}
 
 
 def plain_path(folder: Path) -> Path:
-    r"""A path to a folder without * ? [ ] % \, which Orbax and TensorStore take for syntax."""
+    r"""Return a path of a folder without the characters * ? [ ] % \, which Orbax and TensorStore interpret.
+
+    A folder with such a name is reached through a symbolic link, which is deleted at exit.
+    """
     folder = folder.absolute()
     if not re.search(r"[][*?%\\]", str(folder)):
         return folder
@@ -229,12 +234,12 @@ def plain_path(folder: Path) -> Path:
 
 
 def quiet_orbax():
-    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs, with its stack, what it then raises
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and so does asyncio, of each of Orbax's tasks
+    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs the traceback of errors that it also raises
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # asyncio does so for each of Orbax's tasks
 
 
 def _other_shapes(target: Params, stored: dict) -> str:
-    """Say where stored arrays differ from the target: "lm_head is [64, 280] and not [64, 512]"."""
+    """Describe how stored arrays differ from the target: "lm_head is [64, 280] and not [64, 512]"."""
     want, have = (
         {jax.tree_util.keystr(path, simple=True, separator="."): array for path, array in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (target, stored))

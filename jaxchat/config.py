@@ -1,7 +1,7 @@
 """Every setting of jaxchat, as frozen dataclasses: stages, models, flags, and where files are kept.
 
 The fields of a flags class are a command's flags, and their docstrings are its help.
-This module imports nothing of jaxchat; everything else may import it.
+This module imports no other module of jaxchat; every other module may import it.
 """
 
 import dataclasses
@@ -13,18 +13,18 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the user gave cannot work. The message says in one line what is wrong and what to do.
+    """Raised for an input that cannot be used. The message says in one line what is wrong and what to do.
 
-    Commands print it and leave with exit code 2 (`launch.cli.main`); nothing has been written by then.
+    Commands print it and exit with code 2 (`launch.cli.main`); nothing has been written by then.
     """
 
 
 class Preempted(Exception):
-    """A run was asked to stop, and saved. Commands print the message and leave with exit code 75."""
+    """Raised when a run was asked to stop and has saved. Commands print the message and exit with code 75."""
 
 
 def base_dir() -> Path:
-    """The directory everything is kept under: $JAXCHAT_BASE_DIR, or ~/.cache/jaxchat."""
+    """The directory under which all files are kept: $JAXCHAT_BASE_DIR, or ~/.cache/jaxchat."""
     given = os.environ.get("JAXCHAT_BASE_DIR") or "~/.cache/jaxchat"
     check_local("JAXCHAT_BASE_DIR", given)
     check_folder("JAXCHAT_BASE_DIR", given)
@@ -32,11 +32,11 @@ def base_dir() -> Path:
 
 
 def user_path(given: str | Path) -> Path:
-    """Expand a ~ at the start of a path that the user gave. UserError: no home directory is known."""
+    """Expand a leading ~ of a path that the user gave. UserError: the home directory is unknown."""
     home = os.environ.get("HOME", "/")
-    remedy = "set HOME, or JAXCHAT_BASE_DIR=FOLDER, or give full paths"
+    remedy = "set HOME, or JAXCHAT_BASE_DIR=FOLDER, or give absolute paths"
     if str(given).startswith("~") and not os.path.isabs(home):
-        raise UserError(f"{given}: HOME={home!r} is no full path; {remedy}")
+        raise UserError(f"{given}: HOME={home!r} is not an absolute path; {remedy}")
     try:
         return Path(given).expanduser()
     except RuntimeError:
@@ -44,7 +44,7 @@ def user_path(given: str | Path) -> Path:
 
 
 def no_platform() -> str:
-    """Error message for a JAX_PLATFORMS that names a kind of device that is not here."""
+    """Error message for a JAX_PLATFORMS that names a kind of device that this machine lacks."""
     platforms = os.environ.get("JAX_PLATFORMS")
     return f"JAX_PLATFORMS={platforms}: no such device can be used here; unset it, or set JAX_PLATFORMS=cpu"
 
@@ -66,7 +66,8 @@ def check_local(name: str, paths: str):
     """Raise UserError if one of the paths (a,b) is an address such as gs://bucket/folder, or not UTF-8."""
     check_utf8(name, paths)
     for path in paths.split(","):
-        # One slash is enough: pathlib and shells' completion leave no more, dbfs:/ has no more. C:/ is none.
+        # One slash is enough: pathlib and shell completion drop the second, and dbfs:/ has only one. C:/ is
+        # not an address.
         address = re.match(r"\s*([A-Za-z][\w+.-]+):/+([^/]*)", path)
         if address:
             mount = f"gcsfuse --implicit-dirs --rename-dir-limit=200000 {address[2] or 'BUCKET'} FOLDER"
@@ -80,7 +81,7 @@ class StageInfo:
     """The names of one stage of training: in flags, folders, commands and reports."""
 
     name: str  # in flags and metadata
-    folder: str  # of its checkpoints, in the base directory
+    folder: str  # of its checkpoints, inside the base directory
     command: str  # the module in launch/ that trains it
     label: str  # in reports
     title: str  # of its plan, before the tag
@@ -107,7 +108,7 @@ STAGES = {
 }
 
 
-# The constants of nanochat's model as it was in November 2025 (the fields' defaults) and in July 2026.
+# The constants of nanochat's model in November 2025 (the defaults of ModelConfig) and in July 2026.
 ARCHITECTURES = {
     "2025": {},
     "2026": {
@@ -129,7 +130,7 @@ ARCHITECTURES = {
 
 
 def constant(default, *, zero: bool = False, most: float = math.inf):
-    """Declare a number of ModelConfig. zero: whether it may be 0. most: its largest value."""
+    """Declare a numeric field of ModelConfig. zero: whether it may be 0. most: its largest value."""
     return dataclasses.field(default=default, metadata={"zero": zero, "most": most})
 
 
@@ -141,8 +142,8 @@ def rounded_up(number: int, step: int) -> int:
 class ModelConfig:
     """Shape and constants of a model. Two checkpoints with equal ModelConfig have interchangeable weights.
 
-    A field added later defaults to what was computed before it existed, so that older checkpoints stay the
-    same. docs/architecture.md says what each mechanism computes.
+    The default of a new field must be what was computed before it existed, so that older checkpoints keep
+    their meaning. docs/architecture.md says what each mechanism computes.
     """
 
     sequence_len: int = 2048
@@ -155,21 +156,21 @@ class ModelConfig:
     softcap: float = 15.0  # bound of the logits: softcap·tanh(u/softcap)
     norm_eps: float = 1.1920929e-07  # float32's machine epsilon, torch's default for rms_norm
     qk_scale: float = constant(1.0, most=2.0)  # factor on normed queries and on normed keys
-    # Letters of the layers, repeated; the last layer is L. S: a query sees short_window positions back. L: it
-    # sees sequence_len back. "": all of them.
+    # One letter per layer, repeated as needed; the last layer is always "L". In "S" a query sees short_window
+    # positions back, in "L" sequence_len. Without a pattern it sees all earlier positions.
     window_pattern: str = ""
     short_window: int = constant(0, zero=True)
-    # Every other layer, the last included, adds to its values an embedding of the token, times a gate.
-    value_gate_channels: int = constant(0, zero=True)  # features that the gate reads; 0: no layer does
+    # Every other layer, including the last, adds a gated embedding of the token to its values.
+    value_gate_channels: int = constant(0, zero=True)  # features that the gate reads; 0: no such embedding
     value_gate_bound: float = 2.0  # the gate is bound·sigmoid(…)
-    layer_scales: bool = False  # a layer reads a·x + b·(the embedding), a and b learnt
-    smear_channels: int = constant(0, zero=True)  # read by the gate on the previous token; 0: no smear
-    backout: bool = False  # the middle layer's result, times a learnt number, is taken off at the end
-    vocab_multiple: int = 1  # tables and head have a multiple of this many rows, unused beyond vocab_size
-    table_dtype: str = "float32"  # of the embedding and the value embeddings as stored: float32 or bfloat16
-    embedding_std: float = 1.0  # of the embedding's initial values
+    layer_scales: bool = False  # a layer's input is a·x + b·(the token's embedding), with a and b learnt
+    smear_channels: int = constant(0, zero=True)  # features that the previous token's gate reads; 0: no smear
+    backout: bool = False  # subtract the middle layer's output, times a learnt number, from the last layer's
+    vocab_multiple: int = 1  # pad tables and head from vocab_size to a multiple of this many rows
+    table_dtype: str = "float32"  # stored dtype of token and value embeddings: float32 or bfloat16
+    embedding_std: float = 1.0  # standard deviation of the initial token embeddings
     head_std: float = constant(0.0, zero=True)
-    uniform_init: bool = False  # initial matrices are uniform, not normal
+    uniform_init: bool = False  # draw initial matrices from a uniform instead of a normal distribution
     up_scale: float = 1.0  # factor on the initial w_up
 
     def __post_init__(self):
@@ -202,9 +203,9 @@ class ModelConfig:
     ):
         """Size a model by its depth: `depth` layers, width 64·depth, one head per 128 of width, rounded up.
 
-        More heads where cuDNN's attention needs them, whose head dimensions are multiples of 8: depth 5 has 4
-        of 80, depth 17 has 17 of 64. In the architecture of 2026 the width is rounded up instead, to a
-        multiple of 128, and layers S see a quarter of the context.
+        Heads are added until the head dimension is a multiple of 8, as cuDNN's attention requires: depth 5
+        has 4 heads of 80, depth 17 has 17 heads of 64. With arch "2026" the width is instead rounded up to a
+        multiple of 128, and "S" layers see a quarter of the context.
         """
         if depth < 1:
             raise UserError(f"--depth={depth}: a model needs at least 1 layer")
@@ -228,7 +229,7 @@ class ModelConfig:
 
     @property
     def plain(self) -> bool:
-        """Whether the model has only weights that November 2025's architecture has."""
+        """Whether the architecture of November 2025 has all weights that the model has."""
         return not (self.value_gate_channels or self.layer_scales or self.smear_channels or self.backout)
 
     @property
@@ -238,7 +239,7 @@ class ModelConfig:
 
 
 def check_constant(field: dataclasses.Field, value):
-    """Raise UserError unless a value is one that a field of ModelConfig can have."""
+    """Raise UserError unless `value` is valid for a field of ModelConfig."""
     zero, most = field.metadata.get("zero", False), field.metadata.get("most", math.inf)
     if field.type is float:
         fine = type(value) in (int, float) and 0 <= value <= most and value < math.inf and (value > 0 or zero)
@@ -254,12 +255,12 @@ def check_constant(field: dataclasses.Field, value):
         raise UserError(f"model {field.name} is {value!r}; it must be {expected}")
 
 
-REMATS = ("none", "dots", "full")  # from the fastest to the one that needs the least memory
-ALL_REMATS = (*REMATS, "step")  # step: for several devices and micro-batches (model/parts.py)
+REMATS = ("none", "dots", "full")  # each is slower than the one before it, and needs less memory
+ALL_REMATS = (*REMATS, "step")  # "step" is for several devices and micro-batches (model/parts.py)
 
 
 def gpu_capability() -> float:
-    """Compute capability of this host's first GPU, such as 9.0 for a Hopper; without a GPU 9.0."""
+    """CUDA compute capability of this host's first GPU (Hopper: 9.0); 9.0 if there is no GPU."""
     import jax  # here, so that reading a config never starts a backend
 
     return float(getattr(jax.local_devices()[0], "compute_capability", "9.0"))
@@ -267,26 +268,27 @@ def gpu_capability() -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """Execution options: they change speed and memory, never the result (up to rounding); in no checkpoint.
+    """Execution options: they change speed and memory but not results (up to rounding); never checkpointed.
 
-    dtype: of activations and matrix products, "float32" or "bfloat16". Weights, norms, softmax and loss stay
-        float32; in training the logits are rounded to dtype before the softmax.
+    dtype: dtype of activations and matrix products, "float32" or "bfloat16". Weights, norms, softmax and loss
+        stay float32; in training the logits are rounded to dtype before the softmax.
     unroll: write the layers one after the other instead of looping over them (`lax.scan`). Compiles slower;
         runs faster on GPUs, and on CPUs with few layers.
-    remat: what the backward pass computes again instead of keeping: "none" (keeps all), "dots" (all but the
-        results of matrix products), "full" (all but each layer's input) or "step" (as full, and a layer
-        computes all micro-batches of a step before the next layer does: model/parts.py).
-    parts: equal parts in which a layer computes a device's rows, one after the other. train_step sets it.
+    remat: what the backward pass recomputes: "none", "dots" (all but the results of matrix products), "full"
+        (all but each layer's input) or "step" (like "full", but each layer computes all micro-batches of a
+        step before the next layer starts: model/parts.py).
+    parts: number of equal parts of a device's rows that a layer computes in turn. train_step sets it.
     attention: "xla", "blocks" (CPU), "cudnn" (GPU, bfloat16; "xla" for shapes it refuses) or "splash" (TPU).
-    kernels: norms, rotary embedding and the loss's softmax by our own kernels for GPUs (model/kernels.py).
-    grad_dtype: what gradients of the layers' matrices are summed in, within a device and across devices:
-        "float32", or "bfloat16", which sends half the bytes and loses a little with every device more.
-    matmul: operands of the layers' products in training: "" as they come, "fp8" rounded to float8 in the MLP,
-        "fp8-all" in all six (model/matmul.py). Unlike the rest, it changes what is learnt.
-    loss_chunk_tokens: logits exist for at most this many tokens of a device at a time.
-    micro_tokens: a training step computes at most this many tokens of a device's micro-batch at a time, in
-        whole rows (at least one); 0: all at once. A CPU is faster with what fits into its caches.
-    mesh: the jax.sharding.Mesh that weights and batches are spread over; None: one device.
+    kernels: compute norms, rotary embedding and the loss's softmax by our own GPU kernels (model/kernels.py).
+    grad_dtype: dtype in which gradients of the layers' matrices are summed, within and across devices:
+        "float32", or "bfloat16", which sends half the bytes but loses some precision with each added device.
+    matmul: rounding of the operands of the layers' matrix products in training: "" (none), "fp8" (to float8
+        in the MLP) or "fp8-all" (to float8 in all six: model/matmul.py). Unlike the other options, it changes
+        what is learnt.
+    loss_chunk_tokens: maximum number of tokens per device whose logits exist at the same time.
+    micro_tokens: maximum number of tokens of a device's micro-batch that a training step computes at a time,
+        in complete rows (at least one); 0: all at once. CPUs are faster if these fit into their caches.
+    mesh: the jax.sharding.Mesh over which weights and batches are sharded; None: one device.
     """
 
     dtype: str = "float32"
@@ -303,7 +305,10 @@ class Compute:
 
     @classmethod
     def for_backend(cls, dtype: str = "auto", backend: str = "", remat: str = "auto", **changes):
-        """Choose defaults for the devices at hand (or for "cpu", "gpu", "tpu"); `changes` override fields."""
+        """Choose defaults for this machine's devices, or for `backend` ("cpu", "gpu" or "tpu").
+
+        changes: values of further fields, which override the defaults.
+        """
         import jax  # here, so that reading a config never starts a backend
 
         backend = backend or jax.default_backend()
@@ -313,19 +318,19 @@ class Compute:
             changes["remat"] = remat
         if dtype == "auto":
             dtype = "float32" if backend == "cpu" else "bfloat16"
-        if backend == "cpu":  # the fastest there: dev/LOG.md
+        if backend == "cpu":  # the fastest options on CPUs, measured in dev/LOG.md
             chosen = {"unroll": True, "attention": "blocks", "micro_tokens": 1024}
         else:
             kernel = {"gpu": "cudnn" if dtype == "bfloat16" else "xla", "tpu": "splash"}.get(backend, "xla")
             chosen = {"remat": "dots", "attention": kernel, "loss_chunk_tokens": 4096}
-            if backend == "gpu":  # a loop would copy what each layer keeps to and from a stack of all layers'
+            if backend == "gpu":  # a loop would copy all activations to and from stacks over the layers
                 chosen |= {"unroll": True, "kernels": gpu_capability() >= 8, "loss_chunk_tokens": 8192}
         return cls(**(chosen | {"dtype": dtype} | changes))
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model and how it is computed on a mesh: all that a program over its weights is compiled for."""
+    """A model's configuration and execution options: all that its programs are compiled for."""
 
     config: ModelConfig
     compute: Compute
@@ -335,25 +340,25 @@ class Model:
         return self.compute.mesh
 
     def without_fp8(self) -> "Model":
-        """Return this model with products in compute.dtype, for evaluations and generation."""
+        """Return this model with all matrix products in compute.dtype, for evaluation and generation."""
         return dataclasses.replace(self, compute=dataclasses.replace(self.compute, matmul=""))
 
 
-DEVICE_ROWS, DEVICE_CONVERSATIONS = 32, 4  # the most rows that --device_batch_size=-1 takes; SFT's
-MOST_TOKENS = 2**24  # of a vocabulary
-HOTTEST = 100.0  # highest sampling temperature: there all tokens are about as likely
-EVAL_BATCH = 4  # conversations that --eval_steps counts in
+DEVICE_ROWS, DEVICE_CONVERSATIONS = 32, 4  # largest choices of --device_batch_size=-1; the latter for SFT
+MOST_TOKENS = 2**24  # largest vocabulary size
+HOTTEST = 100.0  # highest sampling temperature, at which all tokens are about equally likely
+EVAL_BATCH = 4  # conversations per batch of --eval_steps
 
 
 def flag(
     default, least=None, most=math.inf, *, special=None, choices=(), free=False, own=False, alias="", name=""
 ):
-    """A field of a flags class, with what Flags checks.
+    """Declare a field of a flags class, with the limits that Flags checks.
 
-    least, most: the bounds of a number, inclusive; special: one more value that is allowed. choices: all
-    values of a word. free: a resumed run may change it, since it changes what is shown, measured, kept or
-    computed at a time, but not what is learnt. own: the processes of a run may differ in it; it is free then.
-    alias: a short form, such as "-p". name: the flag's name where it is not the field's.
+    least, most: inclusive bounds of a number; special: one more value that is allowed. choices: all allowed
+    values of a string. free: a resumed run may change it, since it affects what is shown, measured, kept or
+    computed at a time, but not what is learnt. own: each process of a run may have its own value; implies
+    free. alias: a short form, such as "-p". name: the flag's name if it is not the field's.
     """
     metadata = {"least": least, "most": most, "special": special, "choices": choices, "free": free or own}
     return dataclasses.field(default=default, metadata=metadata | {"own": own, "alias": alias, "name": name})
@@ -361,12 +366,12 @@ def flag(
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Base class of the flags classes. UserError: a value is not one that its field allows."""
+    """Base class of all flags classes. UserError: a field does not allow its value."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, m = getattr(self, field.name), field.metadata
-            if not m:  # not by flag(): any value is allowed
+            if not m:  # declared without flag(): any value is allowed
                 continue
             choices, least, most = m["choices"], m["least"], m["most"]
             name = m["name"] or field.name
@@ -383,7 +388,7 @@ class Flags:
         return self._but("free")
 
     def shared(self) -> dict:
-        """The flags that all processes of a run have to agree on, by name."""
+        """The flags that must be the same in all processes of a run, by name."""
         return self._but("own")
 
     def _but(self, kind: str) -> dict:
@@ -393,53 +398,54 @@ class Flags:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceFlags(Flags):
-    """Flags of devices"""
+    """Device flags"""
 
-    mesh = matmul = ""  # flags of the classes below
+    mesh = matmul = ""  # flags of the subclasses below
     remat = "auto"
     device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"), free=True)
-    """Kind of device to compute on: cpu, cuda or tpu; empty: the best one found."""
+    """Kind of device to compute on: "cpu", "cuda" or "tpu"; empty: the best kind found."""
     dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
-    """Number format of activations and matrix products: float32 or bfloat16; auto: float32 on a CPU, bfloat16
-    elsewhere. Checkpoints keep weights in float32, but for bfloat16 embedding tables of --arch=2026."""
+    """Number format of activations and matrix products; "auto": float32 on a CPU, bfloat16 elsewhere.
+    Checkpoints keep weights in float32, except embedding tables that --table_dtype keeps in bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshFlags(DeviceFlags):
-    """Flags of several devices and processes"""
+    """Flags for several devices and processes"""
 
     mesh: str = flag("", free=True)
-    """Devices along each axis, as in data=-1,fsdp=1,tensor=1 (-1: all that remain). data: each device holds
-    all weights; fsdp: each holds a share of every weight; tensor: each computes a share of every layer.
-    Empty: data=-1 on CPUs; elsewhere fsdp=8, or 4, 2 or 1 if 8 does not divide the devices."""
+    """Number of devices along each mesh axis, as in data=-1,fsdp=1,tensor=1 (-1: all remaining devices).
+    Along data, each device holds all weights; along fsdp, a shard of every weight; along tensor, each
+    computes a part of every layer. Empty: data=-1 on CPUs; elsewhere also fsdp=8, or the largest of 4, 2 and
+    1 that divides the number of devices."""
     coordinator: str = flag("", own=True)
-    """Address of process 0 of several, as HOST:PORT; empty: as Slurm, TPUs, Open MPI or a JobSet say."""
+    """Address of process 0, as HOST:PORT; empty: as given by Slurm, Open MPI, a JobSet or the TPU host."""
     num_processes: int = flag(0, 0, free=True)
-    """Number of processes that work together; 0: as the launcher says, or else 1."""
+    """Number of processes in the run; 0: as given by the launcher, or else 1."""
     process_id: int = flag(-1, -1, own=True)
-    """Number of this process, counted from 0; -1: as the launcher says."""
+    """Index of this process, counted from 0; -1: as given by the launcher."""
     heartbeat_timeout: int = flag(100, 2, free=True)
-    """Seconds without a sign of life after which a process counts as lost, and all processes end."""
+    """Seconds without a heartbeat after which a process counts as lost and all processes end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(MeshFlags):
-    """Flags that all trainers share"""
+    """Flags shared by all trainers"""
 
     run: str = flag("dummy", own=True)
-    """Name of the run at Weights & Biases; "dummy": nothing is logged there."""
+    """Name of the run in Weights & Biases; "dummy": log nothing there."""
     matmul: str = flag("", choices=("", "fp8", "fp8-all"))
-    """Operands of the layers' matrix products while training, on GPUs such as H100 and H200: fp8 (float8 in
-    the MLP), fp8-all (float8 in all layers' products); empty: as --dtype. Evaluations compute in --dtype, and
-    print how much float8 changes the loss."""
+    """Number format of the operands of the layers' matrix products in training, on GPUs such as H100 and
+    H200: "fp8" (float8 in the MLP) or "fp8-all" (float8 in all of them); empty: as --dtype. Evaluations
+    compute in --dtype and print how much float8 changes the loss."""
     remat: str = flag("auto", free=True)
-    """What the backward pass recomputes instead of keeping: none, dots (all but the results of matrix
-    products), full (everything within a layer) or step (as full; on several devices, each layer computes all
-    micro-batches before the next layer does, so gradients are summed over devices once a step). Each but
-    step needs less memory than the one before, and more time. auto: none on a CPU; elsewhere the first whose
-    compiled step fits in memory, and for a resumed run the one it had."""
+    """What the backward pass recomputes instead of keeping: "none", "dots" (all but the results of matrix
+    products), "full" (everything within a layer) or "step" (like "full", but on several devices each layer
+    computes all micro-batches before the next layer starts, so that gradients are summed over devices once
+    a step). "dots" needs less memory and more time than "none", and "full" than "dots". "auto": "none" on a
+    CPU; elsewhere the fastest that fits in memory; a resumed run keeps the one it had."""
     seed: int = flag(0, 0, 2**32 - 1)
-    """Random seed of the initial weights and of the order of the data."""
+    """Random seed of the initial weights, the order of the data and the answers that RL samples."""
     embedding_lr: float = flag(0.2, 0)
     """AdamW learning rate of the token embedding, multiplied by (n_embd/768)^-0.5."""
     unembedding_lr: float = flag(0.004, 0)
@@ -447,24 +453,26 @@ class TrainConfig(MeshFlags):
     matrix_lr: float = flag(0.02, 0)
     """Muon learning rate of the matrices in the layers."""
     weight_decay: float = flag(0.0, 0)
-    """AdamW weight decay of embedding and head; for a model of 2026, in which theirs are fixed, Muon's of the
-    layers' matrices."""
+    """AdamW weight decay of the embedding and the head. For models of --arch=2026, whose AdamW decay is
+    fixed: Muon's weight decay of the layers' matrices."""
     save_every: int = flag(-1, -1, free=True)
-    """Steps between checkpoints, besides those of --save_minutes; 0 or -1: none. The last step is always
-    saved, and the last three checkpoints are kept."""
+    """Steps between checkpoints, in addition to those of --save_minutes; 0 or -1: only those. The last step
+    is always saved, and the last three checkpoints are kept."""
     save_minutes: float = flag(30.0, 0, free=True)
-    """Minutes after the latest checkpoint until the next is saved; 0: none by the clock."""
+    """Minutes from the latest checkpoint to the next; 0: save only by --save_every."""
     resume: bool = flag(False, free=True)
-    """Continue from this stage's latest checkpoint under the tag, or start if there is none. On CPUs the
-    result equals the undisturbed run bit for bit; on GPUs up to rounding (cuDNN sums in no fixed order)."""
+    """Continue from the latest checkpoint of this stage and --model_tag; start from step 0 if there is none.
+    The result equals that of an uninterrupted run: on CPUs bit for bit, on GPUs up to rounding (cuDNN sums in
+    no fixed order)."""
     overwrite: bool = flag(False, free=True)
-    """Delete the checkpoints of this stage and tag, and start anew."""
+    """Delete all checkpoints of this stage and --model_tag, and start from step 0."""
     tensorboard: bool = flag(False, free=True)
     """Also write TensorBoard event files beside the checkpoints."""
     on_nonfinite: str = flag("stop", choices=("stop", "skip"), free=True)
-    """What to do when a loss or a gradient is not finite: stop, or skip the step, which changes nothing."""
+    """What to do when a loss or a gradient is not finite: "stop" the run, or "skip" the step's update."""
     data_workers: int = flag(0, 0, own=True)
-    """Processes per host that tokenize; 0: threads of the trainer do. The batches do not depend on it."""
+    """Number of tokenizing subprocesses per trainer process; 0: tokenize in its threads. The batches are the
+    same either way."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -476,7 +484,7 @@ class TrainConfig(MeshFlags):
                 raise UserError(f"--{one} and --{other} contradict each other: {why}; leave one out")
 
 
-# What base_train's flags are unless given, where an architecture's recipe differs from the flags' defaults.
+# Defaults of base_train's flags by --arch, where they differ from the defaults of the fields.
 BASE_RECIPES = {
     "2025": {},
     "2026": {
@@ -499,34 +507,35 @@ class BaseConfig(TrainConfig):
     """Pretrain a model from random weights on the text of parquet shards."""
 
     arch: str = flag("2025", choices=tuple(ARCHITECTURES))
-    """Architecture, optimizer and recipe: nanochat's of November 2025 or of July 2026. 2026 means, unless
-    given otherwise: --embedding_lr=0.3 --unembedding_lr=0.008 --weight_decay=0.28 (Muon's)
+    """Architecture, optimizer and recipe: nanochat's of November 2025 ("2025") or of July 2026 ("2026").
+    "2026" changes these defaults: --embedding_lr=0.3 --unembedding_lr=0.008 --weight_decay=0.28 (Muon's)
     --target_param_data_ratio=12 --total_batch_size=-1 --grad_clip=0 --warmup_steps=40 --warmdown_ratio=0.65
     --final_lr_frac=0.05 --eval_tokens=41943040."""
     depth: int = flag(20, 1)
-    """Number of layers; the width is 64 × depth (with --arch=2026 rounded up to a multiple of 128)."""
+    """Number of layers; the model's width is 64 × depth, with --arch=2026 rounded up to a multiple of 128."""
     n_kv_head: int = flag(-1, 1, special=-1)
-    """Number of key/value heads, a divisor of the query heads (grouped-query attention); -1: their number."""
+    """Number of key/value heads (grouped-query attention), which must divide the number of query heads; -1:
+    as many as query heads."""
     max_seq_len: int = flag(2048, 1)
     """Tokens in a training row, and the model's context length."""
     num_iterations: int = flag(-1, 1, special=-1)
-    """Number of optimizer steps; -1: from --target_flops, or else from --target_param_data_ratio."""
+    """Number of optimizer steps; -1: set by --target_flops, or else by --target_param_data_ratio."""
     target_flops: float = flag(-1.0, 0, special=-1)
-    """Floating-point operations to train for; -1: from --target_param_data_ratio."""
+    """Total floating-point operations of training; -1: set by --target_param_data_ratio."""
     target_param_data_ratio: float = flag(20.0, 0, special=-1)
-    """Tokens to train on, per parameter of the model (Chinchilla: 20). With --arch=2026 only weights of the
-    layers' matrices and the head are counted."""
+    """Number of training tokens per model parameter (Chinchilla: 20). With --arch=2026, only weights of the
+    layers' matrices and the head count as parameters."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
     """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it
     if memory runs out: the result stays the same up to rounding."""
     total_batch_size: int = flag(524288, 1, 2**31 - 1, special=-1)
-    """Tokens in an optimizer step, over all devices; -1, with --arch=2026 only: by the model's size."""
+    """Tokens in an optimizer step, over all devices; -1 (only with --arch=2026): set by the model's size."""
     grad_clip: float = flag(1.0, 0)
-    """Largest global norm of the gradients, to which longer ones are scaled; 0: no bound."""
+    """Maximum global norm of the gradients; larger gradients are scaled down to it. 0: no clipping."""
     warmup_ratio: float = flag(0.0, 0, 1)
     """Fraction of steps spent warming the learning rates up from 0."""
     warmup_steps: int = flag(0, 0)
-    """Number of steps spent warming the learning rates up; 0: by --warmup_ratio."""
+    """Number of steps spent warming the learning rates up from 0; 0: set by --warmup_ratio."""
     warmdown_ratio: float = flag(0.2, 0, 1)
     """Fraction of steps at the end spent cooling the learning rates down."""
     final_lr_frac: float = flag(0.0, 0)
@@ -534,32 +543,33 @@ class BaseConfig(TrainConfig):
     eval_every: int = flag(250, -1, free=True)
     """Steps between measurements of bits per byte on the validation shard; 0 or -1: never."""
     eval_tokens: int = flag(20 * 524288, 1, free=True)
-    """Validation tokens that bits per byte is measured on."""
+    """Number of validation tokens to measure bits per byte on."""
     core_metric_every: int = flag(2000, -1, free=True)
-    """Steps between measurements of CORE, if its bundle is there (the plan says so); 0 or -1: never."""
+    """Steps between measurements of the CORE metric, made only if --eval_bundle exists (the plan says
+    whether); 0 or -1: never."""
     core_metric_max_per_task: int = flag(500, 1, special=-1, free=True)
-    """Items of each CORE task to measure on, at most; -1: all."""
+    """Maximum number of items of each CORE task to measure on; -1: all."""
     eval_bundle: str = flag("", own=True)
-    """CORE's bundle, a folder or a zip; empty: <base directory>/eval_bundle, or else eval_bundle.zip."""
+    """Folder or zip file of the CORE tasks; empty: eval_bundle or eval_bundle.zip in the base directory."""
     sample_every: int = flag(2000, -1, free=True)
-    """Steps between showing how the model continues seven prompts; 0 or -1: never."""
+    """Steps between printing the model's continuations of seven prompts; 0 or -1: never."""
     model_tag: str = flag("", free=True)
     """Name of the checkpoint folder; empty: d<depth>."""
     data_dir: str = flag("", own=True)
-    """Folder of parquet shards with a column `text`, the last one for validation; empty: <base
+    """Folder of parquet shards with a column `text`, of which the last is for validation; empty: <base
     directory>/base_data."""
     table_dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"), free=True)
-    """Number format in which embedding tables and their optimizer state are kept: float32 or bfloat16; auto:
-    bfloat16 with --arch=2026 if activations are bfloat16, else float32."""
+    """Number format in which embedding tables and their optimizer state are kept; "auto": bfloat16 with
+    --arch=2026 if activations are bfloat16, else float32."""
     packing: str = flag("stream", choices=("stream", "bos_bestfit", "nanochat"))
-    """How documents fill rows. stream: rows are cut from one stream of documents; nothing is lost.
-    bos_bestfit: each row begins with a document, few documents are cut, what is cut off is dropped, and
-    documents don't see each other. nanochat: like bos_bestfit, but documents see each other, and each row
-    takes the longest of 1,000 documents that fits."""
+    """How documents fill rows. "stream": documents are concatenated and cut into rows; nothing is dropped.
+    "bos_bestfit": each row begins with a document, few documents are cut, the cut-off ends are dropped, and
+    documents in a row don't attend to each other. "nanochat": like "bos_bestfit", but documents in a row
+    attend to each other, and the longest that fits is chosen from 1,000 documents instead of 64."""
 
     @classmethod
     def given(cls, **flags):
-        """Build the flags from those on a command line, the others by the recipe of its --arch."""
+        """Build the flags from those given on a command line and the recipe of its --arch."""
         return cls(**(BASE_RECIPES.get(flags.get("arch"), {}) | flags))
 
     def __post_init__(self):
@@ -569,27 +579,28 @@ class BaseConfig(TrainConfig):
         if self.warmup_ratio + self.warmdown_ratio > 1 + 1e-9:  # 0.1 + 0.9 may be rounded up
             raise UserError(
                 f"--warmup_ratio={self.warmup_ratio:g} and --warmdown_ratio={self.warmdown_ratio:g} are "
-                f"{self.warmup_ratio + self.warmdown_ratio:g} together; lower one: they may be 1 at most"
+                f"{self.warmup_ratio + self.warmdown_ratio:g} together; lower one: the sum must be at most 1"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
-    """Flags of the trainers that start from a checkpoint"""
+    """Flags for trainers that start from a checkpoint"""
 
     model_tag: str = flag("", free=True)
-    """Tag of the model to start from, and of the result; empty: the deepest d<N>, or else the newest."""
+    """Tag of the model to start from and of the result; empty: the d<N> with the largest N, or else the
+    newest tag."""
     step: int = flag(-1, -1, free=True)
     """Step of the checkpoint to start from; -1: the last."""
     dry_run: bool = flag(False, free=True)
-    """Train, but write no checkpoint, no metrics and no samples."""
+    """Train without writing checkpoints, metrics or samples."""
     tasks_dir: str = flag("", own=True)
-    """Folder of the tasks' files; empty: <base directory>/tasks."""
+    """Folder of the task files; empty: <base directory>/tasks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MidConfig(FinetuneConfig):
-    """Continue training a base model on conversations: the chat format, multiple choice, the tool."""
+    """Train a base model on conversations that teach the chat format, multiple choice and tool use."""
 
     num_iterations: int = flag(-1, 1, special=-1)
     """Number of optimizer steps; -1: one pass over the mixture."""
@@ -601,21 +612,21 @@ class MidConfig(FinetuneConfig):
     total_batch_size: int = flag(524288, 1, 2**31 - 1)
     """Tokens in an optimizer step, over all devices."""
     init_lr_frac: float = flag(1.0, 0)
-    """Factor on all learning rates."""
+    """Factor that multiplies all learning rates."""
     eval_every: int = flag(150, -1, free=True)
     """Steps between measurements of bits per byte on the validation mixture; 0 or -1: never."""
     eval_tokens: int = flag(20 * 524288, 1, free=True)
-    """Validation tokens that bits per byte is measured on."""
+    """Number of validation tokens to measure bits per byte on."""
     train_tasks: str = (
         "SmolTalk/train,MMLU/auxiliary_train,GSM8K/train,identity,identity,SimpleSpelling/train:200000,"
         "SpellingBee/train:80000"
     )
-    """Training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
+    """Tasks of the training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
     val_tasks: str = flag("SmolTalk/test,MMLU/test:5200,GSM8K/test:420", free=True)
     """Validation mixture, written like --train_tasks."""
 
 
-# The same for chat_sft: 2026 starts from a base model, and learns mid's data too.
+# Defaults of chat_sft's flags by --recipe. "2026" starts from a base model and also learns mid_train's data.
 SFT_RECIPES = {
     "2025": {},
     "2026": {
@@ -636,146 +647,150 @@ SFT_RECIPES = {
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(FinetuneConfig):
-    """Finetune a model for chat: only what the assistant says is learnt."""
+    """Finetune a model for chat: only the assistant's tokens are learnt."""
 
     recipe: str = flag("2025", choices=tuple(SFT_RECIPES))
-    """nanochat's recipe of November 2025 or of July 2026. 2026 means, unless given otherwise: --source=base
-    --embedding_lr=0.3 --unembedding_lr=0.008 --packing=bestfit --target_examples_per_step=-1
-    --init_lr_frac=0.8 --warmdown_ratio=0.5 --momentum_warmup=300 --load_optimizer, and a mixture of SmolTalk
-    once, MMLU three times and GSM8K four times."""
+    """Recipe: nanochat's of November 2025 ("2025") or of July 2026 ("2026"). "2026" changes these defaults:
+    --source=base --embedding_lr=0.3 --unembedding_lr=0.008 --packing=bestfit --target_examples_per_step=-1
+    --init_lr_frac=0.8 --warmdown_ratio=0.5 --momentum_warmup=300 --load_optimizer, and --train_tasks to
+    SmolTalk once, MMLU three times and GSM8K four times."""
     source: str = flag("mid", choices=STAGES["sft"].parents)
     """Stage whose checkpoint to start from: mid or base."""
     num_epochs: float = flag(1.0, 0)
     """Passes over the training mixture."""
     num_iterations: int = flag(-1, 1, special=-1)
-    """Number of optimizer steps; -1: from --num_epochs."""
+    """Number of optimizer steps; -1: set by --num_epochs."""
     max_seq_len: int = flag(-1, 1, special=-1)
-    """Tokens to which longer conversations are cut; -1: the model's context length."""
+    """Maximum number of tokens of a conversation; longer ones are cut. -1: the model's context length."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
     """Rows (conversations, unless they are packed) that a device computes at a time; -1: the largest number
     up to 4 that divides the step. Lower it if memory runs out: the result stays the same up to rounding."""
     target_examples_per_step: int = flag(32, 1, special=-1)
-    """Conversations in an optimizer step, over all devices; -1: as many as have about the tokens of a step of
-    the model that training starts from."""
+    """Conversations in an optimizer step, over all devices; -1: chosen so that a step has about as many
+    tokens as a step of the run that made the starting checkpoint."""
     packing: str = flag("padded", choices=("padded", "bestfit"))
-    """How conversations fill rows. padded: one in each row. bestfit: several in each row of full length; they
-    don't see each other. A step has the same conversations either way."""
+    """How conversations fill rows. "padded": one conversation per row. "bestfit": several per full-length
+    row, which don't attend to each other. A step has the same conversations either way."""
     init_lr_frac: float = flag(0.02, 0)
-    """Factor on all learning rates."""
+    """Factor that multiplies all learning rates."""
     warmdown_ratio: float = flag(1.0, 0, 1)
     """Fraction of steps at the end spent cooling the learning rates down to 0."""
     momentum_warmup: int = flag(0, 0)
-    """Steps in which Muon's momentum rises from 0.85 to 0.95; 0: it is 0.95 throughout."""
+    """Number of steps in which Muon's momentum rises from 0.85 to 0.95; 0: it is always 0.95."""
     load_optimizer: bool = False
-    """Start with the optimizer state of the checkpoint that training starts from, if it has one."""
+    """Load the optimizer state of the starting checkpoint, if it has one."""
     eval_every: int = flag(100, -1, free=True)
     """Steps between measurements of the validation loss; 0 or -1: never."""
     eval_steps: int = flag(100, 1, free=True)
-    """Size of the validation set that the loss is measured on, in batches of 4 conversations (100: 400)."""
+    """Number of batches of 4 conversations to measure the validation loss on."""
     eval_metrics_every: int = flag(200, -1, free=True)
-    """Steps between measurements of MMLU and ARC-Easy accuracy, by letter; 0 or -1: never."""
+    """Steps between measurements of accuracy on MMLU and ARC-Easy (multiple choice); 0 or -1: never."""
     eval_metrics_max_problems: int = flag(1024, 1, special=-1, free=True)
-    """Problems of each of MMLU and ARC-Easy to measure on, at most; -1: all."""
+    """Maximum number of problems of each of MMLU and ARC-Easy to measure on; -1: all."""
     train_tasks: str = (
         "ARC-Easy/train,ARC-Challenge/train,GSM8K/train,SmolTalk/train:10000,identity,"
         "SimpleSpelling:300,SpellingBee:300"
     )
-    """Training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
+    """Tasks of the training mixture: Name[/split][:rows] or .jsonl files, separated by commas."""
     val_tasks: str = flag("SmolTalk/test", free=True)
     """Validation mixture, written like --train_tasks."""
 
     @classmethod
     def given(cls, **flags):
-        """Build the flags from those on a command line, the others by the recipe of its --recipe."""
+        """Build the flags from those given on a command line and its --recipe."""
         return cls(**(SFT_RECIPES.get(flags.get("recipe"), {}) | flags))
 
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig(FinetuneConfig):
-    """Improve a chat model by reinforcement learning: in each step it writes several answers to each of some
-    problems, a checker rewards the right ones, and answers better than a problem's others become likelier.
+    """Improve a chat model by reinforcement learning: each step samples several answers to each of some
+    problems, a checker rewards right answers, and answers with higher rewards than others to the same problem
+    become likelier.
 
-    The defaults are nanochat's: REINFORCE with the group's mean as baseline, one update a step, no KL. Unlike
-    there, the token that ends an answer is learnt too, and answers are sampled from all tokens (--top_k=0).
+    The defaults are nanochat's: REINFORCE with the mean reward of a problem's answers as baseline, one update
+    per step, no KL. Unlike nanochat, jaxchat also trains the token that ends an answer, and samples from all
+    tokens (--top_k=0).
     """
 
     source: str = flag("sft", choices=STAGES["rl"].parents)
     """Stage whose checkpoint to start from: sft, mid or base."""
     num_epochs: float = flag(1.0, 0)
-    """Passes over the problems."""
+    """Passes over the training problems."""
     num_iterations: int = flag(-1, 1, special=-1)
-    """Number of times that answers are sampled; -1: from --num_epochs."""
+    """Number of times that answers are sampled, each for --updates optimizer steps; -1: by --num_epochs."""
     examples_per_step: int = flag(16, 1)
-    """Problems in a step, over all devices."""
+    """Number of problems in a step, over all devices."""
     num_samples: int = flag(16, 2)
-    """Answers to each problem; at least 2, since they are compared with each other."""
+    """Number of answers to each problem; at least 2, since they are compared with each other."""
     max_new_tokens: int = flag(256, 1)
-    """Largest number of tokens in an answer, the tool's included."""
+    """Maximum number of tokens in an answer, including tool output."""
     temperature: float = flag(1.0, 0.001, HOTTEST)
-    """Sampling temperature of the answers; at 0 all answers to a problem would be the same. Any value but 1
-    samples from another distribution than the one that is trained."""
+    """Sampling temperature of the answers, above 0 so that answers to a problem differ. Any value but 1
+    samples from a different distribution than the one that is trained."""
     top_k: int = flag(0, 0, 2**31 - 1)
     """Number of likeliest tokens to sample from; 0: all, as in the distribution that is trained."""
     reward: str = "answer"
-    """What an answer is rewarded for, as name:weight separated by commas: answer (the checker finds it
-    right), format (it states a number after ####), finished (it ends by itself), tool (a tool call had a
-    value). If answer is among them, the others count only for problems with both right and wrong answers."""
+    """What an answer is rewarded for, as name:weight, separated by commas: "answer" (the checker finds it
+    right), "format" (it states a number after ####), "finished" (it ends by itself), "tool" (a tool call
+    returned a value). If "answer" is given, others count only for problems with right and wrong answers."""
     advantage: str = flag("mean", choices=("mean", "loo", "std", "batch_std"))
-    """What a reward is compared with. mean: the mean of its problem's answers. loo: the mean of the others.
-    std: as mean, divided by the problem's standard deviation. batch_std: as mean, divided by the step's."""
+    """How advantages are computed from rewards. "mean": reward minus the mean reward of the problem's
+    answers. "loo": reward minus the mean reward of the problem's other answers. "std": like "mean", divided
+    by the standard deviation of the problem's rewards. "batch_std": by that of all rewards of the step."""
     loss: str = flag("reinforce", choices=("reinforce", "ppo", "cispo", "gspo"))
-    """Policy-gradient loss. With --updates=1 all are the same, but gspo gives each answer equal weight."""
+    """Policy-gradient loss. With --updates=1 all are equal, except that "gspo" weighs all answers equally."""
     loss_norm: str = flag("tokens", choices=("tokens", "all_tokens", "rows", "constant"))
-    """What a step's loss is divided by. tokens: sampled tokens of problems with different rewards.
-    all_tokens: all sampled tokens. rows: each answer has equal weight, as always with --loss=gspo. constant:
-    answers × --max_new_tokens."""
+    """What a step's loss is divided by. "tokens": number of sampled tokens, counting only problems whose
+    answers have different rewards. "all_tokens": number of all sampled tokens. "rows": each answer has equal
+    weight, as always with --loss=gspo. "constant": number of answers × --max_new_tokens."""
     updates: int = flag(1, 1)
-    """Optimizer steps on the same answers."""
+    """Number of optimizer steps on the same answers."""
     clip_low: float = flag(-1.0, 0, special=-1)
-    """How far the probability ratio may fall below 1 before the loss stops lowering it, with --updates above
-    1; -1: 0.2, or 0.0003 for gspo."""
+    """How far the probability ratio of new to old policy may fall below 1 before the loss is clipped, with
+    --updates above 1; -1: 0.2, or 0.0003 for --loss=gspo."""
     clip_high: float = flag(-1.0, 0, special=-1)
-    """How far the probability ratio may rise above 1 before the loss stops raising it, with --updates above
-    1; -1: 0.28, or 4 for cispo, 0.0004 for gspo."""
+    """How far the probability ratio of new to old policy may rise above 1 before the loss is clipped, with
+    --updates above 1; -1: 0.28, or 4 for --loss=cispo, 0.0004 for --loss=gspo."""
     tis: float = flag(0.0, 0)
-    """Upper bound of the importance factor (probability by the trainer ÷ by the sampler), which corrects for
-    different rounding; 0: no factor. 2 is usual. Costs a forward pass."""
+    """Upper bound of a token's importance weight (its probability by the trainer ÷ by the sampler), which
+    corrects for their different rounding; 0: no importance weights. 2 is usual. Costs a forward pass."""
     kl_coef: float = flag(0.0, 0)
-    """Weight of the KL divergence from the model that training starts from. Costs forward passes of both."""
+    """Weight of the KL divergence from the starting model; 0: none. Costs forward passes of both models."""
     mask_truncated: bool = False
-    """Learn nothing from answers that were cut off; their rewards still count in their group's baseline."""
+    """Learn nothing from answers that were cut off; their rewards still count in the baseline."""
     min_groups: int = flag(2, 1)
-    """Fewest problems with different rewards for a step to learn from; with fewer it changes no weight."""
+    """Minimum number of problems per step whose answers differ in reward; with fewer, no weights change."""
     resample: bool = False
-    """Draw further problems until --examples_per_step of them have answers with different rewards, at most
-    three times."""
+    """Draw more problems, at most three times, until --examples_per_step of them have answers with different
+    rewards."""
     device_batch_size: int = flag(8, 1, free=True)
-    """Answers that a device trains on at a time. Lower it if memory runs out: the result stays the same up to
-    rounding."""
+    """Number of answers that a device trains on at a time. Lower it if memory runs out: the result stays the
+    same up to rounding."""
     init_lr_frac: float = flag(0.05, 0)
-    """Factor on all learning rates."""
+    """Factor that multiplies all learning rates."""
     lr_schedule: str = flag("linear", choices=("linear", "cosine", "constant"))
-    """Course of the learning rates: linear or cosine from full to 0, or constant."""
+    """Schedule of the learning rates: "linear" or "cosine" decay to 0, or "constant"."""
     grad_clip: float = flag(1.0, 0)
-    """Largest global norm of the gradients, to which longer ones are scaled; 0: no bound."""
+    """Maximum global norm of the gradients; larger gradients are scaled down to it. 0: no clipping."""
     eval_every: int = flag(60, -1, free=True)
-    """Steps between evaluations; also before the first step and after the last. 0 or -1: never."""
+    """Steps between evaluations, which also run before the first step and after the last; 0 or -1: never."""
     eval_examples: int = flag(400, 1, special=-1, free=True)
-    """Problems of --val_tasks to evaluate on, a fixed sample, and half as many of --train_tasks; -1: all."""
+    """Number of problems of --val_tasks to evaluate on, a fixed sample; half as many of --train_tasks are
+    evaluated too. -1: all."""
     eval_others: int = flag(256, -1, free=True)
-    """Problems of each of ARC-Easy, ARC-Challenge and MMLU to measure before the first step and after the
-    last, which shows what is forgotten; tasks that are not there are left out. 0: none, -1: all."""
+    """Number of problems of each of ARC-Easy, ARC-Challenge and MMLU to evaluate on before the first step and
+    after the last, to show what is forgotten; missing tasks are left out. 0: none; -1: all."""
     sample_every: int = flag(20, -1, free=True)
     """Steps between writing a problem's answers, rewards and advantages to samples.jsonl; 0 or -1: never."""
     save_every: int = flag(60, -1, free=True)
-    """Steps between checkpoints, besides those of --save_minutes; 0 or -1: none. The last step is always
-    saved; the last three checkpoints are kept, and the best by evaluation."""
+    """Steps between checkpoints, in addition to those of --save_minutes; 0 or -1: only those. The last step
+    is always saved; the last three checkpoints and the best by evaluation are kept."""
     train_tasks: str = "GSM8K/train"
-    """Problems: Name[/split][:rows] or .jsonl files of conversations, separated by commas. An answer to
-    a file's problem is right if its number after #### is that of the conversation's last message or, where
-    some conversations of the file end without such a number, if its text is."""
+    """Training problems: Name[/split][:rows] or .jsonl files of conversations, separated by commas. An answer
+    to a problem of a file is right if its number after #### equals that of the conversation's last message;
+    if any conversation of the file ends without such a number, if its text equals the last message's."""
     val_tasks: str = flag("GSM8K/test", free=True)
-    """Problems to evaluate on, written like --train_tasks."""
+    """Validation problems, written like --train_tasks."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""The devices of a command, and a model on them."""
+"""Start the devices that a command computes on, and place a model on them."""
 
 import importlib.util
 import os
@@ -12,17 +12,18 @@ from jaxchat import hosts, sharding
 from jaxchat.config import Compute, DeviceFlags, Model, ModelConfig, UserError, no_platform
 
 DRIVER = Path("/proc/driver/nvidia/version")
-OLDEST_DRIVER = {12: 525, 13: 580}  # by version of CUDA
+OLDEST_DRIVER = {12: 525, 13: 580}  # {major version of CUDA: oldest NVIDIA driver that it needs}
 
 
 def start_devices(config: DeviceFlags, *, asks: bool = True, alone: bool = False) -> Mesh:
-    """Choose the kind of device, connect with the other processes, and put all devices on a mesh.
+    """Choose the kind of device, connect to the other processes, and return a mesh of all devices.
 
-    asks: see hosts.start. alone: don't connect, as in a command for one process.
+    asks: see hosts.start. alone: don't connect, for a command that runs in one process. UserError: there is
+    no device of this kind.
     """
     if config.device_type:
         jax.config.update("jax_platforms", config.device_type)
-    # Else float32 products would be TF32 on GPUs (11 bits of precision), and bfloat16 on TPUs.
+    # By default, jax computes float32 products in TF32 on GPUs (11 bits of precision), in bfloat16 on TPUs.
     jax.config.update("jax_default_matmul_precision", "highest" if config.dtype == "float32" else None)
     sharding.keep_compiled()
     sharding.take_memory()
@@ -30,7 +31,7 @@ def start_devices(config: DeviceFlags, *, asks: bool = True, alone: bool = False
         hosts.start(config, asks=asks)
     try:
         return sharding.make_mesh(axes=config.mesh)
-    except (RuntimeError, AssertionError) as problem:  # which of them depends on what is installed
+    except (RuntimeError, AssertionError) as problem:  # jax raises one or the other, by what is installed
         if os.environ.get("JAX_PLATFORMS") and not config.device_type:
             raise UserError(no_platform()) from problem
         raise UserError(
@@ -40,9 +41,9 @@ def start_devices(config: DeviceFlags, *, asks: bool = True, alone: bool = False
 
 
 def model_for(config: DeviceFlags, shape: ModelConfig, mesh: Mesh) -> Model:
-    """A model on a mesh, computed as the flags and the kind of device ask.
+    """Return a model with the execution options for a mesh, chosen by flags and kind of device.
 
-    UserError: the mesh can't cut it into equal parts, or the devices have no float8 products.
+    UserError: the mesh cannot cut the model into equal parts, or its devices lack the float8 of --matmul.
     """
     sharding.check_fits(shape, mesh)
     device = mesh.devices.flat[0]
@@ -56,7 +57,11 @@ def model_for(config: DeviceFlags, shape: ModelConfig, mesh: Mesh) -> Model:
 
 
 def about_driver() -> tuple[str, str]:
-    """Return (NVIDIA's driver and the installed CUDA plugin, whether the two fit: ok, warning or missing)."""
+    """Return (description of the NVIDIA driver and jax's CUDA plugin, status: "ok", "warning" or "missing").
+
+    "missing": the plugin needs a newer driver. "warning": there is a plugin without a driver, or a driver
+    without exactly one plugin.
+    """
     cudas = [cuda for cuda in OLDEST_DRIVER if importlib.util.find_spec(f"jax_cuda{cuda}_plugin")]
     text = " and ".join(f"the plugin for CUDA {cuda}" for cuda in cudas) or "no CUDA plugin"
     found = re.search(r"\s(\d{3,})\.\d", DRIVER.read_text(encoding="utf-8")) if DRIVER.is_file() else None

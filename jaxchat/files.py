@@ -14,24 +14,24 @@ from typing import Any
 
 from jaxchat.config import UserError
 
-PART = ".part"  # ends the name of what is not complete yet
-ESCAPED = "backslashreplace"  # writes half of a surrogate pair, which UTF-8 cannot hold, as JSON escapes it
+PART = ".part"  # suffix of files and folders that are not complete yet
+ESCAPED = "backslashreplace"  # writes lone surrogates, which UTF-8 cannot hold, as JSON's escapes: \ud800
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a path to write a file or make a folder at; rename it to `path` when the block ends.
 
-    Whenever the process is killed, `path` has its old content or all of the new. If the block raises, the old
-    content stays and the new is deleted. A folder can only replace an empty one.
+    Whenever the process is killed, `path` has either its old content or all of the new. If the block raises,
+    the old content stays and the new is deleted. A folder can only replace an empty folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PART)
-    delete(part)  # left by a kill
+    delete(part)  # left by a process that was killed
     try:
         yield part
         if part.is_file():
-            with part.open("rb+") as file:  # else a power cut may leave the name without the content
+            with part.open("rb+") as file:  # else a power cut may leave the file's name without its content
                 os.fsync(file.fileno())
     except BaseException:
         delete(part)
@@ -49,13 +49,13 @@ def write_json(path: Path, value: Any, indent: int | None = 1):
 
 
 def write_lines(path: Path, values: Iterable):
-    """Write one JSON value a line."""
+    """Write values as JSON, one per line."""
     with atomic(path) as part, part.open("w", encoding="utf-8", errors=ESCAPED, newline="\n") as file:
         file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; {} if there is none."""
+    """Return the JSON object in a file; {} if the file is missing, unreadable or not a JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -64,16 +64,16 @@ def read_json(path: Path) -> dict:
 
 
 def append_line(path: Path, value: Any):
-    """Append one JSON value as a line."""
+    """Append a value to a .jsonl file."""
     with path.open("a", encoding="utf-8", errors=ESCAPED, newline="\n") as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Return the objects of a .jsonl file; [] if there is none. A line that a kill cut short is left out."""
+    """Return the objects of a .jsonl file; [] if it is missing. Incomplete lines are skipped."""
     rows = []
     if path.exists():
-        # Not by splitlines, which also cuts at characters that may be within a string, such as U+2028.
+        # Not splitlines(), which also splits at characters that JSON strings may contain, such as U+2028.
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
@@ -81,7 +81,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def delete(path: Path):
-    """Delete a file or a folder, if there is one."""
+    """Delete a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -100,10 +100,10 @@ def duration(seconds: float) -> str:
 
 
 def check_writable(folder: Path):
-    """Raise the OSError that writing to a folder, which need not exist yet, would end in."""
+    """Raise an OSError if a folder, which need not exist yet, cannot be written to."""
     while not os.path.lexists(folder):
         folder = folder.absolute().parent
-    if not folder.is_dir():  # a file, or a link that leads nowhere
+    if not folder.is_dir():  # a file, or a broken link
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
     try:
         tempfile.NamedTemporaryFile(dir=folder, prefix=".new").close()
@@ -112,7 +112,7 @@ def check_writable(folder: Path):
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free on a folder's disk. The folder need not exist yet."""
+    """Free bytes on a folder's disk. The folder need not exist yet."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -128,7 +128,7 @@ def check_space(folder: Path, needed: int, remedy: str = "free some"):
 
 
 def file_hash(path: Path, kind: str = "sha256") -> str:
-    """Hex digest of a file's content; kind "git": SHA-1 as git names the content."""
+    """Hex digest of a file's content, by an algorithm of hashlib or, with kind "git", as git's blob SHA-1."""
     with path.open("rb") as file:
         if kind != "git":
             return hashlib.file_digest(file, kind).hexdigest()
@@ -139,13 +139,13 @@ def file_hash(path: Path, kind: str = "sha256") -> str:
 
 
 class Held(Exception):
-    """Raised where another process holds a lock. The message is what that process wrote into the file."""
+    """Raised if another process holds a lock. The message is the text that it wrote into the lock file."""
 
 
 def lock(path: Path, holder: str) -> int:
-    """Lock a file, and write `holder` into it, until the returned descriptor is closed or its processes die.
+    """Lock a file and write `holder` into it; return its descriptor.
 
-    Held: another process holds it.
+    The lock lasts until the descriptor is closed or its processes end. Held: another process has the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -156,8 +156,8 @@ def lock(path: Path, holder: str) -> int:
             other = os.read(held, 200).decode(errors="replace").strip()
             os.close(held)
             raise Held(other) from None
-        return held  # a file system without locks
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+        return held  # the file system has no locks
+    with contextlib.suppress(OSError):  # on a full disk the lock works without the holder's name
         os.ftruncate(held, 0)
         os.pwrite(held, holder.encode(), 0)
     return held

@@ -1,7 +1,7 @@
 """Several processes that work together: how they find one another, print once, and end together.
 
-jax.distributed connects them. When a process is lost, jax ends the others within --heartbeat_timeout: by
-SIGABRT (exit code 134, on which the launchers start again), after a message that names what it lost.
+jax.distributed connects them. When a process is lost, jax ends the others within --heartbeat_timeout, by
+SIGABRT (exit code 134, after which launchers restart the run) and with a message that names the lost process.
 """
 
 import dataclasses
@@ -20,34 +20,33 @@ from jaxchat.config import MeshFlags, UserError
 
 TOGETHER = (None, 0, 75)  # exit codes that all processes have agreed on
 UNREACHABLE = 76  # exit code: the processes cannot reach one another, though none is lost
-# The exit codes on which every launcher starts a run again (it continues with --resume): stopped and saved;
-# processes cannot reach one another; ended by jax, another process being lost; killed (preempted, or out of
-# memory).
+# Exit codes after which every launcher restarts a run, with --resume. 75: it was stopped and has saved. 134:
+# jax ended the process because another one was lost. 137: it was killed (preempted, or out of memory).
 RESTARTED = (75, UNREACHABLE, 134, 137)
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 TPU_HOSTS = {"TPU_PROCESS_ADDRESSES_PATH", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"}  # set on GKE
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
-_connected: tuple[int, int] | None = None  # (this process, --heartbeat_timeout), once there are several
+_connected: tuple[int, int] | None = None  # (process index, --heartbeat_timeout) if there are several
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """This process's place among others. jax itself finds the fields that are None."""
+    """This process's place among the processes of a run. jax detects the fields that are None."""
 
     found_by: str  # flags, environment, slurm, ompi, kubernetes or tpu
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
-    alone_on_host: bool = True  # it takes all its devices; under Slurm and Open MPI jax would give it one
+    alone_on_host: bool = True  # it uses all devices; under Slurm and Open MPI jax would give it only one
 
 
 def detect(
     coordinator: str = "", num_processes: int = 0, process_id: int = -1, environ=os.environ
 ) -> Place | None:
-    """Return this process's place, by flags (which come first) or by what a launcher has set.
+    """Return this process's place, from flags (which take precedence) or from what a launcher has set.
 
-    None: it is alone. UserError: a part is missing, or the parts do not fit.
+    None: it is the only process. UserError: a value is missing, or the values contradict each other.
     """
     found = _by_environment(environ)
     if not coordinator and num_processes == 0 and process_id == -1:
@@ -61,10 +60,10 @@ def detect(
     own = dataclasses.replace(found or Place("flags"), **given)
     if missing := [f"--{name}" for name in flags if getattr(own, name) is None]:
         raise UserError(
-            f"--coordinator, --num_processes and --process_id go together; {missing[0]} is missing"
+            f"--coordinator, --num_processes and --process_id must be given together; {missing[0]} is missing"
         )
     if not own.coordinator.rpartition(":")[0] or not own.coordinator.rpartition(":")[2].isdigit():
-        raise UserError(f"--coordinator={own.coordinator}; it is process 0's HOST:PORT")
+        raise UserError(f"--coordinator={own.coordinator}; it must be the HOST:PORT of process 0")
     if not 0 <= own.process_id < own.num_processes:
         raise UserError(f"--process_id={own.process_id} is not from 0 to {own.num_processes - 1}")
     return own
@@ -78,7 +77,7 @@ def _by_environment(environ) -> Place | None:
             return None
         if address is None or index is None:
             raise UserError(
-                "JAXCHAT_NUM_PROCESSES needs JAX_COORDINATOR_ADDRESS and JAXCHAT_PROCESS_ID beside it"
+                "JAXCHAT_NUM_PROCESSES needs JAX_COORDINATOR_ADDRESS and JAXCHAT_PROCESS_ID to be set too"
             )
         return Place("environment", address, int(count), int(index))
     if all(name in environ for name in SLURM):
@@ -90,12 +89,12 @@ def _by_environment(environ) -> Place | None:
         rank = int(environ["OMPI_COMM_WORLD_RANK"])
         return Place("ompi", None, int(environ["OMPI_COMM_WORLD_SIZE"]), rank, alone_on_host=alone)
     if _has_tpu() and ("TPU_SKIP_MDS_QUERY" not in environ or TPU_HOSTS & environ.keys()):
-        return Place("tpu")  # else jax would find no other host, and raise: a plain container, say, is alone
+        return Place("tpu")  # else, as in a plain container, jax would find no other hosts, and raise
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
         if importlib.util.find_spec("kubernetes") is None:
             raise UserError(
                 "this is a pod of an indexed Job with an unknown number of pods: set JAX_COORDINATOR_ADDRESS "
-                "(pod 0's HOST:PORT) and JAXCHAT_NUM_PROCESSES (1: it is alone), or pip install kubernetes"
+                "(HOST:PORT of pod 0) and JAXCHAT_NUM_PROCESSES (1: only this pod), or pip install kubernetes"
             )
         return Place("kubernetes")
     return None
@@ -107,9 +106,9 @@ def _has_tpu() -> bool:
 
 
 def is_first(environ=os.environ) -> bool:
-    """Return whether this is the process that runs a single-process command, of all that a launcher started.
+    """Return whether this process, of all that a launcher started, is the one to run a one-process command.
 
-    On one of several TPU hosts such a command computes on the CPU: libtpu would wait for the other hosts.
+    On one of several TPU hosts, make such a command compute on the CPU: libtpu would wait for the others.
     """
     on_tpu = _has_tpu()
     index = environ.get("JAXCHAT_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX"))
@@ -124,22 +123,22 @@ def is_first(environ=os.environ) -> bool:
 
 
 def is_alone(place: Place | None, environ=os.environ) -> bool:
-    """Return whether a process at a place that detect() found is alone, as a TPU slice's only host is."""
+    """Return whether a process at `place` (from detect) is the only one, as on a TPU slice with one host."""
     if place is None or place.found_by != "tpu":
         return place is None
     return int(environ.get("MEGASCALE_NUM_SLICES", 1)) == 1 and not _several_tpu_hosts(environ)
 
 
 def _several_tpu_hosts(environ) -> bool:
-    """Return whether this TPU host is one of several of its slice."""
+    """Return whether the slice of this TPU host has several hosts."""
     return "," in (environ.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints", environ))
 
 
 def _metadata(name: str, environ) -> str:
-    """An attribute of this TPU host, from Google's metadata server; "" where there is no server."""
+    """Fetch an attribute of this TPU host from Google's metadata server; "" if there is no server."""
     if "TPU_SKIP_MDS_QUERY" in environ:
         return ""
-    import urllib.request  # here, since few need it
+    import urllib.request  # here, since few commands need it
 
     request = urllib.request.Request(METADATA + name, headers={"Metadata-Flavor": "Google"})
     try:
@@ -150,10 +149,10 @@ def _metadata(name: str, environ) -> str:
 
 
 def start(config: MeshFlags, *, asks: bool = True):
-    """Connect with the other processes, if there are any. Call it before the first use of a device.
+    """Connect to the other processes, if there are any. Call this before the first use of a device.
 
-    From then on, only process 0 prints to stdout. asks: whether the command checks after every step if it is
-    to stop (train.signals), as training does; then SIGTERM is only noted, and does not end the process.
+    From then on, only process 0 prints to stdout. asks: whether the command checks after every step if it has
+    to stop (train.signals), as training does; then SIGTERM is recorded but does not end the process.
     """
     import jax
 
@@ -161,14 +160,14 @@ def start(config: MeshFlags, *, asks: bool = True):
     if place is None or jax.distributed.is_initialized():
         return
     if place.found_by == "ompi" and not place.coordinator and "OMPI_MCA_orte_hnp_uri" not in os.environ:
-        raise UserError("Open MPI 5 does not say where process 0 is: give --coordinator=HOST:PORT")
+        raise UserError("Open MPI 5 does not give the address of process 0: give --coordinator=HOST:PORT")
     method = place.found_by if place.found_by in ("slurm", "ompi") else None
     method = "deactivate" if place.coordinator else method
     own_device = not place.alone_on_host and bool(place.coordinator)
     local = os.environ.get("SLURM_LOCALID", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK"))
-    if not asks:  # jax's service would catch SIGTERM, and keep it to itself
+    if not asks:  # jax's preemption service would catch SIGTERM, so that it had no effect
         jax.config.update("jax_enable_preemption_service", False)
-    # No core file when jax ends the process by SIGABRT.
+    # Write no core file when jax ends the process by SIGABRT.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     try:
         jax.distributed.initialize(
@@ -182,13 +181,13 @@ def start(config: MeshFlags, *, asks: bool = True):
     except ValueError as problem:
         remedy = "name them with --coordinator, --num_processes and --process_id"
         raise UserError(f"the other processes cannot be found ({problem}); {remedy}") from problem
-    except RuntimeError as problem:  # they did not come in time: some may still be at the command before
-        print(f"error: not all processes have come: {problem}", file=sys.stderr, flush=True)
+    except RuntimeError as problem:  # timeout, for example since some still run the previous command
+        print(f"error: not all processes have connected: {problem}", file=sys.stderr, flush=True)
         raise SystemExit(UNREACHABLE) from None
     if place.alone_on_host and method in ("slurm", "ompi"):
         jax.config.update("jax_cuda_visible_devices", "all")
         jax.config.update("jax_rocm_visible_devices", "all")
-    if place.process_id is None:  # where jax found it out by itself
+    if place.process_id is None:  # jax has detected it
         place = dataclasses.replace(place, num_processes=jax.process_count(), process_id=jax.process_index())
     if place.num_processes == 1:
         return
@@ -200,10 +199,11 @@ def start(config: MeshFlags, *, asks: bool = True):
 
 @contextmanager
 def together():
-    """A context in which a process that fails, among several, ends at once, without waiting for the others.
+    """Context in which a process that fails exits at once, without waiting for the other processes.
 
-    They notice it within --heartbeat_timeout. If the error is jax's, a lost process may be its cause: then it
-    waits a little longer for jax to say so and end it. If not, the network failed: it ends with UNREACHABLE.
+    The others notice it within --heartbeat_timeout. A network error of jax may mean that another process was
+    lost: then wait a little longer for jax to end this process too. If jax does not, no process was lost, and
+    this one exits with UNREACHABLE.
     """
     try:
         yield
@@ -219,7 +219,7 @@ def together():
         if _may_be_others_fault(problem):
             time.sleep(1.5 * timeout)
             code = UNREACHABLE
-        elif process == 0:  # it holds the connections: those that fail alike shall say so, and end
+        elif process == 0:  # it serves all connections: first let others print the same error and exit
             time.sleep(min(10, timeout / 10))
         for child in multiprocessing.active_children():
             child.kill()
@@ -227,7 +227,7 @@ def together():
 
 
 def _may_be_others_fault(problem: BaseException | None) -> bool:
-    """Return whether an error, or a cause of it, is jax's for other processes that it cannot reach."""
+    """Return whether jax raises this error, or one of its causes, when it cannot reach other processes."""
     unreachable = "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
     while problem and not re.match(unreachable, str(problem)):
         problem = problem.__cause__ or problem.__context__

@@ -1,8 +1,8 @@
 """Seals: sizes and hashes of a complete checkpoint's files, which show damage before the files are used.
 
-seal.json is written last: {file: [bytes, BLAKE2b]} of every file. Where several processes save together, each
-hashes what it wrote, which its page cache still holds: the hashes of process 2 are in seal.2.json, and "" in
-seal.json.
+seal.json is written last and holds {file: [size in bytes, BLAKE2b hash]} of every file. If several processes
+save together, each hashes the files that it wrote, which are still in its page cache: hashes of process 2 are
+in seal.2.json, where seal.json has "".
 """
 
 import json
@@ -27,9 +27,9 @@ def seal(folder: Path, process: int = 0):
 
 
 def damage(folder: Path, items: Collection[str] | None = None) -> str:
-    """Say what is wrong with a sealed folder; "": nothing, or it has no seal.
+    """Describe what is wrong with a sealed folder; "": nothing, or the folder has no seal.
 
-    All sizes are compared, but only the given items (as in params, optimizer) are read; None: all.
+    The sizes of all files are compared, but hashes only for the given items, such as "params"; None: for all.
     """
     if not (folder / NAME).exists():
         return ""
@@ -53,12 +53,12 @@ def damage(folder: Path, items: Collection[str] | None = None) -> str:
 
 
 def _writer(name: str) -> int:
-    """The process that wrote a file, by Orbax's name of its folder; 0 for what all share."""
+    """Index of the process that wrote a file, from Orbax's folder name; 0 for files that all share."""
     found = re.search(r"/ocdbt\.process_(\d+)/", name)
     return int(found[1]) if found else 0
 
 
 def _hashes(folder: Path, names: Collection[str]) -> dict[str, str]:
-    with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock
+    with ThreadPoolExecutor(4) as pool:  # hashing releases Python's global lock
         hashes = pool.map(lambda name: files.file_hash(folder / name, "blake2b"), names)
         return dict(zip(names, hashes, strict=True))

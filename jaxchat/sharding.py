@@ -1,4 +1,4 @@
-"""The device mesh, and how weights, optimizer state and batches lie on it."""
+"""The device mesh, and how weights, optimizer state and batches are sharded over it."""
 
 import json
 import math
@@ -20,18 +20,18 @@ from jaxchat import files
 from jaxchat.config import ModelConfig, UserError, base_dir
 
 AXES = ("data", "fsdp", "tensor")
-GPU_SHARE = 0.92  # of a GPU's memory: CUDA's contexts, cuBLAS and NCCL need the rest
-ROWS = ("data", "fsdp")  # the axes that the rows of a batch are spread over
+GPU_SHARE = 0.92  # fraction of a GPU's memory for jax; CUDA contexts, cuBLAS and NCCL need the rest
+ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are sharded
 
 
 def keep_compiled():
-    """Keep compiled programs under the base directory, so that a second start need not compile again.
+    """Cache compiled programs under the base directory, so that later runs need not compile them again.
 
-    JAX_COMPILATION_CACHE_DIR names another folder, and JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
+    JAX_COMPILATION_CACHE_DIR names another folder, and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off.
     """
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compiled"))
-        jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)  # what was used longest ago is dropped
+        jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)  # bytes; drops the least recently used
     given = jax.config.jax_compilation_cache_dir
     if jax.config.jax_compilation_cache_max_size < 0 or "://" in given:  # no time stamps, or gs://bucket
         return
@@ -44,8 +44,8 @@ def keep_compiled():
         print(f"compiled programs cannot be kept in {folder} ({problem.strerror}); {remedy}", file=sys.stderr)
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    # A kill or a full disk may leave an entry without its time stamp, perhaps cut short; with one of these in
-    # the folder, jax 0.10 writes no other.
+    # A kill or a full disk may leave an entry without its time stamp, perhaps incomplete. While the folder
+    # has such an entry, jax 0.10 writes no new ones.
     for entry in folder.glob("*-cache"):
         if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
             files.delete(entry)
@@ -54,7 +54,7 @@ def keep_compiled():
 
 
 def _delete_damaged(folder: Path, show: Callable, message: Warning, *args, **how):
-    """Show a warning; of an entry that jax cannot read, delete it instead: jax would never replace it."""
+    """Show a warning, or delete the cache entry that jax warns it cannot read, so that jax replaces it."""
     damaged = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
     if not damaged:
         return show(message, *args, **how)
@@ -63,21 +63,21 @@ def _delete_damaged(folder: Path, show: Callable, message: Warning, *args, **how
 
 
 def take_memory():
-    """Before JAX starts, let it take GPU_SHARE of a GPU's memory, unless XLA_CLIENT_MEM_FRACTION is set."""
+    """Let jax take GPU_SHARE of a GPU's memory when it starts, unless XLA_CLIENT_MEM_FRACTION is set."""
     if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
 
 
 def make_mesh(devices=None, axes: str = "") -> Mesh:
-    """Make a mesh of all devices (or the given ones), with the sizes that `axes` names ("": see mesh_shape).
+    """Make a mesh of all devices (or the given ones), with the sizes in `axes`, as mesh_shape reads them.
 
-    UserError: `axes` names no mesh of this number of devices.
+    UserError: this number of devices cannot form such a mesh.
     """
-    if devices is None:  # those of a slice, and of one process, side by side: it feeds neighbouring rows
+    if devices is None:  # order them by slice and process, since a process feeds adjacent rows
         devices = sorted(jax.devices(), key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
     shape = mesh_shape(axes, len(devices), devices[0].platform)
     per_process = sum(device.process_index == devices[0].process_index for device in devices)
-    if per_process % shape[2]:  # a row's parts would lie in two processes
+    if per_process % shape[2]:  # a row would be split over two processes
         raise UserError(f"--mesh={axes}: tensor={shape[2]} does not divide a process's {per_process} devices")
     if shape[2] == 1 and hasattr(devices[0], "coords"):
         devices = [device for group in batched(devices, shape[1]) for device in along_links(group)]
@@ -89,9 +89,9 @@ def batched(items: list, size: int) -> list[list]:
 
 
 def along_links(devices: list) -> list:
-    """Order a few TPUs as a ring in which neighbours share a link, with those of each process side by side.
+    """Order a few TPUs as a ring in which neighbours share a link, and each process's TPUs are adjacent.
 
-    Without such a ring they keep their order.
+    If there is no such ring, they keep their order.
     """
 
     def linked(a, b) -> bool:
@@ -108,17 +108,17 @@ def along_links(devices: list) -> list:
                     return found
         return None
 
-    if len(devices) > 16:  # a search through all paths: for groups of 8, as mesh_shape makes them
+    if len(devices) > 16:  # trying all paths is fast enough for groups of 8 only, which mesh_shape makes
         return devices
     rings = (complete([first], [other for other in devices if other is not first]) for first in devices)
     return next((ring for ring in rings if ring), devices)
 
 
 def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int, int]:
-    """Sizes of (data, fsdp, tensor) from "data=-1,fsdp=2,tensor=1": -1 takes all that is left.
+    """Read the sizes of (data, fsdp, tensor) from "data=-1,fsdp=2,tensor=1"; -1: all remaining devices.
 
-    data takes what is left unless it is named. "": each CPU holds all weights; elsewhere up to 8 neighbours
-    share them: room for eight times the model, for a few per cent of bandwidth, hidden behind the step.
+    data is -1 if not named. "": each CPU holds all weights; on other devices up to 8 neighbours shard them,
+    which makes room for models 8 times as large and costs a few per cent of bandwidth, behind computation.
     """
     sizes = dict.fromkeys(AXES, 1) | {"data": -1}
     if not axes and platform != "cpu":
@@ -127,12 +127,12 @@ def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int
         name, _, size = part.strip().partition("=")
         if name not in AXES or not (size == "-1" or size.isdecimal() and int(size) > 0):
             raise UserError(
-                f"--mesh={axes}: {part!r} is no axis; write data=-1,fsdp=1,tensor=1 (-1: what is left)"
+                f"--mesh={axes}: {part!r} is not an axis; write data=-1,fsdp=1,tensor=1 (-1: what is left)"
             )
         sizes[name] = int(size)
     fixed = {name: size for name, size in sizes.items() if size > 0}
     if len(fixed) < 2:
-        raise UserError(f"--mesh={axes}: only one axis can be -1, what is left of the {devices} devices")
+        raise UserError(f"--mesh={axes}: only one axis can be -1 (what is left of the {devices} devices)")
     total = math.prod(fixed.values())
     if devices % total or (len(fixed) == 3 and total != devices):
         product = " × ".join(f"{name}={size}" for name, size in fixed.items() if size > 1)
@@ -167,10 +167,10 @@ def constrain(tree, specs, mesh: Mesh | None):
 
 
 def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool = False):
-    """Map `function` over each device's part of its arguments (shard_map); one device: `function` itself.
+    """Map `function` over each device's shards of its arguments (shard_map); one device: return `function`.
 
-    Collectives inside must be skipped on one device. always: map over a mesh of one too, as Triton needs: the
-    mesh says what it compiles for. What a spec does not mention is the same on all devices, unchecked.
+    Collectives in it must be skipped on one device. always: map over one device too, since Triton compiles
+    for the mesh. Arrays must be equal along mesh axes that their spec leaves out; this is not checked.
     """
     if mesh is None or (mesh.size == 1 and not always):
         return function
@@ -178,12 +178,12 @@ def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool
 
 
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
-    """Mesh axes that `rows` rows are spread over: ROWS; None (each device has all) if they don't divide."""
+    """Mesh axes over which `rows` rows are sharded: ROWS; None (each device has all) if they don't divide."""
     return None if rows % data_shards(mesh) else ROWS
 
 
 def data_shards(mesh: Mesh | None) -> int:
-    """Number of parts of the mesh that the rows of a batch are spread over."""
+    """Number of shards into which the mesh cuts the rows of a batch."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -199,14 +199,14 @@ def named(mesh: Mesh, specs):
 
 
 def abstract(shapes, shardings):
-    """ShapeDtypeStructs of a tree of shapes, with a tree of NamedShardings."""
+    """Return a tree of ShapeDtypeStructs, from a tree of shapes and a tree of NamedShardings."""
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
 
 
 def optimizer_specs(state, weights: dict):
-    """Partition specs of an optimizer's state: arrays whose names end in a weight's are cut as the weight is.
+    """PartitionSpecs of an optimizer's state: an array named after a weight is sharded as the weight is.
 
-    state: its shapes. weights: the declared weights by name. A dimension that is summed away is not cut.
+    state: the shapes. weights: the declared weights by name. Dimensions that were reduced are not sharded.
     """
 
     def spec(path, leaf):
@@ -221,12 +221,12 @@ def optimizer_specs(state, weights: dict):
 
 
 def place_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Make a global array [A, B, …] from each process's rows B, which are spread over the mesh."""
+    """Make a global array [A, B, …], its rows B sharded over the mesh, from each process's rows."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, ROWS)), array)
 
 
 def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """Return (first, end) of this process's rows in a micro-batch of `rows`."""
+    """Return (first, end) of this process's rows in a micro-batch of `rows` rows."""
     slices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((rows,)).values()
     first, end = min(s.indices(rows)[0] for (s,) in slices), max(s.indices(rows)[1] for (s,) in slices)
     if sum(e - f for f, e in {s.indices(rows)[:2] for (s,) in slices}) != end - first:
@@ -235,7 +235,7 @@ def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
 
 
 def place_same(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Make a global array [B, …], its rows spread over the mesh, from one that every process has in full."""
+    """Make a global array [B, …], its rows sharded over the mesh, from an array that every process has."""
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P(ROWS)), lambda part: array[part])
 
 
@@ -251,12 +251,12 @@ def _sums(totals: dict, mesh: Mesh):
 
 
 def gather_json(value: dict) -> list[dict]:
-    """Collect a small JSON value of each process on every process. All must call it, and wait."""
+    """Gather each process's small JSON value on every process. All must call this, and wait for all."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(text)))
-    size = 1 << int(lengths.max()).bit_length()  # every length would be a program of its own
+    size = 1 << int(lengths.max()).bit_length()  # a power of 2: each length compiles a program
     texts = multihost_utils.process_allgather(np.pad(text, (0, size - len(text))))
     return [json.loads(bytes(text[:length])) for text, length in zip(texts, lengths, strict=True)]
 

@@ -1,6 +1,6 @@
-"""The checkpoints of one run: save them in the background, restore one to train on, keep other runs out.
+"""The checkpoints of one run: save them in the background, restore one for training, lock out other runs.
 
-Orbax gives a step's folder its name only when everything in it is written; then it is sealed
+Orbax gives a step's folder its final name only when everything in it is written; then the folder is sealed
 (jaxchat/seal.py).
 """
 
@@ -25,10 +25,10 @@ from jaxchat.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import grain
 
-KEEP = 3  # checkpoints of a run that stay
+KEEP = 3  # number of latest checkpoints of a run that are kept
 LOCK = ".lock"
-UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written, or deleted
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the largest file allowed
+UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a checkpoint that is being written or deleted
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk or quota is full, or the file is too large
 
 
 class Checkpoints:
@@ -36,7 +36,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
-        self.kept = 0  # a step whose checkpoint stays, however old; 0: none
+        self.kept = 0  # a step whose checkpoint is kept however old it is; 0: none
         self._writer = None
         self._pending: Future | None = None  # done when the save under way is complete and sealed
         self._lock = None
@@ -45,9 +45,9 @@ class Checkpoints:
         return checkpoint.steps_in(self.folder)
 
     def lock(self, steps_seen: list[int]):
-        """Keep other runs out until `close`, and delete what a killed run left half-written.
+        """Lock the folder until `close`, and delete partial checkpoints of runs that were killed.
 
-        UserError: another run holds the folder, or has added steps to steps_seen.
+        UserError: another run holds the lock, or the folder's steps are no longer steps_seen.
         """
         refused = ""
         if jax.process_index() == 0 and self._lock is None:
@@ -68,10 +68,10 @@ class Checkpoints:
             for path in self.folder.iterdir():
                 if path.name != LOCK:
                     files.delete(path)
-        sharding.gather_json({})  # the others write nothing before it is empty
+        sharding.gather_json({})  # a barrier: no process writes before the folder is empty
 
     def keep_tokenizer(self, tokenizer: Tokenizer):
-        """Keep the run's tokenizer beside its checkpoints, since another one may be trained."""
+        """Save the run's tokenizer beside its checkpoints, since the shared one may be trained again."""
         if jax.process_index() == 0:
             tokenizer.save(self.folder / "tokenizer")
 
@@ -84,53 +84,53 @@ class Checkpoints:
         batches: "grain.DatasetIterator | None",
         meta: dict,
     ):
-        """Start saving, once the save before is complete.
+        """Start saving a checkpoint in the background, once the previous save is complete.
 
-        optimizer and batches None: save weights and metadata only. A save that fails leaves nothing
-        half-written. OSError: the disk is full.
+        optimizer and batches None: save weights and metadata only. A save that fails leaves no partial
+        checkpoint. OSError: the disk is full.
         """
         self.wait()
         items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
         if optimizer is not None:
             items["optimizer"] = ocp.args.StandardSave(optimizer)
-        if batches is not None:  # one dict, of the streams of all processes
+        if batches is not None:  # one dict of the streams of all processes
             states = sharding.gather_json(batches.get_state())
             joined = {name: value for state in states for name, value in state.items()}
             items["data"] = ocp.args.JsonSave(joined)
         self.folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            sweep(self.folder)  # again: a failed save may have gone on writing into its deleted folder
+            sweep(self.folder)  # again: a failed save may have continued to write into its deleted folder
 
         def begin():
             checkpoint.quiet_orbax()
             if self._writer is None:
                 self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             path = checkpoint.plain_path(self.folder) / str(step)
-            # force: a damaged checkpoint of this step, which was passed over, is replaced
+            # force: replace a damaged checkpoint of this step, which was passed over when resuming
             self._writer.save(path, args=ocp.args.Composite(**items), force=True)
             self._pending = ThreadPoolExecutor(1).submit(self._complete, self._writer, step)
 
         self._on_all(begin)
 
     def poll(self) -> bool:
-        """Return whether no save is under way, without waiting; raises what went wrong in the background."""
-        # With several processes, only when all wait for the save together.
+        """Return whether no save is under way, without waiting. Raises the error of a save that failed."""
+        # Several processes learn this only in `wait`, which all of them call together.
         if self._pending is not None and jax.process_count() == 1 and self._pending.done():
             self.wait()
         return self._pending is None
 
     def wait(self):
-        """Wait until the save under way is complete and sealed; raises what went wrong."""
+        """Wait until the save under way is complete and sealed. Raises its error if it fails."""
         if self._pending is not None:
             self._on_all(self._finish)
 
     def restore(
         self, step: int, *, params: Params, optimizer: Any, batches: "grain.DatasetIterator | None"
     ) -> tuple[Params, Any]:
-        """Return (params, optimizer), laid out as the given ShapeDtypeStructs; set the place of `batches`.
+        """Return (params, optimizer), sharded as the given ShapeDtypeStructs; set the position of `batches`.
 
-        optimizer None: weights only. Where batches is None, or the checkpoint was imported and has no place
-        in the data, the data begin anew.
+        optimizer None: weights only. `batches` start from the beginning if the checkpoint has no data
+        position, because it was imported.
         """
         items = {"params": ocp.args.StandardRestore(params)}
         if optimizer is not None:
@@ -148,16 +148,16 @@ class Checkpoints:
         return restored["params"], restored["optimizer"]
 
     def has_state(self, step: int) -> bool:
-        """Return whether a checkpoint can be trained on: it holds optimizer and data position."""
+        """Return whether training can continue from a checkpoint: whether it holds the optimizer state."""
         return (self.folder / str(step) / "optimizer").is_dir()
 
     def meta(self, step: int) -> dict:
         return checkpoint.read_meta(self.folder, step)
 
     def close(self):
-        """Wait until the save under way is complete, and release the folder.
+        """Wait until the save under way is complete, and release the lock.
 
-        Each process does so by itself, since the others may have ended where one has failed alone.
+        Processes do not wait for each other here, since others may have ended already.
         """
         try:
             if self._pending is not None:
@@ -171,13 +171,13 @@ class Checkpoints:
                 self._lock = None
 
     def _complete(self, writer: ocp.AsyncCheckpointer, step: int):
-        """In the background: seal the checkpoint once it is written, then delete leftovers and older ones.
+        """In the background, seal the checkpoint once it is written, then delete partial and old ones.
 
-        In this order, and while training goes on: a kill must always leave a sealed checkpoint.
+        In this order, so that a kill at any time leaves a sealed checkpoint.
         """
         writer.wait_until_finished()
         if process := jax.process_index():
-            with suppress(OSError):  # then these files are known by size only
+            with suppress(OSError):  # without this seal, only the sizes of these files are checked
                 seal.seal(self.folder / str(step), process)
             return
         seal.seal(self.folder / str(step))
@@ -191,9 +191,9 @@ class Checkpoints:
         self._pending = None
 
     def _on_all(self, part: Callable[[], None], alone: bool = False):
-        """Do a part of a save; if it fails on one process it fails on all, so that none waits for another.
+        """Do a part of a save; if it fails on one process, raise on all, so that none waits for another.
 
-        alone: only on this process. After a failure Orbax's writer goes too, which would raise it once more.
+        alone: raise on this process only. A failure also discards Orbax's writer, which would raise it again.
         """
         problem = None
         try:
@@ -213,7 +213,7 @@ class Checkpoints:
 
 
 def delete_step(folder: Path, step: int):
-    """Delete a checkpoint, as far as possible. What a kill leaves of it is no checkpoint, and swept later."""
+    """Delete a checkpoint, ignoring errors. It is renamed first, so that `sweep` finds it after a kill."""
     path = folder / str(step)
     with suppress(OSError):
         path = path.replace(folder / f"{step}{UNFINISHED}-deleted")
@@ -221,14 +221,14 @@ def delete_step(folder: Path, step: int):
 
 
 def sweep(folder: Path):
-    """Delete, as far as possible, what saves that failed or were killed left half-written or half-deleted."""
+    """Delete partial checkpoints, left by a save or deletion that failed or was killed, ignoring errors."""
     for path in folder.glob(f"*{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def full_disk(folder: Path):
-    """Turn what Orbax raises when a disk is full (errors of several kinds, a page long) into an OSError."""
+    """Context that turns Orbax's errors of a full disk (of several kinds, a page long) into an OSError."""
     try:
         yield
     except Exception as problem:
@@ -239,7 +239,7 @@ def full_disk(folder: Path):
 
 
 def lock(folder: Path) -> int:
-    """Hold a run's folder until the returned descriptor is closed. UserError: another run holds it."""
+    """Lock a run's folder until the returned descriptor is closed. UserError: another run holds the lock."""
     try:
         return files.lock(folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}\n")
     except files.Held as other:

@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained by the tokenizers library, encoded by tiktoken; and conversations as tokens."""
+"""Byte-level BPE, trained by the tokenizers library and encoded by tiktoken; and conversations as tokens."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
-# GPT-4's way of cutting text into pieces that merges stay within, but with digits in groups of at most two.
+# GPT-4's pattern for splitting text before BPE, but with digits in groups of at most two.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"  # contractions, words, numbers
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"  # punctuation, space
@@ -38,7 +38,7 @@ class Piece(NamedTuple):
 
     text: str
     special: bool
-    learn: int  # 1: the assistant learns to say it
+    learn: int  # 1: supervised, so the assistant learns to say it; 0: not
 
 
 BOS = Piece("<|bos|>", True, 0)
@@ -54,7 +54,7 @@ PART_TYPES = tuple(PARTS)
 
 
 def chat_pieces(conversation: dict) -> list[Piece]:
-    """Write a conversation in the chat format, as pieces. UserError: it is malformed."""
+    """Return the pieces of a conversation in the chat format. UserError: the conversation is malformed."""
     pieces = [BOS]
     for message in _user_first(conversation):
         content = message["content"]
@@ -70,7 +70,7 @@ def chat_pieces(conversation: dict) -> list[Piece]:
 
 
 def without_surrogates(text: str) -> str:
-    """Replace lone surrogates, which UTF-8 cannot hold, by the replacement character."""
+    """Replace lone surrogates, which UTF-8 cannot encode, by the replacement character U+FFFD."""
     try:
         text.encode("utf-8")
         return text
@@ -79,10 +79,10 @@ def without_surrogates(text: str) -> str:
 
 
 class Tokenizer:
-    """The tokenizer. Its ids are the learnt pieces by rank, then the nine special tokens."""
+    """A byte-level BPE tokenizer. Ids are the ranks of the learnt tokens, followed by nine special tokens."""
 
     def __init__(self, ranks: dict[bytes, int]):
-        self.ranks = ranks  # bytes -> id, of the learnt pieces
+        self.ranks = ranks  # {bytes of a learnt token: its id}
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self._specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self._encoding = tiktoken.Encoding(
@@ -92,23 +92,22 @@ class Tokenizer:
         lengths = np.zeros(self.vocab_size, np.int32)
         for piece, rank in ranks.items():
             lengths[rank] = len(piece)
-        self.token_bytes = lengths  # int32 [V]: bytes of each token, specials 0
+        self.token_bytes = lengths  # int32 [V]: number of bytes of each token; 0 for special tokens
         digest = hashlib.sha256("\n".join((SPLIT_PATTERN, *SPECIAL_TOKENS)).encode())
         digest.update(b"".join(base64.b64encode(piece) + b"\n" for piece in sorted(ranks, key=ranks.get)))
         self.hash = digest.hexdigest()
-        # {shard: fingerprint of its content} of the text it was trained on; {}: not recorded. Not part of the
-        # hash.
+        # {shard: fingerprint of its content} of the training text; {}: not recorded. Not part of the hash.
         self.trained_on: dict[str, str] = {}
         self.training_seconds = 0.0
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
-        """Learn a vocabulary of exactly vocab_size tokens from texts."""
+        """Train a tokenizer with exactly vocab_size tokens on texts. UserError: the texts do not suffice."""
         specials = len(SPECIAL_TOKENS)
         wanted = vocab_size - specials
         if wanted < 256:
             smallest = f"{256 + specials}: 256 bytes and {specials} specials"
-            raise UserError(f"--vocab_size={vocab_size} is below {smallest}")
+            raise UserError(f"--vocab_size={vocab_size} is below the minimum of {smallest}")
         bpe = tokenizers.Tokenizer(models.BPE())
         pattern = SPLIT_PATTERN.replace("?+", "?").replace("++", "+")
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
@@ -121,25 +120,24 @@ class Tokenizer:
         ranks = {bytes(byte_of[c] for c in piece): rank for piece, rank in bpe.get_vocab().items()}
         if len(ranks) < wanted:
             raise UserError(
-                f"the text gives only {len(ranks)} different pieces, and --vocab_size={vocab_size} wants "
+                f"the text gives only {len(ranks)} different tokens, but --vocab_size={vocab_size} needs "
                 f"{wanted}; give more text, or at most --vocab_size={len(ranks) + specials}"
             )
-        # tiktoken merges by rank and needs the single bytes too; the trainer numbers these first.
+        # tiktoken merges by rank, and bytes need ranks too; the trainer gives them the first 256.
         return cls(ranks)
 
     @classmethod
     def load(cls, directory: Path | None = None) -> "Tokenizer":
         shared = base_dir() / "tokenizer"
-        folder, remedy = Path(directory or shared), "train it anew: python -m launch.tok_train"
-        if folder != shared:  # a run's own, that it was trained with
-            remedy = f"delete this folder, and {shared} is taken if it is the same"
+        folder, remedy = Path(directory or shared), "train it again: python -m launch.tok_train"
+        if folder != shared:  # the copy beside a run's checkpoints
+            remedy = f"delete this folder to use the tokenizer in {shared}, if it is the same"
         if not (folder / "ranks.txt").is_file():
             raise UserError(f"no tokenizer in {folder}; train one with: python -m launch.tok_train")
         try:
             lines = (folder / "ranks.txt").read_text(encoding="ascii").split("\n")
             tokenizer = cls({base64.b64decode(line): rank for rank, line in enumerate(lines) if line})
-            # A save that was killed between its two renames has left the second file under its temporary
-            # name.
+            # A save that was killed between its two renames leaves the second file under its temporary name.
             paths = [folder / "tokenizer.json", folder / f"tokenizer.json{files.PART}"]
             infos = [files.read_json(path) for path in paths]
         except (OSError, ValueError) as problem:
@@ -156,9 +154,9 @@ class Tokenizer:
         return not self.trained_on or not set(self.trained_on.values()).isdisjoint(fingerprint.values())
 
     def save(self, directory: Path | None = None) -> Path:
-        """Write ranks.txt (a piece in base64 a line, in rank order) and tokenizer.json.
+        """Write ranks.txt (one token in base64 per line, in rank order) and tokenizer.json. -> the folder
 
-        A kill at any point leaves a tokenizer that loads: the one before, or this one.
+        A kill at any point leaves a tokenizer that loads: the previous one or this one.
         """
         folder = Path(directory or base_dir() / "tokenizer")
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,17 +174,17 @@ class Tokenizer:
         return self._specials[name]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text, in which the spelling of a special token stays text."""
+        """Ids of text. The spelling of a special token, such as "<|bos|>", is encoded as ordinary text."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str, *, specials: bool = False) -> np.ndarray:
-        """Ids of text as int32 [tokens]. specials: whether a special token's spelling becomes that token."""
+        """Ids of text as int32 [tokens]. specials: whether spellings of special tokens become such tokens."""
         allowed = self._specials.keys() if specials else frozenset()
         try:
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(allowed), disallowed_special=())
         except UnicodeEncodeError:
             return self.encode_array(without_surrogates(text), specials=specials)
-        except ValueError:  # a million spaces in a row, say, are more than its regular expressions can take
+        except ValueError:  # too long for tiktoken's regular expressions, such as a million spaces in a row
             if len(text) < 1000:
                 raise
             halves = text[: len(text) // 2], text[len(text) // 2 :]
@@ -197,11 +195,11 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids) -> bytes:
-        """The bytes of ids. Ids beyond the vocabulary, which a padded model has, give none."""
+        """Bytes of a sequence of ids. Ids beyond the vocabulary, which padded models have, are skipped."""
         return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def render_conversation(self, conversation: dict) -> tuple[list[int], list[int]]:
-        """Return (ids, mask) of a conversation; the mask is 1 for the tokens that the assistant learns."""
+        """Return (ids, mask) of a conversation; the mask is 1 for the tokens that are supervised."""
         return self._render(chat_pieces(conversation))
 
     def _render(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
@@ -213,24 +211,25 @@ class Tokenizer:
         return ids, mask
 
     def render_all(self, conversations: list[list[Piece]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return int32 (ids, mask) of each conversation, the same as render_conversation's, but faster.
+        """Return int32 (ids, mask) of each conversation, as render_conversation does, but faster.
 
-        They are encoded as one text, except those that may spell a special or have parts that could merge.
+        Conversations are encoded as one text, except those whose texts may spell a special token or have
+        adjacent parts that could merge.
         """
         alone = [_may_merge(pieces) for pieces in conversations]
         joined = [
             piece for pieces, apart in zip(conversations, alone, strict=True) if not apart for piece in pieces
         ]
         ids = self.encode_array("".join(piece.text for piece in joined), specials=True)
-        is_special = ids >= self.bos  # the first of them
-        learn_special, learn_after = [], []  # of each special, and of the text that follows it
+        is_special = ids >= self.bos  # the first special id
+        learn_special, learn_after = [], []  # `learn` of each special token, and of the text after it
         for _, special, learn in joined:
             if special:
                 learn_special.append(learn)
                 learn_after.append(0)
             else:
                 learn_after[-1] = learn
-        if is_special.sum() != len(learn_special):  # a text encoded in halves was cut within a special
+        if is_special.sum() != len(learn_special):  # a text encoded in halves was cut inside a special token
             return [_arrays(self._render(pieces)) for pieces in conversations]
         which = np.cumsum(is_special) - 1
         mask = np.where(is_special, np.int32(learn_special)[which], np.int32(learn_after)[which])
@@ -242,7 +241,7 @@ class Tokenizer:
         ]
 
     def render_for_completion(self, conversation: dict) -> list[int]:
-        """Ids of a conversation up to where the assistant is to speak, without its own last message."""
+        """Ids of a conversation up to the start of the answer; an answer at its end is left out."""
         messages = conversation["messages"]
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -251,7 +250,7 @@ class Tokenizer:
 
 
 def _may_merge(pieces: list[Piece]) -> bool:
-    """Return whether pieces encoded as one text could give other tokens than one by one."""
+    """Return whether encoding pieces as one text could give other tokens than encoding each by itself."""
     after_text = False
     for text, special, _ in pieces:
         if not special and (after_text or "<|" in text):
@@ -268,14 +267,14 @@ def check_conversation(conversation: dict):
     """Raise UserError unless it is [system,] user, assistant, user, … with text or known parts."""
     messages = conversation.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise UserError("a conversation has no messages; it needs at least one of the user's")
+        raise UserError("a conversation has no messages; it needs at least one user message")
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
             raise UserError(f"message {i} has unknown role {role!r}; it is system (first), user or assistant")
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if not turns:
-        raise UserError("a conversation has a system message only; a user's message must follow")
+        raise UserError("a conversation has only a system message; a user message must follow")
     for i, message in enumerate(turns):
         role, content = message["role"], message.get("content")
         due = ("user", "assistant")[i % 2]
@@ -298,7 +297,7 @@ def check_conversation(conversation: dict):
 
 
 def _user_first(conversation: dict) -> list[dict]:
-    """The checked messages, a leading system message joined to the user's by a blank line."""
+    """Return the checked messages, with a leading system message joined to the first user message."""
     check_conversation(conversation)
     messages = conversation["messages"]
     if messages[0]["role"] != "system":
@@ -308,7 +307,7 @@ def _user_first(conversation: dict) -> list[dict]:
 
 
 def byte_characters() -> dict[int, str]:
-    """The character that byte-level BPE writes for each byte: itself where printable, else from U+0100 on."""
+    """Return {byte: its character in byte-level BPE}: itself if it is printable, else from U+0100 on."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ordered = sorted(range(256), key=lambda byte: (chr(byte) not in alphabet, byte))
     return dict(zip(ordered, alphabet, strict=True))

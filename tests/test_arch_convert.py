@@ -56,7 +56,7 @@ def test_each_generation(when, home, capsys):
         assert "give --softcap=15 or --softcap=20" in refusal(capsys, *take)
         take.append(f"--softcap={config.softcap:.0f}")
     else:
-        assert "this checkpoint's is known" in refusal(capsys, *take, "--softcap=15")
+        assert "the checkpoint's softcap is known" in refusal(capsys, *take, "--softcap=15")
     convert.main(take)
     found = checkpoint.open_model("base", "d3", needs_tokenizer=False)
     assert found.config == config
@@ -162,7 +162,7 @@ def test_the_optimizers_state_out_and_in(home, capsys):
 
     (folder / "optim_000009_rank1.pt").write_bytes(b"")
     convert.main([*take[:-1], "--model_tag=two"])
-    assert "not converted: it is cut into the parts of 2 devices" in capsys.readouterr().out
+    assert "not converted: it is sharded over 2 devices" in capsys.readouterr().out
     (folder / "optim_000009_rank1.pt").unlink()
     torch.save({"state": {0: {}}}, folder / "optim_000009_rank0.pt")
     assert "is not the optimizer state of this model" in refusal(capsys, *take[:-1], "--model_tag=three")

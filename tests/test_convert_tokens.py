@@ -214,13 +214,13 @@ def encoding_of(ranks, specials) -> bytes:
     "content, message",
     [
         (b"not a pickle", "is refused"),
-        (pickle.dumps({"mergeable_ranks": {}}), "no tiktoken Encoding"),
-        (pickle.dumps(tiktoken.Encoding), "no tiktoken Encoding"),
+        (pickle.dumps({"mergeable_ranks": {}}), "not hold a custom tiktoken Encoding"),
+        (pickle.dumps(tiktoken.Encoding), "not hold a custom tiktoken Encoding"),
         (encoding_of({b"a": 0}, {"<|bos|>": [1]}), "not names and numbers"),
         (encoding_of({b"a": 0}, {5: 1}), "not names and numbers"),
         (encoding_of({"a": 0}, {}), "not names and numbers"),
-        (encoding_of({b"a": 0}, {}), "no token of the byte"),
-        (b"\x80\x04\x8c\rtiktoken.core\x8c\x08Encoding\x93)\x81\x8c\x04gpt2b.", "no tiktoken Encoding of its own"),
+        (encoding_of({b"a": 0}, {}), "no token for the byte"),
+        (b"\x80\x04\x8c\rtiktoken.core\x8c\x08Encoding\x93)\x81\x8c\x04gpt2b.", "not hold a custom tiktoken Encoding"),
     ],
 )
 def test_other_pickles_are_refused(content, message, tmp_path):
@@ -239,10 +239,10 @@ def test_other_tokenizers_are_refused(tokenizer, exported, tmp_path):
         with pytest.raises(UserError, match=message):
             tokens.from_hugging_face(tmp_path / "tokenizer.json")
 
-    refused(lambda c: c["added_tokens"].pop(), "output_end.* is missing; jaxchat wants nine")
+    refused(lambda c: c["added_tokens"].pop(), "output_end.* is missing; jaxchat needs nine")
     split = {"Regex": r"\p{N}{1,3}"}
     refused(lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(pattern=split), "unlike jaxchat .*pre_tokenizer")
-    refused(lambda c: c.pop("model"), "no byte-level BPE tokenizer")
+    refused(lambda c: c.pop("model"), "not a readable byte-level BPE tokenizer")
     refused(lambda c: c["model"].update(merges=[]), r"unlike jaxchat .*\(merges\)")
     refused(lambda c: c["model"]["merges"].remove(c["model"]["merges"][0]), r"\(merges\)")
     refused(lambda c: c["model"]["merges"].insert(0, c["model"]["merges"].pop()), r"\(merges\)")
@@ -265,5 +265,5 @@ def test_other_tokenizers_are_refused(tokenizer, exported, tmp_path):
         "x", pat_str=r"\w+|\W+", mergeable_ranks=tokenizer.ranks, special_tokens={"<|bos|>": len(tokenizer.ranks)}
     )
     (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
-    with pytest.raises(UserError, match="another pattern"):
+    with pytest.raises(UserError, match="a different pattern"):
         tokens.read_pickle(tmp_path / "tokenizer.pkl")

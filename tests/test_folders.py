@@ -132,7 +132,7 @@ def test_a_home_that_is_no_full_path(monkeypatch, home, asked):
     """Else an empty HOME would make ~/.cache the folder /.cache."""
     monkeypatch.delenv("JAXCHAT_BASE_DIR", raising=False)
     monkeypatch.setenv("HOME", home)
-    with pytest.raises(UserError, match=f"^~/.*: HOME='{home}' is no full path; set HOME, or JAXCHAT_BASE_DIR"):
+    with pytest.raises(UserError, match=f"^~/.*: HOME='{home}' is not an absolute path; set HOME, or JAXCHAT_BASE_DIR"):
         asked()
 
 

@@ -55,11 +55,11 @@ def test_the_flag(axes, devices, platform, want):
         ("fsdp=3", "fsdp=3 does not divide the 8 devices"),
         ("fsdp=3,tensor=2", "fsdp=3 × tensor=2 = 6 does not divide the 8 devices"),
         ("data=2,fsdp=2,tensor=1", "data=2 × fsdp=2 = 4 does not make the 8 devices"),
-        ("data=-1,fsdp=-1", "only one axis can be -1, what is left of the 8 devices"),
-        ("rows=2", "'rows=2' is no axis; write data=-1,fsdp=1,tensor=1"),
-        ("fsdp=0", "'fsdp=0' is no axis"),
-        ("fsdp", "'fsdp' is no axis"),
-        ("fsdp=²", "'fsdp=²' is no axis"),
+        ("data=-1,fsdp=-1", "only one axis can be -1 (what is left of the 8 devices)"),
+        ("rows=2", "'rows=2' is not an axis; write data=-1,fsdp=1,tensor=1"),
+        ("fsdp=0", "'fsdp=0' is not an axis"),
+        ("fsdp", "'fsdp' is not an axis"),
+        ("fsdp=²", "'fsdp=²' is not an axis"),
     ],
 )
 def test_an_impossible_flag(axes, told):

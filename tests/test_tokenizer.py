@@ -119,7 +119,7 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
     "messages, words",
     [
         ([], "no messages"),
-        ([{"role": "system", "content": "x"}], "system message only"),
+        ([{"role": "system", "content": "x"}], "only a system message"),
         ([USER, USER], "alternate"),
         ([ASSISTANT, USER], "alternate"),
         ([USER, {"role": "tool", "content": "x"}], "unknown role 'tool'"),
@@ -197,7 +197,7 @@ def test_missing_and_damaged_tokenizers_are_refused(tokenizer, tmp_path):
 
 
 def test_a_vocabulary_that_cannot_be(tokenizer):
-    with pytest.raises(UserError, match="below 265"):
+    with pytest.raises(UserError, match="below the minimum of 265"):
         Tokenizer.train(iter([TEXT]), 264)
     with pytest.raises(UserError, match="at most --vocab_size="):
         Tokenizer.train(iter(["ab ab"]), 400)

@@ -156,12 +156,13 @@ def test_a_damaged_tokenizer_of_a_run(folder, capsys):
     """The remedy works: the base directory's is the same, and is taken."""
     own = folder / "base_checkpoints/d1/tokenizer"
     (own / "tokenizer.json").write_text("[]")
-    assert f"delete this folder, and {folder}/tokenizer is taken" in refusal(folder, chat_cli, ["-i", "base"], capsys)
+    line = refusal(folder, chat_cli, ["-i", "base"], capsys)
+    assert f"delete this folder to use the tokenizer in {folder}/tokenizer" in line
     shutil.rmtree(own)
     assert checkpoint.open_model("base").step == 2
     (folder / "tokenizer/ranks.txt").write_text("")
     line = refusal(folder, base_train, [*BASE, "--model_tag=new"], capsys)
-    assert "cannot be read" in line and "; train it anew: python -m launch.tok_train" in line
+    assert "cannot be read" in line and "; train it again: python -m launch.tok_train" in line
 
 
 @pytest.mark.parametrize("tag", ["/elsewhere", "..", ".", "a/b"])

@@ -1,4 +1,4 @@
-"""Hugging Face's format: folders that transformers opens as NanoChatForCausalLM."""
+"""Convert from and to Hugging Face's format: folders that transformers opens as NanoChatForCausalLM."""
 
 import dataclasses
 from pathlib import Path
@@ -41,11 +41,11 @@ tags: [jaxchat]
 {rows}
 """
 CHATS = """
-It chats through `tokenizer.apply_chat_template`. What it writes between `<|python_start|>` and
-`<|python_end|>` is meant for a calculator, whose answer goes between `<|output_start|>` and
-`<|output_end|>`.
+Format conversations with `tokenizer.apply_chat_template`. Text that the model writes between
+`<|python_start|>` and `<|python_end|>` is input for a calculator; put its result between
+`<|output_start|>` and `<|output_end|>`.
 """
-# What jaxchat computes with, and transformers' default where config.json is silent.
+# {setting of config.json: (the only value that jaxchat supports, transformers' default if it is missing)}
 FIXED = {
     "model_type": ("nanochat", None),
     "hidden_act": ("relu2", "relu2"),
@@ -74,7 +74,7 @@ def architecture(config: ModelConfig, tokenizer, dtype: str, chat: bool) -> dict
         "final_logit_softcapping": config.softcap,
         "attention_dropout": 0.0,
         **end_tokens(tokenizer, chat),
-        "pad_token_id": None,  # else its embedding would be kept from learning
+        "pad_token_id": None,  # else transformers would not train this token's embedding
         "dtype": dtype,
     }
 
@@ -87,9 +87,9 @@ def end_tokens(tokenizer, chat: bool) -> dict:
 
 
 def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
-    """Write the folder `out`, completely or not at all. chat: whether the model has learnt conversations.
+    """Export a checkpoint to the folder `out`, completely or not at all. chat: whether the model can chat.
 
-    UserError: the folder exists, or its disk has no room.
+    UserError: the folder exists, its disk is too full, or transformers cannot compute the model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists; give --out another folder, or remove it")
@@ -114,7 +114,7 @@ def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
 
 
 def check_expressible(found: Found):
-    """Raise UserError unless transformers' NanoChatForCausalLM (November 2025's) can compute the model."""
+    """Raise UserError unless transformers' NanoChatForCausalLM, of November 2025, can compute the model."""
     usual = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
     more = [name for name in BEYOND if getattr(found.config, name) != usual[name]]
     if more or found.config.padded_vocab != found.config.vocab_size:
@@ -123,7 +123,7 @@ def check_expressible(found: Found):
 
 
 def model_card(found: Found, chat: bool) -> str:
-    """Return README.md: what the model is and what its run measured."""
+    """Return the text of README.md: the model's size and origin, and its run's metrics and settings."""
     config, meta = found.config, found.meta
     imported = meta.get("imported", {}).get("from")
     rows = {
@@ -156,7 +156,7 @@ def load(path: Path) -> Foreign:
     config = _model_config(path / "config.json", described)
     index = path / "model.safetensors.index.json"
     shards = [path / "model.safetensors"]
-    if index.is_file() and not shards[0].exists():  # transformers too takes the single file first
+    if index.is_file() and not shards[0].exists():  # as transformers, prefer the single file
         weight_map = read_object(index, "").get("weight_map")
         named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
         if not named or any(Path(file).name != file for file in weight_map.values()):
@@ -165,7 +165,7 @@ def load(path: Path) -> Foreign:
     tensors = {}
     for file in shards:
         if not file.is_file():
-            raise UserError(f"there is no {file}; jaxchat reads safetensors only")
+            raise UserError(f"there is no {file}; jaxchat reads only safetensors")
         try:
             tensors |= load_file(file)
         except safetensors.SafetensorError as problem:

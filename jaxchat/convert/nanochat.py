@@ -1,7 +1,6 @@
-"""nanochat's own files, from November 2025 to July 2026: model_<step>.pt, meta_<step>.json, tokenizer.pkl.
+"""Convert nanochat's files, November 2025 to July 2026: model_<step>.pt, meta_<step>.json, tokenizer.pkl.
 
-A checkpoint does not say with which constants it was trained; the names of its tensors show it
-(`generation`).
+A checkpoint does not say with which constants it was trained; `generation` infers them from its tensors.
 """
 
 import math
@@ -34,21 +33,22 @@ NAMES = {
     "smear_scale": "smear_lambda",
     "backout_scale": "backout_lambda",
 }
-PADDING = 64  # nanochat rounds the rows of its tables up to a multiple of it
-# What nanochat's trainer wants to know to resume, where it is not: its data begin anew.
+PADDING = 64  # nanochat rounds the number of rows of its tables up to a multiple of this
+# What nanochat's trainer needs to resume and jaxchat does not know; the data start from the beginning.
 RESUMED = {
     "dataloader_state_dict": {"pq_idx": 0, "rg_idx": -1, "epoch": 1},
     "loop_state": {"min_val_bpb": math.inf, "smooth_train_loss": 0.0, "total_training_time": 0.0},
 }
-COMPILED = "_orig_mod."  # what torch.compile puts before every name
-FIELDS = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"}  # of its model_config
+COMPILED = "_orig_mod."  # prefix of every name after torch.compile
+FIELDS = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"}  # keys of model_config
 GENERATIONS = "the generations that docs/architecture.md lists"
 
 
 def export(found: Found, out: Path, progress: Progress) -> Path:
-    """Write a checkpoint into a base directory of nanochat; return its model_<step>.pt.
+    """Export a checkpoint to a base directory of nanochat; return its model_<step>.pt.
 
-    UserError: the model exists there, its tokenizer is another, nanochat can't compute it, the disk is full.
+    UserError: the model exists there, the directory has a different tokenizer, nanochat cannot compute the
+    model, or the disk is too full.
     """
     folder = out / STAGES[found.meta["stage"]].folder / found.tag
     model, meta_file = folder / f"model_{found.step:06d}.pt", folder / f"meta_{found.step:06d}.json"
@@ -56,7 +56,7 @@ def export(found: Found, out: Path, progress: Progress) -> Path:
         raise UserError(f"{model} exists; give --out another folder, or remove it")
     pickled = out / "tokenizer/tokenizer.pkl"
     if found.tokenizer and pickled.exists() and tokens.read_pickle(pickled).hash != found.tokenizer.hash:
-        raise UserError(f"{pickled} is another tokenizer than this model's; give --out another folder")
+        raise UserError(f"{pickled} is not this model's tokenizer; give --out another folder")
     shape = shape_in_nanochat(found)
     check_space(out, found.config)
     imported = found.meta.get("imported", {})
@@ -82,20 +82,20 @@ def export(found: Found, out: Path, progress: Progress) -> Path:
 
 
 def has_optimizer(config: ModelConfig) -> bool:
-    """Return whether a model's optimizer state can be converted: nanochat's can since March 14, 2026."""
+    """Return whether a model's optimizer state can be converted: it must be of March 14, 2026 or later."""
     mechanisms = (config.smear_channels, config.backout, config.value_gate_channels, config.layer_scales)
     return all(mechanisms)
 
 
 def load_optimizer(foreign: Foreign) -> tuple[dict | None, str]:
-    """Return (a checkpoint's optimizer state, converted, or None; what the plan says about it)."""
+    """Return (a checkpoint's converted optimizer state, or None; what the plan says about it)."""
     files_there = sorted(foreign.path.parent.glob(f"optim_{foreign.step:06d}_rank*.pt"))
     if not files_there:
         return None, "there is no optimizer state"
     if len(files_there) > 1:
-        return None, f"not converted: it is cut into the parts of {len(files_there)} devices"
+        return None, f"not converted: it is sharded over {len(files_there)} devices"
     if not has_optimizer(foreign.config):
-        return None, "not converted: it is of before March 14, 2026"
+        return None, "not converted: the model is older than March 14, 2026"
     state = optimizer.take_in(files_there[0], foreign.config, NAMES)
     return state, f"{files_there[0].name}; --resume continues from it"
 
@@ -103,7 +103,8 @@ def load_optimizer(foreign: Foreign) -> tuple[dict | None, str]:
 def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Foreign:
     """Open a checkpoint in a folder of model_<step>.pt files, or in a base directory of nanochat.
 
-    step -1: the last. softcap: see generation. UserError: it is missing, unknown, or more than tensors.
+    step -1: the last. softcap: see generation. UserError: the checkpoint is missing or damaged, its model is
+    unknown, or its file holds more than tensors.
     """
     folder = find_folder(path, stage, tag)
     steps = sorted(int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"model_(\d+)\.pt", p.name)))
@@ -111,7 +112,7 @@ def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Forei
         raise UserError(f"no model_{step:06d}.pt in {folder}; there are steps {', '.join(map(str, steps))}")
     step = step if step >= 0 else steps[-1]
     file, meta_file = folder / f"model_{step:06d}.pt", folder / f"meta_{step:06d}.json"
-    meta = read_object(meta_file, "it would give the model's shape")
+    meta = read_object(meta_file, "it has to give the model's shape")
     shape = meta.get("model_config")
     if not isinstance(shape, dict):
         raise UserError(f"{meta_file} does not give the model's shape: model_config is {shape!r}")
@@ -147,7 +148,7 @@ def find_folder(path: Path, stage: str, tag: str) -> Path:
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Map the tensors of a .pt file, by name. UserError: it is damaged, or holds anything but tensors."""
+    """Memory-map a .pt file's tensors, by name. UserError: it is damaged, or holds anything but tensors."""
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as problem:  # a damaged or hostile file raises almost anything
@@ -169,9 +170,9 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def check_archive(file: Path):
-    """Raise UserError unless it is a zip archive with right checksums, as torch.save writes since 2020."""
+    """Raise UserError unless a file is a zip archive with valid checksums, torch.save's format since 2020."""
     if not zipfile.is_zipfile(file):
-        raise UserError(f"{file} is refused: it is damaged, or in torch's format before 2020; save it anew")
+        raise UserError(f"{file} is refused: it is damaged, or in torch's format before 2020; save it again")
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -182,10 +183,10 @@ def check_archive(file: Path):
 
 
 def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softcap: int) -> ModelConfig:
-    """Find the ModelConfig of a checkpoint: nanochat's constants of the time when models had these tensors.
+    """Infer a checkpoint's ModelConfig: nanochat's constants at the time when its models had these tensors.
 
-    softcap: 15 or 20, where the tensors leave it open; 0: not given. UserError: it is needed, or must not be
-    given, or nanochat never had such a model.
+    softcap: 15 or 20, if the tensors do not determine it; 0: not given. UserError: softcap is needed but not
+    given, or given but not needed, or nanochat never had such a model.
     """
     names = set(tensors)
     pattern, context = str(shape.get("window_pattern", "L")).upper(), shape["sequence_len"]
@@ -194,7 +195,7 @@ def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softca
     channels = tensors[gates[0]].shape[-1] if gates else 0
     smears = "smear_gate.weight" in names
     if found := sorted(name for name in names if "bigram" in name):
-        raise UserError(f"{file} has {found[0]}: nanochat had it for 3 days in January 2026, jaxchat has not")
+        raise UserError(f"{file} has {found[0]}: nanochat had it for 3 days in January 2026, jaxchat never")
     if "resid_lambdas" not in names:
         kind, constants = "2025", {}
     elif not values:
@@ -211,7 +212,7 @@ def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softca
         raise UserError(f"{file} has gates on {channels} features; that is none of {GENERATIONS}")
     if (kind == "softcap") != bool(softcap):
         if softcap:
-            raise UserError(f"--softcap={softcap}: this checkpoint's is known; leave the flag out")
+            raise UserError(f"--softcap={softcap}: the checkpoint's softcap is known; leave the flag out")
         raise UserError(
             f"{file} is of January 18 to March 9, 2026: its softcap is 15, or 20 from March 2 on; nothing "
             "in it says which; give --softcap=15 or --softcap=20"
@@ -224,7 +225,7 @@ def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softca
 
 
 def stored_as(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
-    """The fields of ModelConfig that say how a checkpoint's tables are stored: padded, in bfloat16."""
+    """Fields of ModelConfig that say how a checkpoint's tables are stored: whether padded or in bfloat16."""
     tables = [t for name, t in tensors.items() if "wte" in name or name.startswith("value_embeds.")]
     rows, size = (len(tables[0]) if tables else 0), shape["vocab_size"]
     padded = "resid_lambdas" in tensors or rows == rounded_up(size, PADDING) != size
@@ -234,10 +235,10 @@ def stored_as(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
 
 
 def shape_in_nanochat(found: Found) -> dict:
-    """Return a model's model_config in nanochat. UserError: today's nanochat would compute it differently."""
+    """Return nanochat's model_config of a model. UserError: nanochat would compute the model differently."""
     config = found.config
     shape = {name: getattr(config, name) for name in sorted(FIELDS)}
-    # Nothing is computed from these.
+    # These fields do not affect what a trained model computes.
     initial = ("embedding_std", "head_std", "uniform_init", "up_scale", "table_dtype")
     fields = {name: getattr(config, name) for name in initial}
     padding = {"vocab_multiple": config.vocab_multiple}

@@ -1,7 +1,7 @@
-"""nanochat's optimizer state of 2026, of a run on one device: optim_<step>_rank0.pt.
+"""Convert nanochat's optimizer state of 2026, from runs on one device: optim_<step>_rank0.pt.
 
-The file numbers the weights in the order of `groups`. Each weight has AdamW's moments of its own. Muon's, of
-all matrices of one shape, are a single array, stored under the first of them.
+The file numbers the weights in the order of `groups`. AdamW's moments are stored for each weight. Muon's are
+stacked over all matrices of one shape, and stored under the number of the first.
 """
 
 import math
@@ -22,7 +22,7 @@ from jaxchat.train.horizon import REFERENCE_BATCH
 from jaxchat.train.optimizer import Muon, make_optimizer, table_2026
 from jaxchat.train.stages import RATES
 
-# Groups of the optimizer's table, and what nanochat names their weights, in its order.
+# {group of our optimizer's table: how nanochat's names of its weights begin}, in nanochat's order.
 ADAMW = {
     "head": ("lm_head.",),
     "embedding": ("transformer.wte.",),
@@ -32,7 +32,7 @@ ADAMW = {
     "mixing": ("smear_gate.", "smear_lambda", "backout_lambda"),
 }
 MATRICES = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "attn.ve_gate", "mlp.c_fc", "mlp.c_proj")
-FIELDS = {  # of our state and of theirs
+FIELDS = {  # {field of our optimizer state: nanochat's name for it}
     "mu": "exp_avg",
     "nu": "exp_avg_sq",
     "momentum": "momentum_buffer",
@@ -41,7 +41,7 @@ FIELDS = {  # of our state and of theirs
 
 
 def groups(config: ModelConfig, names: Names) -> list[tuple[str, list[str]]]:
-    """nanochat's parameter groups, in its order: (the group in our table, nanochat's names of weights)."""
+    """List nanochat's parameter groups, in order: (group in our table, nanochat's names of its weights)."""
     ours, weights = our_names(names, config), named(config)
     found = []
     for group, starts in ADAMW.items():
@@ -59,7 +59,7 @@ def groups(config: ModelConfig, names: Names) -> list[tuple[str, list[str]]]:
 
 
 def empty_state(config: ModelConfig) -> dict:
-    """The ShapeDtypeStructs of the optimizer state that a checkpoint keeps beside the weights."""
+    """ShapeDtypeStructs of the optimizer state in a checkpoint."""
     optimizer = make_optimizer(config, table=table_2026(config))
     count = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, shapes(config))
@@ -67,14 +67,14 @@ def empty_state(config: ModelConfig) -> dict:
 
 
 def place(path, weights: dict) -> tuple[str, str]:
-    """Return (field, name of the weight) of an array of our state, by its path; ("", "") for a count."""
+    """Return (field, name of the weight) for the path of an array in our state; ("", "") for a counter."""
     full = jax.tree_util.keystr(path, simple=True, separator=".")
     name = next((own for own in weights if full.endswith(f".{own}")), "")
     return (full.removesuffix(f".{name}").rpartition(".")[2], name) if name else ("", "")
 
 
 def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
-    """Read nanochat's file of an optimizer state as ours. UserError: it is not of this model."""
+    """Read nanochat's optimizer file as our optimizer state. UserError: it is not of this model."""
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         moments, count = read_moments(content, config, names)
@@ -91,12 +91,12 @@ def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
 
         return jax.tree_util.tree_map_with_path(fill, empty_state(config))
     except Exception as problem:  # a damaged or hostile file raises almost anything
-        line, remedy = checkpoint.first_line(problem), "without that file, the weights alone are converted"
+        line, remedy = checkpoint.first_line(problem), "without that file, only the weights are converted"
         raise UserError(f"{file} is not the optimizer state of this model ({line}); {remedy}") from problem
 
 
 def read_moments(content: dict, config: ModelConfig, names: Names) -> tuple[dict, int]:
-    """Return ({our field: {nanochat's name of a weight: tensor}}, finished updates) from a file's content."""
+    """Return ({our field: {nanochat's name of a weight: tensor}}, updates made) from a file's content."""
     moments, number = {field: {} for field in FIELDS}, 0
     for group, members in groups(config, names):
         own = ("momentum", "second") if group == "matrix" else ("mu", "nu")
@@ -123,7 +123,7 @@ def restored(found: Found) -> dict:
 
 
 def export(found: Found, file: Path, names: Names):
-    """Write a checkpoint's optimizer state as nanochat's file."""
+    """Write a checkpoint's optimizer state to a file in nanochat's format."""
     state = restored(found)
     weights, moments = named(found.config), {field: {} for field in FIELDS}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -140,7 +140,7 @@ def export(found: Found, file: Path, names: Names):
 
 
 def to_torch_state(found: Found, moments: dict, count: int, names: Names) -> dict:
-    """Build the dict that torch's load_state_dict takes, with the learning rates of the run."""
+    """Build the state dict of torch's optimizer, with the learning rates of the run."""
     table = table_2026(found.config, **rates(found.meta))
     states, about, number = {}, [], 0
     for group, members in groups(found.config, names):
@@ -164,7 +164,7 @@ def to_torch_state(found: Found, moments: dict, count: int, names: Names) -> dic
 
 
 def rates(meta: dict) -> dict:
-    """The peak learning rates of base training, whether by our run or, if imported, by nanochat's."""
+    """Peak learning rates of the model's base training, in jaxchat or, if imported, in nanochat."""
     theirs = meta.get("imported", {}).get("meta", {})
     given = theirs.get("user_config", {}) | meta.get("settings", {})
     batch = theirs.get("total_batch_size", REFERENCE_BATCH)

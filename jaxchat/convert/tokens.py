@@ -1,4 +1,4 @@
-"""The tokenizer in other formats: Hugging Face's, with a chat template, and nanochat's tokenizer.pkl."""
+"""Convert the tokenizer: Hugging Face's format, with a chat template, and nanochat's tokenizer.pkl."""
 
 import json
 import pickle
@@ -12,17 +12,16 @@ from jaxchat import files
 from jaxchat.config import UserError
 from jaxchat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, byte_characters
 
-# A chat template makes one string of a conversation, in which a special's spelling becomes the special. In
-# messages it must stay text: the template puts MARK after the "<" of "<|", and the normalizer, which sees
-# only what is no special, removes it. BREAK stands between two parts of text, so that no piece reaches over;
-# the pre-tokenizer cuts there and drops it. Both are noncharacters, which Unicode keeps for a program's own
-# use: text that has them loses them.
+# A chat template makes one string of a conversation, in which the spelling of a special token is encoded as
+# that token. In messages it must stay text: the template puts MARK after the "<" of "<|", and the normalizer,
+# which does not see special tokens, removes it. BREAK separates two parts of text, so that no token spans
+# both; the pre-tokenizer splits there and drops it. Both are noncharacters, which Unicode reserves for
+# internal use of programs: they are removed from texts that contain them.
 MARK, BREAK = "\ufdd0", "\ufdd1"
-OLD_NORMALIZER = {"type": "Replace", "pattern": {"String": f"<{MARK}|"}, "content": "<|"}  # of older exports
+OLD_NORMALIZER = {"type": "Replace", "pattern": {"String": f"<{MARK}|"}, "content": "<|"}  # in older exports
 
-# {% generation %} surrounds what the assistant learns to say. Each of these ends in a special, where
-# possible: of text that ends in a character of several tokens, transformers would leave all but the first of
-# these tokens out.
+# {% generation %} encloses what the assistant learns to say. Where possible, such a block ends with a special
+# token: if it ended with a character of several tokens, transformers would mask all but the first of them.
 CHAT_TEMPLATE = """\
 {%- macro say(text) -%}
   {%- if text is not string -%}{{- raise_exception('what is said must be text') -}}{%- endif -%}
@@ -65,7 +64,7 @@ CHAT_TEMPLATE = """\
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return every pair of pieces that merge into a piece, in rank order: tiktoken merges any such pair."""
+    """Return every pair of tokens that form a token, in its rank order: tiktoken merges any such pair."""
     return [
         (piece[:i], piece[i:])
         for piece in sorted(ranks, key=ranks.get)
@@ -75,7 +74,7 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Build the tokenizers library's tokenizer. By default it reads a special's spelling as the special."""
+    """Build the tokenizers library's tokenizer; by default it encodes spellings of special tokens as such."""
     characters = byte_characters()
 
     def text(piece: bytes) -> str:
@@ -83,7 +82,7 @@ def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
     vocab = {text(piece): rank for piece, rank in tokenizer.ranks.items()}
     pairs = [(text(a), text(b)) for a, b in merges(tokenizer.ranks)]
-    # ignore_merges: a word that is a piece is one token even if no merges lead there, as in tiktoken.
+    # ignore_merges: a word in the vocabulary is one token even if no merges lead to it, as in tiktoken.
     result = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=True))
     result.normalizer = normalizers.Replace(MARK, "")
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated")
@@ -96,9 +95,9 @@ def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def end_token(chat: bool) -> str:
-    """Return the token that ends an answer, or a document. It is the padding too.
+    """Return the token that ends an answer (chat) or a document. It is also the padding token.
 
-    transformers hides the padding token wherever it is in a prompt, such as a <|bos|> at the beginning.
+    The padding token of a chat model must not be <|bos|>: transformers masks it wherever it is in a prompt.
     """
     return "<|assistant_end|>" if chat else "<|bos|>"
 
@@ -122,7 +121,7 @@ def save_hugging_face(tokenizer: Tokenizer, folder: Path, sequence_len: int, cha
 
 
 def from_hugging_face(path: Path) -> Tokenizer:
-    """Read a tokenizer.json. UserError: it is damaged, or tokenizes in a way that jaxchat doesn't."""
+    """Read a tokenizer.json. UserError: it is damaged, or tokenizes differently than jaxchat does."""
     try:
         tokenizers.Tokenizer.from_file(str(path))
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -137,19 +136,18 @@ def from_hugging_face(path: Path) -> Tokenizer:
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         made = [piece(a + b) for a, b in pairs]
     except Exception as problem:  # the tokenizers library raises plain Exceptions
-        raise UserError(f"{path} is no byte-level BPE tokenizer that can be read ({problem!r})") from problem
+        raise UserError(f"{path} is not a readable byte-level BPE tokenizer ({problem!r})") from problem
     tokenizer = _tokenizer(path, ranks, specials)
     ours = json.loads(to_hugging_face(tokenizer).to_str())
     odd_flags = ("lstrip", "rstrip", "single_word")
     wrong = {
         "normalizer": content.get("normalizer") not in (None, ours["normalizer"], OLD_NORMALIZER),
-        "pre_tokenizer": _steps(content)
-        not in (_steps(ours), _steps(ours)[1:]),  # with our BREAK, or without
+        "pre_tokenizer": _steps(content) not in (_steps(ours), _steps(ours)[1:]),  # with or without our BREAK
         "dropout": model.get("dropout"),
         "continuing_subword_prefix": model.get("continuing_subword_prefix"),
         "end_of_word_suffix": model.get("end_of_word_suffix"),
         "added_tokens": any(token.get(flag) for token in content["added_tokens"] for flag in odd_flags),
-        # Merges must make every piece, in the order of the ids, which is tiktoken's.
+        # As in tiktoken, merges must produce every token of several bytes, in the order of ids.
         "merges": {p for p in ranks if len(p) > 1} != set(made)
         or [ranks[p] for p in made] != sorted(map(ranks.get, made)),
     }
@@ -160,7 +158,7 @@ def from_hugging_face(path: Path) -> Tokenizer:
 
 
 def _steps(content: dict) -> list[dict]:
-    """Return how text is cut before merging, without what affects only the offsets."""
+    """Return the steps that split text before merging, without options that affect only offsets."""
     steps = (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
     return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
 
@@ -169,17 +167,17 @@ def _tokenizer(path: Path, ranks: dict[bytes, int], specials: dict[str, int]) ->
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(f"{path}: the ids of its {len(ranks):,} pieces are not 0 to {len(ranks) - 1:,}")
     if missing := [bytes([b]) for b in range(256) if bytes([b]) not in ranks]:
-        raise UserError(f"{path} has no token of the byte {missing[0]!r}; jaxchat needs all 256")
+        raise UserError(f"{path} has no token for the byte {missing[0]!r}; jaxchat needs all 256")
     wanted = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
     if specials != wanted:
         odd = sorted(dict(specials.items() ^ wanted.items()))[0]
         where = f"is {specials[odd]}" if odd in specials else "is missing"
-        raise UserError(f"{path}: the special {odd} {where}; jaxchat wants nine, from id {len(ranks):,} on")
+        raise UserError(f"{path}: special token {odd} {where}; jaxchat needs nine, from id {len(ranks):,} on")
     return Tokenizer(ranks)
 
 
 class _Recorded:
-    """Stand for a tiktoken Encoding while its pickle is read: keep the state, build nothing."""
+    """Stand in for a tiktoken Encoding while its pickle is read: keep the state, build nothing."""
 
     def __setstate__(self, state):
         self.state = state
@@ -200,10 +198,10 @@ def read_pickle(path: Path) -> Tokenizer:
     except OSError:
         raise
     except Exception as problem:  # a damaged pickle raises almost anything
-        only = "a tokenizer.pkl may hold a tiktoken Encoding only"
+        only = "a tokenizer.pkl may hold only a tiktoken Encoding"
         raise UserError(f"{path} is refused: {problem}; {only}") from problem
     if not isinstance(state, dict):
-        raise UserError(f"{path} is refused: it holds no tiktoken Encoding of its own")
+        raise UserError(f"{path} is refused: it does not hold a custom tiktoken Encoding")
     ranks, specials = state.get("mergeable_ranks"), state.get("special_tokens")
     well_formed = isinstance(ranks, dict) and isinstance(specials, dict)
     kinds = ((ranks, bytes), (specials, str))
@@ -213,7 +211,7 @@ def read_pickle(path: Path) -> Tokenizer:
         raise UserError(f"{path} is refused: its ranks or specials are not names and numbers")
     if state.get("pat_str") != SPLIT_PATTERN:
         pattern = str(state.get("pat_str"))[:60]
-        raise UserError(f"{path} splits text by another pattern than jaxchat's: {pattern!r}")
+        raise UserError(f"{path} splits text by a different pattern than jaxchat: {pattern!r}")
     return _tokenizer(path, ranks, specials)
 
 

@@ -1,8 +1,8 @@
-"""Weights between jaxchat's stacks and PyTorch's matrices.
+"""Convert weights between jaxchat's stacked arrays and PyTorch's matrices.
 
-A weight's name is its path in `Params`: "wte", "blocks.wq", "lm_head". PyTorch keeps each matrix alone, as
-[out, in]; jaxchat stacks a block's matrices over the layers, as [in, out] with heads apart. Embedding tables
-are [vocabulary, width] in both, and vectors are the same in both.
+A weight's name is its path in `Params`: "wte", "blocks.wq", "lm_head". PyTorch keeps the matrices of layers
+separate, as [out, in]; jaxchat stacks them over the layers, as [in, out] with a dimension for heads.
+Embedding tables are [vocabulary, width] in both, and vectors are the same in both.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jaxchat.model.params import Weight, declare, named
 from jaxchat.store import Checkpoints
 from jaxchat.tokenizer import Tokenizer
 
-# What is read; float32 holds them all.
+# The dtypes that can be imported; float32 represents all their values.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[str], None]  # called with the name of each weight that is converted
 Names = dict[str, str]  # weight -> its name in the other format, with {} for the layer
@@ -53,7 +53,7 @@ def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
 
 
 def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
-    """Return {"lm_head.weight": "lm_head.0", …}: for each matrix of the other format our weight and layer."""
+    """Return {matrix in the other format: our "weight.index"}, as in {"lm_head.weight": "lm_head.0", …}."""
     return {
         theirs: f"{name}.{i}"
         for name in named(config)
@@ -83,7 +83,7 @@ def to_stack(weight: Weight, matrices: list[torch.Tensor]) -> np.ndarray:
 
 
 def shape_of(weight: Weight) -> list[int]:
-    """The shape of each of a weight's matrices in PyTorch."""
+    """Shape of each matrix of a weight in PyTorch."""
     if not weight.fan_in:
         return list(weight.shape)
     shape = [weight.fan_out, weight.fan_in]
@@ -91,13 +91,16 @@ def shape_of(weight: Weight) -> list[int]:
 
 
 def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's weights as another format's tensors, in the type of their import or their own."""
+    """Return a checkpoint's weights as another format's tensors, by name.
+
+    Weights of an imported model get the dtypes that they were imported in.
+    """
     weights = named(found.config)
     stacks = dict(zip(weights, jax.tree.leaves(found.load()), strict=True))
     narrow = found.meta.get("imported", {}).get("dtypes", {})
     ours, tensors = our_names(names, found.config), {}
     for name, weight in weights.items():
-        stack = np.asarray(stacks.pop(name)).astype(np.float32)  # which holds all that is read
+        stack = np.asarray(stacks.pop(name)).astype(np.float32)  # which represents all of DTYPES
         theirs = matrix_names(name, names, found.config)
         for n, matrix in zip(theirs, to_matrices(weight, stack), strict=True):
             tensors[n] = torch.from_numpy(matrix).to(DTYPES[narrow.get(ours[n], weight.dtype)])
@@ -106,13 +109,13 @@ def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.
 
 
 def check(foreign: Foreign):
-    """Raise UserError if a tensor is missing, unknown, or of a wrong shape or type."""
+    """Raise UserError if a tensor of an opened model is missing, unknown, or of a wrong shape or dtype."""
     weights, ours = named(foreign.config), our_names(foreign.names, foreign.config)
     have = foreign.tensors.keys()
     for what, names in (("lacks", ours.keys() - have), ("also has", have - ours.keys())):
         if names:
             some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise UserError(f"{foreign.path} {what} {some}; it is not the model of its configuration")
+            raise UserError(f"{foreign.path} {what} {some}; its weights do not match its configuration")
     for theirs, tensor in foreign.tensors.items():
         name = ours[theirs].rpartition(".")[0]
         wanted = shape_of(weights[name])
@@ -124,9 +127,9 @@ def check(foreign: Foreign):
 
 
 def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Progress, optimizer=None):
-    """Save a foreign model as the checkpoint <folder>/<step>, with its tokenizer, and consume its tensors.
+    """Save an opened model as the checkpoint <folder>/<step>, with its tokenizer, and consume its tensors.
 
-    optimizer: the state to train on with, or None. UserError: the folder exists, or its disk is too full.
+    optimizer: the converted optimizer state, or None. UserError: the folder exists, or its disk is too full.
     """
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --model_tag, or remove it")
@@ -143,10 +146,10 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
     }
     rows = foreign.meta.get("device_batch_size")
     if isinstance(rows, int):
-        meta["device_batch_size"] = rows  # mid warns if it is given more
+        meta["device_batch_size"] = rows  # mid_train warns if its own is larger
     stacks = []
     for name, weight in named(foreign.config).items():
-        # Popped, so that what is converted does not stay in memory.
+        # Popped, so that converted tensors do not stay in memory.
         matrices = [foreign.tensors.pop(n) for n in matrix_names(name, foreign.names, foreign.config)]
         stacks.append(to_stack(weight, matrices))
         del matrices
@@ -164,7 +167,7 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
 
 
 def read_object(path: Path, about: str) -> dict:
-    """Read a JSON object. UserError: it is damaged, or missing; about: what the message says then."""
+    """Read a JSON object. UserError: it is damaged, or missing; `about` ends the message if it is missing."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
@@ -177,17 +180,17 @@ def read_object(path: Path, about: str) -> dict:
 
 
 def shareable(settings: dict) -> dict:
-    """Return the settings without those that are paths of this machine."""
+    """Return the settings without those that are paths on this machine."""
     return {k: v for k, v in settings.items() if not (isinstance(v, str) and ("/" in v or "\\" in v))}
 
 
 def dtypes_of(foreign: Foreign) -> dict[str, str]:
-    """Return the types of the matrices that are not float32: {"blocks.wq.0": "bfloat16", …}."""
+    """Return the dtypes of the tensors that are not float32: {"blocks.wq.0": "bfloat16", …}."""
     ours = our_names(foreign.names, foreign.config)
     found = {ours[n]: str(tensor.dtype).removeprefix("torch.") for n, tensor in foreign.tensors.items()}
     return {name: dtype for name, dtype in found.items() if dtype != "float32"}
 
 
 def check_space(folder: Path, config: ModelConfig):
-    """Raise UserError if a folder's disk has no room for a model in float32."""
+    """Raise UserError if a folder's disk has no room for a model's weights in float32."""
     files.check_space(folder, int(4.1 * num_params(config)) + 10**7)
