@@ -1,4 +1,4 @@
-"""Advantages: how much better each answer did than the others to the same problem.
+"""Advantages: by how much an answer's reward exceeds those of other answers to the same problem.
 
 Letters: E problems of a step, G answers to each (a group).
 """
@@ -9,7 +9,7 @@ EPSILON = 1e-6  # added to a standard deviation before dividing by it
 
 
 def mixed_groups(rewards_EG: np.ndarray) -> np.ndarray:
-    """Return whether the rewards of each group differ, bool [E]; only such groups have a gradient.
+    """Return which groups of answers have different rewards, bool [E]; only these have a gradient.
 
     Rewards are compared directly, because the computed standard deviation of equal numbers may not be 0.
     """
@@ -17,11 +17,12 @@ def mixed_groups(rewards_EG: np.ndarray) -> np.ndarray:
 
 
 def advantages(rewards_EG: np.ndarray, kind: str) -> np.ndarray:
-    """Advantages in float64 [E, G]; exactly 0 in groups whose rewards are all the same.
+    """Compute the advantages, float64 [E, G], of G answers to each of E problems from their rewards.
 
-    kind: "mean": reward − mean of its group (nanochat, Dr. GRPO). "loo": reward − mean of the group's other
-    rewards, for an unbiased gradient (RLOO). "std": "mean" ÷ the group's standard deviation (GRPO).
-    "batch_std": "mean" ÷ the standard deviation of all rewards of the step.
+    kind: "mean": reward − mean reward of the group (nanochat, Dr. GRPO). "loo": reward − mean of the other
+    rewards in the group, which makes the gradient unbiased (RLOO). "std": the advantage of "mean" ÷ standard
+    deviation of the group (GRPO). "batch_std": the advantage of "mean" ÷ standard deviation of all rewards of
+    the step. Groups whose rewards are all equal get exactly 0.
     """
     rewards_EG = np.asarray(rewards_EG, np.float64)
     group = rewards_EG.shape[1]

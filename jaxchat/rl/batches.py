@@ -1,4 +1,4 @@
-"""The batches of reinforcement learning: answers sampled with the weights being trained."""
+"""Batches for reinforcement learning: answers sampled with the weights being trained."""
 
 import contextlib
 import dataclasses
@@ -32,11 +32,11 @@ CLIPS = {"reinforce": (0.2, 0.28), "ppo": (0.2, 0.28), "cispo": (0.2, 4.0), "gsp
 
 
 class RolloutBatches:
-    """Batches for train_step: sampled answers to the problems of a step, with their loss weights.
+    """Batches for train_step: sampled answers to the problems of a step, with a loss weight for each token.
 
-    A batch is a function of the flags, the weights and the step: problems follow an endless order, and an
-    answer's tokens depend on (seed, step, number of the answer, position) and the weights alone. To resume
-    exactly, the position in the order is enough; between two updates on the same answers, they are saved too.
+    Problems are drawn from an endless shuffled order, and an answer's tokens depend only on the weights and
+    (seed, step, number of the answer, position). To resume exactly, a checkpoint stores the position in the
+    order of problems and, between two updates on the same answers, these answers.
     """
 
     alone = False  # the processes work together: process 0 rewards all answers
@@ -64,7 +64,7 @@ class RolloutBatches:
         self._engine = None
 
     def peek(self) -> dict:
-        """Return a short batch whose weights are all 0, since nothing can be sampled before training."""
+        """Return a short batch with all loss weights 0, because no answers are sampled before training."""
         return arrange(Rollout(), np.zeros((0, 1)), self._shape(), self.model)
 
     def engine(self, params: Params) -> Engine:
@@ -120,12 +120,15 @@ class RolloutBatches:
         return found
 
     def _shape(self) -> tuple[int, int]:
-        """Return (micro-batches of a step, rows of a micro-batch over all processes)."""
+        """Return (micro-batches in a step, rows in a micro-batch, counted over all processes)."""
         rows = self.config.device_batch_size * sharding.data_shards(self.model.mesh)
         return -(-self.config.examples_per_step * self.config.num_samples // rows), rows
 
     def _roll_out(self, params: Params, number: int, step: int) -> dict[str, float]:
-        """Sample a step's answers and judge them. Return the seconds of each and rates, for the log."""
+        """Sample and judge the answers of a step into self._rollout. Return timings and rates to log.
+
+        number: number of the step if updates on the same answers count as one.
+        """
         config, began = self.config, time.perf_counter()
         engine, judging = self.engine(params), 0.0
         rollout, answers, right = Rollout(), [], []
@@ -154,7 +157,7 @@ class RolloutBatches:
         return {"rollout_seconds": seconds, "reward_seconds": judging} | rates
 
     def _read(self, problems: list[int], step: int):
-        """Read problems. Unread, raised on all processes: one of them could not read a problem."""
+        """Check that all processes can read the problems. Unread, on every process: one of them can't."""
         own = None
         try:
             for problem in problems:
@@ -165,7 +168,7 @@ class RolloutBatches:
             raise Unread(step + 1) from own
 
     def _weigh(self, params: Params) -> tuple[np.ndarray, dict[str, float]]:
-        """Return (the loss weights [R, T] of the step's targets, numbers to log)."""
+        """Return (loss weights [R, T] of the step's target tokens, numbers to log)."""
         config, rollout = self.config, self._rollout
         sampled_RT = rollout.positions(rollout.sampled) > 0
         mixed_E = mixed_groups(rollout.rewards_EG)
@@ -190,7 +193,7 @@ class RolloutBatches:
         return weights_RT, numbers
 
     def _logprobs(self, params: Params, mask_RT: np.ndarray) -> LogProbs:
-        """Compute the log-probabilities that the loss needs. With one update the ratio is 1 without any."""
+        """Compute the log-probabilities that the loss needs; zeros (a ratio of 1) if it needs none."""
         policy, rollout = self.policy, self._rollout
         ratio = policy.loss != "reinforce" and self.config.updates > 1
         if not (ratio or policy.tis or policy.kl_coef):
@@ -205,13 +208,13 @@ class RolloutBatches:
         return LogProbs(*map(rollout.positions, (now, rollout.old, rollout.sampler, reference)))
 
     def reference(self) -> Params:
-        """The weights of the model that training starts from, for the KL divergence."""
+        """Return the weights of the model from which training started, the reference of the KL divergence."""
         if self._reference is None:
             self._reference = self.parent.load(self.model.mesh)
         return self._reference
 
     def _score(self, params: Params, mask_RT: np.ndarray) -> list[list[float]]:
-        """Compute log-probabilities of all tokens in rows with any token in the mask; 0 in other rows."""
+        """Compute the log-probability of every token, as a list per row; 0 in rows whose mask is all 0."""
         found = [[0.0] * len(tokens) for tokens in self._rollout.tokens]
         rows = [int(row) for row in np.flatnonzero(mask_RT.any(axis=1))]
         tokens = [np.array(self._rollout.tokens[row], np.int32) for row in rows]
@@ -221,7 +224,7 @@ class RolloutBatches:
         return found
 
     def _warn(self, rollout: Rollout):
-        """Print what to change after every ALIKE consecutive steps without a mixed group."""
+        """Print a warning with advice after every ALIKE consecutive steps without a mixed group."""
         self._alike = 0 if mixed_groups(rollout.rewards_EG).any() else self._alike + 1
         if self._alike and self._alike % ALIKE == 0 and jax.process_index() == 0:
             reward = rollout.numbers["reward"]
@@ -235,7 +238,7 @@ class RolloutBatches:
             )
 
     def _write_sample(self, rollout: Rollout, answers: list, step: int):
-        """Append all answers to one problem, if possible with different rewards, to samples.jsonl."""
+        """Append a problem and its answers to samples.jsonl, preferring answers with different rewards."""
         if jax.process_index() > 0:
             return
         mixed_E = mixed_groups(rollout.rewards_EG)
@@ -271,17 +274,17 @@ def policy_of(config: RLConfig) -> Policy:
 
 
 def norm_of(config: RLConfig) -> str:
-    """What the loss is divided by: --loss_norm, but always "rows" for GSPO, a mean over rows."""
+    """Return the `kind` for row_scales: "rows" for GSPO, whose loss is a mean over rows, else --loss_norm."""
     return "rows" if config.loss == "gspo" else config.loss_norm
 
 
 def seed_of(*parts: int) -> int:
-    """Derive a random seed, 0 to 2³² − 1, from the given numbers; each of them changes it."""
+    """Derive a random seed, 0 to 2³² − 1, from all the given numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def slots_for(config: RLConfig, model: Model) -> int:
-    """Number of answers that a device samples at a time: its share of a step, or what fits in memory."""
+    """Number of answers that a device samples at a time: its share of a step's, limited by memory."""
     share = -(-config.examples_per_step * config.num_samples // model.mesh.size)
     memory = device_memory(model.mesh)
     most = max(SLOTS, share) if memory else SLOTS
@@ -289,16 +292,20 @@ def slots_for(config: RLConfig, model: Model) -> int:
 
 
 def padded_length(longest: int, context: int) -> int:
-    """Length that a step's rows are padded to. From 256 tokens on it adds at most an eighth, to waste little
-    computation; from one power of two to the next there are at most eight lengths, since each compiles."""
+    """Round the length of a step's longest row up to the length to which all rows are padded.
+
+    Above 256 tokens, padding adds at most an eighth, to waste little computation. There are at most eight
+    padded lengths from one power of two to the next, because each is a shape to compile.
+    """
     step = max(32, 2 ** (longest.bit_length() - 4))
     return min(context, -(-longest // step) * step)
 
 
 def arrange(rollout: Rollout, weights_RT: np.ndarray, shape: tuple[int, int], model: Model) -> dict:
-    """Return this process's batch [A, B, T]: first the rows with any nonzero weight, then blank rows.
+    """Return this process's part of a batch: rows with any nonzero weight first, then blank rows.
 
-    Blank micro-batches cost nothing. T is the padded_length of the longest row with a nonzero weight.
+    Arrays have the shape [micro-batches, rows, T]; train_step skips blank micro-batches. T is the
+    padded_length of the longest row with a nonzero weight. shape: (micro-batches, rows over all processes).
     """
     context, (micro_batches, rows) = model.config.sequence_len, shape
     chosen = np.flatnonzero(weights_RT.any(axis=1))

@@ -1,4 +1,4 @@
-"""The evaluations that run during reinforcement learning."""
+"""Evaluations that run during reinforcement learning."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ OTHERS = ("ARC-Easy", "ARC-Challenge", "MMLU")
 
 
 def evaluations(config: RLConfig, stage: Stage) -> list[Evaluation]:
-    """List the evaluations: problems every --eval_every steps, other tasks before and after training."""
+    """List the evaluations: RL problems every --eval_every steps; other tasks before and after training."""
     if config.eval_every <= 0:
         return []
     tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=False)
@@ -42,7 +42,7 @@ def evaluations(config: RLConfig, stage: Stage) -> list[Evaluation]:
 
 
 def _find(name: str, config: RLConfig):
-    """Load the test split of a task; None if it is not available, or if the task is trained on."""
+    """Load the test split of a task; None if the split is not available or the task is trained on."""
     if name in config.train_tasks:
         return None
     try:
@@ -52,9 +52,10 @@ def _find(name: str, config: RLConfig):
 
 
 def measure(params, stage: Stage, config: RLConfig, sets: dict) -> dict[str, float]:
-    """Measure each set: mean reward, shares of finished and of right greedy answers, and unbiased pass@k.
+    """Measure mean reward, fraction of finished answers, unbiased pass@k and accuracy of greedy answers.
 
-    The set "" (validation) also gives KL(policy ‖ parent).
+    sets: {prefix of the metrics: (problems, maximum number to measure on)}. For the validation set, whose
+    prefix is "", also estimate KL(policy ‖ parent).
     """
     engine, values = stage.batches.engine(params), {}
     for prefix, (problems, most) in sets.items():
@@ -75,7 +76,10 @@ def measure(params, stage: Stage, config: RLConfig, sets: dict) -> dict[str, flo
 
 
 def divergence(rows: list[tuple], params, stage: Stage) -> float:
-    """Estimate KL(policy ‖ parent) in nats per sampled token: the mean of log π − log π_parent."""
+    """Estimate KL(policy ‖ parent) in nats per sampled token: the mean of log π − log π_parent.
+
+    rows: prompts with sampled answers, as row_of returns them.
+    """
     spans = [Span(np.array(tokens, np.int32), 1, len(tokens)) for tokens, _, _ in rows]
     reference = stage.parent.load(stage.model.mesh)
     own, theirs = (Scorer(weights, stage.model, quiet=True).spans(spans) for weights in (params, reference))
@@ -89,7 +93,7 @@ def divergence(rows: list[tuple], params, stage: Stage) -> float:
 
 
 def others(params, stage: Stage, tasks: dict, most: int) -> dict[str, float]:
-    """Measure accuracy on multiple-choice tasks, with the likeliest letter as the answer."""
+    """Measure accuracy on at most `most` problems of each multiple-choice task, by the likeliest letter."""
     scorer = Scorer(params, stage.model)
     return {
         f"{name}_acc": chat.letter_accuracy(scorer, stage.tokenizer, task, most)

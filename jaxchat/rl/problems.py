@@ -1,4 +1,4 @@
-"""Problems: conversations whose last answer the model has to give; sampling and judging of answers."""
+"""Problems (conversations whose last answer the model must give): sample answers and judge them."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from jaxchat.tokenizer import Tokenizer
 
 
 class Problems:
-    """The problems of several tasks, by index, with their checkers and rewards."""
+    """Problems of several tasks, referred to by index, with the checkers and reward of their answers."""
 
     def __init__(self, config: RLConfig, tasks: Mixture, tokenizer: Tokenizer):
         """UserError: a task has no checker, or --reward is invalid."""
@@ -32,7 +32,11 @@ class Problems:
     def sample(
         self, engine: Engine, problems: Sequence[int], num_samples: int, **settings
     ) -> tuple[list[list[int]], list[Generation]]:
-        """Sample answers to each problem. Return (prompts, generations). Long prompts are cut in front."""
+        """Sample answers to each problem. Return (prompts, generations), num_samples generations per prompt.
+
+        A prompt that leaves too little room for an answer loses its first tokens. settings: as in
+        Engine.generate.
+        """
         context, most = engine.config.sequence_len, self.config.max_new_tokens
         room = context - min(most, context // 2)
         prompts = [self.tokenizer.render_for_completion(self.tasks[i])[-room:] for i in problems]
@@ -40,7 +44,7 @@ class Problems:
         return prompts, generations
 
     def judge(self, problems: Sequence[int], generations: list[Generation]):
-        """Return (answers [R], whether they are right bool [E, G], rewards [E, G]).
+        """Judge G answers to each of E problems. Return (E·G answers, bool [E, G]: right, rewards [E, G]).
 
         Process 0 judges all answers, because a checker may run programs whose outcome differs between runs.
         """

@@ -41,7 +41,7 @@ TERMS: dict[str, Callable[[Answer], bool]] = {
 
 
 def parse_reward(spec: str) -> dict[str, float]:
-    """Parse a --reward such as "answer:1,format:0.1" into {term: weight}. UserError: it is malformed."""
+    """Parse a --reward, as "answer:1,format:0.1", into {term: weight}. UserError: the value is invalid."""
     known, weights = ("answer", *TERMS), {}
     for part in spec.split(","):
         name, colon, weight = part.strip().partition(":")
@@ -61,7 +61,10 @@ def parse_reward(spec: str) -> dict[str, float]:
 
 
 def checker_for(task: Task) -> tuple[Checker, str]:
-    """Return (a task's checker, a phrase for what it compares). UserError: none can run here."""
+    """Return (checker of a task's answers, what the checker compares, in words).
+
+    UserError: the task has no checker, or the checker can't run on this machine.
+    """
     if task.name.lower().endswith(JSON):
         wanted = [_wanted(task, row) for row in range(len(task))]
         by_number = all(final_number(text) is not None for text in wanted)
@@ -99,21 +102,24 @@ def text_of(content: str | list[dict]) -> str:
 
 
 def states_number(row: dict, answer: Answer) -> bool:
-    """Return whether the answer's number after #### equals the reference's, as in evaluation."""
+    """Return whether the answer and the row's reference answer have the same number after ####."""
     return states_the_number(row, answer.text)
 
 
 def states_text(row: dict, answer: Answer) -> bool:
-    """Return whether the answer's text equals the reference's, ignoring tool calls and results."""
+    """Return whether the answer and the row's reference answer have the same text.
+
+    Tool calls, their results and the amount of whitespace are ignored.
+    """
     said = "".join(text for kind, text in answer.parts if kind == "text")
     return " ".join(said.split()) == text_of(row["messages"][-1]["content"])
 
 
 def combine(terms: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """Return the rewards [E, G] of answers, Σ weight · term. UserError: a reward is not finite.
+    """Compute the rewards of G answers to each of E problems, Σ weight · term, float64 [E, G].
 
-    If "answer" is a term, the others count only in groups with both right and wrong answers: elsewhere they
-    would teach form at the cost of the answer.
+    If "answer" is a term, the other terms count only in groups with both right and wrong answers; in other
+    groups they would teach form at the cost of the answer. UserError: a reward is not finite.
     """
     rewards_EG = np.zeros(next(iter(terms.values())).shape)
     for name, weight in weights.items():

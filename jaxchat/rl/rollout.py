@@ -1,6 +1,6 @@
-"""The answers of a step and statistics of them, as plain lists and NumPy arrays; does not use JAX.
+"""The sampled answers of a step and their statistics, as lists and NumPy arrays; does not use JAX.
 
-Letters: E problems, G answers to each, R = E·G rows in this order, T positions.
+Letters: E problems, G answers to each, R = E·G rows (answers, grouped by problem), T positions.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from jaxchat.rl.rewards import TERMS, Answer
 
 @dataclasses.dataclass
 class Rollout:
-    """The rows of a step. Each has a prompt, a sampled answer, and the token that ended the answer, if any.
+    """The rows of a step: a prompt, a sampled answer, and the token that ended the answer, if any.
 
-    Its fields are JSON, so that a checkpoint between two updates on the same answers can store them.
+    All fields can be written as JSON, because a checkpoint between two updates on the same answers has them.
     """
 
     problems: list[int] = field(default_factory=list)  # E: indices into the tasks
@@ -34,14 +34,17 @@ class Rollout:
         return np.array(self.rewards, np.float64)
 
     def positions(self, values: list[list]) -> np.ndarray:
-        """Place values of tokens in an array [R, T], each at the position whose target is that token."""
+        """Turn lists of values, one per token of a row, into an array [R, T] aligned with the targets.
+
+        The value of a row's first token is dropped, because that token is never a target.
+        """
         found_RT = np.zeros((len(values), max(map(len, self.tokens)) - 1), np.float64)
         for row, of_row in enumerate(values):
             found_RT[row, : len(of_row) - 1] = of_row[1:]
         return found_RT
 
     def add(self, problems: list[int], prompts: list[list[int]], generations: list[Generation], rewards_EG):
-        """Add groups of answers."""
+        """Add a group of answers for each problem; `generations` has equally many for every problem."""
         samples = len(generations) // len(problems)
         for row, generation in enumerate(generations):
             tokens, sampled, logprobs = row_of(prompts[row // samples], generation)
@@ -53,7 +56,7 @@ class Rollout:
         self.rewards += rewards_EG.tolist()
 
     def best_groups(self, count: int) -> "Rollout":
-        """Return `count` groups: those whose rewards differ first, then the others."""
+        """Return a Rollout with `count` of the groups, preferring groups with different rewards."""
         samples = len(self.rewards[0])
         groups = sorted(range(len(self.rewards)), key=lambda e: len(set(self.rewards[e])) == 1)[:count]
         rows = [e * samples + g for e in groups for g in range(samples)]
@@ -66,9 +69,9 @@ class Rollout:
 
 
 def row_of(prompt: list[int], generation: Generation) -> tuple[list[int], list[bool], list[float]]:
-    """Return (tokens, which of them were sampled, log-probabilities) of a prompt and its answer.
+    """Join a prompt and its answer: (tokens, whether the model sampled each, log-probabilities or 0).
 
-    The token that ended the answer is included, since otherwise a model would not learn to stop.
+    The token that ended the answer is included, so that the model learns to stop.
     """
     before = len(prompt)
     tokens, sampled = [*prompt, *generation.tokens], [False] * before + [not by for by in generation.forced]
@@ -80,7 +83,7 @@ def row_of(prompt: list[int], generation: Generation) -> tuple[list[int], list[b
 
 
 def numbers_of(rollout: Rollout, answers: list[Answer], right_EG: np.ndarray) -> dict[str, float]:
-    """Return the statistics of a step's answers to log. right_EG: whether each answer is right."""
+    """Compute statistics of a step's answers, for the log. right_EG: whether each answer is right."""
     rewards_EG, right_R = rollout.rewards_EG, right_EG.reshape(-1)
     mixed_E = mixed_groups(rewards_EG)
     lengths_R = np.array([sum(row) for row in rollout.sampled])

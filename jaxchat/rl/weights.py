@@ -17,10 +17,11 @@ MOST_LOG_RATIO = 20.0  # log-ratios are clipped to ± this before exp
 class Policy:
     """A loss and its constants; docs/rl.md has the formulas.
 
-    loss: "reinforce", "ppo", "cispo" or "gspo". clip_low, clip_high: the ratio of the new policy to the old
-    may fall to 1 − clip_low and rise to 1 + clip_high. dual_clip: PPO's upper bound on the ratio where the
-    advantage is negative; 0: none. tis: upper bound of the importance weight that corrects for differences
-    between sampler and trainer; 0: no such weight. kl_coef: weight of KL(policy ‖ reference).
+    loss: "reinforce", "ppo", "cispo" or "gspo". clip_low, clip_high: bounds 1 − clip_low and 1 + clip_high
+    of the probability ratio new policy ÷ old policy. dual_clip: PPO's upper bound on the ratio where the
+    advantage is negative; 0: no bound. tis: upper bound on the importance weight that corrects for
+    differences between sampler and trainer; 0: no importance weight. kl_coef: weight of
+    KL(policy ‖ reference).
     """
 
     loss: str = "reinforce"
@@ -33,10 +34,10 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class LogProbs:
-    """Log-probabilities [R, T] of the tokens; None where the Policy does not need them.
+    """Log-probabilities [R, T] of the target tokens; None for those that the Policy does not need.
 
-    now: by the current weights. old: by the weights that sampled the answers, computed by the trainer.
-    sampler: as the sampler reported them. reference: by the model that the KL term keeps the policy near.
+    now: under the current weights. old: under the weights that sampled the answers, computed by the trainer.
+    sampler: as reported by the sampler. reference: under the reference model of the KL term.
     """
 
     now: np.ndarray | None = None
@@ -46,11 +47,11 @@ class LogProbs:
 
 
 def row_scales(kind: str, mask_RT: np.ndarray, mixed_R: np.ndarray, max_tokens: int) -> np.ndarray:
-    """Return the factor of each row's weights, [R, 1], over the whole step. kind: as --loss_norm.
+    """Return the factor [R, 1] that normalizes the loss weights of each row. kind: a value of --loss_norm.
 
-    "tokens": 1 ÷ sampled tokens in mixed groups, whose rewards differ. "all_tokens": 1 ÷ sampled tokens in
-    all rows. "rows": 1 ÷ (tokens of the row · rows in mixed groups), so rows count alike. "constant": 1 ÷
-    (rows · max_tokens).
+    "tokens": 1 ÷ sampled tokens in mixed groups (groups whose rewards differ). "all_tokens": 1 ÷ sampled
+    tokens in all rows. "rows": 1 ÷ (sampled tokens of the row · rows in mixed groups), so that all rows have
+    equal weight. "constant": 1 ÷ (rows · max_tokens). mask_RT: 1 where the target token was sampled.
     """
     counts_R1 = mask_RT.sum(axis=1, keepdims=True).astype(np.float64)
     mixed_counts = counts_R1[mixed_R]
@@ -66,7 +67,7 @@ def row_scales(kind: str, mask_RT: np.ndarray, mixed_R: np.ndarray, max_tokens: 
 def policy_weights(
     policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray, logprobs: LogProbs, scales_R1: np.ndarray
 ) -> np.ndarray:
-    """Return the weights [R, T] of the loss, float64.
+    """Compute the weight of each target token in the training loss, float64 [R, T].
 
     mask_RT: 1 where the model sampled the next token in a mixed group, and 0 for prompts, padding and tokens
     that the tool forced. scales_R1: from row_scales, always of kind "rows" for GSPO.
@@ -82,7 +83,7 @@ def policy_weights(
 
 
 def clipped_share(policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray, logprobs: LogProbs) -> float:
-    """Return the share of tokens with a nonzero advantage whose weight clipping sets to 0."""
+    """Among tokens with a nonzero advantage, return the fraction whose weight is 0 due to clipping."""
     a_R1, m_RT = np.asarray(advantages_R, np.float64)[:, None], np.asarray(mask_RT, np.float64)
     learnt_RT = (m_RT > 0) & (a_R1 != 0)
     clipped_RT = learnt_RT & (_ratio(policy, a_R1, m_RT, logprobs) == 0)
@@ -90,7 +91,10 @@ def clipped_share(policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray,
 
 
 def _ratio(policy: Policy, a_R1, m_RT, logprobs: LogProbs):
-    """Return the factor of the advantages: the ratio of the new policy to the old, or 0 where clipped."""
+    """Return the factor of the advantages: the probability ratio new ÷ old policy, 0 where clipped.
+
+    The factor is 1 for "reinforce". For "cispo" the ratio is bounded, never 0.
+    """
     if policy.loss == "reinforce":
         return 1.0
     log_ratio_RT = logprobs.now - logprobs.old
