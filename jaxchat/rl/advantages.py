@@ -9,7 +9,7 @@ EPSILON = 1e-6  # added to a standard deviation before dividing by it
 
 
 def mixed_groups(rewards_EG: np.ndarray) -> np.ndarray:
-    """Return which groups of answers have different rewards, bool [E]; only these have a gradient.
+    """Return bool [E]: whether the rewards within each group differ; if not, the group has no gradient.
 
     Rewards are compared directly, because the computed standard deviation of equal numbers may not be 0.
     """

@@ -157,7 +157,7 @@ class RolloutBatches:
         return {"rollout_seconds": seconds, "reward_seconds": judging} | rates
 
     def _read(self, problems: list[int], step: int):
-        """Check that all processes can read the problems. Unread, on every process: one of them can't."""
+        """Raise Unread on all processes unless every process can read these problems."""
         own = None
         try:
             for problem in problems:
@@ -284,7 +284,7 @@ def seed_of(*parts: int) -> int:
 
 
 def slots_for(config: RLConfig, model: Model) -> int:
-    """Number of answers that a device samples at a time: its share of a step's, limited by memory."""
+    """Number of answers that a device samples at a time: its share of a step's answers, limited by memory."""
     share = -(-config.examples_per_step * config.num_samples // model.mesh.size)
     memory = device_memory(model.mesh)
     most = max(SLOTS, share) if memory else SLOTS
@@ -292,7 +292,7 @@ def slots_for(config: RLConfig, model: Model) -> int:
 
 
 def padded_length(longest: int, context: int) -> int:
-    """Round the length of a step's longest row up to the length to which all rows are padded.
+    """Round the length of a step's longest row up to the length to which the rows are padded.
 
     Above 256 tokens, padding adds at most an eighth, to waste little computation. There are at most eight
     padded lengths from one power of two to the next, because each is a shape to compile.

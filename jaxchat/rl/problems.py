@@ -34,8 +34,8 @@ class Problems:
     ) -> tuple[list[list[int]], list[Generation]]:
         """Sample answers to each problem. Return (prompts, generations), num_samples generations per prompt.
 
-        A prompt that leaves too little room for an answer loses its first tokens. settings: as in
-        Engine.generate.
+        A prompt that leaves too little room for an answer loses its first tokens. settings: other arguments
+        of Engine.generate.
         """
         context, most = engine.config.sequence_len, self.config.max_new_tokens
         room = context - min(most, context // 2)
@@ -44,7 +44,7 @@ class Problems:
         return prompts, generations
 
     def judge(self, problems: Sequence[int], generations: list[Generation]):
-        """Judge G answers to each of E problems. Return (E·G answers, bool [E, G]: right, rewards [E, G]).
+        """Judge G answers to each of E problems. Return (E·G Answers, right_EG: bool, rewards_EG: float).
 
         Process 0 judges all answers, because a checker may run programs whose outcome differs between runs.
         """

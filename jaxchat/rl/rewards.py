@@ -41,7 +41,7 @@ TERMS: dict[str, Callable[[Answer], bool]] = {
 
 
 def parse_reward(spec: str) -> dict[str, float]:
-    """Parse a --reward, as "answer:1,format:0.1", into {term: weight}. UserError: the value is invalid."""
+    """Parse a --reward such as "answer:1,format:0.1" into {term: weight}. UserError: it is invalid."""
     known, weights = ("answer", *TERMS), {}
     for part in spec.split(","):
         name, colon, weight = part.strip().partition(":")
@@ -61,7 +61,7 @@ def parse_reward(spec: str) -> dict[str, float]:
 
 
 def checker_for(task: Task) -> tuple[Checker, str]:
-    """Return (checker of a task's answers, what the checker compares, in words).
+    """Return (the checker of a task's answers, a phrase for what the checker compares).
 
     UserError: the task has no checker, or the checker can't run on this machine.
     """

@@ -15,9 +15,9 @@ from jaxchat.rl.rewards import TERMS, Answer
 
 @dataclasses.dataclass
 class Rollout:
-    """The rows of a step: a prompt, a sampled answer, and the token that ended the answer, if any.
+    """The rows of a step. A row has a prompt, a sampled answer, and the token that ended it, if any.
 
-    All fields can be written as JSON, because a checkpoint between two updates on the same answers has them.
+    All fields can be written as JSON, so that a checkpoint between updates on the same answers can have them.
     """
 
     problems: list[int] = field(default_factory=list)  # E: indices into the tasks
@@ -44,7 +44,7 @@ class Rollout:
         return found_RT
 
     def add(self, problems: list[int], prompts: list[list[int]], generations: list[Generation], rewards_EG):
-        """Add a group of answers for each problem; `generations` has equally many for every problem."""
+        """Add a group of answers for each problem. All groups have the same number of generations."""
         samples = len(generations) // len(problems)
         for row, generation in enumerate(generations):
             tokens, sampled, logprobs = row_of(prompts[row // samples], generation)
