@@ -1,7 +1,8 @@
-"""The programs on the devices: prefill prompts into slots, and decode stretches of tokens in all slots.
+"""The device programs: prefill prompts into slots, and decode a stretch of tokens in all slots.
 
-Letters besides those of model/gpt.py: P prompts of a prefill batch, N tokens of a stretch, K alternatives,
-E tokens that end a row.
+A stretch is the tokens decoded before control returns to the host. Letters besides those of model/gpt.py:
+P prompts in a prefill batch, N tokens in a stretch, F forced tokens, K alternatives per token, E tokens that
+end a row.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ PROMPT_CHUNK = 128  # positions of a prompt whose logits are computed at a time
 
 @struct.dataclass
 class State:
-    """Contents of the slots, on their devices."""
+    """Contents of all slots, as device arrays."""
 
     cache: KVCache
     logits_BV: Any  # logits of each slot's next token, float32
@@ -41,7 +42,7 @@ class State:
 
 @struct.dataclass
 class Scores:
-    """Log-probabilities by the model, float32: over the full vocabulary at temperature 1."""
+    """Log-probabilities, float32, of the model's distribution over all tokens, at temperature 1."""
 
     logprob: Any  # [...] of the given token
     top_ids: Any  # [..., K] of the likeliest tokens
@@ -50,7 +51,7 @@ class Scores:
 
 @struct.dataclass
 class Prompts:
-    """Prompts to prefill, padded at the end, and their slots (a slot past the last: an empty row)."""
+    """Prompts to prefill, padded at the end, and their slots; an empty row's slot is past the last one."""
 
     tokens_PT: Any
     lengths_P: Any
@@ -62,8 +63,9 @@ class Prompts:
 class Turn:
     """The host's instructions for decoding one stretch of tokens.
 
-    The stretch ends after `stretch` tokens, or when `enough` rows of a device wait for the host or none is
-    left to decode. A row waits once it has called the tool; rows that are done count too if count_done.
+    The stretch ends after `stretch` tokens, or when `enough` rows of a device wait for the host, or when no
+    row is left to decode. A row waits once it has called the tool; if count_done, rows that are done also
+    count as waiting.
     """
 
     active_B: Any  # whether each slot runs
@@ -76,7 +78,7 @@ class Turn:
 
 @struct.dataclass
 class Stretch:
-    """The tokens of a stretch: −1 where a row generated none. A row's last token may have ended it."""
+    """The decoded tokens of a stretch, −1 where a row has none. A row's last token may be an end token."""
 
     tokens_BN: Any
     forced_BN: Any
@@ -100,7 +102,7 @@ class Program:
 
 @partial(jax.jit, static_argnames=("program", "count", "slots"))
 def empty_state(program: Program, count: int, slots: int) -> State:
-    """Make the State of `count` empty slots on each device, with `slots` positions each in the cache."""
+    """Create the State of `count` empty slots per device, with `slots` cache positions per slot."""
     config = program.config
 
     def empty():
@@ -114,7 +116,7 @@ def empty_state(program: Program, count: int, slots: int) -> State:
 
 @partial(jax.jit, static_argnames=("program", "slots"))
 def resize(program: Program, state: State, slots: int) -> State:
-    """Move the rows to a cache with `slots` positions each."""
+    """Move the rows to a cache with `slots` positions per row."""
     resized = per_device(partial(KVCache.resize, slots=slots), program.mesh, (P("rows"),), P("rows"))
     return state.replace(cache=resized(state.cache))
 
@@ -148,7 +150,7 @@ def read_prompts(program: Program, params, state: State, prompts: Prompts, top: 
 
 
 def prompt_scores(params, x_PTD, tokens_PT, config: ModelConfig, top: int) -> Scores:
-    """Scores [P, T] of each position's next token; those of the last position have no meaning."""
+    """Compute Scores [P, T] of the next prompt token at each position; the last one's are meaningless."""
     count, T = tokens_PT.shape
     t = np.gcd(T, PROMPT_CHUNK)
     next_PT = jnp.roll(tokens_PT, -1, axis=1)
@@ -165,7 +167,7 @@ def prompt_scores(params, x_PTD, tokens_PT, config: ModelConfig, top: int) -> Sc
 
 
 def score(logits_V, token, top: int) -> Scores:
-    """Scores of `token` [...] by logits [..., V]."""
+    """Compute Scores of `token` [...] and of the `top` likeliest tokens from logits [..., V]."""
     total = jax.nn.logsumexp(logits_V, axis=-1)
     # A sum, because XLA's GPU compiler fails on take_along_axis for a single row.
     ids_V = lax.broadcasted_iota(jnp.int32, logits_V.shape, logits_V.ndim - 1)
@@ -176,9 +178,10 @@ def score(logits_V, token, top: int) -> Scores:
 
 @partial(jax.jit, static_argnames=("program", "kind", "top"), donate_argnames="state")
 def decode(program: Program, params, state: State, turn: Turn, *, kind: str, top: int | None):
-    """Decode a stretch of tokens in all running rows. Return (state, Stretch). kind: see sampling.py.
+    """Decode a stretch of tokens in all running rows. Return (state, Stretch).
 
-    top: number of alternatives reported with each token; None: no log-probabilities.
+    kind: kind of sampling (sampling.py). top: number of alternatives reported with each token; None: no
+    log-probabilities.
     """
     run = partial(_decode, program=program, kind=kind, top=top)
     specs = (P(), P("rows"), Turn(P("rows"), P("rows"), P("rows"), P(), P(), P()))

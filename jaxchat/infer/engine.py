@@ -6,7 +6,7 @@ results into the rows that called it, and frees slots. A prompt is prefilled in 
 that prompt alone, and all slots are decoded in one shape, so that a row's tokens depend on its request alone
 and few shapes are compiled.
 
-With several devices, each decodes its own rows with a full copy of the weights and without communication.
+Each of several devices decodes the rows in its slots, with a full copy of the weights and no communication.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ class Running:
 
 
 class Engine:
-    """Text generator of one model. All engines share their compiled programs.
+    """Text generator of one model. Engines with equal settings share their compiled programs.
 
     batch_size: slots of each device. Only devices of compute.mesh that belong to this process are used.
     `load` replaces the weights.
@@ -86,7 +86,7 @@ class Engine:
         batch_size: int = 64,
         few_shapes: bool = False,
     ):
-        """few_shapes: keep the cache as long as the context and use one shape for all requests of
+        """few_shapes: keep the cache as long as the context and use one shape for all requests that want
         log-probabilities, so that a server can compile all shapes before it answers."""
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.compute = compute or Compute.for_backend()
@@ -112,9 +112,9 @@ class Engine:
         self.load(params)
 
     def load(self, params: Params):
-        """Replace the weights. Running requests continue with the new ones; nothing is recompiled.
+        """Replace the weights. Running requests continue with the new weights; nothing is recompiled.
 
-        With several processes all must call it, because sharded weights are gathered here.
+        All processes must call `load`, because it gathers sharded weights.
         """
         self._params = None  # the old ones' memory is free for the new ones
         dtype = self.compute.dtype
@@ -148,8 +148,8 @@ class Engine:
         """Generate num_samples continuations of every prompt, in the order of the prompts.
 
         settings: fields of Request; `sample` defaults to the index of the continuation. on_progress: called
-        with the number that have just ended, 0 or 1. With several processes all must call it with the same
-        arguments: each generates a part, and all return all of them.
+        with the number of continuations that have just ended, 0 or 1. All processes must call `generate`
+        with the same arguments; each generates a share, and each returns all continuations.
         """
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
         mine = range(jax.process_index(), len(rows), jax.process_count())
@@ -171,7 +171,10 @@ class Engine:
             yield from zip(new.tokens, new.forced, strict=True)
 
     def _until_empty(self, requests: dict[int, Request], stretch: int, patient: bool):
-        """Run only these requests and yield (number, new Generation); if stopped early, cancel them."""
+        """Run these requests, by number, and yield (number, Generation of new tokens) until all have ended.
+
+        If the caller stops early, the remaining requests are cancelled.
+        """
         if self.busy:
             raise RuntimeError("generate and stream need an engine without other requests")
         ids = {}
@@ -196,7 +199,7 @@ class Engine:
         return bool(self._scheduler.waiting or self._running or self._ended)
 
     def submit(self, request: Request) -> int:
-        """Queue a request and return its id. UserError: its prompt or stop tokens are invalid."""
+        """Queue a request and return its id. UserError: the prompt or the stop tokens are invalid."""
         last = self.config.vocab_size - 1
         for what, tokens in (("a prompt", request.prompt), ("stop_tokens", request.stop_tokens)):
             if len(tokens) and not 0 <= min(tokens) <= max(tokens) <= last:
@@ -212,10 +215,10 @@ class Engine:
             self._end(id, Generation(finish=CANCELLED))
 
     def step(self, stretch: int = STRETCH, patient: bool = False) -> list[Event]:
-        """Prefill waiting prompts, decode up to `stretch` tokens in all rows; return new events, unordered.
+        """Prefill waiting prompts, decode up to `stretch` tokens in each row, return new events in any order.
 
-        At most one batch of prompts is prefilled, so that running rows don't wait long; patient: all that
-        fit, but only in full batches, for throughput.
+        At most one batch of prompts is prefilled, so that running rows don't wait long. patient: for
+        throughput, prefill as many batches as fit, but wait until slots are free for full batches.
         """
         while ids := self._scheduler.admit(patient):
             self._read(ids)
@@ -281,7 +284,7 @@ class Engine:
         rows.tool_B[p] = request.tool
 
     def _fit_cache(self, longest: int):
-        """Fit the cache to its longest row: lengthen it whenever needed, shorten it only when no row runs."""
+        """Resize the cache for rows of up to `longest` tokens; shorten it only when no row runs."""
         slots = bucket(longest, self._shortest_cache, self._whole_cache)
         if not self._running and slots != self._slots:
             self._state = None  # frees its memory before the next is allocated
@@ -317,11 +320,11 @@ class Engine:
             self._take(id, row, jax.tree.map(lambda a, b=row.slot: a[b], said))
 
     def _top(self, wanted: list[int]) -> int | None:
-        """Number of alternatives to compute with each token; None: no log-probabilities are wanted."""
+        """Number of alternatives to compute per token, at least the largest `wanted`; None for []."""
         return next(top for top in self._tops if top >= max(wanted)) if wanted else None
 
     def _take(self, id: int, row: Running, said: Stretch):
-        """Record one row's tokens of a stretch. said: a Stretch without the axis of rows."""
+        """Record the tokens that one row decoded in a stretch. said: the row's part of a Stretch."""
         said_N = said.tokens_BN >= 0
         new = Generation(said.tokens_BN[said_N].tolist(), said.forced_BN[said_N].tolist())
         if row.request.logprobs is not None:
@@ -340,7 +343,7 @@ class Engine:
             self._ended.append(Event(id, new))
 
     def _tool_result(self, tokens: list[int]) -> list[int]:
-        """Tokens to force after a <|python_end|> just generated; [] if its expression has no value."""
+        """Tokens to force after the tool call that ends `tokens`; [] if the expression has no value."""
         code = last_call(tokens, self.tokenizer)
         value = None if code is None else calculate(code)
         if value is None:
@@ -351,7 +354,7 @@ class Engine:
 
 
 def kind_of(requests: list[Request]) -> str:
-    """Choose the simplest kind of sampling (see sampling.py) that serves all of the requests."""
+    """Choose the simplest kind of sampling (sampling.py) that supports all of the requests."""
     hot = [request for request in requests if request.temperature >= COLDEST]
     filters = any(request.top_k or request.top_p < 1 or request.min_p for request in hot)
     if filters or any(request.min_tokens for request in requests):
@@ -360,19 +363,19 @@ def kind_of(requests: list[Request]) -> str:
 
 
 def _lists(scores: Scores, top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
-    """Return the scores of tokens [n] as a Generation's lists: (logprobs, top)."""
+    """Convert Scores of n tokens to the fields (logprobs, top) of a Generation. top: alternatives to keep."""
     ids, values = scores.top_ids[:, :top].tolist(), scores.top_logprob[:, :top].tolist()
     return scores.logprob.tolist(), [list(zip(*both, strict=True)) for both in zip(ids, values, strict=True)]
 
 
 def _gather(found: dict[int, Generation], count: int) -> list[Generation]:
-    """Return the generations of all processes, on every process."""
+    """Gather {index: Generation} from all processes into a list of `count`, returned on every process."""
     every = gather_json({str(i): dataclasses.asdict(generation) for i, generation in found.items()})
     merged = {int(i): fields for part in every for i, fields in part.items()}
     return [Generation(**_tuples(merged[i])) for i in range(count)]
 
 
 def _tuples(fields: dict) -> dict:
-    """Turn lists, which JSON made of tuples, back into tuples."""
+    """Restore the tuples in the fields of a Generation, which JSON has turned into lists."""
     pairs = {name: [[tuple(pair) for pair in at] for at in fields[name]] for name in ("top", "prompt_top")}
     return fields | pairs | {"end": fields["end"] and tuple(fields["end"])}

@@ -17,7 +17,7 @@ BLOCK, LANES = 512, 64  # on a CPU the argmax is by blocks: tokens of a block, a
 
 @struct.dataclass
 class Rows:
-    """The sampling settings of every row; scheduler.Request describes them."""
+    """The sampling settings of every row (see the fields of scheduler.Request)."""
 
     seed_B: jax.Array  # uint32
     sample_B: jax.Array
@@ -32,9 +32,10 @@ class Rows:
 
 
 def sample(logits_BV, rows: Rows, positions_B, kind: str):
-    """Sample every row's next token, int32 [B], from softmax(logits / temperature); at 0 take the likeliest.
+    """Sample every row's next token, int32 [B], from softmax(logits / temperature).
 
-    A row's token depends on its logits, settings and (seed, sample, position) alone, not on other rows.
+    At temperature 0, take the likeliest token. A row's token depends on its logits, settings and (seed,
+    sample, position) alone, not on other rows. kind: GREEDY, PLAIN or FILTERED.
     """
     if kind == GREEDY:
         return _largest(logits_BV)
@@ -47,7 +48,7 @@ def sample(logits_BV, rows: Rows, positions_B, kind: str):
 
 
 def _largest(x_BV):
-    """Index of each row's largest number, int32 [B]; the first one on ties."""
+    """Index of each row's largest number, int32 [B]; the first index on ties."""
 
     def by_blocks(x_BV):
         # Vector instructions find each block's maximum, lane by lane; one block is searched for the index.
@@ -64,10 +65,10 @@ def _largest(x_BV):
 
 
 def _noise(seed, sample, position, size: int):
-    """Gumbel noise, float32 [size], as jax.random.categorical adds it to the logits before its argmax.
+    """Generate the Gumbel noise, float32 [size], that jax.random.categorical would add to the logits.
 
-    Written out to be one elementwise operation: jax.random's bits take half as long again on a CPU, where
-    they are generated in a loop, and need a separate kernel on a GPU.
+    The noise is computed by one elementwise operation, because the bits of jax.random take 1.5 times as long
+    on a CPU, where a loop generates them, and need a separate kernel on a GPU.
     """
     zero = jnp.uint32(0)
     key = _threefry((zero, seed), zero, sample.astype(jnp.uint32))
@@ -80,7 +81,10 @@ def _noise(seed, sample, position, size: int):
 
 
 def _threefry(key, a, b):
-    """Threefry-2x32 with 20 rounds (Salmon et al. 2011), as in jax.random: encrypt two uint32 by a key."""
+    """Encrypt the uint32 pair (a, b) with a key, also a pair, by Threefry-2x32 with 20 rounds.
+
+    jax.random uses the same cipher (Salmon et al. 2011).
+    """
     keys = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     a, b = a + keys[0], b + keys[1]
     for i in range(5):
@@ -92,7 +96,7 @@ def _threefry(key, a, b):
 
 
 def _without_ends(logits_BV, rows: Rows, positions_B):
-    """Set to −∞ the logits of tokens that would end a row before position first_end."""
+    """Set to −∞ the logits of end tokens in rows that have not reached their position first_end."""
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
     ends_BE = jnp.where((positions_B < rows.first_end_B)[:, None], rows.ends_BE, logits_BV.shape[1])
     return logits_BV.at[rows_B1, ends_BE].set(-jnp.inf, mode="drop")
@@ -101,8 +105,8 @@ def _without_ends(logits_BV, rows: Rows, positions_B):
 def keep_only(logits_BV, rows: Rows):
     """Set to −∞ the logits of the tokens excluded by top_k, then top_p, then min_p.
 
-    Tokens as likely as the last one kept are kept. top_p and min_p apply to the probabilities at the row's
-    temperature among the tokens that top_k keeps.
+    Tokens as likely as the least likely kept token are kept too. top_p and min_p apply to the probabilities,
+    at the row's temperature, of the tokens that top_k keeps.
     """
     below = -jnp.inf
     largest_B1 = jnp.max(logits_BV, axis=1, keepdims=True)
@@ -125,7 +129,7 @@ def keep_only(logits_BV, rows: Rows):
 
 
 def _threshold(x_BV, weights_BV, wanted_B):
-    """Find each row's largest t such that its weights where x ≥ t sum to at least `wanted`; float32 [B].
+    """Find, per row, the largest t for which the weights where x ≥ t sum to `wanted` or more; float32 [B].
 
     Exact, and without sorting the vocabulary: a bisection over the 32 bits of a float32.
     """

@@ -1,7 +1,7 @@
-"""Requests, and the scheduler that decides when each begins and in which slot of which device.
+"""Requests, and the scheduler that decides when a request begins and in which slot of which device.
 
-A request waits, then runs in a slot, then ends: by itself, at its limit, or cancelled. Requests begin in the
-order of their arrival. Uses no JAX.
+A request waits, then runs in a slot, then ends: with an end token, at its limit, or cancelled. Requests begin
+in the order of their arrival. Does not use JAX.
 """
 
 import dataclasses
@@ -95,10 +95,10 @@ def _is_number(value, whole: bool) -> bool:
 
 @dataclasses.dataclass
 class Generation:
-    """Tokens generated after a prompt, or a part of them, without the token that ended them.
+    """Tokens generated for a request, all or only new ones, without the token that ended the generation.
 
-    If log-probabilities were requested: logprobs has that of each token, and top has the likeliest (token,
-    log-probability) pairs at its position.
+    If log-probabilities were requested, logprobs has the log-probability of each token, and top has (token,
+    log-probability) pairs of the likeliest tokens at each position.
     """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -112,7 +112,7 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        """Return whether the generation ended by itself, not by a limit."""
+        """Return whether an end token ended the generation, not a limit or a cancellation."""
         return self.finish == STOP
 
     def extend(self, more: "Generation"):
@@ -122,7 +122,7 @@ class Generation:
 
 
 class Event(NamedTuple):
-    """New tokens of a request, and how it ended, if it did. A request's last event has `new.finish`."""
+    """New tokens of a request. In the last event of a request, `new.finish` says how the request ended."""
 
     id: int
     new: Generation
@@ -140,7 +140,7 @@ class Scheduler:
     """
 
     def __init__(self, sequence_len: int, *, slots: int, together: int, devices: int = 1):
-        """slots: slots of each device; together: prompts that a device prefills in one batch."""
+        """slots: slots of each device. together: maximum prompts that a device prefills in one batch."""
         self.sequence_len, self.slots, self.devices = sequence_len, slots, devices
         self.together = min(together, slots)
         self.waiting: dict[int, Request] = {}
@@ -149,7 +149,7 @@ class Scheduler:
         self._next = 0
 
     def submit(self, request: Request) -> int:
-        """Queue a request and return its id. UserError: its prompt is empty or longer than the context."""
+        """Queue a request and return its id. UserError: the prompt is empty or longer than the context."""
         if not 1 <= len(request.prompt) <= self.sequence_len:
             given = f"a prompt of {len(request.prompt)} tokens"
             raise UserError(f"{given}; this model takes 1 to {self.sequence_len}")
@@ -163,22 +163,22 @@ class Scheduler:
         return (self.running.pop(id, None) or self.waiting.pop(id, None)) is not None
 
     def end_of(self, request: Request) -> int:
-        """Maximum number of tokens of a request, its prompt included."""
+        """Maximum number of tokens of a request, prompt included."""
         return min(len(request.prompt) + request.max_tokens, self.sequence_len)
 
     def longest(self) -> int:
-        """Largest `end_of` of the running requests; 0 if none run."""
+        """Largest `end_of` of the running requests; 0 if no request runs."""
         return max(map(self.end_of, self.running.values()), default=0)
 
     def prompt_length(self, request: Request) -> int:
-        """Length to which a prompt is padded for prefill; it depends on that prompt's length alone."""
+        """Length to which a prompt is padded for prefill; a function of the prompt's length alone."""
         return bucket(len(request.prompt), SHORTEST, self.sequence_len)
 
     def admit(self, patient: bool = False) -> list[int]:
-        """Give free slots to the oldest requests, up to one batch of prompts, and return their ids.
+        """Give free slots to the oldest requests, up to one batch of prompts, and return the requests' ids.
 
-        The prompts of a batch have one padded length (see prompt_length). patient: give none until slots are
-        free for a full batch or all waiting requests; this raises throughput but delays first tokens.
+        The prompts of a batch have equal padded lengths (prompt_length). patient: admit no request until
+        slots are free for a full batch or all waiting requests, for higher throughput but later first tokens.
         """
         free = self._free_slots()
         if patient and sum(map(len, free)) < min(self.together * self.devices, len(self.waiting)):

@@ -1,4 +1,4 @@
-"""Tokens to text: complete characters, stop strings, and the written form of tool calls."""
+"""Convert tokens to text: complete characters, stop strings, and the written form of tool calls."""
 
 import codecs
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ EXPRESSION = 256  # maximum tokens of a tool call's expression
 
 
 def last_call(tokens: list[int], tokenizer: Tokenizer) -> str | None:
-    """Return the expression of the tool call that ends `tokens`; None: no start, or too long."""
+    """Return the expression of the tool call that ends `tokens`; None: it has no start or is too long."""
     start, opening = len(tokens) - 1, tokenizer.special("<|python_start|>")
     while start >= 0 and tokens[start] != opening:
         start -= 1
@@ -23,7 +23,7 @@ def last_call(tokens: list[int], tokenizer: Tokenizer) -> str | None:
 
 
 class Delta(NamedTuple):
-    """New text of one part of an answer. starts: this is the first text of its part; it may be empty."""
+    """New text of one part of an answer. starts: whether `text`, which may be "", begins the part."""
 
     kind: str
     text: str
@@ -33,9 +33,9 @@ class Delta(NamedTuple):
 class TextReader:
     """Incremental decoder of an answer's tokens.
 
-    Bytes are held back until their character is complete, and text that may begin a stop string until that
-    is decided. The answer ends just before a stop string, however it is split into tokens; the string must
-    lie within one text part. Of several stop strings, the one completed first counts.
+    Bytes are held back until they form a character, and text that may begin a stop string is held back until
+    more text decides. The answer ends just before a stop string within a text part, even if the string is
+    split across tokens. Of several stop strings, the string completed first counts.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()):
@@ -57,7 +57,7 @@ class TextReader:
         return bool(self.held or self._utf8.getstate()[0])
 
     def feed(self, token: int, forced: bool = False) -> list[Delta]:
-        """Return the text that `token` completes; none after a stop string. forced: the tool wrote it."""
+        """Return the text that `token` completes; [] after a stop string. forced: the tool wrote `token`."""
         if self.stopped:
             return []
         if token in self._openings:
@@ -97,13 +97,13 @@ class TextReader:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that `stop` begins with, shorter than `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
 
 class Writer:
-    """Write deltas as one line of text: "so [python 1+1][output 2]"."""
+    """Formatter of deltas as text with tool calls in brackets: "so [python 1+1][output 2]"."""
 
     def __init__(self):
         self._closing = ""
@@ -118,13 +118,13 @@ class Writer:
         return out
 
     def end(self, cut: bool = False) -> str:
-        """Return the text that closes the line. cut: the answer was not finished."""
+        """Return the text to write after the last delta. cut: whether the answer was cut off."""
         closing, self._closing = self._closing, ""
         return closing + (" … (cut)" if cut else "")
 
 
 def pieces(generation, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Split a generation into (kind, text) pairs; one that was cut off ends with ("unfinished", "…")."""
+    """Split a generation into (kind, text) pairs; add ("unfinished", "…") if the generation was cut off."""
     reader = TextReader(tokenizer)
     found: list[tuple[str, str]] = []
     said = zip(generation.tokens, generation.forced, strict=True)
@@ -138,7 +138,7 @@ def pieces(generation, tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 
 def shown(parts: Iterable[tuple[str, str]]) -> str:
-    """Write (kind, text) pairs as one line, tool calls and outputs in brackets."""
+    """Format (kind, text) pairs as text, with tool calls and outputs in brackets."""
     writer, parts = Writer(), list(parts)
     cut = bool(parts) and parts[-1][0] == "unfinished"
     line = writer.write(Delta(kind, text, True) for kind, text in (parts[:-1] if cut else parts))
