@@ -77,7 +77,7 @@ class EventStream:
 
 
 class Endpoints:
-    """The handlers of the routes."""
+    """Handlers of the HTTP routes."""
 
     def __init__(self, service: Service, page: Path):
         self._service = service
@@ -149,7 +149,7 @@ class Endpoints:
 
 
 def tokenized(service: Service, body: bytes) -> bytes:
-    """Return JSON with the tokens of {"prompt": text} or {"messages": […]}.
+    """Tokenize a request's body, {"prompt": text} or {"messages": […]}, and return the tokens as JSON.
 
     A prompt that is exactly the name of a special token becomes that token, so that clients can find its id.
     """
@@ -181,7 +181,7 @@ def detokenized(service: Service, body: bytes) -> bytes:
 
 
 def page_headers(html: bytes) -> dict[str, str]:
-    """Headers that let the page run its own script and style and connect to this server, and nothing else."""
+    """HTTP headers that allow the page only its inline scripts and styles and connections to this server."""
 
     def hashes(tag: bytes) -> str:
         blocks = re.findall(rb"<%b(?:\s[^>]*)?>(.*?)</%b>" % (tag, tag), html, re.DOTALL)

@@ -35,7 +35,7 @@ class Rules:
     """Rules on who may use the server.
 
     keys: API keys, one of which is required; (): no key is required. origins: other sites whose pages may use
-    the server; "*": all. local: accept only this machine's names, and those in origins, in the Host header.
+    the server; "*": all sites. local: the Host header must name localhost or a site in origins.
     """
 
     keys: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Rules:
 
 
 def is_local(host: str) -> bool:
-    """Return whether a host name or address is this machine's own."""
+    """Return whether a host name or address is localhost or a loopback address."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -61,7 +61,7 @@ def host_of(url: str) -> str:
 
 
 class Guard:
-    """ASGI middleware that enforces Rules, gives requests ids, logs them, and catches errors."""
+    """ASGI middleware that enforces Rules, assigns request ids, logs requests, and catches errors."""
 
     def __init__(self, app, rules: Rules, metrics, error_response):
         self._rules, self._metrics, self._error_response = rules, metrics, error_response
@@ -110,7 +110,7 @@ class Guard:
         await (response or self._inner)(scope, receive, send)
 
     def _refusal(self, scope) -> Response | None:
-        """Return the response to OPTIONS, or None if the request may proceed. ApiError: it is refused."""
+        """Return the response to an OPTIONS request; None: the request may proceed. ApiError: refused."""
         headers = Headers(scope=scope)
         self._check_host(headers.get("host", ""))
         if scope["method"] == "OPTIONS":
@@ -121,7 +121,7 @@ class Guard:
         return None
 
     def _check_host(self, host: str):
-        """On a local server, refuse other host names: a web page's name may resolve to us (DNS rebinding)."""
+        """On a local server, refuse other hosts: a web site's name may resolve to us (DNS rebinding)."""
         name = host_of(f"//{host}")  # "": no Host header, so not a browser
         allowed = {"", *map(host_of, self._rules.origins)}
         if self._rules.local and not (is_local(name) or name in allowed or "*" in self._rules.origins):

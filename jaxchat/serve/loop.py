@@ -1,8 +1,8 @@
-"""Engines in threads, and the event loop's side of them.
+"""Threads that run engines, and the classes through which the event loop uses them.
 
-An engine is used by its own thread alone. The event loop sends requests through a queue; the thread returns
-the new tokens of all rows after each stretch (some decoded tokens of each row) by `call_soon_threadsafe`. The
-event loop never waits for a thread; a thread waits for the queue only when it has nothing to generate.
+Each engine is used by one thread only. The event loop sends requests through a queue; after each stretch
+(some decoded tokens of each row) the thread returns all new tokens by `call_soon_threadsafe`. The event loop
+never waits for a thread; a thread waits for the queue only when it has nothing to generate.
 """
 
 import asyncio
@@ -28,12 +28,12 @@ clock = time.perf_counter
 
 
 class Stopped(Exception):
-    """Raised by Job.news when no more tokens will arrive: the server shuts down, or an engine has failed."""
+    """Raised by Job.news if no more tokens will arrive, because the server stops or an engine has failed."""
 
 
 @dataclasses.dataclass(eq=False)
 class Row:
-    """One answer to generate, with the times of its events in seconds of `clock`; 0: not yet happened."""
+    """One answer to generate, and the times of its events in seconds of `clock`; 0 before an event."""
 
     request: Request
     index: int  # number of the answer in its job
@@ -52,12 +52,12 @@ class Row:
 class Worker(threading.Thread):
     """A thread that runs one engine.
 
-    live: the rows that have not ended; for the event loop alone. ready: future of the engine, or of the
-    exception that opening it raised. failed: the exception that ended the thread.
+    live: the rows that have not ended; only the event loop uses it. ready: future of the engine, or of
+    the exception with which opening the engine failed. failed: the exception that ended the thread, if any.
     """
 
     def __init__(self, open_engine: Callable, slots: int, metrics: Metrics, model: str):
-        """Create it in the event loop, then call `start`. slots: number of slots of the engine.
+        """Create a Worker in the event loop, then call `start`. slots: number of slots of the engine.
 
         open_engine(on_progress): called in the thread; returns a context manager that gives an engine with
         its shapes compiled. on_progress: called with the numbers of shapes compiled so far and in total.
@@ -136,7 +136,7 @@ class Worker(threading.Thread):
         return max(1, min(STRETCH, int(seconds / self._pace)))
 
     def _measure(self, news: list[tuple[Row, Generation]], seconds: float):
-        """Update the estimated seconds per token, from stretches without a prefill."""
+        """Update the estimated seconds per token from a stretch of `seconds`, unless it had a prefill."""
         tokens = max((len(new.tokens) + bool(new.end) for _, new in news), default=0)
         if tokens and all(row.id in self._begun for row, _ in news):
             self._pace += 0.3 * (seconds / tokens - self._pace)
@@ -172,7 +172,7 @@ class Worker(threading.Thread):
 
 
 class Job:
-    """The rows of one request, and a queue of their new tokens."""
+    """The rows (answers) of one HTTP request, and a queue of their new tokens."""
 
     def __init__(self):
         self.rows: list[Row] = []
@@ -234,7 +234,10 @@ class Pool:
         return any(worker.failed for worker in self.workers)
 
     def submit(self, requests: list[Request], hasty: bool) -> Job:
-        """Queue requests for answers. ApiError: too many rows are waiting, or an engine has failed."""
+        """Queue requests, one per answer, and return their Job. hasty: see Row.hasty.
+
+        ApiError: too many rows are running or waiting, or an engine has failed.
+        """
         if self.failed:
             raise ApiError(500, "the engine failed; the server's log says why")
         most, rows = self.slots + self._max_waiting, len(self.live)
@@ -253,9 +256,9 @@ class Pool:
         return job
 
     def took(self, seconds: float):
-        """Update the average time of an answer with one that took `seconds` in its slot."""
+        """Include an answer that took `seconds` in its slot in the average time of answers."""
         self._seconds += 0.1 * (seconds - self._seconds)
 
     def _retry(self) -> int:
-        """Estimated seconds, 1 to 60, until half of a full queue has got slots."""
+        """Estimated seconds, 1 to 60, until half of the rows in a full queue have got slots."""
         return max(1, min(60, round(self._seconds * self._max_waiting / self.slots / 2)))

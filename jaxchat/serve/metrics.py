@@ -1,4 +1,4 @@
-"""The server's Prometheus metrics, with vLLM's names so that its dashboards fit."""
+"""The server's Prometheus metrics: vLLM's names under the prefix jaxchat_, to adapt vLLM's dashboards."""
 
 from importlib.metadata import version
 
@@ -11,7 +11,7 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 
 class Metrics:
-    """All metrics of the server, in a separate registry. Times are seconds of a monotonic clock."""
+    """All metrics of the server, in a separate Prometheus registry. Times are monotonic, in seconds."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -48,7 +48,7 @@ class Metrics:
         self.registry.register(_State(pools))
 
     def tokens(self, model: str, row, count: int, now: float):
-        """Record the latency of `count` new tokens of a row; call it before row.first and row.last change."""
+        """Record the latency of `count` new tokens of a row. Call before updating row.first and row.last."""
         if not row.first:
             self.first.labels(model).observe(now - row.asked)
             return
@@ -57,7 +57,7 @@ class Metrics:
             between.observe((now - row.last) / count)
 
     def ended(self, model: str, row, answer):
-        """Record a finished answer."""
+        """Record the token counts, tool calls and times of a finished answer."""
         self.success.labels(model, answer.finish).inc()
         self.prompt_tokens.labels(model).inc(len(answer.prompt))
         self.generation_tokens.labels(model).inc(answer.sampled)

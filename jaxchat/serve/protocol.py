@@ -1,7 +1,7 @@
-"""Parsing of requests to OpenAI's API, with errors that name the field. Uses neither JAX nor HTTP.
+"""Parsing of requests to OpenAI's API, with errors that name the invalid field. Uses neither JAX nor HTTP.
 
-A field that this server does not support is an error, unless its value is one that changes nothing; unknown
-fields are ignored.
+A field that this server does not support is an error, unless the field's value has no effect; unknown fields
+are ignored.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """An error response in OpenAI's form. retry: seconds in the Retry-After header; 0: no such header."""
+    """An error response in OpenAI's form. retry: seconds for the Retry-After header; 0: no header."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int = 0
@@ -71,7 +71,7 @@ class ApiError(Exception):
 
 
 def wrong(param: str, expected: str, got: Any) -> ApiError:
-    """Return the error for a field whose value `got` is not what is `expected`."""
+    """Return the ApiError for the field `param`, whose value is `got` instead of what is `expected`."""
     shown = json.dumps(got)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
     return ApiError(400, f"{param}: expected {expected}; got {shown}", param=param)
@@ -79,7 +79,7 @@ def wrong(param: str, expected: str, got: Any) -> ApiError:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The fields that chats and completions share. None: the server's default."""
+    """The fields common to chat and completion requests. None: use the server's default."""
 
     model: str
     n: int
@@ -121,14 +121,14 @@ class Fields:
         return self._body.get(name)
 
     def unknown(self) -> list[str]:
-        """Names of the fields that were not read, except those in IGNORED."""
+        """Names of the object's fields that no method has read and that are not in IGNORED."""
         return [name for name in self._body if name not in self._read]
 
     def integer(self, name: str, default, least: int, most: float = math.inf):
         return self.number(name, default, least, most, whole=True)
 
     def number(self, name: str, default, least: float, most: float = math.inf, *, above=False, whole=False):
-        """Read a number from `least` (excluded if `above`) to `most`; null: the default."""
+        """Read a number from `least` (excluded if `above`) to `most`; return `default` for null."""
         value = self.get(name)
         if value is None:
             return default
@@ -158,7 +158,7 @@ class Fields:
         return choices[0] if value is None else value
 
     def refuse_unsupported(self):
-        """Raise ApiError for a field that asks for something this server does not do."""
+        """Raise ApiError if a field asks for something that this server does not support."""
         for name, nothing in ASKS_NOTHING.items():
             value = self.get(name)
             if value is not None and value not in nothing:
@@ -221,7 +221,7 @@ def read_completion(fields: Fields) -> Completion:
 
 
 def _sampling(fields: Fields, least: int) -> dict:
-    """Read the fields of Sampling except `top`. least: smallest max_tokens that is allowed."""
+    """Read the fields of Sampling, except `top`, into a dict. least: smallest allowed max_tokens."""
     fields.refuse_unsupported()
     longest = fields.integer("max_tokens", None, least, 2**31 - 1)
     other = fields.integer("max_completion_tokens", None, least, 2**31 - 1)
@@ -280,7 +280,7 @@ def _stop_tokens(value) -> tuple[int, ...]:
 
 
 def read_prompts(value) -> list[str | list[int]]:
-    """Read the prompts of a request for completions: a string, token ids, or a list of either."""
+    """Check the field `prompt` (a string, token ids, or a list of either) and return a list of prompts."""
     expected = "a string, a list of strings, a list of token ids, or a list of such lists, none of them empty"
     prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
     if len(prompts) > MAX_PROMPTS:
@@ -322,7 +322,8 @@ def _message(message, at: str) -> dict:
 def chat_prompt(tokenizer, chat: Chat, *, only_continues: bool) -> list[int]:
     """Turn a chat into prompt tokens, up to where the model's answer begins.
 
-    only_continues: join the texts of the messages without marking turns, for a base model.
+    only_continues: join the texts of the messages without marking turns, because a base model doesn't know
+    turns.
     """
     if only_continues:
         texts = [message["content"] for message in chat.messages]
@@ -369,7 +370,7 @@ def completion_prompts(tokenizer, completion: Completion, vocab_size: int) -> li
 
 
 def text_length(asked: Chat | Completion) -> int:
-    """Number of characters to tokenize for the longest prompt: a lower bound on its bytes."""
+    """Number of characters of the longest text prompt, or of a chat's messages; bytes are never fewer."""
     if isinstance(asked, Completion):
         return max((len(prompt) for prompt in asked.prompts if isinstance(prompt, str)), default=0)
     contents = [message["content"] for message in asked.messages]

@@ -1,4 +1,4 @@
-"""Replies: generated tokens turned into text, log-probabilities, tool calls, and objects of OpenAI's API."""
+"""Turn generated tokens into replies: text, log-probabilities and tool calls, as objects of OpenAI's API."""
 
 import asyncio
 import codecs
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass
 class Piece:
-    """The new part of an answer: text, its tokens, and calls of the tool with their results."""
+    """The new part of an answer: text, the text's tokens, and tool calls with their results."""
 
     text: str = ""
     entries: list[Entry] = dataclasses.field(default_factory=list)
@@ -47,8 +47,8 @@ class Piece:
 class Answer:
     """One answer while it is generated.
 
-    `add` takes new tokens of an engine and returns the part that can be sent. `finish` is "" until the end,
-    then "stop" or "length".
+    `add` receives new tokens from an engine and returns the Piece that can be sent. `finish` is "" until the
+    answer ends, then "stop" or "length".
     """
 
     def __init__(self, index: int, asked: Sampling, tokenizer, prompt: list[int]):
@@ -113,7 +113,7 @@ class Answer:
         piece.text, self.length = piece.text + text, self.length + len(text)
 
     def _end_part(self, piece: Piece, cut: bool = False):
-        """Report the tool call or output that has ended. cut: it was cut off."""
+        """Record the tool call or output that has just ended, if any. cut: whether it was cut off."""
         part, self._part = self._part, None
         if part is None:
             return
@@ -141,7 +141,7 @@ class Answer:
         self._waiting, self.finish = [], finish
 
     def _echo(self, new: Generation, piece: Piece):
-        """Put the prompt first: its text, and its tokens with their log-probabilities."""
+        """Add the prompt to `piece`, before the answer: its text, tokens and log-probabilities."""
         self._echoes, decoder = False, codecs.getincrementaldecoder("utf-8")("replace")
         unwritten = self.asked.add_bos and isinstance(self.asked.prompts[0], str)  # <|bos|> that we added
         logprobs, top = [None, *new.prompt_logprobs], [[], *new.prompt_top]
@@ -154,7 +154,7 @@ class Answer:
 
 
 def shown_token(tokenizer, token: int) -> str:
-    """Return a token as text; if it holds parts of characters, as "bytes:\\xe2\\x80", like OpenAI."""
+    """Return a token as text or, if the token has incomplete characters, as OpenAI's "bytes:\\xe2\\x80"."""
     piece = tokenizer.decode_bytes([token])
     try:
         return piece.decode("utf-8")
@@ -163,7 +163,7 @@ def shown_token(tokenizer, token: int) -> str:
 
 
 def completion_logprobs(tokenizer, entries: list[Entry]) -> dict:
-    """Log-probabilities in the form of /v1/completions; top_logprobs always has the token itself."""
+    """Log-probabilities in the form of /v1/completions; top_logprobs always includes the token itself."""
     found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
         name, logprob = shown_token(tokenizer, entry.token), entry.logprob
@@ -194,7 +194,7 @@ def chat_logprobs(tokenizer, entries: list[Entry]) -> dict:
 
 
 class Form:
-    """Builder of one reply's objects, complete or in chunks, with the same id and time in all of them."""
+    """Builder of a reply's JSON objects, complete or in chunks; all have the same id and creation time."""
 
     def __init__(self, model: Served, asked: Sampling):
         self.chat = not isinstance(asked, Completion)
@@ -220,7 +220,7 @@ class Form:
         return self._chunk(index, {"delta": delta, "logprobs": None}, None, extra)
 
     def news(self, answer: Answer, piece: Piece) -> list[dict]:
-        """Build chunks of a new part of an answer, with tool calls and the text around them in order."""
+        """Build the chunks for a new part of an answer: text and tool calls, in order."""
         chunks, done = [], 0
         if self.chat:
             for at, tool in piece.tools:
@@ -258,7 +258,7 @@ class Form:
 
 
 class Reply:
-    """The reply to one request: collects its answers and writes them as JSON or as a stream."""
+    """The reply to one request: collects the answers and writes them as JSON or as a stream."""
 
     def __init__(self, service: Service, asked: Asked):
         model = asked.model
@@ -274,7 +274,7 @@ class Reply:
         self._service.jobs.discard(self.job)
 
     async def pieces(self, seconds: float | None = None) -> AsyncIterator[tuple[Answer, Piece] | None]:
-        """Yield (answer, its new piece) until all have ended, and None after `seconds` without news."""
+        """Yield (Answer, new Piece) until all answers have ended; None after `seconds` without new tokens."""
         open_answers = len(self.answers)
         while open_answers:
             news = await self.job.news(seconds)
@@ -355,7 +355,7 @@ def event(content: dict) -> bytes:
 
 
 async def aside(size: int, function: Callable, *args):
-    """Return function(*args), run in a thread if `size` ≥ LARGE so that the event loop is not blocked."""
+    """Call function(*args), in a thread if `size` ≥ LARGE, so that the event loop is not blocked."""
     return function(*args) if size < LARGE else await asyncio.to_thread(function, *args)
 
 

@@ -65,7 +65,7 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that leaves signals alone: stops_by_signal handles them."""
+    """A uvicorn server that does not handle signals, because stops_by_signal does."""
 
     @contextlib.contextmanager
     def capture_signals(self):
@@ -96,9 +96,9 @@ def stops_by_signal() -> asyncio.Queue:
 async def serve(
     app, service: Service, sock: socket.socket, load: Awaitable, drain: float, stops: asyncio.Queue
 ):
-    """Serve until `stops` has an item; then let running answers finish, for `drain` seconds at most.
+    """Serve until `stops` has an item; then let running answers finish, for at most `drain` seconds.
 
-    load: loads the models while /health already reports "loading"; its exceptions are raised here. A second
+    load: loads the models while /health reports "loading"; `serve` raises the exceptions of `load`. A second
     item in `stops` ends all answers at once.
     """
     config = uvicorn.Config(

@@ -19,7 +19,7 @@ log = logging.getLogger("jaxchat.serve")
 
 @dataclasses.dataclass
 class Served:
-    """A model that is served. config: its ModelConfig; pool: its engines."""
+    """A model that is served. config: the ModelConfig. pool: the engines that run the model."""
 
     id: str
     stage: str
@@ -42,7 +42,7 @@ class Served:
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """Settings used for requests that do not give them."""
+    """Default settings, for requests without these fields."""
 
     temperature: float = 0.6
     top_k: int = 50
@@ -53,7 +53,7 @@ class Service:
     """State shared by the endpoints. state: "loading", "ok" or "draining"."""
 
     def __init__(self, models: list[Served], defaults: Defaults, metrics: Metrics):
-        """models: the first is used by requests that name none."""
+        """models: requests that name no model use the first."""
         self.models = {model.id: model for model in models}
         self.defaults, self.metrics = defaults, metrics
         self.state = "loading"
@@ -72,7 +72,7 @@ class Service:
         return f"{done} of {total} shapes compiled{left}" if total else "loading"
 
     async def close(self):
-        """Stop the engines, waiting at most CLOSING seconds for each, since one may still be compiling."""
+        """Stop the engines, waiting at most CLOSING seconds for each, because one may still be compiling."""
         for worker in self.workers:
             worker.stop()
         for worker in self.workers:
@@ -96,14 +96,14 @@ class Service:
             raise ApiError(503, "the server is shutting down", retry=10)
 
     def note_unknown(self, names: list[str]):
-        """Log unknown fields of requests, each name once."""
+        """Log the names of unknown fields, each name only once."""
         for name in {name[:80] for name in names} - self._unknown:
             if len(self._unknown) < 1000:
                 self._unknown.add(name)
                 log.info("a request has the unknown field %r, which is ignored", name)
 
     async def drain(self, seconds: float):
-        """Let running answers finish, for at most `seconds`; then end the rest with an error."""
+        """Let running answers finish for at most `seconds`, then end the remaining answers with an error."""
         self.state, end = "draining", time.monotonic() + seconds
         while self.jobs and time.monotonic() < end:
             await asyncio.sleep(0.05)
@@ -113,7 +113,7 @@ class Service:
 
 @dataclasses.dataclass
 class Asked:
-    """A parsed request, with the requests to the engines that answer it."""
+    """A parsed HTTP request, and the engine requests that answer it, one per answer."""
 
     model: Served
     fields: Chat | Completion
@@ -126,7 +126,7 @@ class Asked:
 
 
 def prepare(service: Service, body: bytes, chat: bool) -> Asked:
-    """Parse a request's body and tokenize its prompts. ApiError: names the invalid field."""
+    """Parse a request's body and tokenize the prompts. ApiError: the request is invalid."""
     fields = Fields(protocol.read_json(body))
     asked = protocol.read_chat(fields) if chat else protocol.read_completion(fields)
     service.note_unknown(fields.unknown())
@@ -153,7 +153,10 @@ def prepare(service: Service, body: bytes, chat: bool) -> Asked:
 
 
 def room(service: Service, asked: Chat | Completion, length: int, context: int, param: str) -> int:
-    """Largest number of tokens in an answer to a prompt of `length` tokens."""
+    """Maximum number of tokens in an answer to a prompt of `length` tokens.
+
+    ApiError: the prompt and the requested answer don't fit in the context.
+    """
     wanted, given = asked.max_tokens, f"{param} has {length:,} tokens"
     if wanted is None:
         if length >= context:
