@@ -37,10 +37,9 @@ class Config(MeshFlags):
 
 
 def load_bundle(config: Config) -> tuple[list, str]:
-    """Return (CORE's tasks, the reason if there are none).
+    """Return (tasks of the CORE bundle, ""), or ([], the reason) if there is no bundle.
 
-    UserError: the bundle that --eval_bundle names is missing, or there is none and only CORE is to be
-    measured.
+    UserError: there is no bundle, although --eval_bundle names one or nothing else is to be measured.
     """
     from jaxchat.eval import core
 

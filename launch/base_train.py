@@ -7,7 +7,7 @@ from launch import cli
 
 
 def stage_for(config: BaseConfig):
-    """Build the stage that the flags describe: start the devices, build the model, open the data."""
+    """Start the devices, build the model, open the data, and return the stage to train."""
     from jaxchat.data.sources import ParquetText, find_shards
     from jaxchat.devices import model_for, start_devices
     from jaxchat.train import stages
@@ -23,8 +23,10 @@ def stage_for(config: BaseConfig):
 
 
 def about_tokenizer(config: BaseConfig, tokenizer, data: dict[str, str]) -> list[tuple[str, str]]:
-    """Return rows that warn if the tokenizer was trained on none of the shards. data: {shard:
-    fingerprint}."""
+    """Return rows of the plan with a warning if the tokenizer was trained on none of the shards, else [].
+
+    data: {shard: fingerprint}.
+    """
     if tokenizer.knows(data):
         return []
     where = f" --data_dir={shlex.quote(config.data_dir)}" if config.data_dir else ""

@@ -127,7 +127,7 @@ def talk(engine, conversation: Conversation, config: Config):
 
 
 def turn_of(text: str, source: str, tokenizer) -> list[int]:
-    """Encode the user's text, without <|bos|>; for a chat model, up to <|assistant_start|>."""
+    """Encode the user's text without <|bos|>; for a chat model, as a user's turn and <|assistant_start|>."""
     if source == "base":
         return tokenizer.encode(text)
     return tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]})[1:]
@@ -150,9 +150,9 @@ def answer(engine, conversation: Conversation, config: Config, seed: int):
 
 
 def edit_lines() -> Callable[[], None]:
-    """Let input() edit lines, recall earlier ones and accept pastes of any length, if stdin is a terminal.
+    """Give input() line editing, a history and pastes of any length, if stdin is a terminal.
 
-    Return a function that saves the lines for the next start.
+    Return a function that saves the history for the next start.
     """
     if not sys.stdin.isatty():
         return lambda: None
@@ -175,7 +175,7 @@ def edit_lines() -> Callable[[], None]:
 
 
 def leave(*_):
-    """Signal handler: end the process at once, because an import or a compiler might swallow an exception."""
+    """Exit at once on Ctrl-C: an import or a compiler might swallow a KeyboardInterrupt."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 

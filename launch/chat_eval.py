@@ -10,8 +10,8 @@ from launch import cli
 @dataclasses.dataclass(frozen=True)
 class Config(MeshFlags):
     """Measure a chat model on six tasks: ARC-Easy, ARC-Challenge and MMLU by the likeliest letter; GSM8K,
-    HumanEval and SpellingBee by written answers, which may use the calculator. If all six are measured, so is
-    ChatCORE, their mean centred accuracy.
+    HumanEval and SpellingBee by written answers, which may use the calculator. ChatCORE, the mean centred
+    accuracy of the six, is reported if all are measured.
 
     Programs written for HumanEval run in a sandbox; if the kernel does not support it, HumanEval is left out.
     The results are written beside the checkpoint after every task, as chat_eval_<step>.csv and .json, or

@@ -5,7 +5,7 @@ from launch import cli
 
 
 def stage_for(config: RLConfig):
-    """Build the stage that the flags describe: start the devices, build the model, open the problems."""
+    """Start the devices, build the model, open the problems, and return the stage to train."""
     from jaxchat.data.pipelines import load_tasks
     from jaxchat.rl.batches import RolloutBatches
     from jaxchat.train import stages

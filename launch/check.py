@@ -31,10 +31,10 @@ class Config(BaseConfig):
 
 
 class Checklist(list):
-    """Lines of (state, name, text, command). The command supplies what is missing, if a command can."""
+    """Lines (state, name, text, command). command: the command that supplies a missing item; "": none."""
 
     def add(self, name: str, text: str, state: str = "ok", **flags: str):
-        """Add a line. A command in `text` is completed to run from here, with the non-empty flags."""
+        """Add a line. Complete a command in `text` to run from this folder, with non-empty `flags`."""
         found = re.search(r"(python -m launch\.|make setup )[^;]+", text)
         command = cli.runnable(found[0], **flags) if found else ""
         text = text.replace(found[0], command) if found else text
@@ -42,7 +42,7 @@ class Checklist(list):
 
     @contextlib.contextmanager
     def expecting(self, name: str, state: str = "missing", **flags: str):
-        """A context in which a UserError becomes a line in `state`. flags: added to the error's command."""
+        """Context that turns a UserError into a line marked `state`. flags: added to the error's command."""
         try:
             yield
         except UserError as problem:
@@ -86,7 +86,7 @@ def run(config: Config) -> int:
 
 
 def in_one(commands: Iterable[str]) -> list[str]:
-    """Return the commands without repeats, and with downloads to the same folder joined into one."""
+    """Remove repeated commands, and join downloads to the same folder into one command."""
     joined: dict[tuple, dict] = {}  # {(the command before the names, --to): {name or other flag: None}}
     for command in commands:
         before, download, after = command.partition("launch.download ")
@@ -121,7 +121,7 @@ def check_devices(config: Config, checks: Checklist):
 
 
 def check_model(config: Config, model, tag: str, checks: Checklist):
-    """Check device memory, disk space for all checkpoints, and that the devices can divide a step."""
+    """Check device memory, disk space for all checkpoints, and that batches divide among the devices."""
     import jax
 
     from jaxchat import checkpoint, files
@@ -159,7 +159,7 @@ def check_model(config: Config, model, tag: str, checks: Checklist):
 
 
 def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str, str]:
-    """Check how much text there is and how many epochs base reads; return {shard: fingerprint}."""
+    """Check the amount of text and base's number of epochs; return {shard: fingerprint}, {} without text."""
     from jaxchat.data.encode import text_reader
     from jaxchat.data.sources import SOURCE, ParquetText, find_shards, open_parquet, repeated
     from jaxchat.train.stages import SAMPLE, horizon_of, tokens_in
@@ -195,7 +195,7 @@ def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str,
 
 
 def check_tasks(config: Config, checks: Checklist):
-    """Check that all tasks of mid, SFT and chat_eval open; check the CORE bundle and HumanEval's sandbox."""
+    """Check the tasks of mid, SFT and chat_eval, the CORE bundle, and the sandbox for HumanEval."""
     from jaxchat.data.tasks import load_task
     from jaxchat.eval.chat import TASKS, why_not
     from jaxchat.eval.training import core_bundle

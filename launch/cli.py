@@ -1,12 +1,12 @@
 """Code that all commands share: flags from a dataclass, one-line errors, exit codes, plans, next commands.
 
-A command is a module in launch/ with a flags class, `run(config)` and `main(args)`. At the top it imports
-only modules that do without jax, Orbax and Grain, such as jaxchat.config; the others are imported inside its
-functions, so that --help and the error for a mistyped flag appear at once.
+A command is a module in launch/ with a flags class, `run(config)` and `main(args)`. Modules that import
+jax, Orbax or Grain are imported inside functions, so that --help and the error for a mistyped flag appear at
+once.
 
-Exit codes. 0: success. 2: something the user gave cannot work. 75: stopped by a signal (SIGTERM, SIGUSR1,
-SIGHUP, Ctrl-C), after saving; 76: other processes cannot be reached; 134: another process was lost; after 75,
-76 and 134, run the command again with --resume. 130: interrupted. 141: stdout was closed by its reader.
+Exit codes. 0: success. 2: an error that the user can fix. 75: stopped by a signal (SIGTERM, SIGUSR1, SIGHUP,
+Ctrl-C), after saving. 76: other processes cannot be reached. 134: another process was lost. After 75, 76 and
+134, run the command again with --resume. 130: interrupted. 141: stdout was closed by its reader.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main(config_class, run, args: list[str] | None = None, *, several: bool = Fa
     docstring of the class, and a flag's text is the docstring of its field. Returns if `run` returns None or
     0; otherwise raises SystemExit with what `run` returned, or with one of the exit codes above.
     several: whether several processes may run the command together. If not, only the first of the processes
-    that a launcher starts runs it.
+    that a launcher starts runs the command.
     """
     _open_streams()
     for stream in (sys.stdin, sys.stdout):  # an ASCII terminal shows ? for other characters
@@ -147,7 +147,7 @@ def print_plan(title: str, rows: list[tuple[str, str]]) -> None:
 def open_model(config, source: str, *, asks: bool = True):
     """Start the devices and open the checkpoint that the flags name. Return (checkpoint, model).
 
-    source: the checkpoint's stage. asks: whether the command checks after every step if it is to stop.
+    source: stage of the checkpoint. asks: whether the command checks for a signal to stop after every step.
     """
     from jaxchat import checkpoint, devices
 
@@ -160,7 +160,7 @@ _base: list[str] = []  # base directories that base_directory() has set, the inn
 
 
 def after_base(tag: str, plain: bool) -> None:
-    """Print the command to run after pretraining: mid_train for a model of 2025 (`plain`), else chat_sft."""
+    """Print the command to run after pretraining: mid_train if `plain` (the 2025 model), else chat_sft."""
     next_step(f"python -m launch.{'mid_train' if plain else 'chat_sft --recipe=2026'} --model_tag={tag}")
 
 
@@ -173,7 +173,7 @@ def next_step(command: str, **flags: str) -> None:
 
 
 def runnable(command: str, **flags: str) -> str:
-    """Return a command that runs from here: with this Python, the base directory and the non-empty flags."""
+    """Complete a command to run from this folder, with this Python, base directory and non-empty `flags`."""
     found = shutil.which("python")
     # Give the path of this Python if `python` is another one.
     if not found or os.path.dirname(found) != os.path.dirname(sys.executable):
@@ -187,7 +187,7 @@ def runnable(command: str, **flags: str) -> str:
 
 @contextlib.contextmanager
 def base_directory(folder: Path) -> Iterator[None]:
-    """A context in which `folder` is the base directory of commands, and of the next commands they print."""
+    """Context in which `folder` is the base directory, also in the next commands that are printed."""
     outer = os.environ.get("JAXCHAT_BASE_DIR")
     _base.append(str(folder))
     os.environ["JAXCHAT_BASE_DIR"] = str(folder)
@@ -219,7 +219,7 @@ def progress(message: Callable[[], str], seconds: float) -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser of a dataclass's flags, inherited ones in a group for each class. Errors are UserErrors."""
+    """Parser of a dataclass's flags. --help groups inherited flags by class. Errors are UserErrors."""
 
     def __init__(self, prog: str, config_class):
         super().__init__(
@@ -269,7 +269,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Print each flag on a line of its own and its help on the next."""
+    """Help formatter that prints each flag on one line and its help text on the next."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=8, width=min(100, shutil.get_terminal_size().columns))
@@ -279,7 +279,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def _field_docs(cls) -> dict[str, str]:
-    """Return {field: its docstring} of a class, read from its source; {} if there is no source."""
+    """Return {field: the docstring below it}, read from the source of a class; {} if there is no source."""
     body = _class_bodies(sys.modules[cls.__module__]).get(cls.__name__, [])
     return {
         field.target.id: " ".join(below.value.value.split())
@@ -292,7 +292,7 @@ def _field_docs(cls) -> dict[str, str]:
 
 @cache  # a command's flags inherit from several classes of jaxchat.config
 def _class_bodies(module) -> dict[str, list[ast.stmt]]:
-    """Return {name of a class: its statements} of a module; {} if it has no source."""
+    """Return {class name: statements of the class body} of a module; {} if there is no source."""
     try:
         tree = ast.parse(inspect.getsource(module))
     except (OSError, TypeError):
@@ -343,7 +343,7 @@ def _raised_in(error: Exception, file: str) -> bool:
 
 
 def _reader_has_left() -> bool:
-    """Return whether stdout is the broken pipe (not a pipe to a worker); if so, discard what is buffered."""
+    """Return whether the broken pipe is stdout, not a pipe to a worker; if so, discard buffered output."""
     try:
         print(flush=True)  # with a newline, because a flush of an empty buffer writes nothing
     except BrokenPipeError:

@@ -10,8 +10,8 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Compile the training step of base_train for a TPU slice or GPUs that this host lacks. Print what it
-    needs of each device (memory, FLOPs, collectives, kernels) and the largest batch that fits."""
+    """Compile the training step of base_train for a TPU slice or GPUs that this host lacks. Print what the
+    step needs per device (memory, FLOPs, collectives, kernels) and the largest batch that fits."""
 
     arch: str = flag("2025", choices=tuple(ARCHITECTURES))
     """Architecture and optimizer, as in base_train: 2025 or 2026."""
@@ -82,7 +82,7 @@ def run(config: Config):
 
 
 def rows_of(plan, done) -> list[tuple[str, str]]:
-    """Return the plan's rows on what a compiled step needs and does."""
+    """Return rows (name, text) on a compiled step: memory, FLOPs, collectives, kernels, shortest time."""
     from jaxchat.model.flops import peak_flops
 
     rows = [("memory", memory(plan, done)), ("remat", done.remat)]
@@ -106,7 +106,7 @@ def rows_of(plan, done) -> list[tuple[str, str]]:
 
 
 def gathered(program) -> str:
-    """Describe how many of the bytes gathered over devices float8 saves."""
+    """Describe how many bytes float8 saves in all-gathers between devices."""
     sent = program.gathered()
     small, all_sent = sent.get("f8e4m3fn", 0.0), sum(sent.values())
     if not small:
@@ -117,8 +117,10 @@ def gathered(program) -> str:
 
 
 def at_best(found: dict, model_seconds: float) -> list[tuple[str, str]]:
-    """Describe the shortest possible time of a step and of its parts. model_seconds: time that the FLOPs by
-    formula take at the peak rate."""
+    """Describe the shortest possible time of a step and of its parts.
+
+    found: {part: bound on its time}. model_seconds: time of the FLOPs by formula at the peak rate.
+    """
     parts = sorted(found.items(), key=lambda item: -item[1].seconds)
     sending = found["collectives"].seconds
     computing = sum(bound.seconds for bound in found.values()) - sending
@@ -139,7 +141,7 @@ def memory(plan, done) -> str:
 
 
 def figures_of(plan, done) -> dict:
-    """Return {name: figure}, as --json prints them."""
+    """Return {name: figure} of a compiled step, for --json."""
     config = plan.config
     figures = {
         "depth": config.depth,
@@ -163,7 +165,7 @@ def figures_of(plan, done) -> dict:
 
 
 def training(config: Config, batch: int) -> str:
-    """Return the command that trains the compiled model, with `batch` rows a device."""
+    """Return the command that trains the compiled model, with `batch` rows per device."""
     words = [f"--depth={config.depth}", f"--device_batch_size={batch}"]
     if config.arch != BaseConfig.arch:
         words.insert(0, f"--arch={config.arch}")
@@ -175,7 +177,7 @@ def training(config: Config, batch: int) -> str:
 
 
 def remedy(plan, done, largest: int | None) -> str:
-    """Error for a step that does not fit. largest: largest device batch that fits; 0: none; None: unknown."""
+    """Error for a step too large for memory. largest: largest batch that fits; 0: none; None: unknown."""
     sizes = f"{done.needs / 1e9:.1f} GB of {plan.memory / 1e9:.0f} GB"
     message = f"a step of {plan.batch} rows a device needs {sizes}; "
     if done.remat != "full":

@@ -16,9 +16,9 @@ class Config(Flags):
     adds the model to a base directory of nanochat. Import: --from=hf --path=FOLDER --as=base --model_tag=NAME
     writes a checkpoint for midtraining, finetuning, evaluation and chat.
 
-    Weights, configuration, tokenizer and metadata are converted. So is the optimizer state of a base model
-    with nanochat's architecture of March 14, 2026 or later, for an import only if it was trained on one
-    device: the other program can then resume the run, reading its data from the start.
+    Weights, configuration, tokenizer and metadata are converted. Between jaxchat and nanochat, so is the
+    optimizer state of a base model with nanochat's architecture of March 14, 2026 or later (for an import, if
+    one device trained the model): the other program can resume the run, reading the data from the start.
     """
 
     to: str = flag("", choices=("", "hf", "nanochat"))

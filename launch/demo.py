@@ -59,7 +59,7 @@ def run(config: Config) -> int:
 
 
 def write(seed: int, folder: Path):
-    """Write the world's data under a folder."""
+    """Generate the world from `seed` and write its text and tasks under `folder`."""
     from jaxchat.demo import World, write_world
 
     rows = write_world(World(seed), folder)
@@ -67,7 +67,7 @@ def write(seed: int, folder: Path):
 
 
 def train(config: Config, tasks: Path):
-    """Train the tokenizer and the three stages, each by its command."""
+    """Train the tokenizer, then the stages base, mid and SFT, with the commands of a real run."""
     steps = {"base": config.base_steps, "mid": config.mid_steps, "sft": config.sft_steps}
     modules = (tok_train, base_train, mid_train, chat_sft)
     flags = commands(tasks, seed=config.seed, rows=config.device_batch_size, steps=steps)
@@ -77,9 +77,9 @@ def train(config: Config, tasks: Path):
 
 
 def score_and_report(seed: int, start: float | None = None) -> int:
-    """Score the held-out prompts, write the report, print the table; return 1 if a score misses its target.
+    """Score held-out prompts, write the report, print the scores; return 1 if a score misses its target.
 
-    start: when the demo began (time.perf_counter); None: unknown.
+    start: time.perf_counter() at the start of the demo; None: not known.
     """
     from jaxchat.demo import World
     from jaxchat.demo.score import passed, table
@@ -98,8 +98,7 @@ def score_and_report(seed: int, start: float | None = None) -> int:
 
 
 def ask(world) -> dict:
-    """Score the held-out prompts: {kind: Score}. Save the scores in the checkpoint's folder, for the
-    report."""
+    """Return {kind of prompt: Score} for held-out prompts; save the scores for the report."""
     from jaxchat import checkpoint
     from jaxchat.demo.score import score
     from jaxchat.infer.engine import Engine

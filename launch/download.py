@@ -82,8 +82,10 @@ class Config(Flags):
 
 
 def place(folder: str, to: str) -> Path:
-    """Return the path of a data set: `folder` in the base directory, with base_data, tasks or (for the
-    bundle) the base directory replaced by `to`, if it is given."""
+    """Return the path of a data set. folder: the path relative to the base directory.
+
+    to: replaces base_data, tasks or, for the CORE bundle, the base directory; "": the default.
+    """
     kind, _, rest = folder.partition("/")
     if kind not in ("base_data", "tasks"):
         return (user_path(to) if to else base_dir()) / folder

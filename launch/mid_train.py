@@ -5,7 +5,7 @@ from launch import cli
 
 
 def stage_for(config: MidConfig):
-    """Build the stage that the flags describe: start the devices, build the model, open the data."""
+    """Start the devices, build the model, open the data, and return the stage to train."""
     from jaxchat.data.pipelines import load_tasks
     from jaxchat.train import stages
 

@@ -95,7 +95,7 @@ def run(config: Config) -> int:
 
 
 def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
-    """Return (the steps, {name of a run: flags of base_train}). UserError: a flag cannot work."""
+    """Return (steps of the series, {run name: flags of base_train}). UserError: a flag is invalid."""
     from jaxchat.checkpoint import run_folder
 
     run_folder("base", config.name)  # a UserError if the name cannot be a folder's
@@ -127,7 +127,7 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
 
 
 def machine_of(config: Config) -> Machine:
-    """Return one run's share of this host: of its CPUs, or of its GPUs, taken as H100s at 40 % of peak."""
+    """Return the part of this host that one run uses, for estimates; GPUs count as H100s at 40 % of peak."""
     count = len(places_of(config))
     gpus = len(visible_gpus()) // count
     if gpus:
@@ -155,7 +155,7 @@ def numbers(name: str, text: str) -> list[float]:
 
 
 def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
-    """Return rows of the plan with the parameters and steps of each run."""
+    """Return rows (run name, number of parameters and of optimizer steps) of the plan."""
     from jaxchat.model.flops import num_params
     from jaxchat.train.stages import horizon_of
 
@@ -167,13 +167,13 @@ def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
 
 
 def places_of(config: Config) -> tuple[dict, ...]:
-    """Return environment variables for each of the concurrent runs, which set the GPUs that it sees."""
+    """Return the environment variables of each concurrent run, which assign GPUs to the run."""
     gpus = visible_gpus()
     return tuple(shares(gpus, config.parallel or max(1, len(gpus)), "parallel"))
 
 
 def report(config: Config, flags: dict[str, BaseConfig]):
-    """Write the page of the series, and print its fits."""
+    """Write the page of the series and print the fits. flags: {run name: flags of base_train}."""
     from jaxchat.report import document
     from jaxchat.scaling import fits, page, plots
 

@@ -11,8 +11,8 @@ class Config(Flags):
     """Report on a model: results of its stages side by side, curves, samples, and where and how each stage
     was trained. Missing stages are named and left out.
 
-    For several tags (d12,d20) the report is a page that compares these runs. It includes all evaluations'
-    JSON files beside the checkpoints. Nothing is trained or evaluated; only samples are generated.
+    For several tags (d12,d20) the report is a page that compares these runs. Results of evaluations are read
+    from the JSON files beside the checkpoints. Only samples are generated; nothing is trained or evaluated.
     """
 
     model_tag: str = ""
@@ -25,7 +25,7 @@ class Config(Flags):
 
 
 def run(config: Config, texts=(), questions=()):
-    """Write the report. texts, questions: prompts for the samples; empty: the usual ones of eval.samples."""
+    """Write the report. texts, questions: prompts for the samples; empty: those of eval.samples."""
     from jaxchat import files
     from jaxchat.eval.samples import PROMPTS, QUESTIONS
     from jaxchat.report import compare, document, plots

@@ -131,7 +131,7 @@ async def load(service, address: str, open_browser: bool):
 
 
 def make_service(config: Config, found: list, devices: list, compute: Compute):
-    """Build the service: models, with an engine per device, not yet started. Call it in the event loop."""
+    """Build the service: for each model a worker per device, not yet started. Call this in the event loop."""
     from jaxchat.serve.loop import Pool, Worker
     from jaxchat.serve.metrics import Metrics
     from jaxchat.serve.service import Defaults, Served, Service
@@ -159,7 +159,7 @@ def make_service(config: Config, found: list, devices: list, compute: Compute):
 
 
 def engine_opener(model, device, compute: Compute, slots: int, lock):
-    """Return a function that makes a context with the model's engine on a device, its shapes compiled.
+    """Return opened(on_progress), a context with the model's engine on a device and all shapes compiled.
 
     lock: held during compilation, so that models of the same shape compile once.
     """
@@ -185,9 +185,9 @@ def engine_opener(model, device, compute: Compute, slots: int, lock):
 
 
 def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]):
-    """Generate a token with each of the settings of ways_of, so that no client waits for a compilation.
+    """Generate a token with each of the settings from ways_of, so that no client waits for a compilation.
 
-    engine: made with few_shapes. on_progress: called with the number of settings done and the number of all.
+    engine: created with few_shapes. on_progress: called with the numbers of settings done and in total.
     """
     ways = ways_of(context)
     for done, settings in enumerate(ways):
@@ -197,7 +197,7 @@ def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]
 
 
 def ways_of(context: int) -> list[dict]:
-    """Settings of requests that together make an engine compile every shape; log-probabilities come last."""
+    """Return settings of requests that together use every shape of an engine, log-probabilities last."""
     from jaxchat.infer.scheduler import SHORTEST, bucket
 
     lengths = sorted({bucket(n, SHORTEST, context) for n in range(1, context + 1)})
@@ -242,8 +242,7 @@ def name_of(model) -> str:
 
 
 def fingerprint(model) -> str:
-    """The `system_fingerprint` in replies: version of jaxchat, hash of the model's stage, tag, step and
-    tokenizer."""
+    """The `system_fingerprint` in replies: version of jaxchat and hash of stage, tag, step and tokenizer."""
     about = f"{model.meta['stage']} {model.tag} {model.step} {model.meta['tokenizer_hash']}"
     return f"jaxchat-{importlib.metadata.version('jaxchat')}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
 
@@ -254,7 +253,7 @@ def keys_of(config: Config) -> tuple[str, ...]:
 
 
 def origins_of(config: Config) -> tuple[str, ...]:
-    """Parse --cors_origins, in lower case as browsers send origins. UserError: one is not an origin."""
+    """Parse --cors_origins, in lower case as browsers send origins. UserError: an item is not an origin."""
     origins = [origin.strip().lower() for origin in config.cors_origins.split(",") if origin.strip()]
     for origin in origins:
         if origin != "*" and not re.fullmatch(

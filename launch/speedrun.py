@@ -175,7 +175,7 @@ def perform(config: Config, plan: Plan, runner: Runner, redo: set[str]) -> int:
 
 
 def carry_out(runner: Runner, listed: list[Step], redo: set[str], price: float = 0.0) -> int:
-    """Run the runner's steps, and return the exit code. listed: all steps of the run. redo: steps of --redo.
+    """Run the steps of `runner`; return the exit code. listed: all steps of the run. redo: names in --redo.
 
     UserError: the run is in progress in another process, or an input is missing.
     """
@@ -205,7 +205,7 @@ def how_to_continue(code: int, command: str, config: Flags):
 
 
 def described(config: Config) -> Plan:
-    """Make the plan that the flags describe. UserError: the flags cannot work."""
+    """Make the plan that the flags describe. UserError: a flag is invalid."""
     if not config.preset:
         known = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
         raise UserError(f"which machine? give --preset=NAME ({known})")
@@ -242,7 +242,7 @@ def estimated(plan: Plan) -> Plan:
 
 
 def fit_step(plan: Plan) -> list[Step]:
-    """Return [the step that compiles base's training step], or [] without a compiler for its GPUs."""
+    """Return [step that compiles base's training step], or [] without a compiler for the preset's GPUs."""
     machine = plan.preset.machine
     if not machine.topology.startswith("h") or importlib.util.find_spec("jax_cuda13_plugin") is None:
         return []
@@ -256,9 +256,9 @@ def fit_step(plan: Plan) -> list[Step]:
 
 
 def with_flags(listed: list[Step], config: Config) -> tuple[list[Step], dict[str, Flags]]:
-    """Add the preset's and the user's flags to the steps. Return (the steps, {step: its parsed flags}).
+    """Add the preset's and the user's flags to the steps. Return (steps, {step name: parsed flags}).
 
-    UserError: a flag is wrong.
+    UserError: a flag is invalid.
     """
     found, parsed = [], {}
     for step in listed:
@@ -293,7 +293,7 @@ def names_in(words: list[str]) -> set[str]:
 
 
 def words_of(flags: Flags, given: set[str] = frozenset()) -> list[str]:
-    """Write flags as arguments of a command: those that were given or differ from their defaults."""
+    """Return arguments of a command: flags whose names are in `given` or whose values are not the default."""
     words = []
     for field in dataclasses.fields(flags):
         value, name = getattr(flags, field.name), field.metadata.get("name") or field.name
@@ -303,7 +303,7 @@ def words_of(flags: Flags, given: set[str] = frozenset()) -> list[str]:
 
 
 def check(plan: Plan, todo: list[Step]) -> list[str]:
-    """Run launch.check and print its lines; return the lines on what is missing and no step makes."""
+    """Run launch.check and print its lines; return those on missing items that no step in `todo` makes."""
     names = {step.name for step in todo}
     tasks = [word for word in plan_flags(plan, "sft") if word.startswith("--tasks_dir=")]
     words = [*plan_flags(plan, "base"), *tasks, "--resume"]

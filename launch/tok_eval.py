@@ -12,8 +12,8 @@ from launch.tok_train import documents
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Compare the average number of bytes per token of this tokenizer and others: the more, the more text
-    fits in a row. It is measured on training and validation text, modules of Python's library, worked
+    """Compare the average number of bytes per token of this tokenizer and others: with a higher number,
+    more text fits in a row. The texts are training and validation text, modules of Python's library, worked
     mathematics, and fifteen languages.
 
     The results are written beside the tokenizer, as tok_eval.csv and .json.

@@ -81,7 +81,7 @@ def run(config: Config):
 
 
 def check_replaceable(runs: list[Path], tokenizer, folder: Path):
-    """Raise UserError if one of `runs` (those without their own tokenizer) was trained with another one."""
+    """Raise UserError if a run was trained with another tokenizer. runs: folders without a tokenizer copy."""
     from jaxchat import checkpoint
 
     for run in runs:

@@ -1,7 +1,8 @@
-"""Fit scaling laws to a series of runs: isoFLOP minima, power laws, and loss as a function of N and D.
+"""Fit scaling laws to a series of runs: isoFLOP minima, power laws, and loss by parameters N and tokens D.
 
-Hoffmann et al. 2022 (Chinchilla), approaches 2 and 3. Where the noise of the runs around a fit is known, 95 %
-intervals are a parametric bootstrap: the fit is repeated on losses drawn from itself with this noise.
+The methods are approaches 2 and 3 of Hoffmann et al. 2022 (Chinchilla). If there are enough runs to estimate
+their noise around a fit, 95 % intervals come from a parametric bootstrap: the fit is repeated on simulated
+losses, the fitted losses plus random noise of this size.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import dataclasses
 import numpy as np
 from scipy import optimize, stats
 
-DRAWS = 400  # bootstrap samples for isoFLOP intervals; a surface's, which are slower, use a quarter
+DRAWS = 400  # bootstrap samples for isoFLOP intervals; the slower fit of a surface uses a quarter
 LEVEL = 0.95
 
 
@@ -28,7 +29,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A fitted value and its interval, which is NaN if there are too few runs."""
+    """A fitted value with the bounds of its 95 % interval, which are NaN if there are too few runs."""
 
     value: float
     low: float = np.nan
@@ -42,7 +43,10 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Minimum:
-    """The minimum of a budget's parabola in log N. inside: N is between the smallest and largest model."""
+    """The best model for a budget of FLOPs: the minimum of a parabola fitted to loss over log N.
+
+    inside: whether its number of parameters N is between those of the smallest and the largest trained model.
+    """
 
     budget: float
     parabola: np.ndarray  # coefficients of the loss in log N, highest power first
@@ -54,7 +58,10 @@ class Minimum:
 
 @dataclasses.dataclass(frozen=True)
 class IsoFlop:
-    """The laws N ∝ C^a and D ∝ C^b of the best models. lines: (slope, intercept) of log N and log D."""
+    """The fits N ∝ C^a and D ∝ C^b: parameters N and tokens D of the best model for C FLOPs.
+
+    lines: (slope, intercept) of log N and of log D over log C.
+    """
 
     minima: list[Minimum]
     a: Estimate
@@ -65,7 +72,7 @@ class IsoFlop:
 
 @dataclasses.dataclass(frozen=True)
 class Surface:
-    """The law loss = E + A/N^alpha + B/D^beta, and the exponents of the best N ∝ C^a and D ∝ C^b under it."""
+    """The fit loss = E + A/N^alpha + B/D^beta, and the exponents a, b it implies for N ∝ C^a and D ∝ C^b."""
 
     E: Estimate
     A: Estimate
@@ -87,16 +94,16 @@ def power_law(x, y) -> np.ndarray:
 
 
 def slope_of(x, y) -> Estimate:
-    """Fit y ∝ x^k; return k, with Student's t interval from the residuals (NaN with fewer than 3 points)."""
+    """Fit y ∝ x^k; return k with a 95 % interval by Student's t distribution (NaN for under 3 points)."""
     line = stats.linregress(np.log(x), np.log(y))
     half = stats.t.ppf((1 + LEVEL) / 2, len(x) - 2) * line.stderr if len(x) > 2 else np.nan
     return Estimate(float(line.slope), float(line.slope - half), float(line.slope + half))
 
 
 def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
-    """Find the best model of a budget by a parabola; None: the parabola has no minimum.
+    """Find the minimum of a parabola fitted to loss over log N; None if the parabola has no minimum.
 
-    losses: used instead of the losses of the points.
+    points: the models of one budget. losses: replace the losses of `points`, for the bootstrap.
     """
     log_n, log_d = np.log([p.parameters for p in points]), np.log([p.tokens for p in points])
     parabola = np.polyfit(log_n, [p.loss for p in points] if losses is None else losses, 2)
@@ -109,7 +116,7 @@ def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
 
 
 def by_budget(points: list[Point]) -> dict[float, list[Point]]:
-    """Group points by budget, in order of size; a budget with fewer than three points is left out."""
+    """Group points by budget and sort them by model size; leave out budgets with fewer than three points."""
     found: dict[float, list[Point]] = {}
     for point in sorted(points, key=lambda point: point.parameters):
         found.setdefault(point.budget, []).append(point)
@@ -117,7 +124,7 @@ def by_budget(points: list[Point]) -> dict[float, list[Point]]:
 
 
 def iso_flop(points: list[Point]) -> IsoFlop | None:
-    """Fit a parabola to each budget and power laws to their minima; None: fewer than two have a minimum.
+    """Fit a parabola to each budget, then power laws to the minima; None for fewer than two minima.
 
     The intervals come from the noise around the parabolas if some budget has four models or more, else from
     the residuals of the minima around the power laws.
@@ -152,7 +159,7 @@ def iso_flop(points: list[Point]) -> IsoFlop | None:
 
 
 def surface(points: list[Point]) -> Surface | None:
-    """Fit loss = E + A/N^alpha + B/D^beta; None: fewer than seven runs, or all have the same ratio D : N."""
+    """Fit loss = E + A/N^alpha + B/D^beta; None for under seven runs or if D : N hardly varies."""
     n, d, loss = (np.array([getattr(p, name) for p in points]) for name in ("parameters", "tokens", "loss"))
     if len(points) < 7 or np.std(np.log(n / d)) < 0.1:
         return None
@@ -167,7 +174,7 @@ def surface(points: list[Point]) -> Surface | None:
         draws.append(refined(best, n, d, fitted * np.exp(scale * random.standard_normal(len(points)))))
 
     def numbers(p) -> tuple:
-        """Return (E, A, alpha, B, beta, a, b)."""
+        """Convert `p` of log_parts to (E, A, alpha, B, beta, a, b), the fields of Surface."""
         exponents = p[2] + p[4]
         return np.exp(p[0]), np.exp(p[1]), p[2], np.exp(p[3]), p[4], p[4] / exponents, p[2] / exponents
 
@@ -175,7 +182,7 @@ def surface(points: list[Point]) -> Surface | None:
 
 
 def log_parts(p, n, d) -> np.ndarray:
-    """Logs of E, A/N^alpha and B/D^beta [3, points] for p = (log E, log A, alpha, log B, beta)."""
+    """Logarithms of the terms E, A/N^alpha, B/D^beta: [3, points]. p: (log E, log A, alpha, log B, beta)."""
     return np.stack([np.full(len(n), p[0]), p[1] - p[2] * np.log(n), p[3] - p[4] * np.log(d)])
 
 
@@ -184,7 +191,7 @@ def log_loss(p, n, d) -> np.ndarray:
 
 
 def refined(start, n, d, loss) -> np.ndarray:
-    """Refine the fit `start` by minimizing the Huber loss of log-loss residuals, robust to outliers."""
+    """Improve the parameters `start` of log_parts by minimizing the Huber loss of log-loss residuals."""
     bounds = [-20, -20, 0.0, -20, 0.0], [5, 60, 3.0, 60, 3.0]
 
     def slopes(p):
@@ -205,7 +212,7 @@ def refined(start, n, d, loss) -> np.ndarray:
 
 
 def grid_start(n, d, loss) -> np.ndarray:
-    """Find the best start on a grid of alpha and beta, with E, A, B ≥ 0 by least squares for each."""
+    """Return parameters of log_parts: the best of a grid of alpha and beta, with E, A, B by least squares."""
     best, start = np.inf, None
     for alpha in np.arange(0.1, 1.01, 0.1):
         for beta in np.arange(0.1, 1.01, 0.1):

@@ -14,7 +14,7 @@ OUTSIDE = "the minimum is outside the range of trained sizes: add smaller or lar
 
 
 def point_of(name: str, tag: str, budget: float = 0.0) -> Point | None:
-    """Read a trained base model as a Point; None: it is missing, or its bits per byte were not measured."""
+    """Read the results of base model `tag` as a Point; None if its validation bits per byte are missing."""
     from jaxchat.model.flops import num_params
 
     run = read_stage("base", tag)
@@ -27,7 +27,7 @@ def point_of(name: str, tag: str, budget: float = 0.0) -> Point | None:
 
 
 def markdown(title: str, points: list[Point], images: Images, lines: list[str]) -> str:
-    """Format a series as a page. images: referenced by file name; lines: the description by `said`."""
+    """Format a series as a markdown page. images: plots to link. lines: paragraphs from `said`."""
     rows = [
         [
             point.name,
@@ -47,7 +47,7 @@ def markdown(title: str, points: list[Point], images: Images, lines: list[str]) 
 
 
 def said(points: list[Point], iso: IsoFlop | None, law: Surface | None) -> list[str]:
-    """Describe the fits in words and tables, with 95 % intervals."""
+    """Return markdown paragraphs and tables that describe the fits, with 95 % intervals."""
     parts = []
     if iso:
         rows = [minimum_row(found) for found in iso.minima]

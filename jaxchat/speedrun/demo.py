@@ -1,4 +1,4 @@
-"""The demo's commands: launch.demo runs them in its own process, launch.speedrun as steps."""
+"""The commands of the demo, which launch.demo runs in one process and launch.speedrun as subprocesses."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ STEPS = {"base": 220, "mid": 1370, "sft": 200}
 def commands(tasks: Path, *, seed: int, rows: int, steps: dict[str, int]) -> dict[str, list[str]]:
     """Return the demo's commands in order, as {module in launch: flags}.
 
-    tasks: folder of the world's .jsonl files. rows: device batch size of base and mid; SFT's is twice that.
+    tasks: folder of the world's .jsonl files. rows: device batch size of base and mid; for SFT it is doubled.
     steps: number of optimizer steps of each stage.
     """
     common = [f"--model_tag={TAG}", f"--seed={seed}", "--device_type=cpu"]

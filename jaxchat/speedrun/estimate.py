@@ -1,4 +1,4 @@
-"""Estimate a run's tokens, time, memory and disk before it starts; measured times replace these later."""
+"""Estimate tokens, time, memory and disk of a run before it starts; progress.py uses measured times later."""
 
 import dataclasses
 import math
@@ -41,8 +41,8 @@ class Machine:
 def time_of(steps: list[Step], times: dict[str, float], places: int = 1) -> float:
     """Time until all steps have ended, in the unit of `times`.
 
-    A step starts when its lane has a free slot and its inputs exist. times: duration of each step, by name.
-    places: number of slots of the lane "devices".
+    A step starts when its lane ("devices" or "network") has a free slot and its inputs exist. times: {step
+    name: duration}. places: number of slots of the lane "devices"; the lane "network" has one.
     """
     free: dict[str, list[float]] = {"devices": [0.0] * places, "network": [0.0]}  # when each slot is free
     made: dict[Artifact, float] = {}
@@ -74,7 +74,7 @@ def train_tokens(config, model: ModelConfig) -> float:
 
 
 def conversation_tokens(config: SFTConfig, model: ModelConfig) -> int:
-    """Estimated number of tokens that a conversation takes in SFT's rows."""
+    """Estimated number of tokens per conversation in the training rows of SFT, padding included."""
     length = min(SFT_TOKENS, config.max_seq_len if config.max_seq_len > 0 else model.sequence_len)
     return length // 2 if config.packing == "bestfit" else length  # bestfit rows have no padding
 
@@ -92,7 +92,7 @@ def step_tokens(config, model: ModelConfig) -> float:
 
 
 def validation_tokens(config, model: ModelConfig, tokens: float, core: bool) -> float:
-    """Number of tokens read by evaluations while a trainer trains on `tokens`. core: CORE is measured too."""
+    """Tokens that evaluations read during training on `tokens` tokens. core: whether CORE is measured."""
     steps = tokens / step_tokens(config, model)
 
     def times(every: int, first: int = 0) -> int:
@@ -110,22 +110,22 @@ def validation_tokens(config, model: ModelConfig, tokens: float, core: bool) -> 
 
 
 def core_tokens(max_per_task: int) -> float:
-    """Number of tokens in CORE's prompts. max_per_task: number of items of each task; -1: all."""
+    """Number of tokens in CORE's prompts. max_per_task: maximum number of items of a task; -1: all."""
     return CORE_TOKENS * (min(1.0, 22 * max_per_task / CORE_ITEMS) if max_per_task > 0 else 1.0)
 
 
 def eval_tokens(config, core: bool) -> float:
-    """Number of tokens that base_eval with flags `config` reads, with or without CORE."""
+    """Number of tokens that base_eval with flags `config` reads. core: whether it measures CORE."""
     return 2 * config.eval_tokens + (core_tokens(config.max_per_task) if core else 0)
 
 
 def chat_eval_minutes(config) -> float:
-    """Guess the minutes that chat_eval with flags `config` takes, on any machine."""
+    """Rough estimate of the minutes that chat_eval with flags `config` takes, the same for every machine."""
     return CHAT_EVAL * (min(1.0, config.max_problems / CHAT_PROBLEMS) if config.max_problems > 0 else 1.0)
 
 
 def train_minutes(config, model: ModelConfig, machine: Machine, core: bool) -> float:
-    """Minutes that a trainer takes, evaluations included; 0: not known. core: CORE is measured too."""
+    """Minutes that a trainer takes, with its evaluations; 0: not known. core: whether it measures CORE."""
     from jaxchat.model.flops import flops_per_token
 
     tokens = train_tokens(config, model)
@@ -136,7 +136,7 @@ def train_minutes(config, model: ModelConfig, machine: Machine, core: bool) -> f
 
 
 def read_minutes(tokens: float, model: ModelConfig, machine: Machine) -> float:
-    """Minutes to evaluate a model on `tokens`, with a third of training's FLOPs at half of its FLOP/s."""
+    """Minutes to evaluate on `tokens` tokens, at a third of the FLOPs and half of the FLOP/s of training."""
     from jaxchat.model.flops import flops_per_token
 
     return machine.start + 2 / 3 * tokens * flops_per_token(model) / machine.flops / 60
@@ -153,6 +153,6 @@ def state_bytes(model: ModelConfig) -> int:
 
 
 def shards_for(config: BaseConfig, model: ModelConfig) -> int:
-    """Number of shards for training without repeating any, plus 10 % to spare, plus one for validation."""
+    """Number of shards to download: enough to train without repetition, 10 % more, and one for validation."""
     tokens = train_tokens(config, model)
     return max(2, math.ceil(1.1 * tokens * BYTES_A_TOKEN / SHARD_BYTES) + 1)

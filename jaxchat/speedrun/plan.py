@@ -1,4 +1,4 @@
-"""Plan a run before it starts: the model, its tokens, time, cost, memory and disk."""
+"""Plan of a run, made before it starts: model, training tokens, time, cost, memory and disk."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from jaxchat.speedrun.steps import Checkpoint, Step
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run as described by flags. flags: the parsed flags by step name, for steps with a flags class."""
+    """Steps and settings of a run. flags: {step name: parsed flags}, for steps that users can configure."""
 
     preset: Preset
     tag: str
@@ -52,7 +52,7 @@ class Plan:
         return int(shards[0]) * estimate.SHARD_FILE if shards else estimate.TASK_FILES
 
     def disk(self, todo: list[Step]) -> float:
-        """Bytes that the steps in `todo` will write: downloads, and the checkpoints that each stage keeps."""
+        """Bytes that the steps in `todo` will write: downloads, and the checkpoints kept for each stage."""
         from jaxchat import checkpoint
         from jaxchat.store import KEEP
 
@@ -66,7 +66,7 @@ class Plan:
         return text + tasks + count * estimate.state_bytes(self.model)
 
     def rows(self, todo: list[Step], left: dict[str, float], spent: float = 0.0) -> list[tuple[str, str]]:
-        """Rows of the plan, (name, value). left: seconds each step in `todo` takes; spent: seconds so far."""
+        """Rows (name, value) of the plan. left: {name: seconds} for `todo`. spent: seconds so far."""
         from jaxchat.model.flops import num_params
 
         machine, model, size = self.preset.machine, self.model, files.size_text
@@ -98,7 +98,7 @@ class Plan:
         return rows
 
     def memory(self) -> str:
-        """Describe the memory that weights and optimizer take, and how to find what the whole step needs."""
+        """State the memory of weights and optimizer, and the command to compute the total for a step."""
         machine, state = self.preset.machine, estimate.state_bytes(self.model)
         needed = f"weights and optimizer take {files.size_text(state / machine.devices)} of each device"
         if not machine.memory:
@@ -111,8 +111,8 @@ class Plan:
 def table(steps: list[Step], why: dict[str, str], seconds: dict[str, float], flags: bool = True) -> list[str]:
     """Format steps as lines of name, state, time and command.
 
-    why: reasons by name of the steps to do. seconds: by name, the time left of the steps to do and the time
-    taken of the others; 0: not known. flags: show the commands with their flags.
+    why: {name: reason} of the steps to do. seconds: {name: seconds}, the time that a step to do will take or
+    that a completed step took; 0: not known. flags: whether to show the flags of the commands.
     """
     names = max(len(step.name) for step in steps)
     lines = [f"  {'step':<{names}}  {'state':<5}  {'time':>7}  command"]

@@ -28,9 +28,9 @@ H100, V5E, V6E = 989e12, 197e12, 918e12  # peak FLOP/s
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A run for a kind of machine.
+    """Settings of a run for a kind of machine.
 
-    flags: additional flags by step name. recipe: a key of RECIPES. text: name of the data set to train on.
+    flags: {step name: additional flags}. recipe: a key of RECIPES. text: name of the data set to train on.
     """
 
     about: str
@@ -123,7 +123,7 @@ class Places:
         return (Files(place if place.endswith(".zip") else f"{place}/*"),)
 
     def flags(self, *names: str) -> list[str]:
-        """Flags that give those of the named paths that the user gave."""
+        """Return --name=path for each of the paths `names` that the user gave."""
         given = {name: getattr(self, name) for name in names}
         return [f"--{name}={value}" for name, value in given.items() if value not in ("", NONE)]
 
@@ -153,7 +153,10 @@ def demo_steps() -> list[Step]:
 
 
 def first_text(places: Places, shards: int, text: str) -> Files:
-    """The shards to train the tokenizer on: all of few or of a user's folder, else the first of many."""
+    """The shards to train the tokenizer on: those that the step "first-text" downloads, or all shards.
+
+    There is no such step if the user gave a folder or there are few shards. text: name of the data set.
+    """
     if places.data_dir or shards <= TOKENIZER_SHARDS:
         return text_of(places, shards)
     first = TOKENIZER_SHARDS - (text == "climbmix")  # one of climbmix's is its last, for validation
@@ -163,7 +166,8 @@ def first_text(places: Places, shards: int, text: str) -> Files:
 def downloads(places: Places, shards: int, text: str) -> list[Step]:
     """Steps that download the data for which the user gave no path.
 
-    The first shards are downloaded first, so that the tokenizer trains while the others are downloaded.
+    The step "first-text" downloads the shards for the tokenizer, which then trains during further downloads.
+    text: name of the data set.
     """
 
     def fetch(name: str, *words: str, **about) -> Step:
@@ -185,7 +189,7 @@ def downloads(places: Places, shards: int, text: str) -> list[Step]:
 
 
 def text_of(places: Places, shards: int) -> Files:
-    """The training text: complete with `shards` files, or with two in a folder that the user gave."""
+    """All shards of text. They are complete if there are `shards` files, or two in a folder of the user."""
     return places.text if places.data_dir else dataclasses.replace(places.text, least=shards)
 
 

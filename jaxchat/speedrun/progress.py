@@ -32,7 +32,7 @@ class Pace:
 
 
 def pace_of(step: Step) -> Pace | None:
-    """Read a trainer's pace from its metrics.jsonl; None: it trains nothing or has logged too few steps."""
+    """Read a trainer's pace from metrics.jsonl; None if `step` is not a trainer or has logged too little."""
     paths = [artifact.folder / "metrics.jsonl" for artifact in step.makes if isinstance(artifact, Checkpoint)]
     if not paths or not paths[0].exists():
         return None
@@ -55,10 +55,10 @@ def pace_of(step: Step) -> Pace | None:
 
 
 def scale_of(steps: list[Step], done: dict[str, float]) -> float:
-    """Ratio of measured to planned time, over the steps on devices that are done or have trained.
+    """Ratio of measured to planned time of the steps on devices that are done or have logged a pace.
 
-    done: seconds that each completed step took. A fraction PRIOR of the plan is assumed to take as long as
-    planned, so that a short first step changes the estimate of the long ones only a little.
+    done: {name: seconds} of completed steps. A fraction PRIOR of the plan is assumed to take as long as
+    planned, so that a short first step hardly changes the estimates of long steps.
     """
     planned = {step.name: 60 * step.minutes for step in steps if step.lane == "devices"}
     prior = PRIOR * sum(planned.values())
@@ -72,15 +72,15 @@ def scale_of(steps: list[Step], done: dict[str, float]) -> float:
 
 
 def seconds_left(step: Step, scale: float) -> float:
-    """Seconds that a step still takes, at its own pace or else as planned × `scale`; 0: not known."""
+    """Remaining seconds of a step: by its logged pace, or else planned time × `scale`; 0: not known."""
     pace = pace_of(step)
     return pace.left if pace else 60 * step.minutes * (scale if step.lane == "devices" else 1.0)
 
 
 def outlook(steps: list[Step], took: dict[str, float], why: dict[str, str]) -> dict[str, float]:
-    """Return {name: seconds that it still takes} of the steps to do.
+    """Return {name: remaining seconds} of the steps to do.
 
-    took: seconds that each step has taken so far. why: reasons of the steps to do. Measured times of steps
+    took: {name: seconds so far} of all steps. why: {name: reason} of the steps to do. Measured times of steps
     that --redo repeats are ignored.
     """
     done = {name: seconds for name, seconds in took.items() if name not in why}
@@ -110,7 +110,7 @@ class Progress:
             self.write("running")
 
     def left_of(self, step: Step, scale: float) -> float | None:
-        """Seconds that a step still takes; 0: it is done; None: not known."""
+        """Remaining seconds of a step; 0: the step is done; None: not known."""
         if step.name in self.runner.done:
             return 0.0
         left, running = seconds_left(step, scale), self.runner.running.get(step.name)
@@ -146,7 +146,7 @@ class Progress:
         return f"all {len(self.steps)} steps are done, in {duration(self.spent())}{cost}"
 
     def spent(self) -> float:
-        """Seconds spent on these steps, including earlier starts of the run."""
+        """Seconds spent on the run so far, including earlier starts."""
         return self.before + time.monotonic() - self.began
 
     def write(self, state: str):

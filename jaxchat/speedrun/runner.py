@@ -21,9 +21,9 @@ PAUSE = 1.0  # seconds before a step is restarted
 
 
 class Running:
-    """A running step: its subprocess, which holds `lock`, and its log.
+    """A running step: a subprocess, which holds the step's lock, and the log of its output.
 
-    words: the command. lock: file descriptor. place: environment variables of the slot that the step takes.
+    words: the command. lock: descriptor of the lock file. place: environment variables of the step's slot.
     """
 
     def __init__(self, step: Step, log, words: list[str], lock: int, place: dict):
@@ -43,7 +43,7 @@ class Running:
         os.close(lock)
 
     def follow(self, show: Callable[[str], None]) -> int:
-        """Copy output to the log and to `show` until the step ends; return its code, 128 + n for signal n."""
+        """Copy output to the log and to `show` until the step ends. Return its code, 128 + n for signal n."""
         reader = threading.Thread(target=self.read, args=[show], daemon=True)
         reader.start()
         code = self.process.wait()
@@ -65,10 +65,10 @@ class Running:
 
 
 class Runner:
-    """Run steps in order: different lanes in parallel, and in one lane as many steps as it has slots."""
+    """Run steps in order, in parallel if they are in different lanes or their lane has several slots."""
 
     def __init__(self, steps: list[Step], state: State, *, restarts: int, places: tuple[dict, ...] = ({},)):
-        """places: the slots of the lane "devices", each with the environment variables of its steps."""
+        """places: environment variables for the steps in each slot of the lane "devices"."""
         self.steps, self.state, self.restarts = steps, state, restarts
         self.free = {"devices": list(places), "network": [{}]}
         self.parallel = len(places)
@@ -96,7 +96,7 @@ class Runner:
         return os.EX_TEMPFAIL if self.stopped else self.failed
 
     def wait(self):
-        """Wait until a step ends, for at most half a second."""
+        """Wait at most half a second for a step to end, and record how it ended."""
         try:
             name, code = self.events.get(timeout=0.5)
         except queue.Empty:
@@ -136,9 +136,9 @@ class Runner:
         threading.Thread(target=self.follow, args=[running], daemon=True).start()
 
     def claim(self, step: Step) -> int | None:
-        """Acquire a step's lock and return its file descriptor; None: a signal came meanwhile.
+        """Acquire a step's lock and return its file descriptor; None: a signal to stop came first.
 
-        If a process that a killed run left behind holds the lock, send it SIGTERM and wait until it ends.
+        If a process that a killed run left behind holds the lock, send SIGTERM and wait until it ends.
         """
         asked = ""
         while not self.stopped:
@@ -159,7 +159,7 @@ class Runner:
         self.events.put((running.step.name, code))
 
     def ended(self, running: Running, code: int):
-        """Record how a step ended: done, to be restarted, or failed, which ends the run."""
+        """Record the end of a step. After a failure, start the step again or end the run."""
         step, seconds = running.step, time.monotonic() - running.began
         running.log.close()
         lacking = [] if code else [made.title for made in step.makes if not made.found()]
@@ -198,9 +198,9 @@ class Runner:
 
 @contextlib.contextmanager
 def hearing(heard: Callable[[int], None]):
-    """Within this context, call heard(number) on each signal to stop.
+    """Context in which each signal to stop (SIGTERM, SIGUSR1, SIGINT, SIGHUP) calls heard(number).
 
-    number: SIGINT for SIGINT, SIGTERM for the others. Signals ignored before (SIGHUP under nohup) stay so.
+    number: SIGINT for SIGINT, else SIGTERM. A signal ignored before, as SIGHUP is under nohup, stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield

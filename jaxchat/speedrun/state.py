@@ -1,8 +1,8 @@
 """Record each step's command, inputs and outputs, and decide from these records which steps must run.
 
-<base directory>/speedrun/<tag>/<step>.json has a step's command and the fingerprints of its inputs, written
-before it starts, and the fingerprints of its outputs, added once it has ended with exit code 0. A step is
-done if its command and all fingerprints are unchanged.
+<base directory>/speedrun/<tag>/<step>.json holds a step's command and the fingerprints of its inputs, written
+before the step starts. The fingerprints of its outputs are added when the step ends with exit code 0. A step
+is done if its command and all fingerprints are unchanged.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ REDO = "redo"  # name of the file with the steps whose outputs --redo deleted, u
 
 
 class State:
-    """The records of a run's steps, in a folder."""
+    """The records of a run's steps, as JSON files in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -32,7 +32,7 @@ class State:
         return read_json(self.path(name))
 
     def seconds(self, steps: list[Step]) -> dict[str, float]:
-        """Return {name: seconds spent on the step}. A killed start counts once the step starts again."""
+        """Return {name: seconds spent on the step}. A killed attempt counts once the step starts again."""
         return {step.name: self.record(step.name).get("seconds", 0.0) for step in steps}
 
     def incomplete(self, step: Step) -> bool:
@@ -51,7 +51,7 @@ class State:
         files.write_json(self.path(step.name), record)
 
     def unrecorded(self, step: Step, record: dict) -> float:
-        """Seconds that a killed start took, from its beginning to the last line of its log."""
+        """Seconds from the start of a killed attempt to its last log line; 0: no attempt was killed."""
         log = self.path(step.name, "log")
         if not record or "code" in record or not log.exists():
             return 0.0
@@ -59,7 +59,7 @@ class State:
         return max(0.0, log.stat().st_mtime - began)
 
     def end(self, step: Step, seconds: float, code: int):
-        """Record the time a step took, its exit code and, if that is 0, its outputs."""
+        """Add the time and the exit code to a step's record and, if the code is 0, the step's outputs."""
         record = self.record(step.name)
         record |= {"seconds": record.get("seconds", 0.0) + seconds, "code": code}
         if not code:
@@ -67,7 +67,7 @@ class State:
         files.write_json(self.path(step.name), record)
 
     def why_to_do(self, step: Step, remade: frozenset[Artifact] = frozenset()) -> str | None:
-        """Return the reason why a step must run ("": none to show); None: by its record and files it is done.
+        """Return why a step must run ("": nothing to show), or None if record and files show that it is done.
 
         remade: artifacts that earlier steps will make again. UserError: the step's flags or inputs differ
         from those it was run with.
@@ -108,10 +108,10 @@ class State:
         return "; ".join(parts)
 
     def again(self, steps: list[Step], names: set[str]) -> set[str]:
-        """Names of the steps to do again for --redo=names: these, and all that need their outputs.
+        """Names of the steps that --redo=names repeats: `names`, and all steps that need their outputs.
 
-        Empty if an earlier start with the same --redo deleted the outputs and did not complete the run, which
-        then continues.
+        Empty if an earlier start with the same --redo has already deleted the outputs but not completed the
+        run: then the run continues.
         """
         found = dependents(steps, names)
         return found if read_json(self.path(REDO)) != commands_of(steps, names) else set()
@@ -152,7 +152,7 @@ def to_do(state: State, steps: list[Step], chosen: list[Step], redo: set[str]) -
 
 
 def check_inputs(state: State, steps: list[Step], selected: list[Step], again: set[str] = frozenset()):
-    """Raise UserError if an input of a selected step is missing or incomplete, and no selected step makes it.
+    """Raise UserError if a selected step needs a missing or incomplete input that no selected step makes.
 
     again: names of the steps whose outputs --redo will delete.
     """

@@ -1,7 +1,7 @@
 """The steps of a run as data: each step's command, inputs and outputs.
 
-Inputs and outputs are artifacts: files, checkpoints and evaluation results. A step comes after the steps
-that make its inputs.
+Inputs and outputs are artifacts: files, checkpoints and evaluation results. In a list of steps, each comes
+after the steps that make its inputs.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ class Artifact:
         return ""
 
     def begun(self) -> bool:
-        """Return whether an interrupted run left a part of the artifact from which a step can continue."""
+        """Return whether an interrupted run left a partial artifact from which the step can continue."""
         return False
 
     def delete(self):
-        """Delete the artifact. By default do nothing, because the step's command overwrites it."""
+        """Delete the artifact. The default does nothing, because commands overwrite their outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Files(Artifact):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint(Artifact):
-    """The last checkpoint of a stage under a tag."""
+    """The last checkpoint of a stage, such as "sft", of the model with this tag."""
 
     stage: str
     tag: str
@@ -100,7 +100,7 @@ class Checkpoint(Artifact):
         return self.last() is not None
 
     def delete(self):
-        """Delete the run's folder atomically. UserError: a trainer is using it."""
+        """Delete the run's folder atomically. UserError: a trainer is using the folder."""
         if not self.folder.is_dir():
             return
         from jaxchat import store
@@ -115,7 +115,7 @@ class Checkpoint(Artifact):
 
 @dataclasses.dataclass(frozen=True)
 class Results(Artifact):
-    """Results that a command has measured on a stage's last checkpoint."""
+    """Results that `command` ("base_eval" or "chat_eval") measured on a stage's last checkpoint."""
 
     stage: str
     tag: str
@@ -135,8 +135,8 @@ class Step:
     """A command of a run.
 
     argv: words of the command. makes: artifacts it writes; (): none are tracked, so the step always runs.
-    needs: artifacts it reads. minutes: estimated time; 0: not known. lane: "devices" or "network", which run
-    in parallel. resumes: whether the command takes --resume. free: flags that may differ from start to start.
+    needs: artifacts it reads. minutes: estimated time; 0: not known. lane: "devices" or "network"; both run
+    in parallel. resumes: whether the command takes --resume. free: flags that may differ between starts.
     """
 
     name: str
@@ -150,7 +150,7 @@ class Step:
 
     @property
     def fixed(self) -> list[str]:
-        """Words of the command that must not change from start to start: all but Python's path and `free`."""
+        """Words of the command that must be equal at every start: all but Python's path and `free` flags."""
         words = self.argv[1:] if self.argv[1:2] == ("-m",) else self.argv
         return [word for word in words if word.partition("=")[0].lstrip("-") not in self.free]
 
@@ -185,7 +185,7 @@ def named(steps: list[Step], flag: str, text: str) -> set[str]:
 
 
 def chosen(steps: list[Step], first: str = "", last: str = "", only: str = "") -> list[Step]:
-    """The steps from `first` to `last`, or those named in `only`. UserError: no steps, or an unknown name."""
+    """Return the steps from `first` to `last`, or those in the list `only`. UserError: invalid choice."""
     if only and (first or last):
         raise UserError("--only contradicts --from and --until; leave them out")
     if only:

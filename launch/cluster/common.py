@@ -14,7 +14,7 @@ MOUNTED = ("implicit-dirs", "rename-dir-limit=200000")
 
 
 def secret_names(text: str, *, here: bool) -> list[str]:
-    """Split a list of environment variables. UserError: a name is invalid or, if `here`, one is not set."""
+    """Parse --secrets into a list of names. UserError: a name is invalid or, if `here`, not set here."""
     names = [name for name in text.split(",") if name]
     for name in names:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
@@ -32,7 +32,7 @@ def check_name(name: str):
 
 
 def submit(file: str, text: str, words: list[str], dry_run: bool):
-    """Print a file, write it here, then run the command that submits it; a dry run only prints both."""
+    """Print a file, write it to the current folder, and run the command `words`. dry_run: only print both."""
     print(f"# {file}\n{text}", flush=True)
     if not dry_run:
         Path(file).write_text(text, encoding="utf-8")
@@ -40,7 +40,7 @@ def submit(file: str, text: str, words: list[str], dry_run: bool):
 
 
 def perform(words: list[str], dry_run: bool, check: bool = True) -> int:
-    """Print a command, run it unless in a dry run, and return its exit code. check: raise if it fails."""
+    """Print a command, run it unless `dry_run`, and return the exit code. check: UserError if it is not 0."""
     print(shlex.join(words), flush=True)
     if dry_run:
         return 0

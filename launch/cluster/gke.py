@@ -26,7 +26,7 @@ class Config(Flags):
     """Write a JobSet with one pod per host to <name>.yaml in the current folder, and apply it with kubectl.
     The cluster needs JobSet 0.6 or newer. Choose TPUs with --tpu=v5e:4x4, or GPUs with --gpu and --nodes.
 
-    Build and push --image from a checkout, for TPUs or (EXTRAS=cuda13) GPUs:
+    Build and push --image from a checkout (for GPUs, replace EXTRAS=tpu with EXTRAS=cuda13):
     git archive HEAD | docker build --file=launch/cluster/Dockerfile --build-arg=EXTRAS=tpu --tag=IMAGE -
     docker push IMAGE
 
@@ -74,7 +74,7 @@ class Config(Flags):
 
 
 def hardware(config: Config) -> tuple[int, dict, dict]:
-    """Return (hosts of a slice, node labels to select, resources of a pod)."""
+    """Return (number of hosts per slice, labels of the nodes to use, resource limits of a pod)."""
     if bool(config.tpu) == bool(config.gpu):
         raise UserError("give either --tpu=v5e:4x4 or --gpu=nvidia-h100-80gb")
     if config.gpu:

@@ -17,9 +17,9 @@ from jaxchat.speedrun.runner import hearing
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Run the command in several processes on this machine. Each process reads its place from
-    JAX_COORDINATOR_ADDRESS, JAXCHAT_NUM_PROCESSES and JAXCHAT_PROCESS_ID. Process 0 prints; the others print
-    errors only.
+    """Run the command in several processes on this machine. The processes find one another by the
+    variables JAX_COORDINATOR_ADDRESS, JAXCHAT_NUM_PROCESSES and JAXCHAT_PROCESS_ID. Process 0 prints; the
+    others print errors only.
 
     SIGTERM and Ctrl-C are passed on. After such a signal, or when a process fails, the processes have --grace
     seconds to end; those still running are then killed. After exit code 75, 76, 134 or 137 the run is
@@ -48,16 +48,16 @@ def free_port() -> int:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that programs started here can use, as CUDA_VISIBLE_DEVICES names them."""
+    """Names of the GPUs that subprocesses can use, as in CUDA_VISIBLE_DEVICES."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in given.split(",") if name]
     return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
 def shares(gpus: list[str], count: int, flag: str) -> list[dict[str, str]]:
-    """Return the environment variables of `count` programs that share GPUs equally; {} for each without GPUs.
+    """Return environment variables for `count` programs that share `gpus` equally; {} for each without GPUs.
 
-    UserError: there are fewer GPUs than programs, whose number --flag gives.
+    flag: name of the flag that gives `count`. UserError: there are fewer GPUs than programs.
     """
     each = len(gpus) // count
     if gpus and not each:
@@ -83,7 +83,8 @@ def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
 def run_once(config: Config, command: list[str], signals: list[int]) -> int:
     """Run all processes once; return the exit code (as in a shell) of the first that failed, or 0.
 
-    signals: signals that this launcher has received, all of which are passed on; it may grow meanwhile.
+    The code is 137 if none failed but some were killed after --grace. signals: the signals that this launcher
+    receives and passes on; the list may grow during the call.
     """
     processes, ended = [], set()
     failed, deadline, sent = 0, None, 0

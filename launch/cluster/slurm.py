@@ -1,4 +1,4 @@
-"""Submit a Slurm batch job: one process per node, which uses all its GPUs."""
+"""Submit a Slurm batch job that runs one process per node, on all GPUs of the node."""
 
 import dataclasses
 import shlex
@@ -12,12 +12,12 @@ from launch.cluster.common import secret_names, submit
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
     """Write <job_name>.sbatch to the current folder and submit it. Each node runs one process, which uses all
-    its GPUs; the processes find one another.
+    GPUs of the node; the processes find one another.
 
-    The job runs in this folder with this environment, so it gets the secrets that are set here without their
-    being written to a file. Two minutes before the time limit, and when the job is preempted, the run saves
-    and ends; the job is then requeued, and the run continues if the command has --resume. JAXCHAT_BASE_DIR
-    must be on a disk that all nodes share.
+    The job runs in this folder with this environment, so it gets the secrets that are set here, which no
+    file contains. Two minutes before the time limit, and when the job is preempted, the run saves and ends;
+    the job is then requeued, and the run continues if the command has --resume. JAXCHAT_BASE_DIR must be on a
+    disk that all nodes share.
     """
 
     job_name: str = "jaxchat"

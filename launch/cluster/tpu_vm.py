@@ -37,15 +37,15 @@ GCSFUSE = (
 class Config(Flags):
     """Create a Cloud TPU, install this checkout's last commit on it, run the command on all its workers,
     follow the first worker's log, and delete the TPU once the command has ended and its exit code is known.
-    --steps selects some of these steps. Several commands, each after its own --, run one after the other on
-    the same TPU, until one fails.
+    --steps selects some of these steps. Several commands, each after a --, run one after the other on the
+    same TPU, until one fails.
 
     --bucket is the base directory (JAXCHAT_BASE_DIR) of every worker. Put data there with launch.download as
     the first command, which runs on one worker, or with gcloud storage cp --recursive FOLDER gs://NAME. At
     the end, the log is copied to the folder logs of the bucket. Secrets are copied over ssh in a file that
     only you can read, and set for the commands. The commands keep running if the connection is lost;
-    --steps=log,delete reconnects. After exit code 75, 76, 134 or 137 they are restarted. A preempted TPU no
-    longer exists: run the same line again, which creates a new one; with --resume the training continues.
+    --steps=log,delete reconnects. After exit code 75, 76, 134 or 137 a command is restarted. A preempted TPU
+    no longer exists: run the same line again to create a new TPU; with --resume the training continues.
 
     In a bucket, the lock on a run's folder works only within one host, so do not start another run with the
     same tag. Create the bucket with a hierarchical namespace, in which renaming a checkpoint's folder is
@@ -82,7 +82,7 @@ class Config(Flags):
 
 
 def check(config: Config) -> list[str]:
-    """Validate the flags and return the steps to run. UserError: a flag cannot work."""
+    """Validate the flags and return the steps to run. UserError: a flag is invalid."""
     check_name(config.name)
     steps = [step for step in config.steps.split(",") if step]
     if unknown := [step for step in steps if step not in STEPS]:
@@ -127,10 +127,10 @@ def on(config: Config, workers: str, shell: str) -> list[str]:
 
 
 def started(config: Config, command: list[str]) -> str:
-    """Return shell code that runs the commands in turn in the background and writes run.code, the exit code.
+    """Return shell code that runs commands one by one in the background and writes the exit code to run.code.
 
-    A command is restarted after one of the exit codes RESTARTED. command: the arguments of all commands, with
-    a -- before each further command.
+    A command is restarted after one of the exit codes RESTARTED; any other failure ends the sequence.
+    command: the words of all commands, separated by --.
     """
     base, kept = "", ""
     if config.bucket:
