@@ -39,7 +39,7 @@ def answers(engine: Engine, questions: Sequence[str]) -> list[str]:
 
 
 def greedy(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list:
-    """Generate up to max_tokens, or half of the context if less; long prompts are cut at their start."""
+    """Generate max_tokens (at most half of the context) greedily; long prompts are cut at their start."""
     most = min(max_tokens, engine.config.sequence_len // 2)
     room = engine.config.sequence_len - most
     return engine.generate([prompt[-room:] for prompt in prompts], max_tokens=most, temperature=0.0)

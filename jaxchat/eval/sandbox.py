@@ -1,7 +1,7 @@
 """Run an untrusted Python program, such as one that a model wrote, without harm to the machine.
 
 Each program runs in a new Python process and a new temporary folder, with no environment, no arguments, an
-empty stdin and none of jaxchat's open files. Before it begins, sandbox_child.py restricts the process:
+empty stdin and none of jaxchat's open files. Before the program starts, sandbox_child.py restricts it:
 
 - Files, by Landlock: the program can read Python's own files and the system's libraries, and write plain
   files in its folder only.

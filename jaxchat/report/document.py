@@ -106,7 +106,7 @@ def training(run: Run, price_per_hour: float) -> str:
 def trained(
     stages: list[StageRun], price_per_hour: float, parameters: float = math.inf, extra: float = 0
 ) -> list:
-    """Return rows [figure, value for each stage…, total] about training; "–": 0 or not known.
+    """Return table rows of training figures: [name, value of each stage…, total]; "–": 0 or not known.
 
     parameters: number of parameters of the model; inf if the models of the stages differ. extra: seconds to
     add to the total time.
