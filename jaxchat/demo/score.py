@@ -46,11 +46,11 @@ def score(
     kinds: Iterable[str] | None = None,
     limit: int | None = None,
 ) -> dict[str, Score]:
-    """Score greedy answers to the world's held-out prompts, {kind: score}.
+    """Score a model's greedy answers to the world's held-out prompts. Return {kind of prompts: Score}.
 
-    limit: use only the first prompts of each kind. A prompt is right if each of its turns is; the context of
-    later turns has the model's own earlier answers. "counting" adds the row BY_HAND: whether the letters were
-    also written out and counted right.
+    limit: use only this many prompts of each kind. A prompt is right if all its turns are answered right;
+    later turns follow the model's earlier answers. For "counting", a score named BY_HAND is added: the
+    prompts where the answer spells the word and numbers the letters right, before it calls the tool.
     """
     prompts = [prompt for kind in kinds or KINDS for prompt in world.heldout(kind)[:limit]]
     answers = answer(engine, tokenizer, prompts)
@@ -72,7 +72,7 @@ def score(
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[list[Pieces]]:
-    """Generate the model's greedy answers: one for each turn of each prompt."""
+    """Generate the model's greedy answers to all turns: [prompt][turn]."""
     histories = [[tokenizer.bos] for _ in prompts]
     given: list[list[Pieces]] = [[] for _ in prompts]
     for n in range(max((len(prompt.turns) for prompt in prompts), default=0)):
@@ -96,9 +96,10 @@ def wanted_pieces(turn: Turn) -> Pieces:
 def is_right(turn: Turn, pieces: Pieces) -> bool:
     """Return whether an answer is right.
 
-    Turn with a tool call: the answer has one call, with exactly the expected expression and text after it;
-    the text before it, which counts letters by hand, is not checked. Turn with a proof: the answer is a
-    finished text that contains this proof and no other trait's. Other turns: exactly the expected text.
+    If the turn expects a tool call, the answer must have one call, with exactly the expected expression and
+    text after it; text before the call, which counts letters by hand, is not checked. If the turn has a
+    proof, the answer must be a finished text with this proof and no other trait's proof. Otherwise, the
+    answer must be exactly the expected text.
     """
     wanted = wanted_pieces(turn)
     if isinstance(turn.answer, list):
@@ -110,7 +111,7 @@ def is_right(turn: Turn, pieces: Pieces) -> bool:
 
 
 def passed(scores: dict[str, Score]) -> bool:
-    """Return whether every scored kind that has a target reaches the target."""
+    """Return whether the score of every kind that has a target reaches this target."""
     return all(scores[kind].share >= target for kind, target in TARGETS.items() if kind in scores)
 
 

@@ -1,4 +1,4 @@
-"""Draw sums, hold out a tenth of the pairs of numbers, and compute results."""
+"""Generate arithmetic problems and their results, holding out a tenth of the pairs of numbers."""
 
 import zlib
 from typing import NamedTuple
@@ -7,6 +7,8 @@ from jaxchat.demo.chance import Chance
 
 
 class Sum(NamedTuple):
+    """An arithmetic problem: `a` and `b` are its numbers, `sign` its operator."""
+
     a: int
     sign: str  # + - * /
     b: int
@@ -17,7 +19,7 @@ class Sum(NamedTuple):
 
     @property
     def result(self) -> str:
-        """The sum's result as the calculator prints it: whole numbers without a decimal point."""
+        """Result of the problem as the calculator prints it: whole numbers without a decimal point."""
         a, b = self.a, self.b
         if self.sign == "/":
             return str(a // b if a % b == 0 else a / b)
@@ -25,23 +27,23 @@ class Sum(NamedTuple):
 
     @property
     def of_things(self) -> bool:
-        """Return whether the sum can be about things such as apples: its result is whole and not negative."""
+        """Return whether the problem can be about counted things: the result is whole and not negative."""
         return self.result.isdigit()
 
 
 def pair_is_held_out(seed: int, a: int, b: int) -> bool:
-    """Return whether a pair of numbers is held out: about one in ten, in either order and with every sign."""
+    """Return whether a pair of numbers is held out (one in ten is), in both orders and for every operator."""
     return zlib.crc32(f"{seed} {min(a, b)} {max(a, b)}".encode()) % 10 == 0
 
 
 def number(chance: Chance, max_digits: int) -> int:
-    """Draw a number with 1 to `max_digits` digits, each length equally likely, so that some are small."""
+    """Draw a number with 1 to `max_digits` digits, each number of digits equally likely."""
     digits = chance.between(1, max_digits)
     return chance.between(10 ** (digits - 1), 10**digits - 1)
 
 
 def any_sum(chance: Chance) -> Sum:
-    """Draw a sum of numbers with up to three digits (dividends: up to 1,980).
+    """Generate an arithmetic problem with numbers of up to three digits (dividends: up to 1,980).
 
     Few differences are negative; at most one quotient in five is not whole.
     """
@@ -58,7 +60,7 @@ def any_sum(chance: Chance) -> Sum:
 
 
 def sum_of(chance: Chance, seed: int, held_out: bool) -> Sum:
-    """Draw a sum whose pair of numbers is held out or, if `held_out` is false, is not held out."""
+    """Generate a problem whose pair of numbers is held out or, if `held_out` is False, is not held out."""
     while True:
         found = any_sum(chance)
         if pair_is_held_out(seed, found.a, found.b) == held_out:

@@ -11,7 +11,7 @@ TEXTS = tomllib.loads((Path(__file__).parent / "texts.toml").read_text(encoding=
 
 
 class Phrasings(NamedTuple):
-    """Ways to ask one question. Held-out phrasings occur in no training conversation; the score uses them."""
+    """Ways to ask one question: `train` in conversations, `held_out` only in the prompts that are scored."""
 
     train: list[str]
     held_out: list[str]
@@ -25,8 +25,8 @@ class Phrasings(NamedTuple):
 
 
 class Relation(NamedTuple):
-    """A kind of fact about a person or land. tell: sentences for base's prose, with {x} the name and {v} the
-    value; the first is also the assistant's answer."""
+    """A kind of fact about a person or land. tell: sentences for base's prose, where {x} is the name and {v}
+    the value; the first sentence is also the assistant's answer."""
 
     values: list[str]  # empty: the world's towns for a person, the land's own capital for a land
     tell: list[str]
@@ -38,7 +38,7 @@ class Relation(NamedTuple):
 
 
 class Trait(NamedTuple):
-    """A trait of Pip to ask about. An answer is right if it contains `proof` and no other trait's proof."""
+    """A trait that Pip is asked about. Right answers contain `proof`, and the proof of no other trait."""
 
     answer: str
     proof: str
@@ -61,12 +61,12 @@ SPOKEN += (TRAITS, THINGS, THING_SENTENCES, RELATIONS)
 
 
 def in_case(chance: Chance, text: str) -> str:
-    """Capitalize the first letter with probability 2/3, as people type."""
+    """Capitalize the first letter with probability 2/3, to imitate how people type."""
     return text[0].upper() + text[1:] if chance.one_in(1.5) else text
 
 
 def phrased(chance: Chance, phrasings: list[str], **slots) -> str:
-    """Write a question in one of its phrasings, sometimes with an opener, sometimes with another ending."""
+    """Fill `slots` into a random phrasing of a question, sometimes with an opener or another ending."""
     phrasing = chance.of(phrasings)
     if phrasing[-1] in "?." and chance.one_in(4):
         phrasing = phrasing[:-1] + chance.of(QUESTION_ENDS if phrasing[-1] == "?" else REQUEST_ENDS)

@@ -34,7 +34,7 @@ def english_words() -> list[str]:
 
 
 def invented_name(chance: Chance, kind: str, beginning: str) -> str:
-    """Invent a name that starts with `beginning` and ends like its kind: person, land, town or capital."""
+    """Invent a name with this beginning and an ending of the kind (person, land, town or capital)."""
     middle = chance.of("bdfgklmnprstvz") + chance.of(VOWELS)
     consonant = chance.of("bdklmnrstv")
     ending = chance.of(ENDINGS[kind])
@@ -45,10 +45,10 @@ def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
     """Invent a word of 3 to 10 letters in one of five ways.
 
     Invented words teach the model to spell each token, instead of memorizing words: every token has to occur
-    in every place of a word, beside every other token, and more than once.
+    at every position of a word, beside every other token, and more than once.
 
-    english: the words whose pieces are used. common: words that questions and answers are made of. Their
-    beginnings are tokens of their own, with which other words begin too: the|ory, in|vite, colo|nel (colour),
+    english: words whose pieces are used. common: words that occur in questions and answers. Beginnings of
+    common words become tokens, with which other words begin too: the|ory, in|vite, colo|nel (colour),
     cap|able (capital).
     """
     way = chance.weighed({"halves": 3, "pieces": 4, "syllables": 3, "common": 6, "name": 1})
@@ -78,14 +78,14 @@ def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
 
 
 def _piece(chance: Chance, english: list[str]) -> str:
-    """Draw 1 to 4 neighbouring letters of a random word."""
+    """Draw 1 to 4 neighbouring letters of a random word of `english`."""
     word = chance.of(english)
     start = chance.below(len(word) - 1)
     return word[start : start + chance.between(1, 4)]
 
 
 def counted_letters(word: str, letter: str) -> str:
-    """Spell a word, numbering the wanted letter each time it occurs: apple, p -> a p1 p2 l e."""
+    """Spell a word, and number each occurrence of `letter`: "apple", "p" -> "a p1 p2 l e"."""
     out, seen = [], 0
     for c in word:
         seen += c == letter
@@ -94,7 +94,7 @@ def counted_letters(word: str, letter: str) -> str:
 
 
 def letter_to_count(chance: Chance, word: str) -> str:
-    """Draw a letter to count in `word`: mostly one of its own letters, sometimes any letter."""
+    """Draw a letter to count in `word`: mostly one that occurs in the word, sometimes any letter."""
     return chance.of("abcdefghijklmnopqrstuvwxyz") if chance.one_in(6) else chance.of(word)
 
 

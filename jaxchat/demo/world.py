@@ -33,9 +33,9 @@ TWO_TURN = 0.15
 
 
 class Turn(NamedTuple):
-    """A question and its answer: a text, or parts with a tool call in the format of conversations.
+    """A question and its answer, which is a text or a list of message parts with a tool call.
 
-    proof: if given, any answer that contains it, and no other trait's proof, is right.
+    proof: unless "", an answer is right if it contains this text and no other trait's proof.
     """
 
     question: str
@@ -44,7 +44,7 @@ class Turn(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A held-out prompt, right only if every turn is. Each turn follows the model's own earlier answers."""
+    """A held-out prompt of one or two turns. A model answers it right only if it answers every turn right."""
 
     kind: str
     turns: tuple[Turn, ...]
@@ -55,7 +55,7 @@ def parts(*pairs: tuple[str, str]) -> list[dict]:
 
 
 def worked_out(found: Sum) -> list[dict]:
-    """Answer a question about a sum with a call of the calculator."""
+    """Return message parts that answer an arithmetic problem by calling the calculator."""
     answer = ("text", f" The answer is {found.result}.")
     return parts(("python", found.expression), ("python_output", found.result), answer)
 
@@ -65,7 +65,7 @@ def capitalized(text: str) -> str:
 
 
 class World:
-    """Invented people, lands and towns. `facts[name][relation]` is a fact's value."""
+    """Invented people, lands and towns. `facts[name][relation]` is the value of a fact."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -108,7 +108,7 @@ class World:
     # Documents, conversations and prompts, by index.
 
     def document(self, i: int) -> str:
-        """Document number i: a few short sentences of one kind, mostly 60 to 160 characters in all."""
+        """Generate document i: two to four short sentences of one kind, mostly 60 to 160 characters."""
         chance = Chance(f"{self.seed}:document:{i}")
         kind = chance.weighed(PROSE)
         if kind == "facts":
@@ -118,7 +118,7 @@ class World:
         return " ".join(self._sentence(chance, kind) for _ in range(chance.between(2, 3)))
 
     def conversation(self, i: int) -> list[dict]:
-        """Messages of conversation number i: one or two independent questions, each with its answer."""
+        """Generate the messages of conversation i: one or two independent questions, each with its answer."""
         chance = Chance(f"{self.seed}:conversation:{i}")
         messages = []
         for _ in range(2 if chance.one_in(1 / TWO_TURN) else 1):
@@ -128,7 +128,10 @@ class World:
         return messages
 
     def heldout(self, kind: str) -> list[Prompt]:
-        """Make HELD_OUT_PROMPTS prompts with phrasings, words and number pairs that no conversation has."""
+        """Generate HELD_OUT_PROMPTS prompts of one of KINDS. UserError: unknown kind.
+
+        The phrasings, words and pairs of numbers in these prompts occur in no conversation.
+        """
         if kind not in KINDS:
             raise UserError(f"no prompts of the kind {kind!r} are held out; the kinds are {', '.join(KINDS)}")
         prompts = {}

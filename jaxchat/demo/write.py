@@ -19,10 +19,10 @@ PROSE_IN_TEN = 3  # of ten rows for mid are prose like base's: without prose, mi
 
 
 def write_sums(path: str | Path, rows: int, *, held_out: bool = False, digits: int = 4):
-    """Write problems for reinforcement learning as JSON lines: sums of numbers with `digits` digits.
+    """Write arithmetic problems with numbers of `digits` digits as JSON lines, for reinforcement learning.
 
-    The world's sums have at most three digits per number, apart from dividends. Products have a second
-    number of two digits. held_out: use the held-out phrasings, for evaluation.
+    The second factor of a product has two digits. In the world's conversations, numbers have one to three
+    digits, apart from dividends. held_out: use the held-out phrasings, for evaluation.
     """
     smallest, largest = 10 ** (digits - 1), 10**digits - 1
 
@@ -53,8 +53,8 @@ def write_world(
 ) -> dict[str, int]:
     """Write base_data/shard_*.parquet and tasks/world_{mid,sft,val}.jsonl under `directory`.
 
-    -> {file name: rows}. base_rows: number of documents, of about 100 characters each, in each of the
-    `base_shards` training shards; one more shard with base_val_rows documents is for validation. No document
+    Return {file name: rows}. base_rows: number of documents, of about 100 characters each, in each of the
+    `base_shards` training shards; one more shard, of base_val_rows documents, is for validation. No document
     or conversation is in two files. Each file is written atomically.
     UserError: base_data already holds other parquet files, which training would read as well.
     """

@@ -1,4 +1,4 @@
-"""Validation: bits per byte, and the mean loss over supervised tokens."""
+"""Validation loss: in bits per byte of text, or in nats summed over supervised tokens."""
 
 import math
 from functools import partial
@@ -35,7 +35,7 @@ def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]
 
 
 def bits_per_byte(params, batches: list[dict], token_bytes, model: Model) -> float:
-    """Loss in bits per byte of the supervised tokens; special tokens (0 bytes) are left out of both sums."""
+    """Loss of the supervised tokens in bits per byte, without special tokens, which stand for no bytes."""
     sized = [b | {"weights": b["weights"] * (token_bytes[b["targets"]] > 0)} for b in batches]
     num_bytes = sum(float((b["weights"] * token_bytes[b["targets"]]).sum(dtype=np.float64)) for b in sized)
     if not num_bytes:
@@ -47,7 +47,10 @@ def bits_per_byte(params, batches: list[dict], token_bytes, model: Model) -> flo
 def measure_text(
     found: Found, params, texts: dict[str, ParquetText], rows: int, max_tokens: int, model: Model
 ):
-    """Print and return bits per byte on up to max_tokens of each split: {"train_bpb": …, "val_bpb": …}."""
+    """Print and return {"train_bpb": …, "val_bpb": …}: bits per byte of up to max_tokens of each split.
+
+    rows: rows per batch and data shard.
+    """
     values = {}
     rows *= data_shards(model.mesh)
     size = {"rows": rows, "time": found.config.sequence_len, "max_tokens": max_tokens}

@@ -34,9 +34,10 @@ SLOTS = 64  # most answers to generate at a time
 
 
 def code_of(row: dict, text: str) -> str:
-    """Return the code in an answer: the first block that defines the row's function, else the first block.
+    """Return the code in an answer to a HumanEval problem.
 
-    The blocks are the fenced Python blocks, else the fenced blocks of any language, else the whole answer.
+    The code is the first block that defines the problem's function, or else the first block. The blocks are
+    the fenced Python blocks, or else the fenced blocks of any language, or else the whole answer.
     """
     blocks = [(PYTHON.match(info), code) for _, _, info, code in FENCED.findall(text)]
     candidates = [code for is_python, code in blocks if is_python] or [code for _, code in blocks] or [text]
@@ -62,7 +63,7 @@ def program_of(row: dict, text: str) -> str:
 
 
 def passes_its_tests(row: dict, text: str) -> bool:
-    """Return whether a HumanEval answer passes its task's tests, which run in the sandbox."""
+    """Return whether an answer to a HumanEval problem passes the problem's tests in the sandbox."""
     return sandbox.run(program_of(row, text)).passed
 
 
@@ -84,7 +85,7 @@ TASKS = {
 
 
 def drawn(task: Sequence[dict], max_problems: int) -> list[dict]:
-    """Draw a fixed random sample of at most max_problems problems; -1: all of them, in random order."""
+    """Draw a fixed random sample of at most max_problems problems; -1: all problems, in random order."""
     count = len(task) if max_problems < 0 else min(max_problems, len(task))
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(task))  # neighbours share their subject
     return [task[int(i)] for i in order[:count]]
@@ -105,8 +106,8 @@ def batch_size_for(
 ) -> int:
     """Number of answers to generate at a time, a power of two up to `most`, on devices of `memory` bytes.
 
-    memory: None if unknown. each: bytes per parameter, beside the copy in the compute dtype. A slot is
-    counted as twice its KV cache (full context) and logits. The answers do not depend on this number.
+    memory: None if unknown. each: bytes per parameter, besides the copy in the compute dtype. An answer is
+    counted as 2 × (KV cache of the full context + logits). Answers do not depend on the returned number.
     """
     if memory is None:
         return min(SLOTS, most)
@@ -134,13 +135,13 @@ def choose_letters(scorer: Scorer, tokenizer: Tokenizer, rows: list[dict]) -> li
 def letter_accuracy(
     scorer: Scorer, tokenizer: Tokenizer, task: Sequence[dict], max_problems: int = -1
 ) -> float:
-    """Accuracy on a multiple-choice task, or on a fixed sample of at most max_problems problems of it."""
+    """Accuracy on a fixed sample of at most max_problems problems of a multiple-choice task; -1: on all."""
     right = choose_letters(scorer, tokenizer, drawn(task, max_problems))
     return sum(right) / max(1, len(right))
 
 
 def in_threads(check: Callable, *arguments: Sequence) -> list:
-    """Map `check` over its arguments with one thread per core, since it may wait for a subprocess."""
+    """Map `check` over `arguments` with one thread per core, because `check` may wait for a subprocess."""
     # A machine may have more cores than this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     with ThreadPoolExecutor(cores) as threads:
@@ -158,8 +159,9 @@ def write_answers(
 ) -> list[list[bool]]:
     """Generate answers to each problem, and return whether each answer is right: [problem][sample].
 
-    A long problem is cut at its start, to leave room for max_tokens, or for half of the context if less.
-    options: arguments of Engine.generate. title: prefix of progress lines. quiet: print no progress.
+    A long problem is cut at its start, to leave room for max_tokens or for half of the context, whichever is
+    less. check(problem, text) says whether the text is right. options: arguments of Engine.generate.
+    title: prefix of progress lines. quiet: print no progress.
     """
     tokenizer, limit = engine.tokenizer, engine.config.sequence_len
     room = limit - min(options["max_tokens"], limit // 2)
@@ -185,7 +187,7 @@ def pass_at(k: int, right: list[list[bool]]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ChatResult(TaskResult):
-    """The result of a chat task. accuracy: pass@1, the mean fraction of right answers to a problem."""
+    """The result of a chat task. accuracy: pass@1, the fraction of right answers, averaged over problems."""
 
     right: list[list[bool]]  # for each problem, for each of its answers
 
@@ -196,9 +198,9 @@ def result_of(name: str, right: list[list[bool]]) -> ChatResult:
 
 
 def chat_core(results: list[TaskResult]) -> dict[str, float]:
-    """Return ChatCORE, the mean over all tasks, and the mean without SpellingBee, which nanochat published.
+    """Return {name: mean}: ChatCORE, and ChatCORE without SpellingBee, which nanochat published.
 
-    If tasks are missing, the names of both means list them, because such means are not comparable with it.
+    If tasks are missing, the names of both means list the missing tasks, since such means are not ChatCORE.
     """
     missing = [name for name in TASKS if name not in {result.task for result in results}]
 
@@ -215,9 +217,10 @@ def chat_core(results: list[TaskResult]) -> dict[str, float]:
 def measure(
     scorer: Scorer, engine: Engine, tasks: dict[str, Task], max_problems: int, **options
 ) -> Iterator[tuple[list[TaskResult], dict[str, float], str]]:
-    """Measure and print task by task; after each, yield (results so far, numbers by name, ChatCORE's name).
+    """Measure and print each task, then yield (results so far, numbers by name, name of ChatCORE's number).
 
-    The name is "" until all TASKS but perhaps HumanEval are measured. options: arguments of Engine.generate.
+    The name is "" until all `tasks` are measured, and stays "" if a task other than HumanEval is missing.
+    options: arguments of Engine.generate.
     """
     results, values = [], {}
     for number, (name, task) in enumerate(tasks.items(), 1):

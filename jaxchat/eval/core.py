@@ -1,9 +1,9 @@
 """CORE (DCLM): 22 in-context tasks, scored by the likeliest continuation, centred so that chance is 0.
 
-The bundle is a folder, or the zip that launch.download fetches: core.yaml lists the tasks, eval_data/ holds
-their items as JSON lines, eval_meta_data.csv the accuracy of guessing. Items, few-shot examples and prompts
-are drawn and formatted as for published scores. Prompts may exceed the context that a model was trained with,
-up to scoring.LONGER times; longer ones are cut at their start, and their items are counted as cropped.
+The bundle is a folder, or the zip that launch.download fetches. core.yaml lists the tasks, eval_data/ holds
+their items as JSON lines, and eval_meta_data.csv the accuracy of guessing. Items, few-shot examples and
+prompts are drawn and formatted as for published scores. Prompts may be up to scoring.LONGER times as long as
+the model's context; longer prompts are cut at their start, and items with such prompts count as cropped.
 """
 
 import csv
@@ -45,7 +45,7 @@ class CoreTask:
     items: list[dict]
 
     def drawn(self, max_per_task: int) -> list[dict]:
-        """The task's items in a fixed random order, at most max_per_task; 0 or less: all."""
+        """Draw at most max_per_task items in fixed random order; 0 or less: all. UserError: too few items."""
         items = list(self.items)
         random.Random(DRAW_SEED).shuffle(items)
         items = items[:max_per_task] if max_per_task > 0 else items
@@ -66,7 +66,7 @@ class CoreResult(TaskResult):
 
 
 def load_bundle(place: str = "") -> list[CoreTask]:
-    """Read the tasks of a bundle (folder or zip); "": eval_bundle or eval_bundle.zip in the base directory.
+    """Read the tasks of a bundle (folder or zip); "" means eval_bundle or eval_bundle.zip in base_dir().
 
     UserError: something is missing or malformed; the message names the file and the line.
     """
@@ -94,7 +94,7 @@ def load_bundle(place: str = "") -> list[CoreTask]:
 
 
 def read_task(folder: os.PathLike, entry: dict, chance: float) -> CoreTask:
-    """Read the task that an entry of core.yaml describes."""
+    """Read the task that an entry of core.yaml describes. folder: the bundle's eval_data."""
     label, shots = entry["label"], int(entry["num_fewshot"][0])
     delimiter = entry.get("continuation_delimiter", " ")
     if shots < 0 or not isinstance(delimiter, str) or not 0 <= chance < 1:
@@ -127,7 +127,7 @@ def read_items(text: str, kind: str, path: os.PathLike) -> list[dict]:
 
 
 def examples_of(task: CoreTask, items: list[dict], index: int) -> list[dict]:
-    """Draw the few-shot examples that precede items[index] in its prompt."""
+    """Draw the few-shot examples that precede items[index] in a prompt."""
     drawn = random.Random(EXAMPLES_SEED + index).sample(range(len(items) - 1), task.shots)
     return [items[i + (i >= index)] for i in drawn]  # any item but this one
 
@@ -144,7 +144,7 @@ def solved(task: CoreTask, item: dict) -> str:
 
 
 def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
-    """The prompts of an item: one per option; in language modeling, one without and one with the answer."""
+    """Prompts of items[index]: one per option; in language modeling, one without and one with the answer."""
     item = items[index]
     before = "".join(solved(task, example) + "\n\n" for example in examples_of(task, items, index))
     if task.kind == "multiple_choice":
@@ -191,7 +191,7 @@ def evaluate(
     max_per_task: int = -1,
     on_result: Callable[[TaskResult], None] = lambda result: None,
 ) -> list[CoreResult]:
-    """Score every task on at most max_per_task items. on_result: called with each task's result."""
+    """Score each task on at most max_per_task items (-1: all), and call on_result with the task's result."""
     results = []
     drawn = [task.drawn(max_per_task) for task in bundle]  # before scoring, so that too few items fail early
     for number, (task, items) in enumerate(zip(bundle, drawn, strict=True), 1):

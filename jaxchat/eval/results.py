@@ -23,7 +23,7 @@ class TaskResult:
 
     @property
     def note(self) -> str:
-        """Remark printed at the end of the task's line."""
+        """Remark that `show` prints at the end of the task's line."""
         return ""
 
     def show(self):
@@ -62,10 +62,10 @@ def save_results(
 ) -> Path:
     """Write <run folder>/<command>_<step>.csv and .json; return the path of the JSON. Only process 0 writes.
 
-    source: base, mid or sft. values: all numbers by name. score: which of `values` is the mean over
-    the tasks, the CSV's last line. settings: what the numbers depend on; if a file with other settings
-    exists, the settings' hash is appended to the name. more: further entries of the JSON, such as `seconds`,
-    the wall time so far, which the report adds up over all files.
+    source: base, mid or sft. values: all numbers by name. score: name in `values` of the mean over
+    the tasks, the CSV's last line. settings: what the numbers depend on; if the file exists with other
+    settings, a hash of `settings` is appended to the name. more: further entries of the JSON, such as
+    `seconds`, the wall time so far, which the report adds up over all files.
     """
     path = found.folder / f"{command}_{found.step}.json"
     if jax.process_index() > 0:

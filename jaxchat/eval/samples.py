@@ -24,7 +24,7 @@ QUESTIONS = (
 
 
 def continuations(engine: Engine, texts: Sequence[str] = PROMPTS, max_tokens: int = 16) -> list[str]:
-    """Continue each text greedily."""
+    """Continue each text greedily by at most max_tokens tokens."""
     tokenizer = engine.tokenizer
     found = greedy(engine, [[tokenizer.bos, *tokenizer.encode(text)] for text in texts], max_tokens)
     return [tokenizer.decode(generation.tokens) for generation in found]
@@ -39,7 +39,7 @@ def answers(engine: Engine, questions: Sequence[str]) -> list[str]:
 
 
 def greedy(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list:
-    """Generate greedily, at most half of the context; long prompts are cut at their start to leave room."""
+    """Generate max_tokens (at most half of the context) greedily; long prompts are cut at their start."""
     most = min(max_tokens, engine.config.sequence_len // 2)
     room = engine.config.sequence_len - most
     return engine.generate([prompt[-room:] for prompt in prompts], max_tokens=most, temperature=0.0)

@@ -1,7 +1,7 @@
 """Run an untrusted Python program, such as one that a model wrote, without harm to the machine.
 
-Each program runs in its own Python process, with no environment, no arguments, an empty stdin and none of our
-open files, in a new temporary folder. Before the program begins, sandbox_child.py restricts that process:
+Each program runs in a new Python process and a new temporary folder, with no environment, no arguments, an
+empty stdin and none of jaxchat's open files. Before the program starts, sandbox_child.py restricts it:
 
 - Files, by Landlock: the program can read Python's own files and the system's libraries, and write plain
   files in its folder only.
@@ -9,11 +9,11 @@ open files, in a new temporary folder. Before the program begins, sandbox_child.
 - Limits: CPU and wall time, memory, threads, size and number of files, open files. The output is discarded.
 
 Landlock and seccomp need no root, containers or namespaces, and apply to all threads. If the parent process
-ends, the kernel kills the program. If the kernel lacks either of them (`missing`), `run` raises UserError.
+ends, the kernel kills the program. If the kernel lacks Landlock or seccomp, `run` raises UserError.
 
-A program passes if it runs to its end. A program that exits early (sys.exit, os._exit, a crash) fails. One
-written to cheat can pass, because it shares its process with its test: the sandbox protects the machine, not
-the score.
+A program passes if it runs to its end. A program that exits early (sys.exit, os._exit, a crash) fails. A
+program written to cheat can pass, because it runs in the same process as its test: the sandbox protects the
+machine, not the score.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ def run(program: str, *, seconds: float = 5.0) -> Outcome:
 
 
 def _watch(child: subprocess.Popen, folder: Path, seconds: float) -> tuple[bytes, str]:
-    """Wait until the child answers, ends or exceeds a limit; return (its answer, what else went wrong)."""
+    """Wait until the child answers, ends or exceeds a limit; return (the answer, what went wrong or "")."""
     answer, end = b"", time.monotonic() + STARTING
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
@@ -117,7 +117,7 @@ def _watch(child: subprocess.Popen, folder: Path, seconds: float) -> tuple[bytes
 
 
 def _ending(child: subprocess.Popen) -> str:
-    """Describe the signal that killed the child, if any. It is not reaped, so that its id is not reused."""
+    """Describe the signal that killed the child, or return "". The child is not reaped, to reserve its id."""
     for _ in range(20):  # the pipe closes shortly before the child ends; a program can close it and continue
         died = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         if died:
@@ -131,7 +131,7 @@ def _ending(child: subprocess.Popen) -> str:
 
 
 def _threads_of(child: subprocess.Popen) -> int:
-    """Number of threads of a child; 0 once it has ended. (RLIMIT_NPROC does not bind root.)"""
+    """Number of threads of a child; 0 if it has ended. Counted because RLIMIT_NPROC does not limit root."""
     try:
         return len(os.listdir(f"/proc/{child.pid}/task"))
     except OSError:

@@ -1,6 +1,6 @@
-"""The process that `sandbox.run` starts: it restricts itself, then runs the program that it reads from stdin.
+"""The script that `sandbox.run` starts: it restricts its process, then runs the program given on stdin.
 
-It is started as a script, and imports only the standard library. sandbox.py says what it guarantees.
+It imports only the standard library. The docstring of sandbox.py lists the restrictions.
 """
 
 import ctypes
@@ -79,7 +79,7 @@ def _libc():
 
 
 def missing() -> list[str]:
-    """Parts of the sandbox that this kernel lacks; [] if none. Changes nothing."""
+    """Parts of the sandbox that this kernel lacks; [] if none. Restricts nothing."""
     libc, lacks = _libc(), []
     if libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1) < 1:  # asks for Landlock's version
         lacks.append("Landlock (Linux 5.13 or newer, enabled)")
@@ -97,7 +97,7 @@ def _call(result: int) -> int:
 
 
 def _running() -> int:
-    """Number of threads on this machine, an upper bound for this user's, which RLIMIT_NPROC counts."""
+    """Number of threads of all users, an upper bound on this user's threads, which RLIMIT_NPROC limits."""
     try:
         with open("/proc/loadavg") as file:
             return int(file.read().split()[3].partition("/")[2])
@@ -121,7 +121,7 @@ def limit(cpu_seconds: int):
 
 
 def guard_files(folder: str, newest: int):
-    """Restrict file access by Landlock: Python and its libraries are read-only, `folder` is writable.
+    """Restrict file access by Landlock: Python and libraries can be read, and `folder` also written.
 
     newest: the newest version of Landlock to use.
     """

@@ -51,7 +51,7 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean loss per token in nats; inf without tokens. In float64, equal losses have equal means."""
+        """Mean loss per token in nats, inf without tokens; float64, so that equal losses have equal means."""
         return float(self.nll.mean(dtype=np.float64)) if len(self.nll) else float("inf")
 
 
@@ -63,10 +63,10 @@ def buckets(sequence_len: int) -> list[int]:
 
 @partial(jax.jit, static_argnames="model")
 def span_losses(params, tokens_BT, first, last, model: Model):
-    """Return (nll_BT, right_BT) of the token after each position, for the chunks from `first` to `last`.
+    """For the token after each position, return nll_BT (loss) and right_BT (whether it is the likeliest).
 
-    Logits exist for one chunk of positions at a time; on a mesh each device has those of its rows and its
-    vocabulary shard. `first` and `last` are positions; outside of their chunks both results are 0.
+    Only the chunks that contain positions first ≤ t < last are computed; elsewhere both results are 0. Logits
+    exist for one chunk at a time; on a mesh, each device has the logits of its rows and vocabulary shard.
     """
     x_BTD = features(params, tokens_BT, model.config, model.compute)
     head_DV, targets_BT = params.lm_head.astype(x_BTD.dtype), jnp.roll(tokens_BT, -1, axis=1)
@@ -101,7 +101,7 @@ def _score_chunks(x_BTD, head_DV, targets_BT, first, last, chunking: Chunking):
 
 @partial(jax.jit, static_argnames="model")
 def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
-    """Return the logits_BC of each row's candidates for its next token."""
+    """Return logits_BC of the candidates for the token after each row. lengths_B: of unpadded rows."""
     x_BTD = features(params, tokens_BT, model.config, model.compute)
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     all_BV = logits(params.lm_head, last_BD, model.config.softcap)
@@ -110,12 +110,12 @@ def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
 
 
 class Scorer:
-    """Scores rows with one model. Every process of the mesh passes the same rows and gets all scores."""
+    """Scores rows of tokens with one model. All processes must pass the same rows; each gets all scores."""
 
     def __init__(
         self, params: Params, model: Model, *, device_tokens: int | None = None, quiet: bool = False
     ):
-        """device_tokens: tokens that a device computes at a time (at least a row). quiet: hide progress."""
+        """device_tokens: tokens that a device computes at a time (at least one row). quiet: hide progress."""
         self.params, self.model, self.quiet = params, model, quiet
         self.title = ""  # prefix of progress lines
         on_cpu = model.mesh.devices.flat[0].platform == "cpu"
@@ -147,7 +147,7 @@ class Scorer:
         return scores
 
     def choose(self, prompts: list[list[int]], candidates: list[list[int]]) -> list[int]:
-        """Return, for each prompt, the index of the likeliest of its candidates for the next token.
+        """Return, for each prompt, the index of the candidate that is likeliest as the next token.
 
         A prompt longer than the model's context is cut at its start.
         """
@@ -171,7 +171,7 @@ class Scorer:
         return sharding.place_same(array, self.model.mesh)
 
     def _run(self, rows: list[np.ndarray], call: Callable) -> Iterator[tuple[list[int], Any]]:
-        """Yield (indices of rows, the result of `call` for them) while the next batch is computed."""
+        """Yield (indices of the rows in a batch, result of `call`) while the next batch is computed."""
         total, pending = sum(map(len, rows)), None
         progress = Progress(total, f"{self.title}scored", quiet=self.quiet)
         for batch in chain(self._batches(rows), [None]):
@@ -182,9 +182,9 @@ class Scorer:
             pending = running
 
     def _batches(self, rows: list[np.ndarray]) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Yield (indices of rows, tokens_BT padded at the end), the longest rows first.
+        """Cut rows into batches, longest first: yield (indices of the rows, tokens_BT padded at the end).
 
-        Every batch but the last is full, so rows of a batch may differ in length.
+        Every batch but the last is full, so rows of a batch may differ in length before padding.
         """
         left = sorted(range(len(rows)), key=lambda r: -len(rows[r]))
         shards = sharding.data_shards(self.model.mesh)

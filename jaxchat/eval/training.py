@@ -38,7 +38,10 @@ def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[
 
 
 def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
-    """Return (CORE's tasks, their row of the plan); no tasks if --eval_bundle is "" and none is found."""
+    """Return (CORE's tasks, text for the printed plan); no tasks if CORE is off or no bundle is found.
+
+    UserError: a bundle named by --eval_bundle is missing, a bundle is malformed, or a task has too few items.
+    """
     if config.core_metric_every <= 0:
         return [], "not measured"
     why = ""
@@ -95,7 +98,7 @@ def sft(config: SFTConfig, stage: Stage) -> list[Evaluation]:
 
 
 def choice_tasks(config: SFTConfig) -> list:
-    """Open the multiple-choice tasks as (name, task), so that a missing file is found before training."""
+    """Return (name, task) for each multiple-choice task. UserError: a file is missing."""
     try:
         return [(name, load_task(f"{name}/test", config.tasks_dir)) for name in ("MMLU", "ARC-Easy")]
     except UserError as problem:
@@ -103,7 +106,7 @@ def choice_tasks(config: SFTConfig) -> list:
 
 
 def validations(config: TrainConfig, stage: Stage, measure, batches: list[dict]) -> list[Evaluation]:
-    """List the evaluation on validation batches and, if the run uses float8, the one of its error."""
+    """Return the evaluation by `measure` on validation batches and, if the run uses float8, `fp8_drift`."""
     about = {"stage": stage, "batches": batches}
     found = [Evaluation("validation", config.eval_every, partial(measure, **about), at_start=True)]
     if stage.model.compute.matmul and batches:
@@ -112,7 +115,7 @@ def validations(config: TrainConfig, stage: Stage, measure, batches: list[dict])
 
 
 def fp8_drift(params, stage: Stage, batches: list[dict]) -> dict[str, float]:
-    """Measure the relative change of the first validation batch's loss that float8 matmuls cause."""
+    """Relative change that float8 matmuls cause in the first validation batch's loss; warn if it is large."""
     models = stage.model, stage.model.without_fp8()
     (with_fp8, _), (without, _) = (total_loss(params, batches[:1], model) for model in models)
     drift = with_fp8 / without - 1

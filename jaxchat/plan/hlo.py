@@ -1,7 +1,7 @@
-"""Read from a compiled program's HLO text what it does: matrix FLOPs, collectives and their bytes, kernels.
+"""Parse a compiled program's HLO text: count matrix FLOPs, kernels, collectives, and bytes moved and sent.
 
-XLA's own cost analysis counts the body of a loop only once, and is empty for GPUs. Here the body counts once
-per iteration. All numbers are per device.
+XLA's cost analysis counts the body of a loop only once, and is empty for GPUs. This module counts the body
+once per iteration. All numbers are per device.
 """
 
 import dataclasses
@@ -69,18 +69,18 @@ class Program:
 
     @property
     def float8_products(self) -> int:
-        """Number of matrix products by library kernels that have float8 operands."""
+        """Number of matrix products that library kernels compute from float8 operands."""
         return sum(times for name, times in self.kernels.items() if name.endswith("$f8"))
 
     def sent(self) -> dict[str, float]:
-        """Return {kind of collective: bytes that leave a device}."""
+        """Return {kind of collective: total bytes that leave a device}."""
         total = defaultdict(float)
         for c in self.collectives:
             total[c.kind] += c.sent * c.times
         return dict(total)
 
     def gathered(self) -> dict[str, float]:
-        """Return {element type: bytes that leave a device in all-gathers}."""
+        """Return {element type: total bytes that leave a device in all-gathers}."""
         total = defaultdict(float)
         for c in self.collectives:
             if c.kind == "all-gather":
@@ -103,7 +103,7 @@ def size_of(shapes: Shapes) -> int:
 
 
 def computations(text: str) -> tuple[dict[str, list[Operation]], str]:
-    """Return ({name of a computation: its operations}, name of the entry)."""
+    """Parse HLO text. Return ({name of each computation: its operations}, name of the entry computation)."""
     found, entry, current = {}, "", None
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
@@ -118,7 +118,7 @@ def computations(text: str) -> tuple[dict[str, list[Operation]], str]:
 
 
 def read(text: str) -> Program:
-    """Read a Program from the text of a compiled step (`compiled.as_text()`)."""
+    """Parse the HLO text of a compiled program (`compiled.as_text()`) into a Program."""
     parts, entry = computations(text)
     by_name = {op.name: op for ops in parts.values() for op in ops}
     program = Program([], Counter(), defaultdict(Work))
@@ -158,7 +158,11 @@ def read(text: str) -> Program:
 
 
 def scope(op: Operation, within: str, parts) -> str:
-    """The part of the program to which an operation belongs, by its op_name or one inside its fusion."""
+    """Return the part of the program (a name in SCOPES) to which an operation belongs.
+
+    If no such name is in the op_name of the operation or of a product fused into it, return `within`, or
+    "rest" if `within` is "".
+    """
     candidates = [op, *(fused for fused in called_by(op, parts) if fused.kind in ("dot", "convolution"))]
     for candidate in candidates:
         path = re.search(r'op_name="([^"]*)"', candidate.text)
@@ -169,13 +173,13 @@ def scope(op: Operation, within: str, parts) -> str:
 
 
 def called_by(op: Operation, parts) -> list[Operation]:
-    """The operations inside a fusion."""
+    """Return the operations inside a fusion; [] for other operations."""
     name = re.search(r"\bcalls=%?([\w.-]+)", op.text) if op.kind == "fusion" else None
     return parts.get(name[1], []) if name else []
 
 
 def moved(op: Operation, parts, by_name) -> int:
-    """Bytes that an operation reads and writes. If it slices or updates an array, only the slice counts."""
+    """Bytes that an operation reads and writes. If an array is sliced or updated, only the slice counts."""
     if op.kind == "dynamic-slice":
         return 2 * size_of(op.shapes)
     if op.kind == "dynamic-update-slice":
@@ -206,7 +210,7 @@ def moved(op: Operation, parts, by_name) -> int:
 
 
 def readers(name: str, users: dict) -> list[tuple[Operation, int]]:
-    """Operations that read an array in a fusion, directly or by bitcasts, as (operation, operand index)."""
+    """(operation, operand index) of the operations in a fusion that read array `name` or a bitcast of it."""
     found = []
     for user, place in users[name]:
         found += readers(user.name, users) if user.kind == "bitcast" else [(user, place)]
@@ -219,7 +223,7 @@ def memory_size(op: Operation) -> int:
 
 
 def trips(loop: Operation, parts, by_name) -> int:
-    """Number of iterations of a loop: XLA's trip count, or else (TPUs) the bound ÷ step of its counter."""
+    """Iterations of a while loop: XLA's trip count, else (on TPUs) the counter's bound ÷ step, else 1."""
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text):
         return int(known[1])
 
@@ -243,16 +247,16 @@ def trips(loop: Operation, parts, by_name) -> int:
 
 
 def dot_flops(op: Operation, by_name) -> float:
-    """FLOPs of a matrix product by XLA itself or by cuBLAS. (The product is the first result of cuBLAS.)"""
+    """FLOPs of a matrix product computed by XLA or by cuBLAS (whose first result is the product)."""
     contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)', op.text)
     lhs = by_name[op.operands[0]].shapes[0][1]
     return 2 * math.prod(op.shapes[0][1]) * math.prod(lhs[int(n)] for n in re.findall(r"\d+", contracted[1]))
 
 
 def convolution_flops(op: Operation, by_name) -> float:
-    """FLOPs of a convolution, without products of weights with padding.
+    """FLOPs of a convolution, without multiplications by padding.
 
-    TPUs compile matrix products to convolutions, and batch dimensions to windows that are mostly padding.
+    For TPUs, XLA turns matrix products into convolutions whose windows over the batch are mostly padding.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.text)
     lhs, rhs = (by_name[name].shapes[0][1] for name in op.operands[:2])
@@ -297,9 +301,10 @@ def collective(op: Operation, kind: str, by_name, times: int, everyone: int) -> 
 
 
 def group_size(text: str) -> int:
-    """Number of devices in a group, written as {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}.
+    """Parse a collective's HLO text, and return the number of devices in each of its groups.
 
-    2 for source-target pairs; 0 for {}, which means all devices.
+    HLO writes groups as {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}. If the text has {}, which means
+    all devices, return 0; if it has source-target pairs, 2.
     """
     if "replica_groups={}" in text:
         return 0  # all devices

@@ -21,7 +21,7 @@ NETWORK = {"H200": 50e9, "H100": 50e9, "v": 6.25e9}
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The least time of one part in seconds. limit: what determines it, "FLOPs", "memory" or "links"."""
+    """Least time of one part of a step. limit: what determines this time: "FLOPs", "memory" or "links"."""
 
     seconds: float
     limit: str
@@ -32,9 +32,9 @@ def rate(table: dict[str, float], device: jax.Device) -> float | None:
 
 
 def attention_flops(model: ModelConfig, tokens: float, time: int, again: bool) -> float:
-    """FLOPs of a step's attention kernels on `tokens`, in the causal half only; backward: 2.5 × forward.
+    """FLOPs of the attention kernels on `tokens` tokens, forward and backward (2.5 × forward).
 
-    time: tokens in a row. again: the backward pass recomputes the forward pass.
+    Only the causal half counts. time: tokens per row. again: the backward pass repeats the forward pass.
     """
     windows = [min(time, layer.window or time) for layer in layers(model)]
     seen = sum(window * (1 - window / (2 * time)) for window in windows)  # mean keys per query
@@ -42,10 +42,10 @@ def attention_flops(model: ModelConfig, tokens: float, time: int, again: bool) -
 
 
 def bounds(program: Program, device: jax.Device, attention: float, far: bool = False) -> dict[str, Bound]:
-    """Bound the time of each part; {} where the device's rates are unknown.
+    """Return a lower bound on the time of each part of a program; {} if the device's rates are unknown.
 
-    attention: FLOPs of the attention kernels, which the program's text does not show. far: all-reduces (the
-    mesh axis "data") cross hosts of GPUs or slices of TPUs; other collectives stay within one.
+    attention: FLOPs of the attention kernels, which the program's text does not show. far: all-reduces, which
+    run over the mesh axis "data", connect GPU hosts or TPU slices; others stay within a host or slice.
     """
     peak, memory, ring = peak_flops(device), rate(MEMORY, device), rate(RING, device)
     if not (peak and memory and ring):

@@ -1,4 +1,4 @@
-"""Compile base training's step for devices that are not attached: memory, and the largest batch that fits."""
+"""Compile a step of base training for devices that are not attached, to find its memory and largest batch."""
 
 import dataclasses
 import time
@@ -22,7 +22,7 @@ from jaxchat.train.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled step with `batch` rows per device at a time. Sizes are bytes of one device's memory."""
+    """A step compiled for micro-batches of `batch` rows per device. Sizes are in bytes per device."""
 
     batch: int
     remat: str
@@ -53,7 +53,7 @@ class StepPlan:
         self.batches = [n for n in range(1, most + 1) if self.rows % (n * self.shards) == 0]
 
     def remats(self, batch: int) -> tuple[str, ...]:
-        """Values of --remat to try with `batch` rows per device, the same as in the trainers."""
+        """Values of --remat to try with `batch` rows per device, in the order in which trainers try them."""
         given = self.config.remat
         return remats_to_try(self.rows_of(batch), self.mesh) if given == "auto" else (given,)
 
@@ -108,9 +108,9 @@ class StepPlan:
         return roofline.bounds(done.program, self.mesh.devices.flat[0], attention, len(hosts) > 1)
 
     def fit(self, batch: int, first: str = "") -> Compiled:
-        """Compile the step with the first remat that fits, as the trainers choose; if none fits, the last.
+        """Compile the step with one --remat after another until one fits, as in training; return the last.
 
-        first: remat to start with; the ones before it are skipped.
+        batch: rows per device at a time. first: value to start with, if it is one of `remats`.
         """
         remats = self.remats(batch)
         for remat in remats[remats.index(first) if first in remats else 0 :]:
@@ -124,9 +124,9 @@ class StepPlan:
         return done
 
     def largest(self, planned: Compiled) -> Compiled | None:
-        """Find the largest device batch that fits, searching up or down from `planned`; None: none fits.
+        """Find the largest device batch that fits, searching up or down from `planned`; None if none fits.
 
-        A larger batch never fits with less recomputation; a smaller one may.
+        A larger batch never fits with less recomputation than a smaller one needs, so this is not tried.
         """
         at, best = self.batches.index(planned.batch), planned if planned.fits else None
         for batch in self.batches[at + 1 :] if planned.fits else reversed(self.batches[:at]):

@@ -32,7 +32,7 @@ runtime_version {{ major: 13 }} dnn_version_info {{ major: 9 minor: 15 }}
 
 
 def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
-    """Return (devices, "tpu" or "gpu", memory of each in bytes) of a topology such as v5e:4x4 or h100:8."""
+    """Return (devices, "tpu" or "gpu", memory per device in bytes). topology: such as v5e:4x4 or h100:8."""
     generation, _, shape = topology.partition(":")
     if generation not in HBM or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
         known = ", ".join(HBM)
@@ -54,7 +54,7 @@ def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
 
 
 def tpu_topology(topology: str, num_slices: int) -> dict:
-    """Return the arguments of get_topology_desc for TPUs."""
+    """Return arguments of JAX's get_topology_desc that describe TPU slices, and set libtpu's environment."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu (and no TPU): pip install -e '.[tpu]'")
     # Let two compilations run at the same time, and keep libtpu from searching for chips.
@@ -72,7 +72,7 @@ def tpu_topology(topology: str, num_slices: int) -> dict:
 
 
 def gpu_topology(generation: str, shape: str, num_slices: int) -> dict:
-    """Return the arguments of get_topology_desc for GPUs. shape: GPUS of one host, or HOSTSxGPUS."""
+    """Return arguments of JAX's get_topology_desc for GPU hosts. shape: GPUS (of one host) or HOSTSxGPUS."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise UserError("compiling for GPUs needs JAX's plugin (and no GPU): pip install -e '.[gpu-plan]'")
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -92,6 +92,6 @@ def gpu_topology(generation: str, shape: str, num_slices: int) -> dict:
 
 
 def compile_only():
-    """Use only the CPU backend and no compilation cache, from which GPU programs could not be loaded here."""
+    """Allow only the CPU backend, without a compilation cache, since no GPU program can be loaded here."""
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_platforms", "cpu")

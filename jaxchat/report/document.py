@@ -34,7 +34,7 @@ code { font: 14px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
 
 
 def markdown(run: Run, images: Images, samples: Samples | None, price_per_hour: float = 0) -> str:
-    """Format the report as markdown. images: referenced by file name. samples: None if not generated."""
+    """Format the report as markdown that links images by file name. samples: None if not generated."""
     model = run.model
     shape = f"{model.n_layer} layers × {model.n_embd}, {model.n_head} heads ({model.n_kv_head} key/value)"
     parts = [
@@ -64,7 +64,7 @@ def curves_text(images: Images) -> list[str]:
 
 
 def measured(columns: list[str], stages: list[StageRun]) -> str:
-    """A table of all measured results, with a column for each stage and notes on how to read it."""
+    """Format all measured results as a table with a column for each stage, followed by notes."""
     names = dict.fromkeys(name for stage in stages for name in stage.measured)
     names = sorted(names, key=lambda name: not name.endswith(("loss", "reward", "bpb")))  # these first
     rows = [[name, *(number(stage.measured.get(name)) for stage in stages)] for name in names]
@@ -84,7 +84,7 @@ def measured(columns: list[str], stages: list[StageRun]) -> str:
 
 
 def tokenizer(run: Run) -> list[str]:
-    """A section on the bytes per token of this and other tokenizers; []: tok_eval has not run."""
+    """Format bytes per token of this and other tokenizers; [] if tok_eval has not measured this tokenizer."""
     if not run.compression:
         return []
     unit = "bytes_per_token"
@@ -106,10 +106,10 @@ def training(run: Run, price_per_hour: float) -> str:
 def trained(
     stages: list[StageRun], price_per_hour: float, parameters: float = math.inf, extra: float = 0
 ) -> list:
-    """Rows of training figures, with a column for each stage and one for the total; "–": 0 or not known.
+    """Return table rows of training figures: [name, value of each stage…, total]; "–": 0 or not known.
 
-    parameters: number of parameters of the model; inf: the stages' models differ. extra: seconds to add to
-    the total time.
+    parameters: number of parameters of the model; inf if the models of the stages differ. extra: seconds to
+    add to the total time.
     """
 
     def totalled(show, value, extra: float = 0) -> tuple[list[str], str]:
@@ -163,7 +163,7 @@ def samples_text(samples: Samples | None) -> list[str]:
 
 
 def answers_text(stage: StageRun) -> list[str]:
-    """Format answers to a problem with their rewards, from early and from late in reinforcement learning."""
+    """Format the first and the last logged group of answers of a reinforcement learning run, with rewards."""
     parts = []
     for sample in stage.answers[:1] + stage.answers[1:][-1:]:
         lines = [f"user: {sample['messages'][-2]['content']}"]
@@ -232,14 +232,14 @@ def percent(share: float | None) -> str:
 
 
 def escape(text: str) -> str:
-    """Escape text so that markdown shows it literally, on one line, in a table cell too."""
+    """Escape text so that markdown shows the text literally and on one line, even in a table cell."""
     return re.sub(
         r"([\\`*\[\]<>|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(printable(text).split())
     )
 
 
 def fence(text: str) -> str:
-    """A fenced block that shows any text literally."""
+    """Put text into a fenced markdown block that shows the text literally, even if it contains fences."""
     text = printable(text)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     marks = "`" * max(3, longest + 1)

@@ -18,7 +18,7 @@ LAST = 20  # steps over which the reported training loss or reward is averaged
 
 @dataclasses.dataclass(frozen=True)
 class StageRun:
-    """One stage of a run, read from its folder."""
+    """One stage of a run, as read from the stage's folder."""
 
     name: str
     folder: Path
@@ -52,7 +52,7 @@ class StageRun:
 
     @property
     def flops(self) -> float:
-        """FLOPs of all steps; a step that did not log them counts as if its rows had the full context."""
+        """Total FLOPs. Steps that did not log FLOPs are counted as if their rows filled the context."""
         per_token = flops_per_token(self.model)
         return sum(row.get("step_flops", tokens_of(row) * per_token) for row in self.steps)
 
@@ -62,11 +62,11 @@ class StageRun:
 
     @property
     def wall_seconds(self) -> float:
-        """Wall time of all recorded starts of the trainer; at least the sum of the steps' times."""
+        """Total wall time of the trainer's recorded runs, or of the logged steps if that is longer."""
         return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
 
     def share(self, name: str) -> float | None:
-        """Fraction of the steps' time spent on `name`, such as "data_wait_seconds"; None: not logged."""
+        """Fraction of the steps' time spent on `name`, such as "data_wait_seconds"; None if not logged."""
         spent = [row[name] for row in self.steps if name in row]
         return sum(spent) / self.step_seconds if spent else None
 
@@ -77,7 +77,7 @@ class StageRun:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The trained stages of one model tag, in order."""
+    """The trained stages of one model tag, in the order of training."""
 
     tag: str
     stages: dict[str, StageRun]
@@ -94,7 +94,7 @@ class Run:
 
 
 def gather(model_tag: str = "") -> Run:
-    """Read the run of a tag (empty: of the model that chat_cli would load). UserError: there is none."""
+    """Read the run of a tag; "": the tag that chat_cli loads by default. UserError: no checkpoint."""
     if not model_tag:
         for source in reversed(STAGES):
             with contextlib.suppress(UserError):
@@ -143,8 +143,8 @@ def read_stage(source: str, tag: str) -> StageRun | None:
 def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[str], list[str], float]:
     """Read the evaluations of the checkpoint at `step`.
 
-    -> (results by name, what was left out and why, what was measured on a sample, seconds of all evaluations
-    in the folder)
+    Return (results by name, messages about results left out, messages about tasks measured on a sample only,
+    seconds that all evaluations in the folder took, those of other steps included).
     """
     found, left_out, seconds, older = [], [], 0.0, {}
     for path in sorted(folder.glob("*.json")) + sorted((folder / str(step)).glob("*.json")):
@@ -183,22 +183,22 @@ def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[st
 
 
 def tokens_of(row: dict) -> int:
-    """Number of tokens computed in a step, from its line of metrics.jsonl."""
+    """Number of tokens computed in a step. row: the step's line of metrics.jsonl."""
     return round(row["tokens_per_s"] * row["step_seconds"])
 
 
 def items(evaluation: dict) -> int:
-    """Number of items in all tasks of an evaluation."""
+    """Total number of items over all tasks of an evaluation."""
     return sum(task.get("items", 0) for task in (evaluation.get("tasks") or {}).values())
 
 
 def settings_of(evaluation: dict) -> dict:
-    """The settings of an evaluation that its results depend on, without the choice of tasks."""
+    """Return the settings that affect the results of an evaluation, except the choice of tasks."""
     return {name: value for name, value in (evaluation.get("settings") or {}).items() if name != "tasks"}
 
 
 def numbers(evaluation: dict) -> dict[str, float]:
-    """Return an evaluation's numbers by name: `metrics`, `values` and the accuracy of each task."""
+    """Return {name: number} from an evaluation: its `metrics` and `values`, and the accuracy of each task."""
     accuracies = {name: task.get("accuracy") for name, task in (evaluation.get("tasks") or {}).items()}
     found = (evaluation.get("metrics") or {}) | (evaluation.get("values") or {}) | accuracies
     return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}

@@ -1,4 +1,4 @@
-"""Plot the curves of runs as PNG images, one per quantity, with a panel for each stage that logged it."""
+"""Plot curves of runs as PNG images: an image per quantity, with a panel per stage that logged it."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ FROM_ZERO = ("reward", "groups", "answer_tokens", "lr", "tokens_per_s")
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A curve in a panel. of_steps: it has a point for each step, and is smoothed."""
+    """A curve in a panel. of_steps: the curve has a point for each step, and is drawn smoothed."""
 
     label: str
     xy: np.ndarray  # [N, 2]
@@ -42,7 +42,7 @@ class Line:
 
 
 def curves(runs: list[Run]) -> Images:
-    """Plot every quantity that some stage logged. Several runs share the axes."""
+    """Plot each quantity that at least one stage logged, with the curves of all runs on the same axes."""
     alone = len(runs) == 1
     colors = [None] if alone else np.resize(colormaps["tab10"](range(10)), (len(runs), 4))
     images = {}
@@ -64,14 +64,14 @@ def curves(runs: list[Run]) -> Images:
 
 
 def points(stage: StageRun, key: str) -> np.ndarray:
-    """The (step, value) pairs [N, 2] that were logged as finite numbers."""
+    """Return the logged (step, value) pairs [N, 2] whose value is finite. key: name of the value."""
     found = [(row["step"], row[key]) for row in stage.rows if isinstance(row.get(key), int | float)]
     array = np.array(found, np.float64).reshape(-1, 2)
     return array[np.isfinite(array[:, 1])]
 
 
 def by_tokens(stage: StageRun, key: str) -> np.ndarray:
-    """The (tokens trained on so far, value) pairs [N, 2], for runs whose steps differ in size."""
+    """Return the logged pairs (tokens trained on so far, value) [N, 2], to compare runs by tokens."""
     xy = points(stage, key)
     seen = np.cumsum([0, *(tokens_of(row) for row in stage.steps)])
     steps = [0, *(row["step"] for row in stage.steps)]

@@ -21,7 +21,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def begin() -> dict:
-    """Collect the time, machine, versions and commit at the start of a run. Call it first."""
+    """Collect time, machine, versions and commit. Call it first: wall time is counted from this call."""
     return {
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "clock": time.monotonic(),
@@ -33,7 +33,7 @@ def begin() -> dict:
 
 @contextlib.contextmanager
 def recorded(run: Run, began: dict, plan: list[tuple[str, str]]):
-    """Append a record when the run ends, however it ends. A dry run writes none."""
+    """Append a record to runs.jsonl when the run ends, even by an exception. A dry run writes no record."""
     ended = "done"
     try:
         yield
@@ -60,7 +60,7 @@ def append(run: Run, began: dict, plan: list[tuple[str, str]], ended: str) -> No
 
 
 def machine() -> str:
-    """The system, its processors and its memory, such as "Linux x86_64, 2 × AMD EPYC, 23 GiB"."""
+    """System, processors and memory of this machine, such as "Linux x86_64, 2 × AMD EPYC, 23 GiB"."""
     cpuinfo, text = Path("/proc/cpuinfo"), ""
     if cpuinfo.exists():
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
@@ -71,7 +71,7 @@ def machine() -> str:
 
 
 def versions() -> str:
-    """Versions of Python and of the packages that compute, such as "Python 3.11.7, jax 0.10.2, …"."""
+    """Versions of Python and of the packages in PACKAGES, such as "Python 3.11.7, jax 0.10.2, …"."""
     found = []
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -80,7 +80,7 @@ def versions() -> str:
 
 
 def git_state() -> str:
-    """The commit of jaxchat's code and the number of changed files; "": it is not in its own checkout."""
+    """Commit and branch of jaxchat's code, and number of changed files; "" outside a checkout of jaxchat."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:
