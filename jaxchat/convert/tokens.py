@@ -64,7 +64,7 @@ CHAT_TEMPLATE = """\
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """List all pairs of tokens that concatenate to a token, in its rank order; tiktoken merges them all."""
+    """List all pairs of tokens that form a token, by that token's rank; tiktoken merges all such pairs."""
     return [
         (piece[:i], piece[i:])
         for piece in sorted(ranks, key=ranks.get)
