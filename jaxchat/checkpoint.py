@@ -1,6 +1,6 @@
 """Find and open checkpoints: <base directory>/<stage>/<tag>/<step>/{params, optimizer, data, meta}.
 
-Finding a checkpoint checks the sizes of all its files, but only the hashes of files that will be read
+Before a checkpoint is opened, the sizes of all its files are checked, but the hashes only of files to be read
 (jaxchat/seal.py): opening the weights does not read the optimizer state. jaxchat/store.py writes checkpoints
 and restores them for training.
 """
@@ -30,7 +30,7 @@ from jaxchat.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint whose metadata has been read, and whose weights have not."""
+    """A checkpoint on disk: its metadata has been read, but not its weights."""
 
     folder: Path  # of the run; the checkpoint is <folder>/<step>
     step: int
@@ -51,7 +51,10 @@ class Found:
         return self.folder / str(self.step)
 
     def load(self, mesh: Mesh | None = None) -> Params:
-        """Load the weights onto a mesh; None: onto one device."""
+        """Load the weights, sharded over `mesh`; None: onto one device.
+
+        UserError: the stored weights are not those that the metadata describes.
+        """
         import orbax.checkpoint as ocp  # here, since reading metadata does not need it
 
         mesh = mesh or sharding.make_mesh(jax.local_devices()[:1])
@@ -72,9 +75,10 @@ class Found:
 
 
 def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokenizer: bool = True) -> Found:
-    """Find a checkpoint, and its tokenizer in the run's folder or else in the base directory.
+    """Find a checkpoint and load its tokenizer, from the run's folder or else from the base directory.
 
-    UserError: there is no such checkpoint, or its tokenizer is missing or a different one.
+    source, model_tag, step: see `find`. UserError: the checkpoint or its tokenizer is missing, or the
+    tokenizer is not the one that the model was trained with.
     """
     items = ("meta", "params")
     # All processes use what process 0 finds: a file system may show others fewer files.
@@ -108,10 +112,11 @@ def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokeni
 def find(
     source: str, model_tag: str = "", step: int = -1, items: Collection[str] | None = None
 ) -> tuple[Path, int]:
-    """Return (folder of the run, step) of a stage's checkpoint. UserError: there is none, or it is damaged.
+    """Return (folder of the run, step) of a checkpoint. UserError: the checkpoint is missing or damaged.
 
-    model_tag "": the d<N> with the largest N, or else the newest tag. step -1: the last intact one. items:
-    the parts to be read, such as "params", which must be intact; None: all.
+    source: the stage, such as "sft". model_tag: the run; "": d<N> with the largest N, or the newest run if no
+    tag is d<N>. step -1: the last intact step. items: the parts that must be intact, such as "params"; None:
+    all parts.
     """
     if source not in STAGES:
         raise UserError(f"unknown source {source!r}; it is one of {', '.join(STAGES)}")
@@ -140,10 +145,10 @@ def find(
 
 
 def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]:
-    """Return a run's steps up to the last whose `items` (None: all items) are intact.
+    """Return the steps of a run up to the last one whose `items` ("params", …; None: all) are intact.
 
-    Later steps are damaged and are printed, with the reason. Checkpoints of older versions have no seals: a
-    step without a seal counts as complete only if no step of the run has one, else its save was interrupted.
+    The steps after it are damaged and printed, with the reason. A step without a seal counts as complete if
+    no step of the run has one, because older versions wrote none; otherwise its save was interrupted.
     """
     steps = steps_in(folder)
     sealed = [step for step in steps if (folder / str(step) / seal.NAME).exists()]
@@ -165,7 +170,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def run_folder(source: str, tag: str) -> Path:
-    """Folder of the run of a stage and tag. UserError: the tag is not a plain name."""
+    """Folder of the run `tag` of the stage `source`. UserError: the tag is not a plain name."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", tag):
         raise UserError(
             f"--model_tag={tag} must be a plain name: letters, digits and . _ - after a letter or digit"
@@ -180,14 +185,14 @@ def runs() -> list[Path]:
 
 
 def read_meta(folder: Path, step: int) -> dict:
-    """Read a checkpoint's metadata; add to its metrics what its run had measured up to that step."""
+    """Return a checkpoint's metadata; its "metrics" include the run's evaluation results up to that step."""
     with readable(folder / str(step)):
         meta = json.loads((folder / str(step) / "meta/metadata").read_text(encoding="utf-8"))
     return meta | {"metrics": meta.get("metrics", {}) | measured(folder, step)}
 
 
 def measured(folder: Path, step: int) -> dict[str, float]:
-    """The latest evaluation results in a run's metrics.jsonl up to a step, by name; {}: there are none."""
+    """The latest evaluation results, by name, in a run's metrics.jsonl up to a step; {} if there are none."""
     found = {}
     for row in files.read_lines(folder / "metrics.jsonl"):
         # The line of a step that ended its run by a loss that was not finite has no "step_seconds".
@@ -200,7 +205,7 @@ def measured(folder: Path, step: int) -> dict[str, float]:
 
 @contextmanager
 def readable(path: Path):
-    """Context that turns errors of reading a checkpoint into a UserError that says what to do."""
+    """Context manager that turns errors in reading a checkpoint into a UserError that says what to do."""
     try:
         yield
     except (ValueError, OSError) as problem:
@@ -219,9 +224,9 @@ _links: dict[Path, Path] = {}
 
 
 def plain_path(folder: Path) -> Path:
-    r"""Return a path of a folder without the characters * ? [ ] % \, which Orbax and TensorStore interpret.
+    r"""Return a path to a folder without the characters * ? [ ] % \, which Orbax and TensorStore interpret.
 
-    A folder with such a name is reached through a symbolic link, which is deleted at exit.
+    A folder whose path has such a character is reached by a symbolic link, which is deleted at exit.
     """
     folder = folder.absolute()
     if not re.search(r"[][*?%\\]", str(folder)):
@@ -239,7 +244,7 @@ def quiet_orbax():
 
 
 def _other_shapes(target: Params, stored: dict) -> str:
-    """Describe how stored arrays differ from the target: "lm_head is [64, 280] and not [64, 512]"."""
+    """Describe how the stored arrays differ from the target: "lm_head is [64, 280] and not [64, 512]"."""
     want, have = (
         {jax.tree_util.keystr(path, simple=True, separator="."): array for path, array in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (target, stored))

@@ -1,7 +1,7 @@
 """Every setting of jaxchat, as frozen dataclasses: stages, models, flags, and where files are kept.
 
-The fields of a flags class are a command's flags, and their docstrings are its help.
-This module imports no other module of jaxchat; every other module may import it.
+Each field of a flags class is a flag of a command, and the string below the field is the flag's help. This
+module imports no other module of jaxchat; every other module may import it.
 """
 
 import dataclasses
@@ -15,16 +15,19 @@ from typing import Any
 class UserError(Exception):
     """Raised for an input that cannot be used. The message says in one line what is wrong and what to do.
 
-    Commands print it and exit with code 2 (`launch.cli.main`); nothing has been written by then.
+    Commands print the message and exit with code 2 (`launch.cli.main`), usually before they write any file.
     """
 
 
 class Preempted(Exception):
-    """Raised when a run was asked to stop and has saved. Commands print the message and exit with code 75."""
+    """Raised when a run was asked to stop and has saved a checkpoint.
+
+    Commands print the message and exit with code 75.
+    """
 
 
 def base_dir() -> Path:
-    """The directory under which all files are kept: $JAXCHAT_BASE_DIR, or ~/.cache/jaxchat."""
+    """The directory in which jaxchat keeps all files: $JAXCHAT_BASE_DIR, or ~/.cache/jaxchat."""
     given = os.environ.get("JAXCHAT_BASE_DIR") or "~/.cache/jaxchat"
     check_local("JAXCHAT_BASE_DIR", given)
     check_folder("JAXCHAT_BASE_DIR", given)
@@ -44,26 +47,29 @@ def user_path(given: str | Path) -> Path:
 
 
 def no_platform() -> str:
-    """Error message for a JAX_PLATFORMS that names a kind of device that this machine lacks."""
+    """Error message for when JAX_PLATFORMS names a kind of device that this machine lacks."""
     platforms = os.environ.get("JAX_PLATFORMS")
     return f"JAX_PLATFORMS={platforms}: no such device can be used here; unset it, or set JAX_PLATFORMS=cpu"
 
 
 def check_folder(name: str, path: str):
-    """Raise UserError if a path is a file."""
+    """Raise UserError if `path`, the value of the flag or variable `name`, is a file instead of a folder."""
     if os.path.isfile(user_path(path)):
         folder = Path(path).parent
         raise UserError(f"{name}={path} is a file; give a folder, such as the one it is in: {name}={folder}")
 
 
 def check_utf8(name: str, path: str):
-    """Raise UserError if a path has bytes that are not UTF-8, which Python reads as surrogates."""
+    """Raise UserError if `path` has bytes that are not UTF-8, which Python reads as surrogates."""
     if re.search("[\ud800-\udfff]", path):
         raise UserError(f"{name}={path!r} is not UTF-8; rename it, or set LC_ALL=C.UTF-8")
 
 
 def check_local(name: str, paths: str):
-    """Raise UserError if one of the paths (a,b) is an address such as gs://bucket/folder, or not UTF-8."""
+    """Raise UserError if a path is an address such as gs://bucket/folder, or is not UTF-8.
+
+    paths: the value of the flag or variable `name`: paths separated by commas.
+    """
     check_utf8(name, paths)
     for path in paths.split(","):
         # One slash is enough: pathlib and shell completion drop the second, and dbfs:/ has only one. C:/ is
@@ -130,7 +136,7 @@ ARCHITECTURES = {
 
 
 def constant(default, *, zero: bool = False, most: float = math.inf):
-    """Declare a numeric field of ModelConfig. zero: whether it may be 0. most: its largest value."""
+    """Declare a numeric field of ModelConfig. zero: whether the value may be 0. most: the largest value."""
     return dataclasses.field(default=default, metadata={"zero": zero, "most": most})
 
 
@@ -142,8 +148,8 @@ def rounded_up(number: int, step: int) -> int:
 class ModelConfig:
     """Shape and constants of a model. Two checkpoints with equal ModelConfig have interchangeable weights.
 
-    The default of a new field must be what was computed before it existed, so that older checkpoints keep
-    their meaning. docs/architecture.md says what each mechanism computes.
+    The default of a new field must reproduce what was computed before the field existed, so that older
+    checkpoints keep their meaning. docs/architecture.md says what each mechanism computes.
     """
 
     sequence_len: int = 2048
@@ -229,7 +235,7 @@ class ModelConfig:
 
     @property
     def plain(self) -> bool:
-        """Whether the architecture of November 2025 has all weights that the model has."""
+        """Whether all weights of the model exist in the architecture of November 2025."""
         return not (self.value_gate_channels or self.layer_scales or self.smear_channels or self.backout)
 
     @property
@@ -279,7 +285,7 @@ class Compute:
         step before the next layer starts: model/parts.py).
     parts: number of equal parts of a device's rows that a layer computes in turn. train_step sets it.
     attention: "xla", "blocks" (CPU), "cudnn" (GPU, bfloat16; "xla" for shapes it refuses) or "splash" (TPU).
-    kernels: compute norms, rotary embedding and the loss's softmax by our own GPU kernels (model/kernels.py).
+    kernels: compute norms, rotary embedding and the loss's softmax by the GPU kernels of model/kernels.py.
     grad_dtype: dtype in which gradients of the layers' matrices are summed, within and across devices:
         "float32", or "bfloat16", which sends half the bytes but loses some precision with each added device.
     matmul: rounding of the operands of the layers' matrix products in training: "" (none), "fp8" (to float8
@@ -305,9 +311,9 @@ class Compute:
 
     @classmethod
     def for_backend(cls, dtype: str = "auto", backend: str = "", remat: str = "auto", **changes):
-        """Choose defaults for this machine's devices, or for `backend` ("cpu", "gpu" or "tpu").
+        """Return the default options for this machine's devices, or for `backend` ("cpu", "gpu" or "tpu").
 
-        changes: values of further fields, which override the defaults.
+        dtype, remat: these fields, or "auto". changes: values of other fields, which override the defaults.
         """
         import jax  # here, so that reading a config never starts a backend
 
@@ -330,7 +336,7 @@ class Compute:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model's configuration and execution options: all that its programs are compiled for."""
+    """A model's configuration and execution options, which together determine its compiled programs."""
 
     config: ModelConfig
     compute: Compute
@@ -340,7 +346,7 @@ class Model:
         return self.compute.mesh
 
     def without_fp8(self) -> "Model":
-        """Return this model with all matrix products in compute.dtype, for evaluation and generation."""
+        """Return this model without rounding of matrix products to float8, for evaluation and generation."""
         return dataclasses.replace(self, compute=dataclasses.replace(self.compute, matmul=""))
 
 
@@ -353,12 +359,13 @@ EVAL_BATCH = 4  # conversations per batch of --eval_steps
 def flag(
     default, least=None, most=math.inf, *, special=None, choices=(), free=False, own=False, alias="", name=""
 ):
-    """Declare a field of a flags class, with the limits that Flags checks.
+    """Declare a field of a flags class and the limits of its value, which Flags checks.
 
     least, most: inclusive bounds of a number; special: one more value that is allowed. choices: all allowed
-    values of a string. free: a resumed run may change it, since it affects what is shown, measured, kept or
-    computed at a time, but not what is learnt. own: each process of a run may have its own value; implies
-    free. alias: a short form, such as "-p". name: the flag's name if it is not the field's.
+    values of a string. free: a resumed run may change the value, because it affects what is shown, measured,
+    kept or computed at a time, but not what is learnt. own: the processes of a run may have different values;
+    implies free. alias: a short form, such as "-p". name: the flag's name if it differs from the field's
+    name.
     """
     metadata = {"least": least, "most": most, "special": special, "choices": choices, "free": free or own}
     return dataclasses.field(default=default, metadata=metadata | {"own": own, "alias": alias, "name": name})
@@ -366,7 +373,7 @@ def flag(
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Base class of all flags classes. UserError: a field does not allow its value."""
+    """Base class of all flags classes. UserError: a value is outside the limits of its field."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -384,11 +391,11 @@ class Flags:
                 raise UserError(f"--{name}={value}; it must be {allowed}")
 
     def learnt_from(self) -> dict:
-        """The flags that affect what is learnt, by name: those that are not free."""
+        """Return {name: value} of the flags that affect what is learnt: those not declared as free."""
         return self._but("free")
 
     def shared(self) -> dict:
-        """The flags that must be the same in all processes of a run, by name."""
+        """Return {name: value} of the flags that must be the same in all processes of a run."""
         return self._but("own")
 
     def _but(self, kind: str) -> dict:
@@ -569,7 +576,7 @@ class BaseConfig(TrainConfig):
 
     @classmethod
     def given(cls, **flags):
-        """Build the flags from those given on a command line and the recipe of its --arch."""
+        """Build the config from the flags given on a command line, with the defaults of its --arch."""
         return cls(**(BASE_RECIPES.get(flags.get("arch"), {}) | flags))
 
     def __post_init__(self):
@@ -697,15 +704,15 @@ class SFTConfig(FinetuneConfig):
 
     @classmethod
     def given(cls, **flags):
-        """Build the flags from those given on a command line and its --recipe."""
+        """Build the config from the flags given on a command line, with the defaults of its --recipe."""
         return cls(**(SFT_RECIPES.get(flags.get("recipe"), {}) | flags))
 
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig(FinetuneConfig):
-    """Improve a chat model by reinforcement learning: each step samples several answers to each of some
-    problems, a checker rewards right answers, and answers with higher rewards than others to the same problem
-    become likelier.
+    """Improve a chat model by reinforcement learning: each step samples several answers to each of several
+    problems, and a checker rewards right answers. Training makes answers likelier that have higher rewards
+    than other answers to the same problem.
 
     The defaults are nanochat's: REINFORCE with the mean reward of a problem's answers as baseline, one update
     per step, no KL. Unlike nanochat, jaxchat also trains the token that ends an answer, and samples from all

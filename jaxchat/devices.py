@@ -18,8 +18,8 @@ OLDEST_DRIVER = {12: 525, 13: 580}  # {major version of CUDA: oldest NVIDIA driv
 def start_devices(config: DeviceFlags, *, asks: bool = True, alone: bool = False) -> Mesh:
     """Choose the kind of device, connect to the other processes, and return a mesh of all devices.
 
-    asks: see hosts.start. alone: don't connect, for a command that runs in one process. UserError: there is
-    no device of this kind.
+    asks: see hosts.start. alone: don't connect, because the command runs in one process. UserError: the kind
+    of device that was chosen cannot be used here.
     """
     if config.device_type:
         jax.config.update("jax_platforms", config.device_type)
@@ -41,9 +41,9 @@ def start_devices(config: DeviceFlags, *, asks: bool = True, alone: bool = False
 
 
 def model_for(config: DeviceFlags, shape: ModelConfig, mesh: Mesh) -> Model:
-    """Return a model with the execution options for a mesh, chosen by flags and kind of device.
+    """Return a model of a given shape with execution options that suit the flags and the mesh's devices.
 
-    UserError: the mesh cannot cut the model into equal parts, or its devices lack the float8 of --matmul.
+    UserError: the mesh cannot shard the model evenly, or its devices lack the float8 that --matmul needs.
     """
     sharding.check_fits(shape, mesh)
     device = mesh.devices.flat[0]

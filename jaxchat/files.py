@@ -20,10 +20,10 @@ ESCAPED = "backslashreplace"  # writes lone surrogates, which UTF-8 cannot hold,
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a path to write a file or make a folder at; rename it to `path` when the block ends.
+    """Yield a temporary path for a new file or folder; rename it to `path` when the block ends.
 
-    Whenever the process is killed, `path` has either its old content or all of the new. If the block raises,
-    the old content stays and the new is deleted. A folder can only replace an empty folder.
+    If the process is killed, `path` has the old content or all of the new content. If the block raises, the
+    old content stays and the new content is deleted. A folder can only replace an empty folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PART)
@@ -49,7 +49,7 @@ def write_json(path: Path, value: Any, indent: int | None = 1):
 
 
 def write_lines(path: Path, values: Iterable):
-    """Write values as JSON, one per line."""
+    """Write values to a .jsonl file atomically, one per line."""
     with atomic(path) as part, part.open("w", encoding="utf-8", errors=ESCAPED, newline="\n") as file:
         file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
@@ -128,7 +128,7 @@ def check_space(folder: Path, needed: int, remedy: str = "free some"):
 
 
 def file_hash(path: Path, kind: str = "sha256") -> str:
-    """Hex digest of a file's content, by an algorithm of hashlib or, with kind "git", as git's blob SHA-1."""
+    """Hex digest of a file's content. kind: an algorithm of hashlib, or "git" for the SHA-1 of a git blob."""
     with path.open("rb") as file:
         if kind != "git":
             return hashlib.file_digest(file, kind).hexdigest()
@@ -139,13 +139,14 @@ def file_hash(path: Path, kind: str = "sha256") -> str:
 
 
 class Held(Exception):
-    """Raised if another process holds a lock. The message is the text that it wrote into the lock file."""
+    """Raised if another process holds a lock. The message is what that process wrote into the lock file."""
 
 
 def lock(path: Path, holder: str) -> int:
-    """Lock a file and write `holder` into it; return its descriptor.
+    """Lock a file and write `holder`, a text that names this process, into it; return its descriptor.
 
-    The lock lasts until the descriptor is closed or its processes end. Held: another process has the lock.
+    The lock ends when the descriptor is closed or the processes that share it end. Held: another process
+    holds the lock. On a file system without locks, the descriptor is returned without one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,7 +1,7 @@
-"""Several processes that work together: how they find one another, print once, and end together.
+"""Runs of several processes: how the processes find one another, print once, and end together.
 
-jax.distributed connects them. When a process is lost, jax ends the others within --heartbeat_timeout, by
-SIGABRT (exit code 134, after which launchers restart the run) and with a message that names the lost process.
+jax.distributed connects them. When a process is lost, jax ends the others within --heartbeat_timeout by
+SIGABRT (exit code 134, after which launchers restart the run) and a message that names the lost process.
 """
 
 import dataclasses
@@ -44,9 +44,9 @@ class Place:
 def detect(
     coordinator: str = "", num_processes: int = 0, process_id: int = -1, environ=os.environ
 ) -> Place | None:
-    """Return this process's place, from flags (which take precedence) or from what a launcher has set.
+    """Return this process's place in the run, from flags (which take precedence), launcher or machine.
 
-    None: it is the only process. UserError: a value is missing, or the values contradict each other.
+    None: this is the only process. UserError: a value is missing, or the values contradict each other.
     """
     found = _by_environment(environ)
     if not coordinator and num_processes == 0 and process_id == -1:
@@ -106,9 +106,10 @@ def _has_tpu() -> bool:
 
 
 def is_first(environ=os.environ) -> bool:
-    """Return whether this process, of all that a launcher started, is the one to run a one-process command.
+    """Return whether this process is the first that a launcher started: the one for one-process commands.
 
-    On one of several TPU hosts, make such a command compute on the CPU: libtpu would wait for the others.
+    On a TPU slice with several hosts, also set JAX_PLATFORMS=cpu, because libtpu would wait for the other
+    hosts.
     """
     on_tpu = _has_tpu()
     index = environ.get("JAXCHAT_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX"))
@@ -123,7 +124,7 @@ def is_first(environ=os.environ) -> bool:
 
 
 def is_alone(place: Place | None, environ=os.environ) -> bool:
-    """Return whether a process at `place` (from detect) is the only one, as on a TPU slice with one host."""
+    """Return whether the run has no other process, as on a TPU slice with one host. place: from `detect`."""
     if place is None or place.found_by != "tpu":
         return place is None
     return int(environ.get("MEGASCALE_NUM_SLICES", 1)) == 1 and not _several_tpu_hosts(environ)
@@ -151,8 +152,8 @@ def _metadata(name: str, environ) -> str:
 def start(config: MeshFlags, *, asks: bool = True):
     """Connect to the other processes, if there are any. Call this before the first use of a device.
 
-    From then on, only process 0 prints to stdout. asks: whether the command checks after every step if it has
-    to stop (train.signals), as training does; then SIGTERM is recorded but does not end the process.
+    From then on, only process 0 prints to stdout. asks: whether the command checks after every step if it
+    must stop (train.signals), as trainers do; if so, SIGTERM is recorded and does not end the process.
     """
     import jax
 
@@ -199,11 +200,11 @@ def start(config: MeshFlags, *, asks: bool = True):
 
 @contextmanager
 def together():
-    """Context in which a process that fails exits at once, without waiting for the other processes.
+    """Context manager in which a process that fails exits at once, without waiting for the other processes.
 
-    The others notice it within --heartbeat_timeout. A network error of jax may mean that another process was
-    lost: then wait a little longer for jax to end this process too. If jax does not, no process was lost, and
-    this one exits with UNREACHABLE.
+    The other processes notice the exit within --heartbeat_timeout. A network error of jax may mean that
+    another process was lost: then wait a little longer, so that jax ends this process too. If jax does not,
+    no process was lost, and this process exits with UNREACHABLE.
     """
     try:
         yield
@@ -227,7 +228,7 @@ def together():
 
 
 def _may_be_others_fault(problem: BaseException | None) -> bool:
-    """Return whether jax raises this error, or one of its causes, when it cannot reach other processes."""
+    """Return whether an error or a cause of it is one that jax raises if it can't reach other processes."""
     unreachable = "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
     while problem and not re.match(unreachable, str(problem)):
         problem = problem.__cause__ or problem.__context__

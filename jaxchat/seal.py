@@ -1,8 +1,8 @@
 """Seals: sizes and hashes of a complete checkpoint's files, which show damage before the files are used.
 
 seal.json is written last and holds {file: [size in bytes, BLAKE2b hash]} of every file. If several processes
-save together, each hashes the files that it wrote, which are still in its page cache: hashes of process 2 are
-in seal.2.json, where seal.json has "".
+save together, each hashes the files that it wrote, which are still in its page cache: process 2 writes its
+hashes to seal.2.json, and seal.json has "" in their place.
 """
 
 import json
@@ -17,7 +17,7 @@ NAME = "seal.json"
 
 
 def seal(folder: Path, process: int = 0):
-    """Write a process's seal of a folder, after the last write to it."""
+    """Write the seal file of process number `process` into a checkpoint's folder, after all other files."""
     paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("seal."))
     names = [path.relative_to(folder).as_posix() for path in paths]
     hashes = _hashes(folder, [name for name in names if _writer(name) == process])
@@ -27,9 +27,10 @@ def seal(folder: Path, process: int = 0):
 
 
 def damage(folder: Path, items: Collection[str] | None = None) -> str:
-    """Describe what is wrong with a sealed folder; "": nothing, or the folder has no seal.
+    """Describe the damage to a checkpoint's folder; "" if the folder is intact or has no seal.
 
-    The sizes of all files are compared, but hashes only for the given items, such as "params"; None: for all.
+    The sizes of all files are compared with the seal, but hashes only for the given items, such as "params";
+    None: for all items.
     """
     if not (folder / NAME).exists():
         return ""
@@ -53,7 +54,7 @@ def damage(folder: Path, items: Collection[str] | None = None) -> str:
 
 
 def _writer(name: str) -> int:
-    """Index of the process that wrote a file, from Orbax's folder name; 0 for files that all share."""
+    """Number of the process that wrote a file, from its folder "ocdbt.process_N"; 0 for other folders."""
     found = re.search(r"/ocdbt\.process_(\d+)/", name)
     return int(found[1]) if found else 0
 

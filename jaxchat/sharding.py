@@ -54,7 +54,7 @@ def keep_compiled():
 
 
 def _delete_damaged(folder: Path, show: Callable, message: Warning, *args, **how):
-    """Show a warning, or delete the cache entry that jax warns it cannot read, so that jax replaces it."""
+    """Delete a cache entry that jax warns it cannot read, so that jax replaces it; show other warnings."""
     damaged = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
     if not damaged:
         return show(message, *args, **how)
@@ -63,13 +63,13 @@ def _delete_damaged(folder: Path, show: Callable, message: Warning, *args, **how
 
 
 def take_memory():
-    """Let jax take GPU_SHARE of a GPU's memory when it starts, unless XLA_CLIENT_MEM_FRACTION is set."""
+    """Let jax allocate GPU_SHARE of a GPU's memory at its start, unless XLA_CLIENT_MEM_FRACTION is set."""
     if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
 
 
 def make_mesh(devices=None, axes: str = "") -> Mesh:
-    """Make a mesh of all devices (or the given ones), with the sizes in `axes`, as mesh_shape reads them.
+    """Make a mesh of the given devices (None: all devices). axes: sizes of the mesh axes; see mesh_shape.
 
     UserError: this number of devices cannot form such a mesh.
     """
@@ -89,9 +89,9 @@ def batched(items: list, size: int) -> list[list]:
 
 
 def along_links(devices: list) -> list:
-    """Order a few TPUs as a ring in which neighbours share a link, and each process's TPUs are adjacent.
+    """Order up to 16 TPUs as a ring: neighbours share a link, and the TPUs of a process are adjacent.
 
-    If there is no such ring, they keep their order.
+    If there is no such ring, or there are more TPUs, return them in the given order.
     """
 
     def linked(a, b) -> bool:
@@ -115,10 +115,11 @@ def along_links(devices: list) -> list:
 
 
 def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int, int]:
-    """Read the sizes of (data, fsdp, tensor) from "data=-1,fsdp=2,tensor=1"; -1: all remaining devices.
+    """Return the sizes of (data, fsdp, tensor) in "data=-1,fsdp=2,tensor=1"; -1: all remaining devices.
 
-    data is -1 if not named. "": each CPU holds all weights; on other devices up to 8 neighbours shard them,
-    which makes room for models 8 times as large and costs a few per cent of bandwidth, behind computation.
+    devices: number of devices. An axis that is not named has size 1, or -1 if it is data. axes "": on CPUs,
+    each device holds all weights; elsewhere, fsdp shards the weights over up to 8 neighbours, which makes
+    room for models 8 times as large and costs a few per cent of bandwidth, overlapped with computation.
     """
     sizes = dict.fromkeys(AXES, 1) | {"data": -1}
     if not axes and platform != "cpu":
@@ -160,17 +161,18 @@ def check_fits(model: ModelConfig, mesh: Mesh):
 
 
 def constrain(tree, specs, mesh: Mesh | None):
-    """Constrain, inside jit, the arrays of a tree to the shardings that a tree of PartitionSpec gives."""
+    """Constrain the arrays of a tree, inside jit, to the shardings of `specs`, a tree of PartitionSpecs."""
     if mesh is None or mesh.size == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, named(mesh, specs))
 
 
 def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool = False):
-    """Map `function` over each device's shards of its arguments (shard_map); one device: return `function`.
+    """Map `function` over the devices' shards of its arguments (shard_map); on one device, return it as is.
 
-    Collectives in it must be skipped on one device. always: map over one device too, since Triton compiles
-    for the mesh. Arrays must be equal along mesh axes that their spec leaves out; this is not checked.
+    On one device, `function` must skip its collectives. always: map over one device too, because Triton
+    compiles for the mesh. Arrays must be equal along mesh axes that their spec leaves out; this is not
+    checked.
     """
     if mesh is None or (mesh.size == 1 and not always):
         return function
@@ -178,7 +180,7 @@ def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool
 
 
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
-    """Mesh axes over which `rows` rows are sharded: ROWS; None (each device has all) if they don't divide."""
+    """Mesh axes that shard `rows` rows: ROWS, or None (each device has all) if they don't divide evenly."""
     return None if rows % data_shards(mesh) else ROWS
 
 
@@ -194,7 +196,7 @@ def describe(mesh: Mesh) -> str:
 
 
 def named(mesh: Mesh, specs):
-    """Turn a tree of PartitionSpec into NamedShardings."""
+    """Turn a tree of PartitionSpecs into a tree of NamedShardings on a mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda s: isinstance(s, P))
 
 
@@ -204,9 +206,10 @@ def abstract(shapes, shardings):
 
 
 def optimizer_specs(state, weights: dict):
-    """PartitionSpecs of an optimizer's state: an array named after a weight is sharded as the weight is.
+    """PartitionSpecs of an optimizer's state: an array named after a weight is sharded like the weight.
 
-    state: the shapes. weights: the declared weights by name. Dimensions that were reduced are not sharded.
+    state: a tree of shapes. weights: {name: declared weight}. A dimension that is smaller than the weight's,
+    because the optimizer reduced it, is not sharded; nor are arrays that belong to no weight.
     """
 
     def spec(path, leaf):
@@ -221,12 +224,12 @@ def optimizer_specs(state, weights: dict):
 
 
 def place_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Make a global array [A, B, …], its rows B sharded over the mesh, from each process's rows."""
+    """Make a global array [A, B, …], sharded over the mesh by rows B, from the rows of each process."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, ROWS)), array)
 
 
 def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """Return (first, end) of this process's rows in a micro-batch of `rows` rows."""
+    """Return the range (first, end) of this process's rows in a micro-batch of `rows` rows."""
     slices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((rows,)).values()
     first, end = min(s.indices(rows)[0] for (s,) in slices), max(s.indices(rows)[1] for (s,) in slices)
     if sum(e - f for f, e in {s.indices(rows)[:2] for (s,) in slices}) != end - first:
@@ -235,12 +238,12 @@ def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
 
 
 def place_same(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Make a global array [B, …], its rows sharded over the mesh, from an array that every process has."""
+    """Make a global array [B, …], sharded over the mesh by rows B, from an array that every process has."""
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P(ROWS)), lambda part: array[part])
 
 
 def agree(totals: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Sum int32 arrays [A, B] over the rows of all processes, without waiting for the results."""
+    """Sum int32 arrays [A, B] (micro-batches, rows) over all processes, without waiting for the results."""
     return _sums({name: place_rows(array, mesh) for name, array in totals.items()}, mesh)
 
 
@@ -251,7 +254,7 @@ def _sums(totals: dict, mesh: Mesh):
 
 
 def gather_json(value: dict) -> list[dict]:
-    """Gather each process's small JSON value on every process. All must call this, and wait for all."""
+    """Return the small JSON objects that all processes pass. All must call this, and wait for each other."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -262,7 +265,7 @@ def gather_json(value: dict) -> list[dict]:
 
 
 def check_same(**facts):
-    """Raise UserError on every process unless all pass the same facts (JSON values by name)."""
+    """Raise UserError on every process unless all processes pass equal facts, {name: JSON value}."""
     for number, other in enumerate(everyone := gather_json(facts)):
         for what, first in everyone[0].items():
             if other[what] != first:
@@ -274,7 +277,10 @@ def check_same(**facts):
 
 
 def difference(one, other, form: str = " (now {})") -> str:
-    """Say where two values differ: "name=one (now other)" for entries of dicts, at most three."""
+    """Describe how two values differ; for dicts: "name=one (now other)" of the first three differing entries.
+
+    form: how `other` is shown.
+    """
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return f"{one}{form.format(other)}"
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]

@@ -32,7 +32,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk or quota is full, o
 
 
 class Checkpoints:
-    """The checkpoints of one run in one folder."""
+    """Save, restore, delete and lock the checkpoints of one run, which share a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
@@ -47,7 +47,7 @@ class Checkpoints:
     def lock(self, steps_seen: list[int]):
         """Lock the folder until `close`, and delete partial checkpoints of runs that were killed.
 
-        UserError: another run holds the lock, or the folder's steps are no longer steps_seen.
+        UserError: another run holds the lock, or has changed the steps in the folder from steps_seen.
         """
         refused = ""
         if jax.process_index() == 0 and self._lock is None:
@@ -71,7 +71,7 @@ class Checkpoints:
         sharding.gather_json({})  # a barrier: no process writes before the folder is empty
 
     def keep_tokenizer(self, tokenizer: Tokenizer):
-        """Save the run's tokenizer beside its checkpoints, since the shared one may be trained again."""
+        """Save the run's tokenizer beside its checkpoints, since the shared tokenizer may be retrained."""
         if jax.process_index() == 0:
             tokenizer.save(self.folder / "tokenizer")
 
@@ -86,8 +86,8 @@ class Checkpoints:
     ):
         """Start saving a checkpoint in the background, once the previous save is complete.
 
-        optimizer and batches None: save weights and metadata only. A save that fails leaves no partial
-        checkpoint. OSError: the disk is full.
+        batches: the data iterator whose position is saved. If optimizer and batches are None, only weights
+        and metadata are saved. A save that fails leaves no partial checkpoint. OSError: the disk is full.
         """
         self.wait()
         items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
@@ -113,14 +113,14 @@ class Checkpoints:
         self._on_all(begin)
 
     def poll(self) -> bool:
-        """Return whether no save is under way, without waiting. Raises the error of a save that failed."""
+        """Return whether no save is in progress, without waiting. Raise the error of a save that failed."""
         # Several processes learn this only in `wait`, which all of them call together.
         if self._pending is not None and jax.process_count() == 1 and self._pending.done():
             self.wait()
         return self._pending is None
 
     def wait(self):
-        """Wait until the save under way is complete and sealed. Raises its error if it fails."""
+        """Wait until the save in progress is complete and sealed. Raise its error if it fails."""
         if self._pending is not None:
             self._on_all(self._finish)
 
@@ -129,8 +129,8 @@ class Checkpoints:
     ) -> tuple[Params, Any]:
         """Return (params, optimizer), sharded as the given ShapeDtypeStructs; set the position of `batches`.
 
-        optimizer None: weights only. `batches` start from the beginning if the checkpoint has no data
-        position, because it was imported.
+        If optimizer is None, only the weights are restored. An imported checkpoint has no data position, so
+        `batches` start from the beginning.
         """
         items = {"params": ocp.args.StandardRestore(params)}
         if optimizer is not None:
@@ -148,16 +148,16 @@ class Checkpoints:
         return restored["params"], restored["optimizer"]
 
     def has_state(self, step: int) -> bool:
-        """Return whether training can continue from a checkpoint: whether it holds the optimizer state."""
+        """Return whether a checkpoint holds the optimizer state, so that training can resume from it."""
         return (self.folder / str(step) / "optimizer").is_dir()
 
     def meta(self, step: int) -> dict:
         return checkpoint.read_meta(self.folder, step)
 
     def close(self):
-        """Wait until the save under way is complete, and release the lock.
+        """Wait until the save in progress is complete, and release the lock.
 
-        Processes do not wait for each other here, since others may have ended already.
+        This does not wait for other processes, since they may have ended already.
         """
         try:
             if self._pending is not None:
@@ -171,9 +171,9 @@ class Checkpoints:
                 self._lock = None
 
     def _complete(self, writer: ocp.AsyncCheckpointer, step: int):
-        """In the background, seal the checkpoint once it is written, then delete partial and old ones.
+        """Wait until a checkpoint is written, then seal it, then delete partial and old checkpoints.
 
-        In this order, so that a kill at any time leaves a sealed checkpoint.
+        This runs in a background thread. In this order, a kill at any time leaves a sealed checkpoint.
         """
         writer.wait_until_finished()
         if process := jax.process_index():
@@ -191,9 +191,10 @@ class Checkpoints:
         self._pending = None
 
     def _on_all(self, part: Callable[[], None], alone: bool = False):
-        """Do a part of a save; if it fails on one process, raise on all, so that none waits for another.
+        """Call part(), a part of a save. If it fails on one process, raise on all, so that none waits.
 
-        alone: raise on this process only. A failure also discards Orbax's writer, which would raise it again.
+        alone: raise on this process only. After a failure Orbax's writer is discarded, because it would raise
+        the same error again.
         """
         problem = None
         try:
@@ -213,7 +214,7 @@ class Checkpoints:
 
 
 def delete_step(folder: Path, step: int):
-    """Delete a checkpoint, ignoring errors. It is renamed first, so that `sweep` finds it after a kill."""
+    """Rename a checkpoint and delete it, ignoring errors. After a kill, `sweep` deletes what is left."""
     path = folder / str(step)
     with suppress(OSError):
         path = path.replace(folder / f"{step}{UNFINISHED}-deleted")
@@ -228,7 +229,7 @@ def sweep(folder: Path):
 
 @contextmanager
 def full_disk(folder: Path):
-    """Context that turns Orbax's errors of a full disk (of several kinds, a page long) into an OSError."""
+    """Context manager that turns Orbax's several long errors for a full disk into a short OSError."""
     try:
         yield
     except Exception as problem:

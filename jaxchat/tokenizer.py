@@ -1,4 +1,4 @@
-"""Byte-level BPE, trained by the tokenizers library and encoded by tiktoken; and conversations as tokens."""
+"""Byte-level BPE tokenizer, trained by the tokenizers library and run by tiktoken; the chat format."""
 
 import base64
 import hashlib
@@ -54,7 +54,7 @@ PART_TYPES = tuple(PARTS)
 
 
 def chat_pieces(conversation: dict) -> list[Piece]:
-    """Return the pieces of a conversation in the chat format. UserError: the conversation is malformed."""
+    """Convert a conversation to the pieces of the chat format. UserError: the conversation is malformed."""
     pieces = [BOS]
     for message in _user_first(conversation):
         content = message["content"]
@@ -102,7 +102,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
-        """Train a tokenizer with exactly vocab_size tokens on texts. UserError: the texts do not suffice."""
+        """Train a tokenizer with exactly vocab_size tokens on texts.
+
+        UserError: vocab_size is too small, or too large for the texts.
+        """
         specials = len(SPECIAL_TOKENS)
         wanted = vocab_size - specials
         if wanted < 256:
@@ -150,13 +153,13 @@ class Tokenizer:
         return tokenizer
 
     def knows(self, fingerprint: dict[str, str]) -> bool:
-        """Return whether the tokenizer was trained on one of {shard: fingerprint}, or on unknown shards."""
+        """Return whether one of {shard: fingerprint} is among the training shards, or these are unknown."""
         return not self.trained_on or not set(self.trained_on.values()).isdisjoint(fingerprint.values())
 
     def save(self, directory: Path | None = None) -> Path:
-        """Write ranks.txt (one token in base64 per line, in rank order) and tokenizer.json. -> the folder
+        """Write ranks.txt (one token in base64 per line, by rank) and tokenizer.json; return the folder.
 
-        A kill at any point leaves a tokenizer that loads: the previous one or this one.
+        If the process is killed, the folder can still be loaded, as the previous or the new tokenizer.
         """
         folder = Path(directory or base_dir() / "tokenizer")
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,11 +177,11 @@ class Tokenizer:
         return self._specials[name]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text. The spelling of a special token, such as "<|bos|>", is encoded as ordinary text."""
+        """Token ids of a text. Spellings of special tokens, such as "<|bos|>", are encoded as text."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str, *, specials: bool = False) -> np.ndarray:
-        """Ids of text as int32 [tokens]. specials: whether spellings of special tokens become such tokens."""
+        """Token ids of a text, int32 [tokens]. specials: encode "<|bos|>" and the like as special tokens."""
         allowed = self._specials.keys() if specials else frozenset()
         try:
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(allowed), disallowed_special=())
@@ -195,11 +198,11 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids) -> bytes:
-        """Bytes of a sequence of ids. Ids beyond the vocabulary, which padded models have, are skipped."""
+        """Bytes of a sequence of token ids. Ids beyond the vocabulary, as in padded models, are skipped."""
         return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def render_conversation(self, conversation: dict) -> tuple[list[int], list[int]]:
-        """Return (ids, mask) of a conversation; the mask is 1 for the tokens that are supervised."""
+        """Return (token ids, mask) of a conversation; the mask is 1 for the tokens that are supervised."""
         return self._render(chat_pieces(conversation))
 
     def _render(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
@@ -211,10 +214,10 @@ class Tokenizer:
         return ids, mask
 
     def render_all(self, conversations: list[list[Piece]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return int32 (ids, mask) of each conversation, as render_conversation does, but faster.
+        """Return int32 (token ids, mask) of each conversation, given as pieces; fast for many conversations.
 
-        Conversations are encoded as one text, except those whose texts may spell a special token or have
-        adjacent parts that could merge.
+        All conversations are encoded together as one text, except those in which a text may spell a special
+        token or adjacent parts could merge into one token.
         """
         alone = [_may_merge(pieces) for pieces in conversations]
         joined = [
@@ -241,7 +244,7 @@ class Tokenizer:
         ]
 
     def render_for_completion(self, conversation: dict) -> list[int]:
-        """Ids of a conversation up to the start of the answer; an answer at its end is left out."""
+        """Token ids of a conversation, without an answer at its end, followed by <|assistant_start|>."""
         messages = conversation["messages"]
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -250,7 +253,7 @@ class Tokenizer:
 
 
 def _may_merge(pieces: list[Piece]) -> bool:
-    """Return whether encoding pieces as one text could give other tokens than encoding each by itself."""
+    """Return whether encoding the joined pieces could give other tokens than encoding each piece alone."""
     after_text = False
     for text, special, _ in pieces:
         if not special and (after_text or "<|" in text):
@@ -264,7 +267,10 @@ def _arrays(rendered: tuple[list[int], list[int]]) -> tuple[np.ndarray, np.ndarr
 
 
 def check_conversation(conversation: dict):
-    """Raise UserError unless it is [system,] user, assistant, user, … with text or known parts."""
+    """Raise UserError unless the roles are [system,] user, assistant, user, … and each content is valid.
+
+    Content must be text or, for the assistant, a list of parts of the types in PART_TYPES.
+    """
     messages = conversation.get("messages")
     if not isinstance(messages, list) or not messages:
         raise UserError("a conversation has no messages; it needs at least one user message")
@@ -297,7 +303,7 @@ def check_conversation(conversation: dict):
 
 
 def _user_first(conversation: dict) -> list[dict]:
-    """Return the checked messages, with a leading system message joined to the first user message."""
+    """Check a conversation; return its messages, with a system message joined to the first user message."""
     check_conversation(conversation)
     messages = conversation["messages"]
     if messages[0]["role"] != "system":
@@ -307,7 +313,7 @@ def _user_first(conversation: dict) -> list[dict]:
 
 
 def byte_characters() -> dict[int, str]:
-    """Return {byte: its character in byte-level BPE}: itself if it is printable, else from U+0100 on."""
+    """Return {byte: character in byte-level BPE}: the same code if printable, else from U+0100 on."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ordered = sorted(range(256), key=lambda byte: (chr(byte) not in alphabet, byte))
     return dict(zip(ordered, alphabet, strict=True))

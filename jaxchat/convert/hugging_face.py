@@ -58,7 +58,7 @@ BEYOND = ("qk_scale", "window_pattern", "value_gate_channels", "layer_scales", "
 
 
 def architecture(config: ModelConfig, tokenizer, dtype: str, chat: bool) -> dict:
-    """Return the content of config.json."""
+    """Return the content of config.json. dtype: dtype of the weights. chat: whether the model can chat."""
     return {
         **{name: value for name, (value, _) in FIXED.items()},
         "architectures": ["NanoChatForCausalLM"],
@@ -87,7 +87,7 @@ def end_tokens(tokenizer, chat: bool) -> dict:
 
 
 def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
-    """Export a checkpoint to the folder `out`, completely or not at all. chat: whether the model can chat.
+    """Export a checkpoint to the folder `out`, atomically. chat: whether the model can chat.
 
     UserError: the folder exists, its disk is too full, or transformers cannot compute the model.
     """

@@ -45,10 +45,10 @@ GENERATIONS = "the generations that docs/architecture.md lists"
 
 
 def export(found: Found, out: Path, progress: Progress) -> Path:
-    """Export a checkpoint to a base directory of nanochat; return its model_<step>.pt.
+    """Export a checkpoint to a base directory of nanochat; return the path of its model_<step>.pt.
 
-    UserError: the model exists there, the directory has a different tokenizer, nanochat cannot compute the
-    model, or the disk is too full.
+    UserError: this file exists, the directory has a different tokenizer, nanochat cannot compute the model,
+    or the disk is too full.
     """
     folder = out / STAGES[found.meta["stage"]].folder / found.tag
     model, meta_file = folder / f"model_{found.step:06d}.pt", folder / f"meta_{found.step:06d}.json"
@@ -82,13 +82,13 @@ def export(found: Found, out: Path, progress: Progress) -> Path:
 
 
 def has_optimizer(config: ModelConfig) -> bool:
-    """Return whether a model's optimizer state can be converted: it must be of March 14, 2026 or later."""
+    """Return whether a model is of March 14, 2026 or later: only then is its optimizer state converted."""
     mechanisms = (config.smear_channels, config.backout, config.value_gate_channels, config.layer_scales)
     return all(mechanisms)
 
 
 def load_optimizer(foreign: Foreign) -> tuple[dict | None, str]:
-    """Return (a checkpoint's converted optimizer state, or None; what the plan says about it)."""
+    """Return (a checkpoint's optimizer state in jaxchat's format, or None; a note about it for the plan)."""
     files_there = sorted(foreign.path.parent.glob(f"optim_{foreign.step:06d}_rank*.pt"))
     if not files_there:
         return None, "there is no optimizer state"
@@ -103,8 +103,9 @@ def load_optimizer(foreign: Foreign) -> tuple[dict | None, str]:
 def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Foreign:
     """Open a checkpoint in a folder of model_<step>.pt files, or in a base directory of nanochat.
 
-    step -1: the last. softcap: see generation. UserError: the checkpoint is missing or damaged, its model is
-    unknown, or its file holds more than tensors.
+    stage, tag: which model of a base directory to open. step -1: the last step. softcap: see `generation`.
+    UserError: the checkpoint is missing or damaged, its model is unknown, or its file holds more than
+    tensors.
     """
     folder = find_folder(path, stage, tag)
     steps = sorted(int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"model_(\d+)\.pt", p.name)))
@@ -129,7 +130,10 @@ def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Forei
 
 
 def find_folder(path: Path, stage: str, tag: str) -> Path:
-    """Find the folder of model_<step>.pt files: `path`, or <path>/<stage's folder>/<tag or the only one>."""
+    """Find the folder of model_<step>.pt files: `path`, or <path>/<folder of the stage>/<tag>.
+
+    If there is no such tag, return the only tag's folder. UserError: there are no tags, or several.
+    """
 
     def has_models(folder: Path) -> bool:
         return folder.is_dir() and any(re.fullmatch(r"model_\d+\.pt", p.name) for p in folder.iterdir())
@@ -148,7 +152,7 @@ def find_folder(path: Path, stage: str, tag: str) -> Path:
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Memory-map a .pt file's tensors, by name. UserError: it is damaged, or holds anything but tensors."""
+    """Memory-map a .pt file's tensors, by name. UserError: the file is damaged, or holds anything else."""
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as problem:  # a damaged or hostile file raises almost anything
@@ -183,10 +187,10 @@ def check_archive(file: Path):
 
 
 def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softcap: int) -> ModelConfig:
-    """Infer a checkpoint's ModelConfig: nanochat's constants at the time when its models had these tensors.
+    """Infer a checkpoint's ModelConfig: its tensors show the version of nanochat, and so its constants.
 
-    softcap: 15 or 20, if the tensors do not determine it; 0: not given. UserError: softcap is needed but not
-    given, or given but not needed, or nanochat never had such a model.
+    shape: nanochat's model_config. softcap: 15 or 20, if the tensors do not determine it; 0: not given.
+    UserError: softcap is needed but not given, or given but not needed, or nanochat never had such a model.
     """
     names = set(tensors)
     pattern, context = str(shape.get("window_pattern", "L")).upper(), shape["sequence_len"]
@@ -225,7 +229,7 @@ def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softca
 
 
 def stored_as(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
-    """Fields of ModelConfig that say how a checkpoint's tables are stored: whether padded or in bfloat16."""
+    """Fields of ModelConfig that say whether a checkpoint's tables are padded and whether in bfloat16."""
     tables = [t for name, t in tensors.items() if "wte" in name or name.startswith("value_embeds.")]
     rows, size = (len(tables[0]) if tables else 0), shape["vocab_size"]
     padded = "resid_lambdas" in tensors or rows == rounded_up(size, PADDING) != size
@@ -235,7 +239,7 @@ def stored_as(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
 
 
 def shape_in_nanochat(found: Found) -> dict:
-    """Return nanochat's model_config of a model. UserError: nanochat would compute the model differently."""
+    """Return the model_config for nanochat. UserError: nanochat would compute the model differently."""
     config = found.config
     shape = {name: getattr(config, name) for name in sorted(FIELDS)}
     # These fields do not affect what a trained model computes.

@@ -1,7 +1,7 @@
 """Convert nanochat's optimizer state of 2026, from runs on one device: optim_<step>_rank0.pt.
 
-The file numbers the weights in the order of `groups`. AdamW's moments are stored for each weight. Muon's are
-stacked over all matrices of one shape, and stored under the number of the first.
+The file numbers the weights in the order of `groups`. AdamW's moments are stored per weight. Muon's moments
+are stacked over all matrices of one shape, under the number of the first of these matrices.
 """
 
 import math
@@ -41,7 +41,7 @@ FIELDS = {  # {field of our optimizer state: nanochat's name for it}
 
 
 def groups(config: ModelConfig, names: Names) -> list[tuple[str, list[str]]]:
-    """List nanochat's parameter groups, in order: (group in our table, nanochat's names of its weights)."""
+    """List nanochat's parameter groups in order: (group in jaxchat's table, nanochat's weight names)."""
     ours, weights = our_names(names, config), named(config)
     found = []
     for group, starts in ADAMW.items():
@@ -59,7 +59,7 @@ def groups(config: ModelConfig, names: Names) -> list[tuple[str, list[str]]]:
 
 
 def empty_state(config: ModelConfig) -> dict:
-    """ShapeDtypeStructs of the optimizer state in a checkpoint."""
+    """ShapeDtypeStructs of the optimizer state in a checkpoint of jaxchat."""
     optimizer = make_optimizer(config, table=table_2026(config))
     count = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, shapes(config))
@@ -67,14 +67,14 @@ def empty_state(config: ModelConfig) -> dict:
 
 
 def place(path, weights: dict) -> tuple[str, str]:
-    """Return (field, name of the weight) for the path of an array in our state; ("", "") for a counter."""
+    """Return (field, weight's name) of the array at `path` in jaxchat's state; ("", "") for a counter."""
     full = jax.tree_util.keystr(path, simple=True, separator=".")
     name = next((own for own in weights if full.endswith(f".{own}")), "")
     return (full.removesuffix(f".{name}").rpartition(".")[2], name) if name else ("", "")
 
 
 def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
-    """Read nanochat's optimizer file as our optimizer state. UserError: it is not of this model."""
+    """Read nanochat's optimizer file as jaxchat's optimizer state. UserError: it is of another model."""
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         moments, count = read_moments(content, config, names)
@@ -96,7 +96,7 @@ def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
 
 
 def read_moments(content: dict, config: ModelConfig, names: Names) -> tuple[dict, int]:
-    """Return ({our field: {nanochat's name of a weight: tensor}}, updates made) from a file's content."""
+    """Return ({jaxchat's field: {nanochat's weight name: tensor}}, number of updates) of a file's content."""
     moments, number = {field: {} for field in FIELDS}, 0
     for group, members in groups(config, names):
         own = ("momentum", "second") if group == "matrix" else ("mu", "nu")
@@ -111,7 +111,7 @@ def read_moments(content: dict, config: ModelConfig, names: Names) -> tuple[dict
 
 
 def restored(found: Found) -> dict:
-    """Restore a checkpoint's optimizer state. UserError: it is damaged."""
+    """Restore a checkpoint's optimizer state onto one device. UserError: the checkpoint is damaged."""
     if wrong := seal.damage(found.path, ("optimizer",)):
         raise UserError(f"{found.path} is damaged: {wrong}; take another step with --step")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -140,7 +140,10 @@ def export(found: Found, file: Path, names: Names):
 
 
 def to_torch_state(found: Found, moments: dict, count: int, names: Names) -> dict:
-    """Build the state dict of torch's optimizer, with the learning rates of the run."""
+    """Build the state dict of torch's optimizer, with the learning rates of the run.
+
+    moments: {jaxchat's field: {nanochat's weight name: tensor}}. count: number of updates.
+    """
     table = table_2026(found.config, **rates(found.meta))
     states, about, number = {}, [], 0
     for group, members in groups(found.config, names):
@@ -164,7 +167,7 @@ def to_torch_state(found: Found, moments: dict, count: int, names: Names) -> dic
 
 
 def rates(meta: dict) -> dict:
-    """Peak learning rates of the model's base training, in jaxchat or, if imported, in nanochat."""
+    """Peak learning rates by name, from a checkpoint's metadata or, if imported, nanochat's."""
     theirs = meta.get("imported", {}).get("meta", {})
     given = theirs.get("user_config", {}) | meta.get("settings", {})
     batch = theirs.get("total_batch_size", REFERENCE_BATCH)

@@ -1,4 +1,4 @@
-"""Convert the tokenizer: Hugging Face's format, with a chat template, and nanochat's tokenizer.pkl."""
+"""Convert tokenizers: Hugging Face's format, with a chat template, and nanochat's tokenizer.pkl."""
 
 import json
 import pickle
@@ -64,7 +64,7 @@ CHAT_TEMPLATE = """\
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return every pair of tokens that form a token, in its rank order: tiktoken merges any such pair."""
+    """List all pairs of tokens that form a token, by that token's rank; tiktoken merges all such pairs."""
     return [
         (piece[:i], piece[i:])
         for piece in sorted(ranks, key=ranks.get)
@@ -74,7 +74,10 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Build the tokenizers library's tokenizer; by default it encodes spellings of special tokens as such."""
+    """Build the same tokenizer with the tokenizers library.
+
+    By default, that tokenizer encodes the spelling of a special token as the special token.
+    """
     characters = byte_characters()
 
     def text(piece: bytes) -> str:
@@ -97,7 +100,7 @@ def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 def end_token(chat: bool) -> str:
     """Return the token that ends an answer (chat) or a document. It is also the padding token.
 
-    The padding token of a chat model must not be <|bos|>: transformers masks it wherever it is in a prompt.
+    A chat model's padding token must not be <|bos|>, because transformers masks padding tokens in prompts.
     """
     return "<|assistant_end|>" if chat else "<|bos|>"
 
@@ -121,7 +124,7 @@ def save_hugging_face(tokenizer: Tokenizer, folder: Path, sequence_len: int, cha
 
 
 def from_hugging_face(path: Path) -> Tokenizer:
-    """Read a tokenizer.json. UserError: it is damaged, or tokenizes differently than jaxchat does."""
+    """Read a tokenizer.json. UserError: the file is damaged, or tokenizes differently from jaxchat."""
     try:
         tokenizers.Tokenizer.from_file(str(path))
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -158,7 +161,7 @@ def from_hugging_face(path: Path) -> Tokenizer:
 
 
 def _steps(content: dict) -> list[dict]:
-    """Return the steps that split text before merging, without options that affect only offsets."""
+    """Return a tokenizer.json's pre-tokenizer steps, without options that affect only offsets."""
     steps = (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
     return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
 
@@ -177,7 +180,7 @@ def _tokenizer(path: Path, ranks: dict[bytes, int], specials: dict[str, int]) ->
 
 
 class _Recorded:
-    """Stand in for a tiktoken Encoding while its pickle is read: keep the state, build nothing."""
+    """Stand-in for tiktoken's Encoding while a pickle is read: it keeps the state and builds nothing."""
 
     def __setstate__(self, state):
         self.state = state
@@ -191,7 +194,7 @@ class _OnlyEncodings(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Tokenizer:
-    """Read nanochat's tokenizer.pkl without running anything in it. UserError: it holds something else."""
+    """Read nanochat's tokenizer.pkl without running code in it. UserError: it holds anything else."""
     try:
         with path.open("rb") as file:
             state = getattr(_OnlyEncodings(file).load(), "state", None)

@@ -45,7 +45,7 @@ class Foreign:
 
 
 def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
-    """Return the names of a weight's matrices in the other format: one, or one for each layer that has it."""
+    """Return the other format's names of a weight's matrices: one, or one per layer that has the weight."""
     if "{}" not in names[name]:
         return [names[name]]
     some = name.startswith("blocks.value_")
@@ -53,7 +53,7 @@ def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
 
 
 def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
-    """Return {matrix in the other format: our "weight.index"}, as in {"lm_head.weight": "lm_head.0", …}."""
+    """Return {matrix in the other format: jaxchat's "weight.index"}: {"lm_head.weight": "lm_head.0", …}."""
     return {
         theirs: f"{name}.{i}"
         for name in named(config)
@@ -62,7 +62,7 @@ def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
 
 
 def to_matrices(weight: Weight, stack: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the matrices of a weight as PyTorch keeps them, each a contiguous copy."""
+    """Yield a weight's matrices in PyTorch from its stacked array in jaxchat, as contiguous copies."""
     if not weight.fan_in:
         yield np.array(stack)
         return
@@ -91,9 +91,9 @@ def shape_of(weight: Weight) -> list[int]:
 
 
 def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's weights as another format's tensors, by name.
+    """Return a checkpoint's weights as tensors, under their names in another format.
 
-    Weights of an imported model get the dtypes that they were imported in.
+    Weights of an imported model have the dtypes in which they were imported.
     """
     weights = named(found.config)
     stacks = dict(zip(weights, jax.tree.leaves(found.load()), strict=True))
@@ -127,9 +127,10 @@ def check(foreign: Foreign):
 
 
 def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Progress, optimizer=None):
-    """Save an opened model as the checkpoint <folder>/<step>, with its tokenizer, and consume its tensors.
+    """Save an opened model and its tokenizer as the checkpoint <folder>/<step>, and empty foreign.tensors.
 
-    optimizer: the converted optimizer state, or None. UserError: the folder exists, or its disk is too full.
+    kind: name of the other format. optimizer: the converted optimizer state, or None. UserError: the folder
+    exists, or its disk is too full.
     """
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --model_tag, or remove it")
@@ -167,7 +168,7 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
 
 
 def read_object(path: Path, about: str) -> dict:
-    """Read a JSON object. UserError: it is damaged, or missing; `about` ends the message if it is missing."""
+    """Read a JSON object. UserError: the file is damaged, or missing (the message then ends in `about`)."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
@@ -180,7 +181,7 @@ def read_object(path: Path, about: str) -> dict:
 
 
 def shareable(settings: dict) -> dict:
-    """Return the settings without those that are paths on this machine."""
+    """Return the settings without texts that may be paths on this machine."""
     return {k: v for k, v in settings.items() if not (isinstance(v, str) and ("/" in v or "\\" in v))}
 
 

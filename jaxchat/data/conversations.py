@@ -42,10 +42,11 @@ class ConversationRows(grain.IterDataset):
     """Iterate over the first `num_examples` conversations of an order, `examples` per step.
 
     A conversation longer than T+1 tokens (T: `time`) is cut, and counted. Tokens of mask 1 are supervised.
-    Padded: one conversation a row; all rows of a step have the length of the smallest bucket that holds its
-    longest conversation; rows of weight 0 fill up the last step. Packed: as few rows of T tokens as best-fit
-    packing needs, rounded up to full micro-batches. A step holds the same conversations either way.
-    micro_rows: rows of a micro-batch, over all processes. share: (first, end) of this process in it.
+    Padded: one conversation a row; all rows of a step have the length of the smallest bucket that holds the
+    step's longest conversation; rows of weight 0 fill up the last step. Packed: as few rows of T tokens as
+    best-fit packing needs, rounded up to full micro-batches. A step holds the same conversations either way.
+    micro_rows: rows of a micro-batch, over all processes. share: (first, end) of this process's rows in a
+    micro-batch; None: all.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class _ConversationRowsIterator(grain.DatasetIterator):
         return as_batch(rows, totals, mine, micro_batches)
 
     def _arrange(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Lay out the (ids, mask) of a step's conversations as the rows of all processes."""
+        """Arrange the (ids, mask) of a step's conversations in arrays [rows, T], for all processes."""
         p, lengths = self._rows, [len(ids) for ids, _ in pairs]
         time = p.time if p.packed else next(n for n in length_buckets(p.time) if n >= max(lengths) - 1)
         places = best_fit(lengths, time + 1) if p.packed else [(row, 0) for row in range(len(pairs))]

@@ -1,4 +1,4 @@
-"""Tokenize rows in background threads, ahead of the consumer."""
+"""Tokenize documents and conversations in background threads, ahead of the consumer."""
 
 import multiprocessing
 import os
@@ -29,9 +29,9 @@ def _threads() -> tuple[ThreadPoolExecutor, int]:
 
 
 def _in_threads(work: Callable[[list], list], items: Iterable, size: Callable, full: int) -> Iterator:
-    """Yield the results of work(chunk of items), in order, while threads process later chunks.
+    """Yield the results of work(chunk), a list, for each chunk of `items` in order, computed in threads.
 
-    A chunk is full when the sizes of its items add up to `full`.
+    A chunk is full when the sizes of its items add up to `full`. Later chunks are computed ahead.
     """
     threads, count = _threads()
 
@@ -74,7 +74,7 @@ def text_reader(texts: ParquetText, tokenizer: Tokenizer) -> Reader:
 
 
 def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Tokenize the rows of a chunk, with one tokenizer call for all its conversations."""
+    """Return (ids, mask) of each row in `numbers`; one tokenizer call encodes all conversations."""
     results: list = [None] * len(numbers)
     conversations: dict[int, list[Piece]] = {}  # by position in the chunk
     for place, number in enumerate(numbers):
@@ -92,6 +92,6 @@ def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[n
 
 
 def conversation_reader(tasks, tokenizer: Tokenizer) -> Reader:
-    """Return a reader of rendered conversations and their masks; plain documents read as in text_reader."""
+    """Return a reader that tokenizes conversations; all tokens of a plain document are supervised."""
     work = partial(_row_tokens, tasks, tokenizer)
     return lambda rows: _in_threads(work, rows, lambda _: 1, CHUNK_ROWS)

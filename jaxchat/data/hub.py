@@ -1,4 +1,4 @@
-"""Download data sets of the Hugging Face hub, and files by URL, atomically, verified and with retries."""
+"""Download data sets from the Hugging Face hub, and files by URL, atomically, verified, with retries."""
 
 import dataclasses
 import errno
@@ -28,7 +28,7 @@ SHOW = 5  # seconds between progress lines
 
 @dataclasses.dataclass(frozen=True)
 class Repo:
-    """A data set on the hub; its files that match any of `patterns` are saved in `folder`, keeping paths."""
+    """A data set on the hub. Files that match any of `patterns` are saved in `folder`, under their paths."""
 
     repo: str
     patterns: tuple[str, ...]
@@ -40,7 +40,10 @@ class Repo:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A file at a URL. With `needs`, it is a zip that holds these names, unpacked to the folder `path`."""
+    """A file at a URL, saved at `path`. With `needs`, the file is a zip, unpacked to the folder `path`.
+
+    needs: names of files that the zip must hold.
+    """
 
     url: str
     path: str
@@ -49,7 +52,7 @@ class Link:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """Files of a data set's commit to download, as the hub lists them: {path: (bytes, hash type, hash)}."""
+    """The files to download from a commit of a data set. files: {path: (bytes, hash type, hash)}."""
 
     repo: str
     commit: str
@@ -62,14 +65,15 @@ class Listing:
 
 
 def size_of(path: Path) -> int:
-    """Size of a file in bytes, or -1 if there is none."""
+    """Size of a file in bytes, or -1 if the file does not exist."""
     return path.stat().st_size if path.is_file() else -1
 
 
 def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 0):
     """Call attempt(), retrying with exponential backoff; raise UserError when it gives up.
 
-    progress: returns a number, such as that of complete files; when it has grown, the backoff starts over.
+    what: name of the download, for messages. progress: returns a number, such as the number of complete
+    files; when this number has grown, the backoff starts over.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, XetDownloadError
@@ -102,9 +106,10 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
 
 
 def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
-    """List the files to download at `revision`; "": the commit recorded in the folder, else repo.commit.
+    """List the files to download at a revision; "": the commit recorded in the folder, or repo.commit.
 
-    UserError: the folder holds other files that match the patterns, and would be read with the data set.
+    shards: number of files, if repo.shards is true. UserError: the folder holds other files that match the
+    patterns and would be read with the data set.
     """
     from huggingface_hub import HfApi
 
@@ -199,7 +204,7 @@ def fetch(listing: Listing, parallel: int):
 
 
 def is_complete(link: Link, path: Path) -> bool:
-    """Return whether a link has been downloaded. UserError: its folder exists but is incomplete."""
+    """Return whether a link has been downloaded. UserError: the folder of its zip is incomplete."""
     lacking = [name for name in link.needs if not (path / name).exists()]
     if lacking and path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is incomplete: it has no {lacking[0]}; delete it, and run this again")
@@ -207,7 +212,7 @@ def is_complete(link: Link, path: Path) -> bool:
 
 
 def fetch_link(link: Link, path: Path):
-    """Download a link to `path`; a zip (link.needs) is unpacked there."""
+    """Download a link's file to `path`; a zip (with link.needs) is unpacked to the folder `path`."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import hf_raise_for_status
 

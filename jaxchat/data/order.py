@@ -1,4 +1,4 @@
-"""Endless seeded orders over a data source, and their division into streams that processes read."""
+"""Endless seeded orders over a data source, and their division into streams for the processes."""
 
 from functools import lru_cache
 
@@ -68,7 +68,7 @@ class Deal:
         return self.first(stream + 1) - self.first(stream)
 
     def index(self, stream: int, place: int) -> int:
-        """Row of the source at position `place` of a stream; positions continue from epoch to epoch."""
+        """Row of the data source at position `place` of a stream; positions continue from epoch to epoch."""
         epoch, place = divmod(place, self.size(stream))
         return self.order.index(epoch * self.order.num_rows + self.first(stream) + place)
 

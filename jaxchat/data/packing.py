@@ -61,8 +61,11 @@ class Concatenated:
         return {"tokens": windows, "weights": weights}
 
     def totals(self) -> dict[str, int]:
-        """Counts of the last step: {targets: supervised tokens, taken: documents consumed before the step,
-        left: 1 if another step has targets, empty_documents: skipped so far}."""
+        """Counts of the last step, by name.
+
+        targets: supervised tokens. taken: documents consumed before the step. left: 1 if another step has
+        targets. empty_documents: empty documents skipped so far.
+        """
         counts = {"targets": self._targets, "taken": self._taken, "left": int(self._unread >= 2)}
         return counts | {"empty_documents": self._empty}
 
@@ -70,7 +73,7 @@ class Concatenated:
 class BestFit:
     """Start every row with a new document, and keep adding the longest of BUFFER documents that still fits.
 
-    When none fits, the shortest is cut to fill the row; the rest of it is dropped, and counted.
+    When no document fits, the shortest is cut to fill the row; its remainder is dropped, and counted.
     """
 
     buffer = BUFFER
@@ -118,7 +121,7 @@ class BestFit:
             self._queue += documents
 
     def _place_one(self):
-        """Put one document of the full buffer into the row that is being filled."""
+        """Move one document from the full buffer into the row that is being filled."""
         room = self._time + 1 - self._filled
         lengths = np.array([len(ids) for _, ids in self._buffer])
         if self.long_first:  # so that long documents, chosen at the start of a row, never starve
@@ -145,15 +148,19 @@ class BestFit:
         return rows
 
     def totals(self) -> dict[str, int]:
-        """Counts as in Concatenated, but taken: documents read so far; cut_tokens: dropped by this step."""
+        """Counts of the last step, by name.
+
+        targets: supervised tokens. taken: documents read so far. left: 1, since the data is endless.
+        empty_documents: empty documents skipped so far. cut_tokens: tokens dropped in the step.
+        """
         counts = {"targets": self._rows * self._time, "taken": self._next, "left": 1}
         return counts | {"empty_documents": self._empty, "cut_tokens": self._last_cut}
 
 
 class CroppedBestFit(BestFit):
-    """Best-fit packing as in nanochat's loader: from 1,000 documents; those in a row attend to each other.
+    """Best-fit packing like nanochat's: from 1,000 documents; those in one row attend to each other.
 
-    A document longer than a row never fits; it waits until none fits and it is the shortest.
+    A document longer than a row stays in the buffer until no document fits and it is the shortest.
     """
 
     buffer = 1000

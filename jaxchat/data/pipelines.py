@@ -20,10 +20,11 @@ PREFETCH = 2  # batches prepared in a thread while the device computes
 
 
 def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = False) -> tuple[int, int]:
-    """Split a step of `rows` rows over `devices` devices: (rows per device and micro-batch, micro-batches).
+    """Return (rows per device in a micro-batch, number of micro-batches) for a step of `rows` rows.
 
     asked: --device_batch_size; -1: the largest number of rows, at most `most`, that divides a device's share.
-    fills: pad a step that the devices cannot share evenly with empty rows. UserError: no such split exists.
+    fills: if the devices cannot share the rows evenly, pad the step with empty rows. UserError: no such split
+    exists.
     """
     able = [] if rows % devices else divisors(rows // devices)
     if asked > 0 and asked not in able and able:
@@ -62,7 +63,10 @@ def prefetched(dataset: grain.IterDataset) -> grain.DatasetIterator:
 
 
 def base_batches(texts: ParquetText, tokenizer: Tokenizer, *, rows: int, seed: int, packing="stream", **how):
-    """Iterate endlessly over packed documents, reshuffled every epoch. how: other arguments of PackedRows."""
+    """Iterate endlessly over packed documents, reshuffled every epoch.
+
+    rows: number of rows in a step. how: further arguments of PackedRows.
+    """
     if packing not in PACKINGS:
         raise UserError(f"--packing={packing}; it is {' or '.join(PACKINGS)}")
     deal = Deal(Order(texts.block_sizes, seed), rows)
@@ -70,13 +74,16 @@ def base_batches(texts: ParquetText, tokenizer: Tokenizer, *, rows: int, seed: i
 
 
 def mid_batches(tasks, tokenizer: Tokenizer, *, rows: int, seed: int, endless: bool, **how):
-    """Iterate over packed conversations of all tasks, shuffled. how: other arguments of PackedRows."""
+    """Iterate over packed conversations of all tasks, shuffled, for one epoch or endlessly.
+
+    rows: number of rows in a step. how: further arguments of PackedRows.
+    """
     deal = Deal(Order([len(tasks)], seed), rows)
     return prefetched(PackedRows(conversation_reader(tasks, tokenizer), deal, once=not endless, **how))
 
 
 def sft_batches(tasks, tokenizer: Tokenizer, *, seed: int, packing="padded", **how):
-    """Iterate over rows of conversations of all tasks, shuffled. how: arguments of ConversationRows."""
+    """Iterate over batches of conversations of all tasks, shuffled. how: arguments of ConversationRows."""
     if packing not in ("padded", "bestfit"):
         raise UserError(f"--packing={packing}; it is padded or bestfit")
     read, order = conversation_reader(tasks, tokenizer), Order([len(tasks)], seed)
@@ -84,7 +91,10 @@ def sft_batches(tasks, tokenizer: Tokenizer, *, seed: int, packing="padded", **h
 
 
 def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
-    """Open a flag's mixture. UserError: it is empty, or holds documents although `documents` is false."""
+    """Open the mixture `spec`, the value of --<flag>.
+
+    UserError: the mixture is empty, or has plain documents although `documents` is false.
+    """
     tasks = load_mixture(spec, tasks_dir or None)
     if len(tasks) == 0:
         raise UserError(f"--{flag}={spec} has no rows; name at least one task that has some")
@@ -124,7 +134,7 @@ def packed_validation(
 def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: int, time: int) -> list[dict]:
     """Batch the first num_examples conversations of an order: one a row, `rows` a batch, padded to a bucket.
 
-    UserError: no token of them is supervised.
+    UserError: no token of these conversations is supervised.
     """
     how = {"examples": rows, "micro_rows": rows, "time": time, "num_examples": num_examples}
     batches = ConversationRows(read, order, **how)
@@ -135,7 +145,7 @@ def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: in
 
 
 def check_supervised(tasks, tokenizer: Tokenizer, *, time, seed, num_examples: int):
-    """Raise UserError if the first num_examples conversations of sft_batches have no supervised token."""
+    """Raise UserError if no token of the first num_examples conversations of sft_batches is supervised."""
     count, order = min(num_examples, len(tasks)), Order([len(tasks)], seed)
     rows = conversation_reader(tasks, tokenizer)(map(order.index, range(count)))
     if not any(mask[1 : time + 1].any() for _, mask in rows):

@@ -27,7 +27,7 @@ SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # the fingerprint of a larger file covers s
 
 
 def parquet_files(folder: Path, start: str = "", *, in_folders: bool = False) -> list[Path]:
-    """The sorted parquet files of a folder whose names begin with `start`, those ending in .PARQUET included.
+    """Sorted parquet files of a folder whose names begin with `start`; .PARQUET counts as .parquet.
 
     Hidden files, such as macOS's `._x.parquet`, are ignored. in_folders: include files in subfolders.
     """
@@ -39,9 +39,9 @@ def parquet_files(folder: Path, start: str = "", *, in_folders: bool = False) ->
 
 
 def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False) -> list[Path]:
-    """The sorted parquet shards of a folder: all but the last for "train", the last for "val".
+    """Sorted parquet shards of a data folder: all but the last for split "train", the last for "val".
 
-    whole: raise UserError if launch.download has fetched fewer shards than it was asked for.
+    whole: raise UserError if launch.download has not yet fetched all shards that were requested.
     """
     folder = user_path(data_dir or base_dir() / "base_data")
     shards = parquet_files(folder)
@@ -66,7 +66,7 @@ def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False)
 
 
 def repeated(train: dict[str, str], held_out: dict[str, str]) -> str:
-    """Return a warning if two of the shards {name: fingerprint} are the same file, else ""."""
+    """Return a warning if two of the shards, {name: fingerprint}, have equal fingerprints, else ""."""
     first: dict[str, str] = {}
     for name, fingerprint in (train | held_out).items():
         if (twin := first.setdefault(fingerprint, name)) != name:
@@ -76,10 +76,10 @@ def repeated(train: dict[str, str], held_out: dict[str, str]) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Hash a file's size and content (of files over 16 MiB, 16 samples of it) to 16 hex digits.
+    """Hash a file's size and content to 16 hex digits; above 16 MiB, only 16 samples of the content.
 
-    The last sample is the end of the file, where parquet keeps the offset and size of every column chunk
-    and, usually, its minimum and maximum.
+    The last sample is the end of the file, where parquet keeps the offset and size of every column chunk and,
+    usually, its minimum and maximum.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -94,7 +94,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
-    """Open a parquet file. UserError: it is damaged, or does not have each of `columns` exactly once."""
+    """Open a parquet file. UserError: the file is damaged, or lacks or repeats one of `columns`."""
     check_utf8("file", str(path))
     if path.is_dir():
         raise UserError(f"{path} is a folder; move the .parquet files in it to {path.parent}, and delete it")
@@ -123,14 +123,14 @@ def is_pointer(path: Path) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return whether a column of this Arrow type holds text, in any layout; bytes count as UTF-8."""
+    """Return whether an Arrow type is text in any layout, or bytes, which are decoded as UTF-8."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
     return any(getattr(pa.types, f"is_{name}")(kind) for name in tests)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Return (bytes, modification time in ns) of a file, to compare it cheaply; (0, 0) if it is gone."""
+    """Return (size in bytes, modification time in ns) of a file, to detect changes; (0, 0) if missing."""
     try:
         stat = path.stat()
         return stat.st_size, stat.st_mtime_ns
@@ -187,7 +187,10 @@ class ParquetText:
         return (text or b"").decode("utf-8", "replace")
 
     def _check_unchanged(self, shard: int):
-        """Raise UserError if a shard was replaced during the run, which would silently change the order."""
+        """Raise UserError if the content of a shard has changed since the run began.
+
+        Otherwise the order of the documents would change silently.
+        """
         path = self.paths[shard]
         if (stamp := _stamp(path)) != self._stamps[shard]:
             if not path.is_file() or file_fingerprint(path) != self.fingerprint[path.name]:
@@ -207,7 +210,7 @@ class ParquetText:
 
 
 def _decoded(path: Path, group: int) -> pa.ChunkedArray:
-    """Read the texts of a row group as bytes, into memory or, above GROUP_BYTES, a temporary file."""
+    """Read the texts of a row group as bytes: into memory or, above GROUP_BYTES, into a temporary file."""
     pieces, kept, size = _pieces(path, group), [], 0
     for piece in pieces:
         kept.append(piece)

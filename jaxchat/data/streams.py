@@ -3,9 +3,9 @@
 The rows of a step come from a fixed number of streams (order.Deal), each of which fills some consecutive rows
 (packing.py). A process reads the streams that its rows come from, in threads or in worker processes.
 
-A batch is {inputs, targets int32, weights float32, and segments int32 if a row holds several texts that must
-not attend to each other}, each [A, B, T]: A micro-batches of the process's B rows. It also has `totals`,
-{name: int32 [A, B]}, whose sums over all rows of all processes are counts of the whole step (sharding.agree).
+A batch holds int32 `inputs` and `targets`, float32 `weights` and, if texts in a row must not attend to each
+other, int32 `segments`, each [A, B, T]: A micro-batches of the process's B rows. It also has `totals`, {name:
+int32 [A, B]}, whose sums over all rows of all processes are counts of the whole step (sharding.agree).
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,10 @@ EMPTY_IN_A_ROW = 10_000  # more consecutive empty documents than this are an err
 
 
 class StreamRows(grain.IterDataset):
-    """Yield the rows of `streams`, a step at a time: {stream: {"rows": …, "totals": …, "state": …}}.
+    """Yield the rows of some streams, step by step: {stream: {"rows": …, "totals": …, "state": …}}.
 
-    Infinite: an exhausted stream yields rows of weight 0. Workers divide the streams (Grain's set_slice).
+    Iteration never ends: an exhausted stream yields rows of weight 0. Grain divides the streams among workers
+    by set_slice.
     """
 
     def __init__(self, read: Reader, deal: Deal, make, streams: Sequence[int], states: dict):
@@ -107,7 +108,10 @@ class PackedRows(grain.IterDataset):
 
 
 class _PackedRowsIterator(grain.DatasetIterator):
-    """The state is {stream: its state}, {} at the start; set_state also accepts that of all processes."""
+    """Iterator of PackedRows. Its state is {stream: state of the stream's packer}, {} at the start.
+
+    set_state also accepts the states of all processes' streams, and keeps those of this process.
+    """
 
     def __init__(self, packing: PackedRows):
         super().__init__()
@@ -169,7 +173,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
 
 
 def as_batch(rows: dict[str, np.ndarray], totals: dict[str, np.ndarray], mine: slice, micro_batches: int):
-    """Reshape the slice `mine` of arrays [rows, …] to a batch [A, B, …] of A micro-batches.
+    """Reshape the rows `mine` of arrays [rows, …] to a batch [A, B, …] of A micro-batches with B rows.
 
     Row r becomes row r // A of micro-batch r % A, so that each process's rows are consecutive in the step.
     """

@@ -29,7 +29,7 @@ TASKS = {
 
 
 class Task:
-    """Conversations by index: {"messages": …}, with "letters" for choice tasks, or documents: {"text": …}.
+    """Conversations by index, {"messages": …}, with "letters" for choice tasks; or documents, {"text": …}.
 
     count: number of rows to use (None: all), drawn at random by a fixed seed, since files may be sorted.
     """
@@ -55,7 +55,7 @@ class Task:
 
     @property
     def summary(self) -> str:
-        """Name, number of rows and what was left out, as shown in the plan."""
+        """Name, number of rows and a note about invalid rows that were left out, as shown in the plan."""
         return f"{self.name} {len(self):,}" + (f" ({self.left_out})" if self.left_out else "")
 
 
@@ -81,7 +81,7 @@ class Mixture:
         return self._find(index)[0]
 
     def name_of(self, index: int) -> str:
-        """The task's name and row number of an index, for messages."""
+        """Describe row `index` by its task and its number in the task, for messages: "GSM8K/train, row 3"."""
         task, row = self._find(index)
         return f"{task.name}, row {row}"
 
@@ -117,7 +117,7 @@ def load_task(spec: str, tasks_dir: str | Path | None = None) -> Task:
 
 
 def load_mixture(spec: str, tasks_dir: str | Path | None = None) -> Mixture:
-    """Open the tasks of a comma-separated list."""
+    """Open the tasks of a comma-separated list of specs."""
     return Mixture([load_task(part, tasks_dir) for part in _parts(spec)])
 
 

@@ -12,7 +12,7 @@ LINES = "a JSON array of messages, an object with `messages`, or a JSON string f
 
 
 class JsonLines:
-    """Rows of a JSON Lines file, each of a form that LINES names; opening the file checks all rows."""
+    """Rows of a JSON Lines file, in the forms that LINES lists; all rows are checked on opening."""
 
     def __init__(self, path: Path):
         if not path.is_file():
@@ -44,9 +44,9 @@ class JsonLines:
 
 
 def _rows_in(text: str) -> tuple[str, list[str]]:
-    """Return ("line", the lines of a file), or ("row", its rows as JSON) if lines are not its rows.
+    """Return ("line", the lines of a file's text), or ("row", its rows as JSON) if the rows are not lines.
 
-    Such rows are the items of one array, or values that span several lines.
+    Rows are not lines if the file is one array of rows, or if JSON values span several lines.
     """
     lines = text.split("\n")
     try:
@@ -89,7 +89,7 @@ def _text_of(path: Path) -> str:
 
 
 def row_of(line: str) -> dict:
-    """Parse a line to {"messages": …} or {"text": …}. ValueError: it is neither."""
+    """Parse a line to {"messages": …} or {"text": …}. ValueError: the line is neither."""
     value = json.loads(line)
     has_messages = isinstance(value, dict) and "messages" in value
     if isinstance(value, dict):  # the format of OpenAI's fine-tuning; other keys are ignored
@@ -102,7 +102,10 @@ def row_of(line: str) -> dict:
 
 
 def _plain(message: dict) -> dict:
-    """Convert OpenAI's forms of a message: "developer" becomes system, parts of text become one text."""
+    """Convert a message from OpenAI's format: "developer" becomes system, and parts of text are joined.
+
+    Parts of an assistant's message stay as they are. ValueError: the message cannot be converted.
+    """
     if message.get("tool_calls") or message.get("function_call"):
         raise ValueError("a message calls tools, which are not supported; remove this line")
     if message.get("weight", 1) != 1:
@@ -116,7 +119,7 @@ def _plain(message: dict) -> dict:
 
 
 def identity(folder: Path, split: str) -> JsonLines:
-    """Open the conversations about the assistant's identity; the file has no splits."""
+    """Open the conversations about the assistant's identity. `split` is ignored: there is one file."""
     del split
     path = folder / "identity" / "identity_conversations.jsonl"
     if not path.is_file():

@@ -51,7 +51,7 @@ def arc(folder: Path, split: str, name: str) -> Table:
 
 
 def answer_parts(answer: str) -> list[dict]:
-    """Split an answer into parts: `<<12/60=0.2>>` is a python part `12/60` and its output `0.2`."""
+    """Split GSM8K's answer into parts: `<<12/60=0.2>>` is a python part `12/60` and its output `0.2`."""
     parts = []
     pieces = SUM.split(answer)  # text, expression, result, text, …
     for i in range(0, len(pieces), 3):
@@ -93,7 +93,10 @@ def smoltalk(folder: Path, split: str) -> Table:
 
 
 def suspects(batch: pa.RecordBatch) -> np.ndarray:
-    """Find the rows whose messages are not text from [system,] user, assistant, user, …, without a loop."""
+    """Return the numbers of rows whose messages lack text or the roles [system,] user, assistant, user, …
+
+    They are computed on Arrow's columns, without a loop over rows.
+    """
     messages, all_rows = batch.column("messages"), np.arange(len(batch))
     kind, fields = messages.type, {}
     if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type):

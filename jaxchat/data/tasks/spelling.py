@@ -72,12 +72,12 @@ PLURALS = ("{}s", "{}'s", "{}")
 
 
 def is_test_word(word: str) -> bool:
-    """Return whether a word belongs to the test split, as one in ten does."""
+    """Return whether a word belongs to the test split; one word in ten does."""
     return zlib.crc32(word.encode()) % 10 == 0
 
 
 class Generated:
-    """Rows that are generated when read, each from its number alone, the same on every machine."""
+    """Rows of a spelling task, generated when read. Row i is the same on every machine."""
 
     def __init__(self, folder: Path, split: str, task: str, make):
         path = folder / "words" / "words_alpha.txt"
@@ -108,8 +108,11 @@ def pick(chance: random.Random, items):
 
 
 def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> str:
-    """Fill in a phrasing, at random in lower case or without its final punctuation, with the word and letter
-    capitalised, in capitals or in quotes."""
+    """Insert a word and a letter into a phrasing.
+
+    At random, the phrasing is in lower case or lacks its final punctuation, and the word and letter are
+    capitalised, in capitals or in quotes.
+    """
     if chance.random() < 0.2:
         phrasing = phrasing.lower()
     if chance.random() < 0.2:
@@ -124,12 +127,18 @@ def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> s
 
 
 def spell(chance: random.Random, word: str, split: str):
-    """Spell a word as "word:w,o,r,d"; with no space, its first letter is the same token as after a comma."""
+    """Return (question, answer). The answer has no spaces: "word:w,o,r,d".
+
+    Therefore the first letter is the same token as after a comma.
+    """
     return _ask(chance, pick(chance, SPELL[split]), word), f"{word}:{','.join(word)}"
 
 
 def count_letters(chance: random.Random, word: str, split: str):
-    """Count a letter, usually one that occurs in the word, step by step, then check with Python."""
+    """Return (question, answer) on how often a letter, usually one of the word, occurs in the word.
+
+    The answer counts step by step, then checks the count with Python.
+    """
     letter = pick(chance, word) if chance.random() < 0.9 else pick(chance, "abcdefghijklmnopqrstuvwxyz")
     question = _ask(chance, pick(chance, COUNT[split]), word, letter)
     lines, seen = [], 0

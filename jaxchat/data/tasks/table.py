@@ -20,8 +20,8 @@ class Table:
 
     Rows that are not valid conversations, up to 1 in 100, are left out and counted in `left_out`. Files may
     differ in the order of their fields and in Arrow's types for text. name: the data set's name in
-    launch.download. suspects: returns the rows of a batch to check; None: check all. UserError: more than 1
-    in 100 rows are invalid.
+    launch.download. convert: returns the conversation of a row. suspects: returns the numbers of those rows
+    of a batch that may be invalid; None: check all rows. UserError: more than 1 in 100 rows are invalid.
     """
 
     def __init__(
