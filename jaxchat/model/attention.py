@@ -1,4 +1,4 @@
-"""Attention in training and decoding, and the choice of its kernel."""
+"""Attention for training and for decoding, by a kernel that suits the device and the shapes."""
 
 import math
 from functools import partial
@@ -27,14 +27,14 @@ def causal_attention(
     mesh: Mesh | None = None,
     window: int | None = None,
 ):
-    """Attention of each position to itself and all before; softmax in float32, scale 1/√H. -> [B, T, N, H].
+    """Compute causal attention, with the softmax in float32 and the scale 1/√H. -> [B, T, N, H].
 
-    K divides N: N/K neighbouring query heads share a key/value head. Queries and keys must be normed.
-    segments_BT: a position attends only to positions of its own segment.
+    N/K neighbouring query heads share a key/value head. Queries and keys must be RMS-normalized.
+    segments_BT: number of each position's segment; a position attends only within its segment.
     window: maximum number of earlier positions that a position attends to; None: all of them.
     implementation: "blocks" (attention_cpu.py), "splash" (JAX's kernel for TPUs), "xla" or "cudnn"
         (by jax.nn.dot_product_attention); see kernel_for.
-    mesh: each device computes its own rows and heads, without communication; None: one device.
+    mesh: rows and heads are sharded over this mesh and need no communication; None: one device.
     """
     attend = KERNELS[kernel_for(implementation, q_BTNH.shape[3], q_BTNH.shape[1])]
     if window is not None and window < q_BTNH.shape[1] - 1:
@@ -46,10 +46,11 @@ def causal_attention(
 
 
 def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, window: int | None = None):
-    """Attention of new tokens to one layer's cache slots, up to their own positions. -> [B, T, N, H].
+    """Compute attention of new tokens at positions_BT to one layer's S cache slots. -> [B, T, N, H].
 
-    implementation, window: see causal_attention. For one new token per row (T = 1) a kernel of DECODING is
-    used, if one fits; such a kernel reads a row's slots only as far as the row reaches.
+    Each token attends to the slots up to its position, which hold keys and values already. For one new token
+    per row (T = 1), a kernel of DECODING is used if one fits; such a kernel skips slots beyond a row's end.
+    implementation, window: see causal_attention.
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
@@ -66,7 +67,10 @@ def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, 
 
 
 def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) -> str:
-    """Key in DECODING of the kernel for one new token per row; "xla", which is not a key, if none fits."""
+    """Return the key in DECODING of the kernel for one new token per row.
+
+    "xla", which is not a key, means that no kernel fits the implementation, head dimension and window.
+    """
     computes = {
         "cudnn": head_dim >= 16 and head_dim & (head_dim - 1) == 0,  # sides of Triton's tiles
         "splash": head_dim % LANES == 0 and window is None,
@@ -77,9 +81,10 @@ def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) 
 def gpu_decoding_attention(
     q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None, *, interpret: bool = False
 ):
-    """Decode with JAX's flash decoding kernel for GPUs: one program per SPLIT slots of each head of a row.
+    """Decode one token per row with JAX's flash decoding kernel for GPUs. -> [B, 1, N, H].
 
-    Programs beyond a row's end do nothing. interpret: use Pallas's interpret mode, on any device.
+    Each program reads up to SPLIT slots of a row's key/value head; programs beyond the row's end do nothing.
+    interpret: use Pallas's interpret mode, on any device.
     """
     from jax.experimental.pallas.ops.gpu.decode_attention import gqa
 
@@ -96,7 +101,10 @@ def gpu_decoding_attention(
 
 
 def tpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: None = None):
-    """Decode with JAX's paged attention for TPUs: each head of a row is a sequence of consecutive pages."""
+    """Decode one token per row with JAX's paged attention for TPUs. -> [B, 1, N, H].
+
+    The kernel gets each key/value head of a row as a separate sequence, whose pages are consecutive slots.
+    """
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
     (B, _, N, H), (_, K, S, _) = q_B1NH.shape, k_BKSH.shape
@@ -112,7 +120,7 @@ def tpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: None = N
 
 
 def kernel_for(implementation: str, head_dim: int, time: int) -> str:
-    """Choose the attention kernel: `implementation`, or "xla" for shapes that "cudnn" refuses.
+    """Return `implementation`, but "xla" instead of "cudnn" for shapes that cuDNN refuses.
 
     cuDNN refuses head dimensions that are not a multiple of 8 or exceed 256 (128 before Hopper), and in
     training an odd number of positions (`time`).
@@ -126,7 +134,10 @@ def kernel_for(implementation: str, head_dim: int, time: int) -> str:
 def library_attention(
     q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, implementation: str, window: int | None = None
 ):
-    """Attention by jax.nn. Segments become a mask [B, 1, T, S], a bias for cuDNN: T² numbers per row."""
+    """Compute causal_attention with jax.nn.dot_product_attention.
+
+    Segments become a mask [B, 1, T, T], which cuDNN takes as a bias: T² numbers per row.
+    """
     same_B1TS = None
     if segments_BT is not None:
         same_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
@@ -137,9 +148,10 @@ def library_attention(
 
 
 def splash_block(time: int, window: int | None) -> int:
-    """Queries and keys per block: a quarter of what a query sees, so that a fifth of the products is masked.
+    """Return the number of queries, and of keys, per block: about a quarter of the keys that a query sees.
 
-    Blocks below 256 would leave the matrix units idle, so they are used only if no larger one divides `time`.
+    Then about a fifth of the products is masked. Blocks below 256 would leave the matrix units idle, so they
+    are used only if no larger block divides `time`.
     """
     most = max(256, min(time, time if window is None else window) // 4)
     return next(size for size in SPLASH_BLOCKS if size <= most and time % size == 0)
@@ -148,10 +160,11 @@ def splash_block(time: int, window: int | None) -> int:
 def splash_attention(
     q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: int | None = None, interpret: bool = False
 ):
-    """Attention by JAX's splash kernel for TPUs: it skips masked blocks and writes no scores to memory.
+    """Compute causal_attention with JAX's splash kernel for TPUs.
 
-    Arrays are padded with zeros to sizes that the kernel takes: padded keys come after every query, and
-    padded features add 0 to a score. interpret: use Pallas's interpret mode, on any device.
+    The kernel skips masked blocks and writes no scores to memory. Arrays are padded with zeros to sizes that
+    the kernel supports: padded keys come after every query, and padded features add 0 to a score.
+    interpret: use Pallas's interpret mode, on any device.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

@@ -1,8 +1,8 @@
-"""Attention for CPUs only: plain XLA operations, block after block, skipping most of what the mask drops.
+"""Attention for CPUs: plain XLA operations on one block at a time, skipping most of what the mask drops.
 
 To learn what the model computes, read causal_attention in attention.py instead. Queries and keys must be
-normed: scores are then at most √H (11 at H = 128) times qk_scale² (at most 4), so that exp needs no maximum
-subtracted.
+normalized: scores are then at most √H (11 at H = 128) times qk_scale² (at most 4), so that exp needs no
+maximum subtracted.
 """
 
 import math
@@ -15,9 +15,9 @@ SLOT_BLOCK = 64  # cache slots per block while decoding
 
 
 def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: int | None = None):
-    """Causal attention by blocks of queries, each with the keys up to its last query. -> [B, T, N, H].
+    """Compute causal_attention by blocks of queries. -> [B, T, N, H].
 
-    window: see causal_attention; keys before the windows of all queries of a block are skipped too.
+    A block reads keys only up to its last query and, with a window, only from its first query's window on.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
@@ -41,10 +41,10 @@ def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: 
 
 
 def decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None):
-    """Attention of one new token per row to the cache slots up to its own position. -> [B, 1, N, H].
+    """Compute attention of one new token per row to the cache slots up to that token. -> [B, 1, N, H].
 
-    Computed one block of one row's slots at a time, only as far as the row reaches, so that no result depends
-    on the other rows. window: see causal_attention.
+    A loop computes a block of slots of one row at a time, up to the row's last token, so that a row's result
+    does not depend on the other rows. window: see causal_attention.
     """
     (B, _, N, H), (_, K, S, _) = q_B1NH.shape, k_BKSH.shape
     block = math.gcd(S, SLOT_BLOCK)

@@ -1,4 +1,4 @@
-"""The key/value cache: all that generation keeps of a row from one token to the next."""
+"""The key/value cache, which saves generation from computing earlier tokens again."""
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,12 @@ from jaxchat.config import ModelConfig
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far; each row has its own length.
+    """Keys and values of the tokens seen so far, for B rows of different lengths.
 
-    One array per layer, heads before slots: one row reads contiguous memory, and no layer is copied out of a
-    stack. Slot s of row b holds the token at position s and is valid while s < lengths_B[b]. Slots
-    beyond are never attended to and are overwritten by later tokens, so lowering a length truncates the row.
+    There is one array per layer, so that no layer is copied out of a stack. Heads come before slots, so that
+    the slots of a row's head are contiguous in memory. Slot s of row b holds the token at position s and is
+    valid while s < lengths_B[b]. Later slots are never attended to and are overwritten by later tokens, so
+    lowering a length truncates the row.
     """
 
     k_BKSH: tuple[jax.Array, ...]
@@ -31,7 +32,7 @@ class KVCache:
 
     @classmethod
     def holding(cls, layers: list[tuple[jax.Array, jax.Array]], lengths_B, tokens_BT=None):
-        """Make a cache with T slots from each layer's (k_BTKH, v_BTKH). tokens_BT: for a model with smear."""
+        """Make a cache with T slots. layers: each layer's (k_BTKH, v_BTKH). tokens_BT: only for smear."""
         k, v = (tuple(jnp.swapaxes(x_BTKH, 1, 2) for x_BTKH in each) for each in zip(*layers, strict=True))
         return cls(k, v, lengths_B, tokens_BT)
 
@@ -40,7 +41,7 @@ class KVCache:
         return self.k_BKSH[0].shape[2]
 
     def write(self, layer: int, k_BTKH, v_BTKH, positions_BT) -> "KVCache":
-        """Write one layer's keys and values at positions_BT; those beyond the last slot are dropped."""
+        """Write one layer's keys and values to the slots positions_BT; drop those beyond the last slot."""
         B, _, K, _ = k_BTKH.shape
         # Every index is explicit: with a slice for the heads, XLA would change the cache's layout on a TPU.
         at_BKT = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None], positions_BT[:, None, :]
@@ -53,12 +54,12 @@ class KVCache:
         return self.replace(k_BKSH=put(self.k_BKSH, k_BTKH), v_BKSH=put(self.v_BKSH, v_BTKH))
 
     def joined(self) -> "KVCache":
-        """Concatenate the heads of all layers into one array of keys and one array of values."""
+        """Concatenate the heads of all layers: one array of keys and one array of values, [B, L·K, S, H]."""
         k, v = ((jnp.concatenate(arrays, axis=1),) for arrays in (self.k_BKSH, self.v_BKSH))
         return self.replace(k_BKSH=k, v_BKSH=v)
 
     def write_one(self, k_LKH, v_LKH, position) -> "KVCache":
-        """Write one token's keys and values, of all layers' heads, to a joined cache's only row."""
+        """Write one token's keys and values in all layers to a slot of a joined cache with one row."""
 
         def put(array, x_LKH):
             return (lax.dynamic_update_slice(array, x_LKH[None, :, None], (0, 0, position, 0)),)
@@ -66,24 +67,27 @@ class KVCache:
         return self.replace(k_BKSH=put(*self.k_BKSH, k_LKH), v_BKSH=put(*self.v_BKSH, v_LKH))
 
     def write_tokens(self, tokens_BT, positions_BT) -> "KVCache":
-        """Write tokens at positions_BT, if the cache holds tokens; those beyond the last slot are dropped."""
+        """Write token ids to the slots positions_BT, except positions beyond the last slot.
+
+        Without tokens_BS (a model without smear), return the cache unchanged.
+        """
         if self.tokens_BS is None:
             return self
         rows_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
         return self.replace(tokens_BS=self.tokens_BS.at[rows_B1, positions_BT].set(tokens_BT, mode="drop"))
 
     def last_tokens(self):
-        """The last token of each row, [B]; arbitrary for an empty row."""
+        """Return the last token of each row, [B]; for an empty row the token is arbitrary."""
         return jnp.take_along_axis(self.tokens_BS, jnp.maximum(self.lengths_B - 1, 0)[:, None], axis=1)[:, 0]
 
     def advance(self, counts_B) -> "KVCache":
-        """Make each row `counts_B` tokens longer; their keys and values must be written already."""
+        """Lengthen each row by counts_B tokens, whose keys and values must be written already."""
         return self.replace(lengths_B=self.lengths_B + counts_B)
 
     def place(self, other: "KVCache", rows_P) -> "KVCache":
-        """Copy the rows of another cache to rows_P of this one; a row number beyond the last drops that row.
+        """Copy row p of `other` to row rows_P[p] of this cache; a row number beyond the last row drops row p.
 
-        The other cache must not have more slots than this one.
+        `other` must not have more slots than this cache.
         """
 
         def put(array, other):

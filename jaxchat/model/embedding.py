@@ -1,4 +1,4 @@
-"""Look tokens up in embedding tables, on one device or on a mesh that the tables are sharded over."""
+"""Look up tokens in embedding tables, on one device or on a mesh over which the tables are sharded."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ def embed(wte_VD, tokens_BT, compute: Compute):
 
 
 def look_up(table, tokens_BT, dtype):
-    """Look up rows of a table that is not sharded. Its gradient is summed in float32."""
+    """Look up tokens in a table that is not sharded. -> in `dtype`. The gradient is summed in float32."""
     if table.dtype == jnp.float32:
         return table[tokens_BT].astype(dtype)
     return look_up_narrow(table, tokens_BT, jnp.dtype(dtype))
@@ -43,12 +43,12 @@ look_up_narrow.defvjp(
 
 
 def sum_rows(count: int, ids_BT, d_rows):
-    """Sum gradients [B, T, …] of looked-up rows by their ids, in float32. -> [count, …]."""
+    """Sum the gradients d_rows [B, T, …] of tokens with the same id, in float32. -> [count, …], by id."""
     return jnp.zeros((count, *d_rows.shape[2:])).at[ids_BT].add(d_rows.astype(jnp.float32))
 
 
 def own_features(a, size: int):
-    """Slice this device's shard along fsdp, `size` numbers, from the last axis of an array."""
+    """Slice an array's last axis: `size` numbers, chosen by this device's index along fsdp."""
     return lax.dynamic_slice_in_dim(a, lax.axis_index("fsdp") * size, size, axis=a.ndim - 1)
 
 
@@ -61,10 +61,10 @@ def embed_values(table_VKH, tokens_BT, compute: Compute):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed_columns(table_VKH, tokens_BT, dtype, mesh: Mesh):
-    """Look tokens up in a table whose columns are sharded, heads over `tensor`, features over `fsdp`.
+    """Look up tokens in a table with heads sharded over `tensor` and features over `fsdp`. -> v_BTKH.
 
-    No device gathers the table: along `fsdp`, each looks its columns up for the tokens of all devices, then
-    sends every device the columns for that device's tokens.
+    No device gathers the table: each device looks up, in its columns, the tokens of all devices along `fsdp`,
+    then sends every device the columns for that device's tokens.
     """
     axes = row_axes(mesh, tokens_BT.shape[0])
 
@@ -103,7 +103,10 @@ embed_columns.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed_sharded(wte_VD, tokens_BT, dtype, mesh: Mesh):
-    """Look tokens up on a mesh: each device gathers its shard of the vocabulary at full width, in `dtype`."""
+    """Look up tokens in a table with the vocabulary sharded over `tensor` and features over `fsdp`. -> x_BTD.
+
+    Each device gathers all features of its shard of the vocabulary, cast to `dtype`.
+    """
     rows = P(row_axes(mesh, tokens_BT.shape[0]))
 
     def local(wte_Vd, tokens_BT):
@@ -115,7 +118,7 @@ def embed_sharded(wte_VD, tokens_BT, dtype, mesh: Mesh):
 
 
 def embed_backward(dtype, mesh: Mesh, saved, dx_BTD):
-    """The table's gradient, summed in float32 within a device and across devices."""
+    """Backward pass of embed_sharded: the table's gradient, summed in float32 within and across devices."""
     wte_VD, tokens_BT = saved
     axes = row_axes(mesh, tokens_BT.shape[0])
 
@@ -139,7 +142,7 @@ embed_sharded.defvjp(
 
 
 def local_rows(tokens_BT, size: int):
-    """Return (ids_BT clipped to this device's shard of the vocabulary, whether tokens are in it)."""
+    """Return (tokens' rows in this device's shard of `size` rows, clipped; whether they are in the shard)."""
     ids_BT = tokens_BT - lax.axis_index("tensor") * size
     near_BT = jnp.clip(ids_BT, 0, size - 1)
     return near_BT, ids_BT == near_BT

@@ -45,11 +45,11 @@ def num_params(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
     """Training FLOPs of one token, forward and backward.
 
-    6 per weight of a matrix (embeddings are looked up and cost none), plus 12·D·T per layer for attention's
-    scores and values (PaLM, appendix B; the half that the causal mask drops is not deducted). In a layer
-    with a window shorter than T, the window takes the place of T.
+    Each weight of a matrix counts 6 (embeddings are looked up and cost none), and attention's scores and
+    values count 12·n_embd·T per layer (PaLM, appendix B, without deducting the half that the mask drops).
+    In a layer with a window shorter than T, the window takes the place of T.
 
-    time: T, the tokens of a row; None: the model's context length.
+    time: T, the number of tokens per row; None: the model's context length.
     """
     weights = jax.tree.leaves(declare(config))
     multiplied = sum(math.prod(w.shape) for w in weights if w.fan_in and not w.lookup)
@@ -59,7 +59,7 @@ def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
 
 
 def scaling_params(config: ModelConfig) -> int:
-    """Number of weights in the blocks' matrices and the head, by which nanochat scales tokens and batch."""
+    """Number of weights that nanochat derives tokens and batch size from: layers' matrices and the head."""
     kinds = ("matrix", "head")
     return sum(math.prod(w.shape) for w in jax.tree.leaves(declare(config)) if w.group in kinds)
 

@@ -1,7 +1,7 @@
 """The forward pass: a pure function of the weights and the tokens.
 
-Names carry their shapes: B batch, T time, S cache slots, D model width, N query heads, K key/value heads,
-H head dimension, F MLP width, V vocabulary, C features that a gate reads.
+The suffix of an array's name is its shape: B batch, T time, S cache slots, D model width, N query heads,
+K key/value heads, H head dimension, F MLP width, V vocabulary, C features that a gate reads.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def rotary_tables(positions_BT, head_dim: int, base: float):
 
 
 def rotate(x_BTNH, tables):
-    """Apply rotary embedding, halves layout: rotate features i and i + H/2 as a pair by minus the angle."""
+    """Apply rotary embedding: rotate each pair of features (i, i + H/2) by minus the angle in `tables`."""
     cos, sin = tables
     x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x_BTNH.dtype)
@@ -54,13 +54,13 @@ def rotate_norm(x_BTNH, tables, eps: float, scale: float = 1.0):
 
 
 def residual_norm(x_BTD, y_BTD=None, *, eps: float):
-    """Add y, if given, to the residual stream x. -> (the stream, its norm: a sublayer's input)."""
+    """Add y, if given, to the residual stream x. -> (x + y, RMS norm of x + y: the input of a sublayer)."""
     x_BTD = x_BTD if y_BTD is None else x_BTD + y_BTD
     return x_BTD, rms_norm(x_BTD, eps)
 
 
 def norms(config: ModelConfig, compute: Compute):
-    """Return (residual_norm, rotate_norm): this file's functions, or GPU kernels if compute.kernels."""
+    """Return the functions (residual_norm, rotate_norm) of this file, or of kernels.py if compute.kernels."""
     eps, scale = config.norm_eps, config.qk_scale
     if not compute.kernels:
         return partial(residual_norm, eps=eps), partial(rotate_norm, eps=eps, scale=scale)
@@ -86,8 +86,8 @@ class Inputs:
 def block(x_BTD, w: Blocks, inputs: Inputs, attend, config: ModelConfig, compute: Compute):
     """Compute one transformer layer. -> x_BTD.
 
-    w: this layer's weights; None for those that it lacks.
-    attend(q_BTNH, k_BTKH, v_BTKH) -> y_BTNH: attention over rotated, normed queries and keys.
+    w: the layer's weights; weights that the layer lacks are None.
+    attend(q_BTNH, k_BTKH, v_BTKH) -> y_BTNH: attention over rotated, normalized queries and keys.
     """
     residual_norm, rotate_norm = norms(config, compute)
     product = partial(matmul, compute=compute)
@@ -119,21 +119,22 @@ def weighted_sum(a, x, b, y):
 
 
 def value_gate(h_BTD, w: Blocks, config: ModelConfig, compute: Compute):
-    """The gate on a layer's value embeddings, from 0 to config.value_gate_bound: float32 [B, T, K]."""
+    """Return the gate on a layer's value embeddings, from 0 to config.value_gate_bound: float32 [B, T, K]."""
     h_BTC = h_BTD[..., : config.value_gate_channels]
     gate_BTK = matmul(h_BTC, w.value_gate, "btc,ck->btk", compute)
     return config.value_gate_bound * jax.nn.sigmoid(gate_BTK.astype(jnp.float32))
 
 
 def embedded(params: Params, tokens_BT, config: ModelConfig, compute: Compute):
-    """Embed tokens and apply RMS norm: x_BTD in the compute dtype."""
+    """Embed tokens and apply RMS norm. -> x_BTD in compute.dtype."""
     return rms_norm(embed(params.wte, tokens_BT, compute), config.norm_eps)
 
 
 def smear(params: Params, x_BTD, before_BTD, config: ModelConfig, compute: Compute):
-    """Add the previous token's embedding to each token's, times a gate computed from the token's embedding.
+    """Add to each token's embedding the previous token's embedding, times a gate. -> x_BTD.
 
-    before_BTD: the previous tokens' embeddings; zeros where there is none.
+    The gate is computed from x_BTD, the tokens' embeddings. before_BTD: the previous tokens' embeddings, or
+    zeros where no token precedes. A model without smear returns x_BTD unchanged.
     """
     if not config.smear_channels:
         return x_BTD
@@ -156,17 +157,20 @@ def before(x_BTD, first_B1D=None, segments_BT=None):
 
 
 def last_norm(params: Params, x_BTD, middle_BTD, config: ModelConfig):
-    """Compute the head's input: norm(last layer's result − backout_scale · middle layer's result)."""
+    """Compute the head's input: norm(last layer's result − backout_scale · middle layer's result).
+
+    middle_BTD: the middle layer's result; None without backout.
+    """
     if middle_BTD is not None:
         x_BTD = weighted_sum(1.0, x_BTD, -params.backout_scale[0], middle_BTD)
     return rms_norm(x_BTD, config.norm_eps)
 
 
 def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, segments_BT=None):
-    """Compute the head's input: normed activations x_BTD in the compute dtype. tokens_BT is int32.
+    """Compute the head's input for complete rows: normalized activations x_BTD in compute.dtype.
 
-    segments_BT: tokens attend only within their segment. Positions continue from one segment to the next,
-    since only their differences matter.
+    tokens_BT: int32. segments_BT: tokens attend only within their segment. Positions continue from a segment
+    to the next, since attention depends only on differences of positions.
     """
     time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
@@ -185,7 +189,7 @@ def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, s
 
 
 def training_block(x_BTD, w: Blocks, inputs: Inputs, config: ModelConfig, compute: Compute, kind: Layer):
-    """Compute one layer in training: `block` with causal attention over complete rows."""
+    """Compute one layer in training: `block` with causal attention over complete rows. -> x_BTD."""
     mesh = compute.mesh
     options = {"segments_BT": inputs.segments_BT, "mesh": mesh, "window": kind.window}
     attend = partial(causal_attention, implementation=compute.attention, **options)
@@ -194,7 +198,10 @@ def training_block(x_BTD, w: Blocks, inputs: Inputs, config: ModelConfig, comput
 
 
 def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
-    """Prefill prompts that are padded at their ends. -> (the head's input x_BTD, a cache of the prompts)."""
+    """Prefill prompts that are padded at the end to T tokens. -> (the head's input x_BTD, a KVCache).
+
+    lengths_B: numbers of tokens of the prompts, without padding.
+    """
     time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
     plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")
@@ -211,7 +218,10 @@ def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, c
 
 
 def generating_blocks(params: Params, inputs: Inputs, attend, config: ModelConfig, compute: Compute):
-    """Compute all layers in generation, with attend(q, k, v, layer=index, window=…). -> the head's input."""
+    """Compute all layers in generation. -> the head's input x_BTD.
+
+    attend(q, k, v, layer=index, window=…) -> y_BTNH: a layer's attention, which also caches k and v.
+    """
     x_BTD, middle_BTD = inputs.embedded_BTD, None
     blocks = layers_of(params.blocks, compute.dtype)
     for index, (w, kind) in enumerate(zip(blocks, layers(config), strict=True)):
@@ -226,11 +236,11 @@ def features_cached(
 ):
     """Compute the head's input for new tokens of rows whose earlier tokens are cached. -> (x_BTD, cache).
 
-    Token t of row b is at position cache.lengths_B[b] + t. Its key and value are written to that slot (or
-    dropped, beyond the last slot), and it attends to all positions up to its own that are within the layer's
-    window.
-    counts_B: number of each row's T tokens that are real, by which the row grows in the returned cache. The
-    rest is padding, whose features are meaningless. 0: the row waits. None: all tokens are real.
+    Token t of row b is at position cache.lengths_B[b] + t. The token's key and value are written to that slot
+    (or dropped, beyond the last slot), and the token attends to all positions up to that one that are within
+    the layer's window.
+    counts_B: how many of each row's T tokens are real; the returned cache's row is longer by this number. The
+    other tokens are padding, whose features are meaningless. 0: the row does not grow. None: all are real.
     """
     rows, time = tokens_BT.shape
     positions_BT = cache.lengths_B[:, None] + jnp.arange(time)[None, :]
@@ -264,12 +274,12 @@ def softcap(u, cap: float):
 
 
 def logits(lm_head_DV, x_BTD, cap: float):
-    """Return softcap(head(x)) in float32: logits [..., V] of features [..., D]."""
+    """Return the logits [..., V] of features [..., D] in float32, bounded by softcap."""
     head = lm_head_DV.astype(x_BTD.dtype)
     return softcap(jnp.einsum("...d,dv->...v", x_BTD, head, preferred_element_type=jnp.float32), cap)
 
 
 def forward(params: Params, tokens_BT, config: ModelConfig, compute: Compute):
-    """Return logits_BTV in float32, for every position."""
+    """Return the logits at every position, float32 [B, T, config.vocab_size]."""
     head_DV = params.lm_head[:, : config.vocab_size]
     return logits(head_DV, features(params, tokens_BT, config, compute), config.softcap)

@@ -1,9 +1,9 @@
-"""GPU kernels for parts of the layers: they read and write memory once, where XLA takes several passes.
+"""GPU kernels for parts of the layers, which read and write memory once where XLA takes several passes.
 
 Written in Pallas for Triton. The sides of Triton's tiles are powers of two, so masks drop what is beyond an
 array. Each program handles R of the M rows; E is the tile width: half a head or the model width, rounded up
-to 2^n. mesh: each device computes its own rows and heads, without communication. A mesh of one device is used
-too, since it says which device Triton compiles for. interpret: use Pallas's interpret mode, on any device.
+to 2^n. mesh: rows and heads are sharded over this mesh and need no communication. A mesh of one device is
+used too, since it says which device Triton compiles for. interpret: use Pallas's interpret mode.
 """
 
 from functools import partial
@@ -25,7 +25,10 @@ TILE = 2048  # numbers in a tile: 16 per thread, which in bfloat16 are two loads
 def rotate_norm(
     x_BTNH, tables, eps: float, mesh: Mesh | None = None, interpret: bool = False, scale: float = 1.0
 ):
-    """Compute gpt.rotate_norm, rounding once. tables: [1, T, 1, H/2], without gradients. -> [B, T, N, H]."""
+    """Compute gpt.rotate_norm in one kernel, rounding only the result. -> [B, T, N, H].
+
+    tables: rotary tables (cos, sin) [1, T, 1, H/2], which get no gradients.
+    """
     return call_rotated(partial(rotate_kernel, eps=eps, scale=scale), tables, (x_BTNH,), mesh, interpret)
 
 
@@ -43,7 +46,7 @@ rotate_norm.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def residual_norm(x_BTD, y_BTD=None, eps: float = 0.0, mesh: Mesh | None = None, interpret: bool = False):
-    """Compute gpt.residual_norm. In the backward pass one kernel adds the gradients of both results."""
+    """Compute gpt.residual_norm in one kernel. A backward kernel adds the gradients of both results."""
     if y_BTD is None:
         return x_BTD, *call_rows(partial(norm_kernel, eps=eps), (x_BTD,), 1, mesh, interpret)
     return tuple(call_rows(partial(add_norm_kernel, eps=eps), (x_BTD, y_BTD), 2, mesh, interpret))
@@ -66,8 +69,8 @@ residual_norm.defvjp(residual_norm_forward, residual_norm_backward)
 def softcap_exp(u_MV, softcap: float, interpret: bool = False):
     """Return (exp(z)·(1 − (z/softcap)²) in u's dtype [M, V], Σ exp(z) float32 [M]).
 
-    z = softcap·tanh(u/softcap). A program handles one row. Not differentiable. Call it on one device's shard
-    of an array.
+    z = softcap·tanh(u/softcap). A program handles one row. Not differentiable. Call this function on one
+    device's shard of an array.
     """
     M, V = u_MV.shape
     out = jax.ShapeDtypeStruct(u_MV.shape, u_MV.dtype), jax.ShapeDtypeStruct((M,), jnp.float32)
@@ -78,7 +81,7 @@ def softcap_exp(u_MV, softcap: float, interpret: bool = False):
 
 
 def call_rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):
-    """Call a kernel that takes rows [M, H] and tables [T, H/2] on arrays [B, T, N, H]."""
+    """Call a kernel on arrays [B, T, N, H] as rows [M, H], with rotary tables [T, H/2]. -> [B, T, N, H]."""
 
     def local(cos, sin, *arrays):
         _, T, N, H = arrays[0].shape
@@ -91,7 +94,7 @@ def call_rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):
 
 
 def call_rows(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
-    """Call a kernel that takes rows [M, D] on arrays [B, T, D]. -> a list of `outputs` such arrays."""
+    """Call a kernel on arrays [B, T, D] as rows [M, D]. -> a list of `outputs` arrays [B, T, D]."""
 
     def local(*arrays):
         D = arrays[0].shape[-1]
@@ -103,9 +106,10 @@ def call_rows(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
 
 
 def by_rows(kernel, arrays, outputs: int, columns: int, interpret: bool):
-    """Run kernel(mask_RE, rows_R1, columns_1E, *refs of arrays and outputs) for all rows of arrays[0].
+    """Run a kernel on all rows of `arrays`, R rows per program. -> a list of the outputs.
 
-    -> a list of the outputs, each with the shape and dtype of arrays[0].
+    The call is kernel(mask_RE, rows_R1, columns_1E, *refs of arrays and outputs), where mask_RE excludes tile
+    columns from `columns` on. Each output has the shape and dtype of arrays[0].
     """
     M, E = len(arrays[0]), pl.next_power_of_2(columns)
     R = max(TILE // E, 1)
@@ -135,7 +139,7 @@ def store(ref, rows, columns, mask, value):
 def rotate_kernel(
     mask, rows, columns, x_ref, cos_ref, sin_ref, y_ref, *, heads: int, eps: float, scale: float
 ):
-    """Rotate rows and scale them to an RMS of `scale`: rotation keeps the norm, so the norm of x is used."""
+    """Rotate the rows of x and scale them to an RMS of `scale`, by the norm of x, which rotation keeps."""
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
     cos, sin = (load(table, rows // heads % table.shape[0], columns, mask) for table in (cos_ref, sin_ref))
@@ -148,7 +152,10 @@ def rotate_kernel(
 def rotate_backward_kernel(
     mask, rows, columns, x_ref, dy_ref, cos_ref, sin_ref, dx_ref, *, heads: int, eps: float, scale: float
 ):
-    """Gradient of x from dy, the gradient of y. g is dy rotated back: the gradient of x·r."""
+    """Compute the gradient of x from dy, the gradient of rotate_kernel's result y.
+
+    With r = 1 / RMS(x), g is the gradient of x·r: dy rotated back.
+    """
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
     dy1, dy2 = load(dy_ref, rows, columns, mask), load(dy_ref, rows, half, mask)
@@ -176,7 +183,7 @@ def add_norm_kernel(mask, rows, columns, x_ref, y_ref, sum_ref, h_ref, *, eps: f
 
 
 def norm_backward_kernel(mask, rows, columns, x_ref, dx_ref, dh_ref, out_ref, *, eps: float):
-    """Gradient of x from dx and dh, the gradients of the residual stream and of its norm."""
+    """Compute the gradient of x from dx and dh, the gradients of residual_norm's two results."""
     x, dx, dh = (load(ref, rows, columns, mask) for ref in (x_ref, dx_ref, dh_ref))
     r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + eps)
     m = jnp.sum(x * dh, 1, keepdims=True) / x_ref.shape[1] * r * r

@@ -1,4 +1,4 @@
-"""The kind of each layer, from the configuration alone, and the loop over all layers."""
+"""Derive the kind of each layer from the configuration, and loop over all layers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ REMAT_POLICIES = {  # what is kept for the backward pass; "none" keeps everythin
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """The properties in which layers differ.
+    """The kind of a layer: the properties in which the layers of a model differ.
 
     window: number of earlier positions that a query attends to; None: all.
     values: whether the layer has a value embedding.
@@ -40,14 +40,15 @@ def layers(config: ModelConfig) -> tuple[Layer, ...]:
 
 
 def middle(config: ModelConfig) -> int | None:
-    """Index of the layer whose result backout subtracts, scaled, from the last layer's; None: no backout."""
+    """Index of the layer whose scaled result backout subtracts from the last layer's; None: no backout."""
     return config.n_layer // 2 if config.backout else None
 
 
 def periods(kinds: tuple[Layer, ...]) -> tuple[int, int]:
-    """Return (layers in the shortest repeated period, number of repeats); some layers may be left over.
+    """Return (number of layers in the shortest pattern that repeats, number of complete repeats).
 
-    In a model with value embeddings every other layer has one, so a period has an even number of layers.
+    Layers after the last complete repeat are left over. If no pattern repeats: (number of layers, 0).
+    In a model with value embeddings every other layer has one, so a pattern has an even number of layers.
     """
     count, step = len(kinds), 2 if any(kind.values for kind in kinds) else 1
     for size in range(step, count + 1, step):
@@ -58,10 +59,10 @@ def periods(kinds: tuple[Layer, ...]) -> tuple[int, int]:
 
 
 def through_layers(step: Callable, x_BTD, blocks: Blocks, config: ModelConfig, compute: Compute):
-    """Call step(x_BTD, a layer's weights, kind=its Layer) -> x_BTD for each layer in turn.
+    """Compute all layers in turn. -> (x_BTD, the middle layer's result, or None without backout).
 
-    -> (x_BTD, the middle layer's result, or None without backout). Complete periods of layers run in a loop,
-    so that a deep model compiles as fast as a shallow one; compute.unroll unrolls the loop.
+    step(x_BTD, weights, kind=Layer) -> x_BTD computes one layer. Complete periods of layers run in a loop, so
+    that a deep model compiles as fast as a shallow one; compute.unroll unrolls the loop.
     """
     kinds, mid = layers(config), middle(config)
     size, repeats = periods(kinds)
@@ -94,6 +95,6 @@ def through_layers(step: Callable, x_BTD, blocks: Blocks, config: ModelConfig, c
 
 
 def split_periods(stack, repeats: int, count: int):
-    """Cut the first `count` entries of a stack over layers into `repeats` equal parts."""
+    """Reshape the first `count` entries of weights stacked over layers to [repeats, count / repeats, ...]."""
     stack = stack if count == stack.shape[0] else stack[:count]
     return stack.reshape(repeats, count // repeats, *stack.shape[1:])

@@ -1,4 +1,4 @@
-"""Products of activations and weights: `matmul` chooses the number format of each."""
+"""Matrix products of activations and weights, in bfloat16, float32 or float8 as Compute says."""
 
 import math
 import re
@@ -18,9 +18,9 @@ def matmul(x, w, letters: str, compute: Compute):
 
     For example: matmul(h_BTD, wq_DNH, "btd,dnh->btnh", compute).
 
-    The gradient of w, which is float32 in training, is summed in compute.grad_dtype, within a device and
-    across devices. If compute.matmul asks for it, operands are first quantized to float8: x and w to e4m3,
-    and in the backward pass the gradient of the result to e5m2.
+    The gradient of w is summed in compute.grad_dtype, within a device and across devices, and returned in
+    float32, the dtype of w in training. If compute.matmul asks for float8 (see in_fp8), operands are first
+    quantized: x and w to e4m3, and in the backward pass the gradient of the result to e5m2.
     """
     if not in_fp8(letters, compute):
         return einsum(x, w, letters, compute)
@@ -65,7 +65,7 @@ einsum.defvjp(forward, backward)
 
 
 def in_fp8(letters: str, compute: Compute) -> bool:
-    """Return whether a product has float8 operands.
+    """Return whether the product with these einsum letters has float8 operands.
 
     compute.matmul="fp8": products of the MLP (letter f). "fp8-all": all products except those of gates.
     """
@@ -73,18 +73,18 @@ def in_fp8(letters: str, compute: Compute) -> bool:
 
 
 def weight_in_fp8(name: str, compute: Compute) -> bool:
-    """Return whether products with a sharded matrix have float8 operands. name: its name in Blocks."""
+    """Return whether products with the sharded matrix `name` (a field of Blocks) have float8 operands."""
     return compute.matmul == "fp8-all" or compute.matmul == "fp8" and name in ("w_up", "w_down")
 
 
 def quantize(a, dtype, axis: str | None = None):
-    """Quantize to a float8 dtype. -> (a / scale, rounded; scale, a float32 power of two).
+    """Quantize `a` to a float8 dtype. -> (a / scale, rounded to `dtype`; scale, a float32 power of two).
 
     axis: the mesh axis over which `a` is sharded, if all its shards are to share one scale.
 
     The scale brings the largest |a| to within a factor of two of the dtype's largest number. Multiplying by
-    a power of two is exact in every format, so XLA may do it within the product. A number in
-    `a` that is not finite makes the scale, and so every result, not finite.
+    a power of two is exact in every format, so XLA may apply the scale within the product. If a number in
+    `a` is not finite, neither the scale nor any result is finite.
     """
     most = float(jnp.finfo(dtype).max)
     largest = jnp.max(jnp.abs(a)).astype(jnp.float32)
@@ -96,7 +96,7 @@ def quantize(a, dtype, axis: str | None = None):
 
 
 def product(a, b, letters: str, dtype):
-    """Compute einsum(letters, a, b), summed and returned in `dtype`; ordered as in einsum's gradient."""
+    """Compute einsum(letters, a, b) as one dot_general, summed and returned in `dtype`."""
     of_a, of_b, of_c = re.split(",|->", letters)
     summed = [letter for letter in of_a if letter not in of_c]
     axes = [of_a.index(letter) for letter in summed], [of_b.index(letter) for letter in summed]

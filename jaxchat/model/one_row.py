@@ -1,11 +1,11 @@
 """Decode one row on a GPU: the layer of gpt.py, written so that XLA compiles it to few kernels.
 
 A token of one row needs two operations per weight read. Kernels are then so short that their number counts,
-and gpt.block has seventeen: XLA cuts products this small into parts that a second kernel adds up. Here each
-output of a product is one sum over weights that are contiguous in memory, and the same kernel also computes
-the terms of the sum and what follows from it. Keys and values of all layers are written at once. For the
-model of November 2025 only (config.plain). Letters in addition to those of gpt.py: O outputs of a product,
-R ranges of slots that are summed separately.
+and gpt.block compiles to seventeen, because XLA splits products this small into partial sums that a second
+kernel adds up. Here each output of a product is one sum over weights that are contiguous in memory, and the
+same kernel also computes what comes before and after the sum. Keys and values of all layers are written at
+once. Only the model of November 2025 (config.plain) is supported. Letters in addition to those of gpt.py:
+O outputs of a product, G query heads per key/value head, R ranges of slots that are summed separately.
 """
 
 import math
@@ -51,21 +51,21 @@ def by_input(w: RowWeights | Blocks, config: ModelConfig) -> Blocks:
 
 
 def add_product(stream_O, x_D, w_OD):
-    """Return stream + w·x, float32 [O]. Adding the stream within the sum saves a kernel."""
+    """Return stream + w·x, float32 [O]. Adding the residual stream within the sum saves a kernel."""
     first_1D = jnp.arange(x_D.size)[None] == 0
     stream_OD = jnp.where(first_1D, stream_O[:, None], 0.0)
     return jnp.sum(w_OD.astype(jnp.float32) * x_D[None] + stream_OD, axis=-1)
 
 
 def kernel(result):
-    """End a kernel here, so that XLA does not recompute these numbers wherever they are read."""
+    """End a kernel at `result`, so that XLA does not recompute these numbers wherever they are read."""
     return lax.optimization_barrier(result)
 
 
 def normed_sums(x_D, w_OD, eps: float):
-    """Return (w·x, 1 / rms(x) for each output), float32 [O]: their product is w·rms_norm(x).
+    """Return (w·x, 1 / rms(x)), both float32 [O]; the product of the two is w·rms_norm(x).
 
-    The second sum includes 0·w so that it has the shape of the first sum: one kernel then computes both.
+    The sum of squares is computed for each output and includes 0·w, so that one kernel computes both sums.
     """
     x_OD, w_OD = jnp.broadcast_to(x_D, w_OD.shape), w_OD.astype(jnp.float32)
     mean_O = jnp.sum((x_OD * x_OD + eps) * (1 / x_D.size) + 0 * w_OD, -1)
@@ -85,10 +85,11 @@ def rotate(x_NH, tables):
 
 
 def attention(q_KGH, own: tuple, k_KSH, v_KSH, position, window: int | None):
-    """Attention of a new token's queries to the slots before `position` and its own key: float32 [K, G, H].
+    """Compute attention of a new token to itself and to the slots before `position`. -> float32 [K, G, H].
 
-    own: (scores of the queries with the token's own key, the token's own value).
-    Queries and keys are normed, so exp needs no maximum subtracted (attention_cpu.py). All slots are read.
+    own: (scores of the token's queries with the token's key [K, G, 1], the token's value [K, 1, H]).
+    Queries and keys are normalized, so exp needs no maximum subtracted (attention_cpu.py). All S slots are
+    read, and the terms of masked slots are replaced by 0.
     """
     (own_KG1, v_K1H), (K, S, H) = own, k_KSH.shape
     p_KGS = kernel(jnp.exp(jnp.sum(q_KGH[:, :, None] * k_KSH[:, None].astype(jnp.float32), -1)))
@@ -108,11 +109,11 @@ def attention(q_KGH, own: tuple, k_KSH, v_KSH, position, window: int | None):
 
 
 def layer(x_D, w: RowWeights, cache: tuple, at: tuple, window: int | None, config: ModelConfig):
-    """Compute gpt.block for a new token. -> (x_D, the token's key, the token's value).
+    """Compute gpt.block for one new token of one row. -> (x_D, the token's key and value [K, H]).
 
-    cache: the layer's (k_KSH, v_KSH). at: the token's (position, rotary tables).
-    To normalize a product's operand, or queries and keys, is to multiply the results by a factor, so norms
-    are computed beside the sums and multiplied in afterwards.
+    cache: the layer's (k_KSH, v_KSH). at: (the token's position, rotary tables).
+    Normalizing an operand only scales the product's result, so the kernels of products also compute the
+    norms, and the factors are applied to the results.
     """
     (position, tables), (N, K, H) = at, (config.n_head, config.n_kv_head, config.head_dim)
     with jax.named_scope("projections"):
@@ -136,9 +137,9 @@ def layer(x_D, w: RowWeights, cache: tuple, at: tuple, window: int | None, confi
 
 
 def features(params: Params, tokens_11, cache: KVCache, config: ModelConfig, compute: Compute, counts_1):
-    """Compute gpt.features_cached for one token of one row.
+    """Compute gpt.features_cached for one token of one row. -> (x_11D, cache).
 
-    params.blocks: one RowWeights per layer. cache: from KVCache.joined.
+    params.blocks: one RowWeights per layer. cache: as returned by KVCache.joined.
     """
     position, K = cache.lengths_B[0], config.n_kv_head
     tables = rotary_tables(cache.lengths_B[:, None], config.head_dim, config.rotary_base)

@@ -1,4 +1,4 @@
-"""Declare the weights: the shape, mesh axes, initialisation and optimizer group of each, in one place.
+"""Declare each weight in one place: its shape, mesh axes, initialisation and optimizer group.
 
 Letters in names and comments: L layers, D model width, N query heads, K key/value heads, H head dimension,
 F MLP width, V vocabulary, C features that a gate reads, E layers with value embeddings. The blocks' weights
@@ -21,10 +21,10 @@ from jaxchat.config import ModelConfig
 
 
 def tree(cls):
-    """Make a class a frozen dataclass and a pytree of its fields that are not None.
+    """Class decorator: make a frozen dataclass that is a pytree of the fields that are not None.
 
-    A checkpoint holds only those fields, so adding a field that is None by default keeps older checkpoints
-    valid.
+    A checkpoint holds only the fields that are not None, so adding a field with the default None keeps older
+    checkpoints valid.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     names = [field.name for field in dataclasses.fields(cls)]
@@ -73,7 +73,7 @@ def uniform(low: float, high: float):
 
 
 def line(first: float, last: float):
-    """Initialise one number per layer, linearly spaced from `first` to `last`."""
+    """Return an initializer of one number per layer, linearly spaced from `first` to `last`."""
     return lambda key, shape: jnp.linspace(first, last, shape[0], dtype=jnp.float32)
 
 
@@ -84,8 +84,8 @@ class Weight:
     axes: for each dimension, the mesh axis that it is sharded over, or None.
     init: function (key, shape) -> initial values, float32.
     group: the weight's key in the optimizer's table of rules (train/optimizer.py).
-    fan_in, fan_out: numbers of inputs and outputs of the matrix, or of each in a stack; 0: not a matrix.
-    lookup: whether rows are looked up, instead of multiplying by the matrix.
+    fan_in, fan_out: numbers of inputs and outputs of each matrix; 0: the weight is not a matrix.
+    lookup: whether the matrix is an embedding table, whose rows are looked up instead of multiplied.
     dtype: the dtype that the weight is stored in.
     """
 
@@ -104,7 +104,7 @@ class Weight:
 
 
 def declare(config: ModelConfig) -> Params:
-    """Declare every weight of the model: a Params of `Weight`."""
+    """Return the declarations of all weights: Params with a `Weight` in place of each array."""
     D, V = config.n_embd, config.padded_vocab
     std, dtype = config.embedding_std, config.table_dtype
     wte = Weight((V, D), ("tensor", "fsdp"), normal(std), "embedding", V, D, lookup=True, dtype=dtype)
@@ -124,7 +124,7 @@ def declare_blocks(config: ModelConfig) -> Blocks:
     F = 4 * D
 
     def stack(inputs, outputs, axes, init=None, scale=1.0):
-        """Declare a matrix [*inputs, *outputs] per layer. scale: factor on the standard initial values."""
+        """Declare a matrix [*inputs, *outputs] per layer. scale: factor on the default initial values."""
         fan_in, fan_out = math.prod(inputs), math.prod(outputs)
         if config.uniform_init:  # variance 1/D
             bound = scale * math.sqrt(3 / D)
@@ -145,7 +145,7 @@ def declare_blocks(config: ModelConfig) -> Blocks:
 
 
 def declare_mixing(config: ModelConfig) -> dict[str, Weight]:
-    """Declare the weights with which layers mix in embeddings: {name in Blocks: Weight}."""
+    """Declare the weights that add token and value embeddings to a layer: {name in Blocks: Weight}."""
     L, D, K, H, V = config.n_layer, config.n_embd, config.n_kv_head, config.head_dim, config.padded_vocab
     found = {}
     if config.layer_scales:
@@ -160,7 +160,7 @@ def declare_mixing(config: ModelConfig) -> dict[str, Weight]:
 
 
 def has_values(layer: int, num_layers: int) -> bool:
-    """Whether a layer has a value embedding, in a model with any: every other layer, the last included."""
+    """Whether a layer of a model with value embeddings has one: every other layer, counting from the last."""
     return layer % 2 == (num_layers - 1) % 2
 
 
@@ -175,7 +175,7 @@ def shapes(config: ModelConfig) -> Params:
 
 
 def named(config: ModelConfig) -> dict[str, Weight]:
-    """The declared weights by name: "wte", "blocks.wq", "lm_head"."""
+    """Return the declarations of all weights by name, for example "wte" and "blocks.wq"."""
     leaves = jax.tree_util.tree_leaves_with_path(declare(config))
     return {name_of(path): weight for path, weight in leaves}
 
@@ -185,7 +185,7 @@ def name_of(path: tuple) -> str:
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
-    """Initialise the weights. Each depends only on the key, its name and its declaration, not on the mesh."""
+    """Initialise the weights. They depend on the key, their names and declarations, but not on the mesh."""
 
     def fresh(path, weight):
         own_key = jax.random.fold_in(key, zlib.crc32(name_of(path).encode()))
@@ -195,7 +195,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
 
 def layer_of(blocks: Blocks, layer: int, with_values: bool) -> Blocks:
-    """Slice one layer's weights from stacked blocks. with_values: include its value embedding and gate."""
+    """Slice one layer's weights from stacked blocks. with_values: include the value embedding and gate."""
     tables = ("value_table", "value_gate")
     stacks = {field.name: getattr(blocks, field.name) for field in dataclasses.fields(blocks)}
     one = {name: a[layer] for name, a in stacks.items() if a is not None and name not in tables}
@@ -205,7 +205,7 @@ def layer_of(blocks: Blocks, layer: int, with_values: bool) -> Blocks:
 
 
 def layers_of(blocks: Blocks | tuple[Blocks, ...], dtype) -> tuple[Blocks, ...]:
-    """Split stacked blocks into one Blocks per layer, all but scalars cast to `dtype`; only cast a tuple."""
+    """Return one Blocks per layer, cast to `dtype` except for scalars. blocks: stacked, or split already."""
     if isinstance(blocks, Blocks):
         count, any_values = blocks.wq.shape[0], blocks.value_table is not None
         blocks = tuple(layer_of(blocks, i, any_values and has_values(i, count)) for i in range(count))

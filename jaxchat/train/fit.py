@@ -1,4 +1,4 @@
-"""Choose the least recomputation with which a training step fits in device memory."""
+"""Choose the fastest --remat (recomputation of activations) with which a training step fits in memory."""
 
 import math
 import re
@@ -19,7 +19,7 @@ FEW_TOKENS = 4096
 
 
 def remats_to_try(batch: dict, mesh: Mesh) -> tuple[str, ...]:
-    """The values of --remat that make sense for batches of this shape [A, B, T], the fastest first."""
+    """Values of --remat that are worth trying for a batch of arrays [A, B, T], the fastest first."""
     if not can_merge(batch, mesh):
         return REMATS
     _, rows, time = batch["inputs"].shape
@@ -35,14 +35,14 @@ def device_memory(mesh: Mesh) -> int | None:
 
 
 def memory_needed(compiled: jax.stages.Compiled) -> int:
-    """Bytes of device memory a compiled program takes: arguments, results, temporaries and code."""
+    """Bytes of device memory that a compiled program needs: arguments, results, temporaries and code."""
     m = compiled.memory_analysis()
     own = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return own + m.temp_size_in_bytes + m.generated_code_size_in_bytes
 
 
 def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
-    """Read from a compiler's error how many bytes the program needed (∞ if it names none).
+    """Return the bytes that a program needs, as the compiler's error says; ∞ if the error has no number.
 
     An error that is not about memory is raised again.
     """
@@ -55,9 +55,10 @@ def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
 
 
 def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
-    """Return the first key of {remat: jitted step} whose step for `args` fits in every device's memory.
+    """Return the first value of --remat whose step, compiled for `args`, fits in every device's memory.
 
-    Without a known memory limit (CPU), return the first key and compile nothing. UserError: no step fits.
+    steps: {value of --remat: jitted step}. Without a known memory limit (CPU), return the first value and
+    compile nothing. UserError: no step fits.
     """
     limit, platform = device_memory(mesh), mesh.devices.flat[0].platform
     if limit is None:
@@ -83,16 +84,17 @@ def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
 
 
 def fitting(limit: float, platform: str) -> str:
-    """End of the message on a program that fits. limit: a device's memory in bytes, not used on TPUs."""
+    """Return the end of the message on a program that fits. limit: a device's memory in bytes."""
     if platform == "tpu":
         return ", which on TPUs can be more than it takes; it compiled, so it fits"
     return f" of a device's {limit / 1e9:.1f} GB: it fits"
 
 
 def fits(needed: int, limit: float, platform: str, last: bool) -> bool:
-    """Return whether a compiled program fits in memory. last: no smaller program is left to try.
+    """Return whether a compiled program that needs `needed` bytes fits in `limit` bytes of device memory.
 
-    On a TPU every compiled program fits: libtpu refuses to compile one that doesn't, and its count includes
-    temporaries that are never in memory together (18.9 GB on a v5e of 16.9).
+    A program may fill only the fraction SPARE, but the last one to try may fill all. On a TPU every program
+    that compiles fits: libtpu refuses to compile others, and `needed` includes temporaries that are never in
+    memory together (18.9 GB were counted on a v5e with 16.9 GB).
     """
     return platform == "tpu" or needed <= limit * (1 if last else SPARE)

@@ -1,4 +1,4 @@
-"""Choose how long to train, the batch size and the learning rates, by nanochat's rules of 2026."""
+"""Choose steps, batch size, learning rates and weight decay of base training by nanochat's rules of 2026."""
 
 import dataclasses
 import math
@@ -16,9 +16,9 @@ MOMENTUM_WARMUP = 400  # steps
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """The length of base training, `steps` steps of `batch` tokens each, and what follows from it.
+    """The length of base training (`steps` steps of `batch` tokens each) and settings derived from it.
 
-    cooling: number of last steps, in which learning rates fall; 0: as --warmdown_ratio says. lr_scale: factor
+    cooling: number of final steps in which learning rates fall; 0: --warmdown_ratio decides. lr_scale: factor
     on learning rates. decay: Muon's weight decay at the start. plan: rows for the run's plan.
     """
 
@@ -38,7 +38,7 @@ def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig)
     """Choose the number of steps, batch size, scale of learning rates and weight decay for a model.
 
     reference: the model of REFERENCE_DEPTH with the same vocabulary and context. UserError: no flag sets the
-    length of training, or it is less than one step.
+    length of training, or the length is less than one step.
     """
     growth = scaling_params(model) / scaling_params(reference)
     batch, why = config.total_batch_size, "as given"
@@ -62,9 +62,9 @@ def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig)
 
 
 def steps_for(config: BaseConfig, model: ModelConfig, batch: int, weights: int, kind: str) -> tuple[int, str]:
-    """Return (number of steps, reason) by the first flag that is given.
+    """Return (number of steps, reason) by the first of three flags that is given.
 
-    In this order: --num_iterations, --target_flops, --target_param_data_ratio. batch: tokens per step.
+    The flags are --num_iterations, --target_flops and --target_param_data_ratio. batch: tokens per step.
     weights, kind: number and description of the weights that --target_param_data_ratio refers to.
     """
     ratio = config.target_param_data_ratio
@@ -88,7 +88,7 @@ def steps_for(config: BaseConfig, model: ModelConfig, batch: int, weights: int, 
 def momentum_2026(steps: int, cooling: int, warmup: int = MOMENTUM_WARMUP) -> Callable:
     """Return Muon's momentum as a function of finished updates.
 
-    It rises from 0.85 to 0.97 in the first `warmup` updates, and falls to 0.90 in the last `cooling`.
+    Momentum rises from 0.85 to 0.97 in the first `warmup` updates and falls to 0.90 in the last `cooling`.
     """
 
     def momentum(count):

@@ -1,4 +1,4 @@
-"""The training loop of all stages. Everything in which stages differ is in the Run's Stage."""
+"""The training loop of all stages. Differences between stages are data in a Stage (stages.py)."""
 
 import contextlib
 import dataclasses
@@ -59,10 +59,10 @@ def place_batch(batch: dict, mesh: Mesh) -> dict:
 
 
 def train(run: Run, evaluations: list[Evaluation]) -> None:
-    """Train to the end of a stage. Before an error ends the run, save what is learnt if possible.
+    """Train to the end of a stage. If an error ends the run, save the state first, if possible.
 
-    Preempted: a signal asked to stop, and what was learnt is saved. UserError: a step's loss or gradient was
-    not finite, or the last save failed.
+    Preempted: a signal asked to stop, and the run stopped after a save. UserError: the loss or gradient of a
+    step was not finite, or the last save failed.
     """
     with Stop() as stop, MetricsLog.of(run) as log:
         loop = Loop(run, evaluations, stop, log)
@@ -124,10 +124,10 @@ class Loop:
             self.take_step()
 
     def evaluate(self, stopping: bool) -> bool:
-        """Run the evaluations that are due, unless the run stops. -> whether the run stops.
+        """Run the evaluations that are due, unless the run stops after this step. -> whether the run stops.
 
-        A signal interrupts an evaluation, since it may take longer than the machine stays available; it is
-        made when the run is resumed.
+        A signal interrupts an evaluation, which may take longer than the machine stays available; the
+        evaluation is repeated when the run is resumed.
         """
         for evaluation in self.evaluations:
             # Whether it was made before the run was resumed.
@@ -152,10 +152,10 @@ class Loop:
     def next_batch(self) -> dict:
         """Read the batch of the next step.
 
-        With several processes, one that can't read its rows must not leave the others waiting. It repeats its
-        last rows with weights of NaN, so that no process applies the step, and sets `unread` in the totals,
-        which inform all processes. If the processes make a batch together (RL), all raise Unread before the
-        step instead.
+        If one of several processes can't read its rows, it must not leave the other processes waiting. It
+        repeats its last rows with weights of NaN, so that no process applies the step, and sets `unread` in
+        the totals, which all processes receive. If the processes make a batch together (RL), all of them
+        raise Unread before the step instead.
         """
         batches = self.stage.batches
         several = batches.alone and jax.process_count() > 1
@@ -175,7 +175,7 @@ class Loop:
         return self.batch
 
     def go_back(self, step: int):
-        """Return to the state after `step` steps; the one or two steps taken since then changed no weight."""
+        """Return to the state after `step` steps; the one or two later steps changed no weights."""
         self.stage.batches.set_state(self.places[step - self.step])
         self.state = self.state.replace(step=self.state.step - (self.step - step))
         self.step = step

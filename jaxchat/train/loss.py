@@ -1,4 +1,4 @@
-"""The training loss: weighted sums of next-token losses, without ever holding all logits of a batch."""
+"""The training loss: weighted sums of next-token losses, without all logits of a batch in memory at once."""
 
 import dataclasses
 from functools import partial
@@ -20,7 +20,7 @@ class Chunking:
     """The chunks in which the loss is computed: logits exist for `length` positions of every row at a time.
 
     cap: the model's softcap, which bounds logits, so exp needs no maximum subtracted.
-    mesh: each device computes its rows' logits for its shard of the vocabulary; None: one device.
+    mesh: the mesh over which rows and the vocabulary are sharded; None: one device.
     kernels: whether model/kernels.py computes the softmax if gradients are needed.
     words: number of the head's columns that stand for tokens, if the head is padded; None: all columns.
     """
@@ -42,10 +42,11 @@ class Chunking:
 
 
 def chunk_length(batch: int, time: int, compute: Compute) -> int:
-    """Positions per chunk: as many as keep a device's logits within compute.loss_chunk_tokens, at least 1.
+    """Return the number of positions per chunk, at least 1.
 
-    Return the longest divisor of `time` that fits. If it is at most half of what is allowed, return a longer
-    chunk; the last chunk is then padded.
+    A chunk's logits on one device are for at most compute.loss_chunk_tokens tokens. The length is the longest
+    divisor of `time` within this limit. If that is at most half of the limit, the length is a longer one, and
+    the last chunk is padded.
     """
     rows = max(1, batch // data_shards(compute.mesh))
     most = min(time, max(1, compute.loss_chunk_tokens // rows))
@@ -54,11 +55,11 @@ def chunk_length(batch: int, time: int, compute: Compute) -> int:
 
 
 def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute):
-    """Return (Σ weight·nll in nats, N), float32, of a batch.
+    """Return (Σ weight·nll in nats, N), float32, of a batch. nll: negative log-likelihood of a target token.
 
-    batch: {inputs_BT, targets_BT, weights_BT[, counts_BT][, segments_BT]}.
-    The loss of a step is Σ weight·nll ÷ N, each summed over its micro-batches. N is Σ counts, or
-    without counts Σ weights. Weights may have any sign; give counts if the loss is not a weighted mean.
+    batch: {inputs_BT, targets_BT, weights_BT[, counts_BT][, segments_BT]}. N is Σ counts, or Σ weights if the
+    batch has no counts. The loss of a step is Σ weight·nll ÷ N, after summing both over the micro-batches.
+    Weights may have any sign; give counts if the loss is not a weighted mean.
     """
     x_BTD = features(params, batch["inputs_BT"], config, compute, batch.get("segments_BT"))
     chunking = Chunking.of(*batch["inputs_BT"].shape, config, compute)
@@ -69,14 +70,14 @@ def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
-    """Return Σ weight·nll of the target tokens, which follow the tokens of features x_BTD.
+    """Return Σ weight·nll of the target tokens, which the head predicts from the features x_BTD.
 
-    Positions are cut into chunks along T, so that rows stay on their devices. If gradients are needed, those
-    of a chunk are computed together with its loss, from the same logits: nothing is computed twice, and the
-    backward pass only scales them. The logits are then rounded to the features' dtype before the softmax;
-    without gradients they stay float32. So in bfloat16 the training loss differs slightly from the validation
-    loss of the same weights (by 2e-7 of it, as measured). On a mesh only sums over the vocabulary cross the
-    tensor axis, and the head's gradient crosses the other axes once, after the last chunk.
+    Positions are cut into chunks along T, so that rows stay on their devices. If gradients are needed, a
+    chunk's gradients are computed together with its loss, from the same logits: nothing is computed twice,
+    and the backward pass only scales the gradients. The logits are then rounded to the features' dtype before
+    the softmax; without gradients they stay float32. So in bfloat16 the training loss differs slightly from
+    the validation loss of the same weights (measured: 2e-7 of the loss). On a mesh only sums over the
+    vocabulary cross the tensor axis, and the head's gradient crosses the other axes once, at the end.
     """
     return _on_mesh(_nll, P(), chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)
 
@@ -103,10 +104,10 @@ def _nll(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunking):
 
 
 def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
-    """Return (logits z_BtV float32, target ids in V, nll_Bt).
+    """Compute the loss at the t positions of a chunk. -> (logits z_BtV float32, target ids in V, nll_Bt).
 
-    On a mesh V is this device's shard of the vocabulary, and ids may be outside it; the loss is over the
-    complete vocabulary.
+    On a mesh V is this device's shard of the vocabulary, and target ids may be outside the shard; nll_Bt is
+    over the complete vocabulary.
     """
     z_BtV = logits(head_DV, x_BtD, chunking.cap)
     if chunking.words:
@@ -119,20 +120,21 @@ def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
 
 
 def local_ids(targets_Bt, size: int, sharded: bool):
-    """Target ids relative to this device's shard of `size` tokens of the vocabulary."""
+    """Return target ids relative to this device's shard of `size` tokens of the vocabulary, if sharded."""
     return targets_Bt - lax.axis_index("tensor") * size if sharded else targets_Bt
 
 
 def is_word(size: int, chunking: Chunking):
-    """Whether each column of a head, or of a device's shard of it, stands for a token: bool [1, 1, V]."""
+    """Return which of the `size` columns of the head on this device stand for tokens: bool [1, 1, V]."""
     first = lax.axis_index("tensor") * size if chunking.sharded else 0
     return (first + jnp.arange(size) < chunking.words)[None, None]
 
 
 def logit_of(z_BtV, ids_Bt, sharded: bool):
-    """Logits at the target ids. On a vocabulary shard, ids of other shards give 0, so sum over devices.
+    """Return the logits at the target ids, [B, t].
 
-    On one device an id outside the vocabulary gives NaN.
+    On a vocabulary shard, an id of another shard gives 0, so that a sum over devices gives each logit.
+    On one device, an id outside the vocabulary gives NaN.
     """
     if not sharded:
         return jnp.take_along_axis(z_BtV, ids_Bt[..., None], axis=-1)[..., 0]
@@ -146,9 +148,10 @@ def slope(z, cap: float):
 
 
 def nll_and_gradients(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
-    """Return weighted_nll and its gradients for a cotangent of 1, which its backward pass scales.
+    """Forward pass of weighted_nll: return the loss, and the gradients for a cotangent of 1.
 
-    The gradient with respect to the weights is each token's loss, nll_BT.
+    The backward pass, scale_gradients, multiplies the gradients by the cotangent. The gradient with respect
+    to the weights is each token's loss, nll_BT.
     """
     out_specs = (P(), (P(ROWS), P("fsdp", "tensor"), P(ROWS)))
     return _on_mesh(_nll_and_gradients, out_specs, chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)
@@ -181,10 +184,10 @@ def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunkin
 
 
 def logits_gradient(u_BtV, targets_Bt, chunking: Chunking):
-    """Return (d_BtV, sum_Bt, nll_Bt) of the head's outputs u: ∂nll/∂u is d/sum. d is in u's dtype.
+    """Return (d_BtV, sum_Bt, nll_Bt) from the head's outputs u_BtV: ∂nll/∂u is d/sum. d has u's dtype.
 
-    ∂nll/∂u = (exp(z)/sum − 1 at the target)·slope. Multiplied by sum, it no longer depends
-    on sum, so one pass over the logits is enough.
+    With z = softcap(u) and sum = Σ exp(z), ∂nll/∂u = (exp(z)/sum − δ)·slope, where δ is 1 at the target, else
+    0. Where δ is 0, d = sum·∂nll/∂u does not depend on sum, so one pass over the logits is enough.
     """
     dtype, size, sharded, cap = u_BtV.dtype, u_BtV.shape[-1], chunking.sharded, chunking.cap
     ids_Bt = local_ids(targets_Bt, size, sharded)
@@ -234,5 +237,5 @@ def split_time(length: int, *arrays):
 
 
 def join_time(a, time: int):
-    """Join chunks [n, B, length, ...] to one array [B, time, ...]."""
+    """Join chunks [n, B, length, ...] to one array [B, time, ...], dropping the padding."""
     return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :time]

@@ -1,4 +1,4 @@
-"""Log a run's numbers: JSON lines beside its checkpoints; on request Weights & Biases and TensorBoard."""
+"""Log a run's numbers to metrics.jsonl and, if flags ask for them, to Weights & Biases and TensorBoard."""
 
 import contextlib
 import importlib.util
@@ -30,7 +30,7 @@ def check_installed(*, run: str, tensorboard: bool):
 
 
 def peak_bytes() -> int:
-    """Peak memory in bytes: of the first local device if it reports one (GPU, TPU), else of the process."""
+    """Peak memory in bytes of the first local device or, if the device reports none (CPU), of the process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -79,7 +79,7 @@ class MetricsLog:
             log.close()
 
     def write(self, step: int, values: dict[str, float], evaluation: str = ""):
-        """Log the numbers of a step or, given its name, of an evaluation that was made after that step."""
+        """Log numbers of a step. evaluation: name of the evaluation that measured them after the step."""
         if self._file:
             named = {"evaluation": evaluation} if evaluation else {}
             known = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -92,7 +92,7 @@ class MetricsLog:
                 self._board.add_scalar(name, value, step)
 
     def _write(self):
-        """Append every buffered line, or none: on a full disk keep buffering and leave no partial line."""
+        """Append all buffered lines; on a full disk, keep them in the buffer and leave no partial line."""
         end = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(self._unwritten) == len(self._unwritten):
@@ -116,20 +116,20 @@ class MetricsLog:
 
 
 def evaluations_after(step: int, folder: Path) -> list[str]:
-    """Names of the evaluations that metrics.jsonl records after `step` steps."""
+    """Names of the evaluations at step `step` that metrics.jsonl records."""
     rows = files.read_lines(folder / "metrics.jsonl")
     return [row["evaluation"] for row in rows if row.get("step") == step and "evaluation" in row]
 
 
 def best_step(folder: Path, name: str, last: int) -> tuple[int, float] | None:
-    """Return the (step, value) of the largest logged value `name` up to step `last`, or None."""
+    """Return the (step, value) where the logged value `name` is largest, up to step `last`, or None."""
     rows = [row for row in files.read_lines(folder / "metrics.jsonl") if "evaluation" in row]
     found = [(row["step"], row[name]) for row in rows if row["step"] <= last and row.get(name) is not None]
     return max(found, key=lambda one: one[1]) if found else None
 
 
 def wandb_id(folder: Path, new: bool) -> str:
-    """Return a run's id at Weights & Biases, kept in its folder so that a resumed run continues its log."""
+    """Return the run's id at Weights & Biases; a resumed run finds it in `folder`. new: make a new id."""
     path = folder / "wandb_id"
     if new or not path.exists():
         files.write_text(path, secrets.token_hex(8))
@@ -137,7 +137,7 @@ def wandb_id(folder: Path, new: bool) -> str:
 
 
 def _step_of(line: str) -> float:
-    """The step of a logged line; ∞ for a line that is incomplete because the process was killed."""
+    """Return the step of a logged line; ∞ if the line is incomplete because the process was killed."""
     try:
         return json.loads(line)["step"]
     except ValueError:

@@ -1,4 +1,4 @@
-"""One optax transformation for all weights: each weight names a group, and a table gives its rule."""
+"""One optax transformation for all weights: each weight names a group, and a table gives the group's rule."""
 
 import dataclasses
 import math
@@ -35,14 +35,14 @@ class Muon:
     """The rule of a group of matrices: momentum, then orthogonalization, with refinements of both.
 
     momentum: function of the number of finished updates.
-    decay: weight decay, as a function of the same number; only weights with the sign of their update decay.
-    None: no decay.
-    steps: coefficients of each orthogonalization step.
+    decay: weight decay, a function of the number of finished updates; only weights that the update moves
+    towards 0 decay. None: no decay.
+    steps: polynomial coefficients (a, b, c) of each orthogonalization step.
     safety, tiny: before the first step, a matrix is divided by safety × (its norm) + tiny.
     equal: first scale the gradients of all output neurons to the same norm (MuonEq).
     exact: scale the result to the norm of an orthogonal matrix (Muon+).
-    neuron_beta: decay of the running mean squares by whose root each neuron's updates are divided (NorMuon);
-    0: off.
+    neuron_beta: decay of the running mean square of each neuron's updates, by whose root the updates are
+    divided (NorMuon); 0: off.
     """
 
     lr: float
@@ -58,7 +58,7 @@ class Muon:
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """The rule of a group of weights that AdamW updates, with its constants."""
+    """The rule of a group of weights that AdamW updates: learning rate, betas and weight decay."""
 
     lr: float
     b1: float = 0.8
@@ -69,8 +69,8 @@ class AdamW:
 def orthogonalize(g_Lmn, dtype, rule: Muon):
     """Orthogonalize every matrix of a stack approximately: singular values become about 1. -> float32.
 
-    Each matrix is divided by its Frobenius norm. Then follow the rule's five steps in `dtype`, with the Gram
-    matrix of the shorter side: x ← P(x·xᵀ)·x with P(g) = a + b·g + c·g².
+    Each matrix is divided by its Frobenius norm, and transposed if it is tall, so that x·xᵀ is small. Then
+    the rule's five steps follow in `dtype`: x ← P(x·xᵀ)·x with P(g) = a + b·g + c·g².
     """
     steps = rule.steps
     g_Lmn = equal_columns(g_Lmn.astype(dtype).astype(jnp.float32)) if rule.equal else g_Lmn
@@ -96,14 +96,17 @@ def orthogonalize(g_Lmn, dtype, rule: Muon):
 
 
 def equal_columns(x_Lmn):
-    """Scale the columns (output neurons) of each matrix to equal norms, and keep the norm of the matrix."""
+    """Scale the columns (output neurons) of each matrix to equal norms without changing the matrix's norm."""
     norm = jnp.linalg.norm(x_Lmn, axis=(-2, -1), keepdims=True)
     columns = jnp.linalg.norm(x_Lmn, axis=-2, keepdims=True)
     return x_Lmn * (norm / math.sqrt(x_Lmn.shape[-1]) / jnp.maximum(columns, 1e-6))
 
 
 def newton_schulz_factor(gram, steps):
-    """The matrix by which `steps` multiply x, given its Gram matrix [L, m, m]. P is summed in float32."""
+    """Return the matrix by which `steps` multiply x: the product of their polynomials P.
+
+    gram: x·xᵀ [L, m, m]. steps: (a, b, c) of each step. The terms of P are summed in float32.
+    """
     factor = None
     for i, (a, b, c) in enumerate(steps):
         linear = a * jnp.eye(gram.shape[-1])[None] + b * gram.astype(jnp.float32)
@@ -115,7 +118,7 @@ def newton_schulz_factor(gram, steps):
 
 
 def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype, rule: Muon):
-    """Orthogonalize a stack [L, *in, *out] that is sharded over a mesh as its weight is.
+    """Orthogonalize a stack of matrices [L, *in, *out] that is sharded over a mesh as `weight` is.
 
     Each device gathers complete matrices of L/devices layers (rounded up; zeros pad the stack),
     orthogonalizes them and sends the shards back: one exchange before, one after, none within the iteration.
@@ -155,8 +158,9 @@ class MuonState:
 
 
 def scale_by_muon(weights, rule: Muon, dtype=jnp.float32, mesh: Mesh | None = None) -> GradientTransformation:
-    """Apply a rule: Nesterov momentum, then orthogonalization, then the factor √max(1, fan_out/fan_in).
+    """Make an optax transformation of a rule for matrices (Muon).
 
+    Nesterov momentum, then orthogonalization, then the factor √max(1, fan_out/fan_in).
     weights: the declared `Weight` of every matrix, in a tree like the gradients' tree. mesh: the mesh that
     matrices are sharded over; each device then orthogonalizes some layers.
     """
@@ -194,7 +198,7 @@ def scale_by_muon(weights, rule: Muon, dtype=jnp.float32, mesh: Mesh | None = No
 
 
 def with_new_schedule(opt_state):
-    """Prepare optimizer state for another stage: restart the schedules of Muon's momentum and decay."""
+    """Return optimizer state for another stage: the schedules of Muon's momentum and decay start again."""
 
     def from_start(part):
         return part.replace(count=jnp.zeros_like(part.count)) if isinstance(part, MuonState) else part
@@ -203,13 +207,13 @@ def with_new_schedule(opt_state):
 
 
 def to_exact_norm(weight: Weight, x):
-    """Scale each matrix to the norm of an orthogonal matrix, √min(fan_in, fan_out) (Muon+)."""
+    """Scale each matrix of a stack to the norm of an orthogonal matrix, √min(fan_in, fan_out) (Muon+)."""
     norm = jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))
     return x * (math.sqrt(min(weight.fan_in, weight.fan_out)) / jnp.maximum(norm, 1e-6))
 
 
 def neuron_axes(weight: Weight) -> tuple[int, ...]:
-    """The axes that NorMuon averages over: those of the inputs, or of the outputs if these are fewer."""
+    """Axes of `weight` that NorMuon averages over: the inputs, or the outputs if there are fewer of them."""
     axes = range(1, len(weight.shape))
     inputs = next(n for n in axes if math.prod(weight.shape[1 : n + 1]) == weight.fan_in)
     return tuple(axes[:inputs] if weight.fan_out >= weight.fan_in else axes[inputs:])
@@ -224,7 +228,10 @@ def mean_squares(weight: Weight, x):
 
 
 def even_neurons(x, squares, second):
-    """Divide each neuron's update by its running RMS, keeping each layer's norm (NorMuon)."""
+    """Divide each neuron's update by the neuron's running RMS, without changing a layer's norm (NorMuon).
+
+    squares: mean square of each neuron's update; second: the running mean of `squares`.
+    """
     rates = lax.rsqrt(jnp.maximum(second, 1e-10))
     each = tuple(range(1, x.ndim))  # axes within a layer; each square is the mean of equally many numbers
     norm = jnp.sqrt(jnp.sum(squares, axis=each, keepdims=True))
@@ -233,7 +240,7 @@ def even_neurons(x, squares, second):
 
 
 def in_float32(inner: GradientTransformation) -> GradientTransformation:
-    """Compute a transformation in float32 and keep its state in the weights' dtype."""
+    """Wrap a transformation so that it computes in float32 and keeps its state in the weights' dtype."""
 
     def widen(tree):
         return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, tree)
@@ -254,7 +261,10 @@ def table_2025(
     weight_decay: float = 0.0,
     momentum_warmup: int = 300,
 ) -> dict[str, Muon | AdamW]:
-    """Return each group's rule of November 2025. momentum_warmup: updates in which momentum rises."""
+    """Return nanochat's rules of November 2025, {group: rule}.
+
+    momentum_warmup: number of first updates in which Muon's momentum rises.
+    """
 
     def momentum(count):
         if not momentum_warmup:
@@ -281,7 +291,10 @@ def table_2026(
     momentum: Callable | None = None,
     decay: Callable | None = None,
 ) -> dict[str, Muon | AdamW]:
-    """Return each group's rule of July 2026. momentum=None: as in table_2025. decay=None: no decay."""
+    """Return nanochat's rules of July 2026, {group: rule}.
+
+    momentum, decay: for Muon. momentum=None: the momentum of table_2025. decay=None: no weight decay.
+    """
     momentum = momentum or table_2025(config)["matrix"].momentum
     width_scale = (config.n_embd / 768) ** -0.5
     refinements = {"safety": 1.01, "tiny": 1e-6, "equal": True, "exact": True, "neuron_beta": 0.9}
@@ -305,10 +318,10 @@ def make_optimizer(
     mesh: Mesh | None = None,
     **rates,
 ) -> GradientTransformation:
-    """Make the optimizer of `Params`. Its updates are at peak rates: train_step multiplies by the schedule.
+    """Make the optimizer of `Params`. Updates are at peak rates; train_step multiplies them by the schedule.
 
-    table: the rule of each group; None: table_2025 with `rates`. AdamW's rates are scaled by (n_embd/768)^−½.
-    grad_clip bounds the global norm of all gradients; 0 is off. mesh: see scale_by_muon.
+    table: {group: rule}; None: table_2025 with `rates`. grad_clip bounds the global norm of all gradients;
+    0 is off. mesh: see scale_by_muon.
     """
     declared = declare(config)
     table = table or table_2025(config, **rates)

@@ -1,4 +1,4 @@
-"""Print and log a run's numbers, one step late."""
+"""Print and log the numbers of each training step, one step late."""
 
 import time
 
@@ -13,11 +13,11 @@ HIDDEN = ("taken", "left", "targets", "overdue", "unread")  # totals that only t
 
 
 class NotFinite(UserError):
-    """Raised by all processes, after the same step, if a step's loss or gradient was not finite."""
+    """Raised by all processes, after the same step, if the loss or gradient of a step was not finite."""
 
 
 class Unread(UserError):
-    """Raised by all processes if one could not read its rows of a step; no process applied that step."""
+    """Raised by all processes if any of them can't read its rows of a step; no process applied that step."""
 
     def __init__(self, step: int):
         super().__init__(f"another process can't read its rows of step {step}; its own message says why")
@@ -25,7 +25,7 @@ class Unread(UserError):
 
 
 class Reporter:
-    """Print and log each step's numbers one step late: they are fetched while the next step is computed."""
+    """Print and log the numbers of each step one step late, so that fetching them delays no step."""
 
     def __init__(self, stage, log: MetricsLog):
         self._stage, self._log = stage, log
@@ -44,10 +44,10 @@ class Reporter:
         self._clock = time.perf_counter()
 
     def step(self, step: int, tokens: int, waited: float, metrics: dict, row_tokens: int) -> dict[str, float]:
-        """Report the previous step while this one is computed. -> the previous step's numbers; {} if none.
+        """Report the previous step and keep this one for later. -> the previous step's numbers; {} if none.
 
-        tokens: of this step, on all processes; waited: seconds spent waiting for data; metrics: arrays still
-        being computed; row_tokens: tokens per row, padding included.
+        tokens: number in this step, over all processes; waited: seconds spent waiting for data; metrics:
+        arrays that may not be computed yet; row_tokens: tokens per row, padding included.
         """
         previous, self._pending = self._pending, (step, tokens, waited, metrics, row_tokens)
         return self._report(*previous) if previous else {}
@@ -84,7 +84,7 @@ class Reporter:
         return fetched
 
     def _checked(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        """Return the numbers to log. Raise Unread, or NotFinite unless --on_nonfinite=skip."""
+        """Return the numbers of a step to log. Raise Unread, or NotFinite unless --on_nonfinite=skip."""
         if values.get("unread"):
             raise Unread(step)
         where = "the next batch of the data"
@@ -125,7 +125,7 @@ class Reporter:
         return line
 
     def _eta(self, progress: float) -> float | None:
-        """Seconds left after the step that began at `progress`, by the mean pace since the second step."""
+        """Estimate the seconds left after the step that began at `progress`; None: not known yet."""
         if self._reported == 1:
             self._first_progress = progress
         steps, done = self._reported - 1, progress - self._first_progress

@@ -1,4 +1,4 @@
-"""Prepare a run from flags: its start, its plan, a training step that fits in memory, the first state."""
+"""Prepare a run from flags: where it starts, its plan, a training step that fits in memory, its state."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from jaxchat.train.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The start of a run: the checkpoint that it resumes from, or step 0."""
+    """Where a run starts: at a checkpoint that it resumes from, or at step 0."""
 
     checkpoints: Checkpoints | None  # in the run's folder; None: nothing is written
     steps: list[int]  # steps of the existing checkpoints
@@ -36,14 +36,17 @@ class Start:
 
 
 def tokenizer_for(config: TrainConfig, name: str, tag: str) -> Tokenizer:
-    """Load the tokenizer kept with the checkpoints to resume from, or else the base directory's tokenizer."""
+    """Load the tokenizer saved with the checkpoints to resume from; without any, the base directory's."""
     folder = checkpoint.run_folder(name, tag)
     kept = folder / "tokenizer"
     return Tokenizer.load(kept if config.resume and checkpoint.steps_in(folder) and kept.is_dir() else None)
 
 
 def find_start(stage: Stage) -> Start:
-    """Find where a run starts. UserError: checkpoints would be lost, or don't match the flags."""
+    """Find where a run starts: at step 0 or, with --resume, at the last complete checkpoint.
+
+    UserError: existing checkpoints would be lost, are all damaged, or don't match the flags.
+    """
     flags = stage.flags
     check_installed(run=flags.run, tensorboard=flags.tensorboard)
     sharding.check_same(
@@ -73,9 +76,10 @@ def find_start(stage: Stage) -> Start:
 
 
 def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints, step: int):
-    """Raise UserError unless a checkpoint is of the same run: model, settings, data, tokenizer and parent.
+    """Raise UserError unless a checkpoint has the stage's model, settings, data, tokenizer and parent.
 
-    An imported checkpoint is compared by model and tokenizer only, since nothing else is known of it.
+    saved: the metadata of the checkpoint at `step`. Of an imported checkpoint only the model and the
+    tokenizer are compared, since nothing else is known.
     """
     if "imported" in saved and not checkpoints.has_state(step):
         raise UserError(
@@ -105,7 +109,10 @@ TASK_FILE = re.compile(r"[^,]*/(?=[^/,]+\.(?:jsonl|json|ndjson)(?::\d+)?(?:,|$))
 
 
 def without_folders(meta: dict) -> dict:
-    """Return metadata with task files' folders removed: they may differ, since "data" compares content."""
+    """Return metadata in which the names of task files have no folders.
+
+    A resumed run may find its task files in another folder, because "data" compares the files' content.
+    """
     settings, data = dict(meta["settings"]), {}
     if "train_tasks" in settings:
         settings["train_tasks"] = TASK_FILE.sub("", settings["train_tasks"])
@@ -116,7 +123,7 @@ def without_folders(meta: dict) -> dict:
 
 
 def about_mechanisms(model: ModelConfig) -> list[tuple[str, str]]:
-    """Return a list with the plan's row on additions to the architecture of November 2025; [] without any."""
+    """Return the plan's row on additions to the model of November 2025, in a list; [] without additions."""
     parts = []
     if model.window_pattern:
         parts.append(f"windows {model.window_pattern} (S {model.short_window:,}, L {model.sequence_len:,})")
@@ -153,10 +160,10 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def open_run(stage: Stage, start: Start) -> Iterator[Run]:
-    """Prepare a run: read a batch, choose the step that fits, lock the folder, restore or initialise.
+    """Prepare a run: read a batch, choose a step that fits in memory, lock the folder, restore or initialise.
 
     Nothing is written or deleted until every check has passed. Leaving the context ends the data pipeline,
-    waits for the save under way, and unlocks the folder.
+    waits for the save in progress, and unlocks the folder.
     """
     checkpoints = start.checkpoints
     try:
@@ -186,9 +193,9 @@ def open_run(stage: Stage, start: Start) -> Iterator[Run]:
 
 
 def look_at_data(stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
-    """Read the first batch. -> its arrays' shapes, dtypes and shardings, with rows of the greatest length.
+    """Read the first batch without consuming it. -> {name: ShapeDtypeStruct}, with the longest possible rows.
 
-    UserError: it cannot be read, or contains no text.
+    UserError: the batch cannot be read, or no document contains text.
     """
     batch = stage.batches.peek()
     if not int(sharding.agree(batch["totals"], stage.model.mesh).get("targets", 1)):
@@ -200,9 +207,9 @@ def look_at_data(stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callable]:
-    """Jit the training steps to choose from: {value of --remat: step}, the fastest first.
+    """Jit a training step for each value of --remat to try. -> {value: step}, the fastest first.
 
-    batch: the largest batch, see look_at_data. Jitted only: nothing is compiled yet.
+    batch: the largest batch, see look_at_data. Nothing is compiled yet.
     """
     compute, mesh = stage.model.compute, stage.model.mesh
     remats = [compute.remat]
@@ -221,7 +228,10 @@ def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callabl
 
 
 def initial_state(stage: Stage) -> TrainState:
-    """Create the first state: random or the parent's weights; fresh or (warm) the parent's optimizer."""
+    """Create the state of step 0.
+
+    Weights are random or the parent's. Optimizer state is fresh or, if stage.warm, the parent's.
+    """
     if stage.parent is None:
         return init_state(stage.flags.seed, stage.model, stage.optimizer)
     if not stage.warm:
@@ -238,7 +248,7 @@ def initial_state(stage: Stage) -> TrainState:
 
 
 def restore(stage: Stage, start: Start) -> TrainState:
-    """Restore the state of the checkpoint to resume from, and move the data pipeline to its position."""
+    """Restore the state of the checkpoint to resume from, and the position of the data pipeline."""
     checkpoints, target = start.checkpoints, abstract_state(stage.model, stage.optimizer)
     if checkpoints.has_state(start.step):
         params, rest = checkpoints.restore(

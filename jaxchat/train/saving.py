@@ -1,4 +1,4 @@
-"""Decide when a run saves. A save that fails is printed and retried, while training continues."""
+"""Decide when to save a run, and save it. A failed save is reported and retried while training continues."""
 
 import math
 import time
@@ -17,7 +17,7 @@ LAST_ATTEMPTS = 4  # attempts at the end of a run, 1, 2 and 4 seconds apart
 class Saver:
     """Decides after every step whether to save, and saves. Without checkpoints (a dry run) it does nothing.
 
-    Any Exception counts as a failed save: Orbax and TensorStore raise many kinds for a full disk alone.
+    Any Exception counts as a failed save, since Orbax and TensorStore raise many kinds if a disk is full.
     """
 
     def __init__(self, run):
@@ -28,7 +28,10 @@ class Saver:
         self._best = -math.inf  # largest value of the evaluation that decides which checkpoint is kept
 
     def due(self, step: int, last: bool) -> bool:
-        """Return whether to save now, after `step` steps; also check on the save in progress."""
+        """Return whether to save now, after `step` steps; also check whether the save in progress has ended.
+
+        last: whether the run ends at this step, which is always saved.
+        """
         if not self._checkpoints:
             return False
         try:
@@ -48,18 +51,18 @@ class Saver:
         return bool(self._checkpoints) and 0 < 60 * minutes <= clock() - self._saved_at
 
     def agree(self, values: dict[str, float]):
-        """Note from a step's totals whether a save is overdue by the clock of any process."""
+        """Record whether a save is due by the clock of at least one process, as a step's totals report it."""
         self._overdue = self._overdue or values.get("overdue", 0) > 0
 
     def save(self, state: TrainState, step: int, *, finished: bool):
-        """Start a save. Errors are printed, not raised."""
+        """Start to save the state. Errors are printed, not raised. finished: the stage is complete."""
         try:
             self._start(state, step, finished)
         except Exception as problem:
             self._failed(step, problem)
 
     def keep_best(self, state: TrainState, step: int, value: float, finished: bool):
-        """Keep the checkpoint of this step if its value is the largest so far; save it now if necessary."""
+        """Keep the checkpoint of this step if `value` is the largest so far; save it now if necessary."""
         if not self._checkpoints or not value > self._best:
             return
         self._best = value
@@ -69,7 +72,7 @@ class Saver:
                 self.save(state, step, finished=finished)
 
     def restore_best(self, found: tuple[int, float] | None):
-        """Set the best (step, value) so far when a run is resumed."""
+        """When a run is resumed, set the best (step, value) found so far."""
         if self._checkpoints and found:
             self._checkpoints.kept, self._best = found
 
@@ -95,9 +98,9 @@ class Saver:
                 time.sleep(2**attempt)
 
     def rescue(self, state: TrainState, step: int, *, alone: bool):
-        """Save what is learnt, if possible, before an error ends the run.
+        """Save the state, if possible, before an error ends the run.
 
-        alone: only this process has the error; then several processes can't save, since all must take part.
+        alone: only this process has the error. Then several processes can't save, since a save needs all.
         """
         if not self._checkpoints or step <= self._begun or alone and jax.process_count() > 1:
             return

@@ -15,7 +15,7 @@ def lr_multiplier(
 ) -> float | jax.Array:
     """Return a multiplier that rises linearly from 0 to 1, stays, then falls linearly to `final_lr_frac`.
 
-    warmup_ratio, warmdown_ratio: fractions of the stage in which it rises and falls.
+    warmup_ratio, warmdown_ratio: fractions of the stage in which the multiplier rises and falls.
     progress: fraction of the stage that is complete. step: fraction that this step adds, so that the first
     step of a warmup has a rate above 0 and the last step of a warmup the full rate.
     """

@@ -14,15 +14,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class BrokenOff(BaseException):
-    """Raised by a signal within Stop.breaks_off. Not an Exception, so that the code there won't handle it."""
+    """Raised by a signal within Stop.breaks_off. Not an Exception, so `except Exception` lets it pass."""
 
 
 class Stop:
-    """A context in which SIGNALS don't end the process; `asked` reports them.
+    """A context in which SIGNALS don't end the process; `asked` returns whether one has arrived.
 
     A second Ctrl-C ends the process at once. A signal that is ignored at the start (SIGHUP under nohup) stays
     ignored. With several processes, JAX's preemption service listens for SIGTERM and chooses the step at
-    which all stop.
+    which all processes stop.
     """
 
     def __init__(self):
@@ -33,9 +33,9 @@ class Stop:
 
     @contextlib.contextmanager
     def breaks_off(self):
-        """A context in which a signal raises BrokenOff, unless several processes run.
+        """A context in which a signal raises BrokenOff at once, if only one process runs.
 
-        To interrupt one process would leave the others waiting.
+        To interrupt one of several processes would leave the others waiting.
         """
         self._breaks_off = jax.process_count() == 1
         try:
@@ -65,7 +65,7 @@ class Stop:
             raise BrokenOff
 
     def asked(self) -> bool:
-        """Return whether to stop now, the same on all processes. All processes must call it at every step."""
+        """Return whether to stop now, equal on all processes. All processes must call this at every step."""
         self._asked += 1  # not the run's step: jax wants consecutive numbers that are equal on all processes
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._asked):
             self.signal = "a notice of preemption"

@@ -1,4 +1,4 @@
-"""Describe each stage as data: its starting point, batches, length, schedule, and what it saves."""
+"""Describe each stage of training as data: parent checkpoint, batches, length, schedule, what is saved."""
 
 import dataclasses
 import math
@@ -53,8 +53,9 @@ def loss_text(values: dict[str, float]) -> str:
 class DataBatches:
     """Batches that are read from data, independently of the model's weights and the step.
 
-    A batch is {inputs, targets, weights[, segments]} [A, B, T] of this process's rows, and `totals`
-    (data/streams.py). RL's batches (rl/batches.py) depend on both, and also hold `numbers` to log.
+    A batch holds this process's rows {inputs, targets, weights[, segments]}, each [A, B, T] with A
+    micro-batches, and `totals` (data/streams.py). The batches of RL (rl/batches.py) depend on the weights and
+    the step, and also hold `numbers` to log.
     """
 
     alone = True  # each process makes its rows without the others
@@ -64,7 +65,7 @@ class DataBatches:
         self.get_state, self.set_state, self.close = iterator.get_state, iterator.set_state, iterator.close
 
     def next_batch(self, params, step: int) -> dict:
-        """Return the batch for the step after `step` finished steps. StopIteration: the data has ended."""
+        """Return the next batch, read from data alone. StopIteration: the data has ended."""
         return next(self._iterator)
 
     def peek(self) -> dict:
@@ -77,7 +78,7 @@ class DataBatches:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Everything in which the stages of training differ, as data."""
+    """A stage of training as data: everything in which stages differ."""
 
     name: str  # a key of config.STAGES
     tag: str
@@ -194,12 +195,12 @@ def horizon_of(config: BaseConfig, model: ModelConfig) -> Horizon:
 
 
 def with_horizon(config: BaseConfig, model: ModelConfig) -> BaseConfig:
-    """Replace --total_batch_size by the number of tokens that the recipe of --arch chooses."""
+    """Return the flags with the batch size that the recipe of --arch chooses as --total_batch_size."""
     return dataclasses.replace(config, total_batch_size=horizon_of(config, model).batch)
 
 
 def inherited(name: str, config: TrainConfig, model: Model, parent: Found, tasks: Mixture) -> dict:
-    """The fields of a Stage that starts from a checkpoint and learns from tasks."""
+    """Return the fields of Stage that mid, sft and rl set in the same way."""
     return {
         "name": name,
         "tag": parent.tag,
@@ -309,7 +310,10 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
 
 
 def examples_of_step(config: SFTConfig, parent: Found, tasks: Mixture, time: int) -> int:
-    """Conversations per step: as given or, for -1, as many as have the tokens of one step of the parent."""
+    """Return the number of conversations per step: --target_examples_per_step.
+
+    With -1, a step has about as many tokens as a step of the parent's training.
+    """
     if config.target_examples_per_step > 0:
         return config.target_examples_per_step
     theirs = parent.meta.get("settings") or parent.meta.get("imported", {}).get("meta", {})
@@ -322,7 +326,7 @@ def examples_of_step(config: SFTConfig, parent: Found, tasks: Mixture, time: int
 
 
 def has_state(found: Found) -> bool:
-    """Whether a checkpoint holds optimizer state."""
+    """Return whether a checkpoint holds optimizer state."""
     return (found.path / "optimizer").is_dir()
 
 
@@ -362,14 +366,14 @@ def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -
 
 
 def reward_text(values: dict[str, float]) -> str:
-    """Format a step's rewards for its printed line: the loss of policy gradients doesn't measure progress."""
+    """Format a step's rewards, which are printed because a policy-gradient loss doesn't measure progress."""
     return f"reward {values['reward']:.3f}  mixed groups {values['groups_mixed']:.0%}"
 
 
 def optimizer_for(
     config: TrainConfig, model: Model, *, grad_clip: float = 0.0, **how
 ) -> optax.GradientTransformation:
-    """Build the optimizer of a stage. how: further arguments of table_for."""
+    """Build the optimizer of a stage. how: further keyword arguments of table_for."""
     table, dtype = table_for(config, model.config, **how), jnp.dtype(model.compute.dtype)
     return make_optimizer(model.config, table=table, grad_clip=grad_clip, muon_dtype=dtype, mesh=model.mesh)
 
@@ -404,7 +408,7 @@ def table_for(
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """The division of a step of base or mid into micro-batches, the rows that devices compute at a time."""
+    """How a step of base training or midtraining is cut into micro-batches, computed one after another."""
 
     rows: int  # rows per step
     device_batch: int
@@ -417,7 +421,7 @@ class Cut:
         return cls(rows, *pipelines.cut_step(rows, devices, config.device_batch_size, DEVICE_ROWS))
 
     def share(self, config: BaseConfig | MidConfig, model: Model) -> dict:
-        """A data pipeline's arguments: the rows of each step that this process makes, and its workers."""
+        """Return arguments of a data pipeline: rows of a step, this process's share of them, workers."""
         share = sharding.share_of_rows(model.mesh, self.rows // self.micro_batches)
         how = {"rows": self.rows, "micro_batches": self.micro_batches}
         return how | {"share": share, "workers": config.data_workers}
@@ -442,7 +446,10 @@ def tokens_in(read: Reader, sample: Sequence[int], num_documents: int) -> float:
 
 
 def epochs_row(tokens: int, there: float) -> tuple[str, str]:
-    """Return the plan's row on epochs (passes over the data). there: estimated tokens of all documents."""
+    """Return the plan's row on epochs (passes over the data).
+
+    tokens: number to train on. there: estimated number in all documents.
+    """
     epochs = tokens / there if there else math.inf
     repeated = ": the data is repeated" if epochs > 1 else ""
     return "epochs", f"about {epochs:.2g} passes over about {there:,.0f} tokens{repeated}"

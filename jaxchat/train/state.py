@@ -23,7 +23,7 @@ class TrainState:
 
     @property
     def rest(self) -> dict:
-        """Everything but the weights, as saved beside them in a checkpoint."""
+        """The state without the weights, which a checkpoint stores separately."""
         return {"step": self.step, "empty_steps": self.empty_steps, "opt_state": self.opt_state}
 
 
@@ -33,7 +33,7 @@ def fresh(params: Params, optimizer: optax.GradientTransformation) -> TrainState
 
 
 def state_shardings(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """The NamedSharding of every array of a TrainState, from the specs declared beside the weights."""
+    """Return a TrainState with the NamedSharding of every array, by the declarations of the weights."""
     specs = model_params.specs(model.config)
     opt_state = jax.eval_shape(optimizer.init, model_params.shapes(model.config))
     opt_specs = sharding.optimizer_specs(opt_state, model_params.named(model.config))
@@ -41,13 +41,13 @@ def state_shardings(model: Model, optimizer: optax.GradientTransformation) -> Tr
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """A TrainState of ShapeDtypeStructs with shardings, which a checkpoint is restored into."""
+    """Return a TrainState of ShapeDtypeStructs with shardings: the target when a checkpoint is restored."""
     shapes = jax.eval_shape(lambda: fresh(model_params.init(jax.random.key(0), model.config), optimizer))
     return sharding.abstract(shapes, state_shardings(model, optimizer))
 
 
 def init_state(seed: int, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """Create a TrainState with random weights directly on the mesh; its values are the same on any mesh."""
+    """Create a TrainState with random weights directly on the mesh; the values are the same on any mesh."""
 
     def make(key):
         return fresh(model_params.init(key, model.config), optimizer)

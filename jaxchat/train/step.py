@@ -1,4 +1,4 @@
-"""The training step of all stages."""
+"""The training step of all stages: gradients of all micro-batches, then an update by the optimizer."""
 
 import ctypes
 import dataclasses
@@ -31,10 +31,10 @@ def train_step(
 
     batch: {inputs, targets int32, weights float32[, counts float32][, segments int32][, sampler float32]},
     each [A, B, T] with A micro-batches; for sampler see add_answers. The loss is Σ weight·nll ÷ N over the
-    whole step, so a token weighs the same in any micro-batch, on any device. N is Σ counts, or without counts
-    Σ weight (in the metrics: "weight"). If all token weights are 0, the step changes neither parameters nor
-    optimizer, and reports loss 0. If the loss or the gradient is not finite, it changes neither, and reports
-    nonfinite = 1. The other metrics are loss, weight, grad_norm and empty_steps.
+    whole step, so a token weighs the same in any micro-batch, on any device. N, the metric "weight", is Σ
+    counts, or Σ weights if the batch has no counts. If all token weights are 0, the step changes neither
+    parameters nor optimizer, and reports loss 0. If the loss or the gradient is not finite, the step changes
+    neither, and reports nonfinite = 1. The other metrics are loss, grad_norm and empty_steps.
     """
     if model.compute.remat == "step" and can_merge(batch, model.mesh):
         batch, model = merge_rows(batch, model)
@@ -72,12 +72,12 @@ def train_step(
 
 
 def no_sums(params: Params) -> tuple:
-    """Return zeros to start sums from: gradients (float32), Σ weight·nll and N."""
+    """Return the zeros that sums over micro-batches start from: gradients (float32), Σ weight·nll and N."""
     return jax.tree.map(lambda p: jnp.zeros(p.shape), params), jnp.zeros(()), jnp.zeros(())
 
 
 def add_rows(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
-    """Return ((gradients, Σ weight·nll, N) summed over all micro-batches, {}): there are no other metrics."""
+    """Return (sums over all micro-batches, {}). The sums are (gradients, Σ weight·nll, N), see train_step."""
     config, compute = model.config, model.compute
 
     def add_micro_batch(sums, micro):
@@ -90,11 +90,12 @@ def add_rows(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
 
 
 def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
-    """Return the sums of add_rows over sampled answers, and how sampler and trainer differ.
+    """Return (the sums of add_rows, metrics of how sampler and trainer differ) for sampled answers (RL).
 
-    sampler [A, B, T]: the sampler's log-probabilities of the targets. They are compared with the trainer's
-    log-probabilities where a target's weight is not 0: the mean and the largest |difference|, and the mean of
-    e^d − 1 − d, an estimate of KL(sampler ‖ trainer). A micro-batch whose weights are all 0 is skipped.
+    batch["sampler"] [A, B, T] is the sampler's log-probabilities of the targets. d is the trainer's minus the
+    sampler's log-probability of a target whose weight is not 0. The metrics are the mean and the largest |d|,
+    and the mean of e^d − 1 − d, an estimate of KL(sampler ‖ trainer). A micro-batch whose weights are all 0
+    is skipped.
     """
     config, compute = model.config, model.compute
 
@@ -133,7 +134,8 @@ def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]
 def can_merge(batch: dict, mesh: Mesh) -> bool:
     """Return whether micro-batches can be computed together, layer by layer (model/parts.py).
 
-    Needs several devices without a tensor axis. Not for RL, which skips micro-batches whose weights are 0.
+    This needs several micro-batches, and several devices without a tensor axis. RL is excluded, since it
+    skips micro-batches whose weights are 0.
     """
     num_micro, rows, _ = batch["inputs"].shape
     spread = mesh is not None and mesh.shape["tensor"] == 1 < data_shards(mesh)
@@ -141,7 +143,7 @@ def can_merge(batch: dict, mesh: Mesh) -> bool:
 
 
 def merge_rows(batch: dict, model: Model) -> tuple[dict, Model]:
-    """Join arrays [A, B, T] to [1, A·B, T] for a model that computes them in A parts.
+    """Join arrays [A, B, T] to [1, A·B, T]. -> (batch, model), where the model computes rows in A parts.
 
     Rows stay on their devices.
     """
@@ -155,9 +157,10 @@ def merge_rows(batch: dict, model: Model) -> tuple[dict, Model]:
 
 
 def split_rows(batch: dict, compute: Compute) -> dict:
-    """Cut arrays [A, B, T] to [A·n, B/n, T], with the smallest n that respects compute.micro_tokens.
+    """Cut arrays [A, B, T] to [A·n, B/n, T], for smaller micro-batches.
 
-    Rows stay on their devices.
+    n is the smallest number for which a device computes at most compute.micro_tokens tokens at a time. Rows
+    stay on their devices.
     """
     num_micro, rows, time = batch["inputs"].shape
     shards = data_shards(compute.mesh)
@@ -187,7 +190,7 @@ def compile_step(step, *args):
 def make_train_step(
     model: Model, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, dict, float], tuple[TrainState, dict]]:
-    """Jit `train_step` for a model on its mesh. The state is donated; it compiles once per batch shape."""
+    """Jit `train_step` for a model on its mesh. Calls donate the state and compile once per batch shape."""
     options, mesh, compute = {}, model.mesh, model.compute
     platform = mesh.devices.flat[0].platform
     on_gpu = platform in ("gpu", "cuda")
