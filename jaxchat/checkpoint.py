@@ -1,8 +1,8 @@
 """Find and open checkpoints: <base directory>/<stage>/<tag>/<step>/{params, optimizer, data, meta}.
 
-Before a checkpoint is opened, the sizes of all its files are checked, but the hashes only of files to be read
-(jaxchat/seal.py): opening the weights does not read the optimizer state. jaxchat/store.py writes checkpoints
-and restores them for training.
+Before a checkpoint is opened, the sizes of all its files are compared with its seal (jaxchat/seal.py), but
+hashes only of the files to be read: opening the weights does not read the optimizer state. jaxchat/store.py
+writes checkpoints and restores them for training.
 """
 
 import atexit
@@ -30,7 +30,7 @@ from jaxchat.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint on disk: its metadata has been read, but not its weights."""
+    """A checkpoint on disk whose metadata has been read, but not its weights."""
 
     folder: Path  # of the run; the checkpoint is <folder>/<step>
     step: int
@@ -75,10 +75,12 @@ class Found:
 
 
 def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokenizer: bool = True) -> Found:
-    """Find a checkpoint and load its tokenizer, from the run's folder or else from the base directory.
+    """Find a checkpoint; return it with its metadata and tokenizer, but without weights (Found.load).
 
-    source, model_tag, step: see `find`. UserError: the checkpoint or its tokenizer is missing, or the
-    tokenizer is not the one that the model was trained with.
+    The tokenizer is that of the run's folder or, if it has none, of the base directory. source: the stage,
+    such as "sft". model_tag, step: by default the run of the deepest model, and its last intact step.
+    UserError: the checkpoint or its tokenizer is missing, or the model was trained with a different
+    tokenizer.
     """
     items = ("meta", "params")
     # All processes use what process 0 finds: a file system may show others fewer files.
@@ -115,8 +117,8 @@ def find(
     """Return (folder of the run, step) of a checkpoint. UserError: the checkpoint is missing or damaged.
 
     source: the stage, such as "sft". model_tag: the run; "": d<N> with the largest N, or the newest run if no
-    tag is d<N>. step -1: the last intact step. items: the parts that must be intact, such as "params"; None:
-    all parts.
+    tag is d<N>. step -1: the last intact step. items: the folders of the checkpoint that must be intact, such
+    as "params"; None: all.
     """
     if source not in STAGES:
         raise UserError(f"unknown source {source!r}; it is one of {', '.join(STAGES)}")
@@ -145,10 +147,11 @@ def find(
 
 
 def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]:
-    """Return the steps of a run up to the last one whose `items` ("params", …; None: all) are intact.
+    """Return a run's steps, ascending, up to the last one that is intact; print why later ones are not.
 
-    The steps after it are damaged and printed, with the reason. A step without a seal counts as complete if
-    no step of the run has one, because older versions wrote none; otherwise its save was interrupted.
+    items: the folders of a checkpoint to check, such as "params"; None: all. A step without a seal counts as
+    complete if no step of the run has one, because older versions wrote none; otherwise its save was
+    interrupted.
     """
     steps = steps_in(folder)
     sealed = [step for step in steps if (folder / str(step) / seal.NAME).exists()]
@@ -192,7 +195,7 @@ def read_meta(folder: Path, step: int) -> dict:
 
 
 def measured(folder: Path, step: int) -> dict[str, float]:
-    """The latest evaluation results, by name, in a run's metrics.jsonl up to a step; {} if there are none."""
+    """Return {name: value} of the latest evaluation results up to a step, from a run's metrics.jsonl."""
     found = {}
     for row in files.read_lines(folder / "metrics.jsonl"):
         # The line of a step that ended its run by a loss that was not finite has no "step_seconds".

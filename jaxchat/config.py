@@ -47,7 +47,7 @@ def user_path(given: str | Path) -> Path:
 
 
 def no_platform() -> str:
-    """Error message for when JAX_PLATFORMS names a kind of device that this machine lacks."""
+    """Return the error message for when JAX_PLATFORMS names a kind of device that this machine lacks."""
     platforms = os.environ.get("JAX_PLATFORMS")
     return f"JAX_PLATFORMS={platforms}: no such device can be used here; unset it, or set JAX_PLATFORMS=cpu"
 
@@ -68,7 +68,7 @@ def check_utf8(name: str, path: str):
 def check_local(name: str, paths: str):
     """Raise UserError if a path is an address such as gs://bucket/folder, or is not UTF-8.
 
-    paths: the value of the flag or variable `name`: paths separated by commas.
+    paths: one or more paths, separated by commas. name: the flag or variable that gave them.
     """
     check_utf8(name, paths)
     for path in paths.split(","):
@@ -284,7 +284,8 @@ class Compute:
         (all but each layer's input) or "step" (like "full", but each layer computes all micro-batches of a
         step before the next layer starts: model/parts.py).
     parts: number of equal parts of a device's rows that a layer computes in turn. train_step sets it.
-    attention: "xla", "blocks" (CPU), "cudnn" (GPU, bfloat16; "xla" for shapes it refuses) or "splash" (TPU).
+    attention: "xla", "blocks" (CPU), "splash" (TPU) or "cudnn" (GPU, bfloat16), for which "xla" computes
+        shapes that cuDNN refuses.
     kernels: compute norms, rotary embedding and the loss's softmax by the GPU kernels of model/kernels.py.
     grad_dtype: dtype in which gradients of the layers' matrices are summed, within and across devices:
         "float32", or "bfloat16", which sends half the bytes but loses some precision with each added device.
@@ -313,7 +314,8 @@ class Compute:
     def for_backend(cls, dtype: str = "auto", backend: str = "", remat: str = "auto", **changes):
         """Return the default options for this machine's devices, or for `backend` ("cpu", "gpu" or "tpu").
 
-        dtype, remat: these fields, or "auto". changes: values of other fields, which override the defaults.
+        dtype, remat: values of these fields; "auto": the backend's default. changes: values of other fields,
+        which override the defaults.
         """
         import jax  # here, so that reading a config never starts a backend
 
@@ -463,8 +465,8 @@ class TrainConfig(MeshFlags):
     """AdamW weight decay of the embedding and the head. For models of --arch=2026, whose AdamW decay is
     fixed: Muon's weight decay of the layers' matrices."""
     save_every: int = flag(-1, -1, free=True)
-    """Steps between checkpoints, in addition to those of --save_minutes; 0 or -1: only those. The last step
-    is always saved, and the last three checkpoints are kept."""
+    """Steps between checkpoints, in addition to those of --save_minutes; 0 or -1: by --save_minutes only. The
+    last step is always saved, and the last three checkpoints are kept."""
     save_minutes: float = flag(30.0, 0, free=True)
     """Minutes from the latest checkpoint to the next; 0: save only by --save_every."""
     resume: bool = flag(False, free=True)
@@ -790,8 +792,8 @@ class RLConfig(FinetuneConfig):
     sample_every: int = flag(20, -1, free=True)
     """Steps between writing a problem's answers, rewards and advantages to samples.jsonl; 0 or -1: never."""
     save_every: int = flag(60, -1, free=True)
-    """Steps between checkpoints, in addition to those of --save_minutes; 0 or -1: only those. The last step
-    is always saved; the last three checkpoints and the best by evaluation are kept."""
+    """Steps between checkpoints, in addition to those of --save_minutes; 0 or -1: by --save_minutes only. The
+    last step is always saved; the last three checkpoints and the best by evaluation are kept."""
     train_tasks: str = "GSM8K/train"
     """Training problems: Name[/split][:rows] or .jsonl files of conversations, separated by commas. An answer
     to a problem of a file is right if its number after #### equals that of the conversation's last message;

@@ -18,8 +18,9 @@ OLDEST_DRIVER = {12: 525, 13: 580}  # {major version of CUDA: oldest NVIDIA driv
 def start_devices(config: DeviceFlags, *, asks: bool = True, alone: bool = False) -> Mesh:
     """Choose the kind of device, connect to the other processes, and return a mesh of all devices.
 
-    asks: see hosts.start. alone: don't connect, because the command runs in one process. UserError: the kind
-    of device that was chosen cannot be used here.
+    asks: whether the command checks after every step if it must stop; if so, SIGTERM is recorded and does not
+    end the process. alone: don't connect, because the command runs in one process. UserError: the kind of
+    device that was chosen cannot be used here.
     """
     if config.device_type:
         jax.config.update("jax_platforms", config.device_type)

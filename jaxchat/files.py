@@ -143,10 +143,10 @@ class Held(Exception):
 
 
 def lock(path: Path, holder: str) -> int:
-    """Lock a file and write `holder`, a text that names this process, into it; return its descriptor.
+    """Lock a file, write `holder`, a text that names this process, into it, and return its file descriptor.
 
     The lock ends when the descriptor is closed or the processes that share it end. Held: another process
-    holds the lock. On a file system without locks, the descriptor is returned without one.
+    holds the lock. On a file system without locks, the descriptor is returned without a lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

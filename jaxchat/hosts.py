@@ -32,7 +32,10 @@ _connected: tuple[int, int] | None = None  # (process index, --heartbeat_timeout
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """This process's place among the processes of a run. jax detects the fields that are None."""
+    """How this process joins a run: address of process 0, number of processes, and index of this process.
+
+    jax detects the fields that are None.
+    """
 
     found_by: str  # flags, environment, slurm, ompi, kubernetes or tpu
     coordinator: str | None = None
@@ -44,9 +47,10 @@ class Place:
 def detect(
     coordinator: str = "", num_processes: int = 0, process_id: int = -1, environ=os.environ
 ) -> Place | None:
-    """Return this process's place in the run, from flags (which take precedence), launcher or machine.
+    """Return how this process joins a run of several processes; None: it is the only process.
 
-    None: this is the only process. UserError: a value is missing, or the values contradict each other.
+    Values come from the flags given, else from the launcher (Slurm, Open MPI, Kubernetes) or the TPU host.
+    UserError: a value is missing, or the values contradict each other.
     """
     found = _by_environment(environ)
     if not coordinator and num_processes == 0 and process_id == -1:
@@ -106,10 +110,10 @@ def _has_tpu() -> bool:
 
 
 def is_first(environ=os.environ) -> bool:
-    """Return whether this process is the first that a launcher started: the one for one-process commands.
+    """Return whether this process is the first that a launcher started.
 
-    On a TPU slice with several hosts, also set JAX_PLATFORMS=cpu, because libtpu would wait for the other
-    hosts.
+    Commands that need only one process run in the first. On a TPU slice with several hosts, also set
+    JAX_PLATFORMS=cpu, because libtpu would wait for the other hosts.
     """
     on_tpu = _has_tpu()
     index = environ.get("JAXCHAT_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX"))
@@ -124,7 +128,10 @@ def is_first(environ=os.environ) -> bool:
 
 
 def is_alone(place: Place | None, environ=os.environ) -> bool:
-    """Return whether the run has no other process, as on a TPU slice with one host. place: from `detect`."""
+    """Return whether this process is the only one of the run, as on a TPU slice with one host.
+
+    place: the result of `detect`.
+    """
     if place is None or place.found_by != "tpu":
         return place is None
     return int(environ.get("MEGASCALE_NUM_SLICES", 1)) == 1 and not _several_tpu_hosts(environ)
@@ -202,9 +209,9 @@ def start(config: MeshFlags, *, asks: bool = True):
 def together():
     """Context manager in which a process that fails exits at once, without waiting for the other processes.
 
-    The other processes notice the exit within --heartbeat_timeout. A network error of jax may mean that
-    another process was lost: then wait a little longer, so that jax ends this process too. If jax does not,
-    no process was lost, and this process exits with UNREACHABLE.
+    The other processes notice the exit within --heartbeat_timeout. If jax raises a network error, another
+    process may be lost: then this process waits 1.5 times that long, so that jax ends it too. If jax does
+    not, no process was lost, and this process exits with code 76 (UNREACHABLE).
     """
     try:
         yield
@@ -228,7 +235,7 @@ def together():
 
 
 def _may_be_others_fault(problem: BaseException | None) -> bool:
-    """Return whether an error or a cause of it is one that jax raises if it can't reach other processes."""
+    """Return whether an error, or a cause of it, has a code that jax uses for unreachable processes."""
     unreachable = "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
     while problem and not re.match(unreachable, str(problem)):
         problem = problem.__cause__ or problem.__context__

@@ -1,8 +1,8 @@
 """Seals: sizes and hashes of a complete checkpoint's files, which show damage before the files are used.
 
 seal.json is written last and holds {file: [size in bytes, BLAKE2b hash]} of every file. If several processes
-save together, each hashes the files that it wrote, which are still in its page cache: process 2 writes its
-hashes to seal.2.json, and seal.json has "" in their place.
+save together, each hashes the files that it wrote, which are still in its page cache: process 2 writes the
+hashes of its files to seal.2.json, and seal.json has "" instead of these hashes.
 """
 
 import json
@@ -27,10 +27,10 @@ def seal(folder: Path, process: int = 0):
 
 
 def damage(folder: Path, items: Collection[str] | None = None) -> str:
-    """Describe the damage to a checkpoint's folder; "" if the folder is intact or has no seal.
+    """Describe in a line how a checkpoint's folder is damaged; "" if it is intact or has no seal.
 
-    The sizes of all files are compared with the seal, but hashes only for the given items, such as "params";
-    None: for all items.
+    The sizes of all files are compared with the seal. Hashes are compared for files in the folders `items`,
+    such as "params"; None: for all files.
     """
     if not (folder / NAME).exists():
         return ""

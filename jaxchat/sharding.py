@@ -27,7 +27,8 @@ ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are shar
 def keep_compiled():
     """Cache compiled programs under the base directory, so that later runs need not compile them again.
 
-    JAX_COMPILATION_CACHE_DIR names another folder, and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off.
+    The variable JAX_COMPILATION_CACHE_DIR sets another folder; JAX_ENABLE_COMPILATION_CACHE=0 turns the cache
+    off.
     """
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compiled"))
@@ -63,15 +64,16 @@ def _delete_damaged(folder: Path, show: Callable, message: Warning, *args, **how
 
 
 def take_memory():
-    """Let jax allocate GPU_SHARE of a GPU's memory at its start, unless XLA_CLIENT_MEM_FRACTION is set."""
+    """Set XLA_CLIENT_MEM_FRACTION, if unset, so that jax allocates GPU_SHARE of a GPU's memory at start."""
     if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
 
 
 def make_mesh(devices=None, axes: str = "") -> Mesh:
-    """Make a mesh of the given devices (None: all devices). axes: sizes of the mesh axes; see mesh_shape.
+    """Make a mesh of the given devices (None: all) with the axes data, fsdp and tensor.
 
-    UserError: this number of devices cannot form such a mesh.
+    axes: sizes of the axes, such as "data=-1,fsdp=2" (-1: all remaining devices); "": the default for this
+    kind of device. UserError: this number of devices cannot form such a mesh.
     """
     if devices is None:  # order them by slice and process, since a process feeds adjacent rows
         devices = sorted(jax.devices(), key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
@@ -168,11 +170,11 @@ def constrain(tree, specs, mesh: Mesh | None):
 
 
 def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool = False):
-    """Map `function` over the devices' shards of its arguments (shard_map); on one device, return it as is.
+    """Return `function`, mapped over the devices' shards of its arguments (shard_map).
 
-    On one device, `function` must skip its collectives. always: map over one device too, because Triton
-    compiles for the mesh. Arrays must be equal along mesh axes that their spec leaves out; this is not
-    checked.
+    On one device, return `function` itself, which must then skip its collectives. always: map over one device
+    too, because Triton compiles for the mesh. Arrays must be equal along mesh axes that their spec leaves
+    out; this is not checked.
     """
     if mesh is None or (mesh.size == 1 and not always):
         return function
@@ -180,7 +182,7 @@ def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool
 
 
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
-    """Mesh axes that shard `rows` rows: ROWS, or None (each device has all) if they don't divide evenly."""
+    """Mesh axes over which `rows` rows are sharded; None (each device has all) if they don't divide."""
     return None if rows % data_shards(mesh) else ROWS
 
 
@@ -224,7 +226,7 @@ def optimizer_specs(state, weights: dict):
 
 
 def place_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Make a global array [A, B, …], sharded over the mesh by rows B, from the rows of each process."""
+    """Make a global array [A, B, …], sharded along B over the mesh, from each process's part of B."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, ROWS)), array)
 
 
@@ -238,12 +240,12 @@ def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
 
 
 def place_same(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Make a global array [B, …], sharded over the mesh by rows B, from an array that every process has."""
+    """Make a global array [B, …], sharded along B over the mesh, from an array that every process has."""
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P(ROWS)), lambda part: array[part])
 
 
 def agree(totals: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Sum int32 arrays [A, B] (micro-batches, rows) over all processes, without waiting for the results."""
+    """Sum int32 arrays [A, B] over A, B and all processes; return scalars without waiting for them."""
     return _sums({name: place_rows(array, mesh) for name, array in totals.items()}, mesh)
 
 
@@ -254,7 +256,7 @@ def _sums(totals: dict, mesh: Mesh):
 
 
 def gather_json(value: dict) -> list[dict]:
-    """Return the small JSON objects that all processes pass. All must call this, and wait for each other."""
+    """Return the JSON objects of all processes, in process order, when every process has called this."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -265,7 +267,7 @@ def gather_json(value: dict) -> list[dict]:
 
 
 def check_same(**facts):
-    """Raise UserError on every process unless all processes pass equal facts, {name: JSON value}."""
+    """Raise UserError on every process unless all processes pass the same names and JSON values."""
     for number, other in enumerate(everyone := gather_json(facts)):
         for what, first in everyone[0].items():
             if other[what] != first:
@@ -279,7 +281,7 @@ def check_same(**facts):
 def difference(one, other, form: str = " (now {})") -> str:
     """Describe how two values differ; for dicts: "name=one (now other)" of the first three differing entries.
 
-    form: how `other` is shown.
+    form: format string of the text that shows `other`.
     """
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return f"{one}{form.format(other)}"

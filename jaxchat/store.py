@@ -47,7 +47,8 @@ class Checkpoints:
     def lock(self, steps_seen: list[int]):
         """Lock the folder until `close`, and delete partial checkpoints of runs that were killed.
 
-        UserError: another run holds the lock, or has changed the steps in the folder from steps_seen.
+        steps_seen: the steps that the caller found in the folder. UserError: another run holds the lock, or
+        has changed the steps since then.
         """
         refused = ""
         if jax.process_index() == 0 and self._lock is None:
@@ -191,10 +192,10 @@ class Checkpoints:
         self._pending = None
 
     def _on_all(self, part: Callable[[], None], alone: bool = False):
-        """Call part(), a part of a save. If it fails on one process, raise on all, so that none waits.
+        """Call part(), a part of a save; if it fails on one process, raise an error on all.
 
-        alone: raise on this process only. After a failure Orbax's writer is discarded, because it would raise
-        the same error again.
+        So no process waits for one that failed. alone: raise on this process only. After a failure Orbax's
+        writer is discarded, because it would raise the same error again.
         """
         problem = None
         try:

@@ -34,7 +34,7 @@ SPLIT_PATTERN = (
 
 
 class Piece(NamedTuple):
-    """A part of a conversation: a special token, or text between two of them."""
+    """A special token of a conversation, or the text between two of them."""
 
     text: str
     special: bool
@@ -54,7 +54,10 @@ PART_TYPES = tuple(PARTS)
 
 
 def chat_pieces(conversation: dict) -> list[Piece]:
-    """Convert a conversation to the pieces of the chat format. UserError: the conversation is malformed."""
+    """Split a conversation into (text, whether it is a special token, whether it is trained on) tuples.
+
+    They are in the order of the chat format. UserError: the conversation is malformed.
+    """
     pieces = [BOS]
     for message in _user_first(conversation):
         content = message["content"]
@@ -153,7 +156,7 @@ class Tokenizer:
         return tokenizer
 
     def knows(self, fingerprint: dict[str, str]) -> bool:
-        """Return whether one of {shard: fingerprint} is among the training shards, or these are unknown."""
+        """Return whether a shard of {name: fingerprint} was in the training text; True if unknown."""
         return not self.trained_on or not set(self.trained_on.values()).isdisjoint(fingerprint.values())
 
     def save(self, directory: Path | None = None) -> Path:
@@ -214,10 +217,10 @@ class Tokenizer:
         return ids, mask
 
     def render_all(self, conversations: list[list[Piece]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return int32 (token ids, mask) of each conversation, given as pieces; fast for many conversations.
+        """Return int32 (token ids, mask) of each conversation, given as the result of chat_pieces.
 
-        All conversations are encoded together as one text, except those in which a text may spell a special
-        token or adjacent parts could merge into one token.
+        mask: 1 for supervised tokens. To be fast, all conversations are encoded together as one text, except
+        those in which a text may spell a special token or adjacent parts could merge into one token.
         """
         alone = [_may_merge(pieces) for pieces in conversations]
         joined = [
@@ -253,7 +256,7 @@ class Tokenizer:
 
 
 def _may_merge(pieces: list[Piece]) -> bool:
-    """Return whether encoding the joined pieces could give other tokens than encoding each piece alone."""
+    """Return whether encoding a conversation as one text could give other tokens than piece by piece."""
     after_text = False
     for text, special, _ in pieces:
         if not special and (after_text or "<|" in text):

@@ -58,7 +58,10 @@ BEYOND = ("qk_scale", "window_pattern", "value_gate_channels", "layer_scales", "
 
 
 def architecture(config: ModelConfig, tokenizer, dtype: str, chat: bool) -> dict:
-    """Return the content of config.json. dtype: dtype of the weights. chat: whether the model can chat."""
+    """Return the content of config.json, which describes the model to transformers.
+
+    dtype: dtype of the weights, such as "float32". chat: whether the model can chat.
+    """
     return {
         **{name: value for name, (value, _) in FIXED.items()},
         "architectures": ["NanoChatForCausalLM"],
@@ -151,7 +154,7 @@ def model_card(found: Found, chat: bool) -> str:
 
 
 def load(path: Path) -> Foreign:
-    """Open a folder that transformers wrote. UserError: it holds another kind of model, or is damaged."""
+    """Open a model in a folder that transformers wrote. UserError: it is of another kind, or damaged."""
     described = read_object(path / "config.json", "--path must be a folder that transformers wrote")
     config = _model_config(path / "config.json", described)
     index = path / "model.safetensors.index.json"

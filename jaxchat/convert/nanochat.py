@@ -45,7 +45,7 @@ GENERATIONS = "the generations that docs/architecture.md lists"
 
 
 def export(found: Found, out: Path, progress: Progress) -> Path:
-    """Export a checkpoint to a base directory of nanochat; return the path of its model_<step>.pt.
+    """Export a checkpoint to `out`, a base directory of nanochat; return the path of its model_<step>.pt.
 
     UserError: this file exists, the directory has a different tokenizer, nanochat cannot compute the model,
     or the disk is too full.
@@ -82,13 +82,19 @@ def export(found: Found, out: Path, progress: Progress) -> Path:
 
 
 def has_optimizer(config: ModelConfig) -> bool:
-    """Return whether a model is of March 14, 2026 or later: only then is its optimizer state converted."""
+    """Return whether a model has the architecture of March 14, 2026 or later.
+
+    The optimizer state of older models is not converted.
+    """
     mechanisms = (config.smear_channels, config.backout, config.value_gate_channels, config.layer_scales)
     return all(mechanisms)
 
 
 def load_optimizer(foreign: Foreign) -> tuple[dict | None, str]:
-    """Return (a checkpoint's optimizer state in jaxchat's format, or None; a note about it for the plan)."""
+    """Convert the optimizer state beside an opened checkpoint to jaxchat's format.
+
+    Return (the state, or None if there is none to convert; a line for the user about the state).
+    """
     files_there = sorted(foreign.path.parent.glob(f"optim_{foreign.step:06d}_rank*.pt"))
     if not files_there:
         return None, "there is no optimizer state"
@@ -103,9 +109,9 @@ def load_optimizer(foreign: Foreign) -> tuple[dict | None, str]:
 def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Foreign:
     """Open a checkpoint in a folder of model_<step>.pt files, or in a base directory of nanochat.
 
-    stage, tag: which model of a base directory to open. step -1: the last step. softcap: see `generation`.
-    UserError: the checkpoint is missing or damaged, its model is unknown, or its file holds more than
-    tensors.
+    stage, tag: which model of a base directory to open. step -1: the last step. softcap: the model's bound of
+    the logits, for versions of nanochat that don't show it (15 or 20); 0: not given. UserError: the
+    checkpoint is missing or damaged, its model is unknown, or its file holds more than tensors.
     """
     folder = find_folder(path, stage, tag)
     steps = sorted(int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"model_(\d+)\.pt", p.name)))
@@ -132,7 +138,8 @@ def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Forei
 def find_folder(path: Path, stage: str, tag: str) -> Path:
     """Find the folder of model_<step>.pt files: `path`, or <path>/<folder of the stage>/<tag>.
 
-    If there is no such tag, return the only tag's folder. UserError: there are no tags, or several.
+    If the tag does not exist and there is only one other, return that tag's folder. UserError: there is no
+    tag, or there are several others.
     """
 
     def has_models(folder: Path) -> bool:
@@ -187,10 +194,11 @@ def check_archive(file: Path):
 
 
 def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softcap: int) -> ModelConfig:
-    """Infer a checkpoint's ModelConfig: its tensors show the version of nanochat, and so its constants.
+    """Infer the ModelConfig of a checkpoint from its tensors, which show the version of nanochat.
 
-    shape: nanochat's model_config. softcap: 15 or 20, if the tensors do not determine it; 0: not given.
-    UserError: softcap is needed but not given, or given but not needed, or nanochat never had such a model.
+    shape: nanochat's model_config. softcap: bound of the logits, 15 or 20, if the version had both; 0: not
+    given. UserError: softcap is needed but not given, or given but not needed, or nanochat never had such a
+    model.
     """
     names = set(tensors)
     pattern, context = str(shape.get("window_pattern", "L")).upper(), shape["sequence_len"]
@@ -229,7 +237,7 @@ def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softca
 
 
 def stored_as(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
-    """Fields of ModelConfig that say whether a checkpoint's tables are padded and whether in bfloat16."""
+    """Return ModelConfig's vocab_multiple, if tables are padded, and table_dtype, if bfloat16, as a dict."""
     tables = [t for name, t in tensors.items() if "wte" in name or name.startswith("value_embeds.")]
     rows, size = (len(tables[0]) if tables else 0), shape["vocab_size"]
     padded = "resid_lambdas" in tensors or rows == rounded_up(size, PADDING) != size
@@ -239,7 +247,10 @@ def stored_as(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
 
 
 def shape_in_nanochat(found: Found) -> dict:
-    """Return the model_config for nanochat. UserError: nanochat would compute the model differently."""
+    """Return a checkpoint's model_config, nanochat's dict of the model's shape.
+
+    UserError: nanochat would compute the model differently.
+    """
     config = found.config
     shape = {name: getattr(config, name) for name in sorted(FIELDS)}
     # These fields do not affect what a trained model computes.

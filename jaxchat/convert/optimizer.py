@@ -41,7 +41,7 @@ FIELDS = {  # {field of our optimizer state: nanochat's name for it}
 
 
 def groups(config: ModelConfig, names: Names) -> list[tuple[str, list[str]]]:
-    """List nanochat's parameter groups in order: (group in jaxchat's table, nanochat's weight names)."""
+    """Return nanochat's parameter groups in order, as (name of jaxchat's group, nanochat's weight names)."""
     ours, weights = our_names(names, config), named(config)
     found = []
     for group, starts in ADAMW.items():
@@ -67,14 +67,20 @@ def empty_state(config: ModelConfig) -> dict:
 
 
 def place(path, weights: dict) -> tuple[str, str]:
-    """Return (field, weight's name) of the array at `path` in jaxchat's state; ("", "") for a counter."""
+    """Return (field, weight's name), as ("mu", "blocks.wq"), of the array at `path`, a key path of jax.
+
+    An array that belongs to no weight, such as a counter, gives ("", "").
+    """
     full = jax.tree_util.keystr(path, simple=True, separator=".")
     name = next((own for own in weights if full.endswith(f".{own}")), "")
     return (full.removesuffix(f".{name}").rpartition(".")[2], name) if name else ("", "")
 
 
 def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
-    """Read nanochat's optimizer file as jaxchat's optimizer state. UserError: it is of another model."""
+    """Read nanochat's optimizer file; return jaxchat's optimizer state, a tree like that of empty_state.
+
+    names: {weight: its name in nanochat}. UserError: the file is damaged or belongs to another model.
+    """
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         moments, count = read_moments(content, config, names)
@@ -167,7 +173,10 @@ def to_torch_state(found: Found, moments: dict, count: int, names: Names) -> dic
 
 
 def rates(meta: dict) -> dict:
-    """Peak learning rates by name, from a checkpoint's metadata or, if imported, nanochat's."""
+    """Return a run's peak learning rates, {flag: rate}, scaled to its batch size, from its metadata.
+
+    An imported checkpoint's are those of nanochat's metadata. Rates that are missing have their defaults.
+    """
     theirs = meta.get("imported", {}).get("meta", {})
     given = theirs.get("user_config", {}) | meta.get("settings", {})
     batch = theirs.get("total_batch_size", REFERENCE_BATCH)

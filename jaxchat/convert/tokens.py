@@ -64,7 +64,7 @@ CHAT_TEMPLATE = """\
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """List all pairs of tokens that form a token, by that token's rank; tiktoken merges all such pairs."""
+    """Return the pairs of tokens that tiktoken merges: all that form a token, in order of its rank."""
     return [
         (piece[:i], piece[i:])
         for piece in sorted(ranks, key=ranks.get)

@@ -33,7 +33,7 @@ Names = dict[str, str]  # weight -> its name in the other format, with {} for th
 
 @dataclasses.dataclass
 class Foreign:
-    """A model in another format, opened to be imported."""
+    """A model in another format, opened for import; its tensors have that format's names and shapes."""
 
     path: Path
     config: ModelConfig
@@ -45,7 +45,10 @@ class Foreign:
 
 
 def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
-    """Return the other format's names of a weight's matrices: one, or one per layer that has the weight."""
+    """Return the names that another format gives to the matrices of jaxchat's weight `name`.
+
+    There is one name, or one per layer that has the weight. names: {weight: name, with {} for the layer}.
+    """
     if "{}" not in names[name]:
         return [names[name]]
     some = name.startswith("blocks.value_")
@@ -53,7 +56,7 @@ def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
 
 
 def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
-    """Return {matrix in the other format: jaxchat's "weight.index"}: {"lm_head.weight": "lm_head.0", …}."""
+    """Return {name of a matrix in another format: "weight.index"}, as in {"lm_head.weight": "lm_head.0"}."""
     return {
         theirs: f"{name}.{i}"
         for name in named(config)
@@ -62,7 +65,7 @@ def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
 
 
 def to_matrices(weight: Weight, stack: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield a weight's matrices in PyTorch from its stacked array in jaxchat, as contiguous copies."""
+    """Split jaxchat's stacked array of a weight; yield PyTorch's matrices in layer order, as copies."""
     if not weight.fan_in:
         yield np.array(stack)
         return
@@ -71,7 +74,7 @@ def to_matrices(weight: Weight, stack: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def to_stack(weight: Weight, matrices: list[torch.Tensor]) -> np.ndarray:
-    """Return a weight's array in jaxchat, stacked from its matrices in PyTorch."""
+    """Stack PyTorch's matrices of a weight, given in layer order, to jaxchat's array."""
     stack = np.empty(weight.shape, jnp.dtype(weight.dtype))
     if not weight.fan_in:
         stack[:] = matrices[0].float().numpy()
@@ -91,7 +94,7 @@ def shape_of(weight: Weight) -> list[int]:
 
 
 def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's weights as tensors, under their names in another format.
+    """Return a checkpoint's weights for another format, as {name in that format: tensor}.
 
     Weights of an imported model have the dtypes in which they were imported.
     """
@@ -129,8 +132,8 @@ def check(foreign: Foreign):
 def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Progress, optimizer=None):
     """Save an opened model and its tokenizer as the checkpoint <folder>/<step>, and empty foreign.tensors.
 
-    kind: name of the other format. optimizer: the converted optimizer state, or None. UserError: the folder
-    exists, or its disk is too full.
+    stage: training stage to record in the checkpoint. kind: name of the other format. optimizer: the
+    converted optimizer state, or None. UserError: the folder exists, or its disk is too full.
     """
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --model_tag, or remove it")
@@ -181,7 +184,7 @@ def read_object(path: Path, about: str) -> dict:
 
 
 def shareable(settings: dict) -> dict:
-    """Return the settings without texts that may be paths on this machine."""
+    """Return the settings without strings that hold a slash or backslash, since they may be local paths."""
     return {k: v for k, v in settings.items() if not (isinstance(v, str) and ("/" in v or "\\" in v))}
 
 

@@ -1,7 +1,8 @@
 """Batches of conversations for SFT: one conversation a row (padded), or several a row (packed).
 
-streams.py describes the arrays of a batch. A step has few conversations, so every process tokenizes all of
-them and keeps its share of the rows; thus all processes agree on the shapes.
+The top of data/streams.py describes the arrays of a batch. Every process tokenizes all conversations of a
+step, since they are few, and keeps the rows that its devices compute; so all processes agree on the arrays'
+shapes.
 """
 
 from itertools import islice
@@ -15,7 +16,7 @@ from jaxchat.data.streams import as_batch
 
 
 def length_buckets(max_len: int) -> list[int]:
-    """The row lengths that batches are padded to: 64, 96, 128, 192, 256, 384, … and max_len."""
+    """Return the row lengths that batches are padded to, up to max_len: 64, 96, 128, 192, 256, … max_len."""
     return [n for i in range(30) for n in (64 << i, 96 << i) if n < max_len] + [max_len]
 
 
@@ -39,14 +40,14 @@ def best_fit(lengths: list[int], room: int) -> list[tuple[int, int]]:
 
 
 class ConversationRows(grain.IterDataset):
-    """Iterate over the first `num_examples` conversations of an order, `examples` per step.
+    """Iterate over batches of an order's first `num_examples` conversations, `examples` per step.
 
-    A conversation longer than T+1 tokens (T: `time`) is cut, and counted. Tokens of mask 1 are supervised.
-    Padded: one conversation a row; all rows of a step have the length of the smallest bucket that holds the
-    step's longest conversation; rows of weight 0 fill up the last step. Packed: as few rows of T tokens as
-    best-fit packing needs, rounded up to full micro-batches. A step holds the same conversations either way.
-    micro_rows: rows of a micro-batch, over all processes. share: (first, end) of this process's rows in a
-    micro-batch; None: all.
+    packed=False: a row holds one conversation. All rows of a step have the smallest length of length_buckets
+    that fits the step's longest conversation, and rows of weight 0 fill up the last step. packed=True:
+    best-fit packing puts several conversations into a row of T tokens (T: `time`), and rows of weight 0 fill
+    up the step's last micro-batch. A conversation longer than T+1 tokens is cut. read: yields (token ids,
+    mask) of conversations; tokens of mask 1 are supervised. micro_rows: rows of a micro-batch, over all
+    processes. share: (first, end) of this process's rows in a micro-batch; None: all rows.
     """
 
     def __init__(
@@ -107,7 +108,10 @@ class _ConversationRowsIterator(grain.DatasetIterator):
         return as_batch(rows, totals, mine, micro_batches)
 
     def _arrange(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Arrange the (ids, mask) of a step's conversations in arrays [rows, T], for all processes."""
+        """Return a step's {inputs, targets, weights[, segments]}, each [rows of all processes, T].
+
+        pairs: (token ids, mask) of each conversation. segments: number of the conversation at each position.
+        """
         p, lengths = self._rows, [len(ids) for ids, _ in pairs]
         time = p.time if p.packed else next(n for n in length_buckets(p.time) if n >= max(lengths) - 1)
         places = best_fit(lengths, time + 1) if p.packed else [(row, 0) for row in range(len(pairs))]

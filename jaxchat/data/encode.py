@@ -23,15 +23,16 @@ CHUNKS_AHEAD = 8  # chunks submitted ahead of the consumer, per thread
 
 @cache
 def _threads() -> tuple[ThreadPoolExecutor, int]:
-    """Return (thread pool, number of threads): up to 8 threads, or 1 in each worker process."""
+    """Return (the thread pool for tokenizing, its size): at most 8 threads, but 1 in a worker process."""
     count = 1 if multiprocessing.parent_process() else min(8, os.cpu_count() or 1)
     return ThreadPoolExecutor(count, "tokenize"), count
 
 
 def _in_threads(work: Callable[[list], list], items: Iterable, size: Callable, full: int) -> Iterator:
-    """Yield the results of work(chunk), a list, for each chunk of `items` in order, computed in threads.
+    """Apply `work` to chunks of `items` in threads; yield the elements of its results in order.
 
-    A chunk is full when the sizes of its items add up to `full`. Later chunks are computed ahead.
+    A chunk ends when the size(item) of its items add up to `full` or more. work: maps a chunk to a list. Up
+    to CHUNKS_AHEAD chunks per thread are computed ahead of the consumer.
     """
     threads, count = _threads()
 
@@ -68,13 +69,16 @@ def _text_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[np.ndarra
 
 
 def text_reader(texts: ParquetText, tokenizer: Tokenizer) -> Reader:
-    """Return a reader of documents: bos first, all tokens supervised; an empty text yields no tokens."""
+    """Return a function that maps row numbers of `texts` to an iterator of int32 (token ids, mask).
+
+    A text's ids begin with bos, and its mask is 1 everywhere; an empty text gives empty arrays.
+    """
     work = partial(_text_tokens, tokenizer)
     return lambda rows: _in_threads(work, (texts[row] for row in rows), len, CHUNK_CHARS)
 
 
 def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (ids, mask) of each row in `numbers`; one tokenizer call encodes all conversations."""
+    """Return (token ids, mask) of the rows `numbers` of `tasks`; conversations are encoded in one call."""
     results: list = [None] * len(numbers)
     conversations: dict[int, list[Piece]] = {}  # by position in the chunk
     for place, number in enumerate(numbers):
@@ -92,6 +96,9 @@ def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[n
 
 
 def conversation_reader(tasks, tokenizer: Tokenizer) -> Reader:
-    """Return a reader that tokenizes conversations; all tokens of a plain document are supervised."""
+    """Return a function that maps row numbers of `tasks` to an iterator of int32 (token ids, mask).
+
+    The mask is 1 for tokens of the assistant, and for all tokens of a plain document.
+    """
     work = partial(_row_tokens, tasks, tokenizer)
     return lambda rows: _in_threads(work, rows, lambda _: 1, CHUNK_ROWS)

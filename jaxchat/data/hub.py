@@ -28,7 +28,7 @@ SHOW = 5  # seconds between progress lines
 
 @dataclasses.dataclass(frozen=True)
 class Repo:
-    """A data set on the hub. Files that match any of `patterns` are saved in `folder`, under their paths."""
+    """A data set on the hub. Files with paths that match any of `patterns` are saved in `folder`/<path>."""
 
     repo: str
     patterns: tuple[str, ...]
@@ -40,7 +40,7 @@ class Repo:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A file at a URL, saved at `path`. With `needs`, the file is a zip, unpacked to the folder `path`.
+    """A file at a URL, saved at `path`; or, if `needs` is not empty, a zip unpacked into the folder `path`.
 
     needs: names of files that the zip must hold.
     """
@@ -52,7 +52,10 @@ class Link:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The files to download from a commit of a data set. files: {path: (bytes, hash type, hash)}."""
+    """The files to download from one commit of a data set.
+
+    files: {path: (size in bytes, kind of hash: "sha256" or "git", hash)}.
+    """
 
     repo: str
     commit: str
@@ -70,10 +73,11 @@ def size_of(path: Path) -> int:
 
 
 def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 0):
-    """Call attempt(), retrying with exponential backoff; raise UserError when it gives up.
+    """Return attempt(), called again after a network error or damaged download, with exponential backoff.
 
     what: name of the download, for messages. progress: returns a number, such as the number of complete
-    files; when this number has grown, the backoff starts over.
+    files; when this number has grown, the backoff starts over. UserError: the server refuses the download, or
+    the last attempt failed.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, XetDownloadError
@@ -106,8 +110,9 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
 
 
 def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
-    """List the files to download at a revision; "": the commit recorded in the folder, or repo.commit.
+    """Return the Listing of a data set's files to download into `folder`.
 
+    revision: branch, tag or commit; "": the commit recorded in the folder, else repo.commit, else the newest.
     shards: number of files, if repo.shards is true. UserError: the folder holds other files that match the
     patterns and would be read with the data set.
     """
@@ -157,7 +162,7 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
 
 
 def no_flock(*_):
-    """Replace fcntl.flock: raise ENOSYS, so that huggingface_hub falls back to lock files."""
+    """Stand in for fcntl.flock by raising ENOSYS, so that huggingface_hub falls back to lock files."""
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
@@ -204,7 +209,7 @@ def fetch(listing: Listing, parallel: int):
 
 
 def is_complete(link: Link, path: Path) -> bool:
-    """Return whether a link has been downloaded. UserError: the folder of its zip is incomplete."""
+    """Return whether `path` holds a link's download. UserError: its zip was unpacked only in part."""
     lacking = [name for name in link.needs if not (path / name).exists()]
     if lacking and path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is incomplete: it has no {lacking[0]}; delete it, and run this again")
@@ -212,7 +217,7 @@ def is_complete(link: Link, path: Path) -> bool:
 
 
 def fetch_link(link: Link, path: Path):
-    """Download a link's file to `path`; a zip (with link.needs) is unpacked to the folder `path`."""
+    """Download a link's file to `path`; if link.needs is given, unpack it, a zip, into the folder `path`."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import hf_raise_for_status
 
@@ -240,7 +245,10 @@ def fetch_link(link: Link, path: Path):
 
 
 def show_progress(work: Callable[[], None], listings: list[Listing], links: Iterable[Path]):
-    """Run `work` in a thread; every few seconds print the bytes on disk, the rate and the ETA."""
+    """Run `work`, a download, in a thread; every few seconds print the bytes on disk, the rate and the ETA.
+
+    listings, links: what `work` downloads: data sets, and paths of single files.
+    """
 
     def on_disk() -> int:
         partial = [path for listing in listings for path in (listing.folder / ".cache").rglob("*.incomplete")]

@@ -1,4 +1,4 @@
-"""Endless seeded orders over a data source, and their division into streams for the processes."""
+"""Endless seeded orders over a data source, and their division into streams that fill the rows of a batch."""
 
 from functools import lru_cache
 
@@ -9,10 +9,11 @@ KEPT = 64  # shuffled blocks to cache, of a few thousand rows each (4 if the sou
 
 
 class Order:
-    """An endless order over `num_rows` rows, reshuffled every epoch; index(i) is the row at position i.
+    """An endless order over the `num_rows` rows of a source, reshuffled every epoch.
 
-    Blocks are shuffled, and the rows within each block, so that reads stay local; a single block is
-    shuffled completely. Memory does not grow with the data, unless the data is a single block.
+    index(i): number of the row at position i. block_sizes: number of rows in each block of the source, such
+    as a row group. Blocks are shuffled, and the rows within each block, so that reads stay local; a single
+    block is shuffled completely. Memory does not grow with the data, unless the data is a single block.
     """
 
     def __init__(self, block_sizes: list[int], seed: int):
@@ -30,7 +31,7 @@ class Order:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, *which])))
 
     def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (the blocks in an epoch's order, the position at which each of them ends)."""
+        """Return arrays [blocks]: block numbers in an epoch's order, and the position where each ends."""
         blocks = self._random(epoch).permutation(len(self._sizes))
         return blocks, np.cumsum(self._sizes[blocks])
 
@@ -47,11 +48,12 @@ class Order:
 
 
 class Deal:
-    """Assign documents to the rows of a step, independently of devices, processes and micro-batches.
+    """Assign the documents of an order to the rows of a step, whatever the number of devices and processes.
 
-    Each epoch's order is cut into `streams` spans of equal length, and stream s reads the s-th span of every
-    epoch. So a stream stays within a few row groups, however fast the other streams advance, and every
-    document is read once an epoch. A stream fills `rows_each` consecutive rows of the step.
+    rows: number of rows in a step. Each epoch's order is cut into `streams` spans of equal length, and stream
+    s reads the s-th span of every epoch. So a stream stays within a few row groups, however fast the other
+    streams advance, and every document is read once an epoch. A stream fills `rows_each` consecutive rows of
+    the step.
     """
 
     def __init__(self, order: Order, rows: int):
@@ -68,10 +70,10 @@ class Deal:
         return self.first(stream + 1) - self.first(stream)
 
     def index(self, stream: int, place: int) -> int:
-        """Row of the data source at position `place` of a stream; positions continue from epoch to epoch."""
+        """Number of the source's row at position `place` of a stream; positions count on over all epochs."""
         epoch, place = divmod(place, self.size(stream))
         return self.order.index(epoch * self.order.num_rows + self.first(stream) + place)
 
     def of_rows(self, first: int, end: int) -> range:
-        """The streams that fill the rows `first` to `end` − 1 of a step."""
+        """Numbers of the streams that fill the rows `first` to `end` − 1 of a step."""
         return range(first // self.rows_each, (end - 1) // self.rows_each + 1)

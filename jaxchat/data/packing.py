@@ -15,7 +15,8 @@ BUFFER = 64  # documents that best-fit packing chooses from
 class Concatenated:
     """Concatenate documents and cut them into windows of T+1 tokens that overlap by one; no token is dropped.
 
-    once: stop after one epoch; later rows have weight 0.
+    size: documents in an epoch of the stream. time: T. rows: windows per step. once: stop after one epoch;
+    later rows have weight 0. state: the result of state() from which to resume; None: start.
     """
 
     def __init__(self, size: int, *, time: int, rows: int, once: bool, state: Sequence[int] | None):
@@ -30,7 +31,7 @@ class Concatenated:
         return [self._first, self._offset, self._empty]
 
     def draw(self) -> range:
-        """Positions of the documents to read next; none if the next rows are ready or the stream ended."""
+        """Stream positions of the documents to read next; none if a step is ready or the stream ended."""
         place = self._first + len(self._queue)
         # One token more than the windows need, to know whether another step will have a target.
         if self._unread >= self._rows * self._time + 2:
@@ -42,7 +43,7 @@ class Concatenated:
         self._unread += sum(map(len, documents))
 
     def rows(self) -> dict[str, np.ndarray]:
-        """Return the next windows: {tokens [rows, T+1], weights [rows, T]}."""
+        """Return the windows of the next step: {tokens int32 [rows, T+1], weights float32 [rows, T]}."""
         wanted, self._taken = self._rows * self._time, self._first
         unread = np.concatenate([np.zeros(0, np.int32), *self._queue])[self._offset :][: wanted + 1]
         stream = np.zeros(wanted + 1, np.int32)
@@ -61,10 +62,10 @@ class Concatenated:
         return {"tokens": windows, "weights": weights}
 
     def totals(self) -> dict[str, int]:
-        """Counts of the last step, by name.
+        """Return {name: count} of the step that rows() returned last.
 
-        targets: supervised tokens. taken: documents consumed before the step. left: 1 if another step has
-        targets. empty_documents: empty documents skipped so far.
+        targets: supervised tokens. taken: documents used up before the step. left: 1 if the next step has
+        targets, else 0. empty_documents: empty documents skipped so far.
         """
         counts = {"targets": self._targets, "taken": self._taken, "left": int(self._unread >= 2)}
         return counts | {"empty_documents": self._empty}
@@ -73,7 +74,7 @@ class Concatenated:
 class BestFit:
     """Start every row with a new document, and keep adding the longest of BUFFER documents that still fits.
 
-    When no document fits, the shortest is cut to fill the row; its remainder is dropped, and counted.
+    When no document fits, the shortest is cut to fill the row, and the rest of its tokens are dropped.
     """
 
     buffer = BUFFER
@@ -100,7 +101,7 @@ class BestFit:
         return [self._next, self._empty, *self._waiting, *(place for place, _ in self._buffer)]
 
     def draw(self) -> Sequence[int]:
-        """Positions of the documents to read next; none if the step's rows are filled."""
+        """Stream positions of the documents to read next; none if all rows of the step are filled."""
         if self._waiting:
             return self._waiting
         while self._row < self._rows:
@@ -121,7 +122,7 @@ class BestFit:
             self._queue += documents
 
     def _place_one(self):
-        """Move one document from the full buffer into the row that is being filled."""
+        """Move one document from the full buffer into the row that is being filled; cut it if none fits."""
         room = self._time + 1 - self._filled
         lengths = np.array([len(ids) for _, ids in self._buffer])
         if self.long_first:  # so that long documents, chosen at the start of a row, never starve
@@ -139,7 +140,11 @@ class BestFit:
             self._row, self._filled, self._segment = self._row + 1, 0, 0
 
     def rows(self) -> dict[str, np.ndarray]:
-        """Return the rows of a step: {tokens [rows, T+1], weights [rows, T][, segments [rows, T]]}."""
+        """Return the rows of a step: {tokens int32 [rows, T+1], weights [rows, T][, segments [rows, T]]}.
+
+        segments, if documents in a row must not attend to each other: number of each token's document in its
+        row.
+        """
         weights = np.ones((self._rows, self._time), np.float32)
         rows = {"tokens": self._tokens, "weights": weights}
         rows |= {"segments": self._segments[:, :-1]} if self.apart else {}
@@ -148,7 +153,7 @@ class BestFit:
         return rows
 
     def totals(self) -> dict[str, int]:
-        """Counts of the last step, by name.
+        """Return {name: count} of the step that rows() returned last.
 
         targets: supervised tokens. taken: documents read so far. left: 1, since the data is endless.
         empty_documents: empty documents skipped so far. cut_tokens: tokens dropped in the step.
@@ -158,9 +163,10 @@ class BestFit:
 
 
 class CroppedBestFit(BestFit):
-    """Best-fit packing like nanochat's: from 1,000 documents; those in one row attend to each other.
+    """Best-fit packing like nanochat's, from 1,000 documents; documents in a row attend to each other.
 
-    A document longer than a row stays in the buffer until no document fits and it is the shortest.
+    A document longer than a row never fits: it stays in the buffer until no document fits and it is the
+    shortest, and is then cut.
     """
 
     buffer = 1000

@@ -22,9 +22,9 @@ PREFETCH = 2  # batches prepared in a thread while the device computes
 def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = False) -> tuple[int, int]:
     """Return (rows per device in a micro-batch, number of micro-batches) for a step of `rows` rows.
 
-    asked: --device_batch_size; -1: the largest number of rows, at most `most`, that divides a device's share.
-    fills: if the devices cannot share the rows evenly, pad the step with empty rows. UserError: no such split
-    exists.
+    asked: --device_batch_size; -1: the largest number, at most `most`, that divides the rows per device.
+    fills: if `devices` does not divide `rows`, allow for empty rows that fill up the step. UserError: no such
+    split exists.
     """
     able = [] if rows % devices else divisors(rows // devices)
     if asked > 0 and asked not in able and able:
@@ -47,7 +47,7 @@ def divisors(number: int) -> list[int]:
 
 
 def rows_of_step(total_batch_size: int, row_length: int) -> int:
-    """Number of rows of an optimizer step. UserError: total_batch_size is not a multiple of row_length."""
+    """Number of rows in an optimizer step. UserError: total_batch_size is not a multiple of row_length."""
     rows, rest = divmod(total_batch_size, row_length)
     if rest or not rows:
         instead = f"give {rows * row_length}" if rows else f"give at least {row_length}"
@@ -63,9 +63,9 @@ def prefetched(dataset: grain.IterDataset) -> grain.DatasetIterator:
 
 
 def base_batches(texts: ParquetText, tokenizer: Tokenizer, *, rows: int, seed: int, packing="stream", **how):
-    """Iterate endlessly over packed documents, reshuffled every epoch.
+    """Return an endless iterator over batches of packed documents, reshuffled every epoch.
 
-    rows: number of rows in a step. how: further arguments of PackedRows.
+    rows: number of rows in a step. packing: a key of PACKINGS. how: further arguments of PackedRows.
     """
     if packing not in PACKINGS:
         raise UserError(f"--packing={packing}; it is {' or '.join(PACKINGS)}")
@@ -74,16 +74,20 @@ def base_batches(texts: ParquetText, tokenizer: Tokenizer, *, rows: int, seed: i
 
 
 def mid_batches(tasks, tokenizer: Tokenizer, *, rows: int, seed: int, endless: bool, **how):
-    """Iterate over packed conversations of all tasks, shuffled, for one epoch or endlessly.
+    """Return an iterator over batches of packed, shuffled conversations of all tasks.
 
-    rows: number of rows in a step. how: further arguments of PackedRows.
+    rows: number of rows in a step. endless: repeat the data; False: after one epoch, rows have weight 0. how:
+    further arguments of PackedRows.
     """
     deal = Deal(Order([len(tasks)], seed), rows)
     return prefetched(PackedRows(conversation_reader(tasks, tokenizer), deal, once=not endless, **how))
 
 
 def sft_batches(tasks, tokenizer: Tokenizer, *, seed: int, packing="padded", **how):
-    """Iterate over batches of conversations of all tasks, shuffled. how: arguments of ConversationRows."""
+    """Return an iterator over batches of shuffled conversations of all tasks.
+
+    packing: "padded" or "bestfit". how: further arguments of ConversationRows.
+    """
     if packing not in ("padded", "bestfit"):
         raise UserError(f"--packing={packing}; it is padded or bestfit")
     read, order = conversation_reader(tasks, tokenizer), Order([len(tasks)], seed)
@@ -91,9 +95,10 @@ def sft_batches(tasks, tokenizer: Tokenizer, *, seed: int, packing="padded", **h
 
 
 def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
-    """Open the mixture `spec`, the value of --<flag>.
+    """Open the mixture of tasks that `spec`, the value of --<flag>, lists.
 
-    UserError: the mixture is empty, or has plain documents although `documents` is false.
+    documents: whether plain documents are allowed. UserError: the mixture is empty, or holds plain documents
+    that are not allowed.
     """
     tasks = load_mixture(spec, tasks_dir or None)
     if len(tasks) == 0:
@@ -106,10 +111,11 @@ def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
 def packed_validation(
     read: Reader, documents: Iterable[int], *, rows: int, time: int, max_tokens: int
 ) -> list[dict]:
-    """Concatenate documents and cut them into batches of `rows` windows, up to max_tokens targets in all.
+    """Return validation batches {inputs, targets, weights} [rows, time] of concatenated documents.
 
-    The supervised tokens do not depend on `rows`: the last batch is padded with weight 0. Each batch is
-    {inputs, targets, weights} [rows, time], for all processes.
+    read: a function from row numbers to documents. documents: the row numbers. At most max_tokens targets are
+    supervised in all. They do not depend on `rows`, because the last batch is padded with weight 0. Each
+    batch holds the rows of all processes.
     """
 
     wanted, parts, count = max_tokens + 1, [], 0
@@ -132,9 +138,10 @@ def packed_validation(
 
 
 def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: int, time: int) -> list[dict]:
-    """Batch the first num_examples conversations of an order: one a row, `rows` a batch, padded to a bucket.
+    """Return validation batches of an order's first num_examples conversations, one conversation per row.
 
-    UserError: no token of these conversations is supervised.
+    Each batch is {inputs, targets, weights} [rows, T], where T is the smallest of length_buckets(time) that
+    fits its longest conversation. UserError: no token of these conversations is supervised.
     """
     how = {"examples": rows, "micro_rows": rows, "time": time, "num_examples": num_examples}
     batches = ConversationRows(read, order, **how)
@@ -145,7 +152,10 @@ def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: in
 
 
 def check_supervised(tasks, tokenizer: Tokenizer, *, time, seed, num_examples: int):
-    """Raise UserError if no token of the first num_examples conversations of sft_batches is supervised."""
+    """Raise UserError if sft_batches' first num_examples conversations have no supervised token.
+
+    time: number of tokens after which conversations are cut.
+    """
     count, order = min(num_examples, len(tasks)), Order([len(tasks)], seed)
     rows = conversation_reader(tasks, tokenizer)(map(order.index, range(count)))
     if not any(mask[1 : time + 1].any() for _, mask in rows):

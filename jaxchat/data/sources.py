@@ -27,7 +27,7 @@ SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # the fingerprint of a larger file covers s
 
 
 def parquet_files(folder: Path, start: str = "", *, in_folders: bool = False) -> list[Path]:
-    """Sorted parquet files of a folder whose names begin with `start`; .PARQUET counts as .parquet.
+    """Sorted .parquet and .PARQUET files in a folder whose names begin with `start`.
 
     Hidden files, such as macOS's `._x.parquet`, are ignored. in_folders: include files in subfolders.
     """
@@ -66,7 +66,10 @@ def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False)
 
 
 def repeated(train: dict[str, str], held_out: dict[str, str]) -> str:
-    """Return a warning if two of the shards, {name: fingerprint}, have equal fingerprints, else ""."""
+    """Return a warning if two shards have equal fingerprints, so equal content; else "".
+
+    train, held_out: {name: fingerprint} of the training and the validation shards.
+    """
     first: dict[str, str] = {}
     for name, fingerprint in (train | held_out).items():
         if (twin := first.setdefault(fingerprint, name)) != name:
@@ -139,7 +142,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _inspect_shard(path: Path) -> tuple[list[int], str, tuple[int, int]]:
-    """Return (rows of each row group, fingerprint, stamp) of a shard."""
+    """Return (rows of each row group, fingerprint, (size in bytes, modification time in ns)) of a shard."""
     stamp = _stamp(path)
     file = open_parquet(path, ["text"])
     kind = file.schema_arrow.field("text").type
@@ -150,10 +153,10 @@ def _inspect_shard(path: Path) -> tuple[list[int], str, tuple[int, int]]:
 
 
 class ParquetText:
-    """The `text` column of shards as a sequence of strings; null reads as "".
+    """The `text` column of parquet shards as a sequence of strings; null reads as "".
 
-    Bytes that are not UTF-8 read as the replacement character. At most 1 GiB of decoded text is kept in
-    memory, whatever the size of the row groups. fingerprint: {file name: fingerprint of its content}.
+    Bytes that are not UTF-8 read as the replacement character U+FFFD. At most 1 GiB of decoded text is kept
+    in memory, whatever the size of the row groups. fingerprint: {file name: fingerprint of its content}.
     """
 
     def __init__(self, paths: list[Path]):

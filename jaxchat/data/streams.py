@@ -24,10 +24,11 @@ EMPTY_IN_A_ROW = 10_000  # more consecutive empty documents than this are an err
 
 
 class StreamRows(grain.IterDataset):
-    """Yield the rows of some streams, step by step: {stream: {"rows": …, "totals": …, "state": …}}.
+    """Yield, for each training step, {stream: {"rows": …, "totals": …, "state": …}} for some streams.
 
-    Iteration never ends: an exhausted stream yields rows of weight 0. Grain divides the streams among workers
-    by set_slice.
+    rows: {name: array [rows of the stream, …]}. totals: {name: count}. state: the position after the step,
+    from which to resume. make: builds a stream's packer. states: {stream: state} at the start. An exhausted
+    stream yields rows of weight 0 for ever. Grain divides the streams among its workers by calling set_slice.
     """
 
     def __init__(self, read: Reader, deal: Deal, make, streams: Sequence[int], states: dict):
@@ -53,7 +54,7 @@ class _StreamRowsIterator(grain.DatasetIterator):
         return {n: {"rows": s.rows(), "totals": s.totals(), "state": s.state()} for n, s in made}
 
     def _fill(self):
-        """Read the documents that the streams request, in one call for all to keep the threads busy."""
+        """Read the documents that all streams request in one call, which keeps the reader's threads busy."""
         fruitless = 0
         while True:
             wanted = {n: list(stream.draw()) for n, stream in self._streams.items()}
@@ -77,10 +78,11 @@ class _StreamRowsIterator(grain.DatasetIterator):
 
 
 class PackedRows(grain.IterDataset):
-    """An endless iterator over one process's packed batches (described at the top of this file).
+    """Iterate endlessly over one process's batches of packed documents.
 
-    once: one pass over the documents, then rows of weight 0. share: (first, end) of this process's rows in a
-    micro-batch; None: all. workers: number of processes that tokenize; 0: use threads of this process.
+    A batch is {inputs, targets, weights[, segments]} [A, B, T]: A micro-batches of B rows. once: one pass
+    over the documents, then rows of weight 0. share: (first, end) of this process's rows in a micro-batch;
+    None: all rows. workers: number of subprocesses that tokenize; 0: use threads of this process.
     """
 
     def __init__(
@@ -108,9 +110,9 @@ class PackedRows(grain.IterDataset):
 
 
 class _PackedRowsIterator(grain.DatasetIterator):
-    """Iterator of PackedRows. Its state is {stream: state of the stream's packer}, {} at the start.
+    """Iterator of PackedRows. Its state is {stream: state of the stream's packer}; {} before the first batch.
 
-    set_state also accepts the states of all processes' streams, and keeps those of this process.
+    set_state also accepts the joined states of all processes, and keeps those of this process's streams.
     """
 
     def __init__(self, packing: PackedRows):
@@ -173,9 +175,10 @@ class _PackedRowsIterator(grain.DatasetIterator):
 
 
 def as_batch(rows: dict[str, np.ndarray], totals: dict[str, np.ndarray], mine: slice, micro_batches: int):
-    """Reshape the rows `mine` of arrays [rows, …] to a batch [A, B, …] of A micro-batches with B rows.
+    """Return a batch of arrays [A, B, …], A micro-batches of B rows, made of rows `mine` of arrays [rows, …].
 
-    Row r becomes row r // A of micro-batch r % A, so that each process's rows are consecutive in the step.
+    `totals` becomes the batch's entry "totals". Row r of `mine` becomes row r // A of micro-batch r % A, so
+    that each process's rows are consecutive in the step.
     """
 
     def split(a):

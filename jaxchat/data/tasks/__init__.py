@@ -29,9 +29,10 @@ TASKS = {
 
 
 class Task:
-    """Conversations by index, {"messages": …}, with "letters" for choice tasks; or documents, {"text": …}.
+    """A sequence of conversations, {"messages": …}, or of documents, {"text": …}.
 
-    count: number of rows to use (None: all), drawn at random by a fixed seed, since files may be sorted.
+    A multiple-choice question also has "letters", those of the choices. count: number of rows to use (None:
+    all), drawn at random by a fixed seed, since files may be sorted.
     """
 
     def __init__(self, name: str, rows, count: int | None = None):
@@ -55,7 +56,7 @@ class Task:
 
     @property
     def summary(self) -> str:
-        """Name, number of rows and a note about invalid rows that were left out, as shown in the plan."""
+        """Name, number of rows and a note about invalid rows that were left out, printed before training."""
         return f"{self.name} {len(self):,}" + (f" ({self.left_out})" if self.left_out else "")
 
 
@@ -81,7 +82,7 @@ class Mixture:
         return self._find(index)[0]
 
     def name_of(self, index: int) -> str:
-        """Describe row `index` by its task and its number in the task, for messages: "GSM8K/train, row 3"."""
+        """Describe row `index` by task and number within the task, for messages: "GSM8K/train, row 3"."""
         task, row = self._find(index)
         return f"{task.name}, row {row}"
 
@@ -117,7 +118,7 @@ def load_task(spec: str, tasks_dir: str | Path | None = None) -> Task:
 
 
 def load_mixture(spec: str, tasks_dir: str | Path | None = None) -> Mixture:
-    """Open the tasks of a comma-separated list of specs."""
+    """Open the tasks of a comma-separated list of specs, such as "GSM8K/train,mine.jsonl:1000"."""
     return Mixture([load_task(part, tasks_dir) for part in _parts(spec)])
 
 

@@ -29,7 +29,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def states_the_number(row: dict, text: str) -> bool:
-    """Return whether the final number of `text`, an answer, equals that of the reference answer in `row`."""
+    """Return whether an answer's final number equals that of the reference, the last message of `row`."""
     content = row["messages"][-1]["content"]
     wanted = content if isinstance(content, str) else "".join(part["text"] for part in content)
     return (number := final_number(text)) is not None and number == final_number(wanted)

@@ -12,7 +12,10 @@ LINES = "a JSON array of messages, an object with `messages`, or a JSON string f
 
 
 class JsonLines:
-    """Rows of a JSON Lines file, in the forms that LINES lists; all rows are checked on opening."""
+    """Conversations and plain documents of a JSON Lines file; all rows are checked on opening.
+
+    A row is an array of messages, an object with `messages`, or a string, which is a plain document.
+    """
 
     def __init__(self, path: Path):
         if not path.is_file():
@@ -44,9 +47,9 @@ class JsonLines:
 
 
 def _rows_in(text: str) -> tuple[str, list[str]]:
-    """Return ("line", the lines of a file's text), or ("row", its rows as JSON) if the rows are not lines.
+    """Split a file's text into rows; return ("line", its lines) or ("row", each row as JSON).
 
-    Rows are not lines if the file is one array of rows, or if JSON values span several lines.
+    "row": the file is one array of rows, or its JSON values span several lines.
     """
     lines = text.split("\n")
     try:

@@ -93,9 +93,9 @@ def smoltalk(folder: Path, split: str) -> Table:
 
 
 def suspects(batch: pa.RecordBatch) -> np.ndarray:
-    """Return the numbers of rows whose messages lack text or the roles [system,] user, assistant, user, …
+    """Return the indices of rows whose messages lack text or the roles [system,] user, assistant, user, …
 
-    They are computed on Arrow's columns, without a loop over rows.
+    They are found by operations on Arrow's columns, which is faster than a loop over rows.
     """
     messages, all_rows = batch.column("messages"), np.arange(len(batch))
     kind, fields = messages.type, {}

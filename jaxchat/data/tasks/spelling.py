@@ -108,7 +108,7 @@ def pick(chance: random.Random, items):
 
 
 def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> str:
-    """Insert a word and a letter into a phrasing.
+    """Insert a word and a letter into a phrasing, a template of a question; return the question.
 
     At random, the phrasing is in lower case or lacks its final punctuation, and the word and letter are
     capitalised, in capitals or in quotes.
@@ -127,9 +127,9 @@ def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> s
 
 
 def spell(chance: random.Random, word: str, split: str):
-    """Return (question, answer). The answer has no spaces: "word:w,o,r,d".
+    """Return a (question, answer) about how a word is spelled; the answer is like "word:w,o,r,d".
 
-    Therefore the first letter is the same token as after a comma.
+    It has no spaces, so that the first letter is the same token as it is after a comma.
     """
     return _ask(chance, pick(chance, SPELL[split]), word), f"{word}:{','.join(word)}"
 
