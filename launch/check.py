@@ -45,7 +45,7 @@ class Checklist(list):
 
     @contextlib.contextmanager
     def expecting(self, name: str, state: str = "missing", **flags: str):
-        """Context that turns a UserError into an item in `state`. flags: for the command in the error."""
+        """Context that turns a UserError into an item in `state`. flags: to add to the error's command."""
         try:
             yield
         except UserError as problem:

@@ -202,7 +202,7 @@ def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]
 
 
 def ways_of(context: int) -> list[dict]:
-    """Return settings of Engine.generate that together use every shape, log-probabilities last.
+    """Return settings of Engine.generate that together use every shape, those with log-probabilities last.
 
     context: maximum number of tokens of a prompt and its answer.
     """

@@ -45,7 +45,7 @@ class Estimate:
 class Minimum:
     """The best model for a budget of FLOPs: the minimum of a parabola fitted to loss over log N.
 
-    inside: whether its number of parameters N is between the smallest and the largest N that was trained.
+    inside: whether N, its number of parameters, is between the smallest and the largest trained N.
     """
 
     budget: float
@@ -104,7 +104,7 @@ def slope_of(x, y) -> Estimate:
 
 
 def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
-    """Fit a parabola to loss over log N (N: parameters) and return its Minimum; None if it has none.
+    """Fit a parabola to loss over log N (N: parameters); return its Minimum, or None if it opens downward.
 
     points: the models of one budget. losses: simulated losses that replace those of `points`, for the
     bootstrap.
@@ -130,8 +130,8 @@ def by_budget(points: list[Point]) -> dict[float, list[Point]]:
 def iso_flop(points: list[Point]) -> IsoFlop | None:
     """Fit a parabola to the losses of each budget, then power laws to the minima; None: under two minima.
 
-    The intervals come from the noise around the parabolas if some budget has four models or more, else from
-    the residuals of the minima around the power laws.
+    The 95 % intervals come from the noise around the parabolas if some budget has four models or more, else
+    from the residuals of the minima around the power laws.
     """
     found = []  # (minimum, points, losses of the parabola at the points) of each budget
     for budget, of in by_budget(points).items():

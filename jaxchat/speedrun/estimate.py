@@ -159,6 +159,6 @@ def state_bytes(model: ModelConfig) -> int:
 
 
 def shards_for(config: BaseConfig, model: ModelConfig) -> int:
-    """Number of shards to download: 10 % more than training uses without repetition, one for validation."""
+    """Number of shards to download: 10 % more than training uses without repetition, plus 1 to validate."""
     tokens = train_tokens(config, model)
     return max(2, math.ceil(1.1 * tokens * BYTES_A_TOKEN / SHARD_BYTES) + 1)

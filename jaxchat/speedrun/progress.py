@@ -32,7 +32,7 @@ class Pace:
 
 
 def pace_of(step: Step) -> Pace | None:
-    """Read a trainer's Pace from metrics.jsonl; None if it logged too little, or `step` is not a trainer."""
+    """Read a trainer's Pace from metrics.jsonl; None if `step` is not a trainer or has logged too little."""
     paths = [artifact.folder / "metrics.jsonl" for artifact in step.makes if isinstance(artifact, Checkpoint)]
     if not paths or not paths[0].exists():
         return None
