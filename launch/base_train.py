@@ -23,7 +23,7 @@ def stage_for(config: BaseConfig):
 
 
 def about_tokenizer(config: BaseConfig, tokenizer, data: dict[str, str]) -> list[tuple[str, str]]:
-    """Return rows of the plan with a warning if the tokenizer was trained on none of the shards, else [].
+    """Return [("warning", text)] for the plan if the tokenizer was trained on none of the shards, else [].
 
     data: {shard: fingerprint}.
     """

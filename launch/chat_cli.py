@@ -127,7 +127,10 @@ def talk(engine, conversation: Conversation, config: Config):
 
 
 def turn_of(text: str, source: str, tokenizer) -> list[int]:
-    """Encode the user's text without <|bos|>; for a chat model, as a user's turn and <|assistant_start|>."""
+    """Encode the user's text, without <|bos|>, for a model of stage `source`.
+
+    For a chat model, the result is a user's turn followed by <|assistant_start|>.
+    """
     if source == "base":
         return tokenizer.encode(text)
     return tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]})[1:]

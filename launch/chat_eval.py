@@ -59,7 +59,7 @@ SETTINGS = ("max_problems", "num_samples", "temperature", "top_k", "max_new_toke
 
 
 def names_in(config: Config) -> tuple[list[str], str]:
-    """Return (the tasks to measure, a warning that names the tasks left out and the reason, or "")."""
+    """Return (names of the tasks to measure, a warning that names tasks left out and the reason, or "")."""
     from jaxchat.eval import chat
 
     asked = dict.fromkeys(name.strip() for name in config.task_name.split("|") if name.strip())

@@ -31,10 +31,13 @@ class Config(BaseConfig):
 
 
 class Checklist(list):
-    """Lines (state, name, text, command). command: the command that supplies a missing item; "": none."""
+    """Checked items (state, name, text, command). state: "ok", "warning" or "missing".
+
+    command: the command that supplies a missing item; "": none.
+    """
 
     def add(self, name: str, text: str, state: str = "ok", **flags: str):
-        """Add a line. Complete a command in `text` to run from this folder, with non-empty `flags`."""
+        """Add an item. A command in `text` is completed to run from this folder, with non-empty `flags`."""
         found = re.search(r"(python -m launch\.|make setup )[^;]+", text)
         command = cli.runnable(found[0], **flags) if found else ""
         text = text.replace(found[0], command) if found else text
@@ -42,7 +45,7 @@ class Checklist(list):
 
     @contextlib.contextmanager
     def expecting(self, name: str, state: str = "missing", **flags: str):
-        """Context that turns a UserError into a line marked `state`. flags: added to the error's command."""
+        """Context that turns a UserError into an item in `state`. flags: to add to the error's command."""
         try:
             yield
         except UserError as problem:
@@ -159,7 +162,10 @@ def check_model(config: Config, model, tag: str, checks: Checklist):
 
 
 def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str, str]:
-    """Check the amount of text and base's number of epochs; return {shard: fingerprint}, {} without text."""
+    """Check the amount of text, and how often base_train repeats it; return {shard: fingerprint}.
+
+    Without text, return {}. tokenizer: None if there is none; then the number of tokens is estimated.
+    """
     from jaxchat.data.encode import text_reader
     from jaxchat.data.sources import SOURCE, ParquetText, find_shards, open_parquet, repeated
     from jaxchat.train.stages import SAMPLE, horizon_of, tokens_in

@@ -1,12 +1,12 @@
-"""Code that all commands share: flags from a dataclass, one-line errors, exit codes, plans, next commands.
+"""Code that all commands share: flags from a dataclass, one-line errors, exit codes, printed plans.
 
-A command is a module in launch/ with a flags class, `run(config)` and `main(args)`. Modules that import
-jax, Orbax or Grain are imported inside functions, so that --help and the error for a mistyped flag appear at
-once.
+A command is a module in launch/ with a flags class, `run(config)` and `main(args)`. Modules that import jax,
+Orbax or Grain are imported inside functions, so that --help and the error for a mistyped flag appear at once.
 
 Exit codes. 0: success. 2: an error that the user can fix. 75: stopped by a signal (SIGTERM, SIGUSR1, SIGHUP,
 Ctrl-C), after saving. 76: other processes cannot be reached. 134: another process was lost. After 75, 76 and
-134, run the command again with --resume. 130: interrupted. 141: stdout was closed by its reader.
+134, run the command again with --resume. 130: stopped by Ctrl-C without saving. 141: the reader of stdout
+closed it.
 """
 
 import argparse
@@ -173,7 +173,7 @@ def next_step(command: str, **flags: str) -> None:
 
 
 def runnable(command: str, **flags: str) -> str:
-    """Complete a command to run from this folder, with this Python, base directory and non-empty `flags`."""
+    """Complete a command to run from this folder: path of Python, base directory, non-empty `flags`."""
     found = shutil.which("python")
     # Give the path of this Python if `python` is another one.
     if not found or os.path.dirname(found) != os.path.dirname(sys.executable):
@@ -187,7 +187,7 @@ def runnable(command: str, **flags: str) -> str:
 
 @contextlib.contextmanager
 def base_directory(folder: Path) -> Iterator[None]:
-    """Context in which `folder` is the base directory, also in the next commands that are printed."""
+    """Context in which `folder` is the base directory; the next commands that are printed set it too."""
     outer = os.environ.get("JAXCHAT_BASE_DIR")
     _base.append(str(folder))
     os.environ["JAXCHAT_BASE_DIR"] = str(folder)
@@ -219,7 +219,7 @@ def progress(message: Callable[[], str], seconds: float) -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser of a dataclass's flags. --help groups inherited flags by class. Errors are UserErrors."""
+    """Parser of a dataclass's flags, which raises UserErrors. --help groups inherited flags by class."""
 
     def __init__(self, prog: str, config_class):
         super().__init__(
@@ -301,7 +301,7 @@ def _class_bodies(module) -> dict[str, list[ast.stmt]]:
 
 
 def _read(convert: Callable, expected: str, text: str):
-    """Convert a flag's value. ArgumentTypeError: `convert` failed; the message says what was expected."""
+    """Convert a flag's value with `convert`. ArgumentTypeError: the value is not what `expected` says."""
     try:
         return convert(text)
     except (KeyError, ValueError):
@@ -324,7 +324,7 @@ KINDS = {
 
 
 def _prog(run) -> str:
-    """Name of the command in messages: "python -m launch.base_train", or what `run.command` says."""
+    """Name of the command in messages: "python -m launch.base_train", or with `run.command` if it is set."""
     if command := getattr(run, "command", None):
         return f"python -m {command}"
     spec = sys.modules[run.__module__].__spec__
@@ -343,7 +343,7 @@ def _raised_in(error: Exception, file: str) -> bool:
 
 
 def _reader_has_left() -> bool:
-    """Return whether the broken pipe is stdout, not a pipe to a worker; if so, discard buffered output."""
+    """Return whether stdout caused a BrokenPipeError, not a pipe to a worker; if so, discard its buffer."""
     try:
         print(flush=True)  # with a newline, because a flush of an empty buffer writes nothing
     except BrokenPipeError:

@@ -42,7 +42,7 @@ class Config(Flags):
     find_batch: bool = True
     """Also search for the largest device batch that fits, at one compilation per try."""
     json: bool = False
-    """Print the figures as one line of JSON, too."""
+    """Also print the results (memory, FLOPs, bytes sent, …) as one line of JSON."""
 
 
 def run(config: Config):
@@ -82,7 +82,10 @@ def run(config: Config):
 
 
 def rows_of(plan, done) -> list[tuple[str, str]]:
-    """Return rows (name, text) on a compiled step: memory, FLOPs, collectives, kernels, shortest time."""
+    """Return rows (name, text) on a compiled step: memory, FLOPs, collectives, kernels, shortest time.
+
+    plan: the StepPlan. done: the step it compiled.
+    """
     from jaxchat.model.flops import peak_flops
 
     rows = [("memory", memory(plan, done)), ("remat", done.remat)]
@@ -117,9 +120,9 @@ def gathered(program) -> str:
 
 
 def at_best(found: dict, model_seconds: float) -> list[tuple[str, str]]:
-    """Describe the shortest possible time of a step and of its parts.
+    """Return rows (name, text) on the shortest possible time of a step and of its parts.
 
-    found: {part: bound on its time}. model_seconds: time of the FLOPs by formula at the peak rate.
+    found: {part: lower bound on its time}. model_seconds: time of the FLOPs by formula at the peak rate.
     """
     parts = sorted(found.items(), key=lambda item: -item[1].seconds)
     sending = found["collectives"].seconds
@@ -141,7 +144,7 @@ def memory(plan, done) -> str:
 
 
 def figures_of(plan, done) -> dict:
-    """Return {name: figure} of a compiled step, for --json."""
+    """Return the numbers of a compiled step (memory, FLOPs, bytes sent) as {name: value}, for --json."""
     config = plan.config
     figures = {
         "depth": config.depth,
@@ -177,7 +180,10 @@ def training(config: Config, batch: int) -> str:
 
 
 def remedy(plan, done, largest: int | None) -> str:
-    """Error for a step too large for memory. largest: largest batch that fits; 0: none; None: unknown."""
+    """Message of the error for a step that needs too much memory.
+
+    largest: largest batch that fits; 0: not even one row; None: not searched.
+    """
     sizes = f"{done.needs / 1e9:.1f} GB of {plan.memory / 1e9:.0f} GB"
     message = f"a step of {plan.batch} rows a device needs {sizes}; "
     if done.remat != "full":

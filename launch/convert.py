@@ -68,7 +68,7 @@ def run(config: Config):
 
 
 def progress(config: ModelConfig):
-    """Return a callback that prints progress and the ETA; call it with the name of each converted weight."""
+    """Return a callback that prints progress and the ETA; call it with each converted weight's name."""
     import jax
 
     from jaxchat.model.params import declare

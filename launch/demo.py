@@ -32,7 +32,7 @@ class Config(Flags):
     memory and rounding."""
     part: str = flag("all", choices=("all", "world", "score"))
     """Part to run. "all": the complete demo. "world": only write the data. "score": only score the model and
-    write the report. These two are steps of launch.speedrun and use the base directory itself."""
+    write the report. launch.speedrun runs these two as steps, in the base directory itself."""
 
 
 def run(config: Config) -> int:
@@ -59,7 +59,7 @@ def run(config: Config) -> int:
 
 
 def write(seed: int, folder: Path):
-    """Generate the world from `seed` and write its text and tasks under `folder`."""
+    """Generate the demo's data from `seed`, and write its text and tasks under `folder`."""
     from jaxchat.demo import World, write_world
 
     rows = write_world(World(seed), folder)
@@ -67,7 +67,10 @@ def write(seed: int, folder: Path):
 
 
 def train(config: Config, tasks: Path):
-    """Train the tokenizer, then the stages base, mid and SFT, with the commands of a real run."""
+    """Train the tokenizer, then base, mid and SFT models, with the commands of a real run.
+
+    tasks: folder of the generated task files.
+    """
     steps = {"base": config.base_steps, "mid": config.mid_steps, "sft": config.sft_steps}
     modules = (tok_train, base_train, mid_train, chat_sft)
     flags = commands(tasks, seed=config.seed, rows=config.device_batch_size, steps=steps)
@@ -77,9 +80,9 @@ def train(config: Config, tasks: Path):
 
 
 def score_and_report(seed: int, start: float | None = None) -> int:
-    """Score held-out prompts, write the report, print the scores; return 1 if a score misses its target.
+    """Score the model on held-out prompts, write the report, print the scores.
 
-    start: time.perf_counter() at the start of the demo; None: not known.
+    Return 1 if a score misses its target, else 0. start: time.perf_counter() at the start; None: not known.
     """
     from jaxchat.demo import World
     from jaxchat.demo.score import passed, table
@@ -98,7 +101,7 @@ def score_and_report(seed: int, start: float | None = None) -> int:
 
 
 def ask(world) -> dict:
-    """Return {kind of prompt: Score} for held-out prompts; save the scores for the report."""
+    """Score the SFT model on held-out prompts; return {kind of prompt: Score}, saved for the report too."""
     from jaxchat import checkpoint
     from jaxchat.demo.score import score
     from jaxchat.infer.engine import Engine
@@ -117,7 +120,7 @@ def ask(world) -> dict:
 
 
 def texts() -> list[str]:
-    """Return the first three words of five validation documents, for the report to continue."""
+    """Return texts for the base model to continue: the first three words of validation documents."""
     from jaxchat.data.sources import ParquetText, find_shards
 
     documents = ParquetText(find_shards(None, "val"))
@@ -125,7 +128,7 @@ def texts() -> list[str]:
 
 
 def questions(world) -> list[str]:
-    """Return a held-out question of each kind, for the report to ask."""
+    """Return a held-out question of each kind, for the report to ask the chat models."""
     from jaxchat.demo import KINDS
 
     return [world.heldout(kind)[0].turns[0].question for kind in KINDS]

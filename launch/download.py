@@ -66,8 +66,8 @@ class Config(Flags):
     """Folder to download to, instead of <base directory>/base_data for fineweb-edu and climbmix, <base
     directory>/tasks for the tasks, and the base directory for core-bundle."""
     revision: str = ""
-    """Commit, tag or branch of the data set on the hub, if a single one is named. Empty: the commit recorded
-    in the folder's .source file, else the commit that jaxchat pins, else the newest. The downloaded commit is
+    """Commit, tag or branch on the hub, if only one data set is downloaded. Empty: the commit recorded in the
+    folder's .source file, else the commit that jaxchat pins, else the newest. The downloaded commit is
     recorded in that file."""
     parallel: int = flag(8, 1)
     """Number of files downloaded at a time."""
@@ -82,9 +82,10 @@ class Config(Flags):
 
 
 def place(folder: str, to: str) -> Path:
-    """Return the path of a data set. folder: the path relative to the base directory.
+    """Return the path of a data set. folder: its path relative to the base directory.
 
-    to: replaces base_data, tasks or, for the CORE bundle, the base directory; "": the default.
+    to: folder that replaces the first part of `folder` (base_data or tasks) or, for the CORE bundle, the base
+    directory; "": the default.
     """
     kind, _, rest = folder.partition("/")
     if kind not in ("base_data", "tasks"):
@@ -150,7 +151,7 @@ def run(config: Config):
 
 
 def print_next(to: str):
-    """Print the next command: base_train if there is a tokenizer trained on this text, else tok_train."""
+    """Print the next command: base_train if a tokenizer was trained on the text in `to`, else tok_train."""
     from jaxchat.data.sources import file_fingerprint, find_shards
     from jaxchat.tokenizer import Tokenizer
 

@@ -127,7 +127,7 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
 
 
 def machine_of(config: Config) -> Machine:
-    """Return the part of this host that one run uses, for estimates; GPUs count as H100s at 40 % of peak."""
+    """Return the part of this host that each run uses, as a Machine; GPUs count as H100s at 40 % of peak."""
     count = len(places_of(config))
     gpus = len(visible_gpus()) // count
     if gpus:
@@ -155,7 +155,7 @@ def numbers(name: str, text: str) -> list[float]:
 
 
 def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
-    """Return rows (run name, number of parameters and of optimizer steps) of the plan."""
+    """Return rows (run name, text) of the plan, with the number of parameters and of optimizer steps."""
     from jaxchat.model.flops import num_params
     from jaxchat.train.stages import horizon_of
 
@@ -167,7 +167,7 @@ def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
 
 
 def places_of(config: Config) -> tuple[dict, ...]:
-    """Return the environment variables of each concurrent run, which assign GPUs to the run."""
+    """Return the environment variables of each run that trains at the same time, to divide the GPUs."""
     gpus = visible_gpus()
     return tuple(shares(gpus, config.parallel or max(1, len(gpus)), "parallel"))
 

@@ -25,7 +25,7 @@ class Config(Flags):
 
 
 def run(config: Config, texts=(), questions=()):
-    """Write the report. texts, questions: prompts for the samples; empty: those of eval.samples."""
+    """Write the report. texts: for base models to continue; questions: for chat models; (): the default."""
     from jaxchat import files
     from jaxchat.eval.samples import PROMPTS, QUESTIONS
     from jaxchat.report import compare, document, plots

@@ -113,7 +113,7 @@ async def serve(config: Config, found: list, devices: list, compute: Compute, or
 
 
 async def load(service, address: str, open_browser: bool):
-    """Load and compile all models, and print where they are served."""
+    """Load and compile all models, print the address and, if `open_browser`, open it in a browser."""
     import asyncio
 
     began = time.perf_counter()
@@ -131,7 +131,10 @@ async def load(service, address: str, open_browser: bool):
 
 
 def make_service(config: Config, found: list, devices: list, compute: Compute):
-    """Build the service: for each model a worker per device, not yet started. Call this in the event loop."""
+    """Build the service, with a Worker for each model and device. Call this in the event loop.
+
+    found: the checkpoints to serve. The workers are not started yet.
+    """
     from jaxchat.serve.loop import Pool, Worker
     from jaxchat.serve.metrics import Metrics
     from jaxchat.serve.service import Defaults, Served, Service
@@ -161,7 +164,8 @@ def make_service(config: Config, found: list, devices: list, compute: Compute):
 def engine_opener(model, device, compute: Compute, slots: int, lock):
     """Return opened(on_progress), a context with the model's engine on a device and all shapes compiled.
 
-    lock: held during compilation, so that models of the same shape compile once.
+    slots: number of answers that the engine generates at a time. lock: held during compilation, so that
+    models of the same shape are compiled only once.
     """
 
     @contextlib.contextmanager
@@ -185,9 +189,10 @@ def engine_opener(model, device, compute: Compute, slots: int, lock):
 
 
 def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]):
-    """Generate a token with each of the settings from ways_of, so that no client waits for a compilation.
+    """Compile each shape and sampling mode in advance, by generating a token with each of them.
 
-    engine: created with few_shapes. on_progress: called with the numbers of settings done and in total.
+    engine: created with few_shapes=True, which limits the number of shapes. on_progress: called with (number
+    compiled, total).
     """
     ways = ways_of(context)
     for done, settings in enumerate(ways):
@@ -197,7 +202,10 @@ def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]
 
 
 def ways_of(context: int) -> list[dict]:
-    """Return settings of requests that together use every shape of an engine, log-probabilities last."""
+    """Return settings of Engine.generate that together use every shape, those with log-probabilities last.
+
+    context: maximum number of tokens of a prompt and its answer.
+    """
     from jaxchat.infer.scheduler import SHORTEST, bucket
 
     lengths = sorted({bucket(n, SHORTEST, context) for n in range(1, context + 1)})
@@ -237,7 +245,7 @@ def slots_of(config: Config, devices: list) -> int:
 
 
 def name_of(model) -> str:
-    """Name of the model in requests, such as d20-sft."""
+    """Name by which requests select the model, such as d20-sft."""
     return f"{model.tag}-{model.meta['stage']}"
 
 

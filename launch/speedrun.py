@@ -175,9 +175,10 @@ def perform(config: Config, plan: Plan, runner: Runner, redo: set[str]) -> int:
 
 
 def carry_out(runner: Runner, listed: list[Step], redo: set[str], price: float = 0.0) -> int:
-    """Run the steps of `runner`; return the exit code. listed: all steps of the run. redo: names in --redo.
+    """Run the steps of `runner` and return the exit code.
 
-    UserError: the run is in progress in another process, or an input is missing.
+    listed: all steps of the run. redo: names of steps whose outputs are deleted first. price: per hour; 0:
+    not known. UserError: the run is in progress in another process, or an input is missing.
     """
     known = runner.state
     try:
@@ -197,7 +198,7 @@ def carry_out(runner: Runner, listed: list[Step], redo: set[str], price: float =
 
 
 def how_to_continue(code: int, command: str, config: Flags):
-    """Print the command that continues a run after an exit code other than 0."""
+    """Print the command that continues a run, unless the exit code `code` is 0."""
     if code:
         saved = code == os.EX_TEMPFAIL
         print(f"{'stopped and saved; to continue' if saved else 'to continue once the error is fixed'}:")
@@ -242,7 +243,10 @@ def estimated(plan: Plan) -> Plan:
 
 
 def fit_step(plan: Plan) -> list[Step]:
-    """Return [step that compiles base's training step], or [] without a compiler for the preset's GPUs."""
+    """Return [a step that compiles base_train's step for the preset's GPUs], or [] if that is impossible.
+
+    It needs a preset with GPUs, and JAX's plugin for them.
+    """
     machine = plan.preset.machine
     if not machine.topology.startswith("h") or importlib.util.find_spec("jax_cuda13_plugin") is None:
         return []
@@ -293,7 +297,7 @@ def names_in(words: list[str]) -> set[str]:
 
 
 def words_of(flags: Flags, given: set[str] = frozenset()) -> list[str]:
-    """Return arguments of a command: flags whose names are in `given` or whose values are not the default."""
+    """Return a command's arguments: flags that are named in `given` or differ from their defaults."""
     words = []
     for field in dataclasses.fields(flags):
         value, name = getattr(flags, field.name), field.metadata.get("name") or field.name
@@ -303,7 +307,7 @@ def words_of(flags: Flags, given: set[str] = frozenset()) -> list[str]:
 
 
 def check(plan: Plan, todo: list[Step]) -> list[str]:
-    """Run launch.check and print its lines; return those on missing items that no step in `todo` makes."""
+    """Run launch.check and print its findings. Return those on missing items that no step in `todo` makes."""
     names = {step.name for step in todo}
     tasks = [word for word in plan_flags(plan, "sft") if word.startswith("--tasks_dir=")]
     words = [*plan_flags(plan, "base"), *tasks, "--resume"]
@@ -333,7 +337,7 @@ def check(plan: Plan, todo: list[Step]) -> list[str]:
 
 
 def wrong_devices(machine: Machine, line: tuple[str, str, str]) -> tuple[str, str, str]:
-    """Return launch.check's line on devices, marked "missing" if they are not the devices of the preset."""
+    """Return launch.check's line on devices, as "missing" if these are not the devices of the preset."""
     state, name, text = line
     right = text.startswith(f"{machine.devices} × ") and "cpu" not in text
     if state == "missing" or not machine.topology or right:

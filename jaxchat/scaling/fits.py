@@ -1,8 +1,8 @@
 """Fit scaling laws to a series of runs: isoFLOP minima, power laws, and loss by parameters N and tokens D.
 
 The methods are approaches 2 and 3 of Hoffmann et al. 2022 (Chinchilla). If there are enough runs to estimate
-their noise around a fit, 95 % intervals come from a parametric bootstrap: the fit is repeated on simulated
-losses, the fitted losses plus random noise of this size.
+the noise around a fit, 95 % intervals come from a parametric bootstrap: the fit is repeated on simulated
+losses (the fitted losses plus random noise of the same size).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A trained model: parameters N, tokens D, FLOPs C, loss in bits per byte, and CORE if measured."""
+    """A trained model: parameters N, training tokens D and FLOPs C, loss in bits per byte, CORE or None."""
 
     name: str
     parameters: float
@@ -45,7 +45,7 @@ class Estimate:
 class Minimum:
     """The best model for a budget of FLOPs: the minimum of a parabola fitted to loss over log N.
 
-    inside: whether its number of parameters N is between those of the smallest and the largest trained model.
+    inside: whether N, its number of parameters, is between the smallest and the largest trained N.
     """
 
     budget: float
@@ -58,9 +58,9 @@ class Minimum:
 
 @dataclasses.dataclass(frozen=True)
 class IsoFlop:
-    """The fits N ∝ C^a and D ∝ C^b: parameters N and tokens D of the best model for C FLOPs.
+    """Power laws N ∝ C^a and D ∝ C^b for the best model of C FLOPs: its N parameters and D training tokens.
 
-    lines: (slope, intercept) of log N and of log D over log C.
+    lines: a pair (slope, intercept) for log N as a function of log C, and a pair for log D.
     """
 
     minima: list[Minimum]
@@ -72,7 +72,10 @@ class IsoFlop:
 
 @dataclasses.dataclass(frozen=True)
 class Surface:
-    """The fit loss = E + A/N^alpha + B/D^beta, and the exponents a, b it implies for N ∝ C^a and D ∝ C^b."""
+    """The fit loss = E + A/N^alpha + B/D^beta for N parameters and D training tokens.
+
+    a, b: exponents that follow from the fit for the best model of C FLOPs, N ∝ C^a and D ∝ C^b.
+    """
 
     E: Estimate
     A: Estimate
@@ -89,21 +92,22 @@ class Surface:
 
 
 def power_law(x, y) -> np.ndarray:
-    """Fit a line to log y over log x; return (slope, intercept)."""
+    """Fit a line to log y as a function of log x; return (slope, intercept), with natural logarithms."""
     return np.polyfit(np.log(x), np.log(y), 1)
 
 
 def slope_of(x, y) -> Estimate:
-    """Fit y ∝ x^k; return k with a 95 % interval by Student's t distribution (NaN for under 3 points)."""
+    """Fit y ∝ x^k; return k with a 95 % interval by Student's t distribution, NaN for under 3 points."""
     line = stats.linregress(np.log(x), np.log(y))
     half = stats.t.ppf((1 + LEVEL) / 2, len(x) - 2) * line.stderr if len(x) > 2 else np.nan
     return Estimate(float(line.slope), float(line.slope - half), float(line.slope + half))
 
 
 def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
-    """Find the minimum of a parabola fitted to loss over log N; None if the parabola has no minimum.
+    """Fit a parabola to loss over log N (N: parameters); return its Minimum, or None if it opens downward.
 
-    points: the models of one budget. losses: replace the losses of `points`, for the bootstrap.
+    points: the models of one budget. losses: simulated losses that replace those of `points`, for the
+    bootstrap.
     """
     log_n, log_d = np.log([p.parameters for p in points]), np.log([p.tokens for p in points])
     parabola = np.polyfit(log_n, [p.loss for p in points] if losses is None else losses, 2)
@@ -116,7 +120,7 @@ def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
 
 
 def by_budget(points: list[Point]) -> dict[float, list[Point]]:
-    """Group points by budget and sort them by model size; leave out budgets with fewer than three points."""
+    """Return {budget in FLOPs: points, sorted by model size} for budgets with at least three points."""
     found: dict[float, list[Point]] = {}
     for point in sorted(points, key=lambda point: point.parameters):
         found.setdefault(point.budget, []).append(point)
@@ -124,10 +128,10 @@ def by_budget(points: list[Point]) -> dict[float, list[Point]]:
 
 
 def iso_flop(points: list[Point]) -> IsoFlop | None:
-    """Fit a parabola to each budget, then power laws to the minima; None for fewer than two minima.
+    """Fit a parabola to the losses of each budget, then power laws to the minima; None: under two minima.
 
-    The intervals come from the noise around the parabolas if some budget has four models or more, else from
-    the residuals of the minima around the power laws.
+    The 95 % intervals come from the noise around the parabolas if some budget has four models or more, else
+    from the residuals of the minima around the power laws.
     """
     found = []  # (minimum, points, losses of the parabola at the points) of each budget
     for budget, of in by_budget(points).items():
@@ -159,7 +163,10 @@ def iso_flop(points: list[Point]) -> IsoFlop | None:
 
 
 def surface(points: list[Point]) -> Surface | None:
-    """Fit loss = E + A/N^alpha + B/D^beta; None for under seven runs or if D : N hardly varies."""
+    """Fit loss = E + A/N^alpha + B/D^beta (N: parameters, D: training tokens) to the runs.
+
+    None: there are fewer than seven runs, or the ratio D : N hardly varies.
+    """
     n, d, loss = (np.array([getattr(p, name) for p in points]) for name in ("parameters", "tokens", "loss"))
     if len(points) < 7 or np.std(np.log(n / d)) < 0.1:
         return None
@@ -174,7 +181,7 @@ def surface(points: list[Point]) -> Surface | None:
         draws.append(refined(best, n, d, fitted * np.exp(scale * random.standard_normal(len(points)))))
 
     def numbers(p) -> tuple:
-        """Convert `p` of log_parts to (E, A, alpha, B, beta, a, b), the fields of Surface."""
+        """Convert (log E, log A, alpha, log B, beta) to (E, A, alpha, B, beta, a, b), as in Surface."""
         exponents = p[2] + p[4]
         return np.exp(p[0]), np.exp(p[1]), p[2], np.exp(p[3]), p[4], p[4] / exponents, p[2] / exponents
 
@@ -182,7 +189,10 @@ def surface(points: list[Point]) -> Surface | None:
 
 
 def log_parts(p, n, d) -> np.ndarray:
-    """Logarithms of the terms E, A/N^alpha, B/D^beta: [3, points]. p: (log E, log A, alpha, log B, beta)."""
+    """Logarithms of the terms E, A/N^alpha and B/D^beta of the loss: array of shape [3, points].
+
+    p: (log E, log A, alpha, log B, beta). n, d: parameters N and training tokens D of each point.
+    """
     return np.stack([np.full(len(n), p[0]), p[1] - p[2] * np.log(n), p[3] - p[4] * np.log(d)])
 
 
@@ -191,7 +201,7 @@ def log_loss(p, n, d) -> np.ndarray:
 
 
 def refined(start, n, d, loss) -> np.ndarray:
-    """Improve the parameters `start` of log_parts by minimizing the Huber loss of log-loss residuals."""
+    """Fit (log E, log A, alpha, log B, beta) to minimize the Huber loss of log loss, starting at `start`."""
     bounds = [-20, -20, 0.0, -20, 0.0], [5, 60, 3.0, 60, 3.0]
 
     def slopes(p):
@@ -212,7 +222,10 @@ def refined(start, n, d, loss) -> np.ndarray:
 
 
 def grid_start(n, d, loss) -> np.ndarray:
-    """Return parameters of log_parts: the best of a grid of alpha and beta, with E, A, B by least squares."""
+    """Return a rough fit (log E, log A, alpha, log B, beta), to be improved by `refined`.
+
+    It is the best of a grid of alpha and beta, with E, A, B by nonnegative least squares.
+    """
     best, start = np.inf, None
     for alpha in np.arange(0.1, 1.01, 0.1):
         for beta in np.arange(0.1, 1.01, 0.1):

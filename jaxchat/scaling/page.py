@@ -1,4 +1,4 @@
-"""Read the runs of a series and format the results as markdown: a table, the fits, the plots."""
+"""Read the runs of a scaling series and format the results as markdown: a table, the fits, the plots."""
 
 import math
 
@@ -14,7 +14,10 @@ OUTSIDE = "the minimum is outside the range of trained sizes: add smaller or lar
 
 
 def point_of(name: str, tag: str, budget: float = 0.0) -> Point | None:
-    """Read the results of base model `tag` as a Point; None if its validation bits per byte are missing."""
+    """Read base model `tag` as a Point called `name`; None if its validation bits per byte are missing.
+
+    budget: requested training FLOPs; 0: none were requested.
+    """
     from jaxchat.model.flops import num_params
 
     run = read_stage("base", tag)
@@ -27,7 +30,10 @@ def point_of(name: str, tag: str, budget: float = 0.0) -> Point | None:
 
 
 def markdown(title: str, points: list[Point], images: Images, lines: list[str]) -> str:
-    """Format a series as a markdown page. images: plots to link. lines: paragraphs from `said`."""
+    """Format a series as a markdown page: a table of `points`, the text `lines` on the fits, the plots.
+
+    images: {file name: (title, PNG)} of the plots, to which the page links.
+    """
     rows = [
         [
             point.name,
@@ -47,7 +53,7 @@ def markdown(title: str, points: list[Point], images: Images, lines: list[str]) 
 
 
 def said(points: list[Point], iso: IsoFlop | None, law: Surface | None) -> list[str]:
-    """Return markdown paragraphs and tables that describe the fits, with 95 % intervals."""
+    """Return markdown paragraphs and tables on the fits `iso` and `law` (None: not fitted)."""
     parts = []
     if iso:
         rows = [minimum_row(found) for found in iso.minima]
@@ -87,7 +93,7 @@ def minimum_row(found: Minimum) -> list[str]:
 
 
 def shown(estimate: Estimate) -> str:
-    """Format an estimate with its interval, "0.49 (0.45 to 0.53)", or the value alone."""
+    """Format an estimate as "0.49 (0.45 to 0.53)", or as the value alone if it has no interval."""
     if math.isnan(estimate.low):
         return f"{estimate.value:.3g}"
     return f"{estimate.value:.3g} ({estimate.low:.3g} to {estimate.high:.3g})"

@@ -1,4 +1,4 @@
-"""Plots of a series of runs: isoFLOP curves with minima, best N and D, loss and CORE against compute."""
+"""Plots of a scaling series: isoFLOP curves and minima, best N and D, loss and CORE as functions of FLOPs."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ from jaxchat.scaling.fits import IsoFlop, Point, by_budget
 
 
 def plots(points: list[Point], iso: IsoFlop | None) -> Images:
-    """Draw the plots for which there are enough points; return {file name: (title, PNG)}."""
+    """Draw those plots for which there are enough points; return {file name: (title, PNG)}."""
     images = {}
     if by_budget(points):
         images["isoflop.png"] = "Loss of models of equal compute", draw(iso_flop_curves, points, iso)

@@ -1,4 +1,7 @@
-"""Estimate tokens, time, memory and disk of a run before it starts; progress.py uses measured times later."""
+"""Estimate tokens, time, memory and disk of a run before it starts.
+
+Once steps have run, progress.py corrects the estimated times by the measured times.
+"""
 
 import dataclasses
 import math
@@ -23,9 +26,9 @@ TOKENIZER_CHARS = 3e6  # characters per second in tokenizer training
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The devices of a preset and their capabilities.
+    """The devices for which a run is planned.
 
-    flops: FLOP/s that all devices together sustain in training. memory: bytes per device. price: per hour.
+    flops: FLOP/s that all devices sustain in training. memory: bytes per device. price: of all, per hour.
     """
 
     title: str
@@ -39,10 +42,10 @@ class Machine:
 
 
 def time_of(steps: list[Step], times: dict[str, float], places: int = 1) -> float:
-    """Time until all steps have ended, in the unit of `times`.
+    """Return the time until all steps have ended, in the unit of `times`, {step name: duration}.
 
-    A step starts when its lane ("devices" or "network") has a free slot and its inputs exist. times: {step
-    name: duration}. places: number of slots of the lane "devices"; the lane "network" has one.
+    A step starts once its inputs exist and the resource that it uses (step.lane) has a free slot: "devices"
+    has `places` slots, "network" has one.
     """
     free: dict[str, list[float]] = {"devices": [0.0] * places, "network": [0.0]}  # when each slot is free
     made: dict[Artifact, float] = {}
@@ -92,7 +95,7 @@ def step_tokens(config, model: ModelConfig) -> float:
 
 
 def validation_tokens(config, model: ModelConfig, tokens: float, core: bool) -> float:
-    """Tokens that evaluations read during training on `tokens` tokens. core: whether CORE is measured."""
+    """Number of tokens that evaluations (CORE too if `core`) read while training on `tokens` tokens."""
     steps = tokens / step_tokens(config, model)
 
     def times(every: int, first: int = 0) -> int:
@@ -120,12 +123,12 @@ def eval_tokens(config, core: bool) -> float:
 
 
 def chat_eval_minutes(config) -> float:
-    """Rough estimate of the minutes that chat_eval with flags `config` takes, the same for every machine."""
+    """Rough estimate of the minutes that chat_eval with flags `config` takes on any machine."""
     return CHAT_EVAL * (min(1.0, config.max_problems / CHAT_PROBLEMS) if config.max_problems > 0 else 1.0)
 
 
 def train_minutes(config, model: ModelConfig, machine: Machine, core: bool) -> float:
-    """Minutes that a trainer takes, with its evaluations; 0: not known. core: whether it measures CORE."""
+    """Minutes to train with flags `config`, and evaluate (CORE too if `core`); 0: not known."""
     from jaxchat.model.flops import flops_per_token
 
     tokens = train_tokens(config, model)
@@ -136,7 +139,10 @@ def train_minutes(config, model: ModelConfig, machine: Machine, core: bool) -> f
 
 
 def read_minutes(tokens: float, model: ModelConfig, machine: Machine) -> float:
-    """Minutes to evaluate on `tokens` tokens, at a third of the FLOPs and half of the FLOP/s of training."""
+    """Minutes to start a command that evaluates on `tokens` tokens, and to run it.
+
+    Evaluation is assumed to take a third of the FLOPs of training on these tokens, at half of the FLOP/s.
+    """
     from jaxchat.model.flops import flops_per_token
 
     return machine.start + 2 / 3 * tokens * flops_per_token(model) / machine.flops / 60
@@ -153,6 +159,6 @@ def state_bytes(model: ModelConfig) -> int:
 
 
 def shards_for(config: BaseConfig, model: ModelConfig) -> int:
-    """Number of shards to download: enough to train without repetition, 10 % more, and one for validation."""
+    """Number of shards to download: 10 % more than training uses without repetition, plus 1 to validate."""
     tokens = train_tokens(config, model)
     return max(2, math.ceil(1.1 * tokens * BYTES_A_TOKEN / SHARD_BYTES) + 1)

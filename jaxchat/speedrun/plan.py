@@ -45,14 +45,14 @@ class Plan:
 
     @staticmethod
     def download(step: Step) -> float:
-        """Bytes that a step downloads to an empty folder. The CORE bundle is counted in the step "tasks"."""
+        """Bytes that a step downloads if no file is there yet. The step "tasks" includes the CORE bundle."""
         if step.lane != "network" or step.name == "bundle":
             return 0.0
         shards = [word.partition("=")[2] for word in step.argv if word.startswith("--shards=")]
         return int(shards[0]) * estimate.SHARD_FILE if shards else estimate.TASK_FILES
 
     def disk(self, todo: list[Step]) -> float:
-        """Bytes that the steps in `todo` will write: downloads, and the checkpoints kept for each stage."""
+        """Bytes that the steps in `todo` will add to the disk: missing downloads, and checkpoints."""
         from jaxchat import checkpoint
         from jaxchat.store import KEEP
 
@@ -66,7 +66,10 @@ class Plan:
         return text + tasks + count * estimate.state_bytes(self.model)
 
     def rows(self, todo: list[Step], left: dict[str, float], spent: float = 0.0) -> list[tuple[str, str]]:
-        """Rows (name, value) of the plan. left: {name: seconds} for `todo`. spent: seconds so far."""
+        """Return rows (name, value) of the printed plan.
+
+        todo: steps to run. left: {step name: remaining seconds}. spent: seconds that the run took so far.
+        """
         from jaxchat.model.flops import num_params
 
         machine, model, size = self.preset.machine, self.model, files.size_text
@@ -98,7 +101,7 @@ class Plan:
         return rows
 
     def memory(self) -> str:
-        """State the memory of weights and optimizer, and the command to compute the total for a step."""
+        """Describe the memory of weights and optimizer, and the command that computes the total of a step."""
         machine, state = self.preset.machine, estimate.state_bytes(self.model)
         needed = f"weights and optimizer take {files.size_text(state / machine.devices)} of each device"
         if not machine.memory:
@@ -109,10 +112,11 @@ class Plan:
 
 
 def table(steps: list[Step], why: dict[str, str], seconds: dict[str, float], flags: bool = True) -> list[str]:
-    """Format steps as lines of name, state, time and command.
+    """Format steps as lines of name, state ("to do" or "done"), time and command, below a heading.
 
-    why: {name: reason} of the steps to do. seconds: {name: seconds}, the time that a step to do will take or
-    that a completed step took; 0: not known. flags: whether to show the flags of the commands.
+    why: {step name: reason to run it}; the steps not in it are done. seconds: {step name: expected seconds of
+    a step to do, or measured seconds of a completed one}; 0: not known. flags: whether to show the flags of
+    the commands.
     """
     names = max(len(step.name) for step in steps)
     lines = [f"  {'step':<{names}}  {'state':<5}  {'time':>7}  command"]

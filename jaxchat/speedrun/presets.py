@@ -30,7 +30,8 @@ H100, V5E, V6E = 989e12, 197e12, 918e12  # peak FLOP/s
 class Preset:
     """Settings of a run for a kind of machine.
 
-    flags: {step name: additional flags}. recipe: a key of RECIPES. text: name of the data set to train on.
+    flags: {step name: additional flags}. recipe: "2025" (base, mid, SFT) or "2026" (base, SFT). text: name of
+    the data set to train on.
     """
 
     about: str
@@ -123,7 +124,7 @@ class Places:
         return (Files(place if place.endswith(".zip") else f"{place}/*"),)
 
     def flags(self, *names: str) -> list[str]:
-        """Return --name=path for each of the paths `names` that the user gave."""
+        """Return the flags --name=path for those of `names` whose paths the user gave."""
         given = {name: getattr(self, name) for name in names}
         return [f"--{name}={value}" for name, value in given.items() if value not in ("", NONE)]
 
@@ -134,7 +135,7 @@ def absolute(folder: str) -> str:
 
 
 def demo_steps() -> list[Step]:
-    """The steps of the demo, in the current base directory."""
+    """Return the steps of the demo, which read and write files in the current base directory."""
     flags = commands(base_dir() / "tasks", seed=0, rows=2, steps=STEPS)
     text, world = Files("base_data/*.parquet", least=5), Files("tasks/world_*.jsonl", least=3)
     base, mid, sft = (Checkpoint(stage, TAG) for stage in ("base", "mid", "sft"))
@@ -153,9 +154,10 @@ def demo_steps() -> list[Step]:
 
 
 def first_text(places: Places, shards: int, text: str) -> Files:
-    """The shards to train the tokenizer on: those that the step "first-text" downloads, or all shards.
+    """Return the shards to train the tokenizer on: those that the step "first-text" downloads, or else all.
 
-    There is no such step if the user gave a folder or there are few shards. text: name of the data set.
+    That step exists only if the user gave no folder and there are more than TOKENIZER_SHARDS shards. shards:
+    number of shards of the run. text: name of the data set.
     """
     if places.data_dir or shards <= TOKENIZER_SHARDS:
         return text_of(places, shards)
@@ -164,10 +166,10 @@ def first_text(places: Places, shards: int, text: str) -> Files:
 
 
 def downloads(places: Places, shards: int, text: str) -> list[Step]:
-    """Steps that download the data for which the user gave no path.
+    """Return the steps that download the data for which the user gave no path.
 
-    The step "first-text" downloads the shards for the tokenizer, which then trains during further downloads.
-    text: name of the data set.
+    If the run has many shards, the step "first-text" downloads those for the tokenizer, which then trains
+    while the other data is downloaded. shards: number of shards of the run. text: name of the data set.
     """
 
     def fetch(name: str, *words: str, **about) -> Step:
@@ -189,12 +191,15 @@ def downloads(places: Places, shards: int, text: str) -> list[Step]:
 
 
 def text_of(places: Places, shards: int) -> Files:
-    """All shards of text. They are complete if there are `shards` files, or two in a folder of the user."""
+    """Return all shards of text; complete with `shards` files, or with two in a folder that the user gave."""
     return places.text if places.data_dir else dataclasses.replace(places.text, least=shards)
 
 
 def real_steps(preset: Preset, tag: str, depth: int, places: Places, shards: int, rl: bool) -> list[Step]:
-    """The steps of a run on real data, before the flags of the preset and of the user are added."""
+    """Return the steps of a run on real data, before the flags of the preset and of the user are added.
+
+    shards: number of shards to download. rl: whether to include RL and its evaluation.
+    """
     text, some = text_of(places, shards), first_text(places, shards, preset.text)
     base, of_base = Checkpoint("base", tag), Results("base", tag, "base_eval")
     tasks, tagged = places.tasks, f"--model_tag={tag}"

@@ -1,4 +1,4 @@
-"""Report a run's progress and the time left: lines for people, status.json for programs."""
+"""Report a run's progress and the time left: printed lines for people, status.json for programs."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ PRIOR = 0.1  # fraction of the planned time that is assumed to take as long as p
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """Progress of a trainer: the fraction done, and the seconds that 100 % takes at the recent pace."""
+    """Progress of a trainer: fraction of training done, seconds that all of it takes at the recent speed."""
 
     fraction: float
     seconds: float
@@ -32,7 +32,7 @@ class Pace:
 
 
 def pace_of(step: Step) -> Pace | None:
-    """Read a trainer's pace from metrics.jsonl; None if `step` is not a trainer or has logged too little."""
+    """Read a trainer's Pace from metrics.jsonl; None if `step` is not a trainer or has logged too little."""
     paths = [artifact.folder / "metrics.jsonl" for artifact in step.makes if isinstance(artifact, Checkpoint)]
     if not paths or not paths[0].exists():
         return None
@@ -55,10 +55,10 @@ def pace_of(step: Step) -> Pace | None:
 
 
 def scale_of(steps: list[Step], done: dict[str, float]) -> float:
-    """Ratio of measured to planned time of the steps on devices that are done or have logged a pace.
+    """Return measured time / planned time, over steps on devices that are done or have logged their speed.
 
-    done: {name: seconds} of completed steps. A fraction PRIOR of the plan is assumed to take as long as
-    planned, so that a short first step hardly changes the estimates of long steps.
+    done: {name: seconds} of completed steps. A fraction PRIOR of the planned time of all steps is added to
+    both, so that a short first step hardly changes the estimates of long steps.
     """
     planned = {step.name: 60 * step.minutes for step in steps if step.lane == "devices"}
     prior = PRIOR * sum(planned.values())
@@ -72,16 +72,19 @@ def scale_of(steps: list[Step], done: dict[str, float]) -> float:
 
 
 def seconds_left(step: Step, scale: float) -> float:
-    """Remaining seconds of a step: by its logged pace, or else planned time × `scale`; 0: not known."""
+    """Estimated remaining seconds of a step, by its logged speed or else by its planned time; 0: not known.
+
+    scale: measured time / planned time, to correct the planned times of steps on devices.
+    """
     pace = pace_of(step)
     return pace.left if pace else 60 * step.minutes * (scale if step.lane == "devices" else 1.0)
 
 
 def outlook(steps: list[Step], took: dict[str, float], why: dict[str, str]) -> dict[str, float]:
-    """Return {name: remaining seconds} of the steps to do.
+    """Return {name: estimated remaining seconds} of the steps to do.
 
-    took: {name: seconds so far} of all steps. why: {name: reason} of the steps to do. Measured times of steps
-    that --redo repeats are ignored.
+    took: {name: seconds so far} of all steps. why: {name: reason} of the steps to do. Times measured before
+    --redo are ignored for the steps that it repeats.
     """
     done = {name: seconds for name, seconds in took.items() if name not in why}
     scale = scale_of([step for step in steps if why.get(step.name) != AGAIN], done)
@@ -91,7 +94,7 @@ def outlook(steps: list[Step], took: dict[str, float], why: dict[str, str]) -> d
 
 
 class Progress:
-    """Print the progress of a Runner and write it to status.json, while it runs."""
+    """Print the progress of a Runner and write it to status.json, while the Runner runs steps."""
 
     def __init__(self, runner: Runner, price_per_hour: float = 0.0):
         self.runner, self.steps, self.price = runner, runner.steps, price_per_hour
@@ -110,7 +113,7 @@ class Progress:
             self.write("running")
 
     def left_of(self, step: Step, scale: float) -> float | None:
-        """Remaining seconds of a step; 0: the step is done; None: not known."""
+        """Remaining seconds of a step; 0: done; None: not known. scale: measured time / planned time."""
         if step.name in self.runner.done:
             return 0.0
         left, running = seconds_left(step, scale), self.runner.running.get(step.name)
@@ -141,7 +144,7 @@ class Progress:
         return text
 
     def summary(self) -> str:
-        """Time and cost of all starts of the run: "all 13 steps are done, in 3h20m; cost 80.00"."""
+        """Total time and cost, including earlier starts: "all 13 steps are done, in 3h20m; cost 80.00"."""
         cost = f"; cost {self.spent() / 3600 * self.price:,.2f}" if self.price else ""
         return f"all {len(self.steps)} steps are done, in {duration(self.spent())}{cost}"
 
@@ -150,7 +153,7 @@ class Progress:
         return self.before + time.monotonic() - self.began
 
     def write(self, state: str):
-        """Write status.json: what runs, what is done, and the time left."""
+        """Write status.json: the run's state (such as "running" or "failed"), its steps, the time left."""
         self.written = time.monotonic()
         left, known = self.left()
         steps = []

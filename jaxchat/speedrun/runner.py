@@ -23,7 +23,7 @@ PAUSE = 1.0  # seconds before a step is restarted
 class Running:
     """A running step: a subprocess, which holds the step's lock, and the log of its output.
 
-    words: the command. lock: descriptor of the lock file. place: environment variables of the step's slot.
+    words: the command. lock: descriptor of the lock file. place: additional environment variables.
     """
 
     def __init__(self, step: Step, log, words: list[str], lock: int, place: dict):
@@ -43,7 +43,7 @@ class Running:
         os.close(lock)
 
     def follow(self, show: Callable[[str], None]) -> int:
-        """Copy output to the log and to `show` until the step ends. Return its code, 128 + n for signal n."""
+        """Copy output to the log and `show` until the step ends. Return its code; 128 + n for signal n."""
         reader = threading.Thread(target=self.read, args=[show], daemon=True)
         reader.start()
         code = self.process.wait()
@@ -65,10 +65,10 @@ class Running:
 
 
 class Runner:
-    """Run steps in order, in parallel if they are in different lanes or their lane has several slots."""
+    """Run steps as subprocesses, each once its inputs exist. Downloads run beside the steps on devices."""
 
     def __init__(self, steps: list[Step], state: State, *, restarts: int, places: tuple[dict, ...] = ({},)):
-        """places: environment variables for the steps in each slot of the lane "devices"."""
+        """places: environment variables of each of the steps that may run on devices at the same time."""
         self.steps, self.state, self.restarts = steps, state, restarts
         self.free = {"devices": list(places), "network": [{}]}
         self.parallel = len(places)
@@ -96,7 +96,7 @@ class Runner:
         return os.EX_TEMPFAIL if self.stopped else self.failed
 
     def wait(self):
-        """Wait at most half a second for a step to end, and record how it ended."""
+        """Wait at most half a second for a step to end; if one ends, record its time and exit code."""
         try:
             name, code = self.events.get(timeout=0.5)
         except queue.Empty:
@@ -104,7 +104,7 @@ class Runner:
         self.ended(self.running.pop(name), code)
 
     def start_ready(self):
-        """Start every step whose inputs exist and whose lane has a free slot."""
+        """Start every step whose inputs exist, if its lane ("devices" or "network") has a free slot."""
         for step in list(self.waiting):
             if self.stopped or self.failed:
                 return
@@ -138,7 +138,7 @@ class Runner:
     def claim(self, step: Step) -> int | None:
         """Acquire a step's lock and return its file descriptor; None: a signal to stop came first.
 
-        If a process that a killed run left behind holds the lock, send SIGTERM and wait until it ends.
+        If a process that a killed run left behind holds the lock, send it SIGTERM and wait until it ends.
         """
         asked = ""
         while not self.stopped:
@@ -159,7 +159,7 @@ class Runner:
         self.events.put((running.step.name, code))
 
     def ended(self, running: Running, code: int):
-        """Record the end of a step. After a failure, start the step again or end the run."""
+        """Record that a step ended with exit code `code`. After a failure, start it again or end the run."""
         step, seconds = running.step, time.monotonic() - running.began
         running.log.close()
         lacking = [] if code else [made.title for made in step.makes if not made.found()]
@@ -191,7 +191,7 @@ class Runner:
             running.process.send_signal(number)  # does nothing if the process has ended
 
     def stop(self, number: int):
-        """Send a signal to the running steps, and start no more steps."""
+        """Send signal `number` to the running steps, and start no more steps."""
         self.stopped = number
         self.send(number)
 
@@ -200,7 +200,8 @@ class Runner:
 def hearing(heard: Callable[[int], None]):
     """Context in which each signal to stop (SIGTERM, SIGUSR1, SIGINT, SIGHUP) calls heard(number).
 
-    number: SIGINT for SIGINT, else SIGTERM. A signal ignored before, as SIGHUP is under nohup, stays ignored.
+    number: SIGINT after SIGINT, SIGTERM after the others. A signal that was ignored before (SIGHUP under
+    nohup) stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield

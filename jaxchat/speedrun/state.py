@@ -32,7 +32,7 @@ class State:
         return read_json(self.path(name))
 
     def seconds(self, steps: list[Step]) -> dict[str, float]:
-        """Return {name: seconds spent on the step}. A killed attempt counts once the step starts again."""
+        """Return {step name: seconds spent}. The time of a killed attempt is added at the next start."""
         return {step.name: self.record(step.name).get("seconds", 0.0) for step in steps}
 
     def incomplete(self, step: Step) -> bool:
@@ -67,10 +67,10 @@ class State:
         files.write_json(self.path(step.name), record)
 
     def why_to_do(self, step: Step, remade: frozenset[Artifact] = frozenset()) -> str | None:
-        """Return why a step must run ("": nothing to show), or None if record and files show that it is done.
+        """Return why a step must run ("": nothing special), or None if record and files show it to be done.
 
-        remade: artifacts that earlier steps will make again. UserError: the step's flags or inputs differ
-        from those it was run with.
+        remade: artifacts that earlier steps will make again, so that their present files are not compared.
+        UserError: the step's flags or inputs differ from those it was run with.
         """
         record = self.record(step.name)
         outputs, continues = record.get("outputs"), begun(step)
@@ -90,7 +90,7 @@ class State:
         return f"{why}, continues" if continues else why
 
     def differences(self, step: Step, record: dict, skip) -> str:
-        """Describe the flags and inputs that differ from a step's record; "": none. skip: inputs ignored."""
+        """Describe the flags and inputs that differ from a step's record; "": none. skip: inputs to skip."""
         now, then = step.fixed, dataclasses.replace(step, argv=tuple(record.get("argv", step.argv))).fixed
         parts = []
         if now != then:
@@ -117,7 +117,7 @@ class State:
         return found if read_json(self.path(REDO)) != commands_of(steps, names) else set()
 
     def forget(self, steps: list[Step], names: set[str]):
-        """Delete the outputs and records of the named steps, and of all steps that need them."""
+        """Delete the outputs and records of the steps `names`, and of all steps that need their outputs."""
         again = dependents(steps, names)
         for step in reversed(steps):
             if step.name in again:
@@ -181,7 +181,10 @@ def begun(step: Step) -> bool:
 
 
 def damage(step: Step, outputs: dict[str, str]) -> str:
-    """Describe what is wrong with a step's outputs; "": nothing."""
+    """Describe what is missing, damaged or changed in a step's outputs; "": nothing.
+
+    outputs: {path: fingerprint}, as recorded when the step ended.
+    """
     for artifact in step.makes:
         found = artifact.found()
         if not found:

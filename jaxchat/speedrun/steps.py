@@ -36,8 +36,8 @@ class Artifact:
 class Files(Artifact):
     """The files that match a glob pattern, relative to the base directory or absolute.
 
-    least: smallest number of files of a complete artifact. first: number of files to use, in the order of
-    their names; 0: all.
+    least: number of files below which the artifact is incomplete. first: number of files to use, in the order
+    of their names; 0: all.
     """
 
     pattern: str
@@ -91,7 +91,7 @@ class Checkpoint(Artifact):
         return {f"{self.title}/{step}": files.file_hash(sealed)[:16] if sealed.exists() else "not sealed"}
 
     def damage(self) -> str:
-        """Read the weights and metadata, and describe what is wrong with them; "": nothing."""
+        """Read the last checkpoint's weights and metadata, and describe what is wrong; "": nothing."""
         from jaxchat import seal
 
         return seal.damage(self.folder / str(self.last()), ("params", "meta"))
@@ -135,8 +135,9 @@ class Step:
     """A command of a run.
 
     argv: words of the command. makes: artifacts it writes; (): none are tracked, so the step always runs.
-    needs: artifacts it reads. minutes: estimated time; 0: not known. lane: "devices" or "network"; both run
-    in parallel. resumes: whether the command takes --resume. free: flags that may differ between starts.
+    needs: artifacts it reads. minutes: estimated time; 0: not known. lane: the resource it uses, "devices" or
+    "network"; steps on different resources run in parallel. resumes: whether the command takes --resume.
+    free: names of flags that may be changed when the step is continued.
     """
 
     name: str
@@ -176,7 +177,7 @@ def dependents(steps: list[Step], names: set[str]) -> set[str]:
 
 
 def named(steps: list[Step], flag: str, text: str) -> set[str]:
-    """Split a comma-separated list of step names. UserError: there is no step of that name."""
+    """Return the step names in `text`, the value of --`flag`. UserError: there is no step of that name."""
     names = {name.strip() for name in text.split(",") if name.strip()}
     known = [step.name for step in steps]
     if unknown := sorted(names - set(known)):
@@ -185,7 +186,10 @@ def named(steps: list[Step], flag: str, text: str) -> set[str]:
 
 
 def chosen(steps: list[Step], first: str = "", last: str = "", only: str = "") -> list[Step]:
-    """Return the steps from `first` to `last`, or those in the list `only`. UserError: invalid choice."""
+    """Return the steps from `first` to `last` (both included; "": no limit), or those named in `only`.
+
+    UserError: a name is unknown, `only` is combined with the others, or `first` comes after `last`.
+    """
     if only and (first or last):
         raise UserError("--only contradicts --from and --until; leave them out")
     if only:

@@ -14,7 +14,10 @@ MOUNTED = ("implicit-dirs", "rename-dir-limit=200000")
 
 
 def secret_names(text: str, *, here: bool) -> list[str]:
-    """Parse --secrets into a list of names. UserError: a name is invalid or, if `here`, not set here."""
+    """Parse --secrets into a list of names. UserError: a name is invalid.
+
+    here: also raise UserError if a name is not set in this environment.
+    """
     names = [name for name in text.split(",") if name]
     for name in names:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
@@ -40,7 +43,7 @@ def submit(file: str, text: str, words: list[str], dry_run: bool):
 
 
 def perform(words: list[str], dry_run: bool, check: bool = True) -> int:
-    """Print a command, run it unless `dry_run`, and return the exit code. check: UserError if it is not 0."""
+    """Print a command, run it unless `dry_run`, and return the exit code. check: raise UserError if not 0."""
     print(shlex.join(words), flush=True)
     if dry_run:
         return 0

@@ -74,7 +74,10 @@ class Config(Flags):
 
 
 def hardware(config: Config) -> tuple[int, dict, dict]:
-    """Return (number of hosts per slice, labels of the nodes to use, resource limits of a pod)."""
+    """Return (hosts per slice, {label of nodes: value}, {resource: limit of a pod}).
+
+    UserError: a flag is invalid.
+    """
     if bool(config.tpu) == bool(config.gpu):
         raise UserError("give either --tpu=v5e:4x4 or --gpu=nvidia-h100-80gb")
     if config.gpu:
@@ -121,7 +124,7 @@ def container(config: Config, command: list[str], hosts: int, takes: dict) -> di
 
 
 def jobset(config: Config, command: list[str]) -> dict:
-    """The JobSet as nested dicts, ready for YAML."""
+    """Return the JobSet that runs `command`, as nested dicts, ready for YAML."""
     hosts, labels, takes = hardware(config)
     volumes = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     if config.bucket:

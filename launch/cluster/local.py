@@ -18,8 +18,8 @@ from jaxchat.speedrun.runner import hearing
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
     """Run the command in several processes on this machine. The processes find one another by the
-    variables JAX_COORDINATOR_ADDRESS, JAXCHAT_NUM_PROCESSES and JAXCHAT_PROCESS_ID. Process 0 prints; the
-    others print errors only.
+    environment variables JAX_COORDINATOR_ADDRESS, JAXCHAT_NUM_PROCESSES and JAXCHAT_PROCESS_ID. Process 0
+    prints; the others print errors only.
 
     SIGTERM and Ctrl-C are passed on. After such a signal, or when a process fails, the processes have --grace
     seconds to end; those still running are then killed. After exit code 75, 76, 134 or 137 the run is
@@ -48,16 +48,17 @@ def free_port() -> int:
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs that subprocesses can use, as in CUDA_VISIBLE_DEVICES."""
+    """Names or indices of the GPUs that subprocesses can use, as listed in CUDA_VISIBLE_DEVICES."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in given.split(",") if name]
     return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
 def shares(gpus: list[str], count: int, flag: str) -> list[dict[str, str]]:
-    """Return environment variables for `count` programs that share `gpus` equally; {} for each without GPUs.
+    """Divide `gpus` equally among `count` programs; return the environment variables of each program.
 
-    flag: name of the flag that gives `count`. UserError: there are fewer GPUs than programs.
+    Without GPUs, each gets {}. flag: name of the flag that gives `count`. UserError: there are fewer GPUs
+    than programs.
     """
     each = len(gpus) // count
     if gpus and not each:
@@ -67,7 +68,7 @@ def shares(gpus: list[str], count: int, flag: str) -> list[dict[str, str]]:
 
 
 def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
-    """Return the command line of each process."""
+    """Return the command line of each process, which sets its environment variables with env."""
     gpus, wanted = visible_gpus(), config.gpus_per_process * config.processes
     if wanted >= 0:
         # There may be fewer GPUs here, because a dry run may be for another machine.

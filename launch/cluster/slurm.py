@@ -14,10 +14,10 @@ class Config(Flags):
     """Write <job_name>.sbatch to the current folder and submit it. Each node runs one process, which uses all
     GPUs of the node; the processes find one another.
 
-    The job runs in this folder with this environment, so it gets the secrets that are set here, which no
-    file contains. Two minutes before the time limit, and when the job is preempted, the run saves and ends;
-    the job is then requeued, and the run continues if the command has --resume. JAXCHAT_BASE_DIR must be on a
-    disk that all nodes share.
+    The job runs in this folder with this environment, so it gets the secrets that are set here; they are
+    written to no file. Two minutes before the time limit, and when the job is preempted, the run saves and
+    ends; the job is then requeued, and the run continues if the command has --resume. JAXCHAT_BASE_DIR must
+    be on a disk that all nodes share.
     """
 
     job_name: str = "jaxchat"

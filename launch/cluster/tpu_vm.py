@@ -129,8 +129,8 @@ def on(config: Config, workers: str, shell: str) -> list[str]:
 def started(config: Config, command: list[str]) -> str:
     """Return shell code that runs commands one by one in the background and writes the exit code to run.code.
 
-    A command is restarted after one of the exit codes RESTARTED; any other failure ends the sequence.
-    command: the words of all commands, separated by --.
+    A command is restarted after exit code 75, 76, 134 or 137; any other failure ends the sequence. command:
+    the words of all commands, separated by --.
     """
     base, kept = "", ""
     if config.bucket:
@@ -184,7 +184,7 @@ def setup(config: Config, secrets: list[str]):
 
 
 def wait(config: Config):
-    """Wait until the queued resource is granted."""
+    """Wait until the queued resource, a request for a TPU, is granted. UserError: the request failed."""
     print(f"# every 30 s, until it prints ACTIVE:\n{shlex.join(state(config))}", flush=True)
     while not config.dry_run:
         asked = subprocess.run(state(config), capture_output=True, text=True)
