@@ -136,7 +136,7 @@ def kernel_for(implementation: str, head_dim: int, time: int) -> str:
 def library_attention(
     q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, implementation: str, window: int | None = None
 ):
-    """Compute causal_attention with jax.nn.dot_product_attention. -> [B, T, N, H].
+    """Compute causal attention with jax.nn.dot_product_attention. -> [B, T, N, H].
 
     Segments become a mask [B, 1, T, T], which cuDNN reads as a bias: T² numbers per row.
     """
@@ -162,7 +162,7 @@ def splash_block(time: int, window: int | None) -> int:
 def splash_attention(
     q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: int | None = None, interpret: bool = False
 ):
-    """Compute causal_attention with JAX's splash kernel for TPUs. -> [B, T, N, H].
+    """Compute causal attention with JAX's splash kernel for TPUs. -> [B, T, N, H].
 
     The kernel skips masked blocks and writes no scores to memory. Arrays are padded with zeros to sizes that
     the kernel supports: padded keys come after every query, and padded features add 0 to a score.

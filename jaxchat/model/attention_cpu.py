@@ -1,6 +1,6 @@
 """Attention for CPUs: plain XLA operations on one block at a time, skipping most of the masked scores.
 
-attention.py is the simpler definition of the same results. Queries and keys must be normalized: scores are
+To learn what is computed, read attention.py instead. Queries and keys must be normalized: scores are
 then at most √H (11 at H = 128) times qk_scale² (at most 4), so the softmax can use exp(score) without
 subtracting the maximum.
 """
@@ -15,7 +15,7 @@ SLOT_BLOCK = 64  # cache slots per block while decoding
 
 
 def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: int | None = None):
-    """Compute causal attention (causal_attention in attention.py) by blocks of queries. -> [B, T, N, H].
+    """Compute causal attention, as attention.py defines it, by blocks of queries. -> [B, T, N, H].
 
     A block of queries skips the keys after its last query and those before the window of its first query.
     """

@@ -90,7 +90,7 @@ class KVCache:
     def place(self, other: "KVCache", rows_P) -> "KVCache":
         """Copy the P rows of `other` into this cache, row p to row rows_P[p].
 
-        If rows_P[p] is beyond the last row, row p is dropped. `other` must not have more slots.
+        If rows_P[p] is beyond the last row, row p is dropped. `other` must not have more slots than self.
         """
 
         def put(array, other):
@@ -107,7 +107,7 @@ class KVCache:
         )
 
     def resize(self, slots: int) -> "KVCache":
-        """Change the number of slots per row to `slots`; no row may hold more tokens than that."""
+        """Change the number of slots per row to `slots`; no row may hold more tokens."""
 
         def change(array):
             more = slots - array.shape[2]

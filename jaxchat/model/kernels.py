@@ -186,7 +186,7 @@ def add_norm_kernel(mask, rows, columns, x_ref, y_ref, sum_ref, h_ref, *, eps: f
 
 
 def norm_backward_kernel(mask, rows, columns, x_ref, dx_ref, dh_ref, out_ref, *, eps: float):
-    """Compute the gradient of x from dx and dh, the gradients of residual_norm's two results."""
+    """Compute the gradient of x from dx and dh, the gradients of residual_norm's (sum, norm)."""
     x, dx, dh = (load(ref, rows, columns, mask) for ref in (x_ref, dx_ref, dh_ref))
     r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + eps)
     m = jnp.sum(x * dh, 1, keepdims=True) / x_ref.shape[1] * r * r

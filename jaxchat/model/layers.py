@@ -40,7 +40,7 @@ def layers(config: ModelConfig) -> tuple[Layer, ...]:
 
 
 def middle(config: ModelConfig) -> int | None:
-    """Index of the middle layer, whose scaled result backout subtracts from the last layer's, or None."""
+    """Index of the layer whose scaled result is subtracted at the end (backout); None: no backout."""
     return config.n_layer // 2 if config.backout else None
 
 
@@ -61,8 +61,8 @@ def periods(kinds: tuple[Layer, ...]) -> tuple[int, int]:
 def through_layers(step: Callable, x_BTD, blocks: Blocks, config: ModelConfig, compute: Compute):
     """Compute all layers in turn. -> (x_BTD, the middle layer's result or, without backout, None).
 
-    step(x_BTD, weights, kind=Layer) -> x_BTD computes one layer. A repeating pattern of layers is a loop, so
-    that a deep model compiles as fast as a shallow one; compute.unroll unrolls the loop.
+    step(x_BTD, weights, kind=Layer) -> x_BTD computes one layer. A repeating pattern is compiled as a loop,
+    so that a deep model compiles as fast as a shallow one; compute.unroll unrolls the loop.
     """
     kinds, mid = layers(config), middle(config)
     size, repeats = periods(kinds)
@@ -95,6 +95,6 @@ def through_layers(step: Callable, x_BTD, blocks: Blocks, config: ModelConfig, c
 
 
 def split_periods(stack, repeats: int, count: int):
-    """Reshape the first `count` entries along axis 0 to [repeats, count / repeats, ...]; drop the others."""
+    """Reshape the first `count` weights of a stack to [repeats, count / repeats, ...]; drop the others."""
     stack = stack if count == stack.shape[0] else stack[:count]
     return stack.reshape(repeats, count // repeats, *stack.shape[1:])

@@ -80,7 +80,7 @@ def weight_in_fp8(name: str, compute: Compute) -> bool:
 def quantize(a, dtype, axis: str | None = None):
     """Quantize `a` to a float8 `dtype`. -> (a / scale in `dtype`, scale: a float32 power of two).
 
-    axis: a mesh axis over which `a` is sharded, whose shards then have one common scale; None: no such axis.
+    axis: the mesh axis over whose devices `a` is sharded, if all shards are to have the same scale.
 
     The scale brings the largest |a| to within a factor of two of the dtype's largest number. Multiplying by
     a power of two is exact in every format, so XLA may apply the scale within a matrix product. If a number

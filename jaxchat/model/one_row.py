@@ -58,7 +58,7 @@ def add_product(stream_O, x_D, w_OD):
 
 
 def kernel(result):
-    """Return `result`, made XLA's end of a kernel, so that other kernels read instead of recompute it."""
+    """Return `result` behind a barrier, so that XLA doesn't recompute it in every kernel that reads it."""
     return lax.optimization_barrier(result)
 
 

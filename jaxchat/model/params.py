@@ -79,7 +79,7 @@ def line(first: float, last: float):
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """The declaration of one weight.
+    """How one weight is initialised, sharded, stored and optimized.
 
     axes: for each dimension, the mesh axis that it is sharded over, or None.
     init: function (key, shape) -> initial values, float32.
