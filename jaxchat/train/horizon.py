@@ -100,5 +100,5 @@ def momentum_2026(steps: int, cooling: int, warmup: int = MOMENTUM_WARMUP) -> Ca
 
 
 def decay_2026(first: float, steps: int) -> Callable:
-    """Return a function from finished updates to Muon's weight decay: half a cosine from `first` to 0."""
+    """Return a function, number of finished updates -> Muon's decay: half a cosine from `first` to 0."""
     return lambda count: first * 0.5 * (1 + jnp.cos(jnp.pi * count / steps))

@@ -43,7 +43,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A stage that is ready for training, as prepared by run.open_run."""
+    """A stage that is ready for training, with its jitted step and its initial or restored state."""
 
     stage: Stage
     state: TrainState  # train donates it to the first step
@@ -182,7 +182,7 @@ class Loop:
         self.step = step
 
     def take_step(self):
-        """Start the next training step without waiting for the devices, which still compute the last one."""
+        """Start the next training step without waiting for the devices to finish the previous step."""
         stage, mesh, first = self.stage, self.stage.model.mesh, self.step == self.run.first_step
         asked = time.perf_counter()
         batch = self.next_batch()

@@ -82,7 +82,7 @@ class MetricsLog:
             log.close()
 
     def write(self, step: int, values: dict[str, float], evaluation: str = ""):
-        """Log {name: number} of a step. evaluation: name of the evaluation that measured them, or ""."""
+        """Log {name: number} of a step. evaluation: name of the evaluation that measured them, if any."""
         if self._file:
             named = {"evaluation": evaluation} if evaluation else {}
             known = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -119,7 +119,7 @@ class MetricsLog:
 
 
 def evaluations_after(step: int, folder: Path) -> list[str]:
-    """Names of the evaluations at step `step` that metrics.jsonl records."""
+    """Names of the evaluations after step `step` that metrics.jsonl in `folder` records."""
     rows = files.read_lines(folder / "metrics.jsonl")
     return [row["evaluation"] for row in rows if row.get("step") == step and "evaluation" in row]
 

@@ -42,7 +42,7 @@ class Muon:
     equal: first scale the gradients of all output neurons to the same norm (MuonEq).
     exact: scale the result to the norm of an orthogonal matrix (Muon+).
     neuron_beta: decay of a running mean square of each neuron's updates; updates are divided by its root
-    (NorMuon). 0: they are not.
+    (NorMuon). 0: no mean is kept, and updates are not divided.
     """
 
     lr: float

@@ -36,7 +36,7 @@ class Start:
 
 
 def tokenizer_for(config: TrainConfig, name: str, tag: str) -> Tokenizer:
-    """Load the tokenizer of the run to resume; without --resume or checkpoints, the base directory's.
+    """Load the tokenizer of the run to resume; without one, that of the base directory.
 
     name: the stage. tag: the run's --model_tag.
     """

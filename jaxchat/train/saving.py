@@ -51,9 +51,9 @@ class Saver:
         return bool(self._checkpoints) and 0 < 60 * minutes <= clock() - self._saved_at
 
     def agree(self, values: dict[str, float]):
-        """Record that a save is due, if a step's numbers (`values`) say that --save_minutes passed anywhere.
+        """Note that a save is due if --save_minutes have passed by the clock of at least one process.
 
-        "overdue" in `values` is a sum over all processes, so all of them save after the same step.
+        values: a step's numbers; "overdue" is a sum over processes, so all of them save after the same step.
         """
         self._overdue = self._overdue or values.get("overdue", 0) > 0
 
@@ -106,7 +106,7 @@ class Saver:
     def rescue(self, state: TrainState, step: int, *, alone: bool):
         """Save the state, if possible, before an error ends the run.
 
-        alone: whether other processes may not have the error. Then a run of several processes isn't saved,
+        alone: whether only this process may have the error. Then a run of several processes isn't saved,
         because all processes must take part in a save.
         """
         if not self._checkpoints or step <= self._begun or alone and jax.process_count() > 1:

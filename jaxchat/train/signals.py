@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class BrokenOff(BaseException):
-    """A signal to stop arrived within Stop.breaks_off. `except Exception` doesn't catch a BrokenOff."""
+    """Raised if a signal to stop arrives within Stop.breaks_off. `except Exception` does not catch it."""
 
 
 class Stop:
@@ -33,9 +33,9 @@ class Stop:
 
     @contextlib.contextmanager
     def breaks_off(self):
-        """A context in which a signal raises BrokenOff at once instead of after the step.
+        """A context in which a signal to stop raises BrokenOff at once.
 
-        With several processes it has no effect, since interrupting one would leave the others waiting.
+        With several processes the context has no effect: interrupting one would leave the others waiting.
         """
         self._breaks_off = jax.process_count() == 1
         try:
@@ -67,7 +67,7 @@ class Stop:
     def asked(self) -> bool:
         """Return whether the run is to stop after this step: the same answer on all processes.
 
-        All processes must call this equally often, since they wait for each other.
+        All processes must call this equally often, at the same points of the run.
         """
         self._asked += 1  # not the run's step: jax wants consecutive numbers that are equal on all processes
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._asked):

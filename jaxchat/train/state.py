@@ -23,7 +23,7 @@ class TrainState:
 
     @property
     def rest(self) -> dict:
-        """Return the state without the weights, which a checkpoint stores separately: {field: value}."""
+        """Return {field: value} of all but the weights, which a checkpoint stores separately."""
         return {"step": self.step, "empty_steps": self.empty_steps, "opt_state": self.opt_state}
 
 

@@ -94,7 +94,7 @@ def add_rows(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
 
 
 def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
-    """Return ((gradients, Σ weight·nll, N) as in add_rows, metrics) for sampled answers (RL).
+    """Return ((gradients, Σ weight·nll, N), metrics) of all micro-batches, for sampled answers (RL).
 
     The metrics {name: scalar} say how sampler and trainer differ. batch["sampler"] [A, B, T] holds the
     sampler's log-probabilities of the targets. d is the trainer's minus the sampler's log-probability of a
@@ -138,7 +138,7 @@ def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]
 def can_merge(batch: dict, mesh: Mesh) -> bool:
     """Return whether a layer can compute all micro-batches before the next layer begins (--remat=step).
 
-    This needs several micro-batches and several devices, none along the tensor axis. RL is excluded, since
+    This needs several micro-batches, and several devices with a tensor axis of size 1. RL is excluded, since
     it skips micro-batches whose weights are 0.
     """
     num_micro, rows, _ = batch["inputs"].shape
