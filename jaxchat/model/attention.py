@@ -1,4 +1,4 @@
-"""Attention for training and for decoding, by a kernel that suits the device and the shapes."""
+"""Attention for training and decoding, by the kernel that suits the device and the array shapes."""
 
 import math
 from functools import partial
@@ -30,11 +30,11 @@ def causal_attention(
     """Compute causal attention, with the softmax in float32 and the scale 1/√H. -> [B, T, N, H].
 
     N/K neighbouring query heads share a key/value head. Queries and keys must be RMS-normalized.
-    segments_BT: number of each position's segment; a position attends only within its segment.
+    segments_BT: id of the segment of each position; a position attends only within its segment.
     window: maximum number of earlier positions that a position attends to; None: all of them.
     implementation: "blocks" (attention_cpu.py), "splash" (JAX's kernel for TPUs), "xla" or "cudnn"
-        (by jax.nn.dot_product_attention); see kernel_for.
-    mesh: rows and heads are sharded over this mesh and need no communication; None: one device.
+        (by jax.nn.dot_product_attention); "cudnn" falls back to "xla" for shapes that cuDNN refuses.
+    mesh: the mesh over which rows and heads are sharded; None: one device.
     """
     attend = KERNELS[kernel_for(implementation, q_BTNH.shape[3], q_BTNH.shape[1])]
     if window is not None and window < q_BTNH.shape[1] - 1:
@@ -48,9 +48,10 @@ def causal_attention(
 def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, window: int | None = None):
     """Compute attention of new tokens at positions_BT to one layer's S cache slots. -> [B, T, N, H].
 
-    Each token attends to the slots up to its position, which hold keys and values already. For one new token
-    per row (T = 1), a kernel of DECODING is used if one fits; such a kernel skips slots beyond a row's end.
-    implementation, window: see causal_attention.
+    A token attends to the slots up to its position. The keys and values of new tokens must be cached already.
+    For one new token per row (T = 1), a decoding kernel is used if one fits; it skips slots beyond a row's
+    end. window: maximum number of earlier positions that a token attends to; None: all of them.
+    implementation: see causal_attention.
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
@@ -67,9 +68,9 @@ def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, 
 
 
 def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) -> str:
-    """Return the key in DECODING of the kernel for one new token per row.
+    """Return the name (a key of DECODING) of the kernel that decodes one new token per row.
 
-    "xla", which is not a key, means that no kernel fits the implementation, head dimension and window.
+    If no kernel fits the implementation, head dimension and window, return "xla": plain XLA operations.
     """
     computes = {
         "cudnn": head_dim >= 16 and head_dim & (head_dim - 1) == 0,  # sides of Triton's tiles
@@ -83,7 +84,8 @@ def gpu_decoding_attention(
 ):
     """Decode one token per row with JAX's flash decoding kernel for GPUs. -> [B, 1, N, H].
 
-    Each program reads up to SPLIT slots of a row's key/value head; programs beyond the row's end do nothing.
+    A program of the kernel reads up to SPLIT slots of one key/value head of one row, and does nothing if they
+    are beyond the row's end.
     interpret: use Pallas's interpret mode, on any device.
     """
     from jax.experimental.pallas.ops.gpu.decode_attention import gqa
@@ -120,7 +122,7 @@ def tpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: None = N
 
 
 def kernel_for(implementation: str, head_dim: int, time: int) -> str:
-    """Return `implementation`, but "xla" instead of "cudnn" for shapes that cuDNN refuses.
+    """Return the attention implementation to use: "xla" for shapes that "cudnn" refuses, else the given one.
 
     cuDNN refuses head dimensions that are not a multiple of 8 or exceed 256 (128 before Hopper), and in
     training an odd number of positions (`time`).
@@ -134,9 +136,9 @@ def kernel_for(implementation: str, head_dim: int, time: int) -> str:
 def library_attention(
     q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, implementation: str, window: int | None = None
 ):
-    """Compute causal_attention with jax.nn.dot_product_attention.
+    """Compute causal attention with jax.nn.dot_product_attention. -> [B, T, N, H].
 
-    Segments become a mask [B, 1, T, T], which cuDNN takes as a bias: T² numbers per row.
+    Segments become a mask [B, 1, T, T], which cuDNN reads as a bias: T² numbers per row.
     """
     same_B1TS = None
     if segments_BT is not None:
@@ -148,10 +150,10 @@ def library_attention(
 
 
 def splash_block(time: int, window: int | None) -> int:
-    """Return the number of queries, and of keys, per block: about a quarter of the keys that a query sees.
+    """Return the block size of the splash kernel, in queries and in keys, for rows of `time` positions.
 
-    Then about a fifth of the products is masked. Blocks below 256 would leave the matrix units idle, so they
-    are used only if no larger block divides `time`.
+    The size is about a quarter of the keys that a query sees, so that about a fifth of the computed scores is
+    masked. Blocks below 256 leave matrix units idle, so they are used only if no larger block divides `time`.
     """
     most = max(256, min(time, time if window is None else window) // 4)
     return next(size for size in SPLASH_BLOCKS if size <= most and time % size == 0)
@@ -160,7 +162,7 @@ def splash_block(time: int, window: int | None) -> int:
 def splash_attention(
     q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: int | None = None, interpret: bool = False
 ):
-    """Compute causal_attention with JAX's splash kernel for TPUs.
+    """Compute causal attention with JAX's splash kernel for TPUs. -> [B, T, N, H].
 
     The kernel skips masked blocks and writes no scores to memory. Arrays are padded with zeros to sizes that
     the kernel supports: padded keys come after every query, and padded features add 0 to a score.

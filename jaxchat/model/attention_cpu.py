@@ -1,8 +1,8 @@
-"""Attention for CPUs: plain XLA operations on one block at a time, skipping most of what the mask drops.
+"""Attention for CPUs: plain XLA operations on one block at a time, skipping most of the masked scores.
 
-To learn what the model computes, read causal_attention in attention.py instead. Queries and keys must be
-normalized: scores are then at most √H (11 at H = 128) times qk_scale² (at most 4), so that exp needs no
-maximum subtracted.
+To learn what is computed, read attention.py instead. Queries and keys must be normalized: scores are
+then at most √H (11 at H = 128) times qk_scale² (at most 4), so the softmax can use exp(score) without
+subtracting the maximum.
 """
 
 import math
@@ -15,9 +15,9 @@ SLOT_BLOCK = 64  # cache slots per block while decoding
 
 
 def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: int | None = None):
-    """Compute causal_attention by blocks of queries. -> [B, T, N, H].
+    """Compute causal attention, as attention.py defines it, by blocks of queries. -> [B, T, N, H].
 
-    A block reads keys only up to its last query and, with a window, only from its first query's window on.
+    A block of queries skips the keys after its last query and those before the window of its first query.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
@@ -44,7 +44,7 @@ def decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None =
     """Compute attention of one new token per row to the cache slots up to that token. -> [B, 1, N, H].
 
     A loop computes a block of slots of one row at a time, up to the row's last token, so that a row's result
-    does not depend on the other rows. window: see causal_attention.
+    does not depend on the other rows. window: maximum number of earlier slots to attend to; None: all.
     """
     (B, _, N, H), (_, K, S, _) = q_B1NH.shape, k_BKSH.shape
     block = math.gcd(S, SLOT_BLOCK)

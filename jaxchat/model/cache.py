@@ -12,10 +12,10 @@ from jaxchat.config import ModelConfig
 class KVCache:
     """Keys and values of the tokens seen so far, for B rows of different lengths.
 
-    There is one array per layer, so that no layer is copied out of a stack. Heads come before slots, so that
-    the slots of a row's head are contiguous in memory. Slot s of row b holds the token at position s and is
-    valid while s < lengths_B[b]. Later slots are never attended to and are overwritten by later tokens, so
-    lowering a length truncates the row.
+    There is an array per layer, since slicing a layer from a stacked array would copy it. The axis of
+    heads precedes that of slots, so that the slots of a row's head are contiguous in memory. Slot s of row b
+    holds the token at position s and is valid while s < lengths_B[b]. Later slots are never attended to and
+    are overwritten by later tokens, so lowering a length truncates the row.
     """
 
     k_BKSH: tuple[jax.Array, ...]
@@ -32,7 +32,10 @@ class KVCache:
 
     @classmethod
     def holding(cls, layers: list[tuple[jax.Array, jax.Array]], lengths_B, tokens_BT=None):
-        """Make a cache with T slots. layers: each layer's (k_BTKH, v_BTKH). tokens_BT: only for smear."""
+        """Make a cache with T slots per row that holds prefilled keys and values.
+
+        layers: (k_BTKH, v_BTKH) of each layer. tokens_BT: token ids, needed only by a model with smear.
+        """
         k, v = (tuple(jnp.swapaxes(x_BTKH, 1, 2) for x_BTKH in each) for each in zip(*layers, strict=True))
         return cls(k, v, lengths_B, tokens_BT)
 
@@ -41,7 +44,7 @@ class KVCache:
         return self.k_BKSH[0].shape[2]
 
     def write(self, layer: int, k_BTKH, v_BTKH, positions_BT) -> "KVCache":
-        """Write one layer's keys and values to the slots positions_BT; drop those beyond the last slot."""
+        """Write a layer's keys and values to the slots positions_BT; drop positions beyond the last slot."""
         B, _, K, _ = k_BTKH.shape
         # Every index is explicit: with a slice for the heads, XLA would change the cache's layout on a TPU.
         at_BKT = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None], positions_BT[:, None, :]
@@ -54,12 +57,12 @@ class KVCache:
         return self.replace(k_BKSH=put(self.k_BKSH, k_BTKH), v_BKSH=put(self.v_BKSH, v_BTKH))
 
     def joined(self) -> "KVCache":
-        """Concatenate the heads of all layers: one array of keys and one array of values, [B, L·K, S, H]."""
+        """Return a cache with one array [B, L·K, S, H] of all layers' keys, and one of all layers' values."""
         k, v = ((jnp.concatenate(arrays, axis=1),) for arrays in (self.k_BKSH, self.v_BKSH))
         return self.replace(k_BKSH=k, v_BKSH=v)
 
     def write_one(self, k_LKH, v_LKH, position) -> "KVCache":
-        """Write one token's keys and values in all layers to a slot of a joined cache with one row."""
+        """Write a token's keys and values of all layers to slot `position` of a one-row joined() cache."""
 
         def put(array, x_LKH):
             return (lax.dynamic_update_slice(array, x_LKH[None, :, None], (0, 0, position, 0)),)
@@ -81,13 +84,13 @@ class KVCache:
         return jnp.take_along_axis(self.tokens_BS, jnp.maximum(self.lengths_B - 1, 0)[:, None], axis=1)[:, 0]
 
     def advance(self, counts_B) -> "KVCache":
-        """Lengthen each row by counts_B tokens, whose keys and values must be written already."""
+        """Add counts_B to the rows' lengths. The new tokens' keys and values must be written already."""
         return self.replace(lengths_B=self.lengths_B + counts_B)
 
     def place(self, other: "KVCache", rows_P) -> "KVCache":
-        """Copy row p of `other` to row rows_P[p] of this cache; a row number beyond the last row drops row p.
+        """Copy the P rows of `other` into this cache, row p to row rows_P[p].
 
-        `other` must not have more slots than this cache.
+        If rows_P[p] is beyond the last row, row p is dropped. `other` must not have more slots than self.
         """
 
         def put(array, other):
@@ -104,7 +107,7 @@ class KVCache:
         )
 
     def resize(self, slots: int) -> "KVCache":
-        """Change the number of slots; no row may be longer than `slots`."""
+        """Change the number of slots per row to `slots`; no row may hold more tokens."""
 
         def change(array):
             more = slots - array.shape[2]

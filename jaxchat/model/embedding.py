@@ -13,14 +13,17 @@ from jaxchat.sharding import per_device, row_axes
 
 
 def embed(wte_VD, tokens_BT, compute: Compute):
-    """Look up the tokens' embeddings, in compute.dtype. -> x_BTD."""
+    """Look up the tokens' embeddings in a table that may be sharded. -> x_BTD in compute.dtype."""
     if compute.mesh is None or compute.mesh.size == 1:
         return look_up(wte_VD, tokens_BT, compute.dtype)
     return embed_sharded(wte_VD, tokens_BT, jnp.dtype(compute.dtype), compute.mesh)
 
 
 def look_up(table, tokens_BT, dtype):
-    """Look up tokens in a table that is not sharded. -> in `dtype`. The gradient is summed in float32."""
+    """Look up tokens in a table [V, …] that is not sharded. -> [B, T, …] in `dtype`.
+
+    The table's gradient is summed in float32.
+    """
     if table.dtype == jnp.float32:
         return table[tokens_BT].astype(dtype)
     return look_up_narrow(table, tokens_BT, jnp.dtype(dtype))
@@ -43,17 +46,17 @@ look_up_narrow.defvjp(
 
 
 def sum_rows(count: int, ids_BT, d_rows):
-    """Sum the gradients d_rows [B, T, …] of tokens with the same id, in float32. -> [count, …], by id."""
+    """Sum the gradients d_rows [B, T, …] of tokens with the same id. -> float32 [count, …], indexed by id."""
     return jnp.zeros((count, *d_rows.shape[2:])).at[ids_BT].add(d_rows.astype(jnp.float32))
 
 
 def own_features(a, size: int):
-    """Slice an array's last axis: `size` numbers, chosen by this device's index along fsdp."""
+    """Return this device's shard (`size` numbers) of an array's last axis, which is sharded over fsdp."""
     return lax.dynamic_slice_in_dim(a, lax.axis_index("fsdp") * size, size, axis=a.ndim - 1)
 
 
 def embed_values(table_VKH, tokens_BT, compute: Compute):
-    """Look up the tokens' value embeddings, in compute.dtype. -> v_BTKH."""
+    """Look up the tokens' value embeddings in a table that may be sharded. -> v_BTKH in compute.dtype."""
     if compute.mesh is None or compute.mesh.size == 1:
         return look_up(table_VKH, tokens_BT, compute.dtype)
     return embed_columns(table_VKH, tokens_BT, jnp.dtype(compute.dtype), compute.mesh)
@@ -63,8 +66,8 @@ def embed_values(table_VKH, tokens_BT, compute: Compute):
 def embed_columns(table_VKH, tokens_BT, dtype, mesh: Mesh):
     """Look up tokens in a table with heads sharded over `tensor` and features over `fsdp`. -> v_BTKH.
 
-    No device gathers the table: each device looks up, in its columns, the tokens of all devices along `fsdp`,
-    then sends every device the columns for that device's tokens.
+    No device gathers the table. A device looks up the tokens of all devices along `fsdp` in its shard of the
+    features, then sends every device the features of that device's tokens.
     """
     axes = row_axes(mesh, tokens_BT.shape[0])
 
@@ -105,7 +108,8 @@ embed_columns.defvjp(
 def embed_sharded(wte_VD, tokens_BT, dtype, mesh: Mesh):
     """Look up tokens in a table with the vocabulary sharded over `tensor` and features over `fsdp`. -> x_BTD.
 
-    Each device gathers all features of its shard of the vocabulary, cast to `dtype`.
+    A device gathers all features, cast to `dtype`, of its shard of the vocabulary, and looks up the tokens in
+    that shard; the results are summed over `tensor`.
     """
     rows = P(row_axes(mesh, tokens_BT.shape[0]))
 
@@ -118,7 +122,10 @@ def embed_sharded(wte_VD, tokens_BT, dtype, mesh: Mesh):
 
 
 def embed_backward(dtype, mesh: Mesh, saved, dx_BTD):
-    """Backward pass of embed_sharded: the table's gradient, summed in float32 within and across devices."""
+    """Backward pass of embed_sharded: return (the table's gradient, None for the tokens).
+
+    The gradient is summed in float32, within a device and across devices.
+    """
     wte_VD, tokens_BT = saved
     axes = row_axes(mesh, tokens_BT.shape[0])
 
@@ -142,7 +149,10 @@ embed_sharded.defvjp(
 
 
 def local_rows(tokens_BT, size: int):
-    """Return (tokens' rows in this device's shard of `size` rows, clipped; whether they are in the shard)."""
+    """Return (indices of tokens in this device's shard of `size` embeddings, whether they are in the shard).
+
+    Both are [B, T]; the index of a token of another shard is clipped to a valid one.
+    """
     ids_BT = tokens_BT - lax.axis_index("tensor") * size
     near_BT = jnp.clip(ids_BT, 0, size - 1)
     return near_BT, ids_BT == near_BT

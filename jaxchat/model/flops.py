@@ -43,11 +43,11 @@ def num_params(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
-    """Training FLOPs of one token, forward and backward.
+    """Training FLOPs per token, forward and backward.
 
-    Each weight of a matrix counts 6 (embeddings are looked up and cost none), and attention's scores and
-    values count 12·n_embd·T per layer (PaLM, appendix B, without deducting the half that the mask drops).
-    In a layer with a window shorter than T, the window takes the place of T.
+    A weight of a matrix counts 6 FLOPs, and an embedding 0, because it is looked up. Attention counts
+    12·n_embd·T per layer (PaLM, appendix B), including the masked half of the scores. In a layer whose window
+    is shorter than T, the window's length replaces T.
 
     time: T, the number of tokens per row; None: the model's context length.
     """
@@ -59,13 +59,13 @@ def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
 
 
 def scaling_params(config: ModelConfig) -> int:
-    """Number of weights that nanochat derives tokens and batch size from: layers' matrices and the head."""
+    """Number of weights in the layers' matrices and the head: nanochat's model size in scaling rules."""
     kinds = ("matrix", "head")
     return sum(math.prod(w.shape) for w in jax.tree.leaves(declare(config)) if w.group in kinds)
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 FLOP/s of a device, or None if it isn't known (a CPU, for example)."""
+    """Peak bfloat16 FLOP/s of a device; None for a device whose peak isn't known (a CPU, for example)."""
     kind = _words(device.device_kind)
     return next((peak for name, peak in PEAK_FLOPS.items() if _words(name) == kind), None)
 

@@ -54,13 +54,16 @@ def rotate_norm(x_BTNH, tables, eps: float, scale: float = 1.0):
 
 
 def residual_norm(x_BTD, y_BTD=None, *, eps: float):
-    """Add y, if given, to the residual stream x. -> (x + y, RMS norm of x + y: the input of a sublayer)."""
+    """Add y, if given, to the residual stream x, and normalize. -> (the sum, the RMS norm of the sum)."""
     x_BTD = x_BTD if y_BTD is None else x_BTD + y_BTD
     return x_BTD, rms_norm(x_BTD, eps)
 
 
 def norms(config: ModelConfig, compute: Compute):
-    """Return the functions (residual_norm, rotate_norm) of this file, or of kernels.py if compute.kernels."""
+    """Return the functions (residual_norm, rotate_norm): GPU kernels if compute.kernels, else this file's.
+
+    Their constants (eps, scale) and the kernels' mesh are already set.
+    """
     eps, scale = config.norm_eps, config.qk_scale
     if not compute.kernels:
         return partial(residual_norm, eps=eps), partial(rotate_norm, eps=eps, scale=scale)
@@ -84,9 +87,9 @@ class Inputs:
 
 
 def block(x_BTD, w: Blocks, inputs: Inputs, attend, config: ModelConfig, compute: Compute):
-    """Compute one transformer layer. -> x_BTD.
+    """Compute one transformer layer. -> the residual stream x_BTD after it.
 
-    w: the layer's weights; weights that the layer lacks are None.
+    w: weights of this layer, not stacked; weights that the layer lacks are None.
     attend(q_BTNH, k_BTKH, v_BTKH) -> y_BTNH: attention over rotated, normalized queries and keys.
     """
     residual_norm, rotate_norm = norms(config, compute)
@@ -119,7 +122,7 @@ def weighted_sum(a, x, b, y):
 
 
 def value_gate(h_BTD, w: Blocks, config: ModelConfig, compute: Compute):
-    """Return the gate on a layer's value embeddings, from 0 to config.value_gate_bound: float32 [B, T, K]."""
+    """Return the gates (0 to config.value_gate_bound) on a layer's value embeddings: float32 [B, T, K]."""
     h_BTC = h_BTD[..., : config.value_gate_channels]
     gate_BTK = matmul(h_BTC, w.value_gate, "btc,ck->btk", compute)
     return config.value_gate_bound * jax.nn.sigmoid(gate_BTK.astype(jnp.float32))
@@ -131,7 +134,7 @@ def embedded(params: Params, tokens_BT, config: ModelConfig, compute: Compute):
 
 
 def smear(params: Params, x_BTD, before_BTD, config: ModelConfig, compute: Compute):
-    """Add to each token's embedding the previous token's embedding, times a gate. -> x_BTD.
+    """Add the previous token's embedding, times a gate, to each token's embedding ("smear"). -> x_BTD.
 
     The gate is computed from x_BTD, the tokens' embeddings. before_BTD: the previous tokens' embeddings, or
     zeros where no token precedes. A model without smear returns x_BTD unchanged.
@@ -144,9 +147,10 @@ def smear(params: Params, x_BTD, before_BTD, config: ModelConfig, compute: Compu
 
 
 def before(x_BTD, first_B1D=None, segments_BT=None):
-    """Shift an array by one token: each position gets the previous position's features.
+    """Shift features by one token, so that each position gets the previous position's. -> [B, T, D].
 
-    The first position gets first_B1D or zeros; the first position of every later segment gets zeros.
+    The first position gets first_B1D, or zeros if that is None; the first position of a later segment gets
+    zeros.
     """
     first_B1D = jnp.zeros_like(x_BTD[:, :1]) if first_B1D is None else first_B1D
     moved_BTD = jnp.concatenate([first_B1D, x_BTD[:, :-1]], axis=1)
@@ -157,9 +161,9 @@ def before(x_BTD, first_B1D=None, segments_BT=None):
 
 
 def last_norm(params: Params, x_BTD, middle_BTD, config: ModelConfig):
-    """Compute the head's input: norm(last layer's result − backout_scale · middle layer's result).
+    """Compute the head's input: norm(last layer's result − backout_scale · middle layer's result). -> x_BTD.
 
-    middle_BTD: the middle layer's result; None without backout.
+    middle_BTD: the middle layer's result; None for a model without backout, which subtracts nothing.
     """
     if middle_BTD is not None:
         x_BTD = weighted_sum(1.0, x_BTD, -params.backout_scale[0], middle_BTD)
@@ -169,8 +173,8 @@ def last_norm(params: Params, x_BTD, middle_BTD, config: ModelConfig):
 def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, segments_BT=None):
     """Compute the head's input for complete rows: normalized activations x_BTD in compute.dtype.
 
-    tokens_BT: int32. segments_BT: tokens attend only within their segment. Positions continue from a segment
-    to the next, since attention depends only on differences of positions.
+    tokens_BT: token ids, int32. segments_BT: ids of segments; tokens attend only within their segment.
+    Positions are not reset at a new segment, since attention depends only on differences of positions.
     """
     time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
@@ -198,9 +202,9 @@ def training_block(x_BTD, w: Blocks, inputs: Inputs, config: ModelConfig, comput
 
 
 def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
-    """Prefill prompts that are padded at the end to T tokens. -> (the head's input x_BTD, a KVCache).
+    """Prefill prompts, padded at the end to T tokens. -> (the head's input x_BTD, KVCache of T slots).
 
-    lengths_B: numbers of tokens of the prompts, without padding.
+    lengths_B: number of tokens of each prompt, without padding.
     """
     time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
@@ -218,9 +222,9 @@ def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, c
 
 
 def generating_blocks(params: Params, inputs: Inputs, attend, config: ModelConfig, compute: Compute):
-    """Compute all layers in generation. -> the head's input x_BTD.
+    """Compute all layers for prefill or decoding. -> the head's input x_BTD.
 
-    attend(q, k, v, layer=index, window=…) -> y_BTNH: a layer's attention, which also caches k and v.
+    attend(q, k, v, layer=index, window=…) -> y_BTNH computes a layer's attention and caches k and v.
     """
     x_BTD, middle_BTD = inputs.embedded_BTD, None
     blocks = layers_of(params.blocks, compute.dtype)
@@ -236,11 +240,11 @@ def features_cached(
 ):
     """Compute the head's input for new tokens of rows whose earlier tokens are cached. -> (x_BTD, cache).
 
-    Token t of row b is at position cache.lengths_B[b] + t. The token's key and value are written to that slot
-    (or dropped, beyond the last slot), and the token attends to all positions up to that one that are within
-    the layer's window.
-    counts_B: how many of each row's T tokens are real; the returned cache's row is longer by this number. The
-    other tokens are padding, whose features are meaningless. 0: the row does not grow. None: all are real.
+    Token t of row b is at position cache.lengths_B[b] + t. The token's key and value are written to the slot
+    of this position, or dropped beyond the last slot. The token attends to the positions up to its position
+    that are within the layer's window.
+    counts_B: how many of a row's T tokens are real (None: all); the row of the returned cache is longer by
+    this number. The other tokens are padding, and their features are meaningless.
     """
     rows, time = tokens_BT.shape
     positions_BT = cache.lengths_B[:, None] + jnp.arange(time)[None, :]
@@ -269,7 +273,7 @@ def features_cached(
 
 
 def softcap(u, cap: float):
-    """Bound the head's output by ±cap: cap·tanh(u/cap), in float32."""
+    """Bound the head's output u by ±cap: return cap·tanh(u/cap), in float32."""
     return cap * jnp.tanh(u.astype(jnp.float32) / cap)
 
 

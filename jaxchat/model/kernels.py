@@ -1,9 +1,9 @@
-"""GPU kernels for parts of the layers, which read and write memory once where XLA takes several passes.
+"""GPU kernels for parts of the layers, which read and write memory once where XLA needs several passes.
 
-Written in Pallas for Triton. The sides of Triton's tiles are powers of two, so masks drop what is beyond an
-array. Each program handles R of the M rows; E is the tile width: half a head or the model width, rounded up
-to 2^n. mesh: rows and heads are sharded over this mesh and need no communication. A mesh of one device is
-used too, since it says which device Triton compiles for. interpret: use Pallas's interpret mode.
+They are written in Pallas for Triton. The sides of Triton's tiles are powers of two, so masks exclude indices
+beyond an array. A program handles R of the M rows; E is the tile width: half a head or the model width,
+rounded up to 2^n. mesh: the mesh over which rows and heads are sharded. A mesh of one device matters too,
+because it says which device Triton compiles for. interpret: use Pallas's interpret mode.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ TILE = 2048  # numbers in a tile: 16 per thread, which in bfloat16 are two loads
 def rotate_norm(
     x_BTNH, tables, eps: float, mesh: Mesh | None = None, interpret: bool = False, scale: float = 1.0
 ):
-    """Compute gpt.rotate_norm in one kernel, rounding only the result. -> [B, T, N, H].
+    """Compute scale · (RMS norm of the rotated x) in one kernel, rounding only the result. -> [B, T, N, H].
 
     tables: rotary tables (cos, sin) [1, T, 1, H/2], which get no gradients.
     """
@@ -46,7 +46,10 @@ rotate_norm.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def residual_norm(x_BTD, y_BTD=None, eps: float = 0.0, mesh: Mesh | None = None, interpret: bool = False):
-    """Compute gpt.residual_norm in one kernel. A backward kernel adds the gradients of both results."""
+    """Compute (x + y, the RMS norm of the sum) in one kernel; y_BTD=None: (x, the RMS norm of x).
+
+    A backward kernel adds the gradients that arrive through the two results.
+    """
     if y_BTD is None:
         return x_BTD, *call_rows(partial(norm_kernel, eps=eps), (x_BTD,), 1, mesh, interpret)
     return tuple(call_rows(partial(add_norm_kernel, eps=eps), (x_BTD, y_BTD), 2, mesh, interpret))
@@ -67,10 +70,10 @@ residual_norm.defvjp(residual_norm_forward, residual_norm_backward)
 
 
 def softcap_exp(u_MV, softcap: float, interpret: bool = False):
-    """Return (exp(z)·(1 − (z/softcap)²) in u's dtype [M, V], Σ exp(z) float32 [M]).
+    """Return (exp(z)·(1 − (z/softcap)²) [M, V] in u's dtype, Σ exp(z) over V, float32 [M]).
 
-    z = softcap·tanh(u/softcap). A program handles one row. Not differentiable. Call this function on one
-    device's shard of an array.
+    z = softcap·tanh(u/softcap) are the logits. A program handles one row. The function is not differentiable,
+    and works on the shard of one device.
     """
     M, V = u_MV.shape
     out = jax.ShapeDtypeStruct(u_MV.shape, u_MV.dtype), jax.ShapeDtypeStruct((M,), jnp.float32)
@@ -81,7 +84,7 @@ def softcap_exp(u_MV, softcap: float, interpret: bool = False):
 
 
 def call_rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):
-    """Call a kernel on arrays [B, T, N, H] as rows [M, H], with rotary tables [T, H/2]. -> [B, T, N, H]."""
+    """Call a kernel on arrays [B, T, N, H], reshaped to rows [M, H], and rotary tables. -> [B, T, N, H]."""
 
     def local(cos, sin, *arrays):
         _, T, N, H = arrays[0].shape
@@ -94,7 +97,7 @@ def call_rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):
 
 
 def call_rows(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
-    """Call a kernel on arrays [B, T, D] as rows [M, D]. -> a list of `outputs` arrays [B, T, D]."""
+    """Call a kernel on arrays [B, T, D], reshaped to rows [M, D]. -> list of `outputs` arrays [B, T, D]."""
 
     def local(*arrays):
         D = arrays[0].shape[-1]
@@ -106,10 +109,10 @@ def call_rows(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
 
 
 def by_rows(kernel, arrays, outputs: int, columns: int, interpret: bool):
-    """Run a kernel on all rows of `arrays`, R rows per program. -> a list of the outputs.
+    """Run a kernel on arrays of M rows, R rows per program. -> list of `outputs` arrays like arrays[0].
 
-    The call is kernel(mask_RE, rows_R1, columns_1E, *refs of arrays and outputs), where mask_RE excludes tile
-    columns from `columns` on. Each output has the shape and dtype of arrays[0].
+    The call is kernel(mask_RE, rows_R1, columns_1E, *refs of arrays and outputs). The mask excludes rows
+    beyond M and columns of the tile from `columns` on.
     """
     M, E = len(arrays[0]), pl.next_power_of_2(columns)
     R = max(TILE // E, 1)
@@ -139,7 +142,7 @@ def store(ref, rows, columns, mask, value):
 def rotate_kernel(
     mask, rows, columns, x_ref, cos_ref, sin_ref, y_ref, *, heads: int, eps: float, scale: float
 ):
-    """Rotate the rows of x and scale them to an RMS of `scale`, by the norm of x, which rotation keeps."""
+    """Rotate the rows of x and scale each row to an RMS of `scale`. Rotation doesn't change a row's RMS."""
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
     cos, sin = (load(table, rows // heads % table.shape[0], columns, mask) for table in (cos_ref, sin_ref))
@@ -154,7 +157,7 @@ def rotate_backward_kernel(
 ):
     """Compute the gradient of x from dy, the gradient of rotate_kernel's result y.
 
-    With r = 1 / RMS(x), g is the gradient of x·r: dy rotated back.
+    g, computed by rotating dy back, is the gradient of scale·x/RMS(x).
     """
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
@@ -183,7 +186,7 @@ def add_norm_kernel(mask, rows, columns, x_ref, y_ref, sum_ref, h_ref, *, eps: f
 
 
 def norm_backward_kernel(mask, rows, columns, x_ref, dx_ref, dh_ref, out_ref, *, eps: float):
-    """Compute the gradient of x from dx and dh, the gradients of residual_norm's two results."""
+    """Compute the gradient of x from dx and dh, the gradients of residual_norm's (sum, norm)."""
     x, dx, dh = (load(ref, rows, columns, mask) for ref in (x_ref, dx_ref, dh_ref))
     r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + eps)
     m = jnp.sum(x * dh, 1, keepdims=True) / x_ref.shape[1] * r * r

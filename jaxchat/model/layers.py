@@ -31,7 +31,7 @@ class Layer:
 
 
 def layers(config: ModelConfig) -> tuple[Layer, ...]:
-    """Return the kind of each layer: its window, and whether it has a value embedding."""
+    """Return the kind of every layer: the window, and whether the layer has a value embedding."""
     windows = {"S": config.short_window, "L": config.sequence_len, "": None}
     count, pattern = config.n_layer, config.window_pattern
     letters = [pattern[i % len(pattern)] if pattern else "" for i in range(count - 1)] + [pattern and "L"]
@@ -40,15 +40,15 @@ def layers(config: ModelConfig) -> tuple[Layer, ...]:
 
 
 def middle(config: ModelConfig) -> int | None:
-    """Index of the layer whose scaled result backout subtracts from the last layer's; None: no backout."""
+    """Index of the layer whose scaled result is subtracted at the end (backout); None: no backout."""
     return config.n_layer // 2 if config.backout else None
 
 
 def periods(kinds: tuple[Layer, ...]) -> tuple[int, int]:
-    """Return (number of layers in the shortest pattern that repeats, number of complete repeats).
+    """Return (number of layers in the shortest repeating pattern of kinds, number of its complete repeats).
 
-    Layers after the last complete repeat are left over. If no pattern repeats: (number of layers, 0).
-    In a model with value embeddings every other layer has one, so a pattern has an even number of layers.
+    The layers after the last complete repeat may begin another. If no pattern repeats, return (number of
+    layers, 0). With value embeddings, which every other layer has, a pattern has an even number of layers.
     """
     count, step = len(kinds), 2 if any(kind.values for kind in kinds) else 1
     for size in range(step, count + 1, step):
@@ -59,10 +59,10 @@ def periods(kinds: tuple[Layer, ...]) -> tuple[int, int]:
 
 
 def through_layers(step: Callable, x_BTD, blocks: Blocks, config: ModelConfig, compute: Compute):
-    """Compute all layers in turn. -> (x_BTD, the middle layer's result, or None without backout).
+    """Compute all layers in turn. -> (x_BTD, the middle layer's result or, without backout, None).
 
-    step(x_BTD, weights, kind=Layer) -> x_BTD computes one layer. Complete periods of layers run in a loop, so
-    that a deep model compiles as fast as a shallow one; compute.unroll unrolls the loop.
+    step(x_BTD, weights, kind=Layer) -> x_BTD computes one layer. A repeating pattern is compiled as a loop,
+    so that a deep model compiles as fast as a shallow one; compute.unroll unrolls the loop.
     """
     kinds, mid = layers(config), middle(config)
     size, repeats = periods(kinds)
@@ -95,6 +95,6 @@ def through_layers(step: Callable, x_BTD, blocks: Blocks, config: ModelConfig, c
 
 
 def split_periods(stack, repeats: int, count: int):
-    """Reshape the first `count` entries of weights stacked over layers to [repeats, count / repeats, ...]."""
+    """Reshape the first `count` weights of a stack to [repeats, count / repeats, ...]; drop the others."""
     stack = stack if count == stack.shape[0] else stack[:count]
     return stack.reshape(repeats, count // repeats, *stack.shape[1:])

@@ -1,4 +1,4 @@
-"""Matrix products of activations and weights, in bfloat16, float32 or float8 as Compute says."""
+"""Matrix products of activations and weights in bfloat16, float32 or float8, as config.Compute sets."""
 
 import math
 import re
@@ -19,8 +19,8 @@ def matmul(x, w, letters: str, compute: Compute):
     For example: matmul(h_BTD, wq_DNH, "btd,dnh->btnh", compute).
 
     The gradient of w is summed in compute.grad_dtype, within a device and across devices, and returned in
-    float32, the dtype of w in training. If compute.matmul asks for float8 (see in_fp8), operands are first
-    quantized: x and w to e4m3, and in the backward pass the gradient of the result to e5m2.
+    float32, the dtype of w in training. If compute.matmul selects float8 for this product, x and w are first
+    quantized to e4m3 and, in the backward pass, the gradient of the result is quantized to e5m2.
     """
     if not in_fp8(letters, compute):
         return einsum(x, w, letters, compute)
@@ -78,13 +78,13 @@ def weight_in_fp8(name: str, compute: Compute) -> bool:
 
 
 def quantize(a, dtype, axis: str | None = None):
-    """Quantize `a` to a float8 dtype. -> (a / scale, rounded to `dtype`; scale, a float32 power of two).
+    """Quantize `a` to a float8 `dtype`. -> (a / scale in `dtype`, scale: a float32 power of two).
 
-    axis: the mesh axis over which `a` is sharded, if all its shards are to share one scale.
+    axis: the mesh axis over whose devices `a` is sharded, if all shards are to have the same scale.
 
     The scale brings the largest |a| to within a factor of two of the dtype's largest number. Multiplying by
-    a power of two is exact in every format, so XLA may apply the scale within the product. If a number in
-    `a` is not finite, neither the scale nor any result is finite.
+    a power of two is exact in every format, so XLA may apply the scale within a matrix product. If a number
+    in `a` is not finite, neither the scale nor any result is finite.
     """
     most = float(jnp.finfo(dtype).max)
     largest = jnp.max(jnp.abs(a)).astype(jnp.float32)
@@ -96,7 +96,7 @@ def quantize(a, dtype, axis: str | None = None):
 
 
 def product(a, b, letters: str, dtype):
-    """Compute einsum(letters, a, b) as one dot_general, summed and returned in `dtype`."""
+    """Compute einsum(letters, a, b) as one dot_general that accumulates and returns in `dtype`."""
     of_a, of_b, of_c = re.split(",|->", letters)
     summed = [letter for letter in of_a if letter not in of_c]
     axes = [of_a.index(letter) for letter in summed], [of_b.index(letter) for letter in summed]

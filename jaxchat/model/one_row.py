@@ -1,10 +1,10 @@
 """Decode one row on a GPU: the layer of gpt.py, written so that XLA compiles it to few kernels.
 
-A token of one row needs two operations per weight read. Kernels are then so short that their number counts,
+One token needs two operations per weight read. Kernels are then so short that their number limits the speed,
 and gpt.block compiles to seventeen, because XLA splits products this small into partial sums that a second
 kernel adds up. Here each output of a product is one sum over weights that are contiguous in memory, and the
-same kernel also computes what comes before and after the sum. Keys and values of all layers are written at
-once. Only the model of November 2025 (config.plain) is supported. Letters in addition to those of gpt.py:
+same kernel also computes the operations before and after the sum. Keys and values of all layers are written
+at once. Only the model of November 2025 (config.plain) is supported. Letters in addition to those of gpt.py:
 O outputs of a product, G query heads per key/value head, R ranges of slots that are summed separately.
 """
 
@@ -27,7 +27,7 @@ WARP = 32  # GPU threads that read memory together
 
 @struct.dataclass
 class RowWeights:
-    """A layer's matrices, with the weights of each output contiguous in memory."""
+    """The matrices of a layer, in which the weights of each output are contiguous in memory."""
 
     w_qkv: jax.Array  # [N + 2K, H, D]
     wo: jax.Array  # [D, N·H]
@@ -41,7 +41,7 @@ def by_result(w: Blocks) -> RowWeights:
 
 
 def by_input(w: RowWeights | Blocks, config: ModelConfig) -> Blocks:
-    """Convert RowWeights back to Blocks; return Blocks unchanged."""
+    """Convert the weights of a layer from RowWeights back to Blocks; return Blocks unchanged."""
     if isinstance(w, Blocks):
         return w
     N, K = config.n_head, config.n_kv_head
@@ -51,21 +51,22 @@ def by_input(w: RowWeights | Blocks, config: ModelConfig) -> Blocks:
 
 
 def add_product(stream_O, x_D, w_OD):
-    """Return stream + w·x, float32 [O]. Adding the residual stream within the sum saves a kernel."""
+    """Return stream + w·x, float32 [O]. Including the residual stream in the sums of w·x saves a kernel."""
     first_1D = jnp.arange(x_D.size)[None] == 0
     stream_OD = jnp.where(first_1D, stream_O[:, None], 0.0)
     return jnp.sum(w_OD.astype(jnp.float32) * x_D[None] + stream_OD, axis=-1)
 
 
 def kernel(result):
-    """End a kernel at `result`, so that XLA does not recompute these numbers wherever they are read."""
+    """Return `result` behind a barrier, so that XLA doesn't recompute it in every kernel that reads it."""
     return lax.optimization_barrier(result)
 
 
 def normed_sums(x_D, w_OD, eps: float):
     """Return (w·x, 1 / rms(x)), both float32 [O]; the product of the two is w·rms_norm(x).
 
-    The sum of squares is computed for each output and includes 0·w, so that one kernel computes both sums.
+    The sum of squares is computed once per output and includes 0·w, so that XLA computes both sums in one
+    kernel.
     """
     x_OD, w_OD = jnp.broadcast_to(x_D, w_OD.shape), w_OD.astype(jnp.float32)
     mean_O = jnp.sum((x_OD * x_OD + eps) * (1 / x_D.size) + 0 * w_OD, -1)
@@ -77,7 +78,7 @@ def inverse_rms(x_NH, eps: float):
 
 
 def rotate(x_NH, tables):
-    """Compute gpt.rotate in float32, without concatenating halves of x."""
+    """Apply rotary embedding to x, in float32, without concatenating halves of x. -> [N, H]."""
     cos, sin = tables
     cos_1H, sin_1H = (jnp.concatenate(halves)[None] for halves in ((cos, cos), (sin, -sin)))
     other_NH = x_NH.reshape(len(x_NH), 2, -1)[:, ::-1].reshape(x_NH.shape)
@@ -88,8 +89,8 @@ def attention(q_KGH, own: tuple, k_KSH, v_KSH, position, window: int | None):
     """Compute attention of a new token to itself and to the slots before `position`. -> float32 [K, G, H].
 
     own: (scores of the token's queries with the token's key [K, G, 1], the token's value [K, 1, H]).
-    Queries and keys are normalized, so exp needs no maximum subtracted (attention_cpu.py). All S slots are
-    read, and the terms of masked slots are replaced by 0.
+    Queries and keys must be normalized, which bounds the scores, so the softmax subtracts no maximum. All S
+    slots are read, and the terms of masked slots are replaced by 0.
     """
     (own_KG1, v_K1H), (K, S, H) = own, k_KSH.shape
     p_KGS = kernel(jnp.exp(jnp.sum(q_KGH[:, :, None] * k_KSH[:, None].astype(jnp.float32), -1)))
@@ -109,11 +110,11 @@ def attention(q_KGH, own: tuple, k_KSH, v_KSH, position, window: int | None):
 
 
 def layer(x_D, w: RowWeights, cache: tuple, at: tuple, window: int | None, config: ModelConfig):
-    """Compute gpt.block for one new token of one row. -> (x_D, the token's key and value [K, H]).
+    """Compute a transformer layer for one new token of one row. -> (x_D, the token's k_KH, its v_KH).
 
-    cache: the layer's (k_KSH, v_KSH). at: (the token's position, rotary tables).
-    Normalizing an operand only scales the product's result, so the kernels of products also compute the
-    norms, and the factors are applied to the results.
+    cache: (k_KSH, v_KSH) of this layer. at: (the token's position, the position's rotary tables).
+    Normalizing an operand only scales the result of a product. So the kernel of a product also computes the
+    norm of the operand, and the scale is applied to the result.
     """
     (position, tables), (N, K, H) = at, (config.n_head, config.n_kv_head, config.head_dim)
     with jax.named_scope("projections"):
@@ -137,9 +138,10 @@ def layer(x_D, w: RowWeights, cache: tuple, at: tuple, window: int | None, confi
 
 
 def features(params: Params, tokens_11, cache: KVCache, config: ModelConfig, compute: Compute, counts_1):
-    """Compute gpt.features_cached for one token of one row. -> (x_11D, cache).
+    """Compute the head's input for one new token of one row. -> (x_11D, the cache including the token).
 
-    params.blocks: one RowWeights per layer. cache: as returned by KVCache.joined.
+    params.blocks: one RowWeights per layer. cache: as returned by KVCache.joined. counts_1: number of tokens
+    by which the row grows: 1, or 0 for a token that is padding.
     """
     position, K = cache.lengths_B[0], config.n_kv_head
     tables = rotary_tables(cache.lengths_B[:, None], config.head_dim, config.rotary_base)

@@ -2,7 +2,7 @@
 
 Letters in names and comments: L layers, D model width, N query heads, K key/value heads, H head dimension,
 F MLP width, V vocabulary, C features that a gate reads, E layers with value embeddings. The blocks' weights
-are stacked over the layers that have them (axis 0). A weight that a model lacks is None.
+are stacked along axis 0 over the layers that have the weight. A weight that a model lacks is None.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jaxchat.config import ModelConfig
 
 
 def tree(cls):
-    """Class decorator: make a frozen dataclass that is a pytree of the fields that are not None.
+    """Turn a class into a frozen dataclass that is a pytree of its fields that are not None (a decorator).
 
     A checkpoint holds only the fields that are not None, so adding a field with the default None keeps older
     checkpoints valid.
@@ -79,12 +79,12 @@ def line(first: float, last: float):
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """The declaration of one weight.
+    """How one weight is initialised, sharded, stored and optimized.
 
     axes: for each dimension, the mesh axis that it is sharded over, or None.
     init: function (key, shape) -> initial values, float32.
-    group: the weight's key in the optimizer's table of rules (train/optimizer.py).
-    fan_in, fan_out: numbers of inputs and outputs of each matrix; 0: the weight is not a matrix.
+    group: the key in the optimizer's table {group: update rule} (train/optimizer.py).
+    fan_in, fan_out: numbers of inputs and outputs of the matrix (of one layer); 0: not a matrix.
     lookup: whether the matrix is an embedding table, whose rows are looked up instead of multiplied.
     dtype: the dtype that the weight is stored in.
     """
@@ -124,7 +124,10 @@ def declare_blocks(config: ModelConfig) -> Blocks:
     F = 4 * D
 
     def stack(inputs, outputs, axes, init=None, scale=1.0):
-        """Declare a matrix [*inputs, *outputs] per layer. scale: factor on the default initial values."""
+        """Declare matrices [*inputs, *outputs] of all layers. scale: factor on the default initial values.
+
+        axes: mesh axes of a matrix's dimensions. init: initializer; None: the default of this model.
+        """
         fan_in, fan_out = math.prod(inputs), math.prod(outputs)
         if config.uniform_init:  # variance 1/D
             bound = scale * math.sqrt(3 / D)
@@ -145,7 +148,7 @@ def declare_blocks(config: ModelConfig) -> Blocks:
 
 
 def declare_mixing(config: ModelConfig) -> dict[str, Weight]:
-    """Declare the weights that add token and value embeddings to a layer: {name in Blocks: Weight}."""
+    """Declare the weights by which layers add token and value embeddings. -> {name in Blocks: Weight}."""
     L, D, K, H, V = config.n_layer, config.n_embd, config.n_kv_head, config.head_dim, config.padded_vocab
     found = {}
     if config.layer_scales:
@@ -160,17 +163,17 @@ def declare_mixing(config: ModelConfig) -> dict[str, Weight]:
 
 
 def has_values(layer: int, num_layers: int) -> bool:
-    """Whether a layer of a model with value embeddings has one: every other layer, counting from the last."""
+    """Whether a layer has a value embedding, if its model has any: the last and every other before it do."""
     return layer % 2 == (num_layers - 1) % 2
 
 
 def specs(config: ModelConfig) -> Params:
-    """The PartitionSpec of every weight, over the mesh axes data, fsdp, tensor."""
+    """Return the PartitionSpec of every weight, in a Params, over the mesh axes data, fsdp and tensor."""
     return jax.tree.map(lambda w: w.spec, declare(config))
 
 
 def shapes(config: ModelConfig) -> Params:
-    """The ShapeDtypeStruct of every weight."""
+    """Return the ShapeDtypeStruct of every weight, in a Params."""
     return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), declare(config))
 
 
@@ -185,7 +188,7 @@ def name_of(path: tuple) -> str:
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
-    """Initialise the weights. They depend on the key, their names and declarations, but not on the mesh."""
+    """Initialise all weights. Values depend on the key and the declarations, but not on the mesh."""
 
     def fresh(path, weight):
         own_key = jax.random.fold_in(key, zlib.crc32(name_of(path).encode()))
@@ -195,7 +198,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
 
 def layer_of(blocks: Blocks, layer: int, with_values: bool) -> Blocks:
-    """Slice one layer's weights from stacked blocks. with_values: include the value embedding and gate."""
+    """Slice one layer's weights from stacked Blocks. with_values: include its value embedding and gate."""
     tables = ("value_table", "value_gate")
     stacks = {field.name: getattr(blocks, field.name) for field in dataclasses.fields(blocks)}
     one = {name: a[layer] for name, a in stacks.items() if a is not None and name not in tables}
@@ -205,7 +208,10 @@ def layer_of(blocks: Blocks, layer: int, with_values: bool) -> Blocks:
 
 
 def layers_of(blocks: Blocks | tuple[Blocks, ...], dtype) -> tuple[Blocks, ...]:
-    """Return one Blocks per layer, cast to `dtype` except for scalars. blocks: stacked, or split already."""
+    """Return one Blocks per layer, cast to `dtype` except for scalars.
+
+    blocks: the weights stacked over layers, or already one Blocks per layer.
+    """
     if isinstance(blocks, Blocks):
         count, any_values = blocks.wq.shape[0], blocks.value_table is not None
         blocks = tuple(layer_of(blocks, i, any_values and has_values(i, count)) for i in range(count))

@@ -1,10 +1,10 @@
 """Compute each layer for all micro-batches before the next, to gather weights less often (--remat=step).
 
-Micro-batches save memory. If each micro-batch passes through all layers before the next begins, every
+Micro-batches save memory. But if a micro-batch passes through all layers before the next begins, every
 micro-batch gathers each weight twice and sums each gradient over devices. Here a layer computes all
-micro-batches before the next layer begins: a weight is gathered twice per step, its gradient is summed over
-devices once, and a device holds one layer's complete weights and gradients at a time. In exchange, the inputs
-of all layers are kept for all rows of the step.
+micro-batches before the next layer begins. So a weight is gathered twice per step, a gradient is summed over
+devices once, and a device holds the complete weights and gradients of one layer at a time. In exchange, the
+inputs of all layers are kept for all rows of the step.
 """
 
 import dataclasses
@@ -23,10 +23,11 @@ from jaxchat.sharding import ROWS, per_device
 
 
 def in_parts(layer, x_BTD, w: Blocks, inputs, config: ModelConfig, compute: Compute):
-    """Call layer(x_BTD, w, inputs, config, compute) on each of compute.parts equal parts of a device's rows.
+    """Compute a layer on compute.parts micro-batches, one after another. -> x_BTD of all rows.
 
-    -> x_BTD of all rows. Only each part's input is kept for the backward pass. Value embeddings are looked up
-    for all rows at once, so that no device holds more than its shard of the table.
+    layer(x_BTD, w, inputs, config, compute) -> x_BTD is called on equal parts of a device's rows. For the
+    backward pass, only the inputs are kept. Value embeddings are looked up for all rows at once, so that no
+    device holds more than its shard of their table.
     """
     axes = {field.name: getattr(declare(config).blocks, field.name) for field in dataclasses.fields(w)}
     axes = {name: weight.axes[1:] for name, weight in axes.items() if weight is not None}
@@ -53,14 +54,15 @@ def in_parts(layer, x_BTD, w: Blocks, inputs, config: ModelConfig, compute: Comp
 
 
 def sent_as(name: str, compute: Compute):
-    """Return the dtype in which a weight is sent between devices: the dtype in which it is multiplied."""
+    """Return the dtype in which the weight `name` is gathered over devices: the one that products read."""
     return E4M3 if weight_in_fp8(name, compute) else jnp.dtype(compute.dtype)
 
 
 def gathered(w, axes: tuple, dtype):
-    """Gather a weight's shards along fsdp, rounded to `dtype`. -> float32, so that the gradient is float32.
+    """Gather the shards of a weight along fsdp, rounded to `dtype`. -> the weight, in the dtype of w.
 
     axes: the mesh axis of each dimension; a weight that is not sharded over fsdp is returned unchanged.
+    The dtype of w (float32) is restored so that the gradient is summed in float32.
     """
     return gather(w, axes.index("fsdp"), dtype) if "fsdp" in axes else w
 

@@ -19,7 +19,10 @@ FEW_TOKENS = 4096
 
 
 def remats_to_try(batch: dict, mesh: Mesh) -> tuple[str, ...]:
-    """Values of --remat that are worth trying for a batch of arrays [A, B, T], the fastest first."""
+    """Values of --remat that are worth trying, the fastest first.
+
+    batch: arrays [A, B, T] of one step, where A is the number of micro-batches.
+    """
     if not can_merge(batch, mesh):
         return REMATS
     _, rows, time = batch["inputs"].shape
@@ -42,7 +45,7 @@ def memory_needed(compiled: jax.stages.Compiled) -> int:
 
 
 def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
-    """Return the bytes that a program needs, as the compiler's error says; ∞ if the error has no number.
+    """Return the bytes that a program needs, read from the compiler's out-of-memory error; ∞ if not stated.
 
     An error that is not about memory is raised again.
     """
@@ -55,10 +58,10 @@ def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
 
 
 def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
-    """Return the first value of --remat whose step, compiled for `args`, fits in every device's memory.
+    """Return the first value of --remat whose training step fits in every device's memory.
 
-    steps: {value of --remat: jitted step}. Without a known memory limit (CPU), return the first value and
-    compile nothing. UserError: no step fits.
+    steps: {value of --remat: jitted step}. args: the arguments for which a step is compiled. If the memory
+    limit is unknown (CPU), return the first value and compile nothing. UserError: no step fits.
     """
     limit, platform = device_memory(mesh), mesh.devices.flat[0].platform
     if limit is None:
@@ -84,7 +87,7 @@ def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
 
 
 def fitting(limit: float, platform: str) -> str:
-    """Return the end of the message on a program that fits. limit: a device's memory in bytes."""
+    """Return the end of the printed message on a program that fits. limit: a device's memory in bytes."""
     if platform == "tpu":
         return ", which on TPUs can be more than it takes; it compiled, so it fits"
     return f" of a device's {limit / 1e9:.1f} GB: it fits"
@@ -93,8 +96,9 @@ def fitting(limit: float, platform: str) -> str:
 def fits(needed: int, limit: float, platform: str, last: bool) -> bool:
     """Return whether a compiled program that needs `needed` bytes fits in `limit` bytes of device memory.
 
-    A program may fill only the fraction SPARE, but the last one to try may fill all. On a TPU every program
-    that compiles fits: libtpu refuses to compile others, and `needed` includes temporaries that are never in
-    memory together (18.9 GB were counted on a v5e with 16.9 GB).
+    A program may fill only the fraction SPARE of the limit, or all of it if `last`, that is, if no smaller
+    program is left to try. On a TPU every program that compiles fits, because libtpu refuses to compile
+    others. There `needed` is too high, since it includes temporaries that are never in memory together
+    (18.9 GB were counted on a v5e with 16.9 GB).
     """
     return platform == "tpu" or needed <= limit * (1 if last else SPARE)

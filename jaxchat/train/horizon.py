@@ -18,8 +18,9 @@ MOMENTUM_WARMUP = 400  # steps
 class Horizon:
     """The length of base training (`steps` steps of `batch` tokens each) and settings derived from it.
 
-    cooling: number of final steps in which learning rates fall; 0: --warmdown_ratio decides. lr_scale: factor
-    on learning rates. decay: Muon's weight decay at the start. plan: rows for the run's plan.
+    cooling: number of cooldown steps, in which learning rates fall; 0: --warmdown_ratio sets it. lr_scale:
+    factor on learning rates. decay: Muon's weight decay at the start. plan: rows (name, text) that are
+    printed before training.
     """
 
     steps: int
@@ -37,8 +38,8 @@ class Horizon:
 def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig) -> Horizon:
     """Choose the number of steps, batch size, scale of learning rates and weight decay for a model.
 
-    reference: the model of REFERENCE_DEPTH with the same vocabulary and context. UserError: no flag sets the
-    length of training, or the length is less than one step.
+    reference: the model of REFERENCE_DEPTH layers with the same vocabulary and context, from whose best batch
+    size `model`'s is scaled. UserError: no flag sets the length of training, or it is less than one step.
     """
     growth = scaling_params(model) / scaling_params(reference)
     batch, why = config.total_batch_size, "as given"
@@ -62,10 +63,10 @@ def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig)
 
 
 def steps_for(config: BaseConfig, model: ModelConfig, batch: int, weights: int, kind: str) -> tuple[int, str]:
-    """Return (number of steps, reason) by the first of three flags that is given.
+    """Return (number of training steps, text that says which flag sets it).
 
-    The flags are --num_iterations, --target_flops and --target_param_data_ratio. batch: tokens per step.
-    weights, kind: number and description of the weights that --target_param_data_ratio refers to.
+    The first flag given counts of --num_iterations, --target_flops and --target_param_data_ratio. batch:
+    tokens per step. weights, kind: number and description of the weights that the ratio multiplies.
     """
     ratio = config.target_param_data_ratio
     if config.num_iterations > 0:
@@ -86,7 +87,7 @@ def steps_for(config: BaseConfig, model: ModelConfig, batch: int, weights: int, 
 
 
 def momentum_2026(steps: int, cooling: int, warmup: int = MOMENTUM_WARMUP) -> Callable:
-    """Return Muon's momentum as a function of finished updates.
+    """Return a function from the number of finished updates to Muon's momentum.
 
     Momentum rises from 0.85 to 0.97 in the first `warmup` updates and falls to 0.90 in the last `cooling`.
     """
@@ -99,5 +100,5 @@ def momentum_2026(steps: int, cooling: int, warmup: int = MOMENTUM_WARMUP) -> Ca
 
 
 def decay_2026(first: float, steps: int) -> Callable:
-    """Return Muon's weight decay as a function of finished updates: half a cosine from `first` to 0."""
+    """Return a function, number of finished updates -> Muon's decay: half a cosine from `first` to 0."""
     return lambda count: first * 0.5 * (1 + jnp.cos(jnp.pi * count / steps))

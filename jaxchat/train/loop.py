@@ -24,10 +24,11 @@ from jaxchat.train.step import compile_step
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A measurement that is made every `every` steps and at the end; `every` ≤ 0: never.
+    """A measurement of the weights every `every` steps and at the end; if `every` ≤ 0, never.
 
+    measure: function weights -> {name of a measured value: number}.
     at_start: whether to measure before the first step, too.
-    best: name of one of the measured values; the checkpoint at which that value is largest is kept.
+    best: name of the measured value whose largest value decides which checkpoint is kept; "": none.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A stage that is ready for training, as prepared by run.open_run."""
+    """A stage that is ready for training, with its jitted step and its initial or restored state."""
 
     stage: Stage
     state: TrainState  # train donates it to the first step
@@ -53,7 +54,7 @@ class Run:
 
 
 def place_batch(batch: dict, mesh: Mesh) -> dict:
-    """Place a batch's arrays on the mesh, with their rows sharded over the devices."""
+    """Place a batch's arrays on the mesh, sharded by rows. -> {name: array}, without totals and numbers."""
     arrays = {name: array for name, array in batch.items() if name not in ("totals", "numbers")}
     return {name: place_rows(array, mesh) for name, array in arrays.items()}
 
@@ -61,7 +62,7 @@ def place_batch(batch: dict, mesh: Mesh) -> dict:
 def train(run: Run, evaluations: list[Evaluation]) -> None:
     """Train to the end of a stage. If an error ends the run, save the state first, if possible.
 
-    Preempted: a signal asked to stop, and the run stopped after a save. UserError: the loss or gradient of a
+    Preempted: a signal asked to stop, so the run stopped after saving. UserError: the loss or gradient of a
     step was not finite, or the last save failed.
     """
     with Stop() as stop, MetricsLog.of(run) as log:
@@ -124,10 +125,10 @@ class Loop:
             self.take_step()
 
     def evaluate(self, stopping: bool) -> bool:
-        """Run the evaluations that are due, unless the run stops after this step. -> whether the run stops.
+        """Run the evaluations that are due, unless the run is stopping. -> whether the run is stopping now.
 
-        A signal interrupts an evaluation, which may take longer than the machine stays available; the
-        evaluation is repeated when the run is resumed.
+        A signal to stop interrupts an evaluation, because the machine may be lost before the evaluation ends.
+        A resumed run repeats the interrupted evaluation.
         """
         for evaluation in self.evaluations:
             # Whether it was made before the run was resumed.
@@ -152,10 +153,10 @@ class Loop:
     def next_batch(self) -> dict:
         """Read the batch of the next step.
 
-        If one of several processes can't read its rows, it must not leave the other processes waiting. It
-        repeats its last rows with weights of NaN, so that no process applies the step, and sets `unread` in
-        the totals, which all processes receive. If the processes make a batch together (RL), all of them
-        raise Unread before the step instead.
+        A process that can't read its rows must not leave the other processes waiting. It repeats its last
+        rows with weights of NaN, so that no process applies the step, and take_step sets "unread" in the
+        totals, which all processes receive. If the processes make a batch together (RL), all of them raise
+        Unread before the step instead.
         """
         batches = self.stage.batches
         several = batches.alone and jax.process_count() > 1
@@ -175,13 +176,13 @@ class Loop:
         return self.batch
 
     def go_back(self, step: int):
-        """Return to the state after `step` steps; the one or two later steps changed no weights."""
+        """Set the loop and the data back to `step` steps. The one or two later steps changed no weights."""
         self.stage.batches.set_state(self.places[step - self.step])
         self.state = self.state.replace(step=self.state.step - (self.step - step))
         self.step = step
 
     def take_step(self):
-        """Train one step. Nothing here waits for the devices, which are still computing the previous step."""
+        """Start the next training step without waiting for the devices to finish the previous step."""
         stage, mesh, first = self.stage, self.stage.model.mesh, self.step == self.run.first_step
         asked = time.perf_counter()
         batch = self.next_batch()

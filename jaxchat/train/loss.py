@@ -17,12 +17,12 @@ from jaxchat.sharding import ROWS, constrain, data_shards, per_device
 
 @dataclasses.dataclass(frozen=True)
 class Chunking:
-    """The chunks in which the loss is computed: logits exist for `length` positions of every row at a time.
+    """How the loss is computed in chunks: logits exist for `length` positions of every row at a time.
 
-    cap: the model's softcap, which bounds logits, so exp needs no maximum subtracted.
+    cap: the model's softcap, which bounds the logits, so that the softmax subtracts no maximum.
     mesh: the mesh over which rows and the vocabulary are sharded; None: one device.
-    kernels: whether model/kernels.py computes the softmax if gradients are needed.
-    words: number of the head's columns that stand for tokens, if the head is padded; None: all columns.
+    kernels: whether a GPU kernel (model/kernels.py) computes the softmax when gradients are needed.
+    words: size of the vocabulary, if the head is padded to more columns; None: it isn't padded.
     """
 
     length: int
@@ -42,11 +42,11 @@ class Chunking:
 
 
 def chunk_length(batch: int, time: int, compute: Compute) -> int:
-    """Return the number of positions per chunk, at least 1.
+    """Return the number of positions per chunk of the loss of [batch, time] tokens, at least 1.
 
-    A chunk's logits on one device are for at most compute.loss_chunk_tokens tokens. The length is the longest
-    divisor of `time` within this limit. If that is at most half of the limit, the length is a longer one, and
-    the last chunk is padded.
+    A chunk has at most compute.loss_chunk_tokens tokens per device. Its length is the longest divisor of
+    `time` within this limit. If that divisor is at most half of the limit, `time` is divided into as few
+    chunks as the limit allows, of equal length, and the last chunk is padded.
     """
     rows = max(1, batch // data_shards(compute.mesh))
     most = min(time, max(1, compute.loss_chunk_tokens // rows))
@@ -59,7 +59,7 @@ def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute
 
     batch: {inputs_BT, targets_BT, weights_BT[, counts_BT][, segments_BT]}. N is Σ counts, or Σ weights if the
     batch has no counts. The loss of a step is Σ weight·nll ÷ N, after summing both over the micro-batches.
-    Weights may have any sign; give counts if the loss is not a weighted mean.
+    Weights may be negative; counts are needed if the loss is not a weighted mean.
     """
     x_BTD = features(params, batch["inputs_BT"], config, compute, batch.get("segments_BT"))
     chunking = Chunking.of(*batch["inputs_BT"].shape, config, compute)
@@ -83,7 +83,10 @@ def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
 
 
 def _on_mesh(function, out_specs, chunking: Chunking, x_BTD, lm_head_DV, targets_BT, weights_BT):
-    """Call function(x, head, targets, weights, chunking) on each device's rows and vocabulary shard."""
+    """Call function(x, head, targets, weights, chunking) on every device's rows and vocabulary shard.
+
+    The result is sharded by out_specs.
+    """
     in_specs = (P(ROWS), P(None, "tensor"), P(ROWS), P(ROWS))
     local = partial(function, chunking=chunking)
     mapped = per_device(local, chunking.mesh, in_specs, out_specs, always=chunking.kernels)
@@ -104,10 +107,10 @@ def _nll(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunking):
 
 
 def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
-    """Compute the loss at the t positions of a chunk. -> (logits z_BtV float32, target ids in V, nll_Bt).
+    """Compute the losses at the t positions of a chunk. -> (float32 logits z_BtV, target ids_Bt, nll_Bt).
 
-    On a mesh V is this device's shard of the vocabulary, and target ids may be outside the shard; nll_Bt is
-    over the complete vocabulary.
+    On a mesh, V is this device's shard of the vocabulary. Target ids are relative to the shard's start, so
+    those of other shards are negative or ≥ V. nll_Bt is normalized over the complete vocabulary.
     """
     z_BtV = logits(head_DV, x_BtD, chunking.cap)
     if chunking.words:
@@ -120,21 +123,21 @@ def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
 
 
 def local_ids(targets_Bt, size: int, sharded: bool):
-    """Return target ids relative to this device's shard of `size` tokens of the vocabulary, if sharded."""
+    """Return target ids; if `sharded`, relative to the start of this device's vocabulary shard of `size`."""
     return targets_Bt - lax.axis_index("tensor") * size if sharded else targets_Bt
 
 
 def is_word(size: int, chunking: Chunking):
-    """Return which of the `size` columns of the head on this device stand for tokens: bool [1, 1, V]."""
+    """Return which of the head's `size` columns on this device are tokens, not padding: bool [1, 1, size]."""
     first = lax.axis_index("tensor") * size if chunking.sharded else 0
     return (first + jnp.arange(size) < chunking.words)[None, None]
 
 
 def logit_of(z_BtV, ids_Bt, sharded: bool):
-    """Return the logits at the target ids, [B, t].
+    """Return the logits of the target ids, [B, t].
 
-    On a vocabulary shard, an id of another shard gives 0, so that a sum over devices gives each logit.
-    On one device, an id outside the vocabulary gives NaN.
+    If the vocabulary is `sharded`, the logit of another shard's id is 0, so that a sum over devices gives all
+    logits. If not, the logit of an id outside the vocabulary is NaN.
     """
     if not sharded:
         return jnp.take_along_axis(z_BtV, ids_Bt[..., None], axis=-1)[..., 0]
@@ -143,15 +146,15 @@ def logit_of(z_BtV, ids_Bt, sharded: bool):
 
 
 def slope(z, cap: float):
-    """Derivative of softcap(u) with respect to u, from z = softcap(u)."""
+    """Return the derivative of z = softcap(u) with respect to u, computed from z."""
     return 1 - (z / cap) ** 2
 
 
 def nll_and_gradients(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
-    """Forward pass of weighted_nll: return the loss, and the gradients for a cotangent of 1.
+    """Forward pass of weighted_nll. -> (Σ weight·nll, its gradients: (d_x_BTD, d_lm_head_DV, nll_BT)).
 
-    The backward pass, scale_gradients, multiplies the gradients by the cotangent. The gradient with respect
-    to the weights is each token's loss, nll_BT.
+    nll_BT, the loss of every token, is the gradient with respect to weights_BT. The backward pass
+    (scale_gradients) multiplies the gradients by the cotangent.
     """
     out_specs = (P(), (P(ROWS), P("fsdp", "tensor"), P(ROWS)))
     return _on_mesh(_nll_and_gradients, out_specs, chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)
@@ -184,7 +187,7 @@ def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunkin
 
 
 def logits_gradient(u_BtV, targets_Bt, chunking: Chunking):
-    """Return (d_BtV, sum_Bt, nll_Bt) from the head's outputs u_BtV: ∂nll/∂u is d/sum. d has u's dtype.
+    """Return (d_BtV in u's dtype, sum_Bt, nll_Bt) from the head's outputs u_BtV, where ∂nll/∂u = d/sum.
 
     With z = softcap(u) and sum = Σ exp(z), ∂nll/∂u = (exp(z)/sum − δ)·slope, where δ is 1 at the target, else
     0. Where δ is 0, d = sum·∂nll/∂u does not depend on sum, so one pass over the logits is enough.
@@ -226,7 +229,7 @@ weighted_nll.defvjp(nll_and_gradients, scale_gradients)
 
 
 def pad_time(length: int, a):
-    """Append zeros to an array [B, T, ...], so that T is a multiple of `length`."""
+    """Append zeros along T to an array [B, T, ...], until T is a multiple of `length`."""
     return jnp.pad(a, ((0, 0), (0, -a.shape[1] % length), *[(0, 0)] * (a.ndim - 2)))
 
 

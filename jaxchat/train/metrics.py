@@ -30,14 +30,17 @@ def check_installed(*, run: str, tensorboard: bool):
 
 
 def peak_bytes() -> int:
-    """Peak memory in bytes of the first local device or, if the device reports none (CPU), of the process."""
+    """Peak memory use, in bytes, of the first local device or, if it reports none (CPU), of the process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class MetricsLog:
-    """A run's log: metrics.jsonl and, on request, Weights & Biases and TensorBoard. folder=None: no files."""
+    """A run's log: metrics.jsonl and, if flags ask for them, Weights & Biases and TensorBoard.
+
+    folder: where files are written; None: no files. resume_step: lines of later steps are deleted.
+    """
 
     def __init__(self, folder: Path | None, config: dict, *, resume_step: int, run: str, tensorboard: bool):
         self._file = self._wandb = self._board = None
@@ -68,7 +71,7 @@ class MetricsLog:
     @classmethod
     @contextlib.contextmanager
     def of(cls, run):
-        """Open the log of a loop.Run, and close it when the context ends."""
+        """A context with the MetricsLog of a loop.Run, which is closed at the end."""
         flags, folder = run.stage.flags, run.checkpoints.folder if run.checkpoints else None
         done = evaluations_after(run.first_step, folder) if folder and run.first_step else []
         log = cls(folder, run.meta, resume_step=run.first_step, run=flags.run, tensorboard=flags.tensorboard)
@@ -79,7 +82,7 @@ class MetricsLog:
             log.close()
 
     def write(self, step: int, values: dict[str, float], evaluation: str = ""):
-        """Log numbers of a step. evaluation: name of the evaluation that measured them after the step."""
+        """Log {name: number} of a step. evaluation: name of the evaluation that measured them, if any."""
         if self._file:
             named = {"evaluation": evaluation} if evaluation else {}
             known = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -116,20 +119,20 @@ class MetricsLog:
 
 
 def evaluations_after(step: int, folder: Path) -> list[str]:
-    """Names of the evaluations at step `step` that metrics.jsonl records."""
+    """Names of the evaluations after step `step` that metrics.jsonl in `folder` records."""
     rows = files.read_lines(folder / "metrics.jsonl")
     return [row["evaluation"] for row in rows if row.get("step") == step and "evaluation" in row]
 
 
 def best_step(folder: Path, name: str, last: int) -> tuple[int, float] | None:
-    """Return the (step, value) where the logged value `name` is largest, up to step `last`, or None."""
+    """Return (step, value) of the largest logged `name` up to step `last`; None if it was never logged."""
     rows = [row for row in files.read_lines(folder / "metrics.jsonl") if "evaluation" in row]
     found = [(row["step"], row[name]) for row in rows if row["step"] <= last and row.get(name) is not None]
     return max(found, key=lambda one: one[1]) if found else None
 
 
 def wandb_id(folder: Path, new: bool) -> str:
-    """Return the run's id at Weights & Biases; a resumed run finds it in `folder`. new: make a new id."""
+    """Return the run's id at Weights & Biases, which `folder` keeps. new: replace it by a new id."""
     path = folder / "wandb_id"
     if new or not path.exists():
         files.write_text(path, secrets.token_hex(8))
@@ -137,7 +140,7 @@ def wandb_id(folder: Path, new: bool) -> str:
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a logged line; ∞ if the line is incomplete because the process was killed."""
+    """Return the step in a line of metrics.jsonl; ∞ for a line that a killed process left incomplete."""
     try:
         return json.loads(line)["step"]
     except ValueError:

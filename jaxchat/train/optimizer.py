@@ -1,4 +1,4 @@
-"""One optax transformation for all weights: each weight names a group, and a table gives the group's rule."""
+"""The optimizer: Muon for matrices, AdamW for other weights. Tables map a group of weights to its rule."""
 
 import dataclasses
 import math
@@ -32,17 +32,17 @@ SCALAR_LR, MIXING_LR = 0.5, 0.2  # peak rates in 2026: of factors on the embeddi
 
 @dataclasses.dataclass(frozen=True)
 class Muon:
-    """The rule of a group of matrices: momentum, then orthogonalization, with refinements of both.
+    """Update rule of a group of matrices: momentum, then orthogonalization, with optional refinements.
 
-    momentum: function of the number of finished updates.
-    decay: weight decay, a function of the number of finished updates; only weights that the update moves
-    towards 0 decay. None: no decay.
+    momentum: function from the number of finished updates to the momentum.
+    decay: function from the number of finished updates to the weight decay, which applies only to weights
+    that the update moves towards 0. None: no decay.
     steps: polynomial coefficients (a, b, c) of each orthogonalization step.
     safety, tiny: before the first step, a matrix is divided by safety × (its norm) + tiny.
     equal: first scale the gradients of all output neurons to the same norm (MuonEq).
     exact: scale the result to the norm of an orthogonal matrix (Muon+).
-    neuron_beta: decay of the running mean square of each neuron's updates, by whose root the updates are
-    divided (NorMuon); 0: off.
+    neuron_beta: decay of a running mean square of each neuron's updates; updates are divided by its root
+    (NorMuon). 0: no mean is kept, and updates are not divided.
     """
 
     lr: float
@@ -58,7 +58,7 @@ class Muon:
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """The rule of a group of weights that AdamW updates: learning rate, betas and weight decay."""
+    """Update rule of a group of weights by AdamW: learning rate, betas and weight decay."""
 
     lr: float
     b1: float = 0.8
@@ -69,8 +69,8 @@ class AdamW:
 def orthogonalize(g_Lmn, dtype, rule: Muon):
     """Orthogonalize every matrix of a stack approximately: singular values become about 1. -> float32.
 
-    Each matrix is divided by its Frobenius norm, and transposed if it is tall, so that x·xᵀ is small. Then
-    the rule's five steps follow in `dtype`: x ← P(x·xᵀ)·x with P(g) = a + b·g + c·g².
+    Matrices are divided by their Frobenius norm, and tall ones are transposed, so that x·xᵀ is small. The
+    five steps of `rule` follow, in `dtype`: x ← P(x·xᵀ)·x with P(g) = a + b·g + c·g².
     """
     steps = rule.steps
     g_Lmn = equal_columns(g_Lmn.astype(dtype).astype(jnp.float32)) if rule.equal else g_Lmn
@@ -103,9 +103,10 @@ def equal_columns(x_Lmn):
 
 
 def newton_schulz_factor(gram, steps):
-    """Return the matrix by which `steps` multiply x: the product of their polynomials P.
+    """Return the matrices [L, m, m] that have the effect of several orthogonalization steps on x.
 
-    gram: x·xᵀ [L, m, m]. steps: (a, b, c) of each step. The terms of P are summed in float32.
+    A step multiplies x by P(x·xᵀ), see orthogonalize. gram: x·xᵀ [L, m, m] before the steps. steps: (a, b, c)
+    of each. The terms of P are summed in float32.
     """
     factor = None
     for i, (a, b, c) in enumerate(steps):
@@ -120,9 +121,9 @@ def newton_schulz_factor(gram, steps):
 def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype, rule: Muon):
     """Orthogonalize a stack of matrices [L, *in, *out] that is sharded over a mesh as `weight` is.
 
-    Each device gathers complete matrices of L/devices layers (rounded up; zeros pad the stack),
-    orthogonalizes them and sends the shards back: one exchange before, one after, none within the iteration.
-    With more devices than layers, groups of neighbours along `data` each compute the complete stack.
+    A device gathers the complete matrices of L/devices layers (rounded up; zeros pad the stack),
+    orthogonalizes them and sends the shards back. Devices communicate before and after the steps, not within
+    them. With more devices than layers, each group of neighbours along `data` computes the complete stack.
     """
     in_axis, out_axis = weight.axes[1], next(axis for axis in weight.axes[2:] if axis)
     data, holders = mesh.shape["data"], mesh.shape["fsdp"] * mesh.shape["tensor"]
@@ -158,11 +159,11 @@ class MuonState:
 
 
 def scale_by_muon(weights, rule: Muon, dtype=jnp.float32, mesh: Mesh | None = None) -> GradientTransformation:
-    """Make an optax transformation of a rule for matrices (Muon).
+    """Make the optax transformation of a Muon rule, without the learning rate.
 
-    Nesterov momentum, then orthogonalization, then the factor √max(1, fan_out/fan_in).
-    weights: the declared `Weight` of every matrix, in a tree like the gradients' tree. mesh: the mesh that
-    matrices are sharded over; each device then orthogonalizes some layers.
+    It applies Nesterov momentum, then orthogonalization, then the factor √max(1, fan_out/fan_in).
+    weights: the declared `Weight` of every matrix, in a tree like the gradients' tree. mesh: the mesh over
+    which matrices are sharded; each device then orthogonalizes some layers. dtype: of the orthogonalization.
     """
 
     def init(params):
@@ -198,7 +199,7 @@ def scale_by_muon(weights, rule: Muon, dtype=jnp.float32, mesh: Mesh | None = No
 
 
 def with_new_schedule(opt_state):
-    """Return optimizer state for another stage: the schedules of Muon's momentum and decay start again."""
+    """Return optimizer state for another stage, in which Muon's schedules of momentum and decay restart."""
 
     def from_start(part):
         return part.replace(count=jnp.zeros_like(part.count)) if isinstance(part, MuonState) else part
@@ -213,7 +214,7 @@ def to_exact_norm(weight: Weight, x):
 
 
 def neuron_axes(weight: Weight) -> tuple[int, ...]:
-    """Axes of `weight` that NorMuon averages over: the inputs, or the outputs if there are fewer of them."""
+    """Axes of `weight` over which NorMuon averages: the outputs if fewer than the inputs, else the inputs."""
     axes = range(1, len(weight.shape))
     inputs = next(n for n in axes if math.prod(weight.shape[1 : n + 1]) == weight.fan_in)
     return tuple(axes[:inputs] if weight.fan_out >= weight.fan_in else axes[inputs:])
@@ -261,9 +262,9 @@ def table_2025(
     weight_decay: float = 0.0,
     momentum_warmup: int = 300,
 ) -> dict[str, Muon | AdamW]:
-    """Return nanochat's rules of November 2025, {group: rule}.
+    """Return nanochat's update rules of November 2025, {group of weights: rule}.
 
-    momentum_warmup: number of first updates in which Muon's momentum rises.
+    momentum_warmup: number of first updates in which Muon's momentum rises from 0.85 to 0.95.
     """
 
     def momentum(count):
@@ -291,9 +292,10 @@ def table_2026(
     momentum: Callable | None = None,
     decay: Callable | None = None,
 ) -> dict[str, Muon | AdamW]:
-    """Return nanochat's rules of July 2026, {group: rule}.
+    """Return nanochat's update rules of July 2026, {group of weights: rule}.
 
-    momentum, decay: for Muon. momentum=None: the momentum of table_2025. decay=None: no weight decay.
+    momentum, decay: Muon's, as functions of the number of finished updates. momentum=None: the momentum of
+    table_2025, which rises from 0.85 to 0.95. decay=None: no weight decay of Muon's matrices.
     """
     momentum = momentum or table_2025(config)["matrix"].momentum
     width_scale = (config.n_embd / 768) ** -0.5
@@ -318,10 +320,10 @@ def make_optimizer(
     mesh: Mesh | None = None,
     **rates,
 ) -> GradientTransformation:
-    """Make the optimizer of `Params`. Updates are at peak rates; train_step multiplies them by the schedule.
+    """Make the optimizer of `Params`. Updates have peak rates; train_step multiplies them by the schedule.
 
-    table: {group: rule}; None: table_2025 with `rates`. grad_clip bounds the global norm of all gradients;
-    0 is off. mesh: see scale_by_muon.
+    table: {group of weights: update rule}; None: table_2025 with `rates`. grad_clip: largest global norm of
+    the gradients; 0: no limit. muon_dtype: dtype of orthogonalization. mesh: the mesh of the weights.
     """
     declared = declare(config)
     table = table or table_2025(config, **rates)

@@ -13,11 +13,11 @@ HIDDEN = ("taken", "left", "targets", "overdue", "unread")  # totals that only t
 
 
 class NotFinite(UserError):
-    """Raised by all processes, after the same step, if the loss or gradient of a step was not finite."""
+    """The loss or the gradient of a step was not finite. All processes raise this after the same step."""
 
 
 class Unread(UserError):
-    """Raised by all processes if any of them can't read its rows of a step; no process applied that step."""
+    """A process can't read its rows of a step, so no process applied that step. All processes raise this."""
 
     def __init__(self, step: int):
         super().__init__(f"another process can't read its rows of step {step}; its own message says why")
@@ -44,10 +44,11 @@ class Reporter:
         self._clock = time.perf_counter()
 
     def step(self, step: int, tokens: int, waited: float, metrics: dict, row_tokens: int) -> dict[str, float]:
-        """Report the previous step and keep this one for later. -> the previous step's numbers; {} if none.
+        """Report the previous step and keep this step for the next call.
 
-        tokens: number in this step, over all processes; waited: seconds spent waiting for data; metrics:
-        arrays that may not be computed yet; row_tokens: tokens per row, padding included.
+        -> numbers of the previous step, {name: float}; {} at the first step.
+        tokens: number of tokens of this step, over all processes. waited: seconds spent waiting for data.
+        metrics: {name: array}, which may not be computed yet. row_tokens: tokens per row, padding included.
         """
         previous, self._pending = self._pending, (step, tokens, waited, metrics, row_tokens)
         return self._report(*previous) if previous else {}
@@ -84,7 +85,11 @@ class Reporter:
         return fetched
 
     def _checked(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        """Return the numbers of a step to log. Raise Unread, or NotFinite unless --on_nonfinite=skip."""
+        """Return the numbers of a step that are logged, {name: float}.
+
+        Unread: a process could not read its rows. NotFinite: the loss or gradient is not finite, unless
+        --on_nonfinite=skip.
+        """
         if values.get("unread"):
             raise Unread(step)
         where = "the next batch of the data"
@@ -125,7 +130,10 @@ class Reporter:
         return line
 
     def _eta(self, progress: float) -> float | None:
-        """Estimate the seconds left after the step that began at `progress`; None: not known yet."""
+        """Estimate the seconds left in the stage after a step; None: too early to tell.
+
+        progress: fraction of the stage that was complete before the step.
+        """
         if self._reported == 1:
             self._first_progress = progress
         steps, done = self._reported - 1, progress - self._first_progress

@@ -1,4 +1,4 @@
-"""Prepare a run from flags: where it starts, its plan, a training step that fits in memory, its state."""
+"""Prepare a run from flags: choose where it starts and a step that fits in memory, and create its state."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,10 @@ class Start:
 
 
 def tokenizer_for(config: TrainConfig, name: str, tag: str) -> Tokenizer:
-    """Load the tokenizer saved with the checkpoints to resume from; without any, the base directory's."""
+    """Load the tokenizer of the run to resume; without one, that of the base directory.
+
+    name: the stage. tag: the run's --model_tag.
+    """
     folder = checkpoint.run_folder(name, tag)
     kept = folder / "tokenizer"
     return Tokenizer.load(kept if config.resume and checkpoint.steps_in(folder) and kept.is_dir() else None)
@@ -109,9 +112,9 @@ TASK_FILE = re.compile(r"[^,]*/(?=[^/,]+\.(?:jsonl|json|ndjson)(?::\d+)?(?:,|$))
 
 
 def without_folders(meta: dict) -> dict:
-    """Return metadata in which the names of task files have no folders.
+    """Return a checkpoint's metadata with the folders removed from the names of task files.
 
-    A resumed run may find its task files in another folder, because "data" compares the files' content.
+    So a run can be resumed after its task files were moved; "data" still compares the files' content.
     """
     settings, data = dict(meta["settings"]), {}
     if "train_tasks" in settings:
@@ -123,7 +126,7 @@ def without_folders(meta: dict) -> dict:
 
 
 def about_mechanisms(model: ModelConfig) -> list[tuple[str, str]]:
-    """Return the plan's row on additions to the model of November 2025, in a list; [] without additions."""
+    """Describe what the model adds to nanochat's model of November 2025. -> [(name, text)]; [] if nothing."""
     parts = []
     if model.window_pattern:
         parts.append(f"windows {model.window_pattern} (S {model.short_window:,}, L {model.sequence_len:,})")
@@ -160,10 +163,11 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def open_run(stage: Stage, start: Start) -> Iterator[Run]:
-    """Prepare a run: read a batch, choose a step that fits in memory, lock the folder, restore or initialise.
+    """A context with the Run of a stage, ready to train: its state is initialised, or restored from `start`.
 
-    Nothing is written or deleted until every check has passed. Leaving the context ends the data pipeline,
-    waits for the save in progress, and unlocks the folder.
+    A step that fits in memory is chosen, and the folder is locked. Nothing is written or deleted until every
+    check has passed. Leaving the context ends the data pipeline, waits for the save in progress, and unlocks
+    the folder.
     """
     checkpoints = start.checkpoints
     try:
@@ -193,7 +197,7 @@ def open_run(stage: Stage, start: Start) -> Iterator[Run]:
 
 
 def look_at_data(stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
-    """Read the first batch without consuming it. -> {name: ShapeDtypeStruct}, with the longest possible rows.
+    """Read the first batch without consuming it. -> {name: ShapeDtypeStruct} of the largest possible batch.
 
     UserError: the batch cannot be read, or no document contains text.
     """
@@ -207,9 +211,10 @@ def look_at_data(stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callable]:
-    """Jit a training step for each value of --remat to try. -> {value: step}, the fastest first.
+    """Jit a training step for each value of --remat that is to be tried. -> {value: step}, fastest first.
 
-    batch: the largest batch, see look_at_data. Nothing is compiled yet.
+    batch: ShapeDtypeStructs of the largest batch, needed only if the memory limit is known. Nothing is
+    compiled.
     """
     compute, mesh = stage.model.compute, stage.model.mesh
     remats = [compute.remat]
@@ -228,9 +233,10 @@ def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callabl
 
 
 def initial_state(stage: Stage) -> TrainState:
-    """Create the state of step 0.
+    """Create the training state of step 0.
 
-    Weights are random or the parent's. Optimizer state is fresh or, if stage.warm, the parent's.
+    Weights come from the parent checkpoint or, without one, are random. Optimizer state is fresh or, if
+    stage.warm, the parent's.
     """
     if stage.parent is None:
         return init_state(stage.flags.seed, stage.model, stage.optimizer)
@@ -248,7 +254,7 @@ def initial_state(stage: Stage) -> TrainState:
 
 
 def restore(stage: Stage, start: Start) -> TrainState:
-    """Restore the state of the checkpoint to resume from, and the position of the data pipeline."""
+    """Return the state of the checkpoint to resume from; also set the data pipeline to its position."""
     checkpoints, target = start.checkpoints, abstract_state(stage.model, stage.optimizer)
     if checkpoints.has_state(start.step):
         params, rest = checkpoints.restore(

@@ -15,7 +15,7 @@ LAST_ATTEMPTS = 4  # attempts at the end of a run, 1, 2 and 4 seconds apart
 
 
 class Saver:
-    """Decides after every step whether to save, and saves. Without checkpoints (a dry run) it does nothing.
+    """Decide after every step whether to save a checkpoint, and save it. In a dry run, do nothing.
 
     Any Exception counts as a failed save, since Orbax and TensorStore raise many kinds if a disk is full.
     """
@@ -28,9 +28,9 @@ class Saver:
         self._best = -math.inf  # largest value of the evaluation that decides which checkpoint is kept
 
     def due(self, step: int, last: bool) -> bool:
-        """Return whether to save now, after `step` steps; also check whether the save in progress has ended.
+        """Return whether to save now, after `step` steps; also note if a save in progress ended or failed.
 
-        last: whether the run ends at this step, which is always saved.
+        last: whether the run ends at this step, whose state is always saved.
         """
         if not self._checkpoints:
             return False
@@ -51,18 +51,24 @@ class Saver:
         return bool(self._checkpoints) and 0 < 60 * minutes <= clock() - self._saved_at
 
     def agree(self, values: dict[str, float]):
-        """Record whether a save is due by the clock of at least one process, as a step's totals report it."""
+        """Note that a save is due if --save_minutes have passed by the clock of at least one process.
+
+        values: a step's numbers; "overdue" is a sum over processes, so all of them save after the same step.
+        """
         self._overdue = self._overdue or values.get("overdue", 0) > 0
 
     def save(self, state: TrainState, step: int, *, finished: bool):
-        """Start to save the state. Errors are printed, not raised. finished: the stage is complete."""
+        """Start to save the state after `step` steps. finished: whether the stage is complete.
+
+        An error is printed, not raised, and the save is retried after a later step.
+        """
         try:
             self._start(state, step, finished)
         except Exception as problem:
             self._failed(step, problem)
 
     def keep_best(self, state: TrainState, step: int, value: float, finished: bool):
-        """Keep the checkpoint of this step if `value` is the largest so far; save it now if necessary."""
+        """If `value` is the largest so far, keep this step's checkpoint as the best; save it if necessary."""
         if not self._checkpoints or not value > self._best:
             return
         self._best = value
@@ -72,12 +78,12 @@ class Saver:
                 self.save(state, step, finished=finished)
 
     def restore_best(self, found: tuple[int, float] | None):
-        """When a run is resumed, set the best (step, value) found so far."""
+        """Set the best (step, value) that a resumed run had found before; None: none."""
         if self._checkpoints and found:
             self._checkpoints.kept, self._best = found
 
     def finish(self, state: TrainState, step: int, *, finished: bool):
-        """Save the state after the run's last step and wait for the save. UserError: all attempts failed."""
+        """Save the state after the run's last step and wait. UserError: all LAST_ATTEMPTS attempts failed."""
         if not self._checkpoints:
             return
         for attempt in range(LAST_ATTEMPTS):
@@ -100,7 +106,8 @@ class Saver:
     def rescue(self, state: TrainState, step: int, *, alone: bool):
         """Save the state, if possible, before an error ends the run.
 
-        alone: only this process has the error. Then several processes can't save, since a save needs all.
+        alone: whether only this process may have the error. Then a run of several processes isn't saved,
+        because all processes must take part in a save.
         """
         if not self._checkpoints or step <= self._begun or alone and jax.process_count() > 1:
             return
@@ -114,7 +121,7 @@ class Saver:
             print(f"an error ends the run; step {step} is saved: continue from it with --resume", flush=True)
 
     def describe(self, step: int) -> str:
-        """Say what is saved when the run stops after `step` steps, and how to continue."""
+        """Return a message on what is saved when the run stops after `step` steps, and how to continue."""
         if not self._checkpoints:
             return "nothing is saved (dry run)"
         if not self._saved:

@@ -13,11 +13,11 @@ def lr_multiplier(
     warmdown_ratio: float,
     final_lr_frac: float,
 ) -> float | jax.Array:
-    """Return a multiplier that rises linearly from 0 to 1, stays, then falls linearly to `final_lr_frac`.
+    """Return the learning-rate multiplier: warmup from 0 to 1, then 1, then cooldown to `final_lr_frac`.
 
-    warmup_ratio, warmdown_ratio: fractions of the stage in which the multiplier rises and falls.
-    progress: fraction of the stage that is complete. step: fraction that this step adds, so that the first
-    step of a warmup has a rate above 0 and the last step of a warmup the full rate.
+    warmup_ratio, warmdown_ratio: fractions of the stage that are warmup and cooldown, both linear.
+    progress: fraction of the stage that is complete. step: fraction that this step adds. It is included in
+    the warmup, so that the first step has a rate above 0 and the last step of the warmup the full rate.
     """
     xp = jnp if isinstance(progress, jax.Array) else np
     up = xp.minimum(1.0, (progress + step) / warmup_ratio) if warmup_ratio else 1.0
@@ -26,7 +26,7 @@ def lr_multiplier(
 
 
 def cosine(progress: float | jax.Array, step: float) -> float | jax.Array:
-    """Return a multiplier that falls along half a cosine: 1 at progress 0, 0 at progress 1."""
+    """Return a multiplier that falls along half a cosine: 1 at progress 0, 0 at progress 1; ignore `step`."""
     del step
     xp = jnp if isinstance(progress, jax.Array) else np
     return 0.5 * (1.0 + xp.cos(np.pi * progress))

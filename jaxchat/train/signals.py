@@ -14,11 +14,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class BrokenOff(BaseException):
-    """Raised by a signal within Stop.breaks_off. Not an Exception, so `except Exception` lets it pass."""
+    """Raised if a signal to stop arrives within Stop.breaks_off. `except Exception` does not catch it."""
 
 
 class Stop:
-    """A context in which SIGNALS don't end the process; `asked` returns whether one has arrived.
+    """A context in which the signals in SIGNALS don't end the process; asked() says if one has arrived.
 
     A second Ctrl-C ends the process at once. A signal that is ignored at the start (SIGHUP under nohup) stays
     ignored. With several processes, JAX's preemption service listens for SIGTERM and chooses the step at
@@ -33,9 +33,9 @@ class Stop:
 
     @contextlib.contextmanager
     def breaks_off(self):
-        """A context in which a signal raises BrokenOff at once, if only one process runs.
+        """A context in which a signal to stop raises BrokenOff at once.
 
-        To interrupt one of several processes would leave the others waiting.
+        With several processes the context has no effect: interrupting one would leave the others waiting.
         """
         self._breaks_off = jax.process_count() == 1
         try:
@@ -65,7 +65,10 @@ class Stop:
             raise BrokenOff
 
     def asked(self) -> bool:
-        """Return whether to stop now, equal on all processes. All processes must call this at every step."""
+        """Return whether the run is to stop after this step: the same answer on all processes.
+
+        All processes must call this equally often, at the same points of the run.
+        """
         self._asked += 1  # not the run's step: jax wants consecutive numbers that are equal on all processes
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._asked):
             self.signal = "a notice of preemption"

@@ -1,4 +1,4 @@
-"""Describe each stage of training as data: parent checkpoint, batches, length, schedule, what is saved."""
+"""Describe each stage of training as data: parent checkpoint, batches, length, schedule, metadata."""
 
 import dataclasses
 import math
@@ -51,11 +51,11 @@ def loss_text(values: dict[str, float]) -> str:
 
 
 class DataBatches:
-    """Batches that are read from data, independently of the model's weights and the step.
+    """Batches of all stages but RL: they are read from data, independently of the weights and the step.
 
-    A batch holds this process's rows {inputs, targets, weights[, segments]}, each [A, B, T] with A
-    micro-batches, and `totals` (data/streams.py). The batches of RL (rl/batches.py) depend on the weights and
-    the step, and also hold `numbers` to log.
+    A batch is a dict of this process's rows {inputs, targets, weights[, segments]}, each [A, B, T] with A
+    micro-batches, and `totals`: counts of what was read (data/streams.py). RolloutBatches (rl/batches.py)
+    have the same methods, but depend on the weights and the step, and also hold `numbers` to log.
     """
 
     alone = True  # each process makes its rows without the others
@@ -65,7 +65,7 @@ class DataBatches:
         self.get_state, self.set_state, self.close = iterator.get_state, iterator.set_state, iterator.close
 
     def next_batch(self, params, step: int) -> dict:
-        """Return the next batch, read from data alone. StopIteration: the data has ended."""
+        """Return the next batch; `params` and `step` have no effect. StopIteration: the data has ended."""
         return next(self._iterator)
 
     def peek(self) -> dict:
@@ -78,7 +78,7 @@ class DataBatches:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage of training as data: everything in which stages differ."""
+    """A stage of training (base, mid, sft or rl) as data: all that the common training loop needs to know."""
 
     name: str  # a key of config.STAGES
     tag: str
@@ -105,7 +105,7 @@ class Stage:
 
     @property
     def meta(self) -> dict:
-        """Metadata of the stage's checkpoints, except the step and the chosen --remat."""
+        """Return the metadata of the stage's checkpoints, except the step and the chosen --remat: a dict."""
         return {
             "stage": self.name,
             "data": self.data,
@@ -184,7 +184,7 @@ def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
 
 
 def horizon_of(config: BaseConfig, model: ModelConfig) -> Horizon:
-    """Choose the length and the batch size of base training, by the recipe of --arch."""
+    """Choose the length and the batch size of base training, by the rules of nanochat that --arch selects."""
     if not BASE_RECIPES[config.arch]:
         batch = config.total_batch_size
         return Horizon(steps_for(config, model, batch, num_params(model), "parameters")[0], batch)
@@ -195,12 +195,12 @@ def horizon_of(config: BaseConfig, model: ModelConfig) -> Horizon:
 
 
 def with_horizon(config: BaseConfig, model: ModelConfig) -> BaseConfig:
-    """Return the flags with the batch size that the recipe of --arch chooses as --total_batch_size."""
+    """Return the flags of base training with --total_batch_size set to the batch size that --arch implies."""
     return dataclasses.replace(config, total_batch_size=horizon_of(config, model).batch)
 
 
 def inherited(name: str, config: TrainConfig, model: Model, parent: Found, tasks: Mixture) -> dict:
-    """Return the fields of Stage that mid, sft and rl set in the same way."""
+    """Return the fields of Stage that the stages mid, sft and rl set in the same way: {field: value}."""
     return {
         "name": name,
         "tag": parent.tag,
@@ -310,9 +310,10 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
 
 
 def examples_of_step(config: SFTConfig, parent: Found, tasks: Mixture, time: int) -> int:
-    """Return the number of conversations per step: --target_examples_per_step.
+    """Return the number of conversations per step of SFT: --target_examples_per_step.
 
-    With -1, a step has about as many tokens as a step of the parent's training.
+    With -1, return a number for which a step has about as many tokens as in the parent checkpoint's training.
+    time: tokens per row, to which longer conversations are cut.
     """
     if config.target_examples_per_step > 0:
         return config.target_examples_per_step
@@ -326,7 +327,7 @@ def examples_of_step(config: SFTConfig, parent: Found, tasks: Mixture, time: int
 
 
 def has_state(found: Found) -> bool:
-    """Return whether a checkpoint holds optimizer state."""
+    """Return whether a checkpoint holds optimizer state besides the weights."""
     return (found.path / "optimizer").is_dir()
 
 
@@ -366,7 +367,7 @@ def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -
 
 
 def reward_text(values: dict[str, float]) -> str:
-    """Format a step's rewards, which are printed because a policy-gradient loss doesn't measure progress."""
+    """Format a step's rewards, which RL prints instead of the loss, since its loss shows no progress."""
     return f"reward {values['reward']:.3f}  mixed groups {values['groups_mixed']:.0%}"
 
 
@@ -386,10 +387,11 @@ def table_for(
     momentum_warmup: int = 300,
     horizon: Horizon | None = None,
 ) -> dict[str, Muon | AdamW]:
-    """Choose the optimizer's table {group: rule}: table_2025 if model.plain, else table_2026.
+    """Return the optimizer's table, {group of weights: rule}: table_2025 if model.plain, else table_2026.
 
-    momentum_warmup: steps in which Muon's momentum rises from 0.85 to 0.95.
-    horizon: given for base training; it scales the learning rates, and sets momentum and decay in table_2026.
+    init_lr_frac: factor on the learning rates of `config`. momentum_warmup: number of first steps in which
+    Muon's momentum rises from 0.85 to 0.95; unused with table_2026 and a horizon.
+    horizon: of base training; scales learning rates and, in table_2026, sets Muon's momentum and decay.
     """
     scale = init_lr_frac * (horizon.lr_scale if horizon else 1.0)
     rates = {name: getattr(config, name) * scale for name in RATES}
@@ -421,7 +423,7 @@ class Cut:
         return cls(rows, *pipelines.cut_step(rows, devices, config.device_batch_size, DEVICE_ROWS))
 
     def share(self, config: BaseConfig | MidConfig, model: Model) -> dict:
-        """Return arguments of a data pipeline: rows of a step, this process's share of them, workers."""
+        """Return keyword arguments of a data pipeline: rows of a step, those of this process, workers."""
         share = sharding.share_of_rows(model.mesh, self.rows // self.micro_batches)
         how = {"rows": self.rows, "micro_batches": self.micro_batches}
         return how | {"share": share, "workers": config.data_workers}
@@ -440,15 +442,15 @@ def row_length(config: MidConfig | SFTConfig, model: ModelConfig) -> int:
 
 
 def tokens_in(read: Reader, sample: Sequence[int], num_documents: int) -> float:
-    """Estimate the tokens in all documents from the lengths of a sample. sample: indices of documents."""
+    """Estimate the number of tokens in all documents. sample: indices of the documents that are counted."""
     lengths = [len(ids) for ids, _ in read(sample)]
     return sum(lengths) / len(lengths) * num_documents
 
 
 def epochs_row(tokens: int, there: float) -> tuple[str, str]:
-    """Return the plan's row on epochs (passes over the data).
+    """Return the row (name, text) of the printed plan on epochs, which are passes over the data.
 
-    tokens: number to train on. there: estimated number in all documents.
+    tokens: number of tokens to train on. there: estimated number of tokens in all documents.
     """
     epochs = tokens / there if there else math.inf
     repeated = ": the data is repeated" if epochs > 1 else ""

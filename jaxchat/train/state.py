@@ -23,7 +23,7 @@ class TrainState:
 
     @property
     def rest(self) -> dict:
-        """The state without the weights, which a checkpoint stores separately."""
+        """Return {field: value} of all but the weights, which a checkpoint stores separately."""
         return {"step": self.step, "empty_steps": self.empty_steps, "opt_state": self.opt_state}
 
 
@@ -33,7 +33,7 @@ def fresh(params: Params, optimizer: optax.GradientTransformation) -> TrainState
 
 
 def state_shardings(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return a TrainState with the NamedSharding of every array, by the declarations of the weights."""
+    """Return a TrainState with every array's NamedSharding, which follows from the weights' mesh axes."""
     specs = model_params.specs(model.config)
     opt_state = jax.eval_shape(optimizer.init, model_params.shapes(model.config))
     opt_specs = sharding.optimizer_specs(opt_state, model_params.named(model.config))
@@ -41,13 +41,13 @@ def state_shardings(model: Model, optimizer: optax.GradientTransformation) -> Tr
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return a TrainState of ShapeDtypeStructs with shardings: the target when a checkpoint is restored."""
+    """Return a TrainState of ShapeDtypeStructs with shardings, into which a checkpoint can be restored."""
     shapes = jax.eval_shape(lambda: fresh(model_params.init(jax.random.key(0), model.config), optimizer))
     return sharding.abstract(shapes, state_shardings(model, optimizer))
 
 
 def init_state(seed: int, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """Create a TrainState with random weights directly on the mesh; the values are the same on any mesh."""
+    """Create a TrainState with random weights on the mesh. Values depend on the seed, but not on the mesh."""
 
     def make(key):
         return fresh(model_params.init(key, model.config), optimizer)
@@ -56,6 +56,6 @@ def init_state(seed: int, model: Model, optimizer: optax.GradientTransformation)
 
 
 def state_from_params(params: Params, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """Create a TrainState with the given weights and a fresh optimizer. `params` is donated."""
+    """Create a TrainState of step 0 with the given weights and fresh optimizer state. `params` is donated."""
     shardings = state_shardings(model, optimizer)
     return jax.jit(lambda p: fresh(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)

@@ -27,14 +27,15 @@ def train_step(
     model: Model,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict]:
-    """Take one optimizer step over all micro-batches. -> (state, metrics).
+    """Take one optimizer step over all micro-batches. -> (the new state, metrics: {name: scalar}).
 
     batch: {inputs, targets int32, weights float32[, counts float32][, segments int32][, sampler float32]},
-    each [A, B, T] with A micro-batches; for sampler see add_answers. The loss is Σ weight·nll ÷ N over the
-    whole step, so a token weighs the same in any micro-batch, on any device. N, the metric "weight", is Σ
-    counts, or Σ weights if the batch has no counts. If all token weights are 0, the step changes neither
-    parameters nor optimizer, and reports loss 0. If the loss or the gradient is not finite, the step changes
-    neither, and reports nonfinite = 1. The other metrics are loss, grad_norm and empty_steps.
+    each [A, B, T] with A micro-batches; sampler: the log-probabilities of the targets when they were sampled
+    (RL). The loss is Σ weight·nll ÷ N over the complete step, so a token weighs the same in any micro-batch,
+    on any device. N, the metric "weight", is Σ counts, or Σ weights if the batch has no counts. If all token
+    weights are 0, the step changes neither parameters nor optimizer, and reports loss 0. If the loss or the
+    gradient is not finite, the step changes neither, and reports nonfinite = 1. The other metrics are loss,
+    grad_norm and empty_steps.
     """
     if model.compute.remat == "step" and can_merge(batch, model.mesh):
         batch, model = merge_rows(batch, model)
@@ -72,12 +73,15 @@ def train_step(
 
 
 def no_sums(params: Params) -> tuple:
-    """Return the zeros that sums over micro-batches start from: gradients (float32), Σ weight·nll and N."""
+    """Return zeros, to which micro-batches are added: (float32 gradients like params, Σ weight·nll, N)."""
     return jax.tree.map(lambda p: jnp.zeros(p.shape), params), jnp.zeros(()), jnp.zeros(())
 
 
 def add_rows(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
-    """Return (sums over all micro-batches, {}). The sums are (gradients, Σ weight·nll, N), see train_step."""
+    """Return ((gradients, Σ weight·nll, N), {}), summed over all micro-batches; {}: no further metrics.
+
+    N is Σ counts, or Σ weights if the batch has no counts.
+    """
     config, compute = model.config, model.compute
 
     def add_micro_batch(sums, micro):
@@ -90,12 +94,12 @@ def add_rows(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
 
 
 def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
-    """Return (the sums of add_rows, metrics of how sampler and trainer differ) for sampled answers (RL).
+    """Return ((gradients, Σ weight·nll, N), metrics) of all micro-batches, for sampled answers (RL).
 
-    batch["sampler"] [A, B, T] is the sampler's log-probabilities of the targets. d is the trainer's minus the
-    sampler's log-probability of a target whose weight is not 0. The metrics are the mean and the largest |d|,
-    and the mean of e^d − 1 − d, an estimate of KL(sampler ‖ trainer). A micro-batch whose weights are all 0
-    is skipped.
+    The metrics {name: scalar} say how sampler and trainer differ. batch["sampler"] [A, B, T] holds the
+    sampler's log-probabilities of the targets. d is the trainer's minus the sampler's log-probability of a
+    target whose weight is not 0. The metrics are the mean and the largest |d|, and the mean of e^d − 1 − d,
+    an estimate of KL(sampler ‖ trainer). A micro-batch whose weights are all 0 is skipped.
     """
     config, compute = model.config, model.compute
 
@@ -132,10 +136,10 @@ def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]
 
 
 def can_merge(batch: dict, mesh: Mesh) -> bool:
-    """Return whether micro-batches can be computed together, layer by layer (model/parts.py).
+    """Return whether a layer can compute all micro-batches before the next layer begins (--remat=step).
 
-    This needs several micro-batches, and several devices without a tensor axis. RL is excluded, since it
-    skips micro-batches whose weights are 0.
+    This needs several micro-batches, and several devices with a tensor axis of size 1. RL is excluded, since
+    it skips micro-batches whose weights are 0.
     """
     num_micro, rows, _ = batch["inputs"].shape
     spread = mesh is not None and mesh.shape["tensor"] == 1 < data_shards(mesh)
@@ -143,9 +147,9 @@ def can_merge(batch: dict, mesh: Mesh) -> bool:
 
 
 def merge_rows(batch: dict, model: Model) -> tuple[dict, Model]:
-    """Join arrays [A, B, T] to [1, A·B, T]. -> (batch, model), where the model computes rows in A parts.
+    """Join arrays [A, B, T] to [1, A·B, T], and set the model to compute each layer in A parts.
 
-    Rows stay on their devices.
+    -> (the new batch, the new model). Rows stay on their devices.
     """
     num_micro, shards = len(batch["inputs"]), data_shards(model.mesh)
 
@@ -157,10 +161,10 @@ def merge_rows(batch: dict, model: Model) -> tuple[dict, Model]:
 
 
 def split_rows(batch: dict, compute: Compute) -> dict:
-    """Cut arrays [A, B, T] to [A·n, B/n, T], for smaller micro-batches.
+    """Cut micro-batches into n smaller ones: arrays [A, B, T] become [A·n, B/n, T].
 
-    n is the smallest number for which a device computes at most compute.micro_tokens tokens at a time. Rows
-    stay on their devices.
+    n is the smallest number for which a device computes at most compute.micro_tokens tokens at a time (no
+    limit if that is 0). Rows stay on their devices.
     """
     num_micro, rows, time = batch["inputs"].shape
     shards = data_shards(compute.mesh)
@@ -178,9 +182,9 @@ def split_rows(batch: dict, compute: Compute) -> dict:
 
 
 def compile_step(step, *args):
-    """Compile a jitted step before its first call, then return the compiler's freed memory to the OS.
+    """Compile a jitted step for `args` before its first call, and return freed memory to the system.
 
-    The freed memory is about 200 MB on a CPU; only glibc can return it.
+    The compiler frees about 200 MB on a CPU. Only the C library glibc can return them.
     """
     step.lower(*args).compile()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
@@ -190,7 +194,7 @@ def compile_step(step, *args):
 def make_train_step(
     model: Model, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, dict, float], tuple[TrainState, dict]]:
-    """Jit `train_step` for a model on its mesh. Calls donate the state and compile once per batch shape."""
+    """Return jitted step(state, batch, lr_multiplier) -> (state, metrics) on the mesh. `state` is donated."""
     options, mesh, compute = {}, model.mesh, model.compute
     platform = mesh.devices.flat[0].platform
     on_gpu = platform in ("gpu", "cuda")
