@@ -56,7 +56,7 @@ def calculate(expression: str) -> str | None:
 
 
 def _in_python(expression: str) -> str:
-    """Rewrite an arithmetic expression as Python, without commas or leading zeros in numbers."""
+    """Rewrite an expression as Python, without commas or leading zeros in numbers; _Refused: invalid."""
     expression = expression.rstrip()
     if TOKEN.sub("", expression):  # it has other characters
         raise _Refused

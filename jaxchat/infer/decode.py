@@ -1,8 +1,9 @@
-"""The device programs: prefill prompts into slots, and decode a stretch of tokens in all slots.
+"""The compiled device programs: prefill prompts into slots, and decode a stretch of tokens in all slots.
 
-A stretch is the tokens decoded before control returns to the host. Letters besides those of model/gpt.py:
-P prompts in a prefill batch, N tokens in a stretch, F forced tokens, K alternatives per token, E tokens that
-end a row.
+A slot holds one running request. A stretch is the tokens decoded before control returns to the host.
+
+Letters besides those of model/gpt.py: P prompts in a prefill batch, N tokens in a stretch, F forced tokens,
+K alternatives per token, E tokens that end a row.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ PROMPT_CHUNK = 128  # positions of a prompt whose logits are computed at a time
 
 @struct.dataclass
 class State:
-    """Contents of all slots, as device arrays."""
+    """Device arrays of all slots: key/value cache, logits of the next token, and sampling settings."""
 
     cache: KVCache
     logits_BV: Any  # logits of each slot's next token, float32
@@ -51,7 +52,10 @@ class Scores:
 
 @struct.dataclass
 class Prompts:
-    """Prompts to prefill, padded at the end, and their slots; an empty row's slot is past the last one."""
+    """Right-padded prompts to prefill, and their slots.
+
+    An unused row has a slot number beyond the last slot, so that its writes are dropped.
+    """
 
     tokens_PT: Any
     lengths_P: Any
@@ -63,9 +67,9 @@ class Prompts:
 class Turn:
     """The host's instructions for decoding one stretch of tokens.
 
-    The stretch ends after `stretch` tokens, or when `enough` rows of a device wait for the host, or when no
-    row is left to decode. A row waits once it has called the tool; if count_done, rows that are done also
-    count as waiting.
+    The stretch ends after `stretch` tokens per row, or when `enough` rows of a device wait for the host, or
+    when no row continues. A row waits once it has called the calculator; if count_done, ended rows and empty
+    slots also count as waiting, because the host can give their slots to other requests.
     """
 
     active_B: Any  # whether each slot runs
@@ -78,7 +82,7 @@ class Turn:
 
 @struct.dataclass
 class Stretch:
-    """The decoded tokens of a stretch, −1 where a row has none. A row's last token may be an end token."""
+    """The tokens decoded in a stretch, −1 where a row has none. A row's last token may be an end token."""
 
     tokens_BN: Any
     forced_BN: Any
@@ -91,7 +95,7 @@ class Stretch:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Static argument of the device programs: they are compiled for these constants."""
+    """Constants for which the device programs are compiled; passed as a static argument of jax.jit."""
 
     config: ModelConfig
     compute: Compute
@@ -116,16 +120,16 @@ def empty_state(program: Program, count: int, slots: int) -> State:
 
 @partial(jax.jit, static_argnames=("program", "slots"))
 def resize(program: Program, state: State, slots: int) -> State:
-    """Move the rows to a cache with `slots` positions per row."""
+    """Return `state` with its rows moved to a key/value cache of `slots` positions per row."""
     resized = per_device(partial(KVCache.resize, slots=slots), program.mesh, (P("rows"),), P("rows"))
     return state.replace(cache=resized(state.cache))
 
 
 @partial(jax.jit, static_argnames=("program", "top"), donate_argnames="state")
 def read_prompts(program: Program, params, state: State, prompts: Prompts, top: int | None):
-    """Prefill prompts into their slots. Return (state, Scores [P, T] of each position's next token).
+    """Prefill prompts into their slots. Return (state, Scores [P, T] of the prompts' tokens).
 
-    top: number of alternatives in Scores; None: return None for Scores."""
+    top: number of likeliest tokens per position in Scores; None: return None instead of Scores."""
     config, compute = program.config, program.compute
 
     def read(params, state, prompts):
@@ -150,7 +154,10 @@ def read_prompts(program: Program, params, state: State, prompts: Prompts, top: 
 
 
 def prompt_scores(params, x_PTD, tokens_PT, config: ModelConfig, top: int) -> Scores:
-    """Compute Scores [P, T] of the next prompt token at each position; the last one's are meaningless."""
+    """Compute Scores [P, T] of the prompts' tokens: at position t, those of token t + 1.
+
+    The scores at a prompt's last position are meaningless. top: number of likeliest tokens per position.
+    """
     count, T = tokens_PT.shape
     t = np.gcd(T, PROMPT_CHUNK)
     next_PT = jnp.roll(tokens_PT, -1, axis=1)
@@ -180,8 +187,8 @@ def score(logits_V, token, top: int) -> Scores:
 def decode(program: Program, params, state: State, turn: Turn, *, kind: str, top: int | None):
     """Decode a stretch of tokens in all running rows. Return (state, Stretch).
 
-    kind: kind of sampling (sampling.py). top: number of alternatives reported with each token; None: no
-    log-probabilities.
+    kind: "greedy", "plain" or "filtered", the kinds of sampling.py. top: number of likeliest tokens whose
+    log-probabilities are reported at each position; None: no log-probabilities.
     """
     run = partial(_decode, program=program, kind=kind, top=top)
     specs = (P(), P("rows"), Turn(P("rows"), P("rows"), P("rows"), P(), P(), P()))
@@ -233,7 +240,7 @@ def _decode(params, state: State, turn: Turn, *, program: Program, kind: str, to
 
 
 def nothing_said(turn: Turn, top: int | None) -> Stretch:
-    """Return a Stretch without tokens, to be filled in while decoding."""
+    """Return a Stretch without tokens, for `decode` to fill. top: alternatives per token; None: no Scores."""
     zeros_BN = jnp.zeros((len(turn.active_B), STRETCH))
     scores = None
     if top is not None:
@@ -252,7 +259,7 @@ def nothing_said(turn: Turn, top: int | None) -> Stretch:
 
 
 def empty_rows(count: int, vocab_size: int) -> Rows:
-    """Settings of rows that hold no request, as NumPy arrays."""
+    """Return the Rows (sampling settings) of `count` slots that hold no request, as NumPy arrays."""
 
     def full(value, dtype, *more):
         return np.full((count, *more), value, dtype)
@@ -275,8 +282,8 @@ def empty_rows(count: int, vocab_size: int) -> Rows:
 def for_decoding(params: Params, dtype: str, vocab_size: int, alone: bool = False) -> Params:
     """Prepare weights for decoding: separate arrays for each layer, in the dtype of the matrix products.
 
-    The embedding is unchanged, because a token reads only one row of it. Columns of lm_head beyond the
-    vocabulary are dropped. alone: use the layout of model/one_row.py.
+    The embedding is unchanged, because decoding a token reads only one row of the embedding. Columns of
+    lm_head beyond the vocabulary are dropped. alone: use the layout that model/one_row.py needs.
     """
     head_DV = params.lm_head[:, :vocab_size].astype(dtype)
     blocks = layers_of(params.blocks, dtype)

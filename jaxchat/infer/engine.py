@@ -1,10 +1,10 @@
 """Generation with continuous batching, a key/value cache and the calculator.
 
-Each device has a fixed number of slots. `step` prefills waiting prompts into free slots and decodes a stretch
-of tokens in all slots; between stretches the host takes the new tokens, inserts ("forces") the calculator's
-results into the rows that called it, and frees slots. A prompt is prefilled in a batch whose shape depends on
-that prompt alone, and all slots are decoded in one shape, so that a row's tokens depend on its request alone
-and few shapes are compiled.
+Each device has a fixed number of slots for requests. `step` prefills waiting prompts into free slots and then
+decodes up to STRETCH tokens in all slots. After that the host collects the new tokens, inserts ("forces") the
+calculator's results into the rows that called it, and frees slots. A prompt is prefilled in a batch whose
+shape depends on that prompt alone, and all slots are decoded in one shape, so that a row's tokens depend on
+its request alone and few shapes are compiled.
 
 Each of several devices decodes the rows in its slots, with a full copy of the weights and no communication.
 """
@@ -61,7 +61,7 @@ TOPS = (0, 5, MAX_LOGPROBS)  # numbers of alternatives computed with each token;
 
 @dataclasses.dataclass
 class Running:
-    """A request in a slot."""
+    """A request that runs in a slot, and the tokens decoded for it so far."""
 
     request: Request
     slot: int
@@ -72,8 +72,8 @@ class Running:
 class Engine:
     """Text generator of one model. Engines with equal settings share their compiled programs.
 
-    batch_size: slots of each device. Only devices of compute.mesh that belong to this process are used.
-    `load` replaces the weights.
+    batch_size: number of slots (requests that run at a time) of each device. Only this process's devices in
+    compute.mesh are used. `load` replaces the weights.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Engine:
         batch_size: int = 64,
         few_shapes: bool = False,
     ):
-        """few_shapes: keep the cache as long as the context and use one shape for all requests that want
-        log-probabilities, so that a server can compile all shapes before it answers."""
+        """few_shapes: limit the shapes to compile, so that a server can compile all of them in advance. The
+        cache always has the context's length, and all requests that want log-probabilities share a shape."""
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.compute = compute or Compute.for_backend()
         mesh, own = self.compute.mesh, None
@@ -145,11 +145,11 @@ class Engine:
         on_progress: Callable[[int], None] = lambda finished: None,
         **settings,
     ) -> list[Generation]:
-        """Generate num_samples continuations of every prompt, in the order of the prompts.
+        """Generate num_samples continuations of every prompt. Return them in a flat list, grouped by prompt.
 
-        settings: fields of Request; `sample` defaults to the index of the continuation. on_progress: called
-        with the number of continuations that have just ended, 0 or 1. All processes must call `generate`
-        with the same arguments; each generates a share, and each returns all continuations.
+        settings: fields of Request; `sample` defaults to the index in that list. on_progress: called with the
+        number of continuations that have just ended, 0 or 1. All processes must call `generate` with the same
+        arguments; every process generates a part of the continuations and returns all of them.
         """
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
         mine = range(jax.process_index(), len(rows), jax.process_count())
@@ -171,9 +171,9 @@ class Engine:
             yield from zip(new.tokens, new.forced, strict=True)
 
     def _until_empty(self, requests: dict[int, Request], stretch: int, patient: bool):
-        """Run these requests, by number, and yield (number, Generation of new tokens) until all have ended.
+        """Run requests {number: Request}. Yield (number, Generation of new tokens) until all have ended.
 
-        If the caller stops early, the remaining requests are cancelled.
+        If the caller stops early, the other requests are cancelled. stretch, patient: arguments of `step`.
         """
         if self.busy:
             raise RuntimeError("generate and stream need an engine without other requests")
@@ -195,7 +195,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Return whether any request waits, runs, or has an event that `step` has not returned."""
+        """Whether any request waits, runs, or has an Event that `step` has not yet returned."""
         return bool(self._scheduler.waiting or self._running or self._ended)
 
     def submit(self, request: Request) -> int:
@@ -215,10 +215,10 @@ class Engine:
             self._end(id, Generation(finish=CANCELLED))
 
     def step(self, stretch: int = STRETCH, patient: bool = False) -> list[Event]:
-        """Prefill waiting prompts, decode up to `stretch` tokens in each row, return new events in any order.
+        """Prefill waiting prompts, decode up to `stretch` tokens per request, return new Events in any order.
 
-        At most one batch of prompts is prefilled, so that running rows don't wait long. patient: for
-        throughput, prefill as many batches as fit, but wait until slots are free for full batches.
+        At most one batch of prompts is prefilled, so that running requests don't wait long. patient: prefill
+        as many batches as fit, but wait until slots are free for full batches, for higher throughput.
         """
         while ids := self._scheduler.admit(patient):
             self._read(ids)
@@ -235,7 +235,7 @@ class Engine:
         self._ended.append(Event(id, last))
 
     def _read(self, ids: list[int]):
-        """Prefill the prompts of requests that have just been given slots."""
+        """Prefill the prompts of the requests `ids`, which Scheduler.admit has just given slots."""
         scheduler, together = self._scheduler, self._scheduler.together
         self._fit_cache(scheduler.longest())
         requests = [scheduler.running[id] for id in ids]
@@ -272,7 +272,7 @@ class Engine:
                 self._ended.append(Event(id, new))
 
     def _fill(self, rows: Rows, p: int, request: Request):
-        """Write a request's settings into row p of `rows`."""
+        """Write the sampling settings of a request into row p of `rows`."""
         for name in ("seed", "sample", "temperature", "top_k", "top_p", "min_p"):
             getattr(rows, f"{name}_B")[p] = getattr(request, name)
         if request.temperature < COLDEST:
@@ -284,7 +284,7 @@ class Engine:
         rows.tool_B[p] = request.tool
 
     def _fit_cache(self, longest: int):
-        """Resize the cache for rows of up to `longest` tokens; shorten it only when no row runs."""
+        """Resize the key/value cache for rows of up to `longest` tokens; shrink it only when no row runs."""
         slots = bucket(longest, self._shortest_cache, self._whole_cache)
         if not self._running and slots != self._slots:
             self._state = None  # frees its memory before the next is allocated
@@ -320,11 +320,11 @@ class Engine:
             self._take(id, row, jax.tree.map(lambda a, b=row.slot: a[b], said))
 
     def _top(self, wanted: list[int]) -> int | None:
-        """Number of alternatives to compute per token, at least the largest `wanted`; None for []."""
+        """Smallest compiled number of alternatives per token ≥ all `wanted`; None if `wanted` is empty."""
         return next(top for top in self._tops if top >= max(wanted)) if wanted else None
 
     def _take(self, id: int, row: Running, said: Stretch):
-        """Record the tokens that one row decoded in a stretch. said: the row's part of a Stretch."""
+        """Make an Event of the tokens decoded for a request. said: the request's row of a Stretch."""
         said_N = said.tokens_BN >= 0
         new = Generation(said.tokens_BN[said_N].tolist(), said.forced_BN[said_N].tolist())
         if row.request.logprobs is not None:
@@ -343,7 +343,10 @@ class Engine:
             self._ended.append(Event(id, new))
 
     def _tool_result(self, tokens: list[int]) -> list[int]:
-        """Tokens to force after the tool call that ends `tokens`; [] if the expression has no value."""
+        """Return the calculator's result as tokens to insert after the tool call at the end of `tokens`.
+
+        Return [] if the expression has no value or the result is longer than FORCED tokens.
+        """
         code = last_call(tokens, self.tokenizer)
         value = None if code is None else calculate(code)
         if value is None:
@@ -354,7 +357,7 @@ class Engine:
 
 
 def kind_of(requests: list[Request]) -> str:
-    """Choose the simplest kind of sampling (sampling.py) that supports all of the requests."""
+    """Choose the cheapest kind of sampling that supports all requests: GREEDY, PLAIN or FILTERED."""
     hot = [request for request in requests if request.temperature >= COLDEST]
     filters = any(request.top_k or request.top_p < 1 or request.min_p for request in hot)
     if filters or any(request.min_tokens for request in requests):
@@ -363,7 +366,7 @@ def kind_of(requests: list[Request]) -> str:
 
 
 def _lists(scores: Scores, top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
-    """Convert Scores of n tokens to the fields (logprobs, top) of a Generation. top: alternatives to keep."""
+    """Convert Scores of n tokens to a Generation's (logprobs, top), with `top` alternatives per token."""
     ids, values = scores.top_ids[:, :top].tolist(), scores.top_logprob[:, :top].tolist()
     return scores.logprob.tolist(), [list(zip(*both, strict=True)) for both in zip(ids, values, strict=True)]
 

@@ -34,8 +34,9 @@ class Rows:
 def sample(logits_BV, rows: Rows, positions_B, kind: str):
     """Sample every row's next token, int32 [B], from softmax(logits / temperature).
 
-    At temperature 0, take the likeliest token. A row's token depends on its logits, settings and (seed,
-    sample, position) alone, not on other rows. kind: GREEDY, PLAIN or FILTERED.
+    At temperature 0, take the likeliest token. A row's token depends on that row's logits, settings, seed,
+    sample number and position alone. kind: the settings to support: GREEDY (only temperature 0), PLAIN (any
+    temperature) or FILTERED (also top_k, top_p, min_p and min_tokens).
     """
     if kind == GREEDY:
         return _largest(logits_BV)
@@ -96,7 +97,7 @@ def _threefry(key, a, b):
 
 
 def _without_ends(logits_BV, rows: Rows, positions_B):
-    """Set to −∞ the logits of end tokens in rows that have not reached their position first_end."""
+    """Set to −∞ the logits of end tokens in rows whose position is before rows.first_end (min_tokens)."""
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
     ends_BE = jnp.where((positions_B < rows.first_end_B)[:, None], rows.ends_BE, logits_BV.shape[1])
     return logits_BV.at[rows_B1, ends_BE].set(-jnp.inf, mode="drop")
@@ -131,7 +132,7 @@ def keep_only(logits_BV, rows: Rows):
 def _threshold(x_BV, weights_BV, wanted_B):
     """Find, per row, the largest t for which the weights where x ≥ t sum to `wanted` or more; float32 [B].
 
-    Exact, and without sorting the vocabulary: a bisection over the 32 bits of a float32.
+    The result is exact. Bisection over the 32 bits of a float32 avoids sorting the vocabulary.
     """
     order_BV = _in_order(x_BV)
 
@@ -146,6 +147,6 @@ def _threshold(x_BV, weights_BV, wanted_B):
 
 
 def _in_order(x):
-    """Map float32 numbers to uint32 numbers in the same order."""
+    """Map float32 to uint32 numbers so that a < b in float32 gives a < b in uint32."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 0, bits | jnp.uint32(2**31), ~bits)

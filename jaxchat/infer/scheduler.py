@@ -95,7 +95,7 @@ def _is_number(value, whole: bool) -> bool:
 
 @dataclasses.dataclass
 class Generation:
-    """Tokens generated for a request, all or only new ones, without the token that ended the generation.
+    """Tokens generated for a request (all, or only those of one Event), without the token that ended it.
 
     If log-probabilities were requested, logprobs has the log-probability of each token, and top has (token,
     log-probability) pairs of the likeliest tokens at each position.
@@ -112,7 +112,7 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        """Return whether an end token ended the generation, not a limit or a cancellation."""
+        """Whether an end token, not a limit or a cancellation, ended the generation."""
         return self.finish == STOP
 
     def extend(self, more: "Generation"):
@@ -175,7 +175,7 @@ class Scheduler:
         return bucket(len(request.prompt), SHORTEST, self.sequence_len)
 
     def admit(self, patient: bool = False) -> list[int]:
-        """Give free slots to the oldest requests, up to one batch of prompts, and return the requests' ids.
+        """Give slots to the oldest waiting requests, at most one prefill batch per device; return their ids.
 
         The prompts of a batch have equal padded lengths (prompt_length). patient: admit no request until
         slots are free for a full batch or all waiting requests, for higher throughput but later first tokens.

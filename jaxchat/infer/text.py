@@ -13,7 +13,10 @@ EXPRESSION = 256  # maximum tokens of a tool call's expression
 
 
 def last_call(tokens: list[int], tokenizer: Tokenizer) -> str | None:
-    """Return the expression of the tool call that ends `tokens`; None: it has no start or is too long."""
+    """Return the expression of the tool call that ends with the last of `tokens`.
+
+    Return None if the call has no start token or is longer than EXPRESSION tokens.
+    """
     start, opening = len(tokens) - 1, tokenizer.special("<|python_start|>")
     while start >= 0 and tokens[start] != opening:
         start -= 1
@@ -23,7 +26,10 @@ def last_call(tokens: list[int], tokenizer: Tokenizer) -> str | None:
 
 
 class Delta(NamedTuple):
-    """New text of one part of an answer. starts: whether `text`, which may be "", begins the part."""
+    """New text of one part of an answer: of text, a tool call or a tool output, as `kind` says.
+
+    starts: whether `text`, which may be "", begins the part.
+    """
 
     kind: str
     text: str
@@ -53,11 +59,14 @@ class TextReader:
 
     @property
     def waits(self) -> bool:
-        """Return whether text is held back that may begin a character or a stop string."""
+        """Whether bytes or text are held back that may begin a character or a stop string."""
         return bool(self.held or self._utf8.getstate()[0])
 
     def feed(self, token: int, forced: bool = False) -> list[Delta]:
-        """Return the text that `token` completes; [] after a stop string. forced: the tool wrote `token`."""
+        """Return the text that `token` completes, as Deltas; [] after a stop string.
+
+        forced: the calculator, not the model, wrote `token`.
+        """
         if self.stopped:
             return []
         if token in self._openings:
@@ -68,7 +77,7 @@ class TextReader:
         return self._add(self._utf8.decode(self._tokenizer.decode_bytes([token])))
 
     def end(self) -> list[Delta]:
-        """Return the text still held back; an incomplete character becomes U+FFFD."""
+        """Return the text still held back, as Deltas; an incomplete character becomes U+FFFD."""
         return [] if self.stopped else self._add(self._utf8.decode(b"", final=True), last=True)
 
     def _begin(self, kind: str) -> list[Delta]:
@@ -118,13 +127,16 @@ class Writer:
         return out
 
     def end(self, cut: bool = False) -> str:
-        """Return the text to write after the last delta. cut: whether the answer was cut off."""
+        """Return the text after the last delta: a closing bracket if needed, and " … (cut)" if `cut`."""
         closing, self._closing = self._closing, ""
         return closing + (" … (cut)" if cut else "")
 
 
 def pieces(generation, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Split a generation into (kind, text) pairs; add ("unfinished", "…") if the generation was cut off."""
+    """Split a generation into (kind, text) pairs; add ("unfinished", "…") if no end token ended it.
+
+    kind: "text", "python" (a tool call), "python_output", or "made up" (output that the model wrote).
+    """
     reader = TextReader(tokenizer)
     found: list[tuple[str, str]] = []
     said = zip(generation.tokens, generation.forced, strict=True)

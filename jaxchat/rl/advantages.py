@@ -1,4 +1,4 @@
-"""Advantages: by how much an answer's reward exceeds those of other answers to the same problem.
+"""Advantages: the rewards of answers, relative to those of other answers to the same problem.
 
 Letters: E problems of a step, G answers to each (a group).
 """
@@ -9,9 +9,10 @@ EPSILON = 1e-6  # added to a standard deviation before dividing by it
 
 
 def mixed_groups(rewards_EG: np.ndarray) -> np.ndarray:
-    """Return bool [E]: whether the rewards within each group differ; if not, the group has no gradient.
+    """Return bool [E]: whether the G answers to each problem (a group) got different rewards.
 
-    Rewards are compared directly, because the computed standard deviation of equal numbers may not be 0.
+    A group without different rewards has no gradient. Rewards are compared directly, because the computed
+    standard deviation of equal numbers may not be 0.
     """
     return (rewards_EG != rewards_EG[:, :1]).any(axis=1)
 

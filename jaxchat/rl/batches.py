@@ -64,7 +64,7 @@ class RolloutBatches:
         self._engine = None
 
     def peek(self) -> dict:
-        """Return a short batch with all loss weights 0, because no answers are sampled before training."""
+        """Return a batch of blank rows, to inspect names and types of arrays before answers are sampled."""
         return arrange(Rollout(), np.zeros((0, 1)), self._shape(), self.model)
 
     def engine(self, params: Params) -> Engine:
@@ -95,7 +95,7 @@ class RolloutBatches:
 
     @property
     def plan(self) -> list[tuple[str, str]]:
-        """Rows that describe the sampling in the run's plan."""
+        """(name, text) pairs about sampling, reward and loss, for the summary printed before a run."""
         c, tasks = self.config, self.problems.checked
         micro_batches, rows = self._shape()
         devices = sharding.data_shards(self.model.mesh)
@@ -120,14 +120,14 @@ class RolloutBatches:
         return found
 
     def _shape(self) -> tuple[int, int]:
-        """Return (micro-batches in a step, rows in a micro-batch, counted over all processes)."""
+        """Return (micro-batches in a step, rows in a micro-batch over all processes)."""
         rows = self.config.device_batch_size * sharding.data_shards(self.model.mesh)
         return -(-self.config.examples_per_step * self.config.num_samples // rows), rows
 
     def _roll_out(self, params: Params, number: int, step: int) -> dict[str, float]:
         """Sample and judge the answers of a step into self._rollout. Return timings and rates to log.
 
-        number: number of the step if updates on the same answers count as one.
+        number: step // updates per rollout, from which the seeds of the answers are derived.
         """
         config, began = self.config, time.perf_counter()
         engine, judging = self.engine(params), 0.0
@@ -157,7 +157,7 @@ class RolloutBatches:
         return {"rollout_seconds": seconds, "reward_seconds": judging} | rates
 
     def _read(self, problems: list[int], step: int):
-        """Raise Unread on all processes unless every process can read these problems."""
+        """Read these problems; if a process fails to, raise Unread on all processes. problems: indices."""
         own = None
         try:
             for problem in problems:
@@ -168,7 +168,7 @@ class RolloutBatches:
             raise Unread(step + 1) from own
 
     def _weigh(self, params: Params) -> tuple[np.ndarray, dict[str, float]]:
-        """Return (loss weights [R, T] of the step's target tokens, numbers to log)."""
+        """Return (loss weights, float64 [R, T], of the target tokens of R answers; {name: number} to log)."""
         config, rollout = self.config, self._rollout
         sampled_RT = rollout.positions(rollout.sampled) > 0
         mixed_E = mixed_groups(rollout.rewards_EG)
@@ -193,7 +193,7 @@ class RolloutBatches:
         return weights_RT, numbers
 
     def _logprobs(self, params: Params, mask_RT: np.ndarray) -> LogProbs:
-        """Compute the log-probabilities that the loss needs; zeros (a ratio of 1) if it needs none."""
+        """Compute the LogProbs that the loss needs; if it needs none, zeros (probability ratios of 1)."""
         policy, rollout = self.policy, self._rollout
         ratio = policy.loss != "reinforce" and self.config.updates > 1
         if not (ratio or policy.tis or policy.kl_coef):
@@ -214,7 +214,7 @@ class RolloutBatches:
         return self._reference
 
     def _score(self, params: Params, mask_RT: np.ndarray) -> list[list[float]]:
-        """Compute the log-probability of every token, as a list per row; 0 in rows whose mask is all 0."""
+        """Compute all tokens' log-probabilities, as a list per row; zeros in rows whose mask is all 0."""
         found = [[0.0] * len(tokens) for tokens in self._rollout.tokens]
         rows = [int(row) for row in np.flatnonzero(mask_RT.any(axis=1))]
         tokens = [np.array(self._rollout.tokens[row], np.int32) for row in rows]
@@ -224,7 +224,7 @@ class RolloutBatches:
         return found
 
     def _warn(self, rollout: Rollout):
-        """Print a warning with advice after every ALIKE consecutive steps without a mixed group."""
+        """Print advice after every ALIKE consecutive steps in which no problem's answers differ in reward."""
         self._alike = 0 if mixed_groups(rollout.rewards_EG).any() else self._alike + 1
         if self._alike and self._alike % ALIKE == 0 and jax.process_index() == 0:
             reward = rollout.numbers["reward"]
@@ -238,7 +238,7 @@ class RolloutBatches:
             )
 
     def _write_sample(self, rollout: Rollout, answers: list, step: int):
-        """Append a problem and its answers to samples.jsonl, preferring answers with different rewards."""
+        """Append a problem and its answers to samples.jsonl, preferring a problem with unequal rewards."""
         if jax.process_index() > 0:
             return
         mixed_E = mixed_groups(rollout.rewards_EG)
@@ -274,7 +274,7 @@ def policy_of(config: RLConfig) -> Policy:
 
 
 def norm_of(config: RLConfig) -> str:
-    """Return the `kind` for row_scales: "rows" for GSPO, whose loss is a mean over rows, else --loss_norm."""
+    """Kind of normalization of the loss: "rows" for GSPO, whose loss averages rows, else --loss_norm."""
     return "rows" if config.loss == "gspo" else config.loss_norm
 
 
@@ -284,7 +284,7 @@ def seed_of(*parts: int) -> int:
 
 
 def slots_for(config: RLConfig, model: Model) -> int:
-    """Number of answers that a device samples at a time: its share of a step's answers, limited by memory."""
+    """Number of answers a device samples at a time: a step's answers ÷ devices, or fewer to fit memory."""
     share = -(-config.examples_per_step * config.num_samples // model.mesh.size)
     memory = device_memory(model.mesh)
     most = max(SLOTS, share) if memory else SLOTS
@@ -292,7 +292,7 @@ def slots_for(config: RLConfig, model: Model) -> int:
 
 
 def padded_length(longest: int, context: int) -> int:
-    """Round the length of a step's longest row up to the length to which the rows are padded.
+    """Return the length to which rows are padded: the longest row's, rounded up, but at most `context`.
 
     Above 256 tokens, padding adds at most an eighth, to waste little computation. There are at most eight
     padded lengths from one power of two to the next, because each is a shape to compile.
@@ -302,10 +302,11 @@ def padded_length(longest: int, context: int) -> int:
 
 
 def arrange(rollout: Rollout, weights_RT: np.ndarray, shape: tuple[int, int], model: Model) -> dict:
-    """Return this process's part of a batch: rows with any nonzero weight first, then blank rows.
+    """Return this process's part of a batch, {name: array}, for train_step.
 
-    Arrays have the shape [micro-batches, rows, T]; train_step skips blank micro-batches. T is the
-    padded_length of the longest row with a nonzero weight. shape: (micro-batches, rows over all processes).
+    The batch has the rows with any nonzero weight, then blank rows. Arrays have the shape [micro-batches,
+    rows, T]; train_step skips blank micro-batches. T is the padded length of the longest row with a nonzero
+    weight. shape: (micro-batches, rows over all processes).
     """
     context, (micro_batches, rows) = model.config.sequence_len, shape
     chosen = np.flatnonzero(weights_RT.any(axis=1))

@@ -23,7 +23,10 @@ OTHERS = ("ARC-Easy", "ARC-Challenge", "MMLU")
 
 
 def evaluations(config: RLConfig, stage: Stage) -> list[Evaluation]:
-    """List the evaluations: RL problems every --eval_every steps; other tasks before and after training."""
+    """List the evaluations of a run; [] if --eval_every ≤ 0.
+
+    RL problems are measured every --eval_every steps, multiple-choice tasks before and after training.
+    """
     if config.eval_every <= 0:
         return []
     tasks = pipelines.load_tasks(config.val_tasks, config.tasks_dir, "val_tasks", documents=False)
@@ -54,8 +57,8 @@ def _find(name: str, config: RLConfig):
 def measure(params, stage: Stage, config: RLConfig, sets: dict) -> dict[str, float]:
     """Measure mean reward, fraction of finished answers, unbiased pass@k and accuracy of greedy answers.
 
-    sets: {prefix of the metrics: (problems, maximum number to measure on)}. For the validation set, whose
-    prefix is "", also estimate KL(policy ‖ parent).
+    Return {metric: value}. sets: {prefix of the metrics: (Problems, maximum number to measure on)}. For the
+    validation set, whose prefix is "", also estimate the KL divergence from the model before training.
     """
     engine, values = stage.batches.engine(params), {}
     for prefix, (problems, most) in sets.items():
@@ -78,7 +81,8 @@ def measure(params, stage: Stage, config: RLConfig, sets: dict) -> dict[str, flo
 def divergence(rows: list[tuple], params, stage: Stage) -> float:
     """Estimate KL(policy ‖ parent) in nats per sampled token: the mean of log π − log π_parent.
 
-    rows: prompts with sampled answers, as row_of returns them.
+    The parent is the model that training began with. rows: (token ids, whether the model sampled each,
+    log-probabilities) of each prompt with its answer.
     """
     spans = [Span(np.array(tokens, np.int32), 1, len(tokens)) for tokens, _, _ in rows]
     reference = stage.parent.load(stage.model.mesh)
@@ -93,7 +97,10 @@ def divergence(rows: list[tuple], params, stage: Stage) -> float:
 
 
 def others(params, stage: Stage, tasks: dict, most: int) -> dict[str, float]:
-    """Measure accuracy on at most `most` problems of each multiple-choice task, by the likeliest letter."""
+    """Measure the accuracy of the likeliest letter on multiple-choice tasks, {name: Task}.
+
+    Return {"NAME_acc": accuracy}. most: maximum number of problems of each task.
+    """
     scorer = Scorer(params, stage.model)
     return {
         f"{name}_acc": chat.letter_accuracy(scorer, stage.tokenizer, task, most)

@@ -19,7 +19,7 @@ class Problems:
     """Problems of several tasks, referred to by index, with the checkers and reward of their answers."""
 
     def __init__(self, config: RLConfig, tasks: Mixture, tokenizer: Tokenizer):
-        """UserError: a task has no checker, or --reward is invalid."""
+        """Find each task's checker; parse --reward. UserError: no checker for a task, or invalid --reward."""
         self.config, self.tasks, self.tokenizer = config, tasks, tokenizer
         self.reward = parse_reward(config.reward)
         checkers = {task.name: checker_for(task) for task in tasks.tasks}
@@ -32,10 +32,10 @@ class Problems:
     def sample(
         self, engine: Engine, problems: Sequence[int], num_samples: int, **settings
     ) -> tuple[list[list[int]], list[Generation]]:
-        """Sample answers to each problem. Return (prompts, generations), num_samples generations per prompt.
+        """Sample num_samples answers to each problem. Return (prompts, generations grouped by prompt).
 
-        A prompt that leaves too little room for an answer loses its first tokens. settings: other arguments
-        of Engine.generate.
+        A prompt too long to leave room for an answer loses its first tokens. problems: indices. settings:
+        other arguments of Engine.generate.
         """
         context, most = engine.config.sequence_len, self.config.max_new_tokens
         room = context - min(most, context // 2)

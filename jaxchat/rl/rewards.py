@@ -41,7 +41,7 @@ TERMS: dict[str, Callable[[Answer], bool]] = {
 
 
 def parse_reward(spec: str) -> dict[str, float]:
-    """Parse a --reward such as "answer:1,format:0.1" into {term: weight}. UserError: it is invalid."""
+    """Parse a --reward such as "answer:1,format:0.1" into {term: weight}. UserError: `spec` is invalid."""
     known, weights = ("answer", *TERMS), {}
     for part in spec.split(","):
         name, colon, weight = part.strip().partition(":")
@@ -61,7 +61,7 @@ def parse_reward(spec: str) -> dict[str, float]:
 
 
 def checker_for(task: Task) -> tuple[Checker, str]:
-    """Return (the checker of a task's answers, a phrase for what the checker compares).
+    """Return (function that says whether an answer of the task is right, phrase for what it compares).
 
     UserError: the task has no checker, or the checker can't run on this machine.
     """
@@ -118,8 +118,8 @@ def states_text(row: dict, answer: Answer) -> bool:
 def combine(terms: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
     """Compute the rewards of G answers to each of E problems, Σ weight · term, float64 [E, G].
 
-    If "answer" is a term, the other terms count only in groups with both right and wrong answers; in other
-    groups they would teach form at the cost of the answer. UserError: a reward is not finite.
+    terms: {term: [E, G]}. If "answer" has a weight, the other terms count only for problems with both right
+    and wrong answers: elsewhere only form would be learnt. UserError: a reward is not finite.
     """
     rewards_EG = np.zeros(next(iter(terms.values())).shape)
     for name, weight in weights.items():

@@ -15,9 +15,9 @@ from jaxchat.rl.rewards import TERMS, Answer
 
 @dataclasses.dataclass
 class Rollout:
-    """The rows of a step. A row has a prompt, a sampled answer, and the token that ended it, if any.
+    """The rows of a step. A row is a prompt, a sampled answer, and the token that ended the answer, if any.
 
-    All fields can be written as JSON, so that a checkpoint between updates on the same answers can have them.
+    All fields can be written as JSON, because checkpoints between updates on the same answers store them.
     """
 
     problems: list[int] = field(default_factory=list)  # E: indices into the tasks
@@ -44,7 +44,7 @@ class Rollout:
         return found_RT
 
     def add(self, problems: list[int], prompts: list[list[int]], generations: list[Generation], rewards_EG):
-        """Add a group of answers for each problem. All groups have the same number of generations."""
+        """Add G answers to each of E problems. prompts: E. generations: E·G, grouped by problem."""
         samples = len(generations) // len(problems)
         for row, generation in enumerate(generations):
             tokens, sampled, logprobs = row_of(prompts[row // samples], generation)
@@ -56,7 +56,7 @@ class Rollout:
         self.rewards += rewards_EG.tolist()
 
     def best_groups(self, count: int) -> "Rollout":
-        """Return a Rollout with `count` of the groups, preferring groups with different rewards."""
+        """Return a Rollout of `count` problems, first those whose answers got different rewards."""
         samples = len(self.rewards[0])
         groups = sorted(range(len(self.rewards)), key=lambda e: len(set(self.rewards[e])) == 1)[:count]
         rows = [e * samples + g for e in groups for g in range(samples)]
@@ -69,9 +69,10 @@ class Rollout:
 
 
 def row_of(prompt: list[int], generation: Generation) -> tuple[list[int], list[bool], list[float]]:
-    """Join a prompt and its answer: (tokens, whether the model sampled each, log-probabilities or 0).
+    """Join a prompt and its answer to (token ids, whether the model sampled each, log-probabilities).
 
-    The token that ended the answer is included, so that the model learns to stop.
+    A token that the model did not sample has the log-probability 0. The token that ended the answer is
+    included, so that the model learns to stop.
     """
     before = len(prompt)
     tokens, sampled = [*prompt, *generation.tokens], [False] * before + [not by for by in generation.forced]
@@ -83,7 +84,7 @@ def row_of(prompt: list[int], generation: Generation) -> tuple[list[int], list[b
 
 
 def numbers_of(rollout: Rollout, answers: list[Answer], right_EG: np.ndarray) -> dict[str, float]:
-    """Compute statistics of a step's answers, for the log. right_EG: whether each answer is right."""
+    """Compute statistics of a step's answers, {name: value}, to log. right_EG: whether each is right."""
     rewards_EG, right_R = rollout.rewards_EG, right_EG.reshape(-1)
     mixed_E = mixed_groups(rewards_EG)
     lengths_R = np.array([sum(row) for row in rollout.sampled])

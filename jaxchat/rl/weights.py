@@ -47,9 +47,9 @@ class LogProbs:
 
 
 def row_scales(kind: str, mask_RT: np.ndarray, mixed_R: np.ndarray, max_tokens: int) -> np.ndarray:
-    """Return the factor [R, 1] that normalizes the loss weights of each row. kind: a value of --loss_norm.
+    """Return the factors [R, 1] that normalize the loss weights of each row. kind: a value of --loss_norm.
 
-    "tokens": 1 ÷ sampled tokens in mixed groups (groups whose rewards differ). "all_tokens": 1 ÷ sampled
+    "tokens": 1 ÷ sampled tokens in mixed groups (mixed_R: rewards differ). "all_tokens": 1 ÷ sampled
     tokens in all rows. "rows": 1 ÷ (sampled tokens of the row · rows in mixed groups), so that all rows have
     equal weight. "constant": 1 ÷ (rows · max_tokens). mask_RT: 1 where the target token was sampled.
     """
@@ -69,8 +69,8 @@ def policy_weights(
 ) -> np.ndarray:
     """Compute the weight of each target token in the training loss, float64 [R, T].
 
-    mask_RT: 1 where the model sampled the next token in a mixed group, and 0 for prompts, padding and tokens
-    that the tool forced. scales_R1: from row_scales, always of kind "rows" for GSPO.
+    mask_RT: 1 where the model sampled the target token and the answers to the same problem differ in reward;
+    0 for prompts, padding and the tool's tokens. scales_R1: from row_scales, of kind "rows" for GSPO.
     """
     a_R1, m_RT = np.asarray(advantages_R, np.float64)[:, None], np.asarray(mask_RT, np.float64)
     weights_RT = m_RT * a_R1 * _ratio(policy, a_R1, m_RT, logprobs)
@@ -83,7 +83,7 @@ def policy_weights(
 
 
 def clipped_share(policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray, logprobs: LogProbs) -> float:
-    """Among tokens with a nonzero advantage, return the fraction whose weight is 0 due to clipping."""
+    """Fraction of the sampled tokens with a nonzero advantage whose loss weight is 0 due to clipping."""
     a_R1, m_RT = np.asarray(advantages_R, np.float64)[:, None], np.asarray(mask_RT, np.float64)
     learnt_RT = (m_RT > 0) & (a_R1 != 0)
     clipped_RT = learnt_RT & (_ratio(policy, a_R1, m_RT, logprobs) == 0)
@@ -91,9 +91,10 @@ def clipped_share(policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray,
 
 
 def _ratio(policy: Policy, a_R1, m_RT, logprobs: LogProbs):
-    """Return the factor of the advantages: the probability ratio new ÷ old policy, 0 where clipped.
+    """Return the factors of the advantages: probability ratios new ÷ old policy [R, T], 0 where clipped.
 
-    The factor is 1 for "reinforce". For "cispo" the ratio is bounded, never 0.
+    "reinforce": the number 1. "cispo": the ratios are limited to 1 + clip_high, never 0. "gspo": one ratio
+    per row, [R, 1].
     """
     if policy.loss == "reinforce":
         return 1.0

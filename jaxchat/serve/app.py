@@ -35,7 +35,7 @@ def error_response(error: ApiError) -> Response:
 
 
 async def while_there(receive: Callable, work: Awaitable):
-    """Await `work` and return its result. If the client disconnects, cancel it and return None."""
+    """Await `work` and return its result. If the client disconnects first, cancel `work` and return None."""
 
     async def gone():
         while (await receive())["type"] != "http.disconnect":
@@ -52,7 +52,7 @@ async def while_there(receive: Callable, work: Awaitable):
 
 
 class EventStream:
-    """A response of server-sent events, which ends early if the client disconnects."""
+    """ASGI response that streams a Reply as server-sent events and cancels it if the client disconnects."""
 
     HEADERS = (
         (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -181,7 +181,7 @@ def detokenized(service: Service, body: bytes) -> bytes:
 
 
 def page_headers(html: bytes) -> dict[str, str]:
-    """HTTP headers that allow the page only its inline scripts and styles and connections to this server."""
+    """HTTP headers that limit the page `html` to its scripts and styles, data: images and this server."""
 
     def hashes(tag: bytes) -> str:
         blocks = re.findall(rb"<%b(?:\s[^>]*)?>(.*?)</%b>" % (tag, tag), html, re.DOTALL)

@@ -1,6 +1,6 @@
-"""Middleware that checks host, origin and API key, adds CORS headers and request ids, and logs; pure ASGI.
+"""ASGI middleware that checks host, origin and API key, adds CORS headers and request ids, and logs requests.
 
-It also reads request bodies, with limits on their size and time.
+Also a function that reads request bodies, with limits on their size and time.
 """
 
 import asyncio
@@ -34,8 +34,8 @@ log = logging.getLogger("jaxchat.serve")
 class Rules:
     """Rules on who may use the server.
 
-    keys: API keys, one of which is required; (): no key is required. origins: other sites whose pages may use
-    the server; "*": all sites. local: the Host header must name localhost or a site in origins.
+    keys: valid API keys; (): no key is required. origins: origins of other sites whose pages may use the
+    server; "*": all sites. local: whether the Host header must name localhost or the host of an origin.
     """
 
     keys: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ def host_of(url: str) -> str:
 
 
 class Guard:
-    """ASGI middleware that enforces Rules, assigns request ids, logs requests, and catches errors."""
+    """ASGI middleware that enforces Rules, adds request ids, logs requests, and catches exceptions."""
 
     def __init__(self, app, rules: Rules, metrics, error_response):
         self._rules, self._metrics, self._error_response = rules, metrics, error_response
@@ -110,7 +110,7 @@ class Guard:
         await (response or self._inner)(scope, receive, send)
 
     def _refusal(self, scope) -> Response | None:
-        """Return the response to an OPTIONS request; None: the request may proceed. ApiError: refused."""
+        """Return the response to an OPTIONS request; None: the request is allowed. ApiError: it is not."""
         headers = Headers(scope=scope)
         self._check_host(headers.get("host", ""))
         if scope["method"] == "OPTIONS":
@@ -121,7 +121,7 @@ class Guard:
         return None
 
     def _check_host(self, host: str):
-        """On a local server, refuse other hosts: a web site's name may resolve to us (DNS rebinding)."""
+        """On a local server, refuse a Host header that isn't local or allowed, to prevent DNS rebinding."""
         name = host_of(f"//{host}")  # "": no Host header, so not a browser
         allowed = {"", *map(host_of, self._rules.origins)}
         if self._rules.local and not (is_local(name) or name in allowed or "*" in self._rules.origins):
@@ -129,7 +129,7 @@ class Guard:
             raise ApiError(403, f"{message}; --cors_origins=http://{name or 'HOST'} allows it")
 
     def _check_origin(self, origin: str | None, host: str, method: str):
-        """Refuse POST requests from pages of other sites, unless their origin is allowed."""
+        """Refuse a POST request from a page of another site, unless rules.origins has the page's origin."""
         same = origin is not None and origin.partition("://")[2] == host
         allowed = origin is None or same or {origin, "*"} & {*self._rules.origins}
         if method == "POST" and not allowed and origin == "null":
@@ -149,7 +149,7 @@ class Guard:
 
 
 async def read_body(request: HTTPRequest) -> bytes:
-    """Read a request's body. ApiError: the body is too large or arrives too slowly."""
+    """Read a request's body. ApiError: the body is too large, too slow or cut off by a disconnect."""
     length, body, more = int(request.headers.get("content-length", "0")), bytearray(), True
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -167,9 +167,10 @@ async def read_body(request: HTTPRequest) -> bytes:
 
 
 class Farewell(Response):
-    """A response that closes the connection after discarding what the client sends for up to LINGER seconds.
+    """A response that closes the connection, although the client may still be sending its request's body.
 
-    If the connection were closed at once, the client could lose the response.
+    Before closing, discard what the client still sends, for up to LINGER seconds: otherwise the client could
+    lose the response.
     """
 
     async def __call__(self, scope, receive, send):

@@ -1,7 +1,7 @@
 """Threads that run engines, and the classes through which the event loop uses them.
 
-Each engine is used by one thread only. The event loop sends requests through a queue; after each stretch
-(some decoded tokens of each row) the thread returns all new tokens by `call_soon_threadsafe`. The event loop
+Each engine is used by one thread only. The event loop sends requests through a queue. After each stretch
+(a few tokens decoded in every row) the thread returns all new tokens by `call_soon_threadsafe`. The loop
 never waits for a thread; a thread waits for the queue only when it has nothing to generate.
 """
 
@@ -52,8 +52,8 @@ class Row:
 class Worker(threading.Thread):
     """A thread that runs one engine.
 
-    live: the rows that have not ended; only the event loop uses it. ready: future of the engine, or of
-    the exception with which opening the engine failed. failed: the exception that ended the thread, if any.
+    live: the Rows (answers) that have not ended; only the event loop uses it. ready: future of the engine, or
+    of the exception with which opening the engine failed. failed: exception that ended the thread, if any.
     """
 
     def __init__(self, open_engine: Callable, slots: int, metrics: Metrics, model: str):
@@ -81,7 +81,7 @@ class Worker(threading.Thread):
         self._inbox.put(("cancel", row))
 
     def stop(self):
-        """End the thread after its current stretch."""
+        """Ask the thread to end once it has decoded its current stretch of tokens."""
         self._inbox.put(("stop", None))
 
     # The methods below run in the thread.
@@ -114,7 +114,10 @@ class Worker(threading.Thread):
             self._call(self._deliver, news, began, ended)
 
     def _obey(self, engine, rows: dict[int, Row]) -> bool:
-        """Process the event loop's messages, waiting for one when idle. Return False after "stop"."""
+        """Process the event loop's messages: submit and cancel rows, stop. Return False after "stop".
+
+        If the engine has nothing to do, wait for a message. rows: {request id: Row}, updated.
+        """
         while True:
             try:
                 what, row = self._inbox.get(block=not engine.busy)
@@ -136,7 +139,7 @@ class Worker(threading.Thread):
         return max(1, min(STRETCH, int(seconds / self._pace)))
 
     def _measure(self, news: list[tuple[Row, Generation]], seconds: float):
-        """Update the estimated seconds per token from a stretch of `seconds`, unless it had a prefill."""
+        """Update the estimated seconds per token with a stretch of `seconds`, unless it had a prefill."""
         tokens = max((len(new.tokens) + bool(new.end) for _, new in news), default=0)
         if tokens and all(row.id in self._begun for row, _ in news):
             self._pace += 0.3 * (seconds / tokens - self._pace)
@@ -183,11 +186,14 @@ class Job:
             self._news.put_nowait((row, new))
 
     def stop(self, why: str):
-        """End the job with an error: `news` raises Stopped."""
+        """End the job with an error: `news` will raise Stopped(why)."""
         self._news.put_nowait(Stopped(why))
 
     async def news(self, seconds: float | None = None) -> list[tuple[Row, Generation]]:
-        """Wait for new tokens and return all that have arrived; [] if none arrive within `seconds`."""
+        """Wait for new tokens and return them as (Row, Generation) pairs; [] if none arrive within `seconds`.
+
+        Stopped: the server stops or an engine has failed.
+        """
         try:
             async with asyncio.timeout(seconds):
                 found = [await self._news.get()]
@@ -201,7 +207,7 @@ class Job:
         return found
 
     def cancel(self):
-        """Cancel the rows; their slots are free after the current stretch."""
+        """Cancel all answers; the engines free their slots after the current stretch of tokens."""
         for row in self.rows:
             self.cancel_row(row)
 
@@ -212,10 +218,10 @@ class Job:
 
 
 class Pool:
-    """The engines of one model, one for each device. A new row goes to the engine with the fewest rows."""
+    """The engines of one model, one for each device. A new answer goes to the least busy engine."""
 
     def __init__(self, workers: list[Worker], context: int, max_waiting: int):
-        """context: maximum tokens of a row; max_waiting: maximum rows that wait for a slot."""
+        """context: maximum tokens of prompt and answer. max_waiting: maximum answers that wait for a slot."""
         self.workers, self._max_waiting = workers, max_waiting
         self._seconds = 1.0  # average time of an answer in its slot
         self.positions = self.slots * context  # of all caches together
@@ -226,7 +232,7 @@ class Pool:
 
     @property
     def live(self) -> list[Row]:
-        """The rows that have not ended."""
+        """The answers of all engines that have not ended."""
         return [row for worker in self.workers for row in worker.live]
 
     @property
@@ -234,9 +240,10 @@ class Pool:
         return any(worker.failed for worker in self.workers)
 
     def submit(self, requests: list[Request], hasty: bool) -> Job:
-        """Queue requests, one per answer, and return their Job. hasty: see Row.hasty.
+        """Queue requests, one per answer, and return their Job.
 
-        ApiError: too many rows are running or waiting, or an engine has failed.
+        hasty: return new tokens about every HASTY seconds, because the reply is streamed or searched for stop
+        strings. ApiError: too many answers are running or waiting, or an engine has failed.
         """
         if self.failed:
             raise ApiError(500, "the engine failed; the server's log says why")
@@ -256,9 +263,9 @@ class Pool:
         return job
 
     def took(self, seconds: float):
-        """Include an answer that took `seconds` in its slot in the average time of answers."""
+        """Update the average time per answer with one that occupied its slot for `seconds`."""
         self._seconds += 0.1 * (seconds - self._seconds)
 
     def _retry(self) -> int:
-        """Estimated seconds, 1 to 60, until half of the rows in a full queue have got slots."""
+        """Estimate the seconds, 1 to 60, in which half of a full queue gets slots, for Retry-After."""
         return max(1, min(60, round(self._seconds * self._max_waiting / self.slots / 2)))

@@ -1,4 +1,4 @@
-"""The server's Prometheus metrics: vLLM's names under the prefix jaxchat_, to adapt vLLM's dashboards."""
+"""Prometheus metrics of the server: vLLM's names with the prefix jaxchat_, to adapt vLLM's dashboards."""
 
 from importlib.metadata import version
 
@@ -44,11 +44,14 @@ class Metrics:
         about.labels(version("jaxchat")).set(1)
 
     def watch(self, pools: dict):
-        """Report the current state of {model: Pool} whenever the metrics are read."""
+        """Report the current state of `pools`, {model name: Pool}, whenever the metrics are read."""
         self.registry.register(_State(pools))
 
     def tokens(self, model: str, row, count: int, now: float):
-        """Record the latency of `count` new tokens of a row. Call before updating row.first and row.last."""
+        """Record the latency of `count` new tokens of a Row, received at time `now`.
+
+        Call before updating row.first and row.last, the times of the first and the latest token.
+        """
         if not row.first:
             self.first.labels(model).observe(now - row.asked)
             return
@@ -78,7 +81,7 @@ class Metrics:
 
 
 class _State:
-    """Collector of current values: running and waiting answers, cache and memory in use."""
+    """Prometheus collector of current values: running and waiting answers, cache and memory in use."""
 
     def __init__(self, pools: dict):
         self._pools = pools

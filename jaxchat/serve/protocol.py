@@ -71,7 +71,7 @@ class ApiError(Exception):
 
 
 def wrong(param: str, expected: str, got: Any) -> ApiError:
-    """Return the ApiError for the field `param`, whose value is `got` instead of what is `expected`."""
+    """Return the ApiError for a field `param` whose value is `got`, not what the phrase `expected` says."""
     shown = json.dumps(got)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
     return ApiError(400, f"{param}: expected {expected}; got {shown}", param=param)
@@ -79,7 +79,7 @@ def wrong(param: str, expected: str, got: Any) -> ApiError:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The fields common to chat and completion requests. None: use the server's default."""
+    """The fields common to chat and completion requests. A field that the request leaves out may be None."""
 
     model: str
     n: int
@@ -121,14 +121,17 @@ class Fields:
         return self._body.get(name)
 
     def unknown(self) -> list[str]:
-        """Names of the object's fields that no method has read and that are not in IGNORED."""
+        """Names of the object's fields that no method has read, except IGNORED (without effect)."""
         return [name for name in self._body if name not in self._read]
 
     def integer(self, name: str, default, least: int, most: float = math.inf):
         return self.number(name, default, least, most, whole=True)
 
     def number(self, name: str, default, least: float, most: float = math.inf, *, above=False, whole=False):
-        """Read a number from `least` (excluded if `above`) to `most`; return `default` for null."""
+        """Return the number in field `name`, or `default` if the field is absent or null.
+
+        The number must be from `least` (excluded if `above`) to `most`, and an integer if `whole`.
+        """
         value = self.get(name)
         if value is None:
             return default
@@ -221,7 +224,10 @@ def read_completion(fields: Fields) -> Completion:
 
 
 def _sampling(fields: Fields, least: int) -> dict:
-    """Read the fields of Sampling, except `top`, into a dict. least: smallest allowed max_tokens."""
+    """Read the fields of a request that chats and completions share, except for log-probabilities.
+
+    Return {field of Sampling: value}. least: smallest allowed max_tokens.
+    """
     fields.refuse_unsupported()
     longest = fields.integer("max_tokens", None, least, 2**31 - 1)
     other = fields.integer("max_completion_tokens", None, least, 2**31 - 1)
@@ -320,10 +326,10 @@ def _message(message, at: str) -> dict:
 
 
 def chat_prompt(tokenizer, chat: Chat, *, only_continues: bool) -> list[int]:
-    """Turn a chat into prompt tokens, up to where the model's answer begins.
+    """Return the prompt tokens of a chat, up to where the model's answer begins.
 
-    only_continues: join the texts of the messages without marking turns, because a base model doesn't know
-    turns.
+    only_continues: the model is a base model that doesn't know the tokens between messages, so join the texts
+    of the messages without them.
     """
     if only_continues:
         texts = [message["content"] for message in chat.messages]
@@ -337,7 +343,7 @@ def chat_prompt(tokenizer, chat: Chat, *, only_continues: bool) -> list[int]:
 
 
 def _check_turns(messages: list[dict]):
-    """Raise ApiError for the first message out of order: [system,] user, assistant, user, …"""
+    """Raise ApiError unless the roles are, in order: system (optional), user, assistant, user, …"""
     first = int(messages[0]["role"] == "system")
     for i, message in enumerate(messages[first:], first):
         role, expected = message["role"], ("user", "assistant")[(i - first) % 2]
@@ -370,7 +376,7 @@ def completion_prompts(tokenizer, completion: Completion, vocab_size: int) -> li
 
 
 def text_length(asked: Chat | Completion) -> int:
-    """Number of characters of the longest text prompt, or of a chat's messages; bytes are never fewer."""
+    """Characters of the longest text prompt or of a chat's messages: a lower bound of the UTF-8 bytes."""
     if isinstance(asked, Completion):
         return max((len(prompt) for prompt in asked.prompts if isinstance(prompt, str)), default=0)
     contents = [message["content"] for message in asked.messages]

@@ -22,7 +22,7 @@ PING = 15.0  # seconds of silence after which a stream sends a keep-alive commen
 
 
 class Entry(NamedTuple):
-    """A token and its log-probability."""
+    """A token and its log-probability, for the field `logprobs` of a reply."""
 
     token: int
     logprob: float | None
@@ -113,7 +113,10 @@ class Answer:
         piece.text, self.length = piece.text + text, self.length + len(text)
 
     def _end_part(self, piece: Piece, cut: bool = False):
-        """Record the tool call or output that has just ended, if any. cut: whether it was cut off."""
+        """Record the tool call or tool output that has just ended, if any, and add its event to `piece`.
+
+        cut: whether the answer ended in the middle of the call or output.
+        """
         part, self._part = self._part, None
         if part is None:
             return
@@ -141,7 +144,7 @@ class Answer:
         self._waiting, self.finish = [], finish
 
     def _echo(self, new: Generation, piece: Piece):
-        """Add the prompt to `piece`, before the answer: its text, tokens and log-probabilities."""
+        """Add the text of the prompt to `piece`, and its tokens with log-probabilities if requested."""
         self._echoes, decoder = False, codecs.getincrementaldecoder("utf-8")("replace")
         unwritten = self.asked.add_bos and isinstance(self.asked.prompts[0], str)  # <|bos|> that we added
         logprobs, top = [None, *new.prompt_logprobs], [[], *new.prompt_top]
@@ -163,7 +166,7 @@ def shown_token(tokenizer, token: int) -> str:
 
 
 def completion_logprobs(tokenizer, entries: list[Entry]) -> dict:
-    """Log-probabilities in the form of /v1/completions; top_logprobs always includes the token itself."""
+    """Format entries as the `logprobs` of /v1/completions; top_logprobs always includes the token itself."""
     found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
         name, logprob = shown_token(tokenizer, entry.token), entry.logprob
@@ -194,7 +197,7 @@ def chat_logprobs(tokenizer, entries: list[Entry]) -> dict:
 
 
 class Form:
-    """Builder of a reply's JSON objects, complete or in chunks; all have the same id and creation time."""
+    """Builder of a reply's JSON objects (one complete or many chunks), all with one id and creation time."""
 
     def __init__(self, model: Served, asked: Sampling):
         self.chat = not isinstance(asked, Completion)
@@ -220,7 +223,7 @@ class Form:
         return self._chunk(index, {"delta": delta, "logprobs": None}, None, extra)
 
     def news(self, answer: Answer, piece: Piece) -> list[dict]:
-        """Build the chunks for a new part of an answer: text and tool calls, in order."""
+        """Build the streaming response chunks for a new part of an answer: text and tool calls, in order."""
         chunks, done = [], 0
         if self.chat:
             for at, tool in piece.tools:
@@ -258,7 +261,7 @@ class Form:
 
 
 class Reply:
-    """The reply to one request: collects the answers and writes them as JSON or as a stream."""
+    """The reply to one request: queues it, collects its answers, and writes them as JSON or as a stream."""
 
     def __init__(self, service: Service, asked: Asked):
         model = asked.model
@@ -274,7 +277,7 @@ class Reply:
         self._service.jobs.discard(self.job)
 
     async def pieces(self, seconds: float | None = None) -> AsyncIterator[tuple[Answer, Piece] | None]:
-        """Yield (Answer, new Piece) until all answers have ended; None after `seconds` without new tokens."""
+        """Yield (Answer, new Piece) until all answers end; yield None after each `seconds` without tokens."""
         open_answers = len(self.answers)
         while open_answers:
             news = await self.job.news(seconds)
@@ -333,7 +336,7 @@ class Reply:
         return usage | {"total_tokens": prompt + completion, "prompt_tokens_details": {"cached_tokens": 0}}
 
     def _ours(self) -> dict:
-        """The reply's field "jaxchat": the seed, tool calls, the number of forced tokens, and timings."""
+        """Build the reply's field "jaxchat": seed, tool calls, number of the tool's tokens, and timings."""
         rows, sampled = self.job.rows, sum(answer.sampled for answer in self.answers)
         asked, began = rows[0].asked, min(row.began for row in rows)
         first, last = min(row.first or row.last for row in rows), max(row.last for row in rows)
@@ -355,7 +358,7 @@ def event(content: dict) -> bytes:
 
 
 async def aside(size: int, function: Callable, *args):
-    """Call function(*args), in a thread if `size` ≥ LARGE, so that the event loop is not blocked."""
+    """Return function(*args), run in a thread if its data (`size` bytes) could block the event loop."""
     return function(*args) if size < LARGE else await asyncio.to_thread(function, *args)
 
 

@@ -38,7 +38,7 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch_headers(self):
-        """Start the timer when headers are awaited; cancel it when they are complete."""
+        """Start the time limit while the connection waits for headers; cancel it once they are complete."""
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
             self._forget_headers()
         elif self._headers_due is None:
@@ -65,7 +65,7 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that does not handle signals, because stops_by_signal does."""
+    """A uvicorn server that does not handle signals, because the function stops_by_signal handles them."""
 
     @contextlib.contextmanager
     def capture_signals(self):
@@ -86,7 +86,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def stops_by_signal() -> asyncio.Queue:
-    """Return a queue that gets an item at each SIGTERM or SIGINT."""
+    """Handle SIGTERM and SIGINT: return a queue to which each of these signals adds an item."""
     stops, loop = asyncio.Queue(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stops.put_nowait, number)
@@ -96,10 +96,10 @@ def stops_by_signal() -> asyncio.Queue:
 async def serve(
     app, service: Service, sock: socket.socket, load: Awaitable, drain: float, stops: asyncio.Queue
 ):
-    """Serve until `stops` has an item; then let running answers finish, for at most `drain` seconds.
+    """Serve `app` until `stops` has an item; then let running answers finish, for at most `drain` seconds.
 
-    load: loads the models while /health reports "loading"; `serve` raises the exceptions of `load`. A second
-    item in `stops` ends all answers at once.
+    A second item in `stops` ends all answers at once. load: awaited to load the models, while /health reports
+    "loading"; `serve` raises the exceptions of `load`.
     """
     config = uvicorn.Config(
         app, http=Protocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,

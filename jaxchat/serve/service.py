@@ -53,7 +53,7 @@ class Service:
     """State shared by the endpoints. state: "loading", "ok" or "draining"."""
 
     def __init__(self, models: list[Served], defaults: Defaults, metrics: Metrics):
-        """models: requests that name no model use the first."""
+        """models: the first of them answers requests that name no model."""
         self.models = {model.id: model for model in models}
         self.defaults, self.metrics = defaults, metrics
         self.state = "loading"
@@ -66,13 +66,13 @@ class Service:
         return [worker for model in self.models.values() for worker in model.pool.workers]
 
     def progress(self) -> str:
-        """Describe how many shapes are compiled, and how long the rest may take."""
+        """Return a phrase: how many shapes the engines have compiled, and how long the others may take."""
         done, total = (sum(getattr(one, name) for one in self.workers) for name in ("compiled", "to_compile"))
         left = f", about {(time.monotonic() - self._made) * (total / done - 1):.0f} s to go" if done else ""
         return f"{done} of {total} shapes compiled{left}" if total else "loading"
 
     async def close(self):
-        """Stop the engines, waiting at most CLOSING seconds for each, because one may still be compiling."""
+        """Stop the engines, waiting at most CLOSING seconds for each: an engine may still be compiling."""
         for worker in self.workers:
             worker.stop()
         for worker in self.workers:
@@ -96,7 +96,7 @@ class Service:
             raise ApiError(503, "the server is shutting down", retry=10)
 
     def note_unknown(self, names: list[str]):
-        """Log the names of unknown fields, each name only once."""
+        """Log the names of a request's unknown fields, except those logged before."""
         for name in {name[:80] for name in names} - self._unknown:
             if len(self._unknown) < 1000:
                 self._unknown.add(name)
@@ -113,7 +113,7 @@ class Service:
 
 @dataclasses.dataclass
 class Asked:
-    """A parsed HTTP request, and the engine requests that answer it, one per answer."""
+    """A parsed HTTP request, and the engine's Requests that generate its answers, one per answer."""
 
     model: Served
     fields: Chat | Completion
@@ -126,7 +126,10 @@ class Asked:
 
 
 def prepare(service: Service, body: bytes, chat: bool) -> Asked:
-    """Parse a request's body and tokenize the prompts. ApiError: the request is invalid."""
+    """Parse a request's body and tokenize the prompts. ApiError: the request is invalid.
+
+    chat: the body is of /v1/chat/completions, not of /v1/completions.
+    """
     fields = Fields(protocol.read_json(body))
     asked = protocol.read_chat(fields) if chat else protocol.read_completion(fields)
     service.note_unknown(fields.unknown())
@@ -155,7 +158,8 @@ def prepare(service: Service, body: bytes, chat: bool) -> Asked:
 def room(service: Service, asked: Chat | Completion, length: int, context: int, param: str) -> int:
     """Maximum number of tokens in an answer to a prompt of `length` tokens.
 
-    ApiError: the prompt and the requested answer don't fit in the context.
+    ApiError: the prompt and the requested answer don't fit in `context` tokens. param: the name of the
+    prompt's field, for the error.
     """
     wanted, given = asked.max_tokens, f"{param} has {length:,} tokens"
     if wanted is None:
