@@ -40,7 +40,7 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective in groups of `group` devices. The program executes it `times` times."""
+    """A collective among each group of `group` devices, which the program executes `times` times."""
 
     kind: str
     shapes: Shapes  # of the result
@@ -161,7 +161,7 @@ def scope(op: Operation, within: str, parts) -> str:
     """Return the part of the program to which an operation belongs: a name in SCOPES, or "rest".
 
     The name is found in the op_name of the operation or of a matrix product fused into it. If there is none,
-    return `within`, the part of the fusion that contains the operation; "" outside fusions, read as "rest".
+    return `within`, the part of the fusion that contains the operation, or "rest" if `within` is "".
     """
     candidates = [op, *(fused for fused in called_by(op, parts) if fused.kind in ("dot", "convolution"))]
     for candidate in candidates:
@@ -214,8 +214,8 @@ def moved(op: Operation, parts, by_name) -> int:
 def readers(name: str, users: dict) -> list[tuple[Operation, int]]:
     """Return (operation, operand index) for each operation in a fusion that reads array `name`.
 
-    Operations that read a bitcast of the array are included. users: {array: pairs for its direct readers,
-    bitcasts included}.
+    Operations that read a bitcast of the array are included. users: {name of an array: such pairs for the
+    operations that read it directly}.
     """
     found = []
     for user, place in users[name]:

@@ -32,7 +32,7 @@ def rate(table: dict[str, float], device: jax.Device) -> float | None:
 
 
 def attention_flops(model: ModelConfig, tokens: float, time: int, again: bool) -> float:
-    """FLOPs of the attention kernels on `tokens` tokens: the forward pass, and 2.5 times as many backward.
+    """FLOPs of the attention kernels on `tokens` tokens, forward plus backward (2.5 × forward).
 
     Only the causal half counts. time: tokens per row. again: also count the forward pass that
     rematerialization recomputes.
@@ -45,7 +45,7 @@ def attention_flops(model: ModelConfig, tokens: float, time: int, again: bool) -
 def bounds(program: Program, device: jax.Device, attention: float, far: bool = False) -> dict[str, Bound]:
     """Return {part of the program: lower bound on its time}; {} if the device's peak rates are unknown.
 
-    The collectives are a part of their own. attention: FLOPs of the attention kernels, which HLO text lacks.
+    All collectives together are one part. attention: FLOPs of the attention kernels, which HLO text lacks.
     far: all-reduces, which run over the mesh axis "data", cross the slower links between GPU hosts or TPU
     slices. Other collectives always stay within a host or slice.
     """

@@ -114,10 +114,10 @@ class StepPlan:
         return roofline.bounds(done.program, self.mesh.devices.flat[0], attention, len(hosts) > 1)
 
     def fit(self, batch: int, first: str = "") -> Compiled:
-        """Compile the step with one value of --remat after another until one fits; return the last result.
+        """Compile the step with one --remat after another until it fits in memory; return the last result.
 
-        batch: rows per device in each micro-batch. first: the value of --remat to start with, if it is in
-        `remats`.
+        batch: rows per device in each micro-batch. first: the value of --remat to start with; if it is "" or
+        not to be tried with this batch, start with the fastest.
         """
         remats = self.remats(batch)
         for remat in remats[remats.index(first) if first in remats else 0 :]:
