@@ -87,7 +87,7 @@ def measured(columns: list[str], stages: list[StageRun]) -> str:
 
 
 def tokenizer(run: Run) -> list[str]:
-    """Format bytes per token of the run's and other tokenizers; [] if tok_eval did not measure the run's."""
+    """Format bytes per token of several tokenizers; [] if tok_eval did not measure the run's tokenizer."""
     if not run.compression:
         return []
     unit = "bytes_per_token"

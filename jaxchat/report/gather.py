@@ -64,7 +64,7 @@ class StageRun:
     def wall_seconds(self) -> float:
         """Total wall time of the trainer's recorded starts, or of the logged steps if that is longer.
 
-        It can be longer because a trainer that was killed leaves no record.
+        The steps can take longer because a trainer that was killed leaves no record.
         """
         return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
 
@@ -199,7 +199,7 @@ def items(evaluation: dict) -> int:
 
 
 def settings_of(evaluation: dict) -> dict:
-    """Return {setting: value} of an evaluation, for all that affect results but the list of tasks."""
+    """Return {name: value} of an evaluation's settings that affect its results, except the list of tasks."""
     return {name: value for name, value in (evaluation.get("settings") or {}).items() if name != "tasks"}
 
 

@@ -33,7 +33,7 @@ def begin() -> dict:
 
 @contextlib.contextmanager
 def recorded(run: Run, began: dict, plan: list[tuple[str, str]]):
-    """Append a record to runs.jsonl when the `with` block ends, even by an exception.
+    """Context manager: append a record to runs.jsonl when the block ends, even by an exception.
 
     began: what `begin` returned. plan: the (name, value) lines that the trainer printed. A dry run writes no
     record.
