@@ -21,7 +21,7 @@ Pieces = list[tuple[str, str]]  # an answer as (type, text) pairs, like the part
 
 @dataclasses.dataclass
 class Score:
-    """Results on one kind of prompt. wrong: (question, answer, right answer) of each wrong prompt."""
+    """Results for one kind of prompt. wrong: (question, given answer, right answer) of each wrong one."""
 
     right: int = 0
     total: int = 0
@@ -112,7 +112,7 @@ def is_right(turn: Turn, pieces: Pieces) -> bool:
 
 
 def passed(scores: dict[str, Score]) -> bool:
-    """Return whether each kind of prompt that has a target accuracy in TARGETS reaches it."""
+    """Return whether each scored kind of prompt that has a target accuracy in TARGETS reaches it."""
     return all(scores[kind].share >= target for kind, target in TARGETS.items() if kind in scores)
 
 
