@@ -36,8 +36,8 @@ SLOTS = 64  # most answers to generate at a time
 def code_of(row: dict, text: str) -> str:
     """Return the code in an answer to a HumanEval problem.
 
-    If several blocks hold code, it is the first that defines the problem's function, or else the first. The
-    blocks are the fenced Python blocks, or else the fenced blocks of any language, or else the whole answer.
+    The blocks of an answer are its fenced Python blocks, or else its fenced blocks of any language, or else
+    the whole answer. The code is the first block that defines the problem's function, or else the first one.
     """
     blocks = [(PYTHON.match(info), code) for _, _, info, code in FENCED.findall(text)]
     candidates = [code for is_python, code in blocks if is_python] or [code for _, code in blocks] or [text]
@@ -106,9 +106,9 @@ def batch_size_for(
 ) -> int:
     """Number of answers to generate at a time on devices of `memory` bytes: a power of two, at most `most`.
 
-    memory: None if unknown; then SLOTS, at most `most`. each: bytes per parameter that are in memory besides
-    the copy in the compute dtype. An answer is counted as 2 × (KV cache of the full context + logits).
-    Answers do not depend on the returned number.
+    If the memory is unknown (None), return the smaller of SLOTS and `most`. each: bytes per parameter in
+    memory besides the copy in the compute dtype. An answer is counted as 2 × (KV cache of the full context +
+    logits). Answers do not depend on the returned number.
     """
     if memory is None:
         return min(SLOTS, most)
@@ -160,9 +160,9 @@ def write_answers(
 ) -> list[list[bool]]:
     """Generate answers to each problem in `rows`; return whether each is right, as [problem][sample].
 
-    The start of a long problem is cut, so that the context has room for max_tokens or, if that is less, for
-    half of the context. check(problem, text) returns whether the text is right. options: arguments of
-    Engine.generate, with max_tokens. title: prefix of progress lines. quiet: print no progress.
+    A long problem is cut at its start, to leave room for max_tokens (or half of the context if that is less).
+    check(problem, text) returns whether the text is right. options: arguments of Engine.generate, with
+    max_tokens. title: prefix of progress lines. quiet: print no progress.
     """
     tokenizer, limit = engine.tokenizer, engine.config.sequence_len
     room = limit - min(options["max_tokens"], limit // 2)
@@ -220,8 +220,8 @@ def measure(
 ) -> Iterator[tuple[list[TaskResult], dict[str, float], str]]:
     """Measure and print one task after another, and yield (results, numbers by name, name) after each task.
 
-    `results` and `numbers` cover all tasks so far. `name` is ChatCORE's name among the numbers. It is ""
-    before the last task, and also after it if any task of ChatCORE except HumanEval is not in `tasks`.
+    Results and numbers cover all tasks so far. `name` is the name of ChatCORE among the numbers. This name is
+    "" before the last task, and also after it if any task of ChatCORE except HumanEval is not in `tasks`.
     options: arguments of Engine.generate.
     """
     results, values = [], {}

@@ -1,9 +1,10 @@
 """CORE (DCLM): 22 in-context tasks, scored by the most probable continuation, centred so that chance is 0.
 
-The bundle is a folder, or the zip that launch.download fetches. core.yaml lists the tasks, eval_data/ holds
-their items as JSON lines, and eval_meta_data.csv the accuracy of guessing. Items, few-shot examples and
-prompts are drawn and formatted as for published scores. Prompts may be up to scoring.LONGER times as long as
-the model's context; longer prompts are cut at their start, and items with such prompts count as cropped.
+The tasks come as a bundle: a folder, or the zip that launch.download fetches. core.yaml lists the tasks,
+eval_data/ holds their items as JSON lines, and eval_meta_data.csv the accuracy of guessing. Items, few-shot
+examples and prompts are drawn and formatted as for published scores. Prompts may be up to scoring.LONGER
+times as long as the model's context; longer prompts are cut at their start, and items with such prompts count
+as cropped.
 """
 
 import csv

@@ -117,7 +117,7 @@ def _watch(child: subprocess.Popen, folder: Path, seconds: float) -> tuple[bytes
 
 
 def _ending(child: subprocess.Popen) -> str:
-    """Describe the signal that killed the child, or return "". The child is not reaped, to keep its id."""
+    """Describe the signal that killed the child, or return "". The child isn't reaped: its id stays used."""
     for _ in range(20):  # the pipe closes shortly before the child ends; a program can close it and continue
         died = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         if died:

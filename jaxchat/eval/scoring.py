@@ -101,7 +101,7 @@ def _score_chunks(x_BTD, head_DV, targets_BT, first, last, chunking: Chunking):
 
 @partial(jax.jit, static_argnames="model")
 def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
-    """Return logits_BC of token ids candidates_BC as next tokens. lengths_B: row lengths without padding."""
+    """Return logits_BC of candidate token ids as the next token of each row. lengths_B: unpadded lengths."""
     x_BTD = features(params, tokens_BT, model.config, model.compute)
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     all_BV = logits(params.lm_head, last_BD, model.config.softcap)
