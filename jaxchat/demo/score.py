@@ -1,4 +1,4 @@
-"""Score a model's greedy answers to the small world's held-out prompts by exact checks."""
+"""Score a model's greedy answers to the demo world's held-out prompts by exact checks."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ Pieces = list[tuple[str, str]]  # an answer as (type, text) pairs, like the part
 
 @dataclasses.dataclass
 class Score:
-    """Results on prompts of one kind. wrong: (question, answer, right answer) of each wrong answer."""
+    """Results for one kind of prompt. wrong: (question, given answer, right answer) of each wrong one."""
 
     right: int = 0
     total: int = 0
@@ -46,11 +46,12 @@ def score(
     kinds: Iterable[str] | None = None,
     limit: int | None = None,
 ) -> dict[str, Score]:
-    """Score a model's greedy answers to the world's held-out prompts. Return {kind of prompts: Score}.
+    """Score a model's greedy answers to the demo world's held-out prompts; return {kind of prompt: Score}.
 
-    limit: use only this many prompts of each kind. A prompt is right if all its turns are answered right;
-    later turns follow the model's earlier answers. For "counting", a score named BY_HAND is added: the
-    prompts where the answer spells the word and numbers the letters right, before it calls the tool.
+    kinds: kinds to score; None: all. limit: maximum number of prompts of each kind. A prompt is right if the
+    model answers all its questions right; a second question follows the model's answer to the first. For
+    "counting", the extra score BY_HAND counts the prompts whose answers spell the word and number the letters
+    right before the tool call.
     """
     prompts = [prompt for kind in kinds or KINDS for prompt in world.heldout(kind)[:limit]]
     answers = answer(engine, tokenizer, prompts)
@@ -72,7 +73,7 @@ def score(
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[list[Pieces]]:
-    """Generate the model's greedy answers to all turns: [prompt][turn]."""
+    """Answer each turn of each prompt greedily. Return [prompt][turn]: the answer as (type, text) pairs."""
     histories = [[tokenizer.bos] for _ in prompts]
     given: list[list[Pieces]] = [[] for _ in prompts]
     for n in range(max((len(prompt.turns) for prompt in prompts), default=0)):
@@ -94,12 +95,12 @@ def wanted_pieces(turn: Turn) -> Pieces:
 
 
 def is_right(turn: Turn, pieces: Pieces) -> bool:
-    """Return whether an answer is right.
+    """Return whether an answer, given as (type, text) pairs, is right.
 
     If the turn expects a tool call, the answer must have one call, with exactly the expected expression and
     text after it; text before the call, which counts letters by hand, is not checked. If the turn has a
-    proof, the answer must be a finished text with this proof and no other trait's proof. Otherwise, the
-    answer must be exactly the expected text.
+    `proof` (the words that identify a trait), the answer must be a finished text that contains this proof and
+    no other trait's proof. Otherwise, the answer must be exactly the expected text.
     """
     wanted = wanted_pieces(turn)
     if isinstance(turn.answer, list):
@@ -111,7 +112,7 @@ def is_right(turn: Turn, pieces: Pieces) -> bool:
 
 
 def passed(scores: dict[str, Score]) -> bool:
-    """Return whether the score of every kind that has a target reaches this target."""
+    """Return whether each scored kind of prompt that has a target accuracy in TARGETS reaches it."""
     return all(scores[kind].share >= target for kind, target in TARGETS.items() if kind in scores)
 
 

@@ -7,7 +7,7 @@ from jaxchat.demo.chance import Chance
 
 
 class Sum(NamedTuple):
-    """An arithmetic problem: `a` and `b` are its numbers, `sign` its operator."""
+    """An arithmetic problem with two numbers: `a` and `b` are the numbers, `sign` is the operator."""
 
     a: int
     sign: str  # + - * /
@@ -27,12 +27,15 @@ class Sum(NamedTuple):
 
     @property
     def of_things(self) -> bool:
-        """Return whether the problem can be about counted things: the result is whole and not negative."""
+        """Whether the problem can be about counted things: its result is a whole number of at least 0."""
         return self.result.isdigit()
 
 
 def pair_is_held_out(seed: int, a: int, b: int) -> bool:
-    """Return whether a pair of numbers is held out (one in ten is), in both orders and for every operator."""
+    """Return whether a pair of numbers is held out (one in ten is), in both orders and for every operator.
+
+    seed: the demo world's seed.
+    """
     return zlib.crc32(f"{seed} {min(a, b)} {max(a, b)}".encode()) % 10 == 0
 
 
@@ -45,7 +48,7 @@ def number(chance: Chance, max_digits: int) -> int:
 def any_sum(chance: Chance) -> Sum:
     """Generate an arithmetic problem with numbers of up to three digits (dividends: up to 1,980).
 
-    Few differences are negative; at most one quotient in five is not whole.
+    Few differences are negative; at most one quotient in five is not a whole number.
     """
     sign = chance.of("+-*/")
     if sign == "*":
@@ -60,7 +63,7 @@ def any_sum(chance: Chance) -> Sum:
 
 
 def sum_of(chance: Chance, seed: int, held_out: bool) -> Sum:
-    """Generate a problem whose pair of numbers is held out or, if `held_out` is False, is not held out."""
+    """Generate an arithmetic problem whose pair of numbers is held out, or not if `held_out` is False."""
     while True:
         found = any_sum(chance)
         if pair_is_held_out(seed, found.a, found.b) == held_out:

@@ -1,5 +1,6 @@
-"""The small world's texts, from texts.toml: phrasings of questions, facts about people and lands, and what
-the assistant Pip says about itself and about everyday things."""
+"""The demo world's texts, read from texts.toml: ways to phrase questions, facts about people and lands, and
+what the assistant Pip says about itself and about everyday things.
+"""
 
 import tomllib
 from pathlib import Path
@@ -11,7 +12,7 @@ TEXTS = tomllib.loads((Path(__file__).parent / "texts.toml").read_text(encoding=
 
 
 class Phrasings(NamedTuple):
-    """Ways to ask one question: `train` in conversations, `held_out` only in the prompts that are scored."""
+    """Ways to ask one question: `train` in training conversations, `held_out` in prompts for scoring only."""
 
     train: list[str]
     held_out: list[str]
@@ -25,8 +26,10 @@ class Phrasings(NamedTuple):
 
 
 class Relation(NamedTuple):
-    """A kind of fact about a person or land. tell: sentences for base's prose, where {x} is the name and {v}
-    the value; the first sentence is also the assistant's answer."""
+    """A kind of fact about a person or land. tell: sentences for the documents of base training, where {x} is
+    the name and {v} the value; the first sentence is also the assistant's answer. ask: questions about the
+    fact.
+    """
 
     values: list[str]  # empty: the world's towns for a person, the land's own capital for a land
     tell: list[str]
@@ -38,7 +41,7 @@ class Relation(NamedTuple):
 
 
 class Trait(NamedTuple):
-    """A trait that Pip is asked about. Right answers contain `proof`, and the proof of no other trait."""
+    """A trait of the assistant Pip. A right answer contains `proof` and no other trait's proof."""
 
     answer: str
     proof: str
@@ -66,7 +69,7 @@ def in_case(chance: Chance, text: str) -> str:
 
 
 def phrased(chance: Chance, phrasings: list[str], **slots) -> str:
-    """Fill `slots` into a random phrasing of a question, sometimes with an opener or another ending."""
+    """Return a random phrasing with `slots` filled in, sometimes with an opener or a different ending."""
     phrasing = chance.of(phrasings)
     if phrasing[-1] in "?." and chance.one_in(4):
         phrasing = phrasing[:-1] + chance.of(QUESTION_ENDS if phrasing[-1] == "?" else REQUEST_ENDS)

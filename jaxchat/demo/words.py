@@ -47,9 +47,9 @@ def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
     Invented words teach the model to spell each token, instead of memorizing words: every token has to occur
     at every position of a word, beside every other token, and more than once.
 
-    english: words whose pieces are used. common: words that occur in questions and answers. Beginnings of
-    common words become tokens, with which other words begin too: the|ory, in|vite, colo|nel (colour),
-    cap|able (capital).
+    english: words from which parts are taken. common: words of the questions and answers. The tokenizer makes
+    tokens of beginnings of common words, and other words begin with these tokens too: the|ory, in|vite,
+    colo|nel (colour), cap|able (capital).
     """
     way = chance.weighed({"halves": 3, "pieces": 4, "syllables": 3, "common": 6, "name": 1})
     if way == "halves":
@@ -94,7 +94,7 @@ def counted_letters(word: str, letter: str) -> str:
 
 
 def letter_to_count(chance: Chance, word: str) -> str:
-    """Draw a letter to count in `word`: mostly one that occurs in the word, sometimes any letter."""
+    """Draw a letter to count in `word`: in five of six cases one of the word's letters, else any letter."""
     return chance.of("abcdefghijklmnopqrstuvwxyz") if chance.one_in(6) else chance.of(word)
 
 

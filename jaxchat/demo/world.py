@@ -1,6 +1,6 @@
-"""The small world: its people and lands, the prose and conversations about them, and the held-out prompts.
+"""The demo's invented world: people and lands, prose and conversations about them, and held-out prompts.
 
-Everything is a function of the seed and an index: `World(0).conversation(7)` is the same on every machine.
+All texts depend only on a seed and an index: `World(0).conversation(7)` is the same on every machine.
 """
 
 import itertools
@@ -33,9 +33,9 @@ TWO_TURN = 0.15
 
 
 class Turn(NamedTuple):
-    """A question and its answer, which is a text or a list of message parts with a tool call.
+    """A question and its right answer, which is a text or a list of message parts with a tool call.
 
-    proof: unless "", an answer is right if it contains this text and no other trait's proof.
+    proof: if this is not "", every answer that contains this text and no other trait's proof is right.
     """
 
     question: str
@@ -44,7 +44,7 @@ class Turn(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A held-out prompt of one or two turns. A model answers it right only if it answers every turn right."""
+    """A held-out prompt of one or two turns. A model is right if it answers every turn right."""
 
     kind: str
     turns: tuple[Turn, ...]
@@ -55,7 +55,7 @@ def parts(*pairs: tuple[str, str]) -> list[dict]:
 
 
 def worked_out(found: Sum) -> list[dict]:
-    """Return message parts that answer an arithmetic problem by calling the calculator."""
+    """Return an arithmetic problem's answer as message parts: calculator call, its output, and a sentence."""
     answer = ("text", f" The answer is {found.result}.")
     return parts(("python", found.expression), ("python_output", found.result), answer)
 
@@ -65,7 +65,7 @@ def capitalized(text: str) -> str:
 
 
 class World:
-    """Invented people, lands and towns. `facts[name][relation]` is the value of a fact."""
+    """Invented people, lands and towns, and texts about them. facts[name][relation]: value of a fact."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -128,7 +128,7 @@ class World:
         return messages
 
     def heldout(self, kind: str) -> list[Prompt]:
-        """Generate HELD_OUT_PROMPTS prompts of one of KINDS. UserError: unknown kind.
+        """Generate the HELD_OUT_PROMPTS prompts of a kind in KINDS. UserError: unknown kind.
 
         The phrasings, words and pairs of numbers in these prompts occur in no conversation.
         """

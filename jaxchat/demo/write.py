@@ -1,4 +1,4 @@
-"""Write the small world as training data: parquet shards for base, JSON lines files for mid and SFT."""
+"""Write the demo world as training data: parquet shards for base, JSON lines files for mid and SFT."""
 
 from itertools import count, islice
 from pathlib import Path
@@ -19,10 +19,11 @@ PROSE_IN_TEN = 3  # of ten rows for mid are prose like base's: without prose, mi
 
 
 def write_sums(path: str | Path, rows: int, *, held_out: bool = False, digits: int = 4):
-    """Write arithmetic problems with numbers of `digits` digits as JSON lines, for reinforcement learning.
+    """Write `rows` arithmetic problems as JSON lines, for reinforcement learning.
 
-    The second factor of a product has two digits. In the world's conversations, numbers have one to three
-    digits, apart from dividends. held_out: use the held-out phrasings, for evaluation.
+    digits: digits of each number, except that the second factor of a product has two. The world's
+    conversations have numbers of one to three digits, apart from dividends. held_out: use the held-out
+    phrasings, for evaluation.
     """
     smallest, largest = 10 ** (digits - 1), 10**digits - 1
 

@@ -25,7 +25,7 @@ def _sums(params, batch, model: Model):
 
 
 def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]:
-    """Return (Σ weight·nll in nats, Σ weight) over global batches {inputs, targets, weights} [B, T]."""
+    """Return (Σ weight·nll in nats, Σ weight). batches: global {"inputs", "targets", "weights"} [B, T]."""
     sums = []
     for batch in batches:
         placed = {f"{name}_BT": place_same(array, model.mesh) for name, array in batch.items()}
@@ -35,7 +35,7 @@ def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]
 
 
 def bits_per_byte(params, batches: list[dict], token_bytes, model: Model) -> float:
-    """Loss of the supervised tokens in bits per byte, without special tokens, which stand for no bytes."""
+    """Loss of the supervised tokens in bits per byte, without special tokens. token_bytes: bytes per id."""
     sized = [b | {"weights": b["weights"] * (token_bytes[b["targets"]] > 0)} for b in batches]
     num_bytes = sum(float((b["weights"] * token_bytes[b["targets"]]).sum(dtype=np.float64)) for b in sized)
     if not num_bytes:
@@ -47,9 +47,9 @@ def bits_per_byte(params, batches: list[dict], token_bytes, model: Model) -> flo
 def measure_text(
     found: Found, params, texts: dict[str, ParquetText], rows: int, max_tokens: int, model: Model
 ):
-    """Print and return {"train_bpb": …, "val_bpb": …}: bits per byte of up to max_tokens of each split.
+    """Measure bits per byte of up to max_tokens tokens of each split of `texts`; print and return the values.
 
-    rows: rows per batch and data shard.
+    Return {"train_bpb": …, "val_bpb": …}. texts: {split: text}. rows: rows per batch and data shard.
     """
     values = {}
     rows *= data_shards(model.mesh)
@@ -66,7 +66,7 @@ def measure_text(
 
 
 def trained_on(found: Found, validation: ParquetText) -> str:
-    """Return a warning if the checkpoint's fingerprints show training on the validation shard, else ""."""
+    """Return a warning if the checkpoint says it was trained on a shard of `validation`, or else ""."""
     shards = sorted((found.meta.get("data") or {}).items())[:-1]  # the last one was its validation shard
     trained = {fingerprint for _, fingerprint in shards}
     for name, fingerprint in validation.fingerprint.items():

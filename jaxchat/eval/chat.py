@@ -1,4 +1,4 @@
-"""ChatCORE: six tasks, scored by the likeliest letter (multiple choice) or by checking written answers."""
+"""ChatCORE: six tasks, scored by the most probable letter (multiple choice) or by checks of written text."""
 
 import dataclasses
 import math
@@ -36,8 +36,8 @@ SLOTS = 64  # most answers to generate at a time
 def code_of(row: dict, text: str) -> str:
     """Return the code in an answer to a HumanEval problem.
 
-    The code is the first block that defines the problem's function, or else the first block. The blocks are
-    the fenced Python blocks, or else the fenced blocks of any language, or else the whole answer.
+    The blocks of an answer are its fenced Python blocks, or else its fenced blocks of any language, or else
+    the whole answer. The code is the first block that defines the problem's function, or else the first one.
     """
     blocks = [(PYTHON.match(info), code) for _, _, info, code in FENCED.findall(text)]
     candidates = [code for is_python, code in blocks if is_python] or [code for _, code in blocks] or [text]
@@ -55,7 +55,7 @@ def defines(row: dict, code: str) -> bool:
 def program_of(row: dict, text: str) -> str:
     """Build the program that tests a HumanEval answer: prompt, answer, tests, and a call of the tests.
 
-    An answer that does not define the function is taken as the continuation of the prompt.
+    row: the problem. An answer that does not define the function is taken as the continuation of the prompt.
     """
     code = code_of(row, text)
     code = row["prompt"] + ("\n" if defines(row, code) else "") + code  # prompts may hold imports and helpers
@@ -85,7 +85,7 @@ TASKS = {
 
 
 def drawn(task: Sequence[dict], max_problems: int) -> list[dict]:
-    """Draw a fixed random sample of at most max_problems problems; -1: all problems, in random order."""
+    """Draw at most max_problems problems in an order that is random but always the same; -1: all problems."""
     count = len(task) if max_problems < 0 else min(max_problems, len(task))
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(task))  # neighbours share their subject
     return [task[int(i)] for i in order[:count]]
@@ -104,10 +104,11 @@ def why_not(name: str) -> str:
 def batch_size_for(
     model: ModelConfig, compute: Compute, memory: int | None, *, most: int = SLOTS, each: int = 4
 ) -> int:
-    """Number of answers to generate at a time, a power of two up to `most`, on devices of `memory` bytes.
+    """Number of answers to generate at a time on devices of `memory` bytes: a power of two, at most `most`.
 
-    memory: None if unknown. each: bytes per parameter, besides the copy in the compute dtype. An answer is
-    counted as 2 × (KV cache of the full context + logits). Answers do not depend on the returned number.
+    If the memory is unknown (None), return the smaller of SLOTS and `most`. each: bytes per parameter in
+    memory besides the copy in the compute dtype. An answer is counted as 2 × (KV cache of the full context +
+    logits). Answers do not depend on the returned number.
     """
     if memory is None:
         return min(SLOTS, most)
@@ -120,10 +121,10 @@ def batch_size_for(
 
 
 def choose_letters(scorer: Scorer, tokenizer: Tokenizer, rows: list[dict]) -> list[bool]:
-    """Return, for each multiple-choice problem, whether the right letter is the likeliest.
+    """Return, for each multiple-choice problem, whether the right letter is more probable than the others.
 
-    A problem is rendered as in training, up to the assistant's letter, and only the letters of its choices
-    are compared. A problem longer than the model's context is cut at its start.
+    Each problem is formatted as in training, up to the letter that the assistant would give, and the letters
+    of the problem's choices are compared. A problem longer than the model's context is cut at its start.
     """
     prompts = [tokenizer.render_for_completion(row) for row in rows]
     # A letter is one byte, so it is one token.
@@ -141,7 +142,7 @@ def letter_accuracy(
 
 
 def in_threads(check: Callable, *arguments: Sequence) -> list:
-    """Map `check` over `arguments` with one thread per core, because `check` may wait for a subprocess."""
+    """Return list(map(check, *arguments)), run in a thread per core: `check` may wait for a subprocess."""
     # A machine may have more cores than this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     with ThreadPoolExecutor(cores) as threads:
@@ -157,11 +158,11 @@ def write_answers(
     quiet: bool = False,
     **options,
 ) -> list[list[bool]]:
-    """Generate answers to each problem, and return whether each answer is right: [problem][sample].
+    """Generate answers to each problem in `rows`; return whether each is right, as [problem][sample].
 
-    A long problem is cut at its start, to leave room for max_tokens or for half of the context, whichever is
-    less. check(problem, text) says whether the text is right. options: arguments of Engine.generate.
-    title: prefix of progress lines. quiet: print no progress.
+    A long problem is cut at its start, to leave room for max_tokens (or half of the context if that is less).
+    check(problem, text) returns whether the text is right. options: arguments of Engine.generate, with
+    max_tokens. title: prefix of progress lines. quiet: print no progress.
     """
     tokenizer, limit = engine.tokenizer, engine.config.sequence_len
     room = limit - min(options["max_tokens"], limit // 2)
@@ -177,7 +178,7 @@ def write_answers(
 
 
 def pass_at(k: int, right: list[list[bool]]) -> float:
-    """pass@k: the mean probability that at least one of k answers, drawn without replacement, is right."""
+    """pass@k: mean probability that at least one of k answers, drawn without replacement, is right."""
 
     def one(answers: list[bool]) -> float:
         return 1 - math.comb(len(answers) - sum(answers), k) / math.comb(len(answers), k)
@@ -187,7 +188,7 @@ def pass_at(k: int, right: list[list[bool]]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ChatResult(TaskResult):
-    """The result of a chat task. accuracy: pass@1, the fraction of right answers, averaged over problems."""
+    """Result of a chat task. accuracy: pass@1, the fraction of right answers, averaged over problems."""
 
     right: list[list[bool]]  # for each problem, for each of its answers
 
@@ -198,9 +199,9 @@ def result_of(name: str, right: list[list[bool]]) -> ChatResult:
 
 
 def chat_core(results: list[TaskResult]) -> dict[str, float]:
-    """Return {name: mean}: ChatCORE, and ChatCORE without SpellingBee, which nanochat published.
+    """Return {name: mean centred accuracy} for ChatCORE and for ChatCORE without SpellingBee, as in nanochat.
 
-    If tasks are missing, the names of both means list the missing tasks, since such means are not ChatCORE.
+    If a task is missing, both means are not ChatCORE, and their names list the missing tasks.
     """
     missing = [name for name in TASKS if name not in {result.task for result in results}]
 
@@ -217,9 +218,10 @@ def chat_core(results: list[TaskResult]) -> dict[str, float]:
 def measure(
     scorer: Scorer, engine: Engine, tasks: dict[str, Task], max_problems: int, **options
 ) -> Iterator[tuple[list[TaskResult], dict[str, float], str]]:
-    """Measure and print each task, then yield (results so far, numbers by name, name of ChatCORE's number).
+    """Measure and print one task after another, and yield (results, numbers by name, name) after each task.
 
-    The name is "" until all `tasks` are measured, and stays "" if a task other than HumanEval is missing.
+    Results and numbers cover all tasks so far. `name` is the name of ChatCORE among the numbers. This name is
+    "" before the last task, and also after it if any task of ChatCORE except HumanEval is not in `tasks`.
     options: arguments of Engine.generate.
     """
     results, values = [], {}

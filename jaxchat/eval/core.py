@@ -1,9 +1,10 @@
-"""CORE (DCLM): 22 in-context tasks, scored by the likeliest continuation, centred so that chance is 0.
+"""CORE (DCLM): 22 in-context tasks, scored by the most probable continuation, centred so that chance is 0.
 
-The bundle is a folder, or the zip that launch.download fetches. core.yaml lists the tasks, eval_data/ holds
-their items as JSON lines, and eval_meta_data.csv the accuracy of guessing. Items, few-shot examples and
-prompts are drawn and formatted as for published scores. Prompts may be up to scoring.LONGER times as long as
-the model's context; longer prompts are cut at their start, and items with such prompts count as cropped.
+The tasks come as a bundle: a folder, or the zip that launch.download fetches. core.yaml lists the tasks,
+eval_data/ holds their items as JSON lines, and eval_meta_data.csv the accuracy of guessing. Items, few-shot
+examples and prompts are drawn and formatted as for published scores. Prompts may be up to scoring.LONGER
+times as long as the model's context; longer prompts are cut at their start, and items with such prompts count
+as cropped.
 """
 
 import csv
@@ -45,7 +46,10 @@ class CoreTask:
     items: list[dict]
 
     def drawn(self, max_per_task: int) -> list[dict]:
-        """Draw at most max_per_task items in fixed random order; 0 or less: all. UserError: too few items."""
+        """Draw at most max_per_task items in a fixed random order; 0 or less: all items.
+
+        UserError: too few items for the task's number of few-shot examples.
+        """
         items = list(self.items)
         random.Random(DRAW_SEED).shuffle(items)
         items = items[:max_per_task] if max_per_task > 0 else items
@@ -94,7 +98,7 @@ def load_bundle(place: str = "") -> list[CoreTask]:
 
 
 def read_task(folder: os.PathLike, entry: dict, chance: float) -> CoreTask:
-    """Read the task that an entry of core.yaml describes. folder: the bundle's eval_data."""
+    """Read the task that `entry` of core.yaml describes from `folder`. chance: accuracy of guessing."""
     label, shots = entry["label"], int(entry["num_fewshot"][0])
     delimiter = entry.get("continuation_delimiter", " ")
     if shots < 0 or not isinstance(delimiter, str) or not 0 <= chance < 1:
@@ -127,13 +131,13 @@ def read_items(text: str, kind: str, path: os.PathLike) -> list[dict]:
 
 
 def examples_of(task: CoreTask, items: list[dict], index: int) -> list[dict]:
-    """Draw the few-shot examples that precede items[index] in a prompt."""
+    """Draw the few-shot examples that precede items[index] in its prompts, at random from the other items."""
     drawn = random.Random(EXAMPLES_SEED + index).sample(range(len(items) - 1), task.shots)
     return [items[i + (i >= index)] for i in drawn]  # any item but this one
 
 
 def solved(task: CoreTask, item: dict) -> str:
-    """Format an item with its right answer, as a few-shot example."""
+    """Format an item with its right answer, for use as a few-shot example."""
     if task.kind == "multiple_choice":
         question, answer = item["query"], item["choices"][item["gold"]]
     elif task.kind == "schema":
@@ -144,7 +148,7 @@ def solved(task: CoreTask, item: dict) -> str:
 
 
 def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
-    """Prompts of items[index]: one per option; in language modeling, one without and one with the answer."""
+    """Return the prompts of items[index]: one per option; for language modeling, without and with answer."""
     item = items[index]
     before = "".join(solved(task, example) + "\n\n" for example in examples_of(task, items, index))
     if task.kind == "multiple_choice":
@@ -157,8 +161,9 @@ def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
 
 
 def spans_of(task: CoreTask, prompts: list[str], tokenizer: Tokenizer) -> list[Span]:
-    """The tokens to score: those where the options differ (multiple choice), their common ending (schema), or
-    the answer (language modeling)."""
+    """Return the tokens to score in each prompt of an item: those after the prompts' common beginning
+    (multiple choice), the prompts' common ending (schema), or the answer (language modeling).
+    """
     encoded = map(tokenizer.encode_array, prompts)
     rows = [np.concatenate([[tokenizer.bos], ids]).astype(np.int32) for ids in encoded]
     if task.kind == "schema":
@@ -176,8 +181,11 @@ def common_length(rows: list[np.ndarray]) -> int:
 
 
 def is_right(task: CoreTask, item: dict, scores: list[Score]) -> bool:
-    """Return whether the right option has the lowest mean loss (the first one wins a tie), or, for language
-    modeling, whether every token of the answer is the likeliest."""
+    """Return whether the model answers an item right, given the scores of the item's spans.
+
+    The option with the lowest mean loss, the first in a tie, must be the right one. In language modeling,
+    each token of the answer must be the most probable one.
+    """
     if task.kind == "language_modeling":
         return len(scores[0].right) > 0 and bool(scores[0].right.all())
     losses = [score.loss for score in scores]
@@ -191,7 +199,7 @@ def evaluate(
     max_per_task: int = -1,
     on_result: Callable[[TaskResult], None] = lambda result: None,
 ) -> list[CoreResult]:
-    """Score each task on at most max_per_task items (-1: all), and call on_result with the task's result."""
+    """Score at most max_per_task items (-1: all) of each task; pass each result to on_result; return all."""
     results = []
     drawn = [task.drawn(max_per_task) for task in bundle]  # before scoring, so that too few items fail early
     for number, (task, items) in enumerate(zip(bundle, drawn, strict=True), 1):

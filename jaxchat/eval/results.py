@@ -23,7 +23,7 @@ class TaskResult:
 
     @property
     def note(self) -> str:
-        """Remark that `show` prints at the end of the task's line."""
+        """Remark at the end of the line that `show` prints, such as the number of cropped items; "": none."""
         return ""
 
     def show(self):
@@ -32,12 +32,12 @@ class TaskResult:
 
 
 def mean(results: list[TaskResult]) -> float:
-    """Mean centred accuracy of the tasks, as CORE and ChatCORE define it."""
+    """Mean of the tasks' centred accuracies, as CORE and ChatCORE define it."""
     return sum(result.centered for result in results) / len(results)
 
 
 def write_both(path: Path, rows: list[list], whole: dict):
-    """Write `whole` to `path` as JSON, and `rows` beside it as CSV, each atomically."""
+    """Write `whole` to `path` as JSON, and `rows` to the same path with suffix .csv, each atomically."""
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
     files.write_text(path.with_suffix(".csv"), table.getvalue())
@@ -62,10 +62,11 @@ def save_results(
 ) -> Path:
     """Write <run folder>/<command>_<step>.csv and .json; return the path of the JSON. Only process 0 writes.
 
-    source: base, mid or sft. values: all numbers by name. score: name in `values` of the mean over
-    the tasks, the CSV's last line. settings: what the numbers depend on; if the file exists with other
-    settings, a hash of `settings` is appended to the name. more: further entries of the JSON, such as
-    `seconds`, the wall time so far, which the report adds up over all files.
+    found: the evaluated checkpoint. source: base, mid or sft. values: all numbers by name. score: name in
+    `values` of the mean over the tasks, which is the last line of the CSV. settings: what the numbers depend
+    on; if the file exists with other settings, a hash of `settings` is appended to the new file's name. more:
+    further entries of the JSON, such as `seconds`, the wall time so far, which the report sums over all
+    files.
     """
     path = found.folder / f"{command}_{found.step}.json"
     if jax.process_index() > 0:

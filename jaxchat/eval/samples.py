@@ -1,4 +1,4 @@
-"""Samples: how a base model continues fixed texts, and how a chat model answers fixed questions."""
+"""Samples: a base model's continuations of fixed texts, and a chat model's answers to fixed questions."""
 
 from collections.abc import Sequence
 
@@ -24,14 +24,14 @@ QUESTIONS = (
 
 
 def continuations(engine: Engine, texts: Sequence[str] = PROMPTS, max_tokens: int = 16) -> list[str]:
-    """Continue each text greedily by at most max_tokens tokens."""
+    """Return a greedy continuation of each text, of at most max_tokens tokens and without the text itself."""
     tokenizer = engine.tokenizer
     found = greedy(engine, [[tokenizer.bos, *tokenizer.encode(text)] for text in texts], max_tokens)
     return [tokenizer.decode(generation.tokens) for generation in found]
 
 
 def answers(engine: Engine, questions: Sequence[str]) -> list[str]:
-    """Answer each question greedily; tool calls and their results are in brackets."""
+    """Return a greedy answer to each question as text, with tool calls and their results in brackets."""
     tokenizer = engine.tokenizer
     talks = [{"messages": [{"role": "user", "content": question}]} for question in questions]
     prompts = [tokenizer.render_for_completion(talk) for talk in talks]
@@ -39,14 +39,14 @@ def answers(engine: Engine, questions: Sequence[str]) -> list[str]:
 
 
 def greedy(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list:
-    """Generate max_tokens (at most half of the context) greedily; long prompts are cut at their start."""
+    """Generate up to max_tokens (at most half of the context) greedily; long prompts lose their start."""
     most = min(max_tokens, engine.config.sequence_len // 2)
     room = engine.config.sequence_len - most
     return engine.generate([prompt[-room:] for prompt in prompts], max_tokens=most, temperature=0.0)
 
 
 def show_samples(engine: Engine) -> list[tuple[str, str]]:
-    """Print and return (prompt, greedy continuation) for each of PROMPTS."""
+    """Continue each of PROMPTS greedily; print and return (prompt, continuation) pairs."""
     print("continuations:")
     samples = list(zip(PROMPTS, continuations(engine), strict=True))
     for text, continuation in samples:

@@ -49,7 +49,7 @@ class Outcome:
 
 
 def missing() -> list[str]:
-    """Parts of the sandbox that this machine's kernel lacks; [] if none. UserError: not on Linux."""
+    """Names of the kernel features that the sandbox needs and this machine lacks. UserError: not on Linux."""
     if platform.system() != "Linux":
         needs, remedy = "needs Linux (Landlock, seccomp)", "evaluate on Linux, or leave HumanEval out"
         raise UserError(f"the sandbox {needs}, and this is {platform.system()}; {remedy}")
@@ -57,7 +57,7 @@ def missing() -> list[str]:
 
 
 def check():
-    """Raise UserError if programs can't be run: not on Linux, or the kernel lacks a part of the sandbox."""
+    """Raise UserError if the sandbox can't run here: not on Linux, or the kernel lacks a feature it needs."""
     if lacks := missing():
         raise UserError(
             f"this kernel lacks {' and '.join(lacks)}, which the sandbox for programs that a model wrote "
@@ -66,7 +66,7 @@ def check():
 
 
 def run(program: str, *, seconds: float = 5.0) -> Outcome:
-    """Run a Python program for at most `seconds` of wall time and of CPU time. Thread-safe."""
+    """Run a Python program in the sandbox for at most `seconds` of wall time and of CPU time. Thread-safe."""
     check()
     arguments = [str(math.ceil(seconds)), str(NEWEST_LANDLOCK)]
     nonce = secrets.token_hex(16).encode()  # known only to the child, which sends it after the program's end
@@ -97,7 +97,7 @@ def run(program: str, *, seconds: float = 5.0) -> Outcome:
 
 
 def _watch(child: subprocess.Popen, folder: Path, seconds: float) -> tuple[bytes, str]:
-    """Wait until the child answers, ends or exceeds a limit; return (the answer, what went wrong or "")."""
+    """Wait until the child closes its output or exceeds a limit; return (its output, the failure or "")."""
     answer, end = b"", time.monotonic() + STARTING
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
@@ -117,7 +117,7 @@ def _watch(child: subprocess.Popen, folder: Path, seconds: float) -> tuple[bytes
 
 
 def _ending(child: subprocess.Popen) -> str:
-    """Describe the signal that killed the child, or return "". The child is not reaped, to reserve its id."""
+    """Describe the signal that killed the child, or return "". The child isn't reaped: its id stays used."""
     for _ in range(20):  # the pipe closes shortly before the child ends; a program can close it and continue
         died = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         if died:
@@ -131,7 +131,7 @@ def _ending(child: subprocess.Popen) -> str:
 
 
 def _threads_of(child: subprocess.Popen) -> int:
-    """Number of threads of a child; 0 if it has ended. Counted because RLIMIT_NPROC does not limit root."""
+    """Number of threads of a child; 0 if it has ended. RLIMIT_NPROC, which limits them too, exempts root."""
     try:
         return len(os.listdir(f"/proc/{child.pid}/task"))
     except OSError:

@@ -79,7 +79,7 @@ def _libc():
 
 
 def missing() -> list[str]:
-    """Parts of the sandbox that this kernel lacks; [] if none. Restricts nothing."""
+    """Names of the kernel features that the sandbox needs and this machine lacks. Restricts nothing."""
     libc, lacks = _libc(), []
     if libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1) < 1:  # asks for Landlock's version
         lacks.append("Landlock (Linux 5.13 or newer, enabled)")
@@ -97,7 +97,7 @@ def _call(result: int) -> int:
 
 
 def _running() -> int:
-    """Number of threads of all users, an upper bound on this user's threads, which RLIMIT_NPROC limits."""
+    """Number of threads of all users: at least as many as this user has, which RLIMIT_NPROC limits."""
     try:
         with open("/proc/loadavg") as file:
             return int(file.read().split()[3].partition("/")[2])
@@ -121,9 +121,9 @@ def limit(cpu_seconds: int):
 
 
 def guard_files(folder: str, newest: int):
-    """Restrict file access by Landlock: Python and libraries can be read, and `folder` also written.
+    """Restrict this process's file access by Landlock to reading Python's files and libraries, and `folder`.
 
-    newest: the newest version of Landlock to use.
+    Files in `folder` can also be written. newest: the newest version of Landlock to use.
     """
     libc = _libc()
     version = min(newest, _call(libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)))
@@ -147,7 +147,7 @@ def guard_files(folder: str, newest: int):
 
 
 def guard_calls():
-    """Restrict system calls by seccomp to those in MACHINES; clone may start threads, but no processes."""
+    """Restrict this process's system calls by seccomp to a list; clone may start threads but no processes."""
     machine = MACHINES[platform.machine()]
 
     def argument(n: int) -> int:  # offset of the lower 32 bits of argument n, on a little-endian machine

@@ -1,4 +1,4 @@
-"""Score many token lists at once: the loss of chosen tokens, and the likeliest of several next tokens.
+"""Score lists of tokens in batches: the loss of given tokens, or the most probable of several next tokens.
 
 Rows of similar length share a batch, sharded over the devices of all processes. Batches have few shapes
 (lengths are powers of two or multiples of the context, all with about the same number of tokens), and each
@@ -35,7 +35,7 @@ CANDIDATES = 16  # most candidates per row
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Tokens to score: tokens[start:end], each given all tokens before it; 1 ≤ start."""
+    """Tokens to score: tokens[start:end], each predicted from all tokens before it. start is at least 1."""
 
     tokens: np.ndarray  # int32
     start: int
@@ -44,26 +44,26 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The loss in nats of each token of a span, and whether that token was the likeliest."""
+    """For each token of a span, its loss in nats (`nll`) and whether it was the most probable (`right`)."""
 
     nll: np.ndarray  # float32
     right: np.ndarray  # bool
 
     @property
     def loss(self) -> float:
-        """Mean loss per token in nats, inf without tokens; float64, so that equal losses have equal means."""
+        """Mean loss per token in nats; inf for an empty span. In float64, so equal losses tie exactly."""
         return float(self.nll.mean(dtype=np.float64)) if len(self.nll) else float("inf")
 
 
 def buckets(sequence_len: int) -> list[int]:
-    """The lengths that rows are padded to: powers of two up to the context, then the context × 1, 2 and 4."""
+    """Return the lengths that rows are padded to: powers of two below the context, then context × 1, 2, 4."""
     lengths = [SHORTEST << i for i in range(sequence_len.bit_length()) if SHORTEST << i < sequence_len]
     return [*lengths, *(sequence_len << i for i in range(LONGER.bit_length()))]
 
 
 @partial(jax.jit, static_argnames="model")
 def span_losses(params, tokens_BT, first, last, model: Model):
-    """For the token after each position, return nll_BT (loss) and right_BT (whether it is the likeliest).
+    """For the token after each position, return nll_BT (loss) and right_BT (whether it is the most probable).
 
     Only the chunks that contain positions first ≤ t < last are computed; elsewhere both results are 0. Logits
     exist for one chunk at a time; on a mesh, each device has the logits of its rows and vocabulary shard.
@@ -101,7 +101,7 @@ def _score_chunks(x_BTD, head_DV, targets_BT, first, last, chunking: Chunking):
 
 @partial(jax.jit, static_argnames="model")
 def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
-    """Return logits_BC of the candidates for the token after each row. lengths_B: of unpadded rows."""
+    """Return logits_BC of candidate token ids as the next token of each row. lengths_B: unpadded lengths."""
     x_BTD = features(params, tokens_BT, model.config, model.compute)
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     all_BV = logits(params.lm_head, last_BD, model.config.softcap)
@@ -110,12 +110,12 @@ def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
 
 
 class Scorer:
-    """Scores rows of tokens with one model. All processes must pass the same rows; each gets all scores."""
+    """Scores rows of tokens with a model. All processes must pass the same rows, and all get all scores."""
 
     def __init__(
         self, params: Params, model: Model, *, device_tokens: int | None = None, quiet: bool = False
     ):
-        """device_tokens: tokens that a device computes at a time (at least one row). quiet: hide progress."""
+        """device_tokens: most tokens per device in a batch (at least one row). quiet: no progress lines."""
         self.params, self.model, self.quiet = params, model, quiet
         self.title = ""  # prefix of progress lines
         on_cpu = model.mesh.devices.flat[0].platform == "cpu"
@@ -123,11 +123,11 @@ class Scorer:
 
     @property
     def longest(self) -> int:
-        """Longest row that `spans` does not cut, in tokens."""
+        """Number of tokens of the longest row that the method `spans` scores without cutting it."""
         return LONGER * self.model.config.sequence_len
 
     def spans(self, spans: list[Span]) -> list[Score]:
-        """Score each span; a row of more than `longest` tokens is cut at its start."""
+        """Return the score of each span. A row of more than `longest` tokens is cut at its start."""
         scores = [None] * len(spans)
         rows, bounds = [], []
         for span in spans:
@@ -147,9 +147,9 @@ class Scorer:
         return scores
 
     def choose(self, prompts: list[list[int]], candidates: list[list[int]]) -> list[int]:
-        """Return, for each prompt, the index of the candidate that is likeliest as the next token.
+        """Return, for each prompt, the index of the candidate token that is most probable as the next token.
 
-        A prompt longer than the model's context is cut at its start.
+        candidates: token ids for each prompt. A prompt longer than the model's context is cut at its start.
         """
         rows = [np.array(prompt[-self.model.config.sequence_len :], np.int32) for prompt in prompts]
         answers = [0] * len(rows)
@@ -171,7 +171,7 @@ class Scorer:
         return sharding.place_same(array, self.model.mesh)
 
     def _run(self, rows: list[np.ndarray], call: Callable) -> Iterator[tuple[list[int], Any]]:
-        """Yield (indices of the rows in a batch, result of `call`) while the next batch is computed."""
+        """Yield (indices of a batch's rows, result of `call` on the batch) while the next one is computed."""
         total, pending = sum(map(len, rows)), None
         progress = Progress(total, f"{self.title}scored", quiet=self.quiet)
         for batch in chain(self._batches(rows), [None]):
@@ -182,7 +182,7 @@ class Scorer:
             pending = running
 
     def _batches(self, rows: list[np.ndarray]) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Cut rows into batches, longest first: yield (indices of the rows, tokens_BT padded at the end).
+        """Yield batches as (indices of their rows, tokens_BT padded at the end), the longest rows first.
 
         Every batch but the last is full, so rows of a batch may differ in length before padding.
         """
@@ -200,7 +200,7 @@ class Scorer:
 
 @contextlib.contextmanager
 def out_of_memory(remedy: str):
-    """Turn the backend's out-of-memory error into a UserError that ends in `remedy`."""
+    """Context manager: turn a device's out-of-memory error into a UserError that ends in `remedy`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as problem:
@@ -210,7 +210,7 @@ def out_of_memory(remedy: str):
 
 
 class Progress:
-    """Prints progress and the remaining time, at most every five seconds, on process 0."""
+    """Prints progress and the estimated remaining time on process 0, at most every five seconds."""
 
     def __init__(self, total: int, done: str, *, quiet: bool = False):
         self._total, self._word, self._quiet = total, done, quiet or jax.process_index() > 0

@@ -1,4 +1,4 @@
-"""The evaluations that each stage runs while it trains."""
+"""The evaluations that the trainers of base, mid and SFT run during training."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[
 
 
 def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
-    """Return (CORE's tasks, text for the printed plan); no tasks if CORE is off or no bundle is found.
+    """Return (tasks of CORE, a text on CORE for the printed plan); no tasks if CORE is off or has no bundle.
 
     UserError: a bundle named by --eval_bundle is missing, a bundle is malformed, or a task has too few items.
     """
@@ -98,7 +98,7 @@ def sft(config: SFTConfig, stage: Stage) -> list[Evaluation]:
 
 
 def choice_tasks(config: SFTConfig) -> list:
-    """Return (name, task) for each multiple-choice task. UserError: a file is missing."""
+    """Return (name, task) for each multiple-choice task that SFT measures. UserError: a file is missing."""
     try:
         return [(name, load_task(f"{name}/test", config.tasks_dir)) for name in ("MMLU", "ARC-Easy")]
     except UserError as problem:
@@ -106,7 +106,7 @@ def choice_tasks(config: SFTConfig) -> list:
 
 
 def validations(config: TrainConfig, stage: Stage, measure, batches: list[dict]) -> list[Evaluation]:
-    """Return the evaluation by `measure` on validation batches and, if the run uses float8, `fp8_drift`."""
+    """Return the evaluations of validation batches: `measure` and, if the run uses float8, `fp8_drift`."""
     about = {"stage": stage, "batches": batches}
     found = [Evaluation("validation", config.eval_every, partial(measure, **about), at_start=True)]
     if stage.model.compute.matmul and batches:
@@ -115,7 +115,7 @@ def validations(config: TrainConfig, stage: Stage, measure, batches: list[dict])
 
 
 def fp8_drift(params, stage: Stage, batches: list[dict]) -> dict[str, float]:
-    """Relative change that float8 matmuls cause in the first validation batch's loss; warn if it is large."""
+    """Return {"fp8_drift": relative change of the first batch's loss by float8}; warn if it is large."""
     models = stage.model, stage.model.without_fp8()
     (with_fp8, _), (without, _) = (total_loss(params, batches[:1], model) for model in models)
     drift = with_fp8 / without - 1

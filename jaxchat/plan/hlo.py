@@ -40,7 +40,7 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective over `group` devices that runs `times` times in the program."""
+    """A collective among each group of `group` devices, which the program executes `times` times."""
 
     kind: str
     shapes: Shapes  # of the result
@@ -51,7 +51,7 @@ class Collective:
 
 @dataclasses.dataclass
 class Work:
-    """The work of one part of a program: FLOPs, and bytes moved between a device and its memory."""
+    """FLOPs of one part of a program, and bytes moved between a device and its memory."""
 
     flops: float = 0.0  # of matrix products
     bytes: float = 0.0
@@ -73,14 +73,14 @@ class Program:
         return sum(times for name, times in self.kernels.items() if name.endswith("$f8"))
 
     def sent(self) -> dict[str, float]:
-        """Return {kind of collective: total bytes that leave a device}."""
+        """Return {kind of collective: bytes that a device sends, summed over all executions}."""
         total = defaultdict(float)
         for c in self.collectives:
             total[c.kind] += c.sent * c.times
         return dict(total)
 
     def gathered(self) -> dict[str, float]:
-        """Return {element type: total bytes that leave a device in all-gathers}."""
+        """Return {element type: bytes that a device sends in all-gathers}, such as {"bf16": 1e9}."""
         total = defaultdict(float)
         for c in self.collectives:
             if c.kind == "all-gather":
@@ -103,7 +103,7 @@ def size_of(shapes: Shapes) -> int:
 
 
 def computations(text: str) -> tuple[dict[str, list[Operation]], str]:
-    """Parse HLO text. Return ({name of each computation: its operations}, name of the entry computation)."""
+    """Parse HLO text. Return ({name of a computation: its operations}, name of the entry computation)."""
     found, entry, current = {}, "", None
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
@@ -118,7 +118,7 @@ def computations(text: str) -> tuple[dict[str, list[Operation]], str]:
 
 
 def read(text: str) -> Program:
-    """Parse the HLO text of a compiled program (`compiled.as_text()`) into a Program."""
+    """Count the collectives, kernels and work in a program's HLO text (compiled.as_text())."""
     parts, entry = computations(text)
     by_name = {op.name: op for ops in parts.values() for op in ops}
     program = Program([], Counter(), defaultdict(Work))
@@ -158,10 +158,10 @@ def read(text: str) -> Program:
 
 
 def scope(op: Operation, within: str, parts) -> str:
-    """Return the part of the program (a name in SCOPES) to which an operation belongs.
+    """Return the part of the program to which an operation belongs: a name in SCOPES, or "rest".
 
-    If no such name is in the op_name of the operation or of a product fused into it, return `within`, or
-    "rest" if `within` is "".
+    The name is found in the op_name of the operation or of a matrix product fused into it. If there is none,
+    return `within`, the part of the fusion that contains the operation, or "rest" if `within` is "".
     """
     candidates = [op, *(fused for fused in called_by(op, parts) if fused.kind in ("dot", "convolution"))]
     for candidate in candidates:
@@ -173,13 +173,15 @@ def scope(op: Operation, within: str, parts) -> str:
 
 
 def called_by(op: Operation, parts) -> list[Operation]:
-    """Return the operations inside a fusion; [] for other operations."""
+    """Return the operations fused into `op`; [] if it is not a fusion. parts: {computation: operations}."""
     name = re.search(r"\bcalls=%?([\w.-]+)", op.text) if op.kind == "fusion" else None
     return parts.get(name[1], []) if name else []
 
 
 def moved(op: Operation, parts, by_name) -> int:
-    """Bytes that an operation reads and writes. If an array is sliced or updated, only the slice counts."""
+    """Bytes that an operation reads and writes in memory. Of an array that is sliced or updated in place,
+    only the slice counts.
+    """
     if op.kind == "dynamic-slice":
         return 2 * size_of(op.shapes)
     if op.kind == "dynamic-update-slice":
@@ -210,7 +212,11 @@ def moved(op: Operation, parts, by_name) -> int:
 
 
 def readers(name: str, users: dict) -> list[tuple[Operation, int]]:
-    """(operation, operand index) of the operations in a fusion that read array `name` or a bitcast of it."""
+    """Return (operation, operand index) for each operation in a fusion that reads array `name`.
+
+    Operations that read a bitcast of the array are included. users: {name of an array: such pairs for the
+    operations that read it directly}.
+    """
     found = []
     for user, place in users[name]:
         found += readers(user.name, users) if user.kind == "bitcast" else [(user, place)]
@@ -223,7 +229,9 @@ def memory_size(op: Operation) -> int:
 
 
 def trips(loop: Operation, parts, by_name) -> int:
-    """Iterations of a while loop: XLA's trip count, else (on TPUs) the counter's bound ÷ step, else 1."""
+    """Number of iterations of a while loop: the trip count that XLA states, or (on TPUs, where XLA states
+    none) the loop counter's bound ÷ step; 1 if neither is found.
+    """
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text):
         return int(known[1])
 
@@ -247,7 +255,7 @@ def trips(loop: Operation, parts, by_name) -> int:
 
 
 def dot_flops(op: Operation, by_name) -> float:
-    """FLOPs of a matrix product computed by XLA or by cuBLAS (whose first result is the product)."""
+    """FLOPs of a matrix product: XLA's `dot`, or a cuBLAS call, whose first result is the product."""
     contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)', op.text)
     lhs = by_name[op.operands[0]].shapes[0][1]
     return 2 * math.prod(op.shapes[0][1]) * math.prod(lhs[int(n)] for n in re.findall(r"\d+", contracted[1]))
@@ -303,8 +311,8 @@ def collective(op: Operation, kind: str, by_name, times: int, everyone: int) -> 
 def group_size(text: str) -> int:
     """Parse a collective's HLO text, and return the number of devices in each of its groups.
 
-    HLO writes groups as {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}. If the text has {}, which means
-    all devices, return 0; if it has source-target pairs, 2.
+    HLO writes groups as {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}. For {}, which means all
+    devices, return 0. For source-target pairs, which a collective-permute has instead of groups, return 2.
     """
     if "replica_groups={}" in text:
         return 0  # all devices

@@ -1,4 +1,4 @@
-"""Roofline model: the least time of each part of a compiled step, from its FLOPs, bytes and collectives."""
+"""Roofline model: lower bounds on the time of a compiled step's parts, from FLOPs, bytes and collectives."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ NETWORK = {"H200": 50e9, "H100": 50e9, "v": 6.25e9}
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Least time of one part of a step. limit: what determines this time: "FLOPs", "memory" or "links"."""
+    """Lower bound on the time of one part of a step. limit: what sets it: "FLOPs", "memory" or "links"."""
 
     seconds: float
     limit: str
@@ -32,9 +32,10 @@ def rate(table: dict[str, float], device: jax.Device) -> float | None:
 
 
 def attention_flops(model: ModelConfig, tokens: float, time: int, again: bool) -> float:
-    """FLOPs of the attention kernels on `tokens` tokens, forward and backward (2.5 × forward).
+    """FLOPs of the attention kernels on `tokens` tokens, forward plus backward (2.5 × forward).
 
-    Only the causal half counts. time: tokens per row. again: the backward pass repeats the forward pass.
+    Only the causal half counts. time: tokens per row. again: also count the forward pass that
+    rematerialization recomputes.
     """
     windows = [min(time, layer.window or time) for layer in layers(model)]
     seen = sum(window * (1 - window / (2 * time)) for window in windows)  # mean keys per query
@@ -42,10 +43,11 @@ def attention_flops(model: ModelConfig, tokens: float, time: int, again: bool) -
 
 
 def bounds(program: Program, device: jax.Device, attention: float, far: bool = False) -> dict[str, Bound]:
-    """Return a lower bound on the time of each part of a program; {} if the device's rates are unknown.
+    """Return {part of the program: lower bound on its time}; {} if the device's peak rates are unknown.
 
-    attention: FLOPs of the attention kernels, which the program's text does not show. far: all-reduces, which
-    run over the mesh axis "data", connect GPU hosts or TPU slices; others stay within a host or slice.
+    All collectives together are one part. attention: FLOPs of the attention kernels, which HLO text lacks.
+    far: all-reduces, which run over the mesh axis "data", cross the slower links between GPU hosts or TPU
+    slices. Other collectives always stay within a host or slice.
     """
     peak, memory, ring = peak_flops(device), rate(MEMORY, device), rate(RING, device)
     if not (peak and memory and ring):

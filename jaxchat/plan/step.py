@@ -22,7 +22,7 @@ from jaxchat.train.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A step compiled for micro-batches of `batch` rows per device. Sizes are in bytes per device."""
+    """Result of compiling a step with `batch` rows per device in a micro-batch. Sizes: bytes per device."""
 
     batch: int
     remat: str
@@ -35,7 +35,7 @@ class Compiled:
 
 
 class StepPlan:
-    """A base training step on the devices of `config.topology`. config: the flags of launch.compile_check."""
+    """Compiles the base training step for `config.topology`. config: the flags of launch.compile_check."""
 
     def __init__(self, config):
         devices, self.backend, self.memory = topologies.devices_of(config.topology, config.num_slices)
@@ -53,12 +53,18 @@ class StepPlan:
         self.batches = [n for n in range(1, most + 1) if self.rows % (n * self.shards) == 0]
 
     def remats(self, batch: int) -> tuple[str, ...]:
-        """Values of --remat to try with `batch` rows per device, in the order in which trainers try them."""
+        """Return the values of --remat to try with `batch` rows per device in a micro-batch, fastest first.
+
+        If --remat is not "auto", return its value only.
+        """
         given = self.config.remat
         return remats_to_try(self.rows_of(batch), self.mesh) if given == "auto" else (given,)
 
     def rows_of(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of a step's batch if each device computes `batch` rows at a time."""
+        """Return {name: ShapeDtypeStruct} of a step's inputs, targets, weights [micro-batches, rows, tokens].
+
+        batch: rows per device in each micro-batch.
+        """
         shape = (self.rows // (batch * self.shards), batch * self.shards, self.config.max_seq_len)
         by_rows = NamedSharding(self.mesh, P(None, sharding.ROWS))
         kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
@@ -66,7 +72,7 @@ class StepPlan:
 
     @property
     def accumulated(self) -> int:
-        """Number of micro-batches in a step."""
+        """Number of micro-batches in a step, over which gradients are accumulated."""
         return self.rows // (self.batch * self.shards)
 
     @property
@@ -97,7 +103,7 @@ class StepPlan:
         return Compiled(batch, remat, needs, enough, seconds, arguments, temporary, program)
 
     def bounds(self, done: Compiled) -> dict[str, roofline.Bound]:
-        """Compute a lower bound on the time of each part of a compiled step."""
+        """Return {part of the step: lower bound on its time}. done: the step, which must have compiled."""
         tokens = self.config.total_batch_size / self.mesh.size
         again = done.remat != "none"
         attention = roofline.attention_flops(self.model, tokens, self.config.max_seq_len, again)
@@ -108,9 +114,10 @@ class StepPlan:
         return roofline.bounds(done.program, self.mesh.devices.flat[0], attention, len(hosts) > 1)
 
     def fit(self, batch: int, first: str = "") -> Compiled:
-        """Compile the step with one --remat after another until one fits, as in training; return the last.
+        """Compile the step with one --remat after another until it fits in memory; return the last result.
 
-        batch: rows per device at a time. first: value to start with, if it is one of `remats`.
+        batch: rows per device in each micro-batch. first: the value of --remat to start with; if it is "" or
+        not to be tried with this batch, start with the fastest.
         """
         remats = self.remats(batch)
         for remat in remats[remats.index(first) if first in remats else 0 :]:
@@ -124,9 +131,10 @@ class StepPlan:
         return done
 
     def largest(self, planned: Compiled) -> Compiled | None:
-        """Find the largest device batch that fits, searching up or down from `planned`; None if none fits.
+        """Find the largest micro-batch that fits in memory; return the step compiled for it, else None.
 
-        A larger batch never fits with less recomputation than a smaller one needs, so this is not tried.
+        If `planned` fits, larger micro-batches are tried, else smaller ones. A larger one needs at least as
+        much recomputation, so values of --remat with less recomputation are skipped.
         """
         at, best = self.batches.index(planned.batch), planned if planned.fits else None
         for batch in self.batches[at + 1 :] if planned.fits else reversed(self.batches[:at]):

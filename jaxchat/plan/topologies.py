@@ -1,4 +1,4 @@
-"""Describe devices that are not attached: TPU slices by libtpu, H100 and H200 by JAX's CUDA plugin."""
+"""Describe TPU slices (by libtpu) and H100 or H200 GPUs (by JAX's CUDA plugin) that are not attached."""
 
 import importlib.util
 import os
@@ -32,7 +32,11 @@ runtime_version {{ major: 13 }} dnn_version_info {{ major: 9 minor: 15 }}
 
 
 def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
-    """Return (devices, "tpu" or "gpu", memory per device in bytes). topology: such as v5e:4x4 or h100:8."""
+    """Return a topology's (devices, "tpu" or "gpu", bytes of memory per device that a program may use).
+
+    topology: for example v5e:4x4 (TPU chips), h100:8 (GPUs of one host) or h100:2x8 (hosts x GPUs).
+    num_slices: number of such slices or sets of hosts.
+    """
     generation, _, shape = topology.partition(":")
     if generation not in HBM or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
         known = ", ".join(HBM)
@@ -54,7 +58,7 @@ def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
 
 
 def tpu_topology(topology: str, num_slices: int) -> dict:
-    """Return arguments of JAX's get_topology_desc that describe TPU slices, and set libtpu's environment."""
+    """Return keyword arguments of JAX's get_topology_desc for TPU slices; set libtpu's environment."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu (and no TPU): pip install -e '.[tpu]'")
     # Let two compilations run at the same time, and keep libtpu from searching for chips.
@@ -72,7 +76,10 @@ def tpu_topology(topology: str, num_slices: int) -> dict:
 
 
 def gpu_topology(generation: str, shape: str, num_slices: int) -> dict:
-    """Return arguments of JAX's get_topology_desc for GPU hosts. shape: GPUS (of one host) or HOSTSxGPUS."""
+    """Return keyword arguments of JAX's get_topology_desc for GPU hosts; make JAX compile cuDNN attention.
+
+    generation: "h100" or "h200". shape: "8" (GPUs of one host) or "2x8" (hosts x GPUs).
+    """
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise UserError("compiling for GPUs needs JAX's plugin (and no GPU): pip install -e '.[gpu-plan]'")
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -92,6 +99,6 @@ def gpu_topology(generation: str, shape: str, num_slices: int) -> dict:
 
 
 def compile_only():
-    """Allow only the CPU backend, without a compilation cache, since no GPU program can be loaded here."""
+    """Restrict JAX to the CPU backend, with no compilation cache: GPU programs can't be loaded from it."""
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_platforms", "cpu")

@@ -9,7 +9,10 @@ from jaxchat.report.samples import Samples
 
 
 def markdown(runs: list[Run], images: Images, samples: dict[str, Samples], price_per_hour: float = 0) -> str:
-    """Format the comparison as markdown that links images by file name. samples: {model tag: Samples}."""
+    """Format a comparison of runs as markdown that links images by file name. samples: {model tag: Samples}.
+
+    price_per_hour: price of the machine, to add the cost of each stage; 0: show no cost.
+    """
     tags = [run.tag for run in runs]
     parts = [f"# {escape(', '.join(tags))}: runs of jaxchat side by side", models(runs)]
     for name, info in STAGES.items():
@@ -38,7 +41,7 @@ def models(runs: list[Run]) -> str:
 
 
 def different_flags(stages: list[StageRun]) -> list[list[str]]:
-    """Return table rows of the flags that differ: [flag, value in each stage's last run…]; "–": default."""
+    """Return table rows [flag, value in each stage's last run…] for flags that differ; "–": the default."""
     flags = [stage.runs[-1].get("flags", {}) if stage.runs else {} for stage in stages]
     names = sorted({name for given in flags for name in given} - {"model_tag", "resume", "overwrite"})
     rows = [[f"--{name}", *(str(given.get(name, "–")) for given in flags)] for name in names]
@@ -46,7 +49,7 @@ def different_flags(stages: list[StageRun]) -> list[list[str]]:
 
 
 def samples_text(samples: dict[str, Samples]) -> list[str]:
-    """Format the samples of all runs as markdown: one block for each text or question."""
+    """Format the samples of all runs as markdown blocks, one per text or question; [] if there are none."""
     said: dict[str, list[tuple[str, str]]] = {}
     for tag, of in samples.items():
         for text, continuation in of.continued:

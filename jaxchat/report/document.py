@@ -34,7 +34,10 @@ code { font: 14px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
 
 
 def markdown(run: Run, images: Images, samples: Samples | None, price_per_hour: float = 0) -> str:
-    """Format the report as markdown that links images by file name. samples: None if not generated."""
+    """Format a run's report as markdown that links images by file name. samples: None if not generated.
+
+    price_per_hour: price of the machine, to add the cost of each stage; 0: show no cost.
+    """
     model = run.model
     shape = f"{model.n_layer} layers × {model.n_embd}, {model.n_head} heads ({model.n_kv_head} key/value)"
     parts = [
@@ -64,7 +67,7 @@ def curves_text(images: Images) -> list[str]:
 
 
 def measured(columns: list[str], stages: list[StageRun]) -> str:
-    """Format all measured results as a table with a column for each stage, followed by notes."""
+    """Format all results of the stages as a markdown table with notes below. columns: title of each stage."""
     names = dict.fromkeys(name for stage in stages for name in stage.measured)
     names = sorted(names, key=lambda name: not name.endswith(("loss", "reward", "bpb")))  # these first
     rows = [[name, *(number(stage.measured.get(name)) for stage in stages)] for name in names]
@@ -84,7 +87,7 @@ def measured(columns: list[str], stages: list[StageRun]) -> str:
 
 
 def tokenizer(run: Run) -> list[str]:
-    """Format bytes per token of this and other tokenizers; [] if tok_eval has not measured this tokenizer."""
+    """Format bytes per token of several tokenizers; [] if tok_eval did not measure the run's tokenizer."""
     if not run.compression:
         return []
     unit = "bytes_per_token"
@@ -106,10 +109,10 @@ def training(run: Run, price_per_hour: float) -> str:
 def trained(
     stages: list[StageRun], price_per_hour: float, parameters: float = math.inf, extra: float = 0
 ) -> list:
-    """Return table rows of training figures: [name, value of each stage…, total]; "–": 0 or not known.
+    """Return table rows on training (tokens, FLOPs, speed, time, cost): [name, value of each stage…, total].
 
-    parameters: number of parameters of the model; inf if the models of the stages differ. extra: seconds to
-    add to the total time.
+    A value of "–" is 0 or not known. parameters: number of parameters of the model; inf if the models of the
+    stages differ. extra: seconds to add to the total time.
     """
 
     def totalled(show, value, extra: float = 0) -> tuple[list[str], str]:
@@ -163,7 +166,7 @@ def samples_text(samples: Samples | None) -> list[str]:
 
 
 def answers_text(stage: StageRun) -> list[str]:
-    """Format the first and the last logged group of answers of a reinforcement learning run, with rewards."""
+    """Format the first and last logged groups of reinforcement learning answers, with rewards; [] if none."""
     parts = []
     for sample in stage.answers[:1] + stage.answers[1:][-1:]:
         lines = [f"user: {sample['messages'][-2]['content']}"]
@@ -178,7 +181,7 @@ def answers_text(stage: StageRun) -> list[str]:
 
 
 def origin(run: Run) -> str:
-    """Format machines, versions, commits, flags and plans as the trainers recorded them.
+    """Format the machines, versions, commits, flags and printed plans that trainers recorded in runs.jsonl.
 
     A value that all stages share is shown once.
     """
@@ -232,7 +235,7 @@ def percent(share: float | None) -> str:
 
 
 def escape(text: str) -> str:
-    """Escape text so that markdown shows the text literally and on one line, even in a table cell."""
+    """Escape text so that markdown shows it literally and on one line, even in a table cell."""
     return re.sub(
         r"([\\`*\[\]<>|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(printable(text).split())
     )
@@ -268,7 +271,7 @@ def as_html(title: str, text: str, images: Images) -> str:
 
 
 def save(folder: Path, title: str, text: str, images: Images):
-    """Write report.md, report.html and the images to a folder, and print the paths of the reports."""
+    """Write report.md, report.html and their images to a folder, and print the paths of both reports."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (_, png) in images.items():
         (folder / name).write_bytes(png)

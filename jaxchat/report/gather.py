@@ -18,7 +18,7 @@ LAST = 20  # steps over which the reported training loss or reward is averaged
 
 @dataclasses.dataclass(frozen=True)
 class StageRun:
-    """One stage of a run, as read from the stage's folder."""
+    """One stage of training (base, mid, SFT or RL), as read from its folder of checkpoints and logs."""
 
     name: str
     folder: Path
@@ -52,7 +52,7 @@ class StageRun:
 
     @property
     def flops(self) -> float:
-        """Total FLOPs. Steps that did not log FLOPs are counted as if their rows filled the context."""
+        """Total FLOPs of training. A step that logged none counts as if its rows filled the context."""
         per_token = flops_per_token(self.model)
         return sum(row.get("step_flops", tokens_of(row) * per_token) for row in self.steps)
 
@@ -62,7 +62,10 @@ class StageRun:
 
     @property
     def wall_seconds(self) -> float:
-        """Total wall time of the trainer's recorded runs, or of the logged steps if that is longer."""
+        """Total wall time of the trainer's recorded starts, or of the logged steps if that is longer.
+
+        The steps can take longer because a trainer that was killed leaves no record.
+        """
         return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
 
     def share(self, name: str) -> float | None:
@@ -77,7 +80,7 @@ class StageRun:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The trained stages of one model tag, in the order of training."""
+    """All trained stages with the same model tag, in the order of training, and results of the tokenizer."""
 
     tag: str
     stages: dict[str, StageRun]
@@ -94,7 +97,10 @@ class Run:
 
 
 def gather(model_tag: str = "") -> Run:
-    """Read the run of a tag; "": the tag that chat_cli loads by default. UserError: no checkpoint."""
+    """Read all stages with a model tag. UserError: no stage has a checkpoint.
+
+    model_tag: "" stands for the tag of the model that chat_cli loads by default.
+    """
     if not model_tag:
         for source in reversed(STAGES):
             with contextlib.suppress(UserError):
@@ -141,10 +147,10 @@ def read_stage(source: str, tag: str) -> StageRun | None:
 
 
 def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[str], list[str], float]:
-    """Read the evaluations of the checkpoint at `step`.
+    """Read the results of evaluations of the checkpoint at `step`.
 
-    Return (results by name, messages about results left out, messages about tasks measured on a sample only,
-    seconds that all evaluations in the folder took, those of other steps included).
+    Return ({name: result}, messages about results left out, messages about tasks that were measured on a
+    sample only, seconds that the evaluations of all checkpoints in the folder took).
     """
     found, left_out, seconds, older = [], [], 0.0, {}
     for path in sorted(folder.glob("*.json")) + sorted((folder / str(step)).glob("*.json")):
@@ -183,7 +189,7 @@ def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[st
 
 
 def tokens_of(row: dict) -> int:
-    """Number of tokens computed in a step. row: the step's line of metrics.jsonl."""
+    """Number of tokens computed in a step, padding included. row: the step's line of metrics.jsonl."""
     return round(row["tokens_per_s"] * row["step_seconds"])
 
 
@@ -193,7 +199,7 @@ def items(evaluation: dict) -> int:
 
 
 def settings_of(evaluation: dict) -> dict:
-    """Return the settings that affect the results of an evaluation, except the choice of tasks."""
+    """Return {name: value} of an evaluation's settings that affect its results, except the list of tasks."""
     return {name: value for name, value in (evaluation.get("settings") or {}).items() if name != "tasks"}
 
 

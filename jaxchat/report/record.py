@@ -21,7 +21,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def begin() -> dict:
-    """Collect time, machine, versions and commit. Call it first: wall time is counted from this call."""
+    """Return the start time, machine, versions and commit as a dict. Wall time is counted from this call."""
     return {
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "clock": time.monotonic(),
@@ -33,7 +33,11 @@ def begin() -> dict:
 
 @contextlib.contextmanager
 def recorded(run: Run, began: dict, plan: list[tuple[str, str]]):
-    """Append a record to runs.jsonl when the run ends, even by an exception. A dry run writes no record."""
+    """Context manager: append a record to runs.jsonl when the block ends, even by an exception.
+
+    began: what `begin` returned. plan: the (name, value) lines that the trainer printed. A dry run writes no
+    record.
+    """
     ended = "done"
     try:
         yield
@@ -71,7 +75,7 @@ def machine() -> str:
 
 
 def versions() -> str:
-    """Versions of Python and of the packages in PACKAGES, such as "Python 3.11.7, jax 0.10.2, …"."""
+    """Versions of Python and of the packages that training uses, such as "Python 3.11.7, jax 0.10.2, …"."""
     found = []
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -80,7 +84,7 @@ def versions() -> str:
 
 
 def git_state() -> str:
-    """Commit and branch of jaxchat's code, and number of changed files; "" outside a checkout of jaxchat."""
+    """Commit, branch and number of changed files of jaxchat's Git checkout; "" if its code is not in one."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:

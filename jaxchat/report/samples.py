@@ -19,7 +19,7 @@ class Samples:
 
 
 def sample(run: Run, texts: Sequence[str], questions: Sequence[str]) -> Samples:
-    """Sample greedily from the last checkpoints: base continues `texts`, later stages answer `questions`."""
+    """Sample greedily from each stage's last model: base continues `texts`, others answer `questions`."""
     continued, answered = [], {}
     for name, stage in run.stages.items():
         found = checkpoint.open_model(name, run.tag, stage.step)
