@@ -117,11 +117,11 @@ class Loop:
                 self.reporter.flush()
                 self.ending = True
                 self.saver.finish(self.state, self.step, finished=self.finished)
-            if self.finished:
-                return
             if stopping:
                 outcome = self.saver.describe(self.step)
                 raise Preempted(f"stopped by {self.stop.signal} after step {self.step}; {outcome}")
+            if self.finished:
+                return
             self.take_step()
 
     def evaluate(self, stopping: bool) -> bool:
@@ -136,7 +136,7 @@ class Loop:
             if not (stopping or done) and evaluation.due(self.step, self.finished):
                 self.reporter.flush()
                 try:
-                    with contextlib.nullcontext() if self.finished else self.stop.breaks_off():
+                    with self.stop.breaks_off():
                         values = evaluation.measure(self.state.params)
                 except BrokenOff:
                     return True

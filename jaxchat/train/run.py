@@ -75,6 +75,11 @@ def find_start(stage: Stage) -> Start:
         )
     meta = checkpoints.meta(last[0])
     check_same_run(stage, meta, checkpoints, last[0])
+    if stage.num_steps and last[0] > stage.num_steps:  # an imported one: its settings are not compared
+        raise UserError(
+            f"--resume: {checkpoints.folder} is at step {last[0]:,}, but this run ends after step "
+            f"{stage.num_steps:,}; give a larger --num_iterations"
+        )
     return Start(checkpoints, steps, last[0], meta)
 
 

@@ -33,12 +33,14 @@ class Stop:
 
     @contextlib.contextmanager
     def breaks_off(self):
-        """A context in which a signal to stop raises BrokenOff at once.
+        """A context that a signal ends by BrokenOff, whether it comes within the context or came before.
 
-        With several processes the context has no effect: interrupting one would leave the others waiting.
+        Not if several processes train, because the others would wait for this one.
         """
         self._breaks_off = jax.process_count() == 1
         try:
+            if self._breaks_off and self.signal:
+                raise BrokenOff
             yield
         finally:
             self._breaks_off = False
@@ -53,7 +55,7 @@ class Stop:
 
     def _note(self, number, frame):
         if number == signal.SIGINT:
-            os.write(2, b"stopping after this step, and saving; Ctrl-C again ends at once\n")
+            os.write(2, b"stopping and saving; Ctrl-C again ends at once\n")
             # The system's handler, since Python's would wait for native code to return.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if jax.process_count() > 1:
