@@ -20,6 +20,7 @@ from jaxchat import checkpoint, seal, store
 from jaxchat.config import STAGES, BaseConfig, SFTConfig, UserError
 from jaxchat.demo import World, write_world
 from jaxchat.train import loop, saving, signals, stages
+from jaxchat.train import run as train_run
 from jaxchat.train.signals import Stop
 from launch import base_train, chat_sft, cli, tok_train
 
@@ -414,6 +415,17 @@ def test_an_evaluation_costs_no_step(folder, monkeypatch, capsys, at):
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     measured = [(row["evaluation"], row["step"]) for row in rows if row.get("evaluation") in ("first", "second")]
     assert measured == [(name, step) for step in range(at, STEPS + 1, at) for name in ("first", "second")]
+
+
+def test_a_run_is_not_resumed_beyond_its_end(folder, monkeypatch, capsys):
+    """As of an imported checkpoint, whose settings are not compared: it would never end."""
+    monkeypatch.setattr(train_run, "check_same_run", lambda *_: None)
+    ends(base_train, base("--resume", f"--num_iterations={STEPS - 1}"), 2)
+    assert (
+        f"is at step {STEPS}, but this run ends after step {STEPS - 1}; give a larger --num_it"
+        in capsys.readouterr().err
+    )
+    assert checkpoint.steps_in(folder / "base_checkpoints/run") == [2, 4, STEPS]
 
 
 def test_a_finished_sft_run_holds_weights_only(folder, capsys):
