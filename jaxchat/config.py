@@ -535,8 +535,8 @@ class BaseConfig(TrainConfig):
     """Number of training tokens per model parameter (Chinchilla: 20). With --arch=2026, only weights of the
     layers' matrices and the head count as parameters."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
-    """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it
-    if memory runs out: the result stays the same up to rounding."""
+    """Rows that a device computes at a time; -1: the largest number up to 32 that divides its rows in a step.
+    Lower it if memory runs out: the result stays the same up to rounding."""
     total_batch_size: int = flag(524288, 1, 2**31 - 1, special=-1)
     """Tokens in an optimizer step, over all devices; -1 (only with --arch=2026): set by the model's size."""
     grad_clip: float = flag(1.0, 0)
@@ -616,8 +616,8 @@ class MidConfig(FinetuneConfig):
     max_seq_len: int = flag(-1, 1, special=-1)
     """Tokens in a training row; -1: the model's context length."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
-    """Rows that a device computes at a time; -1: the largest number up to 32 that divides the step. Lower it
-    if memory runs out: the result stays the same up to rounding."""
+    """Rows that a device computes at a time; -1: the largest number up to 32 that divides its rows in a step.
+    Lower it if memory runs out: the result stays the same up to rounding."""
     total_batch_size: int = flag(524288, 1, 2**31 - 1)
     """Tokens in an optimizer step, over all devices."""
     init_lr_frac: float = flag(1.0, 0)
@@ -673,7 +673,8 @@ class SFTConfig(FinetuneConfig):
     """Maximum number of tokens of a conversation; longer ones are cut. -1: the model's context length."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
     """Rows (conversations, unless they are packed) that a device computes at a time; -1: the largest number
-    up to 4 that divides the step. Lower it if memory runs out: the result stays the same up to rounding."""
+    up to 4 that divides its rows in a step. Lower it if memory runs out: the result stays the same up to
+    rounding."""
     target_examples_per_step: int = flag(32, 1, special=-1)
     """Conversations in an optimizer step, over all devices; -1: chosen so that a step has about as many
     tokens as a step of the run that made the starting checkpoint."""
@@ -726,7 +727,7 @@ class RLConfig(FinetuneConfig):
     num_epochs: float = flag(1.0, 0)
     """Passes over the training problems."""
     num_iterations: int = flag(-1, 1, special=-1)
-    """Number of times that answers are sampled, each for --updates optimizer steps; -1: by --num_epochs."""
+    """Number of rollouts, each followed by --updates optimizer steps; -1: as many as --num_epochs takes."""
     examples_per_step: int = flag(16, 1)
     """Number of problems in a step, over all devices."""
     num_samples: int = flag(16, 2)

@@ -172,9 +172,9 @@ def constrain(tree, specs, mesh: Mesh | None):
 def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool = False):
     """Return `function`, mapped over the devices' shards of its arguments (shard_map).
 
-    On one device, return `function` itself, which must then skip its collectives. always: map over one device
-    too, because Triton compiles for the mesh. Arrays must be equal along mesh axes that their spec leaves
-    out; this is not checked.
+    On one device, return `function` itself, which must then skip its collectives. always: use shard_map on
+    one device too, whose mesh tells Triton kernels what to compile for. Arrays must be equal along mesh axes
+    that their spec leaves out; this is not checked.
     """
     if mesh is None or (mesh.size == 1 and not always):
         return function

@@ -67,7 +67,7 @@ def empty_state(config: ModelConfig) -> dict:
 
 
 def place(path, weights: dict) -> tuple[str, str]:
-    """Return (field, weight's name), as ("mu", "blocks.wq"), of the array at `path`, a key path of jax.
+    """Return (field, weight name) of the optimizer array at a JAX key path, e.g. ("mu", "blocks.wq").
 
     An array that belongs to no weight, such as a counter, gives ("", "").
     """

@@ -1,4 +1,7 @@
-"""Validation loss: in bits per byte of text, or in nats summed over supervised tokens."""
+"""Validation loss: in bits per byte of text, or as sums over supervised tokens.
+
+The sums are Σ weight·nll, in nats, and Σ weight; the caller divides them.
+"""
 
 import math
 from functools import partial

@@ -324,7 +324,10 @@ class Engine:
         return next(top for top in self._tops if top >= max(wanted)) if wanted else None
 
     def _take(self, id: int, row: Running, said: Stretch):
-        """Make an Event of the tokens decoded for a request. said: the request's row of a Stretch."""
+        """Make an Event from the tokens just decoded for a request; add it to self._ended.
+
+        said: the request's row of the Stretch, the output of several decode steps.
+        """
         said_N = said.tokens_BN >= 0
         new = Generation(said.tokens_BN[said_N].tolist(), said.forced_BN[said_N].tolist())
         if row.request.logprobs is not None:

@@ -82,7 +82,7 @@ def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) 
 def gpu_decoding_attention(
     q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None, *, interpret: bool = False
 ):
-    """Decode one token per row with JAX's flash decoding kernel for GPUs. -> [B, 1, N, H].
+    """Compute attention for one new token per row with JAX's flash decoding kernel for GPUs. -> [B, 1, N, H].
 
     A program of the kernel reads up to SPLIT slots of one key/value head of one row, and does nothing if they
     are beyond the row's end.
@@ -103,7 +103,7 @@ def gpu_decoding_attention(
 
 
 def tpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: None = None):
-    """Decode one token per row with JAX's paged attention for TPUs. -> [B, 1, N, H].
+    """Compute attention for one new token per row with JAX's paged attention for TPUs. -> [B, 1, N, H].
 
     The kernel gets each key/value head of a row as a separate sequence, whose pages are consecutive slots.
     """

@@ -148,7 +148,10 @@ def declare_blocks(config: ModelConfig) -> Blocks:
 
 
 def declare_mixing(config: ModelConfig) -> dict[str, Weight]:
-    """Declare the weights by which layers add token and value embeddings. -> {name in Blocks: Weight}."""
+    """Declare each layer's scales of stream and token embedding, and value embeddings with their gates.
+
+    -> {name in Blocks: Weight}; a mechanism that the config turns off has none.
+    """
     L, D, K, H, V = config.n_layer, config.n_embd, config.n_kv_head, config.head_dim, config.padded_vocab
     found = {}
     if config.layer_scales:
@@ -188,7 +191,7 @@ def name_of(path: tuple) -> str:
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
-    """Initialise all weights. Values depend on the key and the declarations, but not on the mesh."""
+    """Initialise all weights. Values depend on the key, the weight's name and the config, not on the mesh."""
 
     def fresh(path, weight):
         own_key = jax.random.fold_in(key, zlib.crc32(name_of(path).encode()))

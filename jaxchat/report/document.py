@@ -87,7 +87,10 @@ def measured(columns: list[str], stages: list[StageRun]) -> str:
 
 
 def tokenizer(run: Run) -> list[str]:
-    """Format bytes per token of several tokenizers; [] if tok_eval did not measure the run's tokenizer."""
+    """Return the report's section on the bytes per token of several tokenizers, as blocks of markdown.
+
+    [] if tok_eval did not measure the run's tokenizer.
+    """
     if not run.compression:
         return []
     unit = "bytes_per_token"

@@ -125,9 +125,10 @@ class RolloutBatches:
         return -(-self.config.examples_per_step * self.config.num_samples // rows), rows
 
     def _roll_out(self, params: Params, number: int, step: int) -> dict[str, float]:
-        """Sample and judge the answers of a step into self._rollout. Return timings and rates to log.
+        """Sample answers and compute their rewards into self._rollout. Return timings and rates to log.
 
-        number: step // updates per rollout, from which the seeds of the answers are derived.
+        number: index of the rollout (step // updates), from which, with --seed, the sampling seeds are
+        derived.
         """
         config, began = self.config, time.perf_counter()
         engine, judging = self.engine(params), 0.0

@@ -70,7 +70,8 @@ def policy_weights(
     """Compute the weight of each target token in the training loss, float64 [R, T].
 
     mask_RT: 1 where the model sampled the target token and the answers to the same problem differ in reward;
-    0 for prompts, padding and the tool's tokens. scales_R1: from row_scales, of kind "rows" for GSPO.
+    0 for prompts, padding and the tool's tokens. scales_R1: result of row_scales;
+    for GSPO, called with kind "rows".
     """
     a_R1, m_RT = np.asarray(advantages_R, np.float64)[:, None], np.asarray(mask_RT, np.float64)
     weights_RT = m_RT * a_R1 * _ratio(policy, a_R1, m_RT, logprobs)

@@ -128,7 +128,7 @@ def by_budget(points: list[Point]) -> dict[float, list[Point]]:
 
 
 def iso_flop(points: list[Point]) -> IsoFlop | None:
-    """Fit a parabola to the losses of each budget, then power laws to the minima; None: under two minima.
+    """Fit a parabola to each budget's losses, then power laws to the minima; None if fewer than 2 minima.
 
     The 95 % intervals come from the noise around the parabolas if some budget has four models or more, else
     from the residuals of the minima around the power laws.
@@ -181,7 +181,10 @@ def surface(points: list[Point]) -> Surface | None:
         draws.append(refined(best, n, d, fitted * np.exp(scale * random.standard_normal(len(points)))))
 
     def numbers(p) -> tuple:
-        """Convert (log E, log A, alpha, log B, beta) to (E, A, alpha, B, beta, a, b), as in Surface."""
+        """Convert the fitted (log E, log A, alpha, log B, beta) to (E, A, alpha, B, beta, a, b).
+
+        a, b: exponents of the compute-optimal model size and number of tokens.
+        """
         exponents = p[2] + p[4]
         return np.exp(p[0]), np.exp(p[1]), p[2], np.exp(p[3]), p[4], p[4] / exponents, p[2] / exponents
 

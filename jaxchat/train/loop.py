@@ -127,8 +127,9 @@ class Loop:
     def evaluate(self, stopping: bool) -> bool:
         """Run the evaluations that are due, unless the run is stopping. -> whether the run is stopping now.
 
-        A signal to stop interrupts an evaluation, because the machine may be lost before the evaluation ends.
-        A resumed run repeats the interrupted evaluation.
+        If one process trains, a signal to stop interrupts an evaluation, because the machine may be lost
+        before the evaluation ends. A signal that came during the step before it prevents it. Both hold after
+        the last step, too. A resumed run makes these evaluations again.
         """
         for evaluation in self.evaluations:
             # Whether it was made before the run was resumed.

@@ -1,4 +1,4 @@
-"""Prepare a run from flags: choose where it starts and a step that fits in memory, and create its state."""
+"""Prepare a run from flags: find where it starts, choose a --remat that fits in memory, create its state."""
 
 import contextlib
 import dataclasses
@@ -117,9 +117,10 @@ TASK_FILE = re.compile(r"[^,]*/(?=[^/,]+\.(?:jsonl|json|ndjson)(?::\d+)?(?:,|$))
 
 
 def without_folders(meta: dict) -> dict:
-    """Return a checkpoint's metadata with the folders removed from the names of task files.
+    """Return a checkpoint's metadata with task files' paths reduced to their file names.
 
-    So a run can be resumed after its task files were moved; "data" still compares the files' content.
+    So a run can be resumed after its task files were moved. Changed content is still detected, by the hashes
+    under "data".
     """
     settings, data = dict(meta["settings"]), {}
     if "train_tasks" in settings:
@@ -168,11 +169,11 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def open_run(stage: Stage, start: Start) -> Iterator[Run]:
-    """A context with the Run of a stage, ready to train: its state is initialised, or restored from `start`.
+    """Context manager that yields a stage's Run, its state initialised or restored from `start`.
 
-    A step that fits in memory is chosen, and the folder is locked. Nothing is written or deleted until every
-    check has passed. Leaving the context ends the data pipeline, waits for the save in progress, and unlocks
-    the folder.
+    Chooses the first --remat whose compiled training step fits in memory (without a known limit, the first),
+    and locks the folder. Nothing is written or deleted until every check has passed. On exit, stops the data
+    pipeline, waits for the save in progress, and unlocks the folder.
     """
     checkpoints = start.checkpoints
     try:

@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class BrokenOff(BaseException):
-    """Raised if a signal to stop arrives within Stop.breaks_off. `except Exception` does not catch it."""
+    """Raised in Stop.breaks_off by a signal to stop, new or earlier. `except Exception` does not catch it."""
 
 
 class Stop:
@@ -33,9 +33,9 @@ class Stop:
 
     @contextlib.contextmanager
     def breaks_off(self):
-        """A context that a signal ends by BrokenOff, whether it comes within the context or came before.
+        """Context manager that raises BrokenOff if a signal arrives in the context, or on entry if one has.
 
-        Not if several processes train, because the others would wait for this one.
+        With several processes it has no effect, because the others would wait for this one.
         """
         self._breaks_off = jax.process_count() == 1
         try:

@@ -147,9 +147,9 @@ def can_merge(batch: dict, mesh: Mesh) -> bool:
 
 
 def merge_rows(batch: dict, model: Model) -> tuple[dict, Model]:
-    """Join arrays [A, B, T] to [1, A·B, T], and set the model to compute each layer in A parts.
+    """Join A micro-batches [A, B, T] into one, [1, A·B, T], whose rows each layer computes in A parts.
 
-    -> (the new batch, the new model). Rows stay on their devices.
+    -> (the new batch, the model with compute.parts = A). Rows stay on their devices.
     """
     num_micro, shards = len(batch["inputs"]), data_shards(model.mesh)
 

@@ -105,9 +105,10 @@ def row_of(line: str) -> dict:
 
 
 def _plain(message: dict) -> dict:
-    """Convert a message from OpenAI's format: "developer" becomes system, and parts of text are joined.
+    """Convert a message from OpenAI's format to ours.
 
-    Parts of an assistant's message stay as they are. ValueError: the message cannot be converted.
+    Role "developer" becomes "system", and text parts are joined, except in an assistant's message, whose
+    parts are kept. ValueError: not convertible.
     """
     if message.get("tool_calls") or message.get("function_call"):
         raise ValueError("a message calls tools, which are not supported; remove this line")
