@@ -144,6 +144,11 @@ def rounded_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, such as "1 head" or "2 heads"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape and constants of a model. Two checkpoints with equal ModelConfig have interchangeable weights.
@@ -195,7 +200,11 @@ class ModelConfig:
         if self.head_dim % 2:
             raise UserError(f"head dimension {self.head_dim} is odd; rotary embedding needs an even one")
         if self.n_head % self.n_kv_head:
-            raise UserError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}; choose a divisor")
+            heads = counted(self.n_head, "head")
+            raise UserError(
+                f"--n_kv_head={self.n_kv_head} does not divide the model's {heads}; give "
+                f"a divisor of {self.n_head}"
+            )
 
     @classmethod
     def from_depth(

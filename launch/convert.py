@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 import time
 
-from jaxchat.config import STAGES, Flags, ModelConfig, UserError, flag, user_path
+from jaxchat.config import STAGES, Flags, ModelConfig, UserError, counted, flag, user_path
 from launch import cli
 
 
@@ -87,9 +87,10 @@ def progress(config: ModelConfig):
 def shape_rows(model, tokenizer) -> list[tuple[str, str]]:
     from jaxchat.model.flops import num_params
 
-    heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
+    depth = counted(model.n_layer, "layer")
+    heads = f"{counted(model.n_head, 'head')} ({model.n_kv_head} key/value) × {model.head_dim}"
     rows = [
-        ("model", f"{model.n_layer} layers × {model.n_embd}, {heads}, vocabulary {model.vocab_size:,}"),
+        ("model", f"{depth} × {model.n_embd}, {heads}, vocabulary {model.vocab_size:,}"),
         ("parameters", f"{num_params(model):,}; {num_params(model) * 4 / 1e9:.2f} GB in float32"),
     ]
     if tokenizer is None:

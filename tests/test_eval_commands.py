@@ -136,7 +136,7 @@ def test_base_eval(here, trained, capsys):
     (other,) = run.glob("base_eval_2_*.json")
     found = json.loads(other.read_text())
     assert set(found["values"]) == {"core"} and [task["items"] for task in found["tasks"].values()] == [6, 6, 6]
-    assert "at least 3 a task" in refused(capsys, base_eval, ["--max_per_task=2"])
+    assert "--max_per_task (base_eval) to at least 3" in refused(capsys, base_eval, ["--max_per_task=2"])
     assert "download core-bundle" in refused(capsys, base_eval, [f"--eval_bundle={here / 'base_data'}"])
 
 

@@ -26,7 +26,7 @@ def test_flops_are_of_the_rows_as_long_as_they_are(row_tokens, capsys):
     metrics = {"loss": 3.0, "progress": 0.0, "nonfinite": 0.0, "lr_multiplier": 1.0, "empty_steps": 0.0}
     assert reporter.step(1, 1024, 0.0, metrics | {"cut": 3, "nothing_supervised": 5, "overdue": 1}, row_tokens) == {}
     reporter.flush()
-    assert "conversations cut 3  without an answer 5" in capsys.readouterr().out
+    assert "conversations cut so far 3  without an answer 5" in capsys.readouterr().out
     [values] = written
     assert values["cut"] == 3 and "overdue" not in values
     assert values["step_flops"] == 1024 * flops_per_token(model, row_tokens)

@@ -297,7 +297,8 @@ def test_flags(folder, capsys):
         line = refusal(folder, mid_train, ["--resume", other], capsys)
         assert f"--resume and {other} contradict each other" in line
     assert "--depth=0; it must be at least 1" in refusal(folder, base_train, ["--depth=0"], capsys)
-    assert "n_kv_head=3 must divide" in refusal(folder, base_train, ["--depth=8", "--n_kv_head=3"], capsys)
+    line = refusal(folder, base_train, ["--depth=8", "--n_kv_head=3"], capsys)
+    assert "--n_kv_head=3 does not divide the model's 4 heads; give a divisor" in line
     args = ["--target_param_data_ratio=-1", "--depth=1"]
     assert "how long to train?" in refusal(folder, base_train, [*BATCH, "--max_seq_len=16", *args], capsys)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import yaml
 
-from jaxchat.config import UserError, base_dir, user_path
+from jaxchat.config import UserError, base_dir, counted, user_path
 from jaxchat.eval.results import TaskResult
 from jaxchat.eval.scoring import Score, Scorer, Span
 from jaxchat.tokenizer import Tokenizer
@@ -54,8 +54,11 @@ class CoreTask:
         random.Random(DRAW_SEED).shuffle(items)
         items = items[:max_per_task] if max_per_task > 0 else items
         if len(items) <= self.shots:
-            needs = f"{self.shots} examples besides the question, but has only {len(items)} items"
-            raise UserError(f"CORE's {self.label} needs {needs}; ask for at least {self.shots + 1} a task")
+            raise UserError(
+                f"CORE's {self.label} needs {self.shots} examples besides the question, but has only "
+                f"{counted(len(items), 'item')}; raise --core_metric_max_per_task (base_train) or "
+                f"--max_per_task (base_eval) to at least {self.shots + 1}"
+            )
         return items
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from jaxchat import files
-from jaxchat.config import STAGES
+from jaxchat.config import STAGES, counted
 from jaxchat.files import duration
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.report.gather import LAST, Run, StageRun
@@ -39,7 +39,8 @@ def markdown(run: Run, images: Images, samples: Samples | None, price_per_hour: 
     price_per_hour: price of the machine, to add the cost of each stage; 0: show no cost.
     """
     model = run.model
-    shape = f"{model.n_layer} layers × {model.n_embd}, {model.n_head} heads ({model.n_kv_head} key/value)"
+    shape = f"{counted(model.n_layer, 'layer')} × {model.n_embd}, {counted(model.n_head, 'head')} "
+    shape += f"({model.n_kv_head} key/value)"
     parts = [
         f"# {escape(run.tag)}: a run of jaxchat",
         f"{num_params(model):,} parameters: {shape}, vocabulary {model.vocab_size:,}, {model.sequence_len:,} "

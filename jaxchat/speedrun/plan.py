@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxchat import files
-from jaxchat.config import Flags, ModelConfig, base_dir
+from jaxchat.config import Flags, ModelConfig, base_dir, counted
 from jaxchat.speedrun import estimate
 from jaxchat.speedrun.presets import Preset
 from jaxchat.speedrun.steps import Checkpoint, Step
@@ -84,8 +84,9 @@ class Plan:
         time, by = f"about {files.duration(seconds)}{more}", machine.measured
         if spent:
             time, cost, by = f"{time} left", f"{cost} in all", "what has run"
+        depth = counted(model.n_layer, "layer")
         rows = [
-            ("model", f"{model.n_layer} layers × {model.n_embd}, {num_params(model):,} parameters"),
+            ("model", f"{depth} × {model.n_embd}, {num_params(model):,} parameters"),
             ("tokens", ", ".join(tokens)),
             ("machine", machine.title),
             ("time", f"{time} (estimated from {by})"),

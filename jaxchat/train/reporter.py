@@ -116,7 +116,7 @@ class Reporter:
         if self._peak:
             line += f"  MFU {values['mfu']:.1%}"
         if values.get("cut"):
-            line += f"  conversations cut {values['cut']:.0f}"
+            line += f"  conversations cut so far {values['cut']:.0f}"
         if values.get("nothing_supervised"):
             line += f"  without an answer {values['nothing_supervised']:.0f}"
         if values["empty_steps"]:

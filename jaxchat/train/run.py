@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import checkpoint, seal, sharding
-from jaxchat.config import REMATS, ModelConfig, TrainConfig, UserError
+from jaxchat.config import REMATS, ModelConfig, TrainConfig, UserError, counted
 from jaxchat.model.attention import kernel_for
 from jaxchat.model.flops import flops_per_token, num_params
 from jaxchat.model.layers import layers
@@ -137,7 +137,7 @@ def about_mechanisms(model: ModelConfig) -> list[tuple[str, str]]:
     if model.window_pattern:
         parts.append(f"windows {model.window_pattern} (S {model.short_window:,}, L {model.sequence_len:,})")
     if count := sum(layer.values for layer in layers(model)):
-        parts.append(f"value embeddings in {count} layers")
+        parts.append(f"value embeddings in {counted(count, 'layer')}")
     parts += ["scales of each layer"] if model.layer_scales else []
     parts += ["smear"] if model.smear_channels else []
     parts += ["backout"] if model.backout else []
@@ -146,7 +146,8 @@ def about_mechanisms(model: ModelConfig) -> list[tuple[str, str]]:
 
 def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
     model, compute = stage.model.config, stage.model.compute
-    heads = f"{model.n_head} heads ({model.n_kv_head} key/value) × {model.head_dim}"
+    depth = counted(model.n_layer, "layer")
+    heads = f"{counted(model.n_head, 'head')} ({model.n_kv_head} key/value) × {model.head_dim}"
     attention = f"attention by {kernel_for(compute.attention, model.head_dim, stage.row_length)}"
     numbers = compute.dtype + (f" with {compute.matmul} products" if compute.matmul else "")
     flags = stage.flags
@@ -154,7 +155,7 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
     every += [f"{flags.save_minutes:g} minutes"] if flags.save_minutes > 0 else []
     often = f", every {' and '.join(every)}, and at the end" if every else ", at the end"
     rows = [
-        ("model", f"{model.n_layer} layers × {model.n_embd}, {heads}, vocabulary {model.vocab_size:,}"),
+        ("model", f"{depth} × {model.n_embd}, {heads}, vocabulary {model.vocab_size:,}"),
         *about_mechanisms(model),
         ("parameters", f"{num_params(model):,}; {flops_per_token(model, stage.row_length):,} FLOPs a token"),
         ("devices", f"{sharding.describe(stage.model.mesh)}, compute in {numbers}, {attention}"),
