@@ -175,7 +175,7 @@ def together(*flags, count=2, heartbeat=HEARTBEAT):
 
 
 def ended(process, within):
-    """(exit code, the error lines and the lines of stdout that are ours) of a process that ends in so many seconds."""
+    """(exit code, our error lines, our lines of stdout) of a process, which must end within that many seconds."""
     out, err = process.communicate(timeout=within)
     ours = [line for line in out.splitlines() if not line.startswith("[Gloo]")]  # which prints when it has connected
     return process.returncode, [line for line in err.splitlines() if line.startswith("error: ")], ours

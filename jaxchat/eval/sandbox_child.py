@@ -116,7 +116,7 @@ def limit(cpu_seconds: int):
     ):
         hard = resource.getrlimit(what)[1]
         bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
-        over = 1 if what == resource.RLIMIT_CPU else 0  # SIGXCPU, which tells the reason, precedes SIGKILL
+        over = 1 if what == resource.RLIMIT_CPU else 0  # SIGXCPU, which names the reason, precedes SIGKILL
         resource.setrlimit(what, (bound, bound + over if hard == resource.RLIM_INFINITY else bound))
 
 

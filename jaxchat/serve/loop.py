@@ -18,8 +18,8 @@ from jaxchat.infer.scheduler import CANCELLED, Generation, Request
 from jaxchat.serve.metrics import Metrics
 from jaxchat.serve.protocol import ApiError
 
-# Seconds that a stretch may take: HASTY while any row is hasty, else PATIENT. A cancelled row may keep its
-# slot, and a new row may wait, for that long. Sending takes time for each row, so many hasty rows allow more.
+# Maximum seconds of a stretch: HASTY while any row is hasty, otherwise PATIENT. A cancelled row may keep its
+# slot, and a new row may wait, for that long. Sending takes time for each row, so HASTY grows with the rows.
 HASTY, PATIENT = 0.04, 0.25
 HASTY_ROWS = 16  # hasty rows up to which HASTY holds; above, the time grows with their number
 STRETCH = 64  # largest number of tokens of each row in a stretch
