@@ -84,9 +84,8 @@ def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokeni
     """
     items = ("meta", "params")
     # All processes use what process 0 finds: a file system may show others fewer files.
-    found = find(source, model_tag, step, items) if jax.process_index() == 0 else ("", 0)
-    name, step = sharding.gather_json({"found": [str(found[0]), found[1]]})[0]["found"]
-    folder = Path(name)
+    name, step = sharding.from_first(lambda: [str(part) for part in find(source, model_tag, step, items)])
+    folder, step = Path(name), int(step)
     path, own = folder / str(step), folder / "tokenizer"
     meta = read_meta(folder, step)
     wanted = meta["tokenizer_hash"]  # None: imported without one; one that was added later is accepted

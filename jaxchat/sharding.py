@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -264,6 +265,25 @@ def gather_json(value: dict) -> list[dict]:
     size = 1 << int(lengths.max()).bit_length()  # a power of 2: each length compiles a program
     texts = multihost_utils.process_allgather(np.pad(text, (0, size - len(text))))
     return [json.loads(bytes(text[:length])) for text, length in zip(texts, lengths, strict=True)]
+
+
+def from_first(call: Callable[[], Any]) -> Any:
+    """Run `call` in process 0 only; return its result, a JSON value, in every process.
+
+    If it raises UserError, every process raises that.
+    """
+    if jax.process_count() == 1:
+        return call()
+    outcome = {}
+    if jax.process_index() == 0:
+        try:
+            outcome = {"value": call()}
+        except UserError as problem:
+            outcome = {"problem": str(problem)}
+    first = gather_json(outcome)[0]
+    if "problem" in first:
+        raise UserError(first["problem"])
+    return first["value"]
 
 
 def check_same(**facts):

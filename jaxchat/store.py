@@ -50,18 +50,15 @@ class Checkpoints:
         steps_seen: the steps that the caller found in the folder. UserError: another run holds the lock, or
         has changed the steps since then.
         """
-        refused = ""
-        if jax.process_index() == 0 and self._lock is None:
-            try:
+
+        def lock_and_sweep():
+            if self._lock is None:
                 self._lock = lock(self.folder)
                 if self.steps() != steps_seen:
                     raise UserError(f"{self.folder} was written by another run meanwhile; start again")
-            except UserError as problem:
-                refused = str(problem)
-            else:
                 sweep(self.folder)
-        if refused := sharding.gather_json({"refused": refused})[0]["refused"]:
-            raise UserError(refused)
+
+        sharding.from_first(lock_and_sweep)
 
     def delete_all(self):
         """Delete everything in the run's folder but the lock."""

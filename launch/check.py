@@ -175,8 +175,9 @@ def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str,
         texts = ParquetText(find_shards(config.data_dir, "train", whole=True))
         held_out = ParquetText(find_shards(config.data_dir, "val"))
     except UserError as problem:
-        count = shards_for(config, model.config)
-        checks.add("text", str(problem).replace("edu --shards=8", f"edu --shards={count}"), "missing")
+        name = "fineweb-edu" if model.config.plain else "climbmix"
+        wanted = f"{name} --shards={shards_for(config, model.config)}"
+        checks.add("text", str(problem).replace("fineweb-edu --shards=8", wanted), "missing")
         return {}
     if tokenizer:
         there = tokens_in(text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts))

@@ -226,7 +226,8 @@ def described(config: Config) -> Plan:
 
     def planned(shards: int) -> Plan:
         listed = presets.real_steps(preset, tag, depth, places, shards, config.rl)
-        return Plan(preset, tag, *with_flags(listed, config), price, 0 if config.data_dir else shards)
+        number, core = 0 if config.data_dir else shards, bool(places.bundle)
+        return Plan(preset, tag, *with_flags(listed, config), price, number, core)
 
     plan = planned(2)
     if not config.data_dir:

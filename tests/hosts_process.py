@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from jaxchat import hosts
+from jaxchat import hosts, sharding
 from jaxchat.config import TrainConfig, UserError
 from launch import cli
 
@@ -21,13 +21,19 @@ class Config(TrainConfig):
     steps: int = 10**6
 
 
+def refuse():
+    raise UserError("this cannot work")
+
+
 def run(config: Config):
     hosts.start(config, asks=config.what != "evaluate")
     for step in range(config.steps):
         multihost_utils.process_allgather(jnp.ones(()))
         print(f"step {step}", flush=True)
-        if config.what == "refuse_all" or (config.what == "refuse" and jax.process_index() == 1):
-            raise UserError("this cannot work")
+        if config.what == "refuse_all":
+            sharding.from_first(refuse)
+        if config.what == "refuse" and jax.process_index() == 1:
+            refuse()
         while config.what != "work":
             time.sleep(1)
 

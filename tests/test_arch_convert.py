@@ -99,17 +99,19 @@ def test_ours_goes_out_as_nanochat_names_it(home):
     np.testing.assert_array_equal(tensors["transformer.h.2.attn.ve_gate.weight"], params.blocks.value_gate[1].T)
 
 
-def with_optimizer(tag: str, count: int) -> tuple[ModelConfig, dict]:
-    """A base checkpoint of --arch=2026 with random weights and optimizer state; -> its configuration and state."""
+def with_optimizer(tag: str, count: int, skipped: int = 0) -> tuple[ModelConfig, dict]:
+    """A base checkpoint of --arch=2026 with random weights and optimizer state; -> its configuration and state.
+
+    skipped: steps, of the `count`, that changed nothing because their loss was not finite."""
     config = ModelConfig.from_depth(3, sequence_len=64, vocab_size=70, arch="2026")
     random = np.random.default_rng(1)
 
     def fill(leaf):
         full = np.asarray(random.random(leaf.shape), np.float32)
-        return jnp.asarray(count if leaf.dtype == jnp.int32 else full, leaf.dtype)
+        return jnp.asarray(count - skipped if leaf.dtype == jnp.int32 else full, leaf.dtype)
 
     state = jax.tree.map(fill, optimizer.empty_state(config))
-    state |= {"empty_steps": jnp.int32(0)}
+    state |= {"step": jnp.int32(count), "empty_steps": jnp.int32(0)}
     settings = {"total_batch_size": 2**17, "embedding_lr": 0.3, "unembedding_lr": 0.008, "matrix_lr": 0.03}
     meta = {"stage": "base", "step": count, "model": dataclasses.asdict(config), "tokenizer_hash": None}
     checkpoints = store.Checkpoints(checkpoint.run_folder("base", tag))
@@ -159,6 +161,11 @@ def test_the_optimizers_state_out_and_in(home, capsys):
     assert optimizer.rates(found.meta) == optimizer.rates(
         checkpoint.open_model("base", "d3", needs_tokenizer=False).meta
     )
+
+    with_optimizer("d3s", 9, skipped=2)
+    convert.main(["--source=base", "--to=nanochat", "--model_tag=d3s", f"--out={home / 'out'}"])
+    skipped = torch.load(home / "out/base_checkpoints/d3s/optim_000009_rank0.pt", weights_only=True)
+    assert skipped["state"][0]["step"] == 7  # updates, not steps
 
     (folder / "optim_000009_rank1.pt").write_bytes(b"")
     convert.main([*take[:-1], "--model_tag=two"])

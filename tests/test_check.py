@@ -180,6 +180,8 @@ def test_a_single_shard(here, checked):
         (here / f"base_data/shard_{i:05}.parquet").unlink()
     code, lines, _ = checked()
     assert code == 2 and lines["text"][0] == "missing" and "at least two" in lines["text"][1]
+    assert "launch.download fineweb-edu --shards=2" in lines["text"][1]
+    assert "launch.download climbmix --shards=2" in checked("--arch=2026")[1]["text"][1]
 
 
 def test_text_that_is_repeated_and_a_tokenizer_of_other_text(here, checked):

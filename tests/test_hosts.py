@@ -201,7 +201,7 @@ def test_a_process_that_fails_does_not_wait_for_the_others():
 
 
 def test_processes_that_fail_alike_all_say_so():
-    """With their own exit code, on which nothing is started again."""
+    """With their own exit code, on which nothing is started again. Only process 0 met the error itself."""
     for process in reversed(together("--what=refuse_all")):
         assert ended(process, within=15 * HEARTBEAT)[:2] == (2, ["error: this cannot work"])
 

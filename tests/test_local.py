@@ -49,7 +49,10 @@ def test_local_divides_the_gpus_there_are(monkeypatch):
 
     assert seen("0,1,2,3") == ["0,1", "2,3"] and seen("4,GPU-a,7", processes=3) == ["4", "GPU-a", "7"]
     assert seen("0,1,2,3", processes=3) == ["0", "1", "2"] and seen("") == [] and seen("0,1", gpus_per_process=0) == []
-    assert seen("5,6", gpus_per_process=1) == ["5", "6"] and seen("5", gpus_per_process=2) == ["0,1", "2,3"]
+    assert seen("5,6", gpus_per_process=1) == ["5", "6"] and seen("", gpus_per_process=2) == ["0,1", "2,3"]
+    assert seen("5", gpus_per_process=2, dry_run=True) == ["0,1", "2,3"]
+    with pytest.raises(UserError, match="--gpus_per_process=2 × --processes=2 is more than the 1 GPU here"):
+        seen("5", gpus_per_process=2)
     with pytest.raises(UserError, match="--processes=3 is more than the 2 GPUs"):
         seen("0,1", processes=3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

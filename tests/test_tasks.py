@@ -224,6 +224,7 @@ def test_mixtures(folder):
     assert len(mixture) == 3 + 3 + 1 + 5
     assert mixture[0] == mixture[3] and mixture[6]["messages"][0]["content"] == "Half of 4?"
     assert mixture.fingerprint != load_mixture("identity", folder).fingerprint
+    assert data_row(mixture)[1].startswith(f"{len(mixture):,} rows: 2 × identity ")
     assert len(load_mixture("identity:1," * 99, folder)) == 99  # together longer than a file's name may be
     with pytest.raises(IndexError):
         mixture[12]
@@ -246,6 +247,12 @@ def test_wrong_specs(folder, spec, words):
     (folder / "mine.csv").touch()
     with pytest.raises(UserError, match=words.format(folder=folder)):
         load_task(spec.format(folder=folder), folder)
+
+
+def test_all_tasks_that_cannot_be_opened_are_named(folder):
+    reason = r"no test\*.parquet in .* gsm8k --to=.*; HumanEval/test, /nowhere/mine.jsonl:3 cannot be opened either$"
+    with pytest.raises(UserError, match=reason):
+        load_mixture("identity,GSM8K/test,HumanEval/test,/nowhere/mine.jsonl:3", folder)
 
 
 def test_empty_mixture(folder):

@@ -220,7 +220,7 @@ def test_checkpoints_are_neither_lost_nor_mixed(folder, capsys):
     line = refusal(folder, base_train, [*BASE, "--resume", "--matrix_lr=0.03"], capsys)
     assert "different settings: matrix_lr=0.02 (now 0.03)" in line
     line = refusal(folder, base_train, [*BASE, "--resume", "--depth=2", "--model_tag=d1"], capsys)
-    assert "different model" in line and "n_layer=1 (now 2)" in line
+    assert "different settings" in line and "depth=1 (now 2)" in line
 
 
 def test_a_step_that_cannot_be_cut(folder, capsys):

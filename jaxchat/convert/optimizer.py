@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import torch
 
@@ -141,7 +142,8 @@ def export(found: Found, file: Path, names: Names):
         dtype = getattr(torch, str(leaf.dtype))
         for n, part in zip(theirs, parts, strict=True):
             moments[field][n] = torch.from_numpy(np.array(part)).to(dtype)
-    count = int(state["step"] - state["empty_steps"])
+    # AdamW's counters. Muon's is smaller if its schedules restarted; state["step"] also counts skipped steps.
+    count = max(int(count) for _, count in optax.tree.get_all_with_path(state["opt_state"], "count"))
     torch.save(to_torch_state(found, moments, count, names), file)
 
 

@@ -46,13 +46,13 @@ class CoreTask:
     items: list[dict]
 
     def drawn(self, max_per_task: int) -> list[dict]:
-        """Draw at most max_per_task items in a fixed random order; 0 or less: all items.
+        """Draw at most max_per_task items in a fixed random order; -1: all items.
 
         UserError: too few items for the task's number of few-shot examples.
         """
         items = list(self.items)
         random.Random(DRAW_SEED).shuffle(items)
-        items = items[:max_per_task] if max_per_task > 0 else items
+        items = items if max_per_task < 0 else items[:max_per_task]
         if len(items) <= self.shots:
             raise UserError(
                 f"CORE's {self.label} needs {self.shots} examples besides the question, but has only "

@@ -19,6 +19,7 @@ class Plan:
     flags: dict[str, Flags]
     price: float  # per hour; 0: not known
     shards: int = 0  # number to download
+    core: bool = False  # whether base_train and base_eval measure CORE
 
     @property
     def model(self) -> ModelConfig:
@@ -30,15 +31,13 @@ class Plan:
         """Estimated minutes of a step; 0: not known."""
         machine, model, flags = self.preset.machine, self.model, self.flags.get(step.name)
         if step.resumes:
-            core = len(step.needs) > 2  # base needs the CORE bundle, besides text and tokenizer
-            return estimate.train_minutes(flags, model, machine, core)
+            return estimate.train_minutes(flags, model, machine, self.core)
         if step.lane == "network":
             return machine.start + self.download(step) / estimate.NETWORK / 60
         if step.name == "tokenizer":
             return machine.start + flags.max_chars / estimate.TOKENIZER_CHARS / 60
         if step.name == "base-eval":
-            core = len(step.needs) > 2  # it needs the CORE bundle, besides text and base
-            return estimate.read_minutes(estimate.eval_tokens(flags, core), model, machine)
+            return estimate.read_minutes(estimate.eval_tokens(flags, self.core), model, machine)
         if step.name.startswith("chat-eval"):
             return machine.start + estimate.chat_eval_minutes(flags)
         return machine.start

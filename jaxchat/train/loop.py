@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxchat.config import Preempted
 from jaxchat.model.params import Params
-from jaxchat.sharding import agree, gather_json, place_rows
+from jaxchat.sharding import agree, from_first, place_rows
 from jaxchat.store import Checkpoints
 from jaxchat.train.metrics import MetricsLog, best_step
 from jaxchat.train.reporter import NotFinite, Reporter, Unread
@@ -93,9 +94,8 @@ class Loop:
         self.reporter, self.saver = Reporter(run.stage, log), Saver(run)
         for evaluation in evaluations if run.checkpoints and run.first_step else ():
             if evaluation.best:
-                found = best_step(run.checkpoints.folder, evaluation.best, run.first_step)
-                found = gather_json({"best": found})[0]["best"]  # as the first process sees it
-                self.saver.restore_best(found)
+                find = partial(best_step, run.checkpoints.folder, evaluation.best, run.first_step)
+                self.saver.restore_best(from_first(find))
         self.state, self.step = run.state, run.first_step
         self.finished = self.step == run.stage.num_steps
         self.ending = False  # the last save is under way

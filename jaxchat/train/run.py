@@ -58,7 +58,7 @@ def find_start(stage: Stage) -> Start:
     if getattr(flags, "dry_run", False):
         return Start(None, [])
     checkpoints = Checkpoints(checkpoint.run_folder(stage.name, stage.tag))
-    steps = sharding.gather_json({"steps": checkpoints.steps()})[0]["steps"]  # as the first process sees it
+    steps = sharding.from_first(checkpoints.steps)
     if not steps or flags.overwrite:
         return Start(checkpoints, steps)
     if not flags.resume:
@@ -66,8 +66,7 @@ def find_start(stage: Stage) -> Start:
             f"{checkpoints.folder} has checkpoints up to step {steps[-1]}; "
             "continue with --resume, choose another --model_tag, or delete them with --overwrite"
         )
-    last = checkpoint.whole_steps(checkpoints.folder)[-1:] if jax.process_index() == 0 else []
-    last = sharding.gather_json({"last": last})[0]["last"]
+    last = sharding.from_first(lambda: checkpoint.whole_steps(checkpoints.folder)[-1:])
     if not last:
         raise UserError(
             f"--resume: all checkpoints in {checkpoints.folder} are damaged; start again with --overwrite, "
@@ -94,7 +93,7 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints, step: in
             f"--resume: {checkpoints.folder} was imported without optimizer state, so it can't be continued; "
             "start the next stage from it instead"
         )
-    compared = ("model", "settings", "data", "tokenizer_hash", "parent")
+    compared = ("settings", "model", "data", "tokenizer_hash", "parent")  # settings first: they name flags
     if "imported" in saved:
         compared, saved = ("model", "tokenizer_hash"), saved | {"settings": {}}
     # A checkpoint lacks settings and constants that were added later; their defaults have the old behaviour.

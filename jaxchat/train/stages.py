@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -462,4 +463,6 @@ def parent_row(parent: Found) -> tuple[str, str]:
 
 
 def data_row(tasks: Mixture) -> tuple[str, str]:
-    return "data", f"{len(tasks):,} rows: " + ", ".join(task.summary for task in tasks.tasks)
+    counts = Counter(task.summary for task in tasks.tasks)  # a task may be listed several times
+    parts = [f"{count} × {summary}" if count > 1 else summary for summary, count in counts.items()]
+    return "data", f"{len(tasks):,} rows: {', '.join(parts)}"

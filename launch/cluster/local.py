@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from jaxchat.config import Flags, UserError, flag
+from jaxchat.config import Flags, UserError, counted, flag
 from jaxchat.hosts import RESTARTED
 from jaxchat.speedrun.runner import hearing
 
@@ -70,8 +70,11 @@ def shares(gpus: list[str], count: int, flag: str) -> list[dict[str, str]]:
 def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
     """Return the command line of each process, which sets its environment variables with env."""
     gpus, wanted = visible_gpus(), config.gpus_per_process * config.processes
+    if wanted > len(gpus) > 0 and not config.dry_run:
+        product = f"--gpus_per_process={config.gpus_per_process} × --processes={config.processes}"
+        raise UserError(f"{product} is more than the {counted(len(gpus), 'GPU')} here; lower one of them")
+    # There may be fewer GPUs here: a dry run may be for another machine, and WSL does not list its GPUs.
     if wanted >= 0:
-        # There may be fewer GPUs here, because a dry run may be for another machine.
         gpus = gpus[:wanted] if len(gpus) >= wanted else list(map(str, range(wanted)))
     lines = []
     for index, share in enumerate(shares(gpus, config.processes, "processes")):

@@ -118,8 +118,21 @@ def load_task(spec: str, tasks_dir: str | Path | None = None) -> Task:
 
 
 def load_mixture(spec: str, tasks_dir: str | Path | None = None) -> Mixture:
-    """Open the tasks of a comma-separated list of specs, such as "GSM8K/train,mine.jsonl:1000"."""
-    return Mixture([load_task(part, tasks_dir) for part in _parts(spec)])
+    """Open the tasks of a comma-separated list of specs, such as "GSM8K/train,mine.jsonl:1000".
+
+    If tasks cannot be opened, the UserError names all of them, and says of the first why.
+    """
+    tasks, problems = [], {}
+    for part in _parts(spec):
+        try:
+            tasks.append(load_task(part, tasks_dir))
+        except UserError as problem:
+            problems[part] = problem
+    if problems:
+        first, *others = problems
+        more = f"; {', '.join(others)} cannot be opened either" if others else ""
+        raise UserError(f"{problems[first]}{more}") from problems[first]
+    return Mixture(tasks)
 
 
 def _parts(spec: str) -> list[str]:
