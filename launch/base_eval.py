@@ -10,14 +10,12 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config(MeshFlags):
-    """Measure a base model: bits per byte of training and validation text, CORE over 22 tasks, and samples.
-
-    If there is no CORE bundle, CORE is left out. The results are written beside the checkpoint, as
-    base_eval_<step>.csv and .json.
-    """
+    """Evaluate a base model: bits per byte of training and validation text, CORE over 22 tasks, and samples
+    of text. CORE is left out if there is no CORE bundle. The results are written beside the checkpoint, as
+    base_eval_<step>.csv and .json."""
 
     model_tag: str = ""
-    """Tag of the base model; empty: the deepest model d<N>, or else the newest model."""
+    """Tag of the model; empty: the deepest model tagged d<N>, or else the newest model."""
     step: int = flag(-1, 0, special=-1)
     """Step of the checkpoint; -1: the last."""
     eval_bundle: str = ""
@@ -32,14 +30,13 @@ class Config(MeshFlags):
     """Number of rows a device computes at a time for bits per byte; lower it if memory runs out. The result
     stays the same."""
     eval_tokens: int = flag(20 * 524288, 0)
-    """Number of tokens of training text, and of validation text, to measure bits per byte on; 0: measure
-    none."""
+    """Number of tokens per split (training and validation) to measure bits per byte on; 0: not measured."""
 
 
 def load_bundle(config: Config) -> tuple[list, str]:
-    """Return (tasks of the CORE bundle, ""), or ([], the reason) if there is no bundle.
+    """Return (tasks of the CORE bundle, "") or, if there is no bundle, ([], a note that says so).
 
-    UserError: there is no bundle, although --eval_bundle names one or nothing else is to be measured.
+    Raises UserError if there is no bundle but --eval_bundle names one, or there is nothing else to measure.
     """
     from jaxchat.eval import core
 

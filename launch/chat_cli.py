@@ -13,17 +13,17 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config(DeviceFlags):
-    """Chat with a model in the terminal. /clear begins a new conversation, /quit exits, Ctrl-C stops an
-    answer."""
+    """Chat with a model in the terminal. Enter /clear to begin a new conversation and /quit to exit. Ctrl-C
+    stops an answer."""
 
     source: str = flag("sft", choices=tuple(STAGES), alias="-i")
     """Stage of the model to talk to: rl, sft, mid or base (a base model only continues text)."""
     model_tag: str = flag("", alias="-g")
-    """Tag of the model; empty: the deepest model d<N>, or else the newest model."""
+    """Tag of the model; empty: the deepest model tagged d<N>, or else the newest model."""
     step: int = flag(-1, 0, special=-1, alias="-s")
     """Step of the checkpoint; -1: the last."""
     prompt: str = flag("", alias="-p")
-    """Prompt to answer before exiting; empty: chat in the terminal."""
+    """A single prompt to answer; empty: chat in the terminal."""
     temperature: float = flag(0.6, 0, HOTTEST, alias="-t")
     """Sampling temperature of the answers; 0: always the likeliest token."""
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
@@ -38,11 +38,11 @@ COMMANDS = "/clear begins a new conversation, /quit exits"
 
 
 class Conversation:
-    """The conversation so far, as tokens. The oldest exchanges are left out to keep room for an answer."""
+    """A conversation as tokens. Its oldest exchanges are dropped to keep space for an answer."""
 
     def __init__(self, bos: int, context: int, max_tokens: int):
         self.reserved = min(max_tokens, context // 2)  # tokens for an answer
-        self.room = context - self.reserved
+        self.prompt_limit = context - self.reserved
         self._bos, self._exchanges = bos, []
 
     @property
@@ -50,10 +50,11 @@ class Conversation:
         return [self._bos, *(token for exchange in self._exchanges for token in exchange)]
 
     def ask(self, turn: list[int]) -> int:
-        """Add the user's turn. Return how many of the oldest exchanges were left out to make room."""
+        """Add the user's turn. Return how many of the oldest exchanges were dropped to keep space for an
+        answer."""
         self._exchanges.append(list(turn))
         before = len(self._exchanges)
-        while len(self._exchanges) > 1 and len(self.tokens) > self.room:
+        while len(self._exchanges) > 1 and len(self.tokens) > self.prompt_limit:
             self._exchanges.pop(0)
         return before - len(self._exchanges)
 
@@ -81,7 +82,7 @@ def run(config: Config):
     engine = Engine(model.load(), model.config, model.tokenizer, compute, batch_size=1)
     conversation = Conversation(model.tokenizer.bos, model.config.sequence_len, config.max_tokens)
     if config.prompt:
-        conversation.ask(turn_of(config.prompt, config.source, model.tokenizer))
+        conversation.ask(encode_turn(config.prompt, config.source, model.tokenizer))
         answer(engine, conversation, config, config.seed)
     else:
         with contextlib.ExitStack() as stack:
@@ -108,9 +109,9 @@ def talk(engine, conversation: Conversation, config: Config):
             print(COMMANDS)
         if not text or text.startswith("/"):
             continue
-        turn = turn_of(text, config.source, tokenizer)
-        if 1 + len(turn) > conversation.room:
-            tokens = f"{1 + len(turn):,} tokens; there is room for {conversation.room:,}"
+        turn = encode_turn(text, config.source, tokenizer)
+        if 1 + len(turn) > conversation.prompt_limit:
+            tokens = f"{1 + len(turn):,} tokens; there is room for {conversation.prompt_limit:,}"
             print(f"(that is {tokens}, since {conversation.reserved:,} are kept for the answer)")
             continue
         if left := conversation.ask(turn):
@@ -126,11 +127,9 @@ def talk(engine, conversation: Conversation, config: Config):
         seed = (seed + 1) % 2**32
 
 
-def turn_of(text: str, source: str, tokenizer) -> list[int]:
-    """Encode the user's text, without <|bos|>, for a model of stage `source`.
-
-    For a chat model, the result is a user's turn followed by <|assistant_start|>.
-    """
+def encode_turn(text: str, source: str, tokenizer) -> list[int]:
+    """Return the tokens that precede the answer to the user's `text`, without <|bos|>. If `source`, the
+    model's stage, is "base", these are the tokens of the text alone."""
     if source == "base":
         return tokenizer.encode(text)
     return tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]})[1:]
@@ -153,10 +152,7 @@ def answer(engine, conversation: Conversation, config: Config, seed: int):
 
 
 def edit_lines() -> Callable[[], None]:
-    """Give input() line editing, a history and pastes of any length, if stdin is a terminal.
-
-    Return a function that saves the history for the next start.
-    """
+    """In a terminal, give input() line editing and a history. Return a function that saves the history."""
     if not sys.stdin.isatty():
         return lambda: None
     try:
@@ -178,7 +174,8 @@ def edit_lines() -> Callable[[], None]:
 
 
 def leave(*_):
-    """Exit at once on Ctrl-C: an import or a compiler might swallow a KeyboardInterrupt."""
+    """Handle SIGINT (Ctrl-C) by exiting at once with code 130."""
+    # A KeyboardInterrupt might be swallowed by an import or a compiler.
     os.write(2, b"interrupted\n")
     os._exit(130)
 

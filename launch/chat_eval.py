@@ -9,28 +9,29 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config(MeshFlags):
-    """Measure a chat model on six tasks: ARC-Easy, ARC-Challenge and MMLU by the likeliest letter; GSM8K,
-    HumanEval and SpellingBee by written answers, which may use the calculator. ChatCORE, the mean centred
-    accuracy of the six, is reported if all are measured.
+    """Evaluate a chat model on six tasks. ChatCORE, the mean centred accuracy, is reported if all are
+    measured.
 
-    Programs written for HumanEval run in a sandbox; if the kernel does not support it, HumanEval is left out.
-    The results are written beside the checkpoint after every task, as chat_eval_<step>.csv and .json, or
-    under another name if these files exist with other settings.
+    For ARC-Easy, ARC-Challenge and MMLU, the likeliest letter counts as the answer. For GSM8K, HumanEval and
+    SpellingBee, the model writes its answers and may use the calculator. HumanEval is left out if the kernel
+    does not support the sandbox in which its programs run. The results are written beside the checkpoint
+    after every task, as chat_eval_<step>.csv and .json, or under another name if these files exist with other
+    settings.
     """
 
     source: str = flag("sft", choices=(*STAGES,), alias="-i")
-    """Stage to measure: rl, sft, mid or base."""
+    """Stage of the model to evaluate: rl, sft, mid or base."""
     task_name: str = flag("", alias="-a")
-    """Tasks to measure, separated by |, such as "GSM8K|MMLU"; empty: all six."""
+    """Tasks to evaluate on, separated by |, such as "GSM8K|MMLU"; empty: all six."""
     model_tag: str = flag("", alias="-g")
-    """Tag of the model; empty: the deepest model d<N>, or else the newest model."""
+    """Tag of the model; empty: the deepest model tagged d<N>, or else the newest model."""
     step: int = flag(-1, 0, special=-1, alias="-s")
     """Step of the checkpoint; -1: the last."""
     max_problems: int = flag(-1, 1, special=-1, alias="-x")
-    """Maximum number of problems of each task to measure on, drawn as a fixed random sample; -1: all."""
+    """Maximum number of problems per task, drawn as a fixed random sample; -1: all."""
     num_samples: int = flag(1, 1, alias="-n")
-    """Number of written answers to each problem; the problem's score is the fraction that is right. With
-    several, pass@k is measured too."""
+    """Number of written answers to each problem; the problem's score is the fraction of right answers. With
+    more than one, pass@k is measured too."""
     temperature: float = flag(0.0, 0, HOTTEST, alias="-t")
     """Sampling temperature of written answers; 0: always the likeliest token."""
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
@@ -38,8 +39,8 @@ class Config(MeshFlags):
     max_new_tokens: int = flag(512, 1, alias="-m")
     """Maximum number of tokens in a written answer."""
     batch_size: int = flag(-1, 1, special=-1, alias="-b")
-    """Number of answers that a device writes at a time, which does not affect the results; -1: as many as its
-    memory holds, at most 64."""
+    """Number of answers that a device writes at a time; -1: as many as its memory holds, at most 64. The
+    results do not depend on it."""
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed for sampling."""
     tasks_dir: str = ""
@@ -58,8 +59,9 @@ class Config(MeshFlags):
 SETTINGS = ("max_problems", "num_samples", "temperature", "top_k", "max_new_tokens", "seed")
 
 
-def names_in(config: Config) -> tuple[list[str], str]:
-    """Return (names of the tasks to measure, a warning that names tasks left out and the reason, or "")."""
+def task_names(config: Config) -> tuple[list[str], str]:
+    """Return (names of the tasks to measure, warning). The warning names tasks that cannot be measured on
+    this machine, and the reason; without such tasks, it is ""."""
     from jaxchat.eval import chat
 
     asked = dict.fromkeys(name.strip() for name in config.task_name.split("|") if name.strip())
@@ -85,7 +87,7 @@ def run(config: Config):
     from jaxchat.train.fit import device_memory
 
     start = time.perf_counter()
-    names, left_out = names_in(config)
+    names, left_out = task_names(config)
     found, model = cli.open_model(config, config.source, asks=False)
     check_writable(found.folder)
     tasks = {name: load_task(chat.TASKS[name].spec, config.tasks_dir or None) for name in names}

@@ -5,7 +5,7 @@ from launch import cli
 
 
 def stage_for(config: SFTConfig):
-    """Start the devices, build the model, open the data, and return the stage to train."""
+    """Start the devices, open the model to finetune and the tasks, and return the Stage that train() runs."""
     from jaxchat.data.pipelines import load_tasks
     from jaxchat.train import stages
 

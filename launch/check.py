@@ -19,25 +19,25 @@ class Config(BaseConfig):
     """Check in seconds what base_train, mid_train, chat_sft and the evaluations will need: text, tokenizer,
     tasks, the CORE bundle, disk, devices, driver and kernel.
 
-    Takes the flags of base_train; the other stages are checked with their default flags. Prints one line per
-    item, marked "ok", "warning" or "missing", then the command to run next. The exit code is 2 if something
-    that a stage needs is missing.
+    The flags are those of base_train; the other stages are checked with their default flags. Each item is
+    printed on a line that begins with "ok", "warning" or "missing". The last line is the command to run next.
+    The exit code is 2 if something that a stage needs is missing.
     """
 
     tasks_dir: str = ""
     """Folder of the task files; empty: <base directory>/tasks."""
     vocab_size: int = flag(tok_train.Config.vocab_size, 1, MOST_TOKENS)
-    """Vocabulary size to assume while there is no tokenizer."""
+    """Vocabulary size to assume if there is no tokenizer yet."""
 
 
 class Checklist(list):
-    """Checked items (state, name, text, command). state: "ok", "warning" or "missing".
+    """A list of checked items, as tuples (state, name, text, command).
 
-    command: the command that supplies a missing item; "": none.
+    state: "ok", "warning" or "missing". command: what to run to get a missing item, or "".
     """
 
     def add(self, name: str, text: str, state: str = "ok", **flags: str):
-        """Add an item. A command in `text` is completed to run from this folder, with non-empty `flags`."""
+        """Add an item. If `text` contains a command, complete it with cli.runnable(command, **flags)."""
         found = re.search(r"(python -m launch\.|make setup )[^;]+", text)
         command = cli.runnable(found[0], **flags) if found else ""
         text = text.replace(found[0], command) if found else text
@@ -45,7 +45,8 @@ class Checklist(list):
 
     @contextlib.contextmanager
     def expecting(self, name: str, state: str = "missing", **flags: str):
-        """Context that turns a UserError into an item in `state`. flags: to add to the error's command."""
+        """Return a context that turns a UserError into an item. `flags` are added to the command in the
+        error's message."""
         try:
             yield
         except UserError as problem:
@@ -78,7 +79,7 @@ def run(config: Config) -> int:
     cli.print_plan(f"Check of {tag}", [(f"{state:<7}  {name}", text) for state, name, text, _ in checks])
     missing = [command for state, *_, command in checks if state == "missing"]
     if any(missing):
-        print("next:", " && ".join(in_one(filter(None, missing))), flush=True)
+        print("next:", " && ".join(merge_commands(filter(None, missing))), flush=True)
     elif not missing:
         values = {field.name: getattr(given, field.name) for field in dataclasses.fields(BaseConfig)}
         usual = BaseConfig.given(arch=config.arch)
@@ -88,8 +89,8 @@ def run(config: Config) -> int:
     return 2 if missing else 0
 
 
-def in_one(commands: Iterable[str]) -> list[str]:
-    """Remove repeated commands, and join downloads to the same folder into one command."""
+def merge_commands(commands: Iterable[str]) -> list[str]:
+    """Drop repeated commands, and merge all downloads to the same folder into one command."""
     joined: dict[tuple, dict] = {}  # {(the command before the names, --to): {name or other flag: None}}
     for command in commands:
         before, download, after = command.partition("launch.download ")
@@ -104,7 +105,7 @@ def in_one(commands: Iterable[str]) -> list[str]:
 
 
 def check_devices(config: Config, checks: Checklist):
-    """Check driver and devices; return a mesh of the devices, or of CPUs if the requested kind is missing."""
+    """Check the driver and devices. Return a mesh of the devices or, if they cannot be used, of CPUs."""
     import jax
 
     from jaxchat import devices, hosts, sharding
@@ -124,7 +125,7 @@ def check_devices(config: Config, checks: Checklist):
 
 
 def check_model(config: Config, model, tag: str, checks: Checklist):
-    """Check device memory, disk space for all checkpoints, and that batches divide among the devices."""
+    """Check device memory, disk space for all checkpoints, and whether the devices divide batches evenly."""
     import jax
 
     from jaxchat import checkpoint, files
@@ -162,10 +163,8 @@ def check_model(config: Config, model, tag: str, checks: Checklist):
 
 
 def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str, str]:
-    """Check the amount of text, and how often base_train repeats it; return {shard: fingerprint}.
-
-    Without text, return {}. tokenizer: None if there is none; then the number of tokens is estimated.
-    """
+    """Check the amount of text. Return {shard name: fingerprint}, or {} if there is no text. If `tokenizer`
+    is None, the number of tokens is estimated from the number of bytes."""
     from jaxchat.data.encode import text_reader
     from jaxchat.data.sources import SOURCE, ParquetText, find_shards, open_parquet, repeated
     from jaxchat.train.stages import SAMPLE, horizon_of, tokens_in
@@ -202,7 +201,7 @@ def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str,
 
 
 def check_tasks(config: Config, checks: Checklist):
-    """Check the tasks of mid, SFT and chat_eval, the CORE bundle, and the sandbox for HumanEval."""
+    """Check the tasks of midtraining, SFT and chat_eval, the CORE bundle, and the sandbox for HumanEval."""
     from jaxchat.data.tasks import load_task
     from jaxchat.eval.chat import TASKS, why_not
     from jaxchat.eval.training import core_bundle

@@ -4,9 +4,9 @@ A command is a module in launch/ with a flags class, `run(config)` and `main(arg
 Orbax or Grain are imported inside functions, so that --help and the error for a mistyped flag appear at once.
 
 Exit codes. 0: success. 2: an error that the user can fix. 75: stopped by a signal (SIGTERM, SIGUSR1, SIGHUP,
-Ctrl-C), after saving. 76: other processes cannot be reached. 134: another process was lost. After 75, 76 and
-134, run the command again with --resume. 130: stopped by Ctrl-C without saving. 141: the reader of stdout
-closed it.
+Ctrl-C), after saving. 76: other processes cannot be reached. 134: another process was lost. 130: stopped by
+Ctrl-C without saving. 141: stdout was closed by the program that read it. After 75, 76 and 134, run the
+command again with --resume.
 """
 
 import argparse
@@ -55,13 +55,12 @@ REMEDIES = {
 
 
 def main(config_class, run, args: list[str] | None = None, *, several: bool = False) -> None:
-    """Parse flags into `config_class` (a frozen dataclass), then call `run(config)`.
+    """Parse flags into `config_class` (a frozen dataclass) and call `run(config)`.
 
-    args: the arguments after the command's name; None: sys.argv[1:]. In --help, the description is the
-    docstring of the class, and a flag's text is the docstring of its field. Returns if `run` returns None or
-    0; otherwise raises SystemExit with what `run` returned, or with one of the exit codes above.
-    several: whether several processes may run the command together. If not, only the first of the processes
-    that a launcher starts runs the command.
+    args: the arguments after the command's name; None: sys.argv[1:]. several: whether several processes may
+    run the command together. If not, only the first of the processes that a launcher starts runs it.
+    Returns if `run` returns None or 0. Otherwise raises SystemExit with an exit code: the value that `run`
+    returned or, after an error, one that the module's docstring lists.
     """
     _open_streams()
     for stream in (sys.stdin, sys.stdout):  # an ASCII terminal shows ? for other characters
@@ -72,13 +71,12 @@ def main(config_class, run, args: list[str] | None = None, *, several: bool = Fa
 
 
 def command(config_class, run, *, several: bool = False) -> Callable[..., None]:
-    """Return a command's `main(args)`, which parses `config_class` and calls `run`."""
+    """Return a function `main(args=None)` that calls cli.main() with `config_class`, `run` and `several`."""
     return lambda args=None: main(config_class, run, args, several=several)
 
 
 def _open_streams() -> None:
-    """Open /dev/null in place of a closed stdin, stdout or stderr. Otherwise the next file opened would get
-    its descriptor, and libraries would print into that file."""
+    """Open /dev/null in place of a closed stdin, stdout or stderr, so that no file gets its descriptor."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             os.open(os.devnull, os.O_RDWR)  # gets `number`, the lowest free descriptor
@@ -115,10 +113,10 @@ def _parse_and_run(config_class, run, args: list[str], several: bool) -> None:
 
 
 def parse(config_class, args: list[str], prog: str = "command"):
-    """Parse `args` into a `config_class`. UserError: a flag is unknown, or a value is missing or invalid.
+    """Parse `args` into a `config_class`. prog: the command's name in --help.
 
-    Flags are --name=value or --name value, with dashes or underscores; switches are also --name and
-    --no_name. config.flag can give a field a short form and another name.
+    Flags are written --name=value or --name value; switches, also --name or --no_name.
+    Raises UserError if a flag is unknown, or a value is missing or invalid.
     """
     parser = _Parser(prog, config_class)
     # Dashes become underscores in a flag's name only, not in its value.
@@ -139,7 +137,7 @@ def parse(config_class, args: list[str], prog: str = "command"):
 
 
 def print_plan(title: str, rows: list[tuple[str, str]]) -> None:
-    """Print `title`, then a line per (name, value) with the values aligned."""
+    """Print `title`, and below it each row (name, value) on its own line, with the values aligned."""
     width = max((len(name) for name, _ in rows), default=0)
     print(title, *(f"  {name:<{width}}  {value}" for name, value in rows), sep="\n", flush=True)
 
@@ -147,7 +145,7 @@ def print_plan(title: str, rows: list[tuple[str, str]]) -> None:
 def open_model(config, source: str, *, asks: bool = True):
     """Start the devices and open the checkpoint that the flags name. Return (checkpoint, model).
 
-    source: stage of the checkpoint. asks: whether the command checks for a signal to stop after every step.
+    source: stage of the checkpoint. asks: whether the command checks after every step for a signal to stop.
     """
     from jaxchat import checkpoint, devices
 
@@ -160,20 +158,18 @@ _base: list[str] = []  # base directories that base_directory() has set, the inn
 
 
 def after_base(tag: str, plain: bool) -> None:
-    """Print the command to run after pretraining: mid_train if `plain` (the 2025 model), else chat_sft."""
+    """Print the command that follows pretraining: mid_train if `plain` (--arch=2025), else chat_sft."""
     next_step(f"python -m launch.{'mid_train' if plain else 'chat_sft --recipe=2026'} --model_tag={tag}")
 
 
 def next_step(command: str, **flags: str) -> None:
-    """Print the command to run next, ready to paste into a shell, with the non-empty `flags` added.
-
-    Example: next_step("python -m launch.base_train --depth=12", data_dir=config.data_dir)
-    """
+    """Print the command to run next, ready to paste into a shell, with all `flags` that are not empty."""
     print("next:", runnable(command, **flags), flush=True)
 
 
 def runnable(command: str, **flags: str) -> str:
-    """Complete a command to run from this folder: path of Python, base directory, non-empty `flags`."""
+    """Return `command` ready to paste into a shell, with all `flags` that are not empty. It uses this Python,
+    and the folder that base_directory() has set."""
     found = shutil.which("python")
     # Give the path of this Python if `python` is another one.
     if not found or os.path.dirname(found) != os.path.dirname(sys.executable):
@@ -187,7 +183,7 @@ def runnable(command: str, **flags: str) -> str:
 
 @contextlib.contextmanager
 def base_directory(folder: Path) -> Iterator[None]:
-    """Context in which `folder` is the base directory; the next commands that are printed set it too."""
+    """Return a context in which `folder` is the base directory, also for commands printed by next_step()."""
     outer = os.environ.get("JAXCHAT_BASE_DIR")
     _base.append(str(folder))
     os.environ["JAXCHAT_BASE_DIR"] = str(folder)
@@ -202,7 +198,7 @@ def base_directory(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(message: Callable[[], str], seconds: float) -> Iterator[None]:
-    """While the block runs, print message() and the elapsed time every `seconds` seconds."""
+    """Return a context that prints message() and the elapsed time every `seconds` seconds."""
     start, done = time.perf_counter(), threading.Event()
 
     def report():
@@ -219,7 +215,7 @@ def progress(message: Callable[[], str], seconds: float) -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser of a dataclass's flags, which raises UserErrors. --help groups inherited flags by class."""
+    """Parser of a dataclass's flags. It raises UserErrors, and its --help groups inherited flags by class."""
 
     def __init__(self, prog: str, config_class):
         super().__init__(
@@ -279,7 +275,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def _field_docs(cls) -> dict[str, str]:
-    """Return {field: the docstring below it}, read from the source of a class; {} if there is no source."""
+    """Return {field name: docstring below the field} of a class; {} if the source is not available."""
     body = _class_bodies(sys.modules[cls.__module__]).get(cls.__name__, [])
     return {
         field.target.id: " ".join(below.value.value.split())
@@ -292,7 +288,7 @@ def _field_docs(cls) -> dict[str, str]:
 
 @cache  # a command's flags inherit from several classes of jaxchat.config
 def _class_bodies(module) -> dict[str, list[ast.stmt]]:
-    """Return {class name: statements of the class body} of a module; {} if there is no source."""
+    """Return {class name: statements in its body} of a module; {} if the source is not available."""
     try:
         tree = ast.parse(inspect.getsource(module))
     except (OSError, TypeError):
@@ -301,7 +297,7 @@ def _class_bodies(module) -> dict[str, list[ast.stmt]]:
 
 
 def _read(convert: Callable, expected: str, text: str):
-    """Convert a flag's value with `convert`. ArgumentTypeError: the value is not what `expected` says."""
+    """Return convert(text). Raise ArgumentTypeError, which says what was `expected`, if that fails."""
     try:
         return convert(text)
     except (KeyError, ValueError):
@@ -324,7 +320,7 @@ KINDS = {
 
 
 def _prog(run) -> str:
-    """Name of the command in messages: "python -m launch.base_train", or with `run.command` if it is set."""
+    """Return the command's name for messages, such as "python -m launch.base_train"."""
     if command := getattr(run, "command", None):
         return f"python -m {command}"
     spec = sys.modules[run.__module__].__spec__
@@ -343,7 +339,7 @@ def _raised_in(error: Exception, file: str) -> bool:
 
 
 def _reader_has_left() -> bool:
-    """Return whether stdout caused a BrokenPipeError, not a pipe to a worker; if so, discard its buffer."""
+    """Return whether the program that reads stdout has closed it. If so, discard further output."""
     try:
         print(flush=True)  # with a newline, because a flush of an empty buffer writes nothing
     except BrokenPipeError:

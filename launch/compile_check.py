@@ -1,4 +1,4 @@
-"""Plan for devices that this host lacks: python -m launch.compile_check --depth=20 --topology=v5e:4x4"""
+"""Compile for devices that this host lacks: python -m launch.compile_check --depth=20 --topology=v5e:4x4"""
 
 import dataclasses
 import json
@@ -25,10 +25,10 @@ class Config(Flags):
     mesh: str = ""
     """Number of devices along each axis of the mesh, as in base_train; empty: as base_train chooses."""
     device_batch_size: int = flag(-1, 1, special=-1)
-    """Number of rows a device computes at a time; -1: the largest number up to 32 that divides a step."""
+    """Rows a device computes at a time; -1: the largest number up to 32 that divides its rows of a step."""
     total_batch_size: int = flag(524288, 1, 2**31 - 1)
-    """Tokens in an optimizer step, over all devices. base_train --arch=2026 chooses another number, which its
-    plan states."""
+    """Tokens in an optimizer step, over all devices. The default is that of base_train --arch=2025; with
+    --arch=2026, base_train chooses a number and prints it in its plan."""
     max_seq_len: int = flag(2048, 1)
     """Tokens in a training row."""
     vocab_size: int = flag(65536, 1, MOST_TOKENS)
@@ -38,9 +38,9 @@ class Config(Flags):
     (GPUs only); empty: bfloat16."""
     remat: str = flag("auto", choices=("auto", *ALL_REMATS))
     """What the backward pass recomputes, as in base_train: "none", "dots", "full" or "step"; "auto": the
-    first of them that fits in memory, at one compilation per try."""
+    first of these that fits in memory. Each try takes one compilation."""
     find_batch: bool = True
-    """Also search for the largest device batch that fits, at one compilation per try."""
+    """Also search for the largest device batch that fits. Each try takes one compilation."""
     json: bool = False
     """Also print the results (memory, FLOPs, bytes sent, …) as one line of JSON."""
 
@@ -78,14 +78,11 @@ def run(config: Config):
         print(json.dumps(figures))
     if not done.fits:
         raise UserError(remedy(plan, done, figures.get("largest_device_batch")))
-    cli.next_step(training(config, plan.batch))
+    cli.next_step(training_command(config, plan.batch))
 
 
 def rows_of(plan, done) -> list[tuple[str, str]]:
-    """Return rows (name, text) on a compiled step: memory, FLOPs, collectives, kernels, shortest time.
-
-    plan: the StepPlan. done: the step it compiled.
-    """
+    """Return the rows (name, text) to print about `done`, the compiled step of the StepPlan `plan`."""
     from jaxchat.model.flops import peak_flops
 
     rows = [("memory", memory(plan, done)), ("remat", done.remat)]
@@ -102,14 +99,14 @@ def rows_of(plan, done) -> list[tuple[str, str]]:
             ("kernels", ", ".join(f"{name} × {n}" for name, n in program.kernels.most_common(8)) or "none"),
         ]
         if found := plan.bounds(done):
-            rows += at_best(found, plan.flops / peak)
+            rows += bound_rows(found, plan.flops / peak)
         if plan.config.matmul:
             rows.append(("float8", f"{program.float8_products} products; {gathered(program)}"))
     return [*rows, ("compiled in", f"{done.seconds:.0f} s")]
 
 
 def gathered(program) -> str:
-    """Describe how many bytes float8 saves in all-gathers between devices."""
+    """Return a text on how many bytes float8 saves in the all-gathers of a compiled program."""
     sent = program.gathered()
     small, all_sent = sent.get("f8e4m3fn", 0.0), sum(sent.values())
     if not small:
@@ -119,14 +116,14 @@ def gathered(program) -> str:
     return f"{text}; all arrays in {all_sent / 1e9:.3g} of {before / 1e9:.3g} GB ({all_sent / before:.2f} ×)"
 
 
-def at_best(found: dict, model_seconds: float) -> list[tuple[str, str]]:
+def bound_rows(bounds: dict, model_seconds: float) -> list[tuple[str, str]]:
     """Return rows (name, text) on the shortest possible time of a step and of its parts.
 
-    found: {part: lower bound on its time}. model_seconds: time of the FLOPs by formula at the peak rate.
+    bounds: {part: Bound}. model_seconds: time of the model's FLOPs at the devices' peak rate.
     """
-    parts = sorted(found.items(), key=lambda item: -item[1].seconds)
-    sending = found["collectives"].seconds
-    computing = sum(bound.seconds for bound in found.values()) - sending
+    parts = sorted(bounds.items(), key=lambda item: -item[1].seconds)
+    sending = bounds["collectives"].seconds
+    computing = sum(bound.seconds for bound in bounds.values()) - sending
     hidden, apart = max(computing, sending), computing + sending
     texts = [f"{name} {1e3 * bound.seconds:.0f} ms ({bound.limit})" for name, bound in parts]
     step = f"{1e3 * hidden:.0f} ms ({model_seconds / hidden:.0%} MFU) if collectives overlap with the rest"
@@ -167,7 +164,7 @@ def figures_of(plan, done) -> dict:
     return figures
 
 
-def training(config: Config, batch: int) -> str:
+def training_command(config: Config, batch: int) -> str:
     """Return the command that trains the compiled model, with `batch` rows per device."""
     words = [f"--depth={config.depth}", f"--device_batch_size={batch}"]
     if config.arch != BaseConfig.arch:
@@ -180,9 +177,9 @@ def training(config: Config, batch: int) -> str:
 
 
 def remedy(plan, done, largest: int | None) -> str:
-    """Message of the error for a step that needs too much memory.
+    """Return the error message for a step that needs too much memory.
 
-    largest: largest batch that fits; 0: not even one row; None: not searched.
+    largest: number of rows in the largest batch that fits; 0: none fits; None: not searched.
     """
     sizes = f"{done.needs / 1e9:.1f} GB of {plan.memory / 1e9:.0f} GB"
     message = f"a step of {plan.batch} rows a device needs {sizes}; "

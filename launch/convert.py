@@ -16,9 +16,10 @@ class Config(Flags):
     adds the model to a base directory of nanochat. Import: --from=hf --path=FOLDER --as=base --model_tag=NAME
     writes a checkpoint for midtraining, finetuning, evaluation and chat.
 
-    Weights, configuration, tokenizer and metadata are converted. Between jaxchat and nanochat, so is the
-    optimizer state of a base model with nanochat's architecture of March 14, 2026 or later (for an import, if
-    one device trained the model): the other program can resume the run, reading the data from the start.
+    Weights, configuration, tokenizer and metadata are converted. To and from nanochat, the optimizer state of
+    a base model is converted too, if the model has nanochat's architecture of March 14, 2026 or later. The
+    other program can then resume the run, but it reads the data from the start. The optimizer state of a
+    nanochat run on several devices is not imported.
     """
 
     to: str = flag("", choices=("", "hf", "nanochat"))
@@ -26,7 +27,7 @@ class Config(Flags):
     source: str = flag("sft", choices=tuple(STAGES))
     """Stage of the checkpoint to export: base, mid, sft or rl."""
     out: str = ""
-    """Folder to write."""
+    """Folder to export to."""
     from_format: str = flag("", choices=("", "hf", "nanochat"), name="from")
     """Format to import: hf or nanochat."""
     path: str = ""
@@ -35,13 +36,13 @@ class Config(Flags):
     as_stage: str = flag("", choices=("", *STAGES), name="as")
     """Stage to import the model as: base, mid, sft or rl."""
     model_tag: str = flag("", alias="-g")
-    """Tag of the model to export (empty: the deepest model d<N>, or else the newest), or of the imported
-    model."""
+    """Tag of the model to export (empty: the deepest model tagged d<N>, or else the newest), or tag to give
+    to the imported model."""
     step: int = flag(-1, -1, alias="-s")
     """Step of the checkpoint; -1: the last."""
     softcap: int = flag(0, 0)
-    """Softcap (bound of the logits) of an imported nanochat checkpoint of January 18 to March 9, 2026, which
-    does not record it: 15, or 20 from March 2 on; 0: not given."""
+    """Softcap (bound of the logits) of a nanochat checkpoint to import, if it was made from January 18 to
+    March 9, 2026: 15, or 20 from March 2 on. 0: not given."""
 
 
 def run(config: Config):
@@ -68,7 +69,7 @@ def run(config: Config):
 
 
 def progress(config: ModelConfig):
-    """Return a callback that prints progress and the ETA; call it with each converted weight's name."""
+    """Return a callback on_weight(name) that prints progress and the ETA after each converted weight."""
     import jax
 
     from jaxchat.model.params import declare

@@ -32,7 +32,7 @@ class Config(Flags):
     memory and rounding."""
     part: str = flag("all", choices=("all", "world", "score"))
     """Part to run. "all": the complete demo. "world": only write the data. "score": only score the model and
-    write the report. launch.speedrun runs these two as steps, in the base directory itself."""
+    write the report. The last two use the base directory itself instead of its folder demo."""
 
 
 def run(config: Config) -> int:
@@ -67,10 +67,7 @@ def write(seed: int, folder: Path):
 
 
 def train(config: Config, tasks: Path):
-    """Train the tokenizer, then base, mid and SFT models, with the commands of a real run.
-
-    tasks: folder of the generated task files.
-    """
+    """Train the tokenizer and the base, mid and SFT models. tasks: folder of the generated task files."""
     steps = {"base": config.base_steps, "mid": config.mid_steps, "sft": config.sft_steps}
     modules = (tok_train, base_train, mid_train, chat_sft)
     flags = commands(tasks, seed=config.seed, rows=config.device_batch_size, steps=steps)
@@ -80,15 +77,16 @@ def train(config: Config, tasks: Path):
 
 
 def score_and_report(seed: int, start: float | None = None) -> int:
-    """Score the model on held-out prompts, write the report, print the scores.
+    """Score the model on held-out prompts, write the report and print the scores.
 
-    Return 1 if a score misses its target, else 0. start: time.perf_counter() at the start; None: not known.
+    Returns 1 if a score misses its target, else 0. start: time.perf_counter() when the demo began, to print
+    how long it took; None: not printed.
     """
     from jaxchat.demo import World
     from jaxchat.demo.score import passed, table
 
     world = World(seed)
-    scores = ask(world)
+    scores = score_prompts(world)
     print(flush=True)
     report.run(report.Config(model_tag=TAG), texts(), questions(world))
     print(f"\n{table(scores)}\n")
@@ -100,8 +98,8 @@ def score_and_report(seed: int, start: float | None = None) -> int:
     return 0 if passed(scores) else 1
 
 
-def ask(world) -> dict:
-    """Score the SFT model on held-out prompts; return {kind of prompt: Score}, saved for the report too."""
+def score_prompts(world) -> dict:
+    """Score the SFT model on held-out prompts, save the scores, and return {kind of prompt: Score}."""
     from jaxchat import checkpoint
     from jaxchat.demo.score import score
     from jaxchat.infer.engine import Engine
@@ -120,7 +118,7 @@ def ask(world) -> dict:
 
 
 def texts() -> list[str]:
-    """Return texts for the base model to continue: the first three words of validation documents."""
+    """Return up to five texts for the base model to continue: the first words of validation documents."""
     from jaxchat.data.sources import ParquetText, find_shards
 
     documents = ParquetText(find_shards(None, "val"))
@@ -128,7 +126,7 @@ def texts() -> list[str]:
 
 
 def questions(world) -> list[str]:
-    """Return a held-out question of each kind, for the report to ask the chat models."""
+    """Return one held-out question of each kind, for the report to ask the chat models."""
     from jaxchat.demo import KINDS
 
     return [world.heldout(kind)[0].turns[0].question for kind in KINDS]

@@ -1,4 +1,4 @@
-"""Download data sets: python -m launch.download fineweb-edu --shards=240, or: … all-tasks core-bundle"""
+"""Download data sets: python -m launch.download fineweb-edu --shards=240"""
 
 import contextlib
 import dataclasses
@@ -49,15 +49,16 @@ NAMES = (*SETS, "all-tasks")
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
     """Download data sets, several files at a time. Complete files are kept; after an interruption, the same
-    command continues with the missing files. Files are verified by the size and hash that the hub states.
+    command continues with the missing files. Files from the Hugging Face hub are verified by size and hash.
 
-    Names: fineweb-edu and climbmix (text); smoltalk, mmlu, gsm8k, arc, humaneval, identity and words (tasks),
-    or all-tasks for these seven; core-bundle (CORE). The environment variable HF_ENDPOINT names a mirror of
-    the hub; HF_HUB_DOWNLOAD_TIMEOUT is the number of seconds without data after which a connection is closed.
+    The data sets are fineweb-edu and climbmix (text), core-bundle (CORE), and the tasks smoltalk, mmlu,
+    gsm8k, arc, humaneval, identity and words. The name all-tasks stands for these seven. The environment
+    variable HF_ENDPOINT sets a mirror of the hub. HF_HUB_DOWNLOAD_TIMEOUT sets the number of seconds without
+    data after which a connection is closed.
     """
 
     what: str = ""
-    """Names of the data sets, separated by commas; they may also stand before the flags, separated by
+    """Names of the data sets, separated by commas. They may also be given before all flags, separated by
     spaces."""
     shards: int = flag(240, 2)
     """Number of shards of fineweb-edu or climbmix to download, starting with the first; the last one is for
@@ -82,10 +83,10 @@ class Config(Flags):
 
 
 def place(folder: str, to: str) -> Path:
-    """Return the path of a data set. folder: its path relative to the base directory.
+    """Return the path to which a data set is downloaded.
 
-    to: folder that replaces the first part of `folder` (base_data or tasks) or, for the CORE bundle, the base
-    directory; "": the default.
+    folder: its default path in the base directory, such as tasks/mmlu. to: value of --to, which replaces
+    base_data, tasks or, for the CORE bundle, the base directory; "": not given.
     """
     kind, _, rest = folder.partition("/")
     if kind not in ("base_data", "tasks"):
@@ -151,7 +152,7 @@ def run(config: Config):
 
 
 def print_next(to: str):
-    """Print the next command: base_train if a tokenizer was trained on the text in `to`, else tok_train."""
+    """Print the next command: base_train if the tokenizer was trained on the text in `to`, else tok_train."""
     from jaxchat.data.sources import file_fingerprint, find_shards
     from jaxchat.tokenizer import Tokenizer
 

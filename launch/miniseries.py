@@ -15,7 +15,7 @@ from jaxchat.speedrun.state import State
 from jaxchat.speedrun.steps import Checkpoint, Results, Step
 from launch import base_eval, cli
 from launch.cluster.local import shares, visible_gpus
-from launch.speedrun import carry_out, how_to_continue, names_in, stay_off_devices, words_of
+from launch.speedrun import flag_names, flag_words, how_to_continue, run_steps, stay_off_devices
 
 # Flags for base_train, so that it evaluates at the beginning and the end only.
 QUIET = ("--eval_every=1000000", "--core_metric_every=-1", "--sample_every=-1")
@@ -28,8 +28,8 @@ class Config(Flags):
     """Train base models of several depths, and fit scaling laws to their losses.
 
     With --depths alone, each model is trained on a number of tokens in proportion to its size
-    (--target_param_data_ratio). With --budgets too, each depth is trained for each number of FLOPs, and the
-    best model size for each budget is found by a parabola through the losses (isoFLOP).
+    (--target_param_data_ratio). With --budgets too, each depth is trained for each number of FLOPs, and a
+    parabola through the losses gives the best model size for each budget (isoFLOP).
 
     Text and a tokenizer must exist already. After an interruption, the same command continues and skips the
     runs that are done. The results are written to <base directory>/report/<name>: a page on the runs, fits
@@ -39,12 +39,12 @@ class Config(Flags):
     depths: str = "4,6,8,10,12"
     """Depths (numbers of layers) to train, separated by commas."""
     budgets: str = ""
-    """Training FLOPs for each depth, separated by commas, as in 1e17,3e17,1e18; empty: each depth is trained
-    on a number of tokens in proportion to its size."""
+    """Numbers of training FLOPs, separated by commas, as in 1e17,3e17,1e18; each depth is trained for each of
+    them. Empty: each depth is trained on a number of tokens in proportion to its size."""
     name: str = "miniseries"
     """Name of the series; its runs are named <name>-d<depth> or, with --budgets, <name>-d<depth>-<FLOPs>."""
     base: str = ""
-    """Further flags for launch.base_train, separated by spaces: --base="--max_seq_len=512"."""
+    """Further flags for launch.base_train, separated by spaces, as in --base="--max_seq_len=512"."""
     core: bool = False
     """Also measure CORE of each model, with launch.base_eval."""
     base_eval: str = ""
@@ -53,7 +53,7 @@ class Config(Flags):
     """Folder of the parquet shards, of which the last is for validation; empty: <base
     directory>/base_data."""
     parallel: int = flag(0, 0)
-    """Number of runs at the same time on this host, which share its GPUs equally; 0: one per GPU, or one if
+    """Number of runs at the same time on this host, which divide its GPUs equally; 0: one per GPU, or one if
     there is no GPU."""
     redo: str = ""
     """Runs to train again, separated by commas, as in d4,d6-1e17; their old results are deleted first."""
@@ -65,7 +65,7 @@ class Config(Flags):
 
 def run(config: Config) -> int:
     stay_off_devices()
-    listed, flags = described(config)
+    listed, flags = make_steps(config)
     known = State(base_dir() / "speedrun" / config.name)
     redo = steps.named(listed, "redo", config.redo)
     why = state.to_do(known, listed, listed, redo)
@@ -86,7 +86,7 @@ def run(config: Config) -> int:
     if config.dry_run:
         print("nothing was done: --dry_run")
         return 0
-    code = carry_out(Runner(listed, known, restarts=config.restarts, places=places), listed, redo)
+    code = run_steps(Runner(listed, known, restarts=config.restarts, places=places), listed, redo)
     how_to_continue(code, "miniseries", config)
     if code:
         return code
@@ -94,16 +94,16 @@ def run(config: Config) -> int:
     return 0
 
 
-def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
-    """Return (steps of the series, {run name: flags of base_train}). UserError: a flag is invalid."""
+def make_steps(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
+    """Return (the series' steps, {run name: flags of base_train}). Raise UserError if a flag is invalid."""
     from jaxchat.checkpoint import run_folder
 
     run_folder("base", config.name)  # a UserError if the name cannot be a folder's
-    depths = [int(depth) for depth in numbers("depths", config.depths)]
-    budgets = numbers("budgets", config.budgets) if config.budgets else [0.0]
+    depths = [int(depth) for depth in parse_numbers("depths", config.depths)]
+    budgets = parse_numbers("budgets", config.budgets) if config.budgets else [0.0]
     given = shlex.split(config.base)
     own = OWN if config.budgets else OWN - {"num_iterations"}
-    if own := sorted(names_in(given) & own):
+    if own := sorted(flag_names(given) & own):
         raise UserError(f"--base={config.base!r}: launch.miniseries sets --{own[0]} itself; leave it out")
     places, machine, listed, flags = Places(config.data_dir), machine_of(config), [], {}
     for budget in budgets:
@@ -113,7 +113,7 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
             words = [f"--depth={depth}", f"--model_tag={tag}", *places.flags("data_dir"), *QUIET]
             words += [*([f"--target_flops={budget:g}"] if budget else []), *given]
             flags[name] = parsed = cli.parse(BaseConfig, words)
-            argv = python("launch.base_train", *words_of(parsed, names_in(words)))
+            argv = python("launch.base_train", *flag_words(parsed, flag_names(words)))
             made, needs = (Checkpoint("base", tag),), (places.text, TOKENIZER[0])
             minutes = train_minutes(parsed, model_of(parsed), machine, core=False)
             listed.append(Step(name, argv, made, needs, minutes, resumes=True, free=FREE))
@@ -127,7 +127,8 @@ def described(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
 
 
 def machine_of(config: Config) -> Machine:
-    """Return the part of this host that each run uses, as a Machine; GPUs count as H100s at 40 % of peak."""
+    """Return one run's share of this host as a Machine, to estimate times. GPUs count as H100s at 40 % of
+    peak."""
     count = len(places_of(config))
     gpus = len(visible_gpus()) // count
     if gpus:
@@ -142,8 +143,8 @@ def model_of(flags: BaseConfig):
     return base_model(flags, Tokenizer.load().vocab_size)
 
 
-def numbers(name: str, text: str) -> list[float]:
-    """Parse a comma-separated list into sorted numbers. UserError: one of them is not a positive number."""
+def parse_numbers(name: str, text: str) -> list[float]:
+    """Return the sorted numbers in `text`, the value of flag `name`. Raise UserError if one is invalid."""
     try:
         found = [float(word) for word in text.split(",") if word.strip()]
     except ValueError:
@@ -155,7 +156,7 @@ def numbers(name: str, text: str) -> list[float]:
 
 
 def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
-    """Return rows (run name, text) of the plan, with the number of parameters and of optimizer steps."""
+    """Return rows (run name, text) for the plan, with each run's number of parameters and optimizer steps."""
     from jaxchat.model.flops import num_params
     from jaxchat.train.stages import horizon_of
 
@@ -167,13 +168,13 @@ def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
 
 
 def places_of(config: Config) -> tuple[dict, ...]:
-    """Return the environment variables of each run that trains at the same time, to divide the GPUs."""
+    """Return the environment variables that give each concurrent run its share of the GPUs."""
     gpus = visible_gpus()
     return tuple(shares(gpus, config.parallel or max(1, len(gpus)), "parallel"))
 
 
 def report(config: Config, flags: dict[str, BaseConfig]):
-    """Write the page of the series and print the fits. flags: {run name: flags of base_train}."""
+    """Write the report on the series and print its fits. flags: {run name: flags of base_train}."""
     from jaxchat.report import document
     from jaxchat.scaling import fits, page, plots
 

@@ -11,13 +11,13 @@ class Config(Flags):
     """Report on a model: results of its stages side by side, curves, samples, and where and how each stage
     was trained. Missing stages are named and left out.
 
-    For several tags (d12,d20) the report is a page that compares these runs. Results of evaluations are read
+    For several tags (d12,d20), the report is a page that compares these runs. Results of evaluations are read
     from the JSON files beside the checkpoints. Only samples are generated; nothing is trained or evaluated.
     """
 
     model_tag: str = ""
-    """Tag of the model, or several tags, separated by commas, to compare; empty: the deepest model d<N>, or
-    else the newest model."""
+    """Tag of the model, or several tags to compare, separated by commas; empty: the deepest model tagged
+    d<N>, or else the newest model."""
     price_per_hour: float = flag(0.0, 0)
     """Price of the machine per hour, in any currency; 0: no cost in the report."""
     samples: bool = True
@@ -25,7 +25,7 @@ class Config(Flags):
 
 
 def run(config: Config, texts=(), questions=()):
-    """Write the report. texts: for base models to continue; questions: for chat models; (): the default."""
+    """Write the report. Base models continue `texts`, chat models answer `questions`; if (), the defaults."""
     from jaxchat import files
     from jaxchat.eval.samples import PROMPTS, QUESTIONS
     from jaxchat.report import compare, document, plots

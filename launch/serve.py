@@ -20,26 +20,26 @@ LIBRARIES = ("starlette", "uvicorn", "prometheus_client")
 
 @dataclasses.dataclass(frozen=True)
 class Config(DeviceFlags):
-    """Serve one or several stages of a model over HTTP: OpenAI's API under /v1, a chat page under /.
+    """Serve one or several stages of a model over HTTP, with OpenAI's API under /v1 and a chat page under /.
 
     Many requests are answered at the same time; each device has its own copy of the model. After SIGTERM or
     Ctrl-C, running answers may finish within --drain seconds; a second signal ends them.
     """
 
     source: str = flag("sft", alias="-i")
-    """Stages to serve, separated by commas, as in base,sft: any of rl, sft, mid and base. A request selects a
-    stage by its field `model`; the first is the default. A base model only continues text."""
+    """Stages to serve, separated by commas, as in base,sft: any of rl, sft, mid and base. The field `model`
+    of a request selects one of them; the default is the first. A base model only continues text."""
     model_tag: str = flag("", alias="-g")
-    """Tag of the model; empty: the deepest model d<N>, or else the newest model."""
+    """Tag of the model; empty: the deepest model tagged d<N>, or else the newest model."""
     step: int = flag(-1, 0, special=-1, alias="-s")
     """Step of the checkpoint, if a single stage is served; -1: the last."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: all addresses of this machine."""
     port: int = flag(8000, 0, 65535)
-    """Port to listen on; 0: any that is free."""
+    """Port to listen on; 0: any free port."""
     api_key: str = ""
-    """API keys that clients may use, separated by commas; empty: those in $JAXCHAT_API_KEY or, if it is not
-    set, no key is needed. The chat page and /health need no key."""
+    """API keys that clients may use, separated by commas; empty: the keys in $JAXCHAT_API_KEY. If that is not
+    set either, no key is needed. The chat page and /health never need a key."""
     cors_origins: str = ""
     """Origins of other sites whose pages may use the server, separated by commas, as in
     https://chat.example.com (without a path); *: all. Their hosts are also accepted in the Host header."""
@@ -58,7 +58,7 @@ class Config(DeviceFlags):
     drain: float = flag(30.0, 0)
     """Seconds that running answers have to finish when the server is asked to stop."""
     open_browser: bool = False
-    """Open the page in a browser once the model is ready."""
+    """Open the chat page in a browser once the model is ready."""
 
 
 def run(config: Config):
@@ -98,7 +98,7 @@ def run(config: Config):
 
 
 async def serve(config: Config, found: list, devices: list, compute: Compute, origins: tuple, sock):
-    """Serve until asked to stop. While the models load, the server already answers that it is loading."""
+    """Serve the checkpoints `found` on the socket `sock` until a signal asks to stop."""
     from jaxchat.serve import server
     from jaxchat.serve.app import make_app
     from jaxchat.serve.guard import Rules, is_local
@@ -113,7 +113,7 @@ async def serve(config: Config, found: list, devices: list, compute: Compute, or
 
 
 async def load(service, address: str, open_browser: bool):
-    """Load and compile all models, print the address and, if `open_browser`, open it in a browser."""
+    """Load and compile all models, print `address` and, if `open_browser`, open it in a browser."""
     import asyncio
 
     began = time.perf_counter()
@@ -131,10 +131,8 @@ async def load(service, address: str, open_browser: bool):
 
 
 def make_service(config: Config, found: list, devices: list, compute: Compute):
-    """Build the service, with a Worker for each model and device. Call this in the event loop.
-
-    found: the checkpoints to serve. The workers are not started yet.
-    """
+    """Build the service for the checkpoints `found`. Its workers, one per model and device, are not started
+    yet. Must be called in the event loop."""
     from jaxchat.serve.loop import Pool, Worker
     from jaxchat.serve.metrics import Metrics
     from jaxchat.serve.service import Defaults, Served, Service
@@ -162,10 +160,10 @@ def make_service(config: Config, found: list, devices: list, compute: Compute):
 
 
 def engine_opener(model, device, compute: Compute, slots: int, lock):
-    """Return opened(on_progress), a context with the model's engine on a device and all shapes compiled.
+    """Return opened(on_progress), a context manager that gives a compiled Engine of the model on `device`.
 
-    slots: number of answers that the engine generates at a time. lock: held during compilation, so that
-    models of the same shape are compiled only once.
+    slots: number of answers that the engine generates at a time. lock: held while the engine compiles, so
+    that models of the same shape compile only once.
     """
 
     @contextlib.contextmanager
@@ -189,23 +187,16 @@ def engine_opener(model, device, compute: Compute, slots: int, lock):
 
 
 def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]):
-    """Compile each shape and sampling mode in advance, by generating a token with each of them.
-
-    engine: created with few_shapes=True, which limits the number of shapes. on_progress: called with (number
-    compiled, total).
-    """
-    ways = ways_of(context)
+    """Compile each shape and sampling mode in advance. on_progress: called with (number compiled, total)."""
+    ways = warmup_settings(context)
     for done, settings in enumerate(ways):
         on_progress(done, len(ways))
         engine.generate(**settings, max_tokens=1)
     on_progress(len(ways), len(ways))
 
 
-def ways_of(context: int) -> list[dict]:
-    """Return settings of Engine.generate that together use every shape, those with log-probabilities last.
-
-    context: maximum number of tokens of a prompt and its answer.
-    """
+def warmup_settings(context: int) -> list[dict]:
+    """Return settings for calls of Engine.generate that together use every shape up to `context` tokens."""
     from jaxchat.infer.scheduler import SHORTEST, bucket
 
     lengths = sorted({bucket(n, SHORTEST, context) for n in range(1, context + 1)})
@@ -236,7 +227,7 @@ def stages_of(config: Config) -> list[str]:
 
 def shapes_of(found: list) -> str:
     configs = {model.config for model in found}  # models of the same shape compile once
-    count = sum(len(ways_of(config.sequence_len)) for config in configs)
+    count = sum(len(warmup_settings(config.sequence_len)) for config in configs)
     return f"{count} a device to compile at the first start; later starts read them from disk"
 
 
@@ -245,12 +236,13 @@ def slots_of(config: Config, devices: list) -> int:
 
 
 def name_of(model) -> str:
-    """Name by which requests select the model, such as d20-sft."""
+    """Return the name by which requests select the model, such as d20-sft."""
     return f"{model.tag}-{model.meta['stage']}"
 
 
 def fingerprint(model) -> str:
-    """The `system_fingerprint` in replies: version of jaxchat and hash of stage, tag, step and tokenizer."""
+    """Return the `system_fingerprint` of replies: jaxchat's version and a hash of stage, tag, step and
+    tokenizer."""
     about = f"{model.meta['stage']} {model.tag} {model.step} {model.meta['tokenizer_hash']}"
     return f"jaxchat-{importlib.metadata.version('jaxchat')}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
 
@@ -261,7 +253,7 @@ def keys_of(config: Config) -> tuple[str, ...]:
 
 
 def origins_of(config: Config) -> tuple[str, ...]:
-    """Parse --cors_origins, in lower case as browsers send origins. UserError: an item is not an origin."""
+    """Return the origins in --cors_origins, in lower case. Raise UserError if an item is not an origin."""
     origins = [origin.strip().lower() for origin in config.cors_origins.split(",") if origin.strip()]
     for origin in origins:
         if origin != "*" and not re.fullmatch(
@@ -273,7 +265,7 @@ def origins_of(config: Config) -> tuple[str, ...]:
 
 
 def address_of(host: str, port: int) -> str:
-    """URL of the chat page."""
+    """Return the URL of the chat page."""
     host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -32,8 +32,8 @@ class Config(Flags):
     made with the same flags from the same inputs. If its flags or inputs have changed, the command names the
     change and does nothing; --redo=STEP deletes the old output and runs the step again.
 
-    --dry_run prints the plan: steps, time, cost, disk, memory. All files are kept in the base directory: each
-    step's output in speedrun/<tag>/<step>.log, the state of the run in speedrun/<tag>/status.json.
+    --dry_run prints the plan: steps, time, cost, disk and memory. All files are kept in the base directory,
+    each step's output in speedrun/<tag>/<step>.log and the state of the run in speedrun/<tag>/status.json.
 
     Names of steps, for --from, --until, --only and --redo: fit (on GPUs), first-text, tasks, bundle, text,
     tokenizer, tokenizer-eval, base, base-eval, mid, chat-eval-mid, sft, chat-eval, rl, chat-eval-rl, report;
@@ -55,9 +55,9 @@ class Config(Flags):
     eval_bundle: str = ""
     """Folder or zip file of the CORE bundle; "none": leave CORE out; empty: download the bundle."""
     tokenizer: str = ""
-    """Further flags for launch.tok_train, separated by spaces: --tokenizer="--vocab_size=32768"."""
+    """Further flags for launch.tok_train, separated by spaces, as in --tokenizer="--vocab_size=32768"."""
     base: str = ""
-    """Further flags for launch.base_train: --base="--num_iterations=100 --eval_every=20"."""
+    """Further flags for launch.base_train, as in --base="--num_iterations=100 --eval_every=20"."""
     mid: str = ""
     """Further flags for launch.mid_train."""
     sft: str = ""
@@ -120,12 +120,12 @@ def run(config: Config) -> int:
     how_to_continue(code, "speedrun", config)
     if not code and partial(config) and not config.dry_run:
         rest = dataclasses.replace(config, first="", until="", only="", redo="")
-        cli.next_step(f"python -m launch.speedrun {shlex.join(words_of(rest))}")
+        cli.next_step(f"python -m launch.speedrun {shlex.join(flag_words(rest))}")
     return code
 
 
 def stay_off_devices():
-    """Keep this process on the CPU: the steps need the devices, and a TPU serves one process at a time."""
+    """Make jax use only the CPU in this process, so that the processes of the steps can use the devices."""
     import jax  # here, so that --help answers at once
 
     jax.config.update("jax_platforms", "cpu")  # not in the environment, which the steps inherit
@@ -136,7 +136,7 @@ def partial(config: Config) -> bool:
 
 
 def plan_and_perform(config: Config) -> int:
-    plan = described(config)
+    plan = make_plan(config)
     if config.serve:
         serve.check_installed()
     known = State(base_dir() / "speedrun" / plan.tag)
@@ -162,8 +162,9 @@ def plan_and_perform(config: Config) -> int:
 
 
 def perform(config: Config, plan: Plan, runner: Runner, redo: set[str]) -> int:
-    """Run the chosen steps, then print the next command or, with --serve, start the server."""
-    if code := carry_out(runner, plan.steps, redo, plan.price):
+    """Run the chosen steps and return the exit code. If the whole run is complete, also print the command of
+    the server or, with --serve, start it."""
+    if code := run_steps(runner, plan.steps, redo, plan.price):
         return code
     if partial(config):
         return 0
@@ -174,11 +175,11 @@ def perform(config: Config, plan: Plan, runner: Runner, redo: set[str]) -> int:
     return 0
 
 
-def carry_out(runner: Runner, listed: list[Step], redo: set[str], price: float = 0.0) -> int:
-    """Run the steps of `runner` and return the exit code.
+def run_steps(runner: Runner, listed: list[Step], redo: set[str], price: float = 0.0) -> int:
+    """Run the steps of `runner`, print a summary and return the exit code.
 
-    listed: all steps of the run. redo: names of steps whose outputs are deleted first. price: per hour; 0:
-    not known. UserError: the run is in progress in another process, or an input is missing.
+    listed: all steps of the run. redo: names of steps whose outputs are deleted first. price: price of the
+    machine per hour; 0: not known. Raises UserError if the run is in progress in another process.
     """
     known = runner.state
     try:
@@ -198,15 +199,15 @@ def carry_out(runner: Runner, listed: list[Step], redo: set[str], price: float =
 
 
 def how_to_continue(code: int, command: str, config: Flags):
-    """Print the command that continues a run, unless the exit code `code` is 0."""
+    """Print the command that continues a run, if `code` is not 0. command: its module in launch/."""
     if code:
         saved = code == os.EX_TEMPFAIL
         print(f"{'stopped and saved; to continue' if saved else 'to continue once the error is fixed'}:")
-        cli.next_step(f"python -m launch.{command} {shlex.join(words_of(config))}")
+        cli.next_step(f"python -m launch.{command} {shlex.join(flag_words(config))}")
 
 
-def described(config: Config) -> Plan:
-    """Make the plan that the flags describe. UserError: a flag is invalid."""
+def make_plan(config: Config) -> Plan:
+    """Return the plan of the run that the flags describe. Raise UserError if a flag is invalid."""
     if not config.preset:
         known = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
         raise UserError(f"which machine? give --preset=NAME ({known})")
@@ -244,10 +245,8 @@ def estimated(plan: Plan) -> Plan:
 
 
 def fit_step(plan: Plan) -> list[Step]:
-    """Return [a step that compiles base_train's step for the preset's GPUs], or [] if that is impossible.
-
-    It needs a preset with GPUs, and JAX's plugin for them.
-    """
+    """Return [a step that compiles base_train's training step for the preset's GPUs], or [] if the preset has
+    no GPUs or JAX's CUDA plugin is not installed."""
     machine = plan.preset.machine
     if not machine.topology.startswith("h") or importlib.util.find_spec("jax_cuda13_plugin") is None:
         return []
@@ -261,10 +260,7 @@ def fit_step(plan: Plan) -> list[Step]:
 
 
 def with_flags(listed: list[Step], config: Config) -> tuple[list[Step], dict[str, Flags]]:
-    """Add the preset's and the user's flags to the steps. Return (steps, {step name: parsed flags}).
-
-    UserError: a flag is invalid.
-    """
+    """Add the preset's and the user's flags to the steps. Return (steps, {step name: parsed flags})."""
     found, parsed = [], {}
     for step in listed:
         if step.name in ADDED:
@@ -277,11 +273,11 @@ def with_flags(listed: list[Step], config: Config) -> tuple[list[Step], dict[str
                 parsed[step.name] = flags = cli.parse(kind, words)
             except (UserError, ValueError) as problem:
                 raise UserError(f"--{name}={given!r}: {problem}") from None
-            if own := sorted(names_in(extra) & OWN):
+            if own := sorted(flag_names(extra) & OWN):
                 raise UserError(f"--{name}={given!r}: launch.speedrun sets --{own[0]} itself; leave it out")
             if free is None:
                 free = {field.name for field in dataclasses.fields(kind) if field.metadata.get("free")}
-            argv = (*step.argv[:3], *words_of(flags, names_in(words)))
+            argv = (*step.argv[:3], *flag_words(flags, flag_names(words)))
             step = dataclasses.replace(step, argv=argv, free=frozenset(free - OWN))
         found.append(step)
     used = {ADDED[name][1] for name in parsed}
@@ -292,13 +288,13 @@ def with_flags(listed: list[Step], config: Config) -> tuple[list[Step], dict[str
     return found, parsed
 
 
-def names_in(words: list[str]) -> set[str]:
+def flag_names(words: list[str]) -> set[str]:
     """Return the names of the flags in a command's arguments."""
     return {w.partition("=")[0][2:].replace("-", "_") for w in words if w.startswith("--")}
 
 
-def words_of(flags: Flags, given: set[str] = frozenset()) -> list[str]:
-    """Return a command's arguments: flags that are named in `given` or differ from their defaults."""
+def flag_words(flags: Flags, given: set[str] = frozenset()) -> list[str]:
+    """Return command-line arguments for the flags that are named in `given` or differ from their defaults."""
     words = []
     for field in dataclasses.fields(flags):
         value, name = getattr(flags, field.name), field.metadata.get("name") or field.name
@@ -308,7 +304,8 @@ def words_of(flags: Flags, given: set[str] = frozenset()) -> list[str]:
 
 
 def check(plan: Plan, todo: list[Step]) -> list[str]:
-    """Run launch.check and print its findings. Return those on missing items that no step in `todo` makes."""
+    """Run launch.check and print its findings, except on items that steps in `todo` will make. Return the
+    printed findings on missing items."""
     names = {step.name for step in todo}
     tasks = [word for word in plan_flags(plan, "sft") if word.startswith("--tasks_dir=")]
     words = [*plan_flags(plan, "base"), *tasks, "--resume"]
@@ -338,7 +335,10 @@ def check(plan: Plan, todo: list[Step]) -> list[str]:
 
 
 def wrong_devices(machine: Machine, line: tuple[str, str, str]) -> tuple[str, str, str]:
-    """Return launch.check's line on devices, as "missing" if these are not the devices of the preset."""
+    """Return launch.check's finding on devices, changed to "missing" if they are not those of `machine`.
+
+    line: the finding, as (state, name, text).
+    """
     state, name, text = line
     right = text.startswith(f"{machine.devices} × ") and "cpu" not in text
     if state == "missing" or not machine.topology or right:

@@ -12,12 +12,10 @@ from launch.tok_train import documents
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Compare the average number of bytes per token of this tokenizer and others: with a higher number,
-    more text fits in a row. The texts are training and validation text, modules of Python's library, worked
-    mathematics, and fifteen languages.
-
-    The results are written beside the tokenizer, as tok_eval.csv and .json.
-    """
+    """Compare the average number of bytes per token of this tokenizer and others. The higher it is, the more
+    text fits in a row. The texts are training and validation text, modules of Python's library, worked
+    mathematics, and fifteen languages. The results are written beside the tokenizer, as tok_eval.csv and
+    .json."""
 
     data_dir: str = ""
     """Folder of the parquet shards; empty: <base directory>/base_data."""
@@ -44,7 +42,8 @@ def texts_of(config: Config) -> dict[str, str]:
 
 
 def references(names: str) -> dict:
-    """Return {name: tiktoken.Encoding}; print which encodings cannot be loaded, and leave them out."""
+    """Return {name: tiktoken.Encoding} of the encodings in comma-separated `names`. An encoding that cannot
+    be loaded is left out, with a message."""
     import tiktoken
 
     found = {}

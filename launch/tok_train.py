@@ -30,7 +30,7 @@ class Config(Flags):
 
 
 def documents(texts, max_chars: int = -1, doc_cap: int = -1) -> Iterator[str]:
-    """Yield texts in order, at most doc_cap characters of each and max_chars in all; -1: no limit."""
+    """Yield texts in order, at most `doc_cap` characters of each and `max_chars` in total; -1: no limit."""
     left = math.inf if max_chars == -1 else max_chars
     for i in range(len(texts)):
         text = texts[i]
@@ -81,9 +81,9 @@ def run(config: Config):
 
 
 def check_replaceable(runs: list[Path], tokenizer, folder: Path):
-    """Raise UserError if a run was trained with another tokenizer.
+    """Raise UserError if one of `runs` was trained with another tokenizer than `tokenizer`, the new one.
 
-    runs: folders of runs without a copy of their tokenizer, which need the one in `folder`.
+    runs: folders of runs without a copy of their tokenizer. folder: that of the old tokenizer.
     """
     from jaxchat import checkpoint
 

@@ -19,10 +19,10 @@ def test_room_is_kept_for_an_answer():
     for token in range(2, 10):
         talk.add(token)
     assert talk.tokens == [0, *[1] * 9, *range(2, 10)]
-    assert talk.ask([5] * 4) == 0 and len(talk.tokens) == 22 == talk.room  # it just fits
+    assert talk.ask([5] * 4) == 0 and len(talk.tokens) == 22 == talk.prompt_limit  # it just fits
     talk.add(6)
     assert talk.ask([7] * 17) == 2 and talk.tokens == [0, *[7] * 17]  # all that is older leaves
-    assert Conversation(bos=0, context=32, max_tokens=1000).room == 16
+    assert Conversation(bos=0, context=32, max_tokens=1000).prompt_limit == 16
     talk.clear()
     assert talk.tokens == [0]
 

@@ -145,7 +145,7 @@ def test_downloads_are_one_command():
     commands += [f"python -m launch.download {name}" for name in ("arc", "arc", "words")]
     commands += ["python -m launch.download arc --to='my tasks'"]
     joined = "python -m launch.download fineweb-edu arc words --shards=9"
-    assert check.in_one(commands) == [joined, commands[1], "python -m launch.download arc '--to=my tasks'"]
+    assert check.merge_commands(commands) == [joined, commands[1], "python -m launch.download arc '--to=my tasks'"]
 
 
 COMMANDS = {  # what brings a thing back

@@ -13,7 +13,7 @@ from jaxchat.config import REMATS, Compute, ModelConfig, UserError
 from jaxchat.plan import hlo, roofline, topologies
 from jaxchat.plan.step import Compiled, StepPlan
 from jaxchat.train.fit import fits
-from launch.compile_check import Config, memory, training
+from launch.compile_check import Config, memory, training_command
 
 
 def needs(module: str, extra: str):
@@ -142,10 +142,10 @@ def test_a_window_that_is_half_padding():
 
 def test_what_to_train_with():
     command = "python -m launch.base_train --depth=4 --device_batch_size=2"
-    assert training(Config(depth=4, topology="v5e:2x2"), 2) == command
-    assert training(Config(depth=4, remat="full"), 2) == f"{command} --remat=full"
+    assert training_command(Config(depth=4, topology="v5e:2x2"), 2) == command
+    assert training_command(Config(depth=4, remat="full"), 2) == f"{command} --remat=full"
     changed = Config(depth=4, total_batch_size=16384, max_seq_len=512, mesh="fsdp=4")
-    assert training(changed, 2) == f"{command} --total_batch_size=16384 --max_seq_len=512 --mesh=fsdp=4"
+    assert training_command(changed, 2) == f"{command} --total_batch_size=16384 --max_seq_len=512 --mesh=fsdp=4"
 
 
 def plan_where(fitting, batch: int, **fields) -> StepPlan:

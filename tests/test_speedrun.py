@@ -571,7 +571,7 @@ def test_the_chain_undisturbed(home):
 
 
 def described(*flags):
-    return speedrun.described(cli.parse(speedrun.Config, list(flags)))
+    return speedrun.make_plan(cli.parse(speedrun.Config, list(flags)))
 
 
 def rows_of(plan):
