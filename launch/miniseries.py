@@ -1,6 +1,7 @@
 """Train a series of small models and fit scaling laws: python -m launch.miniseries --depths=4,6,8,10"""
 
 import dataclasses
+import math
 import shlex
 
 from jaxchat import files
@@ -149,7 +150,8 @@ def parse_numbers(name: str, text: str) -> list[float]:
         found = [float(word) for word in text.split(",") if word.strip()]
     except ValueError:
         found = []
-    if not found or min(found) <= 0 or (name == "depths" and any(value != int(value) for value in found)):
+    good = [0 < value < math.inf and (name != "depths" or value == int(value)) for value in found]
+    if not found or not all(good):
         kind = "whole numbers" if name == "depths" else "numbers"
         raise UserError(f"--{name}={text}; it must be positive {kind} separated by commas")
     return sorted(set(found))

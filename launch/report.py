@@ -34,7 +34,7 @@ def run(config: Config, texts=(), questions=()):
 
     texts, questions = texts or PROMPTS, questions or QUESTIONS
     given = dict.fromkeys(tag.strip() for tag in config.model_tag.split(",") if tag.strip())
-    runs, several = [gather(tag) for tag in given or [""]], "," in config.model_tag
+    runs, several = [gather(tag) for tag in given or [""]], len(given) > 1
     tags = [run.tag for run in runs]
     names, folder = ", ".join(tags), base_dir() / "report" / "+".join(tags)
     if several:

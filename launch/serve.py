@@ -214,7 +214,7 @@ def check_installed():
 
 
 def stages_of(config: Config) -> list[str]:
-    stages = config.source.split(",")
+    stages = [stage.strip() for stage in config.source.split(",")]
     for stage in stages:
         if stage not in STAGES or stages.count(stage) > 1:
             known = ", ".join(STAGES)

@@ -201,6 +201,8 @@ def test_one_dial_and_redo(prepared, capsys):
     [
         (["--depths=2,x"], "--depths=2,x; it must be positive whole numbers separated by commas"),
         (["--depths=2.5"], "positive whole numbers"),
+        (["--depths=inf"], "positive whole numbers"),
+        (["--depths=2", "--budgets=1e9,nan"], "--budgets=1e9,nan; it must be positive numbers"),
         (["--budgets=1e12,-1"], "--budgets=1e12,-1; it must be positive numbers"),
         (["--budgets=10"], "--target_flops=10 is less than one step"),
         (["--base=--depth=3"], "launch.miniseries sets --depth itself"),
