@@ -156,9 +156,9 @@ def test_the_optimizers_state_out_and_in(home, capsys):
     convert.main(take)
     assert "--resume continues from it" in capsys.readouterr().out
     found = checkpoint.open_model("base", "back", needs_tokenizer=False)
-    again = optimizer.restored(found)
+    again = optimizer.restore(found)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), again, state)
-    assert optimizer.rates(found.meta) == optimizer.rates(
+    assert optimizer.peak_rates(found.meta) == optimizer.peak_rates(
         checkpoint.open_model("base", "d3", needs_tokenizer=False).meta
     )
 

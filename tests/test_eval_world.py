@@ -134,7 +134,7 @@ def test_forced_tokens_alone_count_as_output(tokenizer):
     def pieces(forced, finished=True):
         return text.pieces(Generated(ids[begin:-1], forced[begin:-1], finished), tokenizer)
 
-    assert pieces(forced) == scorer.wanted_pieces(TURN)
+    assert pieces(forced) == scorer.expected_parts(TURN)
     assert ("made up", "2") in pieces([False] * len(forced))
     assert pieces(forced, finished=False)[-1] == ("unfinished", "…")
 

@@ -189,7 +189,7 @@ def test_words_and_sums():
     assert counted_letters("apple", "p") == "a p1 p2 l e"
     assert (in_words(342), in_words(40), in_words(700)) == ("three hundred forty-two", "forty", "seven hundred")
     assert [Sum(7, sign, 2).result for sign in "+-*/"] == ["9", "5", "14", "3.5"]
-    assert Sum(8, "/", 2).result == "4" and not Sum(2, "-", 8).of_things
+    assert Sum(8, "/", 2).result == "4" and not Sum(2, "-", 8).is_natural
 
 
 # The files.

@@ -1,4 +1,4 @@
-"""Convert from and to Hugging Face's format: folders that transformers opens as NanoChatForCausalLM."""
+"""Export and import models as folders that Hugging Face transformers opens as NanoChatForCausalLM."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ from jaxchat import files
 from jaxchat.checkpoint import Found
 from jaxchat.config import ModelConfig, UserError
 from jaxchat.convert import tokens
-from jaxchat.convert.weights import Foreign, Progress, check_space, read_object, shareable, to_torch
+from jaxchat.convert.weights import ForeignModel, Progress, check_space, read_object, shareable, to_torch
 from jaxchat.model.flops import num_params
 
 NAMES = {
@@ -54,13 +54,20 @@ FIXED = {
 }
 
 # Fields of ModelConfig that change what is computed and have no place in config.json.
-BEYOND = ("qk_scale", "window_pattern", "value_gate_channels", "layer_scales", "smear_channels", "backout")
+UNSUPPORTED = (
+    "qk_scale",
+    "window_pattern",
+    "value_gate_channels",
+    "layer_scales",
+    "smear_channels",
+    "backout",
+)
 
 
 def architecture(config: ModelConfig, tokenizer, dtype: str, chat: bool) -> dict:
     """Return the content of config.json, which describes the model to transformers.
 
-    dtype: dtype of the weights, such as "float32". chat: whether the model can chat.
+    dtype: dtype of weights, such as "float32". chat: whether <|assistant_end|> also ends the generated text.
     """
     return {
         **{name: value for name, (value, _) in FIXED.items()},
@@ -90,9 +97,10 @@ def end_tokens(tokenizer, chat: bool) -> dict:
 
 
 def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
-    """Export a checkpoint to the folder `out`, atomically. chat: whether the model can chat.
+    """Export the checkpoint `found` to the folder `out`, atomically. Return the folder's absolute path.
 
-    UserError: the folder exists, its disk is too full, or transformers cannot compute the model.
+    chat: whether to add a chat template and make <|assistant_end|> end the generated text.
+    Raises UserError if `out` is not empty, its disk is too full, or transformers cannot compute the model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists; give --out another folder, or remove it")
@@ -117,16 +125,16 @@ def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
 
 
 def check_expressible(found: Found):
-    """Raise UserError unless transformers' NanoChatForCausalLM, of November 2025, can compute the model."""
+    """Raise UserError if the model has a feature that transformers' NanoChatForCausalLM lacks."""
     usual = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    more = [name for name in BEYOND if getattr(found.config, name) != usual[name]]
+    more = [name for name in UNSUPPORTED if getattr(found.config, name) != usual[name]]
     if more or found.config.padded_vocab != found.config.vocab_size:
         beyond = f"{', '.join(more) or 'a padded vocabulary'}, which transformers' NanoChatForCausalLM"
         raise UserError(f"{found.path} has {beyond} cannot express; export it with --to=nanochat")
 
 
 def model_card(found: Found, chat: bool) -> str:
-    """Return the text of README.md: the model's size and origin, and its run's metrics and settings."""
+    """Return the README.md of an exported model. chat: whether to explain the format of conversations."""
     config, meta = found.config, found.meta
     imported = meta.get("imported", {}).get("from")
     rows = {
@@ -153,8 +161,8 @@ def model_card(found: Found, chat: bool) -> str:
     return text + (CHATS if chat and found.tokenizer else "")
 
 
-def load(path: Path) -> Foreign:
-    """Open a model in a folder that transformers wrote. UserError: it is of another kind, or damaged."""
+def load(path: Path) -> ForeignModel:
+    """Load a model from a folder saved by transformers. Raise UserError if it is unsupported or damaged."""
     described = read_object(path / "config.json", "--path must be a folder that transformers wrote")
     config = _model_config(path / "config.json", described)
     index = path / "model.safetensors.index.json"
@@ -175,7 +183,7 @@ def load(path: Path) -> Foreign:
             raise UserError(f"{file} cannot be read: {problem}") from problem
     file = path / "tokenizer.json"
     tokenizer = tokens.from_hugging_face(file) if file.exists() else None
-    return Foreign(path, config, NAMES, tensors, tokenizer, meta={"config": described})
+    return ForeignModel(path, config, NAMES, tensors, tokenizer, meta={"config": described})
 
 
 def _model_config(path: Path, described: dict) -> ModelConfig:

@@ -1,7 +1,4 @@
-"""Convert nanochat's files, November 2025 to July 2026: model_<step>.pt, meta_<step>.json, tokenizer.pkl.
-
-A checkpoint does not say with which constants it was trained; `generation` infers them from its tensors.
-"""
+"""Convert nanochat's checkpoints and tokenizers of November 2025 to July 2026."""
 
 import math
 import re
@@ -14,7 +11,7 @@ from jaxchat import files
 from jaxchat.checkpoint import Found
 from jaxchat.config import ARCHITECTURES, STAGES, ModelConfig, UserError, rounded_up
 from jaxchat.convert import optimizer, tokens
-from jaxchat.convert.weights import Foreign, Progress, check_space, read_object, shareable, to_torch
+from jaxchat.convert.weights import ForeignModel, Progress, check_space, read_object, shareable, to_torch
 
 NAMES = {
     "wte": "transformer.wte.weight",
@@ -45,10 +42,10 @@ GENERATIONS = "the generations that docs/architecture.md lists"
 
 
 def export(found: Found, out: Path, progress: Progress) -> Path:
-    """Export a checkpoint to `out`, a base directory of nanochat; return the path of its model_<step>.pt.
+    """Export a checkpoint to `out`, a base directory of nanochat. Return the path of its model_<step>.pt.
 
-    UserError: this file exists, the directory has a different tokenizer, nanochat cannot compute the model,
-    or the disk is too full.
+    Raises UserError if that file or a different tokenizer exists, nanochat lacks such a model, or the disk is
+    too full.
     """
     folder = out / STAGES[found.meta["stage"]].folder / found.tag
     model, meta_file = folder / f"model_{found.step:06d}.pt", folder / f"meta_{found.step:06d}.json"
@@ -70,7 +67,7 @@ def export(found: Found, out: Path, progress: Progress) -> Path:
             torch.save(torch.from_numpy(found.tokenizer.token_bytes), part)
         with files.atomic(pickled) as part:
             tokens.write_pickle(found.tokenizer, part)
-    if (found.path / "optimizer").is_dir() and has_optimizer(found.config):
+    if (found.path / "optimizer").is_dir() and can_convert_optimizer(found.config):
         meta |= RESUMED | {"total_batch_size": found.meta.get("settings", {}).get("total_batch_size")}
         meta["val_bpb"] = meta.get("val_bpb", math.inf)
         with files.atomic(folder / f"optim_{found.step:06d}_rank0.pt") as part:
@@ -81,37 +78,35 @@ def export(found: Found, out: Path, progress: Progress) -> Path:
     return model
 
 
-def has_optimizer(config: ModelConfig) -> bool:
-    """Return whether a model has the architecture of March 14, 2026 or later.
-
-    The optimizer state of older models is not converted.
-    """
+def can_convert_optimizer(config: ModelConfig) -> bool:
+    """Return whether the architecture is from March 14, 2026 or later, as optimizer conversion needs."""
     mechanisms = (config.smear_channels, config.backout, config.value_gate_channels, config.layer_scales)
     return all(mechanisms)
 
 
-def load_optimizer(foreign: Foreign) -> tuple[dict | None, str]:
-    """Convert the optimizer state beside an opened checkpoint to jaxchat's format.
+def load_optimizer(foreign: ForeignModel) -> tuple[dict | None, str]:
+    """Convert the optimizer state beside an opened nanochat checkpoint to jaxchat's format.
 
-    Return (the state, or None if there is none to convert; a line for the user about the state).
+    Return (state, message for the user). The state is None if it is missing or cannot be converted.
+    Raises UserError if the file is damaged or belongs to another model.
     """
     files_there = sorted(foreign.path.parent.glob(f"optim_{foreign.step:06d}_rank*.pt"))
     if not files_there:
         return None, "there is no optimizer state"
     if len(files_there) > 1:
         return None, f"not converted: it is sharded over {len(files_there)} devices"
-    if not has_optimizer(foreign.config):
+    if not can_convert_optimizer(foreign.config):
         return None, "not converted: the model is older than March 14, 2026"
-    state = optimizer.take_in(files_there[0], foreign.config, NAMES)
+    state = optimizer.load(files_there[0], foreign.config, NAMES)
     return state, f"{files_there[0].name}; --resume continues from it"
 
 
-def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Foreign:
-    """Open a checkpoint in a folder of model_<step>.pt files, or in a base directory of nanochat.
+def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> ForeignModel:
+    """Open a checkpoint in `path`, a folder of model_<step>.pt files or a base directory of nanochat.
 
-    stage, tag: which model of a base directory to open. step -1: the last step. softcap: the model's bound of
-    the logits, for versions of nanochat that don't show it (15 or 20); 0: not given. UserError: the
-    checkpoint is missing or damaged, its model is unknown, or its file holds more than tensors.
+    stage, tag: the model to open in a base directory. step: -1 opens the last step.
+    softcap: bound of the logits, 15 or 20, if it cannot be inferred from the checkpoint; else 0.
+    Raises UserError if the checkpoint is missing, damaged or unsupported, or if softcap is wrong.
     """
     folder = find_folder(path, stage, tag)
     steps = sorted(int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"model_(\d+)\.pt", p.name)))
@@ -128,18 +123,18 @@ def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Forei
     if odd := (shape.keys() - {"window_pattern"}) ^ FIELDS:
         names = ", ".join(sorted(odd))
         raise UserError(f"{meta_file} is of a model unknown to jaxchat: model_config differs in {names}")
-    config = generation(file, shape, tensors, softcap)
+    config = infer_config(file, shape, tensors, softcap)
     places = (where / "tokenizer/tokenizer.pkl" for where in (path, folder, folder.parent.parent))
     pickled = next((place for place in places if place.exists()), None)
     tokenizer = tokens.read_pickle(pickled) if pickled else None
-    return Foreign(file, config, NAMES, tensors, tokenizer, step=step, meta=meta)
+    return ForeignModel(file, config, NAMES, tensors, tokenizer, step=step, meta=meta)
 
 
 def find_folder(path: Path, stage: str, tag: str) -> Path:
-    """Find the folder of model_<step>.pt files: `path`, or <path>/<folder of the stage>/<tag>.
+    """Return the folder of model_<step>.pt files: `path`, or <path>/<folder of the stage>/<tag>.
 
-    If the tag does not exist and there is only one other, return that tag's folder. UserError: there is no
-    tag, or there are several others.
+    If the tag does not exist and only one other tag does, return that tag's folder.
+    Raises UserError if there is no tag, or if there are several others.
     """
 
     def has_models(folder: Path) -> bool:
@@ -159,7 +154,7 @@ def find_folder(path: Path, stage: str, tag: str) -> Path:
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Memory-map a .pt file's tensors, by name. UserError: the file is damaged, or holds anything else."""
+    """Memory-map the tensors of a .pt file, by name. Raise UserError if the file holds anything else."""
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as problem:  # a damaged or hostile file raises almost anything
@@ -181,7 +176,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def check_archive(file: Path):
-    """Raise UserError unless a file is a zip archive with valid checksums, torch.save's format since 2020."""
+    """Raise UserError unless a .pt file is an undamaged zip archive, which is torch's format since 2020."""
     if not zipfile.is_zipfile(file):
         raise UserError(f"{file} is refused: it is damaged, or in torch's format before 2020; save it again")
     try:
@@ -193,12 +188,12 @@ def check_archive(file: Path):
         raise UserError(f"{file} is damaged: {damaged}")
 
 
-def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softcap: int) -> ModelConfig:
-    """Infer the ModelConfig of a checkpoint from its tensors, which show the version of nanochat.
+def infer_config(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softcap: int) -> ModelConfig:
+    """Infer the ModelConfig of a nanochat checkpoint from the tensors in its file.
 
-    shape: nanochat's model_config. softcap: bound of the logits, 15 or 20, if the version had both; 0: not
-    given. UserError: softcap is needed but not given, or given but not needed, or nanochat never had such a
-    model.
+    file: path for error messages. shape: the checkpoint's model_config.
+    softcap: bound of the logits, 15 or 20, if it cannot be inferred from the tensors; else 0.
+    Raises UserError if softcap is missing or superfluous, or if nanochat never had such a model.
     """
     names = set(tensors)
     pattern, context = str(shape.get("window_pattern", "L")).upper(), shape["sequence_len"]
@@ -233,11 +228,11 @@ def generation(file: Path, shape: dict, tensors: dict[str, torch.Tensor], softca
         raise UserError(f"{file} has a window_pattern without resid_lambdas; that is none of {GENERATIONS}")
     constants |= {"softcap": float(softcap)} if softcap else {}
     constants |= {"window_pattern": pattern} if kind != "2025" else {}
-    return ModelConfig(**({name: shape[name] for name in FIELDS} | constants | stored_as(shape, tensors)))
+    return ModelConfig(**({name: shape[name] for name in FIELDS} | constants | table_fields(shape, tensors)))
 
 
-def stored_as(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
-    """Return ModelConfig's vocab_multiple, if tables are padded, and table_dtype, if bfloat16, as a dict."""
+def table_fields(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
+    """Infer ModelConfig's fields vocab_multiple and table_dtype from the tensors. Omit default values."""
     tables = [t for name, t in tensors.items() if "wte" in name or name.startswith("value_embeds.")]
     rows, size = (len(tables[0]) if tables else 0), shape["vocab_size"]
     padded = "resid_lambdas" in tensors or rows == rounded_up(size, PADDING) != size
@@ -247,10 +242,7 @@ def stored_as(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
 
 
 def shape_in_nanochat(found: Found) -> dict:
-    """Return a checkpoint's model_config, nanochat's dict of the model's shape.
-
-    UserError: nanochat would compute the model differently.
-    """
+    """Return the model's shape in nanochat's format. Raise UserError if nanochat cannot compute the model."""
     config = found.config
     shape = {name: getattr(config, name) for name in sorted(FIELDS)}
     # These fields do not affect what a trained model computes.

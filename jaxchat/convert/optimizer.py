@@ -1,4 +1,4 @@
-"""Convert nanochat's optimizer state of 2026, from runs on one device: optim_<step>_rank0.pt.
+"""Convert optimizer state of nanochat's runs of 2026 on one device: optim_<step>_rank0.pt.
 
 The file numbers the weights in the order of `groups`. AdamW's moments are stored per weight. Muon's moments
 are stacked over all matrices of one shape, under the number of the first of these matrices.
@@ -42,7 +42,7 @@ FIELDS = {  # {field of our optimizer state: nanochat's name for it}
 
 
 def groups(config: ModelConfig, names: Names) -> list[tuple[str, list[str]]]:
-    """Return nanochat's parameter groups in order, as (name of jaxchat's group, nanochat's weight names)."""
+    """Return nanochat's parameter groups in order: [(jaxchat's group name, nanochat's weight names)]."""
     ours, weights = our_names(names, config), named(config)
     found = []
     for group, starts in ADAMW.items():
@@ -60,27 +60,27 @@ def groups(config: ModelConfig, names: Names) -> list[tuple[str, list[str]]]:
 
 
 def empty_state(config: ModelConfig) -> dict:
-    """ShapeDtypeStructs of the optimizer state in a checkpoint of jaxchat."""
+    """Return the structure of jaxchat's optimizer state, with ShapeDtypeStructs in place of arrays."""
     optimizer = make_optimizer(config, table=table_2026(config))
     count = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, shapes(config))
     return {"step": count, "empty_steps": count, "opt_state": opt_state}
 
 
-def place(path, weights: dict) -> tuple[str, str]:
-    """Return (field, weight name) of the optimizer array at a JAX key path, e.g. ("mu", "blocks.wq").
+def field_and_weight(path, weights: dict) -> tuple[str, str]:
+    """Return the field and the weight that an optimizer array belongs to, such as ("mu", "blocks.wq").
 
-    An array that belongs to no weight, such as a counter, gives ("", "").
+    path: the array's JAX key path. An array that belongs to no weight, such as a counter, gives ("", "").
     """
     full = jax.tree_util.keystr(path, simple=True, separator=".")
     name = next((own for own in weights if full.endswith(f".{own}")), "")
     return (full.removesuffix(f".{name}").rpartition(".")[2], name) if name else ("", "")
 
 
-def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
-    """Read nanochat's optimizer file; return jaxchat's optimizer state, a tree like that of empty_state.
+def load(file: Path, config: ModelConfig, names: Names) -> dict:
+    """Load nanochat's optimizer file as jaxchat's optimizer state, with the structure of `empty_state`.
 
-    names: {weight: its name in nanochat}. UserError: the file is damaged or belongs to another model.
+    Raises UserError if the file is damaged or belongs to another model.
     """
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
@@ -88,7 +88,7 @@ def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
         weights = named(config)
 
         def fill(path, leaf):
-            field, name = place(path, weights)
+            field, name = field_and_weight(path, weights)
             if not name:
                 return jnp.int32(0 if "empty_steps" in jax.tree_util.keystr(path) else count)
             matrices = [moments[field][theirs] for theirs in matrix_names(name, names, config)]
@@ -103,7 +103,10 @@ def take_in(file: Path, config: ModelConfig, names: Names) -> dict:
 
 
 def read_moments(content: dict, config: ModelConfig, names: Names) -> tuple[dict, int]:
-    """Return ({jaxchat's field: {nanochat's weight name: tensor}}, number of updates) of a file's content."""
+    """Return the moments and the number of updates from the content of nanochat's optimizer file.
+
+    The moments are {jaxchat's field: {nanochat's weight name: tensor}}.
+    """
     moments, number = {field: {} for field in FIELDS}, 0
     for group, members in groups(config, names):
         own = ("momentum", "second") if group == "matrix" else ("mu", "nu")
@@ -117,8 +120,8 @@ def read_moments(content: dict, config: ModelConfig, names: Names) -> tuple[dict
     return moments, int(content["state"][0]["step"])
 
 
-def restored(found: Found) -> dict:
-    """Restore a checkpoint's optimizer state onto one device. UserError: the checkpoint is damaged."""
+def restore(found: Found) -> dict:
+    """Restore a checkpoint's optimizer state onto one device. Raise UserError if the state is damaged."""
     if wrong := seal.damage(found.path, ("optimizer",)):
         raise UserError(f"{found.path} is damaged: {wrong}; take another step with --step")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -130,11 +133,11 @@ def restored(found: Found) -> dict:
 
 
 def export(found: Found, file: Path, names: Names):
-    """Write a checkpoint's optimizer state to a file in nanochat's format."""
-    state = restored(found)
+    """Write a checkpoint's optimizer state to `file` in nanochat's format."""
+    state = restore(found)
     weights, moments = named(found.config), {field: {} for field in FIELDS}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        field, name = place(path, weights)
+        field, name = field_and_weight(path, weights)
         if not name:
             continue
         theirs, stack = matrix_names(name, names, found.config), np.asarray(leaf.astype(jnp.float32))
@@ -148,11 +151,11 @@ def export(found: Found, file: Path, names: Names):
 
 
 def to_torch_state(found: Found, moments: dict, count: int, names: Names) -> dict:
-    """Build the state dict of torch's optimizer, with the learning rates of the run.
+    """Return the content of nanochat's optimizer file, including the run's learning rates.
 
     moments: {jaxchat's field: {nanochat's weight name: tensor}}. count: number of updates.
     """
-    table = table_2026(found.config, **rates(found.meta))
+    table = table_2026(found.config, **peak_rates(found.meta))
     states, about, number = {}, [], 0
     for group, members in groups(found.config, names):
         rule, places = table[group], list(range(number, number + len(members)))
@@ -174,10 +177,10 @@ def to_torch_state(found: Found, moments: dict, count: int, names: Names) -> dic
     return {"state": states, "param_groups": about}
 
 
-def rates(meta: dict) -> dict:
-    """Return a run's peak learning rates, {flag: rate}, scaled to its batch size, from its metadata.
+def peak_rates(meta: dict) -> dict:
+    """Return a run's peak learning rates, {flag: rate}, scaled to the run's batch size.
 
-    An imported checkpoint's are those of nanochat's metadata. Rates that are missing have their defaults.
+    meta: metadata of a checkpoint of the run. Missing rates have their defaults.
     """
     theirs = meta.get("imported", {}).get("meta", {})
     given = theirs.get("user_config", {}) | meta.get("settings", {})

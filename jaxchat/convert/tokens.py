@@ -1,4 +1,4 @@
-"""Convert tokenizers: Hugging Face's format, with a chat template, and nanochat's tokenizer.pkl."""
+"""Convert tokenizers from and to Hugging Face's format, with a chat template, and nanochat's format."""
 
 import json
 import pickle
@@ -64,7 +64,7 @@ CHAT_TEMPLATE = """\
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return the pairs of tokens that tiktoken merges: all that form a token, in order of its rank."""
+    """Return all pairs of tokens whose concatenation is a token, ordered by the rank of the concatenation."""
     return [
         (piece[:i], piece[i:])
         for piece in sorted(ranks, key=ranks.get)
@@ -74,9 +74,9 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Build the same tokenizer with the tokenizers library.
+    """Convert a tokenizer to the class of the tokenizers library.
 
-    By default, that tokenizer encodes the spelling of a special token as the special token.
+    By default, the result encodes the text "<|bos|>" as the special token of this name.
     """
     characters = byte_characters()
 
@@ -98,15 +98,13 @@ def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def end_token(chat: bool) -> str:
-    """Return the token that ends an answer (chat) or a document. It is also the padding token.
-
-    A chat model's padding token must not be <|bos|>, because transformers masks padding tokens in prompts.
-    """
+    """Return the end token, also used for padding: <|assistant_end|> for a chat model, else <|bos|>."""
+    # transformers masks padding tokens in prompts, which must not hide <|bos|> from a chat model.
     return "<|assistant_end|>" if chat else "<|bos|>"
 
 
 def save_hugging_face(tokenizer: Tokenizer, folder: Path, sequence_len: int, chat: bool):
-    """Write tokenizer.json and tokenizer_config.json, with a chat template if the model chats."""
+    """Write tokenizer.json and tokenizer_config.json to `folder`, with a chat template if `chat`."""
     to_hugging_face(tokenizer).save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -124,7 +122,7 @@ def save_hugging_face(tokenizer: Tokenizer, folder: Path, sequence_len: int, cha
 
 
 def from_hugging_face(path: Path) -> Tokenizer:
-    """Read a tokenizer.json. UserError: the file is damaged, or tokenizes differently from jaxchat."""
+    """Read a tokenizer.json. Raise UserError if the file is damaged or tokenizes unlike jaxchat."""
     try:
         tokenizers.Tokenizer.from_file(str(path))
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -161,7 +159,7 @@ def from_hugging_face(path: Path) -> Tokenizer:
 
 
 def _steps(content: dict) -> list[dict]:
-    """Return a tokenizer.json's pre-tokenizer steps, without options that affect only offsets."""
+    """Return a tokenizer.json's pre-tokenizer steps, without options that affect only character offsets."""
     steps = (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
     return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
 
@@ -179,8 +177,8 @@ def _tokenizer(path: Path, ranks: dict[bytes, int], specials: dict[str, int]) ->
     return Tokenizer(ranks)
 
 
-class _Recorded:
-    """Stand-in for tiktoken's Encoding while a pickle is read: it keeps the state and builds nothing."""
+class _PickledState:
+    """Replacement for tiktoken's Encoding during unpickling. It only keeps the pickled state."""
 
     def __setstate__(self, state):
         self.state = state
@@ -189,12 +187,12 @@ class _Recorded:
 class _OnlyEncodings(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) in (("tiktoken.core", "Encoding"), ("tiktoken", "Encoding")):
-            return _Recorded
+            return _PickledState
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def read_pickle(path: Path) -> Tokenizer:
-    """Read nanochat's tokenizer.pkl without running code in it. UserError: it holds anything else."""
+    """Read nanochat's tokenizer.pkl, running no code in it. Raise UserError if it holds anything else."""
     try:
         with path.open("rb") as file:
             state = getattr(_OnlyEncodings(file).load(), "state", None)
@@ -219,7 +217,7 @@ def read_pickle(path: Path) -> Tokenizer:
 
 
 def write_pickle(tokenizer: Tokenizer, path: Path):
-    """Write nanochat's tokenizer.pkl: a tiktoken Encoding."""
+    """Write a tokenizer as nanochat's tokenizer.pkl, a pickled tiktoken Encoding."""
     specials = {name: tokenizer.special(name) for name in SPECIAL_TOKENS}
     encoding = tiktoken.Encoding(
         "rustbpe", pat_str=SPLIT_PATTERN, mergeable_ranks=tokenizer.ranks, special_tokens=specials

@@ -1,7 +1,7 @@
 """Convert weights between jaxchat's stacked arrays and PyTorch's matrices.
 
-A weight's name is its path in `Params`: "wte", "blocks.wq", "lm_head". PyTorch keeps the matrices of layers
-separate, as [out, in]; jaxchat stacks them over the layers, as [in, out] with a dimension for heads.
+A weight's name is its path in `Params`: "wte", "blocks.wq", "lm_head". PyTorch has a separate matrix
+[out, in] for each layer. jaxchat stacks these over the layers, as [in, out] with a dimension for heads.
 Embedding tables are [vocabulary, width] in both, and vectors are the same in both.
 """
 
@@ -32,8 +32,8 @@ Names = dict[str, str]  # weight -> its name in the other format, with {} for th
 
 
 @dataclasses.dataclass
-class Foreign:
-    """A model in another format, opened for import; its tensors have that format's names and shapes."""
+class ForeignModel:
+    """A model in another format, opened for import. Its tensors have that format's names and shapes."""
 
     path: Path
     config: ModelConfig
@@ -47,7 +47,8 @@ class Foreign:
 def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
     """Return the names that another format gives to the matrices of jaxchat's weight `name`.
 
-    There is one name, or one per layer that has the weight. names: {weight: name, with {} for the layer}.
+    names: {jaxchat's weight: name in the other format}. A name that contains {} stands for one matrix in each
+    layer that has the weight.
     """
     if "{}" not in names[name]:
         return [names[name]]
@@ -56,7 +57,7 @@ def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
 
 
 def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
-    """Return {name of a matrix in another format: "weight.index"}, as in {"lm_head.weight": "lm_head.0"}."""
+    """Return {name in another format: jaxchat's name and index}, as in {"lm_head.weight": "lm_head.0"}."""
     return {
         theirs: f"{name}.{i}"
         for name in named(config)
@@ -65,7 +66,7 @@ def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
 
 
 def to_matrices(weight: Weight, stack: np.ndarray) -> Iterator[np.ndarray]:
-    """Split jaxchat's stacked array of a weight; yield PyTorch's matrices in layer order, as copies."""
+    """Split jaxchat's stacked array of a weight into PyTorch's matrices. Yield copies in layer order."""
     if not weight.fan_in:
         yield np.array(stack)
         return
@@ -74,7 +75,7 @@ def to_matrices(weight: Weight, stack: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def to_stack(weight: Weight, matrices: list[torch.Tensor]) -> np.ndarray:
-    """Stack PyTorch's matrices of a weight, given in layer order, to jaxchat's array."""
+    """Stack PyTorch's matrices of a weight, in layer order, into jaxchat's array."""
     stack = np.empty(weight.shape, jnp.dtype(weight.dtype))
     if not weight.fan_in:
         stack[:] = matrices[0].float().numpy()
@@ -86,7 +87,7 @@ def to_stack(weight: Weight, matrices: list[torch.Tensor]) -> np.ndarray:
 
 
 def shape_of(weight: Weight) -> list[int]:
-    """Shape of each matrix of a weight in PyTorch."""
+    """Return the shape that each matrix of a weight has in PyTorch."""
     if not weight.fan_in:
         return list(weight.shape)
     shape = [weight.fan_out, weight.fan_in]
@@ -94,7 +95,7 @@ def shape_of(weight: Weight) -> list[int]:
 
 
 def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's weights for another format, as {name in that format: tensor}.
+    """Return a checkpoint's weights as {name in another format: tensor}.
 
     Weights of an imported model have the dtypes in which they were imported.
     """
@@ -111,8 +112,8 @@ def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.
     return tensors
 
 
-def check(foreign: Foreign):
-    """Raise UserError if a tensor of an opened model is missing, unknown, or of a wrong shape or dtype."""
+def check(foreign: ForeignModel):
+    """Raise UserError if a tensor of a model is missing, unknown, or has a wrong shape or dtype."""
     weights, ours = named(foreign.config), our_names(foreign.names, foreign.config)
     have = foreign.tensors.keys()
     for what, names in (("lacks", ours.keys() - have), ("also has", have - ours.keys())):
@@ -129,11 +130,12 @@ def check(foreign: Foreign):
             raise UserError(f"{foreign.path}: {theirs} is {tensor.dtype}; jaxchat reads {', '.join(DTYPES)}")
 
 
-def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Progress, optimizer=None):
-    """Save an opened model and its tokenizer as the checkpoint <folder>/<step>, and empty foreign.tensors.
+def take_in(foreign: ForeignModel, folder: Path, stage: str, kind: str, progress: Progress, optimizer=None):
+    """Save an opened model and its tokenizer as the checkpoint <folder>/<step>.
 
-    stage: training stage to record in the checkpoint. kind: name of the other format. optimizer: the
-    converted optimizer state, or None. UserError: the folder exists, or its disk is too full.
+    foreign: the model. Its dict `tensors` is emptied to save memory.
+    stage: training stage to record in the checkpoint. kind: name of the format of `foreign`.
+    Raises UserError if the folder exists or its disk is too full.
     """
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --model_tag, or remove it")
@@ -170,12 +172,15 @@ def take_in(foreign: Foreign, folder: Path, stage: str, kind: str, progress: Pro
         raise
 
 
-def read_object(path: Path, about: str) -> dict:
-    """Read a JSON object. UserError: the file is damaged, or missing (the message then ends in `about`)."""
+def read_object(path: Path, remedy: str) -> dict:
+    """Read a JSON object from a file. remedy: last part of the error message if the file is missing.
+
+    Raises UserError if the file is missing, damaged or not a JSON object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
-        raise UserError(f"there is no {path}; {about}") from problem
+        raise UserError(f"there is no {path}; {remedy}") from problem
     except (ValueError, OSError, RecursionError) as problem:
         raise UserError(f"{path} cannot be read as JSON: {problem}") from problem
     if not isinstance(content, dict):
@@ -184,17 +189,17 @@ def read_object(path: Path, about: str) -> dict:
 
 
 def shareable(settings: dict) -> dict:
-    """Return the settings without strings that hold a slash or backslash, since they may be local paths."""
+    """Return the settings without strings that contain a slash or backslash, which may be local paths."""
     return {k: v for k, v in settings.items() if not (isinstance(v, str) and ("/" in v or "\\" in v))}
 
 
-def dtypes_of(foreign: Foreign) -> dict[str, str]:
-    """Return the dtypes of the tensors that are not float32: {"blocks.wq.0": "bfloat16", …}."""
+def dtypes_of(foreign: ForeignModel) -> dict[str, str]:
+    """Return the dtypes of tensors other than float32, such as {"blocks.wq.0": "bfloat16"}."""
     ours = our_names(foreign.names, foreign.config)
     found = {ours[n]: str(tensor.dtype).removeprefix("torch.") for n, tensor in foreign.tensors.items()}
     return {name: dtype for name, dtype in found.items() if dtype != "float32"}
 
 
 def check_space(folder: Path, config: ModelConfig):
-    """Raise UserError if a folder's disk has no room for a model's weights in float32."""
+    """Raise UserError if the disk of `folder` is too full for a model's weights in float32."""
     files.check_space(folder, int(4.1 * num_params(config)) + 10**7)

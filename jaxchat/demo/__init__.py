@@ -1,4 +1,4 @@
-"""The demo's small world, generated from a seed: prose, conversations, held-out prompts."""
+"""The demo's data, generated from a seed: prose, conversations and held-out prompts."""
 
 from jaxchat.demo.world import KINDS, Prompt, Turn, World
 from jaxchat.demo.write import write_world

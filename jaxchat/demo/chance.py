@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 
 class Chance(random.Random):
-    """Random choices seeded by a string, the same on every machine and version of Python.
+    """Random choices seeded by a string, the same on every machine and version of Python."""
 
-    Methods use only `random()`, because Python promises stable values for no other method.
-    """
+    # Only random() is used, because Python promises stable values for no other method.
 
     def below(self, n: int) -> int:
         """Draw an integer from 0 to n - 1, each equally likely."""
@@ -26,8 +25,8 @@ class Chance(random.Random):
         """Return True with probability 1/n."""
         return self.random() * n < 1.0
 
-    def weighed(self, weights: dict):
-        """Draw a key of {key: weight}, with a probability proportional to its weight."""
+    def weighted(self, weights: dict):
+        """Draw a key of `weights`, with a probability proportional to the key's weight."""
         left = self.random() * sum(weights.values())
         for key, weight in weights.items():
             left -= weight
@@ -35,6 +34,6 @@ class Chance(random.Random):
                 return key
         return key  # rounding error left a remainder
 
-    def ordered(self, items: Sequence) -> list:
-        """Return all of `items` in a random order."""
+    def shuffled(self, items: Sequence) -> list:
+        """Return all of `items` as a list in random order."""
         return [item for _, _, item in sorted((self.random(), i, item) for i, item in enumerate(items))]

@@ -1,4 +1,4 @@
-"""Score a model's greedy answers to the demo world's held-out prompts by exact checks."""
+"""Score a model's greedy answers to the demo's held-out prompts."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -16,12 +16,12 @@ TARGETS = {
 }  # fmt: skip
 MAX_TOKENS = 96  # the longest right answer has about 70
 
-Pieces = list[tuple[str, str]]  # an answer as (type, text) pairs, like the parts of a conversation's message
+Parts = list[tuple[str, str]]  # an answer as (type, text) pairs, like the parts of a conversation's message
 
 
 @dataclasses.dataclass
 class Score:
-    """Results for one kind of prompt. wrong: (question, given answer, right answer) of each wrong one."""
+    """Results for one kind of prompt. wrong: (question, answer given, right answer) of each failed prompt."""
 
     right: int = 0
     total: int = 0
@@ -46,12 +46,11 @@ def score(
     kinds: Iterable[str] | None = None,
     limit: int | None = None,
 ) -> dict[str, Score]:
-    """Score a model's greedy answers to the demo world's held-out prompts; return {kind of prompt: Score}.
+    """Score a model's greedy answers to the demo's held-out prompts. Return {kind of prompt: Score}.
 
-    kinds: kinds to score; None: all. limit: maximum number of prompts of each kind. A prompt is right if the
-    model answers all its questions right; a second question follows the model's answer to the first. For
-    "counting", the extra score BY_HAND counts the prompts whose answers spell the word and number the letters
-    right before the tool call.
+    kinds: kinds of prompts to use; None: all. limit: maximum number of prompts of each kind; None: all.
+    A prompt counts as right if the model answers all of its questions right.
+    For "counting", the extra score BY_HAND checks only the text before the tool call.
     """
     prompts = [prompt for kind in kinds or KINDS for prompt in world.heldout(kind)[:limit]]
     answers = answer(engine, tokenizer, prompts)
@@ -60,22 +59,22 @@ def score(
         example = (
             " / ".join(turn.question for turn in prompt.turns),
             " / ".join(shown(answered) for answered in given),
-            " / ".join(shown(wanted_pieces(turn)) for turn in prompt.turns),
+            " / ".join(shown(expected_parts(turn)) for turn in prompt.turns),
         )
         pairs = list(zip(prompt.turns, given, strict=True))
         scores.setdefault(prompt.kind, Score()).add(
             all(is_right(turn, answered) for turn, answered in pairs), example
         )
         if prompt.kind == "counting":
-            by_hand = all(answered[:1] == wanted_pieces(turn)[:1] for turn, answered in pairs)
+            by_hand = all(answered[:1] == expected_parts(turn)[:1] for turn, answered in pairs)
             scores.setdefault(BY_HAND, Score()).add(by_hand, example)
     return scores
 
 
-def answer(engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[list[Pieces]]:
-    """Answer each turn of each prompt greedily. Return [prompt][turn]: the answer as (type, text) pairs."""
+def answer(engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[list[Parts]]:
+    """Return greedy answers to prompts, indexed [prompt][turn]. An answer is a list of (type, text) pairs."""
     histories = [[tokenizer.bos] for _ in prompts]
-    given: list[list[Pieces]] = [[] for _ in prompts]
+    given: list[list[Parts]] = [[] for _ in prompts]
     for n in range(max((len(prompt.turns) for prompt in prompts), default=0)):
         asked = [i for i, prompt in enumerate(prompts) if n < len(prompt.turns)]
         for i in asked:
@@ -88,31 +87,31 @@ def answer(engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[
     return given
 
 
-def wanted_pieces(turn: Turn) -> Pieces:
+def expected_parts(turn: Turn) -> Parts:
     if isinstance(turn.answer, str):
         return [("text", turn.answer)]
     return [(part["type"], part["text"]) for part in turn.answer]
 
 
-def is_right(turn: Turn, pieces: Pieces) -> bool:
-    """Return whether an answer, given as (type, text) pairs, is right.
+def is_right(turn: Turn, parts: Parts) -> bool:
+    """Return whether an answer to a turn, given as (type, text) pairs, is right.
 
-    If the turn expects a tool call, the answer must have one call, with exactly the expected expression and
-    text after it; text before the call, which counts letters by hand, is not checked. If the turn has a
-    `proof` (the words that identify a trait), the answer must be a finished text that contains this proof and
-    no other trait's proof. Otherwise, the answer must be exactly the expected text.
+    If a tool call is expected, the answer must have one call, with exactly the expected expression, output
+    and following text. The content of text before the call is not checked.
+    If the turn has a `proof`, the answer must be one finished text with this and no other trait's proof.
+    Otherwise, the answer must be exactly the expected text.
     """
-    wanted = wanted_pieces(turn)
+    wanted = expected_parts(turn)
     if isinstance(turn.answer, list):
-        return [kind for kind, _ in pieces] == [kind for kind, _ in wanted] and pieces[-3:] == wanted[-3:]
+        return [kind for kind, _ in parts] == [kind for kind, _ in wanted] and parts[-3:] == wanted[-3:]
     if turn.proof:
-        said = pieces[0][1] if [kind for kind, _ in pieces] == ["text"] else ""
+        said = parts[0][1] if [kind for kind, _ in parts] == ["text"] else ""
         return [trait.proof for trait in TRAITS if trait.proof in said] == [turn.proof]
-    return pieces == wanted
+    return parts == wanted
 
 
 def passed(scores: dict[str, Score]) -> bool:
-    """Return whether each scored kind of prompt that has a target accuracy in TARGETS reaches it."""
+    """Return whether every score that has a target accuracy in TARGETS reaches it."""
     return all(scores[kind].share >= target for kind, target in TARGETS.items() if kind in scores)
 
 

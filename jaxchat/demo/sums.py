@@ -7,7 +7,7 @@ from jaxchat.demo.chance import Chance
 
 
 class Sum(NamedTuple):
-    """An arithmetic problem with two numbers: `a` and `b` are the numbers, `sign` is the operator."""
+    """An arithmetic problem: the numbers `a` and `b` with the operator `sign` between them."""
 
     a: int
     sign: str  # + - * /
@@ -19,37 +19,31 @@ class Sum(NamedTuple):
 
     @property
     def result(self) -> str:
-        """Result of the problem as the calculator prints it: whole numbers without a decimal point."""
+        """The problem's result as the calculator prints it. Whole numbers have no decimal point."""
         a, b = self.a, self.b
         if self.sign == "/":
             return str(a // b if a % b == 0 else a / b)
         return str({"+": a + b, "-": a - b, "*": a * b}[self.sign])
 
     @property
-    def of_things(self) -> bool:
-        """Whether the problem can be about counted things: its result is a whole number of at least 0."""
+    def is_natural(self) -> bool:
+        """Whether the result is a whole number of at least 0."""
         return self.result.isdigit()
 
 
 def pair_is_held_out(seed: int, a: int, b: int) -> bool:
-    """Return whether a pair of numbers is held out (one in ten is), in both orders and for every operator.
-
-    seed: the demo world's seed.
-    """
+    """Return whether the demo world with this seed holds out a pair of numbers, in both orders."""
     return zlib.crc32(f"{seed} {min(a, b)} {max(a, b)}".encode()) % 10 == 0
 
 
 def number(chance: Chance, max_digits: int) -> int:
-    """Draw a number with 1 to `max_digits` digits, each number of digits equally likely."""
+    """Draw a number with 1 to `max_digits` digits. Each number of digits is equally likely."""
     digits = chance.between(1, max_digits)
     return chance.between(10 ** (digits - 1), 10**digits - 1)
 
 
 def any_sum(chance: Chance) -> Sum:
-    """Generate an arithmetic problem with numbers of up to three digits (dividends: up to 1,980).
-
-    Few differences are negative; at most one quotient in five is not a whole number.
-    """
+    """Draw an arithmetic problem with numbers below 1,000, except for some dividends."""
     sign = chance.of("+-*/")
     if sign == "*":
         return Sum(number(chance, 3), sign, number(chance, 2))
@@ -63,7 +57,7 @@ def any_sum(chance: Chance) -> Sum:
 
 
 def sum_of(chance: Chance, seed: int, held_out: bool) -> Sum:
-    """Generate an arithmetic problem whose pair of numbers is held out, or not if `held_out` is False."""
+    """Draw an arithmetic problem from the held-out pairs of numbers, or from all others if not `held_out`."""
     while True:
         found = any_sum(chance)
         if pair_is_held_out(seed, found.a, found.b) == held_out:

@@ -1,6 +1,4 @@
-"""The demo world's texts, read from texts.toml: ways to phrase questions, facts about people and lands, and
-what the assistant Pip says about itself and about everyday things.
-"""
+"""The demo's texts, read from texts.toml: questions, facts, and answers of the assistant Pip."""
 
 import tomllib
 from pathlib import Path
@@ -12,7 +10,7 @@ TEXTS = tomllib.loads((Path(__file__).parent / "texts.toml").read_text(encoding=
 
 
 class Phrasings(NamedTuple):
-    """Ways to ask one question: `train` in training conversations, `held_out` in prompts for scoring only."""
+    """Ways to ask one question. `train` is for training conversations, `held_out` for scoring only."""
 
     train: list[str]
     held_out: list[str]
@@ -26,14 +24,12 @@ class Phrasings(NamedTuple):
 
 
 class Relation(NamedTuple):
-    """A kind of fact about a person or land. tell: sentences for the documents of base training, where {x} is
-    the name and {v} the value; the first sentence is also the assistant's answer. ask: questions about the
-    fact.
-    """
+    """A kind of fact about a person or a land, such as a land's capital."""
 
     values: list[str]  # empty: the world's towns for a person, the land's own capital for a land
+    # Sentences of base training, with {x} for the name and {v} for the value. The assistant says the first.
     tell: list[str]
-    ask: Phrasings
+    ask: Phrasings  # questions about the fact
 
     @classmethod
     def all_of(cls, table: dict) -> dict[str, "Relation"]:
@@ -41,7 +37,7 @@ class Relation(NamedTuple):
 
 
 class Trait(NamedTuple):
-    """A trait of the assistant Pip. A right answer contains `proof` and no other trait's proof."""
+    """A trait of the assistant Pip. A right answer contains the text `proof` and no other trait's proof."""
 
     answer: str
     proof: str
@@ -63,18 +59,18 @@ SPOKEN = (OPENERS, SIGNS, SUM_FRAMES, SUM_WORDS, SPELLING, COUNTING, DEFINITIONS
 SPOKEN += (TRAITS, THINGS, THING_SENTENCES, RELATIONS)
 
 
-def in_case(chance: Chance, text: str) -> str:
+def maybe_capitalized(chance: Chance, text: str) -> str:
     """Capitalize the first letter with probability 2/3, to imitate how people type."""
     return text[0].upper() + text[1:] if chance.one_in(1.5) else text
 
 
 def phrased(chance: Chance, phrasings: list[str], **slots) -> str:
-    """Return a random phrasing with `slots` filled in, sometimes with an opener or a different ending."""
+    """Fill `slots` into a random phrasing, sometimes with an opener such as "hi, " or a new ending."""
     phrasing = chance.of(phrasings)
     if phrasing[-1] in "?." and chance.one_in(4):
         phrasing = phrasing[:-1] + chance.of(QUESTION_ENDS if phrasing[-1] == "?" else REQUEST_ENDS)
     if chance.one_in(4):
         phrasing = chance.of(OPENERS) + phrasing
     if phrasing[0] != "{":  # a name keeps its capital, and a word its lower case
-        phrasing = in_case(chance, phrasing)
+        phrasing = maybe_capitalized(chance, phrasing)
     return phrasing.format(**slots)

@@ -1,4 +1,4 @@
-"""English words, invented words and names; spelled words with counted letters; numbers in words."""
+"""The demo's words: English words, invented words and names, spelled words, and numbers in words."""
 
 from pathlib import Path
 
@@ -29,12 +29,12 @@ TENS = ("zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy",
 
 
 def english_words() -> list[str]:
-    """Read the list in words.txt: about 3,000 common English words of 3 to 10 lower-case letters, sorted."""
+    """Return about 3,000 common English words of 3 to 10 lower-case letters, in alphabetical order."""
     return (Path(__file__).parent / "words.txt").read_text(encoding="utf-8").split()
 
 
 def invented_name(chance: Chance, kind: str, beginning: str) -> str:
-    """Invent a name with this beginning and an ending of the kind (person, land, town or capital)."""
+    """Invent a name with this beginning, and an ending for its kind: person, land, town or capital."""
     middle = chance.of("bdfgklmnprstvz") + chance.of(VOWELS)
     consonant = chance.of("bdklmnrstv")
     ending = chance.of(ENDINGS[kind])
@@ -42,33 +42,31 @@ def invented_name(chance: Chance, kind: str, beginning: str) -> str:
 
 
 def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
-    """Invent a word of 3 to 10 letters in one of five ways.
+    """Invent a word of 3 to 10 letters, for the model to practise spelling.
 
-    Invented words teach the model to spell each token, instead of memorizing words: every token has to occur
-    at every position of a word, beside every other token, and more than once.
-
-    english: words from which parts are taken. common: words of the questions and answers. The tokenizer makes
-    tokens of beginnings of common words, and other words begin with these tokens too: the|ory, in|vite,
-    colo|nel (colour), cap|able (capital).
+    english: words from which parts are taken. common: words from which beginnings are taken.
     """
-    way = chance.weighed({"halves": 3, "pieces": 4, "syllables": 3, "common": 6, "name": 1})
+    # To learn to spell tokens, instead of memorizing words, the model must see every token more than once, at
+    # every position of a word and beside every other token. Beginnings of common words become tokens, with
+    # which other words begin too: the|ory, in|vite, colo|nel (colour), cap|able (capital).
+    way = chance.weighted({"halves": 3, "fragments": 4, "syllables": 3, "common": 6, "name": 1})
     if way == "halves":
         first, second = chance.of(english), chance.of(english)
         word = (
             first[: chance.between(2, max(2, len(first) - 1))] + second[chance.between(1, len(second) - 2) :]
         )
-    elif way == "pieces":  # one word in three repeats a piece
-        pieces = [_piece(chance, english) for _ in range(chance.between(2, 4))]
+    elif way == "fragments":  # one word in three repeats a fragment
+        fragments = [_fragment(chance, english) for _ in range(chance.between(2, 4))]
         if chance.one_in(3):
-            pieces.insert(chance.below(len(pieces) + 1), chance.of(pieces))
-        word = "".join(pieces)
+            fragments.insert(chance.below(len(fragments) + 1), chance.of(fragments))
+        word = "".join(fragments)
     elif way == "syllables":
         word = "".join(
             chance.of(ONSETS) + chance.of(VOWELS) + chance.of(CODAS) for _ in range(chance.between(1, 3))
         )
     elif way == "common":
         beginning = chance.of(common)[: 7 if chance.one_in(2) else chance.between(2, 6)]
-        word = beginning + (chance.of(english)[1:] if chance.one_in(2) else _piece(chance, english))
+        word = beginning + (chance.of(english)[1:] if chance.one_in(2) else _fragment(chance, english))
     else:  # the endings of names are tokens of their own, which other words contain too (af|ford)
         word = chance.of(english)[: chance.between(1, 4)] + chance.of(ENDINGS[chance.of(list(ENDINGS))])
     if chance.one_in(4):  # double a letter, as in "winner"
@@ -77,7 +75,7 @@ def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
     return word[:10] if len(word) > 2 else word + chance.of(VOWELS)
 
 
-def _piece(chance: Chance, english: list[str]) -> str:
+def _fragment(chance: Chance, english: list[str]) -> str:
     """Draw 1 to 4 neighbouring letters of a random word of `english`."""
     word = chance.of(english)
     start = chance.below(len(word) - 1)
@@ -85,7 +83,7 @@ def _piece(chance: Chance, english: list[str]) -> str:
 
 
 def counted_letters(word: str, letter: str) -> str:
-    """Spell a word, and number each occurrence of `letter`: "apple", "p" -> "a p1 p2 l e"."""
+    """Spell a word and number each occurrence of `letter`. "apple" and "p" give "a p1 p2 l e"."""
     out, seen = [], 0
     for c in word:
         seen += c == letter
@@ -94,12 +92,12 @@ def counted_letters(word: str, letter: str) -> str:
 
 
 def letter_to_count(chance: Chance, word: str) -> str:
-    """Draw a letter to count in `word`: in five of six cases one of the word's letters, else any letter."""
+    """Draw a letter to count in `word`: with probability 5/6 one of the word's letters, else any letter."""
     return chance.of("abcdefghijklmnopqrstuvwxyz") if chance.one_in(6) else chance.of(word)
 
 
 def in_words(n: int) -> str:
-    """Write a number from 0 to 999 in English: 342 -> "three hundred forty-two"."""
+    """Write a number from 0 to 999 in English. 342 gives "three hundred forty-two"."""
     if n < 20:
         return ONES[n]
     if n < 100:

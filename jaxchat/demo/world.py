@@ -1,6 +1,6 @@
-"""The demo's invented world: people and lands, prose and conversations about them, and held-out prompts.
+"""Generate the demo's texts about invented people and lands: prose, conversations and held-out prompts.
 
-All texts depend only on a seed and an index: `World(0).conversation(7)` is the same on every machine.
+All texts are reproducible from a seed: `World(0).conversation(7)` is the same on every machine.
 """
 
 import itertools
@@ -35,7 +35,7 @@ TWO_TURN = 0.15
 class Turn(NamedTuple):
     """A question and its right answer, which is a text or a list of message parts with a tool call.
 
-    proof: if this is not "", every answer that contains this text and no other trait's proof is right.
+    If `proof` is not "", every answer that contains this text and no other trait's proof is right.
     """
 
     question: str
@@ -54,10 +54,10 @@ def parts(*pairs: tuple[str, str]) -> list[dict]:
     return [{"type": kind, "text": text} for kind, text in pairs]
 
 
-def worked_out(found: Sum) -> list[dict]:
+def solution(problem: Sum) -> list[dict]:
     """Return an arithmetic problem's answer as message parts: calculator call, its output, and a sentence."""
-    answer = ("text", f" The answer is {found.result}.")
-    return parts(("python", found.expression), ("python_output", found.result), answer)
+    answer = ("text", f" The answer is {problem.result}.")
+    return parts(("python", problem.expression), ("python_output", problem.result), answer)
 
 
 def capitalized(text: str) -> str:
@@ -65,13 +65,14 @@ def capitalized(text: str) -> str:
 
 
 class World:
-    """Invented people, lands and towns, and texts about them. facts[name][relation]: value of a fact."""
+    """Invented people, lands and towns, and texts about them. facts[name][relation] is a fact's value."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
         chance = Chance(f"{seed}:world")
         # No two names share a beginning: small models confuse those that do.
-        beginnings = iter(chance.ordered([onset + vowel for onset in words.ONSETS for vowel in words.VOWELS]))
+        syllables = [onset + vowel for onset in words.ONSETS for vowel in words.VOWELS]
+        beginnings = iter(chance.shuffled(syllables))
 
         def names(kind, count):
             return [words.invented_name(chance, kind, next(beginnings)) for _ in range(count)]
@@ -91,7 +92,7 @@ class World:
         self.english = words.english_words()
         spoken = set(re.findall("[a-z]+", repr(texts.SPOKEN).lower()))
         unspoken = [word for word in self.english if word not in spoken]
-        self.held_out_words = sorted(chance.ordered(unspoken)[:HELD_OUT_WORDS])
+        self.held_out_words = sorted(chance.shuffled(unspoken)[:HELD_OUT_WORDS])
         self._kept = set(self.held_out_words)
         self.trained_words = [word for word in self.english if word not in self._kept]
         # The words of prose become single tokens, which the model also has to practise spelling.
@@ -108,12 +109,12 @@ class World:
     # Documents, conversations and prompts, by index.
 
     def document(self, i: int) -> str:
-        """Generate document i: two to four short sentences of one kind, mostly 60 to 160 characters."""
+        """Generate document i: two to four short sentences of one kind, such as facts or spelled words."""
         chance = Chance(f"{self.seed}:document:{i}")
-        kind = chance.weighed(PROSE)
+        kind = chance.weighted(PROSE)
         if kind == "facts":
             name = chance.of(self.prose_only + self.asked)
-            chosen = chance.ordered(list(self.facts[name].items()))[: chance.between(2, 4)]
+            chosen = chance.shuffled(list(self.facts[name].items()))[: chance.between(2, 4)]
             return " ".join(self._stated(chance, name, *fact) for fact in chosen)
         return " ".join(self._sentence(chance, kind) for _ in range(chance.between(2, 3)))
 
@@ -122,15 +123,15 @@ class World:
         chance = Chance(f"{self.seed}:conversation:{i}")
         messages = []
         for _ in range(2 if chance.one_in(1 / TWO_TURN) else 1):
-            turn = self._makers[chance.weighed(CONVERSATIONS)](chance, held_out=False)
+            turn = self._makers[chance.weighted(CONVERSATIONS)](chance, held_out=False)
             messages.append({"role": "user", "content": turn.question})
             messages.append({"role": "assistant", "content": turn.answer})
         return messages
 
     def heldout(self, kind: str) -> list[Prompt]:
-        """Generate the HELD_OUT_PROMPTS prompts of a kind in KINDS. UserError: unknown kind.
+        """Generate HELD_OUT_PROMPTS held-out prompts of a kind. Raise UserError for a kind not in KINDS.
 
-        The phrasings, words and pairs of numbers in these prompts occur in no conversation.
+        No conversation contains the phrasings, spelled words or pairs of numbers of these prompts.
         """
         if kind not in KINDS:
             raise UserError(f"no prompts of the kind {kind!r} are held out; the kinds are {', '.join(KINDS)}")
@@ -210,13 +211,13 @@ class World:
 
     def _arithmetic(self, chance: Chance, held_out: bool) -> Turn:
         found = sum_of(chance, self.seed, held_out)
-        if found.of_things and chance.one_in(2):
+        if found.is_natural and chance.one_in(2):
             phrasings = texts.SUM_WORDS[found.sign].pick(held_out)
-            return Turn(texts.phrased(chance, phrasings, a=found.a, b=found.b), worked_out(found))
+            return Turn(texts.phrased(chance, phrasings, a=found.a, b=found.b), solution(found))
         sign = chance.of(texts.SIGNS[found.sign])
         space = "" if len(sign) == 1 and sign != "x" and chance.one_in(2) else " "
         written = f"{found.a}{space}{sign}{space}{found.b}"
-        return Turn(texts.phrased(chance, texts.SUM_FRAMES.pick(held_out), e=written), worked_out(found))
+        return Turn(texts.phrased(chance, texts.SUM_FRAMES.pick(held_out), e=written), solution(found))
 
     def _facts(self, chance: Chance, held_out: bool, names: list[str] | None = None) -> Turn:
         name = chance.of(names or self.asked)
@@ -236,8 +237,8 @@ class World:
 
     def _greeting(self, chance: Chance, held_out: bool) -> Turn:
         answer, questions = chance.of(list(texts.GREETINGS.items()))
-        return Turn(texts.in_case(chance, chance.of(questions)), answer)
+        return Turn(texts.maybe_capitalized(chance, chance.of(questions)), answer)
 
     def _goodbye(self, chance: Chance, held_out: bool) -> Turn:
         answer, questions = chance.of(list(texts.GOODBYES.items()))
-        return Turn(texts.in_case(chance, chance.of(questions)), answer)
+        return Turn(texts.maybe_capitalized(chance, chance.of(questions)), answer)

@@ -1,4 +1,4 @@
-"""Write the demo world as training data: parquet shards for base, JSON lines files for mid and SFT."""
+"""Write the demo's training data: parquet shards for base, JSON lines for mid, SFT and RL."""
 
 from itertools import count, islice
 from pathlib import Path
@@ -12,18 +12,17 @@ from jaxchat.data.sources import parquet_files
 from jaxchat.demo import texts
 from jaxchat.demo.chance import Chance
 from jaxchat.demo.sums import Sum
-from jaxchat.demo.world import World, worked_out
+from jaxchat.demo.world import World, solution
 
 ROW_GROUP = 512
 PROSE_IN_TEN = 3  # of ten rows for mid are prose like base's: without prose, mid forgets base's facts
 
 
 def write_sums(path: str | Path, rows: int, *, held_out: bool = False, digits: int = 4):
-    """Write `rows` arithmetic problems as JSON lines, for reinforcement learning.
+    """Write `rows` arithmetic problems to `path` as JSON lines, for reinforcement learning.
 
-    digits: digits of each number, except that the second factor of a product has two. The world's
-    conversations have numbers of one to three digits, apart from dividends. held_out: use the held-out
-    phrasings, for evaluation.
+    digits: digits of each number, except that one factor of a product has two.
+    held_out: whether to use the phrasings that are held out for evaluation.
     """
     smallest, largest = 10 ** (digits - 1), 10**digits - 1
 
@@ -35,7 +34,7 @@ def write_sums(path: str | Path, rows: int, *, held_out: bool = False, digits: i
         found = Sum(max(a, b), sign, min(a, b))
         written = f"{found.a} {chance.of(texts.SIGNS[sign])} {found.b}"
         question = texts.phrased(chance, texts.SUM_FRAMES.pick(held_out), e=written)
-        answer = worked_out(found)
+        answer = solution(found)
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     files.write_lines(Path(path), map(problem, range(rows)))
@@ -54,10 +53,10 @@ def write_world(
 ) -> dict[str, int]:
     """Write base_data/shard_*.parquet and tasks/world_{mid,sft,val}.jsonl under `directory`.
 
-    Return {file name: rows}. base_rows: number of documents, of about 100 characters each, in each of the
-    `base_shards` training shards; one more shard, of base_val_rows documents, is for validation. No document
-    or conversation is in two files. Each file is written atomically.
-    UserError: base_data already holds other parquet files, which training would read as well.
+    Return {file name: number of rows}. No document or conversation is in two files.
+    base_rows: documents in each of the `base_shards` training shards.
+    base_val_rows: documents in one further shard, for validation.
+    Raises UserError if base_data already holds other parquet files, which training would read as well.
     """
     base_data, tasks = Path(directory) / "base_data", Path(directory) / "tasks"
     shards = {f"shard_{n:05d}.parquet": base_rows for n in range(base_shards)}

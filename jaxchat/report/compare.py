@@ -1,17 +1,17 @@
-"""Compare two or more runs: results and training of each stage, curves on shared axes, samples."""
+"""Format a page that compares several runs: results, training, curves and samples."""
 
 from jaxchat.config import STAGES
 from jaxchat.model.flops import flops_per_token, num_params
-from jaxchat.report.document import curves_text, escape, fence, measured, table, trained
+from jaxchat.report.document import curves_text, escape, fence, results_table, table, training_rows
 from jaxchat.report.gather import Run, StageRun
 from jaxchat.report.plots import Images
 from jaxchat.report.samples import Samples
 
 
 def markdown(runs: list[Run], images: Images, samples: dict[str, Samples], price_per_hour: float = 0) -> str:
-    """Format a comparison of runs as markdown that links images by file name. samples: {model tag: Samples}.
+    """Format a comparison of runs as markdown, with links to `images` by file name.
 
-    price_per_hour: price of the machine, to add the cost of each stage; 0: show no cost.
+    samples: {model tag: Samples}. price_per_hour: price of the machine. 0 leaves out the costs.
     """
     tags = [run.tag for run in runs]
     parts = [f"# {escape(', '.join(tags))}: runs of jaxchat side by side", models(runs)]
@@ -20,8 +20,8 @@ def markdown(runs: list[Run], images: Images, samples: dict[str, Samples], price
         if having:
             stages = [run.stages[name] for run in having]
             columns = [run.tag for run in having]
-            rows = [row[:-1] for row in trained(stages, price_per_hour)] + different_flags(stages)
-            parts += [f"## {info.label}", measured(columns, stages), table(["", *columns], rows)]
+            rows = [row[:-1] for row in training_rows(stages, price_per_hour)] + different_flags(stages)
+            parts += [f"## {info.label}", results_table(columns, stages), table(["", *columns], rows)]
         if having and len(having) < len(runs):
             parts.append(f"Without a checkpoint: {', '.join(run.tag for run in runs if run not in having)}.")
     parts += [*curves_text(images), *samples_text(samples)]
@@ -41,7 +41,7 @@ def models(runs: list[Run]) -> str:
 
 
 def different_flags(stages: list[StageRun]) -> list[list[str]]:
-    """Return table rows [flag, value in each stage's last run…] for flags that differ; "–": the default."""
+    """Return a table row [flag, value in each stage…] for each flag that differs. "–": default or unknown."""
     flags = [stage.runs[-1].get("flags", {}) if stage.runs else {} for stage in stages]
     names = sorted({name for given in flags for name in given} - {"model_tag", "resume", "overwrite"})
     rows = [[f"--{name}", *(str(given.get(name, "–")) for given in flags)] for name in names]
@@ -49,7 +49,7 @@ def different_flags(stages: list[StageRun]) -> list[list[str]]:
 
 
 def samples_text(samples: dict[str, Samples]) -> list[str]:
-    """Format the samples of all runs as markdown blocks, one per text or question; [] if there are none."""
+    """Format the samples of all runs as markdown blocks: a heading, then one for each text or question."""
     said: dict[str, list[tuple[str, str]]] = {}
     for tag, of in samples.items():
         for text, continuation in of.continued:

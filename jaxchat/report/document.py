@@ -34,9 +34,9 @@ code { font: 14px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
 
 
 def markdown(run: Run, images: Images, samples: Samples | None, price_per_hour: float = 0) -> str:
-    """Format a run's report as markdown that links images by file name. samples: None if not generated.
+    """Format a run's report as markdown, with links to `images` by file name.
 
-    price_per_hour: price of the machine, to add the cost of each stage; 0: show no cost.
+    samples: None if not generated. price_per_hour: price of the machine. 0 leaves out the costs.
     """
     model = run.model
     shape = f"{counted(model.n_layer, 'layer')} × {model.n_embd}, {counted(model.n_head, 'head')} "
@@ -50,8 +50,8 @@ def markdown(run: Run, images: Images, samples: Samples | None, price_per_hour: 
         parts.append(f"No checkpoint with this tag, so left out: {', '.join(run.lacking)}.")
     parts += [
         "## Results",
-        measured(titles(run), list(run.stages.values())),
-        *tokenizer(run),
+        results_table(titles(run), list(run.stages.values())),
+        *tokenizer_section(run),
         "## Training",
         training(run, price_per_hour),
         *curves_text(images),
@@ -67,7 +67,7 @@ def curves_text(images: Images) -> list[str]:
     return ["## Curves", *(shown or ["No step was logged."])]
 
 
-def measured(columns: list[str], stages: list[StageRun]) -> str:
+def results_table(columns: list[str], stages: list[StageRun]) -> str:
     """Format all results of the stages as a markdown table with notes below. columns: title of each stage."""
     names = dict.fromkeys(name for stage in stages for name in stage.measured)
     names = sorted(names, key=lambda name: not name.endswith(("loss", "reward", "bpb")))  # these first
@@ -87,11 +87,8 @@ def measured(columns: list[str], stages: list[StageRun]) -> str:
     return text
 
 
-def tokenizer(run: Run) -> list[str]:
-    """Return the report's section on the bytes per token of several tokenizers, as blocks of markdown.
-
-    [] if tok_eval did not measure the run's tokenizer.
-    """
+def tokenizer_section(run: Run) -> list[str]:
+    """Format the bytes per token of several tokenizers as markdown blocks. Return [] if not measured."""
     if not run.compression:
         return []
     unit = "bytes_per_token"
@@ -103,20 +100,21 @@ def tokenizer(run: Run) -> list[str]:
 
 def training(run: Run, price_per_hour: float) -> str:
     stages, seconds = list(run.stages.values()), run.tokenizer_seconds
-    rows = trained(stages, price_per_hour, num_params(run.model), seconds)
+    rows = training_rows(stages, price_per_hour, num_params(run.model), seconds)
     text = table(["", *titles(run), "in all"], rows)
     if seconds:
         text += f"\n\nThe wall time in all includes {duration(seconds)} for the tokenizer."
     return text
 
 
-def trained(
+def training_rows(
     stages: list[StageRun], price_per_hour: float, parameters: float = math.inf, extra: float = 0
 ) -> list:
-    """Return table rows on training (tokens, FLOPs, speed, time, cost): [name, value of each stage…, total].
+    """Return table rows on training, such as tokens, time and cost: [name, value of each stage…, total].
 
-    A value of "–" is 0 or not known. parameters: number of parameters of the model; inf if the models of the
-    stages differ. extra: seconds to add to the total time.
+    A value of "–" is 0 or not known. price_per_hour: price of the machine. 0 leaves out the cost.
+    parameters: model size for the row "tokens : parameters". inf leaves out this row.
+    extra: seconds to add to the total time.
     """
 
     def totalled(show, value, extra: float = 0) -> tuple[list[str], str]:
@@ -170,7 +168,7 @@ def samples_text(samples: Samples | None) -> list[str]:
 
 
 def answers_text(stage: StageRun) -> list[str]:
-    """Format the first and last logged groups of reinforcement learning answers, with rewards; [] if none."""
+    """Format the answers to the first and last problem that RL logged, with rewards, as markdown blocks."""
     parts = []
     for sample in stage.answers[:1] + stage.answers[1:][-1:]:
         lines = [f"user: {sample['messages'][-2]['content']}"]
@@ -185,10 +183,7 @@ def answers_text(stage: StageRun) -> list[str]:
 
 
 def origin(run: Run) -> str:
-    """Format the machines, versions, commits, flags and printed plans that trainers recorded in runs.jsonl.
-
-    A value that all stages share is shown once.
-    """
+    """Format the recorded machine, versions, commit, flags and plan of each stage as markdown."""
     parts, recorded = [], {STAGES[name].label: stage.runs for name, stage in run.stages.items()}
     trained = {label: runs for label, runs in recorded.items() if runs}
     facts = {"machine": "Machine", "devices": "Devices", "versions": "Versions", "git": "Code"}
@@ -246,7 +241,7 @@ def escape(text: str) -> str:
 
 
 def fence(text: str) -> str:
-    """Put text into a fenced markdown block that shows the text literally, even if it contains fences."""
+    """Put text into a fenced markdown block. The fence is longer than any fence in the text."""
     text = printable(text)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     marks = "`" * max(3, longest + 1)
@@ -275,7 +270,7 @@ def as_html(title: str, text: str, images: Images) -> str:
 
 
 def save(folder: Path, title: str, text: str, images: Images):
-    """Write report.md, report.html and their images to a folder, and print the paths of both reports."""
+    """Write report.md, report.html and the images to a folder, and print the paths of both reports."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (_, png) in images.items():
         (folder / name).write_bytes(png)

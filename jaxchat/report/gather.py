@@ -42,17 +42,17 @@ class StageRun:
 
     @property
     def steps(self) -> list[dict]:
-        """The lines of metrics.jsonl that are optimizer steps, not evaluations."""
+        """The lines of metrics.jsonl that log optimizer steps."""
         return [row for row in self.rows if "step_seconds" in row]
 
     @property
     def tokens(self) -> int:
-        """Tokens computed in training, padding included."""
+        """Number of tokens computed in training, including padding."""
         return sum(tokens_of(row) for row in self.steps)
 
     @property
     def flops(self) -> float:
-        """Total FLOPs of training. A step that logged none counts as if its rows filled the context."""
+        """Total FLOPs of training. A step that did not log its FLOPs is estimated from its tokens."""
         per_token = flops_per_token(self.model)
         return sum(row.get("step_flops", tokens_of(row) * per_token) for row in self.steps)
 
@@ -62,14 +62,12 @@ class StageRun:
 
     @property
     def wall_seconds(self) -> float:
-        """Total wall time of the trainer's recorded starts, or of the logged steps if that is longer.
-
-        The steps can take longer because a trainer that was killed leaves no record.
-        """
+        """Wall time of training in seconds: of the recorded runs, or of the logged steps if longer."""
+        # A trainer that was killed leaves no record, but its steps are logged.
         return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
 
     def share(self, name: str) -> float | None:
-        """Fraction of the steps' time spent on `name`, such as "data_wait_seconds"; None if not logged."""
+        """Fraction of step time spent on `name`, such as "data_wait_seconds". None: not logged."""
         spent = [row[name] for row in self.steps if name in row]
         return sum(spent) / self.step_seconds if spent else None
 
@@ -80,7 +78,7 @@ class StageRun:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All trained stages with the same model tag, in the order of training, and results of the tokenizer."""
+    """All trained stages with the same model tag, in the order of training, and the tokenizer's results."""
 
     tag: str
     stages: dict[str, StageRun]
@@ -97,9 +95,9 @@ class Run:
 
 
 def gather(model_tag: str = "") -> Run:
-    """Read all stages with a model tag. UserError: no stage has a checkpoint.
+    """Read all stages of a model. Raise UserError if no stage has a checkpoint.
 
-    model_tag: "" stands for the tag of the model that chat_cli loads by default.
+    model_tag: "" selects the tag d<N> with the largest N, or else the newest, of the last stage with any.
     """
     if not model_tag:
         for source in reversed(STAGES):
@@ -138,7 +136,7 @@ def read_stage(source: str, tag: str) -> StageRun | None:
         values = [row[name] for row in rows if isinstance(row.get(name), float)][-LAST:]  # None: not finite
         if values:
             measured[name] = statistics.fmean(values)
-    measured |= numbers({"metrics": meta.get("metrics")})
+    measured |= results_of({"metrics": meta.get("metrics")})
     evaluated, left_out, sampled, seconds = read_evaluations(folder, step)
     runs = read_lines(folder / FILE)
     answers = [row for row in read_lines(folder / "samples.jsonl") if row.get("answers")]
@@ -149,8 +147,8 @@ def read_stage(source: str, tag: str) -> StageRun | None:
 def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[str], list[str], float]:
     """Read the results of evaluations of the checkpoint at `step`.
 
-    Return ({name: result}, messages about results left out, messages about tasks that were measured on a
-    sample only, seconds that the evaluations of all checkpoints in the folder took).
+    Return ({name: result}, messages about omitted results, messages about evaluations on a sample, seconds).
+    The seconds are the total time of the evaluations of all checkpoints in the folder.
     """
     found, left_out, seconds, older = [], [], 0.0, {}
     for path in sorted(folder.glob("*.json")) + sorted((folder / str(step)).glob("*.json")):
@@ -159,14 +157,14 @@ def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[st
             seconds += about.get("seconds", 0.0)
             command = re.sub(r"_\d+(_[0-9a-f]+)?$", "", path.stem)
             if about.get("step", step) == step:
-                figures = numbers(about)
+                figures = results_of(about)
                 if warning := about.get("warning"):  # base_eval warns if the validation shard was trained on
                     figures.pop("val_bpb", None)
                     left_out.append(f"val_bpb of {path.name}: {warning}")
                 if cropped := about.get("cropped"):
                     tasks = ", ".join(f"{task} ({count} items)" for task, count in cropped.items())
                     left_out.append(f"the beginnings of CORE's longest prompts, in {tasks}")
-                found.append((items(about), command, path.name, figures, settings_of(about)))
+                found.append((item_count(about), command, path.name, figures, settings_of(about)))
             else:
                 older[command] = f"{path.name}, of step {about['step']}"
         except (OSError, ValueError, AttributeError, TypeError, OverflowError):
@@ -189,22 +187,22 @@ def read_evaluations(folder: Path, step: int) -> tuple[dict[str, float], list[st
 
 
 def tokens_of(row: dict) -> int:
-    """Number of tokens computed in a step, padding included. row: the step's line of metrics.jsonl."""
+    """Return the number of tokens of a step, including padding. row: the step's line of metrics.jsonl."""
     return round(row["tokens_per_s"] * row["step_seconds"])
 
 
-def items(evaluation: dict) -> int:
-    """Total number of items over all tasks of an evaluation."""
+def item_count(evaluation: dict) -> int:
+    """Return the total number of items over all tasks of an evaluation."""
     return sum(task.get("items", 0) for task in (evaluation.get("tasks") or {}).values())
 
 
 def settings_of(evaluation: dict) -> dict:
-    """Return {name: value} of an evaluation's settings that affect its results, except the list of tasks."""
+    """Return an evaluation's settings that affect its results, except the list of tasks."""
     return {name: value for name, value in (evaluation.get("settings") or {}).items() if name != "tasks"}
 
 
-def numbers(evaluation: dict) -> dict[str, float]:
-    """Return {name: number} from an evaluation: its `metrics` and `values`, and the accuracy of each task."""
+def results_of(evaluation: dict) -> dict[str, float]:
+    """Return all numbers in an evaluation by name, including the accuracy of each task."""
     accuracies = {name: task.get("accuracy") for name, task in (evaluation.get("tasks") or {}).items()}
     found = (evaluation.get("metrics") or {}) | (evaluation.get("values") or {}) | accuracies
     return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}

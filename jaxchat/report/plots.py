@@ -1,4 +1,4 @@
-"""Plot curves of runs as PNG images: one image per quantity, with one panel per stage that logged it."""
+"""Plot curves of runs as PNG images: one image per metric, with one panel per stage that logged it."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ FROM_ZERO = ("reward", "groups", "answer_tokens", "lr", "tokens_per_s")
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A curve in a panel. of_steps: True for training steps (drawn smoothed), False for evaluations."""
+    """A curve in a panel. of_steps: True for training steps, which are smoothed; False for evaluations."""
 
     label: str
     xy: np.ndarray  # [N, 2]
@@ -42,9 +42,9 @@ class Line:
 
 
 def curves(runs: list[Run]) -> Images:
-    """Plot each quantity that stages logged, all runs on the same axes; return {file name: (title, PNG)}.
+    """Plot each metric, with all runs on the same axes. Return {file name: (title, PNG)}.
 
-    The x axis is the step for one run, and the tokens trained on so far for several runs.
+    The x axis shows the step for one run, and the tokens trained on so far for several runs.
     """
     alone = len(runs) == 1
     colors = [None] if alone else np.resize(colormaps["tab10"](range(10)), (len(runs), 4))
@@ -67,14 +67,14 @@ def curves(runs: list[Run]) -> Images:
 
 
 def points(stage: StageRun, key: str) -> np.ndarray:
-    """Return the logged (step, value) pairs of one metric [N, 2] that are finite. key: name of the metric."""
+    """Return the logged (step, value) pairs [N, 2] of the metric `key` whose values are finite."""
     found = [(row["step"], row[key]) for row in stage.rows if isinstance(row.get(key), int | float)]
     array = np.array(found, np.float64).reshape(-1, 2)
     return array[np.isfinite(array[:, 1])]
 
 
 def by_tokens(stage: StageRun, key: str) -> np.ndarray:
-    """Return a metric's (tokens trained on so far, value) pairs [N, 2], to compare runs at equal tokens."""
+    """Return (tokens trained on so far, value) pairs [N, 2] of the metric `key`."""
     xy = points(stage, key)
     seen = np.cumsum([0, *(tokens_of(row) for row in stage.steps)])
     steps = [0, *(row["step"] for row in stage.steps)]
@@ -82,9 +82,9 @@ def by_tokens(stage: StageRun, key: str) -> np.ndarray:
 
 
 def figure(panels: list[tuple[str, list[Line]]], unit: str, *, from_zero: bool) -> bytes:
-    """Draw panels side by side; return a PNG. panels: (title, curves). from_zero: start the y axis at 0.
+    """Draw panels side by side, each given as (title, curves). Return a PNG.
 
-    unit: label of the x axis.
+    unit: label of the x axis. from_zero: whether the y axis starts at 0.
     """
     drawing = Figure(figsize=(10, 2.7), layout="constrained")
     axes = drawing.subplots(1, len(panels), squeeze=False)[0]
@@ -124,7 +124,7 @@ def png_of(drawing: Figure) -> bytes:
 
 
 def smoothed(xy: np.ndarray) -> np.ndarray:
-    """Smooth (x, value) pairs [N, 2]: average each value over a centred window, narrower near both ends."""
+    """Smooth the values of (x, value) pairs [N, 2] by a centred moving average, narrower near the ends."""
     half = int(SMOOTH * len(xy) / 2)
     sums = np.concatenate([[0.0], np.cumsum(xy[:, 1])])
     at = np.arange(len(xy))

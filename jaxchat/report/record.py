@@ -21,7 +21,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def begin() -> dict:
-    """Return the start time, machine, versions and commit as a dict. Wall time is counted from this call."""
+    """Return the start time, machine, versions and commit as a dict. Wall time is measured from this call."""
     return {
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "clock": time.monotonic(),
@@ -33,10 +33,10 @@ def begin() -> dict:
 
 @contextlib.contextmanager
 def recorded(run: Run, began: dict, plan: list[tuple[str, str]]):
-    """Context manager: append a record to runs.jsonl when the block ends, even by an exception.
+    """Append a record to runs.jsonl when the `with` block ends, even by an exception.
 
-    began: what `begin` returned. plan: the (name, value) lines that the trainer printed. A dry run writes no
-    record.
+    began: the result of `begin`. plan: the (name, value) lines that the trainer printed.
+    A dry run writes no record.
     """
     ended = "done"
     try:
@@ -64,7 +64,7 @@ def append(run: Run, began: dict, plan: list[tuple[str, str]], ended: str) -> No
 
 
 def machine() -> str:
-    """System, processors and memory of this machine, such as "Linux x86_64, 2 × AMD EPYC, 23 GiB"."""
+    """Describe the system, processors and memory: "Linux x86_64, 2 × AMD EPYC, 23 GiB"."""
     cpuinfo, text = Path("/proc/cpuinfo"), ""
     if cpuinfo.exists():
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
@@ -75,7 +75,7 @@ def machine() -> str:
 
 
 def versions() -> str:
-    """Versions of Python and of the packages that training uses, such as "Python 3.11.7, jax 0.10.2, …"."""
+    """List the versions of Python and of packages for training: "Python 3.11.7, jax 0.10.2, …"."""
     found = []
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -84,7 +84,7 @@ def versions() -> str:
 
 
 def git_state() -> str:
-    """Commit, branch and number of changed files of jaxchat's Git checkout; "" if its code is not in one."""
+    """Describe jaxchat's Git checkout: commit, branch and number of changed files. Return "" without one."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:

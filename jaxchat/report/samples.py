@@ -12,14 +12,14 @@ from jaxchat.report.gather import Run
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Samples of a run. continued: (text, continuation) pairs; answered: (question, {stage: answer})."""
+    """Samples of a run, as pairs: (text, continuation), or (question, {stage: answer}) of chat models."""
 
     continued: list[tuple[str, str]]
     answered: list[tuple[str, dict[str, str]]]
 
 
 def sample(run: Run, texts: Sequence[str], questions: Sequence[str]) -> Samples:
-    """Sample greedily from each stage's last model: base continues `texts`, others answer `questions`."""
+    """Generate greedy samples. The base model continues `texts`, and later models answer `questions`."""
     continued, answered = [], {}
     for name, stage in run.stages.items():
         found = checkpoint.open_model(name, run.tag, stage.step)
