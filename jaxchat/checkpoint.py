@@ -1,8 +1,7 @@
 """Find and open checkpoints: <base directory>/<stage>/<tag>/<step>/{params, optimizer, data, meta}.
 
-Before a checkpoint is opened, the sizes of all its files are compared with its seal (jaxchat/seal.py), but
-hashes only of the files to be read: opening the weights does not read the optimizer state. jaxchat/store.py
-writes checkpoints and restores them for training.
+Opening a checkpoint checks the sizes of all its files, and the hashes of those that will be read, against
+the sizes and hashes in its seal file (jaxchat/seal.py). jaxchat/store.py saves checkpoints.
 """
 
 import atexit
@@ -51,9 +50,9 @@ class Found:
         return self.folder / str(self.step)
 
     def load(self, mesh: Mesh | None = None) -> Params:
-        """Load the weights, sharded over `mesh`; None: onto one device.
+        """Load the weights, sharded over `mesh` or, if it is None, onto one device of this process.
 
-        UserError: the stored weights are not those that the metadata describes.
+        Raises UserError if the weights cannot be read or do not match the metadata.
         """
         import orbax.checkpoint as ocp  # here, since reading metadata does not need it
 
@@ -75,12 +74,12 @@ class Found:
 
 
 def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokenizer: bool = True) -> Found:
-    """Find a checkpoint; return it with its metadata and tokenizer, but without weights (Found.load).
+    """Find a checkpoint and read its metadata and tokenizer, but not its weights.
 
-    The tokenizer is that of the run's folder or, if it has none, of the base directory. source: the stage,
-    such as "sft". model_tag, step: by default the run of the deepest model, and its last intact step.
-    UserError: the checkpoint or its tokenizer is missing, or the model was trained with a different
-    tokenizer.
+    source: the stage, such as "sft".
+    model_tag, step: by default the run of the deepest model, and its last intact step.
+    needs_tokenizer: if False, an imported checkpoint may lack a tokenizer.
+    Raises UserError if the checkpoint or its tokenizer is missing, or the model was trained with another.
     """
     items = ("meta", "params")
     # All processes use what process 0 finds: a file system may show others fewer files.
@@ -113,11 +112,13 @@ def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokeni
 def find(
     source: str, model_tag: str = "", step: int = -1, items: Collection[str] | None = None
 ) -> tuple[Path, int]:
-    """Return (folder of the run, step) of a checkpoint. UserError: the checkpoint is missing or damaged.
+    """Return (folder of the run, step) of a checkpoint.
 
-    source: the stage, such as "sft". model_tag: the run; "": d<N> with the largest N, or the newest run if no
-    tag is d<N>. step -1: the last intact step. items: the folders of the checkpoint that must be intact, such
-    as "params"; None: all.
+    source: the stage, such as "sft".
+    model_tag: the run. "" means d<N> with the largest N, or the newest run if no tag has that form.
+    step: -1 means the last intact step.
+    items: the folders of the checkpoint that must be intact, such as "params"; None: all.
+    Raises UserError if the checkpoint is missing or damaged.
     """
     if source not in STAGES:
         raise UserError(f"unknown source {source!r}; it is one of {', '.join(STAGES)}")
@@ -146,11 +147,10 @@ def find(
 
 
 def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]:
-    """Return a run's steps, ascending, up to the last one that is intact; print why later ones are not.
+    """Return a run's steps in ascending order, leaving out damaged checkpoints after the last intact one.
 
-    items: the folders of a checkpoint to check, such as "params"; None: all. A step without a seal counts as
-    complete if no step of the run has one, because older versions wrote none; otherwise its save was
-    interrupted.
+    Prints a warning for each one left out. Earlier checkpoints are not checked.
+    items: the folders of a checkpoint to check, such as "params"; None: all.
     """
     steps = steps_in(folder)
     sealed = [step for step in steps if (folder / str(step) / seal.NAME).exists()]
@@ -165,14 +165,14 @@ def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a run's folder, ascending."""
+    """Return the steps of all complete checkpoints in a run's folder, in ascending order."""
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir())
 
 
 def run_folder(source: str, tag: str) -> Path:
-    """Folder of the run `tag` of the stage `source`. UserError: the tag is not a plain name."""
+    """Return the folder of a run's checkpoints. Raise UserError if `tag` is not a valid folder name."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", tag):
         raise UserError(
             f"--model_tag={tag} must be a plain name: letters, digits and . _ - after a letter or digit"
@@ -181,20 +181,20 @@ def run_folder(source: str, tag: str) -> Path:
 
 
 def runs() -> list[Path]:
-    """Folders of all runs, of any stage, that have checkpoints."""
+    """Return the folders of all runs, of any stage, that have checkpoints."""
     folders = (path for stage in STAGES.values() for path in sorted((base_dir() / stage.folder).glob("*")))
     return [folder for folder in folders if steps_in(folder)]
 
 
 def read_meta(folder: Path, step: int) -> dict:
-    """Return a checkpoint's metadata; its "metrics" include the run's evaluation results up to that step."""
+    """Return a checkpoint's metadata, with the run's latest evaluation results up to `step` in "metrics"."""
     with readable(folder / str(step)):
         meta = json.loads((folder / str(step) / "meta/metadata").read_text(encoding="utf-8"))
     return meta | {"metrics": meta.get("metrics", {}) | measured(folder, step)}
 
 
 def measured(folder: Path, step: int) -> dict[str, float]:
-    """Return {name: value} of the latest evaluation results up to a step, from a run's metrics.jsonl."""
+    """Return {metric: its latest value up to `step`} from the evaluations in a run's metrics.jsonl."""
     found = {}
     for row in files.read_lines(folder / "metrics.jsonl"):
         # The line of a step that ended its run by a loss that was not finite has no "step_seconds".
@@ -207,7 +207,7 @@ def measured(folder: Path, step: int) -> dict[str, float]:
 
 @contextmanager
 def readable(path: Path):
-    """Context manager that turns errors in reading a checkpoint into a UserError that says what to do."""
+    """Context manager that turns errors in reading the checkpoint at `path` into a UserError."""
     try:
         yield
     except (ValueError, OSError) as problem:
@@ -226,9 +226,9 @@ _links: dict[Path, Path] = {}
 
 
 def plain_path(folder: Path) -> Path:
-    r"""Return a path to a folder without the characters * ? [ ] % \, which Orbax and TensorStore interpret.
+    r"""Return a path to a folder without the characters * ? [ ] % \, which Orbax would interpret.
 
-    A folder whose path has such a character is reached by a symbolic link, which is deleted at exit.
+    If the folder's own path has such a character, return a symbolic link to it, which is deleted at exit.
     """
     folder = folder.absolute()
     if not re.search(r"[][*?%\\]", str(folder)):
@@ -246,7 +246,7 @@ def quiet_orbax():
 
 
 def _other_shapes(target: Params, stored: dict) -> str:
-    """Describe how the stored arrays differ from the target: "lm_head is [64, 280] and not [64, 512]"."""
+    """Describe how stored arrays differ from `target`, as in "lm_head is [64, 280] and not [64, 512]"."""
     want, have = (
         {jax.tree_util.keystr(path, simple=True, separator="."): array for path, array in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (target, stored))

@@ -1,7 +1,6 @@
-"""Every setting of jaxchat, as frozen dataclasses: stages, models, flags, and where files are kept.
+"""All settings of jaxchat as frozen dataclasses: stages, models and flags.
 
-Each field of a flags class is a flag of a command, and the string below the field is the flag's help. This
-module imports no other module of jaxchat; every other module may import it.
+Each field of a flags class is a flag of a command, and the string below the field is the flag's help.
 """
 
 import dataclasses
@@ -15,19 +14,19 @@ from typing import Any
 class UserError(Exception):
     """Raised for an input that cannot be used. The message says in one line what is wrong and what to do.
 
-    Commands print the message and exit with code 2 (`launch.cli.main`), usually before they write any file.
+    Commands print the message and exit with code 2.
     """
 
 
 class Preempted(Exception):
-    """Raised when a run was asked to stop and has saved a checkpoint.
+    """Raised after a run was asked to stop and has saved a checkpoint.
 
     Commands print the message and exit with code 75.
     """
 
 
 def base_dir() -> Path:
-    """The directory in which jaxchat keeps all files: $JAXCHAT_BASE_DIR, or ~/.cache/jaxchat."""
+    """Return the directory in which jaxchat keeps all files: $JAXCHAT_BASE_DIR, or ~/.cache/jaxchat."""
     given = os.environ.get("JAXCHAT_BASE_DIR") or "~/.cache/jaxchat"
     check_local("JAXCHAT_BASE_DIR", given)
     check_folder("JAXCHAT_BASE_DIR", given)
@@ -35,7 +34,7 @@ def base_dir() -> Path:
 
 
 def user_path(given: str | Path) -> Path:
-    """Expand a leading ~ of a path that the user gave. UserError: the home directory is unknown."""
+    """Expand a leading ~ in a path. Raise UserError if the home directory is unknown."""
     home = os.environ.get("HOME", "/")
     remedy = "set HOME, or JAXCHAT_BASE_DIR=FOLDER, or give absolute paths"
     if str(given).startswith("~") and not os.path.isabs(home):
@@ -47,7 +46,7 @@ def user_path(given: str | Path) -> Path:
 
 
 def no_platform() -> str:
-    """Return the error message for when JAX_PLATFORMS names a kind of device that this machine lacks."""
+    """Return the error message for a JAX_PLATFORMS whose devices this machine lacks."""
     platforms = os.environ.get("JAX_PLATFORMS")
     return f"JAX_PLATFORMS={platforms}: no such device can be used here; unset it, or set JAX_PLATFORMS=cpu"
 
@@ -60,13 +59,13 @@ def check_folder(name: str, path: str):
 
 
 def check_utf8(name: str, path: str):
-    """Raise UserError if `path` has bytes that are not UTF-8, which Python reads as surrogates."""
+    """Raise UserError if `path`, the value of the flag or variable `name`, is not valid UTF-8."""
     if re.search("[\ud800-\udfff]", path):
         raise UserError(f"{name}={path!r} is not UTF-8; rename it, or set LC_ALL=C.UTF-8")
 
 
 def check_local(name: str, paths: str):
-    """Raise UserError if a path is an address such as gs://bucket/folder, or is not UTF-8.
+    """Raise UserError if a path is an address such as gs://bucket/folder, or is not valid UTF-8.
 
     paths: one or more paths, separated by commas. name: the flag or variable that gave them.
     """
@@ -84,7 +83,7 @@ def check_local(name: str, paths: str):
 
 @dataclasses.dataclass(frozen=True)
 class StageInfo:
-    """The names of one stage of training: in flags, folders, commands and reports."""
+    """A stage of training: its names in flags, folders, commands and reports, and where it starts from."""
 
     name: str  # in flags and metadata
     folder: str  # of its checkpoints, inside the base directory
@@ -136,7 +135,7 @@ ARCHITECTURES = {
 
 
 def constant(default, *, zero: bool = False, most: float = math.inf):
-    """Declare a numeric field of ModelConfig. zero: whether the value may be 0. most: the largest value."""
+    """Declare a numeric field of ModelConfig: a positive number up to `most`, or 0 if `zero` is set."""
     return dataclasses.field(default=default, metadata={"zero": zero, "most": most})
 
 
@@ -145,16 +144,15 @@ def rounded_up(number: int, step: int) -> int:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number and its noun, such as "1 head" or "2 heads"."""
+    """Format a number and a noun, as in "1 head" or "2 heads"."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and constants of a model. Two checkpoints with equal ModelConfig have interchangeable weights.
+    """Shape and constants of a model, which checkpoints store. docs/architecture.md explains them.
 
-    The default of a new field must reproduce what was computed before the field existed, so that older
-    checkpoints keep their meaning. docs/architecture.md says what each mechanism computes.
+    The default of a new field must leave the computation as it was before, because older checkpoints lack it.
     """
 
     sequence_len: int = 2048
@@ -216,11 +214,10 @@ class ModelConfig:
         n_kv_head: int | None = None,
         arch: str = "2025",
     ):
-        """Size a model by its depth: `depth` layers, width 64·depth, one head per 128 of width, rounded up.
+        """Return the configuration of a model with `depth` layers and width 64·depth.
 
-        Heads are added until the head dimension is a multiple of 8, as cuDNN's attention requires: depth 5
-        has 4 heads of 80, depth 17 has 17 heads of 64. With arch "2026" the width is instead rounded up to a
-        multiple of 128, and "S" layers see a quarter of the context.
+        With arch "2026" the width is rounded up to a multiple of 128. There is one head per 128 of width, or
+        more if the head dimension would not be a multiple of 8. By default there are as many key/value heads.
         """
         if depth < 1:
             raise UserError(f"--depth={depth}: a model needs at least 1 layer")
@@ -244,12 +241,12 @@ class ModelConfig:
 
     @property
     def plain(self) -> bool:
-        """Whether all weights of the model exist in the architecture of November 2025."""
+        """Whether the model has only weights that exist in nanochat's architecture of November 2025."""
         return not (self.value_gate_channels or self.layer_scales or self.smear_channels or self.backout)
 
     @property
     def padded_vocab(self) -> int:
-        """Size of the vocabulary with its padding: rows of the embedding tables, columns of the head."""
+        """Vocabulary size with padding, as in the shapes of the embedding tables and the head."""
         return rounded_up(self.vocab_size, self.vocab_multiple)
 
 
@@ -275,7 +272,7 @@ ALL_REMATS = (*REMATS, "step")  # "step" is for several devices and micro-batche
 
 
 def gpu_capability() -> float:
-    """CUDA compute capability of this host's first GPU (Hopper: 9.0); 9.0 if there is no GPU."""
+    """Return the CUDA compute capability of this process's first GPU, or 9.0 (Hopper) if it has none."""
     import jax  # here, so that reading a config never starts a backend
 
     return float(getattr(jax.local_devices()[0], "compute_capability", "9.0"))
@@ -283,27 +280,24 @@ def gpu_capability() -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """Execution options: they change speed and memory but not results (up to rounding); never checkpointed.
+    """Execution options: they change speed and memory use, but, except for `matmul`, not what is learnt.
 
-    dtype: dtype of activations and matrix products, "float32" or "bfloat16". Weights, norms, softmax and loss
-        stay float32; in training the logits are rounded to dtype before the softmax.
-    unroll: write the layers one after the other instead of looping over them (`lax.scan`). Compiles slower;
-        runs faster on GPUs, and on CPUs with few layers.
-    remat: what the backward pass recomputes: "none", "dots" (all but the results of matrix products), "full"
-        (all but each layer's input) or "step" (like "full", but each layer computes all micro-batches of a
-        step before the next layer starts: model/parts.py).
-    parts: number of equal parts of a device's rows that a layer computes in turn. train_step sets it.
-    attention: "xla", "blocks" (CPU), "splash" (TPU) or "cudnn" (GPU, bfloat16), for which "xla" computes
-        shapes that cuDNN refuses.
-    kernels: compute norms, rotary embedding and the loss's softmax by the GPU kernels of model/kernels.py.
-    grad_dtype: dtype in which gradients of the layers' matrices are summed, within and across devices:
-        "float32", or "bfloat16", which sends half the bytes but loses some precision with each added device.
-    matmul: rounding of the operands of the layers' matrix products in training: "" (none), "fp8" (to float8
-        in the MLP) or "fp8-all" (to float8 in all six: model/matmul.py). Unlike the other options, it changes
-        what is learnt.
+    dtype: "float32" or "bfloat16", for activations and matrix products. Norms, softmax and loss stay float32.
+    unroll: write the layers one after the other instead of looping over them (`lax.scan`). This compiles more
+        slowly, but runs faster on GPUs and, with few layers, on CPUs.
+    remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full" (all but each
+        layer's input) or "step" (like "full", but each layer computes all micro-batches of a step before the
+        next layer starts).
+    parts: number of micro-batches that a layer computes in turn with remat="step". train_step sets it.
+    attention: "xla", "blocks" (CPU), "splash" (TPU) or "cudnn" (GPU, bfloat16; "xla" for unsupported shapes).
+    kernels: compute norms, rotary embedding and the loss's softmax with the GPU kernels of model/kernels.py.
+    grad_dtype: dtype in which gradients of the layers' matrices are summed, also across devices: "float32" or
+        "bfloat16".
+    matmul: which of the layers' matrix products use float8 in training: "" (none), "fp8" (the MLP's) or
+        "fp8-all".
     loss_chunk_tokens: maximum number of tokens per device whose logits exist at the same time.
-    micro_tokens: maximum number of tokens of a device's micro-batch that a training step computes at a time,
-        in complete rows (at least one); 0: all at once. CPUs are faster if these fit into their caches.
+    micro_tokens: maximum number of tokens per device that a training step computes at a time, but at least
+        one row; 0: no limit.
     mesh: the jax.sharding.Mesh over which weights and batches are sharded; None: one device.
     """
 
@@ -323,8 +317,7 @@ class Compute:
     def for_backend(cls, dtype: str = "auto", backend: str = "", remat: str = "auto", **changes):
         """Return the default options for this machine's devices, or for `backend` ("cpu", "gpu" or "tpu").
 
-        dtype, remat: values of these fields; "auto": the backend's default. changes: values of other fields,
-        which override the defaults.
+        dtype, remat: these two options; "auto": the backend's default. changes: values of other options.
         """
         import jax  # here, so that reading a config never starts a backend
 
@@ -357,7 +350,7 @@ class Model:
         return self.compute.mesh
 
     def without_fp8(self) -> "Model":
-        """Return this model without rounding of matrix products to float8, for evaluation and generation."""
+        """Return this model without float8 matrix products, for evaluation and generation."""
         return dataclasses.replace(self, compute=dataclasses.replace(self.compute, matmul=""))
 
 
@@ -370,13 +363,13 @@ EVAL_BATCH = 4  # conversations per batch of --eval_steps
 def flag(
     default, least=None, most=math.inf, *, special=None, choices=(), free=False, own=False, alias="", name=""
 ):
-    """Declare a field of a flags class and the limits of its value, which Flags checks.
+    """Declare a field of a flags class and the values that it can have.
 
-    least, most: inclusive bounds of a number; special: one more value that is allowed. choices: all allowed
-    values of a string. free: a resumed run may change the value, because it affects what is shown, measured,
-    kept or computed at a time, but not what is learnt. own: the processes of a run may have different values;
-    implies free. alias: a short form, such as "-p". name: the flag's name if it differs from the field's
-    name.
+    least, most: inclusive bounds of a number. special: one more value that is allowed.
+    choices: all allowed values of a string.
+    free: a resumed run may change the value, because it does not affect what is learnt.
+    own: each process of a run may have its own value. Implies `free`.
+    alias: a short form, such as "-p". name: the flag's name, if it is not the field's.
     """
     metadata = {"least": least, "most": most, "special": special, "choices": choices, "free": free or own}
     return dataclasses.field(default=default, metadata=metadata | {"own": own, "alias": alias, "name": name})
@@ -384,7 +377,7 @@ def flag(
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Base class of all flags classes. UserError: a value is outside the limits of its field."""
+    """Base class of all flags classes. Raises UserError if a value is outside the limits of its field."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -402,7 +395,7 @@ class Flags:
                 raise UserError(f"--{name}={value}; it must be {allowed}")
 
     def learnt_from(self) -> dict:
-        """Return {name: value} of the flags that affect what is learnt: those not declared as free."""
+        """Return {name: value} of the flags that affect what is learnt, which a resumed run cannot change."""
         return self._but("free")
 
     def shared(self) -> dict:
@@ -423,8 +416,8 @@ class DeviceFlags(Flags):
     device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"), free=True)
     """Kind of device to compute on: "cpu", "cuda" or "tpu"; empty: the best kind found."""
     dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
-    """Number format of activations and matrix products; "auto": float32 on a CPU, bfloat16 elsewhere.
-    Checkpoints keep weights in float32, except embedding tables that --table_dtype keeps in bfloat16."""
+    """Number format of activations and matrix products; "auto": float32 on a CPU, bfloat16 elsewhere. Weights
+    are float32 in any case, except embedding tables (see --table_dtype)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,10 +425,9 @@ class MeshFlags(DeviceFlags):
     """Flags for several devices and processes"""
 
     mesh: str = flag("", free=True)
-    """Number of devices along each mesh axis, as in data=-1,fsdp=1,tensor=1 (-1: all remaining devices).
-    Along data, each device holds all weights; along fsdp, a shard of every weight; along tensor, each
-    computes a part of every layer. Empty: data=-1 on CPUs; elsewhere also fsdp=8, or the largest of 4, 2 and
-    1 that divides the number of devices."""
+    """Sizes of the mesh's axes, as in data=-1,fsdp=1,tensor=1 (-1: all remaining devices). Along data, each
+    device holds all weights; along fsdp, a shard of every weight; along tensor, each computes a part of every
+    layer. Empty: data=-1 and, except on CPUs, fsdp=8 (or 4, 2 or 1, to divide the number of devices)."""
     coordinator: str = flag("", own=True)
     """Address of process 0, as HOST:PORT; empty: as given by Slurm, Open MPI, a JobSet or the TPU host."""
     num_processes: int = flag(0, 0, free=True)
@@ -453,15 +445,13 @@ class TrainConfig(MeshFlags):
     run: str = flag("dummy", own=True)
     """Name of the run in Weights & Biases; "dummy": log nothing there."""
     matmul: str = flag("", choices=("", "fp8", "fp8-all"))
-    """Number format of the operands of the layers' matrix products in training, on GPUs such as H100 and
-    H200: "fp8" (float8 in the MLP) or "fp8-all" (float8 in all of them); empty: as --dtype. Evaluations
-    compute in --dtype and print how much float8 changes the loss."""
+    """Use float8 in the layers' matrix products in training, on GPUs such as H100: "fp8" (in the MLP) or
+    "fp8-all" (in all of them); empty: no. Evaluations don't use it, but print how it changes the loss."""
     remat: str = flag("auto", free=True)
-    """What the backward pass recomputes instead of keeping: "none", "dots" (all but the results of matrix
-    products), "full" (everything within a layer) or "step" (like "full", but on several devices each layer
-    computes all micro-batches before the next layer starts, so that gradients are summed over devices once
-    a step). "dots" needs less memory and more time than "none", and "full" than "dots". "auto": "none" on a
-    CPU; elsewhere the fastest that fits in memory; a resumed run keeps the one it had."""
+    """What the backward pass recomputes to save memory: "none", "dots" (all but the results of matrix
+    products) or "full" (everything within a layer). Each needs less memory and more time than the one before.
+    "step": like "full", but gradients are summed over devices once a step, not once a micro-batch. "auto":
+    "none" on a CPU, elsewhere the fastest that fits in memory; a resumed run keeps its value."""
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed of the initial weights, the order of the data and the answers that RL samples."""
     embedding_lr: float = flag(0.2, 0)
@@ -471,17 +461,16 @@ class TrainConfig(MeshFlags):
     matrix_lr: float = flag(0.02, 0)
     """Muon learning rate of the matrices in the layers."""
     weight_decay: float = flag(0.0, 0)
-    """AdamW weight decay of the embedding and the head. For models of --arch=2026, whose AdamW decay is
-    fixed: Muon's weight decay of the layers' matrices."""
+    """AdamW weight decay of the embedding and the head. For models of --arch=2026, it is instead Muon's
+    weight decay of the layers' matrices."""
     save_every: int = flag(-1, -1, free=True)
-    """Steps between checkpoints, in addition to those of --save_minutes; 0 or -1: by --save_minutes only. The
-    last step is always saved, and the last three checkpoints are kept."""
+    """Steps between checkpoints, in addition to those of --save_minutes; 0 or -1: save only by
+    --save_minutes. The last step is always saved, and the last three checkpoints are kept."""
     save_minutes: float = flag(30.0, 0, free=True)
-    """Minutes from the latest checkpoint to the next; 0: save only by --save_every."""
+    """Minutes between checkpoints; 0: save only by --save_every."""
     resume: bool = flag(False, free=True)
-    """Continue from the latest checkpoint of this stage and --model_tag; start from step 0 if there is none.
-    The result equals that of an uninterrupted run: on CPUs bit for bit, on GPUs up to rounding (cuDNN sums in
-    no fixed order)."""
+    """Continue from the latest checkpoint of this stage and --model_tag, or start from step 0 if there is
+    none. The result equals that of an uninterrupted run, exactly on CPUs and up to rounding on GPUs."""
     overwrite: bool = flag(False, free=True)
     """Delete all checkpoints of this stage and --model_tag, and start from step 0."""
     tensorboard: bool = flag(False, free=True)
@@ -489,8 +478,7 @@ class TrainConfig(MeshFlags):
     on_nonfinite: str = flag("stop", choices=("stop", "skip"), free=True)
     """What to do when a loss or a gradient is not finite: "stop" the run, or "skip" the step's update."""
     data_workers: int = flag(0, 0, own=True)
-    """Number of tokenizing subprocesses per trainer process; 0: tokenize in its threads. The batches are the
-    same either way."""
+    """Number of tokenizing subprocesses per trainer process; 0: tokenize in threads of the trainer."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -530,10 +518,9 @@ class BaseConfig(TrainConfig):
     --target_param_data_ratio=12 --total_batch_size=-1 --grad_clip=0 --warmup_steps=40 --warmdown_ratio=0.65
     --final_lr_frac=0.05 --eval_tokens=41943040."""
     depth: int = flag(20, 1)
-    """Number of layers; the model's width is 64 × depth, with --arch=2026 rounded up to a multiple of 128."""
+    """Number of layers. The model's width is 64 × depth, with --arch=2026 rounded up to a multiple of 128."""
     n_kv_head: int = flag(-1, 1, special=-1)
-    """Number of key/value heads (grouped-query attention), which must divide the number of query heads; -1:
-    as many as query heads."""
+    """Number of key/value heads, which must divide the number of query heads; -1: as many as query heads."""
     max_seq_len: int = flag(2048, 1)
     """Tokens in a training row, and the model's context length."""
     num_iterations: int = flag(-1, 1, special=-1)
@@ -541,13 +528,13 @@ class BaseConfig(TrainConfig):
     target_flops: float = flag(-1.0, 0, special=-1)
     """Total floating-point operations of training; -1: set by --target_param_data_ratio."""
     target_param_data_ratio: float = flag(20.0, 0, special=-1)
-    """Number of training tokens per model parameter (Chinchilla: 20). With --arch=2026, only weights of the
-    layers' matrices and the head count as parameters."""
+    """Number of training tokens per model parameter (Chinchilla: 20). With --arch=2026, only the weights of
+    the layers' matrices and of the head count as parameters."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
-    """Rows that a device computes at a time; -1: the largest number up to 32 that divides its rows in a step.
+    """Rows per device and micro-batch; -1: the largest divisor, up to 32, of the device's rows per step.
     Lower it if memory runs out: the result stays the same up to rounding."""
     total_batch_size: int = flag(524288, 1, 2**31 - 1, special=-1)
-    """Tokens in an optimizer step, over all devices; -1 (only with --arch=2026): set by the model's size."""
+    """Tokens per optimizer step, over all devices; -1 (only with --arch=2026): chosen by the model's size."""
     grad_clip: float = flag(1.0, 0)
     """Maximum global norm of the gradients; larger gradients are scaled down to it. 0: no clipping."""
     warmup_ratio: float = flag(0.0, 0, 1)
@@ -555,7 +542,7 @@ class BaseConfig(TrainConfig):
     warmup_steps: int = flag(0, 0)
     """Number of steps spent warming the learning rates up from 0; 0: set by --warmup_ratio."""
     warmdown_ratio: float = flag(0.2, 0, 1)
-    """Fraction of steps at the end spent cooling the learning rates down."""
+    """Fraction of steps, at the end, in which the learning rates fall to --final_lr_frac."""
     final_lr_frac: float = flag(0.0, 0)
     """Final learning rates, as a fraction of the peak."""
     eval_every: int = flag(250, -1, free=True)
@@ -563,31 +550,30 @@ class BaseConfig(TrainConfig):
     eval_tokens: int = flag(20 * 524288, 1, free=True)
     """Number of validation tokens to measure bits per byte on."""
     core_metric_every: int = flag(2000, -1, free=True)
-    """Steps between measurements of the CORE metric, made only if --eval_bundle exists (the plan says
-    whether); 0 or -1: never."""
+    """Steps between measurements of the CORE metric, if there is an --eval_bundle; 0 or -1: never."""
     core_metric_max_per_task: int = flag(500, 1, special=-1, free=True)
-    """Maximum number of items of each CORE task to measure on; -1: all."""
+    """Maximum number of examples per CORE task to measure on; -1: all."""
     eval_bundle: str = flag("", own=True)
     """Folder or zip file of the CORE tasks; empty: eval_bundle or eval_bundle.zip in the base directory."""
     sample_every: int = flag(2000, -1, free=True)
-    """Steps between printing the model's continuations of seven prompts; 0 or -1: never."""
+    """Steps between samples: the model's continuations of seven prompts are printed. 0 or -1: never."""
     model_tag: str = flag("", free=True)
     """Name of the checkpoint folder; empty: d<depth>."""
     data_dir: str = flag("", own=True)
-    """Folder of parquet shards with a column `text`, of which the last is for validation; empty: <base
-    directory>/base_data."""
+    """Folder of parquet shards with a column `text`; empty: <base directory>/base_data. The last shard in it
+    is for validation."""
     table_dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"), free=True)
-    """Number format in which embedding tables and their optimizer state are kept; "auto": bfloat16 with
-    --arch=2026 if activations are bfloat16, else float32."""
+    """Number format of the embedding tables and their optimizer state; "auto": bfloat16 with --arch=2026 if
+    activations are bfloat16, else float32."""
     packing: str = flag("stream", choices=("stream", "bos_bestfit", "nanochat"))
-    """How documents fill rows. "stream": documents are concatenated and cut into rows; nothing is dropped.
-    "bos_bestfit": each row begins with a document, few documents are cut, the cut-off ends are dropped, and
-    documents in a row don't attend to each other. "nanochat": like "bos_bestfit", but documents in a row
-    attend to each other, and the longest that fits is chosen from 1,000 documents instead of 64."""
+    """How documents fill rows. "stream": documents are concatenated and cut into rows, and nothing is
+    dropped. "bos_bestfit": each row begins with a document, few documents are cut, the cut-off ends are
+    dropped, and documents in a row don't attend to each other. "nanochat": like "bos_bestfit", but documents
+    in a row attend to each other, and the longest that fits is chosen from 1,000 documents instead of 64."""
 
     @classmethod
     def given(cls, **flags):
-        """Build the config from the flags given on a command line, with the defaults of its --arch."""
+        """Build the config from given flags. Other flags have the defaults of the given --arch."""
         return cls(**(BASE_RECIPES.get(flags.get("arch"), {}) | flags))
 
     def __post_init__(self):
@@ -606,8 +592,8 @@ class FinetuneConfig(TrainConfig):
     """Flags for trainers that start from a checkpoint"""
 
     model_tag: str = flag("", free=True)
-    """Tag of the model to start from and of the result; empty: the d<N> with the largest N, or else the
-    newest tag."""
+    """Name of the checkpoint folder, for the starting model and the result; empty: the d<N> with the largest
+    N, or else the newest folder."""
     step: int = flag(-1, -1, free=True)
     """Step of the checkpoint to start from; -1: the last."""
     dry_run: bool = flag(False, free=True)
@@ -625,10 +611,10 @@ class MidConfig(FinetuneConfig):
     max_seq_len: int = flag(-1, 1, special=-1)
     """Tokens in a training row; -1: the model's context length."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
-    """Rows that a device computes at a time; -1: the largest number up to 32 that divides its rows in a step.
+    """Rows per device and micro-batch; -1: the largest divisor, up to 32, of the device's rows per step.
     Lower it if memory runs out: the result stays the same up to rounding."""
     total_batch_size: int = flag(524288, 1, 2**31 - 1)
-    """Tokens in an optimizer step, over all devices."""
+    """Tokens per optimizer step, over all devices."""
     init_lr_frac: float = flag(1.0, 0)
     """Factor that multiplies all learning rates."""
     eval_every: int = flag(150, -1, free=True)
@@ -665,13 +651,13 @@ SFT_RECIPES = {
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(FinetuneConfig):
-    """Finetune a model for chat: only the assistant's tokens are learnt."""
+    """Finetune a model on conversations, learning only the assistant's tokens."""
 
     recipe: str = flag("2025", choices=tuple(SFT_RECIPES))
     """Recipe: nanochat's of November 2025 ("2025") or of July 2026 ("2026"). "2026" changes these defaults:
     --source=base --embedding_lr=0.3 --unembedding_lr=0.008 --packing=bestfit --target_examples_per_step=-1
-    --init_lr_frac=0.8 --warmdown_ratio=0.5 --momentum_warmup=300 --load_optimizer, and --train_tasks to
-    SmolTalk once, MMLU three times and GSM8K four times."""
+    --init_lr_frac=0.8 --warmdown_ratio=0.5 --momentum_warmup=300 --load_optimizer, --train_tasks to SmolTalk
+    once, MMLU three times and GSM8K four times, and --val_tasks to those of mid_train."""
     source: str = flag("mid", choices=STAGES["sft"].parents)
     """Stage whose checkpoint to start from: mid or base."""
     num_epochs: float = flag(1.0, 0)
@@ -681,15 +667,14 @@ class SFTConfig(FinetuneConfig):
     max_seq_len: int = flag(-1, 1, special=-1)
     """Maximum number of tokens of a conversation; longer ones are cut. -1: the model's context length."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
-    """Rows (conversations, unless they are packed) that a device computes at a time; -1: the largest number
-    up to 4 that divides its rows in a step. Lower it if memory runs out: the result stays the same up to
-    rounding."""
+    """Rows per device and micro-batch; -1: chosen automatically, at most 4. A row has one conversation, or
+    several if they are packed. Lower it if memory runs out: the result stays the same up to rounding."""
     target_examples_per_step: int = flag(32, 1, special=-1)
     """Conversations in an optimizer step, over all devices; -1: chosen so that a step has about as many
     tokens as a step of the run that made the starting checkpoint."""
     packing: str = flag("padded", choices=("padded", "bestfit"))
-    """How conversations fill rows. "padded": one conversation per row. "bestfit": several per full-length
-    row, which don't attend to each other. A step has the same conversations either way."""
+    """How conversations fill rows. "padded": one conversation per row. "bestfit": several conversations,
+    which don't attend to each other, per full-length row. Steps have the same conversations either way."""
     init_lr_frac: float = flag(0.02, 0)
     """Factor that multiplies all learning rates."""
     warmdown_ratio: float = flag(1.0, 0, 1)
@@ -705,7 +690,7 @@ class SFTConfig(FinetuneConfig):
     eval_metrics_every: int = flag(200, -1, free=True)
     """Steps between measurements of accuracy on MMLU and ARC-Easy (multiple choice); 0 or -1: never."""
     eval_metrics_max_problems: int = flag(1024, 1, special=-1, free=True)
-    """Maximum number of problems of each of MMLU and ARC-Easy to measure on; -1: all."""
+    """Maximum number of problems per task (MMLU, ARC-Easy) to measure on; -1: all."""
     train_tasks: str = (
         "ARC-Easy/train,ARC-Challenge/train,GSM8K/train,SmolTalk/train:10000,identity,"
         "SimpleSpelling:300,SpellingBee:300"
@@ -716,19 +701,17 @@ class SFTConfig(FinetuneConfig):
 
     @classmethod
     def given(cls, **flags):
-        """Build the config from the flags given on a command line, with the defaults of its --recipe."""
+        """Build the config from given flags. Other flags have the defaults of the given --recipe."""
         return cls(**(SFT_RECIPES.get(flags.get("recipe"), {}) | flags))
 
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig(FinetuneConfig):
     """Improve a chat model by reinforcement learning: each step samples several answers to each of several
-    problems, and a checker rewards right answers. Training makes answers likelier that have higher rewards
-    than other answers to the same problem.
+    problems, a checker rewards right answers, and training makes answers with higher rewards likelier.
 
     The defaults are nanochat's: REINFORCE with the mean reward of a problem's answers as baseline, one update
-    per step, no KL. Unlike nanochat, jaxchat also trains the token that ends an answer, and samples from all
-    tokens (--top_k=0).
+    per step, no KL term. But jaxchat also trains the token that ends an answer, and samples from all tokens.
     """
 
     source: str = flag("sft", choices=STAGES["rl"].parents)
@@ -738,32 +721,33 @@ class RLConfig(FinetuneConfig):
     num_iterations: int = flag(-1, 1, special=-1)
     """Number of rollouts, each followed by --updates optimizer steps; -1: as many as --num_epochs takes."""
     examples_per_step: int = flag(16, 1)
-    """Number of problems in a step, over all devices."""
+    """Number of problems in a rollout, over all devices."""
     num_samples: int = flag(16, 2)
-    """Number of answers to each problem; at least 2, since they are compared with each other."""
+    """Number of answers to each problem, at least 2."""
     max_new_tokens: int = flag(256, 1)
     """Maximum number of tokens in an answer, including tool output."""
     temperature: float = flag(1.0, 0.001, HOTTEST)
-    """Sampling temperature of the answers, above 0 so that answers to a problem differ. Any value but 1
-    samples from a different distribution than the one that is trained."""
+    """Sampling temperature of the answers. With any value but 1, answers are sampled from a different
+    distribution than the one that is trained."""
     top_k: int = flag(0, 0, 2**31 - 1)
-    """Number of likeliest tokens to sample from; 0: all, as in the distribution that is trained."""
+    """Number of likeliest tokens to sample from; 0: all."""
     reward: str = "answer"
-    """What an answer is rewarded for, as name:weight, separated by commas: "answer" (the checker finds it
-    right), "format" (it states a number after ####), "finished" (it ends by itself), "tool" (a tool call
-    returned a value). If "answer" is given, others count only for problems with right and wrong answers."""
+    """What an answer is rewarded for, as name:weight, separated by commas: "answer" (it is right), "format"
+    (it has a number after ####), "finished" (it ends by itself), "tool" (a tool call returned a value). With
+    "answer", the others count only for problems that have both right and wrong answers."""
     advantage: str = flag("mean", choices=("mean", "loo", "std", "batch_std"))
     """How advantages are computed from rewards. "mean": reward minus the mean reward of the problem's
     answers. "loo": reward minus the mean reward of the problem's other answers. "std": like "mean", divided
-    by the standard deviation of the problem's rewards. "batch_std": by that of all rewards of the step."""
+    by the standard deviation of the problem's rewards. "batch_std": like "mean", divided by the standard
+    deviation of all rewards in the step."""
     loss: str = flag("reinforce", choices=("reinforce", "ppo", "cispo", "gspo"))
     """Policy-gradient loss. With --updates=1 all are equal, except that "gspo" weighs all answers equally."""
     loss_norm: str = flag("tokens", choices=("tokens", "all_tokens", "rows", "constant"))
-    """What a step's loss is divided by. "tokens": number of sampled tokens, counting only problems whose
-    answers have different rewards. "all_tokens": number of all sampled tokens. "rows": each answer has equal
-    weight, as always with --loss=gspo. "constant": number of answers × --max_new_tokens."""
+    """How the loss is averaged. "tokens": over the sampled tokens of problems whose answers differ in reward.
+    "all_tokens": over all sampled tokens. "rows": over each answer's tokens, then over the answers to such
+    problems (always with --loss=gspo). "constant": divided by the number of answers × --max_new_tokens."""
     updates: int = flag(1, 1)
-    """Number of optimizer steps on the same answers."""
+    """Number of optimizer steps on the answers of a rollout."""
     clip_low: float = flag(-1.0, 0, special=-1)
     """How far the probability ratio of new to old policy may fall below 1 before the loss is clipped, with
     --updates above 1; -1: 0.2, or 0.0003 for --loss=gspo."""
@@ -771,20 +755,18 @@ class RLConfig(FinetuneConfig):
     """How far the probability ratio of new to old policy may rise above 1 before the loss is clipped, with
     --updates above 1; -1: 0.28, or 4 for --loss=cispo, 0.0004 for --loss=gspo."""
     tis: float = flag(0.0, 0)
-    """Upper bound of a token's importance weight (its probability by the trainer ÷ by the sampler), which
-    corrects for their different rounding; 0: no importance weights. 2 is usual. Costs a forward pass."""
+    """Upper bound of importance weights (probability in the trainer ÷ probability in the sampler), which
+    correct for differences in rounding; 0: no importance weights. 2 is usual. Costs a forward pass."""
     kl_coef: float = flag(0.0, 0)
     """Weight of the KL divergence from the starting model; 0: none. Costs forward passes of both models."""
     mask_truncated: bool = False
-    """Learn nothing from answers that were cut off; their rewards still count in the baseline."""
+    """Learn nothing from answers that were cut off. Their rewards still count in the baseline."""
     min_groups: int = flag(2, 1)
-    """Minimum number of problems per step whose answers differ in reward; with fewer, no weights change."""
+    """Minimum number of problems per step whose answers differ in reward. With fewer, no weights change."""
     resample: bool = False
-    """Draw more problems, at most three times, until --examples_per_step of them have answers with different
-    rewards."""
+    """Draw more problems, at most three times, until --examples_per_step have answers of different reward."""
     device_batch_size: int = flag(8, 1, free=True)
-    """Number of answers that a device trains on at a time. Lower it if memory runs out: the result stays the
-    same up to rounding."""
+    """Answers per device and micro-batch. Lower it if memory runs out: results stay equal up to rounding."""
     init_lr_frac: float = flag(0.05, 0)
     """Factor that multiplies all learning rates."""
     lr_schedule: str = flag("linear", choices=("linear", "cosine", "constant"))
@@ -794,20 +776,20 @@ class RLConfig(FinetuneConfig):
     eval_every: int = flag(60, -1, free=True)
     """Steps between evaluations, which also run before the first step and after the last; 0 or -1: never."""
     eval_examples: int = flag(400, 1, special=-1, free=True)
-    """Number of problems of --val_tasks to evaluate on, a fixed sample; half as many of --train_tasks are
-    evaluated too. -1: all."""
+    """Number of problems of --val_tasks in an evaluation, always the same ones; -1: all. Half as many
+    problems of --train_tasks are evaluated too."""
     eval_others: int = flag(256, -1, free=True)
-    """Number of problems of each of ARC-Easy, ARC-Challenge and MMLU to evaluate on before the first step and
-    after the last, to show what is forgotten; missing tasks are left out. 0: none; -1: all."""
+    """Number of problems of each of ARC-Easy, ARC-Challenge and MMLU to evaluate on before and after
+    training, to show what is forgotten; 0: none; -1: all. Tasks missing or trained on are skipped."""
     sample_every: int = flag(20, -1, free=True)
-    """Steps between writing a problem's answers, rewards and advantages to samples.jsonl; 0 or -1: never."""
+    """Rollouts between writing one problem's answers and rewards to samples.jsonl; 0 or -1: never."""
     save_every: int = flag(60, -1, free=True)
-    """Steps between checkpoints, in addition to those of --save_minutes; 0 or -1: by --save_minutes only. The
-    last step is always saved; the last three checkpoints and the best by evaluation are kept."""
+    """Steps between checkpoints, in addition to those of --save_minutes; 0 or -1: save only by
+    --save_minutes. The last three checkpoints and the best by evaluation are kept."""
     train_tasks: str = "GSM8K/train"
     """Training problems: Name[/split][:rows] or .jsonl files of conversations, separated by commas. An answer
-    to a problem of a file is right if its number after #### equals that of the conversation's last message;
-    if any conversation of the file ends without such a number, if its text equals the last message's."""
+    to a problem of a file is right if its number after #### equals that of the conversation's last message.
+    If any conversation of the file has no such number, the texts are compared instead."""
     val_tasks: str = flag("GSM8K/test", free=True)
     """Validation problems, written like --train_tasks."""
 

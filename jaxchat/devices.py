@@ -1,4 +1,4 @@
-"""Start the devices that a command computes on, and place a model on them."""
+"""Choose the devices of a command, and the execution options that suit them."""
 
 import importlib.util
 import os
@@ -18,9 +18,9 @@ OLDEST_DRIVER = {12: 525, 13: 580}  # {major version of CUDA: oldest NVIDIA driv
 def start_devices(config: DeviceFlags, *, asks: bool = True, alone: bool = False) -> Mesh:
     """Choose the kind of device, connect to the other processes, and return a mesh of all devices.
 
-    asks: whether the command checks after every step if it must stop; if so, SIGTERM is recorded and does not
-    end the process. alone: don't connect, because the command runs in one process. UserError: the kind of
-    device that was chosen cannot be used here.
+    asks: the command checks after every step if it must stop, so SIGTERM does not end the process.
+    alone: the command runs in one process and connects to no others.
+    Raises UserError if the chosen kind of device cannot be used.
     """
     if config.device_type:
         jax.config.update("jax_platforms", config.device_type)
@@ -44,7 +44,7 @@ def start_devices(config: DeviceFlags, *, asks: bool = True, alone: bool = False
 def model_for(config: DeviceFlags, shape: ModelConfig, mesh: Mesh) -> Model:
     """Return a model of a given shape with execution options that suit the flags and the mesh's devices.
 
-    UserError: the mesh cannot shard the model evenly, or its devices lack the float8 that --matmul needs.
+    Raises UserError if the mesh cannot shard the model evenly, or its devices lack the float8 of --matmul.
     """
     sharding.check_fits(shape, mesh)
     device = mesh.devices.flat[0]
@@ -58,10 +58,10 @@ def model_for(config: DeviceFlags, shape: ModelConfig, mesh: Mesh) -> Model:
 
 
 def about_driver() -> tuple[str, str]:
-    """Return (description of the NVIDIA driver and jax's CUDA plugin, status: "ok", "warning" or "missing").
+    """Return (description of the NVIDIA driver and jax's CUDA plugin, status).
 
-    "missing": the plugin needs a newer driver. "warning": there is a plugin without a driver, or a driver
-    without exactly one plugin.
+    status: "missing" if the plugin needs a newer driver, "warning" if there is a plugin without a driver or a
+        driver without exactly one plugin, else "ok".
     """
     cudas = [cuda for cuda in OLDEST_DRIVER if importlib.util.find_spec(f"jax_cuda{cuda}_plugin")]
     text = " and ".join(f"the plugin for CUDA {cuda}" for cuda in cudas) or "no CUDA plugin"

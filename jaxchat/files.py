@@ -1,4 +1,4 @@
-"""Files: atomic writes, lines of JSON, free disk space, hashes, locks."""
+"""File helpers: atomic writes, JSON lines, free disk space, hashes, locks."""
 
 import contextlib
 import errno
@@ -20,10 +20,10 @@ ESCAPED = "backslashreplace"  # writes lone surrogates, which UTF-8 cannot hold,
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path for a new file or folder; rename it to `path` when the block ends.
+    """Yield a temporary path for a new file or folder, and rename it to `path` when the block ends.
 
-    If the process is killed, `path` has the old content or all of the new content. If the block raises, the
-    old content stays and the new content is deleted. A folder can only replace an empty folder.
+    Until then `path` keeps its old content, even if the block raises. A new folder can only replace an empty
+    folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PART)
@@ -49,7 +49,7 @@ def write_json(path: Path, value: Any, indent: int | None = 1):
 
 
 def write_lines(path: Path, values: Iterable):
-    """Write values to a .jsonl file atomically, one per line."""
+    """Write JSON values to a .jsonl file atomically, one per line."""
     with atomic(path) as part, part.open("w", encoding="utf-8", errors=ESCAPED, newline="\n") as file:
         file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
@@ -64,13 +64,13 @@ def read_json(path: Path) -> dict:
 
 
 def append_line(path: Path, value: Any):
-    """Append a value to a .jsonl file."""
+    """Append a JSON value to a .jsonl file."""
     with path.open("a", encoding="utf-8", errors=ESCAPED, newline="\n") as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Return the objects of a .jsonl file; [] if it is missing. Incomplete lines are skipped."""
+    """Return the JSON objects of a .jsonl file, without incomplete lines; [] if the file is missing."""
     rows = []
     if path.exists():
         # Not splitlines(), which also splits at characters that JSON strings may contain, such as U+2028.
@@ -93,14 +93,14 @@ def size_text(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds as 1h02m, 3m20s or 12s."""
+    """Format seconds as in "1h02m", "3m20s" or "12s"."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
 def check_writable(folder: Path):
-    """Raise an OSError if a folder, which need not exist yet, cannot be written to."""
+    """Raise OSError if a folder cannot be written to. The folder need not exist yet."""
     while not os.path.lexists(folder):
         folder = folder.absolute().parent
     if not folder.is_dir():  # a file, or a broken link
@@ -112,7 +112,7 @@ def check_writable(folder: Path):
 
 
 def free_space(folder: Path) -> int:
-    """Free bytes on a folder's disk. The folder need not exist yet."""
+    """Return the free bytes on a folder's disk. The folder need not exist yet."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -120,7 +120,7 @@ def free_space(folder: Path) -> int:
 
 
 def check_space(folder: Path, needed: int, remedy: str = "free some"):
-    """Raise UserError if a folder's disk has fewer than `needed` bytes free."""
+    """Raise UserError, with `remedy` as advice, if fewer than `needed` bytes are free on a folder's disk."""
     free = free_space(folder)
     if free < needed:
         sizes = f"{size_text(needed)} of disk space, and {size_text(free)} are free there"
@@ -128,7 +128,7 @@ def check_space(folder: Path, needed: int, remedy: str = "free some"):
 
 
 def file_hash(path: Path, kind: str = "sha256") -> str:
-    """Hex digest of a file's content. kind: an algorithm of hashlib, or "git" for the SHA-1 of a git blob."""
+    """Return the hex digest of a file. kind: a hashlib algorithm, or "git" for the SHA-1 of a git blob."""
     with path.open("rb") as file:
         if kind != "git":
             return hashlib.file_digest(file, kind).hexdigest()
@@ -139,14 +139,14 @@ def file_hash(path: Path, kind: str = "sha256") -> str:
 
 
 class Held(Exception):
-    """Raised if another process holds a lock. The message is what that process wrote into the lock file."""
+    """Raised if another process holds a lock. The message is the content of the lock file."""
 
 
 def lock(path: Path, holder: str) -> int:
-    """Lock a file, write `holder`, a text that names this process, into it, and return its file descriptor.
+    """Lock a file, write `holder`, a description of this process, into it, and return its file descriptor.
 
-    The lock ends when the descriptor is closed or the processes that share it end. Held: another process
-    holds the lock. On a file system without locks, the descriptor is returned without a lock.
+    The lock ends when the descriptor is closed or all processes that share it end.
+    Raises Held if another process holds the lock. On a file system without locks, nothing is locked.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

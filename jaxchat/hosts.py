@@ -1,7 +1,7 @@
-"""Runs of several processes: how the processes find one another, print once, and end together.
+"""Runs of several processes: connect them, print from the first only, and end them together.
 
-jax.distributed connects them. When a process is lost, jax ends the others within --heartbeat_timeout by
-SIGABRT (exit code 134, after which launchers restart the run) and a message that names the lost process.
+If a process is lost, jax.distributed ends the others by SIGABRT (exit code 134) within --heartbeat_timeout
+and prints which one was lost. Launchers restart runs that end with this code.
 """
 
 import dataclasses
@@ -32,10 +32,7 @@ _connected: tuple[int, int] | None = None  # (process index, --heartbeat_timeout
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """How this process joins a run: address of process 0, number of processes, and index of this process.
-
-    jax detects the fields that are None.
-    """
+    """How this process joins a run. jax detects the values that are None."""
 
     found_by: str  # flags, environment, slurm, ompi, kubernetes or tpu
     coordinator: str | None = None
@@ -47,10 +44,11 @@ class Place:
 def detect(
     coordinator: str = "", num_processes: int = 0, process_id: int = -1, environ=os.environ
 ) -> Place | None:
-    """Return how this process joins a run of several processes; None: it is the only process.
+    """Return how this process joins a run of several processes, or None if it is the only one.
 
-    Values come from the flags given, else from the launcher (Slurm, Open MPI, Kubernetes) or the TPU host.
-    UserError: a value is missing, or the values contradict each other.
+    coordinator, num_processes, process_id: values of the flags. Those not given are taken from the
+        environment of Slurm, Open MPI, Kubernetes or a TPU host.
+    Raises UserError if a value is missing, or if values contradict each other.
     """
     found = _by_environment(environ)
     if not coordinator and num_processes == 0 and process_id == -1:
@@ -112,8 +110,7 @@ def _has_tpu() -> bool:
 def is_first(environ=os.environ) -> bool:
     """Return whether this process is the first that a launcher started.
 
-    Commands that need only one process run in the first. On a TPU slice with several hosts, also set
-    JAX_PLATFORMS=cpu, because libtpu would wait for the other hosts.
+    On a TPU slice with several hosts, also set JAX_PLATFORMS=cpu, because libtpu would wait for all hosts.
     """
     on_tpu = _has_tpu()
     index = environ.get("JAXCHAT_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX"))
@@ -128,22 +125,18 @@ def is_first(environ=os.environ) -> bool:
 
 
 def is_alone(place: Place | None, environ=os.environ) -> bool:
-    """Return whether this process is the only one of the run, as on a TPU slice with one host.
-
-    place: the result of `detect`.
-    """
+    """Return whether this process is the only one of its run. place: the result of `detect`."""
     if place is None or place.found_by != "tpu":
         return place is None
     return int(environ.get("MEGASCALE_NUM_SLICES", 1)) == 1 and not _several_tpu_hosts(environ)
 
 
 def _several_tpu_hosts(environ) -> bool:
-    """Return whether the slice of this TPU host has several hosts."""
     return "," in (environ.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints", environ))
 
 
 def _metadata(name: str, environ) -> str:
-    """Fetch an attribute of this TPU host from Google's metadata server; "" if there is no server."""
+    """Return an attribute of this TPU host from Google's metadata server; "" if there is no server."""
     if "TPU_SKIP_MDS_QUERY" in environ:
         return ""
     import urllib.request  # here, since few commands need it
@@ -157,10 +150,11 @@ def _metadata(name: str, environ) -> str:
 
 
 def start(config: MeshFlags, *, asks: bool = True):
-    """Connect to the other processes, if there are any. Call this before the first use of a device.
+    """Connect to the other processes of the run, if any, before the first use of a device.
 
-    From then on, only process 0 prints to stdout. asks: whether the command checks after every step if it
-    must stop (train.signals), as trainers do; if so, SIGTERM is recorded and does not end the process.
+    Afterwards only process 0 prints to stdout.
+    asks: whether the command checks after every step if it must stop (train.signals). If so, jax records a
+        SIGTERM, which then does not end the process.
     """
     import jax
 
@@ -207,11 +201,10 @@ def start(config: MeshFlags, *, asks: bool = True):
 
 @contextmanager
 def together():
-    """Context manager in which a process that fails exits at once, without waiting for the other processes.
+    """Context manager in which a process that fails exits without waiting for the other processes.
 
-    The other processes notice the exit within --heartbeat_timeout. If jax raises a network error, another
-    process may be lost: then this process waits 1.5 times that long, so that jax ends it too. If jax does
-    not, no process was lost, and this process exits with code 76 (UNREACHABLE).
+    The others notice the exit within --heartbeat_timeout. After a network error this process first waits 1.5
+    times as long, since jax ends it if another process was lost. If not, it exits with code UNREACHABLE.
     """
     try:
         yield
@@ -235,7 +228,7 @@ def together():
 
 
 def _may_be_others_fault(problem: BaseException | None) -> bool:
-    """Return whether an error, or a cause of it, has a code that jax uses for unreachable processes."""
+    """Return whether an error, or one of its causes, may mean that another process is unreachable."""
     unreachable = "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
     while problem and not re.match(unreachable, str(problem)):
         problem = problem.__cause__ or problem.__context__

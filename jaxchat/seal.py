@@ -1,8 +1,7 @@
-"""Seals: sizes and hashes of a complete checkpoint's files, which show damage before the files are used.
+"""Seal files: sizes and hashes of a checkpoint's files, which reveal damage before the files are used.
 
-seal.json is written last and holds {file: [size in bytes, BLAKE2b hash]} of every file. If several processes
-save together, each hashes the files that it wrote, which are still in its page cache: process 2 writes the
-hashes of its files to seal.2.json, and seal.json has "" instead of these hashes.
+seal.json is written last and holds {file: [size in bytes, BLAKE2b hash]} for all files. If several processes
+save together, process N > 0 writes the hashes of its own files to seal.N.json, and seal.json lacks them.
 """
 
 import json
@@ -17,7 +16,7 @@ NAME = "seal.json"
 
 
 def seal(folder: Path, process: int = 0):
-    """Write the seal file of process number `process` into a checkpoint's folder, after all other files."""
+    """Record sizes and hashes of a complete checkpoint's files in the seal file of process `process`."""
     paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("seal."))
     names = [path.relative_to(folder).as_posix() for path in paths]
     hashes = _hashes(folder, [name for name in names if _writer(name) == process])
@@ -27,10 +26,9 @@ def seal(folder: Path, process: int = 0):
 
 
 def damage(folder: Path, items: Collection[str] | None = None) -> str:
-    """Describe in a line how a checkpoint's folder is damaged; "" if it is intact or has no seal.
+    """Describe in one line how a checkpoint is damaged; "" if it is intact or has no seal file.
 
-    The sizes of all files are compared with the seal. Hashes are compared for files in the folders `items`,
-    such as "params"; None: for all files.
+    items: folders whose files' hashes are compared, such as "params"; None: all. Sizes are always compared.
     """
     if not (folder / NAME).exists():
         return ""
@@ -54,7 +52,7 @@ def damage(folder: Path, items: Collection[str] | None = None) -> str:
 
 
 def _writer(name: str) -> int:
-    """Number of the process that wrote a file, from its folder "ocdbt.process_N"; 0 for other folders."""
+    """Return the number of the process that wrote a file, from "ocdbt.process_N" in its path, or else 0."""
     found = re.search(r"/ocdbt\.process_(\d+)/", name)
     return int(found[1]) if found else 0
 

@@ -26,10 +26,9 @@ ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are shar
 
 
 def keep_compiled():
-    """Cache compiled programs under the base directory, so that later runs need not compile them again.
+    """Cache compiled programs on disk, by default in <base directory>/compiled, for later runs.
 
-    The variable JAX_COMPILATION_CACHE_DIR sets another folder; JAX_ENABLE_COMPILATION_CACHE=0 turns the cache
-    off.
+    JAX_COMPILATION_CACHE_DIR sets another folder. JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off.
     """
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compiled"))
@@ -56,7 +55,7 @@ def keep_compiled():
 
 
 def _delete_damaged(folder: Path, show: Callable, message: Warning, *args, **how):
-    """Delete a cache entry that jax warns it cannot read, so that jax replaces it; show other warnings."""
+    """Delete a cache entry that jax warns it cannot read, or pass any other warning on to `show`."""
     damaged = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
     if not damaged:
         return show(message, *args, **how)
@@ -65,7 +64,7 @@ def _delete_damaged(folder: Path, show: Callable, message: Warning, *args, **how
 
 
 def take_memory():
-    """Set XLA_CLIENT_MEM_FRACTION, if unset, so that jax allocates GPU_SHARE of a GPU's memory at start."""
+    """Make jax allocate the fraction GPU_SHARE of a GPU's memory at start, unless the user set a fraction."""
     if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
 
@@ -73,8 +72,8 @@ def take_memory():
 def make_mesh(devices=None, axes: str = "") -> Mesh:
     """Make a mesh of the given devices (None: all) with the axes data, fsdp and tensor.
 
-    axes: sizes of the axes, such as "data=-1,fsdp=2" (-1: all remaining devices); "": the default for this
-    kind of device. UserError: this number of devices cannot form such a mesh.
+    axes: sizes such as "data=-1,fsdp=2" (-1: all remaining devices); "": the default for these devices.
+    Raises UserError if this number of devices cannot form such a mesh.
     """
     if devices is None:  # order them by slice and process, since a process feeds adjacent rows
         devices = sorted(jax.devices(), key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
@@ -92,9 +91,9 @@ def batched(items: list, size: int) -> list[list]:
 
 
 def along_links(devices: list) -> list:
-    """Order up to 16 TPUs as a ring: neighbours share a link, and the TPUs of a process are adjacent.
+    """Order TPUs as a ring in which neighbours share a link and the TPUs of a process are adjacent.
 
-    If there is no such ring, or there are more TPUs, return them in the given order.
+    Return them as given if there is no such ring, or if there are more than 16.
     """
 
     def linked(a, b) -> bool:
@@ -118,11 +117,11 @@ def along_links(devices: list) -> list:
 
 
 def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int, int]:
-    """Return the sizes of (data, fsdp, tensor) in "data=-1,fsdp=2,tensor=1"; -1: all remaining devices.
+    """Parse the sizes of mesh axes, as in "data=-1,fsdp=2". Return the sizes of (data, fsdp, tensor).
 
-    devices: number of devices. An axis that is not named has size 1, or -1 if it is data. axes "": on CPUs,
-    each device holds all weights; elsewhere, fsdp shards the weights over up to 8 neighbours, which makes
-    room for models 8 times as large and costs a few per cent of bandwidth, overlapped with computation.
+    A size of -1 stands for all remaining devices. Axes that are not named have size 1, or -1 for data. If
+    `axes` is "", fsdp is the largest of 8, 4, 2 and 1 that divides the number of `devices`, or 1 on CPUs.
+    Raises UserError if this number of devices cannot form such a mesh.
     """
     sizes = dict.fromkeys(AXES, 1) | {"data": -1}
     if not axes and platform != "cpu":
@@ -147,7 +146,7 @@ def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int
 
 
 def check_fits(model: ModelConfig, mesh: Mesh):
-    """Raise UserError unless the mesh cuts the model's heads, vocabulary and width into equal parts."""
+    """Raise UserError unless the mesh divides the model's heads, vocabulary and width into equal parts."""
     heads = {"query heads": model.n_head, "key/value heads": model.n_kv_head}
     widths = {"width": model.n_embd}
     if model.value_gate_channels:  # a value embedding's features are cut over fsdp
@@ -164,18 +163,17 @@ def check_fits(model: ModelConfig, mesh: Mesh):
 
 
 def constrain(tree, specs, mesh: Mesh | None):
-    """Constrain the arrays of a tree, inside jit, to the shardings of `specs`, a tree of PartitionSpecs."""
+    """Constrain the shardings of a tree of arrays, inside jit. specs: a tree of PartitionSpecs."""
     if mesh is None or mesh.size == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, named(mesh, specs))
 
 
 def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool = False):
-    """Return `function`, mapped over the devices' shards of its arguments (shard_map).
+    """Wrap a function so that each device calls it on its shards of the arguments (shard_map).
 
-    On one device, return `function` itself, which must then skip its collectives. always: use shard_map on
-    one device too, whose mesh tells Triton kernels what to compile for. Arrays must be equal along mesh axes
-    that their spec leaves out; this is not checked.
+    On one device, unless `always` is set, return the function itself, which must then skip its collectives.
+    Arrays must be equal along mesh axes that their spec leaves out. This is not checked.
     """
     if mesh is None or (mesh.size == 1 and not always):
         return function
@@ -183,12 +181,12 @@ def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool
 
 
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
-    """Mesh axes over which `rows` rows are sharded; None (each device has all) if they don't divide."""
+    """Return the mesh axes that shard `rows` rows, or None if the rows cannot be divided evenly."""
     return None if rows % data_shards(mesh) else ROWS
 
 
 def data_shards(mesh: Mesh | None) -> int:
-    """Number of shards into which the mesh cuts the rows of a batch."""
+    """Number of shards into which a mesh cuts the rows of a batch; 1 without a mesh."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -204,15 +202,15 @@ def named(mesh: Mesh, specs):
 
 
 def abstract(shapes, shardings):
-    """Return a tree of ShapeDtypeStructs, from a tree of shapes and a tree of NamedShardings."""
+    """Combine a tree of array shapes and a tree of shardings into a tree of ShapeDtypeStructs."""
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
 
 
 def optimizer_specs(state, weights: dict):
-    """PartitionSpecs of an optimizer's state: an array named after a weight is sharded like the weight.
+    """Return a tree of PartitionSpecs that shard an optimizer's arrays like the weights they are named after.
 
-    state: a tree of shapes. weights: {name: declared weight}. A dimension that is smaller than the weight's,
-    because the optimizer reduced it, is not sharded; nor are arrays that belong to no weight.
+    state: a tree of shapes. weights: {name: declared weight}.
+    Dimensions smaller than the weight's, and arrays that belong to no weight, are not sharded.
     """
 
     def spec(path, leaf):
@@ -232,7 +230,7 @@ def place_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """Return the range (first, end) of this process's rows in a micro-batch of `rows` rows."""
+    """Return the range (first, end) of the rows that this process holds of a micro-batch of `rows` rows."""
     slices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((rows,)).values()
     first, end = min(s.indices(rows)[0] for (s,) in slices), max(s.indices(rows)[1] for (s,) in slices)
     if sum(e - f for f, e in {s.indices(rows)[:2] for (s,) in slices}) != end - first:
@@ -246,7 +244,7 @@ def place_same(array: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def agree(totals: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Sum int32 arrays [A, B] over A, B and all processes; return scalars without waiting for them."""
+    """Return {name: sum of an int32 array [A, B] over all processes}, without waiting for the results."""
     return _sums({name: place_rows(array, mesh) for name, array in totals.items()}, mesh)
 
 
@@ -257,7 +255,7 @@ def _sums(totals: dict, mesh: Mesh):
 
 
 def gather_json(value: dict) -> list[dict]:
-    """Return the JSON objects of all processes, in process order, when every process has called this."""
+    """Return the JSON values of all processes, in process order. Every process must call this."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -287,7 +285,7 @@ def from_first(call: Callable[[], Any]) -> Any:
 
 
 def check_same(**facts):
-    """Raise UserError on every process unless all processes pass the same names and JSON values."""
+    """Raise UserError on every process unless all processes pass equal arguments, which are JSON values."""
     for number, other in enumerate(everyone := gather_json(facts)):
         for what, first in everyone[0].items():
             if other[what] != first:
@@ -299,9 +297,9 @@ def check_same(**facts):
 
 
 def difference(one, other, form: str = " (now {})") -> str:
-    """Describe how two values differ; for dicts: "name=one (now other)" of the first three differing entries.
+    """Describe how two values differ. Of two dicts, list the first three differing entries.
 
-    form: format string of the text that shows `other`.
+    form: format string that shows `other` after `one`, as in "0.1 (now 0.2)".
     """
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return f"{one}{form.format(other)}"

@@ -1,7 +1,6 @@
-"""The checkpoints of one run: save them in the background, restore one for training, lock out other runs.
+"""Save a run's checkpoints in the background, restore one for training, and lock out other runs.
 
-Orbax gives a step's folder its final name only when everything in it is written; then the folder is sealed
-(jaxchat/seal.py).
+A checkpoint's folder gets its final name once all files are written, and then a seal file (jaxchat/seal.py).
 """
 
 import errno
@@ -32,7 +31,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk or quota is full, o
 
 
 class Checkpoints:
-    """Save, restore, delete and lock the checkpoints of one run, which share a folder."""
+    """The folder with one run's checkpoints: save, restore, delete and lock them."""
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
@@ -47,8 +46,7 @@ class Checkpoints:
     def lock(self, steps_seen: list[int]):
         """Lock the folder until `close`, and delete partial checkpoints of runs that were killed.
 
-        steps_seen: the steps that the caller found in the folder. UserError: another run holds the lock, or
-        has changed the steps since then.
+        Raises UserError if another run holds the lock, or if the folder's steps are no longer `steps_seen`.
         """
 
         def lock_and_sweep():
@@ -61,7 +59,7 @@ class Checkpoints:
         sharding.from_first(lock_and_sweep)
 
     def delete_all(self):
-        """Delete everything in the run's folder but the lock."""
+        """Delete everything in the run's folder except the lock file."""
         if jax.process_index() == 0 and self.folder.exists():
             for path in self.folder.iterdir():
                 if path.name != LOCK:
@@ -82,10 +80,10 @@ class Checkpoints:
         batches: "grain.DatasetIterator | None",
         meta: dict,
     ):
-        """Start saving a checkpoint in the background, once the previous save is complete.
+        """Wait for the previous save, then start saving a checkpoint in the background.
 
-        batches: the data iterator whose position is saved. If optimizer and batches are None, only weights
-        and metadata are saved. A save that fails leaves no partial checkpoint. OSError: the disk is full.
+        batches: the data iterator whose position is saved. If optimizer or batches is None, it is left out.
+        Raises OSError if the disk is full.
         """
         self.wait()
         items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
@@ -111,24 +109,28 @@ class Checkpoints:
         self._on_all(begin)
 
     def poll(self) -> bool:
-        """Return whether no save is in progress, without waiting. Raise the error of a save that failed."""
+        """Return whether no save is in progress, without waiting. Raise the error of a save that failed.
+
+        With several processes, a save counts as in progress until `wait` is called.
+        """
         # Several processes learn this only in `wait`, which all of them call together.
         if self._pending is not None and jax.process_count() == 1 and self._pending.done():
             self.wait()
         return self._pending is None
 
     def wait(self):
-        """Wait until the save in progress is complete and sealed. Raise its error if it fails."""
+        """Wait until the save in progress is complete. Raise its error if it failed."""
         if self._pending is not None:
             self._on_all(self._finish)
 
     def restore(
         self, step: int, *, params: Params, optimizer: Any, batches: "grain.DatasetIterator | None"
     ) -> tuple[Params, Any]:
-        """Return (params, optimizer), sharded as the given ShapeDtypeStructs; set the position of `batches`.
+        """Return (params, optimizer state) of a checkpoint, and restore the position of `batches`.
 
-        If optimizer is None, only the weights are restored. An imported checkpoint has no data position, so
-        `batches` start from the beginning.
+        params, optimizer: trees of ShapeDtypeStructs with shardings. If optimizer is None, only weights are
+            restored.
+        batches: the data iterator. Without a stored position it starts from the beginning.
         """
         items = {"params": ocp.args.StandardRestore(params)}
         if optimizer is not None:
@@ -153,10 +155,7 @@ class Checkpoints:
         return checkpoint.read_meta(self.folder, step)
 
     def close(self):
-        """Wait until the save in progress is complete, and release the lock.
-
-        This does not wait for other processes, since they may have ended already.
-        """
+        """Wait until this process has completed the save in progress, and release the lock."""
         try:
             if self._pending is not None:
                 self._on_all(self._finish, alone=True)
@@ -169,9 +168,9 @@ class Checkpoints:
                 self._lock = None
 
     def _complete(self, writer: ocp.AsyncCheckpointer, step: int):
-        """Wait until a checkpoint is written, then seal it, then delete partial and old checkpoints.
+        """Wait until a checkpoint is written, write its seal file, then delete partial and old checkpoints.
 
-        This runs in a background thread. In this order, a kill at any time leaves a sealed checkpoint.
+        This runs in a background thread. A kill at any time leaves an intact checkpoint, old or new.
         """
         writer.wait_until_finished()
         if process := jax.process_index():
@@ -189,10 +188,9 @@ class Checkpoints:
         self._pending = None
 
     def _on_all(self, part: Callable[[], None], alone: bool = False):
-        """Call part(), a part of a save; if it fails on one process, raise an error on all.
+        """Call part(), a part of a save. If it fails on one process, raise an error on all of them.
 
-        So no process waits for one that failed. alone: raise on this process only. After a failure Orbax's
-        writer is discarded, because it would raise the same error again.
+        alone: raise only on this process, and don't wait for the others.
         """
         problem = None
         try:
@@ -205,14 +203,14 @@ class Checkpoints:
             messages = [each["message"] for each in sharding.gather_json({"message": message})]
             problem = problem or next((OSError(text) for text in messages if text), None)
         if problem:
-            self._writer = self._pending = None
+            self._writer = self._pending = None  # Orbax's writer would raise the same error again
             if jax.process_index() == 0:
                 sweep(self.folder)
             raise problem
 
 
 def delete_step(folder: Path, step: int):
-    """Rename a checkpoint and delete it, ignoring errors. After a kill, `sweep` deletes what is left."""
+    """Mark a checkpoint as partial by renaming it, and delete it. Errors are ignored."""
     path = folder / str(step)
     with suppress(OSError):
         path = path.replace(folder / f"{step}{UNFINISHED}-deleted")
@@ -220,14 +218,14 @@ def delete_step(folder: Path, step: int):
 
 
 def sweep(folder: Path):
-    """Delete partial checkpoints, left by a save or deletion that failed or was killed, ignoring errors."""
+    """Delete partial checkpoints, which failed or killed saves and deletions leave. Errors are ignored."""
     for path in folder.glob(f"*{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def full_disk(folder: Path):
-    """Context manager that turns Orbax's several long errors for a full disk into a short OSError."""
+    """Context manager that replaces Orbax's long errors for a full disk by a short OSError."""
     try:
         yield
     except Exception as problem:
@@ -238,7 +236,10 @@ def full_disk(folder: Path):
 
 
 def lock(folder: Path) -> int:
-    """Lock a run's folder until the returned descriptor is closed. UserError: another run holds the lock."""
+    """Lock a run's folder and return a file descriptor, which holds the lock until it is closed.
+
+    Raises UserError if another run holds the lock.
+    """
     try:
         return files.lock(folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}\n")
     except files.Held as other:

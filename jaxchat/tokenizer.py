@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizer, trained by the tokenizers library and run by tiktoken; the chat format."""
+"""A byte-level BPE tokenizer, trained by the tokenizers library and run by tiktoken, and the chat format."""
 
 import base64
 import hashlib
@@ -34,7 +34,7 @@ SPLIT_PATTERN = (
 
 
 class Piece(NamedTuple):
-    """A special token of a conversation, or the text between two of them."""
+    """A special token of a conversation, or the text between two special tokens."""
 
     text: str
     special: bool
@@ -54,10 +54,7 @@ PART_TYPES = tuple(PARTS)
 
 
 def chat_pieces(conversation: dict) -> list[Piece]:
-    """Split a conversation into (text, whether it is a special token, whether it is trained on) tuples.
-
-    They are in the order of the chat format. UserError: the conversation is malformed.
-    """
+    """Convert a conversation to special tokens and texts, in order. Raise UserError if it is malformed."""
     pieces = [BOS]
     for message in _user_first(conversation):
         content = message["content"]
@@ -73,7 +70,7 @@ def chat_pieces(conversation: dict) -> list[Piece]:
 
 
 def without_surrogates(text: str) -> str:
-    """Replace lone surrogates, which UTF-8 cannot encode, by the replacement character U+FFFD."""
+    """Replace lone surrogates, which UTF-8 cannot encode, with U+FFFD."""
     try:
         text.encode("utf-8")
         return text
@@ -82,7 +79,7 @@ def without_surrogates(text: str) -> str:
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer. Ids are the ranks of the learnt tokens, followed by nine special tokens."""
+    """A byte-level BPE tokenizer. The learnt tokens have the first ids, the nine special tokens the last."""
 
     def __init__(self, ranks: dict[bytes, int]):
         self.ranks = ranks  # {bytes of a learnt token: its id}
@@ -105,10 +102,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
-        """Train a tokenizer with exactly vocab_size tokens on texts.
-
-        UserError: vocab_size is too small, or too large for the texts.
-        """
+        """Train a tokenizer with exactly vocab_size tokens. Raise UserError if that is impossible."""
         specials = len(SPECIAL_TOKENS)
         wanted = vocab_size - specials
         if wanted < 256:
@@ -156,14 +150,11 @@ class Tokenizer:
         return tokenizer
 
     def knows(self, fingerprint: dict[str, str]) -> bool:
-        """Return whether a shard of {name: fingerprint} was in the training text; True if unknown."""
+        """Return whether any shard of {name: fingerprint} was in the training text; True if not recorded."""
         return not self.trained_on or not set(self.trained_on.values()).isdisjoint(fingerprint.values())
 
     def save(self, directory: Path | None = None) -> Path:
-        """Write ranks.txt (one token in base64 per line, by rank) and tokenizer.json; return the folder.
-
-        If the process is killed, the folder can still be loaded, as the previous or the new tokenizer.
-        """
+        """Write the tokenizer to a folder, by default <base directory>/tokenizer, and return the folder."""
         folder = Path(directory or base_dir() / "tokenizer")
         folder.mkdir(parents=True, exist_ok=True)
         pieces = sorted(self.ranks, key=self.ranks.get)
@@ -180,11 +171,11 @@ class Tokenizer:
         return self._specials[name]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Spellings of special tokens, such as "<|bos|>", are encoded as text."""
+        """Return the token ids of a text. Names of special tokens in it are encoded as plain text."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str, *, specials: bool = False) -> np.ndarray:
-        """Token ids of a text, int32 [tokens]. specials: encode "<|bos|>" and the like as special tokens."""
+        """Return int32 token ids of a text. specials: encode names such as "<|bos|>" as special tokens."""
         allowed = self._specials.keys() if specials else frozenset()
         try:
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(allowed), disallowed_special=())
@@ -201,11 +192,11 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids) -> bytes:
-        """Bytes of a sequence of token ids. Ids beyond the vocabulary, as in padded models, are skipped."""
+        """Return the bytes of a sequence of token ids. Ids outside the vocabulary are skipped."""
         return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def render_conversation(self, conversation: dict) -> tuple[list[int], list[int]]:
-        """Return (token ids, mask) of a conversation; the mask is 1 for the tokens that are supervised."""
+        """Return (token ids, mask) of a conversation. The mask is 1 for tokens to train on, else 0."""
         return self._render(chat_pieces(conversation))
 
     def _render(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
@@ -217,10 +208,9 @@ class Tokenizer:
         return ids, mask
 
     def render_all(self, conversations: list[list[Piece]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return int32 (token ids, mask) of each conversation, given as the result of chat_pieces.
+        """Return int32 arrays (token ids, mask) of each conversation, given as the result of `chat_pieces`.
 
-        mask: 1 for supervised tokens. To be fast, all conversations are encoded together as one text, except
-        those in which a text may spell a special token or adjacent parts could merge into one token.
+        The mask is 1 for tokens to train on, else 0.
         """
         alone = [_may_merge(pieces) for pieces in conversations]
         joined = [
@@ -247,7 +237,7 @@ class Tokenizer:
         ]
 
     def render_for_completion(self, conversation: dict) -> list[int]:
-        """Token ids of a conversation, without an answer at its end, followed by <|assistant_start|>."""
+        """Return the token ids of a conversation, minus a final answer, plus <|assistant_start|>."""
         messages = conversation["messages"]
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -256,7 +246,7 @@ class Tokenizer:
 
 
 def _may_merge(pieces: list[Piece]) -> bool:
-    """Return whether encoding a conversation as one text could give other tokens than piece by piece."""
+    """Return whether encoding the pieces as one text could give other tokens than encoding each."""
     after_text = False
     for text, special, _ in pieces:
         if not special and (after_text or "<|" in text):
@@ -270,9 +260,10 @@ def _arrays(rendered: tuple[list[int], list[int]]) -> tuple[np.ndarray, np.ndarr
 
 
 def check_conversation(conversation: dict):
-    """Raise UserError unless the roles are [system,] user, assistant, user, … and each content is valid.
+    """Raise UserError unless the roles and contents of a conversation's messages are valid.
 
-    Content must be text or, for the assistant, a list of parts of the types in PART_TYPES.
+    Roles: an optional system, then user and assistant in turn. Content: text or, for the assistant, a list of
+    parts whose types are in PART_TYPES.
     """
     messages = conversation.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -306,7 +297,7 @@ def check_conversation(conversation: dict):
 
 
 def _user_first(conversation: dict) -> list[dict]:
-    """Check a conversation; return its messages, with a system message joined to the first user message."""
+    """Check a conversation and return its messages, joining a system message to the first user message."""
     check_conversation(conversation)
     messages = conversation["messages"]
     if messages[0]["role"] != "system":
@@ -316,7 +307,7 @@ def _user_first(conversation: dict) -> list[dict]:
 
 
 def byte_characters() -> dict[int, str]:
-    """Return {byte: character in byte-level BPE}: the same code if printable, else from U+0100 on."""
+    """Return {byte: the character that stands for it in byte-level BPE}."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ordered = sorted(range(256), key=lambda byte: (chr(byte) not in alphabet, byte))
     return dict(zip(ordered, alphabet, strict=True))

@@ -1,8 +1,8 @@
 """Fit scaling laws to a series of runs: isoFLOP minima, power laws, and loss by parameters N and tokens D.
 
-The methods are approaches 2 and 3 of Hoffmann et al. 2022 (Chinchilla). If there are enough runs to estimate
-the noise around a fit, 95 % intervals come from a parametric bootstrap: the fit is repeated on simulated
-losses (the fitted losses plus random noise of the same size).
+The methods are approaches 2 and 3 of Hoffmann et al. 2022 (Chinchilla). 95 % intervals come from a parametric
+bootstrap, which repeats a fit on simulated losses: the fitted losses plus noise. Series with too few runs to
+estimate the noise have simpler intervals or none.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A trained model: parameters N, training tokens D and FLOPs C, loss in bits per byte, CORE or None."""
+    """A trained model: parameters, training tokens, FLOPs, loss in bits per byte, and CORE if measured."""
 
     name: str
     parameters: float
@@ -29,7 +29,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A fitted value with the bounds of its 95 % interval, which are NaN if there are too few runs."""
+    """A fitted value and the bounds of its 95 % interval, which are NaN if there are too few runs."""
 
     value: float
     low: float = np.nan
@@ -43,9 +43,9 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Minimum:
-    """The best model for a budget of FLOPs: the minimum of a parabola fitted to loss over log N.
+    """The best model size for a budget of FLOPs: the minimum of a parabola of loss over log parameters.
 
-    inside: whether N, its number of parameters, is between the smallest and the largest trained N.
+    inside: whether the size is between the smallest and the largest trained model.
     """
 
     budget: float
@@ -58,9 +58,9 @@ class Minimum:
 
 @dataclasses.dataclass(frozen=True)
 class IsoFlop:
-    """Power laws N ∝ C^a and D ∝ C^b for the best model of C FLOPs: its N parameters and D training tokens.
+    """Power laws of the best model for C FLOPs: N ∝ C^a parameters and D ∝ C^b training tokens.
 
-    lines: a pair (slope, intercept) for log N as a function of log C, and a pair for log D.
+    lines: (slope, intercept) of log N as a linear function of log C, and the same for log D.
     """
 
     minima: list[Minimum]
@@ -74,7 +74,7 @@ class IsoFlop:
 class Surface:
     """The fit loss = E + A/N^alpha + B/D^beta for N parameters and D training tokens.
 
-    a, b: exponents that follow from the fit for the best model of C FLOPs, N ∝ C^a and D ∝ C^b.
+    a, b: exponents of the best model for C FLOPs according to the fit: N ∝ C^a and D ∝ C^b.
     """
 
     E: Estimate
@@ -92,22 +92,21 @@ class Surface:
 
 
 def power_law(x, y) -> np.ndarray:
-    """Fit a line to log y as a function of log x; return (slope, intercept), with natural logarithms."""
+    """Fit a line to log y over log x (natural logarithms). Return [slope, intercept]."""
     return np.polyfit(np.log(x), np.log(y), 1)
 
 
 def slope_of(x, y) -> Estimate:
-    """Fit y ∝ x^k; return k with a 95 % interval by Student's t distribution, NaN for under 3 points."""
+    """Fit y ∝ x^k. Return k with its 95 % interval by Student's t, which is NaN for fewer than 3 points."""
     line = stats.linregress(np.log(x), np.log(y))
     half = stats.t.ppf((1 + LEVEL) / 2, len(x) - 2) * line.stderr if len(x) > 2 else np.nan
     return Estimate(float(line.slope), float(line.slope - half), float(line.slope + half))
 
 
 def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
-    """Fit a parabola to loss over log N (N: parameters); return its Minimum, or None if it opens downward.
+    """Fit a parabola to loss over log parameters. Return its minimum, or None if it opens downward.
 
-    points: the models of one budget. losses: simulated losses that replace those of `points`, for the
-    bootstrap.
+    points: the models of one budget. losses: losses to fit in place of those of `points`.
     """
     log_n, log_d = np.log([p.parameters for p in points]), np.log([p.tokens for p in points])
     parabola = np.polyfit(log_n, [p.loss for p in points] if losses is None else losses, 2)
@@ -120,7 +119,7 @@ def minimum(budget: float, points: list[Point], losses=None) -> Minimum | None:
 
 
 def by_budget(points: list[Point]) -> dict[float, list[Point]]:
-    """Return {budget in FLOPs: points, sorted by model size} for budgets with at least three points."""
+    """Return {budget in FLOPs: its points, sorted by size} for budgets with at least three points."""
     found: dict[float, list[Point]] = {}
     for point in sorted(points, key=lambda point: point.parameters):
         found.setdefault(point.budget, []).append(point)
@@ -128,7 +127,7 @@ def by_budget(points: list[Point]) -> dict[float, list[Point]]:
 
 
 def iso_flop(points: list[Point]) -> IsoFlop | None:
-    """Fit a parabola to each budget's losses, then power laws to the minima; None if fewer than 2 minima.
+    """Fit power laws to the best model of each budget. Return None if fewer than two budgets have one.
 
     The 95 % intervals come from the noise around the parabolas if some budget has four models or more, else
     from the residuals of the minima around the power laws.
@@ -163,9 +162,9 @@ def iso_flop(points: list[Point]) -> IsoFlop | None:
 
 
 def surface(points: list[Point]) -> Surface | None:
-    """Fit loss = E + A/N^alpha + B/D^beta (N: parameters, D: training tokens) to the runs.
+    """Fit loss = E + A/N^alpha + B/D^beta to the runs, with N parameters and D training tokens.
 
-    None: there are fewer than seven runs, or the ratio D : N hardly varies.
+    Return None if there are fewer than seven runs or the ratio D : N hardly varies.
     """
     n, d, loss = (np.array([getattr(p, name) for p in points]) for name in ("parameters", "tokens", "loss"))
     if len(points) < 7 or np.std(np.log(n / d)) < 0.1:
@@ -180,19 +179,16 @@ def surface(points: list[Point]) -> Surface | None:
         scale = noise * np.sqrt(free / random.chisquare(free))
         draws.append(refined(best, n, d, fitted * np.exp(scale * random.standard_normal(len(points)))))
 
-    def numbers(p) -> tuple:
-        """Convert the fitted (log E, log A, alpha, log B, beta) to (E, A, alpha, B, beta, a, b).
-
-        a, b: exponents of the compute-optimal model size and number of tokens.
-        """
+    def constants(p) -> tuple:
+        """Convert (log E, log A, alpha, log B, beta) to (E, A, alpha, B, beta, a, b)."""
         exponents = p[2] + p[4]
         return np.exp(p[0]), np.exp(p[1]), p[2], np.exp(p[3]), p[4], p[4] / exponents, p[2] / exponents
 
-    return Surface(*map(Estimate.of, numbers(best), numbers(np.array(draws).T)), noise=float(noise))
+    return Surface(*map(Estimate.of, constants(best), constants(np.array(draws).T)), noise=float(noise))
 
 
-def log_parts(p, n, d) -> np.ndarray:
-    """Logarithms of the terms E, A/N^alpha and B/D^beta of the loss: array of shape [3, points].
+def log_terms(p, n, d) -> np.ndarray:
+    """Return the logarithms of E, A/N^alpha and B/D^beta, the terms of the loss: array [3, points].
 
     p: (log E, log A, alpha, log B, beta). n, d: parameters N and training tokens D of each point.
     """
@@ -200,15 +196,15 @@ def log_parts(p, n, d) -> np.ndarray:
 
 
 def log_loss(p, n, d) -> np.ndarray:
-    return np.logaddexp.reduce(log_parts(p, n, d))
+    return np.logaddexp.reduce(log_terms(p, n, d))
 
 
 def refined(start, n, d, loss) -> np.ndarray:
-    """Fit (log E, log A, alpha, log B, beta) to minimize the Huber loss of log loss, starting at `start`."""
+    """Return (log E, log A, alpha, log B, beta) that fit log loss best (Huber loss), starting at `start`."""
     bounds = [-20, -20, 0.0, -20, 0.0], [5, 60, 3.0, 60, 3.0]
 
     def slopes(p):
-        parts = log_parts(p, n, d)
+        parts = log_terms(p, n, d)
         e, a, b = np.exp(parts - np.logaddexp.reduce(parts))  # fractions of the loss
         return np.stack([e, a, -a * np.log(n), b, -b * np.log(d)], axis=1)
 
@@ -225,9 +221,9 @@ def refined(start, n, d, loss) -> np.ndarray:
 
 
 def grid_start(n, d, loss) -> np.ndarray:
-    """Return a rough fit (log E, log A, alpha, log B, beta), to be improved by `refined`.
+    """Return a rough fit of (log E, log A, alpha, log B, beta), from which `refined` can start.
 
-    It is the best of a grid of alpha and beta, with E, A, B by nonnegative least squares.
+    The best of a grid of alpha and beta is chosen. For each pair, nonnegative least squares gives E, A and B.
     """
     best, start = np.inf, None
     for alpha in np.arange(0.1, 1.01, 0.1):

@@ -1,4 +1,4 @@
-"""Read the runs of a scaling series and format the results as markdown: a table, the fits, the plots."""
+"""Format a scaling series as a markdown page with a table of its runs, the fits and the plots."""
 
 import math
 
@@ -14,9 +14,9 @@ OUTSIDE = "the minimum is outside the range of trained sizes: add smaller or lar
 
 
 def point_of(name: str, tag: str, budget: float = 0.0) -> Point | None:
-    """Read base model `tag` as a Point called `name`; None if its validation bits per byte are missing.
+    """Read the run of base model `tag` as a Point; None if its validation bits per byte are missing.
 
-    budget: requested training FLOPs; 0: none were requested.
+    name: label of the point. budget: requested training FLOPs; 0: none were requested.
     """
     from jaxchat.model.flops import num_params
 
@@ -30,7 +30,7 @@ def point_of(name: str, tag: str, budget: float = 0.0) -> Point | None:
 
 
 def markdown(title: str, points: list[Point], images: Images, lines: list[str]) -> str:
-    """Format a series as a markdown page: a table of `points`, the text `lines` on the fits, the plots.
+    """Format a series as a markdown page: a table of `points`, the paragraphs `lines`, and plots.
 
     images: {file name: (title, PNG)} of the plots, to which the page links.
     """
@@ -53,7 +53,7 @@ def markdown(title: str, points: list[Point], images: Images, lines: list[str]) 
 
 
 def said(points: list[Point], iso: IsoFlop | None, law: Surface | None) -> list[str]:
-    """Return markdown paragraphs and tables on the fits `iso` and `law` (None: not fitted)."""
+    """Describe fits in markdown paragraphs and tables. iso, law: None if not fitted."""
     parts = []
     if iso:
         rows = [minimum_row(found) for found in iso.minima]

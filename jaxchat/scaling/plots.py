@@ -11,7 +11,7 @@ from jaxchat.scaling.fits import IsoFlop, Point, by_budget
 
 
 def plots(points: list[Point], iso: IsoFlop | None) -> Images:
-    """Draw those plots for which there are enough points; return {file name: (title, PNG)}."""
+    """Draw the plots for which there are enough points. Return {file name: (title, PNG)}."""
     images = {}
     if by_budget(points):
         images["isoflop.png"] = "Loss of models of equal compute", draw(iso_flop_curves, points, iso)
