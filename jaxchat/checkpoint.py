@@ -139,8 +139,9 @@ def find(
     if step >= 0 and step not in steps:
         raise UserError(f"no step {step} in {folder}; there are: {', '.join(map(str, steps))}")
     if step >= 0 and (wrong := seal.damage(folder / str(step), items)):
-        others = ", ".join(map(str, steps))
-        raise UserError(f"{folder / str(step)} is damaged: {wrong}; take another step: {others}")
+        others = ", ".join(str(other) for other in steps if other != step)
+        remedy = f"take another step: {others}" if others else train
+        raise UserError(f"{folder / str(step)} is damaged: {wrong}; {remedy}")
     if step < 0 and not (steps := whole_steps(folder, items)):
         raise UserError(f"all checkpoints in {folder} are damaged; {train}")
     return folder, step if step >= 0 else steps[-1]
