@@ -23,17 +23,13 @@ TOKENIZER_CHARS = 3e6  # characters per second in tokenizer training
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The devices for which a run is planned.
-
-    flops: training FLOP/s of all devices together. memory: bytes per device, or 0 if the devices use the
-    host's memory. price: price of all devices per hour, or 0 if unknown.
-    """
+    """The devices for which a run is planned."""
 
     title: str
     devices: int
-    flops: float
-    memory: float = 0.0
-    price: float = 0.0
+    flops: float  # FLOP/s that all devices together sustain in training
+    memory: float = 0.0  # bytes per device; 0: the devices use the host's memory
+    price: float = 0.0  # per hour, of all devices; 0: unknown
     topology: str = ""  # for launch.compile_check
     measured: str = ""  # source of `flops`
     start: float = 1.0  # minutes until a command starts to compute, mostly spent compiling
@@ -42,8 +38,8 @@ class Machine:
 def time_of(steps: list[Step], times: dict[str, float], slots: int = 1) -> float:
     """Return the total time of `steps`, some of which run in parallel, in the unit of `times`.
 
-    times: {step name: duration}, where 0 leaves out the step. slots: number of steps on devices that can run
-    at the same time. Downloads run beside them, one at a time.
+    times: {step name: duration}. Steps of duration 0 are left out. slots: number of steps on devices that can
+    run at the same time. Downloads run beside them, one at a time.
     """
     free: dict[str, list[float]] = {"devices": [0.0] * slots, "network": [0.0]}  # when each slot is free
     made: dict[Artifact, float] = {}
@@ -56,7 +52,7 @@ def time_of(steps: list[Step], times: dict[str, float], slots: int = 1) -> float
 
 
 def train_tokens(config, model: ModelConfig) -> float:
-    """Estimate the number of training tokens, with padding, for a trainer's flags. Return 0 if unknown."""
+    """Estimate how many tokens, including padding, a trainer trains on. Return 0 if unknown."""
     from jaxchat.train.stages import horizon_of
 
     if isinstance(config, BaseConfig):
@@ -81,7 +77,7 @@ def conversation_tokens(config: SFTConfig, model: ModelConfig) -> int:
 
 
 def step_tokens(config, model: ModelConfig) -> float:
-    """Estimate the number of tokens per optimizer step for a trainer's flags."""
+    """Estimate the number of tokens per optimizer step of a trainer."""
     from jaxchat.train.stages import horizon_of
 
     if isinstance(config, BaseConfig):
@@ -93,7 +89,7 @@ def step_tokens(config, model: ModelConfig) -> float:
 
 
 def validation_tokens(config, model: ModelConfig, tokens: float, core: bool) -> float:
-    """Estimate the number of tokens that evaluations read during training.
+    """Estimate the number of tokens that the evaluations during training read.
 
     tokens: number of training tokens. core: whether to evaluate on the CORE benchmark too.
     """
@@ -114,7 +110,10 @@ def validation_tokens(config, model: ModelConfig, tokens: float, core: bool) -> 
 
 
 def core_tokens(max_per_task: int) -> float:
-    """Estimate the tokens in the CORE benchmark, with up to `max_per_task` items per task (-1: all)."""
+    """Estimate the number of tokens in the CORE benchmark.
+
+    max_per_task: maximum number of items per task, or -1 for all.
+    """
     return CORE_TOKENS * (min(1.0, 22 * max_per_task / CORE_ITEMS) if max_per_task > 0 else 1.0)
 
 
@@ -124,12 +123,15 @@ def eval_tokens(config, core: bool) -> float:
 
 
 def chat_eval_minutes(config) -> float:
-    """Estimate the minutes that launch.chat_eval takes, regardless of the machine."""
+    """Roughly estimate the minutes that launch.chat_eval takes, whatever the machine."""
     return CHAT_EVAL * (min(1.0, config.max_problems / CHAT_PROBLEMS) if config.max_problems > 0 else 1.0)
 
 
 def train_minutes(config, model: ModelConfig, machine: Machine, core: bool) -> float:
-    """Estimate minutes to train and evaluate, with the CORE benchmark if `core`. Return 0 if unknown."""
+    """Estimate the minutes to train and evaluate. Return 0 if unknown.
+
+    core: whether to evaluate on the CORE benchmark too.
+    """
     from jaxchat.model.flops import flops_per_token
 
     tokens = train_tokens(config, model)
@@ -158,6 +160,6 @@ def state_bytes(model: ModelConfig) -> int:
 
 
 def shards_for(config: BaseConfig, model: ModelConfig) -> int:
-    """Return the number of shards to download: 10 % more than base training reads, and one to validate."""
+    """Return the number of text shards to download, including a 10 % reserve and one for validation."""
     tokens = train_tokens(config, model)
     return max(2, math.ceil(1.1 * tokens * BYTES_A_TOKEN / SHARD_BYTES) + 1)

@@ -45,7 +45,7 @@ class Plan:
 
     @staticmethod
     def download(step: Step) -> float:
-        """Estimate how many bytes a step downloads if no file exists yet."""
+        """Estimate how many bytes a step downloads, assuming that no file exists yet."""
         if step.lane != "network" or step.name == "bundle":  # TASK_FILES includes the CORE bundle
             return 0.0
         shards = [word.partition("=")[2] for word in step.argv if word.startswith("--shards=")]

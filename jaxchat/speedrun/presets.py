@@ -28,18 +28,14 @@ H100, V5E, V6E = 989e12, 197e12, 918e12  # peak FLOP/s
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Default settings of a run for a kind of machine.
-
-    flags: {step name: additional flags}. recipe: "2025" (base, mid, SFT) or "2026" (base, SFT). dataset: name
-    of the data set for pretraining.
-    """
+    """Default settings of a run for a kind of machine."""
 
     about: str
     machine: Machine
     depth: int
-    flags: dict[str, str] = dataclasses.field(default_factory=dict)
-    recipe: str = "2025"
-    dataset: str = "fineweb-edu"
+    flags: dict[str, str] = dataclasses.field(default_factory=dict)  # {step name: additional flags}
+    recipe: str = "2025"  # a key of RECIPES
+    dataset: str = "fineweb-edu"  # for pretraining
 
 
 GPU = "one H100's 52 % MFU at depths 12 and 20"
@@ -187,7 +183,7 @@ def downloads(places: Places, shards: int, dataset: str) -> list[Step]:
 
 
 def all_text(places: Places, shards: int) -> Files:
-    """Return all text shards. At least `shards` must exist, or two in a folder that the user gave."""
+    """Return all text shards. At least `shards` files must exist, or two in a folder that the user gave."""
     return places.text if places.data_dir else dataclasses.replace(places.text, least=shards)
 
 

@@ -57,9 +57,8 @@ def pace_of(step: Step) -> Pace | None:
 def scale_of(steps: list[Step], done: dict[str, float]) -> float:
     """Return the ratio of measured to planned time of the steps that run on devices.
 
-    done: {step name: measured seconds} of completed steps. Other steps count by their logged speed. A
-    fraction PRIOR of the total planned time is added to both times, so that a short first step hardly changes
-    the ratio.
+    done: {step name: measured seconds} of completed steps. Others count by their logged speed, if any. A
+    tenth of the total planned time (PRIOR) is added to both times, to limit the effect of short first steps.
     """
     planned = {step.name: 60 * step.minutes for step in steps if step.lane == "devices"}
     prior = PRIOR * sum(planned.values())
@@ -105,7 +104,10 @@ class Progress:
         runner.on_progress = self.report
 
     def report(self, changed: bool):
-        """Print and write the progress, at once if `changed` (a step started or ended), else at intervals."""
+        """Print and write the progress, at intervals or when `changed` is true.
+
+        changed: whether a step has just started or ended.
+        """
         now = time.monotonic()
         if self.runner.running and (changed or now - self.shown >= SECONDS):
             self.shown = now

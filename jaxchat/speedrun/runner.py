@@ -204,8 +204,8 @@ class Runner:
 def handle_signals(on_signal: Callable[[int], None]):
     """Call on_signal(number) after each SIGTERM, SIGUSR1, SIGINT or SIGHUP while the context is open.
 
-    number: SIGINT for SIGINT, SIGTERM for the others. Signals that were ignored before stay ignored. Outside
-    the main thread, the context has no effect.
+    number: SIGTERM for all of these signals except SIGINT. Signals that were ignored before stay ignored.
+    Outside the main thread, the context has no effect.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield

@@ -67,7 +67,7 @@ class State:
         files.write_json(self.path(step.name), record)
 
     def why_to_do(self, step: Step, remade: frozenset[Artifact] = frozenset()) -> str | None:
-        """Return the reason to run a step (possibly ""), or None if the step is done.
+        """Return the reason to run a step, which may be "", or None if the step is done.
 
         remade: artifacts that earlier steps will make again, so that their current files do not matter.
         Raises UserError if the step's flags or inputs differ from those of its last start.

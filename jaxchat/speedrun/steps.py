@@ -29,7 +29,7 @@ class Artifact:
         return False
 
     def delete(self):
-        """Delete the artifact. By default, do nothing: most commands overwrite their outputs."""
+        """Delete the artifact. This default does nothing, because most commands overwrite their outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Checkpoint(Artifact):
 
 @dataclasses.dataclass(frozen=True)
 class Results(Artifact):
-    """The results of "base_eval" or "chat_eval" for a stage's last checkpoint."""
+    """The results of the command "base_eval" or "chat_eval" for a stage's last checkpoint."""
 
     stage: str
     tag: str
@@ -170,7 +170,7 @@ def dependents(steps: list[Step], names: set[str]) -> set[str]:
 
 
 def named(steps: list[Step], flag: str, text: str) -> set[str]:
-    """Parse the value `text` of --`flag` into a set of step names. Raise UserError if one does not exist."""
+    """Parse `text`, the value of --`flag`, into step names. Raise UserError if a step does not exist."""
     names = {name.strip() for name in text.split(",") if name.strip()}
     known = [step.name for step in steps]
     if unknown := sorted(names - set(known)):
