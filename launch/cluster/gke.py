@@ -46,8 +46,7 @@ class Config(Flags):
     name: str = "jaxchat"
     """Name of the JobSet."""
     image: str = ""
-    """Container image with jaxchat and its dependencies, such as
-    us-docker.pkg.dev/PROJECT/REPOSITORY/jaxchat:1."""
+    """Container image with jaxchat, such as us-docker.pkg.dev/PROJECT/REPOSITORY/jaxchat:1."""
     tpu: str = ""
     """Kind and topology of a TPU slice, such as v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:2x4 or tpu7x:2x2x2."""
     slices: int = flag(1, 1)
@@ -65,8 +64,7 @@ class Config(Flags):
     service_account: str = "default"
     """Service account of the pods."""
     secrets: str = ""
-    """Entries of the Kubernetes Secret `jaxchat` that the command gets as environment variables, separated by
-    commas, as in WANDB_API_KEY,HF_TOKEN."""
+    """Entries of the Kubernetes Secret `jaxchat` to set in the environment, as in WANDB_API_KEY,HF_TOKEN."""
     restarts: int = flag(20, 0)
     """Maximum number of restarts of the run."""
     dry_run: bool = False

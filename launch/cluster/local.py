@@ -30,8 +30,7 @@ class Config(Flags):
     processes: int = flag(2, 1)
     """Number of processes."""
     gpus_per_process: int = flag(-1, -1)
-    """Number of GPUs that each process has for itself; -1: an equal share of all; 0: every process sees all
-    GPUs."""
+    """Number of GPUs per process; -1: an equal share of all GPUs; 0: each process sees all GPUs."""
     restarts: int = flag(0, 0)
     """Maximum number of restarts of the run."""
     grace: float = flag(120.0, 0)
@@ -68,7 +67,7 @@ def shares(gpus: list[str], count: int, flag: str) -> list[dict[str, str]]:
 
 
 def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
-    """Return one command line per process, beginning with env and the variables that the process needs."""
+    """Return one command line per process. It starts with env, which sets the process's variables."""
     gpus, wanted = visible_gpus(), config.gpus_per_process * config.processes
     if wanted >= 0:
         # There may be fewer GPUs here, because a dry run may be for another machine.

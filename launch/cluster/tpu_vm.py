@@ -61,8 +61,7 @@ class Config(Flags):
     type: str = "v5litepod-16"
     """Kind and size of the TPU, as gcloud names it, such as v4-32, v5litepod-16, v5p-8 or v6e-8."""
     version: str = "v2-alpha-tpuv5-lite"
-    """Software image of the TPU, such as tpu-ubuntu2204-base for v4, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e
-    for v6e."""
+    """Image of the TPU, such as tpu-ubuntu2204-base (v4), v2-alpha-tpuv5 (v5p) or v2-alpha-tpuv6e (v6e)."""
     spot: bool = False
     """Use a spot TPU, which is cheaper and may be preempted."""
     queued: bool = False
@@ -199,7 +198,7 @@ def wait(config: Config):
 
 
 def follow(config: Config) -> int:
-    """Print the first worker's log and return the command's exit code. Raise UserError if that is unknown."""
+    """Print the first worker's log. Return the command's exit code, or raise UserError if it is unknown."""
     perform(on(config, "0", FOLLOW), config.dry_run, check=False)  # its exit code may be gcloud's or ssh's
     print(shlex.join(on(config, "0", CODE)), flush=True)
     if config.dry_run:
