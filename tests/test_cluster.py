@@ -204,7 +204,7 @@ def test_tpu_vm_starts_again(here, codes, end):
     shell = f'echo "$WANDB_API_KEY|$JAXCHAT_BASE_DIR"; c=$(head -1 {here}/codes); sed -i 1d {here}/codes; exit $c'
     config = tpu_vm.Config(restarts=4, bucket="b")
     env = os.environ | {"HOME": str(here)}
-    subprocess.run(["bash", "-c", tpu_vm.started(config, ["bash", "-c", shell])], check=True, env=env)
+    subprocess.run(["bash", "-c", tpu_vm.background_script(config, ["bash", "-c", shell])], check=True, env=env)
     told = {"env": env, "stdout": subprocess.PIPE, "text": True, "timeout": 30}
     followed = subprocess.run(["bash", "-c", tpu_vm.FOLLOW], **told)
     assert subprocess.run(["bash", "-c", tpu_vm.CODE], **told).stdout == f"{end}\n"
@@ -218,7 +218,7 @@ def test_tpu_vm_runs_several_commands_on_one_tpu(here, capsys):
     assert "turns bash" in start(capsys, *TPU, "--steps=run", "--dry_run", command=command)
     (here / "jaxchat").mkdir()
     env = os.environ | {"HOME": str(here)}
-    shell = tpu_vm.started(tpu_vm.Config(bucket="b"), command)
+    shell = tpu_vm.background_script(tpu_vm.Config(bucket="b"), command)
     subprocess.run(["bash", "-c", shell], check=True, env=env)
     subprocess.run(["bash", "-c", tpu_vm.FOLLOW], env=env, timeout=30)
     assert (here / "turns").read_text().split() == ["1", "1", "3", "3"]

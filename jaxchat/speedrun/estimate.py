@@ -1,7 +1,4 @@
-"""Estimate tokens, time, memory and disk of a run before it starts.
-
-Once steps have run, progress.py corrects the estimated times by the measured times.
-"""
+"""Estimate the tokens, time, memory and disk space of a run before it starts."""
 
 import dataclasses
 import math
@@ -26,28 +23,25 @@ TOKENIZER_CHARS = 3e6  # characters per second in tokenizer training
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The devices for which a run is planned.
-
-    flops: FLOP/s that all devices sustain in training. memory: bytes per device. price: of all, per hour.
-    """
+    """The devices for which a run is planned."""
 
     title: str
     devices: int
-    flops: float
-    memory: float = 0.0  # 0: the devices use the host's memory
-    price: float = 0.0  # 0: not known
+    flops: float  # FLOP/s that all devices together sustain in training
+    memory: float = 0.0  # bytes per device; 0: the devices use the host's memory
+    price: float = 0.0  # per hour, of all devices; 0: unknown
     topology: str = ""  # for launch.compile_check
     measured: str = ""  # source of `flops`
     start: float = 1.0  # minutes until a command starts to compute, mostly spent compiling
 
 
-def time_of(steps: list[Step], times: dict[str, float], places: int = 1) -> float:
-    """Return the time until all steps have ended, in the unit of `times`, {step name: duration}.
+def time_of(steps: list[Step], times: dict[str, float], slots: int = 1) -> float:
+    """Return the total time of `steps`, some of which run in parallel, in the unit of `times`.
 
-    A step starts once its inputs exist and the resource that it uses (step.lane) has a free slot: "devices"
-    has `places` slots, "network" has one.
+    times: {step name: duration}. Steps of duration 0 are left out. slots: number of steps on devices that can
+    run at the same time. Downloads run beside them, one at a time.
     """
-    free: dict[str, list[float]] = {"devices": [0.0] * places, "network": [0.0]}  # when each slot is free
+    free: dict[str, list[float]] = {"devices": [0.0] * slots, "network": [0.0]}  # when each slot is free
     made: dict[Artifact, float] = {}
     for step in (step for step in steps if times[step.name]):
         lane = free[step.lane]
@@ -58,7 +52,7 @@ def time_of(steps: list[Step], times: dict[str, float], places: int = 1) -> floa
 
 
 def train_tokens(config, model: ModelConfig) -> float:
-    """Number of tokens that a trainer with flags `config` trains on, padding included; 0: not known."""
+    """Estimate how many tokens, including padding, a trainer trains on. Return 0 if unknown."""
     from jaxchat.train.stages import horizon_of
 
     if isinstance(config, BaseConfig):
@@ -77,13 +71,13 @@ def train_tokens(config, model: ModelConfig) -> float:
 
 
 def conversation_tokens(config: SFTConfig, model: ModelConfig) -> int:
-    """Estimated number of tokens per conversation in the training rows of SFT, padding included."""
+    """Estimate the number of training tokens per SFT conversation, including padding."""
     length = min(SFT_TOKENS, config.max_seq_len if config.max_seq_len > 0 else model.sequence_len)
     return length // 2 if config.packing == "bestfit" else length  # bestfit rows have no padding
 
 
 def step_tokens(config, model: ModelConfig) -> float:
-    """Number of tokens in an optimizer step of a trainer with flags `config`."""
+    """Estimate the number of tokens per optimizer step of a trainer."""
     from jaxchat.train.stages import horizon_of
 
     if isinstance(config, BaseConfig):
@@ -95,7 +89,10 @@ def step_tokens(config, model: ModelConfig) -> float:
 
 
 def validation_tokens(config, model: ModelConfig, tokens: float, core: bool) -> float:
-    """Number of tokens that evaluations (CORE too if `core`) read while training on `tokens` tokens."""
+    """Estimate the number of tokens that the evaluations during training read.
+
+    tokens: number of training tokens. core: whether to evaluate on the CORE benchmark too.
+    """
     steps = tokens / step_tokens(config, model)
 
     def times(every: int, first: int = 0) -> int:
@@ -113,22 +110,28 @@ def validation_tokens(config, model: ModelConfig, tokens: float, core: bool) -> 
 
 
 def core_tokens(max_per_task: int) -> float:
-    """Number of tokens in CORE's prompts. max_per_task: maximum number of items of a task; -1: all."""
+    """Estimate the number of tokens in the CORE benchmark.
+
+    max_per_task: maximum number of items per task, or -1 for all.
+    """
     return CORE_TOKENS * (min(1.0, 22 * max_per_task / CORE_ITEMS) if max_per_task > 0 else 1.0)
 
 
 def eval_tokens(config, core: bool) -> float:
-    """Number of tokens that base_eval with flags `config` reads. core: whether it measures CORE."""
+    """Estimate how many tokens launch.base_eval reads, including the CORE benchmark if `core`."""
     return 2 * config.eval_tokens + (core_tokens(config.max_per_task) if core else 0)
 
 
 def chat_eval_minutes(config) -> float:
-    """Rough estimate of the minutes that chat_eval with flags `config` takes on any machine."""
+    """Roughly estimate the minutes that launch.chat_eval takes, whatever the machine."""
     return CHAT_EVAL * (min(1.0, config.max_problems / CHAT_PROBLEMS) if config.max_problems > 0 else 1.0)
 
 
 def train_minutes(config, model: ModelConfig, machine: Machine, core: bool) -> float:
-    """Minutes to train with flags `config`, and evaluate (CORE too if `core`); 0: not known."""
+    """Estimate the minutes to train and evaluate. Return 0 if unknown.
+
+    core: whether to evaluate on the CORE benchmark too.
+    """
     from jaxchat.model.flops import flops_per_token
 
     tokens = train_tokens(config, model)
@@ -139,26 +142,24 @@ def train_minutes(config, model: ModelConfig, machine: Machine, core: bool) -> f
 
 
 def read_minutes(tokens: float, model: ModelConfig, machine: Machine) -> float:
-    """Minutes to start a command that evaluates on `tokens` tokens, and to run it.
-
-    Evaluation is assumed to take a third of the FLOPs of training on these tokens, at half of the FLOP/s.
-    """
+    """Estimate the minutes that an evaluation command takes to start and to read `tokens` tokens."""
     from jaxchat.model.flops import flops_per_token
 
+    # A third of the FLOPs of training, at half of the FLOP/s.
     return machine.start + 2 / 3 * tokens * flops_per_token(model) / machine.flops / 60
 
 
 def state_bytes(model: ModelConfig) -> int:
-    """Bytes of float32 weights and optimizer state: Adam keeps two moments, Muon one."""
+    """Return the size in bytes of a model's weights and optimizer state in float32."""
     import jax
 
     from jaxchat.model.params import declare
 
-    weights = jax.tree.leaves(declare(model))
+    weights = jax.tree.leaves(declare(model))  # Muon keeps one moment of each matrix, Adam two of the others
     return sum(math.prod(w.shape) * (8 if w.group == "matrix" else 12) for w in weights)
 
 
 def shards_for(config: BaseConfig, model: ModelConfig) -> int:
-    """Number of shards to download: 10 % more than training uses without repetition, plus 1 to validate."""
+    """Return the number of text shards to download, including a 10 % reserve and one for validation."""
     tokens = train_tokens(config, model)
     return max(2, math.ceil(1.1 * tokens * BYTES_A_TOKEN / SHARD_BYTES) + 1)

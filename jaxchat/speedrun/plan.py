@@ -1,4 +1,4 @@
-"""Plan of a run, made before it starts: model, training tokens, time, cost, memory and disk."""
+"""The plan of a run: its steps, training tokens, time, cost, memory and disk space."""
 
 import dataclasses
 
@@ -11,12 +11,12 @@ from jaxchat.speedrun.steps import Checkpoint, Step
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Steps and settings of a run. flags: {step name: parsed flags}, for steps that users can configure."""
+    """The steps and settings of a run, from which its time, cost, memory and disk space are estimated."""
 
     preset: Preset
     tag: str
     steps: list[Step]
-    flags: dict[str, Flags]
+    flags: dict[str, Flags]  # {step name: parsed flags}, for steps that users can configure
     price: float  # per hour; 0: not known
     shards: int = 0  # number to download
     core: bool = False  # whether base_train and base_eval measure CORE
@@ -28,7 +28,7 @@ class Plan:
         return base_model(self.flags["base"], self.flags["tokenizer"].vocab_size)
 
     def minutes(self, step: Step) -> float:
-        """Estimated minutes of a step; 0: not known."""
+        """Estimate the minutes that a step takes. Return 0 if they are unknown."""
         machine, model, flags = self.preset.machine, self.model, self.flags.get(step.name)
         if step.resumes:
             return estimate.train_minutes(flags, model, machine, self.core)
@@ -44,14 +44,14 @@ class Plan:
 
     @staticmethod
     def download(step: Step) -> float:
-        """Bytes that a step downloads if no file is there yet. The step "tasks" includes the CORE bundle."""
-        if step.lane != "network" or step.name == "bundle":
+        """Estimate how many bytes a step downloads, assuming that no file exists yet."""
+        if step.lane != "network" or step.name == "bundle":  # TASK_FILES includes the CORE bundle
             return 0.0
         shards = [word.partition("=")[2] for word in step.argv if word.startswith("--shards=")]
         return int(shards[0]) * estimate.SHARD_FILE if shards else estimate.TASK_FILES
 
     def disk(self, todo: list[Step]) -> float:
-        """Bytes that the steps in `todo` will add to the disk: missing downloads, and checkpoints."""
+        """Estimate how many bytes of downloads and checkpoints the steps `todo` will add to the disk."""
         from jaxchat import checkpoint
         from jaxchat.store import KEEP
 
@@ -65,9 +65,10 @@ class Plan:
         return text + tasks + count * estimate.state_bytes(self.model)
 
     def rows(self, todo: list[Step], left: dict[str, float], spent: float = 0.0) -> list[tuple[str, str]]:
-        """Return rows (name, value) of the printed plan.
+        """Return the lines of the printed plan, as pairs (name, value).
 
-        todo: steps to run. left: {step name: remaining seconds}. spent: seconds that the run took so far.
+        todo: steps to run. left: {step name: remaining seconds, or 0 if unknown}. spent: seconds that the run
+        has taken so far.
         """
         from jaxchat.model.flops import num_params
 
@@ -95,13 +96,13 @@ class Plan:
             ("saves", f"{base_dir()}, as {self.tag}; logs in {base_dir() / 'speedrun' / self.tag}"),
         ]
         if self.shards:
-            text = f"{self.shards} shards of {self.preset.text}, {size(self.shards * estimate.SHARD_FILE)}"
+            text = f"{self.shards} shards of {self.preset.dataset}, {size(self.shards * estimate.SHARD_FILE)}"
             beside = any(step.name == "first-text" for step in self.steps)
             rows.insert(2, ("text", text + (", downloaded while the tokenizer trains" if beside else "")))
         return rows
 
     def memory(self) -> str:
-        """Describe the memory of weights and optimizer, and the command that computes the total of a step."""
+        """Describe how much memory the weights and the optimizer state take."""
         machine, state = self.preset.machine, estimate.state_bytes(self.model)
         needed = f"weights and optimizer take {files.size_text(state / machine.devices)} of each device"
         if not machine.memory:
@@ -112,11 +113,10 @@ class Plan:
 
 
 def table(steps: list[Step], why: dict[str, str], seconds: dict[str, float], flags: bool = True) -> list[str]:
-    """Format steps as lines of name, state ("to do" or "done"), time and command, below a heading.
+    """Format steps as lines of a table: name, state ("to do" or "done"), time and command.
 
-    why: {step name: reason to run it}; the steps not in it are done. seconds: {step name: expected seconds of
-    a step to do, or measured seconds of a completed one}; 0: not known. flags: whether to show the flags of
-    the commands.
+    why: {step name: reason to run it}. Steps that are not in it are done. seconds: {step name: expected or
+    measured seconds, or 0 if unknown}. flags: whether to show the flags of the commands.
     """
     names = max(len(step.name) for step in steps)
     lines = [f"  {'step':<{names}}  {'state':<5}  {'time':>7}  command"]

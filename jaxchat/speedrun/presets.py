@@ -1,4 +1,4 @@
-"""The presets of launch.speedrun, one per kind of machine, and the steps of a run in order."""
+"""The presets of launch.speedrun, and the steps of a run in order."""
 
 import dataclasses
 import glob
@@ -28,18 +28,14 @@ H100, V5E, V6E = 989e12, 197e12, 918e12  # peak FLOP/s
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Settings of a run for a kind of machine.
-
-    flags: {step name: additional flags}. recipe: "2025" (base, mid, SFT) or "2026" (base, SFT). text: name of
-    the data set to train on.
-    """
+    """Default settings of a run for a kind of machine."""
 
     about: str
     machine: Machine
     depth: int
-    flags: dict[str, str] = dataclasses.field(default_factory=dict)
-    recipe: str = "2025"
-    text: str = "fineweb-edu"
+    flags: dict[str, str] = dataclasses.field(default_factory=dict)  # {step name: additional flags}
+    recipe: str = "2025"  # a key of RECIPES
+    dataset: str = "fineweb-edu"  # for pretraining
 
 
 GPU = "one H100's 52 % MFU at depths 12 and 20"
@@ -84,7 +80,7 @@ PRESETS = {
             "sft": "--recipe=2026",
         },
         recipe="2026",
-        text="climbmix",
+        dataset="climbmix",
     ),
     "v5e-8": Preset(
         "depth 12 on eight TPU v5e chips",
@@ -101,11 +97,11 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Paths of a run's data, as the user gave them; "": the default folder in the base directory."""
+    """Paths of a run's data, as given by the user. An empty path means the default in the base directory."""
 
     data_dir: str = ""
     tasks_dir: str = ""
-    eval_bundle: str = ""
+    eval_bundle: str = ""  # or NONE
 
     @property
     def text(self) -> Files:
@@ -124,18 +120,18 @@ class Places:
         return (Files(place if place.endswith(".zip") else f"{place}/*"),)
 
     def flags(self, *names: str) -> list[str]:
-        """Return the flags --name=path for those of `names` whose paths the user gave."""
+        """Return a flag --name=path for each of `names` whose path the user gave."""
         given = {name: getattr(self, name) for name in names}
         return [f"--{name}={value}" for name, value in given.items() if value not in ("", NONE)]
 
 
-def absolute(folder: str) -> str:
-    """Absolute path of a folder that the user gave, escaped for use in a glob pattern."""
-    return glob.escape(os.path.abspath(os.path.expanduser(folder)))
+def absolute(path: str) -> str:
+    """Make a path absolute and escape it for use in a glob pattern."""
+    return glob.escape(os.path.abspath(os.path.expanduser(path)))
 
 
 def demo_steps() -> list[Step]:
-    """Return the steps of the demo, which read and write files in the current base directory."""
+    """Return the steps of the demo, in order."""
     flags = commands(base_dir() / "tasks", seed=0, rows=2, steps=STEPS)
     text, world = Files("base_data/*.parquet", least=5), Files("tasks/world_*.jsonl", least=3)
     base, mid, sft = (Checkpoint(stage, TAG) for stage in ("base", "mid", "sft"))
@@ -153,54 +149,50 @@ def demo_steps() -> list[Step]:
     ]
 
 
-def first_text(places: Places, shards: int, text: str) -> Files:
-    """Return the shards to train the tokenizer on: those that the step "first-text" downloads, or else all.
+def tokenizer_text(places: Places, shards: int, dataset: str) -> Files:
+    """Return the text shards on which the tokenizer is trained.
 
-    That step exists only if the user gave no folder and there are more than TOKENIZER_SHARDS shards. shards:
-    number of shards of the run. text: name of the data set.
+    These are all shards if there are few or the user gave a folder. Otherwise, they are those that the step
+    "first-text" downloads.
     """
     if places.data_dir or shards <= TOKENIZER_SHARDS:
-        return text_of(places, shards)
-    first = TOKENIZER_SHARDS - (text == "climbmix")  # one of climbmix's is its last, for validation
+        return all_text(places, shards)
+    first = TOKENIZER_SHARDS - (dataset == "climbmix")  # one of climbmix's is its last, for validation
     return Files("base_data/*.parquet", least=first, first=first)
 
 
-def downloads(places: Places, shards: int, text: str) -> list[Step]:
-    """Return the steps that download the data for which the user gave no path.
-
-    If the run has many shards, the step "first-text" downloads those for the tokenizer, which then trains
-    while the other data is downloaded. shards: number of shards of the run. text: name of the data set.
-    """
+def downloads(places: Places, shards: int, dataset: str) -> list[Step]:
+    """Return the steps that download the text, tasks and CORE bundle for which the user gave no path."""
 
     def fetch(name: str, *words: str, **about) -> Step:
         return Step(name, python("launch.download", *words), lane="network", **about)
 
-    everything = fetch("text", text, f"--shards={shards}", makes=(text_of(places, shards),))
+    everything = fetch("text", dataset, f"--shards={shards}", makes=(all_text(places, shards),))
     few, steps = shards <= TOKENIZER_SHARDS, []
     if not places.data_dir:
-        some = (first_text(places, shards, text),)
-        first = fetch("first-text", text, f"--shards={TOKENIZER_SHARDS}", makes=some)
+        some = (tokenizer_text(places, shards, dataset),)
+        first = fetch("first-text", dataset, f"--shards={TOKENIZER_SHARDS}", makes=some)
         steps.append(everything if few else first)
     if not places.tasks_dir:
         steps.append(fetch("tasks", "all-tasks", makes=places.tasks))
     if not places.eval_bundle:
         steps.append(fetch("bundle", "core-bundle", makes=places.bundle))
-    if not (places.data_dir or few):
+    if not (places.data_dir or few):  # while the tokenizer trains on the first shards
         steps.append(everything)
     return steps
 
 
-def text_of(places: Places, shards: int) -> Files:
-    """Return all shards of text; complete with `shards` files, or with two in a folder that the user gave."""
+def all_text(places: Places, shards: int) -> Files:
+    """Return all text shards. At least `shards` files must exist, or two in a folder that the user gave."""
     return places.text if places.data_dir else dataclasses.replace(places.text, least=shards)
 
 
 def real_steps(preset: Preset, tag: str, depth: int, places: Places, shards: int, rl: bool) -> list[Step]:
-    """Return the steps of a run on real data, before the flags of the preset and of the user are added.
+    """Return the steps of a run on real data, before the preset's and the user's flags are added.
 
-    shards: number of shards to download. rl: whether to include RL and its evaluation.
+    shards: number of text shards to download. rl: whether to include RL and its evaluation.
     """
-    text, some = text_of(places, shards), first_text(places, shards, preset.text)
+    text, some = all_text(places, shards), tokenizer_text(places, shards, preset.dataset)
     base, of_base = Checkpoint("base", tag), Results("base", tag, "base_eval")
     tasks, tagged = places.tasks, f"--model_tag={tag}"
     shard_flags, text_flags = places.flags("data_dir"), [tagged, *places.flags("data_dir", "eval_bundle")]
@@ -210,7 +202,7 @@ def real_steps(preset: Preset, tag: str, depth: int, places: Places, shards: int
         return Step(name, python(f"launch.{command}", *flags), makes, needs, resumes=resumes)
 
     steps = [
-        *downloads(places, shards, preset.text),
+        *downloads(places, shards, preset.dataset),
         step("tokenizer", "tok_train", shard_flags, TOKENIZER, (some,)),
         step("tokenizer-eval", "tok_eval", shard_flags, (COMPARED,), (some, TOKENIZER[0])),
         step(

@@ -1,4 +1,4 @@
-"""Report a run's progress and the time left: printed lines for people, status.json for programs."""
+"""Report a run's progress and remaining time, as printed lines and in status.json."""
 
 import contextlib
 import dataclasses
@@ -21,10 +21,10 @@ PRIOR = 0.1  # fraction of the planned time that is assumed to take as long as p
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """Progress of a trainer: fraction of training done, seconds that all of it takes at the recent speed."""
+    """The progress and the speed of a trainer."""
 
-    fraction: float
-    seconds: float
+    fraction: float  # of the training, done so far
+    seconds: float  # for all of the training, at the recent speed
 
     @property
     def left(self) -> float:
@@ -32,7 +32,7 @@ class Pace:
 
 
 def pace_of(step: Step) -> Pace | None:
-    """Read a trainer's Pace from metrics.jsonl; None if `step` is not a trainer or has logged too little."""
+    """Read a trainer's Pace from metrics.jsonl. Return None for other steps, or if too little is logged."""
     paths = [artifact.folder / "metrics.jsonl" for artifact in step.makes if isinstance(artifact, Checkpoint)]
     if not paths or not paths[0].exists():
         return None
@@ -55,46 +55,46 @@ def pace_of(step: Step) -> Pace | None:
 
 
 def scale_of(steps: list[Step], done: dict[str, float]) -> float:
-    """Return measured time / planned time, over steps on devices that are done or have logged their speed.
+    """Return the ratio of measured to planned time of the steps that run on devices.
 
-    done: {name: seconds} of completed steps. A fraction PRIOR of the planned time of all steps is added to
-    both, so that a short first step hardly changes the estimates of long steps.
+    done: {step name: measured seconds} of completed steps. Others count by their logged speed, if any. A
+    tenth of the total planned time (PRIOR) is added to both times, to limit the effect of short first steps.
     """
     planned = {step.name: 60 * step.minutes for step in steps if step.lane == "devices"}
     prior = PRIOR * sum(planned.values())
     measured, expected = prior, prior
     for step in steps:
         pace = None if step.name in done else pace_of(step)
-        took = pace.seconds if pace else done.get(step.name)
-        if took and planned.get(step.name):
-            measured, expected = measured + took, expected + planned[step.name]
+        seconds = pace.seconds if pace else done.get(step.name)
+        if seconds and planned.get(step.name):
+            measured, expected = measured + seconds, expected + planned[step.name]
     return measured / expected if expected else 1.0
 
 
 def seconds_left(step: Step, scale: float) -> float:
-    """Estimated remaining seconds of a step, by its logged speed or else by its planned time; 0: not known.
+    """Estimate a step's remaining seconds from its logged speed or planned time. Return 0 if unknown.
 
-    scale: measured time / planned time, to correct the planned times of steps on devices.
+    scale: ratio of measured to planned time, which corrects the planned time of a step on devices.
     """
     pace = pace_of(step)
     return pace.left if pace else 60 * step.minutes * (scale if step.lane == "devices" else 1.0)
 
 
-def outlook(steps: list[Step], took: dict[str, float], why: dict[str, str]) -> dict[str, float]:
-    """Return {name: estimated remaining seconds} of the steps to do.
+def outlook(steps: list[Step], spent: dict[str, float], why: dict[str, str]) -> dict[str, float]:
+    """Estimate the remaining time of the steps to do, as {step name: seconds, or 0 if unknown}.
 
-    took: {name: seconds so far} of all steps. why: {name: reason} of the steps to do. Times measured before
-    --redo are ignored for the steps that it repeats.
+    spent: {step name: seconds so far} of all steps. why: {step name: reason to run it} of the steps to do.
     """
-    done = {name: seconds for name, seconds in took.items() if name not in why}
+    done = {name: seconds for name, seconds in spent.items() if name not in why}
     scale = scale_of([step for step in steps if why.get(step.name) != AGAIN], done)
+    # The speed logged before --redo says nothing about the steps that it repeats.
     anew = [dataclasses.replace(step, makes=()) for step in steps if why.get(step.name) == AGAIN]
     left = [step for step in steps if why.get(step.name, AGAIN) != AGAIN]
     return {step.name: seconds_left(step, scale) for step in [*anew, *left]}
 
 
 class Progress:
-    """Print the progress of a Runner and write it to status.json, while the Runner runs steps."""
+    """Print the progress of a Runner and write it to status.json, while its steps run."""
 
     def __init__(self, runner: Runner, price_per_hour: float = 0.0):
         self.runner, self.steps, self.price = runner, runner.steps, price_per_hour
@@ -104,7 +104,10 @@ class Progress:
         runner.on_progress = self.report
 
     def report(self, changed: bool):
-        """Print and write the progress: at once if `changed` (a step started or ended), else at intervals."""
+        """Print and write the progress, at intervals or when `changed` is true.
+
+        changed: whether a step has just started or ended.
+        """
         now = time.monotonic()
         if self.runner.running and (changed or now - self.shown >= SECONDS):
             self.shown = now
@@ -113,7 +116,10 @@ class Progress:
             self.write("running")
 
     def left_of(self, step: Step, scale: float) -> float | None:
-        """Remaining seconds of a step; 0: done; None: not known. scale: measured time / planned time."""
+        """Estimate the remaining seconds of a step. Return 0 if it is done, or None if they are unknown.
+
+        scale: ratio of measured to planned time.
+        """
         if step.name in self.runner.done:
             return 0.0
         left, running = seconds_left(step, scale), self.runner.running.get(step.name)
@@ -122,14 +128,14 @@ class Progress:
         return left if left > 0 else None  # it takes longer than planned
 
     def left(self) -> tuple[float, bool]:
-        """Return (seconds until all steps are done, whether the time of every step is known)."""
+        """Return (remaining seconds of the run, whether the time of every step is known)."""
         scale = scale_of(self.steps, self.runner.done)
         left = {step.name: self.left_of(step, scale) for step in self.steps}
         known = {name: seconds or 0.0 for name, seconds in left.items()}
         return time_of(self.steps, known, self.runner.parallel), None not in left.values()
 
     def line(self) -> str:
-        """Progress as one line: "d20: base 12%, 3 of 11 steps done; 40m00s so far, about 3h10m left"."""
+        """Return a line such as "d20: base 12%, 3 of 11 steps done; 40m00s so far, about 3h10m left"."""
         at = []
         for name, running in self.runner.running.items():
             pace = pace_of(running.step)
@@ -144,16 +150,16 @@ class Progress:
         return text
 
     def summary(self) -> str:
-        """Total time and cost, including earlier starts: "all 13 steps are done, in 3h20m; cost 80.00"."""
+        """Return the total time and cost as a text, such as "all 13 steps are done, in 3h20m; cost 80.00"."""
         cost = f"; cost {self.spent() / 3600 * self.price:,.2f}" if self.price else ""
         return f"all {len(self.steps)} steps are done, in {duration(self.spent())}{cost}"
 
     def spent(self) -> float:
-        """Seconds spent on the run so far, including earlier starts."""
+        """Return the seconds spent on the run so far, including those before an interruption."""
         return self.before + time.monotonic() - self.began
 
     def write(self, state: str):
-        """Write status.json: the run's state (such as "running" or "failed"), its steps, the time left."""
+        """Write status.json, with the time left and the `state` "running", "stopped", "failed" or "done"."""
         self.written = time.monotonic()
         left, known = self.left()
         steps = []

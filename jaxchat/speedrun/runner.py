@@ -21,13 +21,14 @@ PAUSE = 1.0  # seconds before a step is restarted
 
 
 class Running:
-    """A running step: a subprocess, which holds the step's lock, and the log of its output.
+    """The subprocess of a running step. It holds the step's lock, and its output is logged.
 
-    words: the command. lock: descriptor of the lock file. place: additional environment variables.
+    log: open text file. words: the command. lock: file descriptor of the lock. env: additional environment
+    variables.
     """
 
-    def __init__(self, step: Step, log, words: list[str], lock: int, place: dict):
-        self.step, self.log, self.place = step, log, place
+    def __init__(self, step: Step, log, words: list[str], lock: int, env: dict):
+        self.step, self.log, self.env = step, log, env
         self.began, self.last = time.monotonic(), deque(maxlen=LAST_LINES)
         # In a session of its own, the subprocess gets Ctrl-C once: from the Runner, not also from a terminal.
         self.process = subprocess.Popen(
@@ -37,13 +38,13 @@ class Running:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=[lock],  # the subprocess keeps the lock if this process is killed
-            env=os.environ | place,
+            env=os.environ | env,
         )
         os.pwrite(lock, f"{self.process.pid}\n".encode(), 0)
         os.close(lock)
 
     def follow(self, show: Callable[[str], None]) -> int:
-        """Copy output to the log and `show` until the step ends. Return its code; 128 + n for signal n."""
+        """Log the output and call show(line) for each line. Return the step's exit code, as in a shell."""
         reader = threading.Thread(target=self.read, args=[show], daemon=True)
         reader.start()
         code = self.process.wait()
@@ -65,10 +66,13 @@ class Running:
 
 
 class Runner:
-    """Run steps as subprocesses, each once its inputs exist. Downloads run beside the steps on devices."""
+    """Run steps as subprocesses, each as soon as its inputs exist. Downloads run beside the other steps.
+
+    restarts: maximum number of restarts per step. places: one dict of environment variables for each step
+    that may use the devices at the same time.
+    """
 
     def __init__(self, steps: list[Step], state: State, *, restarts: int, places: tuple[dict, ...] = ({},)):
-        """places: environment variables of each of the steps that may run on devices at the same time."""
         self.steps, self.state, self.restarts = steps, state, restarts
         self.free = {"devices": list(places), "network": [{}]}
         self.parallel = len(places)
@@ -80,8 +84,8 @@ class Runner:
         self.on_progress = lambda changed: None  # changed: a step has started or ended
 
     def run(self) -> int:
-        """Run all steps; return the exit code: 0, 75 after a signal, or the exit code of a failed step."""
-        with hearing(self.stop):
+        """Run all steps. Return 0, 75 after a signal to stop, or the exit code of the step that failed."""
+        with handle_signals(self.stop):
             try:
                 self.start_ready()
                 while self.running:
@@ -96,7 +100,7 @@ class Runner:
         return os.EX_TEMPFAIL if self.stopped else self.failed
 
     def wait(self):
-        """Wait at most half a second for a step to end; if one ends, record its time and exit code."""
+        """Wait up to half a second for a step to end. If one ends, record its time and exit code."""
         try:
             name, code = self.events.get(timeout=0.5)
         except queue.Empty:
@@ -104,7 +108,7 @@ class Runner:
         self.ended(self.running.pop(name), code)
 
     def start_ready(self):
-        """Start every step whose inputs exist, if its lane ("devices" or "network") has a free slot."""
+        """Start each waiting step whose inputs and resource are available, or skip it if it is done."""
         for step in list(self.waiting):
             if self.stopped or self.failed:
                 return
@@ -136,9 +140,9 @@ class Runner:
         threading.Thread(target=self.follow, args=[running], daemon=True).start()
 
     def claim(self, step: Step) -> int | None:
-        """Acquire a step's lock and return its file descriptor; None: a signal to stop came first.
+        """Lock a step and return the file descriptor of the lock, or None if a signal to stop comes first.
 
-        If a process that a killed run left behind holds the lock, send it SIGTERM and wait until it ends.
+        If a process of an earlier, killed run still holds the lock, send it SIGTERM and wait until it ends.
         """
         asked = ""
         while not self.stopped:
@@ -159,7 +163,7 @@ class Runner:
         self.events.put((running.step.name, code))
 
     def ended(self, running: Running, code: int):
-        """Record that a step ended with exit code `code`. After a failure, start it again or end the run."""
+        """Record a step's time and exit code. After a failure, restart the step or end the run."""
         step, seconds = running.step, time.monotonic() - running.began
         running.log.close()
         lacking = [] if code else [made.title for made in step.makes if not made.found()]
@@ -167,7 +171,7 @@ class Runner:
             code = 1
             show(f"step {step.name} ended with exit code 0, but {lacking[0]} is missing")
         self.state.end(step, seconds, code)
-        self.free[step.lane].append(running.place)
+        self.free[step.lane].append(running.env)
         if not code:
             self.done[step.name] = self.state.record(step.name)["seconds"]
         elif self.stopped or self.failed:
@@ -197,18 +201,18 @@ class Runner:
 
 
 @contextlib.contextmanager
-def hearing(heard: Callable[[int], None]):
-    """Context in which each signal to stop (SIGTERM, SIGUSR1, SIGINT, SIGHUP) calls heard(number).
+def handle_signals(on_signal: Callable[[int], None]):
+    """Call on_signal(number) after each SIGTERM, SIGUSR1, SIGINT or SIGHUP while the context is open.
 
-    number: SIGINT after SIGINT, SIGTERM after the others. A signal that was ignored before (SIGHUP under
-    nohup) stays ignored.
+    number: SIGTERM for all of these signals except SIGINT. Signals that were ignored before stay ignored.
+    Outside the main thread, the context has no effect.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
 
     def handler(number, frame):
-        heard(number if number == signal.SIGINT else signal.SIGTERM)
+        on_signal(number if number == signal.SIGINT else signal.SIGTERM)
 
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]  # the same ones stop trainers
     numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
@@ -225,5 +229,5 @@ def show(line: str):
 
 
 def python(module: str, *flags: str) -> tuple[str, ...]:
-    """Return the words of a command that runs a module with this Python interpreter."""
+    """Return a command, as a tuple of words, that runs a module with this Python interpreter."""
     return (sys.executable, "-m", module, *flags)

@@ -32,7 +32,7 @@ class State:
         return read_json(self.path(name))
 
     def seconds(self, steps: list[Step]) -> dict[str, float]:
-        """Return {step name: seconds spent}. The time of a killed attempt is added at the next start."""
+        """Return the recorded time of each step so far, as {step name: seconds}."""
         return {step.name: self.record(step.name).get("seconds", 0.0) for step in steps}
 
     def incomplete(self, step: Step) -> bool:
@@ -46,12 +46,12 @@ class State:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         inputs = {artifact.title: artifact.found() for artifact in step.needs}
         same = not self.differences(step, old, skip=())
-        seconds = old.get("seconds", 0.0) + self.unrecorded(step, old) if same else 0.0
+        seconds = old.get("seconds", 0.0) + self.killed_seconds(step, old) if same else 0.0
         record = {"argv": list(step.argv), "inputs": inputs, "began": now, "seconds": seconds}
         files.write_json(self.path(step.name), record)
 
-    def unrecorded(self, step: Step, record: dict) -> float:
-        """Seconds from the start of a killed attempt to its last log line; 0: no attempt was killed."""
+    def killed_seconds(self, step: Step, record: dict) -> float:
+        """Estimate from the log how many seconds a killed attempt ran. Return 0 if no attempt was killed."""
         log = self.path(step.name, "log")
         if not record or "code" in record or not log.exists():
             return 0.0
@@ -59,7 +59,7 @@ class State:
         return max(0.0, log.stat().st_mtime - began)
 
     def end(self, step: Step, seconds: float, code: int):
-        """Add the time and the exit code to a step's record and, if the code is 0, the step's outputs."""
+        """Add an attempt's time and exit code to the step's record, and its outputs if it succeeded."""
         record = self.record(step.name)
         record |= {"seconds": record.get("seconds", 0.0) + seconds, "code": code}
         if not code:
@@ -67,10 +67,10 @@ class State:
         files.write_json(self.path(step.name), record)
 
     def why_to_do(self, step: Step, remade: frozenset[Artifact] = frozenset()) -> str | None:
-        """Return why a step must run ("": nothing special), or None if record and files show it to be done.
+        """Return the reason to run a step, which may be "", or None if the step is done.
 
-        remade: artifacts that earlier steps will make again, so that their present files are not compared.
-        UserError: the step's flags or inputs differ from those it was run with.
+        remade: artifacts that earlier steps will make again, so that their current files do not matter.
+        Raises UserError if the step's flags or inputs differ from those of its last start.
         """
         record = self.record(step.name)
         outputs, continues = record.get("outputs"), begun(step)
@@ -90,7 +90,10 @@ class State:
         return f"{why}, continues" if continues else why
 
     def differences(self, step: Step, record: dict, skip) -> str:
-        """Describe the flags and inputs that differ from a step's record; "": none. skip: inputs to skip."""
+        """Describe how a step's flags and inputs differ from its record, or return "" if they do not.
+
+        skip: inputs to ignore.
+        """
         now, then = step.fixed, dataclasses.replace(step, argv=tuple(record.get("argv", step.argv))).fixed
         parts = []
         if now != then:
@@ -108,16 +111,15 @@ class State:
         return "; ".join(parts)
 
     def again(self, steps: list[Step], names: set[str]) -> set[str]:
-        """Names of the steps that --redo=names repeats: `names`, and all steps that need their outputs.
+        """Return the names of the steps that --redo repeats: `names`, and all steps that need their outputs.
 
-        Empty if an earlier start with the same --redo has already deleted the outputs but not completed the
-        run: then the run continues.
+        Return an empty set if an interrupted run with the same --redo has already deleted the outputs.
         """
         found = dependents(steps, names)
         return found if read_json(self.path(REDO)) != commands_of(steps, names) else set()
 
     def forget(self, steps: list[Step], names: set[str]):
-        """Delete the outputs and records of the steps `names`, and of all steps that need their outputs."""
+        """Delete the outputs and records of the named steps and of all steps that need their outputs."""
         again = dependents(steps, names)
         for step in reversed(steps):
             if step.name in again:
@@ -136,9 +138,10 @@ def commands_of(steps: list[Step], names: set[str]) -> dict[str, list[str]]:
 
 
 def to_do(state: State, steps: list[Step], chosen: list[Step], redo: set[str]) -> dict[str, str]:
-    """Return {name: reason} of the chosen steps that must run. redo: the step names given to --redo.
+    """Return {step name: reason} of the chosen steps that must run.
 
-    UserError: a step's flags or inputs differ from those it was run with, or an input is missing.
+    steps: all steps of the run. redo: names given to --redo. Raises UserError if an input is missing, or if a
+    step's flags or inputs differ from those of its last start.
     """
     again = state.again(steps, redo)
     check_inputs(state, steps, chosen, again)
@@ -181,7 +184,7 @@ def begun(step: Step) -> bool:
 
 
 def damage(step: Step, outputs: dict[str, str]) -> str:
-    """Describe what is missing, damaged or changed in a step's outputs; "": nothing.
+    """Describe what is missing, damaged or changed in a step's `outputs`. Return "" if nothing is.
 
     outputs: {path: fingerprint}, as recorded when the step ended.
     """

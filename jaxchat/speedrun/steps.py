@@ -17,11 +17,11 @@ class Artifact:
     """An input or output of a step. Its `title` names it in records and messages."""
 
     def found(self) -> dict[str, str]:
-        """Return {path: fingerprint} of the artifact's files; {}: the artifact is missing or incomplete."""
+        """Return {path: fingerprint} of the artifact's files, or {} if any are missing."""
         raise NotImplementedError
 
     def damage(self) -> str:
-        """Describe damage to the artifact that its fingerprints do not show; "": none."""
+        """Describe damage that the fingerprints do not show, or return "" if there is none."""
         return ""
 
     def begun(self) -> bool:
@@ -29,15 +29,14 @@ class Artifact:
         return False
 
     def delete(self):
-        """Delete the artifact. The default does nothing, because commands overwrite their outputs."""
+        """Delete the artifact. This default does nothing, because most commands overwrite their outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Files(Artifact):
-    """The files that match a glob pattern, relative to the base directory or absolute.
+    """The files that match a glob pattern, which may be relative to the base directory.
 
-    least: number of files below which the artifact is incomplete. first: number of files to use, in the order
-    of their names; 0: all.
+    least: minimum number of files. first: number of files to use, in the order of their names, or 0 for all.
     """
 
     pattern: str
@@ -62,7 +61,7 @@ class Files(Artifact):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint(Artifact):
-    """The last checkpoint of a stage, such as "sft", of the model with this tag."""
+    """The last checkpoint that a training stage, such as "sft", has saved of the model named `tag`."""
 
     stage: str
     tag: str
@@ -76,7 +75,7 @@ class Checkpoint(Artifact):
         return base_dir() / STAGES[self.stage].folder / self.tag
 
     def last(self) -> int | None:
-        """Training step of the last checkpoint; None: there is no checkpoint."""
+        """Return the training step of the last checkpoint, or None if there is no checkpoint."""
         from jaxchat import checkpoint  # here, since it imports jax
 
         return next(reversed(checkpoint.steps_in(self.folder)), None)
@@ -91,7 +90,7 @@ class Checkpoint(Artifact):
         return {f"{self.title}/{step}": files.file_hash(sealed)[:16] if sealed.exists() else "not sealed"}
 
     def damage(self) -> str:
-        """Read the last checkpoint's weights and metadata, and describe what is wrong; "": nothing."""
+        """Describe damage to the last checkpoint's weights or metadata, or return "" if there is none."""
         from jaxchat import seal
 
         return seal.damage(self.folder / str(self.last()), ("params", "meta"))
@@ -100,7 +99,7 @@ class Checkpoint(Artifact):
         return self.last() is not None
 
     def delete(self):
-        """Delete the run's folder atomically. UserError: a trainer is using the folder."""
+        """Delete the folder of the checkpoints, atomically. Raise UserError if a trainer is using it."""
         if not self.folder.is_dir():
             return
         from jaxchat import store
@@ -115,7 +114,7 @@ class Checkpoint(Artifact):
 
 @dataclasses.dataclass(frozen=True)
 class Results(Artifact):
-    """Results that `command` ("base_eval" or "chat_eval") measured on a stage's last checkpoint."""
+    """The results of the command "base_eval" or "chat_eval" for a stage's last checkpoint."""
 
     stage: str
     tag: str
@@ -132,32 +131,26 @@ class Results(Artifact):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A command of a run.
-
-    argv: words of the command. makes: artifacts it writes; (): none are tracked, so the step always runs.
-    needs: artifacts it reads. minutes: estimated time; 0: not known. lane: the resource it uses, "devices" or
-    "network"; steps on different resources run in parallel. resumes: whether the command takes --resume.
-    free: names of flags that may be changed when the step is continued.
-    """
+    """A command of a run, with its inputs and outputs."""
 
     name: str
-    argv: tuple[str, ...]
-    makes: tuple[Artifact, ...] = ()
-    needs: tuple[Artifact, ...] = ()
-    minutes: float = 0.0
-    lane: str = "devices"
-    resumes: bool = False
-    free: frozenset[str] = frozenset()
+    argv: tuple[str, ...]  # words of the command
+    makes: tuple[Artifact, ...] = ()  # outputs; a step without them always runs
+    needs: tuple[Artifact, ...] = ()  # inputs
+    minutes: float = 0.0  # estimated time; 0: unknown
+    lane: str = "devices"  # or "network": the resource it uses; steps on different ones run in parallel
+    resumes: bool = False  # whether the command takes --resume
+    free: frozenset[str] = frozenset()  # names of flags that may change when the step is continued
 
     @property
     def fixed(self) -> list[str]:
-        """Words of the command that must be equal at every start: all but Python's path and `free` flags."""
+        """The command without Python's path and the `free` flags. It must be the same at every start."""
         words = self.argv[1:] if self.argv[1:2] == ("-m",) else self.argv
         return [word for word in words if word.partition("=")[0].lstrip("-") not in self.free]
 
     @property
     def shown(self) -> str:
-        """The command as a user would type it, without quoting."""
+        """The command as a user would type it, but without quotes."""
         words = ["python" if word == sys.executable else word for word in self.argv]
         return " ".join(words)
 
@@ -167,7 +160,7 @@ def makers(steps: list[Step]) -> dict[Artifact, Step]:
 
 
 def dependents(steps: list[Step], names: set[str]) -> set[str]:
-    """Names of the given steps and of all steps that need their outputs, directly or not."""
+    """Return `names` and the names of all steps that need their outputs, directly or indirectly."""
     found = set(names)
     for step in steps:  # a step comes after those it needs
         made = {artifact for other in steps if other.name in found for artifact in other.makes}
@@ -177,7 +170,7 @@ def dependents(steps: list[Step], names: set[str]) -> set[str]:
 
 
 def named(steps: list[Step], flag: str, text: str) -> set[str]:
-    """Return the step names in `text`, the value of --`flag`. UserError: there is no step of that name."""
+    """Parse `text`, the value of --`flag`, into step names. Raise UserError if a step does not exist."""
     names = {name.strip() for name in text.split(",") if name.strip()}
     known = [step.name for step in steps]
     if unknown := sorted(names - set(known)):
@@ -186,9 +179,9 @@ def named(steps: list[Step], flag: str, text: str) -> set[str]:
 
 
 def chosen(steps: list[Step], first: str = "", last: str = "", only: str = "") -> list[Step]:
-    """Return the steps from `first` to `last` (both included; "": no limit), or those named in `only`.
+    """Return the steps from `first` to `last`, or only those named in `only`. By default, return all.
 
-    UserError: a name is unknown, `only` is combined with the others, or `first` comes after `last`.
+    Raises UserError if a name is unknown, `only` is combined with the others, or `first` comes after `last`.
     """
     if only and (first or last):
         raise UserError("--only contradicts --from and --until; leave them out")

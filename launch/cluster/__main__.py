@@ -1,4 +1,4 @@
-"""Start a command on several machines or processes: python -m launch.cluster LAUNCHER -- COMMAND"""
+"""Start a command on several machines, or in several processes on this one."""
 
 import dataclasses
 import sys
@@ -12,20 +12,15 @@ LAUNCHERS = {"slurm": slurm, "tpu_vm": tpu_vm, "gke": gke, "local": local}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Start a command on several machines, or in several processes on this one. The command follows a
-    separate -- and is the same everywhere:
+    """Start a command on several machines, or in several processes on this one. Give the command after a --:
+    python -m launch.cluster local --processes=2 -- python -m launch.base_train --depth=4 --resume
 
-    python -m launch.cluster local --processes=2 -- python -m launch.base_train --depth=4 --save_every=100
-    --resume
+    The launchers are slurm, tpu_vm, gke and local. Each has its own --help, and with --dry_run only prints
+    its files and commands. The command is started again after exit code 75 (stopped and saved), 76 (processes
+    cannot reach one another), 134 (another process was lost) or 137 (killed), so give trainers --resume.
+    Commands for one process, such as launch.download, tok_train or report, run in the first process only.
 
-    Launchers: slurm, tpu_vm, gke, local; each has its own --help. With --dry_run they print the files and
-    commands and do nothing. After exit code 75 (stopped and saved), 76 (processes cannot reach one another),
-    134 (another process was lost) or 137 (killed) the command is started again, so give the trainers
-    --resume. Commands for one process, such as launch.download, tok_train or report, run in the first process
-    only.
-
-    Do not put secrets such as WANDB_API_KEY on a command line: name them with --secrets, and set them where
-    the launcher's --help says.
+    Never put secrets such as WANDB_API_KEY on a command line. Each launcher's --help says how to pass them.
     """
 
 

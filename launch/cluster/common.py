@@ -1,4 +1,4 @@
-"""Code that all launchers share: checks of flags, and running or printing a command."""
+"""Code that launchers share: checking flags, and running or printing commands."""
 
 import os
 import re
@@ -14,9 +14,10 @@ MOUNTED = ("implicit-dirs", "rename-dir-limit=200000")
 
 
 def secret_names(text: str, *, here: bool) -> list[str]:
-    """Parse --secrets into a list of names. UserError: a name is invalid.
+    """Split the value of --secrets into the names of environment variables.
 
-    here: also raise UserError if a name is not set in this environment.
+    Raises UserError if a name is invalid. If `here` is true, each variable must also be set in this
+    environment.
     """
     names = [name for name in text.split(",") if name]
     for name in names:
@@ -28,14 +29,14 @@ def secret_names(text: str, *, here: bool) -> list[str]:
 
 
 def check_name(name: str):
-    """Raise UserError unless --name is valid for machines, pods and jobs: at most 40 of a-z, 0-9 and -."""
+    """Raise UserError unless `name`, given as --name, is a valid name for machines, pods and jobs."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
         allowed = "at most 40 characters of a-z, 0-9 and -, beginning with a letter"
         raise UserError(f"--name={name}; it must be {allowed}")
 
 
 def submit(file: str, text: str, words: list[str], dry_run: bool):
-    """Print a file, write it to the current folder, and run the command `words`. dry_run: only print both."""
+    """Print a file's text and a command. Unless `dry_run`, write the file and run the command."""
     print(f"# {file}\n{text}", flush=True)
     if not dry_run:
         Path(file).write_text(text, encoding="utf-8")
@@ -43,7 +44,10 @@ def submit(file: str, text: str, words: list[str], dry_run: bool):
 
 
 def perform(words: list[str], dry_run: bool, check: bool = True) -> int:
-    """Print a command, run it unless `dry_run`, and return the exit code. check: raise UserError if not 0."""
+    """Print a command, run it unless `dry_run`, and return its exit code.
+
+    Raises UserError if the program does not exist or, when `check` is true, if the exit code is not 0.
+    """
     print(shlex.join(words), flush=True)
     if dry_run:
         return 0

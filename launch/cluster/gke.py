@@ -23,37 +23,36 @@ EIGHT = ("v5e", "v6e")  # kinds whose single-host slices have up to 8 chips
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Write a JobSet with one pod per host to <name>.yaml in the current folder, and apply it with kubectl.
-    The cluster needs JobSet 0.6 or newer. Choose TPUs with --tpu=v5e:4x4, or GPUs with --gpu and --nodes.
+    """Write a Kubernetes JobSet with one pod per host to <name>.yaml in the current folder, and apply it with
+    kubectl. The cluster needs JobSet 0.6 or newer. Choose TPUs with --tpu, or GPUs with --gpu and --nodes.
 
-    Build and push --image from a checkout (for GPUs, replace EXTRAS=tpu with EXTRAS=cuda13):
+    Build and push --image from a checkout. For GPUs, replace EXTRAS=tpu with EXTRAS=cuda13:
     git archive HEAD | docker build --file=launch/cluster/Dockerfile --build-arg=EXTRAS=tpu --tag=IMAGE -
     docker push IMAGE
 
-    Secrets are read from a Kubernetes Secret. Create it once, from a file with one NAME=value a line:
+    Secrets are read from a Kubernetes Secret. Create it once, from a file with one NAME=value per line:
     kubectl create secret generic jaxchat --from-env-file=FILE
 
-    After exit code 75, 76, 134 or 137, or when a node is lost, all pods are restarted; any other failure ends
-    the run. --bucket is the base directory of every pod. Put data there by running launch.download, or with
-    gcloud storage cp --recursive FOLDER gs://NAME.
+    After exit code 75, 76, 134 or 137, or when a node is lost, all pods are restarted. Any other failure ends
+    the run.
 
-    In a bucket, the lock on a run's folder works only within one host, so do not start another run with the
-    same tag. Create the bucket with a hierarchical namespace, in which renaming a checkpoint's folder is
-    atomic: gcloud storage buckets create gs://NAME --location=REGION --uniform-bucket-level-access
-    --enable-hierarchical-namespace
+    --bucket is the base directory of every pod. Create the bucket with a hierarchical namespace, so that
+    renaming a checkpoint's folder is atomic: gcloud storage buckets create gs://NAME --location=REGION
+    --uniform-bucket-level-access --enable-hierarchical-namespace
+    Put data there by running launch.download, or with gcloud storage cp --recursive FOLDER gs://NAME. Never
+    start a run while another one with its tag is running: locks in a bucket work only within one host.
     """
 
     name: str = "jaxchat"
     """Name of the JobSet."""
     image: str = ""
-    """Container image with jaxchat and its dependencies, such as
-    us-docker.pkg.dev/PROJECT/REPOSITORY/jaxchat:1."""
+    """Container image with jaxchat, such as us-docker.pkg.dev/PROJECT/REPOSITORY/jaxchat:1."""
     tpu: str = ""
     """Kind and topology of a TPU slice, such as v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:2x4 or tpu7x:2x2x2."""
     slices: int = flag(1, 1)
     """Number of TPU slices."""
     gpu: str = ""
-    """Kind of GPU, as GKE labels nodes, such as nvidia-h100-80gb or nvidia-h200-141gb."""
+    """Kind of GPU, as in GKE's node labels, such as nvidia-h100-80gb or nvidia-h200-141gb."""
     gpus: int = flag(8, 1)
     """Number of GPUs of each machine."""
     nodes: int = flag(1, 1)
@@ -61,23 +60,19 @@ class Config(Flags):
     spot: bool = False
     """Use spot machines, which are cheaper and may be preempted."""
     bucket: str = ""
-    """Cloud Storage bucket for data and checkpoints; the service account needs write access to it."""
+    """Cloud Storage bucket for data and checkpoints. The service account must be allowed to write to it."""
     service_account: str = "default"
     """Service account of the pods."""
     secrets: str = ""
-    """Entries of the Kubernetes Secret `jaxchat` to set as environment variables of the command, separated by
-    commas, as in WANDB_API_KEY,HF_TOKEN."""
+    """Entries of the Kubernetes Secret `jaxchat` to set in the environment, as in WANDB_API_KEY,HF_TOKEN."""
     restarts: int = flag(20, 0)
     """Maximum number of restarts of the run."""
     dry_run: bool = False
-    """Print the file and the command, and do nothing."""
+    """Only print the file and the command."""
 
 
 def hardware(config: Config) -> tuple[int, dict, dict]:
-    """Return (hosts per slice, {label of nodes: value}, {resource: limit of a pod}).
-
-    UserError: a flag is invalid.
-    """
+    """Return (hosts per slice, node labels, resource limits of a pod). Raise UserError for invalid flags."""
     if bool(config.tpu) == bool(config.gpu):
         raise UserError("give either --tpu=v5e:4x4 or --gpu=nvidia-h100-80gb")
     if config.gpu:
@@ -124,7 +119,7 @@ def container(config: Config, command: list[str], hosts: int, takes: dict) -> di
 
 
 def jobset(config: Config, command: list[str]) -> dict:
-    """Return the JobSet that runs `command`, as nested dicts, ready for YAML."""
+    """Return the JobSet that runs `command`, as nested dicts that can be written as YAML."""
     hosts, labels, takes = hardware(config)
     volumes = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     if config.bucket:

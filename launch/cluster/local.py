@@ -12,33 +12,32 @@ from pathlib import Path
 
 from jaxchat.config import Flags, UserError, counted, flag
 from jaxchat.hosts import RESTARTED
-from jaxchat.speedrun.runner import hearing
+from jaxchat.speedrun.runner import handle_signals
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
-    """Run the command in several processes on this machine. The processes find one another by the
-    environment variables JAX_COORDINATOR_ADDRESS, JAXCHAT_NUM_PROCESSES and JAXCHAT_PROCESS_ID. Process 0
-    prints; the others print errors only.
+    """Run the command in several processes on this machine. They find one another by the environment
+    variables JAX_COORDINATOR_ADDRESS, JAXCHAT_NUM_PROCESSES and JAXCHAT_PROCESS_ID. Process 0 prints its
+    progress. The other processes print only errors. All inherit this environment, including secrets.
 
-    SIGTERM and Ctrl-C are passed on. After such a signal, or when a process fails, the processes have --grace
-    seconds to end; those still running are then killed. After exit code 75, 76, 134 or 137 the run is
-    started again, up to --restarts times, unless this launcher itself was asked to stop. The exit code is
-    that of the first process that failed. The processes inherit this environment, including secrets.
+    SIGTERM and Ctrl-C are passed on to the processes. After a signal, or when a process fails, the processes
+    have --grace seconds to end before they are killed. After exit code 75, 76, 134 or 137 all are restarted,
+    up to --restarts times, unless this launcher was asked to stop. The launcher's exit code is that of the
+    first process that failed.
     """
 
     processes: int = flag(2, 1)
     """Number of processes."""
     gpus_per_process: int = flag(-1, -1)
-    """Number of GPUs that each process has for itself; -1: an equal share of all; 0: every process sees all
-    GPUs."""
+    """Number of GPUs per process; -1: an equal share of all GPUs; 0: each process sees all GPUs."""
     restarts: int = flag(0, 0)
     """Maximum number of restarts of the run."""
     grace: float = flag(120.0, 0)
-    """Seconds that processes have to end after a signal or a failure. Set it above the command's
+    """Seconds in which the processes must end after a signal or a failure. Set it above the command's
     --heartbeat_timeout, which is 100 by default."""
     dry_run: bool = False
-    """Print the commands and do nothing."""
+    """Only print the commands."""
 
 
 def free_port() -> int:
@@ -48,17 +47,17 @@ def free_port() -> int:
 
 
 def visible_gpus() -> list[str]:
-    """Names or indices of the GPUs that subprocesses can use, as listed in CUDA_VISIBLE_DEVICES."""
+    """Return the GPUs that subprocesses can use, as names or indices for CUDA_VISIBLE_DEVICES."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in given.split(",") if name]
     return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
 def shares(gpus: list[str], count: int, flag: str) -> list[dict[str, str]]:
-    """Divide `gpus` equally among `count` programs; return the environment variables of each program.
+    """Divide `gpus` equally among `count` programs. Return the environment variables of each program.
 
-    Without GPUs, each gets {}. flag: name of the flag that gives `count`. UserError: there are fewer GPUs
-    than programs.
+    Without GPUs, each program gets {}. Raises UserError if there are fewer GPUs than programs. flag: name of
+    the flag that sets `count`, for the error message.
     """
     each = len(gpus) // count
     if gpus and not each:
@@ -68,7 +67,7 @@ def shares(gpus: list[str], count: int, flag: str) -> list[dict[str, str]]:
 
 
 def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
-    """Return the command line of each process, which sets its environment variables with env."""
+    """Return one command line per process. It starts with env, which sets the process's variables."""
     gpus, wanted = visible_gpus(), config.gpus_per_process * config.processes
     if wanted > len(gpus) > 0 and not config.dry_run:
         product = f"--gpus_per_process={config.gpus_per_process} × --processes={config.processes}"
@@ -85,10 +84,10 @@ def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
 
 
 def run_once(config: Config, command: list[str], signals: list[int]) -> int:
-    """Run all processes once; return the exit code (as in a shell) of the first that failed, or 0.
+    """Run all processes until they end. Return 0, or the exit code (as in a shell) of the first that failed.
 
-    The code is 137 if none failed but some were killed after --grace. signals: the signals that this launcher
-    receives and passes on; the list may grow during the call.
+    If none failed but some were killed after --grace, return 137. signals: signals to pass on to the
+    processes. The caller may append to this list during the call.
     """
     processes, ended = [], set()
     failed, deadline, sent = 0, None, 0
@@ -129,7 +128,7 @@ def run(config: Config, command: list[str]):
             print(shlex.join(line))
         return 0
     code, signals = 128 + signal.SIGTERM, []
-    with hearing(signals.append):
+    with handle_signals(signals.append):
         for left in reversed(range(config.restarts + 1)):
             if signals:
                 return code

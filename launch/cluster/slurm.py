@@ -12,12 +12,11 @@ from launch.cluster.common import secret_names, submit
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
     """Write <job_name>.sbatch to the current folder and submit it. Each node runs one process, which uses all
-    GPUs of the node; the processes find one another.
+    GPUs that the job has on the node. The processes find one another by themselves.
 
-    The job runs in this folder with this environment, so it gets the secrets that are set here; they are
-    written to no file. Two minutes before the time limit, and when the job is preempted, the run saves and
-    ends; the job is then requeued, and the run continues if the command has --resume. JAXCHAT_BASE_DIR must
-    be on a disk that all nodes share.
+    The job runs in the current folder and inherits this environment, including secrets. Two minutes before
+    the time limit, and when the job is preempted, the run saves and ends, and the job is requeued. Give
+    trainers --resume, so that they continue. JAXCHAT_BASE_DIR must be on a disk that all nodes share.
     """
 
     job_name: str = "jaxchat"
@@ -41,16 +40,15 @@ class Config(Flags):
     setup: str = ""
     """Shell commands to run before the command, as in "module load cuda && source .venv/bin/activate"."""
     secrets: str = ""
-    """Environment variables that the command needs, separated by commas, as in WANDB_API_KEY,HF_TOKEN. The
-    launcher checks that they are set here; the job inherits them."""
+    """Environment variables that must be set here, separated by commas, as in WANDB_API_KEY,HF_TOKEN."""
     restarts: int = flag(20, 0)
     """Maximum number of times that the job is requeued."""
     dry_run: bool = False
-    """Print the file and the command, and do nothing."""
+    """Only print the file and the command."""
 
 
 def script(config: Config, command: list[str]) -> str:
-    """Return the text of the sbatch file."""
+    """Return the text of the sbatch file, which runs `command`."""
     options = {
         "job-name": config.job_name,
         "nodes": config.nodes,

@@ -36,21 +36,20 @@ GCSFUSE = (
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
     """Create a Cloud TPU, install this checkout's last commit on it, run the command on all its workers,
-    follow the first worker's log, and delete the TPU once the command has ended and its exit code is known.
-    --steps selects some of these steps. Several commands, each after a --, run one after the other on the
-    same TPU, until one fails.
+    print the first worker's log, and delete the TPU once the command has ended. --steps selects some of these
+    steps. Several commands, each after a --, run one after another until one fails.
 
-    --bucket is the base directory (JAXCHAT_BASE_DIR) of every worker. Put data there with launch.download as
-    the first command, which runs on one worker, or with gcloud storage cp --recursive FOLDER gs://NAME. At
-    the end, the log is copied to the folder logs of the bucket. Secrets are copied over ssh in a file that
-    only you can read, and set for the commands. The commands keep running if the connection is lost;
-    --steps=log,delete reconnects. After exit code 75, 76, 134 or 137 a command is restarted. A preempted TPU
-    no longer exists: run the same line again to create a new TPU; with --resume the training continues.
+    A command is restarted after exit code 75, 76, 134 or 137. If the connection is lost, the commands keep
+    running, and --steps=log,delete reconnects. A preempted TPU no longer exists. Start this launcher again to
+    create a new TPU, on which trainers with --resume continue. Secrets are copied over ssh, in a file that
+    only you can read.
 
-    In a bucket, the lock on a run's folder works only within one host, so do not start another run with the
-    same tag. Create the bucket with a hierarchical namespace, in which renaming a checkpoint's folder is
-    atomic: gcloud storage buckets create gs://NAME --location=REGION --uniform-bucket-level-access
-    --enable-hierarchical-namespace
+    --bucket is the base directory of every worker. Create the bucket with a hierarchical namespace, so that
+    renaming a checkpoint's folder is atomic: gcloud storage buckets create gs://NAME --location=REGION
+    --uniform-bucket-level-access --enable-hierarchical-namespace
+    Put data there with launch.download as the first command, which runs on one worker, or with
+    gcloud storage cp --recursive FOLDER gs://NAME. At the end, the log is copied to gs://NAME/logs. Never
+    start a run while another one with its tag is running: locks in a bucket work only within one host.
     """
 
     name: str = "jaxchat"
@@ -62,27 +61,25 @@ class Config(Flags):
     type: str = "v5litepod-16"
     """Kind and size of the TPU, as gcloud names it, such as v4-32, v5litepod-16, v5p-8 or v6e-8."""
     version: str = "v2-alpha-tpuv5-lite"
-    """Image of the TPU, such as tpu-ubuntu2204-base for v4, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for
-    v6e."""
+    """Image of the TPU, such as tpu-ubuntu2204-base (v4), v2-alpha-tpuv5 (v5p) or v2-alpha-tpuv6e (v6e)."""
     spot: bool = False
     """Use a spot TPU, which is cheaper and may be preempted."""
     queued: bool = False
-    """Request a queued resource, and wait until it is granted."""
+    """Request the TPU as a queued resource, and wait until the request is granted."""
     bucket: str = ""
     """Name of the Cloud Storage bucket for data and checkpoints, without gs://."""
     secrets: str = ""
-    """Environment variables to copy from here to the command, separated by commas, as in
-    WANDB_API_KEY,HF_TOKEN."""
+    """Environment variables to copy to the TPU, separated by commas, as in WANDB_API_KEY,HF_TOKEN."""
     restarts: int = flag(20, 0)
     """Maximum number of restarts of a command."""
     steps: str = ",".join(STEPS)
     """Steps to run, separated by commas: any of create,setup,run,log,delete."""
     dry_run: bool = False
-    """Print the commands and do nothing."""
+    """Only print the commands."""
 
 
 def check(config: Config) -> list[str]:
-    """Validate the flags and return the steps to run. UserError: a flag is invalid."""
+    """Return the steps to run, in order. Raise UserError if a flag is invalid."""
     check_name(config.name)
     steps = [step for step in config.steps.split(",") if step]
     if unknown := [step for step in steps if step not in STEPS]:
@@ -126,11 +123,11 @@ def on(config: Config, workers: str, shell: str) -> list[str]:
     return gcloud(config, "tpu-vm", "ssh", config.name, f"--worker={workers}", f"--command={shell}")
 
 
-def started(config: Config, command: list[str]) -> str:
-    """Return shell code that runs commands one by one in the background and writes the exit code to run.code.
+def background_script(config: Config, command: list[str]) -> str:
+    """Return shell code that runs commands one after another in the background, until one fails.
 
-    A command is restarted after exit code 75, 76, 134 or 137; any other failure ends the sequence. command:
-    the words of all commands, separated by --.
+    command: the words of all commands, separated by "--". A command is restarted after exit code 75, 76, 134
+    or 137. The last exit code is written to run.code.
     """
     base, kept = "", ""
     if config.bucket:
@@ -156,7 +153,7 @@ CODE = "cat jaxchat/run.code"
 
 @contextlib.contextmanager
 def secret_file(names: list[str], dry_run: bool):
-    """A context with the path of a temporary file of NAME='value' lines, which only its owner can read."""
+    """Write the environment variables `names` to a private temporary file, and yield its path."""
     if dry_run:
         yield f"<a file with {', '.join(names)}>"
         return
@@ -184,7 +181,7 @@ def setup(config: Config, secrets: list[str]):
 
 
 def wait(config: Config):
-    """Wait until the queued resource, a request for a TPU, is granted. UserError: the request failed."""
+    """Wait until the requested TPU is granted. Raise UserError if the request fails."""
     print(f"# every 30 s, until it prints ACTIVE:\n{shlex.join(state(config))}", flush=True)
     while not config.dry_run:
         asked = subprocess.run(state(config), capture_output=True, text=True)
@@ -201,7 +198,7 @@ def wait(config: Config):
 
 
 def follow(config: Config) -> int:
-    """Print the first worker's log and return the command's exit code. UserError: the code cannot be read."""
+    """Print the first worker's log. Return the command's exit code, or raise UserError if it is unknown."""
     perform(on(config, "0", FOLLOW), config.dry_run, check=False)  # its exit code may be gcloud's or ssh's
     print(shlex.join(on(config, "0", CODE)), flush=True)
     if config.dry_run:
@@ -226,7 +223,7 @@ def run(config: Config, command: list[str]):
         if "setup" in steps:
             setup(config, secrets)
         if "run" in steps:
-            perform(on(config, "all", started(config, command)), config.dry_run)
+            perform(on(config, "all", background_script(config, command)), config.dry_run)
         if "log" in steps:
             code = follow(config)
         if "delete" in steps:
