@@ -91,7 +91,7 @@ def sbatch_options(text):
 
 def test_slurm(here, capsys):
     args = ["slurm", "--nodes=4", "--partition=gpu", "--account=me", "--secrets=WANDB_API_KEY", "--setup=module load x"]
-    out = start(capsys, *args, "--directives=--qos=high --constraint=h100", "--dry_run")
+    out = start(capsys, *args, "--directives=--qos=high --comment='my run'", "--dry_run")
     file, submit = out.removeprefix("# jaxchat.sbatch\n").rsplit("\n", 2)[0:2]
     options = sbatch_options(file)
     assert options["nodes"] == "4" and options["ntasks-per-node"] == "1" and options["gpus-per-node"] == "8"

@@ -128,7 +128,7 @@ class Runner:
     def start(self, step: Step):
         lock = self.claim(step)
         if self.stopped:
-            return os.close(lock) if lock else None
+            return None if lock is None else os.close(lock)
         self.state.begin(step)
         words = [*step.argv, *(["--resume"] if step.resumes else [])]
         log = self.state.path(step.name, "log").open("a", encoding="utf-8")

@@ -14,8 +14,8 @@ class Config(Flags):
     """Write <job_name>.sbatch to the current folder and submit it. Each node runs one process, which uses all
     GPUs that the job has on the node. The processes find one another by themselves.
 
-    The job runs in the current folder and inherits this environment, including secrets. Two minutes before
-    the time limit, and when the job is preempted, the run saves and ends, and the job is requeued. Give
+    The job runs in the current folder and inherits this environment, including secrets, which are written to
+    no file. Two minutes before the time limit, and when the job is preempted, the run saves and ends, and the job is requeued. Give
     trainers --resume, so that they continue. JAXCHAT_BASE_DIR must be on a disk that all nodes share.
     """
 
@@ -66,7 +66,7 @@ def script(config: Config, command: list[str]) -> str:
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value != ""]
     lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
     lines += [] if config.cpus else ["#SBATCH --exclusive"]
-    lines += [f"#SBATCH {word}" for word in shlex.split(config.directives)]
+    lines += [f"#SBATCH {shlex.quote(word)}" for word in shlex.split(config.directives)]
     codes, cpus = "|".join(map(str, RESTARTED)), config.cpus or "$SLURM_CPUS_ON_NODE"
     return "\n".join(
         [

@@ -36,8 +36,9 @@ GCSFUSE = (
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
     """Create a Cloud TPU, install this checkout's last commit on it, run the command on all its workers,
-    print the first worker's log, and delete the TPU once the command has ended. --steps selects some of these
-    steps. Several commands, each after a --, run one after another until one fails.
+    print the first worker's log, and delete the TPU once the command has ended and its exit code is known.
+    --steps selects some of these steps. Several commands, each after a --, run one after another until one
+    fails.
 
     A command is restarted after exit code 75, 76, 134 or 137. If the connection is lost, the commands keep
     running, and --steps=log,delete reconnects. A preempted TPU no longer exists. Start this launcher again to
