@@ -7,8 +7,8 @@
     count   = text ".count(" text ")"
     text    = '…' or "…", without quotes, backslashes or line ends inside
 
-Other expressions are refused. Python's parser reads the expression, but no Python code is run. The length of
-the text, the nesting, and the size of every intermediate number are limited.
+Expressions outside this grammar are refused. Python's parser reads the expression, but no Python code is run.
+The length of the text, the nesting, and the size of every intermediate number are limited.
 """
 
 import ast
@@ -56,7 +56,7 @@ def calculate(expression: str) -> str | None:
 
 
 def _in_python(expression: str) -> str:
-    """Remove commas and leading zeros from the numbers. Raises _Refused if there are other characters."""
+    """Rewrite an expression as Python. Raises _Refused for unknown characters or deep nesting."""
     expression = expression.rstrip()
     if TOKEN.sub("", expression):  # it has other characters
         raise _Refused

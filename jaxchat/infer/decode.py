@@ -52,14 +52,11 @@ class Scores:
 
 @struct.dataclass
 class Prompts:
-    """Right-padded prompts to prefill, and their slots.
-
-    An unused row has a slot number beyond the last slot, so nothing is written for that row.
-    """
+    """Right-padded prompts to prefill, and their slots."""
 
     tokens_PT: Any
     lengths_P: Any
-    slots_P: Any
+    slots_P: Any  # beyond the last slot for an unused row, so that nothing is written
     rows: Rows
 
 
@@ -71,7 +68,7 @@ class DecodeInputs:
     forced_BF: Any  # tokens to force into each row, padded
     num_forced_B: Any  # number of tokens to force into each row
     max_steps: Any  # maximum number of decode steps
-    waiting_limit: Any  # return once this many rows of a device wait for the calculator
+    waiting_limit: Any  # return once this many rows of a device wait for the host's calculator
     count_done: Any  # count finished rows and empty slots as waiting too: new requests can use their slots
 
 
@@ -183,7 +180,7 @@ def score(logits_V, token, top: int) -> Scores:
 def decode(program: Program, params, state: State, inputs: DecodeInputs, *, kind: str, top: int | None):
     """Decode tokens in all running rows. Return (the new State, DecodeOutputs).
 
-    Stop after inputs.max_steps steps, when inputs.waiting_limit rows of a device wait, or when no row runs.
+    Stop after inputs.max_steps steps, when inputs.waiting_limit rows wait for the host, or when no row runs.
     kind: GREEDY, PLAIN or FILTERED (see sampling.py).
     top: number of likeliest tokens per position in the outputs' Scores; None: no Scores.
     """
@@ -243,7 +240,7 @@ def _decode(params, state: State, inputs: DecodeInputs, *, program: Program, kin
 
 
 def empty_outputs(inputs: DecodeInputs, top: int | None) -> DecodeOutputs:
-    """Return the DecodeOutputs before the first step. top: number of likeliest tokens; None: no Scores."""
+    """Create DecodeOutputs without tokens. top: number of likeliest tokens in Scores; None: no Scores."""
     zeros_BN = jnp.zeros((len(inputs.active_B), MAX_DECODE_STEPS))
     scores = None
     if top is not None:

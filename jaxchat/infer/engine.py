@@ -6,7 +6,7 @@ free slots and then decodes up to 64 tokens in all slots. Then the host collects
 
 The shape of a prefill batch depends on the length of its prompts alone, and all slots are decoded in one
 shape. Therefore few shapes are compiled, and the tokens of a request do not depend on other requests.
-Each device has a full copy of the weights; devices do not communicate.
+Each device has a full copy of the weights, and devices do not communicate.
 """
 
 import dataclasses
@@ -70,10 +70,7 @@ class Running:
 
 
 class Engine:
-    """Text generator of one model, with continuous batching.
-
-    Of the devices in compute.mesh, an engine uses those of its own process.
-    """
+    """Text generator of one model, with continuous batching."""
 
     def __init__(
         self,
@@ -85,9 +82,9 @@ class Engine:
         batch_size: int = 64,
         few_shapes: bool = False,
     ):
-        """Create an engine with the weights `params`.
+        """Create an engine that uses the devices of this process in compute.mesh.
 
-        batch_size: number of slots of each device, the requests that run at a time.
+        batch_size: number of requests that each device runs at a time.
         few_shapes: limit the shapes to compile, so that a server can compile all of them in advance. The
         cache then always has the context's length, and log-probabilities are computed with 20 alternatives.
         """
@@ -181,8 +178,7 @@ class Engine:
     def _run_requests(self, requests: dict[int, Request], decode_steps: int, full_batches: bool):
         """Run requests {number: Request}. Yield (number, Generation of new tokens) until all have ended.
 
-        If the caller closes the iterator early, the remaining requests are cancelled.
-        decode_steps, full_batches: arguments of `step`.
+        If the iterator is closed early, cancel the remaining requests. Other arguments: those of `step`.
         """
         if self.busy:
             raise RuntimeError("generate and stream need an engine without other requests")
@@ -329,14 +325,11 @@ class Engine:
             self._collect(id, row, jax.tree.map(lambda a, b=row.slot: a[b], outputs))
 
     def _top(self, wanted: list[int]) -> int | None:
-        """Return the smallest number in self._tops that is ≥ max(wanted), or None if `wanted` is empty."""
+        """Return the smallest compiled number of alternatives ≥ max(wanted), or None if `wanted` is empty."""
         return next(top for top in self._tops if top >= max(wanted)) if wanted else None
 
     def _collect(self, id: int, row: Running, outputs: DecodeOutputs):
-        """Record a request's new tokens as an Event, and end the request if it is done.
-
-        outputs: the request's row of the outputs.
-        """
+        """Record a request's new tokens as an Event. outputs: the request's row of `decode`'s outputs."""
         is_token_N = outputs.tokens_BN >= 0
         new = Generation(outputs.tokens_BN[is_token_N].tolist(), outputs.forced_BN[is_token_N].tolist())
         if row.request.logprobs is not None:
@@ -355,7 +348,7 @@ class Engine:
             self._events.append(Event(id, new))
 
     def _tool_result(self, tokens: list[int]) -> list[int]:
-        """Compute the tool call at the end of `tokens`. Return the result as tokens to insert after the call.
+        """Evaluate the tool call at the end of `tokens`. Return the result, as tokens to insert after it.
 
         Return [] if the expression has no value or the result is longer than FORCED tokens.
         """
@@ -384,7 +377,7 @@ def _as_lists(scores: Scores, top: int) -> tuple[list[float], list[list[tuple[in
 
 
 def _gather(found: dict[int, Generation], count: int) -> list[Generation]:
-    """Merge the {index: Generation} of all processes into one list, and return the list on every process."""
+    """Merge the {index: Generation} of all processes into a list of `count`, returned on every process."""
     every = gather_json({str(i): dataclasses.asdict(generation) for i, generation in found.items()})
     merged = {int(i): fields for part in every for i, fields in part.items()}
     return [Generation(**_tuples(merged[i])) for i in range(count)]

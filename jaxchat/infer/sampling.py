@@ -34,7 +34,7 @@ class Rows:
 def sample(logits_BV, rows: Rows, positions_B, kind: str):
     """Sample every row's next token, int32 [B], from softmax(logits / temperature).
 
-    At temperature 0, take the likeliest token. A row's token does not depend on other rows.
+    A row's token does not depend on other rows.
     kind: the settings to support. GREEDY supports only temperature 0, PLAIN any temperature, and FILTERED
     also top_k, top_p, min_p and min_tokens.
     """
@@ -66,10 +66,8 @@ def _largest(x_BV):
 
 
 def _noise(seed, sample, position, size: int):
-    """Generate the Gumbel noise, float32 [size], that jax.random.categorical would add to the logits.
-
-    This is faster than jax.random on a CPU, and needs no separate kernel on a GPU.
-    """
+    """Generate the Gumbel noise, float32 [size], that jax.random.categorical would add to the logits."""
+    # Elementwise operations are faster than jax.random on a CPU, and need no separate kernel on a GPU.
     zero = jnp.uint32(0)
     key = _threefry((zero, seed), zero, sample.astype(jnp.uint32))
     key = _threefry(key, zero, position.astype(jnp.uint32))
@@ -81,10 +79,7 @@ def _noise(seed, sample, position, size: int):
 
 
 def _threefry(key, a, b):
-    """Encrypt the uint32 pair (a, b) by Threefry-2x32 with 20 rounds, as jax.random does.
-
-    key: a pair of uint32 numbers. Source: Salmon et al. 2011.
-    """
+    """Encrypt the uint32 pair (a, b) by Threefry-2x32 (Salmon et al. 2011). key: a pair of uint32 numbers."""
     keys = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     a, b = a + keys[0], b + keys[1]
     for i in range(5):
@@ -96,7 +91,7 @@ def _threefry(key, a, b):
 
 
 def _without_ends(logits_BV, rows: Rows, positions_B):
-    """Set the logits of end tokens to −∞ in rows that have fewer than min_tokens tokens."""
+    """Set the logits of end tokens to −∞ in rows that have generated fewer than min_tokens tokens."""
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
     ends_BE = jnp.where((positions_B < rows.first_end_B)[:, None], rows.ends_BE, logits_BV.shape[1])
     return logits_BV.at[rows_B1, ends_BE].set(-jnp.inf, mode="drop")
@@ -129,10 +124,8 @@ def keep_only(logits_BV, rows: Rows):
 
 
 def _threshold(x_BV, weights_BV, wanted_B):
-    """Find the largest t of each row, float32 [B], such that the weights where x ≥ t sum to ≥ wanted.
-
-    The result is exact. Bisection over the 32 bits of a float32 avoids sorting the vocabulary.
-    """
+    """Find each row's largest t, float32 [B], such that the weights where x ≥ t sum to at least `wanted`."""
+    # Bisection over the 32 bits of a float32 is exact and avoids sorting the vocabulary.
     order_BV = _in_order(x_BV)
 
     def try_bit(i, found_B):
@@ -146,6 +139,6 @@ def _threshold(x_BV, weights_BV, wanted_B):
 
 
 def _in_order(x):
-    """Map float32 numbers to uint32 numbers in the same order."""
+    """Map float32 numbers to uint32 numbers, preserving their order."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 0, bits | jnp.uint32(2**31), ~bits)

@@ -23,27 +23,24 @@ STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One continuation to generate. Its tokens do not depend on other requests.
-
-    Raises UserError if a field is out of range.
-    """
+    """One continuation to generate. Creating a Request raises UserError if a field is out of range."""
 
     prompt: Sequence[int]
     """Token ids of the prompt, at least one."""
     max_tokens: int
-    """Maximum number of tokens to generate, including the calculator's. The context may end them earlier."""
+    """Maximum number of tokens to generate, including the calculator's. Fewer if the context is full."""
     temperature: float = 1.0
-    """Sampling temperature, which divides the logits; 0 or below 10⁻⁶: always take the likeliest token."""
+    """Sampling temperature, which divides the logits; below 10⁻⁶: always take the likeliest token."""
     top_k: int = 0
     """Number of likeliest tokens to sample from; 0: all."""
     top_p: float = 1.0
-    """Sample from the fewest likeliest tokens whose total probability is at least this; 1: all tokens."""
+    """Sample only from the likeliest tokens that together have at least this probability; 1: from all."""
     min_p: float = 0.0
     """Minimum probability of a token, as a fraction of the likeliest token's probability; 0: no minimum."""
     seed: int = 0
     """Random seed, 0 to 2³² − 1."""
     sample: int = 0
-    """Number of this continuation among those with the same prompt and seed, which makes it differ."""
+    """Continuations with the same prompt and seed differ if their sample numbers differ."""
     min_tokens: int = 0
     """Minimum number of tokens before the answer may end by itself."""
     stop_tokens: Sequence[int] = ()
@@ -53,7 +50,7 @@ class Request:
     tool: bool = True
     """Run the calculator when the model calls it."""
     logprobs: int | None = None
-    """Number of likeliest tokens whose log-probabilities are reported too; None: no log-probabilities."""
+    """Report log-probabilities, also those of this number of likeliest tokens; None: report none."""
     prompt_logprobs: bool = False
     """Report the log-probabilities of the prompt's tokens too. Requires logprobs."""
 
@@ -95,14 +92,11 @@ def _is_number(value, whole: bool) -> bool:
 
 @dataclasses.dataclass
 class Generation:
-    """Tokens generated for a request: all tokens, or the new ones in an Event.
-
-    The log-probabilities are empty unless requested.
-    """
+    """Tokens generated for a request: all tokens, or only the new tokens of an Event."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)  # without the token that ended the request
     forced: list[bool] = dataclasses.field(default_factory=list)  # whether the tool inserted each token
-    logprobs: list[float] = dataclasses.field(default_factory=list)  # of each token
+    logprobs: list[float] = dataclasses.field(default_factory=list)  # of each token; [] unless requested
     # The likeliest tokens at each position, as (token, log-probability) pairs.
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     finish: str = ""  # "stop" (by itself), "length" or "cancelled"; "" while unfinished
@@ -140,11 +134,7 @@ class Scheduler:
     """
 
     def __init__(self, sequence_len: int, *, slots: int, prefill_batch: int, devices: int = 1):
-        """Create a scheduler for requests of at most `sequence_len` tokens.
-
-        slots: number of slots of each device. prefill_batch: maximum number of prompts that a device
-        prefills at a time.
-        """
+        """slots: number of slots per device. prefill_batch: maximum prompts per device in a prefill."""
         self.sequence_len, self.slots, self.devices = sequence_len, slots, devices
         self.prefill_batch = min(prefill_batch, slots)
         self.waiting: dict[int, Request] = {}

@@ -52,7 +52,7 @@ async def until_disconnect(receive: Callable, work: Awaitable):
 
 
 class EventStream:
-    """ASGI response that streams a Reply as server-sent events and cancels it if the client disconnects."""
+    """ASGI response that streams a Reply as server-sent events, until the client disconnects."""
 
     HEADERS = (
         (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -181,10 +181,7 @@ def detokenized(service: Service, body: bytes) -> bytes:
 
 
 def page_headers(html: bytes) -> dict[str, str]:
-    """Return the HTTP headers of the chat page, with a content security policy.
-
-    The policy allows the scripts and styles in `html`, data: images, and requests to this server.
-    """
+    """Return HTTP headers for the page `html`, which forbid scripts and servers other than its own."""
 
     def hashes(tag: bytes) -> str:
         blocks = re.findall(rb"<%b(?:\s[^>]*)?>(.*?)</%b>" % (tag, tag), html, re.DOTALL)

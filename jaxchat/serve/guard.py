@@ -1,7 +1,4 @@
-"""ASGI middleware that checks host, origin and API key, adds CORS headers and request ids, and logs requests.
-
-The function read_body reads a request's body, with limits on its size and time.
-"""
+"""ASGI middleware that checks host, origin and API key, adds response headers, and logs requests."""
 
 import asyncio
 import contextlib
@@ -106,10 +103,7 @@ class Guard:
         await (response or self._inner)(scope, receive, send)
 
     def _refusal(self, scope) -> Response | None:
-        """Check a request. Return None, or the response if the request's method is OPTIONS.
-
-        Raises ApiError if the request is not allowed.
-        """
+        """Raise ApiError if a request is not allowed. Return a response for OPTIONS requests, else None."""
         headers = Headers(scope=scope)
         self._check_host(headers.get("host", ""))
         if scope["method"] == "OPTIONS":
@@ -120,10 +114,7 @@ class Guard:
         return None
 
     def _check_host(self, host: str):
-        """Raise ApiError if rules.local is set and `host` is neither local nor the host of an allowed origin.
-
-        This prevents DNS rebinding.
-        """
+        """Raise ApiError if rules.local is set and `host` is not allowed. This prevents DNS rebinding."""
         name = host_of(f"//{host}")  # "": no Host header, so not a browser
         allowed = {"", *map(host_of, self._rules.origins)}
         if self._rules.local and not (is_local(name) or name in allowed or "*" in self._rules.origins):
@@ -171,7 +162,7 @@ async def read_body(request: HTTPRequest) -> bytes:
 class ClosingResponse(Response):
     """A response that closes the connection, for a client that may still be sending its request's body.
 
-    First, discard what the client sends for up to LINGER seconds. Otherwise it could lose the response.
+    Before closing, discard the rest of the body for up to LINGER seconds, or the response could be lost.
     """
 
     async def __call__(self, scope, receive, send):

@@ -42,7 +42,7 @@ class Row:
     job: "Job"
     worker: "Worker"
     asked: float  # time when the answer was requested
-    began: float = 0.0  # time when the step that prefilled the prompt began
+    began: float = 0.0  # start of the engine's step that returned the first event
     first: float = 0.0  # time when the first token arrived
     last: float = 0.0  # time when the latest token arrived
     num_tokens: int = 0  # tokens so far, including the calculator's
@@ -54,7 +54,7 @@ class Worker(threading.Thread):
     """A thread that runs one engine. Its public methods, except `run`, are for the event loop."""
 
     def __init__(self, open_engine: Callable, slots: int, metrics: Metrics, model: str):
-        """Create a Worker, in the event loop. Afterwards `start` starts the thread.
+        """Create the thread without starting it. Call this in the event loop.
 
         open_engine(on_progress): called in the thread. Returns a context manager that yields an engine whose
         shapes are compiled, and calls on_progress(number compiled, total) meanwhile.
@@ -138,9 +138,9 @@ class Worker(threading.Thread):
         return max(1, min(MAX_DECODE_STEPS, int(seconds / self._token_seconds)))
 
     def _update_token_seconds(self, outputs: list[tuple[Row, Generation]], seconds: float):
-        """Update the estimated seconds per token after an engine's step, unless it prefilled a prompt.
+        """Update the estimated seconds per token, unless the engine's step prefilled a prompt.
 
-        outputs, seconds: the step's new tokens and duration.
+        outputs: new tokens of the step. seconds: duration of the step.
         """
         tokens = max((len(new.tokens) + bool(new.end) for _, new in outputs), default=0)
         if tokens and all(row.id in self._begun for row, _ in outputs):
@@ -221,7 +221,7 @@ class Job:
 
 
 class Pool:
-    """The engines of one model, one for each device, among which answers are balanced."""
+    """The engines of one model, one for each device. A new answer goes to the least busy engine."""
 
     def __init__(self, workers: list[Worker], context: int, max_waiting: int):
         """Create a Pool of `workers`. context: maximum number of tokens in a prompt and its answer.
@@ -245,7 +245,7 @@ class Pool:
         return any(worker.failed for worker in self.workers)
 
     def submit(self, requests: list[Request], low_latency: bool) -> Job:
-        """Queue the requests, each to the least busy engine, and return their Job.
+        """Queue one request for each answer, and return the Job.
 
         low_latency: return new tokens about every 40 ms, for replies that are streamed or searched for stop
         strings. Raises ApiError if too many answers are running or waiting, or if an engine has failed.

@@ -1,7 +1,6 @@
 """Parse requests to OpenAI's API, with errors that name the invalid field. Uses neither JAX nor HTTP.
 
-A field that this server does not support is an error, unless its value has no effect. Unknown fields are
-ignored.
+Unsupported fields are errors, unless their values have no effect. Unknown fields are ignored.
 """
 
 import dataclasses
@@ -71,7 +70,7 @@ class ApiError(Exception):
 
 
 def wrong(param: str, expected: str, got: Any) -> ApiError:
-    """Return the error for a field `param` with value `got`. expected: phrase for the expected values."""
+    """Return the error for a field `param` with value `got`. expected: phrase for the allowed values."""
     shown = json.dumps(got)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
     return ApiError(400, f"{param}: expected {expected}; got {shown}", param=param)
@@ -130,7 +129,7 @@ class Fields:
     def number(self, name: str, default, least: float, most: float = math.inf, *, above=False, whole=False):
         """Return the number in field `name`, or `default` if the field is absent or null.
 
-        The number must be from `least` to `most`. above: it must not equal `least`. whole: it must be whole.
+        The number must be from `least` to `most`. above: exclude `least`. whole: require a whole number.
         """
         value = self.get(name)
         if value is None:

@@ -46,14 +46,12 @@ class Update:
 
 
 class Answer:
-    """One answer while it is generated.
-
-    `finish` is "" until the answer ends, then "stop" or "length".
-    """
+    """One answer while it is generated."""
 
     def __init__(self, index: int, asked: Sampling, tokenizer, prompt: list[int]):
         self.index, self.asked, self.prompt, self._tokenizer = index, asked, prompt, tokenizer
-        self.finish, self.sampled, self.forced, self.length = "", 0, 0, 0
+        self.finish = ""  # "stop" or "length" once the answer has ended
+        self.sampled, self.forced, self.length = 0, 0, 0  # numbers of tokens; characters of text
         # Each has "id" and "code"; once there is an output, also "output" and "made_up"; and "incomplete" if
         # its code or output was cut off.
         self.tools: list[dict] = []
@@ -339,7 +337,7 @@ class Reply:
         return usage | {"total_tokens": prompt + completion, "prompt_tokens_details": {"cached_tokens": 0}}
 
     def _extra(self) -> dict:
-        """Build the reply's field "jaxchat": seed, tool calls, number of forced tokens, and timings."""
+        """Build the reply's field "jaxchat", with seed, tool_calls, forced_tokens and timings."""
         rows, sampled = self.job.rows, sum(answer.sampled for answer in self.answers)
         asked, began = rows[0].asked, min(row.began for row in rows)
         first, last = min(row.first or row.last for row in rows), max(row.last for row in rows)

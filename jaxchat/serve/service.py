@@ -66,7 +66,7 @@ class Service:
         return [worker for model in self.models.values() for worker in model.pool.workers]
 
     def progress(self) -> str:
-        """Return a phrase such as "3 of 8 shapes compiled, about 20 s to go"."""
+        """Return "loading" or a phrase such as "3 of 8 shapes compiled, about 20 s to go"."""
         done, total = (sum(getattr(one, name) for one in self.workers) for name in ("compiled", "to_compile"))
         left = f", about {(time.monotonic() - self._made) * (total / done - 1):.0f} s to go" if done else ""
         return f"{done} of {total} shapes compiled{left}" if total else "loading"
@@ -80,7 +80,7 @@ class Service:
                 await asyncio.to_thread(worker.join, CLOSING)
 
     def model(self, name: str) -> Served:
-        """Return the model called `name`, or the first if `name` is "". Raises ApiError if there is none."""
+        """Return the model called `name`, or the first model for "". Raises ApiError for an unknown name."""
         if not name:
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -129,7 +129,7 @@ class ParsedRequest:
 def prepare(service: Service, body: bytes, chat: bool) -> ParsedRequest:
     """Parse a request's body and tokenize the prompts. Raises ApiError if the request is invalid.
 
-    chat: whether the request is to /v1/chat/completions, else to /v1/completions.
+    chat: whether the request is to /v1/chat/completions rather than /v1/completions.
     """
     fields = Fields(protocol.read_json(body))
     asked = protocol.read_chat(fields) if chat else protocol.read_completion(fields)
@@ -159,8 +159,7 @@ def prepare(service: Service, body: bytes, chat: bool) -> ParsedRequest:
 def answer_limit(service: Service, asked: Chat | Completion, length: int, context: int, param: str) -> int:
     """Return the maximum number of tokens in an answer to a prompt of `length` tokens.
 
-    Raises ApiError if the prompt and the requested answer don't fit in `context` tokens. param: name of the
-    prompt's field, for the error's text.
+    Raises ApiError if prompt and answer don't fit in `context` tokens. param: name of the prompt's field.
     """
     wanted, given = asked.max_tokens, f"{param} has {length:,} tokens"
     if wanted is None:
