@@ -22,7 +22,7 @@ from bench.eval import random_params, timed
 from bench.step import parse_way
 from jaxchat import sharding
 from jaxchat.config import Compute, Flags, ModelConfig, UserError, flag
-from jaxchat.infer.engine import STRETCH, Engine
+from jaxchat.infer.engine import MAX_DECODE_STEPS, Engine
 from jaxchat.infer.scheduler import Request
 from jaxchat.model.flops import num_params
 from launch import cli
@@ -98,19 +98,19 @@ def row_bytes(model: ModelConfig, compute: Compute, tokens: float) -> float:
 
 def measure(engine: Engine, prompts: list[list[int]], config: Config) -> dict:
     """One batch from its first prompt to its last token: seconds to the first tokens, a token, in all."""
-    began, last, first, stretches = time.perf_counter(), 0.0, 0.0, []
+    began, last, first, token_seconds = time.perf_counter(), 0.0, 0.0, []
     for sample, prompt in enumerate(prompts):
         settings = {"temperature": config.temperature, "top_k": config.top_k, "sample": sample}
         engine.submit(Request(prompt, config.max_tokens, ignore_end=True, tool=False, **settings))
     tokens = 0
     while engine.busy:
-        events = engine.step(STRETCH if first else 1, patient=True)
+        events = engine.step(MAX_DECODE_STEPS if first else 1, full_batches=True)
         now = time.perf_counter() - began
         tokens += sum(len(new.tokens) for _, new in events)
         if first:
-            stretches.append((now - last) / max(len(new.tokens) for _, new in events))
+            token_seconds.append((now - last) / max(len(new.tokens) for _, new in events))
         first, last = first or now, now
-    return {"ttft_s": first, "token_s": statistics.median(stretches), "tokens_per_s": tokens / last}
+    return {"ttft_s": first, "token_s": statistics.median(token_seconds), "tokens_per_s": tokens / last}
 
 
 def measure_in_turn(config: Config, model: ModelConfig, compute: Compute, params, batch: int) -> dict:

@@ -39,7 +39,7 @@ def main():
 def compiled(rows: int, here: NamedSharding, prompt: int = 0, depth: int = 2, kind: str = FILTERED) -> dict:
     """Compile decoding, with the slowest kind of sampling, and reading one prompt, if asked for."""
     config = dataclasses.replace(CONFIG, n_layer=depth)
-    program = decode.Program(config, Compute.for_backend(backend="gpu"), None, call=1, alone=rows == 1)
+    program = decode.Program(config, Compute.for_backend(backend="gpu"), None, call=1, single_row=rows == 1)
 
     def shapes(make, *args):
         """What make(*args) would give, on that device."""
@@ -49,14 +49,14 @@ def compiled(rows: int, here: NamedSharding, prompt: int = 0, depth: int = 2, ki
     def state():
         settings = jax.tree.map(jnp.asarray, decode.empty_rows(rows, CONFIG.vocab_size))
         cache = KVCache.empty(config, rows, CONFIG.sequence_len, jnp.bfloat16)
-        cache = cache.joined() if program.alone else cache
+        cache = cache.joined() if program.single_row else cache
         return decode.State(cache, jnp.zeros((rows, CONFIG.vocab_size)), settings)
 
     def zeros(*shape):
         return jnp.zeros(shape, jnp.int32)
 
     def ready(weights):
-        return decode.for_decoding(weights, "bfloat16", config.vocab_size, program.alone)
+        return decode.for_decoding(weights, "bfloat16", config.vocab_size, program.single_row)
 
     weights = shapes(ready, params.shapes(config))
     held = shapes(state)
@@ -66,7 +66,7 @@ def compiled(rows: int, here: NamedSharding, prompt: int = 0, depth: int = 2, ki
         )
         decode.read_prompts.lower(program, weights, held, asked, top=None).compile()
     forced = (zeros(rows, decode.FORCED), zeros(rows))
-    turn = shapes(lambda: decode.Turn(zeros(rows) > 0, *forced, zeros(), zeros(), zeros() > 0))
+    turn = shapes(lambda: decode.DecodeInputs(zeros(rows) > 0, *forced, zeros(), zeros(), zeros() > 0))
     done = decode.decode.lower(program, weights, held, turn, kind=kind, top=5 if prompt else None).compile()
     memory, (parts, entry) = done.memory_analysis(), hlo.computations(done.as_text())
     [while_loop] = [op for op in parts[entry] if op.kind == "while"]

@@ -34,12 +34,12 @@ class FakeEngine:
     """What an Engine is to a server.
 
     script: .say(request) gives the tokens of an answer, as (token, forced) pairs; .seconds and .longest are the
-    time of a stretch and its most tokens.
+    seconds and the largest number of tokens of a step.
     """
 
     def __init__(self, script, *, slots: int = 4):
         self._script, self.tokenizer = script, script.tokenizer
-        self.scheduler = Scheduler(CONTEXT, slots=slots, together=slots)
+        self.scheduler = Scheduler(CONTEXT, slots=slots, prefill_batch=slots)
         self._left, self._ended, self.requests = {}, [], []
 
     @property
@@ -59,11 +59,11 @@ class FakeEngine:
         self._left.pop(id, None)
         self._ended.append(Event(id, last))
 
-    def step(self, stretch: int = 64, patient: bool = False):
+    def step(self, decode_steps: int = 64, full_batches: bool = False):
         events = []
         for id in self.scheduler.admit():
             request = self.scheduler.running[id]
-            self._left[id] = list(self._script.say(request))[: self.scheduler.end_of(request) - len(request.prompt)]
+            self._left[id] = list(self._script.say(request))[: self.scheduler.max_length(request) - len(request.prompt)]
             whole = len(self._left[id]) == len(list(self._script.say(request)))
             self._left[id].append(STOP if whole else LENGTH)
             if request.prompt_logprobs:
@@ -71,7 +71,7 @@ class FakeEngine:
         time.sleep(self._script.seconds)
         for id, left in [*self._left.items()]:
             request, said = self.scheduler.running[id], []
-            while len(said) < min(stretch, self._script.longest) and isinstance(left[0], tuple):
+            while len(said) < min(decode_steps, self._script.longest) and isinstance(left[0], tuple):
                 said.append(left.pop(0))
             new = Generation([token for token, _ in said], [forced for _, forced in said])
             if request.logprobs is not None:

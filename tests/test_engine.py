@@ -140,7 +140,7 @@ def among_others(engine, requests, random):
                 numbers[engine.submit(request)] = number
         if random.random() < 0.3 and numbers:
             engine.cancel(int(random.choice([*numbers])))
-        for id, new in engine.step(int(random.integers(1, 20)), patient=bool(random.integers(2))):
+        for id, new in engine.step(int(random.integers(1, 20)), full_batches=bool(random.integers(2))):
             found.setdefault(numbers[id], engine_module.Generation()).extend(new)
             ended += [numbers[id]] if new.finish else []
     assert sorted(ended) == [*range(len(requests))] and engine._scheduler.slot_of == {}
@@ -181,8 +181,8 @@ def test_each_of_8_devices_writes_an_eighth_of_the_answers(eager, devices):
             for n in range(64)]  # fmt: skip
     admit, written = several._scheduler.admit, Counter()
 
-    def counted(patient):
-        ids = admit(patient)
+    def counted(full_batches):
+        ids = admit(full_batches)
         written.update(several._scheduler.slot_of[id] // several.batch_size for id in ids)
         return ids
 

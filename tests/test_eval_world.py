@@ -132,7 +132,7 @@ def test_forced_tokens_alone_count_as_output(tokenizer):
     begin = ids.index(tokenizer.special("<|assistant_start|>")) + 1
 
     def pieces(forced, finished=True):
-        return text.pieces(Generated(ids[begin:-1], forced[begin:-1], finished), tokenizer)
+        return text.split_parts(Generated(ids[begin:-1], forced[begin:-1], finished), tokenizer)
 
     assert pieces(forced) == scorer.expected_parts(TURN)
     assert ("made up", "2") in pieces([False] * len(forced))

@@ -16,22 +16,22 @@ ACTIONS = st.one_of(
 
 @settings(max_examples=1000)
 @given(st.lists(ACTIONS, max_size=40), st.integers(1, 3), st.integers(1, 5), st.integers(1, 3))
-def test_any_schedule_ends_every_request_once(actions, devices, slots, together):
+def test_any_schedule_ends_every_request_once(actions, devices, slots, prefill_batch):
     """No slot is lost or given twice, those that came first begin first, and all that was asked for ends once."""
-    scheduler = Scheduler(64, slots=slots, together=together, devices=devices)
+    scheduler = Scheduler(64, slots=slots, prefill_batch=prefill_batch, devices=devices)
     left, ended, begun, cancelled = {}, [], [], set()
 
-    def step(patient, tokens):
-        while ids := scheduler.admit(patient):
+    def step(full_batches, tokens):
+        while ids := scheduler.admit(full_batches):
             begun.extend(ids)
             per_device = [scheduler.slot_of[id] // slots for id in ids]
-            assert all(per_device.count(device) <= together for device in per_device)
-            assert len({scheduler.prompt_length(scheduler.running[id]) for id in ids}) == 1
+            assert all(per_device.count(device) <= prefill_batch for device in per_device)
+            assert len({scheduler.padded_length(scheduler.running[id]) for id in ids}) == 1
         assert len({*scheduler.slot_of.values()}) == len(scheduler.slot_of)
         assert scheduler.slot_of.keys() == scheduler.running.keys() and not scheduler.running.keys() & scheduler.waiting
         assert all(0 <= slot < devices * slots for slot in scheduler.slot_of.values())
         assert scheduler.running or not scheduler.waiting  # never stuck
-        if not patient and scheduler.waiting:
+        if not full_batches and scheduler.waiting:
             assert len(scheduler.running) == devices * slots
         for id in [*scheduler.running]:
             left[id] -= tokens
@@ -57,7 +57,7 @@ def test_any_schedule_ends_every_request_once(actions, devices, slots, together)
 
 
 def test_devices_share_the_rows():
-    scheduler = Scheduler(64, slots=4, together=2, devices=3)
+    scheduler = Scheduler(64, slots=4, prefill_batch=2, devices=3)
     for _ in range(7):
         scheduler.submit(Request([1], 1))
     scheduler.admit(), scheduler.admit()
@@ -65,7 +65,7 @@ def test_devices_share_the_rows():
 
 
 def test_patience_waits_for_a_whole_batch():
-    scheduler = Scheduler(64, slots=4, together=2)
+    scheduler = Scheduler(64, slots=4, prefill_batch=2)
     ids = [scheduler.submit(Request([1], 1)) for _ in range(6)]
     assert scheduler.admit(True) == ids[:2] and scheduler.admit(True) == ids[2:4] and scheduler.admit(True) == []
     scheduler.remove(ids[0])
@@ -93,7 +93,7 @@ def test_settings_out_of_range(settings):
 def test_prompts_out_of_range():
     for length in (0, 65):
         with pytest.raises(UserError, match="1 to 64"):
-            Scheduler(64, slots=1, together=1).submit(Request([1] * length, 1))
+            Scheduler(64, slots=1, prefill_batch=1).submit(Request([1] * length, 1))
 
 
 def test_buckets():

@@ -38,7 +38,7 @@ class Script:
 
     def _reset(self):
         self.tokens = [(token, False) for token in self.tokenizer.encode(TEXT)]
-        self.seconds, self.longest, self.broken = 0.0, 64, False  # seconds and tokens of a stretch
+        self.seconds, self.longest, self.broken = 0.0, 64, False  # seconds and tokens of an engine's step
         for engine in self.engines:
             engine.requests.clear()
 

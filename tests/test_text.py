@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxchat.infer.text import TextReader, Writer, pieces, shown
+from jaxchat.infer.text import TextReader, Writer, format_parts, split_parts
 from jaxchat.tokenizer import Tokenizer
 
 SPECIALS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
@@ -77,10 +77,10 @@ def test_tool_calls_are_written_out(tokenizer):
     writer = Writer()
     assert writer.write(deltas) + writer.end() == "so [python 1+1][output 2][output? 2]é"
     said = SimpleNamespace(tokens=tokens, forced=[i in forced for i in range(len(tokens))], finished=False)
-    parts = pieces(said, tokenizer)
+    parts = split_parts(said, tokenizer)
     kinds = ("text", "python", "python_output", "made up", "text", "unfinished")
     assert parts == list(zip(kinds, ("so ", "1+1", "2", "2", "é", "…"), strict=True))
-    assert shown(parts) == "so [python 1+1][output 2][output? 2]é … (cut)"
+    assert format_parts(parts) == "so [python 1+1][output 2][output? 2]é … (cut)"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_tool_calls_are_written_out(tokenizer):
 )
 def test_marks_out_of_order(tokenizer, names, parts):
     tokens = [ord(name) if len(name) == 1 else tokenizer.special(f"<|{name}|>") for name in names]
-    assert pieces(SimpleNamespace(tokens=tokens, forced=[False] * len(tokens), finished=True), tokenizer) == parts
+    assert split_parts(SimpleNamespace(tokens=tokens, forced=[False] * len(tokens), finished=True), tokenizer) == parts
 
 
 def test_a_stop_string_is_looked_for_in_text_alone(tokenizer):

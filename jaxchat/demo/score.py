@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from jaxchat.demo import KINDS, Prompt, Turn, World
 from jaxchat.demo.texts import TRAITS
 from jaxchat.infer.engine import Engine
-from jaxchat.infer.text import pieces, shown
+from jaxchat.infer.text import format_parts, split_parts
 from jaxchat.tokenizer import Tokenizer
 
 BY_HAND = "counting by hand"  # a row without a target: the tool's result hides wrong hand counts
@@ -58,8 +58,8 @@ def score(
     for prompt, given in zip(prompts, answers, strict=True):
         example = (
             " / ".join(turn.question for turn in prompt.turns),
-            " / ".join(shown(answered) for answered in given),
-            " / ".join(shown(expected_parts(turn)) for turn in prompt.turns),
+            " / ".join(format_parts(answered) for answered in given),
+            " / ".join(format_parts(expected_parts(turn)) for turn in prompt.turns),
         )
         pairs = list(zip(prompt.turns, given, strict=True))
         scores.setdefault(prompt.kind, Score()).add(
@@ -82,7 +82,7 @@ def answer(engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[
             histories[i] += tokenizer.render_for_completion({"messages": [asks]})[1:]  # without <|bos|>
         generations = engine.generate([histories[i] for i in asked], max_tokens=MAX_TOKENS, temperature=0.0)
         for i, generation in zip(asked, generations, strict=True):
-            given[i].append(pieces(generation, tokenizer))
+            given[i].append(split_parts(generation, tokenizer))
             histories[i] += [*generation.tokens, tokenizer.special("<|assistant_end|>")]
     return given
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from jaxchat.infer.engine import Engine
-from jaxchat.infer.text import pieces, shown
+from jaxchat.infer.text import format_parts, split_parts
 
 PROMPTS = (
     "Paris is the capital of",
@@ -35,7 +35,7 @@ def answers(engine: Engine, questions: Sequence[str]) -> list[str]:
     tokenizer = engine.tokenizer
     talks = [{"messages": [{"role": "user", "content": question}]} for question in questions]
     prompts = [tokenizer.render_for_completion(talk) for talk in talks]
-    return [shown(pieces(generation, tokenizer)) for generation in greedy(engine, prompts, 128)]
+    return [format_parts(split_parts(generation, tokenizer)) for generation in greedy(engine, prompts, 128)]
 
 
 def greedy(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list:

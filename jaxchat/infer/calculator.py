@@ -7,8 +7,8 @@
     count   = text ".count(" text ")"
     text    = '…' or "…", without quotes, backslashes or line ends inside
 
-An expression of these tokens alone is parsed by Python's parser; no Python code is run. The length of the
-text, the nesting, and the size of every intermediate number are bounded.
+Expressions outside this grammar are refused. Python's parser reads the expression, but no Python code is run.
+The length of the text, the nesting, and the size of every intermediate number are limited.
 """
 
 import ast
@@ -43,7 +43,7 @@ class _Refused(Exception):
 
 
 def calculate(expression: str) -> str | None:
-    """Return an expression's value as text ("5/2": "2.5", "4/2": "2"); None if it can't be computed."""
+    """Return the value of an expression as text, such as "2.5" for "5/2", or None if it can't be computed."""
     if not isinstance(expression, str) or len(expression) > MAX_CHARS:
         return None
     if match := COUNT.fullmatch(expression):
@@ -56,7 +56,7 @@ def calculate(expression: str) -> str | None:
 
 
 def _in_python(expression: str) -> str:
-    """Rewrite an expression as Python, without commas or leading zeros in numbers; _Refused: invalid."""
+    """Rewrite an expression as Python. Raises _Refused for unknown characters or deep nesting."""
     expression = expression.rstrip()
     if TOKEN.sub("", expression):  # it has other characters
         raise _Refused
@@ -78,7 +78,7 @@ def _as_text(value: int | float) -> str:
 
 
 def _value(node: ast.expr, depth: int = 0) -> int | float:
-    """Evaluate a parsed arithmetic expression. depth: number of + or − signs directly before it."""
+    """Evaluate a parsed expression. depth: number of consecutive signs, + or −, directly before it."""
     if isinstance(node, ast.BinOp):
         value = OPERATORS[type(node.op)](_value(node.left), _value(node.right))
     elif isinstance(node, ast.UnaryOp) and depth < MAX_DEPTH:

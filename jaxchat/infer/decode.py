@@ -1,8 +1,8 @@
-"""The compiled device programs: prefill prompts into slots, and decode a stretch of tokens in all slots.
+"""The compiled device programs: prefill prompts into slots, and decode tokens in all slots.
 
-A slot holds one running request. A stretch is the tokens decoded before control returns to the host.
+A slot holds one running request. Each decode step computes one token of every running row.
 
-Letters besides those of model/gpt.py: P prompts in a prefill batch, N tokens in a stretch, F forced tokens,
+Letters besides those of model/gpt.py: P prompts in a prefill batch, N decode steps, F forced tokens,
 K alternatives per token, E tokens that end a row.
 """
 
@@ -27,7 +27,7 @@ from jaxchat.model.gpt import features_cached, features_prompt, logits
 from jaxchat.model.params import Params, layers_of
 from jaxchat.sharding import per_device
 
-STRETCH = 64  # maximum tokens that a row decodes before the host takes over
+MAX_DECODE_STEPS = 64  # decode steps in one call of `decode`; a step is one token of every running row
 FORCED = 64  # maximum tokens of a tool call's result
 PROMPT_CHUNK = 128  # positions of a prompt whose logits are computed at a time
 
@@ -43,7 +43,7 @@ class State:
 
 @struct.dataclass
 class Scores:
-    """Log-probabilities, float32, of the model's distribution over all tokens, at temperature 1."""
+    """Log-probabilities (float32) over the full vocabulary, at temperature 1 and without top_k or top_p."""
 
     logprob: Any  # [...] of the given token
     top_ids: Any  # [..., K] of the likeliest tokens
@@ -52,90 +52,83 @@ class Scores:
 
 @struct.dataclass
 class Prompts:
-    """Right-padded prompts to prefill, and their slots.
-
-    An unused row has a slot number beyond the last slot, so that its writes are dropped.
-    """
+    """Right-padded prompts to prefill, and their slots."""
 
     tokens_PT: Any
     lengths_P: Any
-    slots_P: Any
+    slots_P: Any  # beyond the last slot for an unused row, so that nothing is written
     rows: Rows
 
 
 @struct.dataclass
-class Turn:
-    """The host's instructions for decoding one stretch of tokens.
+class DecodeInputs:
+    """Inputs of one `decode` call: which slots run, which tokens to force, and when to return to the host."""
 
-    The stretch ends after `stretch` tokens per row, or when `enough` rows of a device wait for the host, or
-    when no row continues. A row waits once it has called the calculator; if count_done, ended rows and empty
-    slots also count as waiting, because the host can give their slots to other requests.
-    """
-
-    active_B: Any  # whether each slot runs
-    forced_BF: Any  # tokens to force into each row,
-    num_forced_B: Any  # and their number
-    stretch: Any  # maximum tokens of a row
-    enough: Any
-    count_done: Any
+    active_B: Any  # whether each slot has a running request
+    forced_BF: Any  # tokens to force into each row, padded
+    num_forced_B: Any  # number of tokens to force into each row
+    max_steps: Any  # maximum number of decode steps
+    waiting_limit: Any  # return once this many rows of a device wait for the host's calculator
+    count_done: Any  # count finished rows and empty slots as waiting too: new requests can use their slots
 
 
 @struct.dataclass
-class Stretch:
-    """The tokens decoded in a stretch, −1 where a row has none. A row's last token may be an end token."""
+class DecodeOutputs:
+    """Outputs of one `decode` call: the new tokens, and the state of each row."""
 
-    tokens_BN: Any
-    forced_BN: Any
-    scores: Scores | None
-    ended_B: Any  # the row ended by itself
-    done_B: Any  # the row ended or is at its limit
-    called_B: Any  # the row called the tool
-    used_B: Any  # number of forced tokens used
+    tokens_BN: Any  # −1 at steps in which the row did not run; the last token may be an end token
+    forced_BN: Any  # whether each token was forced
+    scores: Scores | None  # [B, N]
+    ended_B: Any  # whether the row sampled an end token
+    done_B: Any  # whether the row ended, is at its limit, or is an empty slot
+    called_B: Any  # whether the row called the calculator
+    used_B: Any  # number of forced tokens that were inserted
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Constants for which the device programs are compiled; passed as a static argument of jax.jit."""
+    """Constants for which the device programs are compiled. jax.jit takes them as a static argument."""
 
     config: ModelConfig
     compute: Compute
-    mesh: Mesh | None  # with one axis, of the devices that have rows; None: one device
-    call: int  # the token that calls the tool
-    alone: bool = False  # each device has one row, decoded by model/one_row.py
+    mesh: Mesh | None  # one axis, of the devices that hold slots; None: one device
+    call: int  # id of the token that calls the calculator
+    single_row: bool = False  # each device has one row, decoded by model/one_row.py
 
 
-@partial(jax.jit, static_argnames=("program", "count", "slots"))
-def empty_state(program: Program, count: int, slots: int) -> State:
-    """Create the State of `count` empty slots per device, with `slots` cache positions per slot."""
+@partial(jax.jit, static_argnames=("program", "count", "positions"))
+def empty_state(program: Program, count: int, positions: int) -> State:
+    """Create the State of `count` empty slots per device, with `positions` cache positions per slot."""
     config = program.config
 
     def empty():
-        cache = KVCache.empty(config, count, slots, jnp.dtype(program.compute.dtype))
-        cache = cache.joined() if program.alone else cache
+        cache = KVCache.empty(config, count, positions, jnp.dtype(program.compute.dtype))
+        cache = cache.joined() if program.single_row else cache
         rows = jax.tree.map(jnp.asarray, empty_rows(count, config.vocab_size))
         return State(cache, jnp.zeros((count, config.vocab_size)), rows)
 
     return per_device(empty, program.mesh, (), P("rows"))()
 
 
-@partial(jax.jit, static_argnames=("program", "slots"))
-def resize(program: Program, state: State, slots: int) -> State:
-    """Return `state` with its rows moved to a key/value cache of `slots` positions per row."""
-    resized = per_device(partial(KVCache.resize, slots=slots), program.mesh, (P("rows"),), P("rows"))
+@partial(jax.jit, static_argnames=("program", "positions"))
+def resize(program: Program, state: State, positions: int) -> State:
+    """Return `state` with its key/value cache resized to `positions` positions per slot."""
+    resized = per_device(lambda cache: cache.resize(positions), program.mesh, (P("rows"),), P("rows"))
     return state.replace(cache=resized(state.cache))
 
 
 @partial(jax.jit, static_argnames=("program", "top"), donate_argnames="state")
 def read_prompts(program: Program, params, state: State, prompts: Prompts, top: int | None):
-    """Prefill prompts into their slots. Return (state, Scores [P, T] of the prompts' tokens).
+    """Prefill prompts into their slots. Return (the new State, Scores [P, T] of the prompts' tokens).
 
-    top: number of likeliest tokens per position in Scores; None: return None instead of Scores."""
+    top: number of likeliest tokens per position in Scores; None: return (the new State, None).
+    """
     config, compute = program.config, program.compute
 
     def read(params, state, prompts):
         params = params.replace(blocks=tuple(one_row.by_input(w, config) for w in params.blocks))
         x_PTD, cache = features_prompt(params, prompts.tokens_PT, prompts.lengths_P, config, compute)
-        cache = cache.joined() if program.alone else cache
+        cache = cache.joined() if program.single_row else cache
         last_PD = jnp.take_along_axis(x_PTD, (prompts.lengths_P - 1)[:, None, None], axis=1)[:, 0]
         last_PV = logits(params.lm_head, last_PD, config.softcap)
 
@@ -154,7 +147,7 @@ def read_prompts(program: Program, params, state: State, prompts: Prompts, top: 
 
 
 def prompt_scores(params, x_PTD, tokens_PT, config: ModelConfig, top: int) -> Scores:
-    """Compute Scores [P, T] of the prompts' tokens: at position t, those of token t + 1.
+    """Compute Scores [P, T] of the prompts' tokens: position t has the scores of the token at position t + 1.
 
     The scores at a prompt's last position are meaningless. top: number of likeliest tokens per position.
     """
@@ -174,7 +167,7 @@ def prompt_scores(params, x_PTD, tokens_PT, config: ModelConfig, top: int) -> Sc
 
 
 def score(logits_V, token, top: int) -> Scores:
-    """Compute Scores of `token` [...] and of the `top` likeliest tokens from logits [..., V]."""
+    """Compute Scores of `token` [...] and of the `top` likeliest tokens, from logits [..., V]."""
     total = jax.nn.logsumexp(logits_V, axis=-1)
     # A sum, because XLA's GPU compiler fails on take_along_axis for a single row.
     ids_V = lax.broadcasted_iota(jnp.int32, logits_V.shape, logits_V.ndim - 1)
@@ -184,82 +177,89 @@ def score(logits_V, token, top: int) -> Scores:
 
 
 @partial(jax.jit, static_argnames=("program", "kind", "top"), donate_argnames="state")
-def decode(program: Program, params, state: State, turn: Turn, *, kind: str, top: int | None):
-    """Decode a stretch of tokens in all running rows. Return (state, Stretch).
+def decode(program: Program, params, state: State, inputs: DecodeInputs, *, kind: str, top: int | None):
+    """Decode tokens in all running rows. Return (the new State, DecodeOutputs).
 
-    kind: "greedy", "plain" or "filtered", the kinds of sampling.py. top: number of likeliest tokens whose
-    log-probabilities are reported at each position; None: no log-probabilities.
+    Stop after inputs.max_steps steps, when inputs.waiting_limit rows wait for the host, or when no row runs.
+    kind: GREEDY, PLAIN or FILTERED (see sampling.py).
+    top: number of likeliest tokens per position in the outputs' Scores; None: no Scores.
     """
     run = partial(_decode, program=program, kind=kind, top=top)
-    specs = (P(), P("rows"), Turn(P("rows"), P("rows"), P("rows"), P(), P(), P()))
-    return per_device(run, program.mesh, specs, P("rows"))(params, state, turn)
+    specs = (P(), P("rows"), DecodeInputs(P("rows"), P("rows"), P("rows"), P(), P(), P()))
+    return per_device(run, program.mesh, specs, P("rows"))(params, state, inputs)
 
 
-def _decode(params, state: State, turn: Turn, *, program: Program, kind: str, top: int | None):
+def _decode(params, state: State, inputs: DecodeInputs, *, program: Program, kind: str, top: int | None):
     config, compute, rows = program.config, program.compute, state.rows
-    next_features = one_row.features if program.alone else features_cached
+    next_features = one_row.features if program.single_row else features_cached
 
     def more(carry):
-        i, state, said = carry
-        waiting = jnp.sum(said.called_B) + jnp.where(turn.count_done, jnp.sum(said.done_B), 0)
-        return (i < turn.stretch) & (waiting < turn.enough) & ~jnp.all(said.done_B | said.called_B)
+        i, state, outputs = carry
+        waiting = jnp.sum(outputs.called_B) + jnp.where(inputs.count_done, jnp.sum(outputs.done_B), 0)
+        return (
+            (i < inputs.max_steps)
+            & (waiting < inputs.waiting_limit)
+            & ~jnp.all(outputs.done_B | outputs.called_B)
+        )
 
     def step(carry):
-        i, state, said = carry
+        i, state, outputs = carry
         sampled_B = sample(state.logits_BV, rows, state.cache.lengths_B, kind)
-        is_forced_B = said.used_B < turn.num_forced_B
-        is_next_BF = said.used_B[:, None] == jnp.arange(FORCED)[None]
-        next_forced_B = jnp.sum(jnp.where(is_next_BF, turn.forced_BF, 0), axis=1)
+        is_forced_B = outputs.used_B < inputs.num_forced_B
+        is_next_BF = outputs.used_B[:, None] == jnp.arange(FORCED)[None]
+        next_forced_B = jnp.sum(jnp.where(is_next_BF, inputs.forced_BF, 0), axis=1)
         token_B = jnp.where(is_forced_B, next_forced_B, sampled_B)
-        active_B = ~said.done_B & ~said.called_B
+        active_B = ~outputs.done_B & ~outputs.called_B
         ends_B = active_B & ~is_forced_B & jnp.any(token_B[:, None] == rows.ends_BE, axis=1)
         emits_B = active_B & ~ends_B
         if top is not None:
             new = score(state.logits_BV, token_B, top)
-            said = said.replace(scores=jax.tree.map(lambda all, one: all.at[:, i].set(one), said.scores, new))
+            outputs = outputs.replace(
+                scores=jax.tree.map(lambda all, one: all.at[:, i].set(one), outputs.scores, new)
+            )
         counts_B = emits_B.astype(jnp.int32)
         x_BTD, cache = next_features(params, token_B[:, None], state.cache, config, compute, counts_B)
         next_BV = logits(params.lm_head, x_BTD[:, 0], config.softcap)
-        said = said.replace(
-            tokens_BN=said.tokens_BN.at[:, i].set(jnp.where(active_B, token_B, -1)),
-            forced_BN=said.forced_BN.at[:, i].set(is_forced_B),
-            ended_B=said.ended_B | ends_B,
-            done_B=said.done_B | ends_B | (cache.lengths_B >= rows.limit_B),
-            called_B=said.called_B | (emits_B & ~is_forced_B & rows.tool_B & (token_B == program.call)),
-            used_B=said.used_B + (emits_B & is_forced_B),
+        outputs = outputs.replace(
+            tokens_BN=outputs.tokens_BN.at[:, i].set(jnp.where(active_B, token_B, -1)),
+            forced_BN=outputs.forced_BN.at[:, i].set(is_forced_B),
+            ended_B=outputs.ended_B | ends_B,
+            done_B=outputs.done_B | ends_B | (cache.lengths_B >= rows.limit_B),
+            called_B=outputs.called_B | (emits_B & ~is_forced_B & rows.tool_B & (token_B == program.call)),
+            used_B=outputs.used_B + (emits_B & is_forced_B),
         )
         state = state.replace(cache=cache, logits_BV=jnp.where(emits_B[:, None], next_BV, state.logits_BV))
-        return i + 1, state, said
+        return i + 1, state, outputs
 
     # Rows that don't run get length 0, so that attention need not read their keys and values.
-    lengths_B = jnp.where(turn.active_B, state.cache.lengths_B, 0)
+    lengths_B = jnp.where(inputs.active_B, state.cache.lengths_B, 0)
     state = state.replace(cache=state.cache.replace(lengths_B=lengths_B))
-    said = nothing_said(turn, top)
-    _, state, said = lax.while_loop(more, step, (jnp.zeros((), jnp.int32), state, said))
-    return state, said
+    outputs = empty_outputs(inputs, top)
+    _, state, outputs = lax.while_loop(more, step, (jnp.zeros((), jnp.int32), state, outputs))
+    return state, outputs
 
 
-def nothing_said(turn: Turn, top: int | None) -> Stretch:
-    """Return a Stretch without tokens, for `decode` to fill. top: alternatives per token; None: no Scores."""
-    zeros_BN = jnp.zeros((len(turn.active_B), STRETCH))
+def empty_outputs(inputs: DecodeInputs, top: int | None) -> DecodeOutputs:
+    """Create DecodeOutputs without tokens. top: number of likeliest tokens in Scores; None: no Scores."""
+    zeros_BN = jnp.zeros((len(inputs.active_B), MAX_DECODE_STEPS))
     scores = None
     if top is not None:
         zeros_BNK = jnp.zeros((*zeros_BN.shape, top))
         scores = Scores(zeros_BN, zeros_BNK.astype(jnp.int32), zeros_BNK)
     none_B = jnp.zeros(len(zeros_BN), bool)
-    return Stretch(
+    return DecodeOutputs(
         tokens_BN=jnp.full(zeros_BN.shape, -1),
         forced_BN=zeros_BN.astype(bool),
         scores=scores,
         ended_B=none_B,
-        done_B=~turn.active_B,
+        done_B=~inputs.active_B,
         called_B=none_B,
         used_B=none_B.astype(jnp.int32),
     )
 
 
 def empty_rows(count: int, vocab_size: int) -> Rows:
-    """Return the Rows (sampling settings) of `count` slots that hold no request, as NumPy arrays."""
+    """Return the Rows (sampling settings) of `count` empty slots, as NumPy arrays."""
 
     def full(value, dtype, *more):
         return np.full((count, *more), value, dtype)
@@ -278,14 +278,14 @@ def empty_rows(count: int, vocab_size: int) -> Rows:
     )
 
 
-@partial(jax.jit, static_argnames=("dtype", "vocab_size", "alone"))
-def for_decoding(params: Params, dtype: str, vocab_size: int, alone: bool = False) -> Params:
-    """Prepare weights for decoding: separate arrays for each layer, in the dtype of the matrix products.
+@partial(jax.jit, static_argnames=("dtype", "vocab_size", "single_row"))
+def for_decoding(params: Params, dtype: str, vocab_size: int, single_row: bool = False) -> Params:
+    """Prepare weights for decoding: split them into one array per layer, and convert them to `dtype`.
 
-    The embedding is unchanged, because decoding a token reads only one row of the embedding. Columns of
-    lm_head beyond the vocabulary are dropped. alone: use the layout that model/one_row.py needs.
+    The embedding keeps its dtype. Columns of lm_head beyond the vocabulary are dropped.
+    single_row: use the layout that model/one_row.py needs.
     """
     head_DV = params.lm_head[:, :vocab_size].astype(dtype)
     blocks = layers_of(params.blocks, dtype)
-    blocks = tuple(map(one_row.by_result, blocks)) if alone else blocks
+    blocks = tuple(map(one_row.by_result, blocks)) if single_row else blocks
     return params.replace(blocks=blocks, lm_head=head_DV)

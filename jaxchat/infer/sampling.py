@@ -17,7 +17,7 @@ BLOCK, LANES = 512, 64  # on a CPU the argmax is by blocks: tokens of a block, a
 
 @struct.dataclass
 class Rows:
-    """The sampling settings of every row (see the fields of scheduler.Request)."""
+    """The sampling settings of every row: fields of scheduler.Request, as arrays."""
 
     seed_B: jax.Array  # uint32
     sample_B: jax.Array
@@ -34,9 +34,9 @@ class Rows:
 def sample(logits_BV, rows: Rows, positions_B, kind: str):
     """Sample every row's next token, int32 [B], from softmax(logits / temperature).
 
-    At temperature 0, take the likeliest token. A row's token depends on that row's logits, settings, seed,
-    sample number and position alone. kind: the settings to support: GREEDY (only temperature 0), PLAIN (any
-    temperature) or FILTERED (also top_k, top_p, min_p and min_tokens).
+    A row's token does not depend on other rows.
+    kind: the settings to support. GREEDY supports only temperature 0, PLAIN any temperature, and FILTERED
+    also top_k, top_p, min_p and min_tokens.
     """
     if kind == GREEDY:
         return _largest(logits_BV)
@@ -49,7 +49,7 @@ def sample(logits_BV, rows: Rows, positions_B, kind: str):
 
 
 def _largest(x_BV):
-    """Index of each row's largest number, int32 [B]; the first index on ties."""
+    """Return the index of each row's largest number, int32 [B]. If several are largest, take the first."""
 
     def by_blocks(x_BV):
         # Vector instructions find each block's maximum, lane by lane; one block is searched for the index.
@@ -66,11 +66,8 @@ def _largest(x_BV):
 
 
 def _noise(seed, sample, position, size: int):
-    """Generate the Gumbel noise, float32 [size], that jax.random.categorical would add to the logits.
-
-    The noise is computed by one elementwise operation, because the bits of jax.random take 1.5 times as long
-    on a CPU, where a loop generates them, and need a separate kernel on a GPU.
-    """
+    """Generate the Gumbel noise, float32 [size], that jax.random.categorical would add to the logits."""
+    # Elementwise operations are faster than jax.random on a CPU, and need no separate kernel on a GPU.
     zero = jnp.uint32(0)
     key = _threefry((zero, seed), zero, sample.astype(jnp.uint32))
     key = _threefry(key, zero, position.astype(jnp.uint32))
@@ -82,10 +79,7 @@ def _noise(seed, sample, position, size: int):
 
 
 def _threefry(key, a, b):
-    """Encrypt the uint32 pair (a, b) with a key, also a pair, by Threefry-2x32 with 20 rounds.
-
-    jax.random uses the same cipher (Salmon et al. 2011).
-    """
+    """Encrypt the uint32 pair (a, b) by Threefry-2x32 (Salmon et al. 2011). key: a pair of uint32 numbers."""
     keys = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     a, b = a + keys[0], b + keys[1]
     for i in range(5):
@@ -97,17 +91,17 @@ def _threefry(key, a, b):
 
 
 def _without_ends(logits_BV, rows: Rows, positions_B):
-    """Set to −∞ the logits of end tokens in rows whose position is before rows.first_end (min_tokens)."""
+    """Set the logits of end tokens to −∞ in rows that have generated fewer than min_tokens tokens."""
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
     ends_BE = jnp.where((positions_B < rows.first_end_B)[:, None], rows.ends_BE, logits_BV.shape[1])
     return logits_BV.at[rows_B1, ends_BE].set(-jnp.inf, mode="drop")
 
 
 def keep_only(logits_BV, rows: Rows):
-    """Set to −∞ the logits of the tokens excluded by top_k, then top_p, then min_p.
+    """Set the logits of the tokens that top_k, top_p or min_p excludes to −∞.
 
-    Tokens as likely as the least likely kept token are kept too. top_p and min_p apply to the probabilities,
-    at the row's temperature, of the tokens that top_k keeps.
+    Tokens as likely as the least likely kept token are kept too. top_k is applied first. top_p and min_p then
+    apply to the probabilities of the remaining tokens, at the row's temperature.
     """
     below = -jnp.inf
     largest_B1 = jnp.max(logits_BV, axis=1, keepdims=True)
@@ -130,10 +124,8 @@ def keep_only(logits_BV, rows: Rows):
 
 
 def _threshold(x_BV, weights_BV, wanted_B):
-    """Find, per row, the largest t for which the weights where x ≥ t sum to `wanted` or more; float32 [B].
-
-    The result is exact. Bisection over the 32 bits of a float32 avoids sorting the vocabulary.
-    """
+    """Find each row's largest t, float32 [B], such that the weights where x ≥ t sum to at least `wanted`."""
+    # Bisection over the 32 bits of a float32 is exact and avoids sorting the vocabulary.
     order_BV = _in_order(x_BV)
 
     def try_bit(i, found_B):
@@ -147,6 +139,6 @@ def _threshold(x_BV, weights_BV, wanted_B):
 
 
 def _in_order(x):
-    """Map float32 to uint32 numbers so that a < b in float32 gives a < b in uint32."""
+    """Map float32 numbers to uint32 numbers, preserving their order."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 0, bits | jnp.uint32(2**31), ~bits)

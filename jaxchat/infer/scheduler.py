@@ -1,7 +1,7 @@
 """Requests, and the scheduler that decides when a request begins and in which slot of which device.
 
-A request waits, then runs in a slot, then ends: with an end token, at its limit, or cancelled. Requests begin
-in the order of their arrival. Does not use JAX.
+A request waits, runs in a slot, and ends with an end token, at its limit, or by cancellation. Requests begin
+in the order of their arrival. This module does not use JAX.
 """
 
 import dataclasses
@@ -23,39 +23,36 @@ STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One continuation to generate. Its tokens depend on these fields alone, not on other requests.
-
-    UserError: a field is out of range.
-    """
+    """One continuation to generate. Creating a Request raises UserError if a field is out of range."""
 
     prompt: Sequence[int]
-    """Token ids, at least one."""
+    """Token ids of the prompt, at least one."""
     max_tokens: int
-    """Maximum number of tokens to generate, including the tool's; the context may allow fewer."""
+    """Maximum number of tokens to generate, including the calculator's. Fewer if the context is full."""
     temperature: float = 1.0
-    """Sampling temperature, which divides the logits; 0 or below 10⁻⁶: always take the likeliest token."""
+    """Sampling temperature, which divides the logits; below 10⁻⁶: always take the likeliest token."""
     top_k: int = 0
     """Number of likeliest tokens to sample from; 0: all."""
     top_p: float = 1.0
-    """Minimum total probability of the likeliest tokens to sample from (nucleus sampling); 1: all."""
+    """Sample only from the likeliest tokens that together have at least this probability; 1: from all."""
     min_p: float = 0.0
-    """Minimum probability of tokens to sample from, as a fraction of the likeliest token's; 0: all."""
+    """Minimum probability of a token, as a fraction of the likeliest token's probability; 0: no minimum."""
     seed: int = 0
     """Random seed, 0 to 2³² − 1."""
     sample: int = 0
-    """Number that makes this continuation differ from others with the same prompt and seed."""
+    """Continuations with the same prompt and seed differ if their sample numbers differ."""
     min_tokens: int = 0
     """Minimum number of tokens before the answer may end by itself."""
     stop_tokens: Sequence[int] = ()
     """Ids of tokens that end the answer, besides <|assistant_end|> and <|bos|>."""
     ignore_end: bool = False
-    """Do not end the answer at <|assistant_end|> or <|bos|>."""
+    """Continue the answer after <|assistant_end|> or <|bos|>."""
     tool: bool = True
     """Run the calculator when the model calls it."""
     logprobs: int | None = None
-    """Number of likeliest alternatives to report with log-probabilities; None: no log-probabilities."""
+    """Report log-probabilities, also those of this number of likeliest tokens; None: report none."""
     prompt_logprobs: bool = False
-    """Report the log-probabilities of the prompt's tokens too."""
+    """Report the log-probabilities of the prompt's tokens too. Requires logprobs."""
 
     def __post_init__(self):
         for name, least, most in (
@@ -95,24 +92,21 @@ def _is_number(value, whole: bool) -> bool:
 
 @dataclasses.dataclass
 class Generation:
-    """Tokens generated for a request (all, or only those of one Event), without the token that ended it.
+    """Tokens generated for a request: all tokens, or only the new tokens of an Event."""
 
-    If log-probabilities were requested, logprobs has the log-probability of each token, and top has (token,
-    log-probability) pairs of the likeliest tokens at each position.
-    """
-
-    tokens: list[int] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)  # without the token that ended the request
     forced: list[bool] = dataclasses.field(default_factory=list)  # whether the tool inserted each token
-    logprobs: list[float] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)  # of each token; [] unless requested
+    # The likeliest tokens at each position, as (token, log-probability) pairs.
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     finish: str = ""  # "stop" (by itself), "length" or "cancelled"; "" while unfinished
-    end: tuple[int, float | None] | None = None  # (token, log-probability) that ended it
+    end: tuple[int, float | None] | None = None  # the token that ended the request, and its log-probability
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)  # from the second token on
     prompt_top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
 
     @property
     def finished(self) -> bool:
-        """Whether an end token, not a limit or a cancellation, ended the generation."""
+        """Whether the generation ended with an end token, not at a limit or by cancellation."""
         return self.finish == STOP
 
     def extend(self, more: "Generation"):
@@ -122,34 +116,34 @@ class Generation:
 
 
 class Event(NamedTuple):
-    """New tokens of a request. In the last event of a request, `new.finish` says how the request ended."""
+    """New tokens of a request. `new.finish` is "" except in the request's last event."""
 
     id: int
     new: Generation
 
 
 def bucket(n: int, smallest: int, largest: int) -> int:
-    """Smallest power of two ≥ n, clamped to the range from `smallest` to `largest`."""
+    """Return the smallest power of two ≥ n, clamped to the range from `smallest` to `largest`."""
     return min(largest, max(smallest, 1 << (n - 1).bit_length()))
 
 
 class Scheduler:
-    """Queue of the waiting requests, and the slots of the running ones.
+    """Queue of waiting requests, and assignment of slots to running requests.
 
     Slots are numbered over all devices: device d has slots d·slots to (d + 1)·slots − 1.
     """
 
-    def __init__(self, sequence_len: int, *, slots: int, together: int, devices: int = 1):
-        """slots: slots of each device. together: maximum prompts that a device prefills in one batch."""
+    def __init__(self, sequence_len: int, *, slots: int, prefill_batch: int, devices: int = 1):
+        """slots: number of slots per device. prefill_batch: maximum prompts per device in a prefill."""
         self.sequence_len, self.slots, self.devices = sequence_len, slots, devices
-        self.together = min(together, slots)
+        self.prefill_batch = min(prefill_batch, slots)
         self.waiting: dict[int, Request] = {}
         self.running: dict[int, Request] = {}
         self.slot_of: dict[int, int] = {}  # id -> slot of running requests
         self._next = 0
 
     def submit(self, request: Request) -> int:
-        """Queue a request and return its id. UserError: the prompt is empty or longer than the context."""
+        """Queue a request and return its id. Raises UserError if the prompt is empty or too long."""
         if not 1 <= len(request.prompt) <= self.sequence_len:
             given = f"a prompt of {len(request.prompt)} tokens"
             raise UserError(f"{given}; this model takes 1 to {self.sequence_len}")
@@ -158,38 +152,39 @@ class Scheduler:
         return id
 
     def remove(self, id: int) -> bool:
-        """Remove a request and free its slot. Return whether it was waiting or running."""
+        """Remove a request and free its slot. Return False if no such request was waiting or running."""
         self.slot_of.pop(id, None)
         return (self.running.pop(id, None) or self.waiting.pop(id, None)) is not None
 
-    def end_of(self, request: Request) -> int:
-        """Maximum number of tokens of a request, prompt included."""
+    def max_length(self, request: Request) -> int:
+        """Return the maximum number of tokens of a request, prompt included."""
         return min(len(request.prompt) + request.max_tokens, self.sequence_len)
 
-    def longest(self) -> int:
-        """Largest `end_of` of the running requests; 0 if no request runs."""
-        return max(map(self.end_of, self.running.values()), default=0)
+    def max_running_length(self) -> int:
+        """Return the largest max_length of the running requests, or 0 if no request runs."""
+        return max(map(self.max_length, self.running.values()), default=0)
 
-    def prompt_length(self, request: Request) -> int:
-        """Length to which a prompt is padded for prefill; a function of the prompt's length alone."""
+    def padded_length(self, request: Request) -> int:
+        """Return the number of tokens to which the request's prompt is padded for prefill."""
         return bucket(len(request.prompt), SHORTEST, self.sequence_len)
 
-    def admit(self, patient: bool = False) -> list[int]:
-        """Give slots to the oldest waiting requests, at most one prefill batch per device; return their ids.
+    def admit(self, full_batches: bool = False) -> list[int]:
+        """Give slots to the oldest waiting requests, at most one prefill batch per device. Return their ids.
 
-        The prompts of a batch have equal padded lengths (prompt_length). patient: admit no request until
-        slots are free for a full batch or all waiting requests, for higher throughput but later first tokens.
+        All prompts of a batch have the same padded_length.
+        full_batches: admit no request until slots are free for a full batch on every device, or for all
+        waiting requests. This raises throughput and delays first tokens.
         """
         free = self._free_slots()
-        if patient and sum(map(len, free)) < min(self.together * self.devices, len(self.waiting)):
+        if full_batches and sum(map(len, free)) < min(self.prefill_batch * self.devices, len(self.waiting)):
             return []
-        admitted, room = [], [min(self.together, len(slots)) for slots in free]
+        admitted, free_places = [], [min(self.prefill_batch, len(slots)) for slots in free]
         for id, request in self.waiting.items():
-            device = max(range(self.devices), key=lambda d: (room[d] > 0, len(free[d]), -d))
+            device = max(range(self.devices), key=lambda d: (free_places[d] > 0, len(free[d]), -d))
             first = self.waiting[admitted[0]] if admitted else request
-            if room[device] == 0 or self.prompt_length(request) != self.prompt_length(first):
+            if free_places[device] == 0 or self.padded_length(request) != self.padded_length(first):
                 break
-            room[device] -= 1
+            free_places[device] -= 1
             self.slot_of[id] = free[device].pop(0)
             admitted.append(id)
         for id in admitted:

@@ -1,4 +1,4 @@
-"""Convert tokens to text: complete characters, stop strings, and the written form of tool calls."""
+"""Convert generated tokens to text, find stop strings, and format tool calls."""
 
 import codecs
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ EXPRESSION = 256  # maximum tokens of a tool call's expression
 
 
 def last_call(tokens: list[int], tokenizer: Tokenizer) -> str | None:
-    """Return the expression of the tool call that ends with the last of `tokens`.
+    """Return the expression of the tool call at the end of `tokens`, whose last token ends the call.
 
     Return None if the call has no start token or is longer than EXPRESSION tokens.
     """
@@ -26,22 +26,18 @@ def last_call(tokens: list[int], tokenizer: Tokenizer) -> str | None:
 
 
 class Delta(NamedTuple):
-    """New text of one part of an answer: of text, a tool call or a tool output, as `kind` says.
+    """New text in a part of an answer. A part is text, a tool call, or a tool output."""
 
-    starts: whether `text`, which may be "", begins the part.
-    """
-
-    kind: str
-    text: str
-    starts: bool
+    kind: str  # kind of the part: "text", "python", "python_output" or "made up"
+    text: str  # may be ""
+    starts: bool  # whether a new part begins here
 
 
 class TextReader:
-    """Incremental decoder of an answer's tokens.
+    """Incremental decoder of an answer's tokens. The decoded text ends before the first stop string.
 
-    Bytes are held back until they form a character, and text that may begin a stop string is held back until
-    more text decides. The answer ends just before a stop string within a text part, even if the string is
-    split across tokens. Of several stop strings, the string completed first counts.
+    Incomplete characters, and text that may be the beginning of a stop string, are held back until later
+    tokens decide. Tool calls and tool outputs are not searched for stop strings.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()):
@@ -59,13 +55,13 @@ class TextReader:
 
     @property
     def waits(self) -> bool:
-        """Whether bytes or text are held back that may begin a character or a stop string."""
+        """Whether an incomplete character or the possible beginning of a stop string is held back."""
         return bool(self.held or self._utf8.getstate()[0])
 
     def feed(self, token: int, forced: bool = False) -> list[Delta]:
-        """Return the text that `token` completes, as Deltas; [] after a stop string.
+        """Return the text that `token` completes, as Deltas. After a stop string, return [].
 
-        forced: the calculator, not the model, wrote `token`.
+        forced: whether the calculator, not the model, wrote `token`.
         """
         if self.stopped:
             return []
@@ -77,7 +73,7 @@ class TextReader:
         return self._add(self._utf8.decode(self._tokenizer.decode_bytes([token])))
 
     def end(self) -> list[Delta]:
-        """Return the text still held back, as Deltas; an incomplete character becomes U+FFFD."""
+        """Return the text still held back, as Deltas. An incomplete character becomes U+FFFD."""
         return [] if self.stopped else self._add(self._utf8.decode(b"", final=True), last=True)
 
     def _begin(self, kind: str) -> list[Delta]:
@@ -106,13 +102,13 @@ class TextReader:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
 
 class Writer:
-    """Formatter of deltas as text with tool calls in brackets: "so [python 1+1][output 2]"."""
+    """Incremental formatter of Deltas as text with tool calls in brackets: "so [python 1+1][output 2]"."""
 
     def __init__(self):
         self._closing = ""
@@ -127,20 +123,21 @@ class Writer:
         return out
 
     def end(self, cut: bool = False) -> str:
-        """Return the text after the last delta: a closing bracket if needed, and " … (cut)" if `cut`."""
+        """Return the end of the text: a closing bracket if one is open, and " … (cut)" if `cut`."""
         closing, self._closing = self._closing, ""
         return closing + (" … (cut)" if cut else "")
 
 
-def pieces(generation, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Split a generation into (kind, text) pairs; add ("unfinished", "…") if no end token ended it.
+def split_parts(generation, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Split a generation into parts (kind, text), in order.
 
-    kind: "text", "python" (a tool call), "python_output", or "made up" (output that the model wrote).
+    kind: "text", "python" (a tool call), "python_output", or "made up" (a tool output that the model wrote).
+    A generation that did not end with an end token gets a last part ("unfinished", "…").
     """
     reader = TextReader(tokenizer)
     found: list[tuple[str, str]] = []
-    said = zip(generation.tokens, generation.forced, strict=True)
-    deltas = [delta for pair in said for delta in reader.feed(*pair)]
+    tokens = zip(generation.tokens, generation.forced, strict=True)
+    deltas = [delta for token, forced in tokens for delta in reader.feed(token, forced)]
     for kind, text, starts in [*deltas, *reader.end()]:
         if starts:
             found.append((kind, text))
@@ -149,8 +146,8 @@ def pieces(generation, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return found if generation.finished else [*found, ("unfinished", "…")]
 
 
-def shown(parts: Iterable[tuple[str, str]]) -> str:
-    """Format (kind, text) pairs as text, with tool calls and outputs in brackets."""
+def format_parts(parts: Iterable[tuple[str, str]]) -> str:
+    """Format parts (kind, text) as text, with tool calls and outputs in brackets."""
     writer, parts = Writer(), list(parts)
     cut = bool(parts) and parts[-1][0] == "unfinished"
     line = writer.write(Delta(kind, text, True) for kind, text in (parts[:-1] if cut else parts))

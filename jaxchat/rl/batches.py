@@ -15,7 +15,7 @@ from jaxchat.data.tasks import Mixture
 from jaxchat.eval.chat import SLOTS, batch_size_for
 from jaxchat.eval.scoring import Scorer, Span
 from jaxchat.infer.engine import Engine
-from jaxchat.infer.text import shown
+from jaxchat.infer.text import format_parts
 from jaxchat.model.params import Params
 from jaxchat.rl.advantages import advantages, mixed_groups
 from jaxchat.rl.problems import Problems
@@ -253,7 +253,7 @@ class RolloutBatches:
             "problem": self.problems.tasks.name_of(rollout.problems[group]),
             "messages": problem["messages"],
             "answers": [
-                {"text": shown(answer.parts), "reward": reward, "advantage": float(advantage)}
+                {"text": format_parts(answer.parts), "reward": reward, "advantage": float(advantage)}
                 for answer, reward, advantage in zip(own, rollout.rewards[group], advantages_G, strict=True)
             ],
         }

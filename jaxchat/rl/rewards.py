@@ -10,7 +10,7 @@ from jaxchat.data.tasks import JSON, Task
 from jaxchat.data.tasks.answers import final_number, states_the_number
 from jaxchat.eval import chat
 from jaxchat.infer.scheduler import Generation
-from jaxchat.infer.text import pieces
+from jaxchat.infer.text import split_parts
 from jaxchat.tokenizer import Tokenizer
 
 
@@ -24,7 +24,9 @@ class Answer:
 
     @classmethod
     def of(cls, generation: Generation, tokenizer: Tokenizer) -> "Answer":
-        return cls(tokenizer.decode(generation.tokens), pieces(generation, tokenizer), generation.finished)
+        return cls(
+            tokenizer.decode(generation.tokens), split_parts(generation, tokenizer), generation.finished
+        )
 
     def kinds(self) -> list[str]:
         return [kind for kind, _ in self.parts]

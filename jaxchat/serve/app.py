@@ -14,10 +14,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jaxchat.serve import protocol
-from jaxchat.serve.guard import Farewell, Guard, Rules, read_body
+from jaxchat.serve.guard import ClosingResponse, Guard, Rules, read_body
 from jaxchat.serve.loop import Stopped
 from jaxchat.serve.protocol import ApiError, Fields
-from jaxchat.serve.replies import Reply, aside, json_bytes
+from jaxchat.serve.replies import Reply, in_thread_if_large, json_bytes
 from jaxchat.serve.service import Service, prepare
 from jaxchat.tokenizer import SPECIAL_TOKENS
 
@@ -30,12 +30,12 @@ def json_response(content: dict | bytes, status: int = 200) -> Response:
 
 
 def error_response(error: ApiError) -> Response:
-    kind = Farewell if error.status in (408, 413) else Response
+    kind = ClosingResponse if error.status in (408, 413) else Response
     return kind(json_bytes(error.body()), error.status, error.headers, media_type="application/json")
 
 
-async def while_there(receive: Callable, work: Awaitable):
-    """Await `work` and return its result. If the client disconnects first, cancel `work` and return None."""
+async def until_disconnect(receive: Callable, work: Awaitable):
+    """Return the result of `work`. If the client disconnects first, cancel `work` and return None."""
 
     async def gone():
         while (await receive())["type"] != "http.disconnect":
@@ -52,7 +52,7 @@ async def while_there(receive: Callable, work: Awaitable):
 
 
 class EventStream:
-    """ASGI response that streams a Reply as server-sent events and cancels it if the client disconnects."""
+    """ASGI response that streams a Reply as server-sent events, until the client disconnects."""
 
     HEADERS = (
         (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -71,7 +71,7 @@ class EventStream:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         try:
-            await while_there(receive, work())
+            await until_disconnect(receive, work())
         finally:
             self._reply.close()
 
@@ -102,13 +102,13 @@ class Endpoints:
         service = self._service
         service.check_open()
         body = await read_body(request)
-        asked = await aside(len(body), prepare, service, body, chat)
+        parsed = await in_thread_if_large(len(body), prepare, service, body, chat)
         service.check_open()
-        reply = Reply(service, asked)
-        if asked.fields.stream:
+        reply = Reply(service, parsed)
+        if parsed.fields.stream:
             return EventStream(reply)
         try:
-            found = await while_there(request.receive, reply.complete())
+            found = await until_disconnect(request.receive, reply.complete())
         except Stopped as stop:
             raise ApiError(503, str(stop), retry=10) from None
         finally:
@@ -120,11 +120,11 @@ class Endpoints:
         if len(body) > MAX_TEXT:
             given = f"the body has {len(body):,} bytes"
             raise ApiError(413, f"{given}; at most {MAX_TEXT:,} can be tokenized at a time")
-        return json_response(await aside(len(body), tokenized, self._service, body))
+        return json_response(await in_thread_if_large(len(body), tokenized, self._service, body))
 
     async def detokenize(self, request: HTTPRequest) -> Response:
         body = await read_body(request)
-        return json_response(await aside(len(body), detokenized, self._service, body))
+        return json_response(await in_thread_if_large(len(body), detokenized, self._service, body))
 
     async def tokenizer_info(self, request: HTTPRequest) -> Response:
         model = self._service.model(request.query_params.get("model", ""))
@@ -151,7 +151,7 @@ class Endpoints:
 def tokenized(service: Service, body: bytes) -> bytes:
     """Tokenize a request's body, {"prompt": text} or {"messages": […]}, and return the tokens as JSON.
 
-    A prompt that is exactly the name of a special token becomes that token, so that clients can find its id.
+    A prompt that is exactly the name of a special token becomes that token, so clients can look up its id.
     """
     fields = Fields(protocol.read_json(body))
     model = service.model(fields.text("model"))
@@ -181,7 +181,7 @@ def detokenized(service: Service, body: bytes) -> bytes:
 
 
 def page_headers(html: bytes) -> dict[str, str]:
-    """HTTP headers that limit the page `html` to its scripts and styles, data: images and this server."""
+    """Return HTTP headers for the page `html`, which forbid scripts and servers other than its own."""
 
     def hashes(tag: bytes) -> str:
         blocks = re.findall(rb"<%b(?:\s[^>]*)?>(.*?)</%b>" % (tag, tag), html, re.DOTALL)

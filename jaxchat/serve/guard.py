@@ -1,7 +1,4 @@
-"""ASGI middleware that checks host, origin and API key, adds CORS headers and request ids, and logs requests.
-
-Also a function that reads request bodies, with limits on their size and time.
-"""
+"""ASGI middleware that checks host, origin and API key, adds response headers, and logs requests."""
 
 import asyncio
 import contextlib
@@ -32,19 +29,15 @@ log = logging.getLogger("jaxchat.serve")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Rules on who may use the server.
+    """Rules on who may use the server."""
 
-    keys: valid API keys; (): no key is required. origins: origins of other sites whose pages may use the
-    server; "*": all sites. local: whether the Host header must name localhost or the host of an origin.
-    """
-
-    keys: tuple[str, ...] = ()
-    origins: tuple[str, ...] = ()
-    local: bool = True
+    keys: tuple[str, ...] = ()  # valid API keys; (): no key is required
+    origins: tuple[str, ...] = ()  # origins of other sites whose pages may use the server; "*": all sites
+    local: bool = True  # whether the Host header must name localhost or the host of one of `origins`
 
 
 def is_local(host: str) -> bool:
-    """Return whether a host name or address is localhost or a loopback address."""
+    """Return whether a host is localhost, a subdomain of localhost, or a loopback address."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -110,7 +103,7 @@ class Guard:
         await (response or self._inner)(scope, receive, send)
 
     def _refusal(self, scope) -> Response | None:
-        """Return the response to an OPTIONS request; None: the request is allowed. ApiError: it is not."""
+        """Raise ApiError if a request is not allowed. Return a response for OPTIONS requests, else None."""
         headers = Headers(scope=scope)
         self._check_host(headers.get("host", ""))
         if scope["method"] == "OPTIONS":
@@ -121,7 +114,7 @@ class Guard:
         return None
 
     def _check_host(self, host: str):
-        """On a local server, refuse a Host header that isn't local or allowed, to prevent DNS rebinding."""
+        """Raise ApiError if rules.local is set and `host` is not allowed. This prevents DNS rebinding."""
         name = host_of(f"//{host}")  # "": no Host header, so not a browser
         allowed = {"", *map(host_of, self._rules.origins)}
         if self._rules.local and not (is_local(name) or name in allowed or "*" in self._rules.origins):
@@ -129,7 +122,7 @@ class Guard:
             raise ApiError(403, f"{message}; --cors_origins=http://{name or 'HOST'} allows it")
 
     def _check_origin(self, origin: str | None, host: str, method: str):
-        """Refuse a POST request from a page of another site, unless rules.origins has the page's origin."""
+        """Raise ApiError for a POST request from a page of another site, unless its origin is allowed."""
         same = origin is not None and origin.partition("://")[2] == host
         allowed = origin is None or same or {origin, "*"} & {*self._rules.origins}
         if method == "POST" and not allowed and origin == "null":
@@ -149,7 +142,7 @@ class Guard:
 
 
 async def read_body(request: HTTPRequest) -> bytes:
-    """Read a request's body. ApiError: the body is too large, too slow or cut off by a disconnect."""
+    """Read a request's body. Raises ApiError if the body is too large, too slow or incomplete."""
     length, body, more = int(request.headers.get("content-length", "0")), bytearray(), True
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -166,11 +159,10 @@ async def read_body(request: HTTPRequest) -> bytes:
     return bytes(body)
 
 
-class Farewell(Response):
-    """A response that closes the connection, although the client may still be sending its request's body.
+class ClosingResponse(Response):
+    """A response that closes the connection, for a client that may still be sending its request's body.
 
-    Before closing, discard what the client still sends, for up to LINGER seconds: otherwise the client could
-    lose the response.
+    Before closing, discard the rest of the body for up to LINGER seconds, or the response could be lost.
     """
 
     async def __call__(self, scope, receive, send):

@@ -1,8 +1,8 @@
 """Threads that run engines, and the classes through which the event loop uses them.
 
-Each engine is used by one thread only. The event loop sends requests through a queue. After each stretch
-(a few tokens decoded in every row) the thread returns all new tokens by `call_soon_threadsafe`. The loop
-never waits for a thread; a thread waits for the queue only when it has nothing to generate.
+Only one thread uses an engine. The event loop sends requests to the thread through a queue. After each step
+of the engine, which decodes a few tokens in every row, the thread passes all new tokens to the event loop by
+`call_soon_threadsafe`. The event loop never waits for a thread.
 """
 
 import asyncio
@@ -18,60 +18,58 @@ from jaxchat.infer.scheduler import CANCELLED, Generation, Request
 from jaxchat.serve.metrics import Metrics
 from jaxchat.serve.protocol import ApiError
 
-# Maximum seconds of a stretch: HASTY while any row is hasty, otherwise PATIENT. A cancelled row may keep its
-# slot, and a new row may wait, for that long. Sending takes time for each row, so HASTY grows with the rows.
-HASTY, PATIENT = 0.04, 0.25
-HASTY_ROWS = 16  # hasty rows up to which HASTY holds; above, the time grows with their number
-STRETCH = 64  # largest number of tokens of each row in a stretch
+# Maximum seconds of an engine's step: LOW_LATENCY_SECONDS while any row needs low latency, else STEP_SECONDS.
+# A cancelled row may keep its slot, and a new row may wait, for that long. Sending tokens takes time for each
+# row, so the low-latency maximum grows in proportion to the rows that need it, above LOW_LATENCY_ROWS.
+LOW_LATENCY_SECONDS, STEP_SECONDS = 0.04, 0.25
+LOW_LATENCY_ROWS = 16
+MAX_DECODE_STEPS = 64  # largest number of tokens that a step decodes in each row
 
 clock = time.perf_counter
 
 
 class Stopped(Exception):
-    """Raised by Job.news if no more tokens will arrive, because the server stops or an engine has failed."""
+    """The server stops or an engine has failed, so no more tokens will arrive. Raised by Job.new_tokens."""
 
 
 @dataclasses.dataclass(eq=False)
 class Row:
-    """One answer to generate, and the times of its events in seconds of `clock`; 0 before an event."""
+    """One answer to generate, and its progress. Times are seconds of `clock`, and 0 until known."""
 
     request: Request
     index: int  # number of the answer in its job
-    hasty: bool  # the reply is streamed, or searched for stop strings
+    low_latency: bool  # return new tokens often: the reply is streamed, or searched for stop strings
     job: "Job"
     worker: "Worker"
-    asked: float  # submitted
-    began: float = 0.0  # prefill began
-    first: float = 0.0  # first token arrived
-    last: float = 0.0  # latest token arrived
-    said: int = 0  # number of tokens, the tool's included
-    over: bool = False  # ended or cancelled
-    id: int = -1  # in the engine; for the engine's thread alone
+    asked: float  # time when the answer was requested
+    began: float = 0.0  # start of the engine's step that returned the first event
+    first: float = 0.0  # time when the first token arrived
+    last: float = 0.0  # time when the latest token arrived
+    num_tokens: int = 0  # tokens so far, including the calculator's
+    ended: bool = False  # ended or cancelled
+    id: int = -1  # the request's id in the engine; used by the engine's thread only
 
 
 class Worker(threading.Thread):
-    """A thread that runs one engine.
-
-    live: the Rows (answers) that have not ended; only the event loop uses it. ready: future of the engine, or
-    of the exception with which opening the engine failed. failed: exception that ended the thread, if any.
-    """
+    """A thread that runs one engine. Its public methods, except `run`, are for the event loop."""
 
     def __init__(self, open_engine: Callable, slots: int, metrics: Metrics, model: str):
-        """Create a Worker in the event loop, then call `start`. slots: number of slots of the engine.
+        """Create the thread without starting it. Call this in the event loop.
 
-        open_engine(on_progress): called in the thread; returns a context manager that gives an engine with
-        its shapes compiled. on_progress: called with the numbers of shapes compiled so far and in total.
+        open_engine(on_progress): called in the thread. Returns a context manager that yields an engine whose
+        shapes are compiled, and calls on_progress(number compiled, total) meanwhile.
+        slots: number of slots of the engine. model: the model's name, for metrics.
         """
         super().__init__(name=f"engine of {model}", daemon=True)
         self._open, self.slots, self._metrics, self._model = open_engine, slots, metrics, model
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self._pace = 0.01  # estimated seconds to decode one token of every row
+        self._token_seconds = 0.01  # estimated seconds to decode one token of every row
         self._begun: set[int] = set()  # ids of rows that have a slot
-        self.ready: asyncio.Future = self._loop.create_future()
+        self.ready: asyncio.Future = self._loop.create_future()  # the engine, or the error of opening it
         self.compiled, self.to_compile = 0, 0  # numbers of shapes
-        self.failed: BaseException | None = None
-        self.live: set[Row] = set()
+        self.failed: BaseException | None = None  # exception that ended the thread
+        self.live: set[Row] = set()  # rows that have not ended; used by the event loop only
 
     def submit(self, row: Row):
         self.live.add(row)
@@ -81,7 +79,7 @@ class Worker(threading.Thread):
         self._inbox.put(("cancel", row))
 
     def stop(self):
-        """Ask the thread to end once it has decoded its current stretch of tokens."""
+        """Ask the thread to end after the engine's current step."""
         self._inbox.put(("stop", None))
 
     # The methods below run in the thread.
@@ -101,22 +99,22 @@ class Worker(threading.Thread):
 
     def _work(self, engine):
         rows: dict[int, Row] = {}
-        while self._obey(engine, rows):
+        while self._process_messages(engine, rows):
             began = clock()
-            events = engine.step(self._stretch(rows))
+            events = engine.step(self._decode_steps(rows))
             ended = clock()
-            news = [(rows[id], new) for id, new in events]
-            self._measure(news, ended - began)
+            outputs = [(rows[id], new) for id, new in events]
+            self._update_token_seconds(outputs, ended - began)
             for id, new in events:
                 self._begun.add(id)
                 if new.finish:
                     self._begun.discard(rows.pop(id).id)
-            self._call(self._deliver, news, began, ended)
+            self._call(self._deliver, outputs, began, ended)
 
-    def _obey(self, engine, rows: dict[int, Row]) -> bool:
-        """Process the event loop's messages: submit and cancel rows, stop. Return False after "stop".
+    def _process_messages(self, engine, rows: dict[int, Row]) -> bool:
+        """Submit and cancel rows as the event loop has asked. Return False if the thread must stop.
 
-        If the engine has nothing to do, wait for a message. rows: {request id: Row}, updated.
+        If the engine has no requests, wait for a message. rows: {request id: Row}; new rows are added.
         """
         while True:
             try:
@@ -131,18 +129,22 @@ class Worker(threading.Thread):
             else:
                 engine.cancel(row.id)
 
-    def _stretch(self, rows: dict[int, Row]) -> int:
+    def _decode_steps(self, rows: dict[int, Row]) -> int:
         if len(self._begun) < min(len(rows), self.slots):
             return 1  # each step prefills one batch of prompts, and there are free slots for more
-        hasty = sum(row.hasty for row in rows.values())
-        seconds = min(PATIENT, HASTY * max(1, hasty / HASTY_ROWS)) if hasty else PATIENT
-        return max(1, min(STRETCH, int(seconds / self._pace)))
+        count, seconds = sum(row.low_latency for row in rows.values()), STEP_SECONDS
+        if count:
+            seconds = min(STEP_SECONDS, LOW_LATENCY_SECONDS * max(1, count / LOW_LATENCY_ROWS))
+        return max(1, min(MAX_DECODE_STEPS, int(seconds / self._token_seconds)))
 
-    def _measure(self, news: list[tuple[Row, Generation]], seconds: float):
-        """Update the estimated seconds per token with a stretch of `seconds`, unless it had a prefill."""
-        tokens = max((len(new.tokens) + bool(new.end) for _, new in news), default=0)
-        if tokens and all(row.id in self._begun for row, _ in news):
-            self._pace += 0.3 * (seconds / tokens - self._pace)
+    def _update_token_seconds(self, outputs: list[tuple[Row, Generation]], seconds: float):
+        """Update the estimated seconds per token, unless the engine's step prefilled a prompt.
+
+        outputs: new tokens of the step. seconds: duration of the step.
+        """
+        tokens = max((len(new.tokens) + bool(new.end) for _, new in outputs), default=0)
+        if tokens and all(row.id in self._begun for row, _ in outputs):
+            self._token_seconds += 0.3 * (seconds / tokens - self._token_seconds)
 
     def _call(self, function: Callable, *args):
         with contextlib.suppress(RuntimeError):  # the event loop is closed, so nobody waits for this
@@ -154,14 +156,15 @@ class Worker(threading.Thread):
         if not self.ready.done():
             self.ready.set_result(engine)
 
-    def _deliver(self, news: list[tuple[Row, Generation]], began: float, ended: float):
-        for row, new in news:
+    def _deliver(self, outputs: list[tuple[Row, Generation]], began: float, ended: float):
+        for row, new in outputs:
             row.began = row.began or began
             if new.tokens:
                 self._metrics.tokens(self._model, row, len(new.tokens), ended)
-                row.first, row.last, row.said = row.first or ended, ended, row.said + len(new.tokens)
+                row.first, row.last = row.first or ended, ended
+                row.num_tokens += len(new.tokens)
             if new.finish:
-                row.over, row.last = True, row.last or ended
+                row.ended, row.last = True, row.last or ended
                 self.live.discard(row)
             row.job.put(row, new)
 
@@ -179,41 +182,41 @@ class Job:
 
     def __init__(self):
         self.rows: list[Row] = []
-        self._news: asyncio.Queue = asyncio.Queue()
+        self._queue: asyncio.Queue = asyncio.Queue()
 
     def put(self, row: Row, new: Generation):
         if new.finish != CANCELLED:
-            self._news.put_nowait((row, new))
+            self._queue.put_nowait((row, new))
 
     def stop(self, why: str):
-        """End the job with an error: `news` will raise Stopped(why)."""
-        self._news.put_nowait(Stopped(why))
+        """End the job with an error: new_tokens will raise Stopped(why)."""
+        self._queue.put_nowait(Stopped(why))
 
-    async def news(self, seconds: float | None = None) -> list[tuple[Row, Generation]]:
-        """Wait for new tokens and return them as (Row, Generation) pairs; [] if none arrive within `seconds`.
+    async def new_tokens(self, timeout: float | None = None) -> list[tuple[Row, Generation]]:
+        """Wait for new tokens and return them as (Row, Generation) pairs, or [] after `timeout` seconds.
 
-        Stopped: the server stops or an engine has failed.
+        Raises Stopped if the server stops or an engine has failed.
         """
         try:
-            async with asyncio.timeout(seconds):
-                found = [await self._news.get()]
+            async with asyncio.timeout(timeout):
+                found = [await self._queue.get()]
         except TimeoutError:
             return []
-        while not self._news.empty():
-            found.append(self._news.get_nowait())
+        while not self._queue.empty():
+            found.append(self._queue.get_nowait())
         for one in found:
             if isinstance(one, Stopped):
                 raise one
         return found
 
     def cancel(self):
-        """Cancel all answers; the engines free their slots after the current stretch of tokens."""
+        """Cancel all answers. The engines free the slots after their current step."""
         for row in self.rows:
             self.cancel_row(row)
 
     def cancel_row(self, row: Row):
-        if not row.over:
-            row.over = True
+        if not row.ended:
+            row.ended = True
             row.worker.cancel(row)
 
 
@@ -221,9 +224,12 @@ class Pool:
     """The engines of one model, one for each device. A new answer goes to the least busy engine."""
 
     def __init__(self, workers: list[Worker], context: int, max_waiting: int):
-        """context: maximum tokens of prompt and answer. max_waiting: maximum answers that wait for a slot."""
+        """Create a Pool of `workers`. context: maximum number of tokens in a prompt and its answer.
+
+        max_waiting: maximum number of answers that wait for a slot.
+        """
         self.workers, self._max_waiting = workers, max_waiting
-        self._seconds = 1.0  # average time of an answer in its slot
+        self._seconds = 1.0  # average seconds that an answer occupies its slot
         self.positions = self.slots * context  # of all caches together
 
     @property
@@ -232,18 +238,17 @@ class Pool:
 
     @property
     def live(self) -> list[Row]:
-        """The answers of all engines that have not ended."""
         return [row for worker in self.workers for row in worker.live]
 
     @property
     def failed(self) -> bool:
         return any(worker.failed for worker in self.workers)
 
-    def submit(self, requests: list[Request], hasty: bool) -> Job:
-        """Queue requests, one per answer, and return their Job.
+    def submit(self, requests: list[Request], low_latency: bool) -> Job:
+        """Queue one request for each answer, and return the Job.
 
-        hasty: return new tokens about every HASTY seconds, because the reply is streamed or searched for stop
-        strings. ApiError: too many answers are running or waiting, or an engine has failed.
+        low_latency: return new tokens about every 40 ms, for replies that are streamed or searched for stop
+        strings. Raises ApiError if too many answers are running or waiting, or if an engine has failed.
         """
         if self.failed:
             raise ApiError(500, "the engine failed; the server's log says why")
@@ -257,15 +262,15 @@ class Pool:
         job, now = Job(), clock()
         for index, request in enumerate(requests):
             worker = min(self.workers, key=lambda worker: len(worker.live))
-            row = Row(request, index, hasty, job, worker, now)
+            row = Row(request, index, low_latency, job, worker, now)
             job.rows.append(row)
             worker.submit(row)
         return job
 
-    def took(self, seconds: float):
-        """Update the average time per answer with one that occupied its slot for `seconds`."""
+    def record_duration(self, seconds: float):
+        """Update the average duration of answers with an answer that occupied its slot for `seconds`."""
         self._seconds += 0.1 * (seconds - self._seconds)
 
     def _retry(self) -> int:
-        """Estimate the seconds, 1 to 60, in which half of a full queue gets slots, for Retry-After."""
+        """Estimate the seconds until half of a full queue has slots, clamped to 1 to 60, for Retry-After."""
         return max(1, min(60, round(self._seconds * self._max_waiting / self.slots / 2)))

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the server: vLLM's names with the prefix jaxchat_, to adapt vLLM's dashboards."""
+"""Prometheus metrics of the server. They have vLLM's names with the prefix jaxchat_."""
 
 from importlib.metadata import version
 
@@ -11,7 +11,7 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 
 class Metrics:
-    """All metrics of the server, in a separate Prometheus registry. Times are monotonic, in seconds."""
+    """All metrics of the server, in a separate Prometheus registry."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -48,9 +48,9 @@ class Metrics:
         self.registry.register(_State(pools))
 
     def tokens(self, model: str, row, count: int, now: float):
-        """Record the latency of `count` new tokens of a Row, received at time `now`.
+        """Record the latency of `count` new tokens of a Row, received at `now` (seconds of loop.clock).
 
-        Call before updating row.first and row.last, the times of the first and the latest token.
+        Call this before row.first and row.last are updated.
         """
         if not row.first:
             self.first.labels(model).observe(now - row.asked)
@@ -60,7 +60,7 @@ class Metrics:
             between.observe((now - row.last) / count)
 
     def ended(self, model: str, row, answer):
-        """Record the token counts, tool calls and times of a finished answer."""
+        """Record the token counts, tool calls and times of a finished answer. row: the answer's Row."""
         self.success.labels(model, answer.finish).inc()
         self.prompt_tokens.labels(model).inc(len(answer.prompt))
         self.generation_tokens.labels(model).inc(answer.sampled)
@@ -81,7 +81,7 @@ class Metrics:
 
 
 class _State:
-    """Prometheus collector of current values: running and waiting answers, cache and memory in use."""
+    """Prometheus collector of current values: running and waiting answers, and cache and memory in use."""
 
     def __init__(self, pools: dict):
         self._pools = pools
@@ -97,7 +97,7 @@ class _State:
         families = [GaugeMetricFamily(*each, labels=["model_name"]) for each in about]
         for model, pool in self._pools.items():
             running = [row for row in pool.live if row.began]
-            filled = sum(len(row.request.prompt) + row.said for row in running)
+            filled = sum(len(row.request.prompt) + row.num_tokens for row in running)
             values = (len(running), len(pool.live) - len(running), pool.slots, filled / pool.positions)
             for family, value in zip(families, values, strict=True):
                 family.add_metric([model], value)

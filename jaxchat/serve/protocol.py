@@ -1,7 +1,6 @@
-"""Parsing of requests to OpenAI's API, with errors that name the invalid field. Uses neither JAX nor HTTP.
+"""Parse requests to OpenAI's API, with errors that name the invalid field. Uses neither JAX nor HTTP.
 
-A field that this server does not support is an error, unless the field's value has no effect; unknown fields
-are ignored.
+Unsupported fields are errors, unless their values have no effect. Unknown fields are ignored.
 """
 
 import dataclasses
@@ -54,7 +53,7 @@ KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """An error response in OpenAI's form. retry: seconds for the Retry-After header; 0: no header."""
+    """An error response in OpenAI's form. retry: value of the header Retry-After in seconds; 0: no header."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int = 0
@@ -71,7 +70,7 @@ class ApiError(Exception):
 
 
 def wrong(param: str, expected: str, got: Any) -> ApiError:
-    """Return the ApiError for a field `param` whose value is `got`, not what the phrase `expected` says."""
+    """Return the error for a field `param` with value `got`. expected: phrase for the allowed values."""
     shown = json.dumps(got)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
     return ApiError(400, f"{param}: expected {expected}; got {shown}", param=param)
@@ -79,18 +78,18 @@ def wrong(param: str, expected: str, got: Any) -> ApiError:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The fields common to chat and completion requests. A field that the request leaves out may be None."""
+    """The fields that chat and completion requests share."""
 
     model: str
-    n: int
-    max_tokens: int | None
-    seed: int | None
+    n: int  # number of answers to each prompt
+    max_tokens: int | None  # None: not given
+    seed: int | None  # None: not given
     settings: dict  # fields of the engine's Request, without those left to the server's defaults
-    stop: tuple[str, ...]
+    stop: tuple[str, ...]  # stop strings
     stream: bool
-    include_usage: bool
+    include_usage: bool  # end the stream with the numbers of tokens
     top: int | None  # number of alternatives reported with each token; None: no log-probabilities
-    tool_display: str
+    tool_display: str  # one of TOOL_DISPLAYS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,7 @@ class Completion(Sampling):
 
 
 class Fields:
-    """Reader of the fields of a JSON object. Its methods raise an ApiError that names an invalid field."""
+    """Reader of a JSON object's fields. The methods raise an ApiError if a field's value is invalid."""
 
     def __init__(self, body: dict):
         self._body, self._read = body, set(IGNORED)
@@ -121,7 +120,7 @@ class Fields:
         return self._body.get(name)
 
     def unknown(self) -> list[str]:
-        """Names of the object's fields that no method has read, except IGNORED (without effect)."""
+        """Return the names of the fields that no method has read, except those in IGNORED."""
         return [name for name in self._body if name not in self._read]
 
     def integer(self, name: str, default, least: int, most: float = math.inf):
@@ -130,7 +129,7 @@ class Fields:
     def number(self, name: str, default, least: float, most: float = math.inf, *, above=False, whole=False):
         """Return the number in field `name`, or `default` if the field is absent or null.
 
-        The number must be from `least` (excluded if `above`) to `most`, and an integer if `whole`.
+        The number must be from `least` to `most`. above: exclude `least`. whole: require a whole number.
         """
         value = self.get(name)
         if value is None:
@@ -173,7 +172,7 @@ class Fields:
 
 
 def read_json(body: bytes) -> dict:
-    """Parse a request's body. ApiError: the body is not a JSON object in UTF-8."""
+    """Parse a request's body. Raises ApiError if the body is not a JSON object in UTF-8."""
     try:
         found = json.loads(body.decode("utf-8"))
     except UnicodeDecodeError as problem:
@@ -224,7 +223,7 @@ def read_completion(fields: Fields) -> Completion:
 
 
 def _sampling(fields: Fields, least: int) -> dict:
-    """Read the fields of a request that chats and completions share, except for log-probabilities.
+    """Read the fields that chats and completions share, except for log-probabilities.
 
     Return {field of Sampling: value}. least: smallest allowed max_tokens.
     """
@@ -286,7 +285,7 @@ def _stop_tokens(value) -> tuple[int, ...]:
 
 
 def read_prompts(value) -> list[str | list[int]]:
-    """Check the field `prompt` (a string, token ids, or a list of either) and return a list of prompts."""
+    """Check the field `prompt`: a string, token ids, or a list of either. Return a list of prompts."""
     expected = "a string, a list of strings, a list of token ids, or a list of such lists, none of them empty"
     prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
     if len(prompts) > MAX_PROMPTS:
@@ -326,10 +325,9 @@ def _message(message, at: str) -> dict:
 
 
 def chat_prompt(tokenizer, chat: Chat, *, only_continues: bool) -> list[int]:
-    """Return the prompt tokens of a chat, up to where the model's answer begins.
+    """Return the tokens of a chat, up to where the model's answer begins.
 
-    only_continues: the model is a base model that doesn't know the tokens between messages, so join the texts
-    of the messages without them.
+    only_continues: for a base model, join the texts of the messages, without special tokens between them.
     """
     if only_continues:
         texts = [message["content"] for message in chat.messages]
@@ -376,7 +374,7 @@ def completion_prompts(tokenizer, completion: Completion, vocab_size: int) -> li
 
 
 def text_length(asked: Chat | Completion) -> int:
-    """Characters of the longest text prompt or of a chat's messages: a lower bound of the UTF-8 bytes."""
+    """Return the number of characters of a chat's messages, or of a completion's longest text prompt."""
     if isinstance(asked, Completion):
         return max((len(prompt) for prompt in asked.prompts if isinstance(prompt, str)), default=0)
     contents = [message["content"] for message in asked.messages]

@@ -21,7 +21,7 @@ CLOSE_SECONDS = 5  # time limit for connections to close after the last answer
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 with a time limit on a request's headers."""
+    """The HTTP/1.1 protocol of uvicorn, with a time limit on a request's headers."""
 
     _headers_due: asyncio.TimerHandle | None = None
 
@@ -38,7 +38,7 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch_headers(self):
-        """Start the time limit while the connection waits for headers; cancel it once they are complete."""
+        """Start the time limit when the connection waits for headers. Cancel it once they are complete."""
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
             self._forget_headers()
         elif self._headers_due is None:
@@ -65,7 +65,7 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that does not handle signals, because the function stops_by_signal handles them."""
+    """A uvicorn server that does not handle signals, because stops_by_signal handles them."""
 
     @contextlib.contextmanager
     def capture_signals(self):
@@ -73,7 +73,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a listening socket. UserError: the address can't be used."""
+    """Open a listening socket. Raises UserError if the address can't be used."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, *_, address = found[0]
@@ -86,7 +86,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def stops_by_signal() -> asyncio.Queue:
-    """Handle SIGTERM and SIGINT: return a queue to which each of these signals adds an item."""
+    """Handle SIGTERM and SIGINT. Return a queue to which each of these signals adds an item."""
     stops, loop = asyncio.Queue(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stops.put_nowait, number)
@@ -96,10 +96,10 @@ def stops_by_signal() -> asyncio.Queue:
 async def serve(
     app, service: Service, sock: socket.socket, load: Awaitable, drain: float, stops: asyncio.Queue
 ):
-    """Serve `app` until `stops` has an item; then let running answers finish, for at most `drain` seconds.
+    """Serve `app` until `stops` has an item. Then let running answers finish, for at most `drain` seconds.
 
-    A second item in `stops` ends all answers at once. load: awaited to load the models, while /health reports
-    "loading"; `serve` raises the exceptions of `load`.
+    load: awaitable that loads the models while /health reports "loading". Its exceptions are raised.
+    stops: queue of requests to stop. A second item ends all answers at once.
     """
     config = uvicorn.Config(
         app, http=Protocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,

@@ -19,18 +19,18 @@ log = logging.getLogger("jaxchat.serve")
 
 @dataclasses.dataclass
 class Served:
-    """A model that is served. config: the ModelConfig. pool: the engines that run the model."""
+    """A model that is served."""
 
-    id: str
+    id: str  # name by which requests select the model
     stage: str
     tag: str
     step: int
     created: int  # seconds since 1970
     fingerprint: str
     only_continues: bool  # a base model, which does not know the turns of a chat
-    config: object
+    config: object  # the ModelConfig
     tokenizer: object
-    pool: Pool
+    pool: Pool  # the engines that run the model
 
     def about(self) -> dict:
         """Describe the model in the form of /v1/models, with jaxchat's additions under "jaxchat"."""
@@ -42,21 +42,21 @@ class Served:
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """Default settings, for requests without these fields."""
+    """Values of the fields that a request leaves out."""
 
     temperature: float = 0.6
     top_k: int = 50
-    max_tokens: int | None = None  # of chats; None: as many as fit in the context
+    max_tokens: int | None = None  # for chats only; None: as many as fit in the context
 
 
 class Service:
-    """State shared by the endpoints. state: "loading", "ok" or "draining"."""
+    """State shared by the endpoints: the models, the requests being answered, and the metrics."""
 
     def __init__(self, models: list[Served], defaults: Defaults, metrics: Metrics):
-        """models: the first of them answers requests that name no model."""
+        """Create a Service. The first of `models` answers requests that name no model."""
         self.models = {model.id: model for model in models}
         self.defaults, self.metrics = defaults, metrics
-        self.state = "loading"
+        self.state = "loading"  # "loading", "ok" or "draining"
         self.jobs: set[Job] = set()  # of the requests being answered
         self._unknown, self._made = set(), time.monotonic()
         metrics.watch({model.id: model.pool for model in models})
@@ -66,13 +66,13 @@ class Service:
         return [worker for model in self.models.values() for worker in model.pool.workers]
 
     def progress(self) -> str:
-        """Return a phrase: how many shapes the engines have compiled, and how long the others may take."""
+        """Return "loading" or a phrase such as "3 of 8 shapes compiled, about 20 s to go"."""
         done, total = (sum(getattr(one, name) for one in self.workers) for name in ("compiled", "to_compile"))
         left = f", about {(time.monotonic() - self._made) * (total / done - 1):.0f} s to go" if done else ""
         return f"{done} of {total} shapes compiled{left}" if total else "loading"
 
     async def close(self):
-        """Stop the engines, waiting at most CLOSING seconds for each: an engine may still be compiling."""
+        """Stop the engines. Wait at most CLOSING seconds for each, since it may still be compiling."""
         for worker in self.workers:
             worker.stop()
         for worker in self.workers:
@@ -80,7 +80,7 @@ class Service:
                 await asyncio.to_thread(worker.join, CLOSING)
 
     def model(self, name: str) -> Served:
-        """Return the model called `name`; "": the first model. ApiError: no model has this name."""
+        """Return the model called `name`, or the first model for "". Raises ApiError for an unknown name."""
         if not name:
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -95,7 +95,7 @@ class Service:
         if self.state == "draining":
             raise ApiError(503, "the server is shutting down", retry=10)
 
-    def note_unknown(self, names: list[str]):
+    def log_unknown(self, names: list[str]):
         """Log the names of a request's unknown fields, except those logged before."""
         for name in {name[:80] for name in names} - self._unknown:
             if len(self._unknown) < 1000:
@@ -103,7 +103,7 @@ class Service:
                 log.info("a request has the unknown field %r, which is ignored", name)
 
     async def drain(self, seconds: float):
-        """Let running answers finish for at most `seconds`, then end the remaining answers with an error."""
+        """Let running answers finish for at most `seconds`. Then end the remaining answers with an error."""
         self.state, end = "draining", time.monotonic() + seconds
         while self.jobs and time.monotonic() < end:
             await asyncio.sleep(0.05)
@@ -112,27 +112,28 @@ class Service:
 
 
 @dataclasses.dataclass
-class Asked:
-    """A parsed HTTP request, and the engine's Requests that generate its answers, one per answer."""
+class ParsedRequest:
+    """A parsed HTTP request."""
 
     model: Served
     fields: Chat | Completion
-    requests: list[Request]
+    requests: list[Request]  # one for each answer to generate
     seed: int
 
     @property
-    def hasty(self) -> bool:
+    def low_latency(self) -> bool:
+        """Whether new tokens are needed often: the reply is streamed, or searched for stop strings."""
         return self.fields.stream or bool(self.fields.stop)
 
 
-def prepare(service: Service, body: bytes, chat: bool) -> Asked:
-    """Parse a request's body and tokenize the prompts. ApiError: the request is invalid.
+def prepare(service: Service, body: bytes, chat: bool) -> ParsedRequest:
+    """Parse a request's body and tokenize the prompts. Raises ApiError if the request is invalid.
 
-    chat: the body is of /v1/chat/completions, not of /v1/completions.
+    chat: whether the request is to /v1/chat/completions rather than /v1/completions.
     """
     fields = Fields(protocol.read_json(body))
     asked = protocol.read_chat(fields) if chat else protocol.read_completion(fields)
-    service.note_unknown(fields.unknown())
+    service.log_unknown(fields.unknown())
     model = service.model(asked.model)
     param, context = "messages" if chat else "prompt", model.config.sequence_len
     protocol.check_stop_tokens(asked, model.config.vocab_size)
@@ -149,17 +150,16 @@ def prepare(service: Service, body: bytes, chat: bool) -> Asked:
     settings["prompt_logprobs"] = isinstance(asked, Completion) and asked.echo and asked.top is not None
     requests = []
     for prompt in prompts:
-        limit = room(service, asked, len(prompt), context, param)
+        limit = answer_limit(service, asked, len(prompt), context, param)
         for _ in range(asked.n):
             requests.append(Request(prompt, limit, sample=len(requests), **settings))
-    return Asked(model, asked, requests, seed)
+    return ParsedRequest(model, asked, requests, seed)
 
 
-def room(service: Service, asked: Chat | Completion, length: int, context: int, param: str) -> int:
-    """Maximum number of tokens in an answer to a prompt of `length` tokens.
+def answer_limit(service: Service, asked: Chat | Completion, length: int, context: int, param: str) -> int:
+    """Return the maximum number of tokens in an answer to a prompt of `length` tokens.
 
-    ApiError: the prompt and the requested answer don't fit in `context` tokens. param: the name of the
-    prompt's field, for the error.
+    Raises ApiError if prompt and answer don't fit in `context` tokens. param: name of the prompt's field.
     """
     wanted, given = asked.max_tokens, f"{param} has {length:,} tokens"
     if wanted is None:
