@@ -269,7 +269,7 @@ def test_float8_weights_cross_as_float8(devices):
             np.testing.assert_array_equal(np.asarray(again, np.float32) * its_scale, want)
     names = ("wq", "wk", "wv", "wo", "w_up", "w_down")
     for matmul, sent in (("", set()), ("fp8", {"w_up", "w_down"}), ("fp8-all", set(names))):
-        assert {name for name in names if parts.sent_as(name, Compute(matmul=matmul)) == E4M3} == sent
+        assert {name for name in names if parts.gather_dtype(name, Compute(matmul=matmul)) == E4M3} == sent
 
 
 def test_newton_schulz_is_divided(devices):

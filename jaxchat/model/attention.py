@@ -27,13 +27,13 @@ def causal_attention(
     mesh: Mesh | None = None,
     window: int | None = None,
 ):
-    """Compute causal attention, with the softmax in float32 and the scale 1/√H. -> [B, T, N, H].
+    """Compute causal attention with the softmax in float32 and the scale 1/√H. Return [B, T, N, H].
 
-    N/K neighbouring query heads share a key/value head. Queries and keys must be RMS-normalized.
-    segments_BT: id of the segment of each position; a position attends only within its segment.
-    window: maximum number of earlier positions that a position attends to; None: all of them.
-    implementation: "blocks" (attention_cpu.py), "splash" (JAX's kernel for TPUs), "xla" or "cudnn"
-        (by jax.nn.dot_product_attention); "cudnn" falls back to "xla" for shapes that cuDNN refuses.
+    Each key/value head serves N/K consecutive query heads. Queries and keys must be RMS-normalized.
+    segments_BT: segment id of each position. A position attends only to positions of the same segment.
+    window: how many earlier positions a position attends to; None: all.
+    implementation: "blocks" (attention_cpu.py), "splash" (JAX's kernel for TPUs), or "xla" or "cudnn" for
+        jax.nn.dot_product_attention. For shapes that cuDNN does not support, "cudnn" means "xla".
     mesh: the mesh over which rows and heads are sharded; None: one device.
     """
     attend = KERNELS[kernel_for(implementation, q_BTNH.shape[3], q_BTNH.shape[1])]
@@ -46,12 +46,11 @@ def causal_attention(
 
 
 def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, window: int | None = None):
-    """Compute attention of new tokens at positions_BT to one layer's S cache slots. -> [B, T, N, H].
+    """Compute attention of new tokens to one layer's cache of S slots. Return [B, T, N, H].
 
-    A token attends to the slots up to its position. The keys and values of new tokens must be cached already.
-    For one new token per row (T = 1), a decoding kernel is used if one fits; it skips slots beyond a row's
-    end. window: maximum number of earlier positions that a token attends to; None: all of them.
-    implementation: see causal_attention.
+    A token attends to the slots up to its position. The new tokens' keys and values must be in the cache.
+    window: how many earlier positions a token attends to; None: all.
+    implementation: as in causal_attention. With one new token per row, it selects a kernel for decoding.
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
@@ -68,9 +67,9 @@ def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, 
 
 
 def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) -> str:
-    """Return the name (a key of DECODING) of the kernel that decodes one new token per row.
+    """Return the name of the kernel that decodes one new token per row.
 
-    If no kernel fits the implementation, head dimension and window, return "xla": plain XLA operations.
+    This is `implementation`, or "xla" if its kernel does not support the head dimension or the window.
     """
     computes = {
         "cudnn": head_dim >= 16 and head_dim & (head_dim - 1) == 0,  # sides of Triton's tiles
@@ -82,11 +81,10 @@ def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) 
 def gpu_decoding_attention(
     q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None, *, interpret: bool = False
 ):
-    """Compute attention for one new token per row with JAX's flash decoding kernel for GPUs. -> [B, 1, N, H].
+    """Compute attention of one new token per row with JAX's decoding kernel for GPUs. Return [B, 1, N, H].
 
-    A program of the kernel reads up to SPLIT slots of one key/value head of one row, and does nothing if they
-    are beyond the row's end.
-    interpret: use Pallas's interpret mode, on any device.
+    window: how many earlier positions the token attends to; None: all.
+    interpret: run in Pallas's interpreter, on any device.
     """
     from jax.experimental.pallas.ops.gpu.decode_attention import gqa
 
@@ -103,9 +101,9 @@ def gpu_decoding_attention(
 
 
 def tpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: None = None):
-    """Compute attention for one new token per row with JAX's paged attention for TPUs. -> [B, 1, N, H].
+    """Compute attention of one new token per row with JAX's paged attention for TPUs. Return [B, 1, N, H].
 
-    The kernel gets each key/value head of a row as a separate sequence, whose pages are consecutive slots.
+    window: must be None, because the kernel supports no windows.
     """
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
@@ -122,10 +120,10 @@ def tpu_decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: None = N
 
 
 def kernel_for(implementation: str, head_dim: int, time: int) -> str:
-    """Return the attention implementation to use: "xla" for shapes that "cudnn" refuses, else the given one.
+    """Return `implementation`, or "xla" if it is "cudnn" and cuDNN does not support the shapes.
 
-    cuDNN refuses head dimensions that are not a multiple of 8 or exceed 256 (128 before Hopper), and in
-    training an odd number of positions (`time`).
+    cuDNN needs an even number of positions (`time`), and a head dimension that is a multiple of 8 and at most
+    256 (on GPUs before Hopper, 128).
     """
     if implementation != "cudnn":
         return implementation
@@ -136,9 +134,9 @@ def kernel_for(implementation: str, head_dim: int, time: int) -> str:
 def library_attention(
     q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, implementation: str, window: int | None = None
 ):
-    """Compute causal attention with jax.nn.dot_product_attention. -> [B, T, N, H].
+    """Compute causal attention with jax.nn.dot_product_attention. Return [B, T, N, H].
 
-    Segments become a mask [B, 1, T, T], which cuDNN reads as a bias: T² numbers per row.
+    segments_BT: segment id of each position. implementation: "xla" or "cudnn".
     """
     same_B1TS = None
     if segments_BT is not None:
@@ -150,10 +148,9 @@ def library_attention(
 
 
 def splash_block(time: int, window: int | None) -> int:
-    """Return the block size of the splash kernel, in queries and in keys, for rows of `time` positions.
+    """Return the splash kernel's block size, in queries and in keys, for rows of `time` positions.
 
-    The size is about a quarter of the keys that a query sees, so that about a fifth of the computed scores is
-    masked. Blocks below 256 leave matrix units idle, so they are used only if no larger block divides `time`.
+    This is the largest of SPLASH_BLOCKS that divides `time` and is at most max(256, keys per query ÷ 4).
     """
     most = max(256, min(time, time if window is None else window) // 4)
     return next(size for size in SPLASH_BLOCKS if size <= most and time % size == 0)
@@ -162,11 +159,10 @@ def splash_block(time: int, window: int | None) -> int:
 def splash_attention(
     q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: int | None = None, interpret: bool = False
 ):
-    """Compute causal attention with JAX's splash kernel for TPUs. -> [B, T, N, H].
+    """Compute causal attention with JAX's splash kernel for TPUs. Return [B, T, N, H].
 
-    The kernel skips masked blocks and writes no scores to memory. Arrays are padded with zeros to sizes that
-    the kernel supports: padded keys come after every query, and padded features add 0 to a score.
-    interpret: use Pallas's interpret mode, on any device.
+    Arrays are padded with zeros to sizes that the kernel supports, which does not change the result.
+    interpret: run in Pallas's interpreter, on any device.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

@@ -1,8 +1,7 @@
-"""Attention for CPUs: plain XLA operations on one block at a time, skipping most of the masked scores.
+"""Attention for CPUs: plain XLA operations on one block at a time, to skip most of the masked scores.
 
-To learn what is computed, read attention.py instead. Queries and keys must be normalized: scores are
-then at most √H (11 at H = 128) times qk_scale² (at most 4), so the softmax can use exp(score) without
-subtracting the maximum.
+Queries and keys must be normalized. No score then exceeds √H · qk_scale², so the softmax can use exp(score)
+without subtracting the maximum. attention.py computes the same more simply.
 """
 
 import math
@@ -15,9 +14,9 @@ SLOT_BLOCK = 64  # cache slots per block while decoding
 
 
 def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: int | None = None):
-    """Compute causal attention, as attention.py defines it, by blocks of queries. -> [B, T, N, H].
+    """Compute causal attention, one block of queries at a time. Return [B, T, N, H].
 
-    A block of queries skips the keys after its last query and those before the window of its first query.
+    A block skips the keys after its last query, and those before the window of its first query.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
@@ -41,10 +40,10 @@ def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: 
 
 
 def decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None):
-    """Compute attention of one new token per row to the cache slots up to that token. -> [B, 1, N, H].
+    """Compute attention of one new token per row to the slots up to its own. Return [B, 1, N, H].
 
-    A loop computes a block of slots of one row at a time, up to the row's last token, so that a row's result
-    does not depend on the other rows. window: maximum number of earlier slots to attend to; None: all.
+    Rows are computed one after another, so that a row's result does not depend on the other rows.
+    window: how many earlier positions the token attends to; None: all.
     """
     (B, _, N, H), (_, K, S, _) = q_B1NH.shape, k_BKSH.shape
     block = math.gcd(S, SLOT_BLOCK)

@@ -10,14 +10,13 @@ from jaxchat.config import ModelConfig
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far, for B rows of different lengths.
+    """Key/value cache of B rows of different lengths.
 
-    There is an array per layer, since slicing a layer from a stacked array would copy it. The axis of
-    heads precedes that of slots, so that the slots of a row's head are contiguous in memory. Slot s of row b
-    holds the token at position s and is valid while s < lengths_B[b]. Later slots are never attended to and
-    are overwritten by later tokens, so lowering a length truncates the row.
+    Slot s of row b holds the token at position s. The slots from lengths_B[b] on are free, so lowering a
+    length truncates the row.
     """
 
+    # An array per layer, since slicing a layer from a stacked array would copy it.
     k_BKSH: tuple[jax.Array, ...]
     v_BKSH: tuple[jax.Array, ...]
     lengths_B: jax.Array  # int32
@@ -31,10 +30,10 @@ class KVCache:
         return cls(k, v, jnp.zeros(batch, jnp.int32), tokens_BS)
 
     @classmethod
-    def holding(cls, layers: list[tuple[jax.Array, jax.Array]], lengths_B, tokens_BT=None):
-        """Make a cache with T slots per row that holds prefilled keys and values.
+    def from_prefill(cls, layers: list[tuple[jax.Array, jax.Array]], lengths_B, tokens_BT=None):
+        """Make a cache of T slots per row from prefilled keys and values, (k_BTKH, v_BTKH) of each layer.
 
-        layers: (k_BTKH, v_BTKH) of each layer. tokens_BT: token ids, needed only by a model with smear.
+        tokens_BT: token ids, needed only by a model with smear.
         """
         k, v = (tuple(jnp.swapaxes(x_BTKH, 1, 2) for x_BTKH in each) for each in zip(*layers, strict=True))
         return cls(k, v, lengths_B, tokens_BT)
@@ -44,7 +43,7 @@ class KVCache:
         return self.k_BKSH[0].shape[2]
 
     def write(self, layer: int, k_BTKH, v_BTKH, positions_BT) -> "KVCache":
-        """Write a layer's keys and values to the slots positions_BT; drop positions beyond the last slot."""
+        """Write a layer's keys and values to the slots positions_BT, but not beyond the last slot."""
         B, _, K, _ = k_BTKH.shape
         # Every index is explicit: with a slice for the heads, XLA would change the cache's layout on a TPU.
         at_BKT = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None], positions_BT[:, None, :]
@@ -57,7 +56,7 @@ class KVCache:
         return self.replace(k_BKSH=put(self.k_BKSH, k_BTKH), v_BKSH=put(self.v_BKSH, v_BTKH))
 
     def joined(self) -> "KVCache":
-        """Return a cache with one array [B, L·K, S, H] of all layers' keys, and one of all layers' values."""
+        """Return a cache with one array [B, L·K, S, H] for all layers' keys, and another for all values."""
         k, v = ((jnp.concatenate(arrays, axis=1),) for arrays in (self.k_BKSH, self.v_BKSH))
         return self.replace(k_BKSH=k, v_BKSH=v)
 
@@ -70,9 +69,9 @@ class KVCache:
         return self.replace(k_BKSH=put(*self.k_BKSH, k_LKH), v_BKSH=put(*self.v_BKSH, v_LKH))
 
     def write_tokens(self, tokens_BT, positions_BT) -> "KVCache":
-        """Write token ids to the slots positions_BT, except positions beyond the last slot.
+        """Write token ids to the slots positions_BT, but not beyond the last slot.
 
-        Without tokens_BS (a model without smear), return the cache unchanged.
+        A cache without token ids is returned unchanged.
         """
         if self.tokens_BS is None:
             return self
@@ -80,17 +79,17 @@ class KVCache:
         return self.replace(tokens_BS=self.tokens_BS.at[rows_B1, positions_BT].set(tokens_BT, mode="drop"))
 
     def last_tokens(self):
-        """Return the last token of each row, [B]; for an empty row the token is arbitrary."""
+        """Return the id of each row's last token, [B]. For an empty row the id is arbitrary."""
         return jnp.take_along_axis(self.tokens_BS, jnp.maximum(self.lengths_B - 1, 0)[:, None], axis=1)[:, 0]
 
     def advance(self, counts_B) -> "KVCache":
-        """Add counts_B to the rows' lengths. The new tokens' keys and values must be written already."""
+        """Return the cache with counts_B added to the rows' lengths."""
         return self.replace(lengths_B=self.lengths_B + counts_B)
 
     def place(self, other: "KVCache", rows_P) -> "KVCache":
-        """Copy the P rows of `other` into this cache, row p to row rows_P[p].
+        """Return this cache with the P rows of `other` copied into it, row p to row rows_P[p].
 
-        If rows_P[p] is beyond the last row, row p is dropped. `other` must not have more slots than self.
+        If there is no row rows_P[p], row p is ignored. `other` must not have more slots than this cache.
         """
 
         def put(array, other):
@@ -107,7 +106,7 @@ class KVCache:
         )
 
     def resize(self, slots: int) -> "KVCache":
-        """Change the number of slots per row to `slots`; no row may hold more tokens."""
+        """Return the cache with `slots` slots per row, which must be enough for the longest row."""
 
         def change(array):
             more = slots - array.shape[2]

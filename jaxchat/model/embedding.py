@@ -13,17 +13,14 @@ from jaxchat.sharding import per_device, row_axes
 
 
 def embed(wte_VD, tokens_BT, compute: Compute):
-    """Look up the tokens' embeddings in a table that may be sharded. -> x_BTD in compute.dtype."""
+    """Return the tokens' embeddings x_BTD in compute.dtype. The table may be sharded over the mesh."""
     if compute.mesh is None or compute.mesh.size == 1:
         return look_up(wte_VD, tokens_BT, compute.dtype)
     return embed_sharded(wte_VD, tokens_BT, jnp.dtype(compute.dtype), compute.mesh)
 
 
 def look_up(table, tokens_BT, dtype):
-    """Look up tokens in a table [V, …] that is not sharded. -> [B, T, …] in `dtype`.
-
-    The table's gradient is summed in float32.
-    """
+    """Look up tokens in a table [V, …] that is not sharded. Return [B, T, …] in `dtype`."""
     if table.dtype == jnp.float32:
         return table[tokens_BT].astype(dtype)
     return look_up_narrow(table, tokens_BT, jnp.dtype(dtype))
@@ -46,17 +43,17 @@ look_up_narrow.defvjp(
 
 
 def sum_rows(count: int, ids_BT, d_rows):
-    """Sum the gradients d_rows [B, T, …] of tokens with the same id. -> float32 [count, …], indexed by id."""
+    """Sum the gradients d_rows of tokens with the same id. Return float32 [count, …], indexed by id."""
     return jnp.zeros((count, *d_rows.shape[2:])).at[ids_BT].add(d_rows.astype(jnp.float32))
 
 
-def own_features(a, size: int):
-    """Return this device's shard (`size` numbers) of an array's last axis, which is sharded over fsdp."""
+def local_features(a, size: int):
+    """Return this device's `size` features (last axis) of `a`, by its index on the mesh axis fsdp."""
     return lax.dynamic_slice_in_dim(a, lax.axis_index("fsdp") * size, size, axis=a.ndim - 1)
 
 
 def embed_values(table_VKH, tokens_BT, compute: Compute):
-    """Look up the tokens' value embeddings in a table that may be sharded. -> v_BTKH in compute.dtype."""
+    """Return the tokens' value embeddings v_BTKH in compute.dtype. The table may be sharded over the mesh."""
     if compute.mesh is None or compute.mesh.size == 1:
         return look_up(table_VKH, tokens_BT, compute.dtype)
     return embed_columns(table_VKH, tokens_BT, jnp.dtype(compute.dtype), compute.mesh)
@@ -64,10 +61,9 @@ def embed_values(table_VKH, tokens_BT, compute: Compute):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed_columns(table_VKH, tokens_BT, dtype, mesh: Mesh):
-    """Look up tokens in a table with heads sharded over `tensor` and features over `fsdp`. -> v_BTKH.
+    """Look up tokens in a table with heads sharded over `tensor` and features over `fsdp`. Return v_BTKH.
 
-    No device gathers the table. A device looks up the tokens of all devices along `fsdp` in its shard of the
-    features, then sends every device the features of that device's tokens.
+    Each device looks up the tokens of all devices along `fsdp` in its shard, so the table is not gathered.
     """
     axes = row_axes(mesh, tokens_BT.shape[0])
 
@@ -88,7 +84,7 @@ def embed_columns_backward(dtype, mesh: Mesh, saved, d_BTKH):
     def local(table_Vkh, tokens_BT, d_BTkH):
         size, dtype = len(table_Vkh), table_Vkh.dtype
         if not axes:  # all devices have all rows, so each already has the sum
-            return sum_rows(size, tokens_BT, own_features(d_BTkH, table_Vkh.shape[2])).astype(dtype)
+            return sum_rows(size, tokens_BT, local_features(d_BTkH, table_Vkh.shape[2])).astype(dtype)
         everyones_BT = lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
         d_BTkh = lax.all_to_all(d_BTkH, "fsdp", 3, 0, tiled=True)
         return lax.psum(sum_rows(size, everyones_BT, d_BTkh), "data").astype(dtype)
@@ -106,10 +102,9 @@ embed_columns.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed_sharded(wte_VD, tokens_BT, dtype, mesh: Mesh):
-    """Look up tokens in a table with the vocabulary sharded over `tensor` and features over `fsdp`. -> x_BTD.
+    """Look up tokens in a table with the vocabulary sharded over `tensor` and features over `fsdp`.
 
-    A device gathers all features, cast to `dtype`, of its shard of the vocabulary, and looks up the tokens in
-    that shard; the results are summed over `tensor`.
+    Return x_BTD in `dtype`. Each device gathers its part of the vocabulary over `fsdp`, in `dtype`.
     """
     rows = P(row_axes(mesh, tokens_BT.shape[0]))
 
@@ -122,10 +117,7 @@ def embed_sharded(wte_VD, tokens_BT, dtype, mesh: Mesh):
 
 
 def embed_backward(dtype, mesh: Mesh, saved, dx_BTD):
-    """Backward pass of embed_sharded: return (the table's gradient, None for the tokens).
-
-    The gradient is summed in float32, within a device and across devices.
-    """
+    """Backward pass of embed_sharded: return (gradient of the table, None for the tokens)."""
     wte_VD, tokens_BT = saved
     axes = row_axes(mesh, tokens_BT.shape[0])
 
@@ -134,7 +126,7 @@ def embed_backward(dtype, mesh: Mesh, saved, dx_BTD):
         dx_BTD = jnp.where(here_BT[..., None], dx_BTD.astype(jnp.float32), 0)
         d_VD = sum_rows(len(wte_Vd), ids_BT, dx_BTD)
         if not axes:  # all devices have all rows, so each already has the sum
-            return own_features(d_VD, wte_Vd.shape[1]).astype(wte_Vd.dtype)
+            return local_features(d_VD, wte_Vd.shape[1]).astype(wte_Vd.dtype)
         d_Vd = lax.psum(lax.psum_scatter(d_VD, "fsdp", scatter_dimension=1, tiled=True), "data")
         return d_Vd.astype(wte_Vd.dtype)
 
@@ -149,9 +141,9 @@ embed_sharded.defvjp(
 
 
 def local_rows(tokens_BT, size: int):
-    """Return (indices of tokens in this device's shard of `size` embeddings, whether they are in the shard).
+    """Return (each token's index in this device's shard, whether the token is in that shard), both [B, T].
 
-    Both are [B, T]; the index of a token of another shard is clipped to a valid one.
+    size: number of embeddings in a shard. The index of a token in another shard is clipped to a valid one.
     """
     ids_BT = tokens_BT - lax.axis_index("tensor") * size
     near_BT = jnp.clip(ids_BT, 0, size - 1)

@@ -1,4 +1,4 @@
-"""Count a model's parameters and floating-point operations, and look up peak rates of devices."""
+"""Count a model's parameters and floating-point operations, and look up the peak FLOP/s of devices."""
 
 import math
 import re
@@ -43,12 +43,10 @@ def num_params(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
-    """Training FLOPs per token, forward and backward.
+    """Return the training FLOPs per token, forward and backward.
 
-    A weight of a matrix counts 6 FLOPs, and an embedding 0, because it is looked up. Attention counts
-    12·n_embd·T per layer (PaLM, appendix B), including the masked half of the scores. In a layer whose window
-    is shorter than T, the window's length replaces T.
-
+    Each weight of a matrix counts 6 FLOPs, except that embedding tables count 0. Attention counts 12·n_embd·T
+    per layer, masked scores included (PaLM, appendix B), with T limited to the layer's window.
     time: T, the number of tokens per row; None: the model's context length.
     """
     weights = jax.tree.leaves(declare(config))
@@ -59,13 +57,13 @@ def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
 
 
 def scaling_params(config: ModelConfig) -> int:
-    """Number of weights in the layers' matrices and the head: nanochat's model size in scaling rules."""
+    """Number of weights in the layers' matrices and the head: the model size in nanochat's scaling rules."""
     kinds = ("matrix", "head")
     return sum(math.prod(w.shape) for w in jax.tree.leaves(declare(config)) if w.group in kinds)
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 FLOP/s of a device; None for a device whose peak isn't known (a CPU, for example)."""
+    """Return a device's peak bfloat16 FLOP/s, or None if it is not known (on a CPU, for example)."""
     kind = _words(device.device_kind)
     return next((peak for name, peak in PEAK_FLOPS.items() if _words(name) == kind), None)
 

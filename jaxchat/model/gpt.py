@@ -34,35 +34,41 @@ def rms_norm(x, eps: float):
 
 
 def rotary_tables(positions_BT, head_dim: int, base: float):
-    """Return float32 (cos, sin) [B, T, 1, H/2] of the angles position · base^(−2i/H) (Su et al. 2021)."""
+    """Return (cos, sin) of the rotary angles position · base^(−2i/H) for i = 0 … H/2 − 1 (Su et al. 2021).
+
+    Both are float32 [B, T, 1, H/2], with H = head_dim.
+    """
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BTNH, tables):
-    """Apply rotary embedding: rotate each pair of features (i, i + H/2) by minus the angle in `tables`."""
+    """Apply rotary embedding: rotate each pair of features (i, i + H/2) by minus its angle.
+
+    tables: (cos, sin) of the angles, from rotary_tables.
+    """
     cos, sin = tables
     x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x_BTNH.dtype)
 
 
 def rotate_norm(x_BTNH, tables, eps: float, scale: float = 1.0):
-    """Rotate queries or keys, then apply RMS norm, then multiply by `scale`."""
+    """Apply rotary embedding to queries or keys, then RMS norm, then multiply by `scale`."""
     y_BTNH = rms_norm(rotate(x_BTNH, tables), eps)
     return y_BTNH if scale == 1 else scale * y_BTNH
 
 
 def residual_norm(x_BTD, y_BTD=None, *, eps: float):
-    """Add y, if given, to the residual stream x, and normalize. -> (the sum, the RMS norm of the sum)."""
+    """Add y_BTD, if given, to the residual stream x_BTD. Return (the sum, the RMS-normalized sum)."""
     x_BTD = x_BTD if y_BTD is None else x_BTD + y_BTD
     return x_BTD, rms_norm(x_BTD, eps)
 
 
 def norms(config: ModelConfig, compute: Compute):
-    """Return the functions (residual_norm, rotate_norm): GPU kernels if compute.kernels, else this file's.
+    """Return the functions (residual_norm, rotate_norm) for this model, with eps and scale already set.
 
-    Their constants (eps, scale) and the kernels' mesh are already set.
+    They are GPU kernels if compute.kernels, else the functions of this file.
     """
     eps, scale = config.norm_eps, config.qk_scale
     if not compute.kernels:
@@ -77,7 +83,7 @@ def norms(config: ModelConfig, compute: Compute):
 
 @struct.dataclass
 class Inputs:
-    """The inputs of every layer besides the residual stream."""
+    """Inputs of a layer besides the residual stream and the weights."""
 
     tokens_BT: jax.Array
     embedded_BTD: jax.Array  # the first layer's input
@@ -87,10 +93,10 @@ class Inputs:
 
 
 def block(x_BTD, w: Blocks, inputs: Inputs, attend, config: ModelConfig, compute: Compute):
-    """Compute one transformer layer. -> the residual stream x_BTD after it.
+    """Compute one transformer layer. Return the residual stream x_BTD after it.
 
-    w: weights of this layer, not stacked; weights that the layer lacks are None.
-    attend(q_BTNH, k_BTKH, v_BTKH) -> y_BTNH: attention over rotated, normalized queries and keys.
+    w: weights of this one layer; None for those that it does not have.
+    attend: function (q_BTNH, k_BTKH, v_BTKH) -> y_BTNH. Queries and keys are rotated and normalized.
     """
     residual_norm, rotate_norm = norms(config, compute)
     product = partial(matmul, compute=compute)
@@ -117,27 +123,27 @@ def block(x_BTD, w: Blocks, inputs: Inputs, attend, config: ModelConfig, compute
 
 
 def weighted_sum(a, x, b, y):
-    """Compute a·x + b·y in float32 and round it once, to x's dtype."""
+    """Return a·x + b·y, computed in float32 and then rounded to x's dtype."""
     return (a * x.astype(jnp.float32) + b * y.astype(jnp.float32)).astype(x.dtype)
 
 
 def value_gate(h_BTD, w: Blocks, config: ModelConfig, compute: Compute):
-    """Return the gates (0 to config.value_gate_bound) on a layer's value embeddings: float32 [B, T, K]."""
+    """Return the factor on each value embedding, between 0 and config.value_gate_bound: float32 [B, T, K]."""
     h_BTC = h_BTD[..., : config.value_gate_channels]
     gate_BTK = matmul(h_BTC, w.value_gate, "btc,ck->btk", compute)
     return config.value_gate_bound * jax.nn.sigmoid(gate_BTK.astype(jnp.float32))
 
 
 def embedded(params: Params, tokens_BT, config: ModelConfig, compute: Compute):
-    """Embed tokens and apply RMS norm. -> x_BTD in compute.dtype."""
+    """Return the RMS-normalized token embeddings x_BTD in compute.dtype."""
     return rms_norm(embed(params.wte, tokens_BT, compute), config.norm_eps)
 
 
 def smear(params: Params, x_BTD, before_BTD, config: ModelConfig, compute: Compute):
-    """Add the previous token's embedding, times a gate, to each token's embedding ("smear"). -> x_BTD.
+    """Add to each token's embedding the previous token's, times a learnt gate ("smear"). Return x_BTD.
 
-    The gate is computed from x_BTD, the tokens' embeddings. before_BTD: the previous tokens' embeddings, or
-    zeros where no token precedes. A model without smear returns x_BTD unchanged.
+    before_BTD: embeddings of the previous tokens; zeros where there is none.
+    A model without smear returns x_BTD unchanged.
     """
     if not config.smear_channels:
         return x_BTD
@@ -146,11 +152,11 @@ def smear(params: Params, x_BTD, before_BTD, config: ModelConfig, compute: Compu
     return weighted_sum(1.0, x_BTD, gate_BT[..., None], before_BTD)
 
 
-def before(x_BTD, first_B1D=None, segments_BT=None):
-    """Shift features by one token, so that each position gets the previous position's. -> [B, T, D].
+def shift(x_BTD, first_B1D=None, segments_BT=None):
+    """Shift features by one position, so that position t gets those of t − 1. Return [B, T, D].
 
-    The first position gets first_B1D, or zeros if that is None; the first position of a later segment gets
-    zeros.
+    first_B1D: features for position 0; None: zeros.
+    segments_BT: segment ids. The first position of every later segment gets zeros.
     """
     first_B1D = jnp.zeros_like(x_BTD[:, :1]) if first_B1D is None else first_B1D
     moved_BTD = jnp.concatenate([first_B1D, x_BTD[:, :-1]], axis=1)
@@ -161,9 +167,9 @@ def before(x_BTD, first_B1D=None, segments_BT=None):
 
 
 def last_norm(params: Params, x_BTD, middle_BTD, config: ModelConfig):
-    """Compute the head's input: norm(last layer's result − backout_scale · middle layer's result). -> x_BTD.
+    """Return the LM head's input: the RMS-normalized output of the last layer.
 
-    middle_BTD: the middle layer's result; None for a model without backout, which subtracts nothing.
+    middle_BTD: the middle layer's output, scaled and subtracted before the norm; None: nothing is subtracted.
     """
     if middle_BTD is not None:
         x_BTD = weighted_sum(1.0, x_BTD, -params.backout_scale[0], middle_BTD)
@@ -171,16 +177,16 @@ def last_norm(params: Params, x_BTD, middle_BTD, config: ModelConfig):
 
 
 def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, segments_BT=None):
-    """Compute the head's input for complete rows: normalized activations x_BTD in compute.dtype.
+    """Return the LM head's input x_BTD, in compute.dtype, for complete rows of tokens.
 
-    tokens_BT: token ids, int32. segments_BT: ids of segments; tokens attend only within their segment.
-    Positions are not reset at a new segment, since attention depends only on differences of positions.
+    segments_BT: segment ids. A token attends only within its segment.
     """
     time = tokens_BT.shape[1]
     tables = rotary_tables(jnp.arange(time)[None, :], config.head_dim, config.rotary_base)
     x_BTD = embedded(params, tokens_BT, config, compute)
     if config.smear_channels:
-        x_BTD = smear(params, x_BTD, before(x_BTD, segments_BT=segments_BT), config, compute)
+        x_BTD = smear(params, x_BTD, shift(x_BTD, segments_BT=segments_BT), config, compute)
+    # Positions are not reset at a new segment, since attention depends only on differences of positions.
     inputs = Inputs(tokens_BT, x_BTD, tables, segments_BT)
 
     def layer(x_BTD, w, kind):
@@ -193,7 +199,7 @@ def features(params: Params, tokens_BT, config: ModelConfig, compute: Compute, s
 
 
 def training_block(x_BTD, w: Blocks, inputs: Inputs, config: ModelConfig, compute: Compute, kind: Layer):
-    """Compute one layer in training: `block` with causal attention over complete rows. -> x_BTD."""
+    """Compute one layer in training, with causal attention over complete rows. Return x_BTD."""
     mesh = compute.mesh
     options = {"segments_BT": inputs.segments_BT, "mesh": mesh, "window": kind.window}
     attend = partial(causal_attention, implementation=compute.attention, **options)
@@ -202,7 +208,7 @@ def training_block(x_BTD, w: Blocks, inputs: Inputs, config: ModelConfig, comput
 
 
 def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, compute: Compute):
-    """Prefill prompts, padded at the end to T tokens. -> (the head's input x_BTD, KVCache of T slots).
+    """Prefill prompts, padded at the end to T tokens. Return (LM head's input x_BTD, KVCache of T slots).
 
     lengths_B: number of tokens of each prompt, without padding.
     """
@@ -211,20 +217,20 @@ def features_prompt(params: Params, tokens_BT, lengths_B, config: ModelConfig, c
     plain = dataclasses.replace(compute, kernels=False, mesh=None, matmul="")
     kept = []
     x_BTD = embedded(params, tokens_BT, config, plain)
-    x_BTD = smear(params, x_BTD, before(x_BTD), config, plain)
+    x_BTD = smear(params, x_BTD, shift(x_BTD), config, plain)
 
     def attend(q, k, v, layer, window):
         kept.append((k, v))
         return causal_attention(q, k, v, implementation=compute.attention, window=window)
 
     x_BTD = generating_blocks(params, Inputs(tokens_BT, x_BTD, tables), attend, config, plain)
-    return x_BTD, KVCache.holding(kept, lengths_B, tokens_BT if config.smear_channels else None)
+    return x_BTD, KVCache.from_prefill(kept, lengths_B, tokens_BT if config.smear_channels else None)
 
 
 def generating_blocks(params: Params, inputs: Inputs, attend, config: ModelConfig, compute: Compute):
-    """Compute all layers for prefill or decoding. -> the head's input x_BTD.
+    """Compute all layers for prefill or decoding. Return the LM head's input x_BTD.
 
-    attend(q, k, v, layer=index, window=…) -> y_BTNH computes a layer's attention and caches k and v.
+    attend: function (q, k, v, layer=index, window=…) -> y_BTNH that also stores k and v in a cache.
     """
     x_BTD, middle_BTD = inputs.embedded_BTD, None
     blocks = layers_of(params.blocks, compute.dtype)
@@ -238,13 +244,10 @@ def generating_blocks(params: Params, inputs: Inputs, attend, config: ModelConfi
 def features_cached(
     params: Params, tokens_BT, cache: KVCache, config: ModelConfig, compute: Compute, counts_B=None
 ):
-    """Compute the head's input for new tokens of rows whose earlier tokens are cached. -> (x_BTD, cache).
+    """Compute the LM head's input for new tokens of cached rows. Return (x_BTD, cache with the new tokens).
 
-    Token t of row b is at position cache.lengths_B[b] + t. The token's key and value are written to the slot
-    of this position, or dropped beyond the last slot. The token attends to the positions up to its position
-    that are within the layer's window.
-    counts_B: how many of a row's T tokens are real (None: all); the row of the returned cache is longer by
-    this number. The other tokens are padding, and their features are meaningless.
+    The new tokens follow those in the cache. Keys and values beyond the last slot are dropped.
+    counts_B: how many of each row's new tokens are not padding; None: all. The row grows by this number.
     """
     rows, time = tokens_BT.shape
     positions_BT = cache.lengths_B[:, None] + jnp.arange(time)[None, :]
@@ -258,7 +261,7 @@ def features_cached(
     if config.smear_channels:
         last_B1D = embedded(params, cache.last_tokens()[:, None], config, plain)
         last_B1D = jnp.where(cache.lengths_B[:, None, None] > 0, last_B1D, 0)
-        x_BTD = smear(params, x_BTD, before(x_BTD, last_B1D), config, plain)
+        x_BTD = smear(params, x_BTD, shift(x_BTD, last_B1D), config, plain)
         cache = cache.write_tokens(tokens_BT, positions_BT)
     tables = rotary_tables(pad(positions_BT), config.head_dim, config.rotary_base)
 
@@ -273,12 +276,12 @@ def features_cached(
 
 
 def softcap(u, cap: float):
-    """Bound the head's output u by ±cap: return cap·tanh(u/cap), in float32."""
+    """Limit u smoothly to ±cap: return cap·tanh(u/cap) in float32."""
     return cap * jnp.tanh(u.astype(jnp.float32) / cap)
 
 
 def logits(lm_head_DV, x_BTD, cap: float):
-    """Return the logits [..., V] of features [..., D] in float32, bounded by softcap."""
+    """Return the logits [..., V] of features [..., D], in float32 and limited to ±cap by softcap."""
     head = lm_head_DV.astype(x_BTD.dtype)
     return softcap(jnp.einsum("...d,dv->...v", x_BTD, head, preferred_element_type=jnp.float32), cap)
 

@@ -1,9 +1,9 @@
 """GPU kernels for parts of the layers, which read and write memory once where XLA needs several passes.
 
-They are written in Pallas for Triton. The sides of Triton's tiles are powers of two, so masks exclude indices
-beyond an array. A program handles R of the M rows; E is the tile width: half a head or the model width,
-rounded up to 2^n. mesh: the mesh over which rows and heads are sharded. A mesh of one device matters too,
-because it says which device Triton compiles for. interpret: use Pallas's interpret mode.
+They are written in Pallas for Triton. A program handles a tile of R rows. The tile's width E is half a head
+or the model width, rounded up to a power of two, and a mask excludes indices beyond the array.
+mesh: the mesh over which rows and heads are sharded. Even a mesh of one device selects Triton's target.
+interpret: run in Pallas's interpreter, on any device.
 """
 
 from functools import partial
@@ -25,9 +25,9 @@ TILE = 2048  # numbers in a tile: 16 per thread, which in bfloat16 are two loads
 def rotate_norm(
     x_BTNH, tables, eps: float, mesh: Mesh | None = None, interpret: bool = False, scale: float = 1.0
 ):
-    """Compute scale · (RMS norm of the rotated x) in one kernel, rounding only the result. -> [B, T, N, H].
+    """Apply rotary embedding, then RMS norm, then multiply by `scale`, in one kernel. Return [B, T, N, H].
 
-    tables: rotary tables (cos, sin) [1, T, 1, H/2], which get no gradients.
+    Only the result is rounded. tables: (cos, sin), both [1, T, 1, H/2]. Their gradients are not computed.
     """
     return call_rotated(partial(rotate_kernel, eps=eps, scale=scale), tables, (x_BTNH,), mesh, interpret)
 
@@ -46,10 +46,7 @@ rotate_norm.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def residual_norm(x_BTD, y_BTD=None, eps: float = 0.0, mesh: Mesh | None = None, interpret: bool = False):
-    """Compute (x + y, the RMS norm of the sum) in one kernel; y_BTD=None: (x, the RMS norm of x).
-
-    A backward kernel adds the gradients that arrive through the two results.
-    """
+    """Return (x + y, the RMS-normalized sum) from one kernel. If y_BTD is None, the sum is x."""
     if y_BTD is None:
         return x_BTD, *call_rows(partial(norm_kernel, eps=eps), (x_BTD,), 1, mesh, interpret)
     return tuple(call_rows(partial(add_norm_kernel, eps=eps), (x_BTD, y_BTD), 2, mesh, interpret))
@@ -70,10 +67,10 @@ residual_norm.defvjp(residual_norm_forward, residual_norm_backward)
 
 
 def softcap_exp(u_MV, softcap: float, interpret: bool = False):
-    """Return (exp(z)·(1 − (z/softcap)²) [M, V] in u's dtype, Σ exp(z) over V, float32 [M]).
+    """Compute exp(z), times a factor, and Σ exp(z) for the logits z = softcap·tanh(u/softcap).
 
-    z = softcap·tanh(u/softcap) are the logits. A program handles one row. The function is not differentiable,
-    and works on the shard of one device.
+    Return (exp(z)·(1 − (z/softcap)²) as [M, V] in u's dtype; Σ exp(z) over V as float32 [M]).
+    The function is not differentiable. u_MV: one device's shard of the logits before the cap.
     """
     M, V = u_MV.shape
     out = jax.ShapeDtypeStruct(u_MV.shape, u_MV.dtype), jax.ShapeDtypeStruct((M,), jnp.float32)
@@ -84,7 +81,10 @@ def softcap_exp(u_MV, softcap: float, interpret: bool = False):
 
 
 def call_rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):
-    """Call a kernel on arrays [B, T, N, H], reshaped to rows [M, H], and rotary tables. -> [B, T, N, H]."""
+    """Run a kernel on each row of H features of arrays [B, T, N, H]. Return an array of the same shape.
+
+    tables: (cos, sin), passed to the kernel after the arrays.
+    """
 
     def local(cos, sin, *arrays):
         _, T, N, H = arrays[0].shape
@@ -97,7 +97,7 @@ def call_rotated(kernel, tables, arrays, mesh: Mesh | None, interpret: bool):
 
 
 def call_rows(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
-    """Call a kernel on arrays [B, T, D], reshaped to rows [M, D]. -> list of `outputs` arrays [B, T, D]."""
+    """Run a kernel on each row of D features of arrays [B, T, D]. Return `outputs` arrays [B, T, D]."""
 
     def local(*arrays):
         D = arrays[0].shape[-1]
@@ -109,10 +109,10 @@ def call_rows(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
 
 
 def by_rows(kernel, arrays, outputs: int, columns: int, interpret: bool):
-    """Run a kernel on arrays of M rows, R rows per program. -> list of `outputs` arrays like arrays[0].
+    """Run a kernel on arrays of M rows, R rows per program. Return a list of `outputs` arrays like arrays[0].
 
-    The call is kernel(mask_RE, rows_R1, columns_1E, *refs of arrays and outputs). The mask excludes rows
-    beyond M and columns of the tile from `columns` on.
+    The call is kernel(mask_RE, rows_R1, columns_1E, *refs), with a ref for each array and each output. The
+    mask is false for rows beyond M and for columns from `columns` on.
     """
     M, E = len(arrays[0]), pl.next_power_of_2(columns)
     R = max(TILE // E, 1)
@@ -142,7 +142,7 @@ def store(ref, rows, columns, mask, value):
 def rotate_kernel(
     mask, rows, columns, x_ref, cos_ref, sin_ref, y_ref, *, heads: int, eps: float, scale: float
 ):
-    """Rotate the rows of x and scale each row to an RMS of `scale`. Rotation doesn't change a row's RMS."""
+    """Rotate the rows of x, then scale each row to an RMS of `scale`."""
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
     cos, sin = (load(table, rows // heads % table.shape[0], columns, mask) for table in (cos_ref, sin_ref))
@@ -155,14 +155,12 @@ def rotate_kernel(
 def rotate_backward_kernel(
     mask, rows, columns, x_ref, dy_ref, cos_ref, sin_ref, dx_ref, *, heads: int, eps: float, scale: float
 ):
-    """Compute the gradient of x from dy, the gradient of rotate_kernel's result y.
-
-    g, computed by rotating dy back, is the gradient of scale·x/RMS(x).
-    """
+    """Compute the gradient of x from dy, the gradient of rotate_kernel's result."""
     H, half = x_ref.shape[1], columns + x_ref.shape[1] // 2
     x1, x2 = load(x_ref, rows, columns, mask), load(x_ref, rows, half, mask)
     dy1, dy2 = load(dy_ref, rows, columns, mask), load(dy_ref, rows, half, mask)
     cos, sin = (load(table, rows // heads % table.shape[0], columns, mask) for table in (cos_ref, sin_ref))
+    # g, which is dy rotated back, is the gradient of scale·x/RMS(x).
     g1, g2 = dy1 * cos - dy2 * sin, dy2 * cos + dy1 * sin
     r = lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, 1, keepdims=True) / H + eps)
     m = jnp.sum(x1 * g1 + x2 * g2, 1, keepdims=True) / H * r * r
@@ -186,7 +184,7 @@ def add_norm_kernel(mask, rows, columns, x_ref, y_ref, sum_ref, h_ref, *, eps: f
 
 
 def norm_backward_kernel(mask, rows, columns, x_ref, dx_ref, dh_ref, out_ref, *, eps: float):
-    """Compute the gradient of x from dx and dh, the gradients of residual_norm's (sum, norm)."""
+    """Compute the gradient of residual_norm's x. dx, dh: gradients of its results, the sum and the norm."""
     x, dx, dh = (load(ref, rows, columns, mask) for ref in (x_ref, dx_ref, dh_ref))
     r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + eps)
     m = jnp.sum(x * dh, 1, keepdims=True) / x_ref.shape[1] * r * r

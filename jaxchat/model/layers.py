@@ -22,7 +22,7 @@ REMAT_POLICIES = {  # what is kept for the backward pass; "none" keeps everythin
 class Layer:
     """The kind of a layer: the properties in which the layers of a model differ.
 
-    window: number of earlier positions that a query attends to; None: all.
+    window: how many earlier positions a token attends to; None: all.
     values: whether the layer has a value embedding.
     """
 
@@ -31,7 +31,7 @@ class Layer:
 
 
 def layers(config: ModelConfig) -> tuple[Layer, ...]:
-    """Return the kind of every layer: the window, and whether the layer has a value embedding."""
+    """Return the kind of each layer of a model, first to last."""
     windows = {"S": config.short_window, "L": config.sequence_len, "": None}
     count, pattern = config.n_layer, config.window_pattern
     letters = [pattern[i % len(pattern)] if pattern else "" for i in range(count - 1)] + [pattern and "L"]
@@ -40,15 +40,14 @@ def layers(config: ModelConfig) -> tuple[Layer, ...]:
 
 
 def middle(config: ModelConfig) -> int | None:
-    """Index of the layer whose scaled result is subtracted at the end (backout); None: no backout."""
+    """Return the index of the layer whose output is subtracted from the last layer's ("backout"), or None."""
     return config.n_layer // 2 if config.backout else None
 
 
 def periods(kinds: tuple[Layer, ...]) -> tuple[int, int]:
-    """Return (number of layers in the shortest repeating pattern of kinds, number of its complete repeats).
+    """Return (length of the shortest repeating pattern of kinds, number of its complete repeats).
 
-    The layers after the last complete repeat may begin another. If no pattern repeats, return (number of
-    layers, 0). With value embeddings, which every other layer has, a pattern has an even number of layers.
+    If nothing repeats, return (number of layers, 0). With value embeddings, a pattern's length is even.
     """
     count, step = len(kinds), 2 if any(kind.values for kind in kinds) else 1
     for size in range(step, count + 1, step):
@@ -59,10 +58,10 @@ def periods(kinds: tuple[Layer, ...]) -> tuple[int, int]:
 
 
 def through_layers(step: Callable, x_BTD, blocks: Blocks, config: ModelConfig, compute: Compute):
-    """Compute all layers in turn. -> (x_BTD, the middle layer's result or, without backout, None).
+    """Compute all layers in turn. Return (x_BTD, the middle layer's output or, without backout, None).
 
-    step(x_BTD, weights, kind=Layer) -> x_BTD computes one layer. A repeating pattern is compiled as a loop,
-    so that a deep model compiles as fast as a shallow one; compute.unroll unrolls the loop.
+    step: function (x_BTD, weights, kind=Layer) -> x_BTD that computes one layer.
+    A repeating pattern of layers is compiled once, as a loop, unless compute.unroll is set.
     """
     kinds, mid = layers(config), middle(config)
     size, repeats = periods(kinds)
@@ -95,6 +94,6 @@ def through_layers(step: Callable, x_BTD, blocks: Blocks, config: ModelConfig, c
 
 
 def split_periods(stack, repeats: int, count: int):
-    """Reshape the first `count` weights of a stack to [repeats, count / repeats, ...]; drop the others."""
+    """Return the first `count` weights of a stack, reshaped to [repeats, count / repeats, ...]."""
     stack = stack if count == stack.shape[0] else stack[:count]
     return stack.reshape(repeats, count // repeats, *stack.shape[1:])

@@ -1,4 +1,4 @@
-"""Matrix products of activations and weights in bfloat16, float32 or float8, as config.Compute sets."""
+"""Matrix products of activations and weights in bfloat16, float32 or float8."""
 
 import math
 import re
@@ -14,13 +14,11 @@ E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2  # more precision, for x and w; 
 
 
 def matmul(x, w, letters: str, compute: Compute):
-    """Compute einsum(letters, x, w) in compute.dtype.
+    """Compute einsum(letters, x, w) in compute.dtype, or in float8 if compute.matmul selects this product.
 
     For example: matmul(h_BTD, wq_DNH, "btd,dnh->btnh", compute).
-
-    The gradient of w is summed in compute.grad_dtype, within a device and across devices, and returned in
-    float32, the dtype of w in training. If compute.matmul selects float8 for this product, x and w are first
-    quantized to e4m3 and, in the backward pass, the gradient of the result is quantized to e5m2.
+    The gradient of w is summed in compute.grad_dtype and returned in float32. A float8 product quantizes x
+    and w to e4m3, and in the backward pass the gradient of the result to e5m2.
     """
     if not in_fp8(letters, compute):
         return einsum(x, w, letters, compute)
@@ -65,26 +63,24 @@ einsum.defvjp(forward, backward)
 
 
 def in_fp8(letters: str, compute: Compute) -> bool:
-    """Return whether the product with these einsum letters has float8 operands.
+    """Return whether a product with these einsum letters is computed in float8.
 
-    compute.matmul="fp8": products of the MLP (letter f). "fp8-all": all products except those of gates.
+    compute.matmul="fp8" selects products of the MLP, and "fp8-all" all products except those of gates.
     """
     return compute.matmul == "fp8-all" and "d" in letters or compute.matmul == "fp8" and "f" in letters
 
 
 def weight_in_fp8(name: str, compute: Compute) -> bool:
-    """Return whether products with the sharded matrix `name` (a field of Blocks) have float8 operands."""
+    """Return whether products with a matrix are computed in float8. name: a field of Blocks, such as "wq"."""
     return compute.matmul == "fp8-all" or compute.matmul == "fp8" and name in ("w_up", "w_down")
 
 
 def quantize(a, dtype, axis: str | None = None):
-    """Quantize `a` to a float8 `dtype`. -> (a / scale in `dtype`, scale: a float32 power of two).
+    """Quantize `a` to a float8 `dtype`. Return (a / scale, scale).
 
-    axis: the mesh axis over whose devices `a` is sharded, if all shards are to have the same scale.
-
-    The scale brings the largest |a| to within a factor of two of the dtype's largest number. Multiplying by
-    a power of two is exact in every format, so XLA may apply the scale within a matrix product. If a number
-    in `a` is not finite, neither the scale nor any result is finite.
+    The scale is a float32 power of two that brings the largest |a| to within a factor of two of the dtype's
+    largest number. If a number in `a` is not finite, the scale is not finite either.
+    axis: the mesh axis over which `a` is sharded, to give all shards the same scale; None: use `a` alone.
     """
     most = float(jnp.finfo(dtype).max)
     largest = jnp.max(jnp.abs(a)).astype(jnp.float32)
@@ -96,7 +92,7 @@ def quantize(a, dtype, axis: str | None = None):
 
 
 def product(a, b, letters: str, dtype):
-    """Compute einsum(letters, a, b) as one dot_general that accumulates and returns in `dtype`."""
+    """Compute einsum(letters, a, b) as one dot_general whose sums and result have the given dtype."""
     of_a, of_b, of_c = re.split(",|->", letters)
     summed = [letter for letter in of_a if letter not in of_c]
     axes = [of_a.index(letter) for letter in summed], [of_b.index(letter) for letter in summed]

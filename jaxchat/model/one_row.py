@@ -1,11 +1,11 @@
 """Decode one row on a GPU: the layer of gpt.py, written so that XLA compiles it to few kernels.
 
-One token needs two operations per weight read. Kernels are then so short that their number limits the speed,
-and gpt.block compiles to seventeen, because XLA splits products this small into partial sums that a second
-kernel adds up. Here each output of a product is one sum over weights that are contiguous in memory, and the
-same kernel also computes the operations before and after the sum. Keys and values of all layers are written
-at once. Only the model of November 2025 (config.plain) is supported. Letters in addition to those of gpt.py:
-O outputs of a product, G query heads per key/value head, R ranges of slots that are summed separately.
+With one token, kernels are so short that their number limits the speed. gpt.block compiles to seventeen,
+because XLA splits products this small into partial sums that a second kernel adds up. Here each output of a
+product is one sum over weights that are contiguous in memory, and the same kernel also computes the
+operations before and after the sum. Only the model of November 2025 (config.plain) is supported.
+Letters besides those of gpt.py: O outputs of a product, G query heads per key/value head, R ranges of slots
+that are summed separately.
 """
 
 import math
@@ -27,7 +27,7 @@ WARP = 32  # GPU threads that read memory together
 
 @struct.dataclass
 class RowWeights:
-    """The matrices of a layer, in which the weights of each output are contiguous in memory."""
+    """One layer's matrices, stored so that the weights of each output are contiguous in memory."""
 
     w_qkv: jax.Array  # [N + 2K, H, D]
     wo: jax.Array  # [D, N·H]
@@ -41,7 +41,7 @@ def by_result(w: Blocks) -> RowWeights:
 
 
 def by_input(w: RowWeights | Blocks, config: ModelConfig) -> Blocks:
-    """Convert the weights of a layer from RowWeights back to Blocks; return Blocks unchanged."""
+    """Convert a layer's weights from RowWeights to Blocks. Blocks are returned unchanged."""
     if isinstance(w, Blocks):
         return w
     N, K = config.n_head, config.n_kv_head
@@ -51,23 +51,19 @@ def by_input(w: RowWeights | Blocks, config: ModelConfig) -> Blocks:
 
 
 def add_product(stream_O, x_D, w_OD):
-    """Return stream + w·x, float32 [O]. Including the residual stream in the sums of w·x saves a kernel."""
+    """Return stream_O + w_OD·x_D in float32, computed in one kernel."""
     first_1D = jnp.arange(x_D.size)[None] == 0
     stream_OD = jnp.where(first_1D, stream_O[:, None], 0.0)
     return jnp.sum(w_OD.astype(jnp.float32) * x_D[None] + stream_OD, axis=-1)
 
 
-def kernel(result):
-    """Return `result` behind a barrier, so that XLA doesn't recompute it in every kernel that reads it."""
+def materialize(result):
+    """Return `result` unchanged, but make XLA compute it once and not in every kernel that reads it."""
     return lax.optimization_barrier(result)
 
 
 def normed_sums(x_D, w_OD, eps: float):
-    """Return (w·x, 1 / rms(x)), both float32 [O]; the product of the two is w·rms_norm(x).
-
-    The sum of squares is computed once per output and includes 0·w, so that XLA computes both sums in one
-    kernel.
-    """
+    """Return (w·x, 1 / RMS(x)), both float32 [O], from one kernel. Their product is w·rms_norm(x)."""
     x_OD, w_OD = jnp.broadcast_to(x_D, w_OD.shape), w_OD.astype(jnp.float32)
     mean_O = jnp.sum((x_OD * x_OD + eps) * (1 / x_D.size) + 0 * w_OD, -1)
     return jnp.sum(w_OD * x_OD, -1), lax.rsqrt(mean_O)
@@ -78,7 +74,10 @@ def inverse_rms(x_NH, eps: float):
 
 
 def rotate(x_NH, tables):
-    """Apply rotary embedding to x, in float32, without concatenating halves of x. -> [N, H]."""
+    """Apply rotary embedding to one token's queries or keys. Return [N, H].
+
+    tables: (cos, sin) of the token's position, both [H/2].
+    """
     cos, sin = tables
     cos_1H, sin_1H = (jnp.concatenate(halves)[None] for halves in ((cos, cos), (sin, -sin)))
     other_NH = x_NH.reshape(len(x_NH), 2, -1)[:, ::-1].reshape(x_NH.shape)
@@ -86,14 +85,14 @@ def rotate(x_NH, tables):
 
 
 def attention(q_KGH, own: tuple, k_KSH, v_KSH, position, window: int | None):
-    """Compute attention of a new token to itself and to the slots before `position`. -> float32 [K, G, H].
+    """Return attention of a new token to itself and to the slots before `position`: float32 [K, G, H].
 
-    own: (scores of the token's queries with the token's key [K, G, 1], the token's value [K, 1, H]).
-    Queries and keys must be normalized, which bounds the scores, so the softmax subtracts no maximum. All S
-    slots are read, and the terms of masked slots are replaced by 0.
+    Queries and keys must be normalized, because the softmax subtracts no maximum.
+    own: (scores of the token's queries with its own key, [K, G, 1]; the token's value, [K, 1, H]).
+    window: how many earlier positions the token attends to; None: all.
     """
     (own_KG1, v_K1H), (K, S, H) = own, k_KSH.shape
-    p_KGS = kernel(jnp.exp(jnp.sum(q_KGH[:, :, None] * k_KSH[:, None].astype(jnp.float32), -1)))
+    p_KGS = materialize(jnp.exp(jnp.sum(q_KGH[:, :, None] * k_KSH[:, None].astype(jnp.float32), -1)))
     slots_S = jnp.arange(S)
     seen_S = slots_S < position
     if window is not None:
@@ -104,17 +103,16 @@ def attention(q_KGH, own: tuple, k_KSH, v_KSH, position, window: int | None):
     v_K1Rsh = jnp.pad(v_KSH.astype(jnp.float32), ((0, 0), (0, 0), (0, WARP)), constant_values=1.0)
     v_K1Rsh = v_K1Rsh.reshape(K, 1, ranges, -1, H + WARP)
     terms_KGRsh = jnp.where(seen_S.reshape(1, 1, ranges, -1, 1), p_KGRs1 * v_K1Rsh, 0.0)
-    y_KGh = jnp.sum(kernel(jnp.sum(terms_KGRsh, 3)), 2)
+    y_KGh = jnp.sum(materialize(jnp.sum(terms_KGRsh, 3)), 2)
     own_KG1 = jnp.exp(own_KG1)
-    return kernel((y_KGh[..., :H] + own_KG1 * v_K1H) / (y_KGh[..., H : H + 1] + own_KG1))
+    return materialize((y_KGh[..., :H] + own_KG1 * v_K1H) / (y_KGh[..., H : H + 1] + own_KG1))
 
 
 def layer(x_D, w: RowWeights, cache: tuple, at: tuple, window: int | None, config: ModelConfig):
-    """Compute a transformer layer for one new token of one row. -> (x_D, the token's k_KH, its v_KH).
+    """Compute one transformer layer for one new token of one row. Return (x_D, the token's k_KH and v_KH).
 
-    cache: (k_KSH, v_KSH) of this layer. at: (the token's position, the position's rotary tables).
-    Normalizing an operand only scales the result of a product. So the kernel of a product also computes the
-    norm of the operand, and the scale is applied to the result.
+    cache: this layer's (k_KSH, v_KSH), without the new token. at: (the token's position, its (cos, sin)).
+    window: how many earlier positions the token attends to; None: all.
     """
     (position, tables), (N, K, H) = at, (config.n_head, config.n_kv_head, config.head_dim)
     with jax.named_scope("projections"):
@@ -123,7 +121,7 @@ def layer(x_D, w: RowWeights, cache: tuple, at: tuple, window: int | None, confi
         q_KGH, k_K1H = (rotate(a.reshape(-1, H), tables).reshape(a.shape) for a in (q_KGH, k_K1H))
         r_KG1, r_K11 = (inverse_rms(a, config.norm_eps) for a in (q_KGH, k_K1H))
         own_KG1 = jnp.sum(q_KGH * k_K1H, -1, keepdims=True)
-        q_KGH, r_KG1, r_K11, own_KG1 = kernel((q_KGH, r_KG1, r_K11, own_KG1))
+        q_KGH, r_KG1, r_K11, own_KG1 = materialize((q_KGH, r_KG1, r_K11, own_KG1))
         r_KG1, r_K11 = config.qk_scale / math.sqrt(H) * r_KG1, config.qk_scale * r_K11
         k_K1H = r_K11 * k_K1H
     with jax.named_scope("attention"):
@@ -138,10 +136,10 @@ def layer(x_D, w: RowWeights, cache: tuple, at: tuple, window: int | None, confi
 
 
 def features(params: Params, tokens_11, cache: KVCache, config: ModelConfig, compute: Compute, counts_1):
-    """Compute the head's input for one new token of one row. -> (x_11D, the cache including the token).
+    """Compute the LM head's input for one new token of one row. Return (x_11D, the cache with the token).
 
-    params.blocks: one RowWeights per layer. cache: as returned by KVCache.joined. counts_1: number of tokens
-    by which the row grows: 1, or 0 for a token that is padding.
+    params.blocks: one RowWeights per layer. cache: a cache from KVCache.joined.
+    counts_1: number of tokens by which the row grows: 1, or 0 if the token is padding.
     """
     position, K = cache.lengths_B[0], config.n_kv_head
     tables = rotary_tables(cache.lengths_B[:, None], config.head_dim, config.rotary_base)

@@ -21,10 +21,9 @@ from jaxchat.config import ModelConfig
 
 
 def tree(cls):
-    """Turn a class into a frozen dataclass that is a pytree of its fields that are not None (a decorator).
+    """Make a class a frozen dataclass, and a pytree of those fields that are not None (a class decorator).
 
-    A checkpoint holds only the fields that are not None, so adding a field with the default None keeps older
-    checkpoints valid.
+    Checkpoints hold only these fields, so a new field with the default None keeps older checkpoints valid.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     names = [field.name for field in dataclasses.fields(cls)]
@@ -73,7 +72,7 @@ def uniform(low: float, high: float):
 
 
 def line(first: float, last: float):
-    """Return an initializer of one number per layer, linearly spaced from `first` to `last`."""
+    """Return an initializer of one number per layer, evenly spaced from `first` to `last`."""
     return lambda key, shape: jnp.linspace(first, last, shape[0], dtype=jnp.float32)
 
 
@@ -81,12 +80,12 @@ def line(first: float, last: float):
 class Weight:
     """How one weight is initialised, sharded, stored and optimized.
 
-    axes: for each dimension, the mesh axis that it is sharded over, or None.
+    axes: the mesh axis over which each dimension is sharded, or None.
     init: function (key, shape) -> initial values, float32.
     group: the key in the optimizer's table {group: update rule} (train/optimizer.py).
-    fan_in, fan_out: numbers of inputs and outputs of the matrix (of one layer); 0: not a matrix.
+    fan_in, fan_out: numbers of inputs and outputs of one layer's matrix; 0 if the weight is no matrix.
     lookup: whether the matrix is an embedding table, whose rows are looked up instead of multiplied.
-    dtype: the dtype that the weight is stored in.
+    dtype: the dtype in which the weight is stored.
     """
 
     shape: tuple[int, ...]
@@ -124,9 +123,9 @@ def declare_blocks(config: ModelConfig) -> Blocks:
     F = 4 * D
 
     def stack(inputs, outputs, axes, init=None, scale=1.0):
-        """Declare matrices [*inputs, *outputs] of all layers. scale: factor on the default initial values.
+        """Declare matrices [*inputs, *outputs], one per layer. axes: mesh axes of a matrix's dimensions.
 
-        axes: mesh axes of a matrix's dimensions. init: initializer; None: the default of this model.
+        init: initializer; None: the model's default, multiplied by `scale`.
         """
         fan_in, fan_out = math.prod(inputs), math.prod(outputs)
         if config.uniform_init:  # variance 1/D
@@ -148,9 +147,9 @@ def declare_blocks(config: ModelConfig) -> Blocks:
 
 
 def declare_mixing(config: ModelConfig) -> dict[str, Weight]:
-    """Declare each layer's scales of stream and token embedding, and value embeddings with their gates.
+    """Declare scales of the residual stream and the embedding, and value embeddings with their gates.
 
-    -> {name in Blocks: Weight}; a mechanism that the config turns off has none.
+    Return {field of Blocks: Weight}, with only the mechanisms that the config turns on.
     """
     L, D, K, H, V = config.n_layer, config.n_embd, config.n_kv_head, config.head_dim, config.padded_vocab
     found = {}
@@ -166,7 +165,10 @@ def declare_mixing(config: ModelConfig) -> dict[str, Weight]:
 
 
 def has_values(layer: int, num_layers: int) -> bool:
-    """Whether a layer has a value embedding, if its model has any: the last and every other before it do."""
+    """Return whether a layer has a value embedding, in a model that has value embeddings.
+
+    The last layer has one, and so does every second layer before it.
+    """
     return layer % 2 == (num_layers - 1) % 2
 
 
@@ -191,7 +193,7 @@ def name_of(path: tuple) -> str:
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
-    """Initialise all weights. Values depend on the key, the weight's name and the config, not on the mesh."""
+    """Initialise all weights. Their values do not depend on the mesh."""
 
     def fresh(path, weight):
         own_key = jax.random.fold_in(key, zlib.crc32(name_of(path).encode()))
@@ -201,7 +203,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
 
 def layer_of(blocks: Blocks, layer: int, with_values: bool) -> Blocks:
-    """Slice one layer's weights from stacked Blocks. with_values: include its value embedding and gate."""
+    """Slice one layer from stacked Blocks. with_values: include the layer's value embedding and gate."""
     tables = ("value_table", "value_gate")
     stacks = {field.name: getattr(blocks, field.name) for field in dataclasses.fields(blocks)}
     one = {name: a[layer] for name, a in stacks.items() if a is not None and name not in tables}
@@ -211,9 +213,9 @@ def layer_of(blocks: Blocks, layer: int, with_values: bool) -> Blocks:
 
 
 def layers_of(blocks: Blocks | tuple[Blocks, ...], dtype) -> tuple[Blocks, ...]:
-    """Return one Blocks per layer, cast to `dtype` except for scalars.
+    """Return each layer's weights, cast to `dtype` except for scalars.
 
-    blocks: the weights stacked over layers, or already one Blocks per layer.
+    blocks: the weights stacked over layers, or one Blocks per layer.
     """
     if isinstance(blocks, Blocks):
         count, any_values = blocks.wq.shape[0], blocks.value_table is not None

@@ -1,10 +1,9 @@
-"""Compute each layer for all micro-batches before the next, to gather weights less often (--remat=step).
+"""Compute each layer for all micro-batches before the next layer starts (--remat=step).
 
-Micro-batches save memory. But if a micro-batch passes through all layers before the next begins, every
-micro-batch gathers each weight twice and sums each gradient over devices. Here a layer computes all
-micro-batches before the next layer begins. So a weight is gathered twice per step, a gradient is summed over
-devices once, and a device holds the complete weights and gradients of one layer at a time. In exchange, the
-inputs of all layers are kept for all rows of the step.
+This gathers weights less often. If each micro-batch passed through all layers in turn, it would gather each
+weight twice and sum each gradient over devices. Here a weight is gathered twice per step, its gradient is
+summed over devices once, and a device holds the complete weights and gradients of one layer at a time. In
+exchange, the inputs of all layers are kept for all rows of the step.
 """
 
 import dataclasses
@@ -23,11 +22,10 @@ from jaxchat.sharding import ROWS, per_device
 
 
 def in_parts(layer, x_BTD, w: Blocks, inputs, config: ModelConfig, compute: Compute):
-    """Compute a layer on compute.parts micro-batches, one after another. -> x_BTD of all rows.
+    """Compute a layer on compute.parts micro-batches, one after another. Return x_BTD of all rows.
 
-    layer(x_BTD, w, inputs, config, compute) -> x_BTD is called on equal parts of a device's rows. For the
-    backward pass, only the inputs are kept. Value embeddings are looked up for all rows at once, so that no
-    device holds more than its shard of their table.
+    Only the inputs are kept for the backward pass.
+    layer: function (x_BTD, w, inputs, config, compute) -> x_BTD, called on equal parts of a device's rows.
     """
     axes = {field.name: getattr(declare(config).blocks, field.name) for field in dataclasses.fields(w)}
     axes = {name: weight.axes[1:] for name, weight in axes.items() if weight is not None}
@@ -39,7 +37,7 @@ def in_parts(layer, x_BTD, w: Blocks, inputs, config: ModelConfig, compute: Comp
     tables, by_row = inputs.tables, inputs.replace(tables=None)
 
     def local(x_BTD, w, by_row, tables):
-        w = Blocks(**{name: gathered(a, axes[name], sent_as(name, compute)) for name, a in w.items()})
+        w = Blocks(**{name: gathered(a, axes[name], gather_dtype(name, compute)) for name, a in w.items()})
 
         @partial(jax.checkpoint, prevent_cse=False)
         def one(part):
@@ -53,16 +51,15 @@ def in_parts(layer, x_BTD, w: Blocks, inputs, config: ModelConfig, compute: Comp
     return per_device(local, compute.mesh, (P(ROWS), specs, P(ROWS), P()), P(ROWS))(x_BTD, w, by_row, tables)
 
 
-def sent_as(name: str, compute: Compute):
-    """Return the dtype in which the weight `name` is gathered over devices: the one that products read."""
+def gather_dtype(name: str, compute: Compute):
+    """Return the dtype in which the weight `name` is gathered over devices, which is that of its products."""
     return E4M3 if weight_in_fp8(name, compute) else jnp.dtype(compute.dtype)
 
 
 def gathered(w, axes: tuple, dtype):
-    """Gather the shards of a weight along fsdp, rounded to `dtype`. -> the weight, in the dtype of w.
+    """Gather the shards of a weight over fsdp in `dtype`. Return the weight in its original dtype.
 
-    axes: the mesh axis of each dimension; a weight that is not sharded over fsdp is returned unchanged.
-    The dtype of w (float32) is restored so that the gradient is summed in float32.
+    A weight that is not sharded over fsdp is returned unchanged. axes: the mesh axis of each dimension.
     """
     return gather(w, axes.index("fsdp"), dtype) if "fsdp" in axes else w
 

@@ -1,7 +1,6 @@
-"""Parse a compiled program's HLO text: count matrix FLOPs, kernels, collectives, and bytes moved and sent.
+"""Parse a compiled program's HLO text to count its FLOPs, kernels, collectives and bytes moved, per device.
 
-XLA's cost analysis counts the body of a loop only once, and is empty for GPUs. This module counts the body
-once per iteration. All numbers are per device.
+Unlike XLA's cost analysis, this counts the body of a loop once per iteration, and also works for GPUs.
 """
 
 import dataclasses
@@ -40,18 +39,18 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective among each group of `group` devices, which the program executes `times` times."""
+    """A collective operation of a program, such as an all-gather."""
 
     kind: str
     shapes: Shapes  # of the result
-    group: int
+    group: int  # devices in each group that communicates
     sent: float  # bytes that leave a device each time, by ring algorithms
-    times: int
+    times: int  # executions
 
 
 @dataclasses.dataclass
 class Work:
-    """FLOPs of one part of a program, and bytes moved between a device and its memory."""
+    """FLOPs of one part of a program, and bytes that it reads from and writes to a device's memory."""
 
     flops: float = 0.0  # of matrix products
     bytes: float = 0.0
@@ -69,7 +68,7 @@ class Program:
 
     @property
     def float8_products(self) -> int:
-        """Number of matrix products that library kernels compute from float8 operands."""
+        """Number of matrix products with float8 operands that library kernels compute."""
         return sum(times for name, times in self.kernels.items() if name.endswith("$f8"))
 
     def sent(self) -> dict[str, float]:
@@ -118,7 +117,7 @@ def computations(text: str) -> tuple[dict[str, list[Operation]], str]:
 
 
 def read(text: str) -> Program:
-    """Count the collectives, kernels and work in a program's HLO text (compiled.as_text())."""
+    """Parse a program's HLO text, from compiled.as_text(), and count its collectives, kernels and work."""
     parts, entry = computations(text)
     by_name = {op.name: op for ops in parts.values() for op in ops}
     program = Program([], Counter(), defaultdict(Work))
@@ -135,7 +134,7 @@ def read(text: str) -> Program:
                 work.flops += times * (dot_flops if op.kind == "dot" else convolution_flops)(op, by_name)
             kind = op.kind.removesuffix("-start")
             if not within and kind.removesuffix("-done") not in COLLECTIVES and op.kind not in FREE:
-                work.bytes += times * moved(op, parts, by_name)
+                work.bytes += times * bytes_moved(op, parts, by_name)
             if kind in COLLECTIVES and sends:
                 program.collectives.append(collective(op, kind, by_name, times, everyone))
             if op.kind == "custom-call":
@@ -146,7 +145,7 @@ def read(text: str) -> Program:
                     program.kernels[target] += times
                 if "matmul" in target or "gemm" in target:
                     work.flops += times * dot_flops(op, by_name)
-            inner = times * trips(op, parts, by_name) if op.kind == "while" else times
+            inner = times * trip_count(op, parts, by_name) if op.kind == "while" else times
             if kind not in COLLECTIVES:  # a collective calls only its reduction
                 fused = within if op.kind in FREE else scope(op, within, parts)
                 for names in CALLED.findall(op.text):
@@ -160,8 +159,8 @@ def read(text: str) -> Program:
 def scope(op: Operation, within: str, parts) -> str:
     """Return the part of the program to which an operation belongs: a name in SCOPES, or "rest".
 
-    The name is found in the op_name of the operation or of a matrix product fused into it. If there is none,
-    return `within`, the part of the fusion that contains the operation, or "rest" if `within` is "".
+    The name is taken from the op_name of the operation, or else of a matrix product fused into it.
+    within: the part if no name is found; "" means "rest". parts: {computation: operations}.
     """
     candidates = [op, *(fused for fused in called_by(op, parts) if fused.kind in ("dot", "convolution"))]
     for candidate in candidates:
@@ -173,14 +172,15 @@ def scope(op: Operation, within: str, parts) -> str:
 
 
 def called_by(op: Operation, parts) -> list[Operation]:
-    """Return the operations fused into `op`; [] if it is not a fusion. parts: {computation: operations}."""
+    """Return the operations fused into `op`; [] if it is no fusion. parts: {computation: operations}."""
     name = re.search(r"\bcalls=%?([\w.-]+)", op.text) if op.kind == "fusion" else None
     return parts.get(name[1], []) if name else []
 
 
-def moved(op: Operation, parts, by_name) -> int:
-    """Bytes that an operation reads and writes in memory. Of an array that is sliced or updated in place,
-    only the slice counts.
+def bytes_moved(op: Operation, parts, by_name) -> int:
+    """Return the number of bytes that an operation reads and writes in memory.
+
+    If an array is sliced or updated in place, only the bytes of the slice count.
     """
     if op.kind == "dynamic-slice":
         return 2 * size_of(op.shapes)
@@ -212,10 +212,9 @@ def moved(op: Operation, parts, by_name) -> int:
 
 
 def readers(name: str, users: dict) -> list[tuple[Operation, int]]:
-    """Return (operation, operand index) for each operation in a fusion that reads array `name`.
+    """Return (operation, operand index) of each operation in a fusion that reads array `name` or its bitcast.
 
-    Operations that read a bitcast of the array are included. users: {name of an array: such pairs for the
-    operations that read it directly}.
+    users: {name of an array: (operation, operand index) of each operation that reads it directly}.
     """
     found = []
     for user, place in users[name]:
@@ -224,13 +223,14 @@ def readers(name: str, users: dict) -> list[tuple[Operation, int]]:
 
 
 def memory_size(op: Operation) -> int:
-    """Bytes of an operation's result in a device's main memory; 0 for arrays in a TPU's vector memory."""
+    """Return the bytes of an operation's result in main memory; 0 if it is in a TPU's vector memory."""
     return 0 if op.fast else size_of(op.shapes)
 
 
-def trips(loop: Operation, parts, by_name) -> int:
-    """Number of iterations of a while loop: the trip count that XLA states, or (on TPUs, where XLA states
-    none) the loop counter's bound ÷ step; 1 if neither is found.
+def trip_count(loop: Operation, parts, by_name) -> int:
+    """Return the number of iterations of a while loop, or 1 if it is unknown.
+
+    If XLA does not state the number, as on TPUs, it is the loop counter's bound divided by its step.
     """
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text):
         return int(known[1])
@@ -255,17 +255,15 @@ def trips(loop: Operation, parts, by_name) -> int:
 
 
 def dot_flops(op: Operation, by_name) -> float:
-    """FLOPs of a matrix product: XLA's `dot`, or a cuBLAS call, whose first result is the product."""
+    """Return the FLOPs of a matrix product, which is either XLA's `dot` or a call of cuBLAS."""
     contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)', op.text)
     lhs = by_name[op.operands[0]].shapes[0][1]
     return 2 * math.prod(op.shapes[0][1]) * math.prod(lhs[int(n)] for n in re.findall(r"\d+", contracted[1]))
 
 
 def convolution_flops(op: Operation, by_name) -> float:
-    """FLOPs of a convolution, without multiplications by padding.
-
-    For TPUs, XLA turns matrix products into convolutions whose windows over the batch are mostly padding.
-    """
+    """Return the FLOPs of a convolution, without multiplications by padding."""
+    # For TPUs, XLA turns matrix products into convolutions that multiply mostly padding.
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.text)
     lhs, rhs = (by_name[name].shapes[0][1] for name in op.operands[:2])
     out = op.shapes[0][1]
@@ -309,10 +307,10 @@ def collective(op: Operation, kind: str, by_name, times: int, everyone: int) -> 
 
 
 def group_size(text: str) -> int:
-    """Parse a collective's HLO text, and return the number of devices in each of its groups.
+    """Return the number of devices in each group of a collective; 0 means all devices.
 
-    HLO writes groups as {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}. For {}, which means all
-    devices, return 0. For source-target pairs, which a collective-permute has instead of groups, return 2.
+    text: the collective in HLO, with groups such as {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}. A
+        collective-permute has source-target pairs instead, which count as groups of 2.
     """
     if "replica_groups={}" in text:
         return 0  # all devices

@@ -1,4 +1,4 @@
-"""Roofline model: lower bounds on the time of a compiled step's parts, from FLOPs, bytes and collectives."""
+"""Roofline model: lower bounds on the time of each part of a training step."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ NETWORK = {"H200": 50e9, "H100": 50e9, "v": 6.25e9}
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Lower bound on the time of one part of a step. limit: what sets it: "FLOPs", "memory" or "links"."""
+    """Lower bound on the time of one part of a step, set by its limit: "FLOPs", "memory" or "links"."""
 
     seconds: float
     limit: str
@@ -32,10 +32,10 @@ def rate(table: dict[str, float], device: jax.Device) -> float | None:
 
 
 def attention_flops(model: ModelConfig, tokens: float, time: int, again: bool) -> float:
-    """FLOPs of the attention kernels on `tokens` tokens, forward plus backward (2.5 × forward).
+    """Return the FLOPs of the attention kernels for `tokens` tokens, forward and backward.
 
-    Only the causal half counts. time: tokens per row. again: also count the forward pass that
-    rematerialization recomputes.
+    Scores that are masked don't count. time: tokens per row.
+    again: whether to count the forward pass twice, because the backward pass recomputes it.
     """
     windows = [min(time, layer.window or time) for layer in layers(model)]
     seen = sum(window * (1 - window / (2 * time)) for window in windows)  # mean keys per query
@@ -43,11 +43,11 @@ def attention_flops(model: ModelConfig, tokens: float, time: int, again: bool) -
 
 
 def bounds(program: Program, device: jax.Device, attention: float, far: bool = False) -> dict[str, Bound]:
-    """Return {part of the program: lower bound on its time}; {} if the device's peak rates are unknown.
+    """Return {part of the program: lower bound on its time}, or {} if the device's peak rates are unknown.
 
-    All collectives together are one part. attention: FLOPs of the attention kernels, which HLO text lacks.
-    far: all-reduces, which run over the mesh axis "data", cross the slower links between GPU hosts or TPU
-    slices. Other collectives always stay within a host or slice.
+    All collectives together are one part.
+    attention: FLOPs of the attention kernels, which HLO text does not state.
+    far: whether all-reduces cross the slower links between GPU hosts or TPU slices.
     """
     peak, memory, ring = peak_flops(device), rate(MEMORY, device), rate(RING, device)
     if not (peak and memory and ring):

@@ -22,9 +22,9 @@ from jaxchat.train.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Result of compiling a step with `batch` rows per device in a micro-batch. Sizes: bytes per device."""
+    """Result of compiling a training step. Sizes are bytes per device."""
 
-    batch: int
+    batch: int  # rows per device in a micro-batch
     remat: str
     needs: float  # memory in all
     fits: bool
@@ -35,7 +35,10 @@ class Compiled:
 
 
 class StepPlan:
-    """Compiles the base training step for `config.topology`. config: the flags of launch.compile_check."""
+    """A step of base training, to be compiled for the devices of config.topology.
+
+    config: the flags of launch.compile_check.
+    """
 
     def __init__(self, config):
         devices, self.backend, self.memory = topologies.devices_of(config.topology, config.num_slices)
@@ -53,18 +56,12 @@ class StepPlan:
         self.batches = [n for n in range(1, most + 1) if self.rows % (n * self.shards) == 0]
 
     def remats(self, batch: int) -> tuple[str, ...]:
-        """Return the values of --remat to try with `batch` rows per device in a micro-batch, fastest first.
-
-        If --remat is not "auto", return its value only.
-        """
+        """Return the --remat values to try, fastest first, for `batch` rows per device in a micro-batch."""
         given = self.config.remat
-        return remats_to_try(self.rows_of(batch), self.mesh) if given == "auto" else (given,)
+        return remats_to_try(self.batch_shapes(batch), self.mesh) if given == "auto" else (given,)
 
-    def rows_of(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return {name: ShapeDtypeStruct} of a step's inputs, targets, weights [micro-batches, rows, tokens].
-
-        batch: rows per device in each micro-batch.
-        """
+    def batch_shapes(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return {name: ShapeDtypeStruct} of a step's batch for `batch` rows per device in a micro-batch."""
         shape = (self.rows // (batch * self.shards), batch * self.shards, self.config.max_seq_len)
         by_rows = NamedSharding(self.mesh, P(None, sharding.ROWS))
         kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
@@ -92,7 +89,7 @@ class StepPlan:
         step = make_train_step(model, optimizer)
         start = time.perf_counter()
         try:
-            compiled = step.lower(state, self.rows_of(batch), lr_multiplier).compile()
+            compiled = step.lower(state, self.batch_shapes(batch), lr_multiplier).compile()
         except jax.errors.JaxRuntimeError as problem:
             return Compiled(batch, remat, memory_refused(problem), False, time.perf_counter() - start)
         seconds, sizes = time.perf_counter() - start, compiled.memory_analysis()
@@ -103,7 +100,7 @@ class StepPlan:
         return Compiled(batch, remat, needs, enough, seconds, arguments, temporary, program)
 
     def bounds(self, done: Compiled) -> dict[str, roofline.Bound]:
-        """Return {part of the step: lower bound on its time}. done: the step, which must have compiled."""
+        """Return {part of the step: lower bound on its time}. done: a step that compiled successfully."""
         tokens = self.config.total_batch_size / self.mesh.size
         again = done.remat != "none"
         attention = roofline.attention_flops(self.model, tokens, self.config.max_seq_len, again)
@@ -114,10 +111,10 @@ class StepPlan:
         return roofline.bounds(done.program, self.mesh.devices.flat[0], attention, len(hosts) > 1)
 
     def fit(self, batch: int, first: str = "") -> Compiled:
-        """Compile the step with one --remat after another until it fits in memory; return the last result.
+        """Compile the step with one value of --remat after another until it fits. Return the last result.
 
-        batch: rows per device in each micro-batch. first: the value of --remat to start with; if it is "" or
-        not to be tried with this batch, start with the fastest.
+        batch: rows per device in each micro-batch.
+        first: the value to start with; the fastest if `first` is not among the values to try.
         """
         remats = self.remats(batch)
         for remat in remats[remats.index(first) if first in remats else 0 :]:
@@ -131,10 +128,9 @@ class StepPlan:
         return done
 
     def largest(self, planned: Compiled) -> Compiled | None:
-        """Find the largest micro-batch that fits in memory; return the step compiled for it, else None.
+        """Find the largest micro-batch that fits in memory. Return the step compiled with it, or None.
 
-        If `planned` fits, larger micro-batches are tried, else smaller ones. A larger one needs at least as
-        much recomputation, so values of --remat with less recomputation are skipped.
+        planned: the step to start from. If it fits, larger micro-batches are tried, else smaller ones.
         """
         at, best = self.batches.index(planned.batch), planned if planned.fits else None
         for batch in self.batches[at + 1 :] if planned.fits else reversed(self.batches[:at]):

@@ -1,4 +1,4 @@
-"""Describe TPU slices (by libtpu) and H100 or H200 GPUs (by JAX's CUDA plugin) that are not attached."""
+"""Describe TPU slices and H100 or H200 GPUs that are not attached, so that JAX can compile for them."""
 
 import importlib.util
 import os
@@ -35,7 +35,7 @@ def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
     """Return a topology's (devices, "tpu" or "gpu", bytes of memory per device that a program may use).
 
     topology: for example v5e:4x4 (TPU chips), h100:8 (GPUs of one host) or h100:2x8 (hosts x GPUs).
-    num_slices: number of such slices or sets of hosts.
+    num_slices: number of such TPU slices, or of such groups of GPU hosts.
     """
     generation, _, shape = topology.partition(":")
     if generation not in HBM or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
@@ -58,7 +58,7 @@ def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
 
 
 def tpu_topology(topology: str, num_slices: int) -> dict:
-    """Return keyword arguments of JAX's get_topology_desc for TPU slices; set libtpu's environment."""
+    """Return the arguments of JAX's get_topology_desc for TPU slices. Sets libtpu's environment variables."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu (and no TPU): pip install -e '.[tpu]'")
     # Let two compilations run at the same time, and keep libtpu from searching for chips.
@@ -76,7 +76,7 @@ def tpu_topology(topology: str, num_slices: int) -> dict:
 
 
 def gpu_topology(generation: str, shape: str, num_slices: int) -> dict:
-    """Return keyword arguments of JAX's get_topology_desc for GPU hosts; make JAX compile cuDNN attention.
+    """Return the arguments of JAX's get_topology_desc for GPU hosts. Makes JAX compile cuDNN attention.
 
     generation: "h100" or "h200". shape: "8" (GPUs of one host) or "2x8" (hosts x GPUs).
     """
@@ -99,6 +99,6 @@ def gpu_topology(generation: str, shape: str, num_slices: int) -> dict:
 
 
 def compile_only():
-    """Restrict JAX to the CPU backend, with no compilation cache: GPU programs can't be loaded from it."""
-    jax.config.update("jax_enable_compilation_cache", False)
+    """Restrict JAX to the CPU backend, and turn off its compilation cache."""
+    jax.config.update("jax_enable_compilation_cache", False)  # GPU programs can't be loaded from it here
     jax.config.update("jax_platforms", "cpu")

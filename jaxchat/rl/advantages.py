@@ -9,21 +9,19 @@ EPSILON = 1e-6  # added to a standard deviation before dividing by it
 
 
 def mixed_groups(rewards_EG: np.ndarray) -> np.ndarray:
-    """Return bool [E]: whether the G answers to each problem (a group) got different rewards.
-
-    A group without different rewards has no gradient. Rewards are compared directly, because the computed
-    standard deviation of equal numbers may not be 0.
-    """
+    """Return for each problem whether its G answers (a group) got different rewards, bool [E]."""
+    # Rewards are compared, because the computed standard deviation of equal numbers may not be 0.
     return (rewards_EG != rewards_EG[:, :1]).any(axis=1)
 
 
 def advantages(rewards_EG: np.ndarray, kind: str) -> np.ndarray:
-    """Compute the advantages, float64 [E, G], of G answers to each of E problems from their rewards.
+    """Return the advantages, float64 [E, G], of G answers to each of E problems.
 
-    kind: "mean": reward − mean reward of the group (nanochat, Dr. GRPO). "loo": reward − mean of the other
-    rewards in the group, which makes the gradient unbiased (RLOO). "std": the advantage of "mean" ÷ standard
-    deviation of the group (GRPO). "batch_std": the advantage of "mean" ÷ standard deviation of all rewards of
-    the step. Groups whose rewards are all equal get exactly 0.
+    The G answers to one problem are a group. The advantages are 0 where all rewards of a group are equal.
+    kind: "mean": reward − mean reward of the group (nanochat, Dr. GRPO).
+        "loo": reward − mean of the group's other rewards, for an unbiased gradient (RLOO).
+        "std": the advantage of "mean" ÷ standard deviation of the group's rewards (GRPO).
+        "batch_std": the advantage of "mean" ÷ standard deviation of all rewards.
     """
     rewards_EG = np.asarray(rewards_EG, np.float64)
     group = rewards_EG.shape[1]

@@ -32,11 +32,10 @@ CLIPS = {"reinforce": (0.2, 0.28), "ppo": (0.2, 0.28), "cispo": (0.2, 4.0), "gsp
 
 
 class RolloutBatches:
-    """Batches for train_step: sampled answers to the problems of a step, with a loss weight for each token.
+    """Batches for train_step: answers sampled with the current weights, and a loss weight for each token.
 
-    Problems are drawn from an endless shuffled order, and an answer's tokens depend only on the weights and
-    (seed, step, number of the answer, position). To resume exactly, a checkpoint stores the position in the
-    order of problems and, between two updates on the same answers, these answers.
+    To resume exactly, a checkpoint stores the number of problems drawn and, if answers are used for several
+    updates, the answers.
     """
 
     alone = False  # the processes work together: process 0 rewards all answers
@@ -64,7 +63,7 @@ class RolloutBatches:
         self._engine = None
 
     def peek(self) -> dict:
-        """Return a batch of blank rows, to inspect names and types of arrays before answers are sampled."""
+        """Return a batch of blank rows, which has the same array names and types as later batches."""
         return arrange(Rollout(), np.zeros((0, 1)), self._shape(), self.model)
 
     def engine(self, params: Params) -> Engine:
@@ -95,7 +94,7 @@ class RolloutBatches:
 
     @property
     def plan(self) -> list[tuple[str, str]]:
-        """(name, text) pairs about sampling, reward and loss, for the summary printed before a run."""
+        """Pairs (name, text) on sampling, reward and loss, for the summary that is printed before a run."""
         c, tasks = self.config, self.problems.checked
         micro_batches, rows = self._shape()
         devices = sharding.data_shards(self.model.mesh)
@@ -125,10 +124,9 @@ class RolloutBatches:
         return -(-self.config.examples_per_step * self.config.num_samples // rows), rows
 
     def _roll_out(self, params: Params, number: int, step: int) -> dict[str, float]:
-        """Sample answers and compute their rewards into self._rollout. Return timings and rates to log.
+        """Sample and judge answers, and store them in self._rollout. Return timings and rates to log.
 
-        number: index of the rollout (step // updates), from which, with --seed, the sampling seeds are
-        derived.
+        number: index of the rollout, from which the sampling seeds are derived.
         """
         config, began = self.config, time.perf_counter()
         engine, judging = self.engine(params), 0.0
@@ -158,7 +156,7 @@ class RolloutBatches:
         return {"rollout_seconds": seconds, "reward_seconds": judging} | rates
 
     def _read(self, problems: list[int], step: int):
-        """Read these problems; if a process fails to, raise Unread on all processes. problems: indices."""
+        """Read the problems with these indices. If a process fails, raise Unread on all processes."""
         own = None
         try:
             for problem in problems:
@@ -169,7 +167,7 @@ class RolloutBatches:
             raise Unread(step + 1) from own
 
     def _weigh(self, params: Params) -> tuple[np.ndarray, dict[str, float]]:
-        """Return (loss weights, float64 [R, T], of the target tokens of R answers; {name: number} to log)."""
+        """Return (loss weight of each target token, float64 [R, T]; {name: number} to log)."""
         config, rollout = self.config, self._rollout
         sampled_RT = rollout.positions(rollout.sampled) > 0
         mixed_E = mixed_groups(rollout.rewards_EG)
@@ -194,7 +192,7 @@ class RolloutBatches:
         return weights_RT, numbers
 
     def _logprobs(self, params: Params, mask_RT: np.ndarray) -> LogProbs:
-        """Compute the LogProbs that the loss needs; if it needs none, zeros (probability ratios of 1)."""
+        """Return the log-probabilities that the loss needs. If it needs none, return zeros."""
         policy, rollout = self.policy, self._rollout
         ratio = policy.loss != "reinforce" and self.config.updates > 1
         if not (ratio or policy.tis or policy.kl_coef):
@@ -209,13 +207,13 @@ class RolloutBatches:
         return LogProbs(*map(rollout.positions, (now, rollout.old, rollout.sampler, reference)))
 
     def reference(self) -> Params:
-        """Return the weights of the model from which training started, the reference of the KL divergence."""
+        """Return the weights of the model before training, the reference of the KL divergence."""
         if self._reference is None:
             self._reference = self.parent.load(self.model.mesh)
         return self._reference
 
     def _score(self, params: Params, mask_RT: np.ndarray) -> list[list[float]]:
-        """Compute all tokens' log-probabilities, as a list per row; zeros in rows whose mask is all 0."""
+        """Return the log-probability of each token, as a list per row; zeros for rows whose mask is all 0."""
         found = [[0.0] * len(tokens) for tokens in self._rollout.tokens]
         rows = [int(row) for row in np.flatnonzero(mask_RT.any(axis=1))]
         tokens = [np.array(self._rollout.tokens[row], np.int32) for row in rows]
@@ -225,7 +223,7 @@ class RolloutBatches:
         return found
 
     def _warn(self, rollout: Rollout):
-        """Print advice after every ALIKE consecutive steps in which no problem's answers differ in reward."""
+        """Print a warning after every ALIKE steps in a row in which no problem's answers differ in reward."""
         self._alike = 0 if mixed_groups(rollout.rewards_EG).any() else self._alike + 1
         if self._alike and self._alike % ALIKE == 0 and jax.process_index() == 0:
             reward = rollout.numbers["reward"]
@@ -239,7 +237,7 @@ class RolloutBatches:
             )
 
     def _write_sample(self, rollout: Rollout, answers: list, step: int):
-        """Append a problem and its answers to samples.jsonl, preferring a problem with unequal rewards."""
+        """Append one problem and its answers to samples.jsonl, if possible a problem with unequal rewards."""
         if jax.process_index() > 0:
             return
         mixed_E = mixed_groups(rollout.rewards_EG)
@@ -275,7 +273,7 @@ def policy_of(config: RLConfig) -> Policy:
 
 
 def norm_of(config: RLConfig) -> str:
-    """Kind of normalization of the loss: "rows" for GSPO, whose loss averages rows, else --loss_norm."""
+    """Return the kind of loss normalization: "rows" for GSPO, otherwise --loss_norm."""
     return "rows" if config.loss == "gspo" else config.loss_norm
 
 
@@ -285,7 +283,7 @@ def seed_of(*parts: int) -> int:
 
 
 def slots_for(config: RLConfig, model: Model) -> int:
-    """Number of answers a device samples at a time: a step's answers ÷ devices, or fewer to fit memory."""
+    """Return how many answers a device samples at a time: its share of a step, or fewer to save memory."""
     share = -(-config.examples_per_step * config.num_samples // model.mesh.size)
     memory = device_memory(model.mesh)
     most = max(SLOTS, share) if memory else SLOTS
@@ -293,21 +291,20 @@ def slots_for(config: RLConfig, model: Model) -> int:
 
 
 def padded_length(longest: int, context: int) -> int:
-    """Return the length to which rows are padded: the longest row's, rounded up, but at most `context`.
+    """Return the length to pad rows to: `longest` rounded up, but at most `context`.
 
-    Above 256 tokens, padding adds at most an eighth, to waste little computation. There are at most eight
-    padded lengths from one power of two to the next, because each is a shape to compile.
+    There are few such lengths, because each must be compiled. Above 256 tokens, at most an eighth is added.
     """
     step = max(32, 2 ** (longest.bit_length() - 4))
     return min(context, -(-longest // step) * step)
 
 
 def arrange(rollout: Rollout, weights_RT: np.ndarray, shape: tuple[int, int], model: Model) -> dict:
-    """Return this process's part of a batch, {name: array}, for train_step.
+    """Return this process's part of a batch for train_step: arrays by name, and totals and numbers to log.
 
-    The batch has the rows with any nonzero weight, then blank rows. Arrays have the shape [micro-batches,
-    rows, T]; train_step skips blank micro-batches. T is the padded length of the longest row with a nonzero
-    weight. shape: (micro-batches, rows over all processes).
+    The batch has the rows with any nonzero weight, then blank rows. Arrays are [micro-batches, rows, T],
+    where T is the padded length of the longest row with a nonzero weight.
+    shape: (micro-batches, rows of a micro-batch over all processes).
     """
     context, (micro_batches, rows) = model.config.sequence_len, shape
     chosen = np.flatnonzero(weights_RT.any(axis=1))

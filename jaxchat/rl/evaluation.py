@@ -23,9 +23,9 @@ OTHERS = ("ARC-Easy", "ARC-Challenge", "MMLU")
 
 
 def evaluations(config: RLConfig, stage: Stage) -> list[Evaluation]:
-    """List the evaluations of a run; [] if --eval_every ≤ 0.
+    """Return the evaluations of a run, or [] if --eval_every ≤ 0.
 
-    RL problems are measured every --eval_every steps, multiple-choice tasks before and after training.
+    RL problems are evaluated every --eval_every steps, multiple-choice tasks before and after training.
     """
     if config.eval_every <= 0:
         return []
@@ -33,19 +33,19 @@ def evaluations(config: RLConfig, stage: Stage) -> list[Evaluation]:
     val, train = Problems(config, tasks, stage.tokenizer), stage.batches.problems
     half = config.eval_examples if config.eval_examples < 0 else -(-config.eval_examples // 2)
     sets = {"": (val, config.eval_examples), "train_": (train, half)}
-    found = {name: task for name in OTHERS if config.eval_others and (task := _find(name, config))}
+    found = {name: task for name in OTHERS if config.eval_others and (task := _load_test(name, config))}
     prints = {name: task.fingerprint for name, task in found.items()}
     sharding.check_same(validation=tasks.fingerprint, others=prints)
     of_sets = partial(measure, stage=stage, config=config, sets=sets)
     listed = [Evaluation("problems", config.eval_every, of_sets, at_start=True, best=BEST)]
     if found:
-        of_others = partial(others, stage=stage, tasks=found, most=config.eval_others)
+        of_others = partial(choice_accuracies, stage=stage, tasks=found, most=config.eval_others)
         listed.append(Evaluation("other tasks", stage.num_steps + 1, of_others, at_start=True))
     return listed
 
 
-def _find(name: str, config: RLConfig):
-    """Load the test split of a task; None if the split is not available or the task is trained on."""
+def _load_test(name: str, config: RLConfig):
+    """Load the test split of a task. Return None if it is not available, or if the task is trained on."""
     if name in config.train_tasks:
         return None
     try:
@@ -55,10 +55,10 @@ def _find(name: str, config: RLConfig):
 
 
 def measure(params, stage: Stage, config: RLConfig, sets: dict) -> dict[str, float]:
-    """Measure mean reward, fraction of finished answers, unbiased pass@k and accuracy of greedy answers.
+    """Return {metric: value}: mean reward, share of finished answers, pass@k and accuracy of greedy answers.
 
-    Return {metric: value}. sets: {prefix of the metrics: (Problems, maximum number to measure on)}. For the
-    validation set, whose prefix is "", also estimate the KL divergence from the model before training.
+    sets: {prefix of the metrics: (Problems, maximum number of problems)}. The prefix "" is the validation
+        set, for which the KL divergence from the model before training is also estimated.
     """
     engine, values = stage.batches.engine(params), {}
     for prefix, (problems, most) in sets.items():
@@ -79,10 +79,9 @@ def measure(params, stage: Stage, config: RLConfig, sets: dict) -> dict[str, flo
 
 
 def divergence(rows: list[tuple], params, stage: Stage) -> float:
-    """Estimate KL(policy ‖ parent) in nats per sampled token: the mean of log π − log π_parent.
+    """Estimate KL(policy ‖ model before training) in nats per sampled token.
 
-    The parent is the model that training began with. rows: (token ids, whether the model sampled each,
-    log-probabilities) of each prompt with its answer.
+    rows: (token ids, whether the model sampled each token, log-probabilities) of each prompt with its answer.
     """
     spans = [Span(np.array(tokens, np.int32), 1, len(tokens)) for tokens, _, _ in rows]
     reference = stage.parent.load(stage.model.mesh)
@@ -96,10 +95,10 @@ def divergence(rows: list[tuple], params, stage: Stage) -> float:
     return float(together.mean()) if len(together) else 0.0
 
 
-def others(params, stage: Stage, tasks: dict, most: int) -> dict[str, float]:
-    """Measure the accuracy of the likeliest letter on multiple-choice tasks, {name: Task}.
+def choice_accuracies(params, stage: Stage, tasks: dict, most: int) -> dict[str, float]:
+    """Return {"NAME_acc": accuracy} for multiple-choice tasks, answered by the most probable letter.
 
-    Return {"NAME_acc": accuracy}. most: maximum number of problems of each task.
+    tasks: {NAME: Task}. most: maximum number of problems of each task.
     """
     scorer = Scorer(params, stage.model)
     return {

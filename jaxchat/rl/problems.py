@@ -1,4 +1,4 @@
-"""Problems (conversations whose last answer the model must give): sample answers and judge them."""
+"""Sample and judge answers to RL problems. A problem is a conversation that the model must complete."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ from jaxchat.tokenizer import Tokenizer
 
 
 class Problems:
-    """Problems of several tasks, referred to by index, with the checkers and reward of their answers."""
+    """The problems of several tasks, with the checkers and the reward of their answers."""
 
     def __init__(self, config: RLConfig, tasks: Mixture, tokenizer: Tokenizer):
-        """Find each task's checker; parse --reward. UserError: no checker for a task, or invalid --reward."""
+        """Find each task's checker and parse --reward. Raises UserError if either fails."""
         self.config, self.tasks, self.tokenizer = config, tasks, tokenizer
         self.reward = parse_reward(config.reward)
         checkers = {task.name: checker_for(task) for task in tasks.tasks}
@@ -34,8 +34,8 @@ class Problems:
     ) -> tuple[list[list[int]], list[Generation]]:
         """Sample num_samples answers to each problem. Return (prompts, generations grouped by prompt).
 
-        A prompt too long to leave room for an answer loses its first tokens. problems: indices. settings:
-        other arguments of Engine.generate.
+        A long prompt loses its first tokens, to leave enough of the context for an answer.
+        problems: indices. settings: further arguments of Engine.generate.
         """
         context, most = engine.config.sequence_len, self.config.max_new_tokens
         room = context - min(most, context // 2)
@@ -46,12 +46,12 @@ class Problems:
     def judge(self, problems: Sequence[int], generations: list[Generation]):
         """Judge G answers to each of E problems. Return (E·G Answers, right_EG: bool, rewards_EG: float).
 
-        Process 0 judges all answers, because a checker may run programs whose outcome differs between runs.
+        problems: indices. generations: E·G, grouped by problem. Process 0 judges for all processes.
         """
         samples = len(generations) // len(problems)
         answers = [Answer.of(generation, self.tokenizer) for generation in generations]
         judged = {}
-        if jax.process_index() == 0:
+        if jax.process_index() == 0:  # a checker that runs programs may judge differently elsewhere
             checks = [self._checkers[self.tasks.task_of(i).name] for i in problems for _ in range(samples)]
             rows = [row for i in problems for row in [self.tasks[i]] * samples]
             right = in_threads(lambda check, row, answer: check(row, answer), checks, rows, answers)

@@ -16,7 +16,7 @@ from jaxchat.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer to a problem, as text, and whether it was finished."""
+    """The text of an answer to a problem, and whether the answer was finished."""
 
     text: str  # the complete answer with special tokens spelled out, as evaluation reads it
     parts: list[tuple[str, str]]  # (kind, text) of text, tool calls and their results: infer/text.py
@@ -43,7 +43,7 @@ TERMS: dict[str, Callable[[Answer], bool]] = {
 
 
 def parse_reward(spec: str) -> dict[str, float]:
-    """Parse a --reward such as "answer:1,format:0.1" into {term: weight}. UserError: `spec` is invalid."""
+    """Parse a --reward such as "answer:1,format:0.1". Return {term: weight}, or raise UserError."""
     known, weights = ("answer", *TERMS), {}
     for part in spec.split(","):
         name, colon, weight = part.strip().partition(":")
@@ -63,9 +63,9 @@ def parse_reward(spec: str) -> dict[str, float]:
 
 
 def checker_for(task: Task) -> tuple[Checker, str]:
-    """Return (function that says whether an answer of the task is right, phrase for what it compares).
+    """Return (function that says whether an answer to the task is right, phrase that names what it compares).
 
-    UserError: the task has no checker, or the checker can't run on this machine.
+    Raises UserError if the task has no checker, or if its checker can't run on this machine.
     """
     if task.name.lower().endswith(JSON):
         wanted = [_wanted(task, row) for row in range(len(task))]
@@ -97,37 +97,34 @@ def _wanted(task: Task, row: int) -> str:
 
 
 def text_of(content: str | list[dict]) -> str:
-    """Return a message's text without tool calls and results, with single spaces between words."""
+    """Return a message's text without tool calls and their results, with single spaces between words."""
     if not isinstance(content, str):
         content = "".join(part["text"] for part in content if part["type"] == "text")
     return " ".join(content.split())
 
 
 def states_number(row: dict, answer: Answer) -> bool:
-    """Return whether the answer and the row's reference answer have the same number after ####."""
+    """Return whether the answer has the same number after #### as the row's reference answer."""
     return states_the_number(row, answer.text)
 
 
 def states_text(row: dict, answer: Answer) -> bool:
-    """Return whether the answer and the row's reference answer have the same text.
-
-    Tool calls, their results and the amount of whitespace are ignored.
-    """
+    """Return whether answer and reference have the same text, apart from whitespace and tool calls."""
     said = "".join(text for kind, text in answer.parts if kind == "text")
     return " ".join(said.split()) == text_of(row["messages"][-1]["content"])
 
 
 def combine(terms: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """Compute the rewards of G answers to each of E problems, Σ weight · term, float64 [E, G].
+    """Return the rewards of G answers to each of E problems: Σ weight · term, float64 [E, G].
 
-    terms: {term: [E, G]}. If "answer" has a weight, the other terms count only for problems with both right
-    and wrong answers: elsewhere only form would be learnt. UserError: a reward is not finite.
+    If "answer" has a weight, the other terms count only for problems with both right and wrong answers.
+    terms: {name: values [E, G]}. Raises UserError if a reward is not finite.
     """
     rewards_EG = np.zeros(next(iter(terms.values())).shape)
     for name, weight in weights.items():
         term_EG = np.asarray(terms[name], np.float64)
         if name != "answer" and "answer" in weights:
-            right_EG = terms["answer"]
+            right_EG = terms["answer"]  # without right and wrong answers, only form would be learnt
             term_EG = np.where((right_EG != right_EG[:, :1]).any(1, keepdims=True), term_EG, 0.0)
         rewards_EG += weight * term_EG
     if not np.isfinite(rewards_EG).all():

@@ -1,4 +1,4 @@
-"""The sampled answers of a step and their statistics, as lists and NumPy arrays; does not use JAX.
+"""The sampled answers of a step and their statistics, computed without JAX.
 
 Letters: E problems, G answers to each, R = E·G rows (answers, grouped by problem), T positions.
 """
@@ -17,7 +17,7 @@ from jaxchat.rl.rewards import TERMS, Answer
 class Rollout:
     """The rows of a step. A row is a prompt, a sampled answer, and the token that ended the answer, if any.
 
-    All fields can be written as JSON, because checkpoints between updates on the same answers store them.
+    All fields can be written as JSON, so that checkpoints can store them.
     """
 
     problems: list[int] = field(default_factory=list)  # E: indices into the tasks
@@ -34,9 +34,9 @@ class Rollout:
         return np.array(self.rewards, np.float64)
 
     def positions(self, values: list[list]) -> np.ndarray:
-        """Turn lists of values, one per token of a row, into an array [R, T] aligned with the targets.
+        """Return values of tokens as an array [R, T] aligned with the target tokens, padded with zeros.
 
-        The value of a row's first token is dropped, because that token is never a target.
+        values: for each row, one value per token. The first is dropped, because the first token is no target.
         """
         found_RT = np.zeros((len(values), max(map(len, self.tokens)) - 1), np.float64)
         for row, of_row in enumerate(values):
@@ -44,7 +44,7 @@ class Rollout:
         return found_RT
 
     def add(self, problems: list[int], prompts: list[list[int]], generations: list[Generation], rewards_EG):
-        """Add G answers to each of E problems. prompts: E. generations: E·G, grouped by problem."""
+        """Add answers to the rollout: for each problem one prompt and, in the same order, G generations."""
         samples = len(generations) // len(problems)
         for row, generation in enumerate(generations):
             tokens, sampled, logprobs = row_of(prompts[row // samples], generation)
@@ -56,7 +56,7 @@ class Rollout:
         self.rewards += rewards_EG.tolist()
 
     def best_groups(self, count: int) -> "Rollout":
-        """Return a Rollout of `count` problems, first those whose answers got different rewards."""
+        """Return a Rollout of only `count` problems, preferring those whose answers got different rewards."""
         samples = len(self.rewards[0])
         groups = sorted(range(len(self.rewards)), key=lambda e: len(set(self.rewards[e])) == 1)[:count]
         rows = [e * samples + g for e in groups for g in range(samples)]
@@ -69,10 +69,10 @@ class Rollout:
 
 
 def row_of(prompt: list[int], generation: Generation) -> tuple[list[int], list[bool], list[float]]:
-    """Join a prompt and its answer to (token ids, whether the model sampled each, log-probabilities).
+    """Join a prompt and its answer. Return (token ids, whether the model sampled each, log-probabilities).
 
-    A token that the model did not sample has the log-probability 0. The token that ended the answer is
-    included, so that the model learns to stop.
+    Log-probabilities are 0 for tokens that were not sampled. The token that ended the answer is included, so
+    that the model learns to stop.
     """
     before = len(prompt)
     tokens, sampled = [*prompt, *generation.tokens], [False] * before + [not by for by in generation.forced]
@@ -84,7 +84,7 @@ def row_of(prompt: list[int], generation: Generation) -> tuple[list[int], list[b
 
 
 def numbers_of(rollout: Rollout, answers: list[Answer], right_EG: np.ndarray) -> dict[str, float]:
-    """Compute statistics of a step's answers, {name: value}, to log. right_EG: whether each is right."""
+    """Return statistics of a step's answers to log, {name: value}. right_EG: whether each answer is right."""
     rewards_EG, right_R = rollout.rewards_EG, right_EG.reshape(-1)
     mixed_E = mixed_groups(rewards_EG)
     lengths_R = np.array([sum(row) for row in rollout.sampled])

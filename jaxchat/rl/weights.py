@@ -3,7 +3,7 @@
 The training loss is Σ w·nll with constant weights w of any sign, so its gradient is −Σ w·∇log π. Every loss
 here has such a gradient; only the weights differ. All functions take NumPy arrays and compute in float64.
 
-Letters: R rows (answers of a step), T positions; a position belongs to the token that follows it.
+Letters: R rows (answers of a step), T positions. The value at position t is that of token t + 1.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ MOST_LOG_RATIO = 20.0  # log-ratios are clipped to ± this before exp
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A loss and its constants; docs/rl.md has the formulas.
+    """A policy-gradient loss and its constants; docs/rl.md has the formulas.
 
-    loss: "reinforce", "ppo", "cispo" or "gspo". clip_low, clip_high: bounds 1 − clip_low and 1 + clip_high
-    of the probability ratio new policy ÷ old policy. dual_clip: PPO's upper bound on the ratio where the
-    advantage is negative; 0: no bound. tis: upper bound on the importance weight that corrects for
-    differences between sampler and trainer; 0: no importance weight. kl_coef: weight of
-    KL(policy ‖ reference).
+    loss: "reinforce", "ppo", "cispo" or "gspo".
+    clip_low, clip_high: the ratio of new to old probability is clipped at 1 − clip_low and 1 + clip_high.
+    dual_clip: PPO's upper bound on this ratio for negative advantages; 0: no bound.
+    tis: upper bound on the importance weight, trainer's ÷ sampler's probability; 0: no such weight.
+    kl_coef: weight of KL(policy ‖ reference).
     """
 
     loss: str = "reinforce"
@@ -34,10 +34,12 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class LogProbs:
-    """Log-probabilities [R, T] of the target tokens; None for those that the Policy does not need.
+    """Log-probabilities [R, T] of the target tokens; None where the Policy does not need them.
 
-    now: under the current weights. old: under the weights that sampled the answers, computed by the trainer.
-    sampler: as reported by the sampler. reference: under the reference model of the KL term.
+    now: under the current weights.
+    old: under the weights that sampled the answers, computed by the trainer.
+    sampler: as reported by the sampler.
+    reference: under the model before training, for the KL term.
     """
 
     now: np.ndarray | None = None
@@ -47,11 +49,14 @@ class LogProbs:
 
 
 def row_scales(kind: str, mask_RT: np.ndarray, mixed_R: np.ndarray, max_tokens: int) -> np.ndarray:
-    """Return the factors [R, 1] that normalize the loss weights of each row. kind: a value of --loss_norm.
+    """Return the factor on each row's loss weights that normalizes the loss, [R, 1].
 
-    "tokens": 1 ÷ sampled tokens in mixed groups (mixed_R: rewards differ). "all_tokens": 1 ÷ sampled
-    tokens in all rows. "rows": 1 ÷ (sampled tokens of the row · rows in mixed groups), so that all rows have
-    equal weight. "constant": 1 ÷ (rows · max_tokens). mask_RT: 1 where the target token was sampled.
+    kind: "tokens": 1 ÷ number of sampled tokens in mixed rows.
+        "all_tokens": 1 ÷ number of sampled tokens in all rows.
+        "rows": 1 ÷ (number of sampled tokens in the row · number of mixed rows with sampled tokens).
+        "constant": 1 ÷ (number of rows · max_tokens).
+    mask_RT: 1 where the target token was sampled.
+    mixed_R: whether the answers to the row's problem got different rewards; such a row is mixed.
     """
     counts_R1 = mask_RT.sum(axis=1, keepdims=True).astype(np.float64)
     mixed_counts = counts_R1[mixed_R]
@@ -67,11 +72,10 @@ def row_scales(kind: str, mask_RT: np.ndarray, mixed_R: np.ndarray, max_tokens: 
 def policy_weights(
     policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray, logprobs: LogProbs, scales_R1: np.ndarray
 ) -> np.ndarray:
-    """Compute the weight of each target token in the training loss, float64 [R, T].
+    """Return the weight of each target token in the training loss, float64 [R, T].
 
-    mask_RT: 1 where the model sampled the target token and the answers to the same problem differ in reward;
-    0 for prompts, padding and the tool's tokens. scales_R1: result of row_scales;
-    for GSPO, called with kind "rows".
+    mask_RT: 1 for sampled tokens of problems whose answers differ in reward, else 0.
+    scales_R1: result of row_scales; for GSPO, of the kind "rows".
     """
     a_R1, m_RT = np.asarray(advantages_R, np.float64)[:, None], np.asarray(mask_RT, np.float64)
     weights_RT = m_RT * a_R1 * _ratio(policy, a_R1, m_RT, logprobs)
@@ -84,7 +88,7 @@ def policy_weights(
 
 
 def clipped_share(policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray, logprobs: LogProbs) -> float:
-    """Fraction of the sampled tokens with a nonzero advantage whose loss weight is 0 due to clipping."""
+    """Return the fraction of the tokens with a nonzero advantage whose loss weight is 0 due to clipping."""
     a_R1, m_RT = np.asarray(advantages_R, np.float64)[:, None], np.asarray(mask_RT, np.float64)
     learnt_RT = (m_RT > 0) & (a_R1 != 0)
     clipped_RT = learnt_RT & (_ratio(policy, a_R1, m_RT, logprobs) == 0)
@@ -92,10 +96,9 @@ def clipped_share(policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray,
 
 
 def _ratio(policy: Policy, a_R1, m_RT, logprobs: LogProbs):
-    """Return the factors of the advantages: probability ratios new ÷ old policy [R, T], 0 where clipped.
+    """Return the probability ratio new ÷ old policy of each token, [R, T], or 0 where it is clipped.
 
-    "reinforce": the number 1. "cispo": the ratios are limited to 1 + clip_high, never 0. "gspo": one ratio
-    per row, [R, 1].
+    For "reinforce" return 1. For "cispo" limit ratios to 1 + clip_high instead. For "gspo" return [R, 1].
     """
     if policy.loss == "reinforce":
         return 1.0
