@@ -20,14 +20,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import Compute, ModelConfig
 from jaxchat.infer.sampling import Rows, sample
-from jaxchat.infer.scheduler import MAX_STOP_TOKENS
+from jaxchat.infer.scheduler import MAX_DECODE_STEPS, MAX_STOP_TOKENS
 from jaxchat.model import one_row
 from jaxchat.model.cache import KVCache
 from jaxchat.model.gpt import features_cached, features_prompt, logits
 from jaxchat.model.params import Params, layers_of
 from jaxchat.sharding import per_device
 
-MAX_DECODE_STEPS = 64  # decode steps in one call of `decode`; a step is one token of every running row
 FORCED = 64  # maximum tokens of a tool call's result
 PROMPT_CHUNK = 128  # positions of a prompt whose logits are computed at a time
 

@@ -22,7 +22,6 @@ from jaxchat.config import Compute, ModelConfig, UserError
 from jaxchat.infer.calculator import calculate
 from jaxchat.infer.decode import (
     FORCED,
-    MAX_DECODE_STEPS,
     DecodeInputs,
     DecodeOutputs,
     Program,
@@ -41,6 +40,7 @@ from jaxchat.infer.scheduler import (
     CANCELLED,
     COLDEST,
     LENGTH,
+    MAX_DECODE_STEPS,
     MAX_LOGPROBS,
     STOP,
     Event,

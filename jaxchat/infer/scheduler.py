@@ -13,6 +13,7 @@ from typing import NamedTuple
 from jaxchat.config import HOTTEST, UserError
 
 SHORTEST = 16  # tokens to which the shortest prompts are padded for prefill
+MAX_DECODE_STEPS = 64  # maximum tokens that a row decodes in one call of the device
 MAX_LOGPROBS = 20  # maximum number of alternatives reported with each token
 COLDEST = 1e-6  # lowest temperature to sample at; far lower, logits / temperature could overflow float32
 MAX_STOP_TOKENS = 6  # maximum stop tokens of a request, besides <|assistant_end|> and <|bos|>

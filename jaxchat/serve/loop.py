@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from jaxchat.infer.scheduler import CANCELLED, Generation, Request
+from jaxchat.infer.scheduler import CANCELLED, MAX_DECODE_STEPS, Generation, Request
 from jaxchat.serve.metrics import Metrics
 from jaxchat.serve.protocol import ApiError
 
@@ -23,7 +23,6 @@ from jaxchat.serve.protocol import ApiError
 # row, so the low-latency maximum grows in proportion to the rows that need it, above LOW_LATENCY_ROWS.
 LOW_LATENCY_SECONDS, STEP_SECONDS = 0.04, 0.25
 LOW_LATENCY_ROWS = 16
-MAX_DECODE_STEPS = 64  # largest number of tokens that a step decodes in each row
 
 clock = time.perf_counter
 
