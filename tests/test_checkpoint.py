@@ -16,7 +16,7 @@ from conftest import ROOT, model_on
 
 from jaxchat import checkpoint, seal, sharding, store
 from jaxchat.config import STAGES, ModelConfig, UserError
-from jaxchat.data.order import Deal, Order
+from jaxchat.data.order import Division, Order
 from jaxchat.data.streams import PackedRows
 from jaxchat.model import params as model_params
 from jaxchat.store import Checkpoints
@@ -29,8 +29,8 @@ MODEL = ModelConfig(sequence_len=8, vocab_size=16, n_layer=1, n_head=2, n_kv_hea
 
 def batches() -> grain.DatasetIterator:
     documents = [np.arange(n, dtype=np.int32) for n in (3, 9, 4, 7)]
-    deal = Deal(Order([4], 0), rows=2)
-    return iter(PackedRows(lambda rows: [(documents[i], None) for i in rows], deal, micro_batches=1, time=4))
+    division = Division(Order([4], 0), rows=2)
+    return iter(PackedRows(lambda rows: [(documents[i], None) for i in rows], division, micro_batches=1, time=4))
 
 
 def test_everything_comes_back_on_another_mesh(tmp_path, devices):

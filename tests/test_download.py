@@ -210,7 +210,7 @@ def test_a_full_disk(fetch, home, monkeypatch, slept):
         code, _, err = fetch(server, "fineweb-edu", "--shards=2")
         assert code == 2 and "needs 0.60 MB of disk space, and 0.00 MB are free there; free some, ask for fewer" in err
     with pytest.raises(OSError, match="No space left"):
-        hub.retried("x", lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        hub.retry("x", lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
     assert not slept
 
 
@@ -221,7 +221,7 @@ def test_a_file_where_the_folder_should_be(fetch, home, slept):
         code, _, err = fetch(server, "words", f"--to={home / 'taken'}")
     assert code == 2 and "taken" in err and "trying again" not in err
     with pytest.raises(FileExistsError):
-        hub.retried("x", (home / "taken").mkdir)
+        hub.retry("x", (home / "taken").mkdir)
     assert not slept
 
 

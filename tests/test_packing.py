@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jaxchat.config import UserError
 from jaxchat.data import pipelines
 from jaxchat.data.conversations import ConversationRows, best_fit, length_buckets
-from jaxchat.data.order import STREAMS, Deal, Order
+from jaxchat.data.order import STREAMS, Division, Order
 from jaxchat.data.packing import BUFFER, CroppedBestFit
 from jaxchat.data.streams import PackedRows
 
@@ -29,8 +29,8 @@ def reading(docs):
 
 
 def packed(docs, rows, time, *, micro_batches=1, blocks=None, **how):
-    deal = Deal(Order(blocks or [len(docs)], seed=1), rows)
-    return PackedRows(reading(docs), deal, micro_batches=micro_batches, time=time, **how)
+    division = Division(Order(blocks or [len(docs)], seed=1), rows)
+    return PackedRows(reading(docs), division, micro_batches=micro_batches, time=time, **how)
 
 
 def flat(batch):
@@ -82,11 +82,13 @@ def test_one_pass_supervises_every_token_once(lengths, rows, time, data):
     """Each stream's rows, one after the other, are its documents one after the other; the streams are all of them."""
     docs = documents(lengths)
     dataset = packed(docs, rows, time, once=True)
-    deal, batches = dataset.deal, one_pass(dataset)
-    assert sorted(deal.index(s, i) for s in range(deal.streams) for i in range(deal.size(s))) == list(range(len(docs)))
-    for s in range(deal.streams):
-        stream = np.concatenate([docs[deal.index(s, i)] for i in range(deal.size(s))])
-        mine = slice(s * deal.rows_each, (s + 1) * deal.rows_each)
+    division, batches = dataset.division, one_pass(dataset)
+    assert sorted(division.index(s, i) for s in range(division.streams) for i in range(division.size(s))) == list(
+        range(len(docs))
+    )
+    for s in range(division.streams):
+        stream = np.concatenate([docs[division.index(s, i)] for i in range(division.size(s))])
+        mine = slice(s * division.rows_per_stream, (s + 1) * division.rows_per_stream)
         inputs, targets, weights = (np.concatenate([flat(b)[k][mine].ravel() for b in batches]) for k in ARRAYS[:3])
         count = max(0, len(stream) - 1)
         assert inputs[:count].tolist() == stream[:count].tolist() and targets[:count].tolist() == stream[1:].tolist()
@@ -97,7 +99,7 @@ def test_one_pass_supervises_every_token_once(lengths, rows, time, data):
     taken = [total(batch, "taken") for batch in batches]
     assert taken[0] == 0 and taken == sorted(taken)
     assert sum(total(batch, "targets") for batch in batches) == sum(b["weights"].sum() for b in batches)
-    if deal.streams == 1:
+    if division.streams == 1:
         assert total(batches[-1], "empty_documents") <= lengths.count(0)
     assert_resumes(dataset, len(batches), data.draw(st.integers(0, len(batches) - 1)))
     after = iter(dataset)
@@ -113,11 +115,11 @@ def test_endless_packing_goes_on_into_the_next_epoch(lengths, rows, time, at):
     dataset = packed(docs, rows, time)
     batches = iter(dataset)
     seen = [flat(next(batches)) for _ in range(8)]
-    deal = dataset.deal
-    for s in range(deal.streams):
-        mine = slice(s * deal.rows_each, (s + 1) * deal.rows_each)
+    division = dataset.division
+    for s in range(division.streams):
+        mine = slice(s * division.rows_per_stream, (s + 1) * division.rows_per_stream)
         got = np.concatenate([b["targets"][mine].ravel() for b in seen])
-        stream = np.concatenate([docs[deal.index(s, i)] for i in range(len(got) + 2)])
+        stream = np.concatenate([docs[division.index(s, i)] for i in range(len(got) + 2)])
         assert got.tolist() == stream[1 : 1 + len(got)].tolist() and all(b["weights"].all() for b in seen)
     assert_resumes(dataset, 8, at)
 
@@ -128,19 +130,19 @@ def test_best_fit_against_a_plain_one(lengths, rows, time, at):
     """Row after row from a buffer in plain lists: the same tokens in the same rows, and the dropped are counted."""
     docs = documents([n + 1 for n in lengths])
     dataset = packed(docs, rows, time, packing="bos_bestfit")
-    deal, batches = dataset.deal, iter(dataset)
+    division, batches = dataset.division, iter(dataset)
     seen = [next(batches) for _ in range(6)]
 
     def cost(doc):
         return min(len(doc), time + 1)  # one that no row could hold takes a whole one
 
-    for s in range(deal.streams):
+    for s in range(division.streams):
         buffer, place, dropped, wanted = [], 0, 0, []
-        for _ in range(6 * deal.rows_each):
+        for _ in range(6 * division.rows_per_stream):
             row, segments = [], []
             while len(row) < time + 1:
                 while len(buffer) < BUFFER:
-                    buffer.append(docs[deal.index(s, place)].tolist())
+                    buffer.append(docs[division.index(s, place)].tolist())
                     place += 1
                 room = time + 1 - len(row)
                 fitting = [doc for doc in buffer if cost(doc) <= room]
@@ -150,7 +152,7 @@ def test_best_fit_against_a_plain_one(lengths, rows, time, at):
                 segments += [segments[-1] + 1 if segments else 1] * len(doc[:room])
                 row += doc[:room]
             wanted.append((row, segments))
-        mine = slice(s * deal.rows_each, (s + 1) * deal.rows_each)
+        mine = slice(s * division.rows_per_stream, (s + 1) * division.rows_per_stream)
         got = [np.concatenate([flat(b)[k][mine] for b in seen]).tolist() for k in ("inputs", "targets", "segments")]
         assert got[0] == [row[:-1] for row, _ in wanted] and got[1] == [row[1:] for row, _ in wanted]
         assert got[2] == [segments[:-1] for _, segments in wanted]
@@ -172,7 +174,7 @@ def test_nanochats_packing_against_a_plain_one(monkeypatch):
             row = []
             while len(row) < time + 1:
                 while len(buffer) < 20:
-                    buffer.append(docs[dataset.deal.index(s, place)].tolist())
+                    buffer.append(docs[dataset.division.index(s, place)].tolist())
                     place += 1
                 room = time + 1 - len(row)
                 fitting = [doc for doc in buffer if len(doc) <= room]
@@ -193,7 +195,7 @@ def test_best_fit_leaves_out_empty_documents_and_its_state_stays_small():
     batches = iter(dataset)
     for _ in range(20):
         batch = next(batches)
-    assert total(batch, "empty_documents") > 16 and dataset.deal.streams == STREAMS
+    assert total(batch, "empty_documents") > 16 and dataset.division.streams == STREAMS
     assert len(json.dumps(batches.get_state())) < 16 * 1024
 
 
@@ -205,7 +207,7 @@ def test_best_fit_lets_no_long_document_wait_for_ever():
     for _ in range(300):
         next(batches)
         for stream, (_, _, *waiting) in batches.get_state().items():
-            too_long = sum(len(docs[dataset.deal.index(int(stream), place)]) > 17 for place in waiting)
+            too_long = sum(len(docs[dataset.division.index(int(stream), place)]) > 17 for place in waiting)
             assert too_long < BUFFER / 2
 
 
@@ -333,12 +335,15 @@ def test_orders_and_deals_see_every_row_once_an_epoch(blocks, seed, rows):
     block_of = np.repeat(np.arange(len(blocks)), blocks)
     for epoch in epochs:  # a block is read to its end before the next
         assert 1 + np.count_nonzero(np.diff(block_of[epoch])) == len(blocks)
-    deal = Deal(order, rows)
-    assert rows == deal.streams * deal.rows_each and deal.streams <= min(STREAMS, n)
+    division = Division(order, rows)
+    assert rows == division.streams * division.rows_per_stream and division.streams <= min(STREAMS, n)
     for e in range(3):
-        spans = [[deal.index(s, e * deal.size(s) + i) for i in range(deal.size(s))] for s in range(deal.streams)]
+        spans = [
+            [division.index(s, e * division.size(s) + i) for i in range(division.size(s))]
+            for s in range(division.streams)
+        ]
         assert sum(spans, []) == epochs[e]
-    assert max(map(deal.size, range(deal.streams))) - min(map(deal.size, range(deal.streams))) <= 1
+    assert max(map(division.size, range(division.streams))) - min(map(division.size, range(division.streams))) <= 1
 
 
 def test_epochs_and_seeds_differ():

@@ -188,7 +188,9 @@ def test_threads_are_few(monkeypatch):
     """Counted from outside, and bounded by RLIMIT_NPROC, which root is exempt from."""
     bomb = next(program for program in RUNAWAYS if "stack_size" in program)
     assert sandbox.run(bomb).reason == "it had more than 64 threads"
-    code = "from jaxchat.eval import sandbox_child as c; import resource; c._running = lambda: 1000; c.limit(5); "
+    code = (
+        "from jaxchat.eval import sandbox_child as c; import resource; c._machine_threads = lambda: 1000; c.limit(5); "
+    )
     code += "print(resource.getrlimit(resource.RLIMIT_NPROC)[0])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 1000 + sandbox_child.PROCESSES

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from jaxchat.config import UserError
 from jaxchat.data import sources
-from jaxchat.data.order import Deal, Order
+from jaxchat.data.order import Division, Order
 from jaxchat.data.sources import ParquetText, file_fingerprint, find_shards, repeated
 from jaxchat.data.streams import PackedRows
 from jaxchat.data.tasks import load_task
@@ -181,13 +181,13 @@ def test_row_groups_are_read_once_whatever_the_pace(tmp_path):
         texts = ["a " * int(length) for length in random.lognormal(3, 1.5, 5000).clip(1, 5000)]
         write(tmp_path / f"{n}.parquet", texts, row_group_size=100)
     texts = ParquetText(sorted(tmp_path.glob("*")))
-    deal = Deal(Order(texts.block_sizes, 0), 256)
+    division = Division(Order(texts.block_sizes, 0), 256)
     read = lambda rows: [(np.ones(len(texts[i]) // 2, np.int32), None) for i in rows]  # noqa: E731
-    batches = iter(PackedRows(read, deal, micro_batches=1, time=64))
+    batches = iter(PackedRows(read, division, micro_batches=1, time=64))
     for _ in range(40):
         state = next(batches) and batches.get_state()
     rows_read = sum(place for place, _, _ in state.values())
-    assert rows_read > 10_000 and texts.groups_read <= rows_read / 100 + 3 * deal.streams
+    assert rows_read > 10_000 and texts.groups_read <= rows_read / 100 + 3 * division.streams
 
 
 def test_bytes_that_are_no_utf8_are_replaced(tmp_path):

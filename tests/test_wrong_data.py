@@ -11,7 +11,7 @@ import pytest
 from jaxchat.config import UserError
 from jaxchat.data import pipelines
 from jaxchat.data.encode import conversation_reader, text_reader
-from jaxchat.data.order import Deal, Order
+from jaxchat.data.order import Division, Order
 from jaxchat.data.sources import ParquetText
 from jaxchat.data.streams import PackedRows
 from jaxchat.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def test_a_document_of_10_megabytes(tmp_path, tokenizer):
         asked.extend(rows)
         return text_reader(texts, tokenizer)(rows)
 
-    batches = iter(PackedRows(read, Deal(Order([21], 0), 1), micro_batches=1, time=2048, once=True))
+    batches = iter(PackedRows(read, Division(Order([21], 0), 1), micro_batches=1, time=2048, once=True))
     ids, left = [], 1
     while left:
         batch = next(batches)

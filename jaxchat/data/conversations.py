@@ -1,8 +1,7 @@
-"""Batches of conversations for SFT: one conversation a row (padded), or several a row (packed).
+"""Batches of conversations for SFT, with one conversation per row (padded) or several (packed).
 
-The top of data/streams.py describes the arrays of a batch. Every process tokenizes all conversations of a
-step, since they are few, and keeps the rows that its devices compute; so all processes agree on the arrays'
-shapes.
+Every process tokenizes all conversations of a step and keeps the rows of its own devices, so all processes
+agree on the shapes of the arrays.
 """
 
 from itertools import islice
@@ -16,20 +15,20 @@ from jaxchat.data.streams import as_batch
 
 
 def length_buckets(max_len: int) -> list[int]:
-    """Return the row lengths that batches are padded to, up to max_len: 64, 96, 128, 192, 256, … max_len."""
+    """Return the row lengths that batches may be padded to: 64, 96, 128, 192, 256, … and finally max_len."""
     return [n for i in range(30) for n in (64 << i, 96 << i) if n < max_len] + [max_len]
 
 
-def best_fit(lengths: list[int], room: int) -> list[tuple[int, int]]:
-    """Pack texts of the given lengths into rows of `room` tokens; return the (row, offset) of each text.
+def best_fit(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
+    """Pack texts into rows of `capacity` tokens; return the (row, offset) of each text.
 
-    Best-fit decreasing: place the longest texts first, each in the fullest row with room for it, or in a
-    new row.
+    lengths: tokens of each text. Longer texts are placed first. A text goes into the fullest row that has
+    room for it, or else into a new row.
     """
     filled: list[int] = []  # tokens in each row
     places = [(0, 0)] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [row for row, used in enumerate(filled) if used + lengths[i] <= room]
+        fitting = [row for row, used in enumerate(filled) if used + lengths[i] <= capacity]
         if not fitting:
             filled.append(0)
             fitting = [len(filled) - 1]
@@ -42,12 +41,12 @@ def best_fit(lengths: list[int], room: int) -> list[tuple[int, int]]:
 class ConversationRows(grain.IterDataset):
     """Iterate over batches of an order's first `num_examples` conversations, `examples` per step.
 
-    packed=False: a row holds one conversation. All rows of a step have the smallest length of length_buckets
-    that fits the step's longest conversation, and rows of weight 0 fill up the last step. packed=True:
-    best-fit packing puts several conversations into a row of T tokens (T: `time`), and rows of weight 0 fill
-    up the step's last micro-batch. A conversation longer than T+1 tokens is cut. read: yields (token ids,
-    mask) of conversations; tokens of mask 1 are supervised. micro_rows: rows of a micro-batch, over all
-    processes. share: (first, end) of this process's rows in a micro-batch; None: all rows.
+    read: maps row numbers to the (token ids, mask) of conversations; the mask is 1 for supervised tokens.
+    micro_rows: rows of a micro-batch, over all processes. Rows of weight 0 fill up incomplete micro-batches.
+    time: T, the row length. Conversations are cut to T+1 tokens, which give T inputs and T targets.
+    packed: put several conversations into each row of T tokens. Otherwise, each conversation has its own row,
+    and all rows of a step are padded to the smallest possible length of length_buckets(T).
+    share: (first, end) of this process's rows in a micro-batch; None: all rows.
     """
 
     def __init__(
@@ -108,10 +107,7 @@ class _ConversationRowsIterator(grain.DatasetIterator):
         return as_batch(rows, totals, mine, micro_batches)
 
     def _arrange(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Return a step's {inputs, targets, weights[, segments]}, each [rows of all processes, T].
-
-        pairs: (token ids, mask) of each conversation. segments: number of the conversation at each position.
-        """
+        """Arrange a step's (token ids, mask) pairs in arrays [rows of all processes, T]."""
         p, lengths = self._rows, [len(ids) for ids, _ in pairs]
         time = p.time if p.packed else next(n for n in length_buckets(p.time) if n >= max(lengths) - 1)
         places = best_fit(lengths, time + 1) if p.packed else [(row, 0) for row in range(len(pairs))]

@@ -23,16 +23,15 @@ CHUNKS_AHEAD = 8  # chunks submitted ahead of the consumer, per thread
 
 @cache
 def _threads() -> tuple[ThreadPoolExecutor, int]:
-    """Return (the thread pool for tokenizing, its size): at most 8 threads, but 1 in a worker process."""
+    """Return the thread pool for tokenizing and its number of threads, which is 1 in a worker process."""
     count = 1 if multiprocessing.parent_process() else min(8, os.cpu_count() or 1)
     return ThreadPoolExecutor(count, "tokenize"), count
 
 
 def _in_threads(work: Callable[[list], list], items: Iterable, size: Callable, full: int) -> Iterator:
-    """Apply `work` to chunks of `items` in threads; yield the elements of its results in order.
+    """Yield the elements of work(chunk) for successive chunks of `items`, computed ahead in threads.
 
-    A chunk ends when the size(item) of its items add up to `full` or more. work: maps a chunk to a list. Up
-    to CHUNKS_AHEAD chunks per thread are computed ahead of the consumer.
+    A chunk ends when the sizes of its items, given by size(item), add up to `full` or more.
     """
     threads, count = _threads()
 
@@ -69,16 +68,16 @@ def _text_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[np.ndarra
 
 
 def text_reader(texts: ParquetText, tokenizer: Tokenizer) -> Reader:
-    """Return a function that maps row numbers of `texts` to an iterator of int32 (token ids, mask).
+    """Return a function that takes row numbers of `texts` and yields the int32 (token ids, mask) of each row.
 
-    A text's ids begin with bos, and its mask is 1 everywhere; an empty text gives empty arrays.
+    The token ids begin with bos, and the mask is 1 everywhere. An empty text gives empty arrays.
     """
     work = partial(_text_tokens, tokenizer)
     return lambda rows: _in_threads(work, (texts[row] for row in rows), len, CHUNK_CHARS)
 
 
 def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (token ids, mask) of the rows `numbers` of `tasks`; conversations are encoded in one call."""
+    """Return the (token ids, mask) of the rows `numbers` of `tasks`, which are conversations or documents."""
     results: list = [None] * len(numbers)
     conversations: dict[int, list[Piece]] = {}  # by position in the chunk
     for place, number in enumerate(numbers):
@@ -96,7 +95,7 @@ def _row_tokens(tasks, tokenizer: Tokenizer, numbers: list[int]) -> list[tuple[n
 
 
 def conversation_reader(tasks, tokenizer: Tokenizer) -> Reader:
-    """Return a function that maps row numbers of `tasks` to an iterator of int32 (token ids, mask).
+    """Return a function that takes row numbers of `tasks` and yields the int32 (token ids, mask) of each row.
 
     The mask is 1 for tokens of the assistant, and for all tokens of a plain document.
     """

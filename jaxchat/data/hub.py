@@ -1,4 +1,4 @@
-"""Download data sets from the Hugging Face hub, and files by URL, atomically, verified, with retries."""
+"""Download data sets from the Hugging Face hub, and single files by URL, with verification and retries."""
 
 import dataclasses
 import errno
@@ -28,7 +28,7 @@ SHOW = 5  # seconds between progress lines
 
 @dataclasses.dataclass(frozen=True)
 class Repo:
-    """A data set on the hub. Files with paths that match any of `patterns` are saved in `folder`/<path>."""
+    """A data set on the hub. Files whose paths match one of `patterns` are saved under `folder`."""
 
     repo: str
     patterns: tuple[str, ...]
@@ -40,9 +40,9 @@ class Repo:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A file at a URL, saved at `path`; or, if `needs` is not empty, a zip unpacked into the folder `path`.
+    """A file to download from `url` to `path`.
 
-    needs: names of files that the zip must hold.
+    needs: if not empty, the file is a zip that holds these names and is unpacked into the folder `path`.
     """
 
     url: str
@@ -54,7 +54,7 @@ class Link:
 class Listing:
     """The files to download from one commit of a data set.
 
-    files: {path: (size in bytes, kind of hash: "sha256" or "git", hash)}.
+    files: {path: (size in bytes, kind of hash, hash)}. The kind is "sha256" or "git".
     """
 
     repo: str
@@ -63,21 +63,21 @@ class Listing:
     files: dict[str, tuple[int, str, str]]
 
     def missing(self) -> list[str]:
-        """Names of the files that are missing or have the wrong size."""
+        """Return the names of the files that are missing or have the wrong size."""
         return [name for name, (size, *_) in self.files.items() if size_of(self.folder / name) != size]
 
 
 def size_of(path: Path) -> int:
-    """Size of a file in bytes, or -1 if the file does not exist."""
+    """Return the size of a file in bytes, or -1 if the file does not exist."""
     return path.stat().st_size if path.is_file() else -1
 
 
-def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 0):
-    """Return attempt(), called again after a network error or damaged download, with exponential backoff.
+def retry(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 0):
+    """Return attempt(), repeated with increasing pauses while the network fails or a download is damaged.
 
-    what: name of the download, for messages. progress: returns a number, such as the number of complete
-    files; when this number has grown, the backoff starts over. UserError: the server refuses the download, or
-    the last attempt failed.
+    what: name of the download, for messages.
+    progress: returns a number that measures progress. When it grows, the pauses start over.
+    Raises UserError if the server refuses the download or the last attempt fails.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, XetDownloadError
@@ -112,9 +112,9 @@ def retried(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 
 def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
     """Return the Listing of a data set's files to download into `folder`.
 
-    revision: branch, tag or commit; "": the commit recorded in the folder, else repo.commit, else the newest.
-    shards: number of files, if repo.shards is true. UserError: the folder holds other files that match the
-    patterns and would be read with the data set.
+    revision: branch, tag or commit; "": the commit recorded in `folder`, else repo.commit, else the newest.
+    shards: number of files to download, if repo.shards is true.
+    Raises UserError if the folder has other files that would be read as part of the data set.
     """
     from huggingface_hub import HfApi
 
@@ -126,9 +126,9 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
     api, where = HfApi(), {"repo_id": repo.repo, "repo_type": "dataset"}
     commit = "" if revision else (*recorded[2:], repo.commit)[0]
     # Requested even if the commit is known: unlike the next call, it fails at once when no server answers.
-    info = retried(repo.repo, lambda: api.repo_info(**where, revision=commit or revision or None))
+    info = retry(repo.repo, lambda: api.repo_info(**where, revision=commit or revision or None))
     commit = commit or info.sha
-    tree = retried(repo.repo, lambda: list(api.list_repo_tree(**where, recursive=True, revision=commit)))
+    tree = retry(repo.repo, lambda: list(api.list_repo_tree(**where, recursive=True, revision=commit)))
     stated = {
         file.path: (file.size, "sha256", file.lfs.sha256) if file.lfs else (file.size, "git", file.blob_id)
         for file in sorted((file for file in tree if hasattr(file, "size")), key=lambda file: file.path)
@@ -162,15 +162,12 @@ def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
 
 
 def no_flock(*_):
-    """Stand in for fcntl.flock by raising ENOSYS, so that huggingface_hub falls back to lock files."""
+    """Stand-in for fcntl.flock that raises ENOSYS, so that huggingface_hub uses lock files instead."""
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
 def fetch(listing: Listing, parallel: int):
-    """Download a listing's missing files, `parallel` at a time, and verify them.
-
-    A file that was changed after its download is detected by its hash and downloaded again.
-    """
+    """Download a listing's missing files, `parallel` at a time, and verify their sizes and hashes."""
     from huggingface_hub import snapshot_download
 
     from jaxchat.data.sources import SOURCE
@@ -205,11 +202,11 @@ def fetch(listing: Listing, parallel: int):
         if lacking := listing.missing():
             raise OSError(f"{len(lacking)} files are missing or differ from the hub's ({lacking[0]})")
 
-    retried(listing.repo, attempt, lambda: -len(listing.missing()))
+    retry(listing.repo, attempt, lambda: -len(listing.missing()))
 
 
 def is_complete(link: Link, path: Path) -> bool:
-    """Return whether `path` holds a link's download. UserError: its zip was unpacked only in part."""
+    """Return whether `path` holds a link's download; raise UserError if an unpacked zip is incomplete."""
     lacking = [name for name in link.needs if not (path / name).exists()]
     if lacking and path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is incomplete: it has no {lacking[0]}; delete it, and run this again")
@@ -217,7 +214,7 @@ def is_complete(link: Link, path: Path) -> bool:
 
 
 def fetch_link(link: Link, path: Path):
-    """Download a link's file to `path`; if link.needs is given, unpack it, a zip, into the folder `path`."""
+    """Download the file of a link to `path`. If link.needs is not empty, unpack it into the folder `path`."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import hf_raise_for_status
 
@@ -240,15 +237,12 @@ def fetch_link(link: Link, path: Path):
                 if lacking := [name for name in link.needs if not (part / name).exists()]:
                     raise OSError(f"{link.url} is not the expected archive: it has no {lacking[0]}")
 
-    retried(path.name, attempt)
+    retry(path.name, attempt)
     print(f"{path} downloaded", flush=True)
 
 
 def show_progress(work: Callable[[], None], listings: list[Listing], links: Iterable[Path]):
-    """Run `work`, a download, in a thread; every few seconds print the bytes on disk, the rate and the ETA.
-
-    listings, links: what `work` downloads: data sets, and paths of single files.
-    """
+    """Run `work`, which downloads `listings` and `links`, and print its progress every few seconds."""
 
     def on_disk() -> int:
         partial = [path for listing in listings for path in (listing.folder / ".cache").rglob("*.incomplete")]

@@ -1,4 +1,4 @@
-"""Endless seeded orders over a data source, and their division into streams that fill the rows of a batch."""
+"""Shuffle a data source in an endless, seeded order, and divide it into streams that fill a step's rows."""
 
 from functools import lru_cache
 
@@ -9,11 +9,10 @@ KEPT = 64  # shuffled blocks to cache, of a few thousand rows each (4 if the sou
 
 
 class Order:
-    """An endless order over the `num_rows` rows of a source, reshuffled every epoch.
+    """An endless order of the rows of a data source, reshuffled every epoch.
 
-    index(i): number of the row at position i. block_sizes: number of rows in each block of the source, such
-    as a row group. Blocks are shuffled, and the rows within each block, so that reads stay local; a single
-    block is shuffled completely. Memory does not grow with the data, unless the data is a single block.
+    block_sizes: number of rows in each block of the source, such as a row group. The blocks are shuffled, and
+    so are the rows within each block, so that reads stay local.
     """
 
     def __init__(self, block_sizes: list[int], seed: int):
@@ -31,7 +30,7 @@ class Order:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, *which])))
 
     def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return arrays [blocks]: block numbers in an epoch's order, and the position where each ends."""
+        """Return the block numbers in an epoch's order, and the position where each of these blocks ends."""
         blocks = self._random(epoch).permutation(len(self._sizes))
         return blocks, np.cumsum(self._sizes[blocks])
 
@@ -39,6 +38,7 @@ class Order:
         return self._random(epoch, block).permutation(int(self._sizes[block])).astype(np.uint32)
 
     def index(self, i: int) -> int:
+        """Return the number of the source's row at position `i` of the order."""
         epoch, place = divmod(i, self.num_rows)
         blocks, ends = self._blocks(epoch)
         at = int(np.searchsorted(ends, place, side="right"))
@@ -47,33 +47,31 @@ class Order:
         return int(self._starts[block]) + int(rows[place - int(ends[at]) + len(rows)])
 
 
-class Deal:
-    """Assign the documents of an order to the rows of a step, whatever the number of devices and processes.
+class Division:
+    """Divide an order into streams, each of which fills `rows_per_stream` consecutive rows of every step.
 
-    rows: number of rows in a step. Each epoch's order is cut into `streams` spans of equal length, and stream
-    s reads the s-th span of every epoch. So a stream stays within a few row groups, however fast the other
-    streams advance, and every document is read once an epoch. A stream fills `rows_each` consecutive rows of
-    the step.
+    rows: number of rows in a step. Every epoch is cut into `streams` equal parts, and stream s reads the s-th
+    part of each epoch. The division does not depend on the number of devices or processes.
     """
 
     def __init__(self, order: Order, rows: int):
         self.order = order
         most = min(STREAMS, order.num_rows)
         self.streams = max(n for n in range(1, most + 1) if rows % n == 0)
-        self.rows_each = rows // self.streams
+        self.rows_per_stream = rows // self.streams
 
     def first(self, stream: int) -> int:
         return stream * self.order.num_rows // self.streams
 
     def size(self, stream: int) -> int:
-        """Number of documents that a stream reads in an epoch."""
+        """Return the number of documents that a stream reads in an epoch."""
         return self.first(stream + 1) - self.first(stream)
 
-    def index(self, stream: int, place: int) -> int:
-        """Number of the source's row at position `place` of a stream; positions count on over all epochs."""
-        epoch, place = divmod(place, self.size(stream))
+    def index(self, stream: int, position: int) -> int:
+        """Return the number of the source's row at `position` of a stream, counted over all epochs."""
+        epoch, place = divmod(position, self.size(stream))
         return self.order.index(epoch * self.order.num_rows + self.first(stream) + place)
 
-    def of_rows(self, first: int, end: int) -> range:
-        """Numbers of the streams that fill the rows `first` to `end` − 1 of a step."""
-        return range(first // self.rows_each, (end - 1) // self.rows_each + 1)
+    def streams_of_rows(self, first: int, end: int) -> range:
+        """Return the numbers of the streams that fill the rows `first` to `end` − 1 of a step."""
+        return range(first // self.rows_per_stream, (end - 1) // self.rows_per_stream + 1)

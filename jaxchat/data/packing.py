@@ -1,7 +1,7 @@
-"""Three ways to pack a stream of documents into rows of T+1 tokens, which give T inputs and T targets.
+"""Three ways to pack a stream of documents into rows of T+1 tokens, which give T inputs and T targets each.
 
-A packer requests documents by their positions in the stream (`draw`), receives them (`give`), and returns a
-step's rows (`rows`). Between steps its state is a few integers.
+A packer asks for documents by their positions in the stream (`wanted`), receives them (`add`), and returns
+the rows of a step (`rows`). Between steps, its state is a list of integers.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ BUFFER = 64  # documents that best-fit packing chooses from
 
 
 class Concatenated:
-    """Concatenate documents and cut them into windows of T+1 tokens that overlap by one; no token is dropped.
+    """Concatenate documents and cut them into windows of T+1 tokens that overlap by one token.
 
-    size: documents in an epoch of the stream. time: T. rows: windows per step. once: stop after one epoch;
-    later rows have weight 0. state: the result of state() from which to resume; None: start.
+    size: documents in an epoch of the stream. time: T. rows: windows per step.
+    once: end the stream after one epoch; all later targets have weight 0.
+    state: a result of state() from which to resume, or None to start at the beginning.
     """
 
     def __init__(self, size: int, *, time: int, rows: int, once: bool, state: Sequence[int] | None):
@@ -30,20 +31,20 @@ class Concatenated:
     def state(self) -> list[int]:
         return [self._first, self._offset, self._empty]
 
-    def draw(self) -> range:
-        """Stream positions of the documents to read next; none if a step is ready or the stream ended."""
+    def wanted(self) -> range:
+        """Return the stream positions of the documents to add next, if any are needed for the next step."""
         place = self._first + len(self._queue)
         # One token more than the windows need, to know whether another step will have a target.
         if self._unread >= self._rows * self._time + 2:
             return range(0)
         return range(place, min(place + DRAW, self._size) if self._once else place + DRAW)
 
-    def give(self, documents: list[np.ndarray]):
+    def add(self, documents: list[np.ndarray]):
         self._queue += documents
         self._unread += sum(map(len, documents))
 
     def rows(self) -> dict[str, np.ndarray]:
-        """Return the windows of the next step: {tokens int32 [rows, T+1], weights float32 [rows, T]}."""
+        """Return the next step as {"tokens": int32 [rows, T+1], "weights": float32 [rows, T]}."""
         wanted, self._taken = self._rows * self._time, self._first
         unread = np.concatenate([np.zeros(0, np.int32), *self._queue])[self._offset :][: wanted + 1]
         stream = np.zeros(wanted + 1, np.int32)
@@ -62,19 +63,19 @@ class Concatenated:
         return {"tokens": windows, "weights": weights}
 
     def totals(self) -> dict[str, int]:
-        """Return {name: count} of the step that rows() returned last.
+        """Return {name: count} for the step that rows() returned last.
 
-        targets: supervised tokens. taken: documents used up before the step. left: 1 if the next step has
-        targets, else 0. empty_documents: empty documents skipped so far.
+        targets: supervised tokens. taken: documents used up before the step.
+        left: 1 if the next step has targets, else 0. empty_documents: empty documents skipped so far.
         """
         counts = {"targets": self._targets, "taken": self._taken, "left": int(self._unread >= 2)}
         return counts | {"empty_documents": self._empty}
 
 
 class BestFit:
-    """Start every row with a new document, and keep adding the longest of BUFFER documents that still fits.
+    """Pack rows by repeatedly adding the longest buffered document that fits in the current row.
 
-    When no document fits, the shortest is cut to fill the row, and the rest of its tokens are dropped.
+    When none fits, the beginning of the shortest one fills the row, and the rest of that document is dropped.
     """
 
     buffer = BUFFER
@@ -100,8 +101,8 @@ class BestFit:
     def state(self) -> list[int]:
         return [self._next, self._empty, *self._waiting, *(place for place, _ in self._buffer)]
 
-    def draw(self) -> Sequence[int]:
-        """Stream positions of the documents to read next; none if all rows of the step are filled."""
+    def wanted(self) -> Sequence[int]:
+        """Return the stream positions of the documents to add next, if any are needed for the next step."""
         if self._waiting:
             return self._waiting
         while self._row < self._rows:
@@ -115,14 +116,14 @@ class BestFit:
             self._place_one()
         return range(0)
 
-    def give(self, documents: list[np.ndarray]):
+    def add(self, documents: list[np.ndarray]):
         if self._waiting:
             self._buffer, self._waiting = list(zip(self._waiting, documents, strict=True)), []
         else:
             self._queue += documents
 
     def _place_one(self):
-        """Move one document from the full buffer into the row that is being filled; cut it if none fits."""
+        """Move the longest document that fits, or a part of the shortest, from the buffer to the row."""
         room = self._time + 1 - self._filled
         lengths = np.array([len(ids) for _, ids in self._buffer])
         if self.long_first:  # so that long documents, chosen at the start of a row, never starve
@@ -140,10 +141,9 @@ class BestFit:
             self._row, self._filled, self._segment = self._row + 1, 0, 0
 
     def rows(self) -> dict[str, np.ndarray]:
-        """Return the rows of a step: {tokens int32 [rows, T+1], weights [rows, T][, segments [rows, T]]}.
+        """Return the next step as {"tokens": int32 [rows, T+1], "weights": float32 [rows, T]}.
 
-        segments, if documents in a row must not attend to each other: number of each token's document in its
-        row.
+        If documents must not attend to each other, "segments" [rows, T] numbers each token's document.
         """
         weights = np.ones((self._rows, self._time), np.float32)
         rows = {"tokens": self._tokens, "weights": weights}
@@ -153,20 +153,19 @@ class BestFit:
         return rows
 
     def totals(self) -> dict[str, int]:
-        """Return {name: count} of the step that rows() returned last.
+        """Return {name: count} for the step that rows() returned last.
 
-        targets: supervised tokens. taken: documents read so far. left: 1, since the data is endless.
-        empty_documents: empty documents skipped so far. cut_tokens: tokens dropped in the step.
+        targets: supervised tokens. cut_tokens: tokens dropped in the step. left: always 1.
+        taken, empty_documents: documents read, and empty documents skipped, so far.
         """
         counts = {"targets": self._rows * self._time, "taken": self._next, "left": 1}
         return counts | {"empty_documents": self._empty, "cut_tokens": self._last_cut}
 
 
 class CroppedBestFit(BestFit):
-    """Best-fit packing like nanochat's, from 1,000 documents; documents in a row attend to each other.
+    """Pack rows by best fit as nanochat does, from a buffer of 1,000 documents.
 
-    A document longer than a row never fits: it stays in the buffer until no document fits and it is the
-    shortest, and is then cut.
+    Documents in a row attend to each other. A document longer than a row is used only when no other one fits.
     """
 
     buffer = 1000

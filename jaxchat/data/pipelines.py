@@ -1,4 +1,4 @@
-"""Training batches of the base, mid and SFT stages, and the fixed batches that they are validated on."""
+"""Training batches and fixed validation batches of the base, mid and SFT stages."""
 
 import math
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ import numpy as np
 from jaxchat.config import UserError, rounded_up
 from jaxchat.data.conversations import ConversationRows
 from jaxchat.data.encode import Reader, conversation_reader, text_reader
-from jaxchat.data.order import Deal, Order
+from jaxchat.data.order import Division, Order
 from jaxchat.data.packing import PACKINGS
 from jaxchat.data.sources import ParquetText
 from jaxchat.data.streams import PackedRows
@@ -22,9 +22,9 @@ PREFETCH = 2  # batches prepared in a thread while the device computes
 def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = False) -> tuple[int, int]:
     """Return (rows per device in a micro-batch, number of micro-batches) for a step of `rows` rows.
 
-    asked: --device_batch_size; -1: the largest number, at most `most`, that divides the rows per device.
-    fills: if `devices` does not divide `rows`, allow for empty rows that fill up the step. UserError: no such
-    split exists.
+    asked: --device_batch_size; -1: the largest divisor of the rows per device that is at most `most`.
+    fills: allow empty rows to fill up the step if `devices` does not divide `rows`.
+    Raises UserError if there is no such split.
     """
     able = [] if rows % devices else divisors(rows // devices)
     if asked > 0 and asked not in able and able:
@@ -47,7 +47,7 @@ def divisors(number: int) -> list[int]:
 
 
 def rows_of_step(total_batch_size: int, row_length: int) -> int:
-    """Number of rows in an optimizer step. UserError: total_batch_size is not a multiple of row_length."""
+    """Return total_batch_size / row_length, the rows of an optimizer step; raise UserError on a remainder."""
     rows, rest = divmod(total_batch_size, row_length)
     if rest or not rows:
         instead = f"give {rows * row_length}" if rows else f"give at least {row_length}"
@@ -69,24 +69,24 @@ def base_batches(texts: ParquetText, tokenizer: Tokenizer, *, rows: int, seed: i
     """
     if packing not in PACKINGS:
         raise UserError(f"--packing={packing}; it is {' or '.join(PACKINGS)}")
-    deal = Deal(Order(texts.block_sizes, seed), rows)
-    return prefetched(PackedRows(text_reader(texts, tokenizer), deal, packing=packing, **how))
+    division = Division(Order(texts.block_sizes, seed), rows)
+    return prefetched(PackedRows(text_reader(texts, tokenizer), division, packing=packing, **how))
 
 
 def mid_batches(tasks, tokenizer: Tokenizer, *, rows: int, seed: int, endless: bool, **how):
     """Return an iterator over batches of packed, shuffled conversations of all tasks.
 
-    rows: number of rows in a step. endless: repeat the data; False: after one epoch, rows have weight 0. how:
-    further arguments of PackedRows.
+    endless: repeat the data for ever. Otherwise, all targets after one epoch have weight 0.
+    rows: number of rows in a step. how: further arguments of PackedRows.
     """
-    deal = Deal(Order([len(tasks)], seed), rows)
-    return prefetched(PackedRows(conversation_reader(tasks, tokenizer), deal, once=not endless, **how))
+    division = Division(Order([len(tasks)], seed), rows)
+    return prefetched(PackedRows(conversation_reader(tasks, tokenizer), division, once=not endless, **how))
 
 
 def sft_batches(tasks, tokenizer: Tokenizer, *, seed: int, packing="padded", **how):
     """Return an iterator over batches of shuffled conversations of all tasks.
 
-    packing: "padded" or "bestfit". how: further arguments of ConversationRows.
+    packing: "padded" (one conversation per row) or "bestfit" (several). how: arguments of ConversationRows.
     """
     if packing not in ("padded", "bestfit"):
         raise UserError(f"--packing={packing}; it is padded or bestfit")
@@ -95,10 +95,9 @@ def sft_batches(tasks, tokenizer: Tokenizer, *, seed: int, packing="padded", **h
 
 
 def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
-    """Open the mixture of tasks that `spec`, the value of --<flag>, lists.
+    """Open the tasks listed in `spec`, the value of the flag --<flag>.
 
-    documents: whether plain documents are allowed. UserError: the mixture is empty, or holds plain documents
-    that are not allowed.
+    Raises UserError if they have no rows, or if they hold plain documents and `documents` is false.
     """
     tasks = load_mixture(spec, tasks_dir or None)
     if len(tasks) == 0:
@@ -113,9 +112,9 @@ def packed_validation(
 ) -> list[dict]:
     """Return validation batches {inputs, targets, weights} [rows, time] of concatenated documents.
 
-    read: a function from row numbers to documents. documents: the row numbers. At most max_tokens targets are
-    supervised in all. They do not depend on `rows`, because the last batch is padded with weight 0. Each
-    batch holds the rows of all processes.
+    read: maps row numbers to documents. documents: the row numbers to read.
+    rows: rows per batch, over all processes. The last batch is filled up with targets of weight 0.
+    max_tokens: maximum number of supervised targets in all batches together.
     """
 
     wanted, parts, count = max_tokens + 1, [], 0
@@ -141,7 +140,7 @@ def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: in
     """Return validation batches of an order's first num_examples conversations, one conversation per row.
 
     Each batch is {inputs, targets, weights} [rows, T], where T is the smallest of length_buckets(time) that
-    fits its longest conversation. UserError: no token of these conversations is supervised.
+    fits its longest conversation. Raises UserError if no token of these conversations is supervised.
     """
     how = {"examples": rows, "micro_rows": rows, "time": time, "num_examples": num_examples}
     batches = ConversationRows(read, order, **how)
@@ -152,9 +151,9 @@ def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: in
 
 
 def check_supervised(tasks, tokenizer: Tokenizer, *, time, seed, num_examples: int):
-    """Raise UserError if sft_batches' first num_examples conversations have no supervised token.
+    """Raise UserError if the first num_examples conversations of SFT have no supervised token.
 
-    time: number of tokens after which conversations are cut.
+    time: maximum number of targets per conversation, which is cut after them. seed: seed of the shuffle.
     """
     count, order = min(num_examples, len(tasks)), Order([len(tasks)], seed)
     rows = conversation_reader(tasks, tokenizer)(map(order.index, range(count)))

@@ -1,4 +1,4 @@
-"""Text documents in parquet shards, with random access, and fingerprints of files."""
+"""Read text documents from parquet shards in any order, and compute fingerprints of files."""
 
 import contextlib
 import hashlib
@@ -27,9 +27,9 @@ SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # the fingerprint of a larger file covers s
 
 
 def parquet_files(folder: Path, start: str = "", *, in_folders: bool = False) -> list[Path]:
-    """Sorted .parquet and .PARQUET files in a folder whose names begin with `start`.
+    """Return, sorted, the parquet files in a folder whose names begin with `start`, except hidden files.
 
-    Hidden files, such as macOS's `._x.parquet`, are ignored. in_folders: include files in subfolders.
+    in_folders: include files in subfolders.
     """
     paths = folder.glob("**/*" if in_folders else "*")
     found = (path for path in paths if path.suffix.lower() == ".parquet" and path.name.startswith(start))
@@ -39,9 +39,9 @@ def parquet_files(folder: Path, start: str = "", *, in_folders: bool = False) ->
 
 
 def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False) -> list[Path]:
-    """Sorted parquet shards of a data folder: all but the last for split "train", the last for "val".
+    """Return the sorted parquet shards of a split: the last shard for "val", all others for "train".
 
-    whole: raise UserError if launch.download has not yet fetched all shards that were requested.
+    whole: raise UserError if launch.download has not yet fetched all requested shards.
     """
     folder = user_path(data_dir or base_dir() / "base_data")
     shards = parquet_files(folder)
@@ -66,7 +66,7 @@ def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False)
 
 
 def repeated(train: dict[str, str], held_out: dict[str, str]) -> str:
-    """Return a warning if two shards have equal fingerprints, so equal content; else "".
+    """Return a warning if two shards have the same fingerprint, and so the same content; otherwise "".
 
     train, held_out: {name: fingerprint} of the training and the validation shards.
     """
@@ -79,11 +79,7 @@ def repeated(train: dict[str, str], held_out: dict[str, str]) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Hash a file's size and content to 16 hex digits; above 16 MiB, only 16 samples of the content.
-
-    The last sample is the end of the file, where parquet keeps the offset and size of every column chunk and,
-    usually, its minimum and maximum.
-    """
+    """Hash a file's size and content to 16 hex digits. Above 16 MiB, only 16 samples are hashed."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -97,7 +93,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
-    """Open a parquet file. UserError: the file is damaged, or lacks or repeats one of `columns`."""
+    """Open a parquet file; raise UserError if it is damaged, or if it lacks or repeats one of `columns`."""
     check_utf8("file", str(path))
     if path.is_dir():
         raise UserError(f"{path} is a folder; move the .parquet files in it to {path.parent}, and delete it")
@@ -119,21 +115,21 @@ def open_parquet(path: Path, columns: list[str]) -> pq.ParquetFile:
 
 
 def is_pointer(path: Path) -> bool:
-    """Return whether a file is a Git LFS pointer, left by a clone without Git LFS."""
+    """Return whether a file is a Git LFS pointer instead of the content that it stands for."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         return file.read(40).startswith(b"version https://git-lfs")
     return False
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return whether an Arrow type is text in any layout, or bytes, which are decoded as UTF-8."""
+    """Return whether an Arrow type holds strings or bytes, in any layout."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
     return any(getattr(pa.types, f"is_{name}")(kind) for name in tests)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Return (size in bytes, modification time in ns) of a file, to detect changes; (0, 0) if missing."""
+    """Return (size in bytes, modification time in ns) of a file, or (0, 0) if it cannot be accessed."""
     try:
         stat = path.stat()
         return stat.st_size, stat.st_mtime_ns
@@ -153,10 +149,10 @@ def _inspect_shard(path: Path) -> tuple[list[int], str, tuple[int, int]]:
 
 
 class ParquetText:
-    """The `text` column of parquet shards as a sequence of strings; null reads as "".
+    """A sequence of the strings in the `text` column of parquet shards. A null is read as "".
 
-    Bytes that are not UTF-8 read as the replacement character U+FFFD. At most 1 GiB of decoded text is kept
-    in memory, whatever the size of the row groups. fingerprint: {file name: fingerprint of its content}.
+    Bytes that are not UTF-8 are read as U+FFFD. At most 1 GiB of decoded text is kept in memory.
+    fingerprint: {file name: fingerprint of the file}.
     """
 
     def __init__(self, paths: list[Path]):
@@ -190,10 +186,6 @@ class ParquetText:
         return (text or b"").decode("utf-8", "replace")
 
     def _check_unchanged(self, shard: int):
-        """Raise UserError if the content of a shard has changed since the run began.
-
-        Otherwise the order of the documents would change silently.
-        """
         path = self.paths[shard]
         if (stamp := _stamp(path)) != self._stamps[shard]:
             if not path.is_file() or file_fingerprint(path) != self.fingerprint[path.name]:
@@ -213,8 +205,8 @@ class ParquetText:
 
 
 def _decoded(path: Path, group: int) -> pa.ChunkedArray:
-    """Read the texts of a row group as bytes: into memory or, above GROUP_BYTES, into a temporary file."""
-    pieces, kept, size = _pieces(path, group), [], 0
+    """Read the texts of a row group into memory, or into a temporary file if they exceed GROUP_BYTES."""
+    pieces, kept, size = _byte_arrays(path, group), [], 0
     for piece in pieces:
         kept.append(piece)
         size += piece.nbytes
@@ -232,20 +224,20 @@ def _decoded(path: Path, group: int) -> pa.ChunkedArray:
         ) from problem
 
 
-def _in_file(pieces: Iterable[pa.Array]) -> pa.ChunkedArray:
+def _in_file(arrays: Iterable[pa.Array]) -> pa.ChunkedArray:
     """Write arrays to an unnamed temporary file, memory-map it, and return the mapped column."""
     schema = pa.schema({"text": pa.large_binary()})
     with tempfile.TemporaryFile(prefix="jaxchat-", dir=temporary_folder()) as file:
         with pa.ipc.new_file(file, schema) as writer:
-            for piece in pieces:
-                writer.write(pa.record_batch([piece], schema=schema))
+            for array in arrays:
+                writer.write(pa.record_batch([array], schema=schema))
         file.flush()
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return pa.ipc.open_file(pa.py_buffer(content)).read_all()["text"]
 
 
-def _pieces(path: Path, group: int) -> Iterable[pa.Array]:
-    """Yield the texts of a row group as arrays of bytes, a few MiB each."""
+def _byte_arrays(path: Path, group: int) -> Iterable[pa.Array]:
+    """Yield the texts of a row group as Arrow arrays of bytes, a few MiB each."""
     try:
         file = open_parquet(path, ["text"])
         about = file.metadata.row_group(group)
@@ -261,6 +253,6 @@ def _pieces(path: Path, group: int) -> Iterable[pa.Array]:
 
 
 def temporary_folder() -> str:
-    """Folder for temporary files: $TMPDIR, else /var/tmp, which is on disk even where /tmp is in memory."""
+    """Return the folder for temporary files: $TMPDIR if set, otherwise a folder on disk where possible."""
     on_disk = "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
     return os.environ.get("TMPDIR") or on_disk

@@ -1,11 +1,11 @@
 """Packed batches of the base and mid stages, identical for any number of processes and workers.
 
-The rows of a step come from a fixed number of streams (order.Deal), each of which fills some consecutive rows
-(packing.py). A process reads the streams that its rows come from, in threads or in worker processes.
+A fixed number of streams (order.Division) fill the rows of a step, each with documents of its own. A process
+reads only the streams that fill its rows.
 
-A batch holds int32 `inputs` and `targets`, float32 `weights` and, if texts in a row must not attend to each
-other, int32 `segments`, each [A, B, T]: A micro-batches of the process's B rows. It also has `totals`, {name:
-int32 [A, B]}, whose sums over all rows of all processes are counts of the whole step (sharding.agree).
+A batch holds int32 `inputs`, int32 `targets` and float32 `weights`, each [A, B, T]: A micro-batches of the
+process's B rows. If texts in a row must not attend to each other, it also holds int32 `segments` [A, B, T].
+Its `totals` are {name: int32 [A, B]}. Their sums over all rows of all processes are counts of the whole step.
 """
 
 from collections.abc import Sequence
@@ -17,23 +17,23 @@ from absl import flags
 
 from jaxchat.config import UserError
 from jaxchat.data.encode import Reader
-from jaxchat.data.order import Deal
+from jaxchat.data.order import Division
 from jaxchat.data.packing import PACKINGS
 
 EMPTY_IN_A_ROW = 10_000  # more consecutive empty documents than this are an error
 
 
 class StreamRows(grain.IterDataset):
-    """Yield, for each training step, {stream: {"rows": …, "totals": …, "state": …}} for some streams.
+    """For each training step, yield what each stream's packer returns: {stream: {"rows", "totals", "state"}}.
 
-    rows: {name: array [rows of the stream, …]}. totals: {name: count}. state: the position after the step,
-    from which to resume. make: builds a stream's packer. states: {stream: state} at the start. An exhausted
-    stream yields rows of weight 0 for ever. Grain divides the streams among its workers by calling set_slice.
+    make: builds the packer of a stream.
+    states: {stream: state of its packer} from which to resume. Other streams start at their beginning.
+    Grain divides `streams` among its workers by calling set_slice.
     """
 
-    def __init__(self, read: Reader, deal: Deal, make, streams: Sequence[int], states: dict):
+    def __init__(self, read: Reader, division: Division, make, streams: Sequence[int], states: dict):
         super().__init__()
-        self.read, self.deal, self.make, self.streams, self.states = read, deal, make, streams, states
+        self.read, self.division, self.make, self.streams, self.states = read, division, make, streams, states
 
     def set_slice(self, part: slice, sequential_slice: bool = False):
         self.streams = self.streams[part]
@@ -46,7 +46,9 @@ class _StreamRowsIterator(grain.DatasetIterator):
     def __init__(self, rows: StreamRows):
         super().__init__()
         self._p = rows
-        self._streams = {n: rows.make(rows.deal.size(n), state=rows.states.get(str(n))) for n in rows.streams}
+        self._streams = {
+            n: rows.make(rows.division.size(n), state=rows.states.get(str(n))) for n in rows.streams
+        }
 
     def __next__(self):
         self._fill()
@@ -54,11 +56,10 @@ class _StreamRowsIterator(grain.DatasetIterator):
         return {n: {"rows": s.rows(), "totals": s.totals(), "state": s.state()} for n, s in made}
 
     def _fill(self):
-        """Read the documents that all streams request in one call, which keeps the reader's threads busy."""
         fruitless = 0
         while True:
-            wanted = {n: list(stream.draw()) for n, stream in self._streams.items()}
-            sources = [self._p.deal.index(n, place) for n, places in wanted.items() for place in places]
+            wanted = {n: list(stream.wanted()) for n, stream in self._streams.items()}
+            sources = [self._p.division.index(n, place) for n, places in wanted.items() for place in places]
             if not sources:
                 return
             documents = [ids for ids, _ in self._p.read(sources)]
@@ -67,7 +68,7 @@ class _StreamRowsIterator(grain.DatasetIterator):
                 raise UserError(f"{fruitless:,} documents in a row are empty; check that the data holds text")
             for n, places in wanted.items():
                 if places:
-                    self._streams[n].give(documents[: len(places)])
+                    self._streams[n].add(documents[: len(places)])
                     documents = documents[len(places) :]
 
     def get_state(self):  # __next__ returns the streams' states
@@ -80,15 +81,16 @@ class _StreamRowsIterator(grain.DatasetIterator):
 class PackedRows(grain.IterDataset):
     """Iterate endlessly over one process's batches of packed documents.
 
-    A batch is {inputs, targets, weights[, segments]} [A, B, T]: A micro-batches of B rows. once: one pass
-    over the documents, then rows of weight 0. share: (first, end) of this process's rows in a micro-batch;
-    None: all rows. workers: number of subprocesses that tokenize; 0: use threads of this process.
+    A batch is {inputs, targets, weights[, segments]} [A, B, T], where A is micro_batches and T is time.
+    once: read every document only once; all later targets have weight 0.
+    share: (first, end) of this process's rows in a micro-batch; None: all rows.
+    workers: number of subprocesses that tokenize; 0: use threads of this process.
     """
 
     def __init__(
         self,
         read: Reader,
-        deal: Deal,
+        division: Division,
         *,
         micro_batches,
         time,
@@ -98,22 +100,19 @@ class PackedRows(grain.IterDataset):
         workers=0,
     ):
         super().__init__()
-        self.read, self.deal, self.micro_batches = read, deal, micro_batches
-        first, end = share or (0, deal.streams * deal.rows_each // micro_batches)
+        self.read, self.division, self.micro_batches = read, division, micro_batches
+        first, end = share or (0, division.streams * division.rows_per_stream // micro_batches)
         self.rows = (first * micro_batches, end * micro_batches)  # of the step; see as_batch
-        self.streams = deal.of_rows(*self.rows)
+        self.streams = division.streams_of_rows(*self.rows)
         self.workers = min(workers, len(self.streams))
-        self.make = partial(PACKINGS[packing], time=time, rows=deal.rows_each, once=once)
+        self.make = partial(PACKINGS[packing], time=time, rows=division.rows_per_stream, once=once)
 
     def __iter__(self):
         return _PackedRowsIterator(self)
 
 
 class _PackedRowsIterator(grain.DatasetIterator):
-    """Iterator of PackedRows. Its state is {stream: state of the stream's packer}; {} before the first batch.
-
-    set_state also accepts the joined states of all processes, and keeps those of this process's streams.
-    """
+    """Iterator of PackedRows. Its state is {stream: state of its packer}, or {} before the first batch."""
 
     def __init__(self, packing: PackedRows):
         super().__init__()
@@ -125,9 +124,10 @@ class _PackedRowsIterator(grain.DatasetIterator):
         return dict(self._state)
 
     def set_state(self, state):
+        """Resume from {stream: state} of this process's streams, or of the streams of all processes."""
         own = [str(n) for n in self._p.streams]
-        if state and len(state) != self._p.deal.streams and [*state] != own:
-            raise ValueError(f"a state of {len(state)} streams for a step of {self._p.deal.streams}")
+        if state and len(state) != self._p.division.streams and [*state] != own:
+            raise ValueError(f"a state of {len(state)} streams for a step of {self._p.division.streams}")
         self._stop()
         self._state = {name: state[name] for name in own if state}
 
@@ -137,7 +137,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
 
     def _start(self):
         p = self._p
-        rows = StreamRows(p.read, p.deal, p.make, p.streams, self._state)
+        rows = StreamRows(p.read, p.division, p.make, p.streams, self._state)
         if p.workers:
             if not flags.FLAGS.is_parsed():  # Grain needs parsed absl flags, which jaxchat doesn't use
                 flags.FLAGS.mark_as_parsed()
@@ -165,20 +165,20 @@ class _PackedRowsIterator(grain.DatasetIterator):
         rows |= {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
         counts = [streams[n]["totals"] for n in p.streams]
         totals = {name: np.zeros(len(tokens), np.int32) for name in counts[0]}
+        per_stream = p.division.rows_per_stream
         for name in totals:  # a stream's first row holds its counts
-            totals[name][:: p.deal.rows_each] = [of[name] for of in counts]
+            totals[name][::per_stream] = [of[name] for of in counts]
         # Every row holds `left`, so that a process without a stream's first row need not wait for the sum.
-        totals["left"] = np.repeat(totals["left"][:: p.deal.rows_each], p.deal.rows_each)
-        first = p.streams[0] * p.deal.rows_each  # the end streams may be shared with other processes
+        totals["left"] = np.repeat(totals["left"][::per_stream], per_stream)
+        first = p.streams[0] * per_stream  # the end streams may be shared with other processes
         mine = slice(p.rows[0] - first, p.rows[1] - first)
         return as_batch(rows, totals, mine, p.micro_batches)
 
 
 def as_batch(rows: dict[str, np.ndarray], totals: dict[str, np.ndarray], mine: slice, micro_batches: int):
-    """Return a batch of arrays [A, B, …], A micro-batches of B rows, made of rows `mine` of arrays [rows, …].
+    """Reshape the rows `mine` of arrays [rows, …] to a batch of arrays [A, B, …], where A is micro_batches.
 
-    `totals` becomes the batch's entry "totals". Row r of `mine` becomes row r // A of micro-batch r % A, so
-    that each process's rows are consecutive in the step.
+    Row r of `mine` becomes row r // A of micro-batch r % A. `totals` becomes the batch's entry "totals".
     """
 
     def split(a):

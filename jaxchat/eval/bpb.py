@@ -1,7 +1,4 @@
-"""Validation loss: in bits per byte of text, or as sums over supervised tokens.
-
-The sums are Σ weight·nll, in nats, and Σ weight; the caller divides them.
-"""
+"""Measure the validation loss, in bits per byte of text or as sums over supervised tokens."""
 
 import math
 from functools import partial
@@ -28,7 +25,7 @@ def _sums(params, batch, model: Model):
 
 
 def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]:
-    """Return (Σ weight·nll in nats, Σ weight). batches: global {"inputs", "targets", "weights"} [B, T]."""
+    """Return (Σ weight·loss, Σ weight) over all targets of the batches, with losses in nats."""
     sums = []
     for batch in batches:
         placed = {f"{name}_BT": place_same(array, model.mesh) for name, array in batch.items()}
@@ -38,7 +35,10 @@ def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]
 
 
 def bits_per_byte(params, batches: list[dict], token_bytes, model: Model) -> float:
-    """Loss of the supervised tokens in bits per byte, without special tokens. token_bytes: bytes per id."""
+    """Return the loss of the supervised tokens, without special tokens, in bits per byte of their text.
+
+    token_bytes: number of bytes of each token id; 0 for special tokens.
+    """
     sized = [b | {"weights": b["weights"] * (token_bytes[b["targets"]] > 0)} for b in batches]
     num_bytes = sum(float((b["weights"] * token_bytes[b["targets"]]).sum(dtype=np.float64)) for b in sized)
     if not num_bytes:
@@ -50,9 +50,9 @@ def bits_per_byte(params, batches: list[dict], token_bytes, model: Model) -> flo
 def measure_text(
     found: Found, params, texts: dict[str, ParquetText], rows: int, max_tokens: int, model: Model
 ):
-    """Measure bits per byte of up to max_tokens tokens of each split of `texts`; print and return the values.
+    """Print the bits per byte of each split in `texts`; return them as {"train_bpb": …, "val_bpb": …}.
 
-    Return {"train_bpb": …, "val_bpb": …}. texts: {split: text}. rows: rows per batch and data shard.
+    texts: {split: text}. rows: rows of a batch on each data shard. max_tokens: maximum tokens per split.
     """
     values = {}
     rows *= data_shards(model.mesh)
@@ -69,7 +69,7 @@ def measure_text(
 
 
 def trained_on(found: Found, validation: ParquetText) -> str:
-    """Return a warning if the checkpoint says it was trained on a shard of `validation`, or else ""."""
+    """Return a warning if the checkpoint was trained on a shard of `validation`; otherwise ""."""
     shards = sorted((found.meta.get("data") or {}).items())[:-1]  # the last one was its validation shard
     trained = {fingerprint for _, fingerprint in shards}
     for name, fingerprint in validation.fingerprint.items():

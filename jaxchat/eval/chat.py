@@ -1,4 +1,4 @@
-"""ChatCORE: six tasks, scored by the most probable letter (multiple choice) or by checks of written text."""
+"""ChatCORE: six tasks for chat models, scored by the chosen letter or by a check of the written answer."""
 
 import dataclasses
 import math
@@ -34,10 +34,10 @@ SLOTS = 64  # most answers to generate at a time
 
 
 def code_of(row: dict, text: str) -> str:
-    """Return the code in an answer to a HumanEval problem.
+    """Return the code in `text`, an answer to the HumanEval problem `row`.
 
-    The blocks of an answer are its fenced Python blocks, or else its fenced blocks of any language, or else
-    the whole answer. The code is the first block that defines the problem's function, or else the first one.
+    This is the first fenced block that defines the problem's function, or else the first block. If there are
+    Python blocks, other blocks are ignored. An answer without blocks is returned in full.
     """
     blocks = [(PYTHON.match(info), code) for _, _, info, code in FENCED.findall(text)]
     candidates = [code for is_python, code in blocks if is_python] or [code for _, code in blocks] or [text]
@@ -53,9 +53,9 @@ def defines(row: dict, code: str) -> bool:
 
 
 def program_of(row: dict, text: str) -> str:
-    """Build the program that tests a HumanEval answer: prompt, answer, tests, and a call of the tests.
+    """Return a program that tests `text`, an answer to the HumanEval problem `row`.
 
-    row: the problem. An answer that does not define the function is taken as the continuation of the prompt.
+    If the answer does not define the problem's function, it is taken as the continuation of the prompt.
     """
     code = code_of(row, text)
     code = row["prompt"] + ("\n" if defines(row, code) else "") + code  # prompts may hold imports and helpers
@@ -85,7 +85,7 @@ TASKS = {
 
 
 def drawn(task: Sequence[dict], max_problems: int) -> list[dict]:
-    """Draw at most max_problems problems in an order that is random but always the same; -1: all problems."""
+    """Return at most max_problems problems of a task (-1: all) in a fixed random order."""
     count = len(task) if max_problems < 0 else min(max_problems, len(task))
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(task))  # neighbours share their subject
     return [task[int(i)] for i in order[:count]]
@@ -104,11 +104,10 @@ def why_not(name: str) -> str:
 def batch_size_for(
     model: ModelConfig, compute: Compute, memory: int | None, *, most: int = SLOTS, each: int = 4
 ) -> int:
-    """Number of answers to generate at a time on devices of `memory` bytes: a power of two, at most `most`.
+    """Return how many answers to generate at a time: a power of two that memory allows, or `most` if less.
 
-    If the memory is unknown (None), return the smaller of SLOTS and `most`. each: bytes per parameter in
-    memory besides the copy in the compute dtype. An answer is counted as 2 × (KV cache of the full context +
-    logits). Answers do not depend on the returned number.
+    memory: bytes per device. If it is None, return the smaller of SLOTS and `most`.
+    each: bytes of memory per parameter, besides the copy in the compute dtype.
     """
     if memory is None:
         return min(SLOTS, most)
@@ -121,10 +120,9 @@ def batch_size_for(
 
 
 def choose_letters(scorer: Scorer, tokenizer: Tokenizer, rows: list[dict]) -> list[bool]:
-    """Return, for each multiple-choice problem, whether the right letter is more probable than the others.
+    """Return, for each multiple-choice problem, whether the right letter is the most probable one.
 
-    Each problem is formatted as in training, up to the letter that the assistant would give, and the letters
-    of the problem's choices are compared. A problem longer than the model's context is cut at its start.
+    Only the letters of the problem's choices are compared. Long problems are cut at their start.
     """
     prompts = [tokenizer.render_for_completion(row) for row in rows]
     # A letter is one byte, so it is one token.
@@ -136,13 +134,13 @@ def choose_letters(scorer: Scorer, tokenizer: Tokenizer, rows: list[dict]) -> li
 def letter_accuracy(
     scorer: Scorer, tokenizer: Tokenizer, task: Sequence[dict], max_problems: int = -1
 ) -> float:
-    """Accuracy on a fixed sample of at most max_problems problems of a multiple-choice task; -1: on all."""
+    """Return the accuracy on a fixed sample of at most max_problems multiple-choice problems (-1: on all)."""
     right = choose_letters(scorer, tokenizer, drawn(task, max_problems))
     return sum(right) / max(1, len(right))
 
 
 def in_threads(check: Callable, *arguments: Sequence) -> list:
-    """Return list(map(check, *arguments)), run in a thread per core: `check` may wait for a subprocess."""
+    """Return list(map(check, *arguments)), computed in one thread per core."""
     # A machine may have more cores than this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     with ThreadPoolExecutor(cores) as threads:
@@ -158,11 +156,11 @@ def write_answers(
     quiet: bool = False,
     **options,
 ) -> list[list[bool]]:
-    """Generate answers to each problem in `rows`; return whether each is right, as [problem][sample].
+    """Generate answers to each problem in `rows`; return whether each answer is right, as [problem][sample].
 
-    A long problem is cut at its start, to leave room for max_tokens (or half of the context if that is less).
-    check(problem, text) returns whether the text is right. options: arguments of Engine.generate, with
-    max_tokens. title: prefix of progress lines. quiet: print no progress.
+    check: takes a problem and the text of an answer, and returns whether the answer is right.
+    options: arguments of Engine.generate, including max_tokens. Long problems are cut at their start.
+    title: prefix of progress lines. quiet: print no progress.
     """
     tokenizer, limit = engine.tokenizer, engine.config.sequence_len
     room = limit - min(options["max_tokens"], limit // 2)
@@ -178,7 +176,7 @@ def write_answers(
 
 
 def pass_at(k: int, right: list[list[bool]]) -> float:
-    """pass@k: mean probability that at least one of k answers, drawn without replacement, is right."""
+    """Return pass@k from right[problem][sample]: the mean chance that k samples include a right one."""
 
     def one(answers: list[bool]) -> float:
         return 1 - math.comb(len(answers) - sum(answers), k) / math.comb(len(answers), k)
@@ -188,7 +186,7 @@ def pass_at(k: int, right: list[list[bool]]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ChatResult(TaskResult):
-    """Result of a chat task. accuracy: pass@1, the fraction of right answers, averaged over problems."""
+    """Result of a chat task. The accuracy is pass@1, the fraction of right answers averaged over problems."""
 
     right: list[list[bool]]  # for each problem, for each of its answers
 
@@ -199,9 +197,9 @@ def result_of(name: str, right: list[list[bool]]) -> ChatResult:
 
 
 def chat_core(results: list[TaskResult]) -> dict[str, float]:
-    """Return {name: mean centred accuracy} for ChatCORE and for ChatCORE without SpellingBee, as in nanochat.
+    """Return {name: mean centred accuracy} over all results, and over all results except SpellingBee's.
 
-    If a task is missing, both means are not ChatCORE, and their names list the missing tasks.
+    A name is "ChatCORE", or lists the tasks that are left out, as in "ChatCORE without HumanEval".
     """
     missing = [name for name in TASKS if name not in {result.task for result in results}]
 
@@ -218,11 +216,11 @@ def chat_core(results: list[TaskResult]) -> dict[str, float]:
 def measure(
     scorer: Scorer, engine: Engine, tasks: dict[str, Task], max_problems: int, **options
 ) -> Iterator[tuple[list[TaskResult], dict[str, float], str]]:
-    """Measure and print one task after another, and yield (results, numbers by name, name) after each task.
+    """Measure the tasks one by one. After each task, print its result and yield (results, values, score).
 
-    Results and numbers cover all tasks so far. `name` is the name of ChatCORE among the numbers. This name is
-    "" before the last task, and also after it if any task of ChatCORE except HumanEval is not in `tasks`.
-    options: arguments of Engine.generate.
+    results, values: the results of all tasks so far, and their numbers by name.
+    score: name of the ChatCORE mean in `values`; "" before the last task, or if tasks besides HumanEval are
+    missing. options: arguments of Engine.generate.
     """
     results, values = [], {}
     for number, (name, task) in enumerate(tasks.items(), 1):

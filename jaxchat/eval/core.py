@@ -1,10 +1,9 @@
 """CORE (DCLM): 22 in-context tasks, scored by the most probable continuation, centred so that chance is 0.
 
-The tasks come as a bundle: a folder, or the zip that launch.download fetches. core.yaml lists the tasks,
-eval_data/ holds their items as JSON lines, and eval_meta_data.csv the accuracy of guessing. Items, few-shot
-examples and prompts are drawn and formatted as for published scores. Prompts may be up to scoring.LONGER
-times as long as the model's context; longer prompts are cut at their start, and items with such prompts count
-as cropped.
+The tasks are read from a bundle: a folder, or the zip that launch.download fetches. core.yaml lists the
+tasks, eval_data/ holds their items as JSON lines, and eval_meta_data.csv the accuracy of guessing. Items,
+few-shot examples and prompts are chosen as for published scores. Prompts of more than scoring.LONGER times
+the model's context are cut at their start, and their items are counted as cropped.
 """
 
 import csv
@@ -46,9 +45,9 @@ class CoreTask:
     items: list[dict]
 
     def drawn(self, max_per_task: int) -> list[dict]:
-        """Draw at most max_per_task items in a fixed random order; -1: all items.
+        """Return at most max_per_task items (-1: all) in a fixed random order.
 
-        UserError: too few items for the task's number of few-shot examples.
+        Raises UserError if there are too few items to draw the task's few-shot examples from.
         """
         items = list(self.items)
         random.Random(DRAW_SEED).shuffle(items)
@@ -73,9 +72,9 @@ class CoreResult(TaskResult):
 
 
 def load_bundle(place: str = "") -> list[CoreTask]:
-    """Read the tasks of a bundle (folder or zip); "" means eval_bundle or eval_bundle.zip in base_dir().
+    """Read the tasks of a bundle, which is a folder or a zip; "" means eval_bundle[.zip] in base_dir().
 
-    UserError: something is missing or malformed; the message names the file and the line.
+    Raises NoBundle if a file is missing, or UserError if the content is malformed.
     """
     path = user_path(place) if place else base_dir() / "eval_bundle"
     if not place and not path.is_dir():
@@ -101,7 +100,7 @@ def load_bundle(place: str = "") -> list[CoreTask]:
 
 
 def read_task(folder: os.PathLike, entry: dict, chance: float) -> CoreTask:
-    """Read the task that `entry` of core.yaml describes from `folder`. chance: accuracy of guessing."""
+    """Read from `folder` the task that an entry of core.yaml describes. chance: accuracy of guessing."""
     label, shots = entry["label"], int(entry["num_fewshot"][0])
     delimiter = entry.get("continuation_delimiter", " ")
     if shots < 0 or not isinstance(delimiter, str) or not 0 <= chance < 1:
@@ -134,13 +133,13 @@ def read_items(text: str, kind: str, path: os.PathLike) -> list[dict]:
 
 
 def examples_of(task: CoreTask, items: list[dict], index: int) -> list[dict]:
-    """Draw the few-shot examples that precede items[index] in its prompts, at random from the other items."""
+    """Draw the few-shot examples for items[index] from the other items, with a fixed seed."""
     drawn = random.Random(EXAMPLES_SEED + index).sample(range(len(items) - 1), task.shots)
     return [items[i + (i >= index)] for i in drawn]  # any item but this one
 
 
-def solved(task: CoreTask, item: dict) -> str:
-    """Format an item with its right answer, for use as a few-shot example."""
+def format_example(task: CoreTask, item: dict) -> str:
+    """Return an item with its right answer as text, for use as a few-shot example."""
     if task.kind == "multiple_choice":
         question, answer = item["query"], item["choices"][item["gold"]]
     elif task.kind == "schema":
@@ -151,9 +150,12 @@ def solved(task: CoreTask, item: dict) -> str:
 
 
 def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
-    """Return the prompts of items[index]: one per option; for language modeling, without and with answer."""
+    """Return the prompts of items[index], which begin with few-shot examples.
+
+    There is one prompt per option. In language modeling, there are two: without and with the answer.
+    """
     item = items[index]
-    before = "".join(solved(task, example) + "\n\n" for example in examples_of(task, items, index))
+    before = "".join(format_example(task, example) + "\n\n" for example in examples_of(task, items, index))
     if task.kind == "multiple_choice":
         return [before + item["query"] + task.delimiter + choice for choice in item["choices"]]
     if task.kind == "schema":
@@ -164,8 +166,10 @@ def prompts_of(task: CoreTask, items: list[dict], index: int) -> list[str]:
 
 
 def spans_of(task: CoreTask, prompts: list[str], tokenizer: Tokenizer) -> list[Span]:
-    """Return the tokens to score in each prompt of an item: those after the prompts' common beginning
-    (multiple choice), the prompts' common ending (schema), or the answer (language modeling).
+    """Return the tokens to score in an item's prompts.
+
+    Multiple choice: the tokens after the common beginning of the prompts. Schema: the common ending of the
+    prompts. Language modeling: the answer.
     """
     encoded = map(tokenizer.encode_array, prompts)
     rows = [np.concatenate([[tokenizer.bos], ids]).astype(np.int32) for ids in encoded]
@@ -177,7 +181,7 @@ def spans_of(task: CoreTask, prompts: list[str], tokenizer: Tokenizer) -> list[S
 
 
 def common_length(rows: list[np.ndarray]) -> int:
-    """Number of leading tokens that all rows share."""
+    """Return the number of leading tokens that all rows share."""
     shortest = min(map(len, rows))
     same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
     return shortest if same.all() else int(np.argmin(same))
@@ -186,8 +190,8 @@ def common_length(rows: list[np.ndarray]) -> int:
 def is_right(task: CoreTask, item: dict, scores: list[Score]) -> bool:
     """Return whether the model answers an item right, given the scores of the item's spans.
 
-    The option with the lowest mean loss, the first in a tie, must be the right one. In language modeling,
-    each token of the answer must be the most probable one.
+    In language modeling, every token of the answer must be the most probable one. In other tasks, the right
+    option must have the lowest mean loss.
     """
     if task.kind == "language_modeling":
         return len(scores[0].right) > 0 and bool(scores[0].right.all())
@@ -202,7 +206,10 @@ def evaluate(
     max_per_task: int = -1,
     on_result: Callable[[TaskResult], None] = lambda result: None,
 ) -> list[CoreResult]:
-    """Score at most max_per_task items (-1: all) of each task; pass each result to on_result; return all."""
+    """Evaluate the tasks of a bundle, and return one result per task.
+
+    max_per_task: maximum number of items per task; -1: all. on_result: called with each result when ready.
+    """
     results = []
     drawn = [task.drawn(max_per_task) for task in bundle]  # before scoring, so that too few items fail early
     for number, (task, items) in enumerate(zip(bundle, drawn, strict=True), 1):

@@ -23,7 +23,7 @@ class TaskResult:
 
     @property
     def note(self) -> str:
-        """Remark at the end of the line that `show` prints, such as the number of cropped items; "": none."""
+        """Remark at the end of the line that `show` prints, such as the number of cropped items, or ""."""
         return ""
 
     def show(self):
@@ -32,16 +32,16 @@ class TaskResult:
 
 
 def mean(results: list[TaskResult]) -> float:
-    """Mean of the tasks' centred accuracies, as CORE and ChatCORE define it."""
+    """Return the mean of the tasks' centred accuracies, which is how CORE and ChatCORE are defined."""
     return sum(result.centered for result in results) / len(results)
 
 
-def write_both(path: Path, rows: list[list], whole: dict):
-    """Write `whole` to `path` as JSON, and `rows` to the same path with suffix .csv, each atomically."""
+def write_both(path: Path, rows: list[list], value: dict):
+    """Write `value` to `path` as JSON, and `rows` to the same path with suffix .csv, each atomically."""
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
     files.write_text(path.with_suffix(".csv"), table.getvalue())
-    files.write_json(path, whole)
+    files.write_json(path, value)
 
 
 def check_writable(folder: Path):
@@ -60,13 +60,12 @@ def save_results(
     settings: dict,
     **more,
 ) -> Path:
-    """Write <run folder>/<command>_<step>.csv and .json; return the path of the JSON. Only process 0 writes.
+    """Write <command>_<step>.json and .csv to the checkpoint's folder; return the path of the JSON file.
 
-    found: the evaluated checkpoint. source: base, mid or sft. values: all numbers by name. score: name in
-    `values` of the mean over the tasks, which is the last line of the CSV. settings: what the numbers depend
-    on; if the file exists with other settings, a hash of `settings` is appended to the new file's name. more:
-    further entries of the JSON, such as `seconds`, the wall time so far, which the report sums over all
-    files.
+    Only process 0 writes. If the file exists with other settings, a hash is added to the new file's name.
+    source: base, mid or sft. values: all numbers by name. settings: what the numbers depend on.
+    score: name in `values` of the mean over the tasks, which becomes the last line of the CSV.
+    more: further entries of the JSON, such as the wall time in `seconds`.
     """
     path = found.folder / f"{command}_{found.step}.json"
     if jax.process_index() > 0:

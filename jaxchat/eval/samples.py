@@ -31,7 +31,7 @@ def continuations(engine: Engine, texts: Sequence[str] = PROMPTS, max_tokens: in
 
 
 def answers(engine: Engine, questions: Sequence[str]) -> list[str]:
-    """Return a greedy answer to each question as text, with tool calls and their results in brackets."""
+    """Return the text of a greedy answer to each question, with tool calls and their outputs in brackets."""
     tokenizer = engine.tokenizer
     talks = [{"messages": [{"role": "user", "content": question}]} for question in questions]
     prompts = [tokenizer.render_for_completion(talk) for talk in talks]
@@ -39,14 +39,17 @@ def answers(engine: Engine, questions: Sequence[str]) -> list[str]:
 
 
 def greedy(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list:
-    """Generate up to max_tokens (at most half of the context) greedily; long prompts lose their start."""
+    """Continue each prompt greedily by at most max_tokens tokens, or half of the context if that is less.
+
+    Prompts that are too long for the rest of the context are cut at their start.
+    """
     most = min(max_tokens, engine.config.sequence_len // 2)
     room = engine.config.sequence_len - most
     return engine.generate([prompt[-room:] for prompt in prompts], max_tokens=most, temperature=0.0)
 
 
 def show_samples(engine: Engine) -> list[tuple[str, str]]:
-    """Continue each of PROMPTS greedily; print and return (prompt, continuation) pairs."""
+    """Print a greedy continuation of each of PROMPTS; return the (prompt, continuation) pairs."""
     print("continuations:")
     samples = list(zip(PROMPTS, continuations(engine), strict=True))
     for text, continuation in samples:

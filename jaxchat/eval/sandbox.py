@@ -1,15 +1,16 @@
 """Run an untrusted Python program, such as one that a model wrote, without harm to the machine.
 
 Each program runs in a new Python process and a new temporary folder, with no environment, no arguments, an
-empty stdin and none of jaxchat's open files. Before the program starts, sandbox_child.py restricts it:
+empty stdin and none of jaxchat's open files. Its output is discarded. Before the program starts,
+sandbox_child.py restricts it:
 
-- Files, by Landlock: the program can read Python's own files and the system's libraries, and write plain
-  files in its folder only.
-- System calls, by seccomp: a short list is allowed, with no network, other processes or signals.
-- Limits: CPU and wall time, memory, threads, size and number of files, open files. The output is discarded.
+- Files, by Landlock: the program can read only Python's own files and the system's libraries, and can write
+  plain files only in its folder.
+- System calls, by seccomp: a short list is allowed. It excludes the network, other processes and signals.
+- Limits: CPU and wall time, memory, threads, size and number of files, open files.
 
-Landlock and seccomp need no root, containers or namespaces, and apply to all threads. If the parent process
-ends, the kernel kills the program. If the kernel lacks Landlock or seccomp, `run` raises UserError.
+Landlock and seccomp need no root, containers or namespaces. If the kernel lacks them, `run` raises
+UserError. If the parent process ends, the kernel kills the program.
 
 A program passes if it runs to its end. A program that exits early (sys.exit, os._exit, a crash) fails. A
 program written to cheat can pass, because it runs in the same process as its test: the sandbox protects the
@@ -34,7 +35,7 @@ from jaxchat.config import UserError
 from jaxchat.eval import sandbox_child
 
 FOLDER_SIZE, FOLDER_FILES = 64 * 2**20, 100
-THREADS = 64
+THREADS = 64  # counted here, since RLIMIT_NPROC exempts root
 STARTING = 30.0  # seconds that Python may take to start, on a busy machine
 GLANCE = 0.02  # seconds between checks of the folder and the threads
 NEWEST_LANDLOCK = 6  # newest Landlock version to use; tests lower it
@@ -42,14 +43,14 @@ NEWEST_LANDLOCK = 6  # newest Landlock version to use; tests lower it
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a program ended: whether it ran to its end, and if not, why, such as "AssertionError: 1"."""
+    """Whether a program ran to its end (`passed`), and if not, the `reason`, such as "AssertionError: 1"."""
 
     passed: bool
     reason: str
 
 
 def missing() -> list[str]:
-    """Names of the kernel features that the sandbox needs and this machine lacks. UserError: not on Linux."""
+    """Return the kernel features that this machine lacks for the sandbox; raise UserError if not on Linux."""
     if platform.system() != "Linux":
         needs, remedy = "needs Linux (Landlock, seccomp)", "evaluate on Linux, or leave HumanEval out"
         raise UserError(f"the sandbox {needs}, and this is {platform.system()}; {remedy}")
@@ -57,7 +58,7 @@ def missing() -> list[str]:
 
 
 def check():
-    """Raise UserError if the sandbox can't run here: not on Linux, or the kernel lacks a feature it needs."""
+    """Raise UserError if the sandbox cannot run on this machine."""
     if lacks := missing():
         raise UserError(
             f"this kernel lacks {' and '.join(lacks)}, which the sandbox for programs that a model wrote "
@@ -66,7 +67,7 @@ def check():
 
 
 def run(program: str, *, seconds: float = 5.0) -> Outcome:
-    """Run a Python program in the sandbox for at most `seconds` of wall time and of CPU time. Thread-safe."""
+    """Run a Python program in the sandbox, for at most `seconds` of wall time and CPU time. Thread-safe."""
     check()
     arguments = [str(math.ceil(seconds)), str(NEWEST_LANDLOCK)]
     nonce = secrets.token_hex(16).encode()  # known only to the child, which sends it after the program's end
@@ -97,7 +98,7 @@ def run(program: str, *, seconds: float = 5.0) -> Outcome:
 
 
 def _watch(child: subprocess.Popen, folder: Path, seconds: float) -> tuple[bytes, str]:
-    """Wait until the child closes its output or exceeds a limit; return (its output, the failure or "")."""
+    """Wait until the child closes its output or exceeds a limit; return (output, reason of failure or "")."""
     answer, end = b"", time.monotonic() + STARTING
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
@@ -117,7 +118,7 @@ def _watch(child: subprocess.Popen, folder: Path, seconds: float) -> tuple[bytes
 
 
 def _ending(child: subprocess.Popen) -> str:
-    """Describe the signal that killed the child, or return "". The child isn't reaped: its id stays used."""
+    """Describe the signal that killed the child, or return "" if none did. The child is not reaped."""
     for _ in range(20):  # the pipe closes shortly before the child ends; a program can close it and continue
         died = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         if died:
@@ -131,7 +132,6 @@ def _ending(child: subprocess.Popen) -> str:
 
 
 def _threads_of(child: subprocess.Popen) -> int:
-    """Number of threads of a child; 0 if it has ended. RLIMIT_NPROC, which limits them too, exempts root."""
     try:
         return len(os.listdir(f"/proc/{child.pid}/task"))
     except OSError:

@@ -16,7 +16,8 @@ FILE_SIZE = 8 * 2**20  # bytes per file
 OPEN_FILES = 32
 PROCESSES = 256  # threads that may be started in addition to those of the machine
 # Number of access rights that Landlock knows, by version. Version 2 (Linux 5.19) added moves between folders,
-# which version 1 (5.13) refuses; version 3 (6.2) added truncation, which guard_calls limits for all versions.
+# which version 1 (5.13) refuses. Version 3 (6.2) added truncation, which restrict_system_calls limits for all
+# versions.
 LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15}
 
 # Constants of linux/landlock.h, prctl.h, seccomp.h and filter.h, which are the same on every machine.
@@ -32,7 +33,7 @@ CLONE_THREAD, F_SETLKW, F_DUPFD_CLOEXEC = 0x10000, 7, 1030
 # The system calls that a program may make, by machine: they read and write what Landlock lets it open, and
 # handle its own memory, threads, signal handlers and clocks. Other calls fail, such as those for processes,
 # sockets, signals to anyone, owners, modes and times of files, links, folders, limits, mounts, namespaces and
-# tracing. `guard_calls` also allows some calls listed beside "allowed", depending on their arguments.
+# tracing. `restrict_system_calls` also allows some calls listed beside "allowed", depending on arguments.
 MACHINES = {
     "x86_64": {
         "audit": 0xC000003E, "clone": 56, "fcntl": 72, "ioctl": 16, "capset": 126, "open": 2, "openat": 257,
@@ -79,7 +80,7 @@ def _libc():
 
 
 def missing() -> list[str]:
-    """Names of the kernel features that the sandbox needs and this machine lacks. Restricts nothing."""
+    """Return the names of the kernel features that the sandbox needs and this machine lacks."""
     libc, lacks = _libc(), []
     if libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1) < 1:  # asks for Landlock's version
         lacks.append("Landlock (Linux 5.13 or newer, enabled)")
@@ -96,8 +97,7 @@ def _call(result: int) -> int:
     return result
 
 
-def _running() -> int:
-    """Number of threads of all users: at least as many as this user has, which RLIMIT_NPROC limits."""
+def _machine_threads() -> int:
     try:
         with open("/proc/loadavg") as file:
             return int(file.read().split()[3].partition("/")[2])
@@ -111,7 +111,7 @@ def limit(cpu_seconds: int):
         (resource.RLIMIT_AS, MEMORY),
         (resource.RLIMIT_FSIZE, FILE_SIZE),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_NPROC, _running() + PROCESSES),
+        (resource.RLIMIT_NPROC, _machine_threads() + PROCESSES),
         (resource.RLIMIT_CORE, 0),
     ):
         hard = resource.getrlimit(what)[1]
@@ -120,13 +120,10 @@ def limit(cpu_seconds: int):
         resource.setrlimit(what, (bound, bound + over if hard == resource.RLIM_INFINITY else bound))
 
 
-def guard_files(folder: str, newest: int):
-    """Restrict this process's file access by Landlock to reading Python's files and libraries, and `folder`.
-
-    Files in `folder` can also be written. newest: the newest version of Landlock to use.
-    """
+def restrict_files(folder: str, newest_landlock: int):
+    """Let this process read only `folder`, Python's files and libraries, and write only in `folder`."""
     libc = _libc()
-    version = min(newest, _call(libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)))
+    version = min(newest_landlock, _call(libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)))
     # Each of these rights is refused unless granted below. Version 6 also refuses TCP, and abstract sockets
     # and signals that reach processes outside.
     handled = (1 << LANDLOCK_RIGHTS[min(version, 3)]) - 1
@@ -146,8 +143,8 @@ def guard_files(folder: str, newest: int):
     os.close(rules)
 
 
-def guard_calls():
-    """Restrict this process's system calls by seccomp to a list; clone may start threads but no processes."""
+def restrict_system_calls():
+    """Let this process make only the system calls listed in MACHINES, and start threads but no processes."""
     machine = MACHINES[platform.machine()]
 
     def argument(n: int) -> int:  # offset of the lower 32 bits of argument n, on a little-endian machine
@@ -182,16 +179,16 @@ def guard_calls():
     _call(_libc().prctl(SET_SECCOMP, FILTER_MODE, filters, 0, 0))
 
 
-def shut_in(folder: str, cpu_seconds: int, newest_landlock: int):
+def restrict_process(folder: str, cpu_seconds: int, newest_landlock: int):
     libc = _libc()
     _call(libc.prctl(SET_PDEATHSIG, 9, 0, 0, 0))
     _call(libc.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     limit(cpu_seconds)
-    guard_files(folder, newest_landlock)
+    restrict_files(folder, newest_landlock)
     if os.geteuid() == 0:  # drop root's capabilities
         header, none = struct.pack("II", 0x20080522, 0), bytes(24)
         _call(libc.syscall(MACHINES[platform.machine()]["capset"], header, none))
-    guard_calls()
+    restrict_system_calls()
 
 
 def main():
@@ -202,7 +199,7 @@ def main():
     for fd in (1, 2):
         os.dup2(silence, fd)
     try:
-        shut_in(os.getcwd(), *map(int, sys.argv[1:]))
+        restrict_process(os.getcwd(), *map(int, sys.argv[1:]))
     except Exception as problem:
         os.write(answer, f"{type(problem).__name__}: {problem}".encode())
         return

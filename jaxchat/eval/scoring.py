@@ -1,8 +1,7 @@
 """Score lists of tokens in batches: the loss of given tokens, or the most probable of several next tokens.
 
-Rows of similar length share a batch, sharded over the devices of all processes. Batches have few shapes
-(lengths are powers of two or multiples of the context, all with about the same number of tokens), and each
-shape is compiled once.
+A batch holds lists of similar length, and is sharded over the devices of all processes. The lists are padded
+to one of a few lengths, since each shape of a batch must be compiled.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ CANDIDATES = 16  # most candidates per row
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Tokens to score: tokens[start:end], each predicted from all tokens before it. start is at least 1."""
+    """A list of tokens, of which tokens[start:end] are scored, each given all tokens before it. start ≥ 1."""
 
     tokens: np.ndarray  # int32
     start: int
@@ -51,22 +50,22 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean loss per token in nats; inf for an empty span. In float64, so equal losses tie exactly."""
+        """Mean loss per token in nats, or inf for an empty span."""
+        # In float64, so that equal losses tie exactly.
         return float(self.nll.mean(dtype=np.float64)) if len(self.nll) else float("inf")
 
 
 def buckets(sequence_len: int) -> list[int]:
-    """Return the lengths that rows are padded to: powers of two below the context, then context × 1, 2, 4."""
+    """Return the padded lengths of rows: powers of two below the context, then 1, 2 and 4 × the context."""
     lengths = [SHORTEST << i for i in range(sequence_len.bit_length()) if SHORTEST << i < sequence_len]
     return [*lengths, *(sequence_len << i for i in range(LONGER.bit_length()))]
 
 
 @partial(jax.jit, static_argnames="model")
 def span_losses(params, tokens_BT, first, last, model: Model):
-    """For the token after each position, return nll_BT (loss) and right_BT (whether it is the most probable).
+    """Return nll_BT, the loss of the token after each position, and right_BT, whether it is most probable.
 
-    Only the chunks that contain positions first ≤ t < last are computed; elsewhere both results are 0. Logits
-    exist for one chunk at a time; on a mesh, each device has the logits of its rows and vocabulary shard.
+    Only chunks that contain positions first ≤ t < last are computed. Elsewhere, both results are 0.
     """
     x_BTD = features(params, tokens_BT, model.config, model.compute)
     head_DV, targets_BT = params.lm_head.astype(x_BTD.dtype), jnp.roll(tokens_BT, -1, axis=1)
@@ -101,7 +100,7 @@ def _score_chunks(x_BTD, head_DV, targets_BT, first, last, chunking: Chunking):
 
 @partial(jax.jit, static_argnames="model")
 def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
-    """Return logits_BC of candidate token ids as the next token of each row. lengths_B: unpadded lengths."""
+    """Return logits_BC of candidates_BC as the next token after the first lengths_B tokens of each row."""
     x_BTD = features(params, tokens_BT, model.config, model.compute)
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     all_BV = logits(params.lm_head, last_BD, model.config.softcap)
@@ -110,12 +109,14 @@ def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
 
 
 class Scorer:
-    """Scores rows of tokens with a model. All processes must pass the same rows, and all get all scores."""
+    """Score lists of tokens with a model. All processes must pass the same lists, and all get all scores.
+
+    device_tokens: maximum number of tokens per device in a batch; None: a default. quiet: print no progress.
+    """
 
     def __init__(
         self, params: Params, model: Model, *, device_tokens: int | None = None, quiet: bool = False
     ):
-        """device_tokens: most tokens per device in a batch (at least one row). quiet: no progress lines."""
         self.params, self.model, self.quiet = params, model, quiet
         self.title = ""  # prefix of progress lines
         on_cpu = model.mesh.devices.flat[0].platform == "cpu"
@@ -123,11 +124,11 @@ class Scorer:
 
     @property
     def longest(self) -> int:
-        """Number of tokens of the longest row that the method `spans` scores without cutting it."""
+        """Largest number of tokens in a list that the method `spans` scores without cutting it."""
         return LONGER * self.model.config.sequence_len
 
     def spans(self, spans: list[Span]) -> list[Score]:
-        """Return the score of each span. A row of more than `longest` tokens is cut at its start."""
+        """Return the score of each span. A list of more than `longest` tokens is cut at its start."""
         scores = [None] * len(spans)
         rows, bounds = [], []
         for span in spans:
@@ -147,9 +148,9 @@ class Scorer:
         return scores
 
     def choose(self, prompts: list[list[int]], candidates: list[list[int]]) -> list[int]:
-        """Return, for each prompt, the index of the candidate token that is most probable as the next token.
+        """Return, for each prompt, the index of the candidate that is the most probable next token.
 
-        candidates: token ids for each prompt. A prompt longer than the model's context is cut at its start.
+        candidates: token ids for each prompt. Prompts longer than the model's context are cut at their start.
         """
         rows = [np.array(prompt[-self.model.config.sequence_len :], np.int32) for prompt in prompts]
         answers = [0] * len(rows)
@@ -171,7 +172,7 @@ class Scorer:
         return sharding.place_same(array, self.model.mesh)
 
     def _run(self, rows: list[np.ndarray], call: Callable) -> Iterator[tuple[list[int], Any]]:
-        """Yield (indices of a batch's rows, result of `call` on the batch) while the next one is computed."""
+        """Yield (indices of a batch's rows, result of `call`) for each batch, and compute one batch ahead."""
         total, pending = sum(map(len, rows)), None
         progress = Progress(total, f"{self.title}scored", quiet=self.quiet)
         for batch in chain(self._batches(rows), [None]):
@@ -182,10 +183,7 @@ class Scorer:
             pending = running
 
     def _batches(self, rows: list[np.ndarray]) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Yield batches as (indices of their rows, tokens_BT padded at the end), the longest rows first.
-
-        Every batch but the last is full, so rows of a batch may differ in length before padding.
-        """
+        """Yield batches as (indices of their rows, tokens_BT padded at the end), the longest rows first."""
         left = sorted(range(len(rows)), key=lambda r: -len(rows[r]))
         shards = sharding.data_shards(self.model.mesh)
         while left:
@@ -200,7 +198,7 @@ class Scorer:
 
 @contextlib.contextmanager
 def out_of_memory(remedy: str):
-    """Context manager: turn a device's out-of-memory error into a UserError that ends in `remedy`."""
+    """Turn a device's out-of-memory error in a `with` block into a UserError that ends in `remedy`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as problem:
@@ -210,7 +208,7 @@ def out_of_memory(remedy: str):
 
 
 class Progress:
-    """Prints progress and the estimated remaining time on process 0, at most every five seconds."""
+    """Print progress and the estimated remaining time on process 0, at most every five seconds."""
 
     def __init__(self, total: int, done: str, *, quiet: bool = False):
         self._total, self._word, self._quiet = total, done, quiet or jax.process_index() > 0

@@ -1,4 +1,4 @@
-"""The evaluations that the trainers of base, mid and SFT run during training."""
+"""The evaluations that run during the training stages base, mid and SFT."""
 
 from functools import partial
 
@@ -38,9 +38,10 @@ def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[
 
 
 def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
-    """Return (tasks of CORE, a text on CORE for the printed plan); no tasks if CORE is off or has no bundle.
+    """Return CORE's tasks and a line about CORE for the printed plan. The tasks are [] if CORE is off.
 
-    UserError: a bundle named by --eval_bundle is missing, a bundle is malformed, or a task has too few items.
+    Without a bundle, return [], or raise UserError if --eval_bundle is set. Also raises UserError if a bundle
+    is malformed or a task has too few items.
     """
     if config.core_metric_every <= 0:
         return [], "not measured"
@@ -98,7 +99,7 @@ def sft(config: SFTConfig, stage: Stage) -> list[Evaluation]:
 
 
 def choice_tasks(config: SFTConfig) -> list:
-    """Return (name, task) for each multiple-choice task that SFT measures. UserError: a file is missing."""
+    """Return the multiple-choice tasks of SFT as (name, task) pairs; raise UserError if a file is missing."""
     try:
         return [(name, load_task(f"{name}/test", config.tasks_dir)) for name in ("MMLU", "ARC-Easy")]
     except UserError as problem:
@@ -106,7 +107,7 @@ def choice_tasks(config: SFTConfig) -> list:
 
 
 def validations(config: TrainConfig, stage: Stage, measure, batches: list[dict]) -> list[Evaluation]:
-    """Return the evaluations of validation batches: `measure` and, if the run uses float8, `fp8_drift`."""
+    """Return the evaluations on validation batches: `measure` and, if the run uses float8, `fp8_drift`."""
     about = {"stage": stage, "batches": batches}
     found = [Evaluation("validation", config.eval_every, partial(measure, **about), at_start=True)]
     if stage.model.compute.matmul and batches:
@@ -115,7 +116,7 @@ def validations(config: TrainConfig, stage: Stage, measure, batches: list[dict])
 
 
 def fp8_drift(params, stage: Stage, batches: list[dict]) -> dict[str, float]:
-    """Return {"fp8_drift": relative change of the first batch's loss by float8}; warn if it is large."""
+    """Return {"fp8_drift": relative change of the first batch's loss due to float8}; warn if it is large."""
     models = stage.model, stage.model.without_fp8()
     (with_fp8, _), (without, _) = (total_loss(params, batches[:1], model) for model in models)
     drift = with_fp8 / without - 1

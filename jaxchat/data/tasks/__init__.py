@@ -1,4 +1,4 @@
-"""Tasks, the sources of conversations, opened by a spec: `Name[/split][:rows]`, or a .jsonl file."""
+"""Open tasks, which are sources of conversations, by a spec: `Name[/split][:rows]` or `file.jsonl[:rows]`."""
 
 import os
 import re
@@ -29,10 +29,10 @@ TASKS = {
 
 
 class Task:
-    """A sequence of conversations, {"messages": …}, or of documents, {"text": …}.
+    """A sequence of conversations, {"messages": …}, and documents, {"text": …}.
 
-    A multiple-choice question also has "letters", those of the choices. count: number of rows to use (None:
-    all), drawn at random by a fixed seed, since files may be sorted.
+    A multiple-choice question also has "letters", which lists the letters of its choices.
+    count: number of rows to use, drawn at random with a fixed seed; None: all rows, or 1,000 generated ones.
     """
 
     def __init__(self, name: str, rows, count: int | None = None):
@@ -56,12 +56,12 @@ class Task:
 
     @property
     def summary(self) -> str:
-        """Name, number of rows and a note about invalid rows that were left out, printed before training."""
+        """Description to print before training: name, number of rows, and invalid rows that were left out."""
         return f"{self.name} {len(self):,}" + (f" ({self.left_out})" if self.left_out else "")
 
 
 class Mixture:
-    """Several tasks, concatenated; the rows of a task that is listed twice occur twice."""
+    """Several tasks as one sequence. The rows of a task that is listed twice occur twice."""
 
     def __init__(self, tasks: list[Task]):
         self.tasks = tasks
@@ -82,7 +82,7 @@ class Mixture:
         return self._find(index)[0]
 
     def name_of(self, index: int) -> str:
-        """Describe row `index` by task and number within the task, for messages: "GSM8K/train, row 3"."""
+        """Return the name of row `index` for error messages, such as "GSM8K/train, row 3"."""
         task, row = self._find(index)
         return f"{task.name}, row {row}"
 
@@ -92,7 +92,7 @@ class Mixture:
 
 
 def load_task(spec: str, tasks_dir: str | Path | None = None) -> Task:
-    """Open the task of a spec such as "GSM8K/test:420" or "/path/to/mine.jsonl:1000"."""
+    """Open a task by its spec, such as "GSM8K/test:420" (420 rows of the test split) or "folder/my.jsonl"."""
     folder = user_path(tasks_dir or base_dir() / "tasks")
     name, colon, rows = spec.rpartition(":")
     if not colon or spec.lower().endswith(JSON):  # a path may hold a colon

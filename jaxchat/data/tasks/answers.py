@@ -1,4 +1,4 @@
-"""Parse the final number of an answer, which GSM8K and SpellingBee write at its end: "#### 18"."""
+"""Parse the final number of an answer, such as "#### 18", as GSM8K and SpellingBee write it."""
 
 import re
 from fractions import Fraction
@@ -14,8 +14,7 @@ FINAL = re.compile(
 def final_number(text: str) -> Fraction | None:
     """Return the first number that follows "####" and is the only number on its line, or None.
 
-    "18.00", "$18", "**18**", "\\boxed{18}", "(18)", "18/1" and "18 dollars" are 18, "1e3" is 1000. Symbols
-    may precede the number, but words may not; text after the number is ignored ("5%" is 5).
+    Symbols such as "$" may precede the number, but words may not. Text after the number is ignored.
     """
     found = FINAL.search(text)
     if not found:
@@ -29,7 +28,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def states_the_number(row: dict, text: str) -> bool:
-    """Return whether an answer's final number equals that of the reference, the last message of `row`."""
+    """Return whether the final number of `text` equals that of the reference, the last message of `row`."""
     content = row["messages"][-1]["content"]
     wanted = content if isinstance(content, str) else "".join(part["text"] for part in content)
     return (number := final_number(text)) is not None and number == final_number(wanted)

@@ -12,9 +12,9 @@ LINES = "a JSON array of messages, an object with `messages`, or a JSON string f
 
 
 class JsonLines:
-    """Conversations and plain documents of a JSON Lines file; all rows are checked on opening.
+    """Conversations and plain documents of a JSON Lines file, all of which are checked on opening.
 
-    A row is an array of messages, an object with `messages`, or a string, which is a plain document.
+    A row is an array of messages, a string, or an object with `messages` or `text`.
     """
 
     def __init__(self, path: Path):
@@ -47,9 +47,9 @@ class JsonLines:
 
 
 def _rows_in(text: str) -> tuple[str, list[str]]:
-    """Split a file's text into rows; return ("line", its lines) or ("row", each row as JSON).
+    """Split a file's text into rows of JSON; return ("line", rows) or ("row", rows).
 
-    "row": the file is one array of rows, or its JSON values span several lines.
+    "row" means that the file is one array of rows, or that its JSON values span several lines.
     """
     lines = text.split("\n")
     try:
@@ -71,7 +71,7 @@ def _rows_in(text: str) -> tuple[str, list[str]]:
 
 
 def _is_array_of_rows(value) -> bool:
-    """Return whether a JSON value is an array of rows; an array of messages is a single row."""
+    """Return whether a JSON value is an array of rows, rather than an array of messages, which is one row."""
     return isinstance(value, list) and not any(isinstance(item, dict) and "role" in item for item in value)
 
 
@@ -82,7 +82,7 @@ def _reason(problem: Exception) -> str:
 
 
 def _text_of(path: Path) -> str:
-    """Read a file in UTF-8, UTF-16 or UTF-32 (PowerShell writes UTF-16); remove byte order marks."""
+    """Return a file's text, decoded from UTF-8, UTF-16 or UTF-32, without byte order marks."""
     data = path.read_bytes()
     try:
         text = data.decode(json.detect_encoding(data)).replace("\r\n", "\n").replace("\r", "\n")
@@ -92,7 +92,7 @@ def _text_of(path: Path) -> str:
 
 
 def row_of(line: str) -> dict:
-    """Parse a line to {"messages": …} or {"text": …}. ValueError: the line is neither."""
+    """Parse a line to {"messages": …} or {"text": …}; raise ValueError if it is neither."""
     value = json.loads(line)
     has_messages = isinstance(value, dict) and "messages" in value
     if isinstance(value, dict):  # the format of OpenAI's fine-tuning; other keys are ignored
@@ -105,11 +105,7 @@ def row_of(line: str) -> dict:
 
 
 def _plain(message: dict) -> dict:
-    """Convert a message from OpenAI's format to ours.
-
-    Role "developer" becomes "system", and text parts are joined, except in an assistant's message, whose
-    parts are kept. ValueError: not convertible.
-    """
+    """Convert a message from OpenAI's format to ours; raise ValueError if that is impossible."""
     if message.get("tool_calls") or message.get("function_call"):
         raise ValueError("a message calls tools, which are not supported; remove this line")
     if message.get("weight", 1) != 1:
@@ -123,7 +119,7 @@ def _plain(message: dict) -> dict:
 
 
 def identity(folder: Path, split: str) -> JsonLines:
-    """Open the conversations about the assistant's identity. `split` is ignored: there is one file."""
+    """Open the conversations about the assistant's identity. They have no splits, so `split` is ignored."""
     del split
     path = folder / "identity" / "identity_conversations.jsonl"
     if not path.is_file():

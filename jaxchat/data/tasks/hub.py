@@ -17,9 +17,10 @@ HUMANEVAL = ["prompt", "canonical_solution", "test", "entry_point"]
 
 
 def choice_conversation(question: str, choices: list[str], answer: int) -> dict:
-    """Return {"messages", "letters"}: the question with lettered choices, and the right letter as the answer.
+    """Return {"messages", "letters"}: a question with lettered choices and its answer, and all the letters.
 
-    UserError: the question or a choice is not text, or the answer is not among the choices.
+    answer: index of the right choice.
+    Raises UserError if the question or a choice is not text, or if `answer` is not an index of `choices`.
     """
     if not isinstance(choices, list) or not all(isinstance(text, str) for text in (question, *choices)):
         raise UserError("the question is not text, or the choices are not a list of texts")
@@ -51,7 +52,7 @@ def arc(folder: Path, split: str, name: str) -> Table:
 
 
 def answer_parts(answer: str) -> list[dict]:
-    """Split GSM8K's answer into parts: `<<12/60=0.2>>` is a python part `12/60` and its output `0.2`."""
+    """Split GSM8K's answer into parts. `<<12/60=0.2>>` becomes Python code `12/60` and its output `0.2`."""
     parts = []
     pieces = SUM.split(answer)  # text, expression, result, text, …
     for i in range(0, len(pieces), 3):
@@ -72,7 +73,7 @@ def gsm8k(folder: Path, split: str) -> Table:
 
 
 def humaneval(folder: Path, split: str) -> Table:
-    """Open HumanEval: functions to complete. Rows also have `prompt`, `test` and `entry_point`."""
+    """Open HumanEval. Besides its messages, a row has the fields `prompt`, `test` and `entry_point`."""
 
     def convert(row: dict) -> dict:
         if not all(isinstance(row[name], str) for name in HUMANEVAL):
@@ -93,10 +94,7 @@ def smoltalk(folder: Path, split: str) -> Table:
 
 
 def suspects(batch: pa.RecordBatch) -> np.ndarray:
-    """Return the indices of rows whose messages lack text or the roles [system,] user, assistant, user, …
-
-    They are found by operations on Arrow's columns, which is faster than a loop over rows.
-    """
+    """Return the indices of rows that may lack messages or text, or have roles out of order."""
     messages, all_rows = batch.column("messages"), np.arange(len(batch))
     kind, fields = messages.type, {}
     if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type):

@@ -1,7 +1,7 @@
-"""SimpleSpelling and SpellingBee: spelling words and counting their letters, generated from a word list.
+"""Two tasks generated from a word list: SimpleSpelling (spell a word) and SpellingBee (count a letter in it).
 
-Row i depends only on (task, split, i) and the word list. Words and phrasings of the test split never occur in
-training. A question may show its word capitalised or in quotes; answers are in lower case.
+Row i depends only on (task, split, i) and the word list. Words and question templates of the test split
+never occur in training.
 """
 
 import random
@@ -72,12 +72,12 @@ PLURALS = ("{}s", "{}'s", "{}")
 
 
 def is_test_word(word: str) -> bool:
-    """Return whether a word belongs to the test split; one word in ten does."""
+    """Return whether a word belongs to the test split, as about one word in ten does."""
     return zlib.crc32(word.encode()) % 10 == 0
 
 
 class Generated:
-    """Rows of a spelling task, generated when read. Row i is the same on every machine."""
+    """Rows of a spelling task, each generated when it is read. Row i is the same on every machine."""
 
     def __init__(self, folder: Path, split: str, task: str, make):
         path = folder / "words" / "words_alpha.txt"
@@ -108,11 +108,7 @@ def pick(chance: random.Random, items):
 
 
 def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> str:
-    """Insert a word and a letter into a phrasing, a template of a question; return the question.
-
-    At random, the phrasing is in lower case or lacks its final punctuation, and the word and letter are
-    capitalised, in capitals or in quotes.
-    """
+    """Fill a word and a letter into `phrasing`, a template of a question, with random capitals and quotes."""
     if chance.random() < 0.2:
         phrasing = phrasing.lower()
     if chance.random() < 0.2:
@@ -127,18 +123,13 @@ def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> s
 
 
 def spell(chance: random.Random, word: str, split: str):
-    """Return a (question, answer) about how a word is spelled; the answer is like "word:w,o,r,d".
-
-    It has no spaces, so that the first letter is the same token as it is after a comma.
-    """
+    """Return a question on how a word is spelled, and its answer, such as "word:w,o,r,d"."""
+    # No space after the colon, so that the first letter is the same token as it is after a comma.
     return _ask(chance, pick(chance, SPELL[split]), word), f"{word}:{','.join(word)}"
 
 
 def count_letters(chance: random.Random, word: str, split: str):
-    """Return (question, answer) on how often a letter, usually one of the word, occurs in the word.
-
-    The answer counts step by step, then checks the count with Python.
-    """
+    """Return a question on how often a letter occurs in a word, and an answer that counts it step by step."""
     letter = pick(chance, word) if chance.random() < 0.9 else pick(chance, "abcdefghijklmnopqrstuvwxyz")
     question = _ask(chance, pick(chance, COUNT[split]), word, letter)
     lines, seen = [], 0

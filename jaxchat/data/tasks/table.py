@@ -1,4 +1,4 @@
-"""Rows of the hub's parquet files: which files belong to a split, and which of their rows can be used."""
+"""Read the hub's parquet files: find the files of a split, and leave out invalid rows."""
 
 import re
 from collections.abc import Callable
@@ -18,10 +18,10 @@ MOST_LEFT_OUT = 0.01  # fraction of rows that may be invalid; more of them mean 
 class Table:
     """Rows of a data set's parquet files, each converted to a conversation when it is read.
 
-    Rows that are not valid conversations, up to 1 in 100, are left out and counted in `left_out`. Files may
-    differ in the order of their fields and in Arrow's types for text. name: the data set's name in
-    launch.download. convert: returns the conversation of a row. suspects: returns the numbers of those rows
-    of a batch that may be invalid; None: check all rows. UserError: more than 1 in 100 rows are invalid.
+    Invalid rows are left out. Raises UserError if they are more than 1 in 100.
+    name: the data set's name in launch.download.
+    convert: returns the conversation of a row, given as {column: value}.
+    suspects: returns the indices of rows of a batch that may be invalid; None: check all rows.
     """
 
     def __init__(
@@ -80,7 +80,6 @@ class Table:
             raise UserError(f"its columns have other types than expected: {kinds}") from problem
 
     def _problem(self, batch: pa.RecordBatch, row: int) -> str:
-        """Return why a row is not a valid conversation, or "" if it is one."""
         try:
             check_conversation(self._converted(batch, row))
         except UserError as problem:
@@ -107,11 +106,10 @@ def _batches_of(path: Path, columns: list[str]) -> list[pa.RecordBatch]:
 
 
 def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False) -> list[Path]:
-    """The parquet files of a split, sorted.
+    """Return the sorted parquet files of a split, such as "train.parquet" or "train-00000-of-00004.parquet".
 
-    A split is one file ("train.parquet"), or files numbered as "train-00000.parquet" or, on the hub, as
-    "train-00000-of-00004.parquet". in_folders: search subfolders too. UserError: there are no files, some
-    are missing, or two sets of files may hold the same rows.
+    name: the data set's name in launch.download. in_folders: search subfolders too.
+    Raises UserError if files are missing, or if two sets of files may hold the same rows.
     """
     paths = parquet_files(folder, split, in_folders=in_folders)
     if not paths:
