@@ -148,7 +148,7 @@ class Loop:
         length = placed["inputs"].shape[-1]
         self.saver.note_overdue(self.reporter.step(self.step, size, waited, metrics, length))
         self.finished = self.step == stage.num_steps
-        if not stage.num_steps and not batch["totals"]["left"].any():  # this process has no rows left; ask the others
+        if not stage.num_steps and not batch["totals"]["left"].any():  # others may have rows
             self.finished = not int(totals["left"])
 
     def evaluate(self, stopping: bool) -> bool:
