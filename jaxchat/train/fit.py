@@ -11,7 +11,7 @@ from jaxchat.config import REMATS, UserError
 from jaxchat.sharding import data_shards, gather_json
 from jaxchat.train.step import can_merge
 
-# Fraction of memory to fill while a smaller program is left to try. Pools leave gaps, and batches need memory.
+# Fraction of memory to fill while a smaller program is left to try. Pools leave gaps, and batches need room.
 SPARE = 0.95
 # Tokens of a device's micro-batch up to which recomputing the layers takes no longer than sending all
 # weights and gradients between devices: 5,000 (v5e, H100) to 11,600 (v6e) by arithmetic, docs/performance.md.
