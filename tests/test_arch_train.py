@@ -55,7 +55,7 @@ def test_the_horizon(depth, batch, steps, scale, decay):
     got = stages.horizon_of(flags(), model(depth))
     assert (got.batch, got.steps) == (batch, steps)
     assert (got.lr_scale, got.decay) == (pytest.approx(scale, abs=5e-5), pytest.approx(decay, rel=2e-3))
-    assert got.cooling == round(0.65 * steps)
+    assert got.cooldown == round(0.65 * steps)
     speedrun = stages.horizon_of(flags("--target_param_data_ratio=8"), model(24))
     assert (speedrun.batch, speedrun.steps) == (1_048_576, 5568)
     named = dict(got.plan)

@@ -15,7 +15,7 @@ from jaxchat.rl.advantages import advantages, mixed_groups
 from jaxchat.rl.batches import arrange
 from jaxchat.rl.rollout import Rollout
 from jaxchat.rl.weights import LogProbs, Policy, policy_weights, row_scales
-from jaxchat.train.step import add_answers
+from jaxchat.train.step import sum_gradients_of_answers
 
 CONFIG = ModelConfig(sequence_len=64, vocab_size=500, n_layer=2, n_head=2, n_kv_head=1, n_embd=64)
 E, G, PASS = 3, 4, 2  # problems, answers to each, rows that nanochat computes at a time
@@ -56,7 +56,7 @@ def our_gradients(params, config: ModelConfig, rollout: Rollout, weights_RT: np.
     model = model_on(sharding.make_mesh(jax.devices()[:1]), config, attention="blocks")
     batch = arrange(rollout, weights_RT, (E, G), model)
     arrays = {name: batch[name] for name in ("inputs", "targets", "weights", "counts", "sampler")}
-    (gradients, _, count), _ = (step or jax.jit(partial(add_answers, model=model)))(params, arrays)
+    (gradients, _, count), _ = (step or jax.jit(partial(sum_gradients_of_answers, model=model)))(params, arrays)
     return gradients, float(count)
 
 
@@ -102,7 +102,7 @@ def by_rows(model, rollout: Rollout):
 def models():
     params = random_params(CONFIG)
     model = model_on(sharding.make_mesh(jax.devices()[:1]), CONFIG, attention="blocks")
-    return params, in_torch(params, CONFIG), jax.jit(partial(add_answers, model=model))
+    return params, in_torch(params, CONFIG), jax.jit(partial(sum_gradients_of_answers, model=model))
 
 
 CASES = {"nanochat": ("mean", as_nanochat), "tokens": ("mean", by_tokens), "rows": ("std", by_rows)}

@@ -14,7 +14,7 @@ from jaxchat.model.gpt import forward
 from jaxchat.train.loop import place_batch
 from jaxchat.train.optimizer import make_optimizer
 from jaxchat.train.state import abstract_state, init_state
-from jaxchat.train.step import make_train_step, split_rows
+from jaxchat.train.step import make_train_step, split_micro_batches
 
 CONFIG = ModelConfig(sequence_len=16, vocab_size=40, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
 # SGD instead of Muon where weights are compared: Newton–Schulz brings the directions that hold only rounding up to
@@ -82,7 +82,7 @@ def test_a_bound_on_tokens_cuts_micro_batches():
         (1, 8, [range(8)]),
     ):
         compute = Compute(mesh=sharding.make_mesh(jax.devices()[:devices]), micro_tokens=micro_tokens)
-        got = split_rows({"inputs": rows}, compute)["inputs"]
+        got = split_micro_batches({"inputs": rows}, compute)["inputs"]
         assert got[:, :, 0].tolist() == [list(part) for part in want]
 
 

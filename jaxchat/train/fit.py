@@ -11,57 +11,18 @@ from jaxchat.config import REMATS, UserError
 from jaxchat.sharding import data_shards, gather_json
 from jaxchat.train.step import can_merge
 
-# Fraction of memory to fill while a smaller program is left to try: pools leave gaps, batches need room too.
+# Fraction of memory to fill while a smaller program is left to try. Pools leave gaps, and batches need room.
 SPARE = 0.95
 # Tokens of a device's micro-batch up to which recomputing the layers takes no longer than sending all
 # weights and gradients between devices: 5,000 (v5e, H100) to 11,600 (v6e) by arithmetic, docs/performance.md.
 FEW_TOKENS = 4096
 
 
-def remats_to_try(batch: dict, mesh: Mesh) -> tuple[str, ...]:
-    """Values of --remat that are worth trying, the fastest first.
-
-    batch: arrays [A, B, T] of one step, where A is the number of micro-batches.
-    """
-    if not can_merge(batch, mesh):
-        return REMATS
-    _, rows, time = batch["inputs"].shape
-    if rows // data_shards(mesh) * time <= FEW_TOKENS:
-        return "step", *REMATS
-    return *REMATS[:-1], "step", REMATS[-1]
-
-
-def device_memory(mesh: Mesh) -> int | None:
-    """Smallest memory limit among local devices, in bytes; None if the backend reports none (CPU)."""
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
-    return None if None in limits else min(limits)
-
-
-def memory_needed(compiled: jax.stages.Compiled) -> int:
-    """Bytes of device memory that a compiled program needs: arguments, results, temporaries and code."""
-    m = compiled.memory_analysis()
-    own = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    return own + m.temp_size_in_bytes + m.generated_code_size_in_bytes
-
-
-def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
-    """Return the bytes that a program needs, read from the compiler's out-of-memory error; ∞ if not stated.
-
-    An error that is not about memory is raised again.
-    """
-    message, units = str(problem), {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    if found := re.search(r"\(?([\d.]+)([KMGT])\)? (?:of [\d.]+[KMGT] hbm|exceeds available HBM)", message):
-        return float(found[1]) * units[found[2]]
-    if "RESOURCE_EXHAUSTED" in message:
-        return math.inf
-    raise problem
-
-
 def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
-    """Return the first value of --remat whose training step fits in every device's memory.
+    """Return the first value of --remat with which a training step fits in every device's memory.
 
-    steps: {value of --remat: jitted step}. args: the arguments for which a step is compiled. If the memory
-    limit is unknown (CPU), return the first value and compile nothing. UserError: no step fits.
+    steps: {value of --remat: jitted step}. args: arguments for which the steps are compiled.
+    If the memory limit is unknown (CPU), returns the first value. Raises UserError if no step fits.
     """
     limit, platform = device_memory(mesh), mesh.devices.flat[0].platform
     if limit is None:
@@ -86,19 +47,54 @@ def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
     raise UserError(f"{message}; lower --device_batch_size{instead}")
 
 
+def remats_to_try(batch: dict, mesh: Mesh) -> tuple[str, ...]:
+    """Return the values of --remat worth trying, fastest first. batch: arrays [micro-batches, rows, time]."""
+    if not can_merge(batch, mesh):
+        return REMATS
+    _, rows, time = batch["inputs"].shape
+    if rows // data_shards(mesh) * time <= FEW_TOKENS:
+        return "step", *REMATS
+    return *REMATS[:-1], "step", REMATS[-1]
+
+
+def device_memory(mesh: Mesh) -> int | None:
+    """Return the smallest memory limit of the local devices, in bytes, or None if it is unknown (CPU)."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
+    return None if None in limits else min(limits)
+
+
+def memory_needed(compiled: jax.stages.Compiled) -> int:
+    """Return the bytes of device memory that a program needs, including its arguments and results."""
+    m = compiled.memory_analysis()
+    arrays = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return arrays + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+
+
+def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
+    """Return the bytes that a program needs, read from the compiler's out-of-memory error.
+
+    Returns ∞ if the error does not state them. Raises any other error again.
+    """
+    message, units = str(problem), {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    if found := re.search(r"\(?([\d.]+)([KMGT])\)? (?:of [\d.]+[KMGT] hbm|exceeds available HBM)", message):
+        return float(found[1]) * units[found[2]]
+    if "RESOURCE_EXHAUSTED" in message:
+        return math.inf
+    raise problem
+
+
 def fitting(limit: float, platform: str) -> str:
-    """Return the end of the printed message on a program that fits. limit: a device's memory in bytes."""
+    """Return the end of the message that reports a program that fits. limit: a device's memory, in bytes."""
     if platform == "tpu":
         return ", which on TPUs can be more than it takes; it compiled, so it fits"
     return f" of a device's {limit / 1e9:.1f} GB: it fits"
 
 
 def fits(needed: int, limit: float, platform: str, last: bool) -> bool:
-    """Return whether a compiled program that needs `needed` bytes fits in `limit` bytes of device memory.
+    """Return whether a program that needs `needed` bytes fits in a device memory of `limit` bytes.
 
-    A program may fill only the fraction SPARE of the limit, or all of it if `last`, that is, if no smaller
-    program is left to try. On a TPU every program that compiles fits, because libtpu refuses to compile
-    others. There `needed` is too high, since it includes temporaries that are never in memory together
-    (18.9 GB were counted on a v5e with 16.9 GB).
+    last: whether no smaller program is left to try. The last program may fill all memory, others the fraction
+    SPARE. On TPUs the result is always True, since their compiler rejects programs that do not fit.
     """
+    # A TPU's `needed` is too high, since it counts temporaries that are never in memory together.
     return platform == "tpu" or needed <= limit * (1 if last else SPARE)

@@ -16,18 +16,20 @@ MOMENTUM_WARMUP = 400  # steps
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """The length of base training (`steps` steps of `batch` tokens each) and settings derived from it.
+    """The length of base training, and the settings that depend on it.
 
-    cooling: number of cooldown steps, in which learning rates fall; 0: --warmdown_ratio sets it. lr_scale:
-    factor on learning rates. decay: Muon's weight decay at the start. plan: rows (name, text) that are
-    printed before training.
+    steps, batch: number of steps, and tokens per step.
+    lr_scale: factor on all learning rates.
+    decay: Muon's initial weight decay.
+    cooldown: number of cooldown steps. 0: --warmdown_ratio decides.
+    plan: rows (name, text) to print before training.
     """
 
     steps: int
     batch: int
     lr_scale: float = 1.0
     decay: float = 0.0
-    cooling: int = 0
+    cooldown: int = 0
     plan: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -36,10 +38,10 @@ class Horizon:
 
 
 def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig) -> Horizon:
-    """Choose the number of steps, batch size, scale of learning rates and weight decay for a model.
+    """Choose the number of steps, batch size, learning-rate scale and weight decay of base training.
 
-    reference: the model of REFERENCE_DEPTH layers with the same vocabulary and context, from whose best batch
-    size `model`'s is scaled. UserError: no flag sets the length of training, or it is less than one step.
+    reference: a model of REFERENCE_DEPTH layers, whose best settings are known and are scaled to `model`.
+    Raises UserError if no flag sets the length of training, or if the length is less than one step.
     """
     growth = scaling_params(model) / scaling_params(reference)
     batch, why = config.total_batch_size, "as given"
@@ -49,9 +51,9 @@ def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig)
         why = f"the power of 2 nearest to {REFERENCE_BATCH:,} × {growth:.4g}^{BATCH_POWER} = {best:,.0f}"
     kind = "weights of the layers' matrices and the head"
     steps, reason = steps_for(config, model, batch, scaling_params(model), kind)
-    scale, cooling = math.sqrt(batch / REFERENCE_BATCH), round(config.warmdown_ratio * steps)
+    scale, cooldown = math.sqrt(batch / REFERENCE_BATCH), round(config.warmdown_ratio * steps)
     decay = config.weight_decay * scale / growth
-    final = f"{config.warmup_steps} steps of warmup, {cooling:,} of cooldown to {config.final_lr_frac:g}"
+    final = f"{config.warmup_steps} steps of warmup, {cooldown:,} of cooldown to {config.final_lr_frac:g}"
     plan = (
         ("horizon", reason),
         ("batch size", f"{batch:,} tokens, {why}; {growth:.4g} = weights / those of depth {REFERENCE_DEPTH}"),
@@ -59,14 +61,14 @@ def horizon_2026(config: BaseConfig, model: ModelConfig, reference: ModelConfig)
         ("decay", f"{decay:.4g} = {config.weight_decay:g} × {scale:.4g} / {growth:.4g}, along a cosine to 0"),
         ("momentum", f"0.85 to 0.97 in {MOMENTUM_WARMUP} steps, to 0.90 in the cooldown"),
     )
-    return Horizon(steps, batch, scale, decay, cooling, plan)
+    return Horizon(steps, batch, scale, decay, cooldown, plan)
 
 
 def steps_for(config: BaseConfig, model: ModelConfig, batch: int, weights: int, kind: str) -> tuple[int, str]:
-    """Return (number of training steps, text that says which flag sets it).
+    """Return (number of training steps, text that names the flag that sets it).
 
-    The first flag given counts of --num_iterations, --target_flops and --target_param_data_ratio. batch:
-    tokens per step. weights, kind: number and description of the weights that the ratio multiplies.
+    Uses the first of --num_iterations, --target_flops and --target_param_data_ratio that is given.
+    batch: tokens per step. weights: number of weights that the ratio multiplies. kind: what they are.
     """
     ratio = config.target_param_data_ratio
     if config.num_iterations > 0:
@@ -86,19 +88,23 @@ def steps_for(config: BaseConfig, model: ModelConfig, batch: int, weights: int, 
     return steps, reason
 
 
-def momentum_2026(steps: int, cooling: int, warmup: int = MOMENTUM_WARMUP) -> Callable:
-    """Return a function from the number of finished updates to Muon's momentum.
+def momentum_2026(steps: int, cooldown: int, warmup: int = MOMENTUM_WARMUP) -> Callable:
+    """Return Muon's momentum as a function of the number of finished updates.
 
-    Momentum rises from 0.85 to 0.97 in the first `warmup` updates and falls to 0.90 in the last `cooling`.
+    It rises from 0.85 to 0.97 in the first `warmup` of `steps` updates and falls to 0.90 in the last
+    `cooldown`.
     """
 
     def momentum(count):
-        late = jnp.clip((count - (steps - cooling)) / max(cooling, 1), 0.0, 1.0)
+        late = jnp.clip((count - (steps - cooldown)) / max(cooldown, 1), 0.0, 1.0)
         return jnp.where(count < warmup, 0.85 + (0.97 - 0.85) * (count / warmup), 0.97 - (0.97 - 0.90) * late)
 
     return momentum
 
 
 def decay_2026(first: float, steps: int) -> Callable:
-    """Return a function, number of finished updates -> Muon's decay: half a cosine from `first` to 0."""
+    """Return Muon's weight decay as a function of the number of finished updates.
+
+    It falls along half a cosine, from `first` to 0 after `steps` updates.
+    """
     return lambda count: first * 0.5 * (1 + jnp.cos(jnp.pi * count / steps))

@@ -1,4 +1,4 @@
-"""The training loop of all stages. Differences between stages are data in a Stage (stages.py)."""
+"""The training loop that all stages share. What differs between stages is data in a Stage (stages.py)."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from jaxchat.store import Checkpoints
 from jaxchat.train.metrics import MetricsLog, best_step
 from jaxchat.train.reporter import NotFinite, Reporter, Unread
 from jaxchat.train.saving import Saver
-from jaxchat.train.signals import BrokenOff, Stop
+from jaxchat.train.signals import Interrupted, Stop
 from jaxchat.train.stages import Stage
 from jaxchat.train.state import TrainState
 from jaxchat.train.step import compile_step
@@ -25,11 +25,11 @@ from jaxchat.train.step import compile_step
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A measurement of the weights every `every` steps and at the end; if `every` ≤ 0, never.
+    """A measurement of the weights every `every` steps and at the end, or never if `every` ≤ 0.
 
-    measure: function weights -> {name of a measured value: number}.
+    measure: function from the weights to {name of a measured value: number}.
     at_start: whether to measure before the first step, too.
-    best: name of the measured value whose largest value decides which checkpoint is kept; "": none.
+    best: name of a measured value. The checkpoint where it is largest is kept. "": not used.
     """
 
     name: str
@@ -54,17 +54,11 @@ class Run:
     meta: dict  # metadata of the run's checkpoints
 
 
-def place_batch(batch: dict, mesh: Mesh) -> dict:
-    """Place a batch's arrays on the mesh, sharded by rows. -> {name: array}, without totals and numbers."""
-    arrays = {name: array for name, array in batch.items() if name not in ("totals", "numbers")}
-    return {name: place_rows(array, mesh) for name, array in arrays.items()}
-
-
 def train(run: Run, evaluations: list[Evaluation]) -> None:
     """Train to the end of a stage. If an error ends the run, save the state first, if possible.
 
-    Preempted: a signal asked to stop, so the run stopped after saving. UserError: the loss or gradient of a
-    step was not finite, or the last save failed.
+    Raises Preempted after saving if a signal stopped the run.
+    Raises UserError if the loss or gradient of a step was not finite, or if the last save failed.
     """
     with Stop() as stop, MetricsLog.of(run) as log:
         loop = Loop(run, evaluations, stop, log)
@@ -81,13 +75,13 @@ def train(run: Run, evaluations: list[Evaluation]) -> None:
                 # All processes raise NotFinite and Unread, so they can save together. Another error may be
                 # raised by this process only.
                 loop.saver.rescue(loop.state, loop.step, alone=not isinstance(problem, NotFinite | Unread))
-            if loop.problem:  # why this process could not read its rows
-                raise loop.problem from problem
+            if loop.read_error:  # why this process could not read its rows
+                raise loop.read_error from problem
             raise
 
 
 class Loop:
-    """The training loop: its position, evaluations, reporter and saver."""
+    """A training run in progress: its state, step, evaluations, reporter and saver."""
 
     def __init__(self, run: Run, evaluations: list[Evaluation], stop: Stop, log: MetricsLog):
         self.run, self.stage, self.evaluations, self.stop, self.log = run, run.stage, evaluations, stop, log
@@ -101,12 +95,12 @@ class Loop:
         self.ending = False  # the last save is under way
         self.schedule = jax.jit(run.stage.schedule)
         self.batch: dict = {}  # the last step's batch
-        self.places = []  # positions in the data before the last two steps, if several processes train
-        self.problem: Exception | None = None  # why this process, of several, can't read its rows
+        self.positions = []  # positions in the data before the last two steps, if several processes train
+        self.read_error: Exception | None = None  # why this process, of several, can't read its rows
 
     def train(self):
         while True:
-            stopping = not self.finished and self.stop.asked()
+            stopping = not self.finished and self.stop.requested()
             # Save before the evaluations, which may fail or take too long.
             if self.saver.due(self.step, self.finished or stopping):
                 self.reporter.flush()
@@ -118,81 +112,23 @@ class Loop:
                 self.ending = True
                 self.saver.finish(self.state, self.step, finished=self.finished)
             if stopping:
-                outcome = self.saver.describe(self.step)
+                outcome = self.saver.stop_message(self.step)
                 raise Preempted(f"stopped by {self.stop.signal} after step {self.step}; {outcome}")
             if self.finished:
                 return
             self.take_step()
 
-    def evaluate(self, stopping: bool) -> bool:
-        """Run the evaluations that are due, unless the run is stopping. -> whether the run is stopping now.
-
-        If one process trains, a signal to stop interrupts an evaluation, because the machine may be lost
-        before the evaluation ends. A signal that came during the step before it prevents it. Both hold after
-        the last step, too. A resumed run makes these evaluations again.
-        """
-        for evaluation in self.evaluations:
-            # Whether it was made before the run was resumed.
-            done = self.step == self.run.first_step and evaluation.name in self.log.measured
-            if not (stopping or done) and evaluation.due(self.step, self.finished):
-                self.reporter.flush()
-                try:
-                    with self.stop.breaks_off():
-                        values = evaluation.measure(self.state.params)
-                except BrokenOff:
-                    return True
-                self.log.write(self.step, values, evaluation.name)
-                if values:
-                    shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-                    print(f"step {self.step:>6}  {evaluation.name}: {shown}", flush=True)
-                if evaluation.best:
-                    self.saver.keep_best(self.state, self.step, values[evaluation.best], self.finished)
-                self.reporter.restart_clock()
-                stopping = not self.finished and self.stop.asked()
-        return stopping
-
-    def next_batch(self) -> dict:
-        """Read the batch of the next step.
-
-        A process that can't read its rows must not leave the other processes waiting. It repeats its last
-        rows with weights of NaN, so that no process applies the step, and take_step sets "unread" in the
-        totals, which all processes receive. If the processes make a batch together (RL), all of them raise
-        Unread before the step instead.
-        """
-        batches = self.stage.batches
-        several = batches.alone and jax.process_count() > 1
-        if several:
-            self.places = [*self.places[-1:], batches.get_state()]
-        try:
-            if not self.problem:
-                self.batch = batches.next_batch(self.state.params, self.step)
-        except Unread as problem:
-            self.problem = problem.__cause__
-            raise
-        except Exception as problem:
-            if not several or not self.batch:
-                raise
-            self.problem = problem
-            self.batch = self.batch | {"weights": np.full_like(self.batch["weights"], np.nan)}
-        return self.batch
-
-    def go_back(self, step: int):
-        """Set the loop and the data back to `step` steps. The one or two later steps changed no weights."""
-        self.stage.batches.set_state(self.places[step - self.step])
-        self.state = self.state.replace(step=self.state.step - (self.step - step))
-        self.step = step
-
     def take_step(self):
         """Start the next training step without waiting for the devices to finish the previous step."""
         stage, mesh, first = self.stage, self.stage.model.mesh, self.step == self.run.first_step
-        asked = time.perf_counter()
+        started = time.perf_counter()
         batch = self.next_batch()
         numbers = batch.get("numbers", {})  # numbers to log, already on the host
-        waited = numbers.get("data_wait_seconds", time.perf_counter() - asked)
-        like = next(iter(batch["totals"].values()))
-        own = {"overdue": self.saver.overdue(), "unread": bool(self.problem)}
-        own = {name: np.full_like(like, value) for name, value in own.items()}
-        totals = agree(batch["totals"] | own, mesh)
+        waited = numbers.get("data_wait_seconds", time.perf_counter() - started)
+        example = next(iter(batch["totals"].values()))  # the shape and dtype of all totals
+        notes = {"overdue": self.saver.overdue(), "unread": bool(self.read_error)}
+        notes = {name: np.full_like(example, value) for name, value in notes.items()}
+        totals = agree(batch["totals"] | notes, mesh)
         if stage.num_steps:
             progress = self.step / stage.num_steps
             multiplier = np.float32(stage.schedule(progress, 1 / stage.num_steps))
@@ -210,7 +146,69 @@ class Loop:
         metrics = metrics | totals | numbers | {"progress": progress, "lr_multiplier": multiplier}
         size = int(numbers.get("computed_tokens", placed["inputs"].size))
         length = placed["inputs"].shape[-1]
-        self.saver.agree(self.reporter.step(self.step, size, waited, metrics, length))
+        self.saver.note_overdue(self.reporter.step(self.step, size, waited, metrics, length))
         self.finished = self.step == stage.num_steps
-        if not stage.num_steps and not batch["totals"]["left"].any():  # none left here: elsewhere?
+        if not stage.num_steps and not batch["totals"]["left"].any():  # others may have rows
             self.finished = not int(totals["left"])
+
+    def evaluate(self, stopping: bool) -> bool:
+        """Run the evaluations that are due, unless `stopping`. Return whether the run is to stop now.
+
+        If one process trains, a signal to stop interrupts an evaluation, because the machine may be lost
+        before the evaluation ends. The resumed run repeats it.
+        """
+        for evaluation in self.evaluations:
+            # Whether the evaluation was already made before the run was resumed.
+            done = self.step == self.run.first_step and evaluation.name in self.log.evaluated
+            if not (stopping or done) and evaluation.due(self.step, self.finished):
+                self.reporter.flush()
+                try:
+                    with self.stop.interruptible():
+                        values = evaluation.measure(self.state.params)
+                except Interrupted:
+                    return True
+                self.log.write(self.step, values, evaluation.name)
+                if values:
+                    shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+                    print(f"step {self.step:>6}  {evaluation.name}: {shown}", flush=True)
+                if evaluation.best:
+                    self.saver.keep_best(self.state, self.step, values[evaluation.best], self.finished)
+                self.reporter.restart_clock()
+                stopping = not self.finished and self.stop.requested()
+        return stopping
+
+    def next_batch(self) -> dict:
+        """Return the batch of the next step.
+
+        If one of several processes can't read its rows, it returns its previous rows with weights of NaN
+        instead, so that no process waits for it or applies the step. All processes then raise Unread. In RL,
+        or if there are no previous rows, the error is raised at once.
+        """
+        batches = self.stage.batches
+        independent = batches.alone and jax.process_count() > 1
+        if independent:
+            self.positions = [*self.positions[-1:], batches.get_state()]
+        try:
+            if not self.read_error:
+                self.batch = batches.next_batch(self.state.params, self.step)
+        except Unread as problem:
+            self.read_error = problem.__cause__
+            raise
+        except Exception as problem:
+            if not independent or not self.batch:
+                raise
+            self.read_error = problem
+            self.batch = self.batch | {"weights": np.full_like(self.batch["weights"], np.nan)}
+        return self.batch
+
+    def go_back(self, step: int):
+        """Set the step and the data position back to `step`. The steps undone had changed no weights."""
+        self.stage.batches.set_state(self.positions[step - self.step])
+        self.state = self.state.replace(step=self.state.step - (self.step - step))
+        self.step = step
+
+
+def place_batch(batch: dict, mesh: Mesh) -> dict:
+    """Place a batch's arrays on the mesh, sharded by rows. Leave out its "totals" and "numbers"."""
+    arrays = {name: array for name, array in batch.items() if name not in ("totals", "numbers")}
+    return {name: place_rows(array, mesh) for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""The training loss: weighted sums of next-token losses, without all logits of a batch in memory at once."""
+"""The training loss, computed in chunks, so that all logits of a batch are never in memory at once."""
 
 import dataclasses
 from functools import partial
@@ -17,24 +17,25 @@ from jaxchat.sharding import ROWS, constrain, data_shards, per_device
 
 @dataclasses.dataclass(frozen=True)
 class Chunking:
-    """How the loss is computed in chunks: logits exist for `length` positions of every row at a time.
+    """How to compute the loss in chunks, each of `length` positions of every row.
 
-    cap: the model's softcap, which bounds the logits, so that the softmax subtracts no maximum.
-    mesh: the mesh over which rows and the vocabulary are sharded; None: one device.
+    cap: the model's softcap. It bounds the logits, so the softmax need not subtract their maximum.
+    mesh: the mesh over which rows and the vocabulary are sharded. None: one device.
     kernels: whether a GPU kernel (model/kernels.py) computes the softmax when gradients are needed.
-    words: size of the vocabulary, if the head is padded to more columns; None: it isn't padded.
+    vocab_size: size of the vocabulary if the head has padding columns. None: it has none.
     """
 
     length: int
     cap: float
     mesh: Mesh | None = None
     kernels: bool = False
-    words: int | None = None
+    vocab_size: int | None = None
 
     @classmethod
     def of(cls, batch: int, time: int, config: ModelConfig, compute: Compute):
-        words = None if config.padded_vocab == config.vocab_size else config.vocab_size
-        return cls(chunk_length(batch, time, compute), config.softcap, compute.mesh, compute.kernels, words)
+        vocab_size = None if config.padded_vocab == config.vocab_size else config.vocab_size
+        length = chunk_length(batch, time, compute)
+        return cls(length, config.softcap, compute.mesh, compute.kernels, vocab_size)
 
     @property
     def sharded(self) -> bool:
@@ -42,11 +43,10 @@ class Chunking:
 
 
 def chunk_length(batch: int, time: int, compute: Compute) -> int:
-    """Return the number of positions per chunk of the loss of [batch, time] tokens, at least 1.
+    """Return the number of positions per chunk when computing the loss of [batch, time] tokens.
 
-    A chunk has at most compute.loss_chunk_tokens tokens per device. Its length is the longest divisor of
-    `time` within this limit. If that divisor is at most half of the limit, `time` is divided into as few
-    chunks as the limit allows, of equal length, and the last chunk is padded.
+    A chunk has at most compute.loss_chunk_tokens tokens per device. The length divides `time`, unless all
+    divisors within this limit are at most half of the limit. Then the last chunk is padded.
     """
     rows = max(1, batch // data_shards(compute.mesh))
     most = min(time, max(1, compute.loss_chunk_tokens // rows))
@@ -55,11 +55,10 @@ def chunk_length(batch: int, time: int, compute: Compute) -> int:
 
 
 def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute):
-    """Return (Σ weight·nll in nats, N), float32, of a batch. nll: negative log-likelihood of a target token.
+    """Return (Σ weight·nll, N) of a batch, float32. nll: negative log-likelihood of a target token, in nats.
 
-    batch: {inputs_BT, targets_BT, weights_BT[, counts_BT][, segments_BT]}. N is Σ counts, or Σ weights if the
-    batch has no counts. The loss of a step is Σ weight·nll ÷ N, after summing both over the micro-batches.
-    Weights may be negative; counts are needed if the loss is not a weighted mean.
+    batch: {inputs_BT, targets_BT, weights_BT[, counts_BT][, segments_BT]}. Weights may be negative.
+    N: Σ counts, or Σ weights if the batch has no counts. The mean loss is Σ weight·nll ÷ N.
     """
     x_BTD = features(params, batch["inputs_BT"], config, compute, batch.get("segments_BT"))
     chunking = Chunking.of(*batch["inputs_BT"].shape, config, compute)
@@ -70,23 +69,16 @@ def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def weighted_nll(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
-    """Return Σ weight·nll of the target tokens, which the head predicts from the features x_BTD.
+    """Return Σ weight·nll, where nll is a target token's loss, given the features x_BTD and the output head.
 
-    Positions are cut into chunks along T, so that rows stay on their devices. If gradients are needed, a
-    chunk's gradients are computed together with its loss, from the same logits: nothing is computed twice,
-    and the backward pass only scales the gradients. The logits are then rounded to the features' dtype before
-    the softmax; without gradients they stay float32. So in bfloat16 the training loss differs slightly from
-    the validation loss of the same weights (measured: 2e-7 of the loss). On a mesh only sums over the
-    vocabulary cross the tensor axis, and the head's gradient crosses the other axes once, at the end.
+    The sum is computed in chunks along T. If gradients are needed, they are computed in the same pass, from
+    logits rounded to the features' dtype. Otherwise the logits are float32.
     """
     return _on_mesh(_nll, P(), chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)
 
 
 def _on_mesh(function, out_specs, chunking: Chunking, x_BTD, lm_head_DV, targets_BT, weights_BT):
-    """Call function(x, head, targets, weights, chunking) on every device's rows and vocabulary shard.
-
-    The result is sharded by out_specs.
-    """
+    """Call `function` on each device with that device's rows and vocabulary shard of the head."""
     in_specs = (P(ROWS), P(None, "tensor"), P(ROWS), P(ROWS))
     local = partial(function, chunking=chunking)
     mapped = per_device(local, chunking.mesh, in_specs, out_specs, always=chunking.kernels)
@@ -107,54 +99,50 @@ def _nll(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunking):
 
 
 def chunk_nll(x_BtD, head_DV, targets_Bt, chunking: Chunking):
-    """Compute the losses at the t positions of a chunk. -> (float32 logits z_BtV, target ids_Bt, nll_Bt).
+    """Return (float32 logits z_BtV, target ids_Bt, losses nll_Bt) at the t positions of a chunk.
 
-    On a mesh, V is this device's shard of the vocabulary. Target ids are relative to the shard's start, so
-    those of other shards are negative or ≥ V. nll_Bt is normalized over the complete vocabulary.
+    On a mesh, V is this device's shard of the vocabulary, and ids_Bt are relative to the shard's first id.
+    Ids of other shards are negative or ≥ V. The losses are normalized over the complete vocabulary.
     """
     z_BtV = logits(head_DV, x_BtD, chunking.cap)
-    if chunking.words:
-        z_BtV = jnp.where(is_word(z_BtV.shape[-1], chunking), z_BtV, -jnp.inf)
+    if chunking.vocab_size:
+        z_BtV = jnp.where(is_token(z_BtV.shape[-1], chunking), z_BtV, -jnp.inf)
     ids_Bt = local_ids(targets_Bt, z_BtV.shape[-1], chunking.sharded)
-    sum_Bt, target_Bt = jnp.sum(jnp.exp(z_BtV), axis=-1), logit_of(z_BtV, ids_Bt, chunking.sharded)
+    sum_Bt, target_Bt = jnp.sum(jnp.exp(z_BtV), axis=-1), target_logits(z_BtV, ids_Bt, chunking.sharded)
     if chunking.sharded:
         sum_Bt, target_Bt = lax.psum((sum_Bt, target_Bt), "tensor")
     return z_BtV, ids_Bt, jnp.log(sum_Bt) - target_Bt
 
 
 def local_ids(targets_Bt, size: int, sharded: bool):
-    """Return target ids; if `sharded`, relative to the start of this device's vocabulary shard of `size`."""
+    """Return target ids relative to the first id of this device's vocabulary shard of `size` ids."""
     return targets_Bt - lax.axis_index("tensor") * size if sharded else targets_Bt
 
 
-def is_word(size: int, chunking: Chunking):
-    """Return which of the head's `size` columns on this device are tokens, not padding: bool [1, 1, size]."""
+def is_token(size: int, chunking: Chunking):
+    """Return bool [1, 1, size]: which of the `size` head columns on this device are tokens, not padding."""
     first = lax.axis_index("tensor") * size if chunking.sharded else 0
-    return (first + jnp.arange(size) < chunking.words)[None, None]
+    return (first + jnp.arange(size) < chunking.vocab_size)[None, None]
 
 
-def logit_of(z_BtV, ids_Bt, sharded: bool):
-    """Return the logits of the target ids, [B, t].
-
-    If the vocabulary is `sharded`, the logit of another shard's id is 0, so that a sum over devices gives all
-    logits. If not, the logit of an id outside the vocabulary is NaN.
-    """
+def target_logits(z_BtV, ids_Bt, sharded: bool):
+    """Return the logits [B, t] of the target ids. If `sharded`, ids of other shards have the logit 0."""
     if not sharded:
         return jnp.take_along_axis(z_BtV, ids_Bt[..., None], axis=-1)[..., 0]
     near_Bt = jnp.clip(ids_Bt, 0, z_BtV.shape[-1] - 1)
     return jnp.where(ids_Bt == near_Bt, jnp.take_along_axis(z_BtV, near_Bt[..., None], axis=-1)[..., 0], 0.0)
 
 
-def slope(z, cap: float):
-    """Return the derivative of z = softcap(u) with respect to u, computed from z."""
+def softcap_slope(z, cap: float):
+    """Return the derivative dz/du of z = softcap(u), computed from z."""
     return 1 - (z / cap) ** 2
 
 
 def nll_and_gradients(x_BTD, lm_head_DV, targets_BT, weights_BT, chunking: Chunking):
-    """Forward pass of weighted_nll. -> (Σ weight·nll, its gradients: (d_x_BTD, d_lm_head_DV, nll_BT)).
+    """Return (Σ weight·nll, gradients), as the forward pass of weighted_nll.
 
-    nll_BT, the loss of every token, is the gradient with respect to weights_BT. The backward pass
-    (scale_gradients) multiplies the gradients by the cotangent.
+    The gradients are (d_x_BTD, d_lm_head_DV, nll_BT). The last, the loss of every token, is the gradient with
+    respect to weights_BT. The backward pass, scale_gradients, multiplies all three by the cotangent.
     """
     out_specs = (P(), (P(ROWS), P("fsdp", "tensor"), P(ROWS)))
     return _on_mesh(_nll_and_gradients, out_specs, chunking, x_BTD, lm_head_DV, targets_BT, weights_BT)
@@ -187,15 +175,15 @@ def _nll_and_gradients(x_BTD, head_DV, targets_BT, weights_BT, chunking: Chunkin
 
 
 def logits_gradient(u_BtV, targets_Bt, chunking: Chunking):
-    """Return (d_BtV in u's dtype, sum_Bt, nll_Bt) from the head's outputs u_BtV, where ∂nll/∂u = d/sum.
+    """Return (d_BtV, sum_Bt, nll_Bt) from the head's outputs u_BtV. The gradient ∂nll/∂u is d/sum.
 
-    With z = softcap(u) and sum = Σ exp(z), ∂nll/∂u = (exp(z)/sum − δ)·slope, where δ is 1 at the target, else
-    0. Where δ is 0, d = sum·∂nll/∂u does not depend on sum, so one pass over the logits is enough.
+    With z = softcap(u) and sum = Σ exp(z), ∂nll/∂u = (exp(z)/sum − δ)·dz/du, where δ is 1 at the target and 0
+    elsewhere. Except at the target, d does not depend on sum, so one pass over the logits is enough.
     """
     dtype, size, sharded, cap = u_BtV.dtype, u_BtV.shape[-1], chunking.sharded, chunking.cap
     ids_Bt = local_ids(targets_Bt, size, sharded)
-    target_Bt = softcap(logit_of(u_BtV, ids_Bt, sharded), cap)
-    if chunking.kernels and not chunking.words:
+    target_Bt = softcap(target_logits(u_BtV, ids_Bt, sharded), cap)
+    if chunking.kernels and not chunking.vocab_size:
         from jaxchat.model import kernels  # here, so that other devices don't import Pallas
 
         d_MV, sum_M = kernels.softcap_exp(u_BtV.reshape(-1, size), cap)
@@ -203,12 +191,12 @@ def logits_gradient(u_BtV, targets_Bt, chunking: Chunking):
     else:
         z_BtV = softcap(u_BtV, cap)
         exp_BtV = jnp.exp(z_BtV)
-        if chunking.words:
-            exp_BtV = jnp.where(is_word(size, chunking), exp_BtV, 0.0)
-        d_BtV, sum_Bt = (exp_BtV * slope(z_BtV, cap)).astype(dtype), jnp.sum(exp_BtV, axis=-1)
+        if chunking.vocab_size:
+            exp_BtV = jnp.where(is_token(size, chunking), exp_BtV, 0.0)
+        d_BtV, sum_Bt = (exp_BtV * softcap_slope(z_BtV, cap)).astype(dtype), jnp.sum(exp_BtV, axis=-1)
     if sharded:
         sum_Bt, target_Bt = lax.psum((sum_Bt, target_Bt), "tensor")
-    d_target_Bt = ((jnp.exp(target_Bt) - sum_Bt) * slope(target_Bt, cap)).astype(dtype)
+    d_target_Bt = ((jnp.exp(target_Bt) - sum_Bt) * softcap_slope(target_Bt, cap)).astype(dtype)
     if chunking.kernels:
         b, i = jnp.ogrid[: ids_Bt.shape[0], : ids_Bt.shape[1]]
         place_Bt = jnp.where(ids_Bt >= 0, ids_Bt, size)  # ids outside V are dropped
@@ -229,16 +217,16 @@ weighted_nll.defvjp(nll_and_gradients, scale_gradients)
 
 
 def pad_time(length: int, a):
-    """Append zeros along T to an array [B, T, ...], until T is a multiple of `length`."""
+    """Append zeros along T to an array [B, T, ...] until T is a multiple of `length`."""
     return jnp.pad(a, ((0, 0), (0, -a.shape[1] % length), *[(0, 0)] * (a.ndim - 2)))
 
 
 def split_time(length: int, *arrays):
-    """Cut arrays [B, T, ...] into chunks [⌈T/length⌉, B, length, ...]; zeros pad the last chunk."""
+    """Cut each array [B, T, ...] into chunks [n, B, length, ...]. Zeros pad the last chunk."""
     padded = (pad_time(length, a) for a in arrays)
     return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, length, *a.shape[2:]), 1, 0) for a in padded)
 
 
 def join_time(a, time: int):
-    """Join chunks [n, B, length, ...] to one array [B, time, ...], dropping the padding."""
+    """Join chunks [n, B, length, ...] into one array [B, time, ...], dropping the padding."""
     return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :time]

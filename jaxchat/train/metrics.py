@@ -1,4 +1,4 @@
-"""Log a run's numbers to metrics.jsonl and, if flags ask for them, to Weights & Biases and TensorBoard."""
+"""Log a run's numbers to metrics.jsonl and, depending on flags, to Weights & Biases and TensorBoard."""
 
 import contextlib
 import importlib.util
@@ -19,33 +19,36 @@ from jaxchat.store import FULL
 
 
 def check_installed(*, run: str, tensorboard: bool):
-    """Raise UserError unless the loggers that the flags ask for are installed."""
-    for asked, module, extra in (
+    """Raise UserError if a wanted logger is not installed. Weights & Biases is wanted unless run="dummy"."""
+    for wanted, module, extra in (
         (run != "dummy", "wandb", "wandb"),
         (tensorboard, "tensorboardX", "tensorboard"),
     ):
-        if asked and importlib.util.find_spec(module) is None:
+        if wanted and importlib.util.find_spec(module) is None:
             flag = f"--run={run}" if module == "wandb" else "--tensorboard"
             raise UserError(f"{flag} needs {module}: pip install -e '.[{extra}]' in jaxchat's folder")
 
 
 def peak_bytes() -> int:
-    """Peak memory use, in bytes, of the first local device or, if it reports none (CPU), of the process."""
+    """Return the peak memory use in bytes: of the first local device or, on a CPU, of the process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class MetricsLog:
-    """A run's log: metrics.jsonl and, if flags ask for them, Weights & Biases and TensorBoard.
+    """The log of a run: metrics.jsonl and, depending on flags, Weights & Biases and TensorBoard.
 
-    folder: where files are written; None: no files. resume_step: lines of later steps are deleted.
+    folder: where to write files. None: write none.
+    config: metadata of the run for Weights & Biases.
+    resume_step: last step whose lines in metrics.jsonl are kept. 0: keep no lines.
+    run: name at Weights & Biases. "dummy": do not log there.
     """
 
     def __init__(self, folder: Path | None, config: dict, *, resume_step: int, run: str, tensorboard: bool):
         self._file = self._wandb = self._board = None
         self._unwritten = b""  # lines that could not be written because the disk is full
-        self.measured: list[str] = []  # evaluations already made after resume_step
+        self.evaluated: list[str] = []  # evaluations already made at resume_step
         if jax.process_index() > 0:  # all processes have the same numbers, so one logs
             return
         if folder:
@@ -71,31 +74,31 @@ class MetricsLog:
     @classmethod
     @contextlib.contextmanager
     def of(cls, run):
-        """A context with the MetricsLog of a loop.Run, which is closed at the end."""
+        """Context manager that opens the MetricsLog of a loop.Run and closes it at the end."""
         flags, folder = run.stage.flags, run.checkpoints.folder if run.checkpoints else None
-        done = evaluations_after(run.first_step, folder) if folder and run.first_step else []
+        done = evaluations_at(run.first_step, folder) if folder and run.first_step else []
         log = cls(folder, run.meta, resume_step=run.first_step, run=flags.run, tensorboard=flags.tensorboard)
-        log.measured = gather_json({"done": done})[0]["done"]  # as the first process sees it
+        log.evaluated = gather_json({"done": done})[0]["done"]  # as the first process sees it
         try:
             yield log
         finally:
             log.close()
 
     def write(self, step: int, values: dict[str, float], evaluation: str = ""):
-        """Log {name: number} of a step. evaluation: name of the evaluation that measured them, if any."""
+        """Log the values of a step. evaluation: name of the evaluation that measured them, if any."""
         if self._file:
             named = {"evaluation": evaluation} if evaluation else {}
             known = {name: value if math.isfinite(value) else None for name, value in values.items()}
             self._unwritten += json.dumps({"step": step, **named, **known}).encode() + b"\n"
-            self._write()
+            self._flush()
         if self._wandb and values:
             self._wandb.log(values, step=step)
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def _write(self):
-        """Append all buffered lines; on a full disk, keep them in the buffer and leave no partial line."""
+    def _flush(self):
+        """Append the buffered lines to the file. If the disk is full, keep them and leave no partial line."""
         end = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(self._unwritten) == len(self._unwritten):
@@ -108,7 +111,7 @@ class MetricsLog:
 
     def close(self):
         if self._unwritten:
-            self._write()
+            self._flush()
         if self._unwritten:
             print("metrics.jsonl lacks its last lines: the disk is full", flush=True)
         for sink in (self._file, self._board):
@@ -118,21 +121,21 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def evaluations_after(step: int, folder: Path) -> list[str]:
-    """Names of the evaluations after step `step` that metrics.jsonl in `folder` records."""
+def evaluations_at(step: int, folder: Path) -> list[str]:
+    """Return the names of the evaluations that metrics.jsonl in `folder` records at `step`."""
     rows = files.read_lines(folder / "metrics.jsonl")
     return [row["evaluation"] for row in rows if row.get("step") == step and "evaluation" in row]
 
 
 def best_step(folder: Path, name: str, last: int) -> tuple[int, float] | None:
-    """Return (step, value) of the largest logged `name` up to step `last`; None if it was never logged."""
+    """Return the step and value of the largest `name` that evaluations logged up to step `last`, or None."""
     rows = [row for row in files.read_lines(folder / "metrics.jsonl") if "evaluation" in row]
     found = [(row["step"], row[name]) for row in rows if row["step"] <= last and row.get(name) is not None]
     return max(found, key=lambda one: one[1]) if found else None
 
 
 def wandb_id(folder: Path, new: bool) -> str:
-    """Return the run's id at Weights & Biases, which `folder` keeps. new: replace it by a new id."""
+    """Return the run's id at Weights & Biases, stored in `folder`. new: replace it by a new id."""
     path = folder / "wandb_id"
     if new or not path.exists():
         files.write_text(path, secrets.token_hex(8))
@@ -140,7 +143,7 @@ def wandb_id(folder: Path, new: bool) -> str:
 
 
 def _step_of(line: str) -> float:
-    """Return the step in a line of metrics.jsonl; ∞ for a line that a killed process left incomplete."""
+    """Return the step in a line of metrics.jsonl, or ∞ if the line is incomplete."""
     try:
         return json.loads(line)["step"]
     except ValueError:

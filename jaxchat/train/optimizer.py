@@ -1,4 +1,4 @@
-"""The optimizer: Muon for matrices, AdamW for other weights. Tables map a group of weights to its rule."""
+"""The optimizer: Muon for matrices, AdamW for other weights. A table gives each group of weights its rule."""
 
 import dataclasses
 import math
@@ -32,33 +32,33 @@ SCALAR_LR, MIXING_LR = 0.5, 0.2  # peak rates in 2026: of factors on the embeddi
 
 @dataclasses.dataclass(frozen=True)
 class Muon:
-    """Update rule of a group of matrices: momentum, then orthogonalization, with optional refinements.
+    """Muon's update rule for a group of matrices: momentum, then orthogonalization.
 
-    momentum: function from the number of finished updates to the momentum.
-    decay: function from the number of finished updates to the weight decay, which applies only to weights
-    that the update moves towards 0. None: no decay.
-    steps: polynomial coefficients (a, b, c) of each orthogonalization step.
-    safety, tiny: before the first step, a matrix is divided by safety × (its norm) + tiny.
-    equal: first scale the gradients of all output neurons to the same norm (MuonEq).
-    exact: scale the result to the norm of an orthogonal matrix (Muon+).
-    neuron_beta: decay of a running mean square of each neuron's updates; updates are divided by its root
-    (NorMuon). 0: no mean is kept, and updates are not divided.
+    lr: peak learning rate.
+    momentum, decay: momentum and weight decay as functions of the number of finished updates.
+    The decay applies only to weights that the update moves towards 0. decay=None: no decay.
+    coefficients: (a, b, c) of the polynomial of each orthogonalization step.
+    norm_factor, norm_eps: a matrix is first divided by norm_factor × (its norm) + norm_eps.
+    equalize: before that, scale the columns (output neurons) to the same norm (MuonEq).
+    exact_norm: scale the result to the norm of an orthogonal matrix (Muon+).
+    neuron_beta: decay of the running mean square of each neuron's updates. Updates are divided by its root
+    (NorMuon). 0: they are not divided.
     """
 
     lr: float
     momentum: Callable
-    steps: tuple = NEWTON_SCHULZ
-    safety: float = 1.0
-    tiny: float = 1e-7
-    equal: bool = False
-    exact: bool = False
+    coefficients: tuple = NEWTON_SCHULZ
+    norm_factor: float = 1.0
+    norm_eps: float = 1e-7
+    equalize: bool = False
+    exact_norm: bool = False
     neuron_beta: float = 0.0
     decay: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """Update rule of a group of weights by AdamW: learning rate, betas and weight decay."""
+    """AdamW's update rule for a group of weights: peak learning rate, betas and weight decay."""
 
     lr: float
     b1: float = 0.8
@@ -67,17 +67,18 @@ class AdamW:
 
 
 def orthogonalize(g_Lmn, dtype, rule: Muon):
-    """Orthogonalize every matrix of a stack approximately: singular values become about 1. -> float32.
+    """Return a stack of matrices with their singular values brought close to 1, in float32.
 
-    Matrices are divided by their Frobenius norm, and tall ones are transposed, so that x·xᵀ is small. The
-    five steps of `rule` follow, in `dtype`: x ← P(x·xᵀ)·x with P(g) = a + b·g + c·g².
+    Each matrix is divided by its norm and, if tall, transposed, so that G = x·xᵀ is small. Each step then
+    replaces x by (a + b·G + c·G²)·x, with the coefficients of `rule`, computed in `dtype`.
     """
-    steps = rule.steps
-    g_Lmn = equal_columns(g_Lmn.astype(dtype).astype(jnp.float32)) if rule.equal else g_Lmn
+    steps = rule.coefficients
+    g_Lmn = equalize_columns(g_Lmn.astype(dtype).astype(jnp.float32)) if rule.equalize else g_Lmn
     tall = g_Lmn.shape[-2] > g_Lmn.shape[-1]
     x = jnp.swapaxes(g_Lmn, -1, -2) if tall else g_Lmn
-    # The tiny term only guards an all-zero matrix, whose update is zero.
-    x = (x / (rule.safety * jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + rule.tiny)).astype(dtype)
+    norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
+    # norm_eps only guards an all-zero matrix, whose update is zero.
+    x = (x / (rule.norm_factor * norm + rule.norm_eps)).astype(dtype)
 
     def polynomial_steps(steps, x):
         return newton_schulz_factor(x @ jnp.swapaxes(x, -1, -2), steps) @ x
@@ -95,18 +96,17 @@ def orthogonalize(g_Lmn, dtype, rule: Muon):
     return (jnp.swapaxes(x, -1, -2) if tall else x).astype(jnp.float32)
 
 
-def equal_columns(x_Lmn):
-    """Scale the columns (output neurons) of each matrix to equal norms without changing the matrix's norm."""
+def equalize_columns(x_Lmn):
+    """Scale the columns (output neurons) of each matrix to equal norms, keeping the norm of the matrix."""
     norm = jnp.linalg.norm(x_Lmn, axis=(-2, -1), keepdims=True)
     columns = jnp.linalg.norm(x_Lmn, axis=-2, keepdims=True)
     return x_Lmn * (norm / math.sqrt(x_Lmn.shape[-1]) / jnp.maximum(columns, 1e-6))
 
 
 def newton_schulz_factor(gram, steps):
-    """Return the matrices [L, m, m] that have the effect of several orthogonalization steps on x.
+    """Return the matrices [L, m, m] by which several orthogonalization steps together multiply x.
 
-    A step multiplies x by P(x·xᵀ), see orthogonalize. gram: x·xᵀ [L, m, m] before the steps. steps: (a, b, c)
-    of each. The terms of P are summed in float32.
+    gram: x·xᵀ [L, m, m] before the steps. steps: coefficients (a, b, c) of each step.
     """
     factor = None
     for i, (a, b, c) in enumerate(steps):
@@ -118,12 +118,11 @@ def newton_schulz_factor(gram, steps):
     return factor
 
 
-def orthogonalize_spread(u, weight: Weight, mesh: Mesh, dtype, rule: Muon):
+def orthogonalize_sharded(u, weight: Weight, mesh: Mesh, dtype, rule: Muon):
     """Orthogonalize a stack of matrices [L, *in, *out] that is sharded over a mesh as `weight` is.
 
-    A device gathers the complete matrices of L/devices layers (rounded up; zeros pad the stack),
-    orthogonalizes them and sends the shards back. Devices communicate before and after the steps, not within
-    them. With more devices than layers, each group of neighbours along `data` computes the complete stack.
+    Each device gathers the complete matrices of about L/devices layers, orthogonalizes them, and sends the
+    shards back. With more devices than layers, each group of neighbours along `data` computes all layers.
     """
     in_axis, out_axis = weight.axes[1], next(axis for axis in weight.axes[2:] if axis)
     data, holders = mesh.shape["data"], mesh.shape["fsdp"] * mesh.shape["tensor"]
@@ -159,11 +158,11 @@ class MuonState:
 
 
 def scale_by_muon(weights, rule: Muon, dtype=jnp.float32, mesh: Mesh | None = None) -> GradientTransformation:
-    """Make the optax transformation of a Muon rule, without the learning rate.
+    """Return the optax transformation of a Muon rule, without its learning rate.
 
-    It applies Nesterov momentum, then orthogonalization, then the factor √max(1, fan_out/fan_in).
-    weights: the declared `Weight` of every matrix, in a tree like the gradients' tree. mesh: the mesh over
-    which matrices are sharded; each device then orthogonalizes some layers. dtype: of the orthogonalization.
+    It applies momentum, orthogonalization, weight decay and the factor √max(1, fan_out/fan_in).
+    weights: the declared `Weight` of every matrix, in a tree like that of the gradients.
+    dtype: used for the orthogonalization. mesh: devices that share its work. None: one device.
     """
 
     def init(params):
@@ -175,20 +174,20 @@ def scale_by_muon(weights, rule: Muon, dtype=jnp.float32, mesh: Mesh | None = No
     def direction(weight, buf, g, m):
         u = (1 - m) * g + m * buf
         if mesh is not None and mesh.size > 1 and any(weight.axes):
-            return orthogonalize_spread(u, weight, mesh, dtype, rule)
+            return orthogonalize_sharded(u, weight, mesh, dtype, rule)
         return orthogonalize(u.reshape(-1, weight.fan_in, weight.fan_out), dtype, rule).reshape(g.shape)
 
     def update(grads, state, params=None):
         m = rule.momentum(state.count)
         momentum = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, state.momentum, grads)
         x = jax.tree.map(partial(direction, m=m), weights, momentum, grads)
-        if rule.exact:
+        if rule.exact_norm:
             x = jax.tree.map(to_exact_norm, weights, x)
         second = state.second
         if rule.neuron_beta:
             squares = jax.tree.map(mean_squares, weights, x)
             second = jax.tree.map(lambda v, s: v + (1 - rule.neuron_beta) * (s - v), second, squares)
-            x = jax.tree.map(even_neurons, x, squares, second)
+            x = jax.tree.map(normalize_neurons, x, squares, second)
         if rule.decay is not None:
             decay = rule.decay(state.count)
             x = jax.tree.map(lambda x, p: x + decay * jnp.where(x * p >= 0, p, 0), x, params)
@@ -199,7 +198,7 @@ def scale_by_muon(weights, rule: Muon, dtype=jnp.float32, mesh: Mesh | None = No
 
 
 def with_new_schedule(opt_state):
-    """Return optimizer state for another stage, in which Muon's schedules of momentum and decay restart."""
+    """Return optimizer state for a new stage, in which Muon's momentum and decay schedules start again."""
 
     def from_start(part):
         return part.replace(count=jnp.zeros_like(part.count)) if isinstance(part, MuonState) else part
@@ -208,13 +207,13 @@ def with_new_schedule(opt_state):
 
 
 def to_exact_norm(weight: Weight, x):
-    """Scale each matrix of a stack to the norm of an orthogonal matrix, √min(fan_in, fan_out) (Muon+)."""
+    """Scale each matrix of a stack to the norm √min(fan_in, fan_out) of an orthogonal matrix (Muon+)."""
     norm = jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))
     return x * (math.sqrt(min(weight.fan_in, weight.fan_out)) / jnp.maximum(norm, 1e-6))
 
 
 def neuron_axes(weight: Weight) -> tuple[int, ...]:
-    """Axes of `weight` over which NorMuon averages: the outputs if fewer than the inputs, else the inputs."""
+    """Return the axes that NorMuon averages over: the inputs' if fan_in ≤ fan_out, else the outputs'."""
     axes = range(1, len(weight.shape))
     inputs = next(n for n in axes if math.prod(weight.shape[1 : n + 1]) == weight.fan_in)
     return tuple(axes[:inputs] if weight.fan_out >= weight.fan_in else axes[inputs:])
@@ -228,10 +227,10 @@ def mean_squares(weight: Weight, x):
     return jnp.mean(x * x, axis=neuron_axes(weight), keepdims=True)
 
 
-def even_neurons(x, squares, second):
-    """Divide each neuron's update by the neuron's running RMS, without changing a layer's norm (NorMuon).
+def normalize_neurons(x, squares, second):
+    """Divide each neuron's update by its running RMS, keeping the norm of each layer's update (NorMuon).
 
-    squares: mean square of each neuron's update; second: the running mean of `squares`.
+    squares: mean square of each neuron's update. second: running mean of `squares`.
     """
     rates = lax.rsqrt(jnp.maximum(second, 1e-10))
     each = tuple(range(1, x.ndim))  # axes within a layer; each square is the mean of equally many numbers
@@ -241,7 +240,7 @@ def even_neurons(x, squares, second):
 
 
 def in_float32(inner: GradientTransformation) -> GradientTransformation:
-    """Wrap a transformation so that it computes in float32 and keeps its state in the weights' dtype."""
+    """Wrap a transformation so that it computes in float32 but keeps its state in the weights' dtype."""
 
     def widen(tree):
         return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, tree)
@@ -262,9 +261,9 @@ def table_2025(
     weight_decay: float = 0.0,
     momentum_warmup: int = 300,
 ) -> dict[str, Muon | AdamW]:
-    """Return nanochat's update rules of November 2025, {group of weights: rule}.
+    """Return nanochat's update rules of November 2025 as {group of weights: rule}.
 
-    momentum_warmup: number of first updates in which Muon's momentum rises from 0.85 to 0.95.
+    momentum_warmup: number of updates in which Muon's momentum rises from 0.85 to 0.95.
     """
 
     def momentum(count):
@@ -292,16 +291,16 @@ def table_2026(
     momentum: Callable | None = None,
     decay: Callable | None = None,
 ) -> dict[str, Muon | AdamW]:
-    """Return nanochat's update rules of July 2026, {group of weights: rule}.
+    """Return nanochat's update rules of July 2026 as {group of weights: rule}.
 
-    momentum, decay: Muon's, as functions of the number of finished updates. momentum=None: the momentum of
-    table_2025, which rises from 0.85 to 0.95. decay=None: no weight decay of Muon's matrices.
+    momentum, decay: Muon's momentum and weight decay as functions of the number of finished updates.
+    momentum=None: as in table_2025. decay=None: no decay.
     """
     momentum = momentum or table_2025(config)["matrix"].momentum
     width_scale = (config.n_embd / 768) ** -0.5
-    refinements = {"safety": 1.01, "tiny": 1e-6, "equal": True, "exact": True, "neuron_beta": 0.9}
+    normalization = {"norm_factor": 1.01, "norm_eps": 1e-6, "equalize": True, "exact_norm": True}
     return {
-        "matrix": Muon(matrix_lr, momentum, POLAR_EXPRESS, decay=decay, **refinements),
+        "matrix": Muon(matrix_lr, momentum, POLAR_EXPRESS, decay=decay, neuron_beta=0.9, **normalization),
         "head": AdamW(unembedding_lr * width_scale, b2=0.96, decay=0.01),
         "embedding": AdamW(embedding_lr * width_scale, b2=0.995, decay=0.001),
         "value_table": AdamW(0.5 * embedding_lr * width_scale, b2=0.995, decay=0.01),
@@ -320,10 +319,11 @@ def make_optimizer(
     mesh: Mesh | None = None,
     **rates,
 ) -> GradientTransformation:
-    """Make the optimizer of `Params`. Updates have peak rates; train_step multiplies them by the schedule.
+    """Return the optimizer of all weights. Its updates use the peak learning rates, without a schedule.
 
-    table: {group of weights: update rule}; None: table_2025 with `rates`. grad_clip: largest global norm of
-    the gradients; 0: no limit. muon_dtype: dtype of orthogonalization. mesh: the mesh of the weights.
+    table: {group of weights: rule}. None: table_2025 with `rates`.
+    grad_clip: largest global norm of the gradients. 0: no limit.
+    muon_dtype: dtype of Muon's orthogonalization. mesh: the mesh over which the weights are sharded.
     """
     declared = declare(config)
     table = table or table_2025(config, **rates)

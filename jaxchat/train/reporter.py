@@ -13,11 +13,11 @@ HIDDEN = ("taken", "left", "targets", "overdue", "unread")  # totals that only t
 
 
 class NotFinite(UserError):
-    """The loss or the gradient of a step was not finite. All processes raise this after the same step."""
+    """Raised on all processes when the loss or gradient of a step is not finite."""
 
 
 class Unread(UserError):
-    """A process can't read its rows of a step, so no process applied that step. All processes raise this."""
+    """Raised on all processes when one can't read its rows of a step. No process applies that step."""
 
     def __init__(self, step: int):
         super().__init__(f"another process can't read its rows of step {step}; its own message says why")
@@ -44,11 +44,11 @@ class Reporter:
         self._clock = time.perf_counter()
 
     def step(self, step: int, tokens: int, waited: float, metrics: dict, row_tokens: int) -> dict[str, float]:
-        """Report the previous step and keep this step for the next call.
+        """Report the previous step. Return its metrics, {name: float}, or {} at the first step.
 
-        -> numbers of the previous step, {name: float}; {} at the first step.
-        tokens: number of tokens of this step, over all processes. waited: seconds spent waiting for data.
-        metrics: {name: array}, which may not be computed yet. row_tokens: tokens per row, padding included.
+        The arguments describe the current step and are stored until the next call.
+        tokens: number of tokens, over all processes. waited: seconds spent waiting for data.
+        metrics: {name: array}, perhaps not computed yet. row_tokens: tokens per row, padding included.
         """
         previous, self._pending = self._pending, (step, tokens, waited, metrics, row_tokens)
         return self._report(*previous) if previous else {}
@@ -85,10 +85,10 @@ class Reporter:
         return fetched
 
     def _checked(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        """Return the numbers of a step that are logged, {name: float}.
+        """Return the values of a step that are to be logged.
 
-        Unread: a process could not read its rows. NotFinite: the loss or gradient is not finite, unless
-        --on_nonfinite=skip.
+        Raises Unread if a process could not read its rows.
+        Raises NotFinite if the loss or gradient is not finite, unless --on_nonfinite=skip.
         """
         if values.get("unread"):
             raise Unread(step)
@@ -130,10 +130,7 @@ class Reporter:
         return line
 
     def _eta(self, progress: float) -> float | None:
-        """Estimate the seconds left in the stage after a step; None: too early to tell.
-
-        progress: fraction of the stage that was complete before the step.
-        """
+        """Estimate the remaining seconds of the stage. Return None if it is too early for an estimate."""
         if self._reported == 1:
             self._first_progress = progress
         steps, done = self._reported - 1, progress - self._first_progress

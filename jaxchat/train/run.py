@@ -1,4 +1,4 @@
-"""Prepare a run from flags: find where it starts, choose a --remat that fits in memory, create its state."""
+"""Prepare a training run: find where it starts, choose a --remat that fits in memory, create its state."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ class Start:
 
 
 def tokenizer_for(config: TrainConfig, name: str, tag: str) -> Tokenizer:
-    """Load the tokenizer of the run to resume; without one, that of the base directory.
+    """Load the tokenizer saved with the run to resume or, if there is none, the one in the base directory.
 
     name: the stage. tag: the run's --model_tag.
     """
@@ -46,9 +46,9 @@ def tokenizer_for(config: TrainConfig, name: str, tag: str) -> Tokenizer:
 
 
 def find_start(stage: Stage) -> Start:
-    """Find where a run starts: at step 0 or, with --resume, at the last complete checkpoint.
+    """Return where a run starts: at step 0 or, with --resume, at the last intact checkpoint.
 
-    UserError: existing checkpoints would be lost, are all damaged, or don't match the flags.
+    Raises UserError if existing checkpoints would be lost, are all damaged, or don't match the flags.
     """
     flags = stage.flags
     check_installed(run=flags.run, tensorboard=flags.tensorboard)
@@ -85,8 +85,8 @@ def find_start(stage: Stage) -> Start:
 def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints, step: int):
     """Raise UserError unless a checkpoint has the stage's model, settings, data, tokenizer and parent.
 
-    saved: the metadata of the checkpoint at `step`. Of an imported checkpoint only the model and the
-    tokenizer are compared, since nothing else is known.
+    saved: metadata of the checkpoint at `step`. An imported checkpoint must hold optimizer state, but only
+    its model and tokenizer are compared.
     """
     if "imported" in saved and not checkpoints.has_state(step):
         raise UserError(
@@ -116,10 +116,9 @@ TASK_FILE = re.compile(r"[^,]*/(?=[^/,]+\.(?:jsonl|json|ndjson)(?::\d+)?(?:,|$))
 
 
 def without_folders(meta: dict) -> dict:
-    """Return a checkpoint's metadata with task files' paths reduced to their file names.
+    """Return checkpoint metadata in which paths of task files are reduced to file names.
 
-    So a run can be resumed after its task files were moved. Changed content is still detected, by the hashes
-    under "data".
+    A run can then be resumed after its task files were moved.
     """
     settings, data = dict(meta["settings"]), {}
     if "train_tasks" in settings:
@@ -130,8 +129,8 @@ def without_folders(meta: dict) -> dict:
     return meta | {"settings": settings, "data": data}
 
 
-def about_mechanisms(model: ModelConfig) -> list[tuple[str, str]]:
-    """Describe what the model adds to nanochat's model of November 2025. -> [(name, text)]; [] if nothing."""
+def mechanism_rows(model: ModelConfig) -> list[tuple[str, str]]:
+    """Describe what the model adds to nanochat's of November 2025, in at most one row (name, text)."""
     parts = []
     if model.window_pattern:
         parts.append(f"windows {model.window_pattern} (S {model.short_window:,}, L {model.sequence_len:,})")
@@ -155,7 +154,7 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
     often = f", every {' and '.join(every)}, and at the end" if every else ", at the end"
     rows = [
         ("model", f"{depth} × {model.n_embd}, {heads}, vocabulary {model.vocab_size:,}"),
-        *about_mechanisms(model),
+        *mechanism_rows(model),
         ("parameters", f"{num_params(model):,}; {flops_per_token(model, stage.row_length):,} FLOPs a token"),
         ("devices", f"{sharding.describe(stage.model.mesh)}, compute in {numbers}, {attention}"),
         *stage.plan,
@@ -171,20 +170,19 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
 def open_run(stage: Stage, start: Start) -> Iterator[Run]:
     """Context manager that yields a stage's Run, its state initialised or restored from `start`.
 
-    Chooses the first --remat whose compiled training step fits in memory (without a known limit, the first),
-    and locks the folder. Nothing is written or deleted until every check has passed. On exit, stops the data
-    pipeline, waits for the save in progress, and unlocks the folder.
+    It chooses the first --remat whose training step fits in memory, and locks the run's folder. Nothing is
+    written or deleted until every check has passed. On exit, it waits for the save in progress.
     """
     checkpoints = start.checkpoints
     try:
         # A resumed run needs a first batch only to choose the step by its memory, if a memory limit is known.
-        looked_at = not start.step or fit.device_memory(stage.model.mesh)
-        largest = look_at_data(stage) if looked_at else None
-        steps = step_functions(stage, start, largest)
+        needs_batch = not start.step or fit.device_memory(stage.model.mesh)
+        batch = largest_batch(stage) if needs_batch else None
+        steps = step_functions(stage, start, batch)
         remat = next(iter(steps))  # the only one if memory limits are unknown
-        if looked_at:
+        if needs_batch:
             state = abstract_state(stage.model, stage.optimizer)
-            remat = fit.first_that_fits(steps, stage.model.mesh, state, largest, np.float32(1.0))
+            remat = fit.first_that_fits(steps, stage.model.mesh, state, batch, np.float32(1.0))
         if start.step:
             checkpoints.lock(start.steps)
             state = restore(stage, start)
@@ -202,10 +200,10 @@ def open_run(stage: Stage, start: Start) -> Iterator[Run]:
             checkpoints.close()
 
 
-def look_at_data(stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
-    """Read the first batch without consuming it. -> {name: ShapeDtypeStruct} of the largest possible batch.
+def largest_batch(stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return {name: ShapeDtypeStruct} of the stage's largest possible batch, without consuming any data.
 
-    UserError: the batch cannot be read, or no document contains text.
+    Raises UserError if all documents are empty.
     """
     batch = stage.batches.peek()
     if not int(sharding.agree(batch["totals"], stage.model.mesh).get("targets", 1)):
@@ -217,10 +215,9 @@ def look_at_data(stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callable]:
-    """Jit a training step for each value of --remat that is to be tried. -> {value: step}, fastest first.
+    """Return {value of --remat: jitted training step} for the values to try, fastest first.
 
-    batch: ShapeDtypeStructs of the largest batch, needed only if the memory limit is known. Nothing is
-    compiled.
+    batch: ShapeDtypeStructs of the largest batch. It is used only if the memory limit is known.
     """
     compute, mesh = stage.model.compute, stage.model.mesh
     remats = [compute.remat]
@@ -239,10 +236,9 @@ def step_functions(stage: Stage, start: Start, batch: dict) -> dict[str, Callabl
 
 
 def initial_state(stage: Stage) -> TrainState:
-    """Create the training state of step 0.
+    """Create the state of step 0, with the parent checkpoint's weights or, without a parent, random weights.
 
-    Weights come from the parent checkpoint or, without one, are random. Optimizer state is fresh or, if
-    stage.warm, the parent's.
+    The optimizer state is fresh or, if stage.warm, the parent's.
     """
     if stage.parent is None:
         return init_state(stage.flags.seed, stage.model, stage.optimizer)
@@ -253,14 +249,13 @@ def initial_state(stage: Stage) -> TrainState:
         raise UserError(f"{parent.path} is damaged: {wrong}; use --no_load_optimizer for a fresh optimizer")
     stored = Checkpoints(parent.folder)
     params, rest = stored.restore(parent.step, params=target.params, optimizer=target.rest, batches=None)
-    step, empty_steps = (
-        jnp.zeros_like(rest[name]) for name in ("step", "empty_steps")
-    )  # a step donates both
+    # Two arrays, since the training step donates both.
+    step, empty_steps = jnp.zeros_like(rest["step"]), jnp.zeros_like(rest["empty_steps"])
     return TrainState(step, empty_steps, params, with_new_schedule(rest["opt_state"]))
 
 
 def restore(stage: Stage, start: Start) -> TrainState:
-    """Return the state of the checkpoint to resume from; also set the data pipeline to its position."""
+    """Return the state of the checkpoint to resume from, and move the data pipeline to the saved position."""
     checkpoints, target = start.checkpoints, abstract_state(stage.model, stage.optimizer)
     if checkpoints.has_state(start.step):
         params, rest = checkpoints.restore(

@@ -1,4 +1,4 @@
-"""Decide when to save a run, and save it. A failed save is reported and retried while training continues."""
+"""Save the checkpoints of a run when they are due. A failed save is retried while training continues."""
 
 import math
 import time
@@ -15,60 +15,50 @@ LAST_ATTEMPTS = 4  # attempts at the end of a run, 1, 2 and 4 seconds apart
 
 
 class Saver:
-    """Decide after every step whether to save a checkpoint, and save it. In a dry run, do nothing.
-
-    Any Exception counts as a failed save, since Orbax and TensorStore raise many kinds if a disk is full.
-    """
+    """Save checkpoints of a run when they are due, and retry failed saves. In a dry run, do nothing."""
 
     def __init__(self, run):
         self._run, self._stage, self._checkpoints = run, run.stage, run.checkpoints
-        self._saved = self._begun = run.first_step  # last steps whose save was completed, and begun
-        self._failures, self._again = 0, None  # again: the step at which to retry
+        self._saved = self._begun = run.first_step  # last step that was saved, and whose save was begun
+        self._failures, self._retry_step = 0, None  # the step after which a failed save is retried
         self._saved_at, self._overdue = clock(), False  # overdue: all processes agree to save now
         self._best = -math.inf  # largest value of the evaluation that decides which checkpoint is kept
 
     def due(self, step: int, last: bool) -> bool:
-        """Return whether to save now, after `step` steps; also note if a save in progress ended or failed.
-
-        last: whether the run ends at this step, whose state is always saved.
-        """
+        """Check on the save in progress, and return whether to save now. last: whether the run ends here."""
         if not self._checkpoints:
             return False
+        # Any Exception is a failed save: Orbax and TensorStore raise many kinds if a disk is full.
         try:
             if self._checkpoints.poll() and self._begun > self._saved:
-                self._went_well()
+                self._succeeded()
         except Exception as problem:
             self._failed(step, problem)
         if step <= self._begun:
             return False
         every = self._stage.flags.save_every
         by_steps = every > 0 and step % every == 0
-        return last or by_steps or self._overdue or (self._again is not None and step >= self._again)
+        retry = self._retry_step is not None and step >= self._retry_step
+        return last or by_steps or self._overdue or retry
 
     def overdue(self) -> bool:
-        """Return whether --save_minutes have passed since the last save, by this process's clock."""
+        """Return whether --save_minutes have passed since the last save began, by this process's clock."""
         minutes = self._stage.flags.save_minutes
         return bool(self._checkpoints) and 0 < 60 * minutes <= clock() - self._saved_at
 
-    def agree(self, values: dict[str, float]):
-        """Note that a save is due if --save_minutes have passed by the clock of at least one process.
-
-        values: a step's numbers; "overdue" is a sum over processes, so all of them save after the same step.
-        """
+    def note_overdue(self, values: dict[str, float]):
+        """Make a save due if a step's metrics say that --save_minutes have passed on any process."""
         self._overdue = self._overdue or values.get("overdue", 0) > 0
 
     def save(self, state: TrainState, step: int, *, finished: bool):
-        """Start to save the state after `step` steps. finished: whether the stage is complete.
-
-        An error is printed, not raised, and the save is retried after a later step.
-        """
+        """Start to save the state. If this fails, print the error and retry after a later step."""
         try:
             self._start(state, step, finished)
         except Exception as problem:
             self._failed(step, problem)
 
     def keep_best(self, state: TrainState, step: int, value: float, finished: bool):
-        """If `value` is the largest so far, keep this step's checkpoint as the best; save it if necessary."""
+        """If `value` is the largest so far, keep this step's checkpoint as the best. Save it if necessary."""
         if not self._checkpoints or not value > self._best:
             return
         self._best = value
@@ -78,12 +68,12 @@ class Saver:
                 self.save(state, step, finished=finished)
 
     def restore_best(self, found: tuple[int, float] | None):
-        """Set the best (step, value) that a resumed run had found before; None: none."""
+        """Set the best (step, value) that was found before the run was resumed, if any."""
         if self._checkpoints and found:
             self._checkpoints.kept, self._best = found
 
     def finish(self, state: TrainState, step: int, *, finished: bool):
-        """Save the state after the run's last step and wait. UserError: all LAST_ATTEMPTS attempts failed."""
+        """Save the last state and wait until it is saved. Raise UserError if LAST_ATTEMPTS attempts fail."""
         if not self._checkpoints:
             return
         for attempt in range(LAST_ATTEMPTS):
@@ -91,7 +81,7 @@ class Saver:
                 if self._begun < step:
                     self._start(state, step, finished)
                 self._checkpoints.wait()
-                return self._went_well()
+                return self._succeeded()
             except Exception as problem:
                 self._failed(step, problem, quiet=True)
                 if attempt == LAST_ATTEMPTS - 1:
@@ -106,21 +96,21 @@ class Saver:
     def rescue(self, state: TrainState, step: int, *, alone: bool):
         """Save the state, if possible, before an error ends the run.
 
-        alone: whether only this process may have the error. Then a run of several processes isn't saved,
-        because all processes must take part in a save.
+        alone: whether the error may have occurred in this process only. Then a run of several processes is
+        not saved, because all of them must take part in a save.
         """
         if not self._checkpoints or step <= self._begun or alone and jax.process_count() > 1:
             return
         try:
             self._start(state, step, finished=False)
             self._checkpoints.wait()
-            self._went_well()
+            self._succeeded()
         except Exception as problem:
             print(f"an error ends the run; saving step {step} failed too: {first_line(problem)}", flush=True)
         else:
             print(f"an error ends the run; step {step} is saved: continue from it with --resume", flush=True)
 
-    def describe(self, step: int) -> str:
+    def stop_message(self, step: int) -> str:
         """Return a message on what is saved when the run stops after `step` steps, and how to continue."""
         if not self._checkpoints:
             return "nothing is saved (dry run)"
@@ -131,9 +121,9 @@ class Saver:
     def _start(self, state: TrainState, step: int, finished: bool):
         if self._begun > self._saved:
             self._checkpoints.wait()
-            self._went_well()
+            self._succeeded()
         keep = self._stage.keep_state or not finished
-        self._begun, self._again = step, None
+        self._begun, self._retry_step = step, None
         self._saved_at, self._overdue = clock(), False
         self._checkpoints.save(
             step,
@@ -143,17 +133,17 @@ class Saver:
             meta=self._run.meta | {"step": step},
         )
 
-    def _went_well(self):
+    def _succeeded(self):
         self._saved = self._begun
         self._failures = 0
 
     def _failed(self, step: int, problem: Exception, quiet: bool = False):
         self._begun = self._saved
-        self._again = step + min(2**self._failures, MOST_STEPS_BETWEEN)
+        self._retry_step = step + min(2**self._failures, MOST_STEPS_BETWEEN)
         self._failures += 1
         if not quiet and jax.process_index() == 0:
             print(
                 f"saving failed: {first_line(problem)}; training continues, next attempt after step "
-                f"{self._again}",
+                f"{self._retry_step}",
                 flush=True,
             )

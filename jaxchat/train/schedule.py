@@ -1,4 +1,4 @@
-"""The learning-rate multiplier as a function of progress, from 0 (a stage's start) to 1 (its end)."""
+"""Learning-rate multipliers as functions of progress, which is 0 at a stage's start and 1 at its end."""
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,18 @@ def lr_multiplier(
 ) -> float | jax.Array:
     """Return the learning-rate multiplier: warmup from 0 to 1, then 1, then cooldown to `final_lr_frac`.
 
-    warmup_ratio, warmdown_ratio: fractions of the stage that are warmup and cooldown, both linear.
-    progress: fraction of the stage that is complete. step: fraction that this step adds. It is included in
-    the warmup, so that the first step has a rate above 0 and the last step of the warmup the full rate.
+    progress: completed fraction of the stage. step: fraction of the stage that this step adds.
+    warmup_ratio, warmdown_ratio: fractions of the stage spent on warmup and cooldown, both linear.
+    The warmup includes this step, so that the first step's multiplier is above 0.
     """
     xp = jnp if isinstance(progress, jax.Array) else np
-    up = xp.minimum(1.0, (progress + step) / warmup_ratio) if warmup_ratio else 1.0
-    fraction = xp.minimum(1.0, xp.maximum(0.0, 1.0 - progress) / warmdown_ratio) if warmdown_ratio else 1.0
-    return xp.where(progress < warmup_ratio, up, fraction + (1.0 - fraction) * final_lr_frac)
+    warmup = xp.minimum(1.0, (progress + step) / warmup_ratio) if warmup_ratio else 1.0
+    cooldown = xp.minimum(1.0, xp.maximum(0.0, 1.0 - progress) / warmdown_ratio) if warmdown_ratio else 1.0
+    return xp.where(progress < warmup_ratio, warmup, cooldown + (1.0 - cooldown) * final_lr_frac)
 
 
 def cosine(progress: float | jax.Array, step: float) -> float | jax.Array:
-    """Return a multiplier that falls along half a cosine: 1 at progress 0, 0 at progress 1; ignore `step`."""
+    """Return a multiplier that falls from 1 to 0 along half a cosine over the stage. `step` is ignored."""
     del step
     xp = jnp if isinstance(progress, jax.Array) else np
     return 0.5 * (1.0 + xp.cos(np.pi * progress))

@@ -1,4 +1,4 @@
-"""Notice requests to stop: Ctrl-C, a lost terminal, a scheduler's signal, or a notice of preemption."""
+"""Detect requests to stop: Ctrl-C, a lost terminal, a scheduler's signal, or a notice of preemption."""
 
 import contextlib
 import os
@@ -8,42 +8,42 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-# Schedulers send SIGTERM or SIGUSR1 before they take a machine away, terminals SIGINT (Ctrl-C) and SIGHUP
-# (closed).
+# Schedulers send SIGTERM or SIGUSR1 before they take a machine away. Terminals send SIGINT for Ctrl-C and
+# SIGHUP when they are closed.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
-class BrokenOff(BaseException):
-    """Raised in Stop.breaks_off by a signal to stop, new or earlier. `except Exception` does not catch it."""
+class Interrupted(BaseException):
+    """Raised in Stop.interruptible by a signal to stop. `except Exception` does not catch it."""
 
 
 class Stop:
-    """A context in which the signals in SIGNALS don't end the process; asked() says if one has arrived.
+    """Context manager that keeps the signals in SIGNALS from ending the process; requested() reports them.
 
-    A second Ctrl-C ends the process at once. A signal that is ignored at the start (SIGHUP under nohup) stays
-    ignored. With several processes, JAX's preemption service listens for SIGTERM and chooses the step at
-    which all processes stop.
+    A second Ctrl-C ends the process at once. A signal that was ignored before (SIGHUP under nohup) stays
+    ignored. With several processes, JAX's preemption service listens for SIGTERM and chooses the step after
+    which all of them stop.
     """
 
     def __init__(self):
         self.signal = ""
         self._before = {}
-        self._asked = 0
-        self._breaks_off = False
+        self._calls = 0
+        self._interruptible = False
 
     @contextlib.contextmanager
-    def breaks_off(self):
-        """Context manager that raises BrokenOff if a signal arrives in the context, or on entry if one has.
+    def interruptible(self):
+        """Context manager in which a signal to stop raises Interrupted. An earlier signal raises it on entry.
 
         With several processes it has no effect, because the others would wait for this one.
         """
-        self._breaks_off = jax.process_count() == 1
+        self._interruptible = jax.process_count() == 1
         try:
-            if self._breaks_off and self.signal:
-                raise BrokenOff
+            if self._interruptible and self.signal:
+                raise Interrupted
             yield
         finally:
-            self._breaks_off = False
+            self._interruptible = False
 
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread():  # other threads get no signals
@@ -62,17 +62,17 @@ class Stop:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX's service handles it
         else:
             self.signal = signal.Signals(number).name
-        if self._breaks_off:
-            self._breaks_off = False  # raise once only
-            raise BrokenOff
+        if self._interruptible:
+            self._interruptible = False  # raise once only
+            raise Interrupted
 
-    def asked(self) -> bool:
-        """Return whether the run is to stop after this step: the same answer on all processes.
+    def requested(self) -> bool:
+        """Return whether the run is to stop after this step. The answer is the same on all processes.
 
         All processes must call this equally often, at the same points of the run.
         """
-        self._asked += 1  # not the run's step: jax wants consecutive numbers that are equal on all processes
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._asked):
+        self._calls += 1  # not the run's step: jax wants consecutive numbers that are equal on all processes
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._calls):
             self.signal = "a notice of preemption"
         return bool(self.signal)
 

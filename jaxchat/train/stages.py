@@ -52,11 +52,10 @@ def loss_text(values: dict[str, float]) -> str:
 
 
 class DataBatches:
-    """Batches of all stages but RL: they are read from data, independently of the weights and the step.
+    """Batches that are read from data, for all stages but RL, which has RolloutBatches (rl/batches.py).
 
-    A batch is a dict of this process's rows {inputs, targets, weights[, segments]}, each [A, B, T] with A
-    micro-batches, and `totals`: counts of what was read (data/streams.py). RolloutBatches (rl/batches.py)
-    have the same methods, but depend on the weights and the step, and also hold `numbers` to log.
+    A batch holds this process's rows, {inputs, targets, weights[, segments]}, as arrays [A, B, T] with A
+    micro-batches. Its entry `totals` counts what was read (data/streams.py).
     """
 
     alone = True  # each process makes its rows without the others
@@ -66,7 +65,7 @@ class DataBatches:
         self.get_state, self.set_state, self.close = iterator.get_state, iterator.set_state, iterator.close
 
     def next_batch(self, params, step: int) -> dict:
-        """Return the next batch; `params` and `step` have no effect. StopIteration: the data has ended."""
+        """Return the next batch, ignoring the arguments. Raise StopIteration if the data has ended."""
         return next(self._iterator)
 
     def peek(self) -> dict:
@@ -79,7 +78,7 @@ class DataBatches:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage of training (base, mid, sft or rl) as data: all that the common training loop needs to know."""
+    """All that the training loop needs to know about a stage of training (base, mid, sft or rl)."""
 
     name: str  # a key of config.STAGES
     tag: str
@@ -106,7 +105,7 @@ class Stage:
 
     @property
     def meta(self) -> dict:
-        """Return the metadata of the stage's checkpoints, except the step and the chosen --remat: a dict."""
+        """Metadata of the stage's checkpoints, without the step and the chosen --remat."""
         return {
             "stage": self.name,
             "data": self.data,
@@ -133,8 +132,8 @@ def base(
     flops = f"{tokens * flops_per_token(model.config):.3e} FLOPs"
     ratio = f"tokens : parameters = {tokens / num_params(model.config):.2f}"
     shards = f"{len(texts):,} documents in {len(texts.paths)} shards; the last shard is for validation"
-    twins = repeated(texts.fingerprint, held_out.fingerprint)
-    there = tokens_in(text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts))
+    overlap = repeated(texts.fingerprint, held_out.fingerprint)
+    data_tokens = tokens_in(text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts))
     return Stage(
         name="base",
         tag=tag,
@@ -149,7 +148,7 @@ def base(
                 time=config.max_seq_len,
                 seed=config.seed,
                 packing=config.packing,
-                **cut.share(config, model),
+                **cut.pipeline_options(config, model),
             )
         ),
         device_batch=cut.device_batch,
@@ -159,7 +158,7 @@ def base(
         schedule=partial(
             lr_multiplier,
             warmup_ratio=config.warmup_steps / num_steps if config.warmup_steps else config.warmup_ratio,
-            warmdown_ratio=horizon.cooling / num_steps if horizon.cooling else config.warmdown_ratio,
+            warmdown_ratio=horizon.cooldown / num_steps if horizon.cooldown else config.warmdown_ratio,
             final_lr_frac=config.final_lr_frac,
         ),
         data=texts.fingerprint | held_out.fingerprint,
@@ -168,50 +167,10 @@ def base(
             ("steps", f"{num_steps:,}; {tokens:,} tokens; {ratio}; {flops}"),
             *horizon.plan,
             ("data", shards),
-            epochs_row(tokens, there),
-            *([("WARNING", twins)] if twins else []),
+            epochs_row(tokens, data_tokens),
+            *([("WARNING", overlap)] if overlap else []),
         ],
     )
-
-
-def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
-    heads = config.n_kv_head if config.n_kv_head > 0 else None
-    shape = {"sequence_len": config.max_seq_len, "vocab_size": vocab_size, "n_kv_head": heads}
-    model, narrow = ModelConfig.from_depth(config.depth, arch=config.arch, **shape), config.table_dtype
-    if narrow == "auto":
-        dtype = Compute.for_backend(config.dtype).dtype
-        narrow = "float32" if model.plain else dtype
-    return dataclasses.replace(model, table_dtype=narrow)
-
-
-def horizon_of(config: BaseConfig, model: ModelConfig) -> Horizon:
-    """Choose the length and the batch size of base training, by the rules of nanochat that --arch selects."""
-    if not BASE_RECIPES[config.arch]:
-        batch = config.total_batch_size
-        return Horizon(steps_for(config, model, batch, num_params(model), "parameters")[0], batch)
-    reference = ModelConfig.from_depth(
-        REFERENCE_DEPTH, sequence_len=model.sequence_len, vocab_size=model.vocab_size, arch=config.arch
-    )
-    return horizon_2026(config, model, reference)
-
-
-def with_horizon(config: BaseConfig, model: ModelConfig) -> BaseConfig:
-    """Return the flags of base training with --total_batch_size set to the batch size that --arch implies."""
-    return dataclasses.replace(config, total_batch_size=horizon_of(config, model).batch)
-
-
-def inherited(name: str, config: TrainConfig, model: Model, parent: Found, tasks: Mixture) -> dict:
-    """Return the fields of Stage that the stages mid, sft and rl set in the same way: {field: value}."""
-    return {
-        "name": name,
-        "tag": parent.tag,
-        "flags": config,
-        "model": model,
-        "tokenizer": parent.tokenizer,
-        "num_documents": len(tasks),
-        "data": tasks.fingerprint,
-        "parent": parent,
-    }
 
 
 def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage:
@@ -220,8 +179,8 @@ def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
     num_steps = config.num_iterations if config.num_iterations > 0 else None
     read, order = conversation_reader(tasks, parent.tokenizer), Order([len(tasks)], seed=0)
     sample = [order.index(i) for i in range(min(SAMPLE, len(tasks)))]
-    there, batch = tokens_in(read, sample, len(tasks)), config.total_batch_size
-    one_pass = f"one pass over the mixture: about {there / batch:,.0f} steps, {there:,.0f} tokens"
+    data_tokens, batch = tokens_in(read, sample, len(tasks)), config.total_batch_size
+    one_pass = f"one pass over the mixture: about {data_tokens / batch:,.0f} steps, {data_tokens:,.0f} tokens"
     plan = [
         parent_row(parent),
         cut.plan_row(time, model),
@@ -230,13 +189,13 @@ def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
         data_row(tasks),
     ]
     if num_steps:
-        plan.append(epochs_row(num_steps * batch, there))
+        plan.append(epochs_row(num_steps * batch, data_tokens))
     base_rows = parent.meta.get("device_batch_size", cut.device_batch)
     if config.device_batch_size > base_rows:
         more = f"--device_batch_size={config.device_batch_size} exceeds base training's {base_rows}"
         plan.append(("warning", f"{more}: memory may run out"))
     return Stage(
-        **inherited("mid", config, model, parent, tasks),
+        **common_fields("mid", config, model, parent, tasks),
         plan=plan,
         optimizer=optimizer_for(config, model, init_lr_frac=config.init_lr_frac),
         batches=DataBatches(
@@ -246,7 +205,7 @@ def mid(config: MidConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
                 time=time,
                 seed=config.seed,
                 endless=num_steps is not None,
-                **cut.share(config, model),
+                **cut.pipeline_options(config, model),
             )
         ),
         device_batch=cut.device_batch,
@@ -276,7 +235,7 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
     warm = config.load_optimizer and has_state(parent)
     optimizer = "continues from the checkpoint's state" if warm else "fresh: the checkpoint holds no state"
     return Stage(
-        **inherited("sft", config, model, parent, tasks),
+        **common_fields("sft", config, model, parent, tasks),
         optimizer=optimizer_for(
             config, model, init_lr_frac=config.init_lr_frac, momentum_warmup=config.momentum_warmup
         ),
@@ -310,30 +269,8 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
     )
 
 
-def examples_of_step(config: SFTConfig, parent: Found, tasks: Mixture, time: int) -> int:
-    """Return the number of conversations per step of SFT: --target_examples_per_step.
-
-    With -1, return a number for which a step has about as many tokens as in the parent checkpoint's training.
-    time: tokens per row, to which longer conversations are cut.
-    """
-    if config.target_examples_per_step > 0:
-        return config.target_examples_per_step
-    theirs = parent.meta.get("settings") or parent.meta.get("imported", {}).get("meta", {})
-    tokens = theirs.get("total_batch_size") or BaseConfig.total_batch_size
-    order, count = Order([len(tasks)], seed=0), min(SAMPLE, len(tasks))
-    read = conversation_reader(tasks, parent.tokenizer)(map(order.index, range(count)))
-    mean = sum(min(len(ids), time + 1) for ids, _ in read) / count
-    whole = max(1, round(tokens / mean))
-    return whole // 32 * 32 or whole  # a multiple of 32 can be divided among devices
-
-
-def has_state(found: Found) -> bool:
-    """Return whether a checkpoint holds optimizer state besides the weights."""
-    return (found.path / "optimizer").is_dir()
-
-
 def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -> Stage:
-    """Describe the stage of reinforcement learning. batches: RolloutBatches (rl/batches.py)."""
+    """Return the Stage of reinforcement learning. batches: RolloutBatches (rl/batches.py)."""
     rollouts = int(config.num_epochs * len(tasks)) // config.examples_per_step
     if config.num_iterations > 0:
         rollouts = config.num_iterations
@@ -346,7 +283,7 @@ def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -
     seen = rollouts * config.examples_per_step
     updates = f", {config.updates} updates each" if config.updates > 1 else ""
     return Stage(
-        **inherited("rl", config, model, parent, tasks),
+        **common_fields("rl", config, model, parent, tasks),
         optimizer=optimizer_for(
             config, model, grad_clip=config.grad_clip, init_lr_frac=config.init_lr_frac, momentum_warmup=0
         ),
@@ -367,16 +304,78 @@ def rl(config: RLConfig, model: Model, parent: Found, tasks: Mixture, batches) -
     )
 
 
+def base_model(config: BaseConfig, vocab_size: int) -> ModelConfig:
+    heads = config.n_kv_head if config.n_kv_head > 0 else None
+    shape = {"sequence_len": config.max_seq_len, "vocab_size": vocab_size, "n_kv_head": heads}
+    model, table_dtype = ModelConfig.from_depth(config.depth, arch=config.arch, **shape), config.table_dtype
+    if table_dtype == "auto":
+        dtype = Compute.for_backend(config.dtype).dtype
+        table_dtype = "float32" if model.plain else dtype
+    return dataclasses.replace(model, table_dtype=table_dtype)
+
+
+def horizon_of(config: BaseConfig, model: ModelConfig) -> Horizon:
+    """Return the length of base training and the settings that depend on it, by the rules of --arch."""
+    if not BASE_RECIPES[config.arch]:
+        batch = config.total_batch_size
+        return Horizon(steps_for(config, model, batch, num_params(model), "parameters")[0], batch)
+    reference = ModelConfig.from_depth(
+        REFERENCE_DEPTH, sequence_len=model.sequence_len, vocab_size=model.vocab_size, arch=config.arch
+    )
+    return horizon_2026(config, model, reference)
+
+
+def with_horizon(config: BaseConfig, model: ModelConfig) -> BaseConfig:
+    """Return the flags with --total_batch_size set to the batch size that horizon_of chooses."""
+    return dataclasses.replace(config, total_batch_size=horizon_of(config, model).batch)
+
+
+def common_fields(name: str, config: TrainConfig, model: Model, parent: Found, tasks: Mixture) -> dict:
+    """Return {field: value} of the Stage fields that mid, sft and rl set in the same way."""
+    return {
+        "name": name,
+        "tag": parent.tag,
+        "flags": config,
+        "model": model,
+        "tokenizer": parent.tokenizer,
+        "num_documents": len(tasks),
+        "data": tasks.fingerprint,
+        "parent": parent,
+    }
+
+
+def examples_of_step(config: SFTConfig, parent: Found, tasks: Mixture, time: int) -> int:
+    """Return the number of conversations per SFT step: --target_examples_per_step.
+
+    If that is -1, choose the number that gives about as many tokens per step as the parent's training had.
+    time: tokens per row, to which longer conversations are cut.
+    """
+    if config.target_examples_per_step > 0:
+        return config.target_examples_per_step
+    settings = parent.meta.get("settings") or parent.meta.get("imported", {}).get("meta", {})
+    tokens = settings.get("total_batch_size") or BaseConfig.total_batch_size
+    order, count = Order([len(tasks)], seed=0), min(SAMPLE, len(tasks))
+    read = conversation_reader(tasks, parent.tokenizer)(map(order.index, range(count)))
+    mean = sum(min(len(ids), time + 1) for ids, _ in read) / count
+    examples = max(1, round(tokens / mean))
+    return examples // 32 * 32 or examples  # a multiple of 32 can be divided among devices
+
+
+def has_state(found: Found) -> bool:
+    """Return whether a checkpoint holds optimizer state besides the weights."""
+    return (found.path / "optimizer").is_dir()
+
+
 def reward_text(values: dict[str, float]) -> str:
-    """Format a step's rewards, which RL prints instead of the loss, since its loss shows no progress."""
+    """Format a step's rewards, which RL prints in place of the loss."""
     return f"reward {values['reward']:.3f}  mixed groups {values['groups_mixed']:.0%}"
 
 
 def optimizer_for(
-    config: TrainConfig, model: Model, *, grad_clip: float = 0.0, **how
+    config: TrainConfig, model: Model, *, grad_clip: float = 0.0, **options
 ) -> optax.GradientTransformation:
-    """Build the optimizer of a stage. how: further keyword arguments of table_for."""
-    table, dtype = table_for(config, model.config, **how), jnp.dtype(model.compute.dtype)
+    """Return the optimizer of a stage. options: further keyword arguments of table_for."""
+    table, dtype = table_for(config, model.config, **options), jnp.dtype(model.compute.dtype)
     return make_optimizer(model.config, table=table, grad_clip=grad_clip, muon_dtype=dtype, mesh=model.mesh)
 
 
@@ -390,9 +389,10 @@ def table_for(
 ) -> dict[str, Muon | AdamW]:
     """Return the optimizer's table, {group of weights: rule}: table_2025 if model.plain, else table_2026.
 
-    init_lr_frac: factor on the learning rates of `config`. momentum_warmup: number of first steps in which
-    Muon's momentum rises from 0.85 to 0.95; unused with table_2026 and a horizon.
-    horizon: of base training; scales learning rates and, in table_2026, sets Muon's momentum and decay.
+    init_lr_frac: factor on the learning rates of `config`.
+    momentum_warmup: number of updates in which Muon's momentum rises from 0.85 to 0.95.
+    horizon: settings of base training. They scale the learning rates and, in table_2026, set Muon's momentum
+    and weight decay.
     """
     scale = init_lr_frac * (horizon.lr_scale if horizon else 1.0)
     rates = {name: getattr(config, name) * scale for name in RATES}
@@ -401,7 +401,7 @@ def table_for(
         return old
     momentum, decay = old["matrix"].momentum, None
     if horizon:
-        momentum = momentum_2026(horizon.steps, horizon.cooling)
+        momentum = momentum_2026(horizon.steps, horizon.cooldown)
         decay = decay_2026(horizon.decay, horizon.steps)
     elif config.weight_decay:
         decay = optax.constant_schedule(config.weight_decay)
@@ -411,7 +411,7 @@ def table_for(
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How a step of base training or midtraining is cut into micro-batches, computed one after another."""
+    """How the rows of a training step are divided into micro-batches, in base training and midtraining."""
 
     rows: int  # rows per step
     device_batch: int
@@ -423,11 +423,11 @@ class Cut:
         devices = sharding.data_shards(model.mesh)
         return cls(rows, *pipelines.cut_step(rows, devices, config.device_batch_size, DEVICE_ROWS))
 
-    def share(self, config: BaseConfig | MidConfig, model: Model) -> dict:
-        """Return keyword arguments of a data pipeline: rows of a step, those of this process, workers."""
+    def pipeline_options(self, config: BaseConfig | MidConfig, model: Model) -> dict:
+        """Return keyword arguments that a data pipeline needs to read this process's rows of each step."""
         share = sharding.share_of_rows(model.mesh, self.rows // self.micro_batches)
-        how = {"rows": self.rows, "micro_batches": self.micro_batches}
-        return how | {"share": share, "workers": config.data_workers}
+        rows = {"rows": self.rows, "micro_batches": self.micro_batches, "share": share}
+        return rows | {"workers": config.data_workers}
 
     def plan_row(self, time: int, model: Model) -> tuple[str, str]:
         devices = sharding.data_shards(model.mesh)
@@ -443,19 +443,16 @@ def row_length(config: MidConfig | SFTConfig, model: ModelConfig) -> int:
 
 
 def tokens_in(read: Reader, sample: Sequence[int], num_documents: int) -> float:
-    """Estimate the number of tokens in all documents. sample: indices of the documents that are counted."""
+    """Estimate the number of tokens in all documents from the documents with the indices `sample`."""
     lengths = [len(ids) for ids, _ in read(sample)]
     return sum(lengths) / len(lengths) * num_documents
 
 
-def epochs_row(tokens: int, there: float) -> tuple[str, str]:
-    """Return the row (name, text) of the printed plan on epochs, which are passes over the data.
-
-    tokens: number of tokens to train on. there: estimated number of tokens in all documents.
-    """
-    epochs = tokens / there if there else math.inf
+def epochs_row(tokens: int, data_tokens: float) -> tuple[str, str]:
+    """Return the plan's row (name, text) that compares the tokens to train on with those in the data."""
+    epochs = tokens / data_tokens if data_tokens else math.inf
     repeated = ": the data is repeated" if epochs > 1 else ""
-    return "epochs", f"about {epochs:.2g} passes over about {there:,.0f} tokens{repeated}"
+    return "epochs", f"about {epochs:.2g} passes over about {data_tokens:,.0f} tokens{repeated}"
 
 
 def parent_row(parent: Found) -> tuple[str, str]:

@@ -23,7 +23,7 @@ class TrainState:
 
     @property
     def rest(self) -> dict:
-        """Return {field: value} of all but the weights, which a checkpoint stores separately."""
+        """All fields but the weights, as {name: value}. A checkpoint stores the weights separately."""
         return {"step": self.step, "empty_steps": self.empty_steps, "opt_state": self.opt_state}
 
 
@@ -33,7 +33,7 @@ def fresh(params: Params, optimizer: optax.GradientTransformation) -> TrainState
 
 
 def state_shardings(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return a TrainState with every array's NamedSharding, which follows from the weights' mesh axes."""
+    """Return a TrainState that holds the NamedSharding of each array instead of the array."""
     specs = model_params.specs(model.config)
     opt_state = jax.eval_shape(optimizer.init, model_params.shapes(model.config))
     opt_specs = sharding.optimizer_specs(opt_state, model_params.named(model.config))
@@ -47,7 +47,7 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> Tra
 
 
 def init_state(seed: int, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """Create a TrainState with random weights on the mesh. Values depend on the seed, but not on the mesh."""
+    """Create a TrainState with random weights, which depend on the seed but not on the mesh."""
 
     def make(key):
         return fresh(model_params.init(key, model.config), optimizer)

@@ -27,19 +27,17 @@ def train_step(
     model: Model,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict]:
-    """Take one optimizer step over all micro-batches. -> (the new state, metrics: {name: scalar}).
+    """Take one optimizer step over all micro-batches. Return the new state and metrics, {name: scalar}.
 
-    batch: {inputs, targets int32, weights float32[, counts float32][, segments int32][, sampler float32]},
-    each [A, B, T] with A micro-batches; sampler: the log-probabilities of the targets when they were sampled
-    (RL). The loss is Σ weight·nll ÷ N over the complete step, so a token weighs the same in any micro-batch,
-    on any device. N, the metric "weight", is Σ counts, or Σ weights if the batch has no counts. If all token
-    weights are 0, the step changes neither parameters nor optimizer, and reports loss 0. If the loss or the
-    gradient is not finite, the step changes neither, and reports nonfinite = 1. The other metrics are loss,
-    grad_norm and empty_steps.
+    batch: {inputs, targets, weights[, counts][, segments][, sampler]}, arrays [A, B, T] with A micro-batches.
+    sampler: the log-probabilities of the targets when they were sampled (RL).
+    The loss is Σ weight·nll ÷ N over all micro-batches. N is Σ counts, or Σ weights if there are no counts.
+    If all token weights are 0, the parameters and the optimizer do not change and the loss is 0. If the loss
+    or the gradient is not finite, they do not change and the metric "nonfinite" is 1.
     """
     if model.compute.remat == "step" and can_merge(batch, model.mesh):
-        batch, model = merge_rows(batch, model)
-    add = add_answers if "sampler" in batch else add_rows
+        batch, model = merge_micro_batches(batch, model)
+    add = sum_gradients_of_answers if "sampler" in batch else sum_gradients
     (grads, nll, count), differences = add(state.params, batch, model)
 
     supervised = jnp.sum(jnp.where(batch["weights"] != 0, 1.0, 0.0)) > 0
@@ -72,15 +70,15 @@ def train_step(
     return new_state, metrics | differences
 
 
-def no_sums(params: Params) -> tuple:
-    """Return zeros, to which micro-batches are added: (float32 gradients like params, Σ weight·nll, N)."""
+def zero_sums(params: Params) -> tuple:
+    """Return zeros to which micro-batches are added: (float32 gradients, Σ weight·nll, N)."""
     return jax.tree.map(lambda p: jnp.zeros(p.shape), params), jnp.zeros(()), jnp.zeros(())
 
 
-def add_rows(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
-    """Return ((gradients, Σ weight·nll, N), {}), summed over all micro-batches; {}: no further metrics.
+def sum_gradients(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
+    """Return ((gradients, Σ weight·nll, N), {}), summed over all micro-batches. N is as in loss_sums.
 
-    N is Σ counts, or Σ weights if the batch has no counts.
+    The empty dict means that there are no further metrics.
     """
     config, compute = model.config, model.compute
 
@@ -90,16 +88,15 @@ def add_rows(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
         grads = constrain(grads, model_params.specs(config), compute.mesh)  # summed over devices
         return jax.tree.map(jnp.add, sums, (grads, nll, count)), None
 
-    return lax.scan(add_micro_batch, no_sums(params), split_rows(batch, compute))[0], {}
+    return lax.scan(add_micro_batch, zero_sums(params), split_micro_batches(batch, compute))[0], {}
 
 
-def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
-    """Return ((gradients, Σ weight·nll, N), metrics) of all micro-batches, for sampled answers (RL).
+def sum_gradients_of_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
+    """Return ((gradients, Σ weight·nll, N), metrics), summed over all micro-batches of sampled answers (RL).
 
-    The metrics {name: scalar} say how sampler and trainer differ. batch["sampler"] [A, B, T] holds the
-    sampler's log-probabilities of the targets. d is the trainer's minus the sampler's log-probability of a
-    target whose weight is not 0. The metrics are the mean and the largest |d|, and the mean of e^d − 1 − d,
-    an estimate of KL(sampler ‖ trainer). A micro-batch whose weights are all 0 is skipped.
+    Let d be a target's log-probability in the trainer minus that in the sampler, batch["sampler"]. Over the
+    targets with a weight other than 0, the metrics are the mean and the largest |d|, and the mean of e^d − 1
+    − d, an estimate of KL(sampler ‖ trainer).
     """
     config, compute = model.config, model.compute
 
@@ -128,8 +125,9 @@ def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]
         weighs = jnp.any(micro["weights"] != 0)
         return lax.cond(weighs, lambda carry: add(carry, micro), lambda carry: carry, carry), None
 
-    start = (no_sums(params), (jnp.zeros(()),) * 4)
-    (sums, (tokens, total, estimate, largest)), _ = lax.scan(add_or_skip, start, split_rows(batch, compute))
+    start = (zero_sums(params), (jnp.zeros(()),) * 4)
+    micro_batches = split_micro_batches(batch, compute)
+    (sums, (tokens, total, estimate, largest)), _ = lax.scan(add_or_skip, start, micro_batches)
     tokens = jnp.maximum(tokens, 1.0)
     names = ("logprob_difference", "logprob_difference_max", "sampler_kl")
     return sums, dict(zip(names, (total / tokens, largest, estimate / tokens), strict=True))
@@ -138,18 +136,18 @@ def add_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]
 def can_merge(batch: dict, mesh: Mesh) -> bool:
     """Return whether a layer can compute all micro-batches before the next layer begins (--remat=step).
 
-    This needs several micro-batches, and several devices with a tensor axis of size 1. RL is excluded, since
-    it skips micro-batches whose weights are 0.
+    This needs several micro-batches, whose rows several devices share evenly, and a tensor axis of size 1. RL
+    is excluded, since it skips micro-batches whose weights are 0.
     """
     num_micro, rows, _ = batch["inputs"].shape
-    spread = mesh is not None and mesh.shape["tensor"] == 1 < data_shards(mesh)
-    return num_micro > 1 and spread and rows % data_shards(mesh) == 0 and "sampler" not in batch
+    sharded = mesh is not None and mesh.shape["tensor"] == 1 < data_shards(mesh)
+    return num_micro > 1 and sharded and rows % data_shards(mesh) == 0 and "sampler" not in batch
 
 
-def merge_rows(batch: dict, model: Model) -> tuple[dict, Model]:
-    """Join A micro-batches [A, B, T] into one, [1, A·B, T], whose rows each layer computes in A parts.
+def merge_micro_batches(batch: dict, model: Model) -> tuple[dict, Model]:
+    """Join A micro-batches [A, B, T] into one, [1, A·B, T]. Return it and the model with compute.parts = A.
 
-    -> (the new batch, the model with compute.parts = A). Rows stay on their devices.
+    Each layer of that model computes the rows in A parts. Rows stay on their devices.
     """
     num_micro, shards = len(batch["inputs"]), data_shards(model.mesh)
 
@@ -160,11 +158,11 @@ def merge_rows(batch: dict, model: Model) -> tuple[dict, Model]:
     return jax.tree.map(merge, batch), dataclasses.replace(model, compute=compute)
 
 
-def split_rows(batch: dict, compute: Compute) -> dict:
-    """Cut micro-batches into n smaller ones: arrays [A, B, T] become [A·n, B/n, T].
+def split_micro_batches(batch: dict, compute: Compute) -> dict:
+    """Cut each micro-batch into n smaller ones: arrays [A, B, T] become [A·n, B/n, T].
 
-    n is the smallest number for which a device computes at most compute.micro_tokens tokens at a time (no
-    limit if that is 0). Rows stay on their devices.
+    n is the smallest number for which a device computes at most compute.micro_tokens tokens at a time (0: no
+    limit). Rows stay on their devices.
     """
     num_micro, rows, time = batch["inputs"].shape
     shards = data_shards(compute.mesh)
@@ -182,10 +180,7 @@ def split_rows(batch: dict, compute: Compute) -> dict:
 
 
 def compile_step(step, *args):
-    """Compile a jitted step for `args` before its first call, and return freed memory to the system.
-
-    The compiler frees about 200 MB on a CPU. Only the C library glibc can return them.
-    """
+    """Compile a jitted step for `args`, then give memory that the compiler freed back to the system."""
     step.lower(*args).compile()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
@@ -194,7 +189,7 @@ def compile_step(step, *args):
 def make_train_step(
     model: Model, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, dict, float], tuple[TrainState, dict]]:
-    """Return jitted step(state, batch, lr_multiplier) -> (state, metrics) on the mesh. `state` is donated."""
+    """Return the jitted step(state, batch, lr_multiplier) -> (state, metrics), which donates `state`."""
     options, mesh, compute = {}, model.mesh, model.compute
     platform = mesh.devices.flat[0].platform
     on_gpu = platform in ("gpu", "cuda")
