@@ -246,7 +246,8 @@ def show_progress(work: Callable[[], None], listings: list[Listing], links: Iter
 
     def on_disk() -> int:
         partial = [path for listing in listings for path in (listing.folder / ".cache").rglob("*.incomplete")]
-        partial += [path.with_name(path.name + files.PART) for path in links]
+        if not listings:  # the sizes of links are not in `total`
+            partial += [path.with_name(path.name + files.PART) for path in links]
         complete = [listing.folder / name for listing in listings for name in listing.files]
         return sum(max(0, size_of(path)) for path in [*partial, *complete])
 
@@ -259,7 +260,7 @@ def show_progress(work: Callable[[], None], listings: list[Listing], links: Iter
                 have = on_disk()
                 rate = max(0, have - before) / (time.perf_counter() - start)
                 left = f", ETA {(total - have) / rate:,.0f} s" if rate and total > have else ""
-                of = f" of {files.size_text(total)}" if total else ""  # the sizes of links are unknown
+                of = f" of {files.size_text(total)}" if total else ""
                 if have:
                     print(f"{files.size_text(have)}{of}, {rate / 1e6:.1f} MB/s{left}", flush=True)
         except KeyboardInterrupt:  # else huggingface_hub's threads would finish their files

@@ -15,8 +15,9 @@ class Config(Flags):
     GPUs that the job has on the node. The processes find one another by themselves.
 
     The job runs in the current folder and inherits this environment, including secrets, which are written to
-    no file. Two minutes before the time limit, and when the job is preempted, the run saves and ends, and the job is requeued. Give
-    trainers --resume, so that they continue. JAXCHAT_BASE_DIR must be on a disk that all nodes share.
+    no file. Two minutes before the time limit, and when the job is preempted, the run saves and ends, and the
+    job is requeued. Give trainers --resume, so that they continue. JAXCHAT_BASE_DIR must be on a disk that
+    all nodes share.
     """
 
     job_name: str = "jaxchat"

@@ -8,7 +8,7 @@ from jaxchat.config import UserError
 from jaxchat.tokenizer import check_conversation
 
 DECODER, SPACE = json.JSONDecoder(), re.compile(r"\s*")
-LINES = "a JSON array of messages, an object with `messages`, or a JSON string for a plain document"
+LINES = "a JSON array of messages, an object with `messages` or `text`, or a JSON string for a plain document"
 
 
 class JsonLines:

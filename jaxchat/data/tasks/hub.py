@@ -46,6 +46,8 @@ def arc(folder: Path, split: str, name: str) -> Table:
         labels, texts = row["choices"]["label"] or [], row["choices"]["text"] or []
         if row["answerKey"] not in labels:  # some rows label their choices 1 to 4
             raise UserError(f"the answer {row['answerKey']!r} is not one of {labels}")
+        if len(labels) != len(texts):
+            raise UserError(f"it has {len(labels)} labels for {len(texts)} choices")
         return choice_conversation(row["question"], texts, labels.index(row["answerKey"]))
 
     return Table("arc", folder / "arc" / name, split, ["question", "choices", "answerKey"], convert)
