@@ -30,13 +30,13 @@ class Config(MeshFlags):
     """Number of rows a device computes at a time for bits per byte; lower it if memory runs out. The result
     stays the same."""
     eval_tokens: int = flag(20 * 524288, 0)
-    """Number of tokens per split (training and validation) to measure bits per byte on; 0: not measured."""
+    """Number of tokens per split (training and validation) to measure bits per byte on; 0: none."""
 
 
 def load_bundle(config: Config) -> tuple[list, str]:
     """Return (tasks of the CORE bundle, "") or, if there is no bundle, ([], a note that says so).
 
-    Raises UserError if there is no bundle but --eval_bundle names one, or there is nothing else to measure.
+    Without a bundle, raises UserError if --eval_bundle is set or bits per byte are not measured either.
     """
     from jaxchat.eval import core
 

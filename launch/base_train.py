@@ -7,7 +7,7 @@ from launch import cli
 
 
 def stage_for(config: BaseConfig):
-    """Start the devices, build the model, open the text, and return the Stage that train() runs."""
+    """Start the devices, build the model, open the training text, and return the Stage that train() runs."""
     from jaxchat.data.sources import ParquetText, find_shards
     from jaxchat.devices import model_for, start_devices
     from jaxchat.train import stages
@@ -23,9 +23,9 @@ def stage_for(config: BaseConfig):
 
 
 def about_tokenizer(config: BaseConfig, tokenizer, data: dict[str, str]) -> list[tuple[str, str]]:
-    """Return [("warning", text)] if the tokenizer was trained on none of the shards in `data`, else [].
+    """Return rows for the plan: a warning if the tokenizer was trained on none of the shards in `data`.
 
-    data: {shard name: fingerprint}.
+    data: {shard name: fingerprint}. The rows are [("warning", text)] or [].
     """
     if tokenizer.knows(data):
         return []

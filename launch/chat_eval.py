@@ -9,14 +9,14 @@ from launch import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config(MeshFlags):
-    """Evaluate a chat model on six tasks. ChatCORE, the mean centred accuracy, is reported if all are
-    measured.
+    """Evaluate a chat model on six tasks. ChatCORE, their mean centred accuracy, is reported if all
+    tasks, or all but HumanEval, are measured.
 
     For ARC-Easy, ARC-Challenge and MMLU, the likeliest letter counts as the answer. For GSM8K, HumanEval and
     SpellingBee, the model writes its answers and may use the calculator. HumanEval is left out if the kernel
     does not support the sandbox in which its programs run. The results are written beside the checkpoint
-    after every task, as chat_eval_<step>.csv and .json, or under another name if these files exist with other
-    settings.
+    after every task, as chat_eval_<step>.csv and .json. If these files hold the results of other settings, a
+    hash is added to the names of the new files.
     """
 
     source: str = flag("sft", choices=(*STAGES,), alias="-i")
@@ -30,8 +30,8 @@ class Config(MeshFlags):
     max_problems: int = flag(-1, 1, special=-1, alias="-x")
     """Maximum number of problems per task, drawn as a fixed random sample; -1: all."""
     num_samples: int = flag(1, 1, alias="-n")
-    """Number of written answers to each problem; the problem's score is the fraction of right answers. With
-    more than one, pass@k is measured too."""
+    """Number of answers to each problem of GSM8K, HumanEval and SpellingBee. The accuracy is the fraction of
+    right answers. With several, pass@k (the chance that at least one of k is right) is measured too."""
     temperature: float = flag(0.0, 0, HOTTEST, alias="-t")
     """Sampling temperature of written answers; 0: always the likeliest token."""
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")

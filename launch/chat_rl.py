@@ -5,7 +5,7 @@ from launch import cli
 
 
 def stage_for(config: RLConfig):
-    """Start the devices, open the model to improve and the tasks, and return the Stage that train() runs."""
+    """Start the devices, open the tasks and the model to improve, and return the Stage that train() runs."""
     from jaxchat.data.pipelines import load_tasks
     from jaxchat.rl.batches import RolloutBatches
     from jaxchat.train import stages

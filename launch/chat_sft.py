@@ -5,7 +5,7 @@ from launch import cli
 
 
 def stage_for(config: SFTConfig):
-    """Start the devices, open the model to finetune and the tasks, and return the Stage that train() runs."""
+    """Start the devices, open the tasks and the model to finetune, and return the Stage that train() runs."""
     from jaxchat.data.pipelines import load_tasks
     from jaxchat.train import stages
 

@@ -37,7 +37,7 @@ class Checklist(list):
     """
 
     def add(self, name: str, text: str, state: str = "ok", **flags: str):
-        """Add an item. If `text` contains a command, complete it with cli.runnable(command, **flags)."""
+        """Add an item. A command in `text` is made ready to paste, with all `flags` that are not empty."""
         found = re.search(r"(python -m launch\.|make setup )[^;]+", text)
         command = cli.runnable(found[0], **flags) if found else ""
         text = text.replace(found[0], command) if found else text
@@ -45,8 +45,8 @@ class Checklist(list):
 
     @contextlib.contextmanager
     def expecting(self, name: str, state: str = "missing", **flags: str):
-        """Return a context that turns a UserError into an item. `flags` are added to the command in the
-        error's message."""
+        """Return a context that catches a UserError and adds its message as an item. `flags` are added to the
+        command in the message."""
         try:
             yield
         except UserError as problem:
@@ -125,7 +125,7 @@ def check_devices(config: Config, checks: Checklist):
 
 
 def check_model(config: Config, model, tag: str, checks: Checklist):
-    """Check device memory, disk space for all checkpoints, and whether the devices divide batches evenly."""
+    """Check device memory, disk space for the checkpoints of model `tag`, and how devices divide batches."""
     import jax
 
     from jaxchat import checkpoint, files
@@ -163,8 +163,8 @@ def check_model(config: Config, model, tag: str, checks: Checklist):
 
 
 def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str, str]:
-    """Check the amount of text. Return {shard name: fingerprint}, or {} if there is no text. If `tokenizer`
-    is None, the number of tokens is estimated from the number of bytes."""
+    """Check whether there is enough text to train without repeating any. Return {shard name: fingerprint}, or
+    {} if there is no text. Without a tokenizer (None), the number of tokens is estimated from the bytes."""
     from jaxchat.data.encode import text_reader
     from jaxchat.data.sources import SOURCE, ParquetText, find_shards, open_parquet, repeated
     from jaxchat.train.stages import SAMPLE, horizon_of, tokens_in
@@ -201,7 +201,8 @@ def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str,
 
 
 def check_tasks(config: Config, checks: Checklist):
-    """Check the tasks of midtraining, SFT and chat_eval, the CORE bundle, and the sandbox for HumanEval."""
+    """Check that the tasks of mid_train, chat_sft and chat_eval and the CORE bundle can be opened, and that
+    programs of HumanEval can run on this machine."""
     from jaxchat.data.tasks import load_task
     from jaxchat.eval.chat import TASKS, why_not
     from jaxchat.eval.training import core_bundle

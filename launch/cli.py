@@ -145,7 +145,8 @@ def print_plan(title: str, rows: list[tuple[str, str]]) -> None:
 def open_model(config, source: str, *, asks: bool = True):
     """Start the devices and open the checkpoint that the flags name. Return (checkpoint, model).
 
-    source: stage of the checkpoint. asks: whether the command checks after every step for a signal to stop.
+    source: stage of the checkpoint. asks: whether the command itself checks after every step for a signal to
+    stop. If not, SIGTERM ends it at once.
     """
     from jaxchat import checkpoint, devices
 
@@ -158,7 +159,7 @@ _base: list[str] = []  # base directories that base_directory() has set, the inn
 
 
 def after_base(tag: str, plain: bool) -> None:
-    """Print the command that follows pretraining: mid_train if `plain` (--arch=2025), else chat_sft."""
+    """Print the command to run after pretraining: mid_train for --arch=2025 (`plain`), chat_sft for 2026."""
     next_step(f"python -m launch.{'mid_train' if plain else 'chat_sft --recipe=2026'} --model_tag={tag}")
 
 
@@ -168,8 +169,8 @@ def next_step(command: str, **flags: str) -> None:
 
 
 def runnable(command: str, **flags: str) -> str:
-    """Return `command` ready to paste into a shell, with all `flags` that are not empty. It uses this Python,
-    and the folder that base_directory() has set."""
+    """Return `command` ready to paste into a shell, with all `flags` that are not empty. It runs this Python.
+    In a base_directory() context, it begins with JAXCHAT_BASE_DIR=<the context's folder>."""
     found = shutil.which("python")
     # Give the path of this Python if `python` is another one.
     if not found or os.path.dirname(found) != os.path.dirname(sys.executable):
@@ -183,7 +184,8 @@ def runnable(command: str, **flags: str) -> str:
 
 @contextlib.contextmanager
 def base_directory(folder: Path) -> Iterator[None]:
-    """Return a context in which `folder` is the base directory, also for commands printed by next_step()."""
+    """Return a context in which `folder` is the base directory. Commands that next_step() prints in it use
+    the same base directory."""
     outer = os.environ.get("JAXCHAT_BASE_DIR")
     _base.append(str(folder))
     os.environ["JAXCHAT_BASE_DIR"] = str(folder)

@@ -1,4 +1,4 @@
-"""Compile for devices that this host lacks: python -m launch.compile_check --depth=20 --topology=v5e:4x4"""
+"""Compile a training step for absent devices: python -m launch.compile_check --depth=20 --topology=v5e:4x4"""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ class Config(Flags):
     mesh: str = ""
     """Number of devices along each axis of the mesh, as in base_train; empty: as base_train chooses."""
     device_batch_size: int = flag(-1, 1, special=-1)
-    """Rows a device computes at a time; -1: the largest number up to 32 that divides its rows of a step."""
+    """Rows a device computes at a time; -1: the largest divisor, up to 32, of the device's rows per step."""
     total_batch_size: int = flag(524288, 1, 2**31 - 1)
     """Tokens in an optimizer step, over all devices. The default is that of base_train --arch=2025; with
     --arch=2026, base_train chooses a number and prints it in its plan."""
@@ -38,7 +38,7 @@ class Config(Flags):
     (GPUs only); empty: bfloat16."""
     remat: str = flag("auto", choices=("auto", *ALL_REMATS))
     """What the backward pass recomputes, as in base_train: "none", "dots", "full" or "step"; "auto": the
-    first of these that fits in memory. Each try takes one compilation."""
+    fastest of these that fits in memory. Each try takes one compilation."""
     find_batch: bool = True
     """Also search for the largest device batch that fits. Each try takes one compilation."""
     json: bool = False

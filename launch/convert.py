@@ -41,8 +41,8 @@ class Config(Flags):
     step: int = flag(-1, -1, alias="-s")
     """Step of the checkpoint; -1: the last."""
     softcap: int = flag(0, 0)
-    """Softcap (bound of the logits) of a nanochat checkpoint to import, if it was made from January 18 to
-    March 9, 2026: 15, or 20 from March 2 on. 0: not given."""
+    """Softcap (bound of the logits) of the nanochat checkpoint to import. Needed only for checkpoints made in
+    2026 from January 18 to March 1 (15) or from March 2 to 9 (20). 0: not given."""
 
 
 def run(config: Config):

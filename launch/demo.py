@@ -31,8 +31,8 @@ class Config(Flags):
     """Number of rows to compute at a time in base and mid; SFT computes twice as many. It affects only speed,
     memory and rounding."""
     part: str = flag("all", choices=("all", "world", "score"))
-    """Part to run. "all": the complete demo. "world": only write the data. "score": only score the model and
-    write the report. The last two use the base directory itself instead of its folder demo."""
+    """Part of the demo to run. "all": everything, in <base directory>/demo. "world": only write the data, in
+    the base directory itself. "score": only score the model there and write the report."""
 
 
 def run(config: Config) -> int:

@@ -59,7 +59,7 @@ class Config(Flags):
     redo: str = ""
     """Runs to train again, separated by commas, as in d4,d6-1e17; their old results are deleted first."""
     restarts: int = flag(3, 0)
-    """Maximum number of restarts of a run that was stopped, was killed or lost another process."""
+    """Maximum number of restarts of a stopped, killed or aborted run. Other errors end the series."""
     dry_run: bool = False
     """Print the plan and do nothing."""
 
@@ -128,8 +128,8 @@ def make_steps(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
 
 
 def machine_of(config: Config) -> Machine:
-    """Return one run's share of this host as a Machine, to estimate times. GPUs count as H100s at 40 % of
-    peak."""
+    """Return one run's share of this host as a Machine, to estimate times. Each GPU is taken for an H100 that
+    reaches 40 % of its peak."""
     count = len(places_of(config))
     gpus = len(visible_gpus()) // count
     if gpus:
@@ -170,7 +170,7 @@ def sizes(flags: dict[str, BaseConfig]) -> list[tuple[str, str]]:
 
 
 def places_of(config: Config) -> tuple[dict, ...]:
-    """Return the environment variables that give each concurrent run its share of the GPUs."""
+    """Return one dict of environment variables per concurrent run, which give the run its share of GPUs."""
     gpus = visible_gpus()
     return tuple(shares(gpus, config.parallel or max(1, len(gpus)), "parallel"))
 

@@ -45,9 +45,9 @@ class Config(DeviceFlags):
     https://chat.example.com (without a path); *: all. Their hosts are also accepted in the Host header."""
     slots: int = flag(-1, 1, special=-1)
     """Number of answers that a device generates at a time for each model; -1: 8 on a CPU, 64 elsewhere. Each
-    slot holds memory for a full context."""
+    needs memory for a full context."""
     max_waiting: int = flag(256, 0)
-    """Maximum number of answers that wait for a slot; further requests are refused with status 429."""
+    """Maximum number of answers of a model that wait to be generated; more are refused with status 429."""
     max_tokens: int = flag(-1, 1, special=-1)
     """Maximum number of tokens in an answer to a chat request without max_tokens; -1: as many as fit in the
     context."""
@@ -187,7 +187,7 @@ def engine_opener(model, device, compute: Compute, slots: int, lock):
 
 
 def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]):
-    """Compile each shape and sampling mode in advance. on_progress: called with (number compiled, total)."""
+    """Compile all programs of the engine in advance. on_progress: called with (number compiled, total)."""
     ways = warmup_settings(context)
     for done, settings in enumerate(ways):
         on_progress(done, len(ways))
@@ -196,7 +196,7 @@ def compile_shapes(engine, context: int, on_progress: Callable[[int, int], None]
 
 
 def warmup_settings(context: int) -> list[dict]:
-    """Return settings for calls of Engine.generate that together use every shape up to `context` tokens."""
+    """Return arguments of Engine.generate, one dict per call, that together use all programs of an engine."""
     from jaxchat.infer.scheduler import SHORTEST, bucket
 
     lengths = sorted({bucket(n, SHORTEST, context) for n in range(1, context + 1)})

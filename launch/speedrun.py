@@ -44,7 +44,8 @@ class Config(Flags):
     """Kind of machine: cpu (the demo), laptop, h100, 8xh100, 8xh100-2026 (nanochat's model and recipe of July
     2026), v5e-8 or v6e-8."""
     depth: int = flag(-1, 1, special=-1)
-    """Number of layers, which sets the model's size, amount of data and time; -1: the preset's depth."""
+    """Number of layers. A deeper model is larger, and is trained longer and on more text. -1: the preset's
+    depth."""
     model_tag: str = ""
     """Name of the run; empty: d<depth>."""
     data_dir: str = ""
@@ -82,7 +83,7 @@ class Config(Flags):
     """Steps to run again, separated by commas, after deleting their old results. All steps that need these
     results are run again too."""
     restarts: int = flag(3, 0)
-    """Maximum number of restarts of a step that was stopped, was killed or lost another process."""
+    """Maximum number of restarts of a stopped, killed or aborted step. Other errors end the run."""
     check: bool = True
     """First check this machine's devices, driver, kernel and disk with launch.check."""
     dry_run: bool = False
@@ -199,7 +200,7 @@ def run_steps(runner: Runner, listed: list[Step], redo: set[str], price: float =
 
 
 def how_to_continue(code: int, command: str, config: Flags):
-    """Print the command that continues a run, if `code` is not 0. command: its module in launch/."""
+    """If a run's exit code is not 0, print the command that continues it. command: its module in launch/."""
     if code:
         saved = code == os.EX_TEMPFAIL
         print(f"{'stopped and saved; to continue' if saved else 'to continue once the error is fixed'}:")

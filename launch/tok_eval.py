@@ -13,7 +13,7 @@ from launch.tok_train import documents
 @dataclasses.dataclass(frozen=True)
 class Config(Flags):
     """Compare the average number of bytes per token of this tokenizer and others. The higher it is, the more
-    text fits in a row. The texts are training and validation text, modules of Python's library, worked
+    text fits in a context. The texts are training and validation text, modules of Python's library, worked
     mathematics, and fifteen languages. The results are written beside the tokenizer, as tok_eval.csv and
     .json."""
 

@@ -26,7 +26,7 @@ class Config(Flags):
     doc_cap: int = flag(10_000, 1, special=-1)
     """Maximum number of characters of each document to train on; -1: all."""
     overwrite: bool = False
-    """Replace the tokenizer even if checkpoints need it; those without their own copy become unusable."""
+    """Replace the tokenizer even if checkpoints need it. Those without a copy of it become unusable."""
 
 
 def documents(texts, max_chars: int = -1, doc_cap: int = -1) -> Iterator[str]:
@@ -81,9 +81,9 @@ def run(config: Config):
 
 
 def check_replaceable(runs: list[Path], tokenizer, folder: Path):
-    """Raise UserError if one of `runs` was trained with another tokenizer than `tokenizer`, the new one.
+    """Raise UserError if one of `runs` still needs the old tokenizer, which `tokenizer` would replace.
 
-    runs: folders of runs without a copy of their tokenizer. folder: that of the old tokenizer.
+    runs: folders of runs that have no copy of their tokenizer. folder: where the old tokenizer is.
     """
     from jaxchat import checkpoint
 
