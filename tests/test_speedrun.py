@@ -555,7 +555,7 @@ def test_the_time_of_steps_beside_each_other():
     times = {"first": 2.0, "rest": 10.0, "tok": 5.0, "base": 20.0, "eval": 3.0, "mid": 3.0}
     assert estimate.time_of(steps, times) == 2 + 10 + 20 + 3 + 3
     assert estimate.time_of(steps, times | {"rest": 0.0}) == 2 + 5 + 20 + 3 + 3  # it is done
-    assert estimate.time_of(steps, times, slots=2) == 2 + 10 + 20
+    assert estimate.time_of(steps, times, parallel=2) == 2 + 10 + 20
     assert estimate.time_of([], {}) == 0
 
 

@@ -11,8 +11,8 @@ STEPS = {"base": 220, "mid": 1370, "sft": 200}
 def commands(tasks: Path, *, seed: int, rows: int, steps: dict[str, int]) -> dict[str, list[str]]:
     """Return the demo's commands in order, as {name of a module in launch: command-line flags}.
 
-    tasks: folder of the generated .jsonl files. rows: device batch size of base and mid training. SFT uses
-    twice this size. steps: {stage: number of optimizer steps}.
+    tasks: folder of world_mid.jsonl, world_sft.jsonl and world_val.jsonl. rows: device batch size of base and
+    mid training. SFT uses twice this size. steps: {stage: number of optimizer steps}.
     """
     common = [f"--model_tag={TAG}", f"--seed={seed}", "--device_type=cpu"]
     batch = [f"--device_batch_size={rows}", f"--total_batch_size={STEP_TOKENS}"]

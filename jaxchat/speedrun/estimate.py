@@ -35,13 +35,13 @@ class Machine:
     start: float = 1.0  # minutes until a command starts to compute, mostly spent compiling
 
 
-def time_of(steps: list[Step], times: dict[str, float], slots: int = 1) -> float:
-    """Return the total time of `steps`, some of which run in parallel, in the unit of `times`.
+def time_of(steps: list[Step], times: dict[str, float], parallel: int = 1) -> float:
+    """Return the total time of `steps`, in the unit of `times`. A step starts once its inputs are made.
 
-    times: {step name: duration}. Steps of duration 0 are left out. slots: number of steps on devices that can
-    run at the same time. Downloads run beside them, one at a time.
+    times: {step name: duration, or 0 to leave the step out}. parallel: number of steps that can use the
+    devices at the same time. Downloads run beside these steps, one at a time.
     """
-    free: dict[str, list[float]] = {"devices": [0.0] * slots, "network": [0.0]}  # when each slot is free
+    free: dict[str, list[float]] = {"devices": [0.0] * parallel, "network": [0.0]}  # when each is free
     made: dict[Artifact, float] = {}
     for step in (step for step in steps if times[step.name]):
         lane = free[step.lane]
@@ -123,12 +123,12 @@ def eval_tokens(config, core: bool) -> float:
 
 
 def chat_eval_minutes(config) -> float:
-    """Roughly estimate the minutes that launch.chat_eval takes, whatever the machine."""
+    """Estimate roughly how many minutes launch.chat_eval takes. The machine's speed is ignored."""
     return CHAT_EVAL * (min(1.0, config.max_problems / CHAT_PROBLEMS) if config.max_problems > 0 else 1.0)
 
 
 def train_minutes(config, model: ModelConfig, machine: Machine, core: bool) -> float:
-    """Estimate the minutes to train and evaluate. Return 0 if unknown.
+    """Estimate how many minutes a trainer takes, including its evaluations. Return 0 if unknown.
 
     core: whether to evaluate on the CORE benchmark too.
     """
@@ -160,6 +160,6 @@ def state_bytes(model: ModelConfig) -> int:
 
 
 def shards_for(config: BaseConfig, model: ModelConfig) -> int:
-    """Return the number of text shards to download, including a 10 % reserve and one for validation."""
+    """Return how many text shards base training needs, with a 10 % reserve and one shard for validation."""
     tokens = train_tokens(config, model)
     return max(2, math.ceil(1.1 * tokens * BYTES_A_TOKEN / SHARD_BYTES) + 1)

@@ -152,8 +152,8 @@ def demo_steps() -> list[Step]:
 def tokenizer_text(places: Places, shards: int, dataset: str) -> Files:
     """Return the text shards on which the tokenizer is trained.
 
-    These are all shards if there are few or the user gave a folder. Otherwise, they are those that the step
-    "first-text" downloads.
+    These are all shards if the user gave a folder, or if there are at most TOKENIZER_SHARDS. Otherwise, they
+    are the first shards, which the step "first-text" downloads.
     """
     if places.data_dir or shards <= TOKENIZER_SHARDS:
         return all_text(places, shards)
@@ -183,7 +183,7 @@ def downloads(places: Places, shards: int, dataset: str) -> list[Step]:
 
 
 def all_text(places: Places, shards: int) -> Files:
-    """Return all text shards. At least `shards` files must exist, or two in a folder that the user gave."""
+    """Return all text shards: at least `shards` files, or at least two in a folder that the user gave."""
     return places.text if places.data_dir else dataclasses.replace(places.text, least=shards)
 
 

@@ -32,7 +32,7 @@ class Pace:
 
 
 def pace_of(step: Step) -> Pace | None:
-    """Read a trainer's Pace from metrics.jsonl. Return None for other steps, or if too little is logged."""
+    """Read a trainer's Pace from metrics.jsonl. Return None for other steps, or if the file is too short."""
     paths = [artifact.folder / "metrics.jsonl" for artifact in step.makes if isinstance(artifact, Checkpoint)]
     if not paths or not paths[0].exists():
         return None
@@ -55,10 +55,11 @@ def pace_of(step: Step) -> Pace | None:
 
 
 def scale_of(steps: list[Step], done: dict[str, float]) -> float:
-    """Return the ratio of measured to planned time of the steps that run on devices.
+    """Return the ratio of measured to planned time, each summed over the steps that run on devices.
 
-    done: {step name: measured seconds} of completed steps. Others count by their logged speed, if any. A
-    tenth of the total planned time (PRIOR) is added to both times, to limit the effect of short first steps.
+    done: {step name: measured seconds} of completed steps. The time of an incomplete trainer is computed from
+    its logged speed. Other steps are left out of both sums. A tenth (PRIOR) of the planned time of all steps
+    is added to both sums, so that the first, short steps change the ratio little.
     """
     planned = {step.name: 60 * step.minutes for step in steps if step.lane == "devices"}
     prior = PRIOR * sum(planned.values())
@@ -104,10 +105,7 @@ class Progress:
         runner.on_progress = self.report
 
     def report(self, changed: bool):
-        """Print and write the progress, at intervals or when `changed` is true.
-
-        changed: whether a step has just started or ended.
-        """
+        """Print and write the progress, at intervals or when a step has just started or ended (`changed`)."""
         now = time.monotonic()
         if self.runner.running and (changed or now - self.shown >= SECONDS):
             self.shown = now
@@ -128,7 +126,7 @@ class Progress:
         return left if left > 0 else None  # it takes longer than planned
 
     def left(self) -> tuple[float, bool]:
-        """Return (remaining seconds of the run, whether the time of every step is known)."""
+        """Return (remaining seconds of the run, whether all times are known). Unknown times count as 0."""
         scale = scale_of(self.steps, self.runner.done)
         left = {step.name: self.left_of(step, scale) for step in self.steps}
         known = {name: seconds or 0.0 for name, seconds in left.items()}

@@ -44,7 +44,7 @@ class Running:
         os.close(lock)
 
     def follow(self, show: Callable[[str], None]) -> int:
-        """Log the output and call show(line) for each line. Return the step's exit code, as in a shell."""
+        """Log and show the output. Return the step's exit code, or 128 + n if signal n ended the step."""
         reader = threading.Thread(target=self.read, args=[show], daemon=True)
         reader.start()
         code = self.process.wait()
@@ -68,8 +68,8 @@ class Running:
 class Runner:
     """Run steps as subprocesses, each as soon as its inputs exist. Downloads run beside the other steps.
 
-    restarts: maximum number of restarts per step. places: one dict of environment variables for each step
-    that may use the devices at the same time.
+    restarts: maximum number of restarts per step. places: dicts of environment variables. Each step that uses
+    the devices takes one of them while it runs. At most len(places) such steps run at the same time.
     """
 
     def __init__(self, steps: list[Step], state: State, *, restarts: int, places: tuple[dict, ...] = ({},)):
@@ -84,7 +84,7 @@ class Runner:
         self.on_progress = lambda changed: None  # changed: a step has started or ended
 
     def run(self) -> int:
-        """Run all steps. Return 0, 75 after a signal to stop, or the exit code of the step that failed."""
+        """Run all steps. Return 0, 75 if a signal stopped the run, or the exit code of the failed step."""
         with handle_signals(self.stop):
             try:
                 self.start_ready()
@@ -108,7 +108,10 @@ class Runner:
         self.ended(self.running.pop(name), code)
 
     def start_ready(self):
-        """Start each waiting step whose inputs and resource are available, or skip it if it is done."""
+        """Start the waiting steps whose inputs exist and whose devices or network are free.
+
+        A step that is done is skipped.
+        """
         for step in list(self.waiting):
             if self.stopped or self.failed:
                 return
@@ -204,8 +207,8 @@ class Runner:
 def handle_signals(on_signal: Callable[[int], None]):
     """Call on_signal(number) after each SIGTERM, SIGUSR1, SIGINT or SIGHUP while the context is open.
 
-    number: SIGTERM for all of these signals except SIGINT. Signals that were ignored before stay ignored.
-    Outside the main thread, the context has no effect.
+    number: SIGINT after SIGINT, or SIGTERM after any of the others. Signals that were ignored before stay
+    ignored. Outside the main thread, the context has no effect.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield

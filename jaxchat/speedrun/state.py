@@ -67,10 +67,11 @@ class State:
         files.write_json(self.path(step.name), record)
 
     def why_to_do(self, step: Step, remade: frozenset[Artifact] = frozenset()) -> str | None:
-        """Return the reason to run a step, which may be "", or None if the step is done.
+        """Return the reason to run a step, or None if the step is done.
 
-        remade: artifacts that earlier steps will make again, so that their current files do not matter.
-        Raises UserError if the step's flags or inputs differ from those of its last start.
+        The reason is "" for a step without outputs, or with neither a record nor a checkpoint. remade:
+        inputs that will be made again and are not checked for changes. Raises UserError if the step succeeded
+        or can continue, but its flags or inputs differ from those of its last start.
         """
         record = self.record(step.name)
         outputs, continues = record.get("outputs"), begun(step)
@@ -129,7 +130,7 @@ class State:
         files.write_json(self.path(REDO), commands_of(steps, names))
 
     def complete(self):
-        """Mark the run as complete, so that the next --redo deletes outputs again."""
+        """Mark the run as complete. After this, a repeated --redo deletes the outputs again."""
         files.delete(self.path(REDO))
 
 
@@ -141,7 +142,7 @@ def to_do(state: State, steps: list[Step], chosen: list[Step], redo: set[str]) -
     """Return {step name: reason} of the chosen steps that must run.
 
     steps: all steps of the run. redo: names given to --redo. Raises UserError if an input is missing, or if a
-    step's flags or inputs differ from those of its last start.
+    step succeeded or can continue, but its flags or inputs differ from those of its last start.
     """
     again = state.again(steps, redo)
     check_inputs(state, steps, chosen, again)

@@ -144,7 +144,7 @@ class Step:
 
     @property
     def fixed(self) -> list[str]:
-        """The command without Python's path and the `free` flags. It must be the same at every start."""
+        """The part of the command that must not change: all but Python's path and the flags in `free`."""
         words = self.argv[1:] if self.argv[1:2] == ("-m",) else self.argv
         return [word for word in words if word.partition("=")[0].lstrip("-") not in self.free]
 
@@ -170,7 +170,7 @@ def dependents(steps: list[Step], names: set[str]) -> set[str]:
 
 
 def named(steps: list[Step], flag: str, text: str) -> set[str]:
-    """Parse `text`, the value of --`flag`, into step names. Raise UserError if a step does not exist."""
+    """Split `text`, the value of --`flag`, at commas into step names. Raise UserError if one is unknown."""
     names = {name.strip() for name in text.split(",") if name.strip()}
     known = [step.name for step in steps]
     if unknown := sorted(names - set(known)):
@@ -179,9 +179,10 @@ def named(steps: list[Step], flag: str, text: str) -> set[str]:
 
 
 def chosen(steps: list[Step], first: str = "", last: str = "", only: str = "") -> list[Step]:
-    """Return the steps from `first` to `last`, or only those named in `only`. By default, return all.
+    """Return the steps from `first` to `last`, or the steps that `only` names. By default, return all.
 
-    Raises UserError if a name is unknown, `only` is combined with the others, or `first` comes after `last`.
+    only: names, separated by commas. Raises UserError if a name is unknown, if `only` is combined with
+    `first` or `last`, or if `first` comes after `last`.
     """
     if only and (first or last):
         raise UserError("--only contradicts --from and --until; leave them out")

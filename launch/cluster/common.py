@@ -14,10 +14,9 @@ MOUNTED = ("implicit-dirs", "rename-dir-limit=200000")
 
 
 def secret_names(text: str, *, here: bool) -> list[str]:
-    """Split the value of --secrets into the names of environment variables.
+    """Split `text`, the value of --secrets, at commas into names of environment variables.
 
-    Raises UserError if a name is invalid. If `here` is true, each variable must also be set in this
-    environment.
+    Raises UserError if a name is invalid, or if `here` is true and a variable is not set in this environment.
     """
     names = [name for name in text.split(",") if name]
     for name in names:

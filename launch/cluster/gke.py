@@ -33,8 +33,8 @@ class Config(Flags):
     Secrets are read from a Kubernetes Secret. Create it once, from a file with one NAME=value per line:
     kubectl create secret generic jaxchat --from-env-file=FILE
 
-    After exit code 75, 76, 134 or 137, or when a node is lost, all pods are restarted. Any other failure ends
-    the run.
+    When a node is lost, or after exit code 75 (stopped and saved), 76 (processes cannot reach one another),
+    134 (another process was lost) or 137 (killed), all pods are restarted. Any other failure ends the run.
 
     --bucket is the base directory of every pod. Create the bucket with a hierarchical namespace, so that
     renaming a checkpoint's folder is atomic: gcloud storage buckets create gs://NAME --location=REGION
@@ -64,9 +64,10 @@ class Config(Flags):
     service_account: str = "default"
     """Service account of the pods."""
     secrets: str = ""
-    """Entries of the Kubernetes Secret `jaxchat` to set in the environment, as in WANDB_API_KEY,HF_TOKEN."""
+    """Entries of the Kubernetes Secret `jaxchat` to set as environment variables, separated by commas, as in
+    WANDB_API_KEY,HF_TOKEN."""
     restarts: int = flag(20, 0)
-    """Maximum number of restarts of the run."""
+    """Maximum number of times that all pods are restarted."""
     dry_run: bool = False
     """Only print the file and the command."""
 

@@ -22,9 +22,10 @@ class Config(Flags):
     progress. The other processes print only errors. All inherit this environment, including secrets.
 
     SIGTERM and Ctrl-C are passed on to the processes. After a signal, or when a process fails, the processes
-    have --grace seconds to end before they are killed. After exit code 75, 76, 134 or 137 all are restarted,
-    up to --restarts times, unless this launcher was asked to stop. The launcher's exit code is that of the
-    first process that failed.
+    have --grace seconds to end before they are killed. After exit code 75 (stopped and saved), 76 (processes
+    cannot reach one another), 134 (another process was lost) or 137 (killed), all are restarted, up to
+    --restarts times. After a signal to this launcher, none is restarted. The launcher's exit code is that of
+    the first process that failed.
     """
 
     processes: int = flag(2, 1)
@@ -32,10 +33,10 @@ class Config(Flags):
     gpus_per_process: int = flag(-1, -1)
     """Number of GPUs per process; -1: an equal share of all GPUs; 0: each process sees all GPUs."""
     restarts: int = flag(0, 0)
-    """Maximum number of restarts of the run."""
+    """Maximum number of restarts after exit code 75, 76, 134 or 137."""
     grace: float = flag(120.0, 0)
-    """Seconds in which the processes must end after a signal or a failure. Set it above the command's
-    --heartbeat_timeout, which is 100 by default."""
+    """Seconds that the processes have to end after a signal or a failure, before they are killed. Set it
+    above the command's --heartbeat_timeout, which is 100 by default."""
     dry_run: bool = False
     """Only print the commands."""
 
@@ -67,7 +68,7 @@ def shares(gpus: list[str], count: int, flag: str) -> list[dict[str, str]]:
 
 
 def commands(config: Config, command: list[str], port: int) -> list[list[str]]:
-    """Return one command line per process. It starts with env, which sets the process's variables."""
+    """Return a command for each process: the program env, NAME=value words, and the words of `command`."""
     gpus, wanted = visible_gpus(), config.gpus_per_process * config.processes
     if wanted > len(gpus) > 0 and not config.dry_run:
         product = f"--gpus_per_process={config.gpus_per_process} × --processes={config.processes}"

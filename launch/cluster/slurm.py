@@ -41,9 +41,10 @@ class Config(Flags):
     setup: str = ""
     """Shell commands to run before the command, as in "module load cuda && source .venv/bin/activate"."""
     secrets: str = ""
-    """Environment variables that must be set here, separated by commas, as in WANDB_API_KEY,HF_TOKEN."""
+    """Environment variables that the job needs, separated by commas, as in WANDB_API_KEY,HF_TOKEN. Nothing is
+    submitted if one is not set here."""
     restarts: int = flag(20, 0)
-    """Maximum number of times that the job is requeued."""
+    """Maximum number of times that the job is requeued after exit code 75, 76, 134 or 137."""
     dry_run: bool = False
     """Only print the file and the command."""
 

@@ -40,10 +40,11 @@ class Config(Flags):
     --steps selects some of these steps. Several commands, each after a --, run one after another until one
     fails.
 
-    A command is restarted after exit code 75, 76, 134 or 137. If the connection is lost, the commands keep
-    running, and --steps=log,delete reconnects. A preempted TPU no longer exists. Start this launcher again to
-    create a new TPU, on which trainers with --resume continue. Secrets are copied over ssh, in a file that
-    only you can read.
+    A command is restarted after exit code 75 (stopped and saved), 76 (processes cannot reach one another),
+    134 (another process was lost) or 137 (killed). If the connection is lost, the commands keep running, and
+    --steps=log,delete reconnects. A preempted TPU no longer exists. Start this launcher again to create a new
+    TPU, on which trainers with --resume continue. Secrets are copied over ssh, in a file that only you can
+    read.
 
     --bucket is the base directory of every worker. Create the bucket with a hierarchical namespace, so that
     renaming a checkpoint's folder is atomic: gcloud storage buckets create gs://NAME --location=REGION
@@ -72,7 +73,7 @@ class Config(Flags):
     secrets: str = ""
     """Environment variables to copy to the TPU, separated by commas, as in WANDB_API_KEY,HF_TOKEN."""
     restarts: int = flag(20, 0)
-    """Maximum number of restarts of a command."""
+    """Maximum number of restarts of each command."""
     steps: str = ",".join(STEPS)
     """Steps to run, separated by commas: any of create,setup,run,log,delete."""
     dry_run: bool = False
@@ -154,7 +155,7 @@ CODE = "cat jaxchat/run.code"
 
 @contextlib.contextmanager
 def secret_file(names: list[str], dry_run: bool):
-    """Write the environment variables `names` to a private temporary file, and yield its path."""
+    """Write the environment variables `names` to a private temporary file, yield its path and delete it."""
     if dry_run:
         yield f"<a file with {', '.join(names)}>"
         return
