@@ -56,7 +56,7 @@ def calculate(expression: str) -> str | None:
 
 
 def _in_python(expression: str) -> str:
-    """Rewrite an expression as Python. Raises _Refused for unknown characters or deep nesting."""
+    """Rewrite an expression for Python's parser. Raises _Refused for unknown characters or deep nesting."""
     expression = expression.rstrip()
     if TOKEN.sub("", expression):  # it has other characters
         raise _Refused
@@ -77,12 +77,12 @@ def _as_text(value: int | float) -> str:
     return format(Decimal(rounded), "f")  # without an exponent, which the calculator can't parse
 
 
-def _value(node: ast.expr, depth: int = 0) -> int | float:
-    """Evaluate a parsed expression. depth: number of consecutive signs, + or −, directly before it."""
+def _value(node: ast.expr, signs: int = 0) -> int | float:
+    """Evaluate a parsed expression. signs: number of + and − signs directly before it; two in "--1"."""
     if isinstance(node, ast.BinOp):
         value = OPERATORS[type(node.op)](_value(node.left), _value(node.right))
-    elif isinstance(node, ast.UnaryOp) and depth < MAX_DEPTH:
-        value = OPERATORS[type(node.op)](_value(node.operand, depth + 1))
+    elif isinstance(node, ast.UnaryOp) and signs < MAX_DEPTH:
+        value = OPERATORS[type(node.op)](_value(node.operand, signs + 1))
     elif isinstance(node, ast.Constant):
         value = node.value
     else:  # a call, as in 2(3), or a tuple, ()

@@ -1,9 +1,10 @@
 """The compiled device programs: prefill prompts into slots, and decode tokens in all slots.
 
-A slot holds one running request. Each decode step computes one token of every running row.
+A slot holds one running request. A row is a slot's entry in an array. A decode step computes one token of
+every running row. A forced token is inserted into a row instead of a sampled token.
 
-Letters besides those of model/gpt.py: P prompts in a prefill batch, N decode steps, F forced tokens,
-K alternatives per token, E tokens that end a row.
+The suffix of an array's name is its shape, in the letters of model/gpt.py and these: P prompts in a prefill
+batch, N decode steps, F forced tokens, K alternatives per token, E tokens that end a row.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ class State:
 
 @struct.dataclass
 class Scores:
-    """Log-probabilities (float32) over the full vocabulary, at temperature 1 and without top_k or top_p."""
+    """Log-probabilities of tokens and of the likeliest alternatives, before temperature, top_k and top_p."""
 
     logprob: Any  # [...] of the given token
     top_ids: Any  # [..., K] of the likeliest tokens
@@ -61,7 +62,7 @@ class Prompts:
 
 @struct.dataclass
 class DecodeInputs:
-    """Inputs of one `decode` call: which slots run, which tokens to force, and when to return to the host."""
+    """Inputs of one `decode` call: which slots run, which tokens to insert, and when to stop decoding."""
 
     active_B: Any  # whether each slot has a running request
     forced_BF: Any  # tokens to force into each row, padded
@@ -73,7 +74,7 @@ class DecodeInputs:
 
 @struct.dataclass
 class DecodeOutputs:
-    """Outputs of one `decode` call: the new tokens, and the state of each row."""
+    """Outputs of one `decode` call: the new tokens of each slot, and whether its request has ended."""
 
     tokens_BN: Any  # −1 at steps in which the row did not run; the last token may be an end token
     forced_BN: Any  # whether each token was forced
@@ -118,9 +119,9 @@ def resize(program: Program, state: State, positions: int) -> State:
 
 @partial(jax.jit, static_argnames=("program", "top"), donate_argnames="state")
 def read_prompts(program: Program, params, state: State, prompts: Prompts, top: int | None):
-    """Prefill prompts into their slots. Return (the new State, Scores [P, T] of the prompts' tokens).
+    """Prefill prompts into their slots. Return (the new State, the Scores of the prompts' tokens).
 
-    top: number of likeliest tokens per position in Scores; None: return (the new State, None).
+    top: number of likeliest tokens per position in the Scores; None: return None instead of Scores.
     """
     config, compute = program.config, program.compute
 
@@ -177,10 +178,10 @@ def score(logits_V, token, top: int) -> Scores:
 
 @partial(jax.jit, static_argnames=("program", "kind", "top"), donate_argnames="state")
 def decode(program: Program, params, state: State, inputs: DecodeInputs, *, kind: str, top: int | None):
-    """Decode tokens in all running rows. Return (the new State, DecodeOutputs).
+    """Decode tokens in all slots that run a request. Return (the new State, DecodeOutputs).
 
-    Stop after inputs.max_steps steps, when inputs.waiting_limit rows wait for the host, or when no row runs.
-    kind: GREEDY, PLAIN or FILTERED (see sampling.py).
+    Each device stops after inputs.max_steps steps, when inputs.waiting_limit of its slots wait for the host,
+    or when none of its slots can continue. kind: the kind of sampling, GREEDY, PLAIN or FILTERED.
     top: number of likeliest tokens per position in the outputs' Scores; None: no Scores.
     """
     run = partial(_decode, program=program, kind=kind, top=top)
@@ -282,7 +283,7 @@ def for_decoding(params: Params, dtype: str, vocab_size: int, single_row: bool =
     """Prepare weights for decoding: split them into one array per layer, and convert them to `dtype`.
 
     The embedding keeps its dtype. Columns of lm_head beyond the vocabulary are dropped.
-    single_row: use the layout that model/one_row.py needs.
+    single_row: lay out the weights for model/one_row.py, which decodes a single row.
     """
     head_DV = params.lm_head[:, :vocab_size].astype(dtype)
     blocks = layers_of(params.blocks, dtype)

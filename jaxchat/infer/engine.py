@@ -85,8 +85,8 @@ class Engine:
         """Create an engine that uses the devices of this process in compute.mesh.
 
         batch_size: number of requests that each device runs at a time.
-        few_shapes: limit the shapes to compile, so that a server can compile all of them in advance. The
-        cache then always has the context's length, and log-probabilities are computed with 20 alternatives.
+        few_shapes: use few array shapes, so that a server can compile all of them in advance. For this, the
+        cache always has the context's length, and log-probabilities are always computed with 20 alternatives.
         """
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.compute = compute or Compute.for_backend()
@@ -150,7 +150,7 @@ class Engine:
         """Generate num_samples continuations of every prompt. Return them in a flat list, grouped by prompt.
 
         settings: fields of Request. Request.sample defaults to the continuation's index in the list.
-        on_progress: called with 1 when a continuation ends, and with 0 for other new tokens.
+        on_progress: called when a continuation gets new tokens or ends, with 1 if it has ended, else with 0.
         All processes must call `generate` with the same arguments. Each process generates a part of the
         continuations and returns all of them.
         """
@@ -176,9 +176,9 @@ class Engine:
             yield from zip(new.tokens, new.forced, strict=True)
 
     def _run_requests(self, requests: dict[int, Request], decode_steps: int, full_batches: bool):
-        """Run requests {number: Request}. Yield (number, Generation of new tokens) until all have ended.
+        """Run `requests`, {number: Request}. Yield (number, Generation of new tokens) until all have ended.
 
-        If the iterator is closed early, cancel the remaining requests. Other arguments: those of `step`.
+        If the iterator is closed early, cancel the remaining requests. Pass the other arguments to `step`.
         """
         if self.busy:
             raise RuntimeError("generate and stream need an engine without other requests")
@@ -222,8 +222,8 @@ class Engine:
     def step(self, decode_steps: int = MAX_DECODE_STEPS, full_batches: bool = False) -> list[Event]:
         """Prefill waiting prompts, decode up to `decode_steps` tokens per request, and return the new Events.
 
-        By default, prefill at most one batch of prompts, so that running requests don't wait long.
-        full_batches: prefill as many batches as fit, and wait until each batch is full (see Scheduler.admit).
+        By default, prefill at most one batch per device, so that running requests don't wait long.
+        full_batches: prefill as many batches as fit, but only when enough slots are free to fill them.
         """
         while ids := self._scheduler.admit(full_batches):
             self._read(ids)
@@ -325,7 +325,7 @@ class Engine:
             self._collect(id, row, jax.tree.map(lambda a, b=row.slot: a[b], outputs))
 
     def _top(self, wanted: list[int]) -> int | None:
-        """Return the smallest compiled number of alternatives ≥ max(wanted), or None if `wanted` is empty."""
+        """Round max(wanted) up to a number of alternatives in _tops. Return None if `wanted` is empty."""
         return next(top for top in self._tops if top >= max(wanted)) if wanted else None
 
     def _collect(self, id: int, row: Running, outputs: DecodeOutputs):

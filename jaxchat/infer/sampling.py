@@ -100,7 +100,7 @@ def _without_ends(logits_BV, rows: Rows, positions_B):
 def keep_only(logits_BV, rows: Rows):
     """Set the logits of the tokens that top_k, top_p or min_p excludes to −∞.
 
-    Tokens as likely as the least likely kept token are kept too. top_k is applied first. top_p and min_p then
+    Tokens tied with the least likely kept token are kept too. top_k is applied first. top_p and min_p then
     apply to the probabilities of the remaining tokens, at the row's temperature.
     """
     below = -jnp.inf

@@ -29,7 +29,7 @@ class Request:
     prompt: Sequence[int]
     """Token ids of the prompt, at least one."""
     max_tokens: int
-    """Maximum number of tokens to generate, including the calculator's. Fewer if the context is full."""
+    """Maximum number of generated tokens, including the calculator's. A full context ends generation too."""
     temperature: float = 1.0
     """Sampling temperature, which divides the logits; below 10⁻⁶: always take the likeliest token."""
     top_k: int = 0
@@ -41,9 +41,9 @@ class Request:
     seed: int = 0
     """Random seed, 0 to 2³² − 1."""
     sample: int = 0
-    """Continuations with the same prompt and seed differ if their sample numbers differ."""
+    """Number combined with the seed, so that several continuations of a prompt can differ."""
     min_tokens: int = 0
-    """Minimum number of tokens before the answer may end by itself."""
+    """Minimum number of tokens to generate before an end token or stop token can be sampled."""
     stop_tokens: Sequence[int] = ()
     """Ids of tokens that end the answer, besides <|assistant_end|> and <|bos|>."""
     ignore_end: bool = False
@@ -51,9 +51,9 @@ class Request:
     tool: bool = True
     """Run the calculator when the model calls it."""
     logprobs: int | None = None
-    """Report log-probabilities, also those of this number of likeliest tokens; None: report none."""
+    """Report log-probabilities of each token and of the `logprobs` likeliest tokens; None: report none."""
     prompt_logprobs: bool = False
-    """Report the log-probabilities of the prompt's tokens too. Requires logprobs."""
+    """Report the log-probabilities of the prompt's tokens too. `logprobs` must not be None."""
 
     def __post_init__(self):
         for name, least, most in (
@@ -93,7 +93,7 @@ def _is_number(value, whole: bool) -> bool:
 
 @dataclasses.dataclass
 class Generation:
-    """Tokens generated for a request: all tokens, or only the new tokens of an Event."""
+    """Tokens generated for a request, and why it ended. In an Event, only the tokens since the last Event."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)  # without the token that ended the request
     forced: list[bool] = dataclasses.field(default_factory=list)  # whether the tool inserted each token
@@ -117,7 +117,7 @@ class Generation:
 
 
 class Event(NamedTuple):
-    """New tokens of a request. `new.finish` is "" except in the request's last event."""
+    """New tokens of a request. `new.finish` says why the request ended; before its last event, it is ""."""
 
     id: int
     new: Generation
@@ -131,11 +131,14 @@ def bucket(n: int, smallest: int, largest: int) -> int:
 class Scheduler:
     """Queue of waiting requests, and assignment of slots to running requests.
 
-    Slots are numbered over all devices: device d has slots d·slots to (d + 1)·slots − 1.
+    Slots are numbered across devices: with n slots per device, device d has slots d·n to (d + 1)·n − 1.
     """
 
     def __init__(self, sequence_len: int, *, slots: int, prefill_batch: int, devices: int = 1):
-        """slots: number of slots per device. prefill_batch: maximum prompts per device in a prefill."""
+        """Create a scheduler without requests.
+
+        slots: number of slots per device. prefill_batch: maximum prompts that a device prefills at a time.
+        """
         self.sequence_len, self.slots, self.devices = sequence_len, slots, devices
         self.prefill_batch = min(prefill_batch, slots)
         self.waiting: dict[int, Request] = {}
@@ -172,8 +175,8 @@ class Scheduler:
     def admit(self, full_batches: bool = False) -> list[int]:
         """Give slots to the oldest waiting requests, at most one prefill batch per device. Return their ids.
 
-        All prompts of a batch have the same padded_length.
-        full_batches: admit no request until slots are free for a full batch on every device, or for all
+        All these requests have the same padded_length.
+        full_batches: admit no request until enough slots are free for a full batch per device, or for all
         waiting requests. This raises throughput and delays first tokens.
         """
         free = self._free_slots()

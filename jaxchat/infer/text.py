@@ -37,7 +37,7 @@ class TextReader:
     """Incremental decoder of an answer's tokens. The decoded text ends before the first stop string.
 
     Incomplete characters, and text that may be the beginning of a stop string, are held back until later
-    tokens decide. Tool calls and tool outputs are not searched for stop strings.
+    tokens show what they are. Tool calls and tool outputs are not searched for stop strings.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()):

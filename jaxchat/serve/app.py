@@ -181,7 +181,7 @@ def detokenized(service: Service, body: bytes) -> bytes:
 
 
 def page_headers(html: bytes) -> dict[str, str]:
-    """Return HTTP headers for the page `html`, which forbid scripts and servers other than its own."""
+    """Return HTTP headers that allow the page `html` only its own scripts and requests to its own server."""
 
     def hashes(tag: bytes) -> str:
         blocks = re.findall(rb"<%b(?:\s[^>]*)?>(.*?)</%b>" % (tag, tag), html, re.DOTALL)

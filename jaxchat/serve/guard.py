@@ -114,7 +114,10 @@ class Guard:
         return None
 
     def _check_host(self, host: str):
-        """Raise ApiError if rules.local is set and `host` is not allowed. This prevents DNS rebinding."""
+        """Raise ApiError if rules.local is set and `host` is neither local nor the host of an allowed origin.
+
+        This prevents DNS rebinding.
+        """
         name = host_of(f"//{host}")  # "": no Host header, so not a browser
         allowed = {"", *map(host_of, self._rules.origins)}
         if self._rules.local and not (is_local(name) or name in allowed or "*" in self._rules.origins):
@@ -162,7 +165,7 @@ async def read_body(request: HTTPRequest) -> bytes:
 class ClosingResponse(Response):
     """A response that closes the connection, for a client that may still be sending its request's body.
 
-    Before closing, discard the rest of the body for up to LINGER seconds, or the response could be lost.
+    Before closing, discard the rest of the body for up to LINGER seconds. Else the response could be lost.
     """
 
     async def __call__(self, scope, receive, send):

@@ -28,12 +28,12 @@ clock = time.perf_counter
 
 
 class Stopped(Exception):
-    """The server stops or an engine has failed, so no more tokens will arrive. Raised by Job.new_tokens."""
+    """Job.new_tokens can return no more tokens: the server is stopping, or an engine has failed."""
 
 
 @dataclasses.dataclass(eq=False)
 class Row:
-    """One answer to generate, and its progress. Times are seconds of `clock`, and 0 until known."""
+    """One answer to generate, and its progress. Times are seconds of time.perf_counter, and 0 until known."""
 
     request: Request
     index: int  # number of the answer in its job
@@ -55,8 +55,8 @@ class Worker(threading.Thread):
     def __init__(self, open_engine: Callable, slots: int, metrics: Metrics, model: str):
         """Create the thread without starting it. Call this in the event loop.
 
-        open_engine(on_progress): called in the thread. Returns a context manager that yields an engine whose
-        shapes are compiled, and calls on_progress(number compiled, total) meanwhile.
+        open_engine(on_progress): called in the thread. Returns a context manager that compiles the engine's
+        programs and yields the engine. While compiling, it calls on_progress(number compiled, total number).
         slots: number of slots of the engine. model: the model's name, for metrics.
         """
         super().__init__(name=f"engine of {model}", daemon=True)
@@ -111,9 +111,9 @@ class Worker(threading.Thread):
             self._call(self._deliver, outputs, began, ended)
 
     def _process_messages(self, engine, rows: dict[int, Row]) -> bool:
-        """Submit and cancel rows as the event loop has asked. Return False if the thread must stop.
+        """Submit and cancel rows as the event loop's messages say. Return False if the thread must stop.
 
-        If the engine has no requests, wait for a message. rows: {request id: Row}; new rows are added.
+        If the engine has no requests, wait for a message. rows: {request id: Row}; submitted rows are added.
         """
         while True:
             try:
@@ -223,7 +223,7 @@ class Pool:
     """The engines of one model, one for each device. A new answer goes to the least busy engine."""
 
     def __init__(self, workers: list[Worker], context: int, max_waiting: int):
-        """Create a Pool of `workers`. context: maximum number of tokens in a prompt and its answer.
+        """Create a Pool of `workers`. context: maximum number of tokens of prompt and answer together.
 
         max_waiting: maximum number of answers that wait for a slot.
         """
@@ -244,10 +244,10 @@ class Pool:
         return any(worker.failed for worker in self.workers)
 
     def submit(self, requests: list[Request], low_latency: bool) -> Job:
-        """Queue one request for each answer, and return the Job.
+        """Queue `requests`, one for each answer, and return their Job.
 
-        low_latency: return new tokens about every 40 ms, for replies that are streamed or searched for stop
-        strings. Raises ApiError if too many answers are running or waiting, or if an engine has failed.
+        low_latency: return new tokens about every 40 ms, to stream them or to search for stop strings.
+        Raises ApiError if too many answers are running or waiting, or if an engine has failed.
         """
         if self.failed:
             raise ApiError(500, "the engine failed; the server's log says why")
@@ -271,5 +271,5 @@ class Pool:
         self._seconds += 0.1 * (seconds - self._seconds)
 
     def _retry(self) -> int:
-        """Estimate the seconds until half of a full queue has slots, clamped to 1 to 60, for Retry-After."""
+        """Return seconds for Retry-After, 1 to 60: estimated time until half of a full queue has slots."""
         return max(1, min(60, round(self._seconds * self._max_waiting / self.slots / 2)))

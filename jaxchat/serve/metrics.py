@@ -1,4 +1,4 @@
-"""Prometheus metrics of the server. They have vLLM's names with the prefix jaxchat_."""
+"""Prometheus metrics of the server. Most have vLLM's names, with the prefix jaxchat_ instead of vllm:."""
 
 from importlib.metadata import version
 

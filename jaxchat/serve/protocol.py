@@ -285,7 +285,7 @@ def _stop_tokens(value) -> tuple[int, ...]:
 
 
 def read_prompts(value) -> list[str | list[int]]:
-    """Check the field `prompt`: a string, token ids, or a list of either. Return a list of prompts."""
+    """Return the field `prompt`, one prompt or several, as a list. Raises ApiError if it is invalid."""
     expected = "a string, a list of strings, a list of token ids, or a list of such lists, none of them empty"
     prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
     if len(prompts) > MAX_PROMPTS:
@@ -325,9 +325,9 @@ def _message(message, at: str) -> dict:
 
 
 def chat_prompt(tokenizer, chat: Chat, *, only_continues: bool) -> list[int]:
-    """Return the tokens of a chat, up to where the model's answer begins.
+    """Return the tokens of a chat as a prompt, which ends where the model's answer begins.
 
-    only_continues: for a base model, join the texts of the messages, without special tokens between them.
+    only_continues: whether the model is a base model. Its prompt is <|bos|> and the messages' joined texts.
     """
     if only_continues:
         texts = [message["content"] for message in chat.messages]

@@ -46,7 +46,7 @@ class Update:
 
 
 class Answer:
-    """One answer while it is generated."""
+    """One answer while it is generated. Converts its tokens to text, log-probabilities and tool calls."""
 
     def __init__(self, index: int, asked: Sampling, tokenizer, prompt: list[int]):
         self.index, self.asked, self.prompt, self._tokenizer = index, asked, prompt, tokenizer
@@ -112,8 +112,9 @@ class Answer:
         update.text, self.length = update.text + text, self.length + len(text)
 
     def _end_part(self, update: Update, cut: bool = False):
-        """Record the tool call or tool output that has just ended, if any, and add its event to `update`.
+        """Record the tool call or tool output that has just ended, if any.
 
+        If the request asked for tool events, add one to `update`.
         cut: whether the answer ended in the middle of the call or output.
         """
         part, self._part = self._part, None
@@ -156,7 +157,7 @@ class Answer:
 
 
 def token_text(tokenizer, token: int) -> str:
-    """Return a token as text or, if its bytes are not complete characters, in the form "bytes:\\xe2\\x80"."""
+    """Return a token's text, or its bytes as in "bytes:\\xe2\\x80" if they are not complete characters."""
     raw = tokenizer.decode_bytes([token])
     try:
         return raw.decode("utf-8")
@@ -276,7 +277,7 @@ class Reply:
         self._service.jobs.discard(self.job)
 
     async def updates(self, timeout: float | None = None) -> AsyncIterator[tuple[Answer, Update] | None]:
-        """Yield (answer, Update) until all answers end. After `timeout` seconds without one, yield None."""
+        """Yield (answer, Update) until all answers end, or None after `timeout` seconds without an Update."""
         open_answers = len(self.answers)
         while open_answers:
             outputs = await self.job.new_tokens(timeout)
@@ -360,7 +361,7 @@ def event(content: dict) -> bytes:
 
 
 async def in_thread_if_large(size: int, function: Callable, *args):
-    """Return function(*args). Run it in a thread if `size`, the bytes of its data, is at least LARGE."""
+    """Return function(*args). Run it in a thread if it handles LARGE bytes or more. size: number of bytes."""
     return function(*args) if size < LARGE else await asyncio.to_thread(function, *args)
 
 

@@ -38,7 +38,7 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch_headers(self):
-        """Start the time limit when the connection waits for headers. Cancel it once they are complete."""
+        """Start the time limit if headers are yet to arrive, and cancel it if they are complete."""
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
             self._forget_headers()
         elif self._headers_due is None:
@@ -98,7 +98,7 @@ async def serve(
 ):
     """Serve `app` until `stops` has an item. Then let running answers finish, for at most `drain` seconds.
 
-    load: awaitable that loads the models while /health reports "loading". Its exceptions are raised.
+    load: awaitable that loads the models. Until done, /health reports "loading". Its exceptions are raised.
     stops: queue of requests to stop. A second item ends all answers at once.
     """
     config = uvicorn.Config(

@@ -122,7 +122,7 @@ class ParsedRequest:
 
     @property
     def low_latency(self) -> bool:
-        """Whether new tokens are needed often: the reply is streamed, or searched for stop strings."""
+        """Whether new tokens are needed often, because the reply is streamed or searched for stop strings."""
         return self.fields.stream or bool(self.fields.stop)
 
 
