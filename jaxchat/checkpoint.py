@@ -77,9 +77,10 @@ def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokeni
     """Find a checkpoint and read its metadata and tokenizer, but not its weights.
 
     source: the stage, such as "sft".
-    model_tag, step: by default the run of the deepest model, and its last intact step.
+    model_tag: name of the run; "" means d<N> with the largest N, or the newest run if there is no d<N>.
+    step: -1 means the last step whose checkpoint is intact.
     needs_tokenizer: if False, an imported checkpoint may lack a tokenizer.
-    Raises UserError if the checkpoint or its tokenizer is missing, or the model was trained with another.
+    Raises UserError if the checkpoint or the tokenizer that it was trained with is missing or damaged.
     """
     items = ("meta", "params")
     # All processes use what process 0 finds: a file system may show others fewer files.
@@ -115,8 +116,8 @@ def find(
     """Return (folder of the run, step) of a checkpoint.
 
     source: the stage, such as "sft".
-    model_tag: the run. "" means d<N> with the largest N, or the newest run if no tag has that form.
-    step: -1 means the last intact step.
+    model_tag: name of the run; "" means d<N> with the largest N, or the newest run if there is no d<N>.
+    step: -1 means the last step whose checkpoint is intact.
     items: the folders of the checkpoint that must be intact, such as "params"; None: all.
     Raises UserError if the checkpoint is missing or damaged.
     """
@@ -148,9 +149,9 @@ def find(
 
 
 def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]:
-    """Return a run's steps in ascending order, leaving out damaged checkpoints after the last intact one.
+    """Return a run's steps in ascending order, up to the last one whose checkpoint is intact.
 
-    Prints a warning for each one left out. Earlier checkpoints are not checked.
+    Prints a warning for each damaged checkpoint after it. Checkpoints before it are not checked.
     items: the folders of a checkpoint to check, such as "params"; None: all.
     """
     steps = steps_in(folder)
@@ -172,13 +173,13 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir())
 
 
-def run_folder(source: str, tag: str) -> Path:
-    """Return the folder of a run's checkpoints. Raise UserError if `tag` is not a valid folder name."""
+def run_folder(stage: str, tag: str) -> Path:
+    """Return the checkpoint folder of a stage's run. Raise UserError if `tag` is not a valid folder name."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", tag):
         raise UserError(
             f"--model_tag={tag} must be a plain name: letters, digits and . _ - after a letter or digit"
         )
-    return base_dir() / STAGES[source].folder / tag
+    return base_dir() / STAGES[stage].folder / tag
 
 
 def runs() -> list[Path]:
@@ -217,7 +218,7 @@ def readable(path: Path):
 
 
 def first_line(problem: Exception) -> str:
-    """Describe an error in one line: "FILE: No space left on device", or the first line of its message."""
+    """Describe an OSError as in "FILE: No space left on device", other errors by their first line."""
     if isinstance(problem, OSError) and problem.strerror:
         return f"{problem.filename}: {problem.strerror}" if problem.filename else problem.strerror
     return (str(problem).splitlines() or [type(problem).__name__])[0][:1000]
@@ -227,7 +228,7 @@ _links: dict[Path, Path] = {}
 
 
 def plain_path(folder: Path) -> Path:
-    r"""Return a path to a folder without the characters * ? [ ] % \, which Orbax would interpret.
+    r"""Return a path without the characters * ? [ ] % \ to a folder. Orbax would interpret them.
 
     If the folder's own path has such a character, return a symbolic link to it, which is deleted at exit.
     """

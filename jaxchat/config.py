@@ -46,7 +46,7 @@ def user_path(given: str | Path) -> Path:
 
 
 def no_platform() -> str:
-    """Return the error message for a JAX_PLATFORMS whose devices this machine lacks."""
+    """Return the error message for a machine without devices of the kind that JAX_PLATFORMS names."""
     platforms = os.environ.get("JAX_PLATFORMS")
     return f"JAX_PLATFORMS={platforms}: no such device can be used here; unset it, or set JAX_PLATFORMS=cpu"
 
@@ -135,7 +135,7 @@ ARCHITECTURES = {
 
 
 def constant(default, *, zero: bool = False, most: float = math.inf):
-    """Declare a numeric field of ModelConfig: a positive number up to `most`, or 0 if `zero` is set."""
+    """Declare a numeric field of ModelConfig: a positive number up to `most`. zero: also allow 0."""
     return dataclasses.field(default=default, metadata={"zero": zero, "most": most})
 
 
@@ -152,7 +152,7 @@ def counted(number: int, noun: str) -> str:
 class ModelConfig:
     """Shape and constants of a model, which checkpoints store. docs/architecture.md explains them.
 
-    The default of a new field must leave the computation as it was before, because older checkpoints lack it.
+    A new field's default must leave the computation unchanged, because older checkpoints lack the field.
     """
 
     sequence_len: int = 2048
@@ -216,8 +216,9 @@ class ModelConfig:
     ):
         """Return the configuration of a model with `depth` layers and width 64·depth.
 
-        With arch "2026" the width is rounded up to a multiple of 128. There is one head per 128 of width, or
-        more if the head dimension would not be a multiple of 8. By default there are as many key/value heads.
+        With arch "2026" the width is rounded up to a multiple of 128. There is one query head per 128 of
+        width, or more if the head dimension would not be a multiple of 8.
+        n_kv_head: number of key/value heads; None: as many as query heads.
         """
         if depth < 1:
             raise UserError(f"--depth={depth}: a model needs at least 1 layer")
@@ -317,7 +318,7 @@ class Compute:
     def for_backend(cls, dtype: str = "auto", backend: str = "", remat: str = "auto", **changes):
         """Return the default options for this machine's devices, or for `backend` ("cpu", "gpu" or "tpu").
 
-        dtype, remat: these two options; "auto": the backend's default. changes: values of other options.
+        dtype, remat: "auto" means the default for the kind of device. changes: values of further options.
         """
         import jax  # here, so that reading a config never starts a backend
 
@@ -451,7 +452,7 @@ class TrainConfig(MeshFlags):
     """What the backward pass recomputes to save memory: "none", "dots" (all but the results of matrix
     products) or "full" (everything within a layer). Each needs less memory and more time than the one before.
     "step": like "full", but gradients are summed over devices once a step, not once a micro-batch. "auto":
-    "none" on a CPU, elsewhere the fastest that fits in memory; a resumed run keeps its value."""
+    "none" on a CPU, elsewhere the fastest that fits in memory; a resumed run keeps its earlier choice."""
     seed: int = flag(0, 0, 2**32 - 1)
     """Random seed of the initial weights, the order of the data and the answers that RL samples."""
     embedding_lr: float = flag(0.2, 0)
@@ -528,13 +529,14 @@ class BaseConfig(TrainConfig):
     target_flops: float = flag(-1.0, 0, special=-1)
     """Total floating-point operations of training; -1: set by --target_param_data_ratio."""
     target_param_data_ratio: float = flag(20.0, 0, special=-1)
-    """Number of training tokens per model parameter (Chinchilla: 20). With --arch=2026, only the weights of
-    the layers' matrices and of the head count as parameters."""
+    """Number of training tokens per model parameter (Chinchilla: 20); -1: unused, so --num_iterations or
+    --target_flops must be given. With --arch=2026, only the weights of the layers' matrices and of the output
+    head are counted as parameters."""
     device_batch_size: int = flag(-1, 1, special=-1, free=True)
     """Rows per device and micro-batch; -1: the largest divisor, up to 32, of the device's rows per step.
     Lower it if memory runs out: the result stays the same up to rounding."""
     total_batch_size: int = flag(524288, 1, 2**31 - 1, special=-1)
-    """Tokens per optimizer step, over all devices; -1 (only with --arch=2026): chosen by the model's size."""
+    """Tokens per optimizer step, over all devices; -1 (only with --arch=2026): set by the model's size."""
     grad_clip: float = flag(1.0, 0)
     """Maximum global norm of the gradients; larger gradients are scaled down to it. 0: no clipping."""
     warmup_ratio: float = flag(0.0, 0, 1)
@@ -656,8 +658,8 @@ class SFTConfig(FinetuneConfig):
     recipe: str = flag("2025", choices=tuple(SFT_RECIPES))
     """Recipe: nanochat's of November 2025 ("2025") or of July 2026 ("2026"). "2026" changes these defaults:
     --source=base --embedding_lr=0.3 --unembedding_lr=0.008 --packing=bestfit --target_examples_per_step=-1
-    --init_lr_frac=0.8 --warmdown_ratio=0.5 --momentum_warmup=300 --load_optimizer, --train_tasks to SmolTalk
-    once, MMLU three times and GSM8K four times, and --val_tasks to those of mid_train."""
+    --init_lr_frac=0.8 --warmdown_ratio=0.5 --momentum_warmup=300 --load_optimizer. Its --train_tasks are
+    SmolTalk once, MMLU three times and GSM8K four times, and its --val_tasks are those of mid_train."""
     source: str = flag("mid", choices=STAGES["sft"].parents)
     """Stage whose checkpoint to start from: mid or base."""
     num_epochs: float = flag(1.0, 0)
@@ -719,7 +721,7 @@ class RLConfig(FinetuneConfig):
     num_epochs: float = flag(1.0, 0)
     """Passes over the training problems."""
     num_iterations: int = flag(-1, 1, special=-1)
-    """Number of rollouts, each followed by --updates optimizer steps; -1: as many as --num_epochs takes."""
+    """Number of rollouts (rounds of sampling), each with --updates optimizer steps; -1: by --num_epochs."""
     examples_per_step: int = flag(16, 1)
     """Number of problems in a rollout, over all devices."""
     num_samples: int = flag(16, 2)
@@ -741,19 +743,20 @@ class RLConfig(FinetuneConfig):
     by the standard deviation of the problem's rewards. "batch_std": like "mean", divided by the standard
     deviation of all rewards in the step."""
     loss: str = flag("reinforce", choices=("reinforce", "ppo", "cispo", "gspo"))
-    """Policy-gradient loss. With --updates=1 all are equal, except that "gspo" weighs all answers equally."""
+    """Policy-gradient loss. With --updates=1 all have equal gradients; "gspo" implies --loss_norm=rows."""
     loss_norm: str = flag("tokens", choices=("tokens", "all_tokens", "rows", "constant"))
     """How the loss is averaged. "tokens": over the sampled tokens of problems whose answers differ in reward.
-    "all_tokens": over all sampled tokens. "rows": over each answer's tokens, then over the answers to such
-    problems (always with --loss=gspo). "constant": divided by the number of answers × --max_new_tokens."""
+    "all_tokens": over all sampled tokens. "rows": over each answer's tokens, then over the answers to
+    problems whose answers differ in reward; --loss=gspo always uses this. "constant": the sum is divided by
+    the number of answers × --max_new_tokens."""
     updates: int = flag(1, 1)
     """Number of optimizer steps on the answers of a rollout."""
     clip_low: float = flag(-1.0, 0, special=-1)
     """How far the probability ratio of new to old policy may fall below 1 before the loss is clipped, with
-    --updates above 1; -1: 0.2, or 0.0003 for --loss=gspo."""
+    --updates above 1 and --loss=ppo or gspo; -1: 0.2, or 0.0003 for gspo."""
     clip_high: float = flag(-1.0, 0, special=-1)
     """How far the probability ratio of new to old policy may rise above 1 before the loss is clipped, with
-    --updates above 1; -1: 0.28, or 4 for --loss=cispo, 0.0004 for --loss=gspo."""
+    --updates above 1 and --loss=ppo, cispo or gspo; -1: 0.28, or 4 for cispo, or 0.0004 for gspo."""
     tis: float = flag(0.0, 0)
     """Upper bound of importance weights (probability in the trainer ÷ probability in the sampler), which
     correct for differences in rounding; 0: no importance weights. 2 is usual. Costs a forward pass."""
@@ -762,9 +765,10 @@ class RLConfig(FinetuneConfig):
     mask_truncated: bool = False
     """Learn nothing from answers that were cut off. Their rewards still count in the baseline."""
     min_groups: int = flag(2, 1)
-    """Minimum number of problems per step whose answers differ in reward. With fewer, no weights change."""
+    """Minimum number of problems in a rollout whose answers differ in reward; else nothing is learnt."""
     resample: bool = False
-    """Draw more problems, at most three times, until --examples_per_step have answers of different reward."""
+    """Draw more problems, at most three times, until --examples_per_step problems have answers that differ in
+    reward."""
     device_batch_size: int = flag(8, 1, free=True)
     """Answers per device and micro-batch. Lower it if memory runs out: results stay equal up to rounding."""
     init_lr_frac: float = flag(0.05, 0)
@@ -782,7 +786,7 @@ class RLConfig(FinetuneConfig):
     """Number of problems of each of ARC-Easy, ARC-Challenge and MMLU to evaluate on before and after
     training, to show what is forgotten; 0: none; -1: all. Tasks missing or trained on are skipped."""
     sample_every: int = flag(20, -1, free=True)
-    """Rollouts between writing one problem's answers and rewards to samples.jsonl; 0 or -1: never."""
+    """Rollouts between records of one problem's answers and rewards in samples.jsonl; 0 or -1: no records."""
     save_every: int = flag(60, -1, free=True)
     """Steps between checkpoints, in addition to those of --save_minutes; 0 or -1: save only by
     --save_minutes. The last three checkpoints and the best by evaluation are kept."""

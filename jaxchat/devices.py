@@ -18,8 +18,8 @@ OLDEST_DRIVER = {12: 525, 13: 580}  # {major version of CUDA: oldest NVIDIA driv
 def start_devices(config: DeviceFlags, *, asks: bool = True, alone: bool = False) -> Mesh:
     """Choose the kind of device, connect to the other processes, and return a mesh of all devices.
 
-    asks: the command checks after every step if it must stop, so SIGTERM does not end the process.
-    alone: the command runs in one process and connects to no others.
+    asks: whether the command asks after every step if it must stop. If not, SIGTERM ends the process.
+    alone: whether to run in one process, without connecting to others.
     Raises UserError if the chosen kind of device cannot be used.
     """
     if config.device_type:

@@ -22,8 +22,8 @@ ESCAPED = "backslashreplace"  # writes lone surrogates, which UTF-8 cannot hold,
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a new file or folder, and rename it to `path` when the block ends.
 
-    Until then `path` keeps its old content, even if the block raises. A new folder can only replace an empty
-    folder.
+    Until then `path` keeps its old content. If the block raises, `path` is not replaced, and the temporary
+    path is deleted. A new folder can only replace an empty folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PART)

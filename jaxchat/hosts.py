@@ -110,7 +110,8 @@ def _has_tpu() -> bool:
 def is_first(environ=os.environ) -> bool:
     """Return whether this process is the first that a launcher started.
 
-    On a TPU slice with several hosts, also set JAX_PLATFORMS=cpu, because libtpu would wait for all hosts.
+    Used by commands that run only in the first process. On a TPU slice with several hosts, also set
+    JAX_PLATFORMS=cpu, unless it has a value, because libtpu would wait for all hosts.
     """
     on_tpu = _has_tpu()
     index = environ.get("JAXCHAT_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX"))
@@ -153,8 +154,8 @@ def start(config: MeshFlags, *, asks: bool = True):
     """Connect to the other processes of the run, if any, before the first use of a device.
 
     Afterwards only process 0 prints to stdout.
-    asks: whether the command checks after every step if it must stop (train.signals). If so, jax records a
-        SIGTERM, which then does not end the process.
+    asks: whether the command asks after every step if it must stop (train.signals). If so, and if there are
+        several processes, jax records SIGTERM for the command, and the process does not end.
     """
     import jax
 
@@ -203,8 +204,9 @@ def start(config: MeshFlags, *, asks: bool = True):
 def together():
     """Context manager in which a process that fails exits without waiting for the other processes.
 
-    The others notice the exit within --heartbeat_timeout. After a network error this process first waits 1.5
-    times as long, since jax ends it if another process was lost. If not, it exits with code UNREACHABLE.
+    The others notice the exit within --heartbeat_timeout. After a network error, this process first waits for
+    1.5 times as long. If another process was lost, jax ends this one during the wait. Otherwise this one
+    exits with code UNREACHABLE.
     """
     try:
         yield

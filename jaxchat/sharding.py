@@ -93,7 +93,7 @@ def batched(items: list, size: int) -> list[list]:
 def along_links(devices: list) -> list:
     """Order TPUs as a ring in which neighbours share a link and the TPUs of a process are adjacent.
 
-    Return them as given if there is no such ring, or if there are more than 16.
+    Return the TPUs in the given order if there is no such ring, or if there are more than 16 TPUs.
     """
 
     def linked(a, b) -> bool:
@@ -163,7 +163,7 @@ def check_fits(model: ModelConfig, mesh: Mesh):
 
 
 def constrain(tree, specs, mesh: Mesh | None):
-    """Constrain the shardings of a tree of arrays, inside jit. specs: a tree of PartitionSpecs."""
+    """Shard a tree of arrays by a tree of PartitionSpecs, inside jit. Without a mesh, return it unchanged."""
     if mesh is None or mesh.size == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, named(mesh, specs))
@@ -172,8 +172,8 @@ def constrain(tree, specs, mesh: Mesh | None):
 def per_device(function, mesh: Mesh | None, in_specs, out_specs, *, always: bool = False):
     """Wrap a function so that each device calls it on its shards of the arguments (shard_map).
 
-    On one device, unless `always` is set, return the function itself, which must then skip its collectives.
-    Arrays must be equal along mesh axes that their spec leaves out. This is not checked.
+    Without a mesh, or on one device unless `always` is set, return the function itself, which must then skip
+    its collectives. Arrays must be equal along mesh axes that their spec leaves out. This is not checked.
     """
     if mesh is None or (mesh.size == 1 and not always):
         return function
@@ -225,7 +225,7 @@ def optimizer_specs(state, weights: dict):
 
 
 def place_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Make a global array [A, B, …], sharded along B over the mesh, from each process's part of B."""
+    """Make a global array [A, B, …], sharded along B over the mesh. Each process passes its own part of B."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, ROWS)), array)
 
 
@@ -244,7 +244,7 @@ def place_same(array: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def agree(totals: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Return {name: sum of an int32 array [A, B] over all processes}, without waiting for the results."""
+    """Return {name: sum of all elements of an int32 array [A, B] on all processes}, without waiting."""
     return _sums({name: place_rows(array, mesh) for name, array in totals.items()}, mesh)
 
 
@@ -268,7 +268,7 @@ def gather_json(value: dict) -> list[dict]:
 def from_first(call: Callable[[], Any]) -> Any:
     """Run `call` in process 0 only; return its result, a JSON value, in every process.
 
-    If it raises UserError, every process raises that.
+    If it raises UserError, every process raises the same error.
     """
     if jax.process_count() == 1:
         return call()
@@ -285,7 +285,7 @@ def from_first(call: Callable[[], Any]) -> Any:
 
 
 def check_same(**facts):
-    """Raise UserError on every process unless all processes pass equal arguments, which are JSON values."""
+    """Raise UserError on every process unless all processes pass equal arguments (JSON values)."""
     for number, other in enumerate(everyone := gather_json(facts)):
         for what, first in everyone[0].items():
             if other[what] != first:

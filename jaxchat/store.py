@@ -188,7 +188,7 @@ class Checkpoints:
         self._pending = None
 
     def _on_all(self, part: Callable[[], None], alone: bool = False):
-        """Call part(), a part of a save. If it fails on one process, raise an error on all of them.
+        """Call `part`, which begins or finishes a save. If it fails on one process, raise an error on all.
 
         alone: raise only on this process, and don't wait for the others.
         """
@@ -218,7 +218,7 @@ def delete_step(folder: Path, step: int):
 
 
 def sweep(folder: Path):
-    """Delete partial checkpoints, which failed or killed saves and deletions leave. Errors are ignored."""
+    """Delete partial checkpoints, left by saves or deletions that failed or were killed. Ignore errors."""
     for path in folder.glob(f"*{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
 

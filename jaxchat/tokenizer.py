@@ -150,7 +150,7 @@ class Tokenizer:
         return tokenizer
 
     def knows(self, fingerprint: dict[str, str]) -> bool:
-        """Return whether any shard of {name: fingerprint} was in the training text; True if not recorded."""
+        """Return whether the training text had any shard of {name: fingerprint}; True if this is unknown."""
         return not self.trained_on or not set(self.trained_on.values()).isdisjoint(fingerprint.values())
 
     def save(self, directory: Path | None = None) -> Path:
@@ -237,7 +237,7 @@ class Tokenizer:
         ]
 
     def render_for_completion(self, conversation: dict) -> list[int]:
-        """Return the token ids of a conversation, minus a final answer, plus <|assistant_start|>."""
+        """Return the token ids of a conversation without a final answer, followed by <|assistant_start|>."""
         messages = conversation["messages"]
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -246,7 +246,7 @@ class Tokenizer:
 
 
 def _may_merge(pieces: list[Piece]) -> bool:
-    """Return whether encoding the pieces as one text could give other tokens than encoding each."""
+    """Return whether encoding pieces as one joined text could give other tokens than encoding each alone."""
     after_text = False
     for text, special, _ in pieces:
         if not special and (after_text or "<|" in text):

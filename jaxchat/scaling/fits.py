@@ -127,7 +127,7 @@ def by_budget(points: list[Point]) -> dict[float, list[Point]]:
 
 
 def iso_flop(points: list[Point]) -> IsoFlop | None:
-    """Fit power laws to the best model of each budget. Return None if fewer than two budgets have one.
+    """Fit power laws to the best model of each budget. Return None if fewer than two have a minimum.
 
     The 95 % intervals come from the noise around the parabolas if some budget has four models or more, else
     from the residuals of the minima around the power laws.
@@ -180,7 +180,7 @@ def surface(points: list[Point]) -> Surface | None:
         draws.append(refined(best, n, d, fitted * np.exp(scale * random.standard_normal(len(points)))))
 
     def constants(p) -> tuple:
-        """Convert (log E, log A, alpha, log B, beta) to (E, A, alpha, B, beta, a, b)."""
+        """Convert (log E, log A, alpha, log B, beta) to Surface's (E, A, alpha, B, beta, a, b)."""
         exponents = p[2] + p[4]
         return np.exp(p[0]), np.exp(p[1]), p[2], np.exp(p[3]), p[4], p[4] / exponents, p[2] / exponents
 
@@ -200,7 +200,10 @@ def log_loss(p, n, d) -> np.ndarray:
 
 
 def refined(start, n, d, loss) -> np.ndarray:
-    """Return (log E, log A, alpha, log B, beta) that fit log loss best (Huber loss), starting at `start`."""
+    """Fit loss = E + A/N^alpha + B/D^beta. Return (log E, log A, alpha, log B, beta), improved from `start`.
+
+    Minimizes the Huber loss of the errors in log loss. n, d: parameters N and tokens D of each point.
+    """
     bounds = [-20, -20, 0.0, -20, 0.0], [5, 60, 3.0, 60, 3.0]
 
     def slopes(p):
@@ -221,9 +224,10 @@ def refined(start, n, d, loss) -> np.ndarray:
 
 
 def grid_start(n, d, loss) -> np.ndarray:
-    """Return a rough fit of (log E, log A, alpha, log B, beta), from which `refined` can start.
+    """Fit loss = E + A/N^alpha + B/D^beta roughly. Return (log E, log A, alpha, log B, beta).
 
-    The best of a grid of alpha and beta is chosen. For each pair, nonnegative least squares gives E, A and B.
+    For each pair in a grid of alpha and beta, nonnegative least squares gives E, A and B. The best is chosen.
+    n, d: parameters N and tokens D of each point.
     """
     best, start = np.inf, None
     for alpha in np.arange(0.1, 1.01, 0.1):

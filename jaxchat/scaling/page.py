@@ -14,7 +14,7 @@ OUTSIDE = "the minimum is outside the range of trained sizes: add smaller or lar
 
 
 def point_of(name: str, tag: str, budget: float = 0.0) -> Point | None:
-    """Read the run of base model `tag` as a Point; None if its validation bits per byte are missing.
+    """Return the run of base model `tag` as a Point, or None if its validation bits per byte are missing.
 
     name: label of the point. budget: requested training FLOPs; 0: none were requested.
     """
