@@ -27,7 +27,7 @@ class Config:
     device_tokens: int = flag(65536, 1)
     """Tokens of a step for each device, so that a step grows with the devices; 0: 524288 tokens a step."""
     device_batch_size: int = flag(-1, 1, special=-1)
-    """Rows that a device computes at a time; -1: the largest number up to 32 that divides a step."""
+    """Rows that a device computes at a time; -1: as many as divide a step evenly, at most 32."""
     remat: str = "auto"
     """What the backward pass recomputes, as in launch.compile_check."""
     json: bool = False

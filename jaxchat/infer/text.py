@@ -9,7 +9,7 @@ from jaxchat.tokenizer import SPECIAL_TOKENS, Tokenizer
 # Kinds of parts, besides "text": "python" (a tool call), "python_output" (the tool's answer, forced), "made
 # up" (output that the model wrote itself) and "unfinished" (the answer was cut off).
 BRACKETS = {"python": ("[python ", "]"), "python_output": ("[output ", "]"), "made up": ("[output? ", "]")}
-EXPRESSION = 256  # maximum tokens of a tool call's expression
+EXPRESSION = 256  # maximum tokens of a tool call, with its start and end
 
 
 def last_call(tokens: list[int], tokenizer: Tokenizer) -> str | None:

@@ -253,10 +253,10 @@ class Pool:
             raise ApiError(500, "the engine failed; the server's log says why")
         most, rows = self.slots + self._max_waiting, len(self.live)
         if len(requests) > most:
-            message = f"{len(requests)} answers at once; this server takes at most {most}"
+            message = f"{len(requests)} answers at once; this model takes at most {most}"
             raise ApiError(400, message, param="n")
         if rows + len(requests) > most:
-            message = f"{rows} answers are running or waiting; this server takes at most {most}"
+            message = f"{rows} answers are running or waiting; this model takes at most {most}"
             raise ApiError(429, message, code="rate_limit_exceeded", retry=self._retry())
         job, now = Job(), clock()
         for index, request in enumerate(requests):

@@ -101,7 +101,8 @@ class Progress:
         self.runner, self.steps, self.price = runner, runner.steps, price_per_hour
         self.began = self.shown = self.written = time.monotonic()
         records = [runner.state.record(step.name) for step in self.steps if step.lane == "devices"]
-        self.before = sum(record.get("seconds", 0.0) for record in records)  # seconds spent by earlier starts
+        # Seconds spent by earlier starts, in which the runner's parallel steps are assumed to have kept busy.
+        self.before = sum(record.get("seconds", 0.0) for record in records) / runner.parallel
         runner.on_progress = self.report
 
     def report(self, changed: bool):
