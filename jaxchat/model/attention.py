@@ -1,4 +1,4 @@
-"""Attention for training and decoding, by the kernel that suits the device and the array shapes."""
+"""Attention for training and decoding, with a choice of kernels for CPUs, GPUs and TPUs."""
 
 import math
 from functools import partial
@@ -33,7 +33,7 @@ def causal_attention(
     segments_BT: segment id of each position. A position attends only to positions of the same segment.
     window: how many earlier positions a position attends to; None: all.
     implementation: "blocks" (attention_cpu.py), "splash" (JAX's kernel for TPUs), or "xla" or "cudnn" for
-        jax.nn.dot_product_attention. For shapes that cuDNN does not support, "cudnn" means "xla".
+        jax.nn.dot_product_attention. Where cuDNN does not support the shapes, "cudnn" is replaced by "xla".
     mesh: the mesh over which rows and heads are sharded; None: one device.
     """
     attend = KERNELS[kernel_for(implementation, q_BTNH.shape[3], q_BTNH.shape[1])]
@@ -48,9 +48,9 @@ def causal_attention(
 def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, window: int | None = None):
     """Compute attention of new tokens to one layer's cache of S slots. Return [B, T, N, H].
 
-    A token attends to the slots up to its position. The new tokens' keys and values must be in the cache.
+    A token attends to the cache's slots up to its own position. The cache must already hold the new tokens.
     window: how many earlier positions a token attends to; None: all.
-    implementation: as in causal_attention. With one new token per row, it selects a kernel for decoding.
+    implementation: "blocks", "splash", "cudnn" or "xla"; ignored for more than one new token per row.
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
@@ -67,7 +67,7 @@ def cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, implementation: str, 
 
 
 def decoding_kernel_for(implementation: str, head_dim: int, window: int | None) -> str:
-    """Return the name of the kernel that decodes one new token per row.
+    """Return the implementation of attention that is used for one new token per row.
 
     This is `implementation`, or "xla" if its kernel does not support the head dimension or the window.
     """
@@ -84,7 +84,7 @@ def gpu_decoding_attention(
     """Compute attention of one new token per row with JAX's decoding kernel for GPUs. Return [B, 1, N, H].
 
     window: how many earlier positions the token attends to; None: all.
-    interpret: run in Pallas's interpreter, on any device.
+    interpret: whether to run in Pallas's interpreter, which works on any device.
     """
     from jax.experimental.pallas.ops.gpu.decode_attention import gqa
 
@@ -148,9 +148,10 @@ def library_attention(
 
 
 def splash_block(time: int, window: int | None) -> int:
-    """Return the splash kernel's block size, in queries and in keys, for rows of `time` positions.
+    """Return how many queries, and how many keys, are in a block of the splash kernel.
 
-    This is the largest of SPLASH_BLOCKS that divides `time` and is at most max(256, keys per query ÷ 4).
+    This is the largest of SPLASH_BLOCKS that divides `time` and is at most max(256, min(time, window) ÷ 4).
+    time: positions per row. window: how many earlier positions a position attends to; None: all.
     """
     most = max(256, min(time, time if window is None else window) // 4)
     return next(size for size in SPLASH_BLOCKS if size <= most and time % size == 0)
@@ -162,7 +163,7 @@ def splash_attention(
     """Compute causal attention with JAX's splash kernel for TPUs. Return [B, T, N, H].
 
     Arrays are padded with zeros to sizes that the kernel supports, which does not change the result.
-    interpret: run in Pallas's interpreter, on any device.
+    interpret: whether to run in Pallas's interpreter, which works on any device.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

@@ -1,7 +1,7 @@
-"""Attention for CPUs: plain XLA operations on one block at a time, to skip most of the masked scores.
+"""Attention for CPUs, in plain XLA operations on one block at a time, to skip most of the masked scores.
 
-Queries and keys must be normalized. No score then exceeds √H · qk_scale², so the softmax can use exp(score)
-without subtracting the maximum. attention.py computes the same more simply.
+Queries and keys must be RMS-normalized and multiplied by the model's qk_scale. No score then exceeds
+√H · qk_scale², so the softmax can use exp(score) without subtracting the maximum.
 """
 
 import math
@@ -40,7 +40,7 @@ def block_causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=None, *, window: 
 
 
 def decoding_attention(q_B1NH, k_BKSH, v_BKSH, positions_B, window: int | None = None):
-    """Compute attention of one new token per row to the slots up to its own. Return [B, 1, N, H].
+    """Compute attention of one new token per row to the cache slots up to its own. Return [B, 1, N, H].
 
     Rows are computed one after another, so that a row's result does not depend on the other rows.
     window: how many earlier positions the token attends to; None: all.

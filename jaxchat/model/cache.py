@@ -12,8 +12,8 @@ from jaxchat.config import ModelConfig
 class KVCache:
     """Key/value cache of B rows of different lengths.
 
-    Slot s of row b holds the token at position s. The slots from lengths_B[b] on are free, so lowering a
-    length truncates the row.
+    Slot s of row b holds the keys and values of the token at position s. The slots from lengths_B[b] on are
+    free, so lowering a length truncates the row.
     """
 
     # An array per layer, since slicing a layer from a stacked array would copy it.
@@ -33,7 +33,7 @@ class KVCache:
     def from_prefill(cls, layers: list[tuple[jax.Array, jax.Array]], lengths_B, tokens_BT=None):
         """Make a cache of T slots per row from prefilled keys and values, (k_BTKH, v_BTKH) of each layer.
 
-        tokens_BT: token ids, needed only by a model with smear.
+        tokens_BT: token ids, needed only by a model with smear, which reads the previous token's embedding.
         """
         k, v = (tuple(jnp.swapaxes(x_BTKH, 1, 2) for x_BTKH in each) for each in zip(*layers, strict=True))
         return cls(k, v, lengths_B, tokens_BT)
@@ -43,7 +43,7 @@ class KVCache:
         return self.k_BKSH[0].shape[2]
 
     def write(self, layer: int, k_BTKH, v_BTKH, positions_BT) -> "KVCache":
-        """Write a layer's keys and values to the slots positions_BT, but not beyond the last slot."""
+        """Write a layer's keys and values to the slots positions_BT, dropping those beyond the last slot."""
         B, _, K, _ = k_BTKH.shape
         # Every index is explicit: with a slice for the heads, XLA would change the cache's layout on a TPU.
         at_BKT = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None], positions_BT[:, None, :]
@@ -61,7 +61,7 @@ class KVCache:
         return self.replace(k_BKSH=k, v_BKSH=v)
 
     def write_one(self, k_LKH, v_LKH, position) -> "KVCache":
-        """Write a token's keys and values of all layers to slot `position` of a one-row joined() cache."""
+        """Write a token's keys and values to slot `position`, in a cache from joined() with one row."""
 
         def put(array, x_LKH):
             return (lax.dynamic_update_slice(array, x_LKH[None, :, None], (0, 0, position, 0)),)
@@ -69,7 +69,7 @@ class KVCache:
         return self.replace(k_BKSH=put(*self.k_BKSH, k_LKH), v_BKSH=put(*self.v_BKSH, v_LKH))
 
     def write_tokens(self, tokens_BT, positions_BT) -> "KVCache":
-        """Write token ids to the slots positions_BT, but not beyond the last slot.
+        """Write token ids to the slots positions_BT, dropping those beyond the last slot.
 
         A cache without token ids is returned unchanged.
         """
@@ -89,7 +89,7 @@ class KVCache:
     def place(self, other: "KVCache", rows_P) -> "KVCache":
         """Return this cache with the P rows of `other` copied into it, row p to row rows_P[p].
 
-        If there is no row rows_P[p], row p is ignored. `other` must not have more slots than this cache.
+        If there is no such row, row p is ignored. `other` must not have more slots than this cache.
         """
 
         def put(array, other):

@@ -48,7 +48,7 @@ def sum_rows(count: int, ids_BT, d_rows):
 
 
 def local_features(a, size: int):
-    """Return this device's `size` features (last axis) of `a`, by its index on the mesh axis fsdp."""
+    """Return the `size` features (last axis) of `a` that belong to this device on the mesh axis fsdp."""
     return lax.dynamic_slice_in_dim(a, lax.axis_index("fsdp") * size, size, axis=a.ndim - 1)
 
 
@@ -63,7 +63,7 @@ def embed_values(table_VKH, tokens_BT, compute: Compute):
 def embed_columns(table_VKH, tokens_BT, dtype, mesh: Mesh):
     """Look up tokens in a table with heads sharded over `tensor` and features over `fsdp`. Return v_BTKH.
 
-    Each device looks up the tokens of all devices along `fsdp` in its shard, so the table is not gathered.
+    Each device looks up, in its own shard, the tokens of all devices along `fsdp`. The table is not gathered.
     """
     axes = row_axes(mesh, tokens_BT.shape[0])
 

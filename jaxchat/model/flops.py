@@ -57,7 +57,7 @@ def flops_per_token(config: ModelConfig, time: int | None = None) -> int:
 
 
 def scaling_params(config: ModelConfig) -> int:
-    """Number of weights in the layers' matrices and the head: the model size in nanochat's scaling rules."""
+    """Return the model size of nanochat's scaling rules: weights in the layers' matrices and the LM head."""
     kinds = ("matrix", "head")
     return sum(math.prod(w.shape) for w in jax.tree.leaves(declare(config)) if w.group in kinds)
 

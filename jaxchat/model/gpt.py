@@ -68,7 +68,7 @@ def residual_norm(x_BTD, y_BTD=None, *, eps: float):
 def norms(config: ModelConfig, compute: Compute):
     """Return the functions (residual_norm, rotate_norm) for this model, with eps and scale already set.
 
-    They are GPU kernels if compute.kernels, else the functions of this file.
+    They are GPU kernels if compute.kernels is set, else the functions of this file.
     """
     eps, scale = config.norm_eps, config.qk_scale
     if not compute.kernels:
@@ -96,7 +96,7 @@ def block(x_BTD, w: Blocks, inputs: Inputs, attend, config: ModelConfig, compute
     """Compute one transformer layer. Return the residual stream x_BTD after it.
 
     w: weights of this one layer; None for those that it does not have.
-    attend: function (q_BTNH, k_BTKH, v_BTKH) -> y_BTNH. Queries and keys are rotated and normalized.
+    attend: function (q_BTNH, k_BTKH, v_BTKH) -> y_BTNH. Its queries and keys are rotated and normalized.
     """
     residual_norm, rotate_norm = norms(config, compute)
     product = partial(matmul, compute=compute)
@@ -143,7 +143,7 @@ def smear(params: Params, x_BTD, before_BTD, config: ModelConfig, compute: Compu
     """Add to each token's embedding the previous token's, times a learnt gate ("smear"). Return x_BTD.
 
     before_BTD: embeddings of the previous tokens; zeros where there is none.
-    A model without smear returns x_BTD unchanged.
+    If the model has no smear, x_BTD is returned unchanged.
     """
     if not config.smear_channels:
         return x_BTD

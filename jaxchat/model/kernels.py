@@ -1,9 +1,10 @@
 """GPU kernels for parts of the layers, which read and write memory once where XLA needs several passes.
 
-They are written in Pallas for Triton. A program handles a tile of R rows. The tile's width E is half a head
-or the model width, rounded up to a power of two, and a mask excludes indices beyond the array.
-mesh: the mesh over which rows and heads are sharded. Even a mesh of one device selects Triton's target.
-interpret: run in Pallas's interpreter, on any device.
+They are written in Pallas for Triton. Except in softcap_exp, each instance of a kernel handles a tile of R
+rows. The tile's width E is half a head or the model width, rounded up to a power of two, and a mask excludes
+indices beyond the array. Most functions have these two arguments:
+mesh: the mesh over which rows and heads are sharded, for whose devices Triton compiles; None: one device.
+interpret: whether to run in Pallas's interpreter, which works on any device.
 """
 
 from functools import partial
@@ -27,7 +28,7 @@ def rotate_norm(
 ):
     """Apply rotary embedding, then RMS norm, then multiply by `scale`, in one kernel. Return [B, T, N, H].
 
-    Only the result is rounded. tables: (cos, sin), both [1, T, 1, H/2]. Their gradients are not computed.
+    Only the result is rounded to x's dtype. tables: (cos, sin), both [1, T, 1, H/2], not differentiated.
     """
     return call_rotated(partial(rotate_kernel, eps=eps, scale=scale), tables, (x_BTNH,), mesh, interpret)
 
@@ -67,10 +68,10 @@ residual_norm.defvjp(residual_norm_forward, residual_norm_backward)
 
 
 def softcap_exp(u_MV, softcap: float, interpret: bool = False):
-    """Compute exp(z), times a factor, and Σ exp(z) for the logits z = softcap·tanh(u/softcap).
+    """Return (the derivative of exp(z) by u, Σ exp(z)) for the logits z = softcap·tanh(u/softcap).
 
-    Return (exp(z)·(1 − (z/softcap)²) as [M, V] in u's dtype; Σ exp(z) over V as float32 [M]).
-    The function is not differentiable. u_MV: one device's shard of the logits before the cap.
+    The derivative is exp(z)·(1 − (z/softcap)²), [M, V] in u's dtype. The sum is over V, float32 [M].
+    JAX cannot differentiate this function. u_MV: one device's shard of the logits before the cap.
     """
     M, V = u_MV.shape
     out = jax.ShapeDtypeStruct(u_MV.shape, u_MV.dtype), jax.ShapeDtypeStruct((M,), jnp.float32)
@@ -109,10 +110,10 @@ def call_rows(kernel, arrays, outputs: int, mesh: Mesh | None, interpret: bool):
 
 
 def by_rows(kernel, arrays, outputs: int, columns: int, interpret: bool):
-    """Run a kernel on arrays of M rows, R rows per program. Return a list of `outputs` arrays like arrays[0].
+    """Run a kernel on arrays of M rows, R per instance. Return a list of `outputs` arrays like arrays[0].
 
-    The call is kernel(mask_RE, rows_R1, columns_1E, *refs), with a ref for each array and each output. The
-    mask is false for rows beyond M and for columns from `columns` on.
+    An instance is called as kernel(mask_RE, rows_R1, columns_1E, *refs), with a ref for each array and each
+    output. The mask is false for rows beyond M and for columns from `columns` on.
     """
     M, E = len(arrays[0]), pl.next_power_of_2(columns)
     R = max(TILE // E, 1)
@@ -184,7 +185,7 @@ def add_norm_kernel(mask, rows, columns, x_ref, y_ref, sum_ref, h_ref, *, eps: f
 
 
 def norm_backward_kernel(mask, rows, columns, x_ref, dx_ref, dh_ref, out_ref, *, eps: float):
-    """Compute the gradient of residual_norm's x. dx, dh: gradients of its results, the sum and the norm."""
+    """Compute the gradient of residual_norm's x. dx, dh: gradients of the sum and of the normalized sum."""
     x, dx, dh = (load(ref, rows, columns, mask) for ref in (x_ref, dx_ref, dh_ref))
     r = lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / x_ref.shape[1] + eps)
     m = jnp.sum(x * dh, 1, keepdims=True) / x_ref.shape[1] * r * r

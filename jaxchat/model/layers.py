@@ -40,7 +40,7 @@ def layers(config: ModelConfig) -> tuple[Layer, ...]:
 
 
 def middle(config: ModelConfig) -> int | None:
-    """Return the index of the layer whose output is subtracted from the last layer's ("backout"), or None."""
+    """Return the index of the layer whose output is subtracted from the last one's; None without backout."""
     return config.n_layer // 2 if config.backout else None
 
 

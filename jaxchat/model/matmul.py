@@ -80,7 +80,7 @@ def quantize(a, dtype, axis: str | None = None):
 
     The scale is a float32 power of two that brings the largest |a| to within a factor of two of the dtype's
     largest number. If a number in `a` is not finite, the scale is not finite either.
-    axis: the mesh axis over which `a` is sharded, to give all shards the same scale; None: use `a` alone.
+    axis: mesh axis over which `a` is sharded, to give all shards the same scale; None: `a` alone sets it.
     """
     most = float(jnp.finfo(dtype).max)
     largest = jnp.max(jnp.abs(a)).astype(jnp.float32)

@@ -63,7 +63,7 @@ def materialize(result):
 
 
 def normed_sums(x_D, w_OD, eps: float):
-    """Return (w·x, 1 / RMS(x)), both float32 [O], from one kernel. Their product is w·rms_norm(x)."""
+    """Return (w·x, O copies of 1 / RMS(x)), both float32, from one kernel. Their product is w·rms_norm(x)."""
     x_OD, w_OD = jnp.broadcast_to(x_D, w_OD.shape), w_OD.astype(jnp.float32)
     mean_O = jnp.sum((x_OD * x_OD + eps) * (1 / x_D.size) + 0 * w_OD, -1)
     return jnp.sum(w_OD * x_OD, -1), lax.rsqrt(mean_O)

@@ -147,9 +147,9 @@ def declare_blocks(config: ModelConfig) -> Blocks:
 
 
 def declare_mixing(config: ModelConfig) -> dict[str, Weight]:
-    """Declare scales of the residual stream and the embedding, and value embeddings with their gates.
+    """Declare the layers' optional weights: scales of residual stream and embedding, value embeddings, gates.
 
-    Return {field of Blocks: Weight}, with only the mechanisms that the config turns on.
+    Return {field of Blocks: Weight} for those that the model has.
     """
     L, D, K, H, V = config.n_layer, config.n_embd, config.n_kv_head, config.head_dim, config.padded_vocab
     found = {}
@@ -173,12 +173,12 @@ def has_values(layer: int, num_layers: int) -> bool:
 
 
 def specs(config: ModelConfig) -> Params:
-    """Return the PartitionSpec of every weight, in a Params, over the mesh axes data, fsdp and tensor."""
+    """Return a Params with the PartitionSpec of every weight, over the mesh axes data, fsdp and tensor."""
     return jax.tree.map(lambda w: w.spec, declare(config))
 
 
 def shapes(config: ModelConfig) -> Params:
-    """Return the ShapeDtypeStruct of every weight, in a Params."""
+    """Return a Params with the ShapeDtypeStruct of every weight."""
     return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), declare(config))
 
 

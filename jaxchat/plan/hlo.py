@@ -118,8 +118,8 @@ def computations(text: str) -> tuple[dict[str, list[Operation]], str]:
 
 def read(text: str) -> Program:
     """Parse a program's HLO text, from compiled.as_text(), and count its collectives, kernels and work."""
-    parts, entry = computations(text)
-    by_name = {op.name: op for ops in parts.values() for op in ops}
+    bodies, entry = computations(text)
+    by_name = {op.name: op for ops in bodies.values() for op in ops}
     program = Program([], Counter(), defaultdict(Work))
     partitions = re.search(r"num_partitions=(\d+)", text)
     everyone = int(partitions[1]) if partitions else 1
@@ -128,13 +128,13 @@ def read(text: str) -> Program:
         # within: the part in which the fusion that calls this computation is counted; "": no fusion calls it.
         # TPUs spread one collective over several fusions, and name it in each: count it only where it starts.
         sends = sends and not computation.startswith("async_collective_fusion")
-        for op in parts.get(computation, ()):
-            work = program.parts[scope(op, within, parts)]
+        for op in bodies.get(computation, ()):
+            work = program.parts[scope(op, within, bodies)]
             if op.kind in ("dot", "convolution"):
                 work.flops += times * (dot_flops if op.kind == "dot" else convolution_flops)(op, by_name)
             kind = op.kind.removesuffix("-start")
             if not within and kind.removesuffix("-done") not in COLLECTIVES and op.kind not in FREE:
-                work.bytes += times * bytes_moved(op, parts, by_name)
+                work.bytes += times * bytes_moved(op, bodies, by_name)
             if kind in COLLECTIVES and sends:
                 program.collectives.append(collective(op, kind, by_name, times, everyone))
             if op.kind == "custom-call":
@@ -145,9 +145,9 @@ def read(text: str) -> Program:
                     program.kernels[target] += times
                 if "matmul" in target or "gemm" in target:
                     work.flops += times * dot_flops(op, by_name)
-            inner = times * trip_count(op, parts, by_name) if op.kind == "while" else times
+            inner = times * trip_count(op, bodies, by_name) if op.kind == "while" else times
             if kind not in COLLECTIVES:  # a collective calls only its reduction
-                fused = within if op.kind in FREE else scope(op, within, parts)
+                fused = within if op.kind in FREE else scope(op, within, bodies)
                 for names in CALLED.findall(op.text):
                     for name in re.findall(r"%?([\w.-]+)", names):
                         visit(name, inner, sends and not op.name.startswith("async-collective-done"), fused)
@@ -156,13 +156,13 @@ def read(text: str) -> Program:
     return program
 
 
-def scope(op: Operation, within: str, parts) -> str:
+def scope(op: Operation, within: str, bodies) -> str:
     """Return the part of the program to which an operation belongs: a name in SCOPES, or "rest".
 
-    The name is taken from the op_name of the operation, or else of a matrix product fused into it.
-    within: the part if no name is found; "" means "rest". parts: {computation: operations}.
+    The name is taken from the operation's op_name, or else from that of a matrix product fused into it.
+    within: the part to return if no name is found; "" means "rest". bodies: {computation: operations}.
     """
-    candidates = [op, *(fused for fused in called_by(op, parts) if fused.kind in ("dot", "convolution"))]
+    candidates = [op, *(fused for fused in called_by(op, bodies) if fused.kind in ("dot", "convolution"))]
     for candidate in candidates:
         path = re.search(r'op_name="([^"]*)"', candidate.text)
         for name in reversed(re.split(r"[/()]", path[1]) if path else ()):
@@ -171,16 +171,17 @@ def scope(op: Operation, within: str, parts) -> str:
     return within or "rest"
 
 
-def called_by(op: Operation, parts) -> list[Operation]:
-    """Return the operations fused into `op`; [] if it is no fusion. parts: {computation: operations}."""
+def called_by(op: Operation, bodies) -> list[Operation]:
+    """Return the operations fused into `op`; [] if it is no fusion. bodies: {computation: operations}."""
     name = re.search(r"\bcalls=%?([\w.-]+)", op.text) if op.kind == "fusion" else None
-    return parts.get(name[1], []) if name else []
+    return bodies.get(name[1], []) if name else []
 
 
-def bytes_moved(op: Operation, parts, by_name) -> int:
+def bytes_moved(op: Operation, bodies, by_name) -> int:
     """Return the number of bytes that an operation reads and writes in memory.
 
     If an array is sliced or updated in place, only the bytes of the slice count.
+    bodies: {computation: operations}. by_name: {name: operation} of the whole program.
     """
     if op.kind == "dynamic-slice":
         return 2 * size_of(op.shapes)
@@ -189,7 +190,7 @@ def bytes_moved(op: Operation, parts, by_name) -> int:
     reads = [by_name[name] for name in op.operands if name in by_name]
     if op.kind == "copy-start":  # between main and fast memory: only one of the sides counts
         return size_of(reads[0].shapes)
-    fused = called_by(op, parts)
+    fused = called_by(op, bodies)
     if not fused:
         return memory_size(op) + sum(map(memory_size, reads))
     users, total = defaultdict(list), 0
@@ -227,16 +228,17 @@ def memory_size(op: Operation) -> int:
     return 0 if op.fast else size_of(op.shapes)
 
 
-def trip_count(loop: Operation, parts, by_name) -> int:
+def trip_count(loop: Operation, bodies, by_name) -> int:
     """Return the number of iterations of a while loop, or 1 if it is unknown.
 
-    If XLA does not state the number, as on TPUs, it is the loop counter's bound divided by its step.
+    If XLA does not state the number, as on TPUs, it is calculated from the loop counter's bound and its step.
+    bodies: {computation: operations}. by_name: {name: operation} of the whole program.
     """
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text):
         return int(known[1])
 
     def called(name):
-        return parts[re.search(rf"{name}=%?([\w.-]+)", loop.text)[1]]
+        return bodies[re.search(rf"{name}=%?([\w.-]+)", loop.text)[1]]
 
     def constants(names):
         found = (re.match(r"constant\((\d+)\)", by_name[name].text) for name in names if name in by_name)
@@ -255,14 +257,14 @@ def trip_count(loop: Operation, parts, by_name) -> int:
 
 
 def dot_flops(op: Operation, by_name) -> float:
-    """Return the FLOPs of a matrix product, which is either XLA's `dot` or a call of cuBLAS."""
+    """Return the FLOPs of a matrix product (XLA's `dot` or a call of cuBLAS). by_name: {name: operation}."""
     contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)', op.text)
     lhs = by_name[op.operands[0]].shapes[0][1]
     return 2 * math.prod(op.shapes[0][1]) * math.prod(lhs[int(n)] for n in re.findall(r"\d+", contracted[1]))
 
 
 def convolution_flops(op: Operation, by_name) -> float:
-    """Return the FLOPs of a convolution, without multiplications by padding."""
+    """Return the FLOPs of a convolution, without multiplications by padding. by_name: {name: operation}."""
     # For TPUs, XLA turns matrix products into convolutions that multiply mostly padding.
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.text)
     lhs, rhs = (by_name[name].shapes[0][1] for name in op.operands[:2])

@@ -21,7 +21,7 @@ NETWORK = {"H200": 50e9, "H100": 50e9, "v": 6.25e9}
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Lower bound on the time of one part of a step, set by its limit: "FLOPs", "memory" or "links"."""
+    """Lower bound on the time of one part of a step, and what sets it: "FLOPs", "memory" or "links"."""
 
     seconds: float
     limit: str

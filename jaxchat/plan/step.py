@@ -61,7 +61,7 @@ class StepPlan:
         return remats_to_try(self.batch_shapes(batch), self.mesh) if given == "auto" else (given,)
 
     def batch_shapes(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return {name: ShapeDtypeStruct} of a step's batch for `batch` rows per device in a micro-batch."""
+        """Return {name: ShapeDtypeStruct} of a step's arrays. batch: rows per device in a micro-batch."""
         shape = (self.rows // (batch * self.shards), batch * self.shards, self.config.max_seq_len)
         by_rows = NamedSharding(self.mesh, P(None, sharding.ROWS))
         kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
@@ -111,10 +111,11 @@ class StepPlan:
         return roofline.bounds(done.program, self.mesh.devices.flat[0], attention, len(hosts) > 1)
 
     def fit(self, batch: int, first: str = "") -> Compiled:
-        """Compile the step with one value of --remat after another until it fits. Return the last result.
+        """Compile the step with one value of --remat after another until it fits in memory.
 
+        Return the last result, which does not fit if no value is enough. The fastest values are tried first.
         batch: rows per device in each micro-batch.
-        first: the value to start with; the fastest if `first` is not among the values to try.
+        first: value of --remat to start with. If it is not among those to try, start with the fastest.
         """
         remats = self.remats(batch)
         for remat in remats[remats.index(first) if first in remats else 0 :]:
@@ -128,7 +129,7 @@ class StepPlan:
         return done
 
     def largest(self, planned: Compiled) -> Compiled | None:
-        """Find the largest micro-batch that fits in memory. Return the step compiled with it, or None.
+        """Return the step compiled with the largest micro-batch that fits in memory; None if none fits.
 
         planned: the step to start from. If it fits, larger micro-batches are tried, else smaller ones.
         """

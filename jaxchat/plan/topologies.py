@@ -58,7 +58,7 @@ def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
 
 
 def tpu_topology(topology: str, num_slices: int) -> dict:
-    """Return the arguments of JAX's get_topology_desc for TPU slices. Sets libtpu's environment variables."""
+    """Set libtpu's environment variables. Return the arguments of JAX's get_topology_desc for TPU slices."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu (and no TPU): pip install -e '.[tpu]'")
     # Let two compilations run at the same time, and keep libtpu from searching for chips.
@@ -76,8 +76,9 @@ def tpu_topology(topology: str, num_slices: int) -> dict:
 
 
 def gpu_topology(generation: str, shape: str, num_slices: int) -> dict:
-    """Return the arguments of JAX's get_topology_desc for GPU hosts. Makes JAX compile cuDNN attention.
+    """Return the arguments of JAX's get_topology_desc for GPU hosts.
 
+    Also replace JAX's checks for cuDNN attention, so that it can be compiled without an attached GPU.
     generation: "h100" or "h200". shape: "8" (GPUs of one host) or "2x8" (hosts x GPUs).
     """
     if importlib.util.find_spec("jax_cuda13_plugin") is None:

@@ -9,7 +9,7 @@ EPSILON = 1e-6  # added to a standard deviation before dividing by it
 
 
 def mixed_groups(rewards_EG: np.ndarray) -> np.ndarray:
-    """Return for each problem whether its G answers (a group) got different rewards, bool [E]."""
+    """Return, for each problem, whether the rewards of its G answers are not all equal, bool [E]."""
     # Rewards are compared, because the computed standard deviation of equal numbers may not be 0.
     return (rewards_EG != rewards_EG[:, :1]).any(axis=1)
 

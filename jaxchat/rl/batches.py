@@ -94,7 +94,7 @@ class RolloutBatches:
 
     @property
     def plan(self) -> list[tuple[str, str]]:
-        """Pairs (name, text) on sampling, reward and loss, for the summary that is printed before a run."""
+        """Pairs (name, text) that describe sampling, reward and loss in the summary printed before a run."""
         c, tasks = self.config, self.problems.checked
         micro_batches, rows = self._shape()
         devices = sharding.data_shards(self.model.mesh)
@@ -134,7 +134,7 @@ class RolloutBatches:
         for attempt in range(ROUNDS if config.resample else 1):
             first, self._drawn = self._drawn, self._drawn + config.examples_per_step
             problems = [self._order.index(i) for i in range(first, self._drawn)]
-            self._read(problems, step)
+            self._check_readable(problems, step)
             how = {"temperature": config.temperature, "top_k": config.top_k, "logprobs": 0}
             how["seed"] = seed_of(config.seed, number, attempt)
             prompts, generations = self.problems.sample(engine, problems, config.num_samples, **how)
@@ -155,8 +155,8 @@ class RolloutBatches:
         rates = {"rollout_tokens_per_s": tokens / seconds, "problems_drawn": float(len(rollout.problems))}
         return {"rollout_seconds": seconds, "reward_seconds": judging} | rates
 
-    def _read(self, problems: list[int], step: int):
-        """Read the problems with these indices. If a process fails, raise Unread on all processes."""
+    def _check_readable(self, problems: list[int], step: int):
+        """Raise Unread on all processes if one of them cannot read the problems with these indices."""
         own = None
         try:
             for problem in problems:
@@ -192,7 +192,7 @@ class RolloutBatches:
         return weights_RT, numbers
 
     def _logprobs(self, params: Params, mask_RT: np.ndarray) -> LogProbs:
-        """Return the log-probabilities that the loss needs. If it needs none, return zeros."""
+        """Return the log-probabilities that the loss needs, or zeros if the loss needs none."""
         policy, rollout = self.policy, self._rollout
         ratio = policy.loss != "reinforce" and self.config.updates > 1
         if not (ratio or policy.tis or policy.kl_coef):
@@ -223,7 +223,7 @@ class RolloutBatches:
         return found
 
     def _warn(self, rollout: Rollout):
-        """Print a warning after every ALIKE steps in a row in which no problem's answers differ in reward."""
+        """Warn at every ALIKE-th step in a row in which all answers to each problem got the same reward."""
         self._alike = 0 if mixed_groups(rollout.rewards_EG).any() else self._alike + 1
         if self._alike and self._alike % ALIKE == 0 and jax.process_index() == 0:
             reward = rollout.numbers["reward"]
@@ -237,7 +237,7 @@ class RolloutBatches:
             )
 
     def _write_sample(self, rollout: Rollout, answers: list, step: int):
-        """Append one problem and its answers to samples.jsonl, if possible a problem with unequal rewards."""
+        """Add a problem and its answers to samples.jsonl, preferably one whose answers differ in reward."""
         if jax.process_index() > 0:
             return
         mixed_E = mixed_groups(rollout.rewards_EG)
@@ -293,14 +293,14 @@ def slots_for(config: RLConfig, model: Model) -> int:
 def padded_length(longest: int, context: int) -> int:
     """Return the length to pad rows to: `longest` rounded up, but at most `context`.
 
-    There are few such lengths, because each must be compiled. Above 256 tokens, at most an eighth is added.
+    Few lengths occur, because the step is compiled for each. Above 256 tokens, at most an eighth is added.
     """
     step = max(32, 2 ** (longest.bit_length() - 4))
     return min(context, -(-longest // step) * step)
 
 
 def arrange(rollout: Rollout, weights_RT: np.ndarray, shape: tuple[int, int], model: Model) -> dict:
-    """Return this process's part of a batch for train_step: arrays by name, and totals and numbers to log.
+    """Return this process's part of a batch for train_step: {name: array}, and "totals" and "numbers" to log.
 
     The batch has the rows with any nonzero weight, then blank rows. Arrays are [micro-batches, rows, T],
     where T is the padded length of the longest row with a nonzero weight.

@@ -16,7 +16,7 @@ from jaxchat.tokenizer import Tokenizer
 
 
 class Problems:
-    """The problems of several tasks, with the checkers and the reward of their answers."""
+    """The problems of several tasks, with the functions and weights that reward answers to them."""
 
     def __init__(self, config: RLConfig, tasks: Mixture, tokenizer: Tokenizer):
         """Find each task's checker and parse --reward. Raises UserError if either fails."""

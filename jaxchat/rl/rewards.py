@@ -43,7 +43,7 @@ TERMS: dict[str, Callable[[Answer], bool]] = {
 
 
 def parse_reward(spec: str) -> dict[str, float]:
-    """Parse a --reward such as "answer:1,format:0.1". Return {term: weight}, or raise UserError."""
+    """Parse a --reward such as "answer:1,format:0.1" into {term: weight}. Raise UserError if invalid."""
     known, weights = ("answer", *TERMS), {}
     for part in spec.split(","):
         name, colon, weight = part.strip().partition(":")
@@ -63,7 +63,7 @@ def parse_reward(spec: str) -> dict[str, float]:
 
 
 def checker_for(task: Task) -> tuple[Checker, str]:
-    """Return (function that says whether an answer to the task is right, phrase that names what it compares).
+    """Return (function that says whether an answer is right, what it compares, such as "the text").
 
     Raises UserError if the task has no checker, or if its checker can't run on this machine.
     """

@@ -36,7 +36,7 @@ class Rollout:
     def positions(self, values: list[list]) -> np.ndarray:
         """Return values of tokens as an array [R, T] aligned with the target tokens, padded with zeros.
 
-        values: for each row, one value per token. The first is dropped, because the first token is no target.
+        values: for each row, one value per token. The first value is dropped: the first token is no target.
         """
         found_RT = np.zeros((len(values), max(map(len, self.tokens)) - 1), np.float64)
         for row, of_row in enumerate(values):
@@ -44,7 +44,10 @@ class Rollout:
         return found_RT
 
     def add(self, problems: list[int], prompts: list[list[int]], generations: list[Generation], rewards_EG):
-        """Add answers to the rollout: for each problem one prompt and, in the same order, G generations."""
+        """Add to the rollout G answers to each of E problems.
+
+        problems: E indices. prompts: one per problem. generations: E·G, grouped by problem.
+        """
         samples = len(generations) // len(problems)
         for row, generation in enumerate(generations):
             tokens, sampled, logprobs = row_of(prompts[row // samples], generation)

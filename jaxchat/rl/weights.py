@@ -51,12 +51,13 @@ class LogProbs:
 def row_scales(kind: str, mask_RT: np.ndarray, mixed_R: np.ndarray, max_tokens: int) -> np.ndarray:
     """Return the factor on each row's loss weights that normalizes the loss, [R, 1].
 
+    A row is mixed if the answers to its problem did not all get the same reward.
     kind: "tokens": 1 ÷ number of sampled tokens in mixed rows.
         "all_tokens": 1 ÷ number of sampled tokens in all rows.
         "rows": 1 ÷ (number of sampled tokens in the row · number of mixed rows with sampled tokens).
         "constant": 1 ÷ (number of rows · max_tokens).
     mask_RT: 1 where the target token was sampled.
-    mixed_R: whether the answers to the row's problem got different rewards; such a row is mixed.
+    mixed_R: whether each row is mixed.
     """
     counts_R1 = mask_RT.sum(axis=1, keepdims=True).astype(np.float64)
     mixed_counts = counts_R1[mixed_R]
