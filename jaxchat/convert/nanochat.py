@@ -67,7 +67,7 @@ def export(found: Found, out: Path, progress: Progress) -> Path:
             torch.save(torch.from_numpy(found.tokenizer.token_bytes), part)
         with files.atomic(pickled) as part:
             tokens.write_pickle(found.tokenizer, part)
-    # nanochat resumes base training only, which has no parent; the rates of later stages scale by other rules.
+    # nanochat resumes base training only, which has no parent. Rates of later stages scale by other rules.
     resumable = not found.meta.get("parent") and (found.path / "optimizer").is_dir()
     if resumable and can_convert_optimizer(found.config):
         meta |= RESUMED | {"total_batch_size": found.meta.get("settings", {}).get("total_batch_size")}

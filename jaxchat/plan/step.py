@@ -105,7 +105,7 @@ class StepPlan:
         again = done.remat != "none"
         attention = roofline.attention_flops(self.model, tokens, self.config.max_seq_len, again)
         hosts = {
-            getattr(d, "slice_index", 0) if self.backend == "tpu" else d.id // 8
+            getattr(d, "slice_index", 0) if self.backend == "tpu" else d.process_index
             for d in self.mesh.devices.flat
         }
         return roofline.bounds(done.program, self.mesh.devices.flat[0], attention, len(hosts) > 1)
