@@ -17,7 +17,7 @@ HUMANEVAL = ["prompt", "canonical_solution", "test", "entry_point"]
 
 
 def choice_conversation(question: str, choices: list[str], answer: int) -> dict:
-    """Return {"messages", "letters"}: a question with lettered choices and its answer, and all the letters.
+    """Return {"messages": a question with lettered choices and its answer, "letters": all the letters}.
 
     answer: index of the right choice.
     Raises UserError if the question or a choice is not text, or if `answer` is not an index of `choices`.
@@ -54,7 +54,7 @@ def arc(folder: Path, split: str, name: str) -> Table:
 
 
 def answer_parts(answer: str) -> list[dict]:
-    """Split GSM8K's answer into parts. `<<12/60=0.2>>` becomes Python code `12/60` and its output `0.2`."""
+    """Split a GSM8K answer into message parts. `<<12/60=0.2>>` gives Python code `12/60` and output `0.2`."""
     parts = []
     pieces = SUM.split(answer)  # text, expression, result, text, …
     for i in range(0, len(pieces), 3):
@@ -96,7 +96,7 @@ def smoltalk(folder: Path, split: str) -> Table:
 
 
 def suspects(batch: pa.RecordBatch) -> np.ndarray:
-    """Return the indices of rows that may lack messages or text, or have roles out of order."""
+    """Return the indices of SmolTalk's rows that may lack messages or text, or have roles out of order."""
     messages, all_rows = batch.column("messages"), np.arange(len(batch))
     kind, fields = messages.type, {}
     if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type):
