@@ -20,10 +20,10 @@ def length_buckets(max_len: int) -> list[int]:
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
-    """Pack texts into rows of `capacity` tokens; return the (row, offset) of each text.
+    """Pack texts into rows of `capacity` tokens; return the (row, offset in the row) of each text.
 
-    lengths: tokens of each text. Longer texts are placed first. A text goes into the fullest row that has
-    room for it, or else into a new row.
+    lengths: number of tokens of each text. Longer texts are placed first. Each text goes into the fullest row
+    that has room for it, or into a new row if none has.
     """
     filled: list[int] = []  # tokens in each row
     places = [(0, 0)] * len(lengths)
@@ -39,13 +39,13 @@ def best_fit(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
 
 
 class ConversationRows(grain.IterDataset):
-    """Iterate over batches of an order's first `num_examples` conversations, `examples` per step.
+    """Iterate over batches of the first `num_examples` conversations in `order`, `examples` of them per step.
 
     read: maps row numbers to the (token ids, mask) of conversations; the mask is 1 for supervised tokens.
     micro_rows: rows of a micro-batch, over all processes. Rows of weight 0 fill up incomplete micro-batches.
-    time: T, the row length. Conversations are cut to T+1 tokens, which give T inputs and T targets.
-    packed: put several conversations into each row of T tokens. Otherwise, each conversation has its own row,
-    and all rows of a step are padded to the smallest possible length of length_buckets(T).
+    time: T, the maximum row length. Conversations are cut to T+1 tokens, which give T inputs and T targets.
+    packed: put several conversations into each row, of length T. Otherwise, each row holds one conversation,
+    and the rows of a step are padded to the smallest of length_buckets(T) that fits all of them.
     share: (first, end) of this process's rows in a micro-batch; None: all rows.
     """
 
@@ -107,7 +107,7 @@ class _ConversationRowsIterator(grain.DatasetIterator):
         return as_batch(rows, totals, mine, micro_batches)
 
     def _arrange(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Arrange a step's (token ids, mask) pairs in arrays [rows of all processes, T]."""
+        """Convert (ids, mask) pairs to a step's {inputs, targets, weights[, segments]} for all processes."""
         p, lengths = self._rows, [len(ids) for ids, _ in pairs]
         time = p.time if p.packed else next(n for n in length_buckets(p.time) if n >= max(lengths) - 1)
         places = best_fit(lengths, time + 1) if p.packed else [(row, 0) for row in range(len(pairs))]

@@ -42,7 +42,7 @@ class Repo:
 class Link:
     """A file to download from `url` to `path`.
 
-    needs: if not empty, the file is a zip that holds these names and is unpacked into the folder `path`.
+    needs: if not empty, the file is a zip. It must hold these names, and is unpacked into the folder `path`.
     """
 
     url: str
@@ -54,7 +54,7 @@ class Link:
 class Listing:
     """The files to download from one commit of a data set.
 
-    files: {path: (size in bytes, kind of hash, hash)}. The kind is "sha256" or "git".
+    files: {path: (size in bytes, kind of hash, hash)}. The kind is "sha256", or "git" for a git blob.
     """
 
     repo: str
@@ -76,7 +76,7 @@ def retry(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 0)
     """Return attempt(), repeated with increasing pauses while the network fails or a download is damaged.
 
     what: name of the download, for messages.
-    progress: returns a number that measures progress. When it grows, the pauses start over.
+    progress: returns a number that measures progress. When it grows, the attempts are counted from 1 again.
     Raises UserError if the server refuses the download or the last attempt fails.
     """
     from huggingface_hub import constants
@@ -112,8 +112,8 @@ def retry(what: str, attempt: Callable, progress: Callable[[], int] = lambda: 0)
 def list_files(repo: Repo, folder: Path, revision: str, shards: int) -> Listing:
     """Return the Listing of a data set's files to download into `folder`.
 
-    revision: branch, tag or commit; "": the commit recorded in `folder`, else repo.commit, else the newest.
-    shards: number of files to download, if repo.shards is true.
+    revision: branch, tag or commit. "": the commit recorded in `folder`, else repo.commit, else the newest.
+    shards: number of files to download. If repo.shards is false, it is ignored, and all files are listed.
     Raises UserError if the folder has other files that would be read as part of the data set.
     """
     from huggingface_hub import HfApi
@@ -206,7 +206,7 @@ def fetch(listing: Listing, parallel: int):
 
 
 def is_complete(link: Link, path: Path) -> bool:
-    """Return whether `path` holds a link's download; raise UserError if an unpacked zip is incomplete."""
+    """Return whether a link was downloaded to `path`; raise UserError if `path` is an incomplete folder."""
     lacking = [name for name in link.needs if not (path / name).exists()]
     if lacking and path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is incomplete: it has no {lacking[0]}; delete it, and run this again")
@@ -242,7 +242,7 @@ def fetch_link(link: Link, path: Path):
 
 
 def show_progress(work: Callable[[], None], listings: list[Listing], links: Iterable[Path]):
-    """Run `work`, which downloads `listings` and `links`, and print its progress every few seconds."""
+    """Run `work`, which downloads `listings` and the files `links`; print its progress every few seconds."""
 
     def on_disk() -> int:
         partial = [path for listing in listings for path in (listing.folder / ".cache").rglob("*.incomplete")]

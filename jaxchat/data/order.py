@@ -1,4 +1,4 @@
-"""Shuffle a data source in an endless, seeded order, and divide it into streams that fill a step's rows."""
+"""Shuffle the rows of a data source anew in each epoch, and divide them among streams that fill a step."""
 
 from functools import lru_cache
 
@@ -30,7 +30,7 @@ class Order:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, *which])))
 
     def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the block numbers in an epoch's order, and the position where each of these blocks ends."""
+        """Return the shuffled block numbers of an epoch, and the position in it at which each block ends."""
         blocks = self._random(epoch).permutation(len(self._sizes))
         return blocks, np.cumsum(self._sizes[blocks])
 
@@ -38,7 +38,7 @@ class Order:
         return self._random(epoch, block).permutation(int(self._sizes[block])).astype(np.uint32)
 
     def index(self, i: int) -> int:
-        """Return the number of the source's row at position `i` of the order."""
+        """Return the number of the source row that is at position `i` of the order."""
         epoch, place = divmod(i, self.num_rows)
         blocks, ends = self._blocks(epoch)
         at = int(np.searchsorted(ends, place, side="right"))
@@ -50,8 +50,8 @@ class Order:
 class Division:
     """Divide an order into streams, each of which fills `rows_per_stream` consecutive rows of every step.
 
-    rows: number of rows in a step. Every epoch is cut into `streams` equal parts, and stream s reads the s-th
-    part of each epoch. The division does not depend on the number of devices or processes.
+    rows: number of rows in a training step. Every epoch is cut into `streams` parts of nearly equal size, and
+    stream s reads part s of each epoch. The division does not depend on the number of devices or processes.
     """
 
     def __init__(self, order: Order, rows: int):
@@ -68,7 +68,7 @@ class Division:
         return self.first(stream + 1) - self.first(stream)
 
     def index(self, stream: int, position: int) -> int:
-        """Return the number of the source's row at `position` of a stream, counted over all epochs."""
+        """Return the number of the source row at `position` of a stream. Positions continue across epochs."""
         epoch, place = divmod(position, self.size(stream))
         return self.order.index(epoch * self.order.num_rows + self.first(stream) + place)
 

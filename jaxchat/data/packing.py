@@ -65,7 +65,7 @@ class Concatenated:
     def totals(self) -> dict[str, int]:
         """Return {name: count} for the step that rows() returned last.
 
-        targets: supervised tokens. taken: documents used up before the step.
+        targets: supervised tokens in the step. taken: documents that were used up before the step.
         left: 1 if the next step has targets, else 0. empty_documents: empty documents skipped so far.
         """
         counts = {"targets": self._targets, "taken": self._taken, "left": int(self._unread >= 2)}
@@ -143,7 +143,7 @@ class BestFit:
     def rows(self) -> dict[str, np.ndarray]:
         """Return the next step as {"tokens": int32 [rows, T+1], "weights": float32 [rows, T]}.
 
-        If documents must not attend to each other, "segments" [rows, T] numbers each token's document.
+        If documents must not attend to each other, "segments" [rows, T] holds each token's document number.
         """
         weights = np.ones((self._rows, self._time), np.float32)
         rows = {"tokens": self._tokens, "weights": weights}
@@ -155,8 +155,8 @@ class BestFit:
     def totals(self) -> dict[str, int]:
         """Return {name: count} for the step that rows() returned last.
 
-        targets: supervised tokens. cut_tokens: tokens dropped in the step. left: always 1.
-        taken, empty_documents: documents read, and empty documents skipped, so far.
+        targets, cut_tokens: supervised tokens, and dropped tokens, in the step. left: 1 (more steps follow).
+        taken: documents read so far. empty_documents: how many of them were empty, and so skipped.
         """
         counts = {"targets": self._rows * self._time, "taken": self._next, "left": 1}
         return counts | {"empty_documents": self._empty, "cut_tokens": self._last_cut}
@@ -165,7 +165,7 @@ class BestFit:
 class CroppedBestFit(BestFit):
     """Pack rows by best fit as nanochat does, from a buffer of 1,000 documents.
 
-    Documents in a row attend to each other. A document longer than a row is used only when no other one fits.
+    Documents in the same row attend to each other. One longer than a row is used only when no other fits.
     """
 
     buffer = 1000

@@ -19,25 +19,30 @@ from jaxchat.tokenizer import Tokenizer
 PREFETCH = 2  # batches prepared in a thread while the device computes
 
 
-def cut_step(rows: int, devices: int, asked: int, most: int, *, fills: bool = False) -> tuple[int, int]:
+def cut_step(
+    rows: int, devices: int, device_batch_size: int, limit: int, *, fills: bool = False
+) -> tuple[int, int]:
     """Return (rows per device in a micro-batch, number of micro-batches) for a step of `rows` rows.
 
-    asked: --device_batch_size; -1: the largest divisor of the rows per device that is at most `most`.
-    fills: allow empty rows to fill up the step if `devices` does not divide `rows`.
-    Raises UserError if there is no such split.
+    device_batch_size: rows per device in a micro-batch; -1: choose the number, at most `limit`.
+    fills: if `devices` does not divide `rows`, fill up the step with empty rows instead of raising UserError.
+    Raises UserError if the rows cannot be divided evenly.
     """
     able = [] if rows % devices else divisors(rows // devices)
-    if asked > 0 and asked not in able and able:
+    if device_batch_size > 0 and device_batch_size not in able and able:
         raise UserError(
-            f"--device_batch_size={asked} on {devices} devices does not divide the {rows} rows of an "
-            f"optimizer step; it may be {', '.join(map(str, able))}, or -1 to choose"
+            f"--device_batch_size={device_batch_size} on {devices} devices does not divide the {rows} "
+            f"rows of an optimizer step; it may be {', '.join(map(str, able))}, or -1 to choose"
         )
     if not able and not fills:
         step = f"an optimizer step has {rows} rows, which {devices} devices cannot share evenly"
         raise UserError(f"{step}; use a number of devices that divides {rows}")
-    batch = asked
-    if asked < 0:
-        batch = max((n for n in able if n <= most), default=min(most, -(-rows // devices)))
+    most = -(-rows // devices)
+    if device_batch_size > most:
+        raise UserError(f"--device_batch_size={device_batch_size}: a step has {most} rows a device; give fewer")
+    batch = device_batch_size
+    if batch < 0:
+        batch = max((n for n in able if n <= limit), default=min(limit, most))
     return batch, -(-rows // (batch * devices))
 
 
@@ -76,7 +81,7 @@ def base_batches(texts: ParquetText, tokenizer: Tokenizer, *, rows: int, seed: i
 def mid_batches(tasks, tokenizer: Tokenizer, *, rows: int, seed: int, endless: bool, **how):
     """Return an iterator over batches of packed, shuffled conversations of all tasks.
 
-    endless: repeat the data for ever. Otherwise, all targets after one epoch have weight 0.
+    endless: repeat the data without end. Otherwise, all targets after the first epoch have weight 0.
     rows: number of rows in a step. how: further arguments of PackedRows.
     """
     division = Division(Order([len(tasks)], seed), rows)
@@ -137,7 +142,7 @@ def packed_validation(
 
 
 def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: int, time: int) -> list[dict]:
-    """Return validation batches of an order's first num_examples conversations, one conversation per row.
+    """Return validation batches of the first num_examples conversations in `order`, one per row.
 
     Each batch is {inputs, targets, weights} [rows, T], where T is the smallest of length_buckets(time) that
     fits its longest conversation. Raises UserError if no token of these conversations is supervised.
@@ -151,9 +156,9 @@ def padded_validation(read: Reader, order: Order, num_examples: int, *, rows: in
 
 
 def check_supervised(tasks, tokenizer: Tokenizer, *, time, seed, num_examples: int):
-    """Raise UserError if the first num_examples conversations of SFT have no supervised token.
+    """Raise UserError if none of the first num_examples shuffled conversations has a supervised token.
 
-    time: maximum number of targets per conversation, which is cut after them. seed: seed of the shuffle.
+    time: number of targets after which a conversation is cut. seed: seed of the shuffle.
     """
     count, order = min(num_examples, len(tasks)), Order([len(tasks)], seed)
     rows = conversation_reader(tasks, tokenizer)(map(order.index, range(count)))

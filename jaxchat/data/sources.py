@@ -41,6 +41,7 @@ def parquet_files(folder: Path, start: str = "", *, in_folders: bool = False) ->
 def find_shards(data_dir: str | Path | None, split: str, *, whole: bool = False) -> list[Path]:
     """Return the sorted parquet shards of a split: the last shard for "val", all others for "train".
 
+    data_dir: the folder of the shards; None or "": base_data in the base directory.
     whole: raise UserError if launch.download has not yet fetched all requested shards.
     """
     folder = user_path(data_dir or base_dir() / "base_data")
@@ -122,7 +123,7 @@ def is_pointer(path: Path) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return whether an Arrow type holds strings or bytes, in any layout."""
+    """Return whether an Arrow type holds strings or bytes. Large, view and dictionary types count, too."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
     return any(getattr(pa.types, f"is_{name}")(kind) for name in tests)
@@ -253,6 +254,6 @@ def _byte_arrays(path: Path, group: int) -> Iterable[pa.Array]:
 
 
 def temporary_folder() -> str:
-    """Return the folder for temporary files: $TMPDIR if set, otherwise a folder on disk where possible."""
+    """Return the folder for temporary files: $TMPDIR, else /var/tmp if writable, else Python's default."""
     on_disk = "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
     return os.environ.get("TMPDIR") or on_disk

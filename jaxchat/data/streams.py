@@ -1,11 +1,11 @@
 """Packed batches of the base and mid stages, identical for any number of processes and workers.
 
-A fixed number of streams (order.Division) fill the rows of a step, each with documents of its own. A process
-reads only the streams that fill its rows.
+The rows of a step are divided among a fixed number of streams (order.Division), and each stream fills its
+rows with documents of its own. A process reads only the streams that it needs for its rows.
 
-A batch holds int32 `inputs`, int32 `targets` and float32 `weights`, each [A, B, T]: A micro-batches of the
-process's B rows. If texts in a row must not attend to each other, it also holds int32 `segments` [A, B, T].
-Its `totals` are {name: int32 [A, B]}. Their sums over all rows of all processes are counts of the whole step.
+A batch holds int32 `inputs`, int32 `targets` and float32 `weights`, each [A, B, T]: A micro-batches, each of
+B rows of T tokens. If texts in a row must not attend to each other, it also holds int32 `segments` [A, B, T].
+`totals` is {name: int32 [A, B]}. The sum of an array over the rows of all processes is a count of the step.
 """
 
 from collections.abc import Sequence
@@ -81,8 +81,9 @@ class _StreamRowsIterator(grain.DatasetIterator):
 class PackedRows(grain.IterDataset):
     """Iterate endlessly over one process's batches of packed documents.
 
-    A batch is {inputs, targets, weights[, segments]} [A, B, T], where A is micro_batches and T is time.
-    once: read every document only once; all later targets have weight 0.
+    A batch is {inputs, targets, weights[, segments]}, each [A, B, T], and totals. A is micro_batches. B is
+    the number of this process's rows in a micro-batch. T is time.
+    once: read every document only once. After the last one, all targets have weight 0.
     share: (first, end) of this process's rows in a micro-batch; None: all rows.
     workers: number of subprocesses that tokenize; 0: use threads of this process.
     """
@@ -124,7 +125,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
         return dict(self._state)
 
     def set_state(self, state):
-        """Resume from {stream: state} of this process's streams, or of the streams of all processes."""
+        """Resume from {stream: state}, which holds all streams of the step, or only those of this process."""
         own = [str(n) for n in self._p.streams]
         if state and len(state) != self._p.division.streams and [*state] != own:
             raise ValueError(f"a state of {len(state)} streams for a step of {self._p.division.streams}")
@@ -176,9 +177,9 @@ class _PackedRowsIterator(grain.DatasetIterator):
 
 
 def as_batch(rows: dict[str, np.ndarray], totals: dict[str, np.ndarray], mine: slice, micro_batches: int):
-    """Reshape the rows `mine` of arrays [rows, …] to a batch of arrays [A, B, …], where A is micro_batches.
+    """Return the rows `mine` of arrays [rows, …] as a batch of arrays [A, B, …], where A is micro_batches.
 
-    Row r of `mine` becomes row r // A of micro-batch r % A. `totals` becomes the batch's entry "totals".
+    Row r of `mine` becomes row r // A of micro-batch r % A. The entry "totals" of the batch holds `totals`.
     """
 
     def split(a):

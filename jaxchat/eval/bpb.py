@@ -1,4 +1,4 @@
-"""Measure the validation loss, in bits per byte of text or as sums over supervised tokens."""
+"""Measure a model's loss on validation batches, as a sum over all targets or in bits per byte of text."""
 
 import math
 from functools import partial
@@ -35,7 +35,7 @@ def total_loss(params, batches: list[dict], model: Model) -> tuple[float, float]
 
 
 def bits_per_byte(params, batches: list[dict], token_bytes, model: Model) -> float:
-    """Return the loss of the supervised tokens, without special tokens, in bits per byte of their text.
+    """Return the loss in bits per byte of text, over all supervised tokens that are not special tokens.
 
     token_bytes: number of bytes of each token id; 0 for special tokens.
     """
@@ -52,7 +52,7 @@ def measure_text(
 ):
     """Print the bits per byte of each split in `texts`; return them as {"train_bpb": …, "val_bpb": …}.
 
-    texts: {split: text}. rows: rows of a batch on each data shard. max_tokens: maximum tokens per split.
+    texts: {split: text}. rows: rows per batch on each data shard. max_tokens: maximum per split.
     """
     values = {}
     rows *= data_shards(model.mesh)

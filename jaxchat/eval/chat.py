@@ -1,4 +1,4 @@
-"""ChatCORE: six tasks for chat models, scored by the chosen letter or by a check of the written answer."""
+"""ChatCORE: six tasks for chat models, which choose a letter or write an answer that is then checked."""
 
 import dataclasses
 import math
@@ -104,9 +104,9 @@ def why_not(name: str) -> str:
 def batch_size_for(
     model: ModelConfig, compute: Compute, memory: int | None, *, most: int = SLOTS, each: int = 4
 ) -> int:
-    """Return how many answers to generate at a time: a power of two that memory allows, or `most` if less.
+    """Return how many answers to generate at a time: a power of two that fits in memory, but at most `most`.
 
-    memory: bytes per device. If it is None, return the smaller of SLOTS and `most`.
+    memory: bytes per device. None means unknown: return the smaller of SLOTS and `most`.
     each: bytes of memory per parameter, besides the copy in the compute dtype.
     """
     if memory is None:
@@ -176,7 +176,10 @@ def write_answers(
 
 
 def pass_at(k: int, right: list[list[bool]]) -> float:
-    """Return pass@k from right[problem][sample]: the mean chance that k samples include a right one."""
+    """Return pass@k: the chance that k of a problem's answers include a right one, averaged over problems.
+
+    right: whether each answer is right, as [problem][answer].
+    """
 
     def one(answers: list[bool]) -> float:
         return 1 - math.comb(len(answers) - sum(answers), k) / math.comb(len(answers), k)
@@ -199,7 +202,8 @@ def result_of(name: str, right: list[list[bool]]) -> ChatResult:
 def chat_core(results: list[TaskResult]) -> dict[str, float]:
     """Return {name: mean centred accuracy} over all results, and over all results except SpellingBee's.
 
-    A name is "ChatCORE", or lists the tasks that are left out, as in "ChatCORE without HumanEval".
+    Centred accuracy is 0 for guessing and 1 for only right answers. A name is "ChatCORE", or lists the tasks
+    that are left out, as in "ChatCORE without HumanEval".
     """
     missing = [name for name in TASKS if name not in {result.task for result in results}]
 
@@ -218,9 +222,9 @@ def measure(
 ) -> Iterator[tuple[list[TaskResult], dict[str, float], str]]:
     """Measure the tasks one by one. After each task, print its result and yield (results, values, score).
 
-    results, values: the results of all tasks so far, and their numbers by name.
-    score: name of the ChatCORE mean in `values`; "" before the last task, or if tasks besides HumanEval are
-    missing. options: arguments of Engine.generate.
+    results: one per task so far. values: {name: number}, such as accuracies. options: for Engine.generate.
+    score: name of the ChatCORE mean in `values`. It is "" until all tasks are measured, and also afterwards
+    if `tasks` lacks a task of ChatCORE other than HumanEval.
     """
     results, values = [], {}
     for number, (name, task) in enumerate(tasks.items(), 1):

@@ -1,9 +1,9 @@
 """CORE (DCLM): 22 in-context tasks, scored by the most probable continuation, centred so that chance is 0.
 
 The tasks are read from a bundle: a folder, or the zip that launch.download fetches. core.yaml lists the
-tasks, eval_data/ holds their items as JSON lines, and eval_meta_data.csv the accuracy of guessing. Items,
-few-shot examples and prompts are chosen as for published scores. Prompts of more than scoring.LONGER times
-the model's context are cut at their start, and their items are counted as cropped.
+tasks, eval_data/ holds their items (questions) as JSON lines, and eval_meta_data.csv the accuracy of
+guessing. Items, few-shot examples and prompts are the same as for published scores. Prompts of more than
+four times the model's context are cut at their start, and their items are counted as cropped.
 """
 
 import csv

@@ -63,7 +63,7 @@ def save_results(
     """Write <command>_<step>.json and .csv to the checkpoint's folder; return the path of the JSON file.
 
     Only process 0 writes. If the file exists with other settings, a hash is added to the new file's name.
-    source: the stage, such as "sft". values: all numbers by name. settings: what the numbers depend on.
+    source: stage of the checkpoint. values: all numbers by name. settings: options that affect the numbers.
     score: name in `values` of the mean over the tasks, which becomes the last line of the CSV.
     more: further entries of the JSON, such as the wall time in `seconds`.
     """

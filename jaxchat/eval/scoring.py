@@ -65,7 +65,7 @@ def buckets(sequence_len: int) -> list[int]:
 def span_losses(params, tokens_BT, first, last, model: Model):
     """Return nll_BT, the loss of the token after each position, and right_BT, whether it is most probable.
 
-    Only chunks that contain positions first ≤ t < last are computed. Elsewhere, both results are 0.
+    Only chunks of positions that overlap with first ≤ t < last are computed. Elsewhere, both results are 0.
     """
     x_BTD = features(params, tokens_BT, model.config, model.compute)
     head_DV, targets_BT = params.lm_head.astype(x_BTD.dtype), jnp.roll(tokens_BT, -1, axis=1)
@@ -100,7 +100,7 @@ def _score_chunks(x_BTD, head_DV, targets_BT, first, last, chunking: Chunking):
 
 @partial(jax.jit, static_argnames="model")
 def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
-    """Return logits_BC of candidates_BC as the next token after the first lengths_B tokens of each row."""
+    """Return the logits of the token ids candidates_BC after the first lengths_B tokens of each row."""
     x_BTD = features(params, tokens_BT, model.config, model.compute)
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     all_BV = logits(params.lm_head, last_BD, model.config.softcap)
@@ -109,9 +109,10 @@ def last_logits(params, tokens_BT, lengths_B, candidates_BC, model: Model):
 
 
 class Scorer:
-    """Score lists of tokens with a model. All processes must pass the same lists, and all get all scores.
+    """Score token lists with a model: the loss of given tokens, or the most probable of several next tokens.
 
-    device_tokens: maximum number of tokens per device in a batch; None: a default. quiet: print no progress.
+    All processes must pass the same lists, and all get all results. quiet: print no progress.
+    device_tokens: maximum number of tokens per device in a batch; None: a default.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class Scorer:
         return sharding.place_same(array, self.model.mesh)
 
     def _run(self, rows: list[np.ndarray], call: Callable) -> Iterator[tuple[list[int], Any]]:
-        """Yield (indices of a batch's rows, result of `call`) for each batch, and compute one batch ahead."""
+        """Yield (row indices, call(row indices, tokens_BT)) for each batch; compute one batch ahead."""
         total, pending = sum(map(len, rows)), None
         progress = Progress(total, f"{self.title}scored", quiet=self.quiet)
         for batch in chain(self._batches(rows), [None]):

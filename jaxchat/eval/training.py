@@ -38,10 +38,10 @@ def base(config: BaseConfig, stage: Stage, bundle: list[core.CoreTask]) -> list[
 
 
 def core_bundle(config: BaseConfig) -> tuple[list[core.CoreTask], str]:
-    """Return CORE's tasks and a line about CORE for the printed plan. The tasks are [] if CORE is off.
+    """Return CORE's tasks, and a line about CORE for the plan that base_train prints.
 
-    Without a bundle, return [], or raise UserError if --eval_bundle is set. Also raises UserError if a bundle
-    is malformed or a task has too few items.
+    The tasks are [] if CORE is off, or if there is no bundle and --eval_bundle is not set. Raises UserError
+    if --eval_bundle names no bundle, if a bundle is malformed, or if a task has too few items.
     """
     if config.core_metric_every <= 0:
         return [], "not measured"
@@ -99,7 +99,7 @@ def sft(config: SFTConfig, stage: Stage) -> list[Evaluation]:
 
 
 def choice_tasks(config: SFTConfig) -> list:
-    """Return the multiple-choice tasks of SFT as (name, task) pairs; raise UserError if a file is missing."""
+    """Return SFT's multiple-choice tasks as (name, task) pairs; raise UserError if one can't be opened."""
     try:
         return [(name, load_task(f"{name}/test", config.tasks_dir)) for name in ("MMLU", "ARC-Easy")]
     except UserError as problem:
@@ -107,7 +107,7 @@ def choice_tasks(config: SFTConfig) -> list:
 
 
 def validations(config: TrainConfig, stage: Stage, measure, batches: list[dict]) -> list[Evaluation]:
-    """Return the evaluations on validation batches: `measure` and, if the run uses float8, `fp8_drift`."""
+    """Return the evaluations of the batches: `measure`, and if float8 is used, how it changes the loss."""
     about = {"stage": stage, "batches": batches}
     found = [Evaluation("validation", config.eval_every, partial(measure, **about), at_start=True)]
     if stage.model.compute.matmul and batches:

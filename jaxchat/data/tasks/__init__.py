@@ -32,7 +32,7 @@ class Task:
     """A sequence of conversations, {"messages": …}, and documents, {"text": …}.
 
     A multiple-choice question also has "letters", which lists the letters of its choices.
-    count: number of rows to use, drawn at random with a fixed seed; None: all rows, or 1,000 generated ones.
+    count: number of rows to draw at random, with a fixed seed. None: all, or 1,000 if rows are generated.
     """
 
     def __init__(self, name: str, rows, count: int | None = None):
@@ -120,7 +120,7 @@ def load_task(spec: str, tasks_dir: str | Path | None = None) -> Task:
 def load_mixture(spec: str, tasks_dir: str | Path | None = None) -> Mixture:
     """Open the tasks of a comma-separated list of specs, such as "GSM8K/train,mine.jsonl:1000".
 
-    If tasks cannot be opened, the UserError names all of them, and says of the first why.
+    Raises UserError if any cannot be opened. The error names all of these, and the reason for the first.
     """
     tasks, problems = [], {}
     for part in _parts(spec):

@@ -1,4 +1,4 @@
-"""Parse the final number of an answer, such as "#### 18", as GSM8K and SpellingBee write it."""
+"""Parse the final number of an answer, which GSM8K and SpellingBee write as in "#### 18"."""
 
 import re
 from fractions import Fraction
@@ -12,9 +12,9 @@ FINAL = re.compile(
 
 
 def final_number(text: str) -> Fraction | None:
-    """Return the first number that follows "####" and is the only number on its line, or None.
+    """Return the first number that follows "####" and is the last number on its line, or None.
 
-    Symbols such as "$" may precede the number, but words may not. Text after the number is ignored.
+    Symbols such as "$" may stand between "####" and the number, but words may not.
     """
     found = FINAL.search(text)
     if not found:
@@ -28,7 +28,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def states_the_number(row: dict, text: str) -> bool:
-    """Return whether the final number of `text` equals that of the reference, the last message of `row`."""
+    """Return whether the final number of `text` equals that of the right answer, `row`'s last message."""
     content = row["messages"][-1]["content"]
     wanted = content if isinstance(content, str) else "".join(part["text"] for part in content)
     return (number := final_number(text)) is not None and number == final_number(wanted)

@@ -49,7 +49,8 @@ class JsonLines:
 def _rows_in(text: str) -> tuple[str, list[str]]:
     """Split a file's text into rows of JSON; return ("line", rows) or ("row", rows).
 
-    "row" means that the file is one array of rows, or that its JSON values span several lines.
+    The word says what error messages should count: lines, or rows if the file is one array of rows or if its
+    JSON values span several lines.
     """
     lines = text.split("\n")
     try:
@@ -105,7 +106,7 @@ def row_of(line: str) -> dict:
 
 
 def _plain(message: dict) -> dict:
-    """Convert a message from OpenAI's format to ours; raise ValueError if that is impossible."""
+    """Convert a message from OpenAI's format to jaxchat's; raise ValueError if that is impossible."""
     if message.get("tool_calls") or message.get("function_call"):
         raise ValueError("a message calls tools, which are not supported; remove this line")
     if message.get("weight", 1) != 1:

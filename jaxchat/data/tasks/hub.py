@@ -17,14 +17,16 @@ HUMANEVAL = ["prompt", "canonical_solution", "test", "entry_point"]
 
 
 def choice_conversation(question: str, choices: list[str], answer: int) -> dict:
-    """Return {"messages", "letters"}: a question with lettered choices and its answer, and all the letters.
+    """Return {"messages": a question with lettered choices and its answer, "letters": all the letters}.
 
     answer: index of the right choice.
     Raises UserError if the question or a choice is not text, or if `answer` is not an index of `choices`.
     """
     if not isinstance(choices, list) or not all(isinstance(text, str) for text in (question, *choices)):
         raise UserError("the question is not text, or the choices are not a list of texts")
-    if not isinstance(answer, int) or not 0 <= answer < len(choices) <= len(LETTERS):
+    if len(choices) > len(LETTERS):
+        raise UserError(f"{len(choices)} choices; there are letters for {len(LETTERS)}")
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise UserError(f"answer {answer!r} of {len(choices)} choices, which count from 0")
     letters = list(LETTERS[: len(choices)])
     # No space before the letter, so that it is the same token as the answer (" A" is another token).
@@ -54,7 +56,7 @@ def arc(folder: Path, split: str, name: str) -> Table:
 
 
 def answer_parts(answer: str) -> list[dict]:
-    """Split GSM8K's answer into parts. `<<12/60=0.2>>` becomes Python code `12/60` and its output `0.2`."""
+    """Split a GSM8K answer into message parts. `<<12/60=0.2>>` gives Python code `12/60` and output `0.2`."""
     parts = []
     pieces = SUM.split(answer)  # text, expression, result, text, …
     for i in range(0, len(pieces), 3):
@@ -96,7 +98,7 @@ def smoltalk(folder: Path, split: str) -> Table:
 
 
 def suspects(batch: pa.RecordBatch) -> np.ndarray:
-    """Return the indices of rows that may lack messages or text, or have roles out of order."""
+    """Return the indices of SmolTalk's rows that may lack messages or text, or have roles out of order."""
     messages, all_rows = batch.column("messages"), np.arange(len(batch))
     kind, fields = messages.type, {}
     if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type):

@@ -107,19 +107,19 @@ def pick(chance: random.Random, items):
     return items[int(chance.random() * len(items))]
 
 
-def _ask(chance: random.Random, phrasing: str, word: str, letter: str = "") -> str:
-    """Fill a word and a letter into `phrasing`, a template of a question, with random capitals and quotes."""
+def _ask(chance: random.Random, template: str, word: str, letter: str = "") -> str:
+    """Fill a word and a letter into the template of a question, with random capitals and quotes."""
     if chance.random() < 0.2:
-        phrasing = phrasing.lower()
+        template = template.lower()
     if chance.random() < 0.2:
-        phrasing = phrasing.rstrip(" ?.!")
+        template = template.rstrip(" ?.!")
     shown = pick(chance, (word, word, word, word.capitalize(), word.upper()))
     quote = pick(chance, QUOTES)
     if shown.isupper() and chance.random() < 0.5:
         letter = letter.upper()
     marked = (quote if chance.random() < 0.5 else "{}").format(letter)
     plural = pick(chance, PLURALS).format(marked)
-    return phrasing.format(w=quote.format(shown), c=marked, cs=plural)
+    return template.format(w=quote.format(shown), c=marked, cs=plural)
 
 
 def spell(chance: random.Random, word: str, split: str):

@@ -18,10 +18,10 @@ MOST_LEFT_OUT = 0.01  # fraction of rows that may be invalid; more of them mean 
 class Table:
     """Rows of a data set's parquet files, each converted to a conversation when it is read.
 
-    Invalid rows are left out. Raises UserError if they are more than 1 in 100.
+    Invalid rows are left out. Raises UserError if more than 1 in 100 rows are invalid.
     name: the data set's name in launch.download.
     convert: returns the conversation of a row, given as {column: value}.
-    suspects: returns the indices of rows of a batch that may be invalid; None: check all rows.
+    suspects: returns the indices of a batch's rows that may be invalid. Only they are checked. None: all are.
     """
 
     def __init__(
