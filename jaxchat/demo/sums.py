@@ -32,7 +32,7 @@ class Sum(NamedTuple):
 
 
 def pair_is_held_out(seed: int, a: int, b: int) -> bool:
-    """Return whether the demo world with this seed holds out a pair of numbers, in both orders."""
+    """Return whether the demo world with this seed holds out the numbers `a` and `b`, in either order."""
     return zlib.crc32(f"{seed} {min(a, b)} {max(a, b)}".encode()) % 10 == 0
 
 
@@ -43,7 +43,7 @@ def number(chance: Chance, max_digits: int) -> int:
 
 
 def any_sum(chance: Chance) -> Sum:
-    """Draw an arithmetic problem with numbers below 1,000, except for some dividends."""
+    """Draw an arithmetic problem. Its numbers are below 1,000, but a dividend can be up to 1,980."""
     sign = chance.of("+-*/")
     if sign == "*":
         return Sum(number(chance, 3), sign, number(chance, 2))

@@ -84,7 +84,7 @@ def versions() -> str:
 
 
 def git_state() -> str:
-    """Describe jaxchat's Git checkout: commit, branch and number of changed files. Return "" without one."""
+    """Return commit, branch and number of changed files of jaxchat's Git checkout; "" if there is none."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:
