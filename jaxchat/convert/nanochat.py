@@ -178,7 +178,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def check_archive(file: Path):
-    """Raise UserError unless a .pt file is an undamaged zip archive, which is torch's format since 2020."""
+    """Raise UserError if a .pt file is damaged, or is not a zip archive as torch writes since 2020."""
     if not zipfile.is_zipfile(file):
         raise UserError(f"{file} is refused: it is damaged, or in torch's format before 2020; save it again")
     try:

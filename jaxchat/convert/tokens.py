@@ -159,7 +159,7 @@ def from_hugging_face(path: Path) -> Tokenizer:
 
 
 def _steps(content: dict) -> list[dict]:
-    """Return a tokenizer.json's pre-tokenizer steps, without options that affect only character offsets."""
+    """Return the steps of a tokenizer.json's pre-tokenizer, without options that only affect text offsets."""
     steps = (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
     return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
 

@@ -72,7 +72,7 @@ def score(
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[list[Parts]]:
-    """Return greedy answers to prompts, indexed [prompt][turn]. An answer is a list of (type, text) pairs."""
+    """Answer prompts greedily. Return answers[prompt][turn], each a list of (type, text) pairs."""
     histories = [[tokenizer.bos] for _ in prompts]
     given: list[list[Parts]] = [[] for _ in prompts]
     for n in range(max((len(prompt.turns) for prompt in prompts), default=0)):

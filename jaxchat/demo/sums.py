@@ -57,7 +57,7 @@ def any_sum(chance: Chance) -> Sum:
 
 
 def sum_of(chance: Chance, seed: int, held_out: bool) -> Sum:
-    """Draw an arithmetic problem from the held-out pairs of numbers, or from all others if not `held_out`."""
+    """Draw an arithmetic problem. held_out: whether its pair of numbers must be held out, or must not be."""
     while True:
         found = any_sum(chance)
         if pair_is_held_out(seed, found.a, found.b) == held_out:

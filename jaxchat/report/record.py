@@ -33,7 +33,7 @@ def begin() -> dict:
 
 @contextlib.contextmanager
 def recorded(run: Run, began: dict, plan: list[tuple[str, str]]):
-    """Append a record to runs.jsonl when the `with` block ends, even by an exception.
+    """Append a record of the run to runs.jsonl when the `with` block ends, even by an exception.
 
     began: the result of `begin`. plan: the (name, value) lines that the trainer printed.
     A dry run writes no record.
