@@ -67,7 +67,7 @@ UNSUPPORTED = (
 def architecture(config: ModelConfig, tokenizer, dtype: str, chat: bool) -> dict:
     """Return the content of config.json, which describes the model to transformers.
 
-    dtype: dtype of weights, such as "float32". chat: whether <|assistant_end|> also ends the generated text.
+    dtype: dtype of weights, such as "float32". chat: whether <|assistant_end|>, like <|bos|>, ends a text.
     """
     return {
         **{name: value for name, (value, _) in FIXED.items()},
@@ -100,7 +100,7 @@ def export(found: Found, out: Path, progress: Progress, *, chat: bool) -> Path:
     """Export the checkpoint `found` to the folder `out`, atomically. Return the folder's absolute path.
 
     chat: whether to add a chat template and make <|assistant_end|> end the generated text.
-    Raises UserError if `out` is not empty, its disk is too full, or transformers cannot compute the model.
+    Raises UserError if `out` is not empty, its disk is too full, or transformers does not support the model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists; give --out another folder, or remove it")

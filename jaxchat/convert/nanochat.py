@@ -1,4 +1,4 @@
-"""Convert nanochat's checkpoints and tokenizers of November 2025 to July 2026."""
+"""Import nanochat's checkpoints of November 2025 to July 2026, and export checkpoints to nanochat."""
 
 import math
 import re
@@ -44,8 +44,8 @@ GENERATIONS = "the generations that docs/architecture.md lists"
 def export(found: Found, out: Path, progress: Progress) -> Path:
     """Export a checkpoint to `out`, a base directory of nanochat. Return the path of its model_<step>.pt.
 
-    Raises UserError if that file or a different tokenizer exists, nanochat lacks such a model, or the disk is
-    too full.
+    Raises UserError if that file exists, if `out` has a different tokenizer, if nanochat does not support the
+    model, or if the disk is too full.
     """
     folder = out / STAGES[found.meta["stage"]].folder / found.tag
     model, meta_file = folder / f"model_{found.step:06d}.pt", folder / f"meta_{found.step:06d}.json"
@@ -81,7 +81,7 @@ def export(found: Found, out: Path, progress: Progress) -> Path:
 
 
 def can_convert_optimizer(config: ModelConfig) -> bool:
-    """Return whether the architecture is from March 14, 2026 or later, as optimizer conversion needs."""
+    """Return whether optimizer state can be converted: only for architectures since March 14, 2026."""
     mechanisms = (config.smear_channels, config.backout, config.value_gate_channels, config.layer_scales)
     return all(mechanisms)
 
@@ -89,7 +89,7 @@ def can_convert_optimizer(config: ModelConfig) -> bool:
 def load_optimizer(foreign: ForeignModel) -> tuple[dict | None, str]:
     """Convert the optimizer state beside an opened nanochat checkpoint to jaxchat's format.
 
-    Return (state, message for the user). The state is None if it is missing or cannot be converted.
+    Return (state, message for the user). state is None if its file is missing or cannot be converted.
     Raises UserError if the file is damaged or belongs to another model.
     """
     files_there = sorted(foreign.path.parent.glob(f"optim_{foreign.step:06d}_rank*.pt"))
@@ -107,8 +107,8 @@ def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Forei
     """Open a checkpoint in `path`, a folder of model_<step>.pt files or a base directory of nanochat.
 
     stage, tag: the model to open in a base directory. step: -1 opens the last step.
-    softcap: bound of the logits, 15 or 20, if it cannot be inferred from the checkpoint; else 0.
-    Raises UserError if the checkpoint is missing, damaged or unsupported, or if softcap is wrong.
+    softcap: bound of the logits. It must be 15 or 20 if the checkpoint leaves it open, and 0 otherwise.
+    Raises UserError if the checkpoint is missing, damaged or unsupported, or if softcap breaks this rule.
     """
     folder = find_folder(path, stage, tag)
     steps = sorted(int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"model_(\d+)\.pt", p.name)))
@@ -133,10 +133,10 @@ def load(path: Path, stage: str, tag: str, step: int, softcap: int = 0) -> Forei
 
 
 def find_folder(path: Path, stage: str, tag: str) -> Path:
-    """Return the folder of model_<step>.pt files: `path`, or <path>/<folder of the stage>/<tag>.
+    """Return the folder of model_<step>.pt files: `path` itself, or else <path>/<folder of the stage>/<tag>.
 
-    If the tag does not exist and only one other tag does, return that tag's folder.
-    Raises UserError if there is no tag, or if there are several others.
+    If that tag has no such files and exactly one other tag does, return the other tag's folder.
+    Raises UserError if no tag has such files, or if several others do.
     """
 
     def has_models(folder: Path) -> bool:
@@ -178,7 +178,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def check_archive(file: Path):
-    """Raise UserError unless a .pt file is an undamaged zip archive, which is torch's format since 2020."""
+    """Raise UserError if a .pt file is damaged, or is not a zip archive as torch writes since 2020."""
     if not zipfile.is_zipfile(file):
         raise UserError(f"{file} is refused: it is damaged, or in torch's format before 2020; save it again")
     try:
@@ -194,8 +194,8 @@ def infer_config(file: Path, shape: dict, tensors: dict[str, torch.Tensor], soft
     """Infer the ModelConfig of a nanochat checkpoint from the tensors in its file.
 
     file: path for error messages. shape: the checkpoint's model_config.
-    softcap: bound of the logits, 15 or 20, if it cannot be inferred from the tensors; else 0.
-    Raises UserError if softcap is missing or superfluous, or if nanochat never had such a model.
+    softcap: bound of the logits. It must be 15 or 20 if the tensors leave it open, and 0 otherwise.
+    Raises UserError if softcap breaks this rule, or if the model is of no supported version of nanochat.
     """
     names = set(tensors)
     pattern, context = str(shape.get("window_pattern", "L")).upper(), shape["sequence_len"]
@@ -234,7 +234,7 @@ def infer_config(file: Path, shape: dict, tensors: dict[str, torch.Tensor], soft
 
 
 def table_fields(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
-    """Infer ModelConfig's fields vocab_multiple and table_dtype from the tensors. Omit default values."""
+    """Return ModelConfig's vocab_multiple and table_dtype, inferred from the tensors. Omit default values."""
     tables = [t for name, t in tensors.items() if "wte" in name or name.startswith("value_embeds.")]
     rows, size = (len(tables[0]) if tables else 0), shape["vocab_size"]
     padded = "resid_lambdas" in tensors or rows == rounded_up(size, PADDING) != size
@@ -244,7 +244,7 @@ def table_fields(shape: dict, tensors: dict[str, torch.Tensor]) -> dict:
 
 
 def shape_in_nanochat(found: Found) -> dict:
-    """Return the model's shape in nanochat's format. Raise UserError if nanochat cannot compute the model."""
+    """Return a model's shape as in nanochat's files. Raise UserError if nanochat does not support it."""
     config = found.config
     shape = {name: getattr(config, name) for name in sorted(FIELDS)}
     # These fields do not affect what a trained model computes.

@@ -1,7 +1,7 @@
-"""Convert optimizer state of nanochat's runs of 2026 on one device: optim_<step>_rank0.pt.
+"""Convert optimizer state from and to optim_<step>_rank0.pt, nanochat's file for a run on one device.
 
-The file numbers the weights in the order of `groups`. AdamW's moments are stored per weight. Muon's moments
-are stacked over all matrices of one shape, under the number of the first of these matrices.
+The file numbers the weights in the order that `groups` returns. AdamW's moments are stored per weight.
+Muon's moments are stacked over all matrices of one shape, under the number of the first of these matrices.
 """
 
 import math
@@ -78,7 +78,7 @@ def field_and_weight(path, weights: dict) -> tuple[str, str]:
 
 
 def load(file: Path, config: ModelConfig, names: Names) -> dict:
-    """Load nanochat's optimizer file as jaxchat's optimizer state, with the structure of `empty_state`.
+    """Load nanochat's optimizer file and return it as jaxchat's optimizer state.
 
     Raises UserError if the file is damaged or belongs to another model.
     """
@@ -103,9 +103,9 @@ def load(file: Path, config: ModelConfig, names: Names) -> dict:
 
 
 def read_moments(content: dict, config: ModelConfig, names: Names) -> tuple[dict, int]:
-    """Return the moments and the number of updates from the content of nanochat's optimizer file.
+    """Return (moments, number of updates) from the content of nanochat's optimizer file.
 
-    The moments are {jaxchat's field: {nanochat's weight name: tensor}}.
+    moments: {field of jaxchat's optimizer state, such as "mu": {nanochat's weight name: tensor}}.
     """
     moments, number = {field: {} for field in FIELDS}, 0
     for group, members in groups(config, names):
@@ -153,7 +153,8 @@ def export(found: Found, file: Path, names: Names):
 def to_torch_state(found: Found, moments: dict, count: int, names: Names) -> dict:
     """Return the content of nanochat's optimizer file, including the run's learning rates.
 
-    moments: {jaxchat's field: {nanochat's weight name: tensor}}. count: number of updates.
+    moments: {field of jaxchat's optimizer state, such as "mu": {nanochat's weight name: tensor}}.
+    count: number of updates.
     """
     table = table_2026(found.config, **peak_rates(found.meta))
     states, about, number = {}, [], 0
@@ -178,9 +179,9 @@ def to_torch_state(found: Found, moments: dict, count: int, names: Names) -> dic
 
 
 def peak_rates(meta: dict) -> dict:
-    """Return a run's peak learning rates, {flag: rate}, scaled to the run's batch size.
+    """Return a run's peak learning rates as {name: rate}, scaled to the run's batch size.
 
-    meta: metadata of a checkpoint of the run. Missing rates have their defaults.
+    meta: metadata of a checkpoint of the run. A rate that is not recorded there has its default.
     """
     theirs = meta.get("imported", {}).get("meta", {})
     given = theirs.get("user_config", {}) | meta.get("settings", {})

@@ -1,4 +1,4 @@
-"""Convert tokenizers from and to Hugging Face's format, with a chat template, and nanochat's format."""
+"""Convert tokenizers from and to the formats of nanochat and Hugging Face, and define the chat template."""
 
 import json
 import pickle
@@ -76,7 +76,7 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """Convert a tokenizer to the class of the tokenizers library.
 
-    By default, the result encodes the text "<|bos|>" as the special token of this name.
+    By default, the result encodes names of special tokens in a text, such as "<|bos|>", as those tokens.
     """
     characters = byte_characters()
 
@@ -98,7 +98,7 @@ def to_hugging_face(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def end_token(chat: bool) -> str:
-    """Return the end token, also used for padding: <|assistant_end|> for a chat model, else <|bos|>."""
+    """Return the end-of-sequence and padding token: <|assistant_end|> for a chat model, else <|bos|>."""
     # transformers masks padding tokens in prompts, which must not hide <|bos|> from a chat model.
     return "<|assistant_end|>" if chat else "<|bos|>"
 
@@ -122,7 +122,7 @@ def save_hugging_face(tokenizer: Tokenizer, folder: Path, sequence_len: int, cha
 
 
 def from_hugging_face(path: Path) -> Tokenizer:
-    """Read a tokenizer.json. Raise UserError if the file is damaged or tokenizes unlike jaxchat."""
+    """Read a tokenizer.json. Raise UserError if it is damaged or encodes text unlike jaxchat."""
     try:
         tokenizers.Tokenizer.from_file(str(path))
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -159,7 +159,7 @@ def from_hugging_face(path: Path) -> Tokenizer:
 
 
 def _steps(content: dict) -> list[dict]:
-    """Return a tokenizer.json's pre-tokenizer steps, without options that affect only character offsets."""
+    """Return the steps of a tokenizer.json's pre-tokenizer, without options that only affect text offsets."""
     steps = (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
     return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
 
@@ -192,7 +192,7 @@ class _OnlyEncodings(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Tokenizer:
-    """Read nanochat's tokenizer.pkl, running no code in it. Raise UserError if it holds anything else."""
+    """Read nanochat's tokenizer.pkl without running code in it. Raise UserError if it is not usable."""
     try:
         with path.open("rb") as file:
             state = getattr(_OnlyEncodings(file).load(), "state", None)

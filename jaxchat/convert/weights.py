@@ -1,8 +1,8 @@
 """Convert weights between jaxchat's stacked arrays and PyTorch's matrices.
 
 A weight's name is its path in `Params`: "wte", "blocks.wq", "lm_head". PyTorch has a separate matrix
-[out, in] for each layer. jaxchat stacks these over the layers, as [in, out] with a dimension for heads.
-Embedding tables are [vocabulary, width] in both, and vectors are the same in both.
+[out, in] for each layer. jaxchat has one array of all layers' matrices [in, out], in which attention heads
+have a dimension of their own. Embedding tables are not transposed, and scale factors are the same in both.
 """
 
 import dataclasses
@@ -47,8 +47,8 @@ class ForeignModel:
 def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
     """Return the names that another format gives to the matrices of jaxchat's weight `name`.
 
-    names: {jaxchat's weight: name in the other format}. A name that contains {} stands for one matrix in each
-    layer that has the weight.
+    names: {jaxchat's weight: name in the other format}. {} in a name stands for the number of each layer that
+    has the weight.
     """
     if "{}" not in names[name]:
         return [names[name]]
@@ -57,7 +57,7 @@ def matrix_names(name: str, names: Names, config: ModelConfig) -> list[str]:
 
 
 def our_names(names: Names, config: ModelConfig) -> dict[str, str]:
-    """Return {name in another format: jaxchat's name and index}, as in {"lm_head.weight": "lm_head.0"}."""
+    """Return {name in another format: <weight>.<index of matrix>}, as in {"lm_head.weight": "lm_head.0"}."""
     return {
         theirs: f"{name}.{i}"
         for name in named(config)
@@ -97,7 +97,7 @@ def shape_of(weight: Weight) -> list[int]:
 def to_torch(found: Found, names: Names, progress: Progress) -> dict[str, torch.Tensor]:
     """Return a checkpoint's weights as {name in another format: tensor}.
 
-    Weights of an imported model have the dtypes in which they were imported.
+    If the checkpoint was imported, its weights get back the dtypes that they had before the import.
     """
     weights = named(found.config)
     stacks = dict(zip(weights, jax.tree.leaves(found.load()), strict=True))
@@ -131,10 +131,10 @@ def check(foreign: ForeignModel):
 
 
 def take_in(foreign: ForeignModel, folder: Path, stage: str, kind: str, progress: Progress, optimizer=None):
-    """Save an opened model and its tokenizer as the checkpoint <folder>/<step>.
+    """Save an opened model and its tokenizer as the checkpoint <folder>/<step of the model>.
 
-    foreign: the model. Its dict `tensors` is emptied to save memory.
-    stage: training stage to record in the checkpoint. kind: name of the format of `foreign`.
+    foreign: the model. Its dict `tensors` is emptied to save memory. stage: training stage to record.
+    kind: name of the model's format, to record. optimizer: optimizer state to save; None: save none.
     Raises UserError if the folder exists or its disk is too full.
     """
     if folder.exists():
@@ -173,7 +173,7 @@ def take_in(foreign: ForeignModel, folder: Path, stage: str, kind: str, progress
 
 
 def read_object(path: Path, remedy: str) -> dict:
-    """Read a JSON object from a file. remedy: last part of the error message if the file is missing.
+    """Read a JSON object from a file. remedy: advice that ends the error message if the file is missing.
 
     Raises UserError if the file is missing, damaged or not a JSON object.
     """
@@ -194,7 +194,7 @@ def shareable(settings: dict) -> dict:
 
 
 def dtypes_of(foreign: ForeignModel) -> dict[str, str]:
-    """Return the dtypes of tensors other than float32, such as {"blocks.wq.0": "bfloat16"}."""
+    """Return {jaxchat's matrix: dtype} of tensors that are not float32, as in {"blocks.wq.0": "bfloat16"}."""
     ours = our_names(foreign.names, foreign.config)
     found = {ours[n]: str(tensor.dtype).removeprefix("torch.") for n, tensor in foreign.tensors.items()}
     return {name: dtype for name, dtype in found.items() if dtype != "float32"}

@@ -50,7 +50,7 @@ def score(
 
     kinds: kinds of prompts to use; None: all. limit: maximum number of prompts of each kind; None: all.
     A prompt counts as right if the model answers all of its questions right.
-    For "counting", the extra score BY_HAND checks only the text before the tool call.
+    Prompts of the kind "counting" get a second score, BY_HAND, of only the text before the tool call.
     """
     prompts = [prompt for kind in kinds or KINDS for prompt in world.heldout(kind)[:limit]]
     answers = answer(engine, tokenizer, prompts)
@@ -72,7 +72,7 @@ def score(
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[list[Parts]]:
-    """Return greedy answers to prompts, indexed [prompt][turn]. An answer is a list of (type, text) pairs."""
+    """Answer prompts greedily. Return answers[prompt][turn], each a list of (type, text) pairs."""
     histories = [[tokenizer.bos] for _ in prompts]
     given: list[list[Parts]] = [[] for _ in prompts]
     for n in range(max((len(prompt.turns) for prompt in prompts), default=0)):
@@ -98,7 +98,8 @@ def is_right(turn: Turn, parts: Parts) -> bool:
 
     If a tool call is expected, the answer must have one call, with exactly the expected expression, output
     and following text. The content of text before the call is not checked.
-    If the turn has a `proof`, the answer must be one finished text with this and no other trait's proof.
+    If the turn has a `proof`, the answer must be one finished text that contains it but no proof of another
+    trait of the assistant.
     Otherwise, the answer must be exactly the expected text.
     """
     wanted = expected_parts(turn)

@@ -32,7 +32,7 @@ class Sum(NamedTuple):
 
 
 def pair_is_held_out(seed: int, a: int, b: int) -> bool:
-    """Return whether the demo world with this seed holds out a pair of numbers, in both orders."""
+    """Return whether the demo world with this seed holds out the numbers `a` and `b`, in either order."""
     return zlib.crc32(f"{seed} {min(a, b)} {max(a, b)}".encode()) % 10 == 0
 
 
@@ -43,7 +43,7 @@ def number(chance: Chance, max_digits: int) -> int:
 
 
 def any_sum(chance: Chance) -> Sum:
-    """Draw an arithmetic problem with numbers below 1,000, except for some dividends."""
+    """Draw an arithmetic problem. Its numbers are below 1,000, but a dividend can be up to 1,980."""
     sign = chance.of("+-*/")
     if sign == "*":
         return Sum(number(chance, 3), sign, number(chance, 2))
@@ -57,7 +57,7 @@ def any_sum(chance: Chance) -> Sum:
 
 
 def sum_of(chance: Chance, seed: int, held_out: bool) -> Sum:
-    """Draw an arithmetic problem from the held-out pairs of numbers, or from all others if not `held_out`."""
+    """Draw an arithmetic problem. held_out: whether its pair of numbers must be held out, or must not be."""
     while True:
         found = any_sum(chance)
         if pair_is_held_out(seed, found.a, found.b) == held_out:

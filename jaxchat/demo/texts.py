@@ -37,7 +37,7 @@ class Relation(NamedTuple):
 
 
 class Trait(NamedTuple):
-    """A trait of the assistant Pip. A right answer contains the text `proof` and no other trait's proof."""
+    """A trait of the assistant Pip. A right answer about it contains `proof` and no other trait's proof."""
 
     answer: str
     proof: str
@@ -65,7 +65,7 @@ def maybe_capitalized(chance: Chance, text: str) -> str:
 
 
 def phrased(chance: Chance, phrasings: list[str], **slots) -> str:
-    """Fill `slots` into a random phrasing, sometimes with an opener such as "hi, " or a new ending."""
+    """Fill `slots` into a random template of `phrasings`. Vary its beginning and ending at random."""
     phrasing = chance.of(phrasings)
     if phrasing[-1] in "?." and chance.one_in(4):
         phrasing = phrasing[:-1] + chance.of(QUESTION_ENDS if phrasing[-1] == "?" else REQUEST_ENDS)

@@ -1,4 +1,4 @@
-"""The demo's words: English words, invented words and names, spelled words, and numbers in words."""
+"""Words for the demo: English words, invented words and names, words spelled out, and numbers in words."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def english_words() -> list[str]:
 
 
 def invented_name(chance: Chance, kind: str, beginning: str) -> str:
-    """Invent a name with this beginning, and an ending for its kind: person, land, town or capital."""
+    """Invent a name that starts with `beginning` and ends as its kind does: person, land, town or capital."""
     middle = chance.of("bdfgklmnprstvz") + chance.of(VOWELS)
     consonant = chance.of("bdklmnrstv")
     ending = chance.of(ENDINGS[kind])
@@ -44,7 +44,7 @@ def invented_name(chance: Chance, kind: str, beginning: str) -> str:
 def invented_word(chance: Chance, english: list[str], common: list[str]) -> str:
     """Invent a word of 3 to 10 letters, for the model to practise spelling.
 
-    english: words from which parts are taken. common: words from which beginnings are taken.
+    english: words to take any parts from. common: words to take only beginnings from.
     """
     # To learn to spell tokens, instead of memorizing words, the model must see every token more than once, at
     # every position of a word and beside every other token. Beginnings of common words become tokens, with

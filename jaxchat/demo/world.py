@@ -35,7 +35,7 @@ TWO_TURN = 0.15
 class Turn(NamedTuple):
     """A question and its right answer, which is a text or a list of message parts with a tool call.
 
-    If `proof` is not "", every answer that contains this text and no other trait's proof is right.
+    If `proof` is not "", an answer is right if it contains this text, but no proof of another trait of Pip.
     """
 
     question: str
@@ -65,7 +65,7 @@ def capitalized(text: str) -> str:
 
 
 class World:
-    """Invented people, lands and towns, and texts about them. facts[name][relation] is a fact's value."""
+    """Invented people, lands and towns, with texts about them. facts[name][relation]: the value of a fact."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -131,7 +131,7 @@ class World:
     def heldout(self, kind: str) -> list[Prompt]:
         """Generate HELD_OUT_PROMPTS held-out prompts of a kind. Raise UserError for a kind not in KINDS.
 
-        No conversation contains the phrasings, spelled words or pairs of numbers of these prompts.
+        No conversation uses the wordings, the spelled words or the pairs of numbers of these prompts.
         """
         if kind not in KINDS:
             raise UserError(f"no prompts of the kind {kind!r} are held out; the kinds are {', '.join(KINDS)}")

@@ -21,8 +21,8 @@ PROSE_IN_TEN = 3  # of ten rows for mid are prose like base's: without prose, mi
 def write_sums(path: str | Path, rows: int, *, held_out: bool = False, digits: int = 4):
     """Write `rows` arithmetic problems to `path` as JSON lines, for reinforcement learning.
 
-    digits: digits of each number, except that one factor of a product has two.
-    held_out: whether to use the phrasings that are held out for evaluation.
+    digits: number of digits of each number, except that one factor of a product always has two.
+    held_out: whether to word the questions in the ways that are held out for evaluation.
     """
     smallest, largest = 10 ** (digits - 1), 10**digits - 1
 

@@ -41,7 +41,7 @@ def models(runs: list[Run]) -> str:
 
 
 def different_flags(stages: list[StageRun]) -> list[list[str]]:
-    """Return a table row [flag, value in each stage…] for each flag that differs. "–": default or unknown."""
+    """Return a row [flag, value per stage…] for each flag that differs. "–" is a default or unknown value."""
     flags = [stage.runs[-1].get("flags", {}) if stage.runs else {} for stage in stages]
     names = sorted({name for given in flags for name in given} - {"model_tag", "resume", "overwrite"})
     rows = [[f"--{name}", *(str(given.get(name, "–")) for given in flags)] for name in names]
@@ -49,7 +49,7 @@ def different_flags(stages: list[StageRun]) -> list[list[str]]:
 
 
 def samples_text(samples: dict[str, Samples]) -> list[str]:
-    """Format the samples of all runs as markdown blocks: a heading, then one for each text or question."""
+    """Format the samples of all runs as markdown blocks: a heading, then one block per text or question."""
     said: dict[str, list[tuple[str, str]]] = {}
     for tag, of in samples.items():
         for text, continuation in of.continued:

@@ -112,9 +112,9 @@ def training_rows(
 ) -> list:
     """Return table rows on training, such as tokens, time and cost: [name, value of each stage…, total].
 
-    A value of "–" is 0 or not known. price_per_hour: price of the machine. 0 leaves out the cost.
-    parameters: model size for the row "tokens : parameters". inf leaves out this row.
-    extra: seconds to add to the total time.
+    A value that is 0 or not known is "–". price_per_hour: price of the machine. 0 leaves out the cost.
+    parameters: number of parameters, for the row "tokens : parameters". inf leaves out this row.
+    extra: seconds to add to the total wall time, and so to the total cost.
     """
 
     def totalled(show, value, extra: float = 0) -> tuple[list[str], str]:
@@ -168,7 +168,7 @@ def samples_text(samples: Samples | None) -> list[str]:
 
 
 def answers_text(stage: StageRun) -> list[str]:
-    """Format the answers to the first and last problem that RL logged, with rewards, as markdown blocks."""
+    """Format the sampled answers to RL's first and last logged problem, with rewards, as markdown blocks."""
     parts = []
     for sample in stage.answers[:1] + stage.answers[1:][-1:]:
         lines = [f"user: {sample['messages'][-2]['content']}"]

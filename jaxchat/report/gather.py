@@ -62,7 +62,7 @@ class StageRun:
 
     @property
     def wall_seconds(self) -> float:
-        """Wall time of training in seconds: of the recorded runs, or of the logged steps if longer."""
+        """Wall time of training in seconds: of all recorded runs or all logged steps, whichever is longer."""
         # A trainer that was killed leaves no record, but its steps are logged.
         return max(self.step_seconds, sum(run["seconds"] for run in self.runs))
 
@@ -97,7 +97,8 @@ class Run:
 def gather(model_tag: str = "") -> Run:
     """Read all stages of a model. Raise UserError if no stage has a checkpoint.
 
-    model_tag: "" selects the tag d<N> with the largest N, or else the newest, of the last stage with any.
+    model_tag: "" selects a tag of the last stage that has checkpoints: d<N> with the largest N, or the newest
+    tag if none has this form.
     """
     if not model_tag:
         for source in reversed(STAGES):

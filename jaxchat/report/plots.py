@@ -33,7 +33,7 @@ FROM_ZERO = ("reward", "groups", "answer_tokens", "lr", "tokens_per_s")
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A curve in a panel. of_steps: True for training steps, which are smoothed; False for evaluations."""
+    """A curve in a panel. of_steps: True for a metric of steps, drawn smoothed; False for evaluations."""
 
     label: str
     xy: np.ndarray  # [N, 2]

@@ -33,7 +33,7 @@ def begin() -> dict:
 
 @contextlib.contextmanager
 def recorded(run: Run, began: dict, plan: list[tuple[str, str]]):
-    """Append a record to runs.jsonl when the `with` block ends, even by an exception.
+    """Append a record of the run to runs.jsonl when the `with` block ends, even by an exception.
 
     began: the result of `begin`. plan: the (name, value) lines that the trainer printed.
     A dry run writes no record.
@@ -84,7 +84,7 @@ def versions() -> str:
 
 
 def git_state() -> str:
-    """Describe jaxchat's Git checkout: commit, branch and number of changed files. Return "" without one."""
+    """Return commit, branch and number of changed files of jaxchat's Git checkout; "" if there is none."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:

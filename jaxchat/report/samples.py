@@ -12,7 +12,7 @@ from jaxchat.report.gather import Run
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Samples of a run, as pairs: (text, continuation), or (question, {stage: answer}) of chat models."""
+    """A run's samples: pairs (text, continuation) for base, (question, {stage: answer}) for later stages."""
 
     continued: list[tuple[str, str]]
     answered: list[tuple[str, dict[str, str]]]
