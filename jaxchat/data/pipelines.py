@@ -39,7 +39,7 @@ def cut_step(
         raise UserError(f"{step}; use a number of devices that divides {rows}")
     most = -(-rows // devices)
     if device_batch_size > most:
-        raise UserError(f"--device_batch_size={device_batch_size}: a step has {most} rows a device; give fewer")
+        raise UserError(f"--device_batch_size={device_batch_size}: a step has {most} rows a device; lower it")
     batch = device_batch_size
     if batch < 0:
         batch = max((n for n in able if n <= limit), default=min(limit, most))
