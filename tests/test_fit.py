@@ -14,7 +14,7 @@ from conftest import model_on
 from jaxchat import sharding
 from jaxchat.config import REMATS, ModelConfig, UserError
 from jaxchat.train import fit
-from jaxchat.train.fit import SPARE, first_that_fits, fits, memory_needed, memory_refused
+from jaxchat.train.fit import FILL, first_that_fits, fits, memory_needed, memory_refused
 from jaxchat.train.state import abstract_state
 from jaxchat.train.step import make_train_step
 
@@ -47,7 +47,7 @@ def test_the_first_that_fits(steps, monkeypatch, capsys):
     mesh, made, args, needed = steps
     assert needed["none"] > needed["dots"] > needed["full"]
     for remat in REMATS:  # the last may take all there is
-        enough = needed[remat] if remat == "full" else needed[remat] / SPARE + 1
+        enough = needed[remat] if remat == "full" else needed[remat] / FILL + 1
         monkeypatch.setattr(fit, "device_memory", lambda mesh, enough=enough: enough)
         assert first_that_fits(made, mesh, *args) == remat
         *refused, taken = capsys.readouterr().out.splitlines()

@@ -12,7 +12,7 @@ from jaxchat.sharding import data_shards, gather_json
 from jaxchat.train.step import can_merge
 
 # Fraction of memory to fill while a smaller program is left to try. Pools leave gaps, and batches need room.
-SPARE = 0.95
+FILL = 0.95
 # Tokens of a device's micro-batch up to which recomputing the layers takes no longer than sending all
 # weights and gradients between devices: 5,000 (v5e, H100) to 11,600 (v6e) by arithmetic, docs/performance.md.
 FEW_TOKENS = 4096
@@ -42,7 +42,7 @@ def first_that_fits(steps: dict[str, Callable], mesh: Mesh, *args) -> str:
             print(message + fitting(limit, platform), flush=True)
             return remat
         message += f" of a device's {limit / 1e9:.1f} GB"
-        print(f"{message}: {'too much' if last else f'more than {SPARE:.0%}'}", flush=True)
+        print(f"{message}: {'too much' if last else f'more than {FILL:.0%}'}", flush=True)
     instead = "" if remat == "full" else ", or give --remat=full"
     raise UserError(f"{message}; lower --device_batch_size{instead}")
 
@@ -84,7 +84,7 @@ def memory_refused(problem: jax.errors.JaxRuntimeError) -> float:
 
 
 def fitting(limit: float, platform: str) -> str:
-    """Return the end of the message that reports a program that fits. limit: a device's memory, in bytes."""
+    """Return the end of a message about a program that fits in a device's memory of `limit` bytes."""
     if platform == "tpu":
         return ", which on TPUs can be more than it takes; it compiled, so it fits"
     return f" of a device's {limit / 1e9:.1f} GB: it fits"
@@ -93,8 +93,8 @@ def fitting(limit: float, platform: str) -> str:
 def fits(needed: int, limit: float, platform: str, last: bool) -> bool:
     """Return whether a program that needs `needed` bytes fits in a device memory of `limit` bytes.
 
-    last: whether no smaller program is left to try. The last program may fill all memory, others the fraction
-    SPARE. On TPUs the result is always True, since their compiler rejects programs that do not fit.
+    last: whether no smaller program is left to try. If so, this one may fill all memory, else the fraction
+    FILL of it. On TPUs the result is always True, since their compiler rejects programs that do not fit.
     """
     # A TPU's `needed` is too high, since it counts temporaries that are never in memory together.
-    return platform == "tpu" or needed <= limit * (1 if last else SPARE)
+    return platform == "tpu" or needed <= limit * (1 if last else FILL)

@@ -68,7 +68,7 @@ def steps_for(config: BaseConfig, model: ModelConfig, batch: int, weights: int, 
     """Return (number of training steps, text that names the flag that sets it).
 
     Uses the first of --num_iterations, --target_flops and --target_param_data_ratio that is given.
-    batch: tokens per step. weights: number of weights that the ratio multiplies. kind: what they are.
+    batch: tokens per step. weights: number of weights to multiply by the ratio. kind: their name in the text.
     """
     ratio = config.target_param_data_ratio
     if config.num_iterations > 0:

@@ -1,4 +1,4 @@
-"""The training loop that all stages share. What differs between stages is data in a Stage (stages.py)."""
+"""The training loop that all stages share. A Stage (stages.py) holds what differs between them."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ class Evaluation:
 
     measure: function from the weights to {name of a measured value: number}.
     at_start: whether to measure before the first step, too.
-    best: name of a measured value. The checkpoint where it is largest is kept. "": not used.
+    best: name of a measured value. The checkpoint where it is largest is kept. "": no best one is kept.
     """
 
     name: str
@@ -104,13 +104,13 @@ class Loop:
             # Save before the evaluations, which may fail or take too long.
             if self.saver.due(self.step, self.finished or stopping):
                 self.reporter.flush()
-                self.saver.save(self.state, self.step, finished=self.finished)
+                self.saver.save(self.state, self.step, stage_finished=self.finished)
                 self.reporter.restart_clock()
             stopping = self.evaluate(stopping)
             if self.finished or stopping:
                 self.reporter.flush()
                 self.ending = True
-                self.saver.finish(self.state, self.step, finished=self.finished)
+                self.saver.finish(self.state, self.step, stage_finished=self.finished)
             if stopping:
                 outcome = self.saver.stop_message(self.step)
                 raise Preempted(f"stopped by {self.stop.signal} after step {self.step}; {outcome}")
@@ -154,8 +154,8 @@ class Loop:
     def evaluate(self, stopping: bool) -> bool:
         """Run the evaluations that are due, unless `stopping`. Return whether the run is to stop now.
 
-        If one process trains, a signal to stop interrupts an evaluation, because the machine may be lost
-        before the evaluation ends. The resumed run repeats it.
+        In a run of one process, a signal to stop interrupts an evaluation, because the machine may be lost
+        before it ends. The resumed run repeats the evaluation.
         """
         for evaluation in self.evaluations:
             # Whether the evaluation was already made before the run was resumed.
@@ -180,9 +180,9 @@ class Loop:
     def next_batch(self) -> dict:
         """Return the batch of the next step.
 
-        If one of several processes can't read its rows, it returns its previous rows with weights of NaN
-        instead, so that no process waits for it or applies the step. All processes then raise Unread. In RL,
-        or if there are no previous rows, the error is raised at once.
+        If one of several processes can't read its rows, it returns its previous rows with token weights of
+        NaN. The others then need not wait for it, no process applies the step, and all raise Unread when the
+        step is reported. In RL, or if there are no previous rows, the error is raised at once.
         """
         batches = self.stage.batches
         independent = batches.alone and jax.process_count() > 1
@@ -202,13 +202,13 @@ class Loop:
         return self.batch
 
     def go_back(self, step: int):
-        """Set the step and the data position back to `step`. The steps undone had changed no weights."""
+        """Set the step and the data position back to `step`. The later steps have not changed the weights."""
         self.stage.batches.set_state(self.positions[step - self.step])
         self.state = self.state.replace(step=self.state.step - (self.step - step))
         self.step = step
 
 
 def place_batch(batch: dict, mesh: Mesh) -> dict:
-    """Place a batch's arrays on the mesh, sharded by rows. Leave out its "totals" and "numbers"."""
+    """Place on the mesh, sharded by rows, the arrays that a step uses: all but "totals" and "numbers"."""
     arrays = {name: array for name, array in batch.items() if name not in ("totals", "numbers")}
     return {name: place_rows(array, mesh) for name, array in arrays.items()}

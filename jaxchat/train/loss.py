@@ -58,7 +58,7 @@ def loss_sums(params: Params, batch: dict, config: ModelConfig, compute: Compute
     """Return (Σ weight·nll, N) of a batch, float32. nll: negative log-likelihood of a target token, in nats.
 
     batch: {inputs_BT, targets_BT, weights_BT[, counts_BT][, segments_BT]}. Weights may be negative.
-    N: Σ counts, or Σ weights if the batch has no counts. The mean loss is Σ weight·nll ÷ N.
+    N is the divisor of the mean loss: Σ counts, or Σ weights if the batch has no counts.
     """
     x_BTD = features(params, batch["inputs_BT"], config, compute, batch.get("segments_BT"))
     chunking = Chunking.of(*batch["inputs_BT"].shape, config, compute)

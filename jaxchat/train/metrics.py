@@ -30,7 +30,7 @@ def check_installed(*, run: str, tensorboard: bool):
 
 
 def peak_bytes() -> int:
-    """Return the peak memory use in bytes: of the first local device or, on a CPU, of the process."""
+    """Return the peak memory use of the first local device, or of the process on a CPU, in bytes."""
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -128,14 +128,17 @@ def evaluations_at(step: int, folder: Path) -> list[str]:
 
 
 def best_step(folder: Path, name: str, last: int) -> tuple[int, float] | None:
-    """Return the step and value of the largest `name` that evaluations logged up to step `last`, or None."""
+    """Return the step up to `last` where evaluations measured the largest value of `name`, and that value.
+
+    Returns None if metrics.jsonl in `folder` has no such value.
+    """
     rows = [row for row in files.read_lines(folder / "metrics.jsonl") if "evaluation" in row]
     found = [(row["step"], row[name]) for row in rows if row["step"] <= last and row.get(name) is not None]
     return max(found, key=lambda one: one[1]) if found else None
 
 
 def wandb_id(folder: Path, new: bool) -> str:
-    """Return the run's id at Weights & Biases, stored in `folder`. new: replace it by a new id."""
+    """Return the run's id at Weights & Biases, stored in `folder`. new: whether to create a new id first."""
     path = folder / "wandb_id"
     if new or not path.exists():
         files.write_text(path, secrets.token_hex(8))

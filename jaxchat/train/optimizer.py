@@ -38,11 +38,11 @@ class Muon:
     momentum, decay: momentum and weight decay as functions of the number of finished updates.
     The decay applies only to weights that the update moves towards 0. decay=None: no decay.
     coefficients: (a, b, c) of the polynomial of each orthogonalization step.
-    norm_factor, norm_eps: a matrix is first divided by norm_factor × (its norm) + norm_eps.
-    equalize: before that, scale the columns (output neurons) to the same norm (MuonEq).
-    exact_norm: scale the result to the norm of an orthogonal matrix (Muon+).
-    neuron_beta: decay of the running mean square of each neuron's updates. Updates are divided by its root
-    (NorMuon). 0: they are not divided.
+    norm_factor, norm_eps: before these steps, divide a matrix by norm_factor × (its norm) + norm_eps.
+    equalize: whether to scale its columns (output neurons) to the same norm before this division (MuonEq).
+    exact_norm: whether to scale the orthogonalized matrix to the norm of an orthogonal matrix (Muon+).
+    neuron_beta: decay rate of the running mean square of a neuron's updates. The updates are divided by the
+    root of this mean (NorMuon). 0: they are not divided.
     """
 
     lr: float
@@ -69,8 +69,8 @@ class AdamW:
 def orthogonalize(g_Lmn, dtype, rule: Muon):
     """Return a stack of matrices with their singular values brought close to 1, in float32.
 
-    Each matrix is divided by its norm and, if tall, transposed, so that G = x·xᵀ is small. Each step then
-    replaces x by (a + b·G + c·G²)·x, with the coefficients of `rule`, computed in `dtype`.
+    Each step replaces x by (a + b·G + c·G²)·x with the coefficients of `rule`, in `dtype`, where G = x·xᵀ. At
+    first, x is a matrix divided by its norm and, to make G smaller, transposed if it is tall.
     """
     steps = rule.coefficients
     g_Lmn = equalize_columns(g_Lmn.astype(dtype).astype(jnp.float32)) if rule.equalize else g_Lmn
@@ -122,7 +122,7 @@ def orthogonalize_sharded(u, weight: Weight, mesh: Mesh, dtype, rule: Muon):
     """Orthogonalize a stack of matrices [L, *in, *out] that is sharded over a mesh as `weight` is.
 
     Each device gathers the complete matrices of about L/devices layers, orthogonalizes them, and sends the
-    shards back. With more devices than layers, each group of neighbours along `data` computes all layers.
+    shards back. With more devices than layers, groups along the mesh axis `data` may each compute all layers.
     """
     in_axis, out_axis = weight.axes[1], next(axis for axis in weight.axes[2:] if axis)
     data, holders = mesh.shape["data"], mesh.shape["fsdp"] * mesh.shape["tensor"]
@@ -213,7 +213,7 @@ def to_exact_norm(weight: Weight, x):
 
 
 def neuron_axes(weight: Weight) -> tuple[int, ...]:
-    """Return the axes that NorMuon averages over: the inputs' if fan_in ≤ fan_out, else the outputs'."""
+    """Return the axes over which NorMuon averages: input axes if fan_in ≤ fan_out, else output axes."""
     axes = range(1, len(weight.shape))
     inputs = next(n for n in axes if math.prod(weight.shape[1 : n + 1]) == weight.fan_in)
     return tuple(axes[:inputs] if weight.fan_out >= weight.fan_in else axes[inputs:])
@@ -294,7 +294,7 @@ def table_2026(
     """Return nanochat's update rules of July 2026 as {group of weights: rule}.
 
     momentum, decay: Muon's momentum and weight decay as functions of the number of finished updates.
-    momentum=None: as in table_2025. decay=None: no decay.
+    momentum=None: it rises from 0.85 to 0.95 in the first 300 updates. decay=None: no decay.
     """
     momentum = momentum or table_2025(config)["matrix"].momentum
     width_scale = (config.n_embd / 768) ** -0.5
@@ -321,7 +321,7 @@ def make_optimizer(
 ) -> GradientTransformation:
     """Return the optimizer of all weights. Its updates use the peak learning rates, without a schedule.
 
-    table: {group of weights: rule}. None: table_2025 with `rates`.
+    table: {group of weights: rule}. None: table_2025 with the keyword arguments `rates`.
     grad_clip: largest global norm of the gradients. 0: no limit.
     muon_dtype: dtype of Muon's orthogonalization. mesh: the mesh over which the weights are sharded.
     """

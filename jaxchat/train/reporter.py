@@ -17,7 +17,7 @@ class NotFinite(UserError):
 
 
 class Unread(UserError):
-    """Raised on all processes when one can't read its rows of a step. No process applies that step."""
+    """Raised on all processes when one of them can't read its rows of a step. No process applies it."""
 
     def __init__(self, step: int):
         super().__init__(f"another process can't read its rows of step {step}; its own message says why")
@@ -85,7 +85,7 @@ class Reporter:
         return fetched
 
     def _checked(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        """Return the values of a step that are to be logged.
+        """Return the values of a step that are to be logged: all but those named in HIDDEN.
 
         Raises Unread if a process could not read its rows.
         Raises NotFinite if the loss or gradient is not finite, unless --on_nonfinite=skip.

@@ -48,7 +48,7 @@ def tokenizer_for(config: TrainConfig, name: str, tag: str) -> Tokenizer:
 def find_start(stage: Stage) -> Start:
     """Return where a run starts: at step 0 or, with --resume, at the last intact checkpoint.
 
-    Raises UserError if existing checkpoints would be lost, are all damaged, or don't match the flags.
+    Raises UserError if there are checkpoints but no --resume or --overwrite, or if none can be resumed.
     """
     flags = stage.flags
     check_installed(run=flags.run, tensorboard=flags.tensorboard)
@@ -130,7 +130,7 @@ def without_folders(meta: dict) -> dict:
 
 
 def mechanism_rows(model: ModelConfig) -> list[tuple[str, str]]:
-    """Describe what the model adds to nanochat's of November 2025, in at most one row (name, text)."""
+    """Describe what the model adds to nanochat's model of November 2025, in at most one row (name, text)."""
     parts = []
     if model.window_pattern:
         parts.append(f"windows {model.window_pattern} (S {model.short_window:,}, L {model.sequence_len:,})")
@@ -170,8 +170,8 @@ def plan_of(stage: Stage, start: Start) -> list[tuple[str, str]]:
 def open_run(stage: Stage, start: Start) -> Iterator[Run]:
     """Context manager that yields a stage's Run, its state initialised or restored from `start`.
 
-    It chooses the first --remat whose training step fits in memory, and locks the run's folder. Nothing is
-    written or deleted until every check has passed. On exit, it waits for the save in progress.
+    It tries values of --remat, fastest first, until a step fits in memory, and locks the run's folder.
+    Nothing is written or deleted until every check has passed. On exit, it waits for the save in progress.
     """
     checkpoints = start.checkpoints
     try:

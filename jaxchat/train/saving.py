@@ -50,36 +50,39 @@ class Saver:
         """Make a save due if a step's metrics say that --save_minutes have passed on any process."""
         self._overdue = self._overdue or values.get("overdue", 0) > 0
 
-    def save(self, state: TrainState, step: int, *, finished: bool):
+    def save(self, state: TrainState, step: int, *, stage_finished: bool):
         """Start to save the state. If this fails, print the error and retry after a later step."""
         try:
-            self._start(state, step, finished)
+            self._start(state, step, stage_finished)
         except Exception as problem:
             self._failed(step, problem)
 
-    def keep_best(self, state: TrainState, step: int, value: float, finished: bool):
+    def keep_best(self, state: TrainState, step: int, value: float, stage_finished: bool):
         """If `value` is the largest so far, keep this step's checkpoint as the best. Save it if necessary."""
         if not self._checkpoints or not value > self._best:
             return
         self._best = value
         if step:
             self._checkpoints.kept = step
-            if self._begun < step and not finished:  # a finished run saves it anyway
-                self.save(state, step, finished=finished)
+            if self._begun < step and not stage_finished:  # a finished run saves it anyway
+                self.save(state, step, stage_finished=stage_finished)
 
     def restore_best(self, found: tuple[int, float] | None):
         """Set the best (step, value) that was found before the run was resumed, if any."""
         if self._checkpoints and found:
             self._checkpoints.kept, self._best = found
 
-    def finish(self, state: TrainState, step: int, *, finished: bool):
-        """Save the last state and wait until it is saved. Raise UserError if LAST_ATTEMPTS attempts fail."""
+    def finish(self, state: TrainState, step: int, *, stage_finished: bool):
+        """Save the last state and wait until it is saved. Raise UserError if LAST_ATTEMPTS attempts fail.
+
+        stage_finished: whether the stage is at its end, where only weights are saved unless Stage.keep_state.
+        """
         if not self._checkpoints:
             return
         for attempt in range(LAST_ATTEMPTS):
             try:
                 if self._begun < step:
-                    self._start(state, step, finished)
+                    self._start(state, step, stage_finished)
                 self._checkpoints.wait()
                 return self._succeeded()
             except Exception as problem:
@@ -102,7 +105,7 @@ class Saver:
         if not self._checkpoints or step <= self._begun or alone and jax.process_count() > 1:
             return
         try:
-            self._start(state, step, finished=False)
+            self._start(state, step, stage_finished=False)
             self._checkpoints.wait()
             self._succeeded()
         except Exception as problem:
@@ -118,11 +121,11 @@ class Saver:
             return "no step is finished, so nothing is saved; run the same command again"
         return f"saved in {self._checkpoints.folder / str(step)}; continue with the same command and --resume"
 
-    def _start(self, state: TrainState, step: int, finished: bool):
+    def _start(self, state: TrainState, step: int, stage_finished: bool):
         if self._begun > self._saved:
             self._checkpoints.wait()
             self._succeeded()
-        keep = self._stage.keep_state or not finished
+        keep = self._stage.keep_state or not stage_finished
         self._begun, self._retry_step = step, None
         self._saved_at, self._overdue = clock(), False
         self._checkpoints.save(

@@ -35,7 +35,7 @@ class Stop:
     def interruptible(self):
         """Context manager in which a signal to stop raises Interrupted. An earlier signal raises it on entry.
 
-        With several processes it has no effect, because the others would wait for this one.
+        In a run of several processes no signal raises it, because the others would wait for this one.
         """
         self._interruptible = jax.process_count() == 1
         try:

@@ -32,8 +32,8 @@ def train_step(
     batch: {inputs, targets, weights[, counts][, segments][, sampler]}, arrays [A, B, T] with A micro-batches.
     sampler: the log-probabilities of the targets when they were sampled (RL).
     The loss is Σ weight·nll ÷ N over all micro-batches. N is Σ counts, or Σ weights if there are no counts.
-    If all token weights are 0, the parameters and the optimizer do not change and the loss is 0. If the loss
-    or the gradient is not finite, they do not change and the metric "nonfinite" is 1.
+    If all token weights are 0, parameters and optimizer state do not change and the loss is 0. If the loss or
+    the gradient is not finite, they do not change and the metric "nonfinite" is 1.
     """
     if model.compute.remat == "step" and can_merge(batch, model.mesh):
         batch, model = merge_micro_batches(batch, model)
@@ -71,14 +71,14 @@ def train_step(
 
 
 def zero_sums(params: Params) -> tuple:
-    """Return zeros to which micro-batches are added: (float32 gradients, Σ weight·nll, N)."""
+    """Return zeros for (float32 gradients, Σ weight·nll, loss divisor), to which micro-batches are added."""
     return jax.tree.map(lambda p: jnp.zeros(p.shape), params), jnp.zeros(()), jnp.zeros(())
 
 
 def sum_gradients(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
-    """Return ((gradients, Σ weight·nll, N), {}), summed over all micro-batches. N is as in loss_sums.
+    """Return ((gradients, Σ weight·nll, N), {}), summed over all micro-batches.
 
-    The empty dict means that there are no further metrics.
+    N: Σ counts, or Σ weights if there are no counts. The empty dict means that there are no further metrics.
     """
     config, compute = model.config, model.compute
 
@@ -92,11 +92,11 @@ def sum_gradients(params: Params, batch: dict, model: Model) -> tuple[tuple, dic
 
 
 def sum_gradients_of_answers(params: Params, batch: dict, model: Model) -> tuple[tuple, dict]:
-    """Return ((gradients, Σ weight·nll, N), metrics), summed over all micro-batches of sampled answers (RL).
+    """Return ((gradients, Σ weight·nll, N), metrics) over all micro-batches of sampled answers (RL).
 
-    Let d be a target's log-probability in the trainer minus that in the sampler, batch["sampler"]. Over the
-    targets with a weight other than 0, the metrics are the mean and the largest |d|, and the mean of e^d − 1
-    − d, an estimate of KL(sampler ‖ trainer).
+    N: Σ counts, or Σ weights if there are no counts. Let d be a target's log-probability in the trainer minus
+    that in the sampler, batch["sampler"]. Over targets with a weight other than 0, the metrics are the mean
+    of |d|, the largest |d|, and the mean of e^d − 1 − d, an estimate of KL(sampler ‖ trainer).
     """
     config, compute = model.config, model.compute
 
@@ -136,8 +136,8 @@ def sum_gradients_of_answers(params: Params, batch: dict, model: Model) -> tuple
 def can_merge(batch: dict, mesh: Mesh) -> bool:
     """Return whether a layer can compute all micro-batches before the next layer begins (--remat=step).
 
-    This needs several micro-batches, whose rows several devices share evenly, and a tensor axis of size 1. RL
-    is excluded, since it skips micro-batches whose weights are 0.
+    This needs several micro-batches, several devices that share the rows of each evenly, and a tensor axis of
+    size 1. RL batches are never merged, since micro-batches whose weights are all 0 are skipped in RL.
     """
     num_micro, rows, _ = batch["inputs"].shape
     sharded = mesh is not None and mesh.shape["tensor"] == 1 < data_shards(mesh)
@@ -147,7 +147,7 @@ def can_merge(batch: dict, mesh: Mesh) -> bool:
 def merge_micro_batches(batch: dict, model: Model) -> tuple[dict, Model]:
     """Join A micro-batches [A, B, T] into one, [1, A·B, T]. Return it and the model with compute.parts = A.
 
-    Each layer of that model computes the rows in A parts. Rows stay on their devices.
+    Each layer of that model computes the rows in A parts, one per micro-batch. Rows stay on their devices.
     """
     num_micro, shards = len(batch["inputs"]), data_shards(model.mesh)
 
@@ -161,8 +161,8 @@ def merge_micro_batches(batch: dict, model: Model) -> tuple[dict, Model]:
 def split_micro_batches(batch: dict, compute: Compute) -> dict:
     """Cut each micro-batch into n smaller ones: arrays [A, B, T] become [A·n, B/n, T].
 
-    n is the smallest number for which a device computes at most compute.micro_tokens tokens at a time (0: no
-    limit). Rows stay on their devices.
+    n is the smallest number for which a device computes at most compute.micro_tokens tokens at a time, or one
+    row if that is longer. compute.micro_tokens=0: there is no limit. Rows stay on their devices.
     """
     num_micro, rows, time = batch["inputs"].shape
     shards = data_shards(compute.mesh)
