@@ -37,7 +37,10 @@ class Checklist(list):
     """
 
     def add(self, name: str, text: str, state: str = "ok", **flags: str):
-        """Add an item. A command in `text` is made ready to paste, with all `flags` that are not empty."""
+        """Add an item. If `text` contains a command, make it ready to paste, with the non-empty `flags`.
+
+        state: "ok", "warning" or "missing".
+        """
         found = re.search(r"(python -m launch\.|make setup )[^;]+", text)
         command = cli.runnable(found[0], **flags) if found else ""
         text = text.replace(found[0], command) if found else text

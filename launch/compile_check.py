@@ -1,4 +1,4 @@
-"""Compile a training step for absent devices: python -m launch.compile_check --depth=20 --topology=v5e:4x4"""
+"""Compile a step for devices you don't have: python -m launch.compile_check --depth=20 --topology=v5e:4x4"""
 
 import dataclasses
 import json
@@ -117,7 +117,7 @@ def gathered(program) -> str:
 
 
 def bound_rows(bounds: dict, model_seconds: float) -> list[tuple[str, str]]:
-    """Return rows (name, text) on the shortest possible time of a step and of its parts.
+    """Return rows (name, text) that state the shortest possible time of a step and of each of its parts.
 
     bounds: {part: Bound}. model_seconds: time of the model's FLOPs at the devices' peak rate.
     """

@@ -1,4 +1,4 @@
-"""Serve a trained model through OpenAI's API, with a chat page: python -m launch.serve"""
+"""Serve a trained model with an OpenAI-compatible API and a chat page: python -m launch.serve"""
 
 import contextlib
 import dataclasses

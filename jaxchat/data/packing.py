@@ -165,7 +165,8 @@ class BestFit:
 class CroppedBestFit(BestFit):
     """Pack rows by best fit as nanochat does, from a buffer of 1,000 documents.
 
-    Documents in the same row attend to each other. One longer than a row is used only when no other fits.
+    Where no document fits in the rest of a row, the shortest is cropped to it, and its remainder is dropped.
+    Documents in the same row attend to each other.
     """
 
     buffer = 1000

@@ -98,8 +98,8 @@ def is_right(turn: Turn, parts: Parts) -> bool:
 
     If a tool call is expected, the answer must have one call, with exactly the expected expression, output
     and following text. The content of text before the call is not checked.
-    If the turn has a `proof`, the answer must be one finished text that contains it but no proof of another
-    trait of the assistant.
+    If the turn asks about the assistant, such as its name, the answer must be one finished text that contains
+    the turn's `proof` (here the name), and the proof of no other trait.
     Otherwise, the answer must be exactly the expected text.
     """
     wanted = expected_parts(turn)

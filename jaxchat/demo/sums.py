@@ -32,7 +32,7 @@ class Sum(NamedTuple):
 
 
 def pair_is_held_out(seed: int, a: int, b: int) -> bool:
-    """Return whether the demo world with this seed holds out the numbers `a` and `b`, in either order."""
+    """Return whether a world of this seed keeps (a, b), in either order, out of its training data."""
     return zlib.crc32(f"{seed} {min(a, b)} {max(a, b)}".encode()) % 10 == 0
 
 

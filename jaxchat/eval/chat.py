@@ -202,8 +202,8 @@ def result_of(name: str, right: list[list[bool]]) -> ChatResult:
 def chat_core(results: list[TaskResult]) -> dict[str, float]:
     """Return {name: mean centred accuracy} over all results, and over all results except SpellingBee's.
 
-    Centred accuracy is 0 for guessing and 1 for only right answers. A name is "ChatCORE", or lists the tasks
-    that are left out, as in "ChatCORE without HumanEval".
+    Centred accuracy is 0 for guessing and 1 for only right answers. The name is "ChatCORE" if all six tasks
+    are included; otherwise it lists the missing ones, as in "ChatCORE without HumanEval".
     """
     missing = [name for name in TASKS if name not in {result.task for result in results}]
 

@@ -58,8 +58,9 @@ def periods(kinds: tuple[Layer, ...]) -> tuple[int, int]:
 
 
 def through_layers(step: Callable, x_BTD, blocks: Blocks, config: ModelConfig, compute: Compute):
-    """Compute all layers in turn. Return (x_BTD, the middle layer's output or, without backout, None).
+    """Compute all layers in turn. Return (x_BTD, middle).
 
+    middle: the output of the middle layer if the model has backout, which subtracts it at the end, else None.
     step: function (x_BTD, weights, kind=Layer) -> x_BTD that computes one layer.
     A repeating pattern of layers is compiled once, as a loop, unless compute.unroll is set.
     """

@@ -291,9 +291,9 @@ def slots_for(config: RLConfig, model: Model) -> int:
 
 
 def padded_length(longest: int, context: int) -> int:
-    """Return the length to pad rows to: `longest` rounded up, but at most `context`.
+    """Return the length to pad rows to: `longest` rounded up to one of a few lengths, at most `context`.
 
-    Few lengths occur, because the step is compiled for each. Above 256 tokens, at most an eighth is added.
+    They are few because the step is compiled for each. Above 256 tokens, padding adds at most an eighth.
     """
     step = max(32, 2 ** (longest.bit_length() - 4))
     return min(context, -(-longest // step) * step)

@@ -97,9 +97,10 @@ def clipped_share(policy: Policy, advantages_R: np.ndarray, mask_RT: np.ndarray,
 
 
 def _ratio(policy: Policy, a_R1, m_RT, logprobs: LogProbs):
-    """Return the probability ratio new ÷ old policy of each token, [R, T], or 0 where it is clipped.
+    """Return each token's probability under the new policy ÷ that under the old one, as [R, T].
 
-    For "reinforce" return 1. For "cispo" limit ratios to 1 + clip_high instead. For "gspo" return [R, 1].
+    The ratio is 0 where it is clipped; with loss "cispo" it is limited to 1 + clip_high instead. Loss "gspo"
+    has one ratio per row, [R, 1], and "reinforce" has the ratio 1.
     """
     if policy.loss == "reinforce":
         return 1.0

@@ -261,7 +261,7 @@ class Form:
 
 
 class Reply:
-    """The reply to one HTTP request. Creating a Reply queues the request's answers."""
+    """The reply to one HTTP request. Creating a Reply queues its answers for generation."""
 
     def __init__(self, service: Service, parsed: ParsedRequest):
         model = parsed.model

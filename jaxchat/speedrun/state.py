@@ -130,7 +130,7 @@ class State:
         files.write_json(self.path(REDO), commands_of(steps, names))
 
     def complete(self):
-        """Mark the run as complete. After this, a repeated --redo deletes the outputs again."""
+        """Mark the run as complete. A command with --redo then deletes outputs, instead of continuing."""
         files.delete(self.path(REDO))
 
 
@@ -141,8 +141,8 @@ def commands_of(steps: list[Step], names: set[str]) -> dict[str, list[str]]:
 def to_do(state: State, steps: list[Step], chosen: list[Step], redo: set[str]) -> dict[str, str]:
     """Return {step name: reason} of the chosen steps that must run.
 
-    steps: all steps of the run. redo: names given to --redo. Raises UserError if an input is missing, or if a
-    step succeeded or can continue, but its flags or inputs differ from those of its last start.
+    steps: all steps of the run. redo: names given to --redo. Raises UserError if an input is missing, or if
+    the flags or inputs of a finished or resumable step have changed since it was last started.
     """
     again = state.again(steps, redo)
     check_inputs(state, steps, chosen, again)

@@ -68,7 +68,7 @@ class Saver:
                 self.save(state, step, stage_finished=stage_finished)
 
     def restore_best(self, found: tuple[int, float] | None):
-        """Set the best (step, value) that was found before the run was resumed, if any."""
+        """Restore which step was best, and its value, before the run was resumed. None: there was none."""
         if self._checkpoints and found:
             self._checkpoints.kept, self._best = found
 

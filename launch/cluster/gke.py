@@ -69,7 +69,7 @@ class Config(Flags):
     restarts: int = flag(20, 0)
     """Maximum number of times that all pods are restarted."""
     dry_run: bool = False
-    """Only print the file and the command."""
+    """Only print the JobSet and the kubectl command; start nothing."""
 
 
 def hardware(config: Config) -> tuple[int, dict, dict]:

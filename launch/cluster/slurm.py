@@ -46,7 +46,7 @@ class Config(Flags):
     restarts: int = flag(20, 0)
     """Maximum number of times that the job is requeued after exit code 75, 76, 134 or 137."""
     dry_run: bool = False
-    """Only print the file and the command."""
+    """Only print the batch script and the sbatch command; submit nothing."""
 
 
 def script(config: Config, command: list[str]) -> str:
