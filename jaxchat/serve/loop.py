@@ -271,5 +271,5 @@ class Pool:
         self._seconds += 0.1 * (seconds - self._seconds)
 
     def _retry(self) -> int:
-        """Return seconds for Retry-After, 1 to 60: the estimated time until half of a full queue has begun."""
+        """Return seconds for Retry-After, 1 to 60: estimated time until half of a full queue has begun."""
         return max(1, min(60, round(self._seconds * self._max_waiting / self.slots / 2)))
