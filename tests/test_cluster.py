@@ -82,7 +82,8 @@ def sbatch_options(text):
     for line in lines:
         if not line.startswith("#SBATCH"):
             break
-        name, equals, value = re.fullmatch(r"#SBATCH --([a-z-]+)(=?)(\S*)", line).groups()
+        (word,) = shlex.split(line.removeprefix("#SBATCH "))  # Slurm, too, knows quotes
+        name, equals, value = re.fullmatch(r"--([a-z-]+)(=?)(.*)", word).groups()
         assert name in (SBATCH_VALUES if equals else SBATCH_BARE).split(), line
         options[name] = value if equals else None
     assert "#SBATCH" not in text.partition("\n\n")[2]
@@ -98,6 +99,7 @@ def test_slurm(here, capsys):
     assert (
         options["partition"] == "gpu"
         and options["qos"] == "high"
+        and options["comment"] == "my run"
         and {"exclusive", "requeue"} <= options.keys()
         and options["mem"] == "0"
     )

@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, capsys):
         if spoil != truncate:  # the last one stays
             shutil.copytree(folder / "kept", run / "6", dirs_exist_ok=True)
             assert not seal.damage(run / "6")
-    with pytest.raises(UserError, match="is damaged: .*take another step: 2, 4, 6"):
+    with pytest.raises(UserError, match="is damaged: .*take another step: 2, 4$"):
         checkpoint.find("base", "run", 6)
     wanted = losses(run)
     ends(base_train, base("--resume"), 0)

@@ -68,7 +68,9 @@ def script(config: Config, command: list[str]) -> str:
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value != ""]
     lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
     lines += [] if config.cpus else ["#SBATCH --exclusive"]
-    lines += [f"#SBATCH {shlex.quote(word)}" for word in shlex.split(config.directives)]
+    for word in shlex.split(config.directives):
+        name, equals, value = word.partition("=")
+        lines.append(f"#SBATCH {name}{equals}{value and shlex.quote(value)}")
     codes, cpus = "|".join(map(str, RESTARTED)), config.cpus or "$SLURM_CPUS_ON_NODE"
     return "\n".join(
         [
