@@ -369,7 +369,9 @@ def test_a_step_that_cannot_be_cut_names_the_device_batch():
         pipelines.cut_step(12, 2, 4, 32)
     with pytest.raises(UserError, match="12 rows, which 5 devices cannot share evenly; use a number of devices that"):
         pipelines.cut_step(12, 5, -1, 32)
-    assert pipelines.cut_step(12, 5, -1, 4, fills=True) == (3, 1)
+    assert pipelines.cut_step(12, 5, -1, 4, fills=True) == (3, 1) == pipelines.cut_step(12, 5, 3, 4, fills=True)
+    with pytest.raises(UserError, match="--device_batch_size=4: a step has 3 rows a device; lower it"):
+        pipelines.cut_step(12, 5, 4, 4, fills=True)
     for total, remedy in ((1000, "give 512$"), (1, "give at least 512")):
         with pytest.raises(UserError, match=f"_size={total} is not a multiple of the row length, 512; {remedy}"):
             pipelines.rows_of_step(total, 512)

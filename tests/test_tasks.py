@@ -11,7 +11,7 @@ from jaxchat.config import MidConfig, SFTConfig, UserError
 from jaxchat.data import pipelines
 from jaxchat.data.sources import file_fingerprint
 from jaxchat.data.tasks import Mixture, load_mixture, load_task, spelling
-from jaxchat.data.tasks.hub import answer_parts, suspects
+from jaxchat.data.tasks.hub import answer_parts, choice_conversation, suspects
 from jaxchat.infer.calculator import calculate
 from jaxchat.tokenizer import check_conversation
 from jaxchat.train.stages import data_row
@@ -390,6 +390,16 @@ def test_columns_of_another_shape_are_named(tmp_path, path, columns):
     name = {"smoltalk": "SmolTalk", "arc": "ARC-Easy", "mmlu": "MMLU"}[path.split("/")[0]]
     with pytest.raises(UserError, match="row 0: (its columns have other types than exp|.* not a list of texts)"):
         load_task(f"{name}/train", tmp_path)
+
+
+def test_choices_without_letters(tmp_path):
+    with pytest.raises(UserError, match="11 choices; there are letters for 10"):
+        choice_conversation("q", list("abcdefghijk"), 0)
+    (tmp_path / "arc/ARC-Easy").mkdir(parents=True)
+    row = {"question": "q", "choices": {"text": ["a", "b", "c"], "label": ["A", "B"]}, "answerKey": "A"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "arc/ARC-Easy/train.parquet")
+    with pytest.raises(UserError, match="row 0: it has 2 labels for 3 choices"):
+        load_task("ARC-Easy/train", tmp_path)
 
 
 def test_openai_lines(tmp_path):
