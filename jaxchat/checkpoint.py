@@ -62,15 +62,29 @@ class Found:
         path = plain_path(self.folder) / str(self.step) / "params"
         quiet_orbax()
         try:
+            check_weights(path, target)
             with ocp.StandardCheckpointer() as reader:
-                stored = reader.metadata(path).item_metadata.tree
-                # Compared before reading: when Orbax refuses one array, its reads of the others keep running.
-                if wrong := _other_shapes(target, stored):
-                    raise ValueError(wrong)
                 return reader.restore(path, target)
-        except (ValueError, OSError) as problem:
+        except jax.errors.JaxRuntimeError:  # such as no memory
+            raise
+        except Exception as problem:  # Orbax raises almost anything
             message = f"{self.path} does not hold the weights that its metadata describes"
             raise UserError(f"{message}: {first_line(problem)}") from problem
+
+
+def check_weights(path: Path, target: Params):
+    """Raise ValueError unless the arrays stored at `path` have the names and shapes of `target`.
+
+    When Orbax itself refuses one array, its reads of the others keep running.
+    """
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        stored = reader.metadata(path).item_metadata
+    if stored is None:
+        raise ValueError(f"{path} has no readable metadata")
+    if wrong := _other_shapes(target, stored.tree):
+        raise ValueError(wrong)
 
 
 def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokenizer: bool = True) -> Found:
@@ -136,15 +150,18 @@ def find(
     steps = steps_in(folder)
     if not steps:
         have = f"there are: {', '.join(p.name for p in tags)}" if tags else train
+        others = [stage for stage in STAGES if steps_in(run_folder(stage, model_tag))]
+        have += f"; {model_tag} has checkpoints of: {', '.join(others)}" if others else ""
         raise UserError(f"no {source} checkpoint named {model_tag} in {root}; {have}")
     if step >= 0 and step not in steps:
         raise UserError(f"no step {step} in {folder}; there are: {', '.join(map(str, steps))}")
+    again = f"{train} --model_tag={model_tag} --overwrite"
     if step >= 0 and (wrong := seal.damage(folder / str(step), items)):
         others = ", ".join(str(other) for other in steps if other != step)
-        remedy = f"take another step: {others}" if others else train
+        remedy = f"take another step: {others}" if others else again
         raise UserError(f"{folder / str(step)} is damaged: {wrong}; {remedy}")
     if step < 0 and not (steps := whole_steps(folder, items)):
-        raise UserError(f"all checkpoints in {folder} are damaged; {train}")
+        raise UserError(f"all checkpoints in {folder} are damaged; {again}")
     return folder, step if step >= 0 else steps[-1]
 
 
@@ -212,9 +229,12 @@ def readable(path: Path):
     """Context manager that turns errors in reading the checkpoint at `path` into a UserError."""
     try:
         yield
-    except (ValueError, OSError) as problem:
+    except jax.errors.JaxRuntimeError:  # such as no memory
+        raise
+    except Exception as problem:  # Orbax raises almost anything
         reason = first_line(problem)
-        raise UserError(f"{path} can't be read ({reason}); delete it to use the one before") from problem
+        remedy = "move it away to use an earlier checkpoint, or start again with --overwrite"
+        raise UserError(f"{path} can't be read ({reason}); {remedy}") from problem
 
 
 def first_line(problem: Exception) -> str:

@@ -1,4 +1,4 @@
-"""All settings of jaxchat as frozen dataclasses: stages, models and flags.
+"""Settings of jaxchat as frozen dataclasses: stages, models and the flags of trainers.
 
 Each field of a flags class is a flag of a command, and the string below the field is the flag's help.
 """
@@ -474,6 +474,8 @@ class TrainConfig(MeshFlags):
     none. The result equals that of an uninterrupted run, exactly on CPUs and up to rounding on GPUs."""
     overwrite: bool = flag(False, free=True)
     """Delete all checkpoints of this stage and --model_tag, and start from step 0."""
+    dry_run: bool = flag(False, free=True)
+    """Train without writing checkpoints, metrics or samples."""
     tensorboard: bool = flag(False, free=True)
     """Also write TensorBoard event files beside the checkpoints."""
     on_nonfinite: str = flag("stop", choices=("stop", "skip"), free=True)
@@ -487,7 +489,7 @@ class TrainConfig(MeshFlags):
             ("resume", "overwrite", "one continues from the checkpoints, the other deletes them"),
             ("resume", "dry_run", "a dry run always starts from step 0"),
         ):
-            if getattr(self, one) and getattr(self, other, False):
+            if getattr(self, one) and getattr(self, other):
                 raise UserError(f"--{one} and --{other} contradict each other: {why}; leave one out")
 
 
@@ -598,8 +600,6 @@ class FinetuneConfig(TrainConfig):
     N, or else the newest folder."""
     step: int = flag(-1, -1, free=True)
     """Step of the checkpoint to start from; -1: the last."""
-    dry_run: bool = flag(False, free=True)
-    """Train without writing checkpoints, metrics or samples."""
     tasks_dir: str = flag("", own=True)
     """Folder of the task files; empty: <base directory>/tasks."""
 

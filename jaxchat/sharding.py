@@ -140,8 +140,9 @@ def mesh_shape(axes: str, devices: int, platform: str = "cpu") -> tuple[int, int
     if devices % total or (len(fixed) == 3 and total != devices):
         product = " × ".join(f"{name}={size}" for name, size in fixed.items() if size > 1)
         product += f" = {total}" if "×" in product else ""
-        relation = "make" if len(fixed) == 3 else "divide"
-        raise UserError(f"--mesh={axes}: {product} does not {relation} the {devices} devices there are")
+        relation = "is not" if len(fixed) == 3 else "does not divide"
+        here = f"the number of devices here, {devices}"
+        raise UserError(f"--mesh={axes}: {product} {relation} {here}; --mesh=data=-1 uses all of them")
     return tuple(devices // total if size < 0 else size for size in sizes.values())
 
 

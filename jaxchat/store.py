@@ -140,6 +140,7 @@ class Checkpoints:
         checkpoint.quiet_orbax()
         path, handler = checkpoint.plain_path(self.folder) / str(step), ocp.CompositeCheckpointHandler()
         with checkpoint.readable(self.folder / str(step)), ocp.Checkpointer(handler) as reader:
+            checkpoint.check_weights(path / "params", params)
             restored = reader.restore(path, args=ocp.args.Composite(**items))
         if optimizer is None:
             return restored["params"], None

@@ -14,9 +14,9 @@ class Config(MeshFlags):
     of text. CORE is left out if there is no CORE bundle. The results are written beside the checkpoint, as
     base_eval_<step>.csv and .json."""
 
-    model_tag: str = ""
+    model_tag: str = flag("", alias="-g")
     """Tag of the model; empty: the deepest model tagged d<N>, or else the newest model."""
-    step: int = flag(-1, 0, special=-1)
+    step: int = flag(-1, 0, special=-1, alias="-s")
     """Step of the checkpoint; -1: the last."""
     eval_bundle: str = ""
     """Folder or zip file of the CORE bundle; empty: <base directory>/eval_bundle, or else eval_bundle.zip

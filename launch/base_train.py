@@ -53,7 +53,8 @@ def run(config: BaseConfig):
     evaluations = training.base(config, stage, bundle)
     with open_run(stage, start) as ready, record.recorded(ready, began, plan):
         train(ready, evaluations)
-    cli.after_base(stage.tag, stage.model.config.plain)
+    if start.checkpoints:
+        cli.after_base(stage.tag, stage.model.config.plain)
 
 
 main = cli.command(BaseConfig, run, several=True)

@@ -69,17 +69,17 @@ def task_names(config: Config) -> tuple[list[str], str]:
     for name in asked:
         if name not in chat.TASKS:
             known = ", ".join(chat.TASKS)
-            raise UserError(f"-a {config.task_name}: unknown task {name!r}; it is one of {known}")
+            raise UserError(f"--task_name={config.task_name}: unknown task {name!r}; it is one of {known}")
     left_out = {name: why for name in asked if (why := chat.why_not(name))}
     names, why = [name for name in asked if name not in left_out], "; ".join(left_out.values())
     if not names:
-        raise UserError(f"-a {config.task_name}: {why}; name other tasks")
+        raise UserError(f"--task_name={config.task_name}: {why}; name other tasks")
     return names, f"{', '.join(left_out)} is NOT measured: {why}" if left_out else ""
 
 
 def run(config: Config):
     from jaxchat import sharding
-    from jaxchat.data.tasks import load_task
+    from jaxchat.data.tasks import load_tasks
     from jaxchat.eval import chat
     from jaxchat.eval.results import check_writable, save_results
     from jaxchat.eval.scoring import Scorer, out_of_memory
@@ -90,7 +90,8 @@ def run(config: Config):
     names, left_out = task_names(config)
     found, model = cli.open_model(config, config.source, asks=False)
     check_writable(found.folder)
-    tasks = {name: load_task(chat.TASKS[name].spec, config.tasks_dir or None) for name in names}
+    opened = load_tasks([chat.TASKS[name].spec for name in names], config.tasks_dir or None)
+    tasks = dict(zip(names, opened, strict=True))
     sharding.check_same(
         checkpoints=found.name, tasks={name: task.fingerprint for name, task in tasks.items()}
     )

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxchat.config import MOST_TOKENS, STAGES, BaseConfig, MidConfig, SFTConfig, UserError, flag
+from jaxchat.config import MOST_TOKENS, STAGES, BaseConfig, MidConfig, SFTConfig, UserError, counted, flag
 from jaxchat.speedrun.estimate import BYTES_A_TOKEN, shards_for
 from launch import base_train, cli, download, tok_train
 
@@ -158,8 +158,9 @@ def check_model(config: Config, model, tag: str, checks: Checklist):
         needed += max(0, KEEP - len(steps)) * size
         with checks.expecting(name):
             files.check_space(folder, needed)
-            text = f"{KEEP} checkpoints of {files.size_text(size)}, in all {files.size_text(needed)} of "
-            text += f"{files.size_text(files.free_space(folder))} free"
+            total, free = files.size_text(needed), files.size_text(files.free_space(folder))
+            text = f"{KEEP} checkpoints of {files.size_text(size)}, one more while saving; "
+            text += f"with the stages before, in all {total} of {free} free"
             refused = steps and not (config.resume or config.overwrite)
             text += f"; step {steps[-1]} exists: add --resume or --overwrite" if refused else ""
             checks.add(name, text, "warning" if refused else "ok")
@@ -188,8 +189,8 @@ def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str,
         sizes = [m.row_group(i).total_byte_size for m in about for i in range(m.num_row_groups)]
         there = sum(sizes) / BYTES_A_TOKEN
     shards, epochs = len(texts.paths), tokens / max(1, there)
-    text = f"{shards:,} shards and one for validation, about {there:,.0f} tokens; base reads {tokens:,}: "
-    text += f"{epochs:.2g} epochs"
+    text = f"{counted(shards, 'shard')} and one for validation, about {there:,.0f} tokens; "
+    text += f"base reads {tokens:,}: {epochs:.2g} epochs"
     if epochs > 1:
         source = texts.paths[0].parent / SOURCE
         repo = source.read_text(encoding="utf-8").split()[0] if source.is_file() else ""

@@ -168,15 +168,19 @@ def next_step(command: str, **flags: str) -> None:
     print("next:", runnable(command, **flags), flush=True)
 
 
+def this_python() -> str:
+    """Return "python" if a shell finds this Python by that name, else the path of this Python."""
+    found = shutil.which("python")
+    if found and os.path.dirname(found) == os.path.dirname(sys.executable):
+        return "python"
+    near = os.path.relpath(sys.executable)
+    return shlex.quote(sys.executable if near.startswith("..") else near)
+
+
 def runnable(command: str, **flags: str) -> str:
     """Return `command` ready to paste into a shell, with all `flags` that are not empty. It runs this Python.
     In a base_directory() context, it begins with JAXCHAT_BASE_DIR=<the context's folder>."""
-    found = shutil.which("python")
-    # Give the path of this Python if `python` is another one.
-    if not found or os.path.dirname(found) != os.path.dirname(sys.executable):
-        near = os.path.relpath(sys.executable)
-        path = shlex.quote(sys.executable if near.startswith("..") else near)
-        command = command.replace("python", path, 1)
+    command = command.replace("python", this_python(), 1)
     before = [f"JAXCHAT_BASE_DIR={shlex.quote(folder)}" for folder in _base[-1:]]
     after = [f"--{name}={shlex.quote(value)}" for name, value in flags.items() if value]
     return " ".join([*before, command, *after])
@@ -330,7 +334,9 @@ def _prog(run) -> str:
 
 
 def _fail(message: str, code: int) -> typing.NoReturn:
-    print(f"error: {message}" if code == 2 else message, file=sys.stderr, flush=True)
+    if code == 2:  # commands to run, in the message, call this Python
+        message = "error: " + re.sub(r"\bpython(?= -m )", lambda _: this_python(), message)
+    print(message, file=sys.stderr, flush=True)
     raise SystemExit(code) from None
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 
-from jaxchat.config import ALL_REMATS, ARCHITECTURES, MOST_TOKENS, BaseConfig, Flags, UserError, flag
+from jaxchat.config import ALL_REMATS, ARCHITECTURES, MOST_TOKENS, BaseConfig, Flags, UserError, counted, flag
 from launch import cli
 
 
@@ -54,8 +54,8 @@ def run(config: Config):
 
     topologies.compile_only()
     plan = step.StepPlan(config)
-    batch = f"{plan.batch} rows × {plan.shards} devices × {plan.accumulated} accumulated"
-    batch += f" × {config.max_seq_len} tokens"
+    batch = f"{counted(plan.batch, 'row')} × {counted(plan.shards, 'device')}"
+    batch += f" × {plan.accumulated} accumulated × {config.max_seq_len} tokens"
     model = f"{num_params(plan.model):,} parameters; {flops_per_token(plan.model):,} FLOPs a token"
     cli.print_plan(
         f"Compiling the step of d{config.depth} for {config.topology}",

@@ -62,9 +62,7 @@ def run(config: Config):
         import jaxchat.convert.hugging_face
         import jaxchat.convert.nanochat  # noqa: F401
     except ImportError as problem:
-        raise UserError(
-            f"conversion needs {problem.name}; in the checkout: pip install -e '.[convert]'"
-        ) from problem
+        raise UserError(f"conversion needs {problem.name}: make setup EXTRAS=convert") from problem
     (export if config.to else take_in)(config)
 
 

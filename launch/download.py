@@ -146,7 +146,7 @@ def run(config: Config):
             hub.fetch_link(link, path)
 
     hub.show_progress(work, listings, wanted.values())
-    print("all files are present and verified", flush=True)
+    print("all files are complete", flush=True)
     if not set(names) <= {*TASKS, "core-bundle"}:
         print_next(config.to)
 

@@ -209,7 +209,7 @@ def warmup_settings(context: int) -> list[dict]:
 def check_installed():
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        how = "make setup EXTRAS=serve, or: pip install -c constraints.txt -e '.[serve]'"
+        how = "make setup EXTRAS=serve"
         raise UserError(f"serving needs {', '.join(missing)}; install the extra serve: {how}")
 
 

@@ -7,7 +7,7 @@ LONGER = 4  # a row may be so many times longer than the context that the model 
 
 
 class PlainModel:
-    """spec.md's model in float64."""
+    """The model of November 2025 in float64."""
 
     def __init__(self, params, config):
         self.p, self.config = jax.tree.map(lambda a: np.asarray(a, np.float64), params), config

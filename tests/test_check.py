@@ -97,12 +97,13 @@ def test_all_is_there(here, checked):
     )
     assert lines["tokenizer"][1] == "300 tokens, trained on these shards"
     assert "8 × cpu" in lines["devices"][1] and "no NVIDIA driver" in lines["driver"][1]
-    assert lines["base batch"][1].startswith("1 rows × 8 devices × 1 accumulated = 8 rows × 32 = 256 tokens")
+    assert lines["base batch"][1].startswith("1 row × 8 devices × 1 accumulated = 8 rows × 32 = 256 tokens")
     assert lines["mid batch"][1].startswith("32 rows × 8 devices × 64 accumulated")
     embedding, layers = 2 * 300 * 64, 12 * 64 * 64  # with two moments, and with one
     size = 12 * embedding + 8 * layers + 20  # and a few counters
     for stage, count in (("base", 4), ("mid", 7), ("SFT", 10)):
-        text = f"3 checkpoints of {size / 1e6:.2f} MB, in all {count * size / 1e6:.2f} MB of"
+        text = f"3 checkpoints of {size / 1e6:.2f} MB, one more while saving; with the stages before, "
+        text += f"in all {count * size / 1e6:.2f} MB of"
         assert text in lines[f"{stage} disk"][1]
     assert f"weights and optimizer take {size / 1e6:.2f} MB" in lines["memory"][1]
     assert lines["SmolTalk"][1] == "SmolTalk/train 7 (mid), SmolTalk/test 3 (mid)"

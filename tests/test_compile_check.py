@@ -35,7 +35,7 @@ def test_an_unknown_topology(topology):
 @pytest.mark.parametrize("topology, extra", [("v5e:4x4", "tpu"), ("h100:8", "gpu-plan")])
 def test_what_is_not_installed(monkeypatch, topology, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf"pip install -e '\.\[{extra}\]'"):
+    with pytest.raises(UserError, match=f"make setup EXTRAS={extra}"):
         topologies.devices_of(topology)
 
 

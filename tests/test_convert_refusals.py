@@ -120,7 +120,7 @@ class Hidden:
 sys.meta_path.insert(0, Hidden)
 """
     for code, message in (
-        ("from launch import convert; convert.main(['--to=hf', '--out=x'])", "pip install -e '.[convert]'"),
+        ("from launch import convert; convert.main(['--to=hf', '--out=x'])", "make setup EXTRAS=convert"),
         ("from launch import demo, base_train, mid_train, chat_sft, chat_cli, tok_eval; print('fine')", "fine"),
     ):
         done = subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True)

@@ -77,7 +77,7 @@ def test_every_fault_is_survived(fetch, home, faults):
     files, broken = shards(), "shard_00001.parquet"
     with FakeHub(files, {broken: [*faults], "api": ["503"]}) as server:
         code, out, _ = fetch(server, "fineweb-edu", "--shards=3")
-        assert code == 0 and "all files are present and verified" in out, out
+        assert code == 0 and "all files are complete" in out, out
         assert_complete(home / "base_data", files[FINEWEB], 3)
         assert (home / "base_data" / SOURCE).read_text() == f"{FINEWEB} 3 {COMMITS[0]}\n"
         assert server.asked.count(broken) == len(faults) + 1

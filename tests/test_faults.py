@@ -277,7 +277,7 @@ def test_saves_that_all_fail(folder, monkeypatch, capsys):
     "command, flags, stage, number", [(base_train, base, "base", signal.SIGINT), (chat_sft, sft, "sft", signal.SIGHUP)]
 )
 def test_a_stop_saves_and_can_be_resumed(folder, monkeypatch, capsys, command, flags, stage, number):
-    """Asked to stop amid step 3, a run saves after it, leaves with 75, and goes on as if nothing had been."""
+    """Asked to stop amid step 3, a run saves after it, leaves with 75, and ends as an uninterrupted run."""
     run, count, place = folder / STAGES[stage].folder / "run", 0, loop.place_batch
 
     def stopping(batch, mesh):

@@ -52,9 +52,9 @@ def test_the_flag(axes, devices, platform, want):
 @pytest.mark.parametrize(
     "axes, told",
     [
-        ("fsdp=3", "fsdp=3 does not divide the 8 devices"),
-        ("fsdp=3,tensor=2", "fsdp=3 × tensor=2 = 6 does not divide the 8 devices"),
-        ("data=2,fsdp=2,tensor=1", "data=2 × fsdp=2 = 4 does not make the 8 devices"),
+        ("fsdp=3", "fsdp=3 does not divide the number of devices here, 8"),
+        ("fsdp=3,tensor=2", "fsdp=3 × tensor=2 = 6 does not divide the number of devices here, 8"),
+        ("data=2,fsdp=2,tensor=1", "data=2 × fsdp=2 = 4 is not the number of devices here, 8"),
         ("data=-1,fsdp=-1", "only one axis can be -1 (what is left of the 8 devices)"),
         ("rows=2", "'rows=2' is not an axis; write data=-1,fsdp=1,tensor=1"),
         ("fsdp=0", "'fsdp=0' is not an axis"),
@@ -115,7 +115,8 @@ def test_no_ring():
 def test_a_trainer_refuses_an_impossible_mesh(run_command):
     done = run_command("launch.base_train", "--mesh=fsdp=3", "--device_type=cpu", devices=2, check=False)
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: --mesh=fsdp=3: fsdp=3 does not divide the 2 devices there are"
+    words = "fsdp=3 does not divide the number of devices here, 2; --mesh=data=-1 uses all of them"
+    assert done.stderr.strip() == f"error: --mesh=fsdp=3: {words}"
 
 
 def batch_of(stage: str) -> dict[str, np.ndarray]:

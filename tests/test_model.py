@@ -36,7 +36,7 @@ def tokens(config, batch=3, time=12, seed=1):
 
 
 def plain_forward(params, tokens_BT, config):
-    """spec.md's model in float64, one position and one head at a time."""
+    """The model of November 2025 in float64, one position and one head at a time."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     H, group = config.n_embd // config.n_head, config.n_head // config.n_kv_head
 
@@ -235,7 +235,7 @@ def test_bfloat16_stays_near():
 def test_sizes_of_known_depths():
     d20 = ModelConfig.from_depth(20, sequence_len=2048, vocab_size=65536)
     assert (d20.n_embd, d20.n_head, d20.n_kv_head, d20.head_dim) == (1280, 10, 10, 128)
-    assert num_params(d20) == 560_988_160  # "561M" in spec.md
+    assert num_params(d20) == 560_988_160  # nanochat states 561M
     matrices = 20 * 12 * 1280**2 + 65536 * 1280
     assert flops_per_token(d20) == 6 * matrices + 12 * 20 * 1280 * 2048
     assert flops_per_token(d20, time=256) == 6 * matrices + 12 * 20 * 1280 * 256

@@ -51,7 +51,7 @@ def test_orthogonalize(shape):
 
 
 def test_twenty_steps_of_all_three_groups():
-    """Each weight after twenty steps is what spec.md's formulas give in float64, to 1e-5 of its norm (4e-7 is seen).
+    """Twenty steps give the weights of the formulas in float64, to 1e-5 of their norms (4e-7 is seen).
 
     With everything on: clipping (some steps' gradients are above the bound, some below), weight decay, a schedule.
     """

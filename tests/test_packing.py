@@ -244,9 +244,9 @@ def test_state_of_another_number_of_streams_is_refused():
 
 
 def test_only_empty_documents_do_not_hang():
-    with pytest.raises(UserError, match="documents in a row are empty"):
+    with pytest.raises(UserError, match="documents read are empty"):
         next(iter(packed(documents([0, 0, 0]), 1, 4)))
-    with pytest.raises(UserError, match="documents in a row are empty"):
+    with pytest.raises(UserError, match="documents read are empty"):
         next(iter(packed(documents([0, 0, 0]), 1, 4, packing="bos_bestfit")))
     assert total(next(iter(packed(documents([0, 0, 0]), 1, 4, once=True))), "targets") == 0
 

@@ -151,7 +151,7 @@ def test_fingerprint_tells_which_shard_was_replaced(tmp_path, monkeypatch):
 
 
 def test_a_shard_replaced_while_it_is_read(tmp_path, monkeypatch):
-    """Told when its next row group is read; the same bytes written anew are no replacement."""
+    """Noticed when its next row group is read; the same bytes written anew are no replacement."""
     path = write(tmp_path / "a.parquet", list("abcd"), row_group_size=1)
     texts = ParquetText([path])
     assert texts[0] == "a"

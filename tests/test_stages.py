@@ -61,7 +61,7 @@ def test_plan_of_the_first_example(large_vocabulary, one_device):
     assert steps == 14_160
     assert plan["model"] == "12 layers × 768, 6 heads (6 key/value) × 128, vocabulary 65,536"
     assert plan["parameters"] == f"185,597,952; {flops:,} FLOPs a token"
-    assert plan["batch"] == "32 rows × 1 devices × 4 accumulated = 128 rows × 2048 = 262,144 tokens a step"
+    assert plan["batch"] == "32 rows × 1 device × 4 accumulated = 128 rows × 2048 = 262,144 tokens a step"
     assert plan["steps"] == (
         f"14,160; {14_160 * 262_144:,} tokens; tokens : parameters = 20.00; {14_160 * 262_144 * flops:.3e} FLOPs"
     )
@@ -84,7 +84,7 @@ def test_plan_of_the_second_example(large_vocabulary, one_device, home, monkeypa
     assert plan["model"] == "12 layers × 768, 6 heads (6 key/value) × 128, vocabulary 65,536"
     assert plan["parameters"].startswith("185,597,952;")
     assert plan["starts from"] == str(home / "base_checkpoints/d12/14160")
-    assert plan["batch"] == "16 rows × 1 devices × 16 accumulated = 256 rows × 2048 = 524,288 tokens a step"
+    assert plan["batch"] == "16 rows × 1 device × 16 accumulated = 256 rows × 2048 = 524,288 tokens a step"
     assert plan["learning rates"] == "× 0.3" and plan["steps"].startswith("one pass over the mixture: about ")
     assert "warning" not in plan
     plan = dict(mid_train.stage_for(dataclasses.replace(config, device_batch_size=64)).plan)

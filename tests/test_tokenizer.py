@@ -77,7 +77,7 @@ def test_specials_are_the_last_ids_and_weigh_no_bytes(tokenizer):
 
 
 def test_mask_of_every_piece(tokenizer):
-    """The table of spec.md, piece by piece."""
+    """Which tokens of a conversation are trained on, piece by piece."""
     conversation = {
         "messages": [
             {"role": "system", "content": "Be kind."},

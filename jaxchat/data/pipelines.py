@@ -104,7 +104,11 @@ def load_tasks(spec: str, tasks_dir: str, flag: str, *, documents: bool):
 
     Raises UserError if they have no rows, or if they hold plain documents and `documents` is false.
     """
-    tasks = load_mixture(spec, tasks_dir or None)
+    try:
+        tasks = load_mixture(spec, tasks_dir or None)
+    except UserError as problem:
+        off = "; or turn this evaluation off: --eval_every=-1" if flag == "val_tasks" else ""
+        raise UserError(f"--{flag}: {problem}{off}") from problem
     if len(tasks) == 0:
         raise UserError(f"--{flag}={spec} has no rows; name at least one task that has some")
     if not documents and any(task.has_documents for task in tasks.tasks):

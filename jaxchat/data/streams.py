@@ -65,7 +65,7 @@ class _StreamRowsIterator(grain.DatasetIterator):
             documents = [ids for ids, _ in self._p.read(sources)]
             fruitless = 0 if any(map(len, documents)) else fruitless + len(documents)
             if fruitless > EMPTY_IN_A_ROW:
-                raise UserError(f"{fruitless:,} documents in a row are empty; check that the data holds text")
+                raise UserError(f"the last {fruitless:,} documents read are empty; give data that holds text")
             for n, places in wanted.items():
                 if places:
                     self._streams[n].add(documents[: len(places)])

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxchat import files, sharding
 from jaxchat.checkpoint import Found, run_folder
-from jaxchat.config import Model, RLConfig
+from jaxchat.config import Model, RLConfig, counted
 from jaxchat.data.order import Order
 from jaxchat.data.tasks import Mixture
 from jaxchat.eval.chat import SLOTS, batch_size_for
@@ -99,13 +99,14 @@ class RolloutBatches:
         micro_batches, rows = self._shape()
         devices = sharding.data_shards(self.model.mesh)
         count, slots = c.examples_per_step * c.num_samples, slots_for(c, self.model)
+        product = f"{counted(rows // devices, 'row')} × {counted(devices, 'device')}"
         answers = f"{c.examples_per_step} problems × {c.num_samples} = {count} a step, at most "
         answers += f"{c.max_new_tokens} tokens, {slots} a device at a time"
         reward = ", ".join(f"{name} × {weight:g}" for name, weight in self.problems.reward.items())
         right = ", ".join(f"{what} ({name})" for name, what in tasks.items())
         found = [
             ("answers", answers),
-            ("batch", f"{rows // devices} rows × {devices} devices × {micro_batches} accumulated, or fewer"),
+            ("batch", f"{product} × {micro_batches} accumulated, or fewer"),
             ("reward", f"{reward}; checked by {right}"),
             ("loss", f"{c.loss}, advantages by {c.advantage}, divided by {norm_of(c)}"),
         ]

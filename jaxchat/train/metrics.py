@@ -26,7 +26,7 @@ def check_installed(*, run: str, tensorboard: bool):
     ):
         if wanted and importlib.util.find_spec(module) is None:
             flag = f"--run={run}" if module == "wandb" else "--tensorboard"
-            raise UserError(f"{flag} needs {module}: pip install -e '.[{extra}]' in jaxchat's folder")
+            raise UserError(f"{flag} needs {module}: make setup EXTRAS={extra}")
 
 
 def peak_bytes() -> int:

@@ -55,7 +55,7 @@ def find_start(stage: Stage) -> Start:
     sharding.check_same(
         data=stage.data, tokenizers=stage.tokenizer.hash, parents=stage.meta["parent"], flags=flags.shared()
     )
-    if getattr(flags, "dry_run", False):
+    if flags.dry_run:
         return Start(None, [])
     checkpoints = Checkpoints(checkpoint.run_folder(stage.name, stage.tag))
     steps = sharding.from_first(checkpoints.steps)
@@ -104,10 +104,14 @@ def check_same_run(stage: Stage, saved: dict, checkpoints: Checkpoints, step: in
     }
     saved, meta = without_folders(saved), without_folders(stage.meta)
     for what in compared:
-        if saved.get(what) != meta.get(what):
+        before, now = saved.get(what), meta.get(what)
+        for flag in ("arch", "recipe") if what == "settings" else ():
+            if before.get(flag) != now.get(flag):  # it sets the defaults of the others
+                before, now = {flag: before.get(flag)}, {flag: now.get(flag)}
+        if before != now:
             raise UserError(
                 f"--resume: {checkpoints.folder} was trained with different {what}: "
-                f"{sharding.difference(saved.get(what), meta.get(what))}; give the same again, or "
+                f"{sharding.difference(before, now)}; give the same again, or "
                 "another --model_tag for a new run"
             )
 

@@ -26,6 +26,7 @@ from jaxchat.config import (
     SFTConfig,
     TrainConfig,
     UserError,
+    counted,
 )
 from jaxchat.data import pipelines
 from jaxchat.data.encode import Reader, conversation_reader, text_reader
@@ -131,8 +132,14 @@ def base(
     num_steps, tokens = horizon.steps, horizon.tokens
     flops = f"{tokens * flops_per_token(model.config):.3e} FLOPs"
     ratio = f"tokens : parameters = {tokens / num_params(model.config):.2f}"
-    shards = f"{len(texts):,} documents in {len(texts.paths)} shards; the last shard is for validation"
-    overlap = repeated(texts.fingerprint, held_out.fingerprint)
+    shards = f"{counted(len(texts), 'document')} in {counted(len(texts.paths), 'shard')}"
+    shards += "; the last shard is for validation"
+    warmup = config.warmup_steps / num_steps if config.warmup_steps else config.warmup_ratio
+    warmdown = horizon.cooldown / num_steps if horizon.cooldown else config.warmdown_ratio
+    warnings = [repeated(texts.fingerprint, held_out.fingerprint)]
+    if warmup + warmdown > 1 + 1e-9:
+        share = f"warmup is {warmup:.0%} of the steps and cooldown {warmdown:.0%}"
+        warnings.append(f"{share}, so the cooldown begins late; lower --warmup_steps")
     data_tokens = tokens_in(text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts))
     return Stage(
         name="base",
@@ -157,8 +164,8 @@ def base(
         num_documents=len(texts),
         schedule=partial(
             lr_multiplier,
-            warmup_ratio=config.warmup_steps / num_steps if config.warmup_steps else config.warmup_ratio,
-            warmdown_ratio=horizon.cooldown / num_steps if horizon.cooldown else config.warmdown_ratio,
+            warmup_ratio=warmup,
+            warmdown_ratio=warmdown,
             final_lr_frac=config.final_lr_frac,
         ),
         data=texts.fingerprint | held_out.fingerprint,
@@ -168,7 +175,7 @@ def base(
             *horizon.plan,
             ("data", shards),
             epochs_row(tokens, data_tokens),
-            *([("WARNING", overlap)] if overlap else []),
+            *(("WARNING", text) for text in warnings if text),
         ],
     )
 
@@ -225,11 +232,12 @@ def sft(config: SFTConfig, model: Model, parent: Found, tasks: Mixture) -> Stage
     if config.num_iterations > 0:
         num_examples = config.num_iterations * examples
     if num_examples < 1:
-        raise UserError(f"--num_epochs={config.num_epochs:g} of {len(tasks)} conversations is less than one")
+        given = f"--num_epochs={config.num_epochs:g} of {len(tasks)} conversations"
+        raise UserError(f"{given} is less than one conversation; raise it to at least {1 / len(tasks):.1g}")
     all_rows = {"time": time, "seed": config.seed, "num_examples": num_examples}
     pipelines.check_supervised(tasks, parent.tokenizer, **all_rows)
     num_steps = -(-num_examples // examples)
-    product = f"{batch} rows × {devices} devices × {micro} accumulated"
+    product = f"{counted(batch, 'row')} × {counted(devices, 'device')} × {micro} accumulated"
     product += "" if batch * devices * micro == examples else ", some empty,"
     repeated = "" if num_examples <= len(tasks) else f", {num_examples / len(tasks):.2g} epochs"
     warm = config.load_optimizer and has_state(parent)
@@ -431,7 +439,8 @@ class Cut:
 
     def plan_row(self, time: int, model: Model) -> tuple[str, str]:
         devices = sharding.data_shards(model.mesh)
-        product = f"{self.device_batch} rows × {devices} devices × {self.micro_batches} accumulated"
+        product = f"{counted(self.device_batch, 'row')} × {counted(devices, 'device')}"
+        product += f" × {self.micro_batches} accumulated"
         return "batch", f"{product} = {self.rows} rows × {time} = {self.rows * time:,} tokens a step"
 
 
@@ -451,8 +460,9 @@ def tokens_in(read: Reader, sample: Sequence[int], num_documents: int) -> float:
 def epochs_row(tokens: int, data_tokens: float) -> tuple[str, str]:
     """Return the plan's row (name, text) that compares the tokens to train on with those in the data."""
     epochs = tokens / data_tokens if data_tokens else math.inf
+    passes = f"{epochs:.2g}" if epochs < 10 else f"{epochs:,.0f}"
     repeated = ": the data is repeated" if epochs > 1 else ""
-    return "epochs", f"about {epochs:.2g} passes over about {data_tokens:,.0f} tokens{repeated}"
+    return "epochs", f"about {passes} passes over about {data_tokens:,.0f} tokens{repeated}"
 
 
 def parent_row(parent: Found) -> tuple[str, str]:

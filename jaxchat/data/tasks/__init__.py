@@ -15,6 +15,7 @@ from jaxchat.data.tasks.spelling import Generated, count_letters, spell
 
 JSON = (".jsonl", ".json", ".ndjson")  # file name extensions of conversation files
 DRAW_SEED = 42
+DOWNLOAD = re.compile(r"(launch\.download )([\w-]+)")  # in an error message: (command, name of a data set)
 TASKS = {
     "SmolTalk": smoltalk,
     "MMLU": mmlu,
@@ -113,26 +114,38 @@ def load_task(spec: str, tasks_dir: str | Path | None = None) -> Task:
         if not tasks_dir:
             raise
         to = f"--to={shlex.quote(str(tasks_dir))}"  # make the suggested command use this folder
-        message = re.sub(r"launch\.download [\w-]+", lambda found: f"{found[0]} {to}", str(problem))
+        message = DOWNLOAD.sub(lambda found: f"{found[0]} {to}", str(problem))
         raise UserError(message) from problem
 
 
 def load_mixture(spec: str, tasks_dir: str | Path | None = None) -> Mixture:
     """Open the tasks of a comma-separated list of specs, such as "GSM8K/train,mine.jsonl:1000".
 
-    Raises UserError if any cannot be opened. The error names all of these, and the reason for the first.
+    Raises UserError if any cannot be opened.
     """
-    tasks, problems = [], {}
-    for part in _parts(spec):
+    return Mixture(load_tasks(_parts(spec), tasks_dir))
+
+
+def load_tasks(specs: list[str], tasks_dir: str | Path | None = None) -> list[Task]:
+    """Open the tasks of `specs`. Raises one UserError for all that cannot be opened."""
+    tasks, missing, problems = [], {}, []
+    for spec in specs:
         try:
-            tasks.append(load_task(part, tasks_dir))
+            tasks.append(load_task(spec, tasks_dir))
         except UserError as problem:
-            problems[part] = problem
+            if found := DOWNLOAD.search(str(problem)):
+                missing[spec] = (str(problem), found[2])
+            else:
+                problems.append(str(problem))
+    if missing:
+        (_, (message, _)), *others = missing.items()
+        names = " ".join(dict.fromkeys(name for _, name in missing.values()))
+        message = DOWNLOAD.sub(rf"\g<1>{names}", message)
+        more = f"; {', '.join(spec for spec, _ in others)} cannot be opened either" if others else ""
+        problems.append(message + more)
     if problems:
-        first, *others = problems
-        more = f"; {', '.join(others)} cannot be opened either" if others else ""
-        raise UserError(f"{problems[first]}{more}") from problems[first]
-    return Mixture(tasks)
+        raise UserError("; ".join(problems))
+    return tasks
 
 
 def _parts(spec: str) -> list[str]:
