@@ -178,7 +178,7 @@ def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]
         wrong = "it was never finished" if unfinished else seal.damage(path, items)
         if not wrong:
             break
-        print(f"checkpoint {path} is damaged and passed over: {wrong}", file=sys.stderr, flush=True)
+        print(f"checkpoint {path} is damaged and skipped: {wrong}", file=sys.stderr, flush=True)
         steps.pop()
     return steps
 

@@ -102,7 +102,7 @@ class Checkpoints:
             if self._writer is None:
                 self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             path = checkpoint.plain_path(self.folder) / str(step)
-            # force: replace a damaged checkpoint of this step, which was passed over when resuming
+            # force: replace a damaged checkpoint of this step, which was skipped when resuming
             self._writer.save(path, args=ocp.args.Composite(**items), force=True)
             self._pending = ThreadPoolExecutor(1).submit(self._complete, self._writer, step)
 

@@ -14,7 +14,8 @@ class Config(Flags):
 
     Export: --source=sft --to=hf --out=FOLDER writes a folder for Hugging Face transformers; --to=nanochat
     adds the model to a base directory of nanochat. Import: --from=hf --path=FOLDER --as=base --model_tag=NAME
-    writes a checkpoint for midtraining, finetuning, evaluation and chat.
+    writes a checkpoint for midtraining, finetuning, evaluation and chat. This command needs PyTorch and
+    transformers: make setup EXTRAS=convert
 
     Weights, configuration, tokenizer and metadata are converted. To and from nanochat, the optimizer state of
     a base model is converted too, if the model has nanochat's architecture of March 14, 2026 or later. The

@@ -149,7 +149,7 @@ def test_a_model_is_opened_without_its_optimizer(home, capsys):
     assert capsys.readouterr().err == "" and checkpoint.whole_steps(folder) == [3]
     turn_a_bit(folder / "5/params")
     assert checkpoint.open_model("base").step == 3
-    assert f"{folder / '5'} is damaged and passed over: params/" in capsys.readouterr().err
+    assert f"{folder / '5'} is damaged and skipped: params/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["my models [1] 50% é", "a*b?c", "x%41 {y} #z $HOME 'q' \"r\" ~", "[", "a\\b", "日本"])

@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, capsys):
         spoil(largest(run / "6"))
         assert checkpoint.find("base", "run") == (run, 4)
         err = capsys.readouterr().err
-        assert err.startswith(f"checkpoint {run / '6'} is damaged and passed over: ") and err.count("\n") == 1
+        assert err.startswith(f"checkpoint {run / '6'} is damaged and skipped: ") and err.count("\n") == 1
         if spoil != truncate:  # the last one stays
             shutil.copytree(folder / "kept", run / "6", dirs_exist_ok=True)
             assert not seal.damage(run / "6")
@@ -121,7 +121,7 @@ def test_one_that_was_never_finished(folder, capsys):
     run = folder / "base_checkpoints/run"
     (run / "6" / seal.NAME).unlink()
     assert checkpoint.find("base", "run") == (run, 4)
-    assert capsys.readouterr().err == f"checkpoint {run / '6'} is damaged and passed over: it was never finished\n"
+    assert capsys.readouterr().err == f"checkpoint {run / '6'} is damaged and skipped: it was never finished\n"
     assert checkpoint.find("base", "run", 6) == (run, 6)
     for step in "24":
         (run / step / seal.NAME).unlink()  # as of an older version: none has a seal
