@@ -22,8 +22,8 @@ from bench.eval import random_params, timed
 from bench.step import parse_way
 from jaxchat import sharding
 from jaxchat.config import Compute, Flags, ModelConfig, UserError, flag
-from jaxchat.infer.engine import MAX_DECODE_STEPS, Engine
-from jaxchat.infer.scheduler import Request
+from jaxchat.infer.engine import Engine
+from jaxchat.infer.scheduler import MAX_DECODE_STEPS, Request
 from jaxchat.model.flops import num_params
 from launch import cli
 

@@ -65,7 +65,7 @@ class Found:
             check_weights(path, target)
             with ocp.StandardCheckpointer() as reader:
                 return reader.restore(path, target)
-        except jax.errors.JaxRuntimeError:  # such as no memory
+        except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as problem:  # Orbax raises almost anything
             message = f"{self.path} does not hold the weights that its metadata describes"
@@ -97,9 +97,14 @@ def open_model(source: str, model_tag: str = "", step: int = -1, *, needs_tokeni
     Raises UserError if the checkpoint or the tokenizer that it was trained with is missing or damaged.
     """
     items = ("meta", "params")
+
+    def find_it() -> tuple[str, int]:
+        folder, last = find(source, model_tag, step, items)
+        return str(folder), last
+
     # All processes use what process 0 finds: a file system may show others fewer files.
-    name, step = sharding.from_first(lambda: [str(part) for part in find(source, model_tag, step, items)])
-    folder, step = Path(name), int(step)
+    name, step = sharding.from_first(find_it)
+    folder = Path(name)
     path, own = folder / str(step), folder / "tokenizer"
     meta = read_meta(folder, step)
     wanted = meta["tokenizer_hash"]  # None: imported without one; one that was added later is accepted
@@ -155,7 +160,7 @@ def find(
         raise UserError(f"no {source} checkpoint named {model_tag} in {root}; {have}")
     if step >= 0 and step not in steps:
         raise UserError(f"no step {step} in {folder}; there are: {', '.join(map(str, steps))}")
-    again = f"{train} --model_tag={model_tag} --overwrite"
+    again = "move it away, and train or import the model again"
     if step >= 0 and (wrong := seal.damage(folder / str(step), items)):
         others = ", ".join(str(other) for other in steps if other != step)
         remedy = f"take another step: {others}" if others else again
@@ -172,6 +177,7 @@ def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]
     items: the folders of a checkpoint to check, such as "params"; None: all.
     """
     steps = steps_in(folder)
+    # A checkpoint without a seal was never finished, unless the run is from before there were seals.
     sealed = [step for step in steps if (folder / str(step) / seal.NAME).exists()]
     while steps:
         path, unfinished = folder / str(steps[-1]), sealed and steps[-1] not in sealed
@@ -229,19 +235,23 @@ def readable(path: Path):
     """Context manager that turns errors in reading the checkpoint at `path` into a UserError."""
     try:
         yield
-    except jax.errors.JaxRuntimeError:  # such as no memory
+    except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as problem:  # Orbax raises almost anything
-        reason = first_line(problem)
-        remedy = "move it away to use an earlier checkpoint, or start again with --overwrite"
-        raise UserError(f"{path} can't be read ({reason}); {remedy}") from problem
+        remedy = "move it away to use an earlier checkpoint, if there is one"
+        raise UserError(f"{path} can't be read ({first_line(problem)}); {remedy}") from problem
 
 
 def first_line(problem: Exception) -> str:
-    """Describe an OSError as in "FILE: No space left on device", other errors by their first line."""
+    """Describe an error by its first line; an OSError as in "FILE: No space left on device".
+
+    If an error is neither an OSError, ValueError nor UserError, its type is named, too.
+    """
     if isinstance(problem, OSError) and problem.strerror:
         return f"{problem.filename}: {problem.strerror}" if problem.filename else problem.strerror
-    return (str(problem).splitlines() or [type(problem).__name__])[0][:1000]
+    line = (str(problem).splitlines() or [""])[0][:1000]
+    usual = line and isinstance(problem, OSError | ValueError | UserError)
+    return line if usual else f"{type(problem).__name__}: {line}".removesuffix(": ")
 
 
 _links: dict[Path, Path] = {}

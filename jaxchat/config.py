@@ -143,6 +143,11 @@ def rounded_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
+def how_to_install(extra: str) -> str:
+    """Return the command that installs one of the extras of pyproject.toml, for messages."""
+    return f"make setup EXTRAS={extra}, or in the checkout: pip install -c constraints.txt -e '.[{extra}]'"
+
+
 def counted(number: int, noun: str) -> str:
     """Format a number and a noun, as in "1 head" or "2 heads"."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
@@ -281,7 +286,7 @@ def gpu_capability() -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """Execution options: they change speed and memory use, but, except for `matmul`, not what is learnt.
+    """Execution options: they change speed and memory, and the results only by rounding (`matmul` coarsely).
 
     dtype: "float32" or "bfloat16", for activations and matrix products. Norms, softmax and loss stay float32.
     unroll: write the layers one after the other instead of looping over them (`lax.scan`). This compiles more
@@ -417,8 +422,8 @@ class DeviceFlags(Flags):
     device_type: str = flag("", choices=("", "cpu", "cuda", "tpu"), free=True)
     """Kind of device to compute on: "cpu", "cuda" or "tpu"; empty: the best kind found."""
     dtype: str = flag("auto", choices=("auto", "float32", "bfloat16"))
-    """Number format of activations and matrix products; "auto": float32 on a CPU, bfloat16 elsewhere. Weights
-    are float32 in any case, except embedding tables (see --table_dtype)."""
+    """Number format of activations and matrix products; "auto": float32 on a CPU, bfloat16 elsewhere.
+    Checkpoints keep weights in float32, except embedding tables that --table_dtype keeps in bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -269,7 +269,7 @@ def gather_json(value: dict) -> list[dict]:
 def from_first(call: Callable[[], Any]) -> Any:
     """Run `call` in process 0 only; return its result, a JSON value, in every process.
 
-    If it raises UserError, every process raises the same error.
+    If it raises UserError or OSError, every process raises the same error.
     """
     if jax.process_count() == 1:
         return call()
@@ -278,10 +278,14 @@ def from_first(call: Callable[[], Any]) -> Any:
         try:
             outcome = {"value": call()}
         except UserError as problem:
-            outcome = {"problem": str(problem)}
+            outcome = {"refusal": str(problem)}
+        except OSError as problem:
+            outcome = {"os_error": [problem.errno, problem.strerror, str(problem.filename or "") or None]}
     first = gather_json(outcome)[0]
-    if "problem" in first:
-        raise UserError(first["problem"])
+    if "refusal" in first:
+        raise UserError(first["refusal"])
+    if "os_error" in first:
+        raise OSError(*first["os_error"])
     return first["value"]
 
 

@@ -79,7 +79,7 @@ def task_names(config: Config) -> tuple[list[str], str]:
 
 def run(config: Config):
     from jaxchat import sharding
-    from jaxchat.data.tasks import load_tasks
+    from jaxchat.data.tasks import open_tasks
     from jaxchat.eval import chat
     from jaxchat.eval.results import check_writable, save_results
     from jaxchat.eval.scoring import Scorer, out_of_memory
@@ -90,7 +90,7 @@ def run(config: Config):
     names, left_out = task_names(config)
     found, model = cli.open_model(config, config.source, asks=False)
     check_writable(found.folder)
-    opened = load_tasks([chat.TASKS[name].spec for name in names], config.tasks_dir or None)
+    opened = open_tasks([chat.TASKS[name].spec for name in names], config.tasks_dir or None)
     tasks = dict(zip(names, opened, strict=True))
     sharding.check_same(
         checkpoints=found.name, tasks={name: task.fingerprint for name, task in tasks.items()}

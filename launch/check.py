@@ -160,7 +160,7 @@ def check_model(config: Config, model, tag: str, checks: Checklist):
             files.check_space(folder, needed)
             total, free = files.size_text(needed), files.size_text(files.free_space(folder))
             text = f"{KEEP} checkpoints of {files.size_text(size)}, one more while saving; "
-            text += f"with the stages before, in all {total} of {free} free"
+            text += f"up to this stage in all {total} of {free} free"
             refused = steps and not (config.resume or config.overwrite)
             text += f"; step {steps[-1]} exists: add --resume or --overwrite" if refused else ""
             checks.add(name, text, "warning" if refused else "ok")

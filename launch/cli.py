@@ -173,7 +173,10 @@ def this_python() -> str:
     found = shutil.which("python")
     if found and os.path.dirname(found) == os.path.dirname(sys.executable):
         return "python"
-    near = os.path.relpath(sys.executable)
+    try:
+        near = os.path.relpath(sys.executable)
+    except OSError:  # the current folder was deleted
+        near = ".."
     return shlex.quote(sys.executable if near.startswith("..") else near)
 
 
@@ -335,7 +338,7 @@ def _prog(run) -> str:
 
 def _fail(message: str, code: int) -> typing.NoReturn:
     if code == 2:  # commands to run, in the message, call this Python
-        message = "error: " + re.sub(r"\bpython(?= -m )", lambda _: this_python(), message)
+        message = "error: " + re.sub(r"(?<![\w./-])python(?= -m )", lambda _: this_python(), message)
     print(message, file=sys.stderr, flush=True)
     raise SystemExit(code) from None
 

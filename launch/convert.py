@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 import time
 
-from jaxchat.config import STAGES, Flags, ModelConfig, UserError, counted, flag, user_path
+from jaxchat.config import STAGES, Flags, ModelConfig, UserError, counted, flag, how_to_install, user_path
 from launch import cli
 
 
@@ -63,7 +63,7 @@ def run(config: Config):
         import jaxchat.convert.hugging_face
         import jaxchat.convert.nanochat  # noqa: F401
     except ImportError as problem:
-        raise UserError(f"conversion needs {problem.name}: make setup EXTRAS=convert") from problem
+        raise UserError(f"conversion needs {problem.name}: {how_to_install('convert')}") from problem
     (export if config.to else take_in)(config)
 
 

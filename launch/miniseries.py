@@ -20,7 +20,7 @@ from launch.speedrun import flag_names, flag_words, how_to_continue, run_steps, 
 
 # Flags for base_train, so that it evaluates at the beginning and the end only.
 QUIET = ("--eval_every=1000000", "--core_metric_every=-1", "--sample_every=-1")
-OWN = {"depth", "model_tag", "target_flops", "num_iterations", "resume", "overwrite", "data_dir"}
+OWN = {"depth", "model_tag", "target_flops", "num_iterations", "resume", "overwrite", "dry_run", "data_dir"}
 FREE = frozenset(f.name for f in dataclasses.fields(BaseConfig) if f.metadata.get("free")) - OWN
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from jaxchat.config import STAGES, Compute, DeviceFlags, UserError, flag
+from jaxchat.config import STAGES, Compute, DeviceFlags, UserError, flag, how_to_install
 from launch import cli
 
 LIBRARIES = ("starlette", "uvicorn", "prometheus_client")
@@ -209,8 +209,7 @@ def warmup_settings(context: int) -> list[dict]:
 def check_installed():
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        how = "make setup EXTRAS=serve"
-        raise UserError(f"serving needs {', '.join(missing)}; install the extra serve: {how}")
+        raise UserError(f"serving needs {', '.join(missing)}: {how_to_install('serve')}")
 
 
 def stages_of(config: Config) -> list[str]:

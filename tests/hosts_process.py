@@ -27,6 +27,7 @@ def refuse():
 
 def run(config: Config):
     hosts.start(config, asks=config.what != "evaluate")
+    assert sharding.from_first(lambda: ["of the first", jax.process_index()]) == ["of the first", 0]
     for step in range(config.steps):
         multihost_utils.process_allgather(jnp.ones(()))
         print(f"step {step}", flush=True)

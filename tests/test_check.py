@@ -102,7 +102,7 @@ def test_all_is_there(here, checked):
     embedding, layers = 2 * 300 * 64, 12 * 64 * 64  # with two moments, and with one
     size = 12 * embedding + 8 * layers + 20  # and a few counters
     for stage, count in (("base", 4), ("mid", 7), ("SFT", 10)):
-        text = f"3 checkpoints of {size / 1e6:.2f} MB, one more while saving; with the stages before, "
+        text = f"3 checkpoints of {size / 1e6:.2f} MB, one more while saving; up to this stage "
         text += f"in all {count * size / 1e6:.2f} MB of"
         assert text in lines[f"{stage} disk"][1]
     assert f"weights and optimizer take {size / 1e6:.2f} MB" in lines["memory"][1]

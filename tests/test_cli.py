@@ -155,6 +155,17 @@ def test_full_disk_and_missing_permission_name_file_and_remedy(number, capsys):
     assert err.startswith("error: /shelf/flour: No flour left; ") and "JAXCHAT_BASE_DIR" in err
 
 
+@pytest.mark.parametrize("python", ["python", None])
+def test_commands_in_an_error_run_this_python(python, capsys, monkeypatch):
+    """Also one that was made ready to paste before."""
+    monkeypatch.setattr(
+        cli.shutil, "which", lambda name: python and os.path.join(os.path.dirname(sys.executable), name)
+    )
+    ready = cli.runnable("python -m launch.download arc")
+    err = exit_of(raising(UserError(f"no arc: python -m launch.download arc; or {ready}")), [], capsys)[2]
+    assert err == f"error: no arc: {ready}; or {ready}\n" and (python or ready.split()[0] != "python")
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("ours"), OSError(errno.EIO, "ours"), BrokenPipeError(errno.EPIPE, "a worker's")]
 )

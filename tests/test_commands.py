@@ -273,8 +273,7 @@ def test_a_resumed_run_keeps_its_remat(here, home, monkeypatch):
 
 def test_dry_run_writes_nothing(here):
     before = sorted(path.relative_to(here) for path in here.rglob("*"))
-    _, mid, sft = flags(here)
-    for command, args in ((mid_train, mid), (chat_sft, sft)):
+    for command, args in zip((base_train, mid_train, chat_sft), flags(here), strict=True):
         assert "nothing (dry run)" in said(command, [*args, "--dry_run", "--num_iterations=2"])
     assert sorted(path.relative_to(here) for path in here.rglob("*")) == before
 

@@ -72,6 +72,10 @@ def refusal(folder, monkeypatch, capsys, *args) -> str:
     return lines[0]
 
 
+def test_stages_are_listed_with_or_without_spaces():
+    assert serve.stages_of(serve.Config(source="base, sft")) == ["base", "sft"]
+
+
 def test_what_cannot_be_served_is_one_line(folder, monkeypatch, capsys, tmp_path):
     def refused(*args):
         return refusal(folder, monkeypatch, capsys, *args)

@@ -67,6 +67,15 @@ def test_plan_of_the_first_example(large_vocabulary, one_device):
     )
     assert plan["saves"].endswith("base_checkpoints/d12/<step>, every 30 minutes, and at the end")
     assert re.fullmatch("about .* passes over about .* tokens: the data is repeated", plan["epochs"])
+    assert "WARNING" not in plan
+
+
+@pytest.mark.parametrize("steps, effect", [(20, "never reach their peak"), (80, "drop at once"), (400, None)])
+def test_a_warmup_that_leaves_no_room(large_vocabulary, one_device, steps, effect):
+    """--arch=2026 warms up for 40 steps and cools down in 65 % of all."""
+    args = ["--depth=2", "--arch=2026", f"--num_iterations={steps}", "--total_batch_size=65536"]
+    stage = base_train.stage_for(parse(BaseConfig, args))
+    assert (effect or "") in (warning := dict(stage.plan).get("WARNING", "")) and bool(warning) == bool(effect)
 
 
 def test_plan_of_the_second_example(large_vocabulary, one_device, home, monkeypatch):

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -234,12 +235,12 @@ def test_mixtures(folder):
     "spec, words",
     [
         ("Smoltalk/train", "unknown task 'Smoltalk'; it is one of SmolTalk, MMLU"),
-        ("MMLU/auxiliary_train", r"no auxiliary_train\*.parquet in .*mmlu/all, only test.parquet \(choose a split"),
+        ("MMLU/auxiliary_train", r"no auxiliary_train\*.parquet in .*mmlu/all, only test.parquet; choose a split"),
         ("MMLU/test:many", "'many' is not a number of rows"),
         ("SimpleSpelling/validation", "no split 'validation'"),
         ("/nowhere/mine.jsonl", "no file /nowhere/mine.jsonl"),
         ("{folder}/mine.csv", "unknown task '{folder}/mine.csv'; .* ends in .jsonl, .json, .ndjson"),
-        ("GSM8K/test", r"no test\*.parquet in .*main, only train.parquet .*; fetch them: .* gsm8k --to={folder};"),
+        ("GSM8K/test", r"no test\*.parquet in .*main, only train.parquet; .* fetch it: .* gsm8k --to={folder}$"),
         ("HumanEval/test", "launch.download humaneval --to={folder};"),
     ],
 )
@@ -250,9 +251,18 @@ def test_wrong_specs(folder, spec, words):
 
 
 def test_all_tasks_that_cannot_be_opened_are_named(folder):
-    reason = r"no test\*.parquet in .* gsm8k --to=.*; HumanEval/test, /nowhere/mine.jsonl:3 cannot be opened either$"
-    with pytest.raises(UserError, match=reason):
-        load_mixture("identity,GSM8K/test,HumanEval/test,/nowhere/mine.jsonl:3", folder)
+    """Those without any file by one command; a wrong split keeps its own reason."""
+    fetch = f"python -m launch.download humaneval words --to={folder}; or name --tasks_dir"
+    missing = f"no files of HumanEval/test, SpellingBee:5 in {folder}; fetch them: {fetch}"
+    shutil.rmtree(folder / "words")
+    with pytest.raises(UserError) as refused:
+        load_mixture("identity,GSM8K/tset,HumanEval/test,/nowhere/mine.jsonl:3,SpellingBee:5", folder)
+    message = str(refused.value)
+    assert "only train.parquet; choose a split with Name/split" in message and "no file /nowhere/mine.jsonl" in message
+    assert message.endswith(f"; {missing}") and message.count("HumanEval") == 1
+    flag = f"^--val_tasks: {missing}; or turn this evaluation off: --eval_every=-1$"
+    with pytest.raises(UserError, match=flag):
+        pipelines.load_tasks("HumanEval/test,SpellingBee:5", folder, "val_tasks", documents=False)
 
 
 def test_empty_mixture(folder):

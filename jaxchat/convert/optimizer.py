@@ -145,9 +145,9 @@ def export(found: Found, file: Path, names: Names):
         dtype = getattr(torch, str(leaf.dtype))
         for n, part in zip(theirs, parts, strict=True):
             moments[field][n] = torch.from_numpy(np.array(part)).to(dtype)
-    # AdamW's counters. Muon's is smaller if its schedules restarted; state["step"] also counts skipped steps.
-    count = max(int(count) for _, count in optax.tree.get_all_with_path(state["opt_state"], "count"))
-    torch.save(to_torch_state(found, moments, count, names), file)
+    # AdamW's counters, which are equal. state["step"] also counts skipped steps.
+    _, count = optax.tree.get_all_with_path(state["opt_state"], "count")[0]
+    torch.save(to_torch_state(found, moments, int(count), names), file)
 
 
 def to_torch_state(found: Found, moments: dict, count: int, names: Names) -> dict:

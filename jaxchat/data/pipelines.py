@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import grain
 import numpy as np
 
-from jaxchat.config import UserError, rounded_up
+from jaxchat.config import UserError, counted, rounded_up
 from jaxchat.data.conversations import ConversationRows
 from jaxchat.data.encode import Reader, conversation_reader, text_reader
 from jaxchat.data.order import Division, Order
@@ -26,7 +26,7 @@ def cut_step(
 
     device_batch_size: rows per device in a micro-batch; -1: choose the number, at most `limit`.
     fills: if `devices` does not divide `rows`, fill up the step with empty rows instead of raising UserError.
-    Raises UserError if the rows cannot be divided evenly.
+    Raises UserError if the rows cannot be divided evenly, or device_batch_size exceeds a device's rows.
     """
     able = [] if rows % devices else divisors(rows // devices)
     if device_batch_size > 0 and device_batch_size not in able and able:
@@ -39,7 +39,8 @@ def cut_step(
         raise UserError(f"{step}; use a number of devices that divides {rows}")
     most = -(-rows // devices)
     if device_batch_size > most:
-        raise UserError(f"--device_batch_size={device_batch_size}: a step has {most} rows a device; lower it")
+        here = f"a step has {counted(most, 'row')} a device"
+        raise UserError(f"--device_batch_size={device_batch_size}: {here}; lower it")
     batch = device_batch_size
     if batch < 0:
         batch = max((n for n in able if n <= limit), default=min(limit, most))

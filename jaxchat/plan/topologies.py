@@ -7,7 +7,7 @@ import re
 import jax
 from jax.experimental import topologies
 
-from jaxchat.config import UserError
+from jaxchat.config import UserError, how_to_install
 from jaxchat.plan.roofline import MEMORY
 from jaxchat.sharding import GPU_SHARE
 
@@ -60,7 +60,7 @@ def devices_of(topology: str, num_slices: int = 1) -> tuple[list, str, float]:
 def tpu_topology(topology: str, num_slices: int) -> dict:
     """Set libtpu's environment variables. Return the arguments of JAX's get_topology_desc for TPU slices."""
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for TPUs needs libtpu (and no TPU): make setup EXTRAS=tpu")
+        raise UserError(f"compiling for TPUs needs libtpu (and no TPU): {how_to_install('tpu')}")
     # Let two compilations run at the same time, and keep libtpu from searching for chips.
     defaults = {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -82,7 +82,7 @@ def gpu_topology(generation: str, shape: str, num_slices: int) -> dict:
     generation: "h100" or "h200". shape: "8" (GPUs of one host) or "2x8" (hosts x GPUs).
     """
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise UserError("compiling for GPUs needs JAX's plugin (and no GPU): make setup EXTRAS=gpu-plan")
+        raise UserError(f"compiling for GPUs needs JAX's plugin (no GPU): {how_to_install('gpu-plan')}")
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     # JAX asks an attached GPU whether it supports cuDNN's attention; answer without one.

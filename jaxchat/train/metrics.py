@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 
 from jaxchat import files
-from jaxchat.config import UserError
-from jaxchat.sharding import gather_json
+from jaxchat.config import UserError, how_to_install
+from jaxchat.sharding import from_first
 from jaxchat.store import FULL
 
 
@@ -26,7 +26,7 @@ def check_installed(*, run: str, tensorboard: bool):
     ):
         if wanted and importlib.util.find_spec(module) is None:
             flag = f"--run={run}" if module == "wandb" else "--tensorboard"
-            raise UserError(f"{flag} needs {module}: make setup EXTRAS={extra}")
+            raise UserError(f"{flag} needs {module}: {how_to_install(extra)}")
 
 
 def peak_bytes() -> int:
@@ -76,9 +76,11 @@ class MetricsLog:
     def of(cls, run):
         """Context manager that opens the MetricsLog of a loop.Run and closes it at the end."""
         flags, folder = run.stage.flags, run.checkpoints.folder if run.checkpoints else None
-        done = evaluations_at(run.first_step, folder) if folder and run.first_step else []
+        done = []
+        if folder and run.first_step:
+            done = from_first(lambda: evaluations_at(run.first_step, folder))
         log = cls(folder, run.meta, resume_step=run.first_step, run=flags.run, tensorboard=flags.tensorboard)
-        log.evaluated = gather_json({"done": done})[0]["done"]  # as the first process sees it
+        log.evaluated = done
         try:
             yield log
         finally:

@@ -134,12 +134,8 @@ def base(
     ratio = f"tokens : parameters = {tokens / num_params(model.config):.2f}"
     shards = f"{counted(len(texts), 'document')} in {counted(len(texts.paths), 'shard')}"
     shards += "; the last shard is for validation"
-    warmup = config.warmup_steps / num_steps if config.warmup_steps else config.warmup_ratio
-    warmdown = horizon.cooldown / num_steps if horizon.cooldown else config.warmdown_ratio
-    warnings = [repeated(texts.fingerprint, held_out.fingerprint)]
-    if warmup + warmdown > 1 + 1e-9:
-        share = f"warmup is {warmup:.0%} of the steps and cooldown {warmdown:.0%}"
-        warnings.append(f"{share}, so the cooldown begins late; lower --warmup_steps")
+    warmup, warmdown, too_long = lr_phases(config, horizon)
+    warnings = [repeated(texts.fingerprint, held_out.fingerprint), too_long]
     data_tokens = tokens_in(text_reader(texts, tokenizer), range(min(SAMPLE, len(texts))), len(texts))
     return Stage(
         name="base",
@@ -331,6 +327,20 @@ def horizon_of(config: BaseConfig, model: ModelConfig) -> Horizon:
         REFERENCE_DEPTH, sequence_len=model.sequence_len, vocab_size=model.vocab_size, arch=config.arch
     )
     return horizon_2026(config, model, reference)
+
+
+def lr_phases(config: BaseConfig, horizon: Horizon) -> tuple[float, float, str]:
+    """Return the fractions of base training's steps spent on warmup and cooldown, and a warning or ""."""
+    steps, warning = horizon.steps, ""
+    warmup = config.warmup_steps / steps if config.warmup_steps else config.warmup_ratio
+    warmdown = horizon.cooldown / steps if horizon.cooldown else config.warmdown_ratio
+    if config.warmup_steps and (warmup + warmdown) * steps > steps + 1:  # 1: the cooldown was rounded
+        effect = "they never reach their peak" if warmup > 1 else "they drop at once where warmup ends"
+        warning = (
+            f"learning rates: warmup is {warmup:.0%} of the steps and cooldown {warmdown:.0%}, so {effect}"
+        )
+        warning += "; lower --warmup_steps"
+    return warmup, warmdown, warning
 
 
 def with_horizon(config: BaseConfig, model: ModelConfig) -> BaseConfig:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shlex
 import signal
@@ -50,7 +51,7 @@ def free_port() -> int:
 def visible_gpus() -> list[str]:
     """Return the GPUs that subprocesses can use, as names or indices for CUDA_VISIBLE_DEVICES."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in given.split(",") if name]
+        return list(itertools.takewhile(lambda name: name not in ("", "-1"), given.split(",")))
     return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
@@ -62,7 +63,7 @@ def shares(gpus: list[str], count: int, flag: str) -> list[dict[str, str]]:
     """
     each = len(gpus) // count
     if gpus and not each:
-        raise UserError(f"--{flag}={count} is more than the {len(gpus)} GPUs there are")
+        raise UserError(f"--{flag}={count} is more than the {counted(len(gpus), 'GPU')} here")
     parts = [",".join(gpus[i * each : (i + 1) * each]) for i in range(count)]
     return [{"CUDA_VISIBLE_DEVICES": part} if part else {} for part in parts]
 

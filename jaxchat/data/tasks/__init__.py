@@ -12,10 +12,10 @@ from jaxchat.data.sources import file_fingerprint
 from jaxchat.data.tasks.custom import JsonLines, identity
 from jaxchat.data.tasks.hub import arc, gsm8k, humaneval, mmlu, smoltalk
 from jaxchat.data.tasks.spelling import Generated, count_letters, spell
+from jaxchat.data.tasks.table import NoFiles
 
 JSON = (".jsonl", ".json", ".ndjson")  # file name extensions of conversation files
 DRAW_SEED = 42
-DOWNLOAD = re.compile(r"(launch\.download )([\w-]+)")  # in an error message: (command, name of a data set)
 TASKS = {
     "SmolTalk": smoltalk,
     "MMLU": mmlu,
@@ -114,8 +114,9 @@ def load_task(spec: str, tasks_dir: str | Path | None = None) -> Task:
         if not tasks_dir:
             raise
         to = f"--to={shlex.quote(str(tasks_dir))}"  # make the suggested command use this folder
-        message = DOWNLOAD.sub(lambda found: f"{found[0]} {to}", str(problem))
-        raise UserError(message) from problem
+        message = re.sub(r"launch\.download [\w-]+", lambda found: f"{found[0]} {to}", str(problem))
+        problem.args = (message,)
+        raise
 
 
 def load_mixture(spec: str, tasks_dir: str | Path | None = None) -> Mixture:
@@ -123,26 +124,28 @@ def load_mixture(spec: str, tasks_dir: str | Path | None = None) -> Mixture:
 
     Raises UserError if any cannot be opened.
     """
-    return Mixture(load_tasks(_parts(spec), tasks_dir))
+    return Mixture(open_tasks(_parts(spec), tasks_dir))
 
 
-def load_tasks(specs: list[str], tasks_dir: str | Path | None = None) -> list[Task]:
+def open_tasks(specs: list[str], tasks_dir: str | Path | None = None) -> list[Task]:
     """Open the tasks of `specs`. Raises one UserError for all that cannot be opened."""
     tasks, missing, problems = [], {}, []
     for spec in specs:
         try:
             tasks.append(load_task(spec, tasks_dir))
+        except NoFiles as problem:
+            missing[spec] = problem
         except UserError as problem:
-            if found := DOWNLOAD.search(str(problem)):
-                missing[spec] = (str(problem), found[2])
-            else:
-                problems.append(str(problem))
-    if missing:
-        (_, (message, _)), *others = missing.items()
-        names = " ".join(dict.fromkeys(name for _, name in missing.values()))
-        message = DOWNLOAD.sub(rf"\g<1>{names}", message)
-        more = f"; {', '.join(spec for spec, _ in others)} cannot be opened either" if others else ""
-        problems.append(message + more)
+            problems.append(str(problem))
+    if len(missing) == 1:
+        problems += map(str, missing.values())
+    elif missing:
+        folder = user_path(tasks_dir or base_dir() / "tasks")
+        datasets = " ".join(dict.fromkeys(problem.dataset for problem in missing.values()))
+        fetch = f"python -m launch.download {datasets}"
+        fetch += f" --to={shlex.quote(str(tasks_dir))}" if tasks_dir else ""
+        lacking = f"no files of {', '.join(missing)} in {folder}"
+        problems.append(f"{lacking}; fetch them: {fetch}; or name --tasks_dir")
     if problems:
         raise UserError("; ".join(problems))
     return tasks

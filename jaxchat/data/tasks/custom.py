@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from jaxchat.config import UserError
+from jaxchat.data.tasks.table import NoFiles
 from jaxchat.tokenizer import check_conversation
 
 DECODER, SPACE = json.JSONDecoder(), re.compile(r"\s*")
@@ -124,6 +125,5 @@ def identity(folder: Path, split: str) -> JsonLines:
     del split
     path = folder / "identity" / "identity_conversations.jsonl"
     if not path.is_file():
-        fetch = "python -m launch.download identity"
-        raise UserError(f"no {path}; fetch it: {fetch}; or write one, on each line {LINES}")
+        raise NoFiles(f"no {path} (on each of its lines, {LINES})", "identity")
     return JsonLines(path)

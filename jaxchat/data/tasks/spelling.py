@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 from jaxchat.config import UserError
+from jaxchat.data.tasks.table import NoFiles
 
 ROWS = 1000  # number of rows if a spec has no :rows
 LARGEST = {"train": 10_000_000, "test": 1_000_000}  # maximum of :rows
@@ -82,7 +83,7 @@ class Generated:
     def __init__(self, folder: Path, split: str, task: str, make):
         path = folder / "words" / "words_alpha.txt"
         if not path.is_file():
-            raise UserError(f"no {path}; fetch it: python -m launch.download words; or name --tasks_dir")
+            raise NoFiles(f"no {path}", "words")
         if split not in LARGEST:
             raise UserError(f"{task} has no split {split!r}; it is train or test")
         words = dict.fromkeys(path.read_bytes().decode("utf-8", "replace").lower().split())

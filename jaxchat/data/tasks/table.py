@@ -15,6 +15,14 @@ ROWS_READ = 10_000  # at a time; Arrow cannot hold more than 2 GiB of nested tex
 MOST_LEFT_OUT = 0.01  # fraction of rows that may be invalid; more of them mean a different format
 
 
+class NoFiles(UserError):
+    """Raised if a data set has no files at all. dataset: its name in launch.download."""
+
+    def __init__(self, reason: str, dataset: str):
+        super().__init__(f"{reason}; fetch it: python -m launch.download {dataset}; or name --tasks_dir")
+        self.dataset = dataset
+
+
 class Table:
     """Rows of a data set's parquet files, each converted to a conversation when it is read.
 
@@ -114,9 +122,10 @@ def split_files(name: str, folder: Path, split: str, *, in_folders: bool = False
     paths = parquet_files(folder, split, in_folders=in_folders)
     if not paths:
         others = ", ".join(path.name for path in parquet_files(folder, in_folders=in_folders)[:4])
-        only = f", only {others} (choose a split with Name/split)" if others else ""
-        remedy = f"fetch them: python -m launch.download {name}; or name --tasks_dir"
-        raise UserError(f"no {split}*.parquet in {folder}{only}; {remedy}")
+        if not others:
+            raise NoFiles(f"no {split}*.parquet in {folder}", name)
+        remedy = f"choose a split with Name/split, or fetch it: python -m launch.download {name}"
+        raise UserError(f"no {split}*.parquet in {folder}, only {others}; {remedy}")
     sets: dict[tuple, dict[Path, str]] = {}
     for path in paths:
         stem = re.sub(r"-[0-9a-f]{16}$", "", path.stem)  # a hash that the hub used to add
