@@ -50,8 +50,10 @@ class Conversation:
         return [self._bos, *(token for exchange in self._exchanges for token in exchange)]
 
     def ask(self, turn: list[int]) -> int:
-        """Add the user's turn. Return how many of the oldest exchanges were dropped to keep space for an
-        answer."""
+        """Add the user's turn.
+
+        Return how many of the oldest exchanges were dropped to keep space for an answer.
+        """
         self._exchanges.append(list(turn))
         before = len(self._exchanges)
         while len(self._exchanges) > 1 and len(self.tokens) > self.prompt_limit:
@@ -128,8 +130,10 @@ def talk(engine, conversation: Conversation, config: Config):
 
 
 def encode_turn(text: str, source: str, tokenizer) -> list[int]:
-    """Return the tokens that precede the answer to the user's `text`, without <|bos|>. If `source`, the
-    model's stage, is "base", these are the tokens of the text alone."""
+    """Return the tokens that precede the answer to the user's `text`, without <|bos|>.
+
+    If `source`, the model's stage, is "base", these are the tokens of the text alone.
+    """
     if source == "base":
         return tokenizer.encode(text)
     return tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]})[1:]

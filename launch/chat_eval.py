@@ -60,8 +60,11 @@ SETTINGS = ("max_problems", "num_samples", "temperature", "top_k", "max_new_toke
 
 
 def task_names(config: Config) -> tuple[list[str], str]:
-    """Return (names of the tasks to measure, warning). The warning names tasks that cannot be measured on
-    this machine, and the reason; without such tasks, it is ""."""
+    """Return (names of the tasks to measure, warning).
+
+    The warning names tasks that cannot be measured on this machine, and the reason; without such tasks,
+    it is "".
+    """
     from jaxchat.eval import chat
 
     asked = dict.fromkeys(name.strip() for name in config.task_name.split("|") if name.strip())

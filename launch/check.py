@@ -48,8 +48,10 @@ class Checklist(list):
 
     @contextlib.contextmanager
     def expecting(self, name: str, state: str = "missing", **flags: str):
-        """Return a context that catches a UserError and adds its message as an item. `flags` are added to the
-        command in the message."""
+        """Return a context that catches a UserError and adds its message as an item.
+
+        `flags` are added to the command in the message.
+        """
         try:
             yield
         except UserError as problem:
@@ -167,8 +169,11 @@ def check_model(config: Config, model, tag: str, checks: Checklist):
 
 
 def check_text(config: Config, tokenizer, model, checks: Checklist) -> dict[str, str]:
-    """Check whether there is enough text to train without repeating any. Return {shard name: fingerprint}, or
-    {} if there is no text. Without a tokenizer (None), the number of tokens is estimated from the bytes."""
+    """Check whether there is enough text to train without repeating any.
+
+    Return {shard name: fingerprint}, or {} if there is no text. Without a tokenizer (None), the number of
+    tokens is estimated from the bytes.
+    """
     from jaxchat.data.encode import text_reader
     from jaxchat.data.sources import SOURCE, ParquetText, find_shards, open_parquet, repeated
     from jaxchat.train.stages import SAMPLE, horizon_of, tokens_in

@@ -181,8 +181,11 @@ def this_python() -> str:
 
 
 def runnable(command: str, **flags: str) -> str:
-    """Return `command` ready to paste into a shell, with all `flags` that are not empty. It runs this Python.
-    In a base_directory() context, it begins with JAXCHAT_BASE_DIR=<the context's folder>."""
+    """Return `command` ready to paste into a shell, with all `flags` that are not empty.
+
+    It runs this Python. In a base_directory() context, it begins with JAXCHAT_BASE_DIR=<the context's
+    folder>.
+    """
     command = command.replace("python", this_python(), 1)
     before = [f"JAXCHAT_BASE_DIR={shlex.quote(folder)}" for folder in _base[-1:]]
     after = [f"--{name}={shlex.quote(value)}" for name, value in flags.items() if value]
@@ -191,8 +194,10 @@ def runnable(command: str, **flags: str) -> str:
 
 @contextlib.contextmanager
 def base_directory(folder: Path) -> Iterator[None]:
-    """Return a context in which `folder` is the base directory. Commands that next_step() prints in it use
-    the same base directory."""
+    """Return a context in which `folder` is the base directory.
+
+    Commands that next_step() prints in it use the same base directory.
+    """
     outer = os.environ.get("JAXCHAT_BASE_DIR")
     _base.append(str(folder))
     os.environ["JAXCHAT_BASE_DIR"] = str(folder)

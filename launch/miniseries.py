@@ -128,8 +128,10 @@ def make_steps(config: Config) -> tuple[list[Step], dict[str, BaseConfig]]:
 
 
 def machine_of(config: Config) -> Machine:
-    """Return one run's share of this host as a Machine, to estimate times. Each GPU is taken for an H100 that
-    reaches 40 % of its peak."""
+    """Return one run's share of this host as a Machine, to estimate times.
+
+    Each GPU is taken for an H100 that reaches 40 % of its peak.
+    """
     count = len(places_of(config))
     gpus = len(visible_gpus()) // count
     if gpus:

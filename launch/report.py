@@ -25,8 +25,11 @@ class Config(Flags):
 
 
 def run(config: Config, texts=(), questions=()):
-    """Write the report. For its samples, base models continue `texts` and chat models answer `questions`.
-    () stands for default texts or questions."""
+    """Write the report.
+
+    For its samples, base models continue `texts` and chat models answer `questions`. () stands for
+    default texts or questions.
+    """
     from jaxchat import files
     from jaxchat.eval.samples import PROMPTS, QUESTIONS
     from jaxchat.report import compare, document, plots

@@ -131,8 +131,10 @@ async def load(service, address: str, open_browser: bool):
 
 
 def make_service(config: Config, found: list, devices: list, compute: Compute):
-    """Build the service for the checkpoints `found`. Its workers, one per model and device, are not started
-    yet. Must be called in the event loop."""
+    """Build the service for the checkpoints `found`.
+
+    Its workers, one per model and device, are not started yet. Must be called in the event loop.
+    """
     from jaxchat.serve.loop import Pool, Worker
     from jaxchat.serve.metrics import Metrics
     from jaxchat.serve.service import Defaults, Served, Service

@@ -163,8 +163,10 @@ def plan_and_perform(config: Config) -> int:
 
 
 def perform(config: Config, plan: Plan, runner: Runner, redo: set[str]) -> int:
-    """Run the chosen steps and return the exit code. If the whole run is complete, also print the command of
-    the server or, with --serve, start it."""
+    """Run the chosen steps and return the exit code.
+
+    If the whole run is complete, also print the command of the server or, with --serve, start it.
+    """
     if code := run_steps(runner, plan.steps, redo, plan.price):
         return code
     if partial(config):
@@ -305,8 +307,10 @@ def flag_words(flags: Flags, given: set[str] = frozenset()) -> list[str]:
 
 
 def check(plan: Plan, todo: list[Step]) -> list[str]:
-    """Run launch.check and print its findings, except on items that steps in `todo` will make. Return the
-    printed findings on missing items."""
+    """Run launch.check and print its findings, except on items that steps in `todo` will make.
+
+    Return the printed findings on missing items.
+    """
     names = {step.name for step in todo}
     tasks = [word for word in plan_flags(plan, "sft") if word.startswith("--tasks_dir=")]
     words = [*plan_flags(plan, "base"), *tasks, "--resume"]

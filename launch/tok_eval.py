@@ -42,8 +42,10 @@ def texts_of(config: Config) -> dict[str, str]:
 
 
 def references(names: str) -> dict:
-    """Return {name: tiktoken.Encoding} of the encodings in comma-separated `names`. An encoding that cannot
-    be loaded is left out, with a message."""
+    """Return {name: tiktoken.Encoding} of the encodings in comma-separated `names`.
+
+    An encoding that cannot be loaded is left out, with a message.
+    """
     import tiktoken
 
     found = {}

@@ -336,10 +336,8 @@ def lr_phases(config: BaseConfig, horizon: Horizon) -> tuple[float, float, str]:
     warmdown = horizon.cooldown / steps if horizon.cooldown else config.warmdown_ratio
     if config.warmup_steps and (warmup + warmdown) * steps > steps + 1:  # 1: the cooldown was rounded
         effect = "they never reach their peak" if warmup > 1 else "they drop at once where warmup ends"
-        warning = (
-            f"learning rates: warmup is {warmup:.0%} of the steps and cooldown {warmdown:.0%}, so {effect}"
-        )
-        warning += "; lower --warmup_steps"
+        warning = f"learning rates: warmup is {warmup:.0%} of the steps and cooldown {warmdown:.0%}"
+        warning += f", so {effect}; lower --warmup_steps"
     return warmup, warmdown, warning
 
 
