@@ -171,9 +171,9 @@ def find(
 
 
 def whole_steps(folder: Path, items: Collection[str] | None = None) -> list[int]:
-    """Return a run's steps in ascending order, up to the last one whose checkpoint is intact.
+    """Return the steps of a run's checkpoints in ascending order, up to the newest intact one.
 
-    Prints a warning for each damaged checkpoint after it. Checkpoints before it are not checked.
+    Print a warning for each damaged checkpoint that is newer. Older ones are not checked.
     items: the folders of a checkpoint to check, such as "params"; None: all.
     """
     steps = steps_in(folder)

@@ -524,8 +524,9 @@ class BaseConfig(TrainConfig):
     """Architecture, optimizer and recipe: nanochat's of November 2025 ("2025") or of July 2026 ("2026").
     "2026" changes these defaults: --embedding_lr=0.3 --unembedding_lr=0.008 --weight_decay=0.28 (Muon's)
     --target_param_data_ratio=12 --total_batch_size=-1 --grad_clip=0 --warmup_steps=40 --warmdown_ratio=0.65
-    --final_lr_frac=0.05 --eval_tokens=41943040. It also multiplies the learning rates by the square root of
-    (tokens per step ÷ 524288), and the weight decay by that root and by (weights at depth 12 ÷ weights)."""
+    --final_lr_frac=0.05 --eval_tokens=41943040. Learning rates and weight decay are multiplied by the square
+    root of (tokens per step ÷ 524288), and the weight decay also by the number of weights at depth 12 ÷ that
+    of this model."""
     depth: int = flag(20, 1)
     """Number of layers. The model's width is 64 × depth, with --arch=2026 rounded up to a multiple of 128."""
     n_kv_head: int = flag(-1, 1, special=-1)

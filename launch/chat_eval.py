@@ -37,7 +37,7 @@ class Config(MeshFlags):
     top_k: int = flag(50, 0, 2**31 - 1, special=-1, alias="-k")
     """Number of likeliest tokens to sample from; 0 or -1: all."""
     max_new_tokens: int = flag(512, 1, alias="-m")
-    """Maximum number of tokens in a written answer."""
+    """Maximum number of tokens in an answer that the model writes."""
     batch_size: int = flag(-1, 1, special=-1, alias="-b")
     """Number of answers that a device writes at a time; -1: as many as its memory holds, at most 64. The
     results do not depend on it."""

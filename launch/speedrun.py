@@ -248,8 +248,10 @@ def estimated(plan: Plan) -> Plan:
 
 
 def fit_step(plan: Plan) -> list[Step]:
-    """Return [a step that compiles base_train's training step for the preset's GPUs], or [] if the preset has
-    no GPUs or JAX's CUDA plugin is not installed."""
+    """Return a step that compiles base_train's training step, to check that it fits the preset's GPUs.
+
+    The result is a list: [] if the preset has no GPUs or JAX's CUDA plugin is not installed.
+    """
     machine = plan.preset.machine
     if not machine.topology.startswith("h") or importlib.util.find_spec("jax_cuda13_plugin") is None:
         return []

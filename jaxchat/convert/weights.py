@@ -194,7 +194,7 @@ def shareable(settings: dict) -> dict:
 
 
 def dtypes_of(foreign: ForeignModel) -> dict[str, str]:
-    """Return {jaxchat's matrix: dtype} of tensors that are not float32, as in {"blocks.wq.0": "bfloat16"}."""
+    """Return {jaxchat's name: dtype} of the matrices not in float32, such as {"blocks.wq.0": "bfloat16"}."""
     ours = our_names(foreign.names, foreign.config)
     found = {ours[n]: str(tensor.dtype).removeprefix("torch.") for n, tensor in foreign.tensors.items()}
     return {name: dtype for name, dtype in found.items() if dtype != "float32"}

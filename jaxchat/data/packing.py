@@ -155,8 +155,9 @@ class BestFit:
     def totals(self) -> dict[str, int]:
         """Return {name: count} for the step that rows() returned last.
 
-        targets, cut_tokens: supervised tokens, and dropped tokens, in the step. left: 1 (more steps follow).
-        taken: documents read so far. empty_documents: how many of them were empty, and so skipped.
+        targets: supervised tokens in the step. cut_tokens: dropped tokens in the step.
+        taken: documents read so far. empty_documents: how many of them were skipped because they were empty.
+        left: always 1, because this order of documents never ends.
         """
         counts = {"targets": self._rows * self._time, "taken": self._next, "left": 1}
         return counts | {"empty_documents": self._empty, "cut_tokens": self._last_cut}

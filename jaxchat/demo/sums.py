@@ -57,7 +57,7 @@ def any_sum(chance: Chance) -> Sum:
 
 
 def sum_of(chance: Chance, seed: int, held_out: bool) -> Sum:
-    """Draw an arithmetic problem. held_out: whether its pair of numbers must be held out, or must not be."""
+    """Draw an arithmetic problem with a held-out pair of numbers or, if `held_out` is False, any other pair."""
     while True:
         found = any_sum(chance)
         if pair_is_held_out(seed, found.a, found.b) == held_out:

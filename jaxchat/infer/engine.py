@@ -325,7 +325,10 @@ class Engine:
             self._collect(id, row, jax.tree.map(lambda a, b=row.slot: a[b], outputs))
 
     def _top(self, wanted: list[int]) -> int | None:
-        """Round max(wanted) up to a number of alternatives in _tops. Return None if `wanted` is empty."""
+        """Return the number of likeliest tokens to report: max(wanted), rounded up to a value in self._tops.
+
+        wanted: the numbers that requests ask for. If it is empty, return None.
+        """
         return next(top for top in self._tops if top >= max(wanted)) if wanted else None
 
     def _collect(self, id: int, row: Running, outputs: DecodeOutputs):

@@ -277,7 +277,10 @@ class Reply:
         self._service.jobs.discard(self.job)
 
     async def updates(self, timeout: float | None = None) -> AsyncIterator[tuple[Answer, Update] | None]:
-        """Yield (answer, Update) until all answers end, or None after `timeout` seconds without an Update."""
+        """Yield (answer, Update) for each update, until all answers have ended.
+
+        Whenever `timeout` seconds pass without an update, yield None and continue.
+        """
         open_answers = len(self.answers)
         while open_answers:
             outputs = await self.job.new_tokens(timeout)
