@@ -57,7 +57,7 @@ def any_sum(chance: Chance) -> Sum:
 
 
 def sum_of(chance: Chance, seed: int, held_out: bool) -> Sum:
-    """Draw an arithmetic problem with a held-out pair of numbers or, if `held_out` is False, any other pair."""
+    """Draw an arithmetic problem with a held-out pair of numbers or, if not `held_out`, another pair."""
     while True:
         found = any_sum(chance)
         if pair_is_held_out(seed, found.a, found.b) == held_out:
