@@ -131,7 +131,7 @@ def test_one_that_was_never_finished(folder, capsys):
             os.truncate(path, path.stat().st_size // 2)
     ends(base_train, base("--resume"), 2)
     printed = capsys.readouterr().err
-    assert f"{run / '6'} can't be read" in printed and "delete it" in printed and printed.count("\n") == 1
+    assert f"{run / '6'} can't be read" in printed and "move it away" in printed and printed.count("\n") == 1
 
 
 def two_processes(folder, fault, *more):

@@ -512,7 +512,10 @@ def test_rows_are_padded_by_little():
     "flags, words",
     [
         (["--model_tag=none"], "no sft checkpoint named none .*there are: tiny"),
-        (["--source=mid"], "no mid checkpoint .*train one with: python -m launch.mid_train"),
+        (
+            ["--source=mid"],
+            "no mid checkpoint .*train one with: .*python -m launch.mid_train; tiny has checkpoints of: sft",
+        ),
         (["--num_samples=1"], "--num_samples=1; it must be at least 2"),
         (["--temperature=0"], "--temperature=0.0; it must be from 0.001 to 100.0"),
         (["--temperature=-1"], "--temperature=-1.0; it must be from 0.001 to 100.0"),

@@ -36,10 +36,6 @@ class RowWeights:
 
 
 def by_result(w: Blocks) -> RowWeights:
-    """Convert a layer's weights to RowWeights. Raises ValueError if it has weights that this file ignores."""
-    known = {"wq", "wk", "wv", "wo", "w_up", "w_down"}
-    if unknown := {name for name, array in vars(w).items() if array is not None} - known:
-        raise ValueError(f"decoding of one row (model/one_row.py) does not use {', '.join(sorted(unknown))}")
     w_qkv = jnp.concatenate([jnp.moveaxis(a, 0, -1) for a in (w.wq, w.wk, w.wv)])
     return RowWeights(w_qkv, w.wo.reshape(-1, w.wo.shape[-1]).T, w.w_up.T, w.w_down.T)
 
