@@ -65,7 +65,7 @@ class Found:
             check_weights(path, target)
             with ocp.StandardCheckpointer() as reader:
                 return reader.restore(path, target)
-        except (MemoryError, jax.errors.JaxRuntimeError):
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as problem:  # Orbax raises almost anything
             message = f"{self.path} does not hold the weights that its metadata describes"
@@ -235,7 +235,7 @@ def readable(path: Path):
     """Context manager that turns errors in reading the checkpoint at `path` into a UserError."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError):
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as problem:  # Orbax raises almost anything
         remedy = "move it away to use an earlier checkpoint, if there is one"
